@@ -1,0 +1,109 @@
+# Every target works as the first command on a fresh clone: it creates .venv and installs into it
+# what it needs. Only make and Python 3.11 or newer have to be there. `make PYTHON=/path/to/python`
+# chooses the interpreter, `make JOBS=8 test` the number of test processes.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+ARGS   ?=
+SRC    := lora_fx passes export tools
+LAYOUT := .mypy_cache/layout
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: venv
+venv: $(VENV)/.dev ## Create .venv with everything that tests and lint need
+
+.PHONY: demo
+demo: $(VENV)/.demo ## Plan, rewrite, train, merge, export a real model (ARGS=--quick: under a minute)
+	$(BIN)/lora-fx demo $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.dev ## Run the test suite (ARGS='-k merge' and the like)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.dev ## Run the tests marked slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not cuda" $(ARGS)
+
+.PHONY: test-cuda
+test-cuda: $(VENV)/.dev ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m cuda $(ARGS)
+
+.PHONY: golden
+golden: $(VENV)/.dev ## Write the golden graphs anew; read the diff before committing it
+	LORA_FX_UPDATE_GOLDEN=1 $(BIN)/python -m pytest $(ARGS)
+
+.PHONY: coverage
+coverage: $(VENV)/.dev ## Run the test suite and report the lines it does not reach
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+.PHONY: lint
+lint: style typecheck ## Check style, formatting and types
+
+.PHONY: style
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot see through the package-dir mapping, so it gets the folders laid out by symbolic links
+# as they are installed, and is run from there. The sed turns lora_fx/passes/x.py back into the path
+# in the repository.
+.PHONY: typecheck
+typecheck: $(VENV)/.dev
+	@rm -rf $(LAYOUT) && mkdir -p $(LAYOUT)/lora_fx
+	@ln -s "$(CURDIR)"/lora_fx/* "$(CURDIR)/passes" "$(CURDIR)/export" "$(CURDIR)/tools" $(LAYOUT)/lora_fx/
+	@cd $(LAYOUT) && { status=0; \
+	  "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" \
+	    --python-executable "$(CURDIR)/$(BIN)/python" -p lora_fx > ../mypy.log 2>&1 || status=$$?; \
+	  sed -E 's#^lora_fx/(passes|export|tools)/#\1/#' ../mypy.log; exit $$status; }
+
+.PHONY: format
+format: $(VENV)/.dev ## Format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(VENV)/.dev ## Measure and write docs/benchmarks.md
+	$(BIN)/lora-fx bench $(ARGS)
+
+# setuptools takes up whatever an earlier build left in build/, deleted modules too.
+.PHONY: wheel
+wheel: $(BIN)/python ## Build dist/*.whl
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+
+.PHONY: clean
+clean: ## Remove what was built and cached; `rm -rf .venv` for the rest
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov
+	find $(SRC) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment ---------------------------------------------------------------------------
+
+EXTRAS_demo := demo
+EXTRAS_dev  := test,lint
+
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+$(BIN)/python:
+	@good='import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'; \
+	for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	  if $$python -c "$$good" > /dev/null 2>&1; then \
+	    echo "Creating $(VENV) with $$($$python --version); the first installation takes minutes."; \
+	    exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "lora-fx needs Python 3.11 or newer with its venv module; none was found in PATH" \
+	  "(python3 is: $$(python3 --version 2>&1 | head -n 1))." >&2; \
+	echo "Install one (Debian, Ubuntu: python3 and python3-venv), or name it:" \
+	  "make PYTHON=/path/to/python" >&2; \
+	exit 1
