@@ -1,0 +1,60 @@
+"""Every error that lora_fx raises on purpose.
+
+Each one subclasses the builtin that a caller would already be catching, and its message says three
+things: what was found, where (a fully qualified name), and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportError",
+    "LoraFxError",
+    "MergeError",
+    "NoMatchError",
+    "ParityError",
+    "PartialMatchError",
+    "ProviderError",
+]
+
+
+class LoraFxError(Exception):
+    """Base class of all errors of this library."""
+
+
+class ConfigError(LoraFxError, ValueError):
+    """A configuration or an argument cannot mean anything."""
+
+
+class CaptureError(LoraFxError, RuntimeError):
+    """A model could not be captured as graphs, or the captured graphs compute something else."""
+
+
+class NoMatchError(LoraFxError, ValueError):
+    """The configuration selects no operation of the model."""
+
+
+class PartialMatchError(LoraFxError, ValueError):
+    """With ``strict=True``: some of the targets select nothing."""
+
+
+class CheckpointError(LoraFxError, ValueError):
+    """An adapter folder is missing, damaged, unsafe, or belongs to another model."""
+
+
+class MergeError(LoraFxError, RuntimeError):
+    """Adapters cannot be folded into the weights."""
+
+
+class ExportError(LoraFxError, RuntimeError):
+    """A model could not be exported."""
+
+
+class ParityError(ExportError):
+    """The exported model does not compute what the PyTorch model computes."""
+
+
+class ProviderError(ExportError):
+    """The requested ONNX Runtime execution provider cannot be used."""
