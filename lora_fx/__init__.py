@@ -1,0 +1,93 @@
+"""LoRA as an ahead-of-time graph-rewriting compiler pass on ``torch.fx``.
+
+Three lines from a model to an adapted model::
+
+    import lora_fx
+
+    config = lora_fx.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)
+    model = lora_fx.rewrite(model, config)
+
+What needs more than PyTorch (ONNX, pictures) is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lora_fx.api import (
+    capture,
+    graphs,
+    merge,
+    plan,
+    print_trainable_parameters,
+    rewrite,
+    trainable_parameters,
+)
+from lora_fx.checkpoint import load_adapter, save_adapter
+from lora_fx.config import LoraConfig
+from lora_fx.errors import (
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    LoraFxError,
+    MergeError,
+    NoMatchError,
+    ParityError,
+    PartialMatchError,
+    ProviderError,
+)
+from lora_fx.passes.patterns import register_pattern
+
+if TYPE_CHECKING:
+    from lora_fx.export.onnx import export_onnx
+    from lora_fx.export.session import OnnxSession
+    from lora_fx.tools.visualize import visualize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportError",
+    "LoraConfig",
+    "LoraFxError",
+    "MergeError",
+    "NoMatchError",
+    "OnnxSession",
+    "ParityError",
+    "PartialMatchError",
+    "ProviderError",
+    "__version__",
+    "capture",
+    "export_onnx",
+    "graphs",
+    "load_adapter",
+    "merge",
+    "plan",
+    "print_trainable_parameters",
+    "register_pattern",
+    "rewrite",
+    "save_adapter",
+    "trainable_parameters",
+    "visualize",
+]
+
+_LAZY = {
+    "OnnxSession": "lora_fx.export.session",
+    "export_onnx": "lora_fx.export.onnx",
+    "visualize": "lora_fx.tools.visualize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what has dependencies of its own when it is first asked for."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,185 @@
+"""The verbs that users call: thin, each one a pipeline of passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, overload
+
+from torch import fx, nn
+
+from lora_fx import pipeline
+from lora_fx.config import LoraConfig
+from lora_fx.passes import merge as merging
+from lora_fx.passes._region import graphs_of, install
+from lora_fx.passes.capture.auto import Frontend
+from lora_fx.passes.capture.auto import capture as capture_model
+from lora_fx.passes.capture.check import check_unchanged
+from lora_fx.passes.merge import MergeReport
+from lora_fx.types import Capture, Plan
+
+__all__ = [
+    "capture",
+    "graphs",
+    "merge",
+    "plan",
+    "print_trainable_parameters",
+    "rewrite",
+    "trainable_parameters",
+]
+
+_log = logging.getLogger("lora_fx")
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    frontend: Frontend = "auto",
+    dynamic_shapes: Any = None,
+) -> Capture:
+    """Captures a model as graphs, without any change of meaning.
+
+    Args:
+        model: Any module. It is not touched; the result shares its weights' storage.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor. With them, the capture is checked:
+            its outputs must be the original's.
+        frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that fits.
+        dynamic_shapes: For ``export``, as ``torch.export.export`` takes it. By default every
+            dimension of every tensor may vary.
+
+    Returns:
+        The capture; ``capture.model`` runs it.
+
+    Raises:
+        CaptureError: If the model cannot be captured so, or computes something else afterwards.
+    """
+    result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
+    if example_inputs is not None:
+        check_unchanged(model, result, example_inputs)
+    install(result.regions.values(), result.extras)
+    return result
+
+
+def plan(model: nn.Module, config: LoraConfig, example_inputs: Any = None, *, strict: bool = False) -> Plan:
+    """The dry run: what :func:`rewrite` would do, why, and what it costs. Nothing is changed.
+
+    Args:
+        model: Any module that is not rewritten yet.
+        config: What to adapt.
+        example_inputs: As for :func:`capture`; they let more models be captured whole.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+
+    Returns:
+        A plan: print it, or look at ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
+
+    Raises:
+        NoMatchError: If nothing is selected; with the nearest names.
+        PartialMatchError: With ``strict``.
+        CaptureError: If the model cannot be captured.
+    """
+    return pipeline.plan_model(model, config, example_inputs, strict=strict)[1]
+
+
+def rewrite(
+    model: nn.Module,
+    config: LoraConfig,
+    example_inputs: Any = None,
+    *,
+    adapter_name: str = "default",
+    optimize: bool = True,
+    strict: bool = False,
+) -> nn.Module:
+    """Puts LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
+
+    Args:
+        model: Any module. It is not touched: not its modules, modes, gradients or statistics.
+        config: What to adapt.
+        example_inputs: As for :func:`capture`. With them the result is checked against the model.
+        adapter_name: Name of the adapter.
+        optimize: Whether to run the passes that make training cheaper. False leaves the canonical form.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+
+    Returns:
+        A module of the model's own class, ready to train: the base frozen and shared with the
+        argument, the adapters trainable, the outputs those of the argument.
+
+    Raises:
+        ConfigError: If an argument cannot mean anything, or the model is rewritten already.
+        NoMatchError: If nothing is selected.
+        PartialMatchError: With ``strict``.
+        CaptureError: If the model cannot be captured.
+    """
+    return pipeline.rewrite_model(
+        model, config, example_inputs, adapter_name=adapter_name, strict=strict
+    )
+
+
+def graphs(model: nn.Module) -> dict[str, fx.Graph]:
+    """The graph of every region of a captured or rewritten model, by FQN; ``""`` is the root.
+
+    They are what runs: look at them, do not edit them.
+    """
+    return graphs_of(model)
+
+
+@overload
+def merge(
+    model: nn.Module,
+    *,
+    adapter_names: Sequence[str] | None = ...,
+    into: nn.Module | None = ...,
+    return_report: Literal[False] = ...,
+    progress: Callable[[int, int, str], None] | None = ...,
+) -> nn.Module: ...
+@overload
+def merge(
+    model: nn.Module,
+    *,
+    adapter_names: Sequence[str] | None = ...,
+    into: nn.Module | None = ...,
+    return_report: Literal[True],
+    progress: Callable[[int, int, str], None] | None = ...,
+) -> tuple[nn.Module, MergeReport]: ...
+def merge(
+    model: nn.Module,
+    *,
+    adapter_names: Sequence[str] | None = None,
+    into: nn.Module | None = None,
+    return_report: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> nn.Module | tuple[nn.Module, MergeReport]:
+    """Folds trained adapters into the weights.
+
+    Args:
+        model: A rewritten model; it is not changed.
+        adapter_names: Which adapters; all by default.
+        into: Fold into this model, of the original class, instead of into a copy of the base.
+        return_report: Whether to measure every merged weight against fp64 and return the report, too.
+        progress: Called with (done, total, site name) before each weight.
+
+    Returns:
+        A module of the user's own class with nothing of lora_fx left in it, and the
+        :class:`MergeReport` if asked for.
+
+    Raises:
+        MergeError: If there is nothing to merge, or the result would not be finite.
+    """
+    merged, report = merging.merge(
+        model, adapter_names=adapter_names, into=into, measure=return_report, progress=progress
+    )
+    return (merged, report) if return_report else merged
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters to give to an optimizer."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how much is trained, in the words of PEFT."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / total if total else 0.0
+    # A verb that prints is what its users know it for.
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201

@@ -1,0 +1,45 @@
+"""What a rewritten model runs at training time, and the modules that hold its factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lora_fx.errors import ConfigError
+
+__all__ = ["AdapterFactors", "check_adapter_name"]
+
+
+class AdapterFactors(nn.Module):
+    """One factor of a site, for every adapter: ``layer.lora_A.default`` is a parameter.
+
+    It has no forward: the graph reads the parameters.
+    """
+
+    def add(self, adapter: str, value: torch.Tensor) -> None:
+        """Adds an adapter's factor.
+
+        Args:
+            adapter: The adapter's name.
+            value: A of shape [r, in, ...] or B of shape [out, r, ...].
+        """
+        self.register_parameter(adapter, nn.Parameter(value))
+
+    def extra_repr(self) -> str:
+        """Names and shapes."""
+        shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
+        return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuses names that cannot be an attribute of :class:`AdapterFactors`.
+
+    Raises:
+        ConfigError: If the name is empty, has a dot, or is taken by ``nn.Module``.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"adapter_name must be a string that is not empty, found {name!r}")
+    if "." in name or "/" in name or "\\" in name:
+        raise ConfigError(f"adapter_name {name!r} has a dot or a slash: it is part of parameter and folder names")
+    if hasattr(AdapterFactors, name) or name == "training":
+        raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")

@@ -1,0 +1,112 @@
+"""Runs passes in order and names the pass in every error."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.ops import check_adapter_name
+from lora_fx.passes._region import install
+from lora_fx.passes.capture.auto import capture as capture_model
+from lora_fx.passes.capture.check import check_unchanged
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.merge import record_of
+from lora_fx.passes.plan import make_plan
+from lora_fx.passes.unfreeze import Unfreeze
+from lora_fx.types import AdapterRecord, Capture, Pass, Plan, Record
+
+__all__ = ["buffer_digests", "build", "plan_model", "rewrite_model", "run_passes"]
+
+_log = logging.getLogger("lora_fx")
+
+
+def run_passes(capture: Capture, passes: Sequence[Pass]) -> Capture:
+    """Runs passes one after the other.
+
+    Raises:
+        LoraFxError: As the pass raised it.
+        CaptureError: For any other failure inside a pass, chained, with the pass's name.
+    """
+    for one in passes:
+        try:
+            result = one(capture)
+        except LoraFxError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"pass {one.name!r} failed: {type(error).__name__}: {error}") from error
+        _log.debug("pass %s: %s", one.name, "modified" if result.modified else "nothing to do")
+        capture = result.capture
+    return capture
+
+
+def plan_model(
+    model: nn.Module, config: Any, example_inputs: Any = None, *, strict: bool = False
+) -> tuple[Capture, Plan]:
+    """Captures a model and plans its rewrite.
+
+    Raises:
+        ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
+    """
+    from lora_fx.config import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"config must be a lora_fx.LoraConfig, found {type(config).__name__}")
+    if isinstance(model, nn.Module) and record_of(model) is not None:
+        raise ConfigError(
+            "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, or "
+            "rewrite the original model, which was not changed"
+        )
+    capture = capture_model(model, example_inputs)
+    return capture, make_plan(capture, config, strict=strict)
+
+
+def rewrite_model(
+    model: nn.Module,
+    config: Any,
+    example_inputs: Any = None,
+    *,
+    adapter_name: str = "default",
+    strict: bool = False,
+) -> nn.Module:
+    """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
+    check_adapter_name(adapter_name)
+    capture, plan = plan_model(model, config, example_inputs, strict=strict)
+    if example_inputs is not None:
+        check_unchanged(model, capture, example_inputs)
+    capture = run_passes(capture, [Insert(plan, adapter_name), Unfreeze(plan)])
+    return build(capture, plan, model, adapter_name)
+
+
+def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) -> nn.Module:
+    """Makes the module that runs: installs every region and leaves the record on the root."""
+    install(capture.regions.values(), capture.extras)
+    adapter = AdapterRecord(plan.config, plan.sites, plan.saved_modules, plan.biases)
+    trainable = frozenset(name for name, p in original.named_parameters() if p.requires_grad)
+    capture.model.__dict__["_lora_fx"] = Record(
+        adapters={adapter_name: adapter},
+        frontend=plan.frontend,
+        trainable=trainable,
+        buffers=buffer_digests(capture.model),
+    )
+    return capture.model
+
+
+def buffer_digests(model: nn.Module) -> dict[str, str]:
+    """A fingerprint of every persistent buffer: what training changes must be saved with the adapter."""
+    persistent = set(model.state_dict(keep_vars=True))
+    return {
+        name: _digest(buffer)
+        for name, buffer in model.named_buffers()
+        if name in persistent and buffer.device.type != "meta"
+    }
+
+
+def _digest(buffer: torch.Tensor) -> str:
+    data = buffer.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,527 @@
+"""The values that the passes hand to each other.
+
+The order in which they appear is the order in which data flows::
+
+    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module (Record)
+
+Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they edit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import fx, nn
+
+from lora_fx.config import LoraConfig
+
+__all__ = [
+    "META_KEY",
+    "AdapterRecord",
+    "BranchBuilder",
+    "Call",
+    "Capture",
+    "Factors",
+    "Layout",
+    "Match",
+    "Pass",
+    "PassResult",
+    "Pattern",
+    "Plan",
+    "PlannedSite",
+    "Record",
+    "Region",
+    "Rejection",
+    "Role",
+    "Site",
+    "Skipped",
+    "Tag",
+    "join",
+]
+
+META_KEY = "lora_fx"
+"""The one key of ``node.meta`` that lora_fx writes; its value is always a :class:`Tag`."""
+
+Layout = Literal["out_in", "in_out"]
+"""How a weight is stored: ``[out, in, ...]`` (``nn.Linear``) or ``[in, out]`` (``x @ W``)."""
+
+
+def join(*parts: str) -> str:
+    """Joins fully qualified names, leaving out empty parts (the root is ``""``)."""
+    return ".".join(part for part in parts if part)
+
+
+class Role(StrEnum):
+    """What a node does for an adapter."""
+
+    BASE = "base"
+    FACTOR = "factor"
+    CAST = "cast"
+    DROPOUT = "dropout"
+    DOWN = "A"
+    UP = "B"
+    SCALE = "scale"
+    ADD = "add"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tag:
+    """What ``node.meta["lora_fx"]`` holds.
+
+    Attributes:
+        weight: The adapted weight, as a name *inside the region*: equal blocks have equal tags.
+        role: What the node does.
+        adapter: Whose branch it belongs to; empty for the base operation.
+    """
+
+    weight: str
+    role: Role
+    adapter: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """A module whose ``forward`` is known as a graph.
+
+    Attributes:
+        fqn: Name of the module in the model; ``""`` is the root.
+        module: The module itself.
+        graph: What its ``forward`` computes. Names in it are relative to ``module``.
+    """
+
+    fqn: str
+    module: nn.Module
+    graph: fx.Graph
+
+    def tensor(self, node: object) -> torch.Tensor | None:
+        """The tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        value: object = self.module
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom, None)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def parameter(self, node: object) -> nn.Parameter | None:
+        """The parameter that a ``get_attr`` node reads, or None."""
+        tensor = self.tensor(node)
+        return tensor if isinstance(tensor, nn.Parameter) else None
+
+    def submodule(self, node: fx.Node) -> nn.Module | None:
+        """The module that a ``call_module`` node calls, or None if ``node`` is anything else."""
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A model as graphs, without any change of meaning.
+
+    Attributes:
+        model: A copy of the captured model that shares its parameters' storage. Its classes are the
+            user's own: the graphs are beside it, in ``regions``.
+        regions: The regions by FQN, parents before children.
+        frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
+        notes: Why the other front-ends were not used.
+        opaque: Modules that have parameters but no graph, with the reason.
+        extras: By region: class attributes that its generated code reads (the pytree specs of
+            ``torch.export``).
+    """
+
+    model: nn.Module
+    regions: Mapping[str, Region]
+    frontend: str
+    notes: tuple[str, ...] = ()
+    opaque: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]
+        lines += [f"  {name or '(root)'}: {len(region.graph.nodes)} nodes" for name, region in self.regions.items()]
+        lines += [f"  no graph: {name or '(root)'}: {reason}" for name, reason in self.opaque.items()]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One place where a site's weight is applied.
+
+    Attributes:
+        region: FQN of the region.
+        input, output: Names of nodes in its graph.
+        pattern: Name of the pattern that found it.
+    """
+
+    region: str
+    input: str
+    output: str
+    pattern: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A linear operation that an adapter can be put on.
+
+    A weight that is applied in several places is one site with several calls.
+
+    Attributes:
+        name: FQN: the module's, or the parameter's where no module stands for the operation.
+        pattern: Name of the pattern that found it.
+        family: ``linear``, ``conv`` or ``embedding``; decides what ``target_modules=None`` selects.
+        weight: FQN of the weight.
+        bias: FQN of the bias, if there is one that is a parameter.
+        in_features, out_features: Sizes of one input and one output vector (channels, for a
+            convolution; vocabulary and width, for an embedding).
+        layout: How the weight is stored.
+        weight_shape: Shape of the weight.
+        calls: Where it is applied.
+        groups: Groups of a convolution.
+        experts: Number of experts of a three-dimensional weight.
+        tied_to: FQNs of other parameters over the same storage.
+        head: Whether it makes the model's output.
+    """
+
+    name: str
+    pattern: str
+    family: str
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+    layout: Layout
+    weight_shape: tuple[int, ...]
+    calls: tuple[Call, ...]
+    groups: int = 1
+    experts: int | None = None
+    tied_to: tuple[str, ...] = ()
+    head: bool = False
+
+    @property
+    def owner(self) -> str:
+        """FQN of the module that owns the weight."""
+        return self.weight.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in its owner."""
+        return self.weight.rpartition(".")[2]
+
+    @property
+    def holder(self) -> str:
+        """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
+        return self.owner if self.parameter == "weight" else join(self.owner, f"{self.parameter}_lora")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rejection:
+    """An operation or a weight that cannot have an adapter, and why, in words that help.
+
+    Attributes:
+        name: FQN of the weight or module, or the node's name where there is none.
+        reason: Why not, and what would change it.
+        region: FQN of the region in which it was seen.
+        node: Name of the node in that region's graph.
+    """
+
+    name: str
+    reason: str
+    region: str = ""
+    node: str = ""
+
+
+Match = Site | Rejection | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Factors:
+    """Shapes and names of the two factors of a site at some rank.
+
+    Attributes:
+        a: Shape of A, rank first.
+        b: Shape of B, rank second.
+        name_a, name_b: Attribute names on the holder (PEFT's).
+    """
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    name_a: str = "lora_A"
+    name_b: str = "lora_B"
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable elements."""
+        return _product(self.a) + _product(self.b)
+
+
+class BranchBuilder(Protocol):
+    """What a pattern gets to write a branch with: every node it makes is tagged."""
+
+    a: fx.Node
+    b: fx.Node
+
+    def dropped(self, x: fx.Node) -> fx.Node:
+        """``x`` after the adapter's dropout."""
+
+    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``call_function`` node."""
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """One kind of linear operation: how to find it and what its algebra is.
+
+    Matching never edits. ``branch`` is the only method that writes into a graph, through a builder.
+    """
+
+    @property
+    def name(self) -> str:
+        """Unique name, kebab-case; shown in the dry run."""
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """A site, a refusal with its reason, or None: not mine."""
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """Shapes and names of A and B."""
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """Writes ``x -> dropout -> A -> B`` and returns its node; the caller scales and adds."""
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B A`` in the weight's layout, unscaled, in the factors' dtype.
+
+        With some rows of B only, the matching slice of the weight's output axis (a grouped
+        convolution is never sliced).
+        """
+
+    def flops(self, site: Site, rank: int) -> int:
+        """Extra multiply-adds times two for one token, pixel or index."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A selected site and what it gets.
+
+    Attributes:
+        site: The operation.
+        rank, alpha, scale, dropout: The adapter's hyperparameters here.
+        parameters: Trainable elements added.
+        flops: Extra forward FLOPs for one token.
+        saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
+            input, the masked input with its mask if there is dropout, and the rank-r activation.
+    """
+
+    site: Site
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    parameters: int
+    flops: int
+    saved: int
+
+    @property
+    def name(self) -> str:
+        """FQN of the site."""
+        return self.site.name
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A linear operation that the configuration does not select, and why."""
+
+    site: Site
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The dry run: what ``rewrite`` would do, and why.
+
+    ``str(plan)`` is a table; ``plan.to_json()`` has everything in it.
+
+    Attributes:
+        sites: What is adapted.
+        skipped: Linear operations that are not selected, with the reason.
+        rejections: Operations that cannot be adapted, with the reason.
+        unmatched: Entries of the configuration that selected nothing.
+        saved_modules: Modules trained in full (``modules_to_save``).
+        biases: FQNs of the biases that are trained.
+        config: The configuration.
+        frontend: The front-end that captured the model.
+        notes: Why the other front-ends were not used.
+        base_parameters: Elements of the model's own parameters, shared ones once.
+        extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
+    """
+
+    sites: tuple[PlannedSite, ...]
+    skipped: tuple[Skipped, ...]
+    rejections: tuple[Rejection, ...]
+    unmatched: tuple[str, ...]
+    config: LoraConfig
+    frontend: str
+    notes: tuple[str, ...] = ()
+    saved_modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    base_parameters: int = 0
+    extra_parameters: int = 0
+
+    @property
+    def trainable_parameters(self) -> int:
+        """What an optimizer would get, in elements."""
+        return sum(row.parameters for row in self.sites) + self.extra_parameters
+
+    def __iter__(self) -> Iterator[PlannedSite]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        return {
+            "frontend": self.frontend,
+            "notes": list(self.notes),
+            "trainable_parameters": self.trainable_parameters,
+            "base_parameters": self.base_parameters,
+            "sites": [_site_dict(row) for row in self.sites],
+            "skipped": [{"name": s.site.name, "pattern": s.site.pattern, "reason": s.reason} for s in self.skipped],
+            "rejections": [dataclasses.asdict(r) for r in self.rejections],
+            "unmatched": list(self.unmatched),
+            "modules_to_save": list(self.saved_modules),
+            "biases": list(self.biases),
+            "config": self.config.to_dict(),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of ``str(plan)`` as cells, under :attr:`columns`."""
+        return [
+            (
+                row.site.name,
+                row.site.pattern + (f" x{len(row.site.calls)}" if len(row.site.calls) > 1 else ""),
+                "x".join(str(size) for size in row.site.weight_shape),
+                str(row.rank),
+                f"{row.scale:g}",
+                f"{row.parameters:,}",
+                f"{row.flops:,}",
+                f"{row.saved:,}",
+            )
+            for row in self.sites
+        ]
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "site",
+        "pattern",
+        "weight",
+        "r",
+        "scale",
+        "trainable",
+        "FLOPs/token",
+        "saved B/token",
+    )
+
+    def __str__(self) -> str:
+        lines = [f"captured by {self.frontend}"]
+        lines += [f"  {note}" for note in self.notes]
+        lines += _table(self.columns, self.rows())
+        total = self.base_parameters + sum(row.parameters for row in self.sites)
+        share = 100 * self.trainable_parameters / total if total else 0.0
+        lines.append(
+            f"{len(self.sites)} site(s), {self.trainable_parameters:,} trainable of {total:,} parameters ({share:.4f} %)"
+        )
+        if self.saved_modules:
+            lines.append("trained in full: " + ", ".join(self.saved_modules))
+        if self.biases:
+            lines.append(f"biases trained: {len(self.biases)}")
+        lines += [f"matched nothing: {target}" for target in self.unmatched]
+        lines += _section("not selected", ((s.site.name, s.reason) for s in self.skipped))
+        lines += _section("cannot be adapted", ((r.name, r.reason) for r in self.rejections))
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter of a rewritten model: its configuration and where it is."""
+
+    config: LoraConfig
+    sites: tuple[PlannedSite, ...]
+    saved_modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a rewritten model knows about itself; the root module's ``_lora_fx`` attribute.
+
+    Attributes:
+        adapters: By adapter name.
+        frontend: The front-end that captured the model.
+        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
+            this back.
+        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
+            is part of what was learnt, and is saved.
+    """
+
+    adapters: Mapping[str, AdapterRecord]
+    frontend: str
+    trainable: frozenset[str]
+    buffers: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass returns.
+
+    Attributes:
+        capture: The result; the argument itself if nothing was modified.
+        modified: Whether anything was, true to fact.
+    """
+
+    capture: Capture
+    modified: bool
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options; calling it runs it. It never edits its input."""
+
+    name: ClassVar[str]
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Runs the pass."""
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _site_dict(row: PlannedSite) -> dict[str, Any]:
+    site = dataclasses.asdict(row.site)
+    rest = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
+    return {**site, **rest}
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        # Names and patterns read from the left, numbers from the right.
+        return "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+
+    return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
+
+
+def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    listed = [f"  {name}: {reason}" for name, reason in rows]
+    return [f"{title} ({len(listed)}):", *listed] if listed else []

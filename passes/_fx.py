@@ -1,0 +1,164 @@
+"""Low-level reading and editing of ``fx`` graphs: everything that would be ``node.args[1]`` elsewhere."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.types import META_KEY, Region, Role, Tag
+
+__all__ = ["Branch", "arguments", "constant_of", "target_of", "weight_of"]
+
+_TRANSPOSES: tuple[Any, ...] = (torch.t, torch.ops.aten.t.default)
+
+
+def target_of(node: fx.Node) -> Any:
+    """What a node calls: a function, or the unbound ``torch.Tensor`` method of a ``call_method``."""
+    if node.op == "call_function":
+        return node.target
+    if node.op == "call_method":
+        return getattr(torch.Tensor, str(node.target), None)
+    return None
+
+
+def arguments(node: fx.Node, names: str) -> dict[str, Any]:
+    """A node's arguments by name.
+
+    Args:
+        node: A ``call_function`` or ``call_method`` node.
+        names: The parameters in order, separated by spaces, each with ``=default`` if it has one
+            (a Python literal).
+
+    Returns:
+        Every parameter's value; a missing one without a default is None.
+    """
+    result: dict[str, Any] = {}
+    for index, declared in enumerate(names.split()):
+        name, _, default = declared.partition("=")
+        if index < len(node.args):
+            result[name] = node.args[index]
+        elif name in node.kwargs:
+            result[name] = node.kwargs[name]
+        else:
+            result[name] = eval(default, {}) if default else None
+    return result
+
+
+def weight_of(node: object, region: Region) -> tuple[fx.Node, bool] | None:
+    """The parameter that a node reads directly or through transposes.
+
+    Returns:
+        The ``get_attr`` node and whether it is transposed, or None.
+    """
+    transposed = False
+    while isinstance(node, fx.Node):
+        if region.parameter(node) is not None:
+            return node, transposed
+        inner = _untransposed(node)
+        if inner is None:
+            return None
+        node, transposed = inner, not transposed
+    return None
+
+
+def constant_of(node: object, region: Region) -> fx.Node | None:
+    """The first parameter under an expression that reads no input; None if it reads one, or none."""
+    found: fx.Node | None = None
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, fx.Node) or current in seen:
+            continue
+        seen.add(current)
+        if current.op in ("placeholder", "call_module"):
+            return None
+        if region.parameter(current) is not None:
+            found = current
+        pending.extend(current.all_input_nodes)
+    return found
+
+
+def _untransposed(node: fx.Node) -> fx.Node | None:
+    """The operand of a node that swaps the two dimensions of a matrix, or None."""
+    target = target_of(node)
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if target is getattr and node.args[1] in ("T", "mT"):
+        return first
+    if target in _TRANSPOSES or target is torch.Tensor.t:
+        return first
+    if target in (torch.transpose, torch.Tensor.transpose, torch.ops.aten.transpose.int):
+        dims = {d % 2 for d in node.args[1:3] if isinstance(d, int)}
+        return first if dims == {0, 1} else None
+    if target in (torch.permute, torch.Tensor.permute, torch.ops.aten.permute.default):
+        order = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+        return first if tuple(d % 2 for d in order if isinstance(d, int)) == (1, 0) else None
+    return None
+
+
+class Branch:
+    """Writes the nodes of one adapter's branch, right after the base operation, each one tagged.
+
+    Attributes:
+        a, b: The factors, in the dtype in which the branch computes.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        base: fx.Node,
+        tag: Callable[[Role], Tag],
+        factors: tuple[str, str],
+        *,
+        cast: bool,
+        dropout: float,
+        training: str,
+    ) -> None:
+        self._graph = graph
+        self._base = base
+        self._tag = tag
+        self._dropout = dropout
+        self._training = training
+        self._next = base.next
+        self.made: list[fx.Node] = []
+        base.meta[META_KEY] = tag(Role.BASE)
+        self.a, self.b = (self._factor(name, cast) for name in factors)
+
+    def dropped(self, x: fx.Node) -> fx.Node:
+        """``x`` after dropout that follows the owner's mode; ``x`` itself where there is none."""
+        if not self._dropout:
+            return x
+        training = self._make(Role.DROPOUT, "get_attr", self._training)
+        return self._make(Role.DROPOUT, "call_function", F.dropout, x, self._dropout, training)
+
+    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A tagged ``call_function`` node."""
+        return self._make(role, "call_function", target, *args, **kwargs)
+
+    def finish(self, up: fx.Node, scale: float) -> fx.Node:
+        """Scales the branch, adds it to the base operation, and puts the sum in that one's place."""
+        scaled = self._make(Role.SCALE, "call_function", operator.mul, up, scale)
+        total = self._make(Role.ADD, "call_function", operator.add, self._base, scaled)
+        mine = set(self.made)
+        self._base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
+        return total
+
+    def _factor(self, name: str, cast: bool) -> fx.Node:
+        factor = self._make(Role.FACTOR, "get_attr", name)
+        if not cast:
+            return factor
+        # The factors are small: they follow the activation, never the other way round.
+        return self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+
+    def _make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self._graph.inserting_before(self._next):
+            node = self._graph.create_node(op, target, args, kwargs)
+        node.meta[META_KEY] = self._tag(role)
+        self.made.append(node)
+        return node

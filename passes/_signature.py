@@ -1,0 +1,162 @@
+"""The signature of a region's ``forward``, and the guard that keeps a specialised graph honest.
+
+A trace fixes what the caller passed: ``mask=None`` takes the branch without a mask. Instead of
+forbidding other calls, the generated ``forward`` looks first::
+
+    def forward(self, x, mask=None, **kwargs):
+        if x is None or mask is not None or kwargs:
+            return fallback(self, x, mask, **kwargs)
+        ...the graph...
+
+The fallback is the module's own ``forward``, which is always right as long as every adapter sits in a
+module that it calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from torch import fx
+
+__all__ = ["FALLBACK", "GuardedCodeGen", "Parameter", "parameters_of"]
+
+FALLBACK = "_lora_fx_fallback"
+"""Global name of the fallback in generated code."""
+
+_SIMPLE = (type(None), bool, int, float, str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of ``forward``.
+
+    Attributes:
+        name: Its name.
+        kind: ``inspect.Parameter.kind`` as an integer.
+        traced: Whether it is an input of the graph; otherwise it was fixed to ``value``.
+        value: What it was fixed to.
+        default: The default, or ``inspect.Parameter.empty``.
+    """
+
+    name: str
+    kind: int
+    traced: bool
+    value: Any = None
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def variadic(self) -> bool:
+        """Whether it is ``*args`` or ``**kwargs``."""
+        return self.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Parameter, ...]:
+    """Reads a ``forward`` method's signature, without ``self``.
+
+    Args:
+        forward: The unbound method.
+        fixed: Values to fix parameters to. By default those that have a default are fixed to it.
+
+    Returns:
+        The parameters in order. ``*args`` and ``**kwargs`` are fixed to empty.
+    """
+    result = []
+    for index, p in enumerate(inspect.signature(forward).parameters.values()):
+        if index == 0:
+            continue
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            result.append(Parameter(p.name, int(p.kind), traced=False))
+            continue
+        optional = p.default is not p.empty
+        if fixed is None:
+            value, traced = (p.default, False) if optional else (None, True)
+        else:
+            value, traced = (fixed[p.name], False) if p.name in fixed else (None, True)
+        result.append(Parameter(p.name, int(p.kind), traced, value, p.default))
+    return tuple(result)
+
+
+class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
+    """Generates ``forward`` with the original signature and the guard of this module.
+
+    Attributes:
+        parameters: The original signature.
+        check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
+            ``torch.nn`` that is one operation makes do without.
+    """
+
+    def __init__(self, parameters: tuple[Parameter, ...], check_none: bool = True) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.check_none = check_none
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
+        head = f"def {self._func_name}({', '.join(['self', *self._declared()])}){maybe_return_annotation}:"
+        conditions = self.conditions()
+        if not conditions:
+            return head
+        call = ", ".join(["self", *self._passed()])
+        return f"{head}\n    if {' or '.join(conditions)}:\n        return {FALLBACK}({call})"
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """Defaults and fixed values that have no literal form."""
+        found = []
+        for p in self.parameters:
+            if p.default is not inspect.Parameter.empty and not isinstance(p.default, _SIMPLE):
+                found.append((f"_default_{p.name}", p.default))
+        return found
+
+    def conditions(self) -> list[str]:
+        """Python expressions, one of which is true where the graph does not apply."""
+        return [_condition(p) for p in self.parameters if self.check_none or not p.traced]
+
+    def _declared(self) -> list[str]:
+        declared, keyword_only = [], False
+        for p in self.parameters:
+            if p.kind == inspect.Parameter.VAR_POSITIONAL:
+                declared.append(f"*{p.name}")
+                keyword_only = True
+                continue
+            if p.kind == inspect.Parameter.VAR_KEYWORD:
+                declared.append(f"**{p.name}")
+                continue
+            if p.kind == inspect.Parameter.KEYWORD_ONLY and not keyword_only:
+                declared.append("*")
+                keyword_only = True
+            declared.append(p.name + _default(p))
+        return declared
+
+    def _passed(self) -> list[str]:
+        passed = []
+        for p in self.parameters:
+            if p.kind == inspect.Parameter.VAR_POSITIONAL:
+                passed.append(f"*{p.name}")
+            elif p.kind == inspect.Parameter.VAR_KEYWORD:
+                passed.append(f"**{p.name}")
+            elif p.kind == inspect.Parameter.KEYWORD_ONLY:
+                passed.append(f"{p.name}={p.name}")
+            else:
+                passed.append(p.name)
+        return passed
+
+
+def _default(p: Parameter) -> str:
+    if p.default is inspect.Parameter.empty:
+        return ""
+    return f"={p.default!r}" if isinstance(p.default, _SIMPLE) else f"=_default_{p.name}"
+
+
+def _condition(p: Parameter) -> str:
+    if p.variadic:
+        return p.name
+    if p.traced:
+        # A trace takes every "is not None" branch: a None has to go to the module's own forward.
+        return f"{p.name} is None"
+    if p.value is None or isinstance(p.value, bool):
+        return f"{p.name} is not {p.value!r}"
+    if isinstance(p.value, int | float | str):
+        return f"type({p.name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
+    return f"{p.name} is not _default_{p.name}"

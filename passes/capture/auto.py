@@ -1,0 +1,74 @@
+"""Chooses the front-end: ``symbolic`` if everything traces, else ``export`` where it sees more, else
+``regions``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from torch import nn
+
+from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.passes._region import is_region
+from lora_fx.passes.capture.regions import find_regions
+from lora_fx.passes.capture.sharing import check_model, share_copy
+from lora_fx.types import Capture
+
+__all__ = ["Frontend", "capture"]
+
+Frontend = Literal["auto", "symbolic", "export", "regions"]
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    frontend: Frontend = "auto",
+    dynamic_shapes: Any = None,
+) -> Capture:
+    """Captures a model as graphs; see :func:`lora_fx.capture`."""
+    if frontend not in ("auto", "symbolic", "export", "regions"):
+        raise ConfigError(f"frontend must be auto, symbolic, export or regions, found {frontend!r}")
+    check_model(model)
+    if any(is_region(module) for module in model.modules()):
+        raise CaptureError("the model is captured or rewritten already: capture the original, which was not changed")
+    if frontend == "export" and example_inputs is None:
+        raise CaptureError("frontend='export' needs example_inputs: a tuple, a dict or a tensor that forward takes")
+    copy = share_copy(model)
+    regions, opaque = find_regions(copy)
+    traced = Capture(copy, regions, "regions", opaque=opaque)
+    reason = _not_symbolic(traced)
+    if frontend == "symbolic" and "" not in regions:
+        raise CaptureError(f"{type(model).__name__} does not trace symbolically: {reason}. Use frontend='auto'")
+    if frontend == "symbolic" or (frontend == "auto" and reason is None):
+        return dataclasses.replace(traced, frontend="symbolic")
+    if frontend == "regions":
+        return traced
+    notes = (f"not symbolic: {reason}",)
+    unseen = [fqn for fqn in opaque if _own_matrix(copy.get_submodule(fqn))]
+    if frontend == "auto" and (example_inputs is None or not unseen):
+        why = "there are no example_inputs" if example_inputs is None else "the regions see every weight"
+        return dataclasses.replace(traced, notes=(*notes, f"not export: {why}"))
+    from lora_fx.passes.capture.exported import export_root
+
+    try:
+        return dataclasses.replace(export_root(traced, example_inputs, dynamic_shapes), notes=notes)
+    except CaptureError as error:
+        if frontend == "export":
+            raise
+        return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
+
+
+def _not_symbolic(capture: Capture) -> str | None:
+    """Why not everything is a graph, or None."""
+    if "" in capture.opaque:
+        return f"{type(capture.model).__name__}: {capture.opaque['']}"
+    for fqn, reason in capture.opaque.items():
+        if not type(capture.model.get_submodule(fqn)).__module__.startswith("torch.nn."):
+            return f"{fqn}: {reason}"
+    return None
+
+
+def _own_matrix(module: nn.Module) -> bool:
+    built_in = type(module).__module__.startswith("torch.nn.")
+    return built_in or any(p is not None and p.dim() > 1 for p in module._parameters.values())

@@ -1,0 +1,88 @@
+"""Compares a capture with the model that it was made from, on the example inputs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import CaptureError
+from lora_fx.passes._region import install, uninstall
+from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.sharing import share_copy
+from lora_fx.types import Capture
+
+__all__ = ["check_unchanged", "run_reference"]
+
+_log = logging.getLogger("lora_fx")
+_TOLERANCE = 1e-6
+
+
+def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> float:
+    """Runs the model and its capture in eval mode and compares the outputs.
+
+    Returns:
+        The largest difference, relative to the largest value of its output; 0.0 for equal bits.
+
+    Raises:
+        CaptureError: If the inputs do not fit the model, or the outputs differ by more than 1e-6.
+    """
+    reference = run_reference(model, example_inputs)
+    modes = {module: module.training for module in capture.model.modules()}
+    install(capture.regions.values(), capture.extras)
+    try:
+        capture.model.eval()
+        args, kwargs = normalise(example_inputs)
+        with torch.no_grad():
+            found = capture.model(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for region in capture.regions.values():
+            uninstall(region.module)
+    difference = _difference(reference, found)
+    if difference > _TOLERANCE:
+        raise CaptureError(
+            f"the captured model ({capture.frontend}) computes something else than the original: relative "
+            f"difference {difference:.3g} on the example inputs. Try another frontend, and please report this"
+        )
+    if difference:
+        _log.info("the captured model rounds differently: relative difference %.3g", difference)
+    return difference
+
+
+def run_reference(model: nn.Module, example_inputs: Any) -> Any:
+    """The model's output in eval mode. The model is not touched: a copy over its weights runs.
+
+    Raises:
+        CaptureError: If the inputs do not fit the model.
+    """
+    args, kwargs = normalise(example_inputs)
+    copy = share_copy(model).eval()
+    try:
+        with torch.no_grad():
+            return copy(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"the model does not run on the example inputs ({type(error).__name__}: {error}). They must be "
+            "what its forward takes: a tuple of arguments, a dict of keyword arguments or a tensor"
+        ) from error
+
+
+def _difference(reference: Any, found: Any) -> float:
+    left, left_spec = pytree.tree_flatten(reference)
+    right, right_spec = pytree.tree_flatten(found)
+    if left_spec != right_spec:
+        raise CaptureError(f"the captured model returns {right_spec}, the original {left_spec}")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if not isinstance(a, torch.Tensor) or a.device.type == "meta" or torch.equal(a, b):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
+        worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+    return worst

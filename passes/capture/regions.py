@@ -1,0 +1,142 @@
+"""Walks the module tree and gives a graph to every module whose ``forward`` traces.
+
+A module without a graph keeps its own ``forward``, and its children are looked at one by one: in the
+worst case each linear layer is a region of one operation. Modules over no matrix are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from lora_fx.passes.capture.symbolic import Untraceable, trace
+from lora_fx.types import Region, join
+
+__all__ = ["find_regions"]
+
+# Modules of torch.nn that are one linear operation: their forward is worth a graph.
+_OPERATIONS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+
+
+def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
+    """Captures every module that can be captured.
+
+    Args:
+        model: The model, from :func:`share_copy`.
+
+    Returns:
+        The regions by FQN, parents before children, and for every other module that holds a matrix
+        the reason why it has none.
+    """
+    regions: dict[str, Region] = {}
+    opaque: dict[str, str] = {}
+    seen: set[nn.Module] = set()
+    holders = _holders(model)
+    known: dict[Any, fx.Graph] = {}
+    failed: dict[Any, Untraceable] = {}
+
+    def graph_of(module: nn.Module, built_in: bool) -> fx.Graph:
+        key, kind = _structure(module), _kind(module)
+        if key in known:
+            return known[key]
+        if kind in failed:
+            raise failed[kind]
+        try:
+            known[key] = trace(module, check_none=not built_in)
+        except Untraceable as reason:
+            failed[kind] = reason
+            raise
+        return known[key]
+
+    def visit(module: nn.Module, fqn: str) -> None:
+        if module in seen or module not in holders:
+            return
+        seen.add(module)
+        built_in = _built_in(module)
+        if built_in and not isinstance(module, (*_OPERATIONS, nn.Sequential)) and not _container(module):
+            opaque[fqn] = f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
+            return
+        if not _container(module):
+            try:
+                regions[fqn] = Region(fqn, module, graph_of(module, built_in))
+            except Untraceable as reason:
+                opaque[fqn] = str(reason)
+        for name, child in module.named_children():
+            visit(child, join(fqn, name))
+
+    visit(model, "")
+    return regions, opaque
+
+
+def _holders(model: nn.Module) -> set[nn.Module]:
+    """The modules with a parameter of two or more dimensions anywhere below them."""
+    found: set[nn.Module] = set()
+
+    def holds(module: nn.Module) -> bool:
+        own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+        if any([holds(child) for child in module.children()]) or own:
+            found.add(module)
+            return True
+        return False
+
+    holds(model)
+    return found
+
+
+_OWN = frozenset(nn.Module().__dict__)
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """All that a trace can depend on: modules that agree in it are traced once and share their graph.
+
+    An attribute that cannot be compared stands for itself, so that only the very same object agrees.
+    """
+    return (
+        type(module),
+        bool(module._forward_hooks or module._forward_pre_hooks),
+        tuple(name for name, value in module._parameters.items() if value is not None),
+        tuple(name for name, value in module._buffers.items() if value is not None),
+        tuple((name, _value(v)) for name, v in module.__dict__.items() if name not in _OWN),
+        tuple((name, _structure(child)) for name, child in module._modules.items() if child is not None),
+    )
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, _SIMPLE):
+        return (type(value), value)
+    if isinstance(value, tuple):
+        return tuple(_value(item) for item in value)
+    return id(value)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What decides whether a module traces: where one failed, its like is not tried again.
+
+    Coarser than :func:`_structure` (numbers do not count). To be wrong here costs a graph, never a
+    weight: the children of a module without a graph are looked at one by one.
+    """
+    switches = ((n, v) for n, v in module.__dict__.items() if n not in _OWN and isinstance(v, bool | str | None))
+    children = tuple((name, type(child)) for name, child in module._modules.items())
+    return (type(module), tuple(module._parameters), tuple(switches), children)
+
+
+def _built_in(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+
+
+def _container(module: nn.Module) -> bool:
+    # A subclass that defines no forward is never called, whatever its class.
+    return type(module).forward is nn.Module.forward

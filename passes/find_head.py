@@ -1,0 +1,111 @@
+"""Finds the output head: the linear operation that every path to the output goes through last.
+
+In a graph that is the first linear operation on the chain of dominators that leads from an output back
+to the input (`networkx.immediate_dominators`): a residual connection around an operation means that it is
+not the head. A block that repeats is never searched: its last layer is a layer like the others. Where a
+model names its head itself (``get_output_embeddings`` of transformers, ``get_classifier`` of timm), that
+is believed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+import networkx as nx
+from torch import fx, nn
+
+from lora_fx.types import Capture, Region, Site, join
+
+__all__ = ["Heads", "find_head"]
+
+_SOURCE = "source"
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Weights that make the output.
+
+    Attributes:
+        declared: FQNs of weights that the model names as its output layer.
+        found: FQNs of weights that the graph shows to be it.
+    """
+
+    declared: frozenset[str]
+    found: frozenset[str]
+
+    def __contains__(self, weight: str) -> bool:
+        return weight in self.declared or weight in self.found
+
+
+def find_head(capture: Capture, sites: tuple[Site, ...]) -> Heads:
+    """Finds the output head of a model.
+
+    Args:
+        capture: The model.
+        sites: Its linear operations.
+    """
+    declared = frozenset(_declared(capture.model))
+    if declared or "" not in capture.regions:
+        return Heads(declared, frozenset())
+    outputs = {(call.region, call.output): site.weight for site in sites for call in site.calls}
+    with_sites = {region for region, _ in outputs}
+    return Heads(declared, frozenset(_descend(capture, capture.regions[""], outputs, with_sites)))
+
+
+def _declared(model: nn.Module) -> Iterator[str]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for method in ("get_output_embeddings", "get_classifier"):
+        try:
+            head = getattr(model, method, lambda: None)()
+        except Exception:  # noqa: BLE001  a model's own method may fail in any way; then it declares nothing
+            continue
+        for one in head if isinstance(head, tuple | list) else (head,):
+            if isinstance(one, nn.Module) and id(one) in names:
+                yield join(names[id(one)], "weight")
+
+
+def _descend(
+    capture: Capture, region: Region, outputs: dict[tuple[str, str], str], with_sites: set[str]
+) -> Iterator[str]:
+    above = _dominators(region.graph)
+    for node in _leaves(region.graph):
+        current: fx.Node | str | None = node
+        while isinstance(current, fx.Node):
+            weight = outputs.get((region.fqn, current.name))
+            if weight is not None:
+                yield weight
+                break
+            if current.op == "call_module":
+                child = join(region.fqn, str(current.target))
+                if any(name == child or name.startswith(f"{child}.") for name in with_sites):
+                    if child in capture.regions and not _is_block(capture.model, child):
+                        yield from _descend(capture, capture.regions[child], outputs, with_sites)
+                    break
+            current = above.get(current)
+
+
+def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
+    flow = nx.DiGraph()
+    flow.add_node(_SOURCE)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            flow.add_edge(_SOURCE, node)
+        for user in node.users:
+            if node.op != "get_attr":
+                flow.add_edge(node, user)
+    found: dict[fx.Node, fx.Node | str] = nx.immediate_dominators(flow, _SOURCE)
+    return found
+
+
+def _leaves(graph: fx.Graph) -> list[fx.Node]:
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return list(output.all_input_nodes)
+
+
+def _is_block(model: nn.Module, fqn: str) -> bool:
+    module = model.get_submodule(fqn)
+    parent, _, _ = fqn.rpartition(".")
+    kinds = Counter(type(child) for child in model.get_submodule(parent).children())
+    return kinds[type(module)] > 1 and any(True for _ in module.children())

@@ -1,0 +1,202 @@
+"""Inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
+
+Graphs are copied before they are edited. The model of the capture, which is the pipeline's own, gets the
+factors as parameters beside the weight that they adapt; the names of its base parameters do not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections import defaultdict
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from lora_fx.config import LoraConfig
+from lora_fx.ops import AdapterFactors
+from lora_fx.passes._fx import Branch
+from lora_fx.passes._region import copy_graph
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import Capture, PassResult, Plan, PlannedSite, Region, Role, Site, Tag, join
+
+__all__ = ["Insert", "adapter_dtype"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Insert:
+    """The pass.
+
+    Attributes:
+        plan: What to insert.
+        adapter: The adapter's name.
+    """
+
+    name: ClassVar[str] = "insert"
+    plan: Plan
+    adapter: str = "default"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Adds factors and branches; nothing is modified where the plan is empty."""
+        if not self.plan.sites:
+            return PassResult(capture, False)
+        for row in self.plan.sites:
+            _add_factors(capture.model, row, self.plan.config, self.adapter)
+        regions = dict(capture.regions)
+        known: dict[Any, fx.Graph] = {}
+        for fqn, work in _by_region(self.plan).items():
+            region = regions[fqn]
+            jobs = tuple(self._job(capture, region, row, index) for row, index in work)
+            # Equal layers share their graph before the pass, and after it.
+            key = (id(region.graph), jobs)
+            if key not in known:
+                known[key] = self._edited(region, jobs)
+            regions[fqn] = Region(fqn, region.module, known[key])
+        return PassResult(dataclasses.replace(capture, regions=regions), True)
+
+    def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
+        site = row.site
+        weight = capture.model.get_parameter(site.weight)
+        names = pattern_of(site).factors(site, row.rank)
+        holder = _relative(site.holder, region.fqn)
+        return _Job(
+            output=site.calls[index].output,
+            pattern=site.calls[index].pattern,
+            weight=_relative(site.weight, region.fqn),
+            factors=(join(holder, names.name_a, self.adapter), join(holder, names.name_b, self.adapter)),
+            groups=site.groups,
+            cast=adapter_dtype(weight) != weight.dtype,
+            dropout=row.dropout,
+            training=join(_relative(site.owner, region.fqn), "training"),
+            scale=row.scale,
+            site=_Same(site),
+        )
+
+    def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
+        graph = copy_graph(region.graph)
+        nodes = {node.name: node for node in graph.nodes}
+        edited = Region(region.fqn, region.module, graph)
+        for job in jobs:
+            base = nodes[job.output]
+            build = Branch(
+                graph,
+                base,
+                functools.partial(_tag, job.weight, self.adapter),
+                job.factors,
+                cast=job.cast,
+                dropout=job.dropout,
+                training=job.training,
+            )
+            up = pattern_of(job).branch(job.site.value, base, edited, build)
+            build.finish(up, job.scale)
+        graph.lint()
+        return graph
+
+
+class _Same:
+    """A site that takes no part in comparisons: what the branch needs of it is in the job."""
+
+    def __init__(self, value: Site) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One branch to write, in names of the region: equal jobs on equal graphs give equal graphs."""
+
+    output: str
+    pattern: str
+    weight: str
+    factors: tuple[str, str]
+    groups: int
+    cast: bool
+    dropout: float
+    training: str
+    scale: float
+    site: _Same
+
+
+def _tag(weight: str, adapter: str, role: Role) -> Tag:
+    return Tag(weight, role, "" if role is Role.BASE else adapter)
+
+
+def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The factors' dtype: that of the weight, or fp32 for a weight of less precision."""
+    return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _by_region(plan: Plan) -> dict[str, list[tuple[PlannedSite, int]]]:
+    result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
+    for row in plan.sites:
+        for index, call in enumerate(row.site.calls):
+            result[call.region].append((row, index))
+    return result
+
+
+def _relative(name: str, region: str) -> str:
+    return name[len(region) + 1 :] if region else name
+
+
+def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
+    site = row.site
+    shapes = pattern_of(site).factors(site, row.rank)
+    holder = _holder(model, site)
+    weight = model.get_parameter(site.weight)
+    a, b = _initial(site, shapes.a, shapes.b, weight, config)
+    for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
+        if not hasattr(holder, name):
+            holder.add_module(name, AdapterFactors())
+        factors = holder.get_submodule(name)
+        assert isinstance(factors, AdapterFactors)
+        factors.train(holder.training)
+        factors.add(adapter, value)
+
+
+def _holder(model: nn.Module, site: Site) -> nn.Module:
+    owner = model.get_submodule(site.owner)
+    if site.holder == site.owner:
+        return owner
+    name = site.holder.rpartition(".")[2]
+    if not hasattr(owner, name):
+        owner.add_module(name, nn.Module())
+    return owner.get_submodule(name)
+
+
+def _initial(
+    site: Site, a: tuple[int, ...], b: tuple[int, ...], weight: torch.Tensor, config: LoraConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B at the start, from a generator of the site's own.
+
+    Hu et al. 2021 (arXiv:2106.09685): one factor random, the other zero. The distributions are PEFT's.
+    """
+    dtype = adapter_dtype(weight)
+    if weight.device.type == "meta":
+        return torch.empty(a, dtype=dtype, device="meta"), torch.empty(b, dtype=dtype, device="meta")
+    digest = hashlib.blake2b(f"{config.seed}:{site.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def uniform(shape: tuple[int, ...]) -> torch.Tensor:
+        # Kaiming with a = sqrt(5): the bound is 1/sqrt(fan_in).
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+    if site.family == "embedding":
+        random_b = normal(b, 1.0)
+        first = normal(a, 1.0) if config.init_lora_weights is False else torch.zeros(a)
+        second = random_b
+    else:
+        first = normal(a, 1 / a[0]) if config.init_lora_weights == "gaussian" else uniform(a)
+        second = uniform(b) if config.init_lora_weights is False else torch.zeros(b)
+    return first.to(weight.device, dtype), second.to(weight.device, dtype)

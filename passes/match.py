@@ -1,0 +1,152 @@
+"""Finds every linear operation: asks the patterns about every node of every region.
+
+Nothing is edited and nothing is chosen here. A weight that is applied in several places is one site. A
+weight that something else reads as well is refused: folding an adapter into it would change that, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from lora_fx.passes._fx import target_of, weight_of
+from lora_fx.passes.patterns import patterns
+from lora_fx.passes.patterns._base import itemised, site_name
+from lora_fx.types import Capture, Match, Region, Rejection, Site, join
+
+__all__ = ["Matches", "match"]
+
+_METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
+_METADATA_METHODS = frozenset({"size", "dim", "numel", "element_size", "is_floating_point", "stride"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Every linear operation of a model, and what comes close with the reason why it is none."""
+
+    sites: tuple[Site, ...]
+    rejections: tuple[Rejection, ...]
+
+
+def match(capture: Capture) -> Matches:
+    """Matches the patterns of :func:`lora_fx.passes.patterns.patterns` against all regions.
+
+    Returns:
+        Sites in the order of the model's parameters, with ties marked.
+    """
+    found: dict[str, list[Site]] = defaultdict(list)
+    rejections: dict[str, Rejection] = {}
+    for region in capture.regions.values():
+        for node in region.graph.nodes:
+            seen = _ask(node, region)
+            if isinstance(seen, Site):
+                found[seen.weight].append(seen)
+            elif isinstance(seen, Rejection):
+                rejections.setdefault(seen.name, seen)
+    readers = _readers(capture)
+    sites: dict[str, Site] = {}
+    for weight, several in found.items():
+        joined = _joined(several, readers.pop(weight, ()))
+        if isinstance(joined, Site):
+            sites[weight] = joined
+        else:
+            rejections[joined.name] = joined
+    for weight, reads in readers.items():
+        name = site_name(weight)
+        rejections.setdefault(name, Rejection(name, f"its only use is by {reads[0].what}, not a linear operation"))
+    rejections.update(_opaque(capture, rejections))
+    return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
+
+
+def _ask(node: fx.Node, region: Region) -> Match:
+    for pattern in patterns():
+        seen = pattern.match(node, region)
+        if seen is not None:
+            return seen
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    region: str
+    node: str
+    what: str
+
+
+def _readers(capture: Capture) -> dict[str, list[_Read]]:
+    """By FQN of each matrix: the nodes that read its values, transposes passed over."""
+    result: dict[str, list[_Read]] = defaultdict(list)
+    for region in capture.regions.values():
+        for node in region.graph.nodes:
+            parameter = region.parameter(node)
+            if parameter is None or parameter.dim() < 2:
+                continue
+            name = join(region.fqn, str(node.target))
+            for user in _consumers(node, region):
+                result[name].append(_Read(region.fqn, user.name, itemised(target_of(user) or user.target)))
+    return result
+
+
+def _consumers(node: fx.Node, region: Region) -> Iterator[fx.Node]:
+    for user in node.users:
+        if weight_of(user, region) is not None:
+            yield from _consumers(user, region)
+        elif not _asks_metadata(user):
+            yield user
+
+
+def _asks_metadata(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    return node.target is getattr and node.args[1] in _METADATA
+
+
+def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> Site | Rejection:
+    first = several[0]
+    calls = tuple(call for site in several for call in site.calls)
+    own = {(call.region, call.output) for call in calls}
+    for other in several[1:]:
+        if (other.family, other.layout) != (first.family, first.layout):
+            return Rejection(
+                first.name,
+                f"its weight is applied in two ways ({first.pattern} and {other.pattern}): one adapter "
+                "cannot stand for both",
+                other.calls[0].region,
+                other.calls[0].output,
+            )
+    for read in reads:
+        if (read.region, read.node) not in own:
+            return Rejection(
+                first.name,
+                f"its weight is also read by {read.what}: an adapter would change one use, a merge both",
+                read.region,
+                read.node,
+            )
+    return dataclasses.replace(first, calls=calls)
+
+
+def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejection]:
+    """Modules without a graph that hold a matrix of their own."""
+    result = {}
+    for fqn, reason in capture.opaque.items():
+        module = capture.model.get_submodule(fqn)
+        built_in = type(module).__module__.startswith("torch.nn.")
+        own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+        if (own or built_in) and fqn not in known:
+            result[fqn] = Rejection(fqn, reason if built_in else f"no graph: {reason}", fqn)
+    return result
+
+
+def _ordered(model: nn.Module, sites: dict[str, Site]) -> Iterator[Site]:
+    """Sites in parameter order, each with the FQNs of the other parameters over its storage."""
+    tied: dict[int, list[str]] = defaultdict(list)
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
+        tied[parameter.untyped_storage()._cdata].append(name)
+    for name, parameter in named:
+        if name in sites:
+            others = tuple(n for n in tied[parameter.untyped_storage()._cdata] if n != name)
+            yield dataclasses.replace(sites[name], tied_to=others)

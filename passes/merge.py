@@ -1,0 +1,272 @@
+"""Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
+
+Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of its own
+where something was folded and shares all others; a tied weight is untied first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError
+from lora_fx.ops import AdapterFactors
+from lora_fx.passes._region import is_region, original_class, uninstall
+from lora_fx.passes.capture.sharing import share_copy
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import PlannedSite, Record
+
+__all__ = ["MergeReport", "MergedSite", "delta_weight", "factors_of", "merge", "record_of"]
+
+_log = logging.getLogger("lora_fx")
+_CHUNK = 1 << 22  # elements of a weight that are widened to fp64 at a time
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MergedSite:
+    """One folded weight.
+
+    Attributes:
+        name: FQN of the site.
+        adapters: What was folded in.
+        max_ulp: Largest error of a merged element against fp64, in units in the last place of the
+            weight's dtype; a correctly rounded weight has at most 0.5. NaN if it was not measured.
+        relative_change: ``‖ΔW‖ / ‖W‖``; NaN if it was not measured.
+    """
+
+    name: str
+    adapters: tuple[str, ...]
+    max_ulp: float
+    relative_change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        sites: One row a weight.
+        untied: FQNs that shared their storage with another parameter and do not any more.
+    """
+
+    sites: tuple[MergedSite, ...]
+    untied: tuple[str, ...] = ()
+
+    @property
+    def max_ulp(self) -> float:
+        """The largest error of all."""
+        return max((site.max_ulp for site in self.sites), default=0.0)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.sites)} weight(s) merged, largest error {self.max_ulp:.4f} units in the last place"]
+        lines += [f"  {s.name}: {s.max_ulp:.4f} ulp, changed by {s.relative_change:.2e}" for s in self.sites]
+        lines += [f"  untied: {name}" for name in self.untied]
+        return "\n".join(lines)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """What ``rewrite`` left on a model, or None for any other model."""
+    record = model.__dict__.get("_lora_fx")
+    return record if isinstance(record, Record) else None
+
+
+def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of a site."""
+    shapes = pattern_of(row.site).factors(row.site, row.rank)
+    holder = model.get_submodule(row.site.holder)
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (shapes.name_a, shapes.name_b))
+    return a, b
+
+
+def delta_weight(
+    model: nn.Module,
+    row: PlannedSite,
+    adapter: str,
+    dtype: torch.dtype = torch.float32,
+    outputs: slice = slice(None),
+) -> torch.Tensor:
+    """``ΔW = s · B A`` of one site, in the weight's layout and in ``dtype``.
+
+    Args:
+        model: The rewritten model.
+        row: The site.
+        adapter: The adapter's name.
+        dtype: In which it is computed.
+        outputs: Which output features; all of them for a grouped convolution.
+    """
+    a, b = (f.detach().to(dtype) for f in factors_of(model, row, adapter))
+    return pattern_of(row.site).delta(row.site, a, b[outputs]) * row.scale
+
+
+def merge(
+    model: nn.Module,
+    *,
+    adapter_names: Sequence[str] | None = None,
+    into: nn.Module | None = None,
+    measure: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[nn.Module, MergeReport]:
+    """Folds adapters into the weights.
+
+    Args:
+        model: A rewritten model; it is not changed.
+        adapter_names: Which adapters; all by default.
+        into: Fold into this model instead of a copy of the base: a model of the original class.
+        measure: Whether to compare every merged element with fp64.
+        progress: Called with (done, total, site name) before each weight.
+
+    Returns:
+        The merged model, and the report.
+
+    Raises:
+        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, or
+            a factor or a result is not finite.
+    """
+    record = record_of(model)
+    if record is None:
+        raise MergeError(f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has")
+    names = tuple(record.adapters if adapter_names is None else adapter_names)
+    for name in names:
+        if name not in record.adapters:
+            raise MergeError(f"there is no adapter {name!r}: the model has {', '.join(map(repr, record.adapters))}")
+    result = stripped(model, record) if into is None else into
+    if into is not None:
+        _check_fits(model, into, record, names)
+        _copy_trained(model, into, record, names)
+    rows: dict[str, list[tuple[PlannedSite, str]]] = {}
+    for name in names:
+        for row in record.adapters[name].sites:
+            rows.setdefault(row.site.weight, []).append((row, name))
+    untied, sites = [], []
+    for done, (weight, several) in enumerate(rows.items()):
+        if progress is not None:
+            progress(done, len(rows), several[0][0].name)
+        if _set_merged(model, result, weight, several, untied):
+            sites.append(_measured(model, result, weight, several, measure))
+    if untied:
+        _untie_config(result, untied)
+    return result, MergeReport(tuple(sites), tuple(untied))
+
+
+def stripped(model: nn.Module, record: Record) -> nn.Module:
+    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was."""
+    result = share_copy(model)
+    del result.__dict__["_lora_fx"]
+    for module in list(result.modules()):
+        uninstall(module)
+        for name, child in list(module.named_children()):
+            holds = [c for c in child.children() if isinstance(c, AdapterFactors)]
+            if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
+                del module._modules[name]
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(name in record.trainable)
+    return result
+
+
+def _set_merged(
+    model: nn.Module, result: nn.Module, weight: str, rows: list[tuple[PlannedSite, str]], untied: list[str]
+) -> bool:
+    owner_name, _, key = weight.rpartition(".")
+    owner = result.get_submodule(owner_name)
+    old = owner._parameters[key]
+    assert old is not None
+    for row, adapter in rows:
+        if not all(torch.isfinite(f).all() for f in factors_of(model, row, adapter)):
+            raise MergeError(f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged")
+    if any(p is old for m in result.modules() for k, p in m._parameters.items() if (m, k) != (owner, key)):
+        untied.append(weight)
+    merged = _folded(model, old.detach(), rows)
+    if not torch.isfinite(merged).all() and torch.isfinite(old).all():
+        raise MergeError(f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype")
+    owner._parameters[key] = nn.Parameter(merged, requires_grad=old.requires_grad)
+    return True
+
+
+def _folded(model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]) -> torch.Tensor:
+    """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
+    wide = torch.float32 if old.device.type == "mps" else torch.float64
+    merged = torch.empty_like(old)
+    axis = 0 if rows[0][0].site.layout == "out_in" else 1
+    features = old.shape[axis]
+    step = features if rows[0][0].site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
+    for start in range(0, features, step):
+        here = slice(start, start + step)
+        total = old.narrow(axis, start, min(step, features - start)).to(wide)
+        for row, adapter in rows:
+            total += delta_weight(model, row, adapter, wide, here).to(old.device)
+        merged.narrow(axis, start, total.shape[axis]).copy_(_rounded(total, old.dtype))
+    return merged
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
+
+    Rounding to odd on the way makes the second rounding the only one that counts (Boldo and
+    Melquiond, "When double rounding is odd", 2005).
+    """
+    if values.dtype != torch.float64 or dtype in (torch.float32, torch.float64):
+        return values.to(dtype)
+    near = values.float()
+    gap = values - near.double()
+    even = (near.view(torch.int32) & 1) == 0
+    other = torch.nextafter(near, torch.where(gap > 0, torch.inf, -torch.inf).float())
+    return torch.where(even & (gap != 0) & near.isfinite(), other, near).to(dtype)
+
+
+def _measured(
+    model: nn.Module, result: nn.Module, weight: str, rows: list[tuple[PlannedSite, str]], measure: bool
+) -> MergedSite:
+    name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
+    if not measure:
+        return MergedSite(name, adapters, math.nan, math.nan)
+    old = model.get_parameter(weight).detach().double()
+    delta = sum(delta_weight(model, row, adapter, torch.float64) for row, adapter in rows)
+    exact = old + delta
+    merged = result.get_parameter(weight).detach()
+    error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
+    change = float((exact - old).norm() / old.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return MergedSite(name, adapters, float(error.max()), change)
+
+
+def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Distance between neighbours of ``dtype`` around each fp64 value."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values)
+    size = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+    return size.clamp_min(info.smallest_normal * info.eps)
+
+
+def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
+    if record_of(into) is not None or is_region(into):
+        raise MergeError("into is a rewritten model: give the model of the original class")
+    if not isinstance(into, original_class(model)):
+        raise MergeError(f"into is a {type(into).__name__}, the adapters belong to a {original_class(model).__name__}")
+    shapes = {name: tuple(p.shape) for name, p in into.named_parameters(remove_duplicate=False)}
+    for name in names:
+        for row in record.adapters[name].sites:
+            if shapes.get(row.site.weight) != row.site.weight_shape:
+                raise MergeError(
+                    f"into has no {row.site.weight} of shape {row.site.weight_shape}; found {shapes.get(row.site.weight)}"
+                )
+
+
+def _copy_trained(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
+    for name in names:
+        adapter = record.adapters[name]
+        wanted = (*adapter.biases, *(f"{module}." for module in adapter.saved_modules))
+        for fqn, parameter in model.named_parameters():
+            if any(fqn == w or (w.endswith(".") and fqn.startswith(w)) for w in wanted):
+                into.get_parameter(fqn).data.copy_(parameter.detach())
+
+
+def _untie_config(model: nn.Module, untied: list[str]) -> None:
+    _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        # Otherwise saving and loading ties them again and loses one of the two.
+        config.tie_word_embeddings = False

@@ -1,0 +1,108 @@
+"""Convolutions: ``y' = conv(x, W) + s · conv₁(conv(x, A), B)``.
+
+A has the base convolution's kernel, stride, padding and dilation, and r output channels; B is a 1 x 1
+convolution. With g groups both are grouped: A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the
+shape of W [out, in/g, *k] and can be merged. (A dense A, as PEFT makes it, sees channels that the base
+convolution does not, and no grouped weight can hold that.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.passes._fx import arguments, constant_of, target_of, weight_of
+from lora_fx.passes.patterns._base import itemised, make_site, reject
+from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+
+__all__ = ["ConvPattern"]
+
+_aten = torch.ops.aten
+_FUNCTIONS: dict[int, tuple[Any, ...]] = {
+    1: (F.conv1d, _aten.conv1d.default, _aten.conv1d.padding),
+    2: (F.conv2d, _aten.conv2d.default, _aten.conv2d.padding),
+    3: (F.conv3d, _aten.conv3d.default, _aten.conv3d.padding),
+}
+_TRANSPOSED: dict[int, tuple[Any, ...]] = {
+    1: (F.conv_transpose1d, _aten.conv_transpose1d.default),
+    2: (F.conv_transpose2d, _aten.conv_transpose2d.input),
+    3: (F.conv_transpose3d, _aten.conv_transpose3d.input),
+}
+_SIGNATURE = "input weight bias=None stride=1 padding=0 dilation=1 groups=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvPattern:
+    """``conv1d``, ``conv2d`` or ``conv3d``, with groups, dilation and any padding.
+
+    Attributes:
+        dims: Number of spatial dimensions: 1, 2 or 3.
+    """
+
+    dims: int
+
+    @property
+    def name(self) -> str:
+        """``conv1d``, ``conv2d`` or ``conv3d``."""
+        return f"conv{self.dims}d"
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """See :class:`lora_fx.types.Pattern`."""
+        target = target_of(node)
+        if target in _TRANSPOSED[self.dims]:
+            found = weight_of(arguments(node, _SIGNATURE)["weight"], region)
+            return reject(region, node, found[0] if found else None, "transposed convolutions have no adapter yet")
+        if target not in _FUNCTIONS[self.dims]:
+            return None
+        named = arguments(node, _SIGNATURE)
+        found = weight_of(named["weight"], region)
+        if found is None or found[1]:
+            computed = constant_of(named["weight"], region)
+            if computed is None:
+                return None
+            how = itemised(target_of(named["weight"]) or named["weight"].target)
+            return reject(region, node, computed, f"the weight is computed from it ({how}) before it is applied")
+        parameter = region.parameter(found[0])
+        assert parameter is not None
+        groups = int(named["groups"])
+        return make_site(
+            region,
+            pattern=self.name,
+            family="conv",
+            weight=found[0],
+            bias=named["bias"],
+            x=named["input"],
+            output=node,
+            sizes=(parameter.shape[1] * groups, parameter.shape[0]),
+            layout="out_in",
+            groups=groups,
+        )
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """A [r, in/g, *k], B [out, r/g, 1, ...]."""
+        kernel = site.weight_shape[2:]
+        a = (rank, site.in_features // site.groups, *kernel)
+        return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """The base convolution's geometry with A, then a 1 x 1 convolution with B."""
+        named = arguments(node, _SIGNATURE)
+        conv = _FUNCTIONS[self.dims][0]
+        geometry = (named["stride"], named["padding"], named["dilation"], site.groups)
+        down = build.call(Role.DOWN, conv, build.dropped(named["input"]), build.a, None, *geometry)
+        return build.call(Role.UP, conv, down, build.b, None, 1, 0, 1, site.groups)
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B A`` group by group, in W's shape."""
+        g = site.groups
+        grouped_a = a.reshape(g, a.shape[0] // g, -1)
+        grouped_b = b.reshape(g, b.shape[0] // g, -1)
+        return (grouped_b @ grouped_a).reshape(-1, *site.weight_shape[1:])
+
+    def flops(self, site: Site, rank: int) -> int:
+        """Twice the elements of both factors, for one output position."""
+        return 2 * self.factors(site, rank).numel

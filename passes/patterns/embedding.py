@@ -1,0 +1,79 @@
+"""Embedding lookups: ``y' = W[i] + s · (Aᵀ[i]) Bᵀ``.
+
+A is [r, vocabulary] and starts at zero, B is [width, r] and starts random: a lookup in Aᵀ is as cheap as
+one in W. The factors are named as PEFT names them, ``lora_embedding_A`` and ``lora_embedding_B``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.passes._fx import arguments, target_of, weight_of
+from lora_fx.passes.patterns._base import make_site, reject
+from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+
+__all__ = ["EmbeddingPattern"]
+
+_FUNCTIONAL = "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False"
+_ATEN = "weight input padding_idx=-1 scale_grad_by_freq=False sparse=False"
+
+
+class EmbeddingPattern:
+    """``F.embedding`` and ``aten.embedding``."""
+
+    name = "embedding"
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """See :class:`lora_fx.types.Pattern`."""
+        target = target_of(node)
+        if target is F.embedding_bag:
+            found = weight_of(node.args[1], region) if len(node.args) > 1 else None
+            return reject(region, node, found[0] if found else None, "embedding bags have no adapter yet")
+        if target not in (F.embedding, torch.ops.aten.embedding.default):
+            return None
+        named = arguments(node, _FUNCTIONAL if target is F.embedding else _ATEN)
+        found = weight_of(named["weight"], region)
+        if found is None or found[1] or not isinstance(named["input"], fx.Node):
+            return None
+        if named.get("max_norm") is not None:
+            return reject(region, node, found[0], "max_norm renormalises the weight at every lookup")
+        parameter = region.parameter(found[0])
+        assert parameter is not None
+        vocabulary, width = parameter.shape
+        return make_site(
+            region,
+            pattern=self.name,
+            family="embedding",
+            weight=found[0],
+            bias=None,
+            x=named["input"],
+            output=node,
+            sizes=(vocabulary, width),
+            layout="in_out",
+        )
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """A [r, vocabulary], B [width, r]."""
+        return Factors(
+            (rank, site.in_features), (site.out_features, rank), "lora_embedding_A", "lora_embedding_B"
+        )
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """A lookup in Aᵀ, then a product with B. Indices have no dropout."""
+        named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
+        table = build.call(Role.DOWN, torch.t, build.a)
+        padding = named["padding_idx"]
+        if padding == -1:
+            padding = None
+        down = build.call(Role.DOWN, F.embedding, named["input"], table, padding)
+        return build.call(Role.UP, F.linear, down, build.b)
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``(B A)ᵀ``: [vocabulary, width]."""
+        return (b @ a).mT
+
+    def flops(self, site: Site, rank: int) -> int:
+        """``2 r width``: the lookup is free."""
+        return 2 * rank * site.out_features

@@ -1,0 +1,215 @@
+"""Decides which sites are adapted and with what: the dry run.
+
+Names are judged by PEFT's rules (:mod:`lora_fx.passes.selection`), operations by what was matched. With
+``target_modules=None`` every matrix product and convolution is selected but the output head; lookups in
+an embedding, and the head, are adapted when they are named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import nn
+
+from lora_fx.config import LoraConfig
+from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.passes.find_head import Heads, find_head
+from lora_fx.passes.match import Matches, match
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.selection import (
+    alpha_for,
+    judge,
+    nearest_names,
+    rank_for,
+    saved_module,
+    scale_for,
+    unmatched,
+    unmatched_saved,
+    uses_default_targets,
+)
+from lora_fx.types import Capture, Plan, PlannedSite, Rejection, Site, Skipped
+
+__all__ = ["make_plan"]
+
+
+def make_plan(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
+    """Plans a rewrite. Nothing is changed.
+
+    Args:
+        capture: The model as graphs.
+        config: What to adapt.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+
+    Raises:
+        NoMatchError: If nothing at all is selected.
+        PartialMatchError: With ``strict``, if an entry selects nothing.
+        CaptureError: If the model has adapters of another library.
+    """
+    _refuse_adapters(capture.model)
+    matches = match(capture)
+    heads = find_head(capture, matches.sites)
+    rows: list[PlannedSite] = []
+    skipped: list[Skipped] = []
+    for site in matches.sites:
+        site = dataclasses.replace(site, head=site.weight in heads)
+        verdict = judge(site.name, config, in_default=_in_default(site, config, heads))
+        objection = _objection(site, config) if verdict.selected else _why_not(site, config, verdict.reason)
+        if objection is None:
+            rows.append(_row(capture, site, config))
+        else:
+            skipped.append(Skipped(site, objection))
+    saved = tuple(_saved_modules(capture.model, config))
+    biases = tuple(_biases(capture.model, config, rows, saved))
+    plan = Plan(
+        sites=tuple(rows),
+        skipped=tuple(skipped),
+        rejections=matches.rejections,
+        unmatched=tuple(_unmatched(capture, config, matches, rows)),
+        config=config,
+        frontend=capture.frontend,
+        notes=capture.notes,
+        saved_modules=saved,
+        biases=biases,
+        base_parameters=sum(p.numel() for p in capture.model.parameters()),
+        extra_parameters=_extra_parameters(capture.model, saved, biases),
+    )
+    _check(plan, matches, strict)
+    return plan
+
+
+def _in_default(site: Site, config: LoraConfig, heads: Heads) -> bool:
+    if config.target_modules is None:
+        return site.family != "embedding" and not site.head
+    # "all-linear" is PEFT's: it knows no other head than the one that the model declares.
+    return site.family == "linear" and site.weight not in heads.declared
+
+
+def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
+    if uses_default_targets(config) and site.head and "target_modules" in reason:
+        return "the output head: name it in target_modules to adapt it"
+    if uses_default_targets(config) and site.family == "embedding" and "target_modules" in reason:
+        return "an embedding: name it in target_modules to adapt it"
+    return reason
+
+
+def _objection(site: Site, config: LoraConfig) -> str | None:
+    rank = rank_for(site.name, config)
+    if site.groups > 1 and rank % site.groups:
+        return (
+            f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
+            "set one with rank_pattern"
+        )
+    return None
+
+
+def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
+    rank = rank_for(site.name, config)
+    pattern = pattern_of(site)
+    itemsize = capture.model.get_parameter(site.weight).element_size()
+    dropout = 0.0 if site.family == "embedding" else float(config.lora_dropout)
+    # An index is saved as it is; a vector a second time, masked, with its mask, where there is dropout.
+    kept = 8 if site.family == "embedding" else site.in_features * itemsize
+    masked = site.in_features * (itemsize + 1) if dropout else 0
+    return PlannedSite(
+        site=site,
+        rank=rank,
+        alpha=float(alpha_for(site.name, config)),
+        scale=scale_for(site.name, config),
+        dropout=dropout,
+        parameters=pattern.factors(site, rank).numel,
+        flops=pattern.flops(site, rank) * len(site.calls),
+        saved=(kept + masked + rank * itemsize) * len(site.calls),
+    )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
+            raise CaptureError(
+                f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
+                "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
+            )
+
+
+def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
+    outer: list[str] = []
+    for name, _ in model.named_modules():
+        if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
+            outer.append(name)
+            yield name
+
+
+def _biases(
+    model: nn.Module, config: LoraConfig, rows: list[PlannedSite], saved: tuple[str, ...]
+) -> Iterator[str]:
+    wanted = {row.site.bias for row in rows}
+    for name, _ in model.named_parameters():
+        inside = any(name.startswith(f"{module}.") for module in saved)
+        every = config.bias == "all" and "bias" in name
+        if not inside and (every or (config.bias == "lora_only" and name in wanted)):
+            yield name
+
+
+def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
+    inside = sum(p.numel() for name in saved for p in model.get_submodule(name).parameters())
+    return inside + sum(model.get_parameter(name).numel() for name in biases)
+
+
+def _unmatched(
+    capture: Capture, config: LoraConfig, matches: Matches, rows: list[PlannedSite]
+) -> Iterator[str]:
+    names = [site.name for site in matches.sites]
+    idle = unmatched(names, config, selected=[row.name for row in rows])
+    for target in idle.targets:
+        yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
+    for target in idle.filtered:
+        yield f"target_modules {target!r}: everything that it names is left out (see 'not selected')"
+    for title, entries in (
+        ("exclude_modules", idle.excludes),
+        ("rank_pattern", idle.rank_keys),
+        ("alpha_pattern", idle.alpha_keys),
+        ("layers_to_transform", idle.layers),
+        ("layers_pattern", idle.layers_patterns),
+        ("modules_to_save", unmatched_saved([n for n, _ in capture.model.named_modules()], config)),
+    ):
+        for entry in entries:
+            yield f"{title} {entry!r}: matches nothing"
+
+
+def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> str:
+    for rejection in matches.rejections:
+        if _named(target, rejection.name):
+            return f"{rejection.name} cannot be adapted: {rejection.reason}"
+    for name, module in capture.model.named_modules():
+        if name and _named(target, name):
+            inner = [n for n in names if n.startswith(f"{name}.")]
+            holds = f"; name what it holds, e.g. {inner[0]!r}" if inner else ""
+            return f"{name} is a {type(module).__name__}, not a linear operation{holds}"
+    near = nearest_names(target, names)
+    return "matches nothing" + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
+
+
+def _named(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _check(plan: Plan, matches: Matches, strict: bool) -> None:
+    if not plan.sites and plan.config.target_modules != ():
+        raise NoMatchError(_nothing(plan, matches))
+    if strict and plan.unmatched:
+        raise PartialMatchError("strict=True, and part of the configuration selects nothing:\n  " + "\n  ".join(plan.unmatched))
+
+
+def _nothing(plan: Plan, matches: Matches) -> str:
+    lines = ["the configuration selects no operation of the model"]
+    lines += [f"  {entry}" for entry in plan.unmatched]
+    lines += [f"  {skipped.site.name}: {skipped.reason}" for skipped in plan.skipped[:8]]
+    if not matches.sites:
+        lines.append("  the model has no linear operation that lora_fx can see")
+        lines += [f"  {_line(r)}" for r in matches.rejections[:8]]
+    return "\n".join(lines)
+
+
+def _line(rejection: Rejection) -> str:
+    return f"{rejection.name}: {rejection.reason}"
