@@ -12,8 +12,8 @@ What needs more than PyTorch (ONNX, pictures) is loaded when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from lora_fx.api import (
     capture,
@@ -40,7 +40,7 @@ from lora_fx.errors import (
 )
 from lora_fx.passes.patterns import register_pattern
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.tools.visualize import visualize
@@ -82,10 +82,10 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Loads what has dependencies of its own when it is first asked for."""
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return getattr(_importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
 
 

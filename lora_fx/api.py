@@ -57,11 +57,18 @@ def capture(
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
     if example_inputs is not None:
         check_unchanged(model, result, example_inputs)
-    install(result.regions.values(), result.extras)
+    install(result.regions.values())
     return result
 
 
-def plan(model: nn.Module, config: LoraConfig, example_inputs: Any = None, *, strict: bool = False) -> Plan:
+def plan(
+    model: nn.Module,
+    config: LoraConfig,
+    example_inputs: Any = None,
+    *,
+    strict: bool = False,
+    frontend: Frontend = "auto",
+) -> Plan:
     """The dry run: what :func:`rewrite` would do, why, and what it costs. Nothing is changed.
 
     Args:
@@ -69,6 +76,7 @@ def plan(model: nn.Module, config: LoraConfig, example_inputs: Any = None, *, st
         config: What to adapt.
         example_inputs: As for :func:`capture`; they let more models be captured whole.
         strict: Whether an entry of the configuration that selects nothing is an error.
+        frontend: As for :func:`capture`.
 
     Returns:
         A plan: print it, or look at ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
@@ -78,7 +86,9 @@ def plan(model: nn.Module, config: LoraConfig, example_inputs: Any = None, *, st
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
-    return pipeline.plan_model(model, config, example_inputs, strict=strict)[1]
+    return pipeline.plan_model(
+        model, config, example_inputs, strict=strict, frontend=frontend
+    )[1]
 
 
 def rewrite(
@@ -89,6 +99,7 @@ def rewrite(
     adapter_name: str = "default",
     optimize: bool = True,
     strict: bool = False,
+    frontend: Frontend = "auto",
 ) -> nn.Module:
     """Puts LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
 
@@ -99,6 +110,7 @@ def rewrite(
         adapter_name: Name of the adapter.
         optimize: Whether to run the passes that make training cheaper. False leaves the canonical form.
         strict: Whether an entry of the configuration that selects nothing is an error.
+        frontend: As for :func:`capture`.
 
     Returns:
         A module of the model's own class, ready to train: the base frozen and shared with the
@@ -111,7 +123,7 @@ def rewrite(
         CaptureError: If the model cannot be captured.
     """
     return pipeline.rewrite_model(
-        model, config, example_inputs, adapter_name=adapter_name, strict=strict
+        model, config, example_inputs, adapter_name=adapter_name, strict=strict, frontend=frontend
     )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fx.errors import ConfigError
 
-__all__ = ["AdapterFactors", "check_adapter_name"]
+__all__ = ["AdapterFactors", "check_adapter_name", "checkpoints", "count_batch"]
 
 
 class AdapterFactors(nn.Module):
@@ -40,6 +40,29 @@ def check_adapter_name(name: str) -> None:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"adapter_name must be a string that is not empty, found {name!r}")
     if "." in name or "/" in name or "\\" in name:
-        raise ConfigError(f"adapter_name {name!r} has a dot or a slash: it is part of parameter and folder names")
+        raise ConfigError(
+            f"adapter_name {name!r} has a dot or a slash: it is part of parameter and folder names"
+        )
     if hasattr(AdapterFactors, name) or name == "training":
         raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
+
+
+def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
+    """Counts a batch of a batch norm, in training only: what ``nn.BatchNorm`` does before it normalises.
+
+    Args:
+        counter: ``num_batches_tracked``, a scalar; counted up in place.
+        training: The layer's mode.
+    """
+    return counter.add_(1) if training else counter
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether any block of the model would checkpoint its activations now.
+
+    A graph of the whole model has no blocks to checkpoint, so such a call goes to the model's own
+    forward. The switch is the attribute that transformers sets on its layers.
+    """
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )

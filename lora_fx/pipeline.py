@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._region import install
+from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import check_unchanged
+from lora_fx.passes.find_head import find_head
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.match import match
 from lora_fx.passes.merge import record_of
 from lora_fx.passes.plan import make_plan
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.types import AdapterRecord, Capture, Pass, Plan, Record
 
-__all__ = ["buffer_digests", "build", "plan_model", "rewrite_model", "run_passes"]
+__all__ = ["buffer_digests", "build", "plan_capture", "plan_model", "rewrite_model", "run_passes"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -39,22 +43,27 @@ def run_passes(capture: Capture, passes: Sequence[Pass]) -> Capture:
         except LoraFxError:
             raise
         except Exception as error:
-            raise CaptureError(f"pass {one.name!r} failed: {type(error).__name__}: {error}") from error
+            raise CaptureError(
+                f"pass {one.name!r} failed: {type(error).__name__}: {error}"
+            ) from error
         _log.debug("pass %s: %s", one.name, "modified" if result.modified else "nothing to do")
         capture = result.capture
     return capture
 
 
 def plan_model(
-    model: nn.Module, config: Any, example_inputs: Any = None, *, strict: bool = False
+    model: nn.Module,
+    config: Any,
+    example_inputs: Any = None,
+    *,
+    strict: bool = False,
+    frontend: Frontend = "auto",
 ) -> tuple[Capture, Plan]:
     """Captures a model and plans its rewrite.
 
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
-    from lora_fx.config import LoraConfig
-
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a lora_fx.LoraConfig, found {type(config).__name__}")
     if isinstance(model, nn.Module) and record_of(model) is not None:
@@ -62,8 +71,13 @@ def plan_model(
             "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, or "
             "rewrite the original model, which was not changed"
         )
-    capture = capture_model(model, example_inputs)
-    return capture, make_plan(capture, config, strict=strict)
+    capture = capture_model(model, example_inputs, frontend=frontend)
+    return capture, plan_capture(capture, config, strict=strict)
+
+
+def plan_capture(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
+    """Matches, finds the head and plans: everything that looks and nothing that edits."""
+    return make_plan(capture, find_head(capture, match(capture)), config, strict=strict)
 
 
 def rewrite_model(
@@ -73,10 +87,11 @@ def rewrite_model(
     *,
     adapter_name: str = "default",
     strict: bool = False,
+    frontend: Frontend = "auto",
 ) -> nn.Module:
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
-    capture, plan = plan_model(model, config, example_inputs, strict=strict)
+    capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
     if example_inputs is not None:
         check_unchanged(model, capture, example_inputs)
     capture = run_passes(capture, [Insert(plan, adapter_name), Unfreeze(plan)])
@@ -85,7 +100,7 @@ def rewrite_model(
 
 def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) -> nn.Module:
     """Makes the module that runs: installs every region and leaves the record on the root."""
-    install(capture.regions.values(), capture.extras)
+    install(capture.regions.values())
     adapter = AdapterRecord(plan.config, plan.sites, plan.saved_modules, plan.biases)
     trainable = frozenset(name for name, p in original.named_parameters() if p.requires_grad)
     capture.model.__dict__["_lora_fx"] = Record(

@@ -29,6 +29,7 @@ __all__ = [
     "Factors",
     "Layout",
     "Match",
+    "Matches",
     "Pass",
     "PassResult",
     "Pattern",
@@ -92,11 +93,14 @@ class Region:
         fqn: Name of the module in the model; ``""`` is the root.
         module: The module itself.
         graph: What its ``forward`` computes. Names in it are relative to ``module``.
+        fallback: Whether the module's own forward may stand in for the graph when it is called in
+            a way that the graph was not made for. False if that would leave out an adapter.
     """
 
     fqn: str
     module: nn.Module
     graph: fx.Graph
+    fallback: bool = True
 
     def tensor(self, node: object) -> torch.Tensor | None:
         """The tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
@@ -128,8 +132,6 @@ class Capture:
         frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
         notes: Why the other front-ends were not used.
         opaque: Modules that have parameters but no graph, with the reason.
-        extras: By region: class attributes that its generated code reads (the pytree specs of
-            ``torch.export``).
     """
 
     model: nn.Module
@@ -137,12 +139,16 @@ class Capture:
     frontend: str
     notes: tuple[str, ...] = ()
     opaque: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    extras: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]
-        lines += [f"  {name or '(root)'}: {len(region.graph.nodes)} nodes" for name, region in self.regions.items()]
-        lines += [f"  no graph: {name or '(root)'}: {reason}" for name, reason in self.opaque.items()]
+        lines += [
+            f"  {name or '(root)'}: {len(region.graph.nodes)} nodes"
+            for name, region in self.regions.items()
+        ]
+        lines += [
+            f"  no graph: {name or '(root)'}: {reason}" for name, reason in self.opaque.items()
+        ]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -183,7 +189,8 @@ class Site:
         groups: Groups of a convolution.
         experts: Number of experts of a three-dimensional weight.
         tied_to: FQNs of other parameters over the same storage.
-        head: Whether it makes the model's output.
+        head: Where it makes the model's output: ``declared`` by the model or ``found`` in the graph;
+            empty for any other operation.
     """
 
     name: str
@@ -199,7 +206,7 @@ class Site:
     groups: int = 1
     experts: int | None = None
     tied_to: tuple[str, ...] = ()
-    head: bool = False
+    head: Literal["", "declared", "found"] = ""
 
     @property
     def owner(self) -> str:
@@ -214,7 +221,9 @@ class Site:
     @property
     def holder(self) -> str:
         """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
-        return self.owner if self.parameter == "weight" else join(self.owner, f"{self.parameter}_lora")
+        return (
+            self.owner if self.parameter == "weight" else join(self.owner, f"{self.parameter}_lora")
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -235,6 +244,14 @@ class Rejection:
 
 
 Match = Site | Rejection | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Every linear operation of a model, and what comes close with the reason why it is none."""
+
+    sites: tuple[Site, ...]
+    rejections: tuple[Rejection, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -389,7 +406,10 @@ class Plan:
             "trainable_parameters": self.trainable_parameters,
             "base_parameters": self.base_parameters,
             "sites": [_site_dict(row) for row in self.sites],
-            "skipped": [{"name": s.site.name, "pattern": s.site.pattern, "reason": s.reason} for s in self.skipped],
+            "skipped": [
+                {"name": s.site.name, "pattern": s.site.pattern, "reason": s.reason}
+                for s in self.skipped
+            ],
             "rejections": [dataclasses.asdict(r) for r in self.rejections],
             "unmatched": list(self.unmatched),
             "modules_to_save": list(self.saved_modules),
@@ -517,7 +537,10 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
     def line(cells: tuple[str, ...]) -> str:
         # Names and patterns read from the left, numbers from the right.
-        return "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(
+            c.ljust(w) if i < 3 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
 
     return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
 

@@ -16,7 +16,7 @@ import itertools
 import linecache
 import pickle
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +26,27 @@ from lora_fx.errors import CaptureError
 from lora_fx.passes._signature import FALLBACK
 from lora_fx.types import META_KEY, Region, Tag
 
-__all__ = ["copy_graph", "graphs_of", "install", "is_region", "original_class", "regions_of", "uninstall"]
+__all__ = [
+    "CONSTANT",
+    "copy_graph",
+    "graphs_of",
+    "install",
+    "is_region",
+    "original_class",
+    "regions_of",
+    "uninstall",
+]
+
+CONSTANT = "_lora_fx_constant_"
+"""Prefix of buffers that a graph needs and the model does not have."""
 
 _GRAPH = "_lora_fx_graph"
 _BASE = "_lora_fx_base"
-_EXTRAS = "_lora_fx_extras"
+_FALLBACK = "_lora_fx_fallback"
 
-_classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
+    weakref.WeakValueDictionary()
+)
 _counter = itertools.count()
 
 
@@ -57,23 +71,18 @@ def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
     return {name: getattr(type(module), _GRAPH) for name, module in regions_of(model)}
 
 
-def install(regions: Iterable[Region], extras: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def install(regions: Iterable[Region]) -> None:
     """Turns the module of every region into one that runs its graph.
 
     Args:
         regions: Modules and their graphs. A graph must not be edited afterwards.
-        extras: By FQN: class attributes that the generated code reads (the pytree specs of
-            ``torch.export``).
     """
-    known: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
+    known: dict[tuple[type[nn.Module], int, bool], type[nn.Module]] = {}
     for region in regions:
         base = original_class(region.module)
-        if extras and region.fqn in extras:
-            region.module.__class__ = _region_class(base, region.graph, dict(extras[region.fqn]))
-            continue
-        key = (base, id(region.graph))
+        key = (base, id(region.graph), region.fallback)
         if key not in known:
-            known[key] = _region_class(base, region.graph, {})
+            known[key] = _region_class(base, region.graph, region.fallback)
         region.module.__class__ = known[key]
 
 
@@ -93,7 +102,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return result
 
 
-def _region_class(base: type[nn.Module], graph: fx.Graph, extras: dict[str, Any]) -> type[nn.Module]:
+def _region_class(base: type[nn.Module], graph: fx.Graph, fallback: bool) -> type[nn.Module]:
     code = graph.python_code(root_module="self")
     tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
     key = (
@@ -101,13 +110,13 @@ def _region_class(base: type[nn.Module], graph: fx.Graph, extras: dict[str, Any]
         code.src,
         tuple(sorted((name, id(value)) for name, value in code.globals.items())),
         tags,
-        tuple(sorted((name, id(value)) for name, value in extras.items())),
+        fallback,
     )
     known = _classes.get(key)
     if known is not None:
         return known
     namespace = dict(code.globals)
-    namespace[FALLBACK] = _fallback(base, has_branch=bool(tags))
+    namespace[FALLBACK] = base.forward if fallback else _refusal(base)
     forward = _compile(code.src, namespace, base)
     original = base.forward
     forward.__doc__ = original.__doc__
@@ -124,8 +133,7 @@ def _region_class(base: type[nn.Module], graph: fx.Graph, extras: dict[str, Any]
             "__deepcopy__": _deepcopy,
             _GRAPH: graph,
             _BASE: base,
-            _EXTRAS: extras,
-            **extras,
+            _FALLBACK: fallback,
         },
     )
     _classes[key] = cls
@@ -143,10 +151,7 @@ def _compile(source: str, namespace: dict[str, Any], base: type[nn.Module]) -> A
     return forward
 
 
-def _fallback(base: type[nn.Module], has_branch: bool) -> Any:
-    if not has_branch:
-        return base.forward
-
+def _refusal(base: type[nn.Module]) -> Any:
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise CaptureError(
             f"{base.__name__}.forward was captured for other arguments than it is called with, and "
@@ -167,12 +172,12 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     cls = type(self)
-    spec = (_freeze(getattr(cls, _GRAPH)), getattr(cls, _EXTRAS))
-    return _rebuild, (getattr(cls, _BASE), *spec), self.__dict__
+    spec = (getattr(cls, _BASE), _freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK))
+    return _rebuild, spec, self.__dict__
 
 
-def _rebuild(base: type[nn.Module], frozen: tuple[Any, ...], extras: dict[str, Any]) -> nn.Module:
-    cls = _region_class(base, _thaw(frozen), extras)
+def _rebuild(base: type[nn.Module], frozen: tuple[Any, ...], fallback: bool) -> nn.Module:
+    cls = _region_class(base, _thaw(frozen), fallback)
     return cls.__new__(cls)
 
 

@@ -20,10 +20,15 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["FALLBACK", "GuardedCodeGen", "Parameter", "parameters_of"]
+from lora_fx.ops import checkpoints
+
+__all__ = ["CHECKPOINTS", "FALLBACK", "GuardedCodeGen", "Parameter", "parameters_of"]
 
 FALLBACK = "_lora_fx_fallback"
 """Global name of the fallback in generated code."""
+
+CHECKPOINTS = "_lora_fx_checkpoints"
+"""Global name of :func:`lora_fx.ops.checkpoints` in generated code."""
 
 _SIMPLE = (type(None), bool, int, float, str)
 
@@ -85,12 +90,16 @@ class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
         parameters: The original signature.
         check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
             ``torch.nn`` that is one operation makes do without.
+        extra: More expressions that are true where the graph does not apply; asked last.
     """
 
-    def __init__(self, parameters: tuple[Parameter, ...], check_none: bool = True) -> None:
+    def __init__(
+        self, parameters: tuple[Parameter, ...], check_none: bool = True, conditions: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         self.parameters = parameters
         self.check_none = check_none
+        self.extra = conditions
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
@@ -99,19 +108,26 @@ class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
         if not conditions:
             return head
         call = ", ".join(["self", *self._passed()])
-        return f"{head}\n    if {' or '.join(conditions)}:\n        return {FALLBACK}({call})"
+        test = " or ".join(conditions)
+        if len(conditions) > 3:
+            test = "(\n        " + "\n        or ".join(conditions) + "\n    )"
+        return f"{head}\n    if {test}:\n        return {FALLBACK}({call})"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """Defaults and fixed values that have no literal form."""
-        found = []
+        found: list[tuple[str, Any]] = []
+        if any(CHECKPOINTS in condition for condition in self.extra):
+            found.append((CHECKPOINTS, checkpoints))
         for p in self.parameters:
             if p.default is not inspect.Parameter.empty and not isinstance(p.default, _SIMPLE):
                 found.append((f"_default_{p.name}", p.default))
+            if not p.traced and not p.variadic and not isinstance(p.value, _SIMPLE):
+                found.append((f"_fixed_{p.name}", p.value))
         return found
 
     def conditions(self) -> list[str]:
         """Python expressions, one of which is true where the graph does not apply."""
-        return [_condition(p) for p in self.parameters if self.check_none or not p.traced]
+        return [_condition(p) for p in self.parameters if self.check_none or not p.traced] + list(self.extra)
 
     def _declared(self) -> list[str]:
         declared, keyword_only = [], False
@@ -159,4 +175,4 @@ def _condition(p: Parameter) -> str:
         return f"{p.name} is not {p.value!r}"
     if isinstance(p.value, int | float | str):
         return f"type({p.name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
-    return f"{p.name} is not _default_{p.name}"
+    return f"{p.name} is not _fixed_{p.name}"

@@ -16,42 +16,38 @@ from collections.abc import Iterator
 import networkx as nx
 from torch import fx, nn
 
-from lora_fx.types import Capture, Region, Site, join
+from lora_fx.types import Capture, Matches, Region, Site, join
 
-__all__ = ["Heads", "find_head"]
+__all__ = ["find_head"]
 
 _SOURCE = "source"
 
 
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """Weights that make the output.
-
-    Attributes:
-        declared: FQNs of weights that the model names as its output layer.
-        found: FQNs of weights that the graph shows to be it.
-    """
-
-    declared: frozenset[str]
-    found: frozenset[str]
-
-    def __contains__(self, weight: str) -> bool:
-        return weight in self.declared or weight in self.found
-
-
-def find_head(capture: Capture, sites: tuple[Site, ...]) -> Heads:
-    """Finds the output head of a model.
+def find_head(capture: Capture, matches: Matches) -> Matches:
+    """Marks the output head among the sites of a model.
 
     Args:
         capture: The model.
-        sites: Its linear operations.
+        matches: Its linear operations.
+
+    Returns:
+        The same with ``Site.head`` set.
     """
     declared = frozenset(_declared(capture.model))
-    if declared or "" not in capture.regions:
-        return Heads(declared, frozenset())
-    outputs = {(call.region, call.output): site.weight for site in sites for call in site.calls}
-    with_sites = {region for region, _ in outputs}
-    return Heads(declared, frozenset(_descend(capture, capture.regions[""], outputs, with_sites)))
+    found: frozenset[str] = frozenset()
+    if not declared and "" in capture.regions:
+        outputs = {
+            (call.region, call.output): site.weight for site in matches.sites for call in site.calls
+        }
+        with_sites = {region for region, _ in outputs}
+        found = frozenset(_descend(capture, capture.regions[""], outputs, with_sites))
+
+    def marked(site: Site) -> Site:
+        if site.weight in declared:
+            return dataclasses.replace(site, head="declared")
+        return dataclasses.replace(site, head="found") if site.weight in found else site
+
+    return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
 
 
 def _declared(model: nn.Module) -> Iterator[str]:

@@ -54,7 +54,9 @@ class Insert:
             key = (id(region.graph), jobs)
             if key not in known:
                 known[key] = self._edited(region, jobs)
-            regions[fqn] = Region(fqn, region.module, known[key])
+            # The module's own forward stands in only if every adapter is in a module below it, too.
+            safe = all(any(call.region != fqn for call in row.site.calls) for row, _ in work)
+            regions[fqn] = Region(fqn, region.module, known[key], region.fallback and safe)
         return PassResult(dataclasses.replace(capture, regions=regions), True)
 
     def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
@@ -66,7 +68,10 @@ class Insert:
             output=site.calls[index].output,
             pattern=site.calls[index].pattern,
             weight=_relative(site.weight, region.fqn),
-            factors=(join(holder, names.name_a, self.adapter), join(holder, names.name_b, self.adapter)),
+            factors=(
+                join(holder, names.name_a, self.adapter),
+                join(holder, names.name_b, self.adapter),
+            ),
             groups=site.groups,
             cast=adapter_dtype(weight) != weight.dtype,
             dropout=row.dropout,
@@ -180,7 +185,9 @@ def _initial(
     """
     dtype = adapter_dtype(weight)
     if weight.device.type == "meta":
-        return torch.empty(a, dtype=dtype, device="meta"), torch.empty(b, dtype=dtype, device="meta")
+        return torch.empty(a, dtype=dtype, device="meta"), torch.empty(
+            b, dtype=dtype, device="meta"
+        )
     digest = hashlib.blake2b(f"{config.seed}:{site.name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

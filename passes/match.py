@@ -15,20 +15,14 @@ from torch import fx, nn
 from lora_fx.passes._fx import target_of, weight_of
 from lora_fx.passes.patterns import patterns
 from lora_fx.passes.patterns._base import itemised, site_name
-from lora_fx.types import Capture, Match, Region, Rejection, Site, join
+from lora_fx.types import Capture, Match, Matches, Region, Rejection, Site, join
 
-__all__ = ["Matches", "match"]
+__all__ = ["match"]
 
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
-_METADATA_METHODS = frozenset({"size", "dim", "numel", "element_size", "is_floating_point", "stride"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Matches:
-    """Every linear operation of a model, and what comes close with the reason why it is none."""
-
-    sites: tuple[Site, ...]
-    rejections: tuple[Rejection, ...]
+_METADATA_METHODS = frozenset(
+    {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
+)
 
 
 def match(capture: Capture) -> Matches:
@@ -56,7 +50,9 @@ def match(capture: Capture) -> Matches:
             rejections[joined.name] = joined
     for weight, reads in readers.items():
         name = site_name(weight)
-        rejections.setdefault(name, Rejection(name, f"its only use is by {reads[0].what}, not a linear operation"))
+        rejections.setdefault(
+            name, Rejection(name, f"its only use is by {reads[0].what}, not a linear operation")
+        )
     rejections.update(_opaque(capture, rejections))
     return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
 
@@ -86,7 +82,9 @@ def _readers(capture: Capture) -> dict[str, list[_Read]]:
                 continue
             name = join(region.fqn, str(node.target))
             for user in _consumers(node, region):
-                result[name].append(_Read(region.fqn, user.name, itemised(target_of(user) or user.target)))
+                result[name].append(
+                    _Read(region.fqn, user.name, itemised(target_of(user) or user.target))
+                )
     return result
 
 

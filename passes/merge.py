@@ -16,12 +16,22 @@ from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterFactors
-from lora_fx.passes._region import is_region, original_class, uninstall
-from lora_fx.passes.capture.sharing import share_copy
+from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
+from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite, Record
 
-__all__ = ["MergeReport", "MergedSite", "delta_weight", "factors_of", "merge", "record_of"]
+__all__ = [
+    "MergeReport",
+    "MergedSite",
+    "delta_weight",
+    "factors_of",
+    "merge",
+    "record_of",
+    "stripped",
+    "ulp",
+]
+
 
 _log = logging.getLogger("lora_fx")
 _CHUNK = 1 << 22  # elements of a weight that are widened to fp64 at a time
@@ -63,8 +73,13 @@ class MergeReport:
         return max((site.max_ulp for site in self.sites), default=0.0)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.sites)} weight(s) merged, largest error {self.max_ulp:.4f} units in the last place"]
-        lines += [f"  {s.name}: {s.max_ulp:.4f} ulp, changed by {s.relative_change:.2e}" for s in self.sites]
+        lines = [
+            f"{len(self.sites)} weight(s) merged, largest error {self.max_ulp:.4f} units in the last place"
+        ]
+        lines += [
+            f"  {s.name}: {s.max_ulp:.4f} ulp, changed by {s.relative_change:.2e}"
+            for s in self.sites
+        ]
         lines += [f"  untied: {name}" for name in self.untied]
         return "\n".join(lines)
 
@@ -75,11 +90,15 @@ def record_of(model: nn.Module) -> Record | None:
     return record if isinstance(record, Record) else None
 
 
-def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+def factors_of(
+    model: nn.Module, row: PlannedSite, adapter: str
+) -> tuple[nn.Parameter, nn.Parameter]:
     """A and B of a site."""
     shapes = pattern_of(row.site).factors(row.site, row.rank)
     holder = model.get_submodule(row.site.holder)
-    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (shapes.name_a, shapes.name_b))
+    a, b = (
+        holder.get_submodule(name).get_parameter(adapter) for name in (shapes.name_a, shapes.name_b)
+    )
     return a, b
 
 
@@ -129,11 +148,15 @@ def merge(
     """
     record = record_of(model)
     if record is None:
-        raise MergeError(f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has")
+        raise MergeError(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has"
+        )
     names = tuple(record.adapters if adapter_names is None else adapter_names)
     for name in names:
         if name not in record.adapters:
-            raise MergeError(f"there is no adapter {name!r}: the model has {', '.join(map(repr, record.adapters))}")
+            raise MergeError(
+                f"there is no adapter {name!r}: the model has {', '.join(map(repr, record.adapters))}"
+            )
     result = stripped(model, record) if into is None else into
     if into is not None:
         _check_fits(model, into, record, names)
@@ -159,6 +182,8 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     del result.__dict__["_lora_fx"]
     for module in list(result.modules()):
         uninstall(module)
+        for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
+            del module._buffers[name]
         for name, child in list(module.named_children()):
             holds = [c for c in child.children() if isinstance(c, AdapterFactors)]
             if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
@@ -169,7 +194,11 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _set_merged(
-    model: nn.Module, result: nn.Module, weight: str, rows: list[tuple[PlannedSite, str]], untied: list[str]
+    model: nn.Module,
+    result: nn.Module,
+    weight: str,
+    rows: list[tuple[PlannedSite, str]],
+    untied: list[str],
 ) -> bool:
     owner_name, _, key = weight.rpartition(".")
     owner = result.get_submodule(owner_name)
@@ -177,26 +206,40 @@ def _set_merged(
     assert old is not None
     for row, adapter in rows:
         if not all(torch.isfinite(f).all() for f in factors_of(model, row, adapter)):
-            raise MergeError(f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged")
-    if any(p is old for m in result.modules() for k, p in m._parameters.items() if (m, k) != (owner, key)):
+            raise MergeError(
+                f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
+            )
+    if any(
+        p is old
+        for m in result.modules()
+        for k, p in m._parameters.items()
+        if (m, k) != (owner, key)
+    ):
         untied.append(weight)
     merged = _folded(model, old.detach(), rows)
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
-        raise MergeError(f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype")
+        raise MergeError(
+            f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
+        )
     owner._parameters[key] = nn.Parameter(merged, requires_grad=old.requires_grad)
     return True
 
 
-def _folded(model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]) -> torch.Tensor:
+def _folded(
+    model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]
+) -> torch.Tensor:
     """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
     wide = torch.float32 if old.device.type == "mps" else torch.float64
     merged = torch.empty_like(old)
     axis = 0 if rows[0][0].site.layout == "out_in" else 1
     features = old.shape[axis]
-    step = features if rows[0][0].site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
+    step = (
+        features if rows[0][0].site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
+    )
     for start in range(0, features, step):
         here = slice(start, start + step)
-        total = old.narrow(axis, start, min(step, features - start)).to(wide)
+        # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
+        total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
         for row, adapter in rows:
             total += delta_weight(model, row, adapter, wide, here).to(old.device)
         merged.narrow(axis, start, total.shape[axis]).copy_(_rounded(total, old.dtype))
@@ -219,7 +262,11 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _measured(
-    model: nn.Module, result: nn.Module, weight: str, rows: list[tuple[PlannedSite, str]], measure: bool
+    model: nn.Module,
+    result: nn.Module,
+    weight: str,
+    rows: list[tuple[PlannedSite, str]],
+    measure: bool,
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
     if not measure:
@@ -245,7 +292,9 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
     if record_of(into) is not None or is_region(into):
         raise MergeError("into is a rewritten model: give the model of the original class")
     if not isinstance(into, original_class(model)):
-        raise MergeError(f"into is a {type(into).__name__}, the adapters belong to a {original_class(model).__name__}")
+        raise MergeError(
+            f"into is a {type(into).__name__}, the adapters belong to a {original_class(model).__name__}"
+        )
     shapes = {name: tuple(p.shape) for name, p in into.named_parameters(remove_duplicate=False)}
     for name in names:
         for row in record.adapters[name].sites:

@@ -7,15 +7,13 @@ an embedding, and the head, are adapted when they are named.
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
-from lora_fx.passes.find_head import Heads, find_head
-from lora_fx.passes.match import Matches, match
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     alpha_for,
@@ -28,16 +26,19 @@ from lora_fx.passes.selection import (
     unmatched_saved,
     uses_default_targets,
 )
-from lora_fx.types import Capture, Plan, PlannedSite, Rejection, Site, Skipped
+from lora_fx.types import Capture, Matches, Plan, PlannedSite, Rejection, Site, Skipped
 
 __all__ = ["make_plan"]
 
 
-def make_plan(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
+def make_plan(
+    capture: Capture, matches: Matches, config: LoraConfig, *, strict: bool = False
+) -> Plan:
     """Plans a rewrite. Nothing is changed.
 
     Args:
         capture: The model as graphs.
+        matches: Its linear operations, the head marked.
         config: What to adapt.
         strict: Whether an entry of the configuration that selects nothing is an error.
 
@@ -47,14 +48,13 @@ def make_plan(capture: Capture, config: LoraConfig, *, strict: bool = False) -> 
         CaptureError: If the model has adapters of another library.
     """
     _refuse_adapters(capture.model)
-    matches = match(capture)
-    heads = find_head(capture, matches.sites)
     rows: list[PlannedSite] = []
     skipped: list[Skipped] = []
     for site in matches.sites:
-        site = dataclasses.replace(site, head=site.weight in heads)
-        verdict = judge(site.name, config, in_default=_in_default(site, config, heads))
-        objection = _objection(site, config) if verdict.selected else _why_not(site, config, verdict.reason)
+        verdict = judge(site.name, config, in_default=_in_default(site, config))
+        objection = (
+            _objection(site, config) if verdict.selected else _why_not(site, config, verdict.reason)
+        )
         if objection is None:
             rows.append(_row(capture, site, config))
         else:
@@ -78,11 +78,11 @@ def make_plan(capture: Capture, config: LoraConfig, *, strict: bool = False) -> 
     return plan
 
 
-def _in_default(site: Site, config: LoraConfig, heads: Heads) -> bool:
+def _in_default(site: Site, config: LoraConfig) -> bool:
     if config.target_modules is None:
         return site.family != "embedding" and not site.head
     # "all-linear" is PEFT's: it knows no other head than the one that the model declares.
-    return site.family == "linear" and site.weight not in heads.declared
+    return site.family == "linear" and site.head != "declared"
 
 
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
@@ -111,6 +111,8 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
     # An index is saved as it is; a vector a second time, masked, with its mask, where there is dropout.
     kept = 8 if site.family == "embedding" else site.in_features * itemsize
     masked = site.in_features * (itemsize + 1) if dropout else 0
+    # A region of a whole model and the regions below it show the same application twice.
+    applied = max(Counter(call.region for call in site.calls).values())
     return PlannedSite(
         site=site,
         rank=rank,
@@ -118,8 +120,8 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
         scale=scale_for(site.name, config),
         dropout=dropout,
         parameters=pattern.factors(site, rank).numel,
-        flops=pattern.flops(site, rank) * len(site.calls),
-        saved=(kept + masked + rank * itemsize) * len(site.calls),
+        flops=pattern.flops(site, rank) * applied,
+        saved=(kept + masked + rank * itemsize) * applied,
     )
 
 
@@ -198,7 +200,10 @@ def _check(plan: Plan, matches: Matches, strict: bool) -> None:
     if not plan.sites and plan.config.target_modules != ():
         raise NoMatchError(_nothing(plan, matches))
     if strict and plan.unmatched:
-        raise PartialMatchError("strict=True, and part of the configuration selects nothing:\n  " + "\n  ".join(plan.unmatched))
+        raise PartialMatchError(
+            "strict=True, and part of the configuration selects nothing:\n  "
+            + "\n  ".join(plan.unmatched)
+        )
 
 
 def _nothing(plan: Plan, matches: Matches) -> str:

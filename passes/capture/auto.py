@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._region import is_region
 from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.capture.sharing import check_model, share_copy
+from lora_fx.passes._sharing import check_model, share_copy
 from lora_fx.types import Capture
 
 __all__ = ["Frontend", "capture"]
@@ -31,15 +31,21 @@ def capture(
         raise ConfigError(f"frontend must be auto, symbolic, export or regions, found {frontend!r}")
     check_model(model)
     if any(is_region(module) for module in model.modules()):
-        raise CaptureError("the model is captured or rewritten already: capture the original, which was not changed")
+        raise CaptureError(
+            "the model is captured or rewritten already: capture the original, which was not changed"
+        )
     if frontend == "export" and example_inputs is None:
-        raise CaptureError("frontend='export' needs example_inputs: a tuple, a dict or a tensor that forward takes")
+        raise CaptureError(
+            "frontend='export' needs example_inputs: a tuple, a dict or a tensor that forward takes"
+        )
     copy = share_copy(model)
     regions, opaque = find_regions(copy)
     traced = Capture(copy, regions, "regions", opaque=opaque)
     reason = _not_symbolic(traced)
     if frontend == "symbolic" and "" not in regions:
-        raise CaptureError(f"{type(model).__name__} does not trace symbolically: {reason}. Use frontend='auto'")
+        raise CaptureError(
+            f"{type(model).__name__} does not trace symbolically: {reason}. Use frontend='auto'"
+        )
     if frontend == "symbolic" or (frontend == "auto" and reason is None):
         return dataclasses.replace(traced, frontend="symbolic")
     if frontend == "regions":
@@ -47,7 +53,11 @@ def capture(
     notes = (f"not symbolic: {reason}",)
     unseen = [fqn for fqn in opaque if _own_matrix(copy.get_submodule(fqn))]
     if frontend == "auto" and (example_inputs is None or not unseen):
-        why = "there are no example_inputs" if example_inputs is None else "the regions see every weight"
+        why = (
+            "there are no example_inputs"
+            if example_inputs is None
+            else "the regions see every weight"
+        )
         return dataclasses.replace(traced, notes=(*notes, f"not export: {why}"))
     from lora_fx.passes.capture.exported import export_root
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import CaptureError
 from lora_fx.passes._region import install, uninstall
 from lora_fx.passes.capture.inputs import normalise
-from lora_fx.passes.capture.sharing import share_copy
+from lora_fx.passes._sharing import share_copy
 from lora_fx.types import Capture
 
 __all__ = ["check_unchanged", "run_reference"]
@@ -32,7 +32,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     """
     reference = run_reference(model, example_inputs)
     modes = {module: module.training for module in capture.model.modules()}
-    install(capture.regions.values(), capture.extras)
+    install(capture.regions.values())
     try:
         capture.model.eval()
         args, kwargs = normalise(example_inputs)

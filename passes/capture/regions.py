@@ -65,8 +65,14 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
             return
         seen.add(module)
         built_in = _built_in(module)
-        if built_in and not isinstance(module, (*_OPERATIONS, nn.Sequential)) and not _container(module):
-            opaque[fqn] = f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
+        if (
+            built_in
+            and not isinstance(module, (*_OPERATIONS, nn.Sequential))
+            and not _container(module)
+        ):
+            opaque[fqn] = (
+                f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
+            )
             return
         if not _container(module):
             try:
@@ -110,7 +116,11 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
         tuple(name for name, value in module._parameters.items() if value is not None),
         tuple(name for name, value in module._buffers.items() if value is not None),
         tuple((name, _value(v)) for name, v in module.__dict__.items() if name not in _OWN),
-        tuple((name, _structure(child)) for name, child in module._modules.items() if child is not None),
+        tuple(
+            (name, _structure(child))
+            for name, child in module._modules.items()
+            if child is not None
+        ),
     )
 
 
@@ -128,7 +138,11 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     Coarser than :func:`_structure` (numbers do not count). To be wrong here costs a graph, never a
     weight: the children of a module without a graph are looked at one by one.
     """
-    switches = ((n, v) for n, v in module.__dict__.items() if n not in _OWN and isinstance(v, bool | str | None))
+    switches = (
+        (n, v)
+        for n, v in module.__dict__.items()
+        if n not in _OWN and isinstance(v, bool | str | None)
+    )
     children = tuple((name, type(child)) for name, child in module._modules.items())
     return (type(module), tuple(module._parameters), tuple(switches), children)
 

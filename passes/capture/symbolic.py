@@ -29,7 +29,9 @@ class Untraceable(Exception):
     """Why a module's forward cannot be captured; the message is a row of the dry run."""
 
 
-def trace(module: nn.Module, fixed: dict[str, Any] | None = None, *, check_none: bool = True) -> fx.Graph:
+def trace(
+    module: nn.Module, fixed: dict[str, Any] | None = None, *, check_none: bool = True
+) -> fx.Graph:
     """Traces one module's own ``forward``.
 
     Args:
@@ -72,7 +74,10 @@ class _Proxy(fx.Proxy):
     @property
     def __class__(self) -> type:  # type: ignore[override]
         depth = 1
-        while (name := sys._getframe(depth).f_globals.get("__name__", "").partition(".")[0]) in ("abc", "typing"):
+        while (name := sys._getframe(depth).f_globals.get("__name__", "").partition(".")[0]) in (
+            "abc",
+            "typing",
+        ):
             depth += 1
         if name in _LIBRARY:
             return type(self)
@@ -107,7 +112,9 @@ class _Modes:
         for name, owner in owners:
             if isinstance(owner.training, bool):
                 self.saved.append((owner, owner.training))
-                owner.__dict__["training"] = _Mode(self.tracer, f"{name}.training" if name else "training")
+                owner.__dict__["training"] = _Mode(
+                    self.tracer, f"{name}.training" if name else "training"
+                )
 
     def __exit__(self, *_: object) -> None:
         for owner, training in self.saved:
@@ -151,7 +158,9 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
 
         return run, positional
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> fx.Node:
         if torch.is_grad_enabled() != self._grad:
             raise Untraceable("its forward switches gradients on or off, which a graph would lose")
         if _autocast() != self._autocast:
@@ -178,7 +187,11 @@ def _autocast() -> tuple[bool, ...]:
 
 def _words(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return text[0] if text and isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__}: {text[0] if text else ''}"
+    return (
+        text[0]
+        if text and isinstance(error, fx.proxy.TraceError)
+        else f"{type(error).__name__}: {text[0] if text else ''}"
+    )
 
 
 _State = tuple[dict[str, Any], dict[str, Any], Any, torch.Tensor]
@@ -193,8 +206,16 @@ def _restore(module: nn.Module, state: _State) -> str:
     attributes, buffers, python, torch_rng = state
     changed = ""
     now = module.__dict__
-    written = [name for name in {**attributes, **now} if now.get(name, now) is not attributes.get(name, attributes)]
-    rebound = [name for name in {**buffers, **module._buffers} if module._buffers.get(name) is not buffers.get(name)]
+    written = [
+        name
+        for name in {**attributes, **now}
+        if now.get(name, now) is not attributes.get(name, attributes)
+    ]
+    rebound = [
+        name
+        for name in {**buffers, **module._buffers}
+        if module._buffers.get(name) is not buffers.get(name)
+    ]
     if written or rebound:
         now.clear()
         now.update(attributes)

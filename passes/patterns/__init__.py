@@ -57,8 +57,16 @@ def register_pattern(pattern: Pattern) -> None:
     """
     global _registry
     if not isinstance(pattern, Pattern):
-        lacking = [name for name in ("name", "match", "factors", "branch", "delta", "flops") if not hasattr(pattern, name)]
-        raise ConfigError(f"{type(pattern).__name__} is not a pattern: it lacks {', '.join(lacking)}")
+        lacking = [
+            name
+            for name in ("name", "match", "factors", "branch", "delta", "flops")
+            if not hasattr(pattern, name)
+        ]
+        raise ConfigError(
+            f"{type(pattern).__name__} is not a pattern: it lacks {', '.join(lacking)}"
+        )
     if any(known.name == pattern.name for known in _registry):
-        raise ConfigError(f"a pattern named {pattern.name!r} is registered already: choose another name")
+        raise ConfigError(
+            f"a pattern named {pattern.name!r} is registered already: choose another name"
+        )
     _registry = (pattern, *_registry)

@@ -68,7 +68,9 @@ def make_site(
 
 def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -> Rejection:
     """A refusal that is named after the weight where there is one."""
-    name = site_name(join(region.fqn, str(weight.target))) if weight else join(region.fqn, node.name)
+    name = (
+        site_name(join(region.fqn, str(weight.target))) if weight else join(region.fqn, node.name)
+    )
     return Rejection(name, reason, region.fqn, node.name)
 
 

@@ -55,7 +55,12 @@ class ConvPattern:
         target = target_of(node)
         if target in _TRANSPOSED[self.dims]:
             found = weight_of(arguments(node, _SIGNATURE)["weight"], region)
-            return reject(region, node, found[0] if found else None, "transposed convolutions have no adapter yet")
+            return reject(
+                region,
+                node,
+                found[0] if found else None,
+                "transposed convolutions have no adapter yet",
+            )
         if target not in _FUNCTIONS[self.dims]:
             return None
         named = arguments(node, _SIGNATURE)
@@ -65,7 +70,12 @@ class ConvPattern:
             if computed is None:
                 return None
             how = itemised(target_of(named["weight"]) or named["weight"].target)
-            return reject(region, node, computed, f"the weight is computed from it ({how}) before it is applied")
+            return reject(
+                region,
+                node,
+                computed,
+                f"the weight is computed from it ({how}) before it is applied",
+            )
         parameter = region.parameter(found[0])
         assert parameter is not None
         groups = int(named["groups"])

@@ -30,7 +30,9 @@ class EmbeddingPattern:
         target = target_of(node)
         if target is F.embedding_bag:
             found = weight_of(node.args[1], region) if len(node.args) > 1 else None
-            return reject(region, node, found[0] if found else None, "embedding bags have no adapter yet")
+            return reject(
+                region, node, found[0] if found else None, "embedding bags have no adapter yet"
+            )
         if target not in (F.embedding, torch.ops.aten.embedding.default):
             return None
         named = arguments(node, _FUNCTIONAL if target is F.embedding else _ATEN)
@@ -38,7 +40,9 @@ class EmbeddingPattern:
         if found is None or found[1] or not isinstance(named["input"], fx.Node):
             return None
         if named.get("max_norm") is not None:
-            return reject(region, node, found[0], "max_norm renormalises the weight at every lookup")
+            return reject(
+                region, node, found[0], "max_norm renormalises the weight at every lookup"
+            )
         parameter = region.parameter(found[0])
         assert parameter is not None
         vocabulary, width = parameter.shape
@@ -57,17 +61,22 @@ class EmbeddingPattern:
     def factors(self, site: Site, rank: int) -> Factors:
         """A [r, vocabulary], B [width, r]."""
         return Factors(
-            (rank, site.in_features), (site.out_features, rank), "lora_embedding_A", "lora_embedding_B"
+            (rank, site.in_features),
+            (site.out_features, rank),
+            "lora_embedding_A",
+            "lora_embedding_B",
         )
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """A lookup in Aᵀ, then a product with B. Indices have no dropout."""
         named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
         table = build.call(Role.DOWN, torch.t, build.a)
-        padding = named["padding_idx"]
-        if padding == -1:
-            padding = None
-        down = build.call(Role.DOWN, F.embedding, named["input"], table, padding)
+        padding, by_frequency = named["padding_idx"], named["scale_grad_by_freq"]
+        if node.target is not F.embedding and padding == -1:
+            padding = None  # as aten writes it; a functional -1 is the last row
+        down = build.call(
+            Role.DOWN, F.embedding, named["input"], table, padding, None, 2.0, by_frequency
+        )
         return build.call(Role.UP, F.linear, down, build.b)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

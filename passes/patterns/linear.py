@@ -70,7 +70,9 @@ class _Linear:
         assert isinstance(seen, _Product)
         x = build.dropped(seen.x)
         if seen.left:
-            return build.call(Role.UP, torch.matmul, build.b, build.call(Role.DOWN, torch.matmul, build.a, x))
+            return build.call(
+                Role.UP, torch.matmul, build.b, build.call(Role.DOWN, torch.matmul, build.a, x)
+            )
         return build.call(Role.UP, F.linear, build.call(Role.DOWN, F.linear, x, build.a), build.b)
 
     def match(self, node: fx.Node, region: Region) -> Match:
@@ -82,10 +84,15 @@ class _Linear:
         assert parameter is not None
         if parameter.dim() != 2:
             return reject(
-                region, node, seen.weight, f"its weight has {parameter.dim()} dimensions; a linear operation has 2"
+                region,
+                node,
+                seen.weight,
+                f"its weight has {parameter.dim()} dimensions; a linear operation has 2",
             )
         if not parameter.dtype.is_floating_point:
-            return reject(region, node, seen.weight, f"its weight is {parameter.dtype}, not floating point")
+            return reject(
+                region, node, seen.weight, f"its weight is {parameter.dtype}, not floating point"
+            )
         out_features, in_features = parameter.shape
         if seen.layout == "in_out":
             in_features, out_features = out_features, in_features
@@ -114,7 +121,9 @@ class LinearPattern(_Linear):
         if target_of(node) not in _LINEAR:
             return None
         named = arguments(node, "input weight bias=None")
-        return _product(node, region, named["input"], named["weight"], "out_in", False, named["bias"])
+        return _product(
+            node, region, named["input"], named["weight"], "out_in", False, named["bias"]
+        )
 
 
 class MatmulPattern(_Linear):
@@ -129,13 +138,16 @@ class MatmulPattern(_Linear):
             left, right, bias = named["mat1"], named["mat2"], named["input"]
         elif target in _MATMUL:
             named = arguments(node, "input other")
-            left, right, bias = named["input"], named["other"], None
+            # `mm` calls its second operand `mat2`.
+            left, right, bias = named["input"], named["other"] or node.kwargs.get("mat2"), None
         else:
             return None
         found = _product(node, region, left, right, "in_out", False, bias)
         if found is None:
             found = _product(node, region, right, left, "out_in", True, bias)
-        if isinstance(found, _Product) and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
+        if isinstance(found, _Product) and any(
+            node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")
+        ):
             return reject(region, node, found.weight, "addmm with alpha or beta other than 1")
         return found
 
@@ -150,7 +162,9 @@ def _product(
         if computed is None or constant_of(x, region) is not None:
             return None
         how = itemised(target_of(weight) or weight.target)
-        return reject(region, node, computed, f"the weight is computed from it ({how}) before it is applied")
+        return reject(
+            region, node, computed, f"the weight is computed from it ({how}) before it is applied"
+        )
     if not isinstance(x, fx.Node) or constant_of(x, region) is not None:
         return None
     source, transposed = found

@@ -58,19 +58,27 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, found {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(f"{type(model).__name__} is a TorchScript module: pass the model that it was made from")
+        raise CaptureError(
+            f"{type(model).__name__} is a TorchScript module: pass the model that it was made from"
+        )
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise CaptureError(f"{name} is not initialised yet: run one batch through the model before capturing it")
+            raise CaptureError(
+                f"{name} is not initialised yet: run one batch through the model before capturing it"
+            )
         devices.setdefault(parameter.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise CaptureError(f"the model's parameters are on several devices ({where}): move it to one with model.to(device)")
+        raise CaptureError(
+            f"the model's parameters are on several devices ({where}): move it to one with model.to(device)"
+        )
 
 
 def _frozen(parameter: nn.Parameter) -> nn.Parameter:
     shared = parameter.detach()
-    result = shared if isinstance(shared, nn.Parameter) else nn.Parameter(shared, requires_grad=False)
+    result = (
+        shared if isinstance(shared, nn.Parameter) else nn.Parameter(shared, requires_grad=False)
+    )
     result.__dict__.update(parameter.__dict__)
     return result

@@ -1,0 +1,90 @@
+"""Whether the tensors of an adapter folder fit a model: in words, every way they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lora_fx._checkpoint_keys import Slot, base_name
+from lora_fx.config import LoraConfig
+from lora_fx.passes.selection import scale_for
+from lora_fx.types import AdapterRecord
+
+__all__ = ["leftover", "other_scales", "values_for"]
+
+
+def values_for(
+    slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+    """What to write where, and what is wrong with it; nothing is written yet."""
+    values: dict[str, tuple[Slot, torch.Tensor]] = {}
+    problems: list[str] = []
+    for key, slot in slots.items():
+        stored = tensors.get(key)
+        if stored is None:
+            problems += [f"missing: {key} {list(slot.shape)}"] if slot.required else []
+            continue
+        if tuple(stored.shape) != slot.shape:
+            problems.append(_shapes(key, stored, slot.shape))
+            continue
+        value = slot.decoded(stored)
+        if value is None:
+            problems.append(
+                f"not representable: {key} is dense, as PEFT trains it, and so reads channels that "
+                f"a convolution with {slot.groups} groups does not: no weight of that shape holds "
+                "the sum. Train it with lora_fx, or leave this module out"
+            )
+        elif slot.name in values and not torch.equal(values[slot.name][1], value):
+            problems.append(
+                f"contradiction: {key} is another name for {slot.name}, with other values"
+            )
+        elif slot.tensor.is_meta:
+            problems.append(
+                f"no place: {slot.name} is on the meta device; give the model its weights first"
+            )
+        else:
+            values[slot.name] = (slot, value)
+    return list(values.values()), problems
+
+
+def other_scales(record: AdapterRecord, config: LoraConfig) -> list[str]:
+    """A model that was rewritten before has its scales in the graph."""
+    return [
+        f"scale: {row.name} is scaled by {scale_for(row.name, config):g} in the folder, by "
+        f"{row.scale:g} in the model: load the adapter onto the original model"
+        for row in record.sites
+        if abs(scale_for(row.name, config) - row.scale) > 1e-9 * abs(row.scale)
+    ]
+
+
+def leftover(
+    key: str, value: torch.Tensor, model: nn.Module, record: AdapterRecord
+) -> Iterator[str]:
+    """What is wrong with a tensor that is no part of the adapter; nothing if the model has it.
+
+    PEFT writes the base weight of an embedding or head that it adapts, and with ``bias="all"`` the
+    biases of the originals of ``modules_to_save``, which nothing reads.
+    """
+    kinds = ("original_module", "modules_to_save")
+    unread = tuple(f"{name}.{kind}." for name in record.saved_modules for kind in kinds)
+    if key.startswith(unread):
+        return
+    name = base_name(key, model)
+    if name is None:
+        yield f"unexpected: {key} {list(value.shape)}"
+        return
+    own = model.get_parameter(name).detach()
+    if own.shape != value.shape:
+        yield _shapes(key, value, own.shape)
+    elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):
+        yield (
+            f"other base: {key} has other values than {name}, which is frozen in the model. The "
+            "adapter was trained on another model, or with another configuration: give that, or "
+            "copy the tensor into the model first"
+        )
+
+
+def _shapes(key: str, stored: torch.Tensor, shape: tuple[int, ...]) -> str:
+    return f"shape: {key} is {list(stored.shape)} in the folder, {list(shape)} in the model"

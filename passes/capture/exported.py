@@ -1,0 +1,218 @@
+"""Captures the whole model with ``torch.export``: one graph of ATen operations for the root.
+
+It sees operations that no symbolic trace reaches, in code that branches on shapes or takes ``**kwargs``.
+It holds for calls that look like the example inputs; the guard sends any other call to the model's own
+forward, over the regions below, which share their adapters with it. So ``generate()``, gradient
+checkpointing and other signatures go on working.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import CaptureError
+from lora_fx.passes._region import CONSTANT
+from lora_fx.passes._signature import CHECKPOINTS, GuardedCodeGen, parameters_of
+from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
+from lora_fx.types import Capture, Region
+
+__all__ = ["export_root"]
+
+def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
+    """Puts a graph of the whole model on the root of a capture.
+
+    Args:
+        capture: The model with its regions.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor.
+        dynamic_shapes: As ``torch.export.export`` takes it, by name; by default every dimension of
+            every tensor may vary.
+
+    Raises:
+        CaptureError: If the model cannot be exported, with the reason.
+    """
+    model = capture.model
+    inputs = _bound(model, example_inputs)
+    program = _exported(model, _prepared(inputs), dynamic_shapes)
+    module = program.module(check_guards=False)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, copied)
+    _name_constants(graph, module, model)
+    graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
+    conditions = _shape_conditions(program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)])
+    _name_placeholders(graph, inputs)
+    unbake_modes(graph, model)
+    device = torch.device("cpu")
+    reference = next((n for n in graph.nodes if n.op == "get_attr" and n.target in dict(model.named_parameters())), None)
+    if reference is not None:
+        tensor = model.get_parameter(str(reference.target))
+        device = tensor.device
+        unbake_devices(graph, reference, device)
+        conditions.append(f"{_attribute(str(reference.target))}.dtype != {tensor.dtype}")
+    # Under autocast the code chooses dtypes that the graph has as literals.
+    conditions.append(f"torch.is_autocast_enabled({device.type!r})")
+    if any(hasattr(module, "gradient_checkpointing") for module in model.modules()):
+        conditions.append(f"{CHECKPOINTS}(self)")
+    for node in graph.nodes:
+        node.meta.clear()
+    fixed = _fixed(model, inputs)
+    graph.set_codegen(GuardedCodeGen(parameters_of(type(model).forward, fixed), conditions=tuple(conditions)))
+    graph.lint()
+    regions = {"": Region("", model, graph), **{k: v for k, v in capture.regions.items() if k}}
+    # The root's graph sees every weight, also those in modules that do not trace.
+    return dataclasses.replace(capture, regions=regions, opaque={}, frontend="export")
+
+
+def _bound(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    args, kwargs = normalise(example_inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+    inputs: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            extra = [key for key, item in value.items() if isinstance(item, torch.Tensor)]
+            if extra:
+                raise CaptureError(f"torch.export cannot follow tensors in **{name}: {', '.join(extra)}")
+        elif kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise CaptureError(f"torch.export cannot follow *{name}")
+        inputs[name] = value
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
+            raise CaptureError(f"torch.export cannot follow tensors inside the argument {name!r}: pass tensors")
+    return inputs
+
+
+def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of their own (export takes one object passed twice for one input), with batch >= 2."""
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    single = bool(tensors) and all(v.dim() > 0 and v.shape[0] == 1 for v in tensors.values())
+    return {
+        k: (torch.cat([v, v]) if single else v.detach().clone()) if k in tensors else v for k, v in inputs.items()
+    }
+
+
+def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    if dynamic_shapes is None:
+        dynamic_shapes = {
+            k: {i: Dim.AUTO for i in range(v.dim())} if isinstance(v, torch.Tensor) else None
+            for k, v in inputs.items()
+        }
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "; with use_cache=False in example_inputs it returns none" if "Cache" in text[0] else ""
+        raise CaptureError(f"torch.export fails on {type(model).__name__}: {text[0]}{hint}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -> None:
+    """Gives tensors that export lifted out of the code a place on the model, where ``.to`` finds them."""
+    known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    moved: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            raise CaptureError(f"torch.export calls {node.target}, which lora_fx cannot follow")
+        if node.op != "get_attr" or node.target in known:
+            continue
+        value: Any = module
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom)
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError("a part of the model runs under another grad or autocast mode, in a graph of its own")
+        if node.target not in moved:
+            moved[str(node.target)] = f"{CONSTANT}{len(moved)}"
+            model.register_buffer(moved[str(node.target)], value.detach().clone(), persistent=False)
+        node.target = moved[str(node.target)]
+
+
+def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
+    """Placeholders get the parameters' names; those of fixed arguments go."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    leaves = [(name, leaf) for name, value in inputs.items() for leaf in pytree.tree_leaves(value)]
+    if len(placeholders) != len(leaves):
+        raise CaptureError(f"torch.export made {len(placeholders)} inputs out of {len(leaves)} arguments")
+    for node, (name, leaf) in zip(placeholders, leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            node.target = name
+        else:
+            graph.erase_node(node)
+
+
+def _container(graph: fx.Graph, value: Any) -> Any:
+    """An output structure as graph arguments; classes like ``ModelOutput`` become constructor calls."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = value.items() if isinstance(value, dict) else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return graph.call_function(type(value), (), {k: _container(graph, v) for k, v in items if v is not None})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return graph.call_function(type(value), tuple(_container(graph, item) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(_container(graph, item) for item in value)
+    if type(value) is dict:
+        return {key: _container(graph, item) for key, item in value.items()}
+    if isinstance(value, fx.Node | int | float | str | bool | None):
+        return value
+    raise CaptureError(f"an output of type {type(value).__name__} cannot be rebuilt from a graph")
+
+
+def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
+    """Python expressions that are true for inputs that the exported graph was not made for."""
+    conditions: list[str] = []
+    seen: dict[Any, str] = {}
+    tensors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    for name, value in zip(names, tensors, strict=True):
+        conditions.append(f"{name}.dtype != {value.dtype} or {name}.dim() != {value.dim()}")
+        for axis, size in enumerate(value.shape):
+            here = f"{name}.shape[{axis}]"
+            expression = size.node.expr if isinstance(size, torch.SymInt) else size
+            if isinstance(expression, int | sympy.Integer):
+                conditions.append(f"{here} != {int(expression)}")
+            elif not isinstance(expression, sympy.Symbol):
+                raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
+            elif expression in seen:
+                conditions.append(f"{here} != {seen[expression]}")
+            else:
+                seen[expression] = here
+                conditions.extend(_range_conditions(here, program.range_constraints.get(expression)))
+    return conditions
+
+
+def _range_conditions(here: str, allowed: Any) -> list[str]:
+    # Every dynamic size starts at 2 in a trace; that says nothing about 1.
+    lower = [f"{here} < {int(allowed.lower)}"] if allowed and allowed.lower.is_Integer and allowed.lower > 2 else []
+    upper = [f"{here} > {int(allowed.upper)}"] if allowed and allowed.upper.is_Integer else []
+    return lower + upper
+
+
+def _fixed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of forward that are no inputs of the graph, with the value they were given."""
+    result = {}
+    for name, p in inspect.signature(model.forward).parameters.items():
+        if isinstance(inputs.get(name), torch.Tensor):
+            continue
+        result[name] = inputs.get(name, None if p.default is p.empty else p.default)
+    return result
+
+
+def _attribute(target: str) -> str:
+    value = "self"
+    for atom in target.split("."):
+        value = f"{value}.{atom}" if atom.isidentifier() else f"getattr({value}, {atom!r})"
+    return value

@@ -1,0 +1,174 @@
+"""Traced values that notice when code asks them something that only a tensor can answer.
+
+``torch.fx`` answers on behalf of its proxy: ``isinstance(x, Tensor)`` is False, ``hasattr(x, "y")`` is
+True, ``x += 1`` leaves the caller's tensor alone. The graph would then be that of another model.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from lora_fx.passes.capture.symbolic import Recorder
+
+__all__ = ["ModeProxy", "TracedValue", "may_be_none"]
+
+# Code that asks for types on behalf of whoever called it.
+_BETWEEN = ("abc", "collections", "typing", "_weakrefset", "torch")
+_IN_PLACE = (
+    "iadd",
+    "isub",
+    "imul",
+    "imatmul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+)
+_ALWAYS_THERE = frozenset({"shape", "dtype", "device", "ndim", "data", "T", "mT", "H", "mH", "real"})
+
+
+class TracedValue(fx.Proxy):  # type: ignore[misc]
+    """A value that is not known yet."""
+
+    tracer: Recorder
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        frame = _asking(sys._getframe(1))
+        if frame is None:
+            return type(self)
+        if frame.f_code.co_name == "__setattr__":
+            name = frame.f_locals.get("name", "an attribute")
+            self.tracer.refuse(f"its forward writes to self.{name}")
+        return self.tracer.refuse("its forward asks for the type of a traced value with isinstance")
+
+    def __getattr__(self, name: str) -> _Attribute:
+        frame = sys._getframe(1)
+        opcode = frame.f_code.co_code[frame.f_lasti]
+        if opcode not in _ATTRIBUTE_ACCESS and not _records(frame):
+            self.tracer.refuse(
+                f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
+            )
+        return _Attribute(self, name)
+
+    def __len__(self) -> NoReturn:
+        self.tracer.refuse("its forward takes the length of a traced value with len")
+
+    def __index__(self) -> NoReturn:
+        self.tracer.refuse("its forward turns a traced value into a number")
+
+    __int__ = __float__ = __complex__ = __index__
+
+    def __contains__(self, item: object) -> NoReturn:
+        self.tracer.refuse("its forward looks for something in a traced value")
+
+    def __copy__(self) -> NoReturn:
+        self.tracer.refuse("its forward copies a traced value")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.tracer.refuse("its forward copies a traced value")
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+class _Attribute(TracedValue):
+    """``x.name``: a read if it is used, a method call if it is called."""
+
+    def __init__(self, root: TracedValue, name: str) -> None:
+        self.__dict__.update(tracer=root.tracer, _root=root, _name=name, _read=None)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        own = self.__dict__
+        if own["_read"] is None:
+            args = (own["_root"], own["_name"])
+            own["_read"] = self.tracer.create_proxy("call_function", getattr, args, {}).node
+        found: fx.Node = own["_read"]
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        own = self.__dict__
+        return self.tracer.create_proxy("call_method", own["_name"], (own["_root"], *args), kwargs)
+
+
+class ModeProxy(TracedValue):
+    """``module.training``, read when the graph runs. The node is made when somebody asks."""
+
+    def __init__(self, tracer: Recorder, target: str) -> None:
+        self.__dict__.update(tracer=tracer, _target=target, _read=None)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        own = self.__dict__
+        if own["_read"] is None:
+            own["_read"] = self.tracer.create_node("get_attr", own["_target"], (), {})
+        found: fx.Node = own["_read"]
+        return found
+
+
+def may_be_none(value: TracedValue) -> bool:
+    """Whether a value can be None when the graph runs. The guard sees to the arguments."""
+    if isinstance(value, _Attribute) and value.__dict__["_name"] in _ALWAYS_THERE:
+        return False
+    node = value.node
+    if node.op == "placeholder":
+        return False
+    if node.op == "call_module":
+        owner = node.graph.owning_module or value.tracer.root
+        return not type(owner.get_submodule(str(node.target))).__module__.startswith("torch.nn.")
+    if node.op == "call_function":
+        return node.target in (operator.getitem, getattr) or not _of_torch(node.target)
+    return False
+
+
+def _of_torch(target: Any) -> bool:
+    module = getattr(target, "__module__", None) or ""
+    return module.partition(".")[0] in ("", "torch", "math", "operator", "_operator", "builtins")
+
+
+def _asking(frame: FrameType | None) -> FrameType | None:
+    """The frame that asks for a type, or None if it is the recorder's own business."""
+    first = frame
+    while frame is not None:
+        if _records(frame):
+            return None
+        name = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "__setattr__":
+            return frame
+        if name.partition(".")[0] not in _BETWEEN:
+            return frame
+        frame = frame.f_back
+    return first
+
+
+def _records(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith(("torch.fx.", "lora_fx.")) or name == "torch.fx"
+
+
+def _in_place(name: str) -> Callable[[TracedValue, Any], fx.Proxy]:
+    target = getattr(operator, name)
+
+    def method(self: TracedValue, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    method.__name__ = f"__{name}__"
+    return method
+
+
+for _name in _IN_PLACE:
+    setattr(TracedValue, f"__{_name}__", _in_place(_name))

@@ -1,0 +1,163 @@
+"""Turns what ``torch.export`` bakes into a graph back into what the model does.
+
+Export runs the model once: its mode, its device and its asserts are literals of the graph. Dropout and
+batch norm become operations that read ``training`` of the module that they came from, device literals
+read the device of a parameter, and metadata asserts go.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lora_fx.errors import CaptureError
+from lora_fx.ops import count_batch
+from lora_fx.passes._fx import arguments
+
+__all__ = ["unbake_devices", "unbake_modes"]
+
+_aten = torch.ops.aten
+_DROPOUTS: dict[Any, Callable[..., torch.Tensor]] = {
+    _aten.dropout.default: F.dropout,
+    _aten.dropout_.default: F.dropout,
+    _aten.feature_dropout.default: torch.feature_dropout,
+    _aten.alpha_dropout.default: F.alpha_dropout,
+    _aten.feature_alpha_dropout.default: F.feature_alpha_dropout,
+}
+_BATCH_NORM = "input weight bias running_mean running_var training momentum eps"
+_INSTANCE_NORM = "input weight bias running_mean running_var use_input_stats momentum eps"
+
+
+def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
+    """Makes ``train()`` and ``eval()`` mean what they always mean. Edits the graph.
+
+    Args:
+        graph: From ``torch.export`` of the model in training mode, with ``nn_module_stack``.
+        model: The model; names in the graph are its own.
+
+    Raises:
+        CaptureError: If an operation draws random numbers in a way that cannot be tied to a mode.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _DROPOUTS:
+            named = arguments(node, "input p train")
+            if named["train"]:
+                args = (named["input"], named["p"], _mode(graph, node, model))
+                _replace(graph, node, _DROPOUTS[node.target], args)
+        elif node.target is _aten.batch_norm.default:
+            named = arguments(node, _BATCH_NORM)
+            if named["training"] and named["running_mean"] is not None:
+                _replace(graph, node, F.batch_norm, _norm(graph, node, model, named))
+        elif node.target is _aten.instance_norm.default:
+            named = arguments(node, _INSTANCE_NORM)
+            if named["use_input_stats"] and named["running_mean"] is not None:
+                _replace(graph, node, F.instance_norm, _norm(graph, node, model, named))
+        elif node.target is _aten.scaled_dot_product_attention.default:
+            _follow_attention_dropout(graph, node, model)
+        elif _counts_batches(node):
+            _replace(graph, node, count_batch, (node.args[0], _mode(graph, node, model)))
+        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CaptureError(
+                f"{_owner(node) or 'the model'} draws random numbers ({node.target}) and torch.export does "
+                "not tell whether it does so in training only"
+            )
+
+
+def unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -> None:
+    """Makes literals of the model's device follow ``.to(device)``. Edits the graph.
+
+    Args:
+        graph: From ``torch.export``.
+        reference: A ``get_attr`` node of one of the model's tensors, before every use.
+        device: The device on which the model was captured.
+    """
+    follows: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node.target is _aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+            continue
+        literals = [
+            a
+            for a in (*node.args, *node.kwargs.values())
+            if isinstance(a, torch.device) and a == device
+        ]
+        if not literals:
+            continue
+        if follows is None:
+            with graph.inserting_after(reference):
+                follows = graph.call_function(getattr, (reference, "device"))
+
+        def swap(value: Any, new: fx.Node = follows) -> Any:
+            return new if isinstance(value, torch.device) and value == device else value
+
+        node.args = tuple(swap(a) for a in node.args)
+        node.kwargs = {key: swap(a) for key, a in node.kwargs.items()}
+
+
+def _norm(
+    graph: fx.Graph, node: fx.Node, model: nn.Module, named: dict[str, Any]
+) -> tuple[Any, ...]:
+    return (
+        named["input"],
+        named["running_mean"],
+        named["running_var"],
+        named["weight"],
+        named["bias"],
+        _mode(graph, node, model),
+        named["momentum"],
+        named["eps"],
+    )
+
+
+def _follow_attention_dropout(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
+    named = arguments(node, "query key value attn_mask dropout_p=0.0")
+    if not named["dropout_p"]:
+        return
+    mode = _mode(graph, node, model)
+    with graph.inserting_before(node):
+        probability = graph.call_function(operator.mul, (mode, named["dropout_p"]))
+    args = [named[name] for name in ("query", "key", "value", "attn_mask")]
+    node.args = (*args, probability, *node.args[5:])
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in named}
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    first = node.args[0] if node.args else None
+    return (
+        node.target is _aten.add_.Tensor
+        and isinstance(first, fx.Node)
+        and first.op == "get_attr"
+        and str(first.target).endswith("num_batches_tracked")
+    )
+
+
+def _owner(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _mode(graph: fx.Graph, node: fx.Node, model: nn.Module) -> fx.Node:
+    """A node that reads ``training`` of the module in whose forward ``node`` was recorded."""
+    owner = _owner(node)
+    try:
+        model.get_submodule(owner)
+    except AttributeError:
+        owner = ""
+    with graph.inserting_before(node):
+        return graph.create_node("get_attr", f"{owner}.training" if owner else "training")
+
+
+def _replace(
+    graph: fx.Graph, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
