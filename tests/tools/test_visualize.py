@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import networkx as nx
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.tools.picture import SCHEMA
+from lora_fx.tools.svg import to_svg
+from lora_fx.tools.visualize import FORMATS, picture_of, visualize
+from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
+
+NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
+
+
+class Scripts(HTMLParser):
+    """What a browser takes for the contents of the script elements, and all attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside = tag == "script"
+        self.attributes += attrs
+        if self._inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.scripts[-1] += data
+
+
+def read_page(text: str) -> tuple[Scripts, dict[str, object]]:
+    page = Scripts()
+    page.feed(text)
+    return page, json.loads(page.scripts[0])
+
+
+@pytest.mark.parametrize("suffix", list(FORMATS))
+def test_writes_every_format(suffix: str, tmp_path: Path) -> None:
+    path = visualize(adapted(Net()), tmp_path / f"graph{suffix}")
+    assert path == tmp_path / f"graph{suffix}"
+    assert path.stat().st_size > 1000
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_every_adapter_has_its_nodes_in_the_svg() -> None:
+    model = adapted(Net(depth=1))
+    boxes = drawn(to_svg(picture_of(model)))
+    owners = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    owners -= {"head"}
+    for role in ROLES:
+        assert {box.fqn for box in boxes if role in box.classes} == owners, role
+
+
+def test_hovering_tells_what_a_node_is() -> None:
+    boxes = drawn(to_svg(picture_of(adapted(Net(depth=1)))))
+    (down,) = (box for box in boxes if "A" in box.classes and box.fqn == "stem")
+    facts = dict(line.split(": ", 1) for line in down.title.splitlines())
+    assert facts["module"] == facts["adapts"].removesuffix(".weight") == "stem"
+    assert facts["class"] == "Linear"
+    assert facts["op"] == "call_function"
+    assert facts["target"].endswith("linear")
+    assert facts["rank"] == "2"
+    assert facts["scale"] == "2"
+    assert "2×3 float32, 6 trainable" in facts.values()
+
+
+@pytest.mark.parametrize("model", [Net(), Untraceable()], ids=["graph", "registration-order"])
+def test_boxes_lie_inside_their_parents_and_never_on_each_other(model: nn.Module) -> None:
+    picture = picture_of(adapted(model))
+    boxes = {box.id: box for box in drawn(to_svg(picture))}
+    assert set(boxes) == {box.id for box in picture.root.walk()}
+    for one, other in itertools.combinations([box for box in boxes.values() if box.leaf], 2):
+        assert not one.overlaps(other), (one, other)
+    for parent in picture.root.walk():
+        children = [boxes[child.id] for child in parent.children]
+        outer = boxes[parent.id]
+        for child in children:
+            assert child.x >= outer.x
+            assert child.y >= outer.y + 20
+            assert child.x + child.width <= outer.x + outer.width
+            assert child.y + child.height <= outer.y + outer.height
+        for one, other in itertools.combinations(children, 2):
+            assert not one.overlaps(other), (one, other)
+
+
+def test_written_words_fit_their_boxes() -> None:
+    for box in drawn(to_svg(picture_of(adapted(Net())))):
+        name = next(word for word in box.words if len(word) > 1 or len(box.words) == 1)
+        assert len(name) * 7.2 <= box.width
+
+
+def test_equal_blocks_fold() -> None:
+    boxes = drawn(to_svg(picture_of(adapted(Net(depth=4)))))
+    folded = [box for box in boxes if box.count > 1]
+    assert [(box.fqn, box.count) for box in folded] == [("blocks.0", 4)]
+    assert "blocks.0 … blocks.3 (×4)" in folded[0].words
+    assert not any(box.fqn.startswith("blocks.1") for box in boxes)
+
+
+def test_equal_blocks_without_a_graph_around_them_fold() -> None:
+    boxes = drawn(to_svg(picture_of(adapted(Untraceable(depth=3)))))
+    assert [(box.fqn, box.count) for box in boxes if box.count > 1] == [("layers.0", 3)]
+
+
+def test_blocks_that_differ_in_rank_do_not_fold() -> None:
+    model = adapted(Net(depth=4), rank_pattern={"blocks.2.up": 3})
+    folded = [box for box in picture_of(model).root.walk() if box.repeats]
+    assert [box.repeats for box in folded] == [("blocks.0", "blocks.1")]
+
+
+def test_blocks_that_differ_in_scale_do_not_fold() -> None:
+    model = adapted(Net(depth=2), alpha_pattern={"blocks.1.down": 16})
+    assert not [box for box in picture_of(model).root.walk() if box.repeats]
+
+
+def test_counts_cover_what_is_folded_away() -> None:
+    model = adapted(Net(depth=4))
+    root = picture_of(model).root
+    assert root.sites == 9
+    assert root.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert root.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    (fold,) = (box for box in root.walk() if box.repeats)
+    assert fold.sites == 8
+
+
+def test_a_shared_module_is_drawn_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.same = nn.Sequential(self.net)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) + self.same(x)
+
+    root = picture_of(Twice()).root
+    calls = [box for box in root.walk() if box.kind == "call"]
+    assert len(calls) == 1
+    assert ("drawn at", "net") in calls[0].facts
+    assert root.trainable == sum(p.numel() for p in Net().parameters())
+
+
+def test_graphml_loads_in_networkx(tmp_path: Path) -> None:
+    model = adapted(Net(depth=1))
+    graph = nx.read_graphml(visualize(model, tmp_path / "graph.graphml"))
+    assert nx.is_directed_acyclic_graph(graph)
+    roles = [data["kind"] for _, data in graph.nodes(data=True) if data["adapter"]]
+    assert roles.count("A") == roles.count("B") == 3
+    assert {data["parent"] for _, data in graph.nodes(data=True)} - {""} <= set(graph)
+
+
+def test_json_has_the_documented_schema(tmp_path: Path) -> None:
+    path = visualize(adapted(Net()), tmp_path / "graph.json")
+    document = json.loads(path.read_text("utf-8"))
+    assert document["schema"] == SCHEMA
+    everything = {entry["id"]: entry for entry in (*document["boxes"], *document["nodes"])}
+    assert len(everything) == len(document["boxes"]) + len(document["nodes"])
+    assert everything[document["root"]]["parent"] is None
+    for box in document["boxes"]:
+        assert all(everything[child]["parent"] == box["id"] for child in box["children"])
+    for edge in document["edges"]:
+        ends = (everything[edge["source"]], everything[edge["target"]])
+        assert {end["parent"] for end in ends} == {edge["parent"]}
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
+def test_graphviz_reads_the_dot_file(tmp_path: Path) -> None:
+    model = nn.ModuleDict({NASTY: adapted(Net())})
+    path = visualize(model, tmp_path / "graph.dot")
+    done = subprocess.run(["dot", "-Tsvg", path], capture_output=True, check=True)
+    assert not done.stderr
+    ET.fromstring(done.stdout)
+
+
+def test_dot_quotes_what_it_writes(tmp_path: Path) -> None:
+    text = visualize(nn.ModuleDict({NASTY: Net()}), tmp_path / "graph.dot").read_text("utf-8")
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    assert re.fullmatch(r"[\w\s\[\]{}=,;.>-]*", outside)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".graphml"])
+def test_names_are_escaped_in_xml(suffix: str, tmp_path: Path) -> None:
+    path = visualize(nn.ModuleDict({NASTY: nn.Linear(2, 2)}), tmp_path / f"graph{suffix}")
+    text = "\n".join(ET.parse(path).getroot().itertext())
+    assert NASTY.replace("\x07", "\ufffd") in text
+
+
+def test_names_are_escaped_in_html(tmp_path: Path) -> None:
+    path = visualize(nn.ModuleDict({NASTY: nn.Linear(2, 2)}), tmp_path / "graph.html")
+    page, document = read_page(path.read_text("utf-8"))
+    assert len(page.scripts) == 2
+    assert [node["fqn"] for node in document["nodes"]] == [NASTY]  # type: ignore[attr-defined]
+
+
+def test_html_is_self_contained(tmp_path: Path) -> None:
+    text = visualize(adapted(Net()), tmp_path / "graph.html").read_text("utf-8")
+    page, _ = read_page(text)
+    assert not [value for name, value in page.attributes if name in ("src", "href")]
+    assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "{{" not in text.replace("{{data}}", "")
+
+
+@pytest.mark.parametrize("suffix", list(FORMATS))
+def test_same_model_same_bytes(suffix: str, tmp_path: Path) -> None:
+    one = visualize(adapted(Net()), tmp_path / f"one{suffix}")
+    other = visualize(adapted(Net()), tmp_path / f"other{suffix}")
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_same_bytes_in_another_process(tmp_path: Path) -> None:
+    script = (
+        "import sys; from lora_fx.tools.visualize import visualize;"
+        "from tests.tools.pictures import Net, adapted;"
+        "visualize(adapted(Net()), sys.argv[1])"
+    )
+    files = [tmp_path / "one.html", tmp_path / "other.html"]
+    for seed, path in enumerate(files):
+        subprocess.run(
+            [sys.executable, "-c", script, path],
+            env={"PYTHONHASHSEED": str(seed + 1), "PATH": "/usr/bin:/bin"},
+            cwd=Path(__file__).parents[2],
+            check=True,
+        )
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_plain_model_shows_its_graph_and_stays_as_it_was(tmp_path: Path) -> None:
+    model = Net()
+    classes = [type(module) for module in model.modules()]
+    root = picture_of(model).root
+    assert root.flow
+    assert root.trainable == sum(p.numel() for p in model.parameters())
+    assert root.sites == 0
+    assert [type(module) for module in model.modules()] == classes
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_captured_and_merged_models() -> None:
+    assert picture_of(lora_fx.capture(Net())).root.flow
+    merged = picture_of(lora_fx.merge(adapted(Net()))).root
+    assert merged.sites == 0
+    assert not [box for box in merged.walk() if box.adapter]
+
+
+def test_a_plan_shows_what_is_adapted_and_why_the_rest_is_not() -> None:
+    plan = lora_fx.plan(Net(depth=3), lora_fx.LoraConfig(r=2, target_modules=["up", "down"]))
+    picture = picture_of(plan)
+    leaves = {box.fqn: box for box in picture.root.walk() if not box.children}
+    assert leaves["blocks.0.up"].kind == "site"
+    assert "r 2" in leaves["blocks.0.up"].caption
+    assert leaves["head"].kind == "skipped"
+    assert any(label == "not selected" and value for label, value in leaves["head"].facts)
+    (fold,) = (box for box in picture.root.walk() if box.repeats)
+    assert fold.repeats == ("blocks.0", "blocks.1", "blocks.2")
+    assert fold.sites == 6
+    assert picture.root.trainable == plan.trainable_parameters
+
+
+def test_plan_rows_of_other_ranks_do_not_fold() -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["up"], rank_pattern={"blocks.1.up": 4})
+    root = picture_of(lora_fx.plan(Net(depth=3), config)).root
+    assert not [box for box in root.walk() if box.repeats]
+
+
+@pytest.mark.parametrize("name", ["graph", "graph.png", "graph.html.gz", ".svg"])
+def test_refuses_other_suffixes(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.svg, \.dot, \.graphml, \.json, \.html"):
+        visualize(Net(), tmp_path / name)
+
+
+def test_refuses_to_write_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "graph.SVG"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="force"):
+        visualize(Net(), path)
+    assert path.read_text() == "mine"
+    assert visualize(Net(), path, force=True).read_text("utf-8").startswith("<svg")
+
+
+def test_refuses_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        visualize(Net(), tmp_path / "nowhere" / "graph.svg")
+
+
+def test_refuses_a_folder_as_file(tmp_path: Path) -> None:
+    (tmp_path / "graph.svg").mkdir()
+    with pytest.raises(ConfigError, match="folder"):
+        visualize(Net(), tmp_path / "graph.svg", force=True)
+
+
+def test_refuses_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dict"):
+        visualize({}, tmp_path / "graph.svg")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "graph.svg"
+    path.write_text("old")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(LoraFxError, match="No space left"):
+        visualize(Net(), path, force=True)
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_llama_7b_is_quick_and_small(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    config = lora_fx.LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = lora_fx.rewrite(model, config)
+    start = time.perf_counter()
+    path = visualize(model, tmp_path / "llama.html")
+    assert time.perf_counter() - start < 5
+    assert path.stat().st_size < 2_000_000
+    root = picture_of(model).root
+    assert (root.sites, root.trainable) == (128, 16_777_216)
+    assert [len(box.repeats) for box in root.walk() if box.repeats] == [32]
+
+
+def test_resnet_and_vit() -> None:
+    models = pytest.importorskip("torchvision").models
+    with torch.device("meta"):
+        resnet, vit = models.resnet18(weights=None), models.vit_b_16(weights=None)
+    for model, folds in ((resnet, [2]), (vit, [12])):
+        picture = picture_of(adapted(model))
+        assert [len(box.repeats) for box in picture.root.walk() if box.repeats] == folds
+        leaves = [box for box in drawn(to_svg(picture)) if box.leaf]
+        assert not [pair for pair in itertools.combinations(leaves, 2) if pair[0].overlaps(pair[1])]

@@ -1,0 +1,190 @@
+"""What every drawn format is made from: nested boxes, and edges between children of one box.
+
+A :class:`Picture` knows nothing of coordinates and file formats. Its :meth:`Picture.to_dict` is
+what ``visualize`` writes as ``.json`` (and what the HTML page carries).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any
+
+__all__ = ["SCHEMA", "Box", "Kind", "Picture", "clean", "elide", "fold_label", "human", "times"]
+
+SCHEMA = "lora_fx.picture/1"
+
+# What XML 1.0 cannot carry, escaped or not.
+_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class Kind(StrEnum):
+    """What a box stands for; also its class in the style sheet."""
+
+    MODULE = "module"
+    OPAQUE = "opaque"
+    LEAF = "leaf"
+    CALL = "call"
+    INPUT = "input"
+    OUTPUT = "output"
+    OP = "op"
+    WEIGHT = "weight"
+    BASE = "base"
+    DROPOUT = "dropout"
+    DOWN = "A"
+    UP = "B"
+    SCALE = "scale"
+    ADD = "add"
+    ADAPTER = "adapter"
+    SITE = "site"
+    SKIPPED = "skipped"
+    REJECTED = "rejected"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Box:
+    """A module, or one node of its graph.
+
+    Attributes:
+        id: Unique in the picture.
+        kind: What it stands for.
+        name: What is written on it.
+        caption: The small second line: a class, or a weight and its shape.
+        fqn: FQN of the module, or of the module whose graph the node is in.
+        facts: What hovering shows, as label and value.
+        children: What is inside.
+        edges: Data flow between children, as pairs of ids.
+        flow: Whether the children are the nodes of a graph, else they are in registration order.
+        repeats: FQNs of the equal modules that this one stands for, itself first; empty if it
+            stands for itself alone.
+        sites: Adapted operations inside, those of all repeats counted.
+        trainable, frozen: Elements of parameters inside, those of all repeats counted.
+        adapter: Name of the adapter that a node belongs to.
+    """
+
+    id: str
+    kind: Kind
+    name: str
+    caption: str = ""
+    fqn: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
+    children: tuple[Box, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+    flow: bool = False
+    repeats: tuple[str, ...] = ()
+    sites: int = 0
+    trainable: int = 0
+    frozen: int = 0
+    adapter: str = ""
+
+    def walk(self) -> Iterator[Box]:
+        """The box and everything in it, parents first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @property
+    def hover(self) -> str:
+        """The facts as lines of text."""
+        return "\n".join(f"{label}: {value}" for label, value in self.facts)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Picture:
+    """A model or a plan, ready to be drawn.
+
+    Attributes:
+        title: Class of the model, or what the plan is of.
+        facts: The summary, as label and value.
+        root: The outermost box.
+        legend: The kinds that occur and want explaining, with the explanation.
+        notes: Remarks on how the picture came about.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    root: Box
+    legend: tuple[tuple[Kind, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers for JSON.
+
+        ``boxes`` have something inside, ``nodes`` have not; both name their ``parent`` (None for
+        the root). ``edges`` are data flow and name the box whose children they connect.
+        """
+        boxes: list[dict[str, Any]] = []
+        nodes: list[dict[str, Any]] = []
+        edges: list[dict[str, str]] = []
+
+        def add(box: Box, parent: str | None) -> None:
+            entry: dict[str, Any] = {
+                "id": box.id,
+                "parent": parent,
+                "kind": str(box.kind),
+                "name": box.name,
+                "caption": box.caption,
+                "fqn": box.fqn,
+                "facts": [list(fact) for fact in box.facts],
+                "repeats": list(box.repeats),
+                "sites": box.sites,
+                "trainable": box.trainable,
+                "frozen": box.frozen,
+            }
+            if box.children:
+                boxes.append(entry | {"flow": box.flow, "children": [c.id for c in box.children]})
+            else:
+                nodes.append(entry | {"adapter": box.adapter})
+            edges.extend({"source": a, "target": b, "parent": box.id} for a, b in box.edges)
+            for child in box.children:
+                add(child, box.id)
+
+        add(self.root, None)
+        return {
+            "schema": SCHEMA,
+            "title": self.title,
+            "summary": [list(fact) for fact in self.facts],
+            "legend": [[str(kind), text] for kind, text in self.legend],
+            "notes": list(self.notes),
+            "root": self.root.id,
+            "boxes": boxes,
+            "nodes": nodes,
+            "edges": edges,
+        }
+
+
+def clean(text: str) -> str:
+    """``text`` without the control characters and lone surrogates that XML and UTF-8 refuse."""
+    return _ILLEGAL.sub("\ufffd", text)
+
+
+def elide(text: str, limit: int) -> str:
+    """``text`` in at most ``limit`` characters, shortened in the middle: both ends tell."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def human(count: int) -> str:
+    """A count in three or four digits: ``6.74 B``."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return (
+                f"{count / size:.3g} {unit}"
+                if count < 1000 * size
+                else f"{count / size:.0f} {unit}"
+            )
+    return str(count)
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """A shape as ``4096×11008``."""
+    return "×".join(str(size) for size in shape) or "scalar"
+
+
+def fold_label(names: tuple[str, ...]) -> str:
+    """What is written on a box that stands for several: ``layers.0 … layers.31 (×32)``."""
+    return f"{names[0]} … {names[-1]} (×{len(names)})"
