@@ -1,0 +1,136 @@
+"""From an exported program to an ONNX graph that is fit to ship."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora_fx.errors import ExportError
+from lora_fx.export.arguments import FlatModel
+from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
+from lora_fx.export.trace import Trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["convert", "torch_export_context"]
+
+_RANDOM_OPS = {
+    "Bernoulli",
+    "Dropout",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+
+
+def convert(
+    trace: Trace, model: nn.Module, outputs: Sequence[str], dtype: str, opset: int
+) -> ir.Model:
+    """Translate ``trace`` and give everything in the result its proper name.
+
+    Args:
+        trace: What ``trace()`` made of ``model``.
+        model: The module that was traced, for the FQNs of its weights.
+        outputs: Names of its outputs, in order.
+        dtype: Name of its dtype, for the metadata.
+        opset: ONNX opset to write.
+
+    Raises:
+        ExportError: torch.onnx has no translation for something, or the graph is random.
+    """
+    program = _translate(trace, len(outputs), opset)
+    _refuse_randomness(program, type(model).__name__)
+    _repair_folded_dtypes(program)
+    prefix = FlatModel.PREFIX
+    name_values(program, trace.arguments.names, outputs, weight_aliases(model), prefix)
+    name_axes(program, trace.labels(), trace.symbols)
+    strip_build_traces(program, prefix)
+    _stamp(program, trace, dtype, opset)
+    return program
+
+
+@contextmanager
+def torch_export_context() -> Iterator[None]:
+    """What ``trace`` and ``convert`` both have to run in."""
+    # MATH: the attention of the other backends has strides that are gone once it is decomposed,
+    # after which torch refuses views that it recorded itself (T5). The ONNX nodes are the same.
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]):
+        # torch's own use of its own deprecated names, on every export.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnxscript")
+        yield
+
+
+def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
+    # Neutral names on the way: an output named like a parameter would give an invalid model.
+    count = len(trace.arguments.names)
+    try:
+        with torch_export_context():
+            program = torch.onnx.export(
+                trace.program,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=[f"__lora_fx_input_{index}" for index in range(count)],
+                output_names=[f"__lora_fx_output_{index}" for index in range(outputs)],
+            )
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"torch.onnx cannot convert the model: {cause}") from error
+    assert program is not None
+    return program.model
+
+
+def _repair_folded_dtypes(model: ir.Model) -> None:
+    # onnxscript folds batch norm into a bf16 layer with numpy, which leaves the weights in fp32.
+    import onnx_ir as ir
+
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None:
+            continue
+        wanted = node.inputs[0].dtype
+        for value in node.inputs[1:]:
+            if value is None or value.const_value is None or wanted is None:
+                continue
+            if value.const_value.dtype != wanted:
+                array = value.const_value.numpy().astype(wanted.numpy())
+                value.const_value = ir.tensor(array, dtype=wanted, name=value.name)
+                value.type = ir.TensorType(wanted)
+
+
+def _refuse_randomness(model: ir.Model, owner: str) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type not in _RANDOM_OPS:
+            continue
+        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", owner)
+        raise ExportError(
+            f"the model is random in eval mode: {node.op_type} in {scope}. Was its graph captured "
+            f"in train mode, or does it call F.dropout without training=self.training?"
+        )
+
+
+def _stamp(model: ir.Model, trace: Trace, dtype: str, opset: int) -> None:
+    version = importlib.metadata.version("lora-fx")
+    model.producer_name = "lora-fx"
+    model.producer_version = version
+    model.metadata_props.update(
+        {
+            "lora_fx.version": version,
+            "lora_fx.opset": str(opset),
+            "lora_fx.dtype": dtype,
+            "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
+        }
+    )

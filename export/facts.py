@@ -1,0 +1,69 @@
+"""Reading an ``ExportReport`` off the graph, the trace and the comparison."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from lora_fx.export.parity import Parity
+from lora_fx.export.trace import Trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["graph_facts"]
+
+_PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+
+
+def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[str, Any]:
+    """The fields of an ``ExportReport`` that say what is in the file and how it was checked."""
+    names_of = trace.arguments.names
+    axes = dict(zip(names_of, trace.axes, strict=True))
+    flat_axes = [axis for row in trace.axes for axis in row]
+    tried = parity.tried if parity else []
+    skipped = parity.skipped if parity else {}
+    return {
+        "nodes": sum(1 for _ in model.graph.all_nodes()),
+        "initializers": len(model.graph.initializers),
+        "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
+        "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},
+        "dynamic_axes": trace.dynamic_axes(),
+        "axis_limits": {
+            axis.name: axis.high
+            for axis in flat_axes
+            if axis.name is not None and axis.high is not None
+        },
+        "fixed_axes": {
+            f"{name}[{index}]": axis.reason
+            for name, row in axes.items()
+            for index, axis in enumerate(row)
+            if axis.name is None
+        },
+        "baked_arguments": dict(trace.arguments.baked),
+        "verified": parity is not None,
+        "parity": tuple(parity.rows.values()) if parity else (),
+        "shapes_tried": tuple(dict(zip(names_of, sizes, strict=True)) for sizes in tried),
+        "shapes_skipped": {
+            ", ".join(f"{name} {list(size)}" for name, size in zip(names_of, sizes, strict=True)): (
+                reason
+            )
+            for sizes, reason in skipped.items()
+        },
+        "versions": _versions(),
+    }
+
+
+def _axes_of(value: ir.Value) -> tuple[int | str, ...]:
+    shape = () if value.shape is None else value.shape
+    return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in shape)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,142 @@
+"""What an export did and how it was checked, as plain data that needs neither onnx nor torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["ExportReport", "OutputParity"]
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """How far one output was from PyTorch's, the worst over every shape that was tried.
+
+    Attributes:
+        name: Name of the output in the file.
+        max_abs_error: Largest absolute difference.
+        max_rel_error: That difference over the largest magnitude of the output.
+        tolerance: What ``max_rel_error`` may be; 0 for outputs that must be equal.
+    """
+
+    name: str
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What ``export_onnx`` wrote.
+
+    Attributes:
+        path: The file that was written.
+        size_bytes: Size of the file and its external data together.
+        data_file: Name of the external data file beside it, or None.
+        opset: ONNX opset of the file.
+        dtype: "fp32", "fp16", "bf16" or the torch name of what most weights are stored in.
+        nodes: Number of nodes of the graph.
+        initializers: Number of stored tensors.
+        inputs: Input name to its axes: a name for a dynamic one, a size for a fixed one.
+        outputs: The same for outputs.
+        dynamic_axes: Input name to its dynamic axes, by position.
+        axis_limits: Name of a dynamic axis to its largest size, where the model has one.
+        fixed_axes: ``input[axis]`` to the reason why it is fixed.
+        baked_arguments: Arguments that are no tensors, hence constants of the file.
+        verified: Whether the file was compared with PyTorch.
+        unverified_reason: Why not, else "".
+        parity: The comparison, one row an output.
+        shapes_tried: The input shapes on which it was made.
+        shapes_skipped: Shapes that PyTorch itself refused, with its words.
+        provider: Execution provider of the comparison, else "".
+        seconds: Wall-clock seconds of each stage, in order.
+        versions: Version of each package that had a part in it.
+    """
+
+    path: str
+    size_bytes: int
+    data_file: str | None
+    opset: int
+    dtype: str
+    nodes: int
+    initializers: int
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+    axis_limits: Mapping[str, int]
+    fixed_axes: Mapping[str, str]
+    baked_arguments: Mapping[str, str]
+    verified: bool
+    unverified_reason: str
+    parity: tuple[OutputParity, ...]
+    shapes_tried: tuple[Mapping[str, tuple[int, ...]], ...]
+    shapes_skipped: Mapping[str, str]
+    provider: str
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute difference over all outputs; 0 where nothing was compared."""
+        return max((row.max_abs_error for row in self.parity), default=0.0)
+
+    @property
+    def max_rel_error(self) -> float:
+        """Largest difference over all outputs, each over its output's largest magnitude."""
+        return max((row.max_rel_error for row in self.parity), default=0.0)
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall-clock seconds of the whole export."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        # A difference from or to a value that is not finite is no JSON number.
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.path}: {_megabytes(self.size_bytes)}, opset {self.opset}, {self.dtype}, "
+            f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
+        )
+        lines = [head]
+        if self.data_file:
+            lines.append(f"  weights in {self.data_file}, which has to stay beside it")
+        lines += [f"  input  {name}{_axes(axes)}" for name, axes in self.inputs.items()]
+        lines += [f"  output {name}{_axes(axes)}" for name, axes in self.outputs.items()]
+        lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
+        lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
+        lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        lines += self._parity_lines()
+        return "\n".join(lines)
+
+    def _parity_lines(self) -> list[str]:
+        if not self.verified:
+            return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
+        shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
+        lines = [f"  checked on {self.provider} with {shapes}"]
+        lines.extend(map(_parity_line, self.parity))
+        lines += [f"  not tried: {shape}: {why}" for shape, why in self.shapes_skipped.items()]
+        return lines
+
+
+def _parity_line(row: OutputParity) -> str:
+    return (
+        f"  parity {row.name}: max error {row.max_abs_error:.1e} absolute, "
+        f"{row.max_rel_error:.1e} relative (allowed {row.tolerance:.0e})"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
+
+
+def _axes(axes: tuple[int | str, ...]) -> str:
+    return "[" + ", ".join(str(axis) for axis in axes) + "]"
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

@@ -1,0 +1,107 @@
+"""A model to export in place of the caller's: same weights, own modules, in eval mode.
+
+Export switches modes, turns caches off and changes dtypes. All of it happens on a copy of the
+module structure that shares the parameters, so that the argument is untouched also after an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lora_fx.errors import CaptureError, ExportError
+from lora_fx.passes._sharing import share_copy
+
+__all__ = ["DTYPES", "dtype_name", "exportable_twin", "unwrapped"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_CASTABLE = (*DTYPES.values(), torch.float64)
+
+# transformers computes rotary angles in fp32 whatever the model's dtype: it keeps these out of
+# half precision when it loads a model, since position * frequency has no digits to spare.
+_KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
+
+
+def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
+    """Copy the modules of ``model``, share its parameters, and make the copy fit for export.
+
+    Args:
+        model: Any module.
+        dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
+
+    Returns:
+        The copy, in eval mode, without key-value caches.
+
+    Raises:
+        ExportError: The weights are on the meta device or on several, or a module holds
+            something that cannot be copied.
+    """
+    _check_devices(model)
+    target = None if dtype is None else DTYPES[dtype]
+    try:
+        twin = share_copy(model)
+    except CaptureError as error:
+        raise ExportError(str(error)) from error
+    if target is not None:
+        _cast_parameters(twin, target)
+        _cast_buffers(twin, target)
+    for module in twin.modules():
+        config = vars(module).get("config")
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+    return twin.eval()
+
+
+def dtype_name(model: nn.Module) -> str:
+    """What most weights are stored in: a key of ``DTYPES``, or torch's name ("int8")."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    most = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return names.get(most, str(most).removeprefix("torch."))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile`` and DDP wrap around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _check_devices(model: nn.Module) -> None:
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    for device, name in devices.items():
+        if device.type == "meta":
+            raise ExportError(
+                f"'{name}' is on the meta device and has no values: load the weights first"
+            )
+    if len(devices) > 1:
+        where = ", ".join(f"'{name}' on {device}" for device, name in devices.items())
+        raise ExportError(f"the model is on several devices ({where}): move it to one first")
+
+
+def _cast_parameters(twin: nn.Module, target: torch.dtype) -> None:
+    cast: dict[int, nn.Parameter] = {}  # a tied weight stays one parameter
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.dtype not in _CASTABLE or parameter.dtype == target:
+                continue
+            if id(parameter) not in cast:
+                cast[id(parameter)] = nn.Parameter(parameter.to(target), requires_grad=False)
+            module._parameters[name] = cast[id(parameter)]
+
+
+def _cast_buffers(twin: nn.Module, target: torch.dtype) -> None:
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.dtype not in _CASTABLE:
+                continue
+            kept = name in _KEPT_IN_FP32
+            module._buffers[name] = buffer.to(torch.float32 if kept else target)

@@ -1,0 +1,227 @@
+"""Running a file, and every way in which it is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export import providers
+from lora_fx.export.onnx import export_onnx
+from lora_fx.export.session import OnnxSession
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, features: Tensor, index: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.linear(features), "next": index + 1}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return Scaled().eval()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, model: nn.Module) -> Path:
+    target = tmp_path_factory.mktemp("session") / "m.onnx"
+    export_onnx(model, target, (torch.randn(2, 4), torch.tensor([1, 5])))
+    return target
+
+
+@pytest.fixture(scope="module")
+def session(path: Path) -> OnnxSession:
+    return OnnxSession(path, "cpu")
+
+
+def test_says_what_it_takes_and_where_it_runs(session: OnnxSession) -> None:
+    assert session.provider == "cpu"
+    assert [str(port) for port in session.inputs] == [
+        "features float32[batch, 4]",
+        "index int64[batch]",
+    ]
+    assert [port.name for port in session.outputs] == ["scores", "next"]
+    assert "m.onnx" in repr(session)
+
+
+def test_tensors_in_tensors_out_arrays_in_arrays_out(
+    session: OnnxSession, model: nn.Module
+) -> None:
+    features, index = torch.randn(3, 4), torch.tensor([3, 1, 2])
+    expected = model(features, index)
+    by_order = session.run((features, index))
+    by_name = session.run({"index": index.numpy(), "features": features.numpy()})
+    assert isinstance(by_order["scores"], Tensor)
+    assert isinstance(by_name["scores"], np.ndarray)
+    torch.testing.assert_close(by_order, {key: value.detach() for key, value in expected.items()})
+    np.testing.assert_array_equal(by_name["scores"], by_order["scores"].numpy())
+    strided = torch.randn(4, 3).T.requires_grad_()
+    torch.testing.assert_close(
+        session.run((strided, index))["scores"], model.linear(strided).detach()
+    )
+
+
+FEATURES, INDEX = np.zeros((2, 4), np.float32), np.zeros(2, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"features": FEATURES}, "lacks index"),
+        ({"features": FEATURES, "indx": INDEX}, "lacks index and has 'indx'.*mean 'index'"),
+        ((FEATURES,), r"takes 2 inputs \(features, index\), 1 were given"),
+        ((FEATURES.astype(np.float64), INDEX), "'features' is float64, the file takes float32"),
+        ((FEATURES, INDEX.astype(np.int32)), "'index' is int32, the file takes int64"),
+        ((FEATURES[0], INDEX), r"'features' has shape \[4\].*\[batch, 4\]"),
+        ((FEATURES[:, :3], INDEX), r"'features' has shape \[2, 3\]"),
+        (([[0.0] * 4], INDEX), "'features' is a list"),
+    ],
+)
+def test_wrong_inputs_are_named(session: OnnxSession, inputs: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        session.run(inputs)
+
+
+def test_failure_inside_the_runtime_names_the_shapes(
+    session: OnnxSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(names: object, feeds: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : out of memory")
+
+    monkeypatch.setattr(
+        session, "_session", SimpleNamespace(run_with_ort_values=fails), raising=True
+    )
+    with pytest.raises(ExportError, match=r"features \[2, 4\], index \[2\]: out of memory"):
+        session.run((FEATURES, INDEX))
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all", "half"])
+def test_damaged_file(tmp_path: Path, path: Path, content: bytes | str) -> None:
+    broken = tmp_path / "broken.onnx"
+    whole = path.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    with pytest.raises(ExportError, match=r"broken\.onnx cannot be loaded"):
+        OnnxSession(broken, "cpu")
+
+
+def test_missing_file_and_missing_external_data(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no file .*gone\.onnx"):
+        OnnxSession(tmp_path / "gone.onnx", "cpu")
+    wide = nn.Linear(64, 64)
+    report = export_onnx(wide, tmp_path / "m.onnx", torch.randn(2, 64), external_data_bytes=0)
+    assert report.data_file is not None
+    (tmp_path / report.data_file).unlink()
+    with pytest.raises(ExportError, match=r"m\.onnx cannot be loaded.*external data"):
+        OnnxSession(tmp_path / "m.onnx", "cpu")
+
+
+@pytest.mark.parametrize("name", ["cud", "gpu", "CUDAExecutionProvider", ""])
+def test_unknown_provider(path: Path, name: Any) -> None:
+    with pytest.raises(ProviderError, match="the providers are 'cuda' and 'cpu'"):
+        OnnxSession(path, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_is_refused_where_there_is_none(path: Path) -> None:
+    with pytest.raises(ProviderError) as caught:
+        OnnxSession(path, "cuda")
+    message = str(caught.value)
+    assert "cuda" in message
+    assert "pip install" in message or "driver" in message
+    assert "CPUExecutionProvider" in message
+
+
+@pytest.mark.cuda
+def test_cuda_runs_what_the_cpu_runs(path: Path, session: OnnxSession) -> None:
+    inputs = (torch.randn(3, 4), torch.tensor([3, 1, 2]))
+    got = OnnxSession(path, "cuda").run(inputs)
+    torch.testing.assert_close(got, session.run(inputs))
+
+
+def test_session_that_fell_back_is_not_handed_out(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if every library were there and CUDA failed all the same, which ONNX Runtime does not say.
+    monkeypatch.setattr("lora_fx.export.session.check_provider", lambda runtime, provider: None)
+    fell_back = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **options: fell_back)
+    with pytest.raises(ProviderError, match=r"asked for cuda.*gave CPUExecutionProvider"):
+        OnnxSession(path, "cuda")
+
+
+def test_provider_that_is_not_compiled_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match=r"only CPUExecutionProvider.*lora-fx\[gpu\]"):
+        OnnxSession(path, "cuda")
+
+
+def test_both_wheels_at_once_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+    assert "both installed" in providers.wheel_conflict()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match=r"onnxruntime 1\.2\.3 and onnxruntime-gpu 1\.2\.3"):
+        OnnxSession(path, "cuda")
+
+
+def test_missing_driver_and_missing_libraries_have_different_remedies(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: sys.stdout.write("noise"), raising=False
+    )
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    for missing, remedy in ((["libcuda.so.1"], "NVIDIA driver"), (["libcudart.so.13"], "cudnn")):
+        monkeypatch.setattr(providers, "missing_cuda_libraries", lambda _, names=missing: names)
+        with pytest.raises(ProviderError, match=f"{missing[0]} cannot be loaded.*{remedy}"):
+            OnnxSession(path, "cuda")
+
+
+def test_without_onnxruntime(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ProviderError, match=r"pip install 'lora-fx\[gpu\]'"):
+        OnnxSession(path, "cpu")
+    # What pip uninstall of one of the two wheels leaves of the other.
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(ProviderError, match="damaged"):
+        OnnxSession(path, "cpu")
+
+
+def test_needed_libraries_are_read_from_the_provider() -> None:
+    library = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not library.is_file():
+        pytest.skip("this wheel has no CUDA provider")
+    needed = providers._needed(library)
+    assert "libcuda.so.1" in needed
+    assert any(name.startswith("libcublas.so") for name in needed)
+
+
+def test_bf16_goes_through_a_file(tmp_path: Path) -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1)
+
+    export_onnx(Double(), tmp_path / "m.onnx", torch.randn(2, 4).bfloat16(), verify=False)
+    try:
+        session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    except ProviderError:
+        pytest.skip("no bf16 kernel on this CPU provider")
+    x = torch.randn(3, 4).bfloat16()
+    assert torch.equal(session.run(x)["output"], x.reshape(-1))
+    array = session.run(session.run(x)["output"].reshape(3, 4).contiguous())["output"]
+    assert array.dtype == torch.bfloat16
