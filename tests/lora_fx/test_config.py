@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx import config as config_module
+from lora_fx import _config_fields
 from lora_fx.config import CONFIG_NAME, TASK_TYPES, FrozenPattern, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
 
@@ -58,15 +58,15 @@ def test_fields_and_defaults_are_pefts() -> None:
 def test_every_peft_field_is_known() -> None:
     theirs = {one.name for one in dataclasses.fields(peft.LoraConfig)}
     ours = {one.name for one in dataclasses.fields(LoraConfig)} - {"seed"}
-    unsupported = set(config_module._UNSUPPORTED)
-    assert ours | unsupported | set(config_module._METADATA) == theirs
+    unsupported = set(_config_fields.UNSUPPORTED)
+    assert ours | unsupported | set(_config_fields.METADATA) == theirs
     assert not ours & unsupported
-    assert set(config_module._NORMALISERS) == ours | {"seed"}
+    assert set(_config_fields.NORMALISERS) == ours | {"seed"}
 
 
 def test_defaults_of_unsupported_fields_are_pefts() -> None:
     theirs = peft.LoraConfig().to_dict()
-    ours = {k: v for k, v in config_module._UNSUPPORTED.items() if k != "runtime_config"}
+    ours = {k: v for k, v in _config_fields.UNSUPPORTED.items() if k != "runtime_config"}
     assert ours == {name: theirs[name] for name in ours}
 
 
@@ -245,11 +245,11 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
 
 
 def test_unsupported_fields_at_pefts_default_are_accepted() -> None:
-    assert LoraConfig(**config_module._UNSUPPORTED) == LoraConfig()  # type: ignore[arg-type]
+    assert LoraConfig(**_config_fields.UNSUPPORTED) == LoraConfig()  # type: ignore[arg-type]
     assert LoraConfig(loftq_config=None, use_dora=None) == LoraConfig()  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("name", sorted(config_module._UNSUPPORTED))
+@pytest.mark.parametrize("name", sorted(_config_fields.UNSUPPORTED))
 def test_no_unsupported_field_is_dropped(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: found 'on'; lora_fx does not support"):
         LoraConfig(**{name: "on"})

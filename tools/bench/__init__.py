@@ -1,1 +1,1 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Benchmarks: one file a workload, one table a file, all written to ``docs/benchmarks.md``."""

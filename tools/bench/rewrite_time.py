@@ -1,0 +1,74 @@
+"""How long it takes to put adapters on a model: Llama shapes on the meta device, beside PEFT.
+
+PEFT changes the model that it is given, so that it gets a new one each time; that is not timed. The
+A/A row runs the same rewrite under a second name: what differs there is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.api import rewrite
+from lora_fx.config import LoraConfig
+from lora_fx.tools.bench.measure import Sample, interleaved
+
+__all__ = ["TITLE", "rows", "run"]
+
+TITLE = "Rewriting Llama-7B on the meta device, rank 16"
+
+_TARGETS = {"q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear": "all-linear"}
+
+
+def run(
+    *, repeats: int = 10, progress: Callable[[int, int], None] | None = None
+) -> dict[str, dict[str, Sample]]:
+    """Times by target set, then by contender."""
+    return {
+        title: interleaved(_contenders(targets), repeats=repeats, progress=progress)
+        for title, targets in _TARGETS.items()
+    }
+
+
+def rows(results: dict[str, dict[str, Sample]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: columns and cells."""
+    columns = ("targets", "contender", "median (quartiles)", "of PEFT's")
+    table = []
+    for title, samples in results.items():
+        peft = samples["PEFT"].median
+        for name, sample in samples.items():
+            table.append((title, name, str(sample), f"{sample.median / peft:.2f}"))
+    return columns, table
+
+
+def _contenders(targets: Any) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    import peft
+
+    base = _llama()
+    ours = LoraConfig(r=16, lora_alpha=16, target_modules=targets)
+
+    # A configuration of its own for each run: PEFT writes into the one that it is given.
+    def fresh() -> tuple[nn.Module, Any]:
+        return _llama(), peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets)
+
+    def rewrite_base(_: None) -> nn.Module:
+        return rewrite(base, ours)
+
+    def wrap(given: tuple[nn.Module, Any]) -> Any:
+        return peft.get_peft_model(*given)
+
+    return {
+        "lora-fx": (lambda: None, rewrite_base),
+        "lora-fx again (A/A)": (lambda: None, rewrite_base),
+        "PEFT": (fresh, wrap),
+    }
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig())
