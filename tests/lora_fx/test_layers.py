@@ -24,11 +24,16 @@ FOLDERS = {
 }
 LAYERS = (
     "lora_fx.errors",
+    "lora_fx._config_fields",
     "lora_fx.config",
     "lora_fx.types",
     "lora_fx.ops",
     "lora_fx.passes",
     "lora_fx.pipeline",
+    "lora_fx._checkpoint_files",
+    "lora_fx._checkpoint_keys",
+    "lora_fx._checkpoint_settings",
+    "lora_fx._checkpoint_fit",
     "lora_fx.checkpoint",
     "lora_fx.export",
     "lora_fx.api",

@@ -1,0 +1,209 @@
+"""PEFT's names for the tensors of an adapter, and where each of them is in a rewritten model.
+
+With ``P`` for the FQN of a module of the base model (PEFT writes ``base_model.model.`` before it):
+
+=====================  =========================================================================
+linear                 ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [out, r]
+convolution            the same, A [r, in, *k], B [out, r/g, 1, ...]; A is dense also for g groups
+embedding              ``P.lora_embedding_A`` [r, vocabulary], ``P.lora_embedding_B`` [width, r]
+``modules_to_save``    ``P.<name>`` for everything in the module's state dict
+trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`` elsewhere
+=====================  =========================================================================
+
+A buffer is there if training changed it: PEFT does not write those, but its loader finds them.
+
+Two kinds of site have no name in PEFT, which adapts modules inside a model. They are saved under
+names of our own, which PEFT ignores: a raw parameter ``P.<name>`` that no module stands for has
+``P.<name>_lora.lora_A.weight`` and ``P.<name>_lora.lora_B.weight``; the weight of the root module
+itself has ``lora_A.weight`` and ``lora_B.weight``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lora_fx.passes.merge import factors_of
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import AdapterRecord, PlannedSite, join
+
+__all__ = ["PREFIX", "Slot", "base_name", "peft_sees", "site_names", "slots_of"]
+
+PREFIX = "base_model.model."
+"""What PEFT writes before every key."""
+
+_FACTOR = re.compile(r"(?:(?P<holder>.+)\.)?lora_(?:[AB]\.weight|embedding_[AB])")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor of a rewritten model that belongs in a checkpoint.
+
+    Attributes:
+        key: PEFT's key, without :data:`PREFIX`.
+        name: FQN of the tensor in the model.
+        tensor: The parameter or buffer itself.
+        groups: Above 1 for the A of a grouped convolution, which is stored dense.
+        required: Whether a checkpoint without it is incomplete.
+        alias: Whether it is another key for what has one already: read, not written.
+    """
+
+    key: str
+    name: str
+    tensor: torch.Tensor
+    groups: int = 1
+    required: bool = True
+    alias: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        shape = tuple(self.tensor.shape)
+        return shape if self.groups == 1 else (shape[0], shape[1] * self.groups, *shape[2:])
+
+    def encoded(self) -> torch.Tensor:
+        """What is stored: contiguous, on the CPU, with storage of its own."""
+        value = self.tensor.detach()
+        if self.groups > 1:
+            dense = value.new_zeros(self.shape)
+            for rows, channels in self._blocks():
+                dense[rows, channels] = value[rows]
+            value = dense
+        return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+
+    def decoded(self, stored: torch.Tensor) -> torch.Tensor | None:
+        """``stored`` as the model has it; None if the A of a grouped convolution mixes groups."""
+        if self.groups == 1:
+            return stored
+        rest = stored.clone()
+        parts = []
+        for rows, channels in self._blocks():
+            parts.append(stored[rows, channels])
+            rest[rows, channels] = 0
+        return None if bool(rest.any()) else torch.cat(parts)
+
+    def _blocks(self) -> Iterator[tuple[slice, slice]]:
+        rows, channels = self.tensor.shape[0] // self.groups, self.tensor.shape[1]
+        for group in range(self.groups):
+            yield (
+                slice(group * rows, (group + 1) * rows),
+                slice(group * channels, (group + 1) * channels),
+            )
+
+
+def slots_of(
+    model: nn.Module, record: AdapterRecord, adapter: str, buffers: Iterable[str]
+) -> dict[str, Slot]:
+    """Everything of an adapter that a checkpoint can hold, by key.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        buffers: FQNs of the buffers of the base model to include; never required.
+    """
+    slots: list[Slot] = []
+    aliases = _aliases(model)
+    for row in record.sites:
+        slots += _factor_slots(model, row, adapter, aliases)
+    inside = tuple(f"{name}." for name in record.saved_modules)
+    for name in record.saved_modules:
+        state = model.get_submodule(name).state_dict(keep_vars=True)
+        slots += [
+            Slot(join(name, k), join(name, k), v)
+            for k, v in state.items()
+            if isinstance(v, torch.Tensor)
+        ]
+    wrapped = {row.site.holder for row in record.sites if peft_sees(row)}
+    for name in record.biases:
+        # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
+        required = name.rpartition(".")[2] == "bias"
+        slots.append(
+            Slot(_base_key(name, wrapped), name, model.get_parameter(name), required=required)
+        )
+    for name in buffers:
+        if not name.startswith(inside):
+            key = _base_key(name, wrapped)
+            slots.append(Slot(key, name, model.get_buffer(name), required=False))
+    return {slot.key: slot for slot in slots}
+
+
+def peft_sees(row: PlannedSite) -> bool:
+    """Whether PEFT has a name for the site: it adapts modules, and not the root."""
+    return row.site.holder == row.name
+
+
+def site_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
+    """Names of the sites whose factors are among the keys, in their order."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names: dict[str, None] = {}
+    for key in keys:
+        found = _FACTOR.fullmatch(key)
+        if found is None:
+            continue
+        holder = found["holder"] or ""
+        raw = holder.removesuffix("_lora")
+        names[raw if holder not in modules and raw in parameters else holder or "weight"] = None
+    return tuple(names)
+
+
+def base_name(key: str, model: nn.Module) -> str | None:
+    """FQN of the parameter of the base model that a key names, wrapped by PEFT or not; or None."""
+    owner, _, leaf = key.rpartition(".")
+    for name in (key, join(owner.removesuffix("base_layer").removesuffix("."), leaf)):
+        try:
+            model.get_parameter(name)
+        except AttributeError:
+            continue
+        return name
+    return None
+
+
+def _base_key(name: str, wrapped: set[str]) -> str:
+    owner, _, leaf = name.rpartition(".")
+    return join(owner, "base_layer", leaf) if owner in wrapped else name
+
+
+def _factor_slots(
+    model: nn.Module, row: PlannedSite, adapter: str, aliases: Mapping[str, tuple[str, ...]]
+) -> Iterator[Slot]:
+    site = row.site
+    shapes = pattern_of(site).factors(site, row.rank)
+    a, b = factors_of(model, row, adapter)
+    for attribute, tensor in ((shapes.name_a, a), (shapes.name_b, b)):
+        # PEFT holds those of an embedding in parameters, all others in modules.
+        suffix = "" if attribute.startswith("lora_embedding") else "weight"
+        groups = site.groups if tensor is a else 1
+        name = join(site.holder, attribute, adapter)
+        yield Slot(join(site.holder, attribute, suffix), name, tensor, groups)
+        for alias in aliases.get(site.holder, ()):
+            yield Slot(
+                join(alias, attribute, suffix), name, tensor, groups, required=False, alias=True
+            )
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Other names of a module in a block that the model holds several times.
+
+    PEFT now writes the first and once wrote them all. Of a module that its parent itself holds
+    twice it adapts only the first.
+    """
+    names: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+
+    def place(name: str) -> tuple[int, str]:
+        parent, _, leaf = name.rpartition(".")
+        return id(modules[parent]), leaf
+
+    return {
+        first: tuple(name for name in rest if place(name) == place(first))
+        for first, *rest in names.values()
+        if rest
+    }

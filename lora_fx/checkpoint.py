@@ -1,0 +1,229 @@
+"""Adapter folders, read and written as PEFT does.
+
+The names of the tensors are in :mod:`lora_fx._checkpoint_keys`. Reading is strict: every tensor of
+the folder has its place in the model and every place is filled, or nothing is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_fx._checkpoint_files import read_tensors, write_folder
+from lora_fx._checkpoint_fit import leftover, other_scales, values_for
+from lora_fx._checkpoint_keys import PREFIX, peft_sees, site_names, slots_of
+from lora_fx._checkpoint_settings import with_sites, written_config
+from lora_fx.config import CONFIG_NAME, LoraConfig
+from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
+from lora_fx.ops import check_adapter_name
+from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes.merge import record_of
+from lora_fx.passes.selection import saved_entries
+from lora_fx.pipeline import plan_model, rewrite_model
+from lora_fx.types import AdapterRecord
+
+__all__ = ["load_adapter", "save_adapter"]
+
+_log = logging.getLogger("lora_fx")
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    force: bool = False,
+) -> Path:
+    """Writes an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
+
+    Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
+    buffers that training changed (batch-norm statistics). The configuration names every site in
+    full.
+
+    Args:
+        model: A rewritten model.
+        directory: Where to; made if it is not there. An adapter that is not called "default" goes
+            into a subfolder of its name.
+        adapter_name: Which adapter.
+        force: Whether to replace an adapter that is there already.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ConfigError: If the model has no such adapter.
+        CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
+            meta device, or the files cannot be written (a full disk). The folder is then as it was.
+    """
+    record = _adapter_record(model, adapter_name)
+    folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
+    slots = slots_of(model, record, adapter_name, _changed_buffers(model))
+    for slot in slots.values():
+        if slot.tensor.is_meta:
+            raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
+    own = [row.name for row in record.sites if not peft_sees(row)]
+    if own:
+        _log.warning(
+            "%s: no module stands for these weights, so that PEFT cannot load their adapters: %s",
+            folder,
+            ", ".join(own),
+        )
+    tensors = {PREFIX + key: slot.encoded() for key, slot in slots.items() if not slot.alias}
+    write_folder(folder, tensors, written_config(model, record), force=force)
+    return folder
+
+
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str = "default"
+) -> nn.Module:
+    """Reads an adapter folder of PEFT or lora_fx.
+
+    Args:
+        model: A model that is not rewritten, which is not touched; or one that was rewritten before
+            and has an adapter of this name and shape, whose values are replaced.
+        directory: A local folder. For an adapter that is not called "default", its subfolder of
+            that name if there is one.
+        adapter_name: What to call the adapter; the folder does not say.
+
+    Returns:
+        A model with the adapter, as :func:`lora_fx.rewrite` makes it: a new one, or, if ``model``
+        has the adapter, ``model`` itself. It can be trained on: the note ``inference_mode`` that
+        PEFT puts into every folder is not heeded. Values are cast to the dtype of their place.
+
+    Raises:
+        CheckpointError: If the folder or a file is missing or damaged, is no LoRA adapter, is a
+            pickle that could run code, or does not fit the model: every tensor that is missing,
+            unexpected or of another shape is named. Nothing was changed then.
+        ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
+            rewritten and has no adapter of that name.
+    """
+    check_adapter_name(adapter_name)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    folder = _folder(directory, adapter_name)
+    config = LoraConfig.from_pretrained(folder)
+    tensors = _without_prefix(read_tensors(folder))
+    if record_of(model) is None:
+        target = _rewritten(model, config, tensors, folder, adapter_name)
+    else:
+        target = model
+    record = _adapter_record(target, adapter_name)
+    slots = slots_of(target, record, adapter_name, _persistent_buffers(target))
+    values, problems = values_for(slots, tensors)
+    problems += other_scales(record, config)
+    for key in tensors.keys() - slots.keys():
+        problems += leftover(key, tensors[key], target, record)
+    if problems:
+        reasons = _reasons(model, config, tensors)
+        raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
+    with torch.no_grad():
+        for slot, value in values:
+            slot.tensor.copy_(value)
+    _note_stale_buffers(target, {slot.name for slot, _ in values})
+    return target
+
+
+def _adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
+    record = record_of(model)
+    if record is None:
+        raise ConfigError(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
+            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
+        )
+    if adapter_name not in record.adapters:
+        raise ConfigError(
+            f"there is no adapter {adapter_name!r}: the model has "
+            f"{', '.join(map(repr, record.adapters))}. Another one cannot be loaded onto a "
+            "rewritten model yet: load it onto the original model, which was not changed"
+        )
+    return record.adapters[adapter_name]
+
+
+def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the local folder of a PEFT adapter")
+    inner = folder / adapter_name
+    return inner if adapter_name != "default" and (inner / CONFIG_NAME).is_file() else folder
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if all(key.startswith(PREFIX) for key in tensors):
+        return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    return tensors
+
+
+def _rewritten(
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    adapter_name: str,
+) -> nn.Module:
+    names = site_names(model, tensors)
+    if not names and not saved_entries(config):
+        raise CheckpointError(
+            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
+        )
+    exact = with_sites(config, names, model)
+    try:
+        return rewrite_model(model, exact, adapter_name=adapter_name)
+    except NoMatchError as error:
+        lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+        raise CheckpointError(
+            "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, config, tensors)])
+        ) from error
+
+
+def _reasons(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Why the sites of a folder that are operations of the model are not adapted."""
+    if record_of(model) is not None:
+        return []
+    names = set(site_names(model, tensors))
+    try:
+        _, plan = plan_model(model, with_sites(config, names, model))
+    except NoMatchError as error:
+        return [line.strip() for line in str(error).splitlines()[1:]]
+    known = {skipped.site.name: skipped.reason for skipped in plan.skipped}
+    known |= {rejection.name: rejection.reason for rejection in plan.rejections}
+    return [f"because {name}: {known[name]}" for name in sorted(names & known.keys())]
+
+
+def _misfit(folder: Path, model: nn.Module) -> str:
+    return (
+        f"the adapter in {folder} does not fit this {type(model).__name__}; nothing was changed. "
+        "Give the model that it was trained on (if that was rewritten with example_inputs, rewrite "
+        "it so first, and load into the result):"
+    )
+
+
+def _some(names: Mapping[str, object]) -> str:
+    return ", ".join(sorted(names)[:5]) or "none"
+
+
+def _persistent_buffers(model: nn.Module) -> list[str]:
+    state = model.state_dict(keep_vars=True)
+    return [name for name, _ in model.named_buffers() if name in state]
+
+
+def _changed_buffers(model: nn.Module) -> list[str]:
+    """Buffers of the base model that have other values than at the rewrite."""
+    record = record_of(model)
+    return [name for name, _ in changed_buffers(model, record)] if record is not None else []
+
+
+def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:
+    stale = [name for name in _changed_buffers(model) if name not in loaded]
+    if stale:
+        _log.warning(
+            "these buffers, which training has changed, keep their values, since the folder does "
+            "not hold them: %s. For the outputs that it had, load it onto the original model",
+            ", ".join(stale),
+        )
