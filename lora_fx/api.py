@@ -42,8 +42,8 @@ def capture(
 
     Args:
         model: Any module. It is not touched; the result shares its weights' storage.
-        example_inputs: A tuple (args), a dict (kwargs) or a tensor. With them, the capture is checked:
-            its outputs must be the original's.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor. With them, the capture is
+            checked: its outputs must be the original's.
         frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that fits.
         dynamic_shapes: For ``export``, as ``torch.export.export`` takes it. By default every
             dimension of every tensor may vary.
@@ -86,9 +86,7 @@ def plan(
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
-    return pipeline.plan_model(
-        model, config, example_inputs, strict=strict, frontend=frontend
-    )[1]
+    return pipeline.plan_model(model, config, example_inputs, strict=strict, frontend=frontend)[1]
 
 
 def rewrite(
@@ -108,7 +106,8 @@ def rewrite(
         config: What to adapt.
         example_inputs: As for :func:`capture`. With them the result is checked against the model.
         adapter_name: Name of the adapter.
-        optimize: Whether to run the passes that make training cheaper. False leaves the canonical form.
+        optimize: Whether to run the passes that make training cheaper. False leaves the canonical
+            form.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
 
@@ -167,7 +166,8 @@ def merge(
         model: A rewritten model; it is not changed.
         adapter_names: Which adapters; all by default.
         into: Fold into this model, of the original class, instead of into a copy of the base.
-        return_report: Whether to measure every merged weight against fp64 and return the report, too.
+        return_report: Whether to measure every merged weight against fp64 and return the report,
+            too.
         progress: Called with (done, total, site name) before each weight.
 
     Returns:

@@ -84,7 +84,8 @@ class LoraConfig:
             both random, so that the adapter changes the output at once.
         seed: Seeds the initialisation of each site. lora_fx only: PEFT warns about keys that it
             does not know, so the file does not hold it.
-        inference_mode: The adapter is loaded frozen.
+        inference_mode: Written and read for PEFT, which loads such an adapter frozen; lora_fx does
+            not look at it.
         base_model_name_or_path: Where the base model came from.
         revision: Which version of it.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import keyword
+import operator
+import re
+from typing import Any
+
 import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError
 
-__all__ = ["AdapterFactors", "check_adapter_name", "checkpoints", "count_batch"]
+__all__ = ["AdapterFactors", "check_adapter_name", "checkpoints", "count_batch", "in_place"]
 
 
 class AdapterFactors(nn.Module):
@@ -31,24 +36,26 @@ class AdapterFactors(nn.Module):
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
 
 
-def check_adapter_name(name: str) -> None:
+def check_adapter_name(name: object) -> None:
     """Refuses names that cannot be an attribute of :class:`AdapterFactors`.
 
     Raises:
-        ConfigError: If the name is empty, has a dot, or is taken by ``nn.Module``.
+        ConfigError: If the name is empty, has other characters than letters, digits, "_" and "-",
+            or is taken by Python or ``nn.Module``.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"adapter_name must be a string that is not empty, found {name!r}")
-    if "." in name or "/" in name or "\\" in name:
+    if not re.fullmatch(r"[\w-]+", name) or keyword.iskeyword(name):
         raise ConfigError(
-            f"adapter_name {name!r} has a dot or a slash: it is part of parameter and folder names"
+            f"adapter_name {name!r} has to be letters, digits, '_' and '-', and no word of Python: "
+            "it is part of parameter and folder names"
         )
     if hasattr(AdapterFactors, name) or name == "training":
         raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
-    """Counts a batch of a batch norm, in training only: what ``nn.BatchNorm`` does before it normalises.
+    """Counts a batch, in training only: what ``nn.BatchNorm`` does before it normalises.
 
     Args:
         counter: ``num_batches_tracked``, a scalar; counted up in place.
@@ -66,3 +73,14 @@ def checkpoints(model: nn.Module) -> bool:
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
+
+
+def in_place(operation: str, left: Any, right: Any) -> Any:
+    """``left += right`` and the like: changes a tensor in place, and gives a new number.
+
+    Args:
+        operation: A name in :mod:`operator`, such as ``iadd``.
+        left: What stands on the left.
+        right: What stands on the right.
+    """
+    return getattr(operator, operation)(left, right)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.ops import check_adapter_name
+from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._region import install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
@@ -66,10 +65,10 @@ def plan_model(
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a lora_fx.LoraConfig, found {type(config).__name__}")
-    if isinstance(model, nn.Module) and record_of(model) is not None:
+    if record_of(model) is not None:
         raise ConfigError(
-            "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, or "
-            "rewrite the original model, which was not changed"
+            "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, "
+            "or rewrite the original model, which was not changed"
         )
     capture = capture_model(model, example_inputs, frontend=frontend)
     return capture, plan_capture(capture, config, strict=strict)
@@ -110,18 +109,3 @@ def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) 
         buffers=buffer_digests(capture.model),
     )
     return capture.model
-
-
-def buffer_digests(model: nn.Module) -> dict[str, str]:
-    """A fingerprint of every persistent buffer: what training changes must be saved with the adapter."""
-    persistent = set(model.state_dict(keep_vars=True))
-    return {
-        name: _digest(buffer)
-        for name, buffer in model.named_buffers()
-        if name in persistent and buffer.device.type != "meta"
-    }
-
-
-def _digest(buffer: torch.Tensor) -> str:
-    data = buffer.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()

@@ -4,7 +4,8 @@ The order in which they appear is the order in which data flows::
 
     nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module (Record)
 
-Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they edit.
+Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they
+edit.
 """
 
 from __future__ import annotations
@@ -189,8 +190,8 @@ class Site:
         groups: Groups of a convolution.
         experts: Number of experts of a three-dimensional weight.
         tied_to: FQNs of other parameters over the same storage.
-        head: Where it makes the model's output: ``declared`` by the model or ``found`` in the graph;
-            empty for any other operation.
+        head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
+            graph; empty for any other operation.
     """
 
     name: str
@@ -455,13 +456,19 @@ class Plan:
         total = self.base_parameters + sum(row.parameters for row in self.sites)
         share = 100 * self.trainable_parameters / total if total else 0.0
         lines.append(
-            f"{len(self.sites)} site(s), {self.trainable_parameters:,} trainable of {total:,} parameters ({share:.4f} %)"
+            f"{len(self.sites)} site(s), {self.trainable_parameters:,} trainable of {total:,} "
+            f"parameters ({share:.4f} %)"
         )
         if self.saved_modules:
             lines.append("trained in full: " + ", ".join(self.saved_modules))
         if self.biases:
             lines.append(f"biases trained: {len(self.biases)}")
         lines += [f"matched nothing: {target}" for target in self.unmatched]
+        tied = ((row.name, row.site.tied_to) for row in self.sites if row.site.tied_to)
+        lines += _section(
+            "tied weights, untied by a merge",
+            ((n, f"shared with {', '.join(to)}") for n, to in tied),
+        )
         lines += _section("not selected", ((s.site.name, s.reason) for s in self.skipped))
         lines += _section("cannot be adapted", ((r.name, r.reason) for r in self.rejections))
         return "\n".join(lines)
@@ -511,7 +518,11 @@ class PassResult:
 
 @runtime_checkable
 class Pass(Protocol):
-    """A frozen dataclass whose fields are its options; calling it runs it. It never edits its input."""
+    """A frozen dataclass whose fields are its options; calling it runs it.
+
+    It never edits the graphs of its input. The model of the capture is the pipeline's own: passes
+    add to it.
+    """
 
     name: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""Low-level reading and editing of ``fx`` graphs: everything that would be ``node.args[1]`` elsewhere."""
+"""Low-level reading and editing of ``fx`` graphs: what would be ``node.args[1]`` elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TRANSPOSES: tuple[Any, ...] = (torch.t, torch.ops.aten.t.default)
 
 
 def target_of(node: fx.Node) -> Any:
-    """What a node calls: a function, or the unbound ``torch.Tensor`` method of a ``call_method``."""
+    """What a node calls: a function, or for ``call_method`` the method of ``torch.Tensor``."""
     if node.op == "call_function":
         return node.target
     if node.op == "call_method":
@@ -67,7 +67,7 @@ def weight_of(node: object, region: Region) -> tuple[fx.Node, bool] | None:
 
 
 def constant_of(node: object, region: Region) -> fx.Node | None:
-    """The first parameter under an expression that reads no input; None if it reads one, or none."""
+    """A parameter under an expression that reads no input; None if it reads one, or none."""
     found: fx.Node | None = None
     pending, seen = [node], set()
     while pending:
@@ -142,7 +142,7 @@ class Branch:
         return self._make(role, "call_function", target, *args, **kwargs)
 
     def finish(self, up: fx.Node, scale: float) -> fx.Node:
-        """Scales the branch, adds it to the base operation, and puts the sum in that one's place."""
+        """Scales the branch, adds it to the base operation, and puts the sum in its place."""
         scaled = self._make(Role.SCALE, "call_function", operator.mul, up, scale)
         total = self._make(Role.ADD, "call_function", operator.add, self._base, scaled)
         mine = set(self.made)

@@ -3,8 +3,8 @@
 A region's class is a subclass of the module's own class that differs in ``forward`` alone. So
 ``isinstance``, attributes, hooks, ``state_dict`` names, wrapping policies that go by class and
 ``torch.compile`` see the module that they know. Equal graphs share one class: one code object, one
-compilation. Instances survive ``copy.deepcopy`` and ``pickle``, which a class made at run time does not
-do by itself.
+compilation. Instances survive ``copy.deepcopy`` and ``pickle``, which a class made at run time does
+not do by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes._signature import FALLBACK
+from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region, Tag
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "copy_graph",
     "graphs_of",
     "install",
+    "is_built_in",
     "is_region",
     "original_class",
     "regions_of",
@@ -48,6 +49,7 @@ _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
     weakref.WeakValueDictionary()
 )
 _counter = itertools.count()
+_COMPARABLE = (bool, int, float, str, tuple)
 
 
 def is_region(module: nn.Module) -> bool:
@@ -59,6 +61,14 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, also where it is a region."""
     cls = type(module)
     return getattr(cls, _BASE) if is_region(module) else cls
+
+
+def is_built_in(module: nn.Module) -> bool:
+    """Whether the module is a layer of PyTorch, also one whose weight is reparametrised."""
+    cls: type = original_class(module)
+    if cls.__module__ == "torch.nn.utils.parametrize":
+        cls = cls.__mro__[1]
+    return cls.__module__.startswith(("torch.nn.modules.", "torch.nn.utils.", "torch.ao.nn."))
 
 
 def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -83,13 +93,14 @@ def install(regions: Iterable[Region]) -> None:
         key = (base, id(region.graph), region.fallback)
         if key not in known:
             known[key] = _region_class(base, region.graph, region.fallback)
-        region.module.__class__ = known[key]
+        object.__setattr__(region.module, "__class__", known[key])
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives a region its own class back."""
     if is_region(module):
-        module.__class__ = original_class(module)
+        # Not by the module's own __setattr__, which may keep watch over this attribute, too.
+        object.__setattr__(module, "__class__", original_class(module))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -98,39 +109,41 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapping[node] = result.node_copy(node, lambda n: mapping[n])
-    result.set_codegen(copy.deepcopy(graph._codegen))
+    # Shared: defaults are compared by identity.
+    result.set_codegen(graph._codegen)
     return result
 
 
 def _region_class(base: type[nn.Module], graph: fx.Graph, fallback: bool) -> type[nn.Module]:
     code = graph.python_code(root_module="self")
+    codegen = graph._codegen
+    constants = codegen.constants() if isinstance(codegen, GuardedCodeGen) else {}
+    namespace: dict[str, Any] = {**code.globals, **constants}
     tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
     key = (
         base,
         code.src,
-        tuple(sorted((name, id(value)) for name, value in code.globals.items())),
+        tuple(sorted((name, id(value)) for name, value in namespace.items())),
         tags,
         fallback,
+        getattr(codegen, "reads", None),
     )
     known = _classes.get(key)
     if known is not None:
         return known
-    namespace = dict(code.globals)
     namespace[FALLBACK] = base.forward if fallback else _refusal(base)
     forward = _compile(code.src, namespace, base)
     original = base.forward
     forward.__doc__ = original.__doc__
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(original)
     cls = type(
         base.__name__,
-        (base,),
+        (_Regional, base),
         {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "forward": forward,
-            "__reduce_ex__": _reduce,
-            "__deepcopy__": _deepcopy,
             _GRAPH: graph,
             _BASE: base,
             _FALLBACK: fallback,
@@ -163,22 +176,84 @@ def _refusal(base: type[nn.Module]) -> Any:
     return refuse
 
 
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    result = type(self).__new__(type(self))
-    memo[id(self)] = result
-    result.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return result
+class _Regional:
+    """What a region's class adds to the module's own class, besides ``forward``.
+
+    It has no ``__slots__``: Python would see another layout and refuse to change the class.
+    """
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keeps from the module's own class that it has a subclass: it may register them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. If the graph was made for another value, it is the graph that goes."""
+        cls: Any = type(self)
+        reads = getattr(getattr(cls, _GRAPH)._codegen, "reads", ())
+        goes = name in reads and _differs(self, name, value)
+        if goes and not getattr(cls, _FALLBACK):
+            raise CaptureError(
+                f"{name} of this {cls.__name__} was {getattr(self, name, 'not set')!r} when its forward "
+                "was captured, and its adapter is part of that graph: set it before rewrite()"
+            )
+        super().__setattr__(name, value)
+        if goes:
+            self.__class__ = getattr(cls, _BASE)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A region of the same class."""
+        cls: Any = type(self)
+        own = getattr(getattr(cls, _BASE), "__deepcopy__", None)
+        if own is not None and not isinstance(self, fx.GraphModule):
+            result = own(self, memo)
+            result.__class__ = cls
+            return result
+        # Not cls.__new__, which makes a class for each fx.GraphModule.
+        result = object.__new__(cls)
+        memo[id(self)] = result
+        result.__setstate__(copy.deepcopy(_state_of(self), memo))
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The module's own class by name, and the graph beside it."""
+        cls: Any = type(self)
+        base, graph = getattr(cls, _BASE), (_freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK))
+        if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
+            return _rebuild, (base, *graph), self.__getstate__()
+        # It has a way of its own, as fx.GraphModule does.
+        plain = object.__new__(base)
+        plain.__dict__.update(self.__dict__)
+        return _rebuild_over, (plain, *graph)
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    cls = type(self)
-    spec = (getattr(cls, _BASE), _freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK))
-    return _rebuild, spec, self.__dict__
+def _state_of(module: Any) -> Any:
+    state = module.__getstate__()
+    # A graph of PyTorch's own compiler over the module that this one was copied from.
+    return (
+        {k: v for k, v in state.items() if k != "_compiled_call_impl"}
+        if isinstance(state, dict)
+        else state
+    )
+
+
+def _differs(module: Any, name: str, value: Any) -> bool:
+    """Whether the new value of an attribute would make another graph."""
+    old = getattr(module, name, copy)
+    for read_at_run_time in (nn.Module, torch.Tensor):
+        if isinstance(old, read_at_run_time) and isinstance(value, read_at_run_time):
+            return False
+    if name == "training" or old is value:
+        return False
+    return not (type(old) is type(value) and isinstance(value, _COMPARABLE) and old == value)
 
 
 def _rebuild(base: type[nn.Module], frozen: tuple[Any, ...], fallback: bool) -> nn.Module:
     cls = _region_class(base, _thaw(frozen), fallback)
     return cls.__new__(cls)
+
+
+def _rebuild_over(plain: Any, frozen: tuple[Any, ...], fallback: bool) -> Any:
+    plain.__class__ = _region_class(type(plain), _thaw(frozen), fallback)
+    return plain
 
 
 class _Ref(str):
@@ -190,7 +265,7 @@ class _Target(tuple[str, ...]):
 
 
 def _freeze(graph: fx.Graph) -> tuple[Any, ...]:
-    """A graph as picklable values: fx pickles a module by tracing it again, which loses the tags."""
+    """A graph as picklable values: fx would trace its module again, which loses the tags."""
     nodes = [
         (
             node.op,
@@ -229,7 +304,7 @@ def _freeze_target(target: Any) -> Any:
     try:
         pickle.dumps(target)
     except Exception as error:
-        found = getattr(importlib.import_module(target.__module__), target.__name__, None)
+        found: Any = getattr(importlib.import_module(target.__module__), target.__name__, None)
         if found is not target:
             raise pickle.PicklingError(f"cannot pickle a graph that calls {target!r}") from error
         return _Target(("function", target.__module__, target.__name__))

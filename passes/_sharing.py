@@ -1,13 +1,14 @@
 """A copy of a model over the same weights: what every front-end works on.
 
-Structure, buffers and plain attributes are copied; each parameter becomes a new frozen parameter over
-the same storage. So nothing that happens to the copy can reach the original, and a model of 7 billion
-parameters is not held twice.
+Structure, buffers and plain attributes are copied; each parameter becomes a new frozen parameter
+over the same storage. So nothing that happens to the copy can reach the original, and a model of 7
+billion parameters is not held twice.
 """
 
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import torch
@@ -32,14 +33,25 @@ def share_copy(model: nn.Module) -> nn.Module:
         CaptureError: If the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = _frozen(parameter)
-        for value in module.__dict__.values():
-            # deepcopy refuses results of autograd that a forward left behind.
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    # Tensors made under inference mode could not be trained on.
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            renormalises = getattr(module, "max_norm", None) is not None
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in memo:
+                    memo[id(parameter)] = _frozen(parameter, own=renormalises)
+            for value in (*module.__dict__.values(), *module._buffers.values()):
+                _detach_results(value, memo)
+        result = _copied(model, memo)
+    for module in result.modules():
+        _follow_closures(module.__dict__, memo)
+    for parameter in result.parameters():
+        # A module that copies itself in its own way may have made new ones.
+        parameter.requires_grad_(False)
+    return result
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -53,7 +65,8 @@ def check_model(model: object) -> None:
     """Refuses what cannot be captured at all.
 
     Raises:
-        CaptureError: If it is not a module, has uninitialised parameters, or lies on several devices.
+        CaptureError: If it is not a module, has uninitialised parameters, or lies on several
+            devices.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, found {type(model).__name__}")
@@ -61,24 +74,85 @@ def check_model(model: object) -> None:
         raise CaptureError(
             f"{type(model).__name__} is a TorchScript module: pass the model that it was made from"
         )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch._dynamo"):
+            raise CaptureError(
+                f"{name or 'the model'} is compiled: pass the module that it was made from (its "
+                "_orig_mod), and compile the result"
+            )
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise CaptureError(
-                f"{name} is not initialised yet: run one batch through the model before capturing it"
+                f"{name} is not initialised yet: run one batch through the model first"
             )
         devices.setdefault(parameter.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise CaptureError(
-            f"the model's parameters are on several devices ({where}): move it to one with model.to(device)"
+            f"the model's parameters are on several devices ({where}): move it to one with "
+            "model.to(device)"
         )
 
 
-def _frozen(parameter: nn.Parameter) -> nn.Parameter:
-    shared = parameter.detach()
+def _frozen(parameter: nn.Parameter, own: bool = False) -> nn.Parameter:
+    shared = parameter.detach().clone() if own else parameter.detach()
     result = (
         shared if isinstance(shared, nn.Parameter) else nn.Parameter(shared, requires_grad=False)
     )
     result.__dict__.update(parameter.__dict__)
     return result
+
+
+def _detach_results(value: Any, memo: dict[int, Any]) -> None:
+    """Prepares copies of what deepcopy refuses: results of autograd that a forward left behind."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+    elif isinstance(value, dict):
+        for item in value.values():
+            _detach_results(item, memo)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            _detach_results(item, memo)
+
+
+def _follow_closures(attributes: dict[str, Any], memo: dict[int, Any]) -> None:
+    """Functions are not copied: one that holds a module in its closure would run the original."""
+    for name, value in list(attributes.items()):
+        if isinstance(value, types.FunctionType):
+            attributes[name] = _followed(value, memo)
+        elif isinstance(value, dict) and name.endswith("_hooks"):
+            _follow_closures(value, memo)
+
+
+def _followed(value: Any, memo: dict[int, Any]) -> Any:
+    """The copy of what a closure holds; the thing itself where nothing in it was copied."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        owner = _followed(value.__self__, memo)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if not isinstance(value, types.FunctionType) or not value.__closure__:
+        return value
+    held = [_content(cell) for cell in value.__closure__]
+    found = [_followed(one, memo) for one in held]
+    if all(new is old for new, old in zip(found, held, strict=True)):
+        return value
+    cells = (
+        cell if new is old else types.CellType(new)
+        for cell, old, new in zip(value.__closure__, held, found, strict=True)
+    )
+    result = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+    )
+    result.__dict__.update(value.__dict__)
+    result.__kwdefaults__ = value.__kwdefaults__
+    return result
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty: the name has no value yet
+        return None

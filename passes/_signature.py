@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from torch import fx
@@ -83,7 +84,7 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
     return tuple(result)
 
 
-class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
+class GuardedCodeGen(fx.graph.CodeGen):
     """Generates ``forward`` with the original signature and the guard of this module.
 
     Attributes:
@@ -91,15 +92,21 @@ class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
         check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
             ``torch.nn`` that is one operation makes do without.
         extra: More expressions that are true where the graph does not apply; asked last.
+        reads: Names of attributes whose values went into the graph.
     """
 
     def __init__(
-        self, parameters: tuple[Parameter, ...], check_none: bool = True, conditions: tuple[str, ...] = ()
+        self,
+        parameters: tuple[Parameter, ...],
+        check_none: bool = True,
+        conditions: tuple[str, ...] = (),
+        reads: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.parameters = parameters
         self.check_none = check_none
         self.extra = conditions
+        self.reads = reads
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
@@ -113,21 +120,26 @@ class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
             test = "(\n        " + "\n        or ".join(conditions) + "\n    )"
         return f"{head}\n    if {test}:\n        return {FALLBACK}({call})"
 
-    def additional_globals(self) -> list[tuple[str, Any]]:
-        """Defaults and fixed values that have no literal form."""
-        found: list[tuple[str, Any]] = []
+    def constants(self) -> dict[str, Any]:
+        """Globals of the generated code: defaults and fixed values that have no literal form.
+
+        Not ``additional_globals`` of fx: that gives one object one name, and drops those of torch.
+        """
+        found: dict[str, Any] = {}
         if any(CHECKPOINTS in condition for condition in self.extra):
-            found.append((CHECKPOINTS, checkpoints))
+            found[CHECKPOINTS] = checkpoints
         for p in self.parameters:
-            if p.default is not inspect.Parameter.empty and not isinstance(p.default, _SIMPLE):
-                found.append((f"_default_{p.name}", p.default))
-            if not p.traced and not p.variadic and not isinstance(p.value, _SIMPLE):
-                found.append((f"_fixed_{p.name}", p.value))
+            if p.default is not inspect.Parameter.empty and not _literal(p.default):
+                found[f"_default_{p.name}"] = p.default
+            if not p.traced and not p.variadic and not _literal(p.value):
+                found[f"_fixed_{p.name}"] = p.value
         return found
 
     def conditions(self) -> list[str]:
         """Python expressions, one of which is true where the graph does not apply."""
-        return [_condition(p) for p in self.parameters if self.check_none or not p.traced] + list(self.extra)
+        return [_condition(p) for p in self.parameters if self.check_none or not p.traced] + list(
+            self.extra
+        )
 
     def _declared(self) -> list[str]:
         declared, keyword_only = [], False
@@ -159,10 +171,15 @@ class GuardedCodeGen(fx.graph.CodeGen):  # type: ignore[misc]
         return passed
 
 
+def _literal(value: Any) -> bool:
+    """Whether ``repr`` gives an expression for it: not for members of an enumeration, or infinity."""
+    return type(value) in _SIMPLE and (not isinstance(value, float) or math.isfinite(value))
+
+
 def _default(p: Parameter) -> str:
     if p.default is inspect.Parameter.empty:
         return ""
-    return f"={p.default!r}" if isinstance(p.default, _SIMPLE) else f"=_default_{p.name}"
+    return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"
 
 
 def _condition(p: Parameter) -> str:
@@ -173,6 +190,6 @@ def _condition(p: Parameter) -> str:
         return f"{p.name} is None"
     if p.value is None or isinstance(p.value, bool):
         return f"{p.name} is not {p.value!r}"
-    if isinstance(p.value, int | float | str):
+    if _literal(p.value):
         return f"type({p.name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
     return f"{p.name} is not _fixed_{p.name}"

@@ -1,10 +1,11 @@
 """Finds the output head: the linear operation that every path to the output goes through last.
 
-In a graph that is the first linear operation on the chain of dominators that leads from an output back
-to the input (`networkx.immediate_dominators`): a residual connection around an operation means that it is
-not the head. A block that repeats is never searched: its last layer is a layer like the others. Where a
-model names its head itself (``get_output_embeddings`` of transformers, ``get_classifier`` of timm), that
-is believed.
+In a graph that is the first linear operation on the chain of dominators that leads from an output
+back to the input (`networkx.immediate_dominators`): a residual connection around an operation means
+that it is not the head. A block that repeats is never searched: its last layer is a layer like the
+others. Where a model names its head itself (``get_output_embeddings`` of transformers,
+``get_classifier`` of timm), that is believed. A transformers model without a graph of its own has
+its head beside its base model.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
     """
     declared = frozenset(_declared(capture.model))
     found: frozenset[str] = frozenset()
-    if not declared and "" in capture.regions:
+    if not declared:
         outputs = {
             (call.region, call.output): site.weight for site in matches.sites for call in site.calls
         }
         with_sites = {region for region, _ in outputs}
-        found = frozenset(_descend(capture, capture.regions[""], outputs, with_sites))
+        found = frozenset(
+            weight
+            for region in _last_regions(capture)
+            for weight in _descend(capture, region, outputs, with_sites)
+        )
 
     def marked(site: Site) -> Site:
         if site.weight in declared:
@@ -55,11 +60,22 @@ def _declared(model: nn.Module) -> Iterator[str]:
     for method in ("get_output_embeddings", "get_classifier"):
         try:
             head = getattr(model, method, lambda: None)()
-        except Exception:  # noqa: BLE001  a model's own method may fail in any way; then it declares nothing
+        except Exception:  # noqa: BLE001, S112  a model's own method may fail in any way
             continue
         for one in head if isinstance(head, tuple | list) else (head,):
             if isinstance(one, nn.Module) and id(one) in names:
                 yield join(names[id(one)], "weight")
+
+
+def _last_regions(capture: Capture) -> list[Region]:
+    """The root, or where it has no graph, what a transformers model has beside its base model."""
+    if "" in capture.regions:
+        return [capture.regions[""]]
+    base = getattr(capture.model, "base_model_prefix", "")
+    names = [name for name, _ in capture.model.named_children()]
+    if base not in names:
+        return []
+    return [capture.regions[name] for name in names if name != base and name in capture.regions]
 
 
 def _descend(

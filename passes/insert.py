@@ -1,7 +1,8 @@
 """Inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
 
-Graphs are copied before they are edited. The model of the capture, which is the pipeline's own, gets the
-factors as parameters beside the weight that they adapt; the names of its base parameters do not change.
+Graphs are copied before they are edited. The model of the capture, which is the pipeline's own,
+gets the factors as parameters beside the weight that they adapt; the names of its base parameters
+do not change.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +23,18 @@ from lora_fx.ops import AdapterFactors
 from lora_fx.passes._fx import Branch
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import Capture, PassResult, Plan, PlannedSite, Region, Role, Site, Tag, join
+from lora_fx.types import (
+    META_KEY,
+    Capture,
+    PassResult,
+    Plan,
+    PlannedSite,
+    Region,
+    Role,
+    Site,
+    Tag,
+    join,
+)
 
 __all__ = ["Insert", "adapter_dtype"]
 
@@ -40,14 +53,15 @@ class Insert:
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Adds factors and branches; nothing is modified where the plan is empty."""
-        if not self.plan.sites:
+        """Adds factors and branches where the plan wants some and there are none yet."""
+        rows = [row for row in self.plan.sites if not _inserted(capture, row, self.adapter)]
+        if not rows:
             return PassResult(capture, False)
-        for row in self.plan.sites:
+        for row in rows:
             _add_factors(capture.model, row, self.plan.config, self.adapter)
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
-        for fqn, work in _by_region(self.plan).items():
+        for fqn, work in _by_region(rows).items():
             region = regions[fqn]
             jobs = tuple(self._job(capture, region, row, index) for row, index in work)
             # Equal layers share their graph before the pass, and after it.
@@ -72,12 +86,11 @@ class Insert:
                 join(holder, names.name_a, self.adapter),
                 join(holder, names.name_b, self.adapter),
             ),
-            groups=site.groups,
             cast=adapter_dtype(weight) != weight.dtype,
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
             scale=row.scale,
-            site=_Same(site),
+            site=_local(site, region.fqn),
         )
 
     def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
@@ -95,23 +108,10 @@ class Insert:
                 dropout=job.dropout,
                 training=job.training,
             )
-            up = pattern_of(job).branch(job.site.value, base, edited, build)
+            up = pattern_of(job).branch(job.site, base, edited, build)
             build.finish(up, job.scale)
         graph.lint()
         return graph
-
-
-class _Same:
-    """A site that takes no part in comparisons: what the branch needs of it is in the job."""
-
-    def __init__(self, value: Site) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +122,24 @@ class _Job:
     pattern: str
     weight: str
     factors: tuple[str, str]
-    groups: int
     cast: bool
     dropout: float
     training: str
     scale: float
-    site: _Same
+    site: Site
+
+
+def _local(site: Site, region: str) -> Site:
+    """The site as its region sees it, alike in layers that are alike."""
+    return dataclasses.replace(
+        site,
+        name=_relative(site.name, region),
+        weight=_relative(site.weight, region),
+        bias=_relative(site.bias, region) if site.bias else None,
+        calls=(),
+        tied_to=(),
+        head="",
+    )
 
 
 def _tag(weight: str, adapter: str, role: Role) -> Tag:
@@ -139,9 +151,17 @@ def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _by_region(plan: Plan) -> dict[str, list[tuple[PlannedSite, int]]]:
+def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
+    """Whether the adapter's branch is in the graph already."""
+    call = row.site.calls[0]
+    tag = _tag(_relative(row.site.weight, call.region), adapter, Role.ADD)
+    graph = capture.regions[call.region].graph
+    return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
+
+
+def _by_region(rows: Iterable[PlannedSite]) -> dict[str, list[tuple[PlannedSite, int]]]:
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
-    for row in plan.sites:
+    for row in rows:
         for index, call in enumerate(row.site.calls):
             result[call.region].append((row, index))
     return result
@@ -158,7 +178,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
     weight = model.get_parameter(site.weight)
     a, b = _initial(site, shapes.a, shapes.b, weight, config)
     for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
-        if not hasattr(holder, name):
+        if name not in holder._modules:
             holder.add_module(name, AdapterFactors())
         factors = holder.get_submodule(name)
         assert isinstance(factors, AdapterFactors)
@@ -171,8 +191,8 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
     if site.holder == site.owner:
         return owner
     name = site.holder.rpartition(".")[2]
-    if not hasattr(owner, name):
-        owner.add_module(name, nn.Module())
+    if name not in owner._modules:
+        owner.add_module(name, nn.Module().train(owner.training))
     return owner.get_submodule(name)
 
 
@@ -181,7 +201,8 @@ def _initial(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B at the start, from a generator of the site's own.
 
-    Hu et al. 2021 (arXiv:2106.09685): one factor random, the other zero. The distributions are PEFT's.
+    Hu et al. 2021 (arXiv:2106.09685): one factor random, the other zero. The distributions are
+    PEFT's.
     """
     dtype = adapter_dtype(weight)
     if weight.device.type == "meta":

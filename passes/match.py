@@ -1,7 +1,8 @@
 """Finds every linear operation: asks the patterns about every node of every region.
 
-Nothing is edited and nothing is chosen here. A weight that is applied in several places is one site. A
-weight that something else reads as well is refused: folding an adapter into it would change that, too.
+Nothing is edited and nothing is chosen here. A weight that is applied in several places is one
+site. A weight that something else reads as well is refused: folding an adapter into it would change
+that, too.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from lora_fx.passes._code import weights_read
 from lora_fx.passes._fx import target_of, weight_of
+from lora_fx.passes._region import is_built_in
 from lora_fx.passes.patterns import patterns
-from lora_fx.passes.patterns._base import itemised, site_name
+from lora_fx.passes.patterns.sites import itemised, site_name
 from lora_fx.types import Capture, Match, Matches, Region, Rejection, Site, join
 
 __all__ = ["match"]
@@ -41,9 +44,10 @@ def match(capture: Capture) -> Matches:
             elif isinstance(seen, Rejection):
                 rejections.setdefault(seen.name, seen)
     readers = _readers(capture)
+    nameless = _nameless(capture)
     sites: dict[str, Site] = {}
     for weight, several in found.items():
-        joined = _joined(several, readers.pop(weight, ()))
+        joined = nameless.get(weight) or _joined(several, readers.pop(weight, ()))
         if isinstance(joined, Site):
             sites[weight] = joined
         else:
@@ -53,6 +57,8 @@ def match(capture: Capture) -> Matches:
         rejections.setdefault(
             name, Rejection(name, f"its only use is by {reads[0].what}, not a linear operation")
         )
+    for weight in sites.keys() & (read := _read_by_code(capture)).keys():
+        rejections[sites.pop(weight).name] = read[weight]
     rejections.update(_opaque(capture, rejections))
     return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
 
@@ -88,6 +94,45 @@ def _readers(capture: Capture) -> dict[str, list[_Read]]:
     return result
 
 
+def _nameless(capture: Capture) -> dict[str, Rejection]:
+    """Tied weights that a graph reads without saying by which of their names.
+
+    A trace calls every one of them by the first. Merging unties, so that it would matter.
+    """
+    result = {}
+    everywhere = _places(capture.model)
+    for region in capture.regions.values():
+        read = [(n, p) for n in region.graph.nodes if (p := region.parameter(n)) is not None]
+        if not any(
+            "." in str(node.target) or len(region.module._parameters) > 1 for node, _ in read
+        ):
+            continue
+        places = _places(region.module)
+        for node, parameter in read:
+            names = {join(region.fqn, name) for name in places[id(parameter)].values()}
+            # A module under two names: its own graph has the first, one that reads it, the other.
+            names.update(everywhere[id(parameter)][place] for place in places[id(parameter)])
+            if len(names) == 1 or parameter.dim() < 2:
+                continue
+            reason = (
+                f"its weight is one parameter under several names ({', '.join(sorted(names))}), "
+                "and a forward reads it directly: call the module that holds it, or use one name"
+            )
+            for name in names:
+                result[name] = Rejection(site_name(name), reason, region.fqn, node.name)
+    return result
+
+
+def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
+    """By parameter: where it is registered, with a name for each place."""
+    places: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
+    for fqn, owner in module.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                places[id(parameter)][id(owner), key] = join(fqn, key)
+    return places
+
+
 def _consumers(node: fx.Node, region: Region) -> Iterator[fx.Node]:
     for user in node.users:
         if weight_of(user, region) is not None:
@@ -110,8 +155,8 @@ def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> Site
         if (other.family, other.layout) != (first.family, first.layout):
             return Rejection(
                 first.name,
-                f"its weight is applied in two ways ({first.pattern} and {other.pattern}): one adapter "
-                "cannot stand for both",
+                f"its weight is applied in two ways ({first.pattern} and {other.pattern}): one "
+                "adapter cannot stand for both",
                 other.calls[0].region,
                 other.calls[0].output,
             )
@@ -119,11 +164,32 @@ def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> Site
         if (read.region, read.node) not in own:
             return Rejection(
                 first.name,
-                f"its weight is also read by {read.what}: an adapter would change one use, a merge both",
+                f"its weight is also read by {read.what}: an adapter would change one use, a merge "
+                "both",
                 read.region,
                 read.node,
             )
     return dataclasses.replace(first, calls=calls)
+
+
+def _read_by_code(capture: Capture) -> dict[str, Rejection]:
+    """Matrices that a module without a graph does more with than call the layer that holds them."""
+    result: dict[str, Rejection] = {}
+    graphs = frozenset(region.module for region in capture.regions.values())
+    first = {module: fqn for fqn, module in capture.model.named_modules()}
+    for fqn in capture.opaque:
+        module = capture.model.get_submodule(fqn)
+        if is_built_in(module):
+            continue
+        for name, reader in weights_read(module, graphs):
+            owner, _, key = join(fqn, name).rpartition(".")
+            weight = join(first[capture.model.get_submodule(owner)], key)
+            reason = (
+                f"its weight is also read by {reader}, which has no graph "
+                f"({capture.opaque[fqn]}): an adapter would not be applied there"
+            )
+            result.setdefault(weight, Rejection(site_name(weight), reason, fqn))
+    return result
 
 
 def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejection]:
@@ -131,7 +197,7 @@ def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejectio
     result = {}
     for fqn, reason in capture.opaque.items():
         module = capture.model.get_submodule(fqn)
-        built_in = type(module).__module__.startswith("torch.nn.")
+        built_in = is_built_in(module)
         own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
         if (own or built_in) and fqn not in known:
             result[fqn] = Rejection(fqn, reason if built_in else f"no graph: {reason}", fqn)

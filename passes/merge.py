@@ -1,7 +1,7 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
-Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of its own
-where something was folded and shares all others; a tied weight is untied first.
+Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
+its own where something was folded or trained and shares all others; a tied weight is untied first.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterFactors
+from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.patterns import pattern_of
@@ -73,9 +75,8 @@ class MergeReport:
         return max((site.max_ulp for site in self.sites), default=0.0)
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.sites)} weight(s) merged, largest error {self.max_ulp:.4f} units in the last place"
-        ]
+        count, worst = len(self.sites), self.max_ulp
+        lines = [f"{count} weight(s) merged, largest error {worst:.4f} units in the last place"]
         lines += [
             f"  {s.name}: {s.max_ulp:.4f} ulp, changed by {s.relative_change:.2e}"
             for s in self.sites
@@ -84,9 +85,9 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def record_of(model: nn.Module) -> Record | None:
-    """What ``rewrite`` left on a model, or None for any other model."""
-    record = model.__dict__.get("_lora_fx")
+def record_of(model: object) -> Record | None:
+    """What ``rewrite`` left on a model, or None for anything else."""
+    record = getattr(model, "_lora_fx", None)
     return record if isinstance(record, Record) else None
 
 
@@ -143,8 +144,8 @@ def merge(
         The merged model, and the report.
 
     Raises:
-        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, or
-            a factor or a result is not finite.
+        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit,
+            or a factor or a result is not finite. ``into`` is then as it was.
     """
     record = record_of(model)
     if record is None:
@@ -155,25 +156,32 @@ def merge(
     for name in names:
         if name not in record.adapters:
             raise MergeError(
-                f"there is no adapter {name!r}: the model has {', '.join(map(repr, record.adapters))}"
+                f"there is no adapter {name!r}: the model has "
+                f"{', '.join(map(repr, record.adapters))}"
             )
-    result = stripped(model, record) if into is None else into
     if into is not None:
         _check_fits(model, into, record, names)
-        _copy_trained(model, into, record, names)
+    result = stripped(model, record) if into is None else into
     rows: dict[str, list[tuple[PlannedSite, str]]] = {}
     for name in names:
         for row in record.adapters[name].sites:
             rows.setdefault(row.site.weight, []).append((row, name))
-    untied, sites = [], []
+            _check_finite(model, row, name)
+    sites: list[MergedSite] = []
+    merged: dict[str, torch.Tensor] = {}
     for done, (weight, several) in enumerate(rows.items()):
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
-        if _set_merged(model, result, weight, several, untied):
-            sites.append(_measured(model, result, weight, several, measure))
+        old = result.get_parameter(weight).detach()
+        merged[weight] = _folded(model, old, several)
+        sites.append(_measured(model, old, merged[weight], several, measure))
+    # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
+    _place_trained(model, result, record, names)
+    untied = _place(result, merged)
     if untied:
-        _untie_config(result, untied)
-    return result, MergeReport(tuple(sites), tuple(untied))
+        _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
+    _untie_config(result)
+    return result, MergeReport(tuple(sites), untied)
 
 
 def stripped(model: nn.Module, record: Record) -> nn.Module:
@@ -193,36 +201,32 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     return result
 
 
-def _set_merged(
-    model: nn.Module,
-    result: nn.Module,
-    weight: str,
-    rows: list[tuple[PlannedSite, str]],
-    untied: list[str],
-) -> bool:
-    owner_name, _, key = weight.rpartition(".")
-    owner = result.get_submodule(owner_name)
-    old = owner._parameters[key]
-    assert old is not None
-    for row, adapter in rows:
-        if not all(torch.isfinite(f).all() for f in factors_of(model, row, adapter)):
-            raise MergeError(
-                f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
-            )
-    if any(
-        p is old
-        for m in result.modules()
-        for k, p in m._parameters.items()
-        if (m, k) != (owner, key)
-    ):
-        untied.append(weight)
-    merged = _folded(model, old.detach(), rows)
-    if not torch.isfinite(merged).all() and torch.isfinite(old).all():
+def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    if not all(torch.isfinite(factor).all() for factor in factors_of(model, row, adapter)):
         raise MergeError(
-            f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
+            f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )
-    owner._parameters[key] = nn.Parameter(merged, requires_grad=old.requires_grad)
-    return True
+
+
+def _place(result: nn.Module, merged: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    """Puts the merged weights in and says which of them were tied to something."""
+    places = Counter(
+        id(parameter)
+        for module in result.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    untied = tuple(name for name in merged if places[id(result.get_parameter(name))] > 1)
+    for name, weight in merged.items():
+        _set_parameter(result, name, weight)
+    return untied
+
+
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """A new parameter in the place of one that others may share."""
+    owner, _, key = name.rpartition(".")
+    old = model.get_parameter(name)
+    model.get_submodule(owner)._parameters[key] = nn.Parameter(value, old.requires_grad)
 
 
 def _folded(
@@ -243,6 +247,10 @@ def _folded(
         for row, adapter in rows:
             total += delta_weight(model, row, adapter, wide, here).to(old.device)
         merged.narrow(axis, start, total.shape[axis]).copy_(_rounded(total, old.dtype))
+    if not torch.isfinite(merged).all() and torch.isfinite(old).all():
+        raise MergeError(
+            f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
+        )
     return merged
 
 
@@ -263,20 +271,20 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _measured(
     model: nn.Module,
-    result: nn.Module,
-    weight: str,
+    old: torch.Tensor,
+    merged: torch.Tensor,
     rows: list[tuple[PlannedSite, str]],
     measure: bool,
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
     if not measure:
         return MergedSite(name, adapters, math.nan, math.nan)
-    old = model.get_parameter(weight).detach().double()
-    delta = sum(delta_weight(model, row, adapter, torch.float64) for row, adapter in rows)
-    exact = old + delta
-    merged = result.get_parameter(weight).detach()
+    exact = old.double()
+    for row, adapter in rows:
+        exact = exact + delta_weight(model, row, adapter, torch.float64).to(old.device)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
-    change = float((exact - old).norm() / old.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    tiny = torch.finfo(torch.float64).tiny
+    change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))
     return MergedSite(name, adapters, float(error.max()), change)
 
 
@@ -289,33 +297,64 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
-    if record_of(into) is not None or is_region(into):
+    if any(record_of(module) is not None or is_region(module) for module in into.modules()):
         raise MergeError("into is a rewritten model: give the model of the original class")
     if not isinstance(into, original_class(model)):
         raise MergeError(
-            f"into is a {type(into).__name__}, the adapters belong to a {original_class(model).__name__}"
+            f"into is a {type(into).__name__}, the adapters belong to a "
+            f"{original_class(model).__name__}"
         )
     shapes = {name: tuple(p.shape) for name, p in into.named_parameters(remove_duplicate=False)}
-    for name in names:
-        for row in record.adapters[name].sites:
-            if shapes.get(row.site.weight) != row.site.weight_shape:
-                raise MergeError(
-                    f"into has no {row.site.weight} of shape {row.site.weight_shape}; found {shapes.get(row.site.weight)}"
-                )
+    wanted = {
+        row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].sites
+    }
+    wanted |= {n: tuple(p.shape) for n, p in _trained(model, record, names)}
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise MergeError(f"into has no {name} of shape {shape}; found {shapes.get(name)}")
 
 
-def _copy_trained(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
-    for name in names:
-        adapter = record.adapters[name]
-        wanted = (*adapter.biases, *(f"{module}." for module in adapter.saved_modules))
-        for fqn, parameter in model.named_parameters():
-            if any(fqn == w or (w.endswith(".") and fqn.startswith(w)) for w in wanted):
-                into.get_parameter(fqn).data.copy_(parameter.detach())
+def _trained(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """What was trained beside the factors, under each of its names."""
+    adapters = [record.adapters[name] for name in names]
+    biases = {name for adapter in adapters for name in adapter.biases}
+    modules = tuple(f"{name}." for adapter in adapters for name in adapter.saved_modules)
+    named = list(model.named_parameters(remove_duplicate=False))
+    trained = {id(p) for name, p in named if name in biases or name.startswith(modules)}
+    return ((name, p) for name, p in named if id(p) in trained)
 
 
-def _untie_config(model: nn.Module, untied: list[str]) -> None:
-    _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
+def _place_trained(
+    model: nn.Module, result: nn.Module, record: Record, names: Sequence[str]
+) -> None:
+    """Copies what was trained beside the factors: the model may be trained further."""
+    copies: dict[int, nn.Parameter] = {}
+    for name, parameter in _trained(model, record, names):
+        if id(parameter) not in copies:
+            value = parameter.detach().to(result.get_parameter(name), copy=True)
+            _set_parameter(result, name, value)
+            copies[id(parameter)] = result.get_parameter(name)
+        owner, _, key = name.rpartition(".")
+        result.get_submodule(owner)._parameters[key] = copies[id(parameter)]
+    buffers = dict(result.named_buffers())
+    for name, buffer in changed_buffers(model, record):
+        if name in buffers:
+            buffers[name].copy_(buffer)
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Says in the configuration of a transformers model that its embeddings are not tied any more.
+
+    Otherwise saving and loading ties them again and loses one of the two.
+    """
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        # Otherwise saving and loading ties them again and loses one of the two.
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    ends = [
+        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
+    ]
+    weights = [getattr(end, "weight", None) for end in ends]
+    if None not in ends and weights[0] is not weights[1]:
         config.tie_word_embeddings = False

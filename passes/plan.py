@@ -1,8 +1,8 @@
 """Decides which sites are adapted and with what: the dry run.
 
-Names are judged by PEFT's rules (:mod:`lora_fx.passes.selection`), operations by what was matched. With
-``target_modules=None`` every matrix product and convolution is selected but the output head; lookups in
-an embedding, and the head, are adapted when they are named.
+Names are judged by PEFT's rules (:mod:`lora_fx.passes.selection`), operations by what was matched.
+With ``target_modules=None`` every matrix product and convolution is selected but the output head;
+lookups in an embedding, and the head, are adapted when they are named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_fx.passes.selection import (
     unmatched_saved,
     uses_default_targets,
 )
-from lora_fx.types import Capture, Matches, Plan, PlannedSite, Rejection, Site, Skipped
+from lora_fx.types import Capture, Matches, Plan, PlannedSite, Site, Skipped
 
 __all__ = ["make_plan"]
 
@@ -108,7 +108,7 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
     pattern = pattern_of(site)
     itemsize = capture.model.get_parameter(site.weight).element_size()
     dropout = 0.0 if site.family == "embedding" else float(config.lora_dropout)
-    # An index is saved as it is; a vector a second time, masked, with its mask, where there is dropout.
+    # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
     kept = 8 if site.family == "embedding" else site.in_features * itemsize
     masked = site.in_features * (itemsize + 1) if dropout else 0
     # A region of a whole model and the regions below it show the same application twice.
@@ -127,7 +127,9 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
 
 def _refuse_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
+        # Not hasattr: a module may answer to every name.
+        own = (*module.named_children(), *module.named_parameters(recurse=False))
+        if {"lora_A", "lora_embedding_A"} & {key for key, _ in own}:
             raise CaptureError(
                 f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
                 "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
@@ -166,7 +168,7 @@ def _unmatched(
     for target in idle.targets:
         yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
     for target in idle.filtered:
-        yield f"target_modules {target!r}: everything that it names is left out (see 'not selected')"
+        yield f"target_modules {target!r}: all that it names is left out (see 'not selected')"
     for title, entries in (
         ("exclude_modules", idle.excludes),
         ("rank_pattern", idle.rank_keys),
@@ -212,9 +214,5 @@ def _nothing(plan: Plan, matches: Matches) -> str:
     lines += [f"  {skipped.site.name}: {skipped.reason}" for skipped in plan.skipped[:8]]
     if not matches.sites:
         lines.append("  the model has no linear operation that lora_fx can see")
-        lines += [f"  {_line(r)}" for r in matches.rejections[:8]]
+    lines += [f"  {rejection.name}: {rejection.reason}" for rejection in matches.rejections[:8]]
     return "\n".join(lines)
-
-
-def _line(rejection: Rejection) -> str:
-    return f"{rejection.name}: {rejection.reason}"

@@ -1,7 +1,7 @@
 """Decides what is trained beside the adapters: biases, and modules that are trained in full.
 
-What training writes into gets storage of its own, so that the model that was given to ``rewrite`` does
-not change with it.
+What training writes into gets storage of its own, so that the model that was given to ``rewrite``
+does not change with it.
 """
 
 from __future__ import annotations
@@ -28,27 +28,33 @@ class Unfreeze:
     plan: Plan
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Replaces frozen, shared parameters with trainable copies."""
-        if not (self.plan.saved_modules or self.plan.biases):
-            return PassResult(capture, False)
-        for fqn in self.plan.saved_modules:
-            # Not shared with anything outside: a tied weight is trained here and frozen there.
-            copies: dict[int, nn.Parameter] = {}
-            for module in capture.model.get_submodule(fqn).modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[name] = copies.setdefault(id(parameter), _own(parameter))
-        for fqn in self.plan.biases:
-            owner, _, name = fqn.rpartition(".")
-            old = capture.model.get_parameter(fqn)
-            new = _own(old)
-            for module in capture.model.modules():
-                for key, parameter in module._parameters.items():
-                    if parameter is old:
-                        module._parameters[key] = new
-            assert capture.model.get_submodule(owner)._parameters[name] is new
-        return PassResult(capture, True)
+        """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""
+        done = [_unfreeze_module(capture.model.get_submodule(n)) for n in self.plan.saved_modules]
+        done += [_unfreeze_bias(capture.model, name) for name in self.plan.biases]
+        return PassResult(capture, any(done))
 
 
-def _own(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.is_floating_point())
+def _unfreeze_module(root: nn.Module) -> bool:
+    """Trains a module in full: a weight tied to one outside is trained here, frozen there."""
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
+                continue
+            if parameter not in copies:
+                copies[parameter] = nn.Parameter(parameter.detach().clone())
+            module._parameters[name] = copies[parameter]
+    return bool(copies)
+
+
+def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
+    """Trains a bias, everywhere where it is used."""
+    old = model.get_parameter(fqn)
+    if old.requires_grad:
+        return False
+    new = nn.Parameter(old.detach().clone())
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[name] = new
+    return True

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.passes._region import is_region
+from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes._sharing import check_model, share_copy
 from lora_fx.types import Capture
@@ -74,11 +74,11 @@ def _not_symbolic(capture: Capture) -> str | None:
     if "" in capture.opaque:
         return f"{type(capture.model).__name__}: {capture.opaque['']}"
     for fqn, reason in capture.opaque.items():
-        if not type(capture.model.get_submodule(fqn)).__module__.startswith("torch.nn."):
+        if not is_built_in(capture.model.get_submodule(fqn)):
             return f"{fqn}: {reason}"
     return None
 
 
 def _own_matrix(module: nn.Module) -> bool:
-    built_in = type(module).__module__.startswith("torch.nn.")
+    built_in = is_built_in(module)
     return built_in or any(p is not None and p.dim() > 1 for p in module._parameters.values())

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes._region import install, uninstall
-from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes._sharing import share_copy
+from lora_fx.passes.capture.inputs import normalise
 from lora_fx.types import Capture
 
 __all__ = ["check_unchanged", "run_reference"]
@@ -31,23 +31,19 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
         CaptureError: If the inputs do not fit the model, or the outputs differ by more than 1e-6.
     """
     reference = run_reference(model, example_inputs)
-    modes = {module: module.training for module in capture.model.modules()}
     install(capture.regions.values())
     try:
-        capture.model.eval()
-        args, kwargs = normalise(example_inputs)
-        with torch.no_grad():
-            found = capture.model(*args, **kwargs)
+        # A copy: what a forward writes, into buffers and attributes, is not part of the capture.
+        copy = share_copy(capture.model)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for region in capture.regions.values():
             uninstall(region.module)
-    difference = _difference(reference, found)
+    difference = _difference(reference, _run(copy, example_inputs))
     if difference > _TOLERANCE:
         raise CaptureError(
-            f"the captured model ({capture.frontend}) computes something else than the original: relative "
-            f"difference {difference:.3g} on the example inputs. Try another frontend, and please report this"
+            f"the captured model ({capture.frontend}) computes something else than the original: "
+            f"relative difference {difference:.3g} on the example inputs. Try another frontend, "
+            "and please report this"
         )
     if difference:
         _log.info("the captured model rounds differently: relative difference %.3g", difference)
@@ -60,16 +56,24 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         CaptureError: If the inputs do not fit the model.
     """
-    args, kwargs = normalise(example_inputs)
-    copy = share_copy(model).eval()
+    normalise(example_inputs)
+    copy = share_copy(model)
     try:
-        with torch.no_grad():
-            return copy(*args, **kwargs)
+        return _run(copy, example_inputs)
     except Exception as error:
         raise CaptureError(
-            f"the model does not run on the example inputs ({type(error).__name__}: {error}). They must be "
-            "what its forward takes: a tuple of arguments, a dict of keyword arguments or a tensor"
+            f"the model does not run on the example inputs ({type(error).__name__}: {error}). They "
+            "must be what its forward takes: a tuple of arguments, a dict of keyword arguments or "
+            "a tensor"
         ) from error
+
+
+def _run(model: nn.Module, example_inputs: Any) -> Any:
+    """The output in eval mode; every run begins with the same random numbers and uses none up."""
+    args, kwargs = normalise(example_inputs)
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        return model.eval()(*args, **kwargs)
 
 
 def _difference(reference: Any, found: Any) -> float:

@@ -27,6 +27,7 @@ from lora_fx.types import Capture, Region
 
 __all__ = ["export_root"]
 
+
 def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
     """Puts a graph of the whole model on the root of a capture.
 
@@ -48,11 +49,20 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     result = graph.graph_copy(module.graph, copied)
     _name_constants(graph, module, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    conditions = _shape_conditions(program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)])
+    conditions = _shape_conditions(
+        program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)]
+    )
     _name_placeholders(graph, inputs)
     unbake_modes(graph, model)
     device = torch.device("cpu")
-    reference = next((n for n in graph.nodes if n.op == "get_attr" and n.target in dict(model.named_parameters())), None)
+    reference = next(
+        (
+            n
+            for n in graph.nodes
+            if n.op == "get_attr" and n.target in dict(model.named_parameters())
+        ),
+        None,
+    )
     if reference is not None:
         tensor = model.get_parameter(str(reference.target))
         device = tensor.device
@@ -65,7 +75,9 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     for node in graph.nodes:
         node.meta.clear()
     fixed = _fixed(model, inputs)
-    graph.set_codegen(GuardedCodeGen(parameters_of(type(model).forward, fixed), conditions=tuple(conditions)))
+    graph.set_codegen(
+        GuardedCodeGen(parameters_of(type(model).forward, fixed), conditions=tuple(conditions))
+    )
     graph.lint()
     regions = {"": Region("", model, graph), **{k: v for k, v in capture.regions.items() if k}}
     # The root's graph sees every weight, also those in modules that do not trace.
@@ -78,20 +90,28 @@ def _bound(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     try:
         bound = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+        raise CaptureError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
     inputs: dict[str, Any] = {}
     for name, value in bound.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             extra = [key for key, item in value.items() if isinstance(item, torch.Tensor)]
             if extra:
-                raise CaptureError(f"torch.export cannot follow tensors in **{name}: {', '.join(extra)}")
+                raise CaptureError(
+                    f"torch.export cannot follow tensors in **{name}: {', '.join(extra)}"
+                )
         elif kind is inspect.Parameter.VAR_POSITIONAL and value:
             raise CaptureError(f"torch.export cannot follow *{name}")
         inputs[name] = value
     for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor) and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
-            raise CaptureError(f"torch.export cannot follow tensors inside the argument {name!r}: pass tensors")
+        if not isinstance(value, torch.Tensor) and any(
+            isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)
+        ):
+            raise CaptureError(
+                f"torch.export cannot follow tensors inside the argument {name!r}: pass tensors"
+            )
     return inputs
 
 
@@ -100,7 +120,8 @@ def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     single = bool(tensors) and all(v.dim() > 0 and v.shape[0] == 1 for v in tensors.values())
     return {
-        k: (torch.cat([v, v]) if single else v.detach().clone()) if k in tensors else v for k, v in inputs.items()
+        k: (torch.cat([v, v]) if single else v.detach().clone()) if k in tensors else v
+        for k, v in inputs.items()
     }
 
 
@@ -116,8 +137,12 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
         return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "; with use_cache=False in example_inputs it returns none" if "Cache" in text[0] else ""
-        raise CaptureError(f"torch.export fails on {type(model).__name__}: {text[0]}{hint}") from error
+        hint = (
+            "; with use_cache=False in example_inputs it returns none" if "Cache" in text[0] else ""
+        )
+        raise CaptureError(
+            f"torch.export fails on {type(model).__name__}: {text[0]}{hint}"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -125,7 +150,10 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
 
 def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -> None:
     """Gives tensors that export lifted out of the code a place on the model, where ``.to`` finds them."""
-    known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    known = {
+        *dict(model.named_parameters(remove_duplicate=False)),
+        *dict(model.named_buffers(remove_duplicate=False)),
+    }
     moved: dict[str, str] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -136,7 +164,9 @@ def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -
         for atom in str(node.target).split("."):
             value = getattr(value, atom)
         if not isinstance(value, torch.Tensor):
-            raise CaptureError("a part of the model runs under another grad or autocast mode, in a graph of its own")
+            raise CaptureError(
+                "a part of the model runs under another grad or autocast mode, in a graph of its own"
+            )
         if node.target not in moved:
             moved[str(node.target)] = f"{CONSTANT}{len(moved)}"
             model.register_buffer(moved[str(node.target)], value.detach().clone(), persistent=False)
@@ -148,7 +178,9 @@ def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = [(name, leaf) for name, value in inputs.items() for leaf in pytree.tree_leaves(value)]
     if len(placeholders) != len(leaves):
-        raise CaptureError(f"torch.export made {len(placeholders)} inputs out of {len(leaves)} arguments")
+        raise CaptureError(
+            f"torch.export made {len(placeholders)} inputs out of {len(leaves)} arguments"
+        )
     for node, (name, leaf) in zip(placeholders, leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
             node.target = name
@@ -159,8 +191,14 @@ def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
 def _container(graph: fx.Graph, value: Any) -> Any:
     """An output structure as graph arguments; classes like ``ModelOutput`` become constructor calls."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = value.items() if isinstance(value, dict) else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return graph.call_function(type(value), (), {k: _container(graph, v) for k, v in items if v is not None})
+        items = (
+            value.items()
+            if isinstance(value, dict)
+            else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        )
+        return graph.call_function(
+            type(value), (), {k: _container(graph, v) for k, v in items if v is not None}
+        )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return graph.call_function(type(value), tuple(_container(graph, item) for item in value))
     if type(value) in (list, tuple):
@@ -176,7 +214,11 @@ def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str
     """Python expressions that are true for inputs that the exported graph was not made for."""
     conditions: list[str] = []
     seen: dict[Any, str] = {}
-    tensors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    tensors = [
+        n.meta["val"]
+        for n in graph.nodes
+        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
     for name, value in zip(names, tensors, strict=True):
         conditions.append(f"{name}.dtype != {value.dtype} or {name}.dim() != {value.dim()}")
         for axis, size in enumerate(value.shape):
@@ -190,13 +232,19 @@ def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str
                 conditions.append(f"{here} != {seen[expression]}")
             else:
                 seen[expression] = here
-                conditions.extend(_range_conditions(here, program.range_constraints.get(expression)))
+                conditions.extend(
+                    _range_conditions(here, program.range_constraints.get(expression))
+                )
     return conditions
 
 
 def _range_conditions(here: str, allowed: Any) -> list[str]:
     # Every dynamic size starts at 2 in a trace; that says nothing about 1.
-    lower = [f"{here} < {int(allowed.lower)}"] if allowed and allowed.lower.is_Integer and allowed.lower > 2 else []
+    lower = (
+        [f"{here} < {int(allowed.lower)}"]
+        if allowed and allowed.lower.is_Integer and allowed.lower > 2
+        else []
+    )
     upper = [f"{here} > {int(allowed.upper)}"] if allowed and allowed.upper.is_Integer else []
     return lower + upper
 

@@ -6,19 +6,25 @@ True, ``x += 1`` leaves the caller's tensor alone. The graph would then be that 
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import fx
 
+from lora_fx.ops import in_place
+from lora_fx.passes._region import is_built_in
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
     from lora_fx.passes.capture.symbolic import Recorder
 
-__all__ = ["ModeProxy", "TracedValue", "may_be_none"]
+__all__ = ["ISINSTANCE", "ModeProxy", "TracedValue", "may_be_none"]
+
+ISINSTANCE = "its forward asks for the type of a traced value with isinstance"
 
 # Code that asks for types on behalf of whoever called it.
 _BETWEEN = ("abc", "collections", "typing", "_weakrefset", "torch")
@@ -37,7 +43,10 @@ _IN_PLACE = (
     "ilshift",
     "irshift",
 )
-_ALWAYS_THERE = frozenset({"shape", "dtype", "device", "ndim", "data", "T", "mT", "H", "mH", "real"})
+_ATTRIBUTE_ACCESS = {dis.opmap[n] for n in dis.opmap if n in ("LOAD_ATTR", "LOAD_METHOD")}
+_ALWAYS_THERE = frozenset(
+    {"shape", "dtype", "device", "ndim", "data", "T", "mT", "H", "mH", "real"}
+)
 
 
 class TracedValue(fx.Proxy):  # type: ignore[misc]
@@ -53,7 +62,7 @@ class TracedValue(fx.Proxy):  # type: ignore[misc]
         if frame.f_code.co_name == "__setattr__":
             name = frame.f_locals.get("name", "an attribute")
             self.tracer.refuse(f"its forward writes to self.{name}")
-        return self.tracer.refuse("its forward asks for the type of a traced value with isinstance")
+        return self.tracer.refuse(ISINSTANCE)
 
     def __getattr__(self, name: str) -> _Attribute:
         frame = sys._getframe(1)
@@ -63,6 +72,13 @@ class TracedValue(fx.Proxy):  # type: ignore[misc]
                 f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
             )
         return _Attribute(self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        # As in fx: `a, b = x` takes two. Written anew because fx leaves its frame in a cycle.
+        code, at = sys._getframe(1).f_code.co_code, sys._getframe(1).f_lasti
+        if code[at] != dis.opmap["UNPACK_SEQUENCE"]:
+            self.tracer.refuse("its forward iterates over a traced value")
+        return (self[i] for i in range(code[at + 1]))
 
     def __len__(self) -> NoReturn:
         self.tracer.refuse("its forward takes the length of a traced value with len")
@@ -129,7 +145,7 @@ def may_be_none(value: TracedValue) -> bool:
         return False
     if node.op == "call_module":
         owner = node.graph.owning_module or value.tracer.root
-        return not type(owner.get_submodule(str(node.target))).__module__.startswith("torch.nn.")
+        return not is_built_in(owner.get_submodule(str(node.target)))
     if node.op == "call_function":
         return node.target in (operator.getitem, getattr) or not _of_torch(node.target)
     return False
@@ -161,10 +177,8 @@ def _records(frame: FrameType) -> bool:
 
 
 def _in_place(name: str) -> Callable[[TracedValue, Any], fx.Proxy]:
-    target = getattr(operator, name)
-
     def method(self: TracedValue, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
+        return self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
 
     method.__name__ = f"__{name}__"
     return method

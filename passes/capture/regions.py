@@ -1,15 +1,18 @@
 """Walks the module tree and gives a graph to every module whose ``forward`` traces.
 
-A module without a graph keeps its own ``forward``, and its children are looked at one by one: in the
-worst case each linear layer is a region of one operation. Modules over no matrix are left alone.
+A module without a graph keeps its own ``forward``, and its children are looked at one by one: in
+the worst case each linear layer is a region of one operation. Modules over no matrix are left
+alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.types import Region, join
 
@@ -64,7 +67,10 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
         if module in seen or module not in holders:
             return
         seen.add(module)
-        built_in = _built_in(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            opaque[fqn] = "it is a TorchScript module: use the module that it was made from"
+            return
+        built_in = is_built_in(module)
         if (
             built_in
             and not isinstance(module, (*_OPERATIONS, nn.Sequential))
@@ -105,19 +111,29 @@ _OWN = frozenset(nn.Module().__dict__)
 _SIMPLE = (bool, int, float, str, type(None))
 
 
-def _structure(module: nn.Module) -> tuple[Any, ...]:
+def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[Any, ...]:
     """All that a trace can depend on: modules that agree in it are traced once and share their graph.
 
-    An attribute that cannot be compared stands for itself, so that only the very same object agrees.
+    An attribute that cannot be compared stands for itself, so that only the very same object
+    agrees.
+    What occurs twice within the module is numbered: a graph calls it by the first of its names.
     """
+    seen = {} if seen is None else seen
+    number = seen.setdefault(id(module), len(seen))
+
+    def tensors(named: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(
+            (k, seen.setdefault(id(v), len(seen))) for k, v in named.items() if v is not None
+        )
+
     return (
         type(module),
-        bool(module._forward_hooks or module._forward_pre_hooks),
-        tuple(name for name, value in module._parameters.items() if value is not None),
-        tuple(name for name, value in module._buffers.items() if value is not None),
+        number,
+        tensors(module._parameters),
+        tensors(module._buffers),
         tuple((name, _value(v)) for name, v in module.__dict__.items() if name not in _OWN),
         tuple(
-            (name, _structure(child))
+            (name, _structure(child, seen))
             for name, child in module._modules.items()
             if child is not None
         ),
@@ -127,8 +143,8 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 def _value(value: Any) -> Any:
     if isinstance(value, _SIMPLE):
         return (type(value), value)
-    if isinstance(value, tuple):
-        return tuple(_value(item) for item in value)
+    if isinstance(value, tuple | list):
+        return (type(value), *(_value(item) for item in value))
     return id(value)
 
 
@@ -145,10 +161,6 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     )
     children = tuple((name, type(child)) for name, child in module._modules.items())
     return (type(module), tuple(module._parameters), tuple(switches), children)
-
-
-def _built_in(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
 
 
 def _container(module: nn.Module) -> bool:

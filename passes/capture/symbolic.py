@@ -2,27 +2,34 @@
 
 Child modules stay calls: hooks, wrapping policies and checkpointing go on working, and a child that does
 not trace costs only its own graph. ``torch.fx`` is happy to record a graph that means something else than
-the code did. Everything of that kind that can be noticed is refused here: a test of a traced value's
-type, tensors or random numbers made while tracing, writes to attributes, and grad or autocast modes that
-the graph would lose. ``self.training`` becomes a read, so that ``train()`` and ``eval()`` keep their meaning.
+the code did. Whatever of that kind can be noticed is refused: questions about a traced value that only a
+tensor can answer (:mod:`.proxies`), modes, identities and constants (:mod:`.watch`), and side effects
+(:mod:`.state`). ``self.training`` becomes a read, so that ``train()`` and ``eval()`` keep their meaning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import random
-import sys
-from collections.abc import Callable
-from typing import Any
+import inspect
+import keyword
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
 from lora_fx.passes._signature import GuardedCodeGen, Parameter, parameters_of
+from lora_fx.passes.capture.proxies import ModeProxy, TracedValue
+from lora_fx.passes.capture.state import State
+from lora_fx.passes.capture.watch import Eager, Watch
 
-__all__ = ["Untraceable", "trace"]
+__all__ = ["Recorder", "Untraceable", "trace"]
 
-_LIBRARY = ("lora_fx", "torch", "abc", "typing", "collections", "_weakrefset")
+# What generated code calls by these names: a parameter of the same name would hide it.
+_TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 
 
 class Untraceable(Exception):
@@ -49,106 +56,133 @@ def trace(
     if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on the instance")
     parameters = parameters_of(type(module).forward, fixed)
-    if not any(p.traced for p in parameters):
-        raise Untraceable("its forward has no required argument: pass example_inputs")
-    before = _state(module)
-    tracer = _Tracer(parameters)
+    _check_parameters(parameters)
+    before = State(module, (p.default for p in parameters))
+    recorder = Recorder(parameters)
     try:
-        with tracer.reading_modes(module):
-            graph = tracer.trace(module)
+        graph = recorder.record(module)
     except Untraceable:
         raise
     except Exception as error:
-        raise Untraceable(_words(error)) from error
+        raise Untraceable(recorder.refused or _words(error)) from error
     finally:
-        changed = _restore(module, before)
-    if changed:
-        raise Untraceable(f"its forward {changed}")
-    graph.set_codegen(GuardedCodeGen(parameters, check_none))
+        changed = before.restore()
+    if recorder.refused or changed:
+        raise Untraceable(recorder.refused or changed)
+    if recorder.values_alive():
+        raise Untraceable("its forward keeps a traced value where other code finds it")
+    _check_names(parameters, graph)
+    graph.set_codegen(GuardedCodeGen(parameters, check_none, reads=frozenset(recorder.seen)))
     return graph
 
 
-class _Proxy(fx.Proxy):
-    """A traced value that does not answer questions about its type: the answer would be ``Proxy``."""
+def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
+    if not any(p.traced for p in parameters):
+        raise Untraceable("its forward has no required argument: pass example_inputs")
+    for p in parameters:
+        if not p.traced and isinstance(p.default, list | dict | set):
+            raise Untraceable(f"the default of its argument {p.name} can change between calls")
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        depth = 1
-        while (name := sys._getframe(depth).f_globals.get("__name__", "").partition(".")[0]) in (
-            "abc",
-            "typing",
+
+def _check_names(parameters: tuple[Parameter, ...], graph: fx.Graph) -> None:
+    taken = _TAKEN & {p.name for p in parameters}
+    source = graph.python_code("self").src if taken else ""
+    for name in taken:
+        if re.search(rf"\b{name}\b", source):
+            raise Untraceable(f"its forward has an argument named {name}, as generated code has")
+    for target in {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}:
+        if any(
+            keyword.iskeyword(atom) or set(atom) & {'"', "\\", "\n"} for atom in target.split(".")
         ):
-            depth += 1
-        if name in _LIBRARY:
-            return type(self)
-        raise Untraceable("its forward asks for the type of a traced value with isinstance")
+            raise Untraceable(f"generated code cannot spell the name {target!r}")
 
 
-class _Mode(_Proxy):
-    """``module.training``, read when the graph runs. The node is made when somebody asks."""
+class Recorder(fx.Tracer):  # type: ignore[misc]
+    """Records one module's forward.
 
-    def __init__(self, tracer: _Tracer, target: str) -> None:
-        self.__dict__.update(tracer=tracer, _target=target, _made=None)
+    Attributes:
+        refused: The first reason not to go on. Code that is traced may catch the exception.
+        seen: Names that the code uses, of attributes among others.
+    """
 
-    @property
-    def node(self) -> fx.Node:  # type: ignore[override]
-        made = self.__dict__["_made"]
-        if made is None:
-            tracer = self.__dict__["tracer"]
-            made = tracer.create_node("get_attr", self.__dict__["_target"], (), {})
-            self.__dict__["_made"] = made
-        found: fx.Node = made
-        return found
-
-
-@dataclasses.dataclass
-class _Modes:
-    tracer: _Tracer
-    module: nn.Module
-    saved: list[tuple[nn.Module, bool]] = dataclasses.field(default_factory=list)
-
-    def __enter__(self) -> None:
-        owners = [("", self.module), *self.module.named_children()]
-        for name, owner in owners:
-            if isinstance(owner.training, bool):
-                self.saved.append((owner, owner.training))
-                owner.__dict__["training"] = _Mode(
-                    self.tracer, f"{name}.training" if name else "training"
-                )
-
-    def __exit__(self, *_: object) -> None:
-        for owner, training in self.saved:
-            owner.__dict__["training"] = training
-
-
-class _Tracer(fx.Tracer):  # type: ignore[misc]
     proxy_buffer_attributes = True
 
     def __init__(self, parameters: tuple[Parameter, ...]) -> None:
         super().__init__()
+        self.refused: str | None = None
+        self.seen: set[str] = set()
         self._parameters = parameters
-        self._grad = torch.is_grad_enabled()
-        self._autocast = _autocast()
+        self._values: list[weakref.ref[fx.Proxy]] = []
+        self._modes = _modes()
 
-    def reading_modes(self, module: nn.Module) -> _Modes:
-        return _Modes(self, module)
+    def refuse(self, reason: str) -> NoReturn:
+        """Ends the trace.
+
+        Raises:
+            Untraceable: Always.
+        """
+        self.refused = self.refused or reason
+        raise Untraceable(reason)
+
+    def record(self, module: nn.Module) -> fx.Graph:
+        """The graph of ``module.forward``."""
+        with contextlib.ExitStack() as stack:
+            # Whatever the caller's modes are, those of the trace have to be known.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.amp.autocast("cpu", enabled=False))
+            self._modes = _modes()
+            stack.enter_context(self._reading_modes(module))
+            stack.enter_context(self._calling_children(module))
+            stack.enter_context(Eager(self))
+            stack.enter_context(Watch(self))
+            return self.trace(module)
+
+    def values_alive(self) -> bool:
+        """Whether somebody still holds on to a traced value."""
+        return any(value() is not None for value in self._values)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child stays a call."""
         return True
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """A call of a child."""
+        if m is self.root:
+            self.refuse("its forward calls the module itself")
+        return super().call_module(m, forward, args, kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        """A value that notices questions."""
+        value = TracedValue(node, self)
+        # fx itself keeps the reads of parameters, in a cycle.
+        if node.op != "get_attr":
+            self._values.append(weakref.ref(value))
+        return value
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer becomes a read. A buffer is read anew each time: it may be replaced."""
+        buffer = isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter)
+        return super().getattr(attr, attr_val, {} if buffer else parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Control flow on a traced value."""
+        mode = isinstance(obj, ModeProxy)
+        self.refuse(
+            f"its forward branches on {'self.training' if mode else 'the value of a tensor'}"
+        )
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for what is traced, fixed values for the rest."""
         positional: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
         for p in self._parameters:
             if p.variadic:
                 continue
             value = self.create_proxy("placeholder", p.name, (), {}) if p.traced else p.value
-            if p.kind in (0, 1):
+            if p.kind != inspect.Parameter.KEYWORD_ONLY:
                 positional.append(value)
             else:
                 keywords[p.name] = value
@@ -159,20 +193,30 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
         return run, positional
 
     def create_node(
-        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
     ) -> fx.Node:
-        if torch.is_grad_enabled() != self._grad:
-            raise Untraceable("its forward switches gradients on or off, which a graph would lose")
-        if _autocast() != self._autocast:
-            raise Untraceable("its forward switches autocast on or off, which a graph would lose")
-        return super().create_node(kind, target, args, kwargs, *rest, **named)
+        """A node, without type annotation: generated code does not need to know the name."""
+        if _modes() != self._modes:
+            self.refuse(
+                "its forward switches gradients or autocast on or off, which a graph would lose"
+            )
+        return super().create_node(kind, target, args, kwargs, name)
 
     def create_arg(self, a: Any) -> Any:
+        """Refuses constants that a graph would hold, and containers that it would not rebuild."""
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and not self._owned(a):
-            raise Untraceable("its forward makes a tensor that does not depend on its input")
+            self.refuse("its forward makes a tensor that does not depend on its input")
+        if isinstance(a, list) and type(a) not in (list, fx.immutable_collections.immutable_list):
+            self.refuse(f"a {type(a).__name__} would become a plain list")
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
             if not dataclasses.is_dataclass(a):
-                raise Untraceable(f"a {type(a).__name__} would become a plain dict")
+                self.refuse(f"a {type(a).__name__} would become a plain dict")
             made = {key: self.create_arg(value) for key, value in a.items()}
             return self.create_node("call_function", type(a), (), made)
         return super().create_arg(a)
@@ -180,50 +224,53 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
     def _owned(self, tensor: torch.Tensor) -> bool:
         return tensor in self.tensor_attrs or any(tensor is b for b in self.root.buffers())
 
+    @contextlib.contextmanager
+    def _reading_modes(self, module: nn.Module) -> Iterator[None]:
+        """Makes ``training`` of the module and of those below it a read."""
+        saved: list[tuple[nn.Module, bool, ModeProxy]] = []
+        for name, owner in module.named_modules():
+            if isinstance(owner.__dict__.get("training"), bool):
+                value = ModeProxy(self, f"{name}.training" if name else "training")
+                saved.append((owner, owner.training, value))
+                owner.__dict__["training"] = value
+        try:
+            yield
+        finally:
+            switched = False
+            for owner, training, value in saved:
+                switched = switched or owner.__dict__.get("training") is not value
+                owner.__dict__["training"] = training
+        if switched:
+            self.refuse("its forward calls train() or eval()")
 
-def _autocast() -> tuple[bool, ...]:
-    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    @contextlib.contextmanager
+    def _calling_children(self, module: nn.Module) -> Iterator[None]:
+        """Makes calls of children whose class has a ``__call__`` of its own a call like any other."""
+        owners = {
+            cls
+            for child in module.modules()
+            for cls in type(child).__mro__
+            if "__call__" in cls.__dict__ and cls is not nn.Module and issubclass(cls, nn.Module)
+        }
+        saved = {cls: cls.__dict__["__call__"] for cls in owners}
+
+        def call(child: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.call_module(child, child.forward, args, kwargs)
+
+        for cls in owners:
+            cls.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for cls, original in saved.items():
+                cls.__call__ = original  # type: ignore[method-assign]
+
+
+def _modes() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
 def _words(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return (
-        text[0]
-        if text and isinstance(error, fx.proxy.TraceError)
-        else f"{type(error).__name__}: {text[0] if text else ''}"
-    )
-
-
-_State = tuple[dict[str, Any], dict[str, Any], Any, torch.Tensor]
-
-
-def _state(module: nn.Module) -> _State:
-    return dict(module.__dict__), dict(module._buffers), random.getstate(), torch.get_rng_state()
-
-
-def _restore(module: nn.Module, state: _State) -> str:
-    """Puts back what a trace changed and says what that was."""
-    attributes, buffers, python, torch_rng = state
-    changed = ""
-    now = module.__dict__
-    written = [
-        name
-        for name in {**attributes, **now}
-        if now.get(name, now) is not attributes.get(name, attributes)
-    ]
-    rebound = [
-        name
-        for name in {**buffers, **module._buffers}
-        if module._buffers.get(name) is not buffers.get(name)
-    ]
-    if written or rebound:
-        now.clear()
-        now.update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
-        changed = f"writes to self.{(written + rebound)[0]}"
-    if random.getstate() != python or not torch.equal(torch.get_rng_state(), torch_rng):
-        random.setstate(python)
-        torch.set_rng_state(torch_rng)
-        changed = changed or "draws random numbers that the graph would keep"
-    return changed
+    return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -1,8 +1,8 @@
 """Turns what ``torch.export`` bakes into a graph back into what the model does.
 
-Export runs the model once: its mode, its device and its asserts are literals of the graph. Dropout and
-batch norm become operations that read ``training`` of the module that they came from, device literals
-read the device of a parameter, and metadata asserts go.
+Export runs the model once: its mode, its device and its asserts are literals of the graph. Dropout
+and batch norm become operations that read ``training`` of the module that they came from, device
+literals read the device of a parameter, and metadata asserts go.
 """
 
 from __future__ import annotations

@@ -49,19 +49,17 @@ def register_pattern(pattern: Pattern) -> None:
     """Adds a linear-like operation of your own, asked before those that are known.
 
     Args:
-        pattern: An object with ``name``, ``match``, ``factors``, ``branch``, ``delta`` and ``flops``:
-            see :class:`lora_fx.types.Pattern`. Subclass :class:`LinearPattern` to write ``match`` only.
+        pattern: An object with ``name``, ``match``, ``factors``, ``branch``, ``delta`` and
+            ``flops``: see :class:`lora_fx.types.Pattern`. Subclass :class:`LinearPattern` to write
+            ``match`` only.
 
     Raises:
         ConfigError: If it lacks one of those, or its name is taken.
     """
-    global _registry
-    if not isinstance(pattern, Pattern):
-        lacking = [
-            name
-            for name in ("name", "match", "factors", "branch", "delta", "flops")
-            if not hasattr(pattern, name)
-        ]
+    global _registry  # noqa: PLW0603  to register is to change what every later match asks
+    parts = ("name", "match", "factors", "branch", "delta", "flops")
+    lacking = [name for name in parts if not hasattr(pattern, name)]
+    if lacking:
         raise ConfigError(
             f"{type(pattern).__name__} is not a pattern: it lacks {', '.join(lacking)}"
         )

@@ -1,9 +1,9 @@
 """Convolutions: ``y' = conv(x, W) + s · conv₁(conv(x, A), B)``.
 
-A has the base convolution's kernel, stride, padding and dilation, and r output channels; B is a 1 x 1
-convolution. With g groups both are grouped: A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the
-shape of W [out, in/g, *k] and can be merged. (A dense A, as PEFT makes it, sees channels that the base
-convolution does not, and no grouped weight can hold that.)
+A has the base convolution's kernel, stride, padding and dilation, and r output channels; B is a 1 x
+1 convolution. With g groups both are grouped: A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has
+the shape of W [out, in/g, *k] and can be merged. (A dense A, as PEFT makes it, sees channels that
+the base convolution does not, and no grouped weight can hold that.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.passes._fx import arguments, constant_of, target_of, weight_of
-from lora_fx.passes.patterns._base import itemised, make_site, reject
+from lora_fx.passes.patterns.sites import itemised, make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["ConvPattern"]
@@ -53,15 +53,7 @@ class ConvPattern:
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.types.Pattern`."""
         target = target_of(node)
-        if target in _TRANSPOSED[self.dims]:
-            found = weight_of(arguments(node, _SIGNATURE)["weight"], region)
-            return reject(
-                region,
-                node,
-                found[0] if found else None,
-                "transposed convolutions have no adapter yet",
-            )
-        if target not in _FUNCTIONS[self.dims]:
+        if target not in (*_FUNCTIONS[self.dims], *_TRANSPOSED[self.dims]):
             return None
         named = arguments(node, _SIGNATURE)
         found = weight_of(named["weight"], region)
@@ -70,15 +62,15 @@ class ConvPattern:
             if computed is None:
                 return None
             how = itemised(target_of(named["weight"]) or named["weight"].target)
-            return reject(
-                region,
-                node,
-                computed,
-                f"the weight is computed from it ({how}) before it is applied",
-            )
+            reason = f"the weight is computed from it ({how}) before it is applied"
+            return reject(region, node, computed, reason)
+        if target in _TRANSPOSED[self.dims]:
+            return reject(region, node, found[0], "transposed convolutions have no adapter yet")
         parameter = region.parameter(found[0])
         assert parameter is not None
-        groups = int(named["groups"])
+        if not isinstance(named["groups"], int):
+            return reject(region, node, found[0], "its number of groups depends on the input")
+        groups = named["groups"]
         return make_site(
             region,
             pattern=self.name,

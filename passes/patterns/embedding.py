@@ -1,7 +1,8 @@
 """Embedding lookups: ``y' = W[i] + s · (Aᵀ[i]) Bᵀ``.
 
-A is [r, vocabulary] and starts at zero, B is [width, r] and starts random: a lookup in Aᵀ is as cheap as
-one in W. The factors are named as PEFT names them, ``lora_embedding_A`` and ``lora_embedding_B``.
+A is [r, vocabulary] and starts at zero, B is [width, r] and starts random: a lookup in Aᵀ is as
+cheap as one in W. The factors are named as PEFT names them, ``lora_embedding_A`` and
+``lora_embedding_B``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.passes._fx import arguments, target_of, weight_of
-from lora_fx.passes.patterns._base import make_site, reject
+from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["EmbeddingPattern"]
 
-_FUNCTIONAL = "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False"
-_ATEN = "weight input padding_idx=-1 scale_grad_by_freq=False sparse=False"
+_FUNCTIONAL = "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False"
+_ATEN = "weight input padding_idx=-1 scale_grad_by_freq=False"
 
 
 class EmbeddingPattern:

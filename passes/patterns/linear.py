@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.passes._fx import arguments, constant_of, target_of, weight_of
-from lora_fx.passes.patterns._base import itemised, make_site, reject
+from lora_fx.passes.patterns.sites import itemised, make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Layout, Match, Region, Role, Site
 
 __all__ = ["LinearPattern", "MatmulPattern"]
@@ -113,7 +113,7 @@ class _Linear:
 
 
 class LinearPattern(_Linear):
-    """``F.linear`` and ``aten.linear``: what ``nn.Linear`` and affine subclasses of it come down to."""
+    """``F.linear`` and ``aten.linear``: what ``nn.Linear`` and affine subclasses come down to."""
 
     name = "linear"
 
@@ -158,8 +158,12 @@ def _product(
     """``x`` times ``weight`` if one is an activation and the other a parameter."""
     found = weight_of(weight, region)
     if found is None:
+        if not isinstance(weight, fx.Node) or constant_of(x, region) is not None:
+            return None
+        if region.tensor(weight) is not None:
+            return reject(region, node, weight, "its weight is a buffer, not a parameter")
         computed = constant_of(weight, region)
-        if computed is None or constant_of(x, region) is not None:
+        if computed is None:
             return None
         how = itemised(target_of(weight) or weight.target)
         return reject(

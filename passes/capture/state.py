@@ -1,0 +1,118 @@
+"""What a forward can change while it is traced, and putting it back.
+
+A graph has no side effects on Python objects: a forward that appends to a list, counts its calls or keeps
+a result would do so once, while it is traced, and never again.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["State"]
+
+_CONTAINERS = (list, dict, set, deque)
+_OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
+_MISSING = object()
+
+
+class State:
+    """A record of a module's attributes, of what they hold, and of the random generators."""
+
+    def __init__(self, module: nn.Module, others: Iterable[Any] = ()) -> None:
+        """Records.
+
+        Args:
+            module: Everything in it and below it.
+            others: Further objects: defaults of parameters.
+        """
+        self._attributes = [
+            (name, owner, dict(owner.__dict__))
+            for name, owner in module.named_modules()
+            # They fill their own __dict__ as they are used.
+            if not isinstance(owner, torch.jit.ScriptModule)
+        ]
+        self._containers: dict[int, tuple[str, Any, Any]] = {}
+        for name, _, attributes in self._attributes:
+            for key, value in attributes.items():
+                self._record(f"{name}.{key}" if name else key, value)
+        for other in others:
+            self._record("a default", other)
+        self._random = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def restore(self) -> str | None:
+        """Puts everything back, and says in words what the first change was."""
+        changed = self._restore_attributes() or self._restore_containers()
+        if self._restore_generators():
+            changed = changed or "its forward draws random numbers that the graph would keep"
+        return changed
+
+    def _record(self, name: str, value: Any) -> None:
+        if isinstance(value, _CONTAINERS):
+            # Most are the hook dictionaries of modules, and empty.
+            self._containers[id(value)] = (name, value, value.copy() if value else ())
+            return
+        attributes = None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._containers[id(attributes)] = (name, attributes, attributes.copy())
+
+    def _restore_attributes(self) -> str | None:
+        changed: str | None = None
+        for name, owner, before in self._attributes:
+            now = owner.__dict__
+            if len(now) == len(before) and all(
+                now.get(k, _MISSING) is v for k, v in before.items()
+            ):
+                continue
+            key = next(
+                k for k in {**before, **now} if now.get(k, _MISSING) is not before.get(k, _MISSING)
+            )
+            now.clear()
+            now.update(before)
+            changed = changed or f"its forward writes to self.{f'{name}.{key}' if name else key}"
+        return changed
+
+    def _restore_containers(self) -> str | None:
+        changed: str | None = None
+        for name, now, before in self._containers.values():
+            if _same(now, before):
+                continue
+            now.clear()
+            (now.extend if isinstance(now, list | deque) else now.update)(before)
+            changed = changed or f"its forward changes what is in self.{name}"
+        return changed
+
+    def _restore_generators(self) -> bool:
+        drawn = False
+        if random.getstate() != self._random:
+            random.setstate(self._random)
+            drawn = True
+        if not torch.equal(torch.get_rng_state(), self._torch):
+            torch.set_rng_state(self._torch)
+            drawn = True
+        if self._numpy is not None:
+            generator = sys.modules["numpy"].random
+            now = generator.get_state()
+            if now[2] != self._numpy[2] or (now[1] != self._numpy[1]).any():
+                generator.set_state(self._numpy)
+                drawn = True
+        return drawn
+
+
+def _same(now: Any, before: Any) -> bool:
+    if len(now) != len(before) or not before:
+        return len(now) == len(before)
+    if isinstance(now, dict):
+        return all(now.get(key, _MISSING) is value for key, value in before.items())
+    if isinstance(now, set):
+        return bool(now == before)
+    return all(a is b for a, b in zip(now, before, strict=True))

@@ -1,0 +1,134 @@
+"""What every pattern has to satisfy, checked for one form of a linear operation at a time.
+
+The oracle knows nothing of lora_fx: it is the user's own model, in fp64, with `W + s·BA` put in the
+place of its weight by `torch.func.functional_call`, and autograd through that.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_fx
+from tests.numerics import assert_close, assert_same_bits, relative_error, ulp_error
+from tests.zoo import Form, seeded
+
+__all__ = [
+    "adapt",
+    "check_adapted",
+    "check_gradients",
+    "check_merged",
+    "check_merged_half",
+    "check_untouched",
+    "explicit",
+    "randomise",
+]
+
+
+def adapt(form: Form, model: nn.Module, r: int | None = None, **options: Any) -> nn.Module:
+    """The form's model with an adapter on its one site."""
+    config = lora_fx.LoraConfig(
+        **{
+            "r": 2 * form.groups if r is None else r,
+            "lora_alpha": 6,
+            "target_modules": [form.site],
+            **options,
+        }
+    )
+    plan = lora_fx.plan(model, config)
+    assert [(row.name, row.site.pattern) for row in plan] == [(form.site, form.pattern)]
+    return lora_fx.rewrite(model, config)
+
+
+@seeded
+def randomise(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Random factors, as after some training."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in f".{name}":
+                parameter.normal_(0.0, std)
+    return model
+
+
+def scale_of(model: nn.Module) -> float:
+    (adapter,) = model._lora_fx.adapters.values()
+    return adapter.sites[0].scale
+
+
+def explicit(
+    form: Form, model: nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float, x: torch.Tensor
+) -> torch.Tensor:
+    """The output of the plain `model` with the weight `W + s·BA`."""
+    name = f"op.{form.weight}"
+    weight = model.get_parameter(name).detach() + scale * form.delta(a, b)
+    return torch.func.functional_call(model, {name: weight}, (x,))
+
+
+def reference(form: Form, model: nn.Module, adapted: nn.Module) -> torch.Tensor:
+    a, b = (f.detach().double() for f in form.factors(adapted))
+    exact = copy.deepcopy(model).double()
+    return explicit(form, exact, a, b, scale_of(adapted), form.x(torch.float64))
+
+
+def check_untouched(form: Form) -> None:
+    """Before training no bit of the output is another."""
+    model, x = form.model(), form.x()
+    found = adapt(form, model)(x)
+    assert relative_error(found, model(x)) <= 1e-6
+    # torch.matmul folds a batch into one product or not, and so rounds otherwise, according to
+    # whether the weight wants a gradient: bits are compared with a frozen base.
+    assert_same_bits(found, model.requires_grad_(False)(x))
+
+
+def check_adapted(form: Form, dtype: torch.dtype, **options: Any) -> None:
+    """The adapted output is that of `W + s·BA`."""
+    model = form.model().to(dtype)
+    adapted = randomise(adapt(form, model, **options))
+    assert_close(adapted(form.x(dtype)), reference(form, model, adapted))
+
+
+def check_gradients(form: Form) -> None:
+    """Gradients of A and B are those of the explicit formula, and nothing else has one."""
+    model = form.model().double()
+    adapted = randomise(adapt(form, model))
+    x = form.x(torch.float64)
+    factors = form.factors(adapted)
+    cotangent = seeded(torch.randn_like)(model(x))
+    adapted(x).backward(cotangent)
+    assert all(p.grad is None for p in adapted.parameters() if not any(p is f for f in factors))
+    a, b = (f.detach().clone().requires_grad_() for f in factors)
+    assert all(p.grad is None for p in model.parameters())
+    explicit(form, model, a, b, scale_of(adapted), x).backward(cotangent)
+    assert_close([f.grad for f in factors], [a.grad, b.grad], 1e-12)
+
+
+def check_merged(form: Form, dtype: torch.dtype) -> None:
+    """The merged model is of the user's class and computes what the adapted one does."""
+    model = form.model().to(dtype)
+    adapted = randomise(adapt(form, model))
+    merged = lora_fx.merge(adapted)
+    x = form.x(dtype)
+    assert [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
+    assert merged.state_dict().keys() == model.state_dict().keys()
+    assert_close(merged(x), adapted(x))
+    assert_close(merged(x), reference(form, model, adapted))
+
+
+def check_merged_half(form: Form, dtype: torch.dtype) -> None:
+    """Every merged weight of a half-precision base is within half a unit in the last place."""
+    model = form.model().to(dtype)
+    adapted = randomise(adapt(form, model))
+    a, b = form.factors(adapted)
+    assert a.dtype == b.dtype == torch.float32
+    name = f"op.{form.weight}"
+    old = model.get_parameter(name).detach().double()
+    with torch.no_grad():
+        exact = old + scale_of(adapted) * form.delta(a.double(), b.double())
+    merged, report = lora_fx.merge(adapted, return_report=True)
+    found = merged.get_parameter(name)
+    assert found.dtype == dtype
+    assert ulp_error(found, exact) <= 0.5
+    assert report.max_ulp <= 0.5

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraConfig
+from lora_fx.passes.capture.auto import capture
+from lora_fx.pipeline import buffer_digests, build, plan_capture, plan_model, run_passes
+from lora_fx.types import Capture, PassResult
+from tests.zoo import Mlp, Residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    name: ClassVar[str] = "nothing"
+
+    def __call__(self, captured: Capture) -> PassResult:
+        return PassResult(captured, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    name: ClassVar[str] = "note"
+    text: str
+
+    def __call__(self, captured: Capture) -> PassResult:
+        return PassResult(dataclasses.replace(captured, notes=(*captured.notes, self.text)), True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Raises:
+    name: ClassVar[str] = "raises"
+    error: Exception
+
+    def __call__(self, captured: Capture) -> PassResult:
+        raise self.error
+
+
+def test_passes_run_in_order() -> None:
+    captured = capture(Mlp())
+    assert run_passes(captured, [Note("a"), Nothing(), Note("b")]).notes[-2:] == ("a", "b")
+
+
+def test_no_passes_change_nothing() -> None:
+    captured = capture(Mlp())
+    assert run_passes(captured, []) is captured
+    assert run_passes(captured, [Nothing()]) is captured
+
+
+def test_each_pass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "lora_fx")
+    run_passes(capture(Mlp()), [Note("a"), Nothing()])
+    assert [r.message for r in caplog.records if r.message.startswith("pass ")] == [
+        "pass note: modified",
+        "pass nothing: nothing to do",
+    ]
+
+
+def test_an_unexpected_failure_names_the_pass_and_is_chained() -> None:
+    cause = KeyError("layer")
+    with pytest.raises(lora_fx.CaptureError, match="pass 'raises' failed: KeyError") as caught:
+        run_passes(capture(Mlp()), [Raises(cause)])
+    assert caught.value.__cause__ is cause
+
+
+def test_an_error_of_ours_comes_through_as_it_is() -> None:
+    error = lora_fx.MergeError("as it is")
+    with pytest.raises(lora_fx.MergeError) as caught:
+        run_passes(capture(Mlp()), [Raises(error)])
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("config", [None, {"r": 8}, "all-linear", LoraConfig])
+def test_a_config_that_is_none_is_refused(config: object) -> None:
+    with pytest.raises(lora_fx.ConfigError, match=r"config must be a lora_fx\.LoraConfig, found"):
+        plan_model(Mlp(), config)
+
+
+@pytest.mark.parametrize("verb", [lora_fx.rewrite, lora_fx.plan])
+def test_a_rewritten_model_is_refused_with_the_remedy(verb) -> None:
+    adapted = lora_fx.rewrite(Mlp(), LoraConfig())
+    with pytest.raises(lora_fx.ConfigError, match=r"rewritten already: use lora_fx\.add_adapter"):
+        verb(adapted, LoraConfig())
+
+
+@pytest.mark.parametrize("verb", [lora_fx.rewrite, lora_fx.plan])
+def test_so_is_a_model_that_holds_one(verb) -> None:
+    outer = nn.Sequential(lora_fx.rewrite(Mlp(), LoraConfig()), nn.Linear(3, 3))
+    with pytest.raises(lora_fx.LoraFxError, match="already"):
+        verb(outer, LoraConfig())
+
+
+def test_the_record_knows_the_adapter_and_what_was_trainable() -> None:
+    model = Residual(1)
+    model.norm.requires_grad_(False)
+    config = LoraConfig(r=2, bias="lora_only", modules_to_save=["head"])
+    record = lora_fx.rewrite(model, config, adapter_name="mine")._lora_fx
+    (adapter,) = record.adapters.values()
+    assert list(record.adapters) == ["mine"]
+    assert adapter.config == config
+    assert [row.name for row in adapter.sites] == ["blocks.0.up", "blocks.0.down"]
+    assert adapter.biases == ("blocks.0.up.bias", "blocks.0.down.bias")
+    assert adapter.saved_modules == ("head",)
+    assert record.trainable == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert record.frontend == "symbolic"
+
+
+def test_a_captured_model_without_passes_is_the_model() -> None:
+    model, x = Mlp().eval(), torch.randn(3, 5)
+    captured = capture(model)
+    plan = plan_capture(captured, LoraConfig(target_modules=[]))
+    assert torch.equal(build(captured, plan, model, "default")(x), model(x))
+
+
+def test_fingerprints_tell_buffers_apart() -> None:
+    model = Mlp().train()
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("empty", torch.empty(0))
+    model.register_buffer("bf16", torch.ones(3, dtype=torch.bfloat16).t())
+    model.register_buffer("cache", torch.ones(3), persistent=False)
+    model.register_buffer("far", torch.ones(3, device="meta"))
+    before = buffer_digests(model)
+    assert {"norm.running_mean", "norm.num_batches_tracked", "mask", "empty", "bf16"} == set(
+        before
+    ) - {"norm.running_var"}
+    model(torch.randn(4, 5))
+    after = buffer_digests(model)
+    changed = {name for name, digest in after.items() if digest != before[name]}
+    assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}

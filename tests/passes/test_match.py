@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx.passes.capture.auto import capture
+from lora_fx.passes.match import match
+from lora_fx.types import Matches
+from tests.golden import check_golden, printed
+from tests.zoo import Mlp, Residual, Shared, Tied
+
+
+def matched(model: nn.Module) -> Matches:
+    return match(capture(model))
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {rejection.name: rejection.reason for rejection in matched(model).rejections}
+
+
+def test_sites_come_in_the_order_of_the_parameters() -> None:
+    names = [site.name for site in matched(Residual()).sites]
+    assert names == [
+        "embed",
+        "blocks.0.up",
+        "blocks.0.down",
+        "blocks.1.up",
+        "blocks.1.down",
+        "head",
+    ]
+
+
+def test_a_site_says_what_it_is() -> None:
+    site = matched(Mlp((5, 8, 3))).sites[0]
+    assert (site.name, site.pattern, site.family) == ("first", "linear", "linear")
+    assert (site.weight, site.bias) == ("first.weight", "first.bias")
+    assert (site.in_features, site.out_features, site.weight_shape) == (5, 8, (8, 5))
+    assert (site.layout, site.groups, site.experts, site.tied_to) == ("out_in", 1, None, ())
+    assert (site.owner, site.parameter, site.holder) == ("first", "weight", "first")
+
+
+def test_a_parameter_that_is_not_called_weight_names_its_site() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.kernel
+
+    (site,) = matched(nn.Sequential(Owner())).sites
+    assert (site.name, site.weight, site.holder) == ("0.kernel", "0.kernel", "0.kernel_lora")
+    (root,) = matched(Owner()).sites
+    assert (root.name, root.holder) == ("kernel", "kernel_lora")
+
+
+def test_the_weight_of_a_root_module_keeps_its_name() -> None:
+    (site,) = matched(nn.Linear(3, 3)).sites
+    assert (site.name, site.owner, site.holder) == ("weight", "", "")
+
+
+def test_a_module_called_twice_is_one_site() -> None:
+    sites = matched(Shared()).sites
+    assert [site.name for site in sites] == ["layer", "head"]
+
+
+def test_a_weight_applied_twice_in_one_graph_is_one_site_with_two_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.kernel) @ self.kernel
+
+    (site,) = matched(Twice()).sites
+    assert len(site.calls) == 2
+    assert len({call.output for call in site.calls}) == 2
+
+
+def test_ties_are_found_by_storage() -> None:
+    sites = {site.name: site for site in matched(Tied()).sites}
+    assert sites["embed"].tied_to == ("head.weight",)
+    assert sites["head"].tied_to == ("embed.weight",)
+    assert sites["body"].tied_to == ()
+    model = Tied()
+    # Two parameters over one storage, which is no less tied.
+    model.head.weight = nn.Parameter(model.embed.weight.detach())
+    assert {s.name: s.tied_to for s in matched(model).sites}["head"] == ("embed.weight",)
+
+
+class ReadsAChild(nn.Module):
+    """Reads the weight of a child as swin transformers do, and never calls the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+def test_the_weight_of_a_child_that_is_read_directly_is_the_childs_site() -> None:
+    (site,) = matched(ReadsAChild()).sites
+    assert site.name == "qkv"
+    assert {call.region for call in site.calls} == {"", "qkv"}
+
+
+class TwoNames(nn.Module):
+    """One parameter under two names, and a forward that reads it by the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False)
+        self.second = nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.rest = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.rest(torch.tanh(F.linear(self.first(x), self.second.weight)))
+
+
+class Reader(nn.Module):
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return F.linear(x, self.inner.weight)
+
+
+class SharedAndRead(nn.Module):
+    """A module under two names: one calls it, the other reads its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Sequential(nn.Linear(4, 4))
+        self.reads = Reader(self.calls[0])
+
+    def forward(self, x):
+        return self.reads(torch.tanh(self.calls(x)))
+
+
+@pytest.mark.parametrize("build", [TwoNames, SharedAndRead])
+def test_a_tied_weight_that_is_read_under_a_name_nobody_knows_is_refused(build) -> None:
+    found = matched(build())
+    assert {site.name for site in found.sites} <= {"rest"}
+    assert len(found.rejections) == 2
+    for rejection in found.rejections:
+        assert "under several names" in rejection.reason
+
+
+def test_what_is_no_linear_operation_has_a_reason() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4, 4))
+            self.bilinear = nn.Bilinear(4, 4, 4)
+            self.bias = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return self.bilinear(x * self.scale, x) + self.bias
+
+    found = reasons(Other())
+    assert found["scale"] == "its only use is by mul, not a linear operation"
+    assert "bilinear" in found["bilinear"]
+    assert "bias" not in found, "a vector is no matrix"
+
+
+def test_the_built_in_attention_says_why_it_has_no_site() -> None:
+    found = reasons(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)))
+    assert any("MultiheadAttention" in name or "opaque" in text for name, text in found.items())
+
+
+def test_matching_edits_nothing_and_is_the_same_twice() -> None:
+    captured = capture(Residual())
+    before = {name: printed(region.graph) for name, region in captured.regions.items()}
+    state = copy.deepcopy(captured.model.state_dict())
+    first, second = match(captured), match(captured)
+    assert first == second
+    assert before == {name: printed(region.graph) for name, region in captured.regions.items()}
+    assert captured.model.state_dict().keys() == state.keys()
+
+
+def test_golden() -> None:
+    captured = capture(Tied())
+    found = match(captured)
+    graphs = "\n".join(
+        f"# region {name or '(root)'}\n{printed(region.graph)}"
+        for name, region in captured.regions.items()
+    )
+    sites = "\n".join(
+        f"{site.name}: {site.pattern}, {site.layout} {site.weight_shape}, tied to {site.tied_to}, "
+        + ", ".join(f"{c.region or '(root)'}: {c.input} -> {c.output}" for c in site.calls)
+        for site in found.sites
+    )
+    check_golden("match_tied", f"{graphs}\n{sites}\n")

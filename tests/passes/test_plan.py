@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraConfig
+from tests.golden import check_golden
+from tests.numerics import assert_same_bits
+from tests.zoo import TRANSFORMERS, LlamaShapes, Mlp, Residual, Shared, Tied, seeded
+
+
+def names(model: nn.Module, **options) -> list[str]:
+    return [row.name for row in lora_fx.plan(model, LoraConfig(**options))]
+
+
+BLOCKS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+
+
+def test_none_is_every_linear_operation_but_the_head() -> None:
+    plan = lora_fx.plan(Residual(), LoraConfig())
+    assert [row.name for row in plan] == BLOCKS
+    assert {s.site.name: s.reason for s in plan.skipped} == {
+        "embed": "an embedding: name it in target_modules to adapt it",
+        "head": "the output head: name it in target_modules to adapt it",
+    }
+
+
+def test_none_takes_convolutions_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    assert names(model) == ["0"]
+
+
+def test_all_linear_is_every_matrix_product_but_a_declared_head() -> None:
+    model, _ = TRANSFORMERS["llama"]()
+    plan = lora_fx.plan(model, LoraConfig(target_modules="all-linear"))
+    assert len(plan) == 14
+    assert "lm_head" not in [row.name for row in plan]
+    # PEFT knows no other head than the one that the model declares.
+    assert names(Residual(), target_modules="ALL-linear") == [*BLOCKS, "head"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["up"]}, ["blocks.0.up", "blocks.1.up"]),
+        ({"target_modules": ["blocks.1.down", "head"]}, ["blocks.1.down", "head"]),
+        ({"target_modules": ["embed"]}, ["embed"]),
+        ({"target_modules": r"blocks\.\d+\.(up|down)"}, BLOCKS),
+        ({"target_modules": r".*1\.up"}, ["blocks.1.up"]),
+        ({"target_modules": ["up", "down"], "exclude_modules": ["down"]}, BLOCKS[::2]),
+        ({"exclude_modules": r"blocks\.0\..*"}, BLOCKS[2:]),
+        (
+            {
+                "target_modules": ["up", "down"],
+                "layers_to_transform": [1],
+                "layers_pattern": "blocks",
+            },
+            BLOCKS[2:],
+        ),
+        ({"layers_to_transform": 0, "layers_pattern": ["blocks"]}, BLOCKS[:2]),
+        ({"target_modules": []}, []),
+    ],
+)
+def test_targets_are_chosen_by_pefts_rules(options: dict, expected: list[str]) -> None:
+    assert names(Residual(), **options) == expected
+
+
+def test_rank_alpha_and_scale_of_each_row() -> None:
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        rank_pattern={"blocks.1.up": 2, "down": 4},
+        alpha_pattern={r"blocks\.0\..*": 4},
+    )
+    rows = {row.name: (row.rank, row.alpha, row.scale) for row in lora_fx.plan(Residual(), config)}
+    assert rows == {
+        "blocks.0.up": (8, 4.0, 0.5),
+        "blocks.0.down": (4, 4.0, 1.0),
+        "blocks.1.up": (2, 16.0, 8.0),
+        "blocks.1.down": (4, 16.0, 4.0),
+    }
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    (row, *_) = lora_fx.plan(Residual(), LoraConfig(r=16, lora_alpha=8, use_rslora=True))
+    assert row.scale == 2.0
+
+
+def test_the_formula_of_the_seed_holds() -> None:
+    r = 3
+    plan = lora_fx.plan(Residual(), LoraConfig(r=r))
+    sizes = [reversed(row.site.weight_shape) for row in plan]
+    assert plan.trainable_parameters == sum(r * (d + k) for d, k in sizes)
+    adapted = lora_fx.rewrite(Residual(), LoraConfig(r=r))
+    trainable = sum(p.numel() for p in lora_fx.trainable_parameters(adapted))
+    assert trainable == plan.trainable_parameters
+
+
+def test_llama_7b_at_rank_16_trains_16_777_216_parameters() -> None:
+    model = LlamaShapes()
+    config = LoraConfig(r=16, target_modules=["q", "k", "v", "o"])
+    plan = lora_fx.plan(model, config)
+    assert len(plan) == 128
+    assert plan.trainable_parameters == 16_777_216
+    adapted = lora_fx.rewrite(model, config)
+    trainable = list(lora_fx.trainable_parameters(adapted))
+    assert sum(p.numel() for p in trainable) == 16_777_216
+    assert all(p.is_meta for p in trainable)
+
+
+def test_the_cost_of_a_row() -> None:
+    (row,) = lora_fx.plan(Mlp((5, 8, 3)), LoraConfig(r=2, lora_dropout=0.1))
+    assert row.name == "first"
+    assert row.parameters == 2 * (5 + 8)
+    assert row.flops == 2 * 2 * (5 + 8)
+    # x in fp32, x after dropout with its mask of a byte, and the activation of rank 2.
+    assert row.saved == 5 * 4 + 5 * (4 + 1) + 2 * 4
+
+
+def test_a_layer_that_is_called_twice_is_planned_once() -> None:
+    plan = lora_fx.plan(Shared(), LoraConfig(r=2))
+    assert [row.name for row in plan] == ["layer"]
+    assert plan.trainable_parameters == 2 * 10
+
+
+# --- what does not match --------------------------------------------------------------------------
+
+
+def test_no_match_names_the_nearest_and_the_reasons() -> None:
+    with pytest.raises(lora_fx.NoMatchError) as caught:
+        lora_fx.plan(Residual(), LoraConfig(target_modules=["downn"]))
+    text = str(caught.value)
+    assert "'downn'" in text
+    assert "'down'" in text
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_target_that_is_no_linear_operation_says_why() -> None:
+    with pytest.raises(lora_fx.NoMatchError, match="LayerNorm, not a linear operation"):
+        lora_fx.plan(Residual(), LoraConfig(target_modules=["norm"]))
+    with pytest.raises(lora_fx.NoMatchError, match=r"ModuleList.*name what it holds.*blocks.0.up"):
+        lora_fx.plan(Residual(), LoraConfig(target_modules=["blocks"]))
+
+
+def test_a_target_that_cannot_be_adapted_says_why() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Conv2d(2, 2, 3))
+    plan = lora_fx.plan(model, LoraConfig(target_modules=["0", "1"]))
+    (entry,) = plan.unmatched
+    assert "transposed convolutions" in entry
+
+
+def test_a_target_whose_sites_are_all_filtered_out_is_named() -> None:
+    config = LoraConfig(target_modules=["up", "down"], exclude_modules=["down"])
+    (entry,) = lora_fx.plan(Residual(), config).unmatched
+    assert entry.startswith("target_modules 'down': all that it names is left out")
+
+
+@pytest.mark.parametrize(
+    ("options", "entry"),
+    [
+        ({"target_modules": ["up", "nothing"]}, "target_modules 'nothing'"),
+        ({"exclude_modules": ["nothing"]}, "exclude_modules 'nothing'"),
+        ({"rank_pattern": {"nothing": 4}}, "rank_pattern 'nothing'"),
+        ({"alpha_pattern": {"nothing": 4}}, "alpha_pattern 'nothing'"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save 'nothing'"),
+        ({"layers_to_transform": [0, 7], "layers_pattern": "blocks"}, "layers_to_transform 7"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": ["blocks", "h"]},
+            "layers_pattern 'h'",
+        ),
+    ],
+)
+def test_an_entry_that_selects_nothing_is_named_and_strict_refuses_it(options, entry) -> None:
+    plan = lora_fx.plan(Residual(), LoraConfig(**options))
+    assert plan.sites
+    assert [found for found in plan.unmatched if found.startswith(entry)]
+    with pytest.raises(lora_fx.PartialMatchError, match=entry):
+        lora_fx.plan(Residual(), LoraConfig(**options), strict=True)
+
+
+def test_strict_has_no_quarrel_with_a_config_that_matches() -> None:
+    config = LoraConfig(target_modules=["up", "down"], rank_pattern={"up": 2})
+    assert len(lora_fx.plan(Residual(), config, strict=True)) == 4
+
+
+def test_a_model_without_linear_operations_says_so() -> None:
+    with pytest.raises(lora_fx.NoMatchError, match="no linear operation that lora_fx can see"):
+        lora_fx.plan(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)), LoraConfig())
+
+
+def test_what_cannot_be_adapted_is_said_where_nothing_is_selected() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(lora_fx.NoMatchError) as caught:
+        lora_fx.plan(model, LoraConfig())
+    assert "2: the output head" in str(caught.value)
+    assert "0: transposed convolutions" in str(caught.value)
+
+
+def test_a_peft_model_is_refused_with_the_remedy() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Residual(), peft.LoraConfig(target_modules=["up"]))
+    with pytest.raises(lora_fx.CaptureError, match="merge_and_unload"):
+        lora_fx.plan(model, LoraConfig())
+
+
+# --- beside the adapters --------------------------------------------------------------------------
+
+
+def test_biases() -> None:
+    def planned(bias: str) -> tuple[str, ...]:
+        config = LoraConfig(target_modules=["up"], bias=bias)
+        return lora_fx.plan(Residual(1), config).biases
+
+    assert planned("none") == ()
+    assert planned("lora_only") == ("blocks.0.up.bias",)
+    assert planned("all") == (
+        "blocks.0.norm.bias",
+        "blocks.0.up.bias",
+        "blocks.0.down.bias",
+        "norm.bias",
+        "head.bias",
+    )
+
+
+def test_modules_to_save_are_trained_in_full_and_not_adapted() -> None:
+    config = LoraConfig(r=1, modules_to_save=["head", "blocks.1"], bias="all")
+    plan = lora_fx.plan(Residual(), config)
+    assert plan.saved_modules == ("blocks.1", "head")
+    assert [row.name for row in plan] == ["blocks.0.up", "blocks.0.down"]
+    assert not any(name.startswith(("head.", "blocks.1.")) for name in plan.biases)
+    adapted = lora_fx.rewrite(Residual(), config)
+    trainable = sum(p.numel() for p in lora_fx.trainable_parameters(adapted))
+    assert trainable == plan.trainable_parameters
+
+
+def test_a_task_saves_its_head() -> None:
+    model, _ = TRANSFORMERS["bert"]()
+    plan = lora_fx.plan(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    assert plan.saved_modules == ("classifier",)
+
+
+# --- reading a plan -------------------------------------------------------------------------------
+
+
+def full_plan() -> lora_fx.types.Plan:
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        lora_dropout=0.1,
+        target_modules=["up", "down", "norm"],
+        rank_pattern={"down": 4},
+        modules_to_save=["head"],
+        bias="lora_only",
+    )
+    return lora_fx.plan(seeded(Residual)(), config)
+
+
+def test_json_says_everything_and_reads_back() -> None:
+    plan = full_plan()
+    found = json.loads(plan.to_json())
+    assert found == json.loads(json.dumps(plan.to_dict()))
+    assert [row["name"] for row in found["sites"]] == [row.name for row in plan]
+    assert LoraConfig.from_dict(found["config"]) == plan.config
+    assert found["trainable_parameters"] == plan.trainable_parameters
+    assert found["unmatched"] == list(plan.unmatched)
+    assert {entry["name"] for entry in found["skipped"]} == {"embed", "head"}
+
+
+def test_the_table_has_a_line_for_everything() -> None:
+    plan = full_plan()
+    text = str(plan)
+    for row in plan:
+        assert row.name in text
+    for skipped in plan.skipped:
+        assert f"{skipped.site.name}: {skipped.reason}" in text
+    assert f"{plan.trainable_parameters:,} trainable" in text
+    assert "trained in full: head" in text
+    assert "biases trained: 4" in text
+    assert all(f"matched nothing: {entry}" in text for entry in plan.unmatched)
+
+
+def test_golden_table() -> None:
+    check_golden("plan_residual", f"{full_plan()}\n")
+
+
+def test_planning_changes_nothing() -> None:
+    model = Residual(dropout=0.5).train()
+    model.blocks[0].eval()
+    model.head.requires_grad_(False)
+    before = copy.deepcopy(model)
+    rng = torch.get_rng_state()
+    first = lora_fx.plan(model, LoraConfig())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert first == lora_fx.plan(model, LoraConfig())
+    assert_same_bits(model.state_dict(), before.state_dict())
+    for (name, found), (_, reference) in zip(
+        model.named_modules(), before.named_modules(), strict=True
+    ):
+        assert type(found) is type(reference), name
+        assert found.training == reference.training, name
+    flags = [p.requires_grad for p in model.parameters()]
+    assert flags == [p.requires_grad for p in before.parameters()]
+
+
+def test_tied_weights_are_said_in_the_plan() -> None:
+    plan = lora_fx.plan(Tied(), LoraConfig(target_modules=["embed"]))
+    assert plan.sites[0].site.tied_to == ("head.weight",)

@@ -1,0 +1,370 @@
+"""A region is its module in every respect but where its forward comes from."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import linecache
+import pickle
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.errors import CaptureError
+from lora_fx.passes._region import (
+    copy_graph,
+    graphs_of,
+    install,
+    is_region,
+    original_class,
+    uninstall,
+)
+from lora_fx.passes.capture.symbolic import trace
+from lora_fx.types import META_KEY, Region
+from tests import zoo
+from tests.algebra import randomise
+from tests.golden import printed
+from tests.models import builders
+from tests.numerics import assert_close, assert_same_bits
+from tests.zoo import sample, seeded
+
+CONFIG = lora_fx.LoraConfig(r=2, lora_dropout=0.25)
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return seeded(zoo.Residual)(dropout=0.5).eval()
+
+
+@pytest.fixture
+def rewritten(model) -> nn.Module:
+    return randomise(lora_fx.rewrite(model, CONFIG)).eval()
+
+
+def as_region(module: nn.Module) -> nn.Module:
+    install([Region("", module, trace(module))])
+    return module
+
+
+def round_trips(module: nn.Module):
+    yield copy.deepcopy(module)
+    yield pickle.loads(pickle.dumps(module))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    yield torch.load(file, weights_only=False)
+
+
+# --- classes -----------------------------------------------------------------------------------------
+
+
+def test_a_region_is_an_instance_of_its_class(model, rewritten):
+    for before, after in zip(
+        model.modules(), (m for n, m in rewritten.named_modules() if "lora_" not in n), strict=True
+    ):
+        assert isinstance(after, type(before))
+        assert original_class(after) is type(before)
+        assert type(after).__name__ == type(before).__name__
+        assert type(after).__qualname__ == type(before).__qualname__
+        assert type(after).__module__ == type(before).__module__
+    assert "Residual" in repr(rewritten)
+
+
+def test_names_are_those_of_the_model(model, rewritten):
+    names = [name for name, _ in rewritten.named_modules() if "lora_" not in name]
+    assert names == [name for name, _ in model.named_modules()]
+    keys = [key for key in rewritten.state_dict() if "lora_" not in key]
+    assert keys == list(model.state_dict())
+    assert [n for n, _ in rewritten.named_buffers()] == [n for n, _ in model.named_buffers()]
+
+
+def test_equal_blocks_share_one_class(rewritten):
+    blocks = rewritten.blocks
+    assert type(blocks[0]) is type(blocks[1])
+    assert type(blocks[0].up) is type(blocks[1].up)
+    assert type(blocks[0].up) is type(blocks[0].down)
+    assert type(blocks[0].up) is not type(rewritten.head)
+    graphs = lora_fx.graphs(rewritten)
+    assert graphs["blocks.0.up"] is graphs["blocks.1.up"]
+    other = lora_fx.rewrite(seeded(zoo.Residual)(), CONFIG)
+    assert type(other.blocks[0].up) is type(blocks[0].up)
+
+
+def test_blocks_of_other_ranks_do_not_share(model):
+    config = lora_fx.LoraConfig(r=2, rank_pattern={"blocks.1.up": 3}, alpha_pattern={})
+    other = lora_fx.rewrite(model, config)
+    assert type(other.blocks[0].up) is not type(other.blocks[1].up)
+    assert type(other.blocks[0].down) is type(other.blocks[1].down)
+
+
+def test_a_class_dies_with_its_last_instance():
+    class Once(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    import weakref
+
+    module = as_region(Once())
+    cls = weakref.ref(type(module))
+    assert cls() is not None
+    del module
+    gc.collect()
+    assert cls() is None
+
+
+def test_uninstall_gives_the_class_back():
+    module = as_region(builders.Registered())
+    assert is_region(module)
+    uninstall(module)
+    assert type(module) is builders.Registered
+    uninstall(module)
+    assert type(module) is builders.Registered
+
+
+def test_no_subclass_is_announced():
+    before = list(builders.Registering.subclasses)
+    module = as_region(builders.Registered())
+    assert isinstance(module, builders.Registered)
+    assert builders.Registering.subclasses == before
+    for other in round_trips(module):
+        assert type(other) is type(module)
+
+
+def test_an_attribute_that_is_always_there_changes_nothing():
+    model = nn.Sequential(builders.Delegating(), nn.Linear(4, 4))
+    other = lora_fx.rewrite(model, CONFIG)
+    assert_same_bits(other(sample(2, 4)), model.requires_grad_(False)(sample(2, 4)))
+    assert type(lora_fx.merge(other)[0]) is builders.Delegating
+
+
+# --- hooks -------------------------------------------------------------------------------------------
+
+
+def test_hooks_from_before_and_after_see_what_they_saw(model):
+    seen = []
+
+    def note(kind):
+        return lambda module, *values: seen.append(
+            (kind, original_class(module).__name__, [v.shape for v in _tensors(values)])
+        )
+
+    def watch(one):
+        one.blocks[0].register_forward_pre_hook(note("pre"))
+        one.blocks[0].up.register_forward_hook(note("post"))
+        one.blocks[1].register_full_backward_hook(note("backward"))
+
+    watch(model)
+    early = lora_fx.rewrite(model, CONFIG)
+    model(IDS).sum().backward()
+    expected = list(seen)
+    assert [kind for kind, *_ in expected] == ["pre", "post", "backward"]
+    seen.clear()
+    early(IDS).sum().backward()
+    assert seen == expected
+    seen.clear()
+    late = lora_fx.rewrite(seeded(zoo.Residual)().eval(), CONFIG)
+    watch(late)
+    late(IDS).sum().backward()
+    assert seen == expected
+
+
+def _tensors(values):
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def test_a_hook_that_changes_the_output_does(rewritten):
+    rewritten.blocks[0].up.register_forward_hook(lambda m, args, out: out * 0)
+    rewritten.blocks[0].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    block = rewritten.blocks[0]
+    x = sample(2, 3, 6)
+    expected = x + 1 + block.down.forward(torch.zeros(2, 3, 10))
+    assert_close(block(x), expected, 1e-6)
+
+
+# --- copies ------------------------------------------------------------------------------------------
+
+
+def test_copies_compute_the_same(rewritten):
+    expected = rewritten(IDS)
+    for other in round_trips(rewritten):
+        assert_same_bits(other(IDS), expected)
+        assert [type(m) for m in other.modules()] == [type(m) for m in rewritten.modules()]
+        assert other.state_dict().keys() == rewritten.state_dict().keys()
+        assert [p.requires_grad for p in other.parameters()] == [
+            p.requires_grad for p in rewritten.parameters()
+        ]
+
+
+def test_copies_are_independent(rewritten):
+    expected = rewritten(IDS).detach().clone()
+    for other in round_trips(rewritten):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.train()
+    assert_same_bits(rewritten(IDS), expected)
+    assert not rewritten.blocks[0].training
+
+
+def test_copies_keep_what_was_learnt_and_merge(rewritten):
+    merged = lora_fx.merge(rewritten)(IDS)
+    for other in round_trips(rewritten):
+        assert_same_bits(lora_fx.merge(other)(IDS), merged)
+        assert type(lora_fx.merge(other)) is zoo.Residual
+
+
+def test_graphs_survive_with_their_tags(rewritten):
+    for other in round_trips(rewritten):
+        found, expected = graphs_of(other), graphs_of(rewritten)
+        assert found.keys() == expected.keys()
+        for name in found:
+            assert printed(found[name]) == printed(expected[name])
+
+
+def test_a_fresh_process_loads_it(rewritten, tmp_path, root):
+    torch.save(rewritten, tmp_path / "model.pt")
+    code = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+ids = torch.tensor({IDS.tolist()})
+import lora_fx
+torch.save((model(ids), lora_fx.merge(model)(ids)), {str(tmp_path / "out.pt")!r})
+assert not isinstance(lora_fx.graphs(model)["blocks.0.up"], dict)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+    adapted, merged = torch.load(tmp_path / "out.pt")
+    assert_same_bits(adapted, rewritten(IDS))
+    assert_same_bits(merged, lora_fx.merge(rewritten)(IDS))
+
+
+@pytest.mark.parametrize("cls", [builders.Stateful, builders.Reduced])
+def test_manners_of_the_class_are_kept(cls):
+    module = as_region(seeded(cls)())
+    x = sample(2, 4)
+    expected = module(x)
+    for other in round_trips(module):
+        assert type(other) is type(module)
+        assert_same_bits(other(x), expected)
+    if cls is builders.Stateful:
+        assert copy.deepcopy(module).copies == 1
+        assert pickle.loads(pickle.dumps(module)).lock is not module.lock
+
+
+def test_the_module_of_a_graph_is_a_region_too():
+    plain = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval())
+    model = lora_fx.rewrite(plain, CONFIG)
+    randomise(model).eval()
+    assert isinstance(model, fx.GraphModule)
+    x = sample(2, 4)
+    expected = model(x)
+    assert not torch.equal(expected, plain(x))
+    for other in round_trips(model):
+        assert is_region(other)
+        assert isinstance(other, fx.GraphModule)
+        assert_same_bits(other(x), expected)
+        merged = lora_fx.merge(other)
+        assert type(merged).__mro__[1] is fx.GraphModule
+        assert_close(merged(x), expected)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.bfloat16)])
+def test_moves_to_other_dtypes(rewritten, change):
+    expected = rewritten(IDS)
+    other = change(copy.deepcopy(rewritten))
+    assert all(p.dtype != torch.float32 for p in other.parameters())
+    assert_close(other(IDS), expected, 3e-2)
+    assert is_region(other)
+
+
+def test_moves_to_half(rewritten):
+    other = copy.deepcopy(rewritten).half()
+    assert other(IDS).dtype == torch.float16
+
+
+def test_moves_to_meta_and_back(rewritten):
+    other = copy.deepcopy(rewritten).to("meta")
+    assert other(IDS.to("meta")).device.type == "meta"
+    other = other.to_empty(device="cpu")
+    other.load_state_dict(rewritten.state_dict())
+    assert_same_bits(other(IDS), rewritten(IDS))
+
+
+# --- attributes that went into the graph ---------------------------------------------------------
+
+
+def test_an_attribute_set_later_is_honoured():
+    original = seeded(builders.Scaled)()
+    for name, value in [("factor", 3.0), ("twice", True), ("extra", nn.ReLU())]:
+        model = lora_fx.capture(nn.Sequential(original, nn.Linear(4, 4)), frontend="symbolic").model
+        assert is_region(model[0])
+        model[0].factor = 2.0
+        assert is_region(model[0]), "the same value makes the same graph"
+        setattr(model[0], name, value)
+        plain = copy.deepcopy(original)
+        setattr(plain, name, value)
+        assert_same_bits(model[0](sample(2, 4)), plain(sample(2, 4)))
+        assert isinstance(model[0], builders.Scaled)
+
+
+def test_an_attribute_that_would_lose_the_adapter_is_refused():
+    model = lora_fx.rewrite(nn.Sequential(builders.ScaledKernel(), nn.Linear(4, 4)), CONFIG)
+    model[0].factor = 2.0
+    with pytest.raises(CaptureError, match=r"factor of this ScaledKernel was 2\.0.*before rewrite"):
+        model[0].factor = 3.0
+    assert model[0].factor == 2.0
+    model[0].unrelated = 1
+    model.train().eval().requires_grad_(False)
+
+
+def test_layers_and_weights_can_be_replaced(rewritten):
+    rewritten.norm.weight = nn.Parameter(torch.zeros(6))
+    rewritten.norm.bias = nn.Parameter(torch.ones(6))
+    first = rewritten(IDS)
+    rewritten.head = nn.Linear(6, 3)
+    assert is_region(rewritten)
+    assert rewritten(IDS).shape == (2, 3)
+    assert not torch.equal(first[:, :3], rewritten(IDS))
+
+
+# --- graphs ------------------------------------------------------------------------------------------
+
+
+def test_a_copied_graph_is_the_same_and_another(rewritten):
+    graph = lora_fx.graphs(rewritten)["blocks.0.up"]
+    other = copy_graph(graph)
+    assert printed(other) == printed(graph)
+    assert [n.meta.get(META_KEY) for n in other.nodes] == [
+        n.meta.get(META_KEY) for n in graph.nodes
+    ]
+    last = next(n for n in reversed(other.nodes) if n.op == "call_function")
+    last.replace_all_uses_with(last.all_input_nodes[0])
+    assert printed(other) != printed(graph)
+
+
+def test_a_traceback_shows_the_generated_code():
+    module = as_region(builders.Registered())
+    try:
+        module(sample(2, 5))
+    except RuntimeError:
+        text = traceback.format_exc()
+    assert "lora_fx Registered" in text
+    assert "self.fc(x)" in text
+
+
+def test_the_text_of_a_dead_class_goes():
+    class Gone(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    module = as_region(Gone())
+    assert any("lora_fx Gone" in name for name in linecache.cache)
+    del module
+    gc.collect()
+    assert not any("lora_fx Gone" in name for name in linecache.cache)

@@ -1,0 +1,222 @@
+"""A generated forward has the original signature, and knows when its graph does not apply."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.errors import CaptureError
+from lora_fx.passes._region import install, is_region
+from lora_fx.passes._signature import parameters_of
+from lora_fx.passes.capture.symbolic import Untraceable, trace
+from lora_fx.types import Region
+from tests.numerics import assert_same_bits
+from tests.zoo import sample
+
+MISSING = object()
+
+
+class Mode(enum.StrEnum):
+    LOUD = "loud"
+    QUIET = "quiet"
+
+
+class Level(enum.IntEnum):
+    ONE = 1
+
+
+def plain(self, x):
+    return self.fc(x)
+
+
+def optional(self, x, mask=None):
+    return self.fc(x) if mask is None else self.fc(x) * mask
+
+
+def required_none(self, x, mask):
+    return self.fc(x) * 2 if mask is None else self.fc(x) * mask
+
+
+def keyword_only(self, x, *, factor=2.0, flag=False):
+    return self.fc(x) * (factor if flag else 1)
+
+
+def required_keyword(self, x, *, mask):
+    return self.fc(x) * mask
+
+
+def positional_only(self, x, scale=1, /, shift=0):
+    return self.fc(x) * scale + shift
+
+
+def variadic(self, x, *masks, **extra):
+    for mask in masks:
+        x = x * mask
+    return self.fc(x) + len(extra)
+
+
+def text(self, x, how="plain"):
+    return self.fc(x) * (1 if how == "plain" else 2)
+
+
+def number(self, x, times: int = 1):
+    return self.fc(x) * times
+
+
+def flag(self, x, on: bool = True):
+    return self.fc(x) if on else x
+
+
+def sentinel(self, x, y=MISSING):
+    return self.fc(x) if y is MISSING else self.fc(x) + y
+
+
+def member(self, x, mode=Mode.LOUD, level=Level.ONE):
+    return self.fc(x) * (2 if mode is Mode.LOUD else 1) * level
+
+
+def infinite(self, x, low=-math.inf, high=float("inf")):
+    return self.fc(x).clamp(low, high)
+
+
+def kind(self, x, dtype=torch.float64, device=None):
+    return self.fc(x).to(dtype)
+
+
+def pair(self, x, size=(2, 2)):
+    return self.fc(x) * size[0]
+
+
+def odd_names(self, input, weight=None, self_=3, def_=4):  # noqa: A002  shadows on purpose
+    return self.fc(input) * self_
+
+
+def module(forward):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+    Model.forward = forward
+    torch.manual_seed(0)
+    return Model()
+
+
+def region(original):
+    other = module(original.forward.__func__)
+    other.load_state_dict(original.state_dict())
+    install([Region("", other, trace(other))])
+    return other
+
+
+X, M = sample(2, 4), sample(4)
+CALLS = {
+    "plain": (plain, [((X,), {}), ((), {"x": X})]),
+    "optional": (optional, [((X,), {}), ((X, M), {}), ((X, None), {}), ((X,), {"mask": M})]),
+    "required, None": (required_none, [((X, M), {}), ((X, None), {}), ((X,), {"mask": None})]),
+    "keyword only": (keyword_only, [((X,), {}), ((X,), {"flag": True, "factor": 3.0})]),
+    "required keyword": (required_keyword, [((X,), {"mask": M})]),
+    "positional only": (positional_only, [((X,), {}), ((X, 3), {}), ((X, 1), {"shift": 2})]),
+    "variadic": (variadic, [((X,), {}), ((X, M, M), {}), ((X,), {"a": 1, "b": 2})]),
+    "text": (text, [((X,), {}), ((X, "double"), {}), ((X, "plain"), {})]),
+    "number": (number, [((X,), {}), ((X, 2), {}), ((X, True), {}), ((X, 1.0), {}), ((X, M), {})]),
+    "flag": (flag, [((X,), {}), ((X, False), {}), ((X, 1), {}), ((X, 0), {})]),
+    "sentinel": (sentinel, [((X,), {}), ((X, M), {}), ((X, MISSING), {})]),
+    "member": (member, [((X,), {}), ((X, Mode.QUIET), {}), ((X,), {"mode": Mode.LOUD})]),
+    "infinite": (infinite, [((X,), {}), ((X, 0.0), {}), ((X,), {"high": 0.0})]),
+    "kind": (kind, [((X,), {}), ((X, torch.float16), {}), ((X,), {"dtype": torch.float64})]),
+    "pair": (pair, [((X,), {}), ((X, (3, 3)), {})]),
+    "odd names": (odd_names, [((X,), {}), ((), {"input": X, "self_": 5})]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_means_what_it_meant(name):
+    forward, calls = CALLS[name]
+    original = module(forward)
+    other = region(original)
+    assert is_region(other)
+    for args, kwargs in calls:
+        found, expected = other(*args, **kwargs), original(*args, **kwargs)
+        assert found.dtype == expected.dtype
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_signature_is_the_original(name):
+    forward, _ = CALLS[name]
+    original = module(forward)
+    other = region(original)
+    assert inspect.signature(other.forward) == inspect.signature(original.forward)
+    assert inspect.signature(type(other).forward) == inspect.signature(forward)
+    # What Python binds, not only what inspect shows.
+    names = other.forward.__func__.__code__.co_varnames
+    assert names[1] == next(iter(inspect.signature(original.forward).parameters))
+    assert other.forward.__doc__ == original.forward.__doc__
+
+
+def test_a_wrong_call_fails_as_it_did():
+    original = module(keyword_only)
+    other = region(original)
+    for args, kwargs in [((), {}), ((X, 2.0), {}), ((X,), {"factr": 2})]:
+        with pytest.raises(TypeError):
+            original(*args, **kwargs)
+        with pytest.raises(TypeError):
+            other(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("forward", "taken"),
+    [(plain, ["x"]), (optional, ["x"]), (variadic, ["x"]), (required_none, ["x", "mask"])],
+)
+def test_what_has_a_default_is_fixed(forward, taken):
+    parameters = parameters_of(forward)
+    assert [p.name for p in parameters if p.traced] == taken
+    fixed = parameters_of(forward, {"x": None})
+    assert [p.name for p in fixed if p.traced] == [
+        p.name for p in parameters if p.name != "x" and not p.variadic
+    ]
+
+
+class OwnWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.eye(4))
+
+    def forward(self, x, mask=None):
+        y = x @ self.kernel
+        return y if mask is None else y * mask
+
+
+def test_a_call_that_would_leave_the_adapter_out_raises():
+    """The branch sits in the graph of the module itself: its own forward does not have it."""
+    model = lora_fx.rewrite(nn.Sequential(OwnWeight(), nn.Linear(4, 4)), lora_fx.LoraConfig(r=2))
+    assert model(X).shape == (2, 4)
+    with pytest.raises(CaptureError, match=r"OwnWeight.*example_inputs"):
+        model[0](X, M)
+    with pytest.raises(CaptureError, match=r"OwnWeight.*example_inputs"):
+        model[0](None)
+
+
+def test_a_call_of_another_kind_keeps_the_adapters_below():
+    original = nn.Sequential(module(optional), nn.Linear(4, 4))
+    model = lora_fx.rewrite(original, lora_fx.LoraConfig(r=2))
+    torch.nn.init.ones_(model[0].fc.lora_B.default)
+    expected = model[0].fc(X) * M
+    assert_same_bits(model[0](X, M), expected)
+    with torch.no_grad():
+        assert not torch.equal(model[0](X, M), original[0](X, M))
+
+
+def test_a_mutable_default_is_no_constant():
+    def forward(self, x, seen=[]):  # noqa: B006  what is tested
+        return self.fc(x)
+
+    with pytest.raises(Untraceable, match="seen"):
+        trace(module(forward))
