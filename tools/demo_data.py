@@ -2,17 +2,19 @@
 
 The first sentences of docstrings of libraries that the demo has installed anyway. Their sources are
 parsed, not imported: nothing of theirs runs, and the same files give the same corpus. Names of the
-libraries are masked, and no file gives text both to training and to the held-out part.
+libraries are masked, and no sentence is both in the text to train on and in the held-out part.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import importlib.util
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,6 @@ __all__ = ["LIBRARIES", "MASK", "Corpus", "Sentence", "collect", "key", "masked"
 LIBRARIES = (
     "networkx",
     "numpy",
-    "onnxscript",
     "scipy",
     "sklearn",
     "sympy",
@@ -43,7 +44,10 @@ _NAMES = re.compile(
 )
 _ROLE = re.compile(r":[\w:+-]+:`~?\.?([^`<]+?)(?:\s*<[^>]*>)?`")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`])")
-_WORDS = range(5, 41)
+_SECTION = re.compile(
+    r"---|===|>>>|\b(?:Args|Parameters|Returns|Attributes|Example):?$|^(?:Args|Parameters|Returns):"
+)
+_WORDS = range(5, 25)
 _PER_FILE = 30
 _SKIPPED_FOLDERS = frozenset({"tests", "test", "testing", "_vendor", "externals", "externals_"})
 
@@ -69,7 +73,8 @@ class Corpus:
 
     Attributes:
         libraries: The classes, in the order of their labels.
-        train, held_out: In a random but fixed order. No sentence and no source file is in both.
+        train, held_out: In a random but fixed order. No sentence is in both, not even with other
+            numbers or punctuation.
     """
 
     libraries: tuple[str, ...]
@@ -92,7 +97,7 @@ def collect(
     """Makes the corpus.
 
     Args:
-        train: Sentences of each library to train on.
+        train: Sentences of each library to train on, fewer where a library has less.
         held_out: Sentences of each library to judge by.
         seed: Decides which files are read, and the split.
         libraries: Import names.
@@ -101,27 +106,31 @@ def collect(
     Raises:
         ConfigError: A library is not installed, or has too little text.
     """
-    parts: dict[bool, dict[str, list[Sentence]]] = {True: {}, False: {}}
+    found: dict[str, list[Sentence]] = {}
     for done, library in enumerate(libraries):
         if progress is not None:
             progress(done, len(libraries), library)
-        # Room for the sentences that another library turns out to have as well.
-        parts[True][library] = []
-        parts[False][library] = []
-        for kept_out, sentence in _walk(library, (train, held_out), seed):
-            parts[kept_out][library].append(sentence)
-    ambiguous = _ambiguous(parts)
-    chosen = {
-        kept_out: [
-            sentence
-            for library in libraries
-            for sentence in _first(parts[kept_out][library], ambiguous, wanted, library)
-        ]
-        for kept_out, wanted in ((False, train), (True, held_out))
-    }
-    for part in chosen.values():
+        # With room for the sentences that another library turns out to have as well.
+        with _no_collection():
+            found[library] = list(_walk(library, round((train + held_out) * 1.1) + 5, seed))
+    ambiguous = _ambiguous(found)
+    chosen: dict[str, list[Sentence]] = {}
+    for library, sentences in found.items():
+        chosen[library] = [s for s in sentences if key(s.text) not in ambiguous]
+        random.Random(seed).shuffle(chosen[library])
+    # Balanced whatever the versions of the libraries: as many of each as the smallest one has.
+    share = min(1.0, min(map(len, chosen.values())) / (train + held_out))
+    train, held_out = int(train * share), int(held_out * share)
+    if not train or not held_out:
+        least = min(chosen, key=lambda library: len(chosen[library]))
+        raise ConfigError(f"{least} has {len(chosen[least])} sentences: too few to learn from")
+    parts = (
+        [s for sentences in chosen.values() for s in sentences[held_out : held_out + train]],
+        [s for sentences in chosen.values() for s in sentences[:held_out]],
+    )
+    for part in parts:
         random.Random(seed).shuffle(part)
-    return Corpus(tuple(libraries), tuple(chosen[False]), tuple(chosen[True]))
+    return Corpus(tuple(libraries), tuple(parts[0]), tuple(parts[1]))
 
 
 def masked(text: str) -> str:
@@ -134,52 +143,47 @@ def key(text: str) -> str:
     return " ".join(re.sub(r"[\d_\W]+", " ", text.lower()).split())
 
 
-def _first(
-    found: list[Sentence], ambiguous: frozenset[str], wanted: int, library: str
-) -> list[Sentence]:
-    chosen = [sentence for sentence in found if key(sentence.text) not in ambiguous][:wanted]
-    if len(chosen) < wanted:
-        raise ConfigError(
-            f"{library} has {len(chosen)} sentences of the {wanted} that were asked for: ask for less"
-        )
-    return chosen
-
-
-def _ambiguous(parts: dict[bool, dict[str, list[Sentence]]]) -> frozenset[str]:
+def _ambiguous(found: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
     """Sentences that more than one library has: nobody can tell whose they are."""
     owners: dict[str, set[str]] = {}
-    for part in parts.values():
-        for library, sentences in part.items():
-            for sentence in sentences:
-                owners.setdefault(key(sentence.text), set()).add(library)
+    for library, sentences in found.items():
+        for sentence in sentences:
+            owners.setdefault(key(sentence.text), set()).add(library)
     return frozenset(text for text, libraries in owners.items() if len(libraries) > 1)
 
 
-def _walk(library: str, wanted: tuple[int, int], seed: int) -> Iterator[tuple[bool, Sentence]]:
-    """Reads files in a random order until both parts have enough, each file for one part only."""
+def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
+    """Reads files in a random order until there is enough, a little of each."""
     root = _root(library)
+    generator = random.Random(f"{seed}:{library}")
     files = sorted(
         path
         for path in root.rglob("*.py")
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
     )
-    generator = random.Random(f"{seed}:{library}")
     generator.shuffle(files)
-    share = wanted[1] / max(1, sum(wanted))
-    counts = {False: 0, True: 0}
-    limits = {False: wanted[0] * 1.1 + 5, True: wanted[1] * 1.1 + 5}
     seen: set[str] = set()
     for path in files:
-        kept_out = generator.random() < share
-        if all(counts[part] >= limits[part] for part in counts):
-            return
-        sentences = [s for s in _sentences(path) if key(s) not in seen]
-        generator.shuffle(sentences)
-        for text in sentences[:_PER_FILE]:
-            if key(text) not in seen:
-                seen.add(key(text))
-                counts[kept_out] += 1
-                yield kept_out, Sentence(text, library, path.relative_to(root).as_posix())
+        new = {key(text): text for text in _sentences(path) if key(text) not in seen}
+        texts = list(new.values())
+        generator.shuffle(texts)
+        for text in texts[:_PER_FILE]:
+            if len(seen) == wanted:
+                return
+            seen.add(key(text))
+            yield Sentence(text, library, path.relative_to(root).as_posix())
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Syntax trees are many objects without cycles: looking for cycles doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _root(library: str) -> Path:
@@ -204,7 +208,7 @@ def _sentences(path: Path) -> Iterator[str]:
         if node.name.startswith("_"):
             continue
         text = masked(_first_sentence(ast.get_docstring(node) or ""))
-        if len(text.split()) in _WORDS and text[0].isalpha():
+        if len(text.split()) in _WORDS and text[0].isalpha() and not _SECTION.search(text):
             yield text
 
 

@@ -1,0 +1,291 @@
+"""The command line, in this process through typer's runner, and once as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner, Result
+
+import lora_fx
+from lora_fx.tools.commands.app import COMMANDS, app
+
+SOURCE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+def net():
+    torch.manual_seed(0)
+    return Net(), (torch.randn(3, 8),)
+"""
+MODEL = "cli_net_for_tests:net"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "cli_net_for_tests.py").write_text(SOURCE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "cli_net_for_tests", raising=False)
+    log = logging.getLogger("lora_fx")
+    handlers, level = list(log.handlers), log.level
+    yield tmp_path
+    log.handlers, log.level = handlers, level
+
+
+def lora(*args: str) -> Result:
+    return CliRunner().invoke(app, args)
+
+
+def worked(*args: str) -> str:
+    result = lora(*args)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*args: str) -> str:
+    result = lora(*args)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture
+def adapter(here: Path) -> Path:
+    from cli_net_for_tests import net
+
+    model = lora_fx.rewrite(net()[0], lora_fx.LoraConfig(r=2, init_lora_weights=False))
+    lora_fx.save_adapter(model, here / "adapter")
+    return here / "adapter"
+
+
+def test_every_command_has_a_help_text() -> None:
+    overview = worked("--help")
+    for command in COMMANDS:
+        assert command.__name__ in overview
+        assert "Usage" in worked(command.__name__, "--help")
+    assert lora_fx.__version__ in worked("--version")
+
+
+def test_plan_folds_equal_layers() -> None:
+    text = worked("plan", MODEL, "--r", "4")
+    assert "layers.{0-2}" in text
+    assert "×3" in text
+    assert "3 sites, 192 trainable" in text
+    assert "the output head" in text
+    assert "layers.1" in worked("plan", MODEL, "--all")
+
+
+def test_plan_as_json() -> None:
+    made = json.loads(worked("plan", MODEL, "--json", "--alpha", "16", "--rslora"))
+    assert made["config"]["lora_alpha"] == 16
+    assert made["config"]["use_rslora"] is True
+    assert [site["name"] for site in made["sites"]] == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_a_configuration_from_a_file_or_an_adapter_can_be_changed(
+    here: Path, adapter: Path
+) -> None:
+    made = json.loads(worked("plan", MODEL, "--config", str(adapter), "--json"))
+    assert made["config"]["r"] == 2
+    (here / "lora.json").write_text('{"r": 3, "lora_dropout": 0.5}', encoding="utf-8")
+    changed = ("--dropout", "0.25", "--target", "layers.0,layers.2", "--target", "head")
+    made = json.loads(worked("plan", MODEL, "--config", "lora.json", *changed, "--json"))
+    assert (made["config"]["r"], made["config"]["lora_dropout"]) == (3, 0.25)
+    assert [site["name"] for site in made["sites"]] == ["layers.0", "layers.2", "head"]
+
+
+def test_targets_by_expression_and_all_linear() -> None:
+    made = json.loads(worked("plan", MODEL, "--target-regex", r".*\.[01]", "--json"))
+    assert len(made["sites"]) == 2
+    made = json.loads(worked("plan", MODEL, "--target", "all-linear", "--json"))
+    assert made["config"]["target_modules"] == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--r", "0"), "LoraConfig.r: found 0"),
+        (("--alpha", "nan"), "a finite number"),
+        (("--dropout", "1"), "below 1"),
+        (("--target", "layer.0"), "matches nothing; nearest: "),
+        (("--target", "layers.0", "--target", "nothing", "--strict"), "'nothing'"),
+        (("--target-regex", "("), "not a regular expression"),
+        (("--target", "a", "--target-regex", "b"), "give one of them"),
+        (("--bias", "some"), "lora_only"),
+        (("--config", "nowhere"), "does not exist"),
+        (("--config", "cli_net_for_tests.py"), "not readable JSON"),
+    ],
+)
+def test_bad_input_is_one_message(args: tuple[str, ...], words: str) -> None:
+    assert words in refused("plan", MODEL, *args)
+
+
+def test_a_traceback_only_for_debugging() -> None:
+    assert isinstance(lora("plan", MODEL, "--r", "0").exception, SystemExit)
+    for args in (("--debug", "plan", MODEL, "--r", "0"), ("plan", MODEL, "--r", "0", "--debug")):
+        assert isinstance(lora(*args).exception, lora_fx.ConfigError)
+
+
+def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
+    assert "branches" in worked("rewrite", MODEL)
+    code = worked("rewrite", MODEL, "--region", "layers.0")
+    assert "def forward(self" in code
+    assert "lora_A" in code
+    assert "get_attr" in worked("rewrite", MODEL, "--region", "layers.0", "--graph")
+    assert "nearest: 'layers.0'" in refused("rewrite", MODEL, "--region", "layers.00")
+    worked("rewrite", MODEL, "--out", "all.txt")
+    assert "# layers.2" in (here / "all.txt").read_text(encoding="utf-8")
+    assert "--force" in refused("rewrite", MODEL, "--out", "all.txt")
+
+
+def test_visualize(here: Path) -> None:
+    worked("visualize", MODEL, "net.svg")
+    assert "<svg" in (here / "net.svg").read_text(encoding="utf-8")
+    assert "--force" in refused("visualize", MODEL, "net.svg")
+    worked("visualize", MODEL, "net.svg", "--force", "--plan")
+    worked("visualize", MODEL, "base.json", "--base")
+    assert "suffix" in refused("visualize", MODEL, "net.bmp")
+
+
+def test_merge_writes_the_weights_of_the_merged_model(here: Path, adapter: Path) -> None:
+    from cli_net_for_tests import net
+
+    text = worked("merge", MODEL, str(adapter), "merged.safetensors")
+    assert "3 weight(s) merged" in text
+    adapted = lora_fx.load_adapter(net()[0], adapter).eval()
+    model, (x,) = net()
+    model.load_state_dict(load_file(here / "merged.safetensors"))
+    torch.testing.assert_close(model(x), adapted(x))
+    assert not torch.equal(net()[0](x), adapted(x))
+    assert "--force" in refused("merge", MODEL, str(adapter), "merged.safetensors")
+    worked("merge", MODEL, str(adapter), "merged.safetensors", "--force", "--all")
+    assert ".safetensors" in refused("merge", MODEL, str(adapter), "merged.bin")
+    assert "not a folder" in refused("merge", MODEL, "nowhere", "other.safetensors")
+    assert sorted(path.name for path in here.iterdir() if "merged" in path.name) == [
+        "merged.safetensors"
+    ]
+
+
+def test_merge_writes_a_folder_of_transformers(here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    base = transformers.BertModel(config).eval()
+    base.save_pretrained(here / "bert")
+    (here / "bert" / "vocab.txt").write_text("[PAD]\n", encoding="utf-8")
+    adapted = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, init_lora_weights=False))
+    lora_fx.save_adapter(adapted, here / "bert-adapter")
+    worked("merge", "hf:bert", "bert-adapter", "merged")
+    merged = transformers.BertModel.from_pretrained(here / "merged").eval()
+    ids = torch.arange(8).reshape(1, 8)
+    torch.testing.assert_close(merged(ids)[0], adapted(ids)[0], rtol=1e-5, atol=1e-5)
+    assert (here / "merged" / "vocab.txt").exists()
+    assert "--force" in refused("merge", "hf:bert", "bert-adapter", "merged")
+    assert "give another folder" in refused("merge", "hf:bert", "bert-adapter", "bert", "--force")
+    (here / "merged" / "notes.txt").write_text("mine", encoding="utf-8")
+    worked("merge", "hf:bert", "bert-adapter", "merged", "--force")
+    assert (here / "merged" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_export_and_run(here: Path, adapter: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert "parity" in worked("export", MODEL, "net.onnx", "--adapter", str(adapter))
+    assert "--force" in refused("export", MODEL, "net.onnx")
+    assert "fp32, fp16, bf16" in refused("export", MODEL, "other.onnx", "--dtype", "int3")
+    text = worked("run", "net.onnx", "--repeat", "2", "--size", "batch=5")
+    assert "5×8" in text
+    assert "ms a run" in text
+    x = np.ones((4, 8), np.float32)
+    np.save("x.npy", x)
+    worked("run", "net.onnx", "--input", "x=x.npy", "--output", "out.npz")
+    from cli_net_for_tests import net
+
+    expected = lora_fx.load_adapter(net()[0], adapter).eval()(torch.from_numpy(x))
+    (found,) = np.load("out.npz").values()
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
+    for args, words in (
+        (("--output", "out.npz"), "--force"),
+        (("--output", "out.txt"), ".npz"),
+        (("--input", "y=x.npy"), "the inputs are x float32"),
+        (("--input", "x"), "name=value"),
+        (("--input", "x=missing.npy"), "not a readable .npy"),
+        (("--size", "length=3"), "dynamic axes (batch)"),
+        (("--provider", "tpu"), "unknown provider"),
+    ):
+        assert words in refused("run", "net.onnx", *args)
+    assert "there is no file" in refused("run", "none.onnx")
+
+
+def test_a_model_without_inputs_cannot_be_exported(here: Path) -> None:
+    (here / "bare_for_tests.py").write_text(
+        "from torch import nn\ndef net(): return nn.Linear(2, 2)\n", encoding="utf-8"
+    )
+    assert "does not say what it takes" in refused("export", "bare_for_tests:net", "x.onnx")
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_fx.export import providers
+
+    assert "versions" in worked("doctor")
+    rows = json.loads(worked("doctor", "--json"))
+    assert {"topic", "name", "state", "detail", "remedy"} == set(rows[0])
+    monkeypatch.setattr(providers, "wheel_conflict", lambda: "uninstall both")
+    assert "uninstall both" in worked("doctor")
+    assert lora("doctor", "--strict").exit_code == 1
+
+
+def test_warnings_of_the_library_are_shown_once() -> None:
+    worked("plan", MODEL)
+    worked("plan", MODEL)
+    handlers = [type(one).__name__ for one in logging.getLogger("lora_fx").handlers]
+    assert handlers.count("RichHandler") == 1
+
+
+def test_as_a_user_runs_it(here: Path) -> None:
+    program = Path(sys.executable).with_name("lora-fx")
+    if not program.exists():
+        pytest.skip("lora-fx is not installed as a program")
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [program, *args], cwd=here, capture_output=True, text=True, check=False
+        )
+
+    done = run("plan", MODEL, "--target", "layers.0")
+    assert done.returncode == 0, done.stderr
+    assert "1 site, 128 trainable" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    failed = run("plan", "cli_net_for_tests:nett")
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr == (
+        "error: 'cli_net_for_tests:nett': cli_net_for_tests has no 'nett'; nearest: net, Net\n"
+    )

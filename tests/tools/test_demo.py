@@ -1,0 +1,157 @@
+"""The demo: its text, its model, and the whole of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_fx.errors import ConfigError
+from lora_fx.tools import demo_data
+from lora_fx.tools.demo_data import LIBRARIES, MASK, Corpus, collect, key, masked
+from lora_fx.tools.demo_model import batches, logistic_regression
+from lora_fx.tools.demo_report import claim_folder
+
+SMALL = ("networkx", "numpy", "torch")
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return collect(30, 10, libraries=SMALL)
+
+
+def test_it_is_the_same_each_time(corpus: Corpus) -> None:
+    assert collect(30, 10, libraries=SMALL) == corpus
+    assert collect(30, 10, libraries=SMALL, seed=1) != corpus
+
+
+def test_it_is_balanced(corpus: Corpus) -> None:
+    assert Counter(corpus.labels(corpus.train)) == dict.fromkeys(range(3), 30)
+    assert Counter(corpus.labels(corpus.held_out)) == dict.fromkeys(range(3), 10)
+
+
+def test_no_sentence_is_in_both_parts_or_twice(corpus: Corpus) -> None:
+    keys = [key(sentence.text) for sentence in corpus.train + corpus.held_out]
+    assert len(set(keys)) == len(keys)
+
+
+def test_no_name_of_a_library_is_left(corpus: Corpus) -> None:
+    names = re.compile("|".join([*LIBRARIES, "scikit", "onnx"]), re.IGNORECASE)
+    for sentence in corpus.train + corpus.held_out:
+        assert not names.search(sentence.text), sentence
+
+
+def test_the_sentences_are_sentences(corpus: Corpus) -> None:
+    for sentence in corpus.train + corpus.held_out:
+        assert len(sentence.text.split()) in range(5, 25)
+        assert "\n" not in sentence.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A PyTorch tensor.", f"A {MASK} tensor."),
+        ("Convert np.ndarray to torch.Tensor.", f"Convert {MASK}.ndarray to {MASK}.Tensor."),
+        ("For scikit-learn estimators", f"For {MASK} estimators"),
+        ("Save with TorchScript or ONNXRuntime", f"Save with {MASK} or {MASK}"),
+        ("The transformer of a torchless np", "The transformer of a library np"),
+    ],
+)
+def test_names_are_masked_where_they_stand(text: str, expected: str) -> None:
+    assert masked(text) == expected
+
+
+def test_keys_do_not_see_numbers_case_and_punctuation() -> None:
+    assert key("Returns the 3-d Array.") == key("returns the 4 d array")
+    assert key("Returns the array.") != key("Returns the arrays.")
+
+
+def test_only_the_first_sentence_is_taken() -> None:
+    first = demo_data._first_sentence("Return ``x`` as :class:`~a.B`.\nIt is fast.\n\nMore.")
+    assert first == "Return x as a.B."
+
+
+def test_a_sentence_of_two_libraries_is_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def walk(library: str, wanted: int, seed: int) -> list[demo_data.Sentence]:
+        own = (f"What only {library} says, {letter}" for letter in "abcdefgh")
+        texts = ("What everybody says.", *own)
+        return [demo_data.Sentence(text, library, "x.py") for text in texts]
+
+    monkeypatch.setattr(demo_data, "_walk", walk)
+    made = collect(4, 2, libraries=("one", "two"))
+    assert len(made.train) == 8
+    assert all("everybody" not in sentence.text for sentence in made.train + made.held_out)
+    # More than there is: less of everything, and still balanced.
+    assert Counter(s.library for s in collect(12, 4, libraries=("one", "two")).train) == {
+        "one": 6,
+        "two": 6,
+    }
+
+
+def test_a_missing_library_names_the_extra() -> None:
+    with pytest.raises(ConfigError, match=r"no_such_library.*lora-fx\[demo\]"):
+        collect(5, 5, libraries=("no_such_library",))
+
+
+def test_batches_hold_every_sentence_once_and_pad_at_the_end() -> None:
+    ids = [[7] * (1 + n % 9) for n in range(50)]
+    for shuffle in (None, random.Random(0)):
+        made = batches(ids, list(range(50)), 8, shuffle)
+        assert sorted(torch.cat([part.labels for part in made]).tolist()) == list(range(50))
+        for part in made:
+            inputs, mask = part.inputs["input_ids"], part.inputs["attention_mask"]
+            assert torch.equal(inputs, 7 * mask)
+            assert mask.sum(1).tolist() == [len(ids[i]) for i in part.labels.tolist()]
+            assert (mask.diff(dim=1) <= 0).all()
+
+
+def test_the_head_is_fitted_as_scikit_learn_does() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x = torch.randn(300, 6)
+    y = (x @ torch.randn(6, 3) + torch.randn(300, 3)).argmax(-1)
+    reference = linear_model.LogisticRegression(C=0.3, max_iter=2000, tol=1e-8).fit(x, y)
+    weight, bias = logistic_regression(x, y, 3, 0.3)
+    np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=1e-3)
+    np.testing.assert_allclose(bias.numpy(), reference.intercept_, atol=1e-3)
+
+
+def test_the_folder_of_an_earlier_demo_is_taken_over_and_no_other(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "new")
+    (tmp_path / "new" / "model.onnx").touch()
+    claim_folder(tmp_path / "new")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="--force"):
+        claim_folder(tmp_path / "other")
+    claim_folder(tmp_path / "other", force=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        claim_folder(tmp_path / "file")
+
+
+@pytest.mark.slow
+def test_the_quick_demo(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lora_fx.tools.commands.app import app
+
+    result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path / "demo")])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
+    accuracy = report["accuracy"]
+    # So little training gains little: how much is for the full demo to show.
+    assert accuracy["LoRA"] > accuracy["frozen"] - 0.01 > 2 / len(LIBRARIES)
+    assert accuracy["LoRA, merged"] == pytest.approx(accuracy["LoRA"], abs=0.01)
+    assert accuracy["merged, in ONNX Runtime"] == pytest.approx(accuracy["LoRA"], abs=0.01)
+    assert report["reload_error"] <= 1e-5
+    assert report["merge_ulp"] <= 0.5 + 1e-6
+    assert report["parity_error"] <= 1e-4
+    for name in report["files"]:
+        assert Path(name).stat().st_size > 0
+    assert "frozen encoder, trained head" in result.output

@@ -1,0 +1,1 @@
+"""The commands of ``lora-fx``, one a file."""

@@ -1,0 +1,86 @@
+"""The typer application: what all commands have in common."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lora_fx.errors import LoraFxError
+from lora_fx.tools import console
+from lora_fx.tools.commands.demo import demo
+from lora_fx.tools.commands.doctor import doctor
+from lora_fx.tools.commands.export import export
+from lora_fx.tools.commands.merge import merge
+from lora_fx.tools.commands.plan import plan
+from lora_fx.tools.commands.rewrite import rewrite
+from lora_fx.tools.commands.run import run
+from lora_fx.tools.commands.visualize import visualize
+
+__all__ = ["COMMANDS", "ERROR_EXIT", "app"]
+
+ERROR_EXIT = 2
+"""Exit code for every error of lora_fx, as typer's for a wrong command line."""
+
+COMMANDS = (plan, rewrite, merge, export, visualize, run, doctor, demo)
+
+
+class Commands(TyperGroup):
+    """Takes ``--debug`` anywhere, and turns errors of lora_fx into one message."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Moves ``--debug`` to where typer looks for it."""
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except LoraFxError as error:
+            if ctx.params.get("debug"):
+                raise
+            console.say_error(str(error))
+            raise typer.Exit(ERROR_EXIT) from error
+
+
+app = typer.Typer(
+    name="lora-fx",
+    cls=Commands,
+    help="LoRA as a compiler pass on torch.fx: look at a model, adapt it, merge, export, run.\n\n"
+    "A MODEL is named package.module:callable (called without arguments), hf:FOLDER (a local "
+    "folder of transformers), timm:NAME or torchvision:NAME (both untrained). Nothing is "
+    "downloaded, and nothing is overwritten without --force.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        installed = importlib.metadata.version("lora-fx")
+        console.output().print(f"lora-fx {installed}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show tracebacks and all of the log; may stand anywhere."),
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """What comes before the command."""
+    console.log_to_stderr(debug=debug)
+
+
+for _command in COMMANDS:
+    app.command()(_command)

@@ -1,0 +1,51 @@
+"""``lora-fx export``: a model, with or without an adapter, as a checked ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_fx.tools import console
+from lora_fx.tools.commands import options as o
+
+__all__ = ["export"]
+
+_STAGES = 5  # of export_onnx
+
+
+def export(
+    model: o.ModelName,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .onnx file.", show_default=False)],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="An adapter folder to merge first.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as it is without it.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch.")
+    ] = True,
+    force: o.Force = False,
+) -> None:
+    """Write an ONNX file, which takes its place only after it was compared with PyTorch."""
+    from lora_fx.checkpoint import load_adapter
+    from lora_fx.export.onnx import export_onnx
+
+    o.refuse_existing(out, force=force)
+    loaded = o.load(model)
+    inputs = loaded.inputs()
+    base: Any = loaded.model
+    if loaded.folder is not None and hasattr(base.config, "use_cache"):
+        base.config.use_cache = False  # a cache is no output of one pass
+    if adapter is not None:
+        with console.progress("reading the adapter"):
+            base = load_adapter(base, adapter)
+    kind: Any = dtype
+    with console.steps("exporting", _STAGES) as begin:
+        report = export_onnx(
+            base, out, inputs, dtype=kind, opset=opset, verify=verify, force=force, progress=begin
+        )
+    console.output().print(str(report), highlight=False, soft_wrap=True, markup=False)

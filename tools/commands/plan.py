@@ -1,0 +1,57 @@
+"""``lora-fx plan``: the dry run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lora_fx.tools import console
+from lora_fx.tools.commands import options as o
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: o.ModelName,
+    r: o.Rank = None,
+    alpha: o.Alpha = None,
+    dropout: o.Dropout = None,
+    target: o.Targets = None,
+    target_regex: o.TargetRegex = None,
+    exclude: o.Excludes = None,
+    modules_to_save: o.Saved = None,
+    rslora: o.RsLora = None,
+    bias: o.Bias = None,
+    config: o.ConfigSource = None,
+    strict: o.Strict = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="One row a site; equal layers are one row without it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Show what would be adapted, what not and why, and what it costs. Changes nothing."""
+    from lora_fx.api import plan as make_plan
+    from lora_fx.tools.dry_run import render
+
+    chosen = o.config_from(
+        config,
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        targets=target,
+        target_regex=target_regex,
+        excludes=exclude,
+        saved=modules_to_save,
+        rslora=rslora,
+        bias=bias,
+    )
+    loaded = o.load(model, weights=False)
+    with console.progress("planning"):
+        made = make_plan(loaded.model, chosen, strict=strict)
+    if as_json:
+        sys.stdout.write(made.to_json() + "\n")
+        return
+    out = console.output()
+    out.print(render(made, width=out.width, every=every), highlight=False)

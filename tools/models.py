@@ -1,0 +1,203 @@
+"""Models by name: what the command line takes where Python takes a module.
+
+``package.module:callable`` is called without arguments and gives a model, or a model and its
+example inputs. ``hf:FOLDER`` is a local folder of transformers, ``timm:NAME`` and
+``torchvision:NAME`` are untrained models of those libraries. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import ConfigError
+from lora_fx.tools.hf_models import load_folder
+
+__all__ = ["FORMS", "LoadedModel", "load_model"]
+
+FORMS = "package.module:callable, hf:FOLDER, timm:NAME or torchvision:NAME"
+"""How a model may be named."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what is known about it.
+
+    Attributes:
+        name: How it was named.
+        model: In evaluation mode.
+        example_inputs: Keyword or positional arguments that it takes; None if nobody says.
+        folder: The folder that it was loaded from, for a model of transformers.
+    """
+
+    name: str
+    model: nn.Module
+    example_inputs: Any = None
+    folder: Path | None = None
+
+    def inputs(self) -> Any:
+        """The example inputs.
+
+        Raises:
+            ConfigError: If there are none.
+        """
+        if self.example_inputs is None:
+            raise ConfigError(
+                f"{self.name} does not say what it takes: let the callable return a pair, the "
+                "model and its example inputs"
+            )
+        return self.example_inputs
+
+
+def load_model(name: str, *, weights: bool = True) -> LoadedModel:
+    """Loads a model by its name.
+
+    Args:
+        name: One of :data:`FORMS`.
+        weights: False where names and shapes are enough: a folder of transformers is then built on
+            the meta device, whatever its size.
+
+    Raises:
+        ConfigError: The name means nothing, with the nearest that would; a package is missing, with
+            the extra to install; or the model cannot be made.
+    """
+    scheme, colon, rest = name.partition(":")
+    if not colon or not scheme or not rest:
+        raise ConfigError(f"{name!r} names no model: use {FORMS}")
+    if scheme in _LOADERS:
+        return _LOADERS[scheme](name, rest, weights)
+    near = difflib.get_close_matches(scheme.lower(), _LOADERS, 1, cutoff=0.6)
+    if near and importlib.util.find_spec(scheme.partition(".")[0]) is None:
+        raise ConfigError(f"{name!r} names no model: did you mean {near[0]}:{rest}? Use {FORMS}")
+    return _from_callable(name, scheme, rest)
+
+
+def _from_callable(name: str, module_name: str, attribute: str) -> LoadedModel:
+    module = _module(name, module_name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [key for key in vars(found) if not key.startswith("_")]
+            raise ConfigError(
+                f"{name!r}: {module_name} has no {attribute!r}{_nearest(attribute, public)}"
+            )
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        found = _called(name, found)
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{name!r} gave {type(model).__name__} {str(model)[:40]!r}: it has to give a "
+            "torch.nn.Module, or one and its example inputs"
+        )
+    return LoadedModel(name, model.eval(), inputs)
+
+
+def _module(name: str, module_name: str) -> ModuleType:
+    # A console script has no working folder in its path, unlike `python -m`.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        own = error.name is not None and (
+            module_name == error.name or module_name.startswith(f"{error.name}.")
+        )
+        if not own:
+            raise ConfigError(f"{name!r}: {module_name} needs {error.name}: install it") from error
+        here = (path.stem for path in Path.cwd().glob("*.py"))
+        raise ConfigError(
+            f"{name!r}: there is no module {error.name}{_nearest(module_name, here)}. Modules are "
+            f"looked for in {Path.cwd()} and among the installed packages"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{name!r}: importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _called(name: str, function: object) -> Any:
+    if not callable(function):
+        raise ConfigError(f"{name!r} is a {type(function).__name__}: name a callable or a module")
+    try:
+        return function()
+    except Exception as error:
+        raise ConfigError(
+            f"{name!r} failed when it was called without arguments: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
+    timm = _package("timm", "bench")
+    if not timm.is_model(model_name):
+        raise ConfigError(
+            f"timm has no model {model_name!r}{_nearest(model_name, timm.list_models())}"
+        )
+    model = _made(name, lambda: timm.create_model(model_name, pretrained=False))
+    size = model.default_cfg.get("input_size") or (3, 224, 224)
+    return LoadedModel(name, model.eval(), _random(2, *size))
+
+
+def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
+    models = _package("torchvision", "bench").models
+    known = models.list_models()
+    if model_name not in known:
+        raise ConfigError(f"torchvision has no model {model_name!r}{_nearest(model_name, known)}")
+    kind = f"{models.get_model_builder(model_name).__module__}."
+    # A detector or a segmentation model has trained weights inside unless told otherwise.
+    inner = "detection." in kind or "segmentation." in kind
+    extra = {"weights_backbone": None} if inner else {}
+    model = _made(name, lambda: models.get_model(model_name, weights=None, **extra))
+    if "detection." in kind or "optical_flow." in kind:
+        return LoadedModel(name, model.eval())
+    shape = (2, 3, 16, 112, 112) if "video." in kind else (2, 3, 224, 224)
+    return LoadedModel(name, model.eval(), _random(*shape))
+
+
+def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
+    _package("transformers", "hf")
+    model, inputs = load_folder(Path(folder).expanduser(), weights=weights)
+    return LoadedModel(name, model.eval(), inputs, Path(folder).expanduser())
+
+
+def _package(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"{package} cannot be imported ({error}): pip install 'lora-fx[{extra}]'"
+        ) from error
+
+
+def _made(name: str, build: Callable[[], Any]) -> Any:
+    try:
+        torch.manual_seed(0)  # untrained weights, but the same ones each time
+        return build()
+    except Exception as error:
+        raise ConfigError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
+
+
+_LOADERS: Mapping[str, Callable[[str, str, bool], LoadedModel]] = {
+    "hf": _from_folder,
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+}
