@@ -47,7 +47,7 @@ def interleaved(
     *,
     repeats: int = 10,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Sample]:
     """Times contenders in turn.
 
@@ -56,7 +56,7 @@ def interleaved(
             preparation's result.
         repeats: Counted runs of each; one more, first, is not counted.
         seed: Of the random order.
-        progress: Called with (done, total) after each run.
+        progress: Called with (done, total, contender) after each run.
     """
     order = random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -74,7 +74,7 @@ def interleaved(
                 times[name].append(seconds)
             done += 1
             if progress is not None:
-                progress(done, total)
+                progress(done, total, name)
     return {name: _sample(values) for name, values in times.items()}
 
 

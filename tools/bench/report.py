@@ -19,14 +19,14 @@ interleaved runs in one process in random order, with quartiles; compare ratios,
 
 
 def run_benchmarks(
-    path: Path, *, repeats: int = 10, progress: Callable[[int, int], None] | None = None
+    path: Path, *, repeats: int = 10, progress: Callable[[int, int, str], None] | None = None
 ) -> str:
     """Runs everything and writes the page.
 
     Args:
         path: The Markdown file; it is replaced.
         repeats: Counted runs of each contender.
-        progress: Called with (done, total) after each run.
+        progress: Called with (done, total, contender) after each run.
 
     Returns:
         The page.

@@ -24,7 +24,7 @@ _TARGETS = {"q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"
 
 
 def run(
-    *, repeats: int = 10, progress: Callable[[int, int], None] | None = None
+    *, repeats: int = 10, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[str, dict[str, Sample]]:
     """Times by target set, then by contender."""
     return {
@@ -36,7 +36,7 @@ def run(
 def rows(results: dict[str, dict[str, Sample]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table: columns and cells."""
     columns = ("targets", "contender", "median (quartiles)", "of PEFT's")
-    table = []
+    table: list[tuple[str, ...]] = []
     for title, samples in results.items():
         peft = samples["PEFT"].median
         for name, sample in samples.items():
@@ -71,4 +71,5 @@ def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig())
+        model: nn.Module = LlamaForCausalLM(LlamaConfig())
+    return model

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tools import console
+from lora_fx.tools.commands.bench import bench
 from lora_fx.tools.commands.demo import demo
 from lora_fx.tools.commands.doctor import doctor
 from lora_fx.tools.commands.export import export
@@ -24,7 +25,7 @@ __all__ = ["COMMANDS", "ERROR_EXIT", "app"]
 ERROR_EXIT = 2
 """Exit code for every error of lora_fx, as typer's for a wrong command line."""
 
-COMMANDS = (plan, rewrite, merge, export, visualize, run, doctor, demo)
+COMMANDS = (plan, rewrite, merge, export, visualize, run, doctor, demo, bench)
 
 
 class Commands(TyperGroup):
