@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.passes._region import is_built_in
@@ -40,7 +41,9 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
     Yields:
         The name of each matrix, relative to ``module``, and that of the function that reads it.
     """
-    below = [(name, m) for name, m in module.named_modules() if name and not is_built_in(m)]
+    if _without_code(module):
+        return
+    below = [(name, m) for name, m in module.named_modules() if name and not _without_code(m)]
     forward = module.__dict__.get("forward", type(module).forward)
     pending: list[tuple[str, nn.Module, Any]] = [("", module, forward)]
     done: set[tuple[str, str]] = set()
@@ -56,12 +59,17 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
                 yield join(fqn, name), function.__qualname__
         called = [(fqn, owner)] + (below if owner is module else [])
         for name, one in called:
-            for method in names & _methods(type(one)):
-                if method != "forward" or one not in regions:
-                    pending.append((name, one, getattr(type(one), method)))
+            pending.extend(
+                (name, one, getattr(type(one), method))
+                for method in names & _methods(type(one))
+                if method != "forward" or one not in regions
+            )
 
 
-@functools.lru_cache(maxsize=4096)
+def _without_code(module: nn.Module) -> bool:
+    return is_built_in(module) or isinstance(module, torch.jit.ScriptModule)
+
+
 def _methods(cls: type[nn.Module]) -> frozenset[str]:
     """Functions of a class and of those above it, short of ``nn.Module``."""
     found: set[str] = set()
@@ -125,8 +133,8 @@ def _subscripts(instruction: dis.Instruction) -> bool:
 def _matrices(owner: nn.Module, path: Path) -> Iterator[str]:
     """Names of the matrices that a path leads to, itself or on the way to a method of theirs."""
     if path[0] == _ANYWHERE:
-        for name, parameter in owner.named_parameters():
-            if name.rpartition(".")[2] == path[1] and parameter.dim() > 1 and "." in name:
+        for name, matrix in owner.named_parameters():
+            if name.rpartition(".")[2] == path[1] and matrix.dim() > 1 and "." in name:
                 yield name
         return
     found: list[tuple[str, nn.Module]] = [("", owner)]

@@ -179,8 +179,6 @@ def _read_by_code(capture: Capture) -> dict[str, Rejection]:
     first = {module: fqn for fqn, module in capture.model.named_modules()}
     for fqn in capture.opaque:
         module = capture.model.get_submodule(fqn)
-        if is_built_in(module):
-            continue
         for name, reader in weights_read(module, graphs):
             owner, _, key = join(fqn, name).rpartition(".")
             weight = join(first[capture.model.get_submodule(owner)], key)

@@ -1,5 +1,7 @@
-"""Chooses the front-end: ``symbolic`` if everything traces, else ``export`` where it sees more, else
-``regions``."""
+"""Chooses the front-end.
+
+``symbolic`` if everything traces, else ``export`` where it sees more, else ``regions``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._region import is_built_in, is_region
-from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes._sharing import check_model, share_copy
+from lora_fx.passes.capture.regions import find_regions
 from lora_fx.types import Capture
 
 __all__ = ["Frontend", "capture"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -34,11 +35,11 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     install(capture.regions.values())
     try:
         # A copy: what a forward writes, into buffers and attributes, is not part of the capture.
-        copy = share_copy(capture.model)
+        runs = share_copy(capture.model)
     finally:
         for region in capture.regions.values():
             uninstall(region.module)
-    difference = _difference(reference, _run(copy, example_inputs))
+    difference = _difference(reference, _run(runs, example_inputs))
     if difference > _TOLERANCE:
         raise CaptureError(
             f"the captured model ({capture.frontend}) computes something else than the original: "
@@ -57,9 +58,9 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
         CaptureError: If the inputs do not fit the model.
     """
     normalise(example_inputs)
-    copy = share_copy(model)
+    runs = share_copy(model)
     try:
-        return _run(copy, example_inputs)
+        return _run(runs, example_inputs)
     except Exception as error:
         raise CaptureError(
             f"the model does not run on the example inputs ({type(error).__name__}: {error}). They "
@@ -70,10 +71,15 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
     """The output in eval mode; every run begins with the same random numbers and uses none up."""
-    args, kwargs = normalise(example_inputs)
+    # A forward may write into what it is given: tensors, and caches more so.
+    args, kwargs = pytree.tree_map(_own, normalise(example_inputs))
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices=cuda):
         return model.eval()(*args, **kwargs)
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
 def _difference(reference: Any, found: Any) -> float:
@@ -83,9 +89,13 @@ def _difference(reference: Any, found: Any) -> float:
         raise CaptureError(f"the captured model returns {right_spec}, the original {left_spec}")
     worst = 0.0
     for a, b in zip(left, right, strict=True):
-        if not isinstance(a, torch.Tensor) or a.device.type == "meta" or torch.equal(a, b):
+        if not isinstance(a, torch.Tensor) or a.device.type == "meta":
             continue
-        if a.shape != b.shape or a.dtype != b.dtype:
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if torch.equal(a, b):
+            continue
+        if not torch.equal(a.isnan(), b.isnan()):
             return float("inf")
         a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
         worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))

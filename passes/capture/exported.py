@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
@@ -46,7 +45,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     module = program.module(check_guards=False)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(module.graph, copied)
+    result: Any = graph.graph_copy(module.graph, copied)
     _name_constants(graph, module, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
     conditions = _shape_conditions(
@@ -128,7 +127,7 @@ def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
 def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     if dynamic_shapes is None:
         dynamic_shapes = {
-            k: {i: Dim.AUTO for i in range(v.dim())} if isinstance(v, torch.Tensor) else None
+            k: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None
             for k, v in inputs.items()
         }
     modes = {module: module.training for module in model.modules()}
@@ -224,9 +223,9 @@ def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str
         for axis, size in enumerate(value.shape):
             here = f"{name}.shape[{axis}]"
             expression = size.node.expr if isinstance(size, torch.SymInt) else size
-            if isinstance(expression, int | sympy.Integer):
+            if isinstance(expression, int) or expression.is_Integer:
                 conditions.append(f"{here} != {int(expression)}")
-            elif not isinstance(expression, sympy.Symbol):
+            elif not expression.is_Symbol:
                 raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
             elif expression in seen:
                 conditions.append(f"{here} != {seen[expression]}")

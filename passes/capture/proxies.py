@@ -9,12 +9,11 @@ from __future__ import annotations
 import dis
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import fx
 
 from lora_fx.ops import in_place
-from lora_fx.passes._region import is_built_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from lora_fx.passes.capture.symbolic import Recorder
 
-__all__ = ["ISINSTANCE", "ModeProxy", "TracedValue", "may_be_none"]
+__all__ = ["ISINSTANCE", "ModeProxy", "TracedValue"]
 
 ISINSTANCE = "its forward asks for the type of a traced value with isinstance"
 
@@ -44,18 +43,15 @@ _IN_PLACE = (
     "irshift",
 )
 _ATTRIBUTE_ACCESS = {dis.opmap[n] for n in dis.opmap if n in ("LOAD_ATTR", "LOAD_METHOD")}
-_ALWAYS_THERE = frozenset(
-    {"shape", "dtype", "device", "ndim", "data", "T", "mT", "H", "mH", "real"}
-)
 
 
-class TracedValue(fx.Proxy):  # type: ignore[misc]
+class TracedValue(fx.Proxy):
     """A value that is not known yet."""
 
     tracer: Recorder
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]  # a question, not a value
+    def __class__(self) -> type:
         frame = _asking(sys._getframe(1))
         if frame is None:
             return type(self)
@@ -64,7 +60,7 @@ class TracedValue(fx.Proxy):  # type: ignore[misc]
             self.tracer.refuse(f"its forward writes to self.{name}")
         return self.tracer.refuse(ISINSTANCE)
 
-    def __getattr__(self, name: str) -> _Attribute:
+    def __getattr__(self, name: str) -> Any:
         frame = sys._getframe(1)
         opcode = frame.f_code.co_code[frame.f_lasti]
         if opcode not in _ATTRIBUTE_ACCESS and not _records(frame):
@@ -78,12 +74,12 @@ class TracedValue(fx.Proxy):  # type: ignore[misc]
         code, at = sys._getframe(1).f_code.co_code, sys._getframe(1).f_lasti
         if code[at] != dis.opmap["UNPACK_SEQUENCE"]:
             self.tracer.refuse("its forward iterates over a traced value")
-        return (self[i] for i in range(code[at + 1]))
+        return (operator.getitem(cast("Any", self), i) for i in range(code[at + 1]))
 
-    def __len__(self) -> NoReturn:
+    def __len__(self) -> NoReturn:  # noqa: PLE0303  refuses
         self.tracer.refuse("its forward takes the length of a traced value with len")
 
-    def __index__(self) -> NoReturn:
+    def __index__(self) -> NoReturn:  # noqa: PLE0305  refuses
         self.tracer.refuse("its forward turns a traced value into a number")
 
     __int__ = __float__ = __complex__ = __index__
@@ -109,6 +105,7 @@ class _Attribute(TracedValue):
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
+        """The read; it is made when somebody asks."""
         own = self.__dict__
         if own["_read"] is None:
             args = (own["_root"], own["_name"])
@@ -129,31 +126,12 @@ class ModeProxy(TracedValue):
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
+        """The read; it is made when somebody asks."""
         own = self.__dict__
         if own["_read"] is None:
             own["_read"] = self.tracer.create_node("get_attr", own["_target"], (), {})
         found: fx.Node = own["_read"]
         return found
-
-
-def may_be_none(value: TracedValue) -> bool:
-    """Whether a value can be None when the graph runs. The guard sees to the arguments."""
-    if isinstance(value, _Attribute) and value.__dict__["_name"] in _ALWAYS_THERE:
-        return False
-    node = value.node
-    if node.op == "placeholder":
-        return False
-    if node.op == "call_module":
-        owner = node.graph.owning_module or value.tracer.root
-        return not is_built_in(owner.get_submodule(str(node.target)))
-    if node.op == "call_function":
-        return node.target in (operator.getitem, getattr) or not _of_torch(node.target)
-    return False
-
-
-def _of_torch(target: Any) -> bool:
-    module = getattr(target, "__module__", None) or ""
-    return module.partition(".")[0] in ("", "torch", "math", "operator", "_operator", "builtins")
 
 
 def _asking(frame: FrameType | None) -> FrameType | None:
@@ -172,7 +150,7 @@ def _asking(frame: FrameType | None) -> FrameType | None:
 
 
 def _records(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__", "")
+    name: str = frame.f_globals.get("__name__", "")
     return name.startswith(("torch.fx.", "lora_fx.")) or name == "torch.fx"
 
 

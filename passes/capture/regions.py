@@ -98,7 +98,9 @@ def _holders(model: nn.Module) -> set[nn.Module]:
 
     def holds(module: nn.Module) -> bool:
         own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-        if any([holds(child) for child in module.children()]) or own:
+        # All of them are asked, also after one has answered.
+        below = [holds(child) for child in module.children()]
+        if own or any(below):
             found.add(module)
             return True
         return False

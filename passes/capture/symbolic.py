@@ -3,7 +3,7 @@
 Child modules stay calls: hooks, wrapping policies and checkpointing go on working, and a child that does
 not trace costs only its own graph. ``torch.fx`` is happy to record a graph that means something else than
 the code did. Whatever of that kind can be noticed is refused: questions about a traced value that only a
-tensor can answer (:mod:`.proxies`), modes, identities and constants (:mod:`.watch`), and side effects
+tensor can answer (:mod:`.proxies`), modes and constants (:mod:`.eager`), and side effects
 (:mod:`.state`). ``self.training`` becomes a read, so that ``train()`` and ``eval()`` keep their meaning.
 """
 
@@ -14,17 +14,19 @@ import dataclasses
 import inspect
 import keyword
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
 from lora_fx.passes._signature import GuardedCodeGen, Parameter, parameters_of
+from lora_fx.passes.capture.eager import Eager, forbidden, user_code
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.capture.watch import Eager, Watch
 
 __all__ = ["Recorder", "Untraceable", "trace"]
 
@@ -71,8 +73,12 @@ def trace(
         raise Untraceable(recorder.refused or changed)
     if recorder.values_alive():
         raise Untraceable("its forward keeps a traced value where other code finds it")
+    reason = forbidden(recorder.seen)
+    if reason:
+        raise Untraceable(reason)
     _check_names(parameters, graph)
-    graph.set_codegen(GuardedCodeGen(parameters, check_none, reads=frozenset(recorder.seen)))
+    reads = frozenset(name for code in recorder.seen for name in code.co_names)
+    graph.set_codegen(GuardedCodeGen(parameters, check_none, reads=reads))
     return graph
 
 
@@ -97,12 +103,12 @@ def _check_names(parameters: tuple[Parameter, ...], graph: fx.Graph) -> None:
             raise Untraceable(f"generated code cannot spell the name {target!r}")
 
 
-class Recorder(fx.Tracer):  # type: ignore[misc]
+class Recorder(fx.Tracer):
     """Records one module's forward.
 
     Attributes:
         refused: The first reason not to go on. Code that is traced may catch the exception.
-        seen: Names that the code uses, of attributes among others.
+        seen: Code that traced operations come from.
     """
 
     proxy_buffer_attributes = True
@@ -110,7 +116,7 @@ class Recorder(fx.Tracer):  # type: ignore[misc]
     def __init__(self, parameters: tuple[Parameter, ...]) -> None:
         super().__init__()
         self.refused: str | None = None
-        self.seen: set[str] = set()
+        self.seen: set[CodeType] = set()
         self._parameters = parameters
         self._values: list[weakref.ref[fx.Proxy]] = []
         self._modes = _modes()
@@ -135,7 +141,6 @@ class Recorder(fx.Tracer):  # type: ignore[misc]
             stack.enter_context(self._reading_modes(module))
             stack.enter_context(self._calling_children(module))
             stack.enter_context(Eager(self))
-            stack.enter_context(Watch(self))
             return self.trace(module)
 
     def values_alive(self) -> bool:
@@ -206,6 +211,7 @@ class Recorder(fx.Tracer):  # type: ignore[misc]
             self.refuse(
                 "its forward switches gradients or autocast on or off, which a graph would lose"
             )
+        user_code(sys._getframe(1), Recorder.record.__code__, self.seen)
         return super().create_node(kind, target, args, kwargs, name)
 
     def create_arg(self, a: Any) -> Any:
@@ -215,11 +221,15 @@ class Recorder(fx.Tracer):  # type: ignore[misc]
         if isinstance(a, list) and type(a) not in (list, fx.immutable_collections.immutable_list):
             self.refuse(f"a {type(a).__name__} would become a plain list")
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
-            if not dataclasses.is_dataclass(a):
-                self.refuse(f"a {type(a).__name__} would become a plain dict")
-            made = {key: self.create_arg(value) for key, value in a.items()}
-            return self.create_node("call_function", type(a), (), made)
+            return self._dict_class(a)
         return super().create_arg(a)
+
+    def _dict_class(self, value: dict[str, Any]) -> fx.Node:
+        """A ModelOutput of transformers, or the like, as a call of its class."""
+        if not dataclasses.is_dataclass(type(value)):
+            self.refuse(f"a {type(value).__name__} would become a plain dict")
+        made = {key: self.create_arg(item) for key, item in value.items()}
+        return self.create_node("call_function", type(value), (), made)
 
     def _owned(self, tensor: torch.Tensor) -> bool:
         return tensor in self.tensor_attrs or any(tensor is b for b in self.root.buffers())

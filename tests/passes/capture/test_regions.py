@@ -34,7 +34,7 @@ def test_every_module_over_a_matrix_that_traces_is_a_region():
     blocks = [f"blocks.{i}" for i in range(2)]
     inner = [f"{block}.{layer}" for block in blocks for layer in ("up", "down")]
     assert set(regions) == {"", "embed", "head", *blocks, *inner}
-    assert list(regions)[0] == ""
+    assert next(iter(regions)) == ""
     assert all(list(regions).index(name.rpartition(".")[0]) >= 0 for name in inner)
     assert opaque == {}
 

@@ -226,13 +226,13 @@ def test_a_method_put_on_the_instance_runs_the_copy():
 
 def test_a_compiled_model_is_refused_with_a_remedy():
     model = torch.compile(seeded(zoo.Mlp)(), backend="eager")
-    with pytest.raises(CaptureError, match="_orig_mod.*compile the result"):
+    with pytest.raises(CaptureError, match=r"_orig_mod.*compile the result"):
         lora_fx.rewrite(model, CONFIG)
 
 
 def test_a_compiled_layer_is_refused_too():
     model = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 2))
-    with pytest.raises(CaptureError, match="^0 is compiled"):
+    with pytest.raises(CaptureError, match=r"^0 is compiled"):
         lora_fx.rewrite(model, CONFIG)
 
 

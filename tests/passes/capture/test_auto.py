@@ -1,0 +1,138 @@
+"""Which front-end is chosen, and what the choice says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.errors import CaptureError, ConfigError
+from tests import zoo
+from tests.models import builders
+from tests.numerics import assert_same_bits
+from tests.zoo import sample, seeded
+
+
+class Branches(nn.Module):
+    """Its root has no graph of its own; the layers below have."""
+
+    def __init__(self, own: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+        self.kernel = nn.Parameter(torch.eye(4)) if own else None
+
+    def forward(self, x):
+        if isinstance(x, torch.Tensor) and x.dim() == 2:
+            x = self.fc(x)
+        if self.kernel is not None:
+            x = x @ self.kernel
+        return self.head(x)
+
+
+def test_what_traces_is_symbolic():
+    captured = lora_fx.capture(seeded(zoo.Residual)())
+    assert captured.frontend == "symbolic"
+    assert captured.notes == ()
+    assert lora_fx.capture(seeded(zoo.Mlp)(), sample(3, 5)).frontend == "symbolic"
+
+
+def test_without_inputs_the_rest_is_regions_and_says_why():
+    captured = lora_fx.capture(Branches(own=True))
+    assert captured.frontend == "regions"
+    assert captured.notes == (
+        "not symbolic: Branches: its forward asks for the type of a traced value with isinstance",
+        "not export: there are no example_inputs",
+    )
+
+
+def test_with_inputs_regions_are_kept_where_they_see_everything():
+    captured = lora_fx.capture(Branches(), sample(2, 4))
+    assert captured.frontend == "regions"
+    assert captured.notes[1] == "not export: the regions see every weight"
+
+
+def test_with_inputs_export_is_used_where_it_sees_more():
+    captured = lora_fx.capture(Branches(own=True), sample(2, 4))
+    assert captured.frontend == "export"
+    assert captured.notes[0].startswith("not symbolic")
+    assert "" in captured.regions
+    config = lora_fx.LoraConfig(r=2)
+    names = [row.name for row in lora_fx.plan(Branches(own=True), config, sample(2, 4)).sites]
+    assert names == ["kernel", "fc"]
+    assert [row.name for row in lora_fx.plan(Branches(own=True), config).sites] == ["fc", "head"]
+
+
+def test_where_export_fails_the_regions_stay_and_say_why():
+    class DataDependent(Branches):
+        def forward(self, x):
+            if x.sum() > -1e9:
+                x = x @ self.kernel
+            return self.head(self.fc(x))
+
+    model = DataDependent(own=True)
+    captured = lora_fx.capture(model, sample(2, 4))
+    assert captured.frontend == "regions"
+    assert captured.notes[1].startswith("not export: torch.export fails on DataDependent")
+    with pytest.raises(CaptureError, match=r"torch\.export fails on DataDependent"):
+        lora_fx.capture(model, sample(2, 4), frontend="export")
+
+
+def test_built_in_layers_without_a_graph_do_not_spoil_symbolic():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.attention(x, x, x, need_weights=False)[0])
+
+    assert lora_fx.capture(Attends()).frontend == "symbolic"
+
+
+def test_a_wished_for_frontend_is_used_or_refused():
+    model = seeded(zoo.Residual)()
+    assert lora_fx.capture(model, frontend="regions").frontend == "regions"
+    assert lora_fx.capture(model, frontend="symbolic").frontend == "symbolic"
+    with pytest.raises(CaptureError, match="needs example_inputs"):
+        lora_fx.capture(model, frontend="export")
+    with pytest.raises(CaptureError, match=r"Branches does not trace.*isinstance.*'auto'"):
+        lora_fx.capture(Branches(), frontend="symbolic")
+    with pytest.raises(ConfigError, match="found 'dynamo'"):
+        lora_fx.capture(model, frontend="dynamo")
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "regions", "export"])
+def test_all_frontends_compute_the_same(frontend):
+    model = seeded(zoo.Residual)(dropout=0.3).requires_grad_(False)
+    ids = torch.tensor([[1, 2, 3], [3, 4, 5]])
+    captured = lora_fx.capture(model, ids, frontend=frontend).model
+    for training in (False, True):
+        torch.manual_seed(5)
+        expected = model.train(training)(ids)
+        torch.manual_seed(5)
+        assert_same_bits(captured.train(training)(ids), expected)
+
+
+def test_a_capture_of_a_capture_is_refused():
+    captured = lora_fx.capture(seeded(zoo.Mlp)()).model
+    with pytest.raises(CaptureError, match="captured or rewritten already"):
+        lora_fx.capture(captured)
+    rewritten = lora_fx.rewrite(seeded(zoo.Mlp)(), lora_fx.LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="rewritten already"):
+        lora_fx.rewrite(rewritten, lora_fx.LoraConfig(r=2))
+
+
+def test_a_capture_prints_its_regions_and_reasons():
+    text = str(lora_fx.capture(builders.build(builders.HAZARDS["asks_isinstance"][0])))
+    assert "captured by regions" in text
+    assert "no graph: (root): its forward asks for the type" in text
+
+
+def test_the_plan_says_which_frontend_and_why():
+    plan = lora_fx.plan(Branches(), lora_fx.LoraConfig(r=2))
+    assert plan.frontend == "regions"
+    assert "not symbolic" in str(plan)
+    assert plan.notes
