@@ -13,9 +13,10 @@ trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`
 A buffer is there if training changed it: PEFT does not write those, but its loader finds them.
 
 Two kinds of site have no name in PEFT, which adapts modules inside a model. They are saved under
-names of our own, which PEFT ignores: a raw parameter ``P.<name>`` that no module stands for has
-``P.<name>_lora.lora_A.weight`` and ``P.<name>_lora.lora_B.weight``; the weight of the root module
-itself has ``lora_A.weight`` and ``lora_B.weight``.
+names of our own, which PEFT ignores: a raw parameter ``P.<name>`` that no module stands for, and a
+part ``P.<name>`` of a fused weight (``attn.q``), have ``P.<name>_lora.lora_A.weight`` and
+``P.<name>_lora.lora_B.weight``; the weight of the root module itself has ``lora_A.weight`` and
+``lora_B.weight``.
 """
 
 from __future__ import annotations
@@ -140,15 +141,14 @@ def peft_sees(row: PlannedSite) -> bool:
 def site_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
     """Names of the sites whose factors are among the keys, in their order."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names: dict[str, None] = {}
     for key in keys:
         found = _FACTOR.fullmatch(key)
         if found is None:
             continue
         holder = found["holder"] or ""
-        raw = holder.removesuffix("_lora")
-        names[raw if holder not in modules and raw in parameters else holder or "weight"] = None
+        own = holder.endswith("_lora") and holder not in modules
+        names[holder.removesuffix("_lora") if own else holder or "weight"] = None
     return tuple(names)
 
 

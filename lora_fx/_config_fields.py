@@ -159,7 +159,11 @@ def _init(name: str, value: object) -> bool | str:
     if isinstance(value, str) and value.lower() == "gaussian":
         return "gaussian"
     if isinstance(value, str) and _UNSUPPORTED_INITS.fullmatch(value):
-        raise bad(name, value, "lora_fx does not support it; use True, False or 'gaussian'")
+        remedy = (
+            "lora_fx does not support it. For a new adapter use True, False or 'gaussian'; do not edit "
+            "it in a saved one: the factors may belong to a base that was changed with them"
+        )
+        raise bad(name, value, remedy)
     raise bad(name, value, "the initialisations are True, False and 'gaussian'")
 
 

@@ -138,7 +138,7 @@ def graphs(model: nn.Module) -> dict[str, fx.Graph]:
 def merge(
     model: nn.Module,
     *,
-    adapter_names: Sequence[str] | None = ...,
+    adapter_names: Sequence[str] | str | None = ...,
     into: nn.Module | None = ...,
     return_report: Literal[False] = ...,
     progress: Callable[[int, int, str], None] | None = ...,
@@ -147,7 +147,7 @@ def merge(
 def merge(
     model: nn.Module,
     *,
-    adapter_names: Sequence[str] | None = ...,
+    adapter_names: Sequence[str] | str | None = ...,
     into: nn.Module | None = ...,
     return_report: Literal[True],
     progress: Callable[[int, int, str], None] | None = ...,
@@ -155,7 +155,7 @@ def merge(
 def merge(
     model: nn.Module,
     *,
-    adapter_names: Sequence[str] | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     into: nn.Module | None = None,
     return_report: bool = False,
     progress: Callable[[int, int, str], None] | None = None,

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_fx.errors import ConfigError
 
-__all__ = ["AdapterFactors", "check_adapter_name", "checkpoints", "count_batch", "in_place"]
+__all__ = ["AdapterFactors", "check_adapter_name", "count_batch", "in_place", "needs_modules"]
 
 
 class AdapterFactors(nn.Module):
@@ -64,15 +64,18 @@ def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
     return counter.add_(1) if training else counter
 
 
-def checkpoints(model: nn.Module) -> bool:
-    """Whether any block of the model would checkpoint its activations now.
+def needs_modules(model: nn.Module) -> bool:
+    """Whether a call has to go through the modules, since a graph of the whole model has none.
 
-    A graph of the whole model has no blocks to checkpoint, so such a call goes to the model's own
-    forward. The switch is the attribute that transformers sets on its layers.
+    That is so where somebody waits for a module to be called: a hook, or a block that checkpoints its
+    activations (the switch is the attribute that transformers sets on its layers).
     """
-    return model.training and any(
-        getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    )
+    for module in model.modules():
+        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+            return True
+        if model.training and getattr(module, "gradient_checkpointing", False):
+            return True
+    return False
 
 
 def in_place(operation: str, left: Any, right: Any) -> Any:

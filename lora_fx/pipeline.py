@@ -92,7 +92,21 @@ def rewrite_model(
     check_adapter_name(adapter_name)
     capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
     if example_inputs is not None:
-        check_unchanged(model, capture, example_inputs)
+        try:
+            check_unchanged(model, capture, example_inputs)
+        except CaptureError as error:
+            if frontend != "auto" or capture.frontend != "export":
+                raise
+            # What export froze cannot be seen before it runs: the regions freeze nothing.
+            _log.warning("not captured by export: %s", error)
+            return rewrite_model(
+                model,
+                config,
+                example_inputs,
+                adapter_name=adapter_name,
+                strict=strict,
+                frontend="regions",
+            )
     capture = run_passes(capture, [Insert(plan, adapter_name), Unfreeze(plan)])
     return build(capture, plan, model, adapter_name)
 

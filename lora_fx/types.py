@@ -189,6 +189,8 @@ class Site:
         calls: Where it is applied.
         groups: Groups of a convolution.
         experts: Number of experts of a three-dimensional weight.
+        rows: Which rows of the weight it is (start, stop), for a weight that is applied in parts;
+            None for all of them.
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
@@ -206,6 +208,7 @@ class Site:
     calls: tuple[Call, ...]
     groups: int = 1
     experts: int | None = None
+    rows: tuple[int, int] | None = None
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
 
@@ -222,9 +225,21 @@ class Site:
     @property
     def holder(self) -> str:
         """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
-        return (
-            self.owner if self.parameter == "weight" else join(self.owner, f"{self.parameter}_lora")
-        )
+        if self.parameter == "weight" and self.rows is None:
+            return self.owner
+        return join(self.owner, f"{self.name.rpartition('.')[2]}_lora")
+
+    @property
+    def part(self) -> str:
+        """The weight, and which rows of it."""
+        return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, or of the rows of it that this is."""
+        if self.rows is None:
+            return self.weight_shape
+        return (self.rows[1] - self.rows[0], *self.weight_shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -428,7 +443,7 @@ class Plan:
             (
                 row.site.name,
                 row.site.pattern + (f" x{len(row.site.calls)}" if len(row.site.calls) > 1 else ""),
-                "x".join(str(size) for size in row.site.weight_shape),
+                "x".join(str(size) for size in row.site.shape),
                 str(row.rank),
                 f"{row.scale:g}",
                 f"{row.parameters:,}",

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.types import META_KEY, Region, Role, Tag
+from lora_fx.types import META_KEY, Role, Tag
 
-__all__ = ["Branch", "arguments", "constant_of", "target_of", "weight_of"]
-
-_TRANSPOSES: tuple[Any, ...] = (torch.t, torch.ops.aten.t.default)
+__all__ = ["Branch", "arguments", "target_of"]
 
 
 def target_of(node: fx.Node) -> Any:
@@ -47,59 +45,6 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
         else:
             result[name] = eval(default, {}) if default else None
     return result
-
-
-def weight_of(node: object, region: Region) -> tuple[fx.Node, bool] | None:
-    """The parameter that a node reads directly or through transposes.
-
-    Returns:
-        The ``get_attr`` node and whether it is transposed, or None.
-    """
-    transposed = False
-    while isinstance(node, fx.Node):
-        if region.parameter(node) is not None:
-            return node, transposed
-        inner = _untransposed(node)
-        if inner is None:
-            return None
-        node, transposed = inner, not transposed
-    return None
-
-
-def constant_of(node: object, region: Region) -> fx.Node | None:
-    """A parameter under an expression that reads no input; None if it reads one, or none."""
-    found: fx.Node | None = None
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if not isinstance(current, fx.Node) or current in seen:
-            continue
-        seen.add(current)
-        if current.op in ("placeholder", "call_module"):
-            return None
-        if region.parameter(current) is not None:
-            found = current
-        pending.extend(current.all_input_nodes)
-    return found
-
-
-def _untransposed(node: fx.Node) -> fx.Node | None:
-    """The operand of a node that swaps the two dimensions of a matrix, or None."""
-    target = target_of(node)
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node):
-        return None
-    if target is getattr and node.args[1] in ("T", "mT"):
-        return first
-    if target in _TRANSPOSES or target is torch.Tensor.t:
-        return first
-    if target in (torch.transpose, torch.Tensor.transpose, torch.ops.aten.transpose.int):
-        dims = {d % 2 for d in node.args[1:3] if isinstance(d, int)}
-        return first if dims == {0, 1} else None
-    if target in (torch.permute, torch.Tensor.permute, torch.ops.aten.permute.default):
-        order = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-        return first if tuple(d % 2 for d in order if isinstance(d, int)) == (1, 0) else None
-    return None
 
 
 class Branch:

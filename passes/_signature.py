@@ -21,15 +21,15 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.ops import checkpoints
+from lora_fx.ops import needs_modules
 
-__all__ = ["CHECKPOINTS", "FALLBACK", "GuardedCodeGen", "Parameter", "parameters_of"]
+__all__ = ["FALLBACK", "NEEDS_MODULES", "GuardedCodeGen", "Parameter", "parameters_of"]
 
 FALLBACK = "_lora_fx_fallback"
 """Global name of the fallback in generated code."""
 
-CHECKPOINTS = "_lora_fx_checkpoints"
-"""Global name of :func:`lora_fx.ops.checkpoints` in generated code."""
+NEEDS_MODULES = "_lora_fx_needs_modules"
+"""Global name of :func:`lora_fx.ops.needs_modules` in generated code."""
 
 _SIMPLE = (type(None), bool, int, float, str)
 
@@ -126,8 +126,8 @@ class GuardedCodeGen(fx.graph.CodeGen):
         Not ``additional_globals`` of fx: that gives one object one name, and drops those of torch.
         """
         found: dict[str, Any] = {}
-        if any(CHECKPOINTS in condition for condition in self.extra):
-            found[CHECKPOINTS] = checkpoints
+        if any(NEEDS_MODULES in condition for condition in self.extra):
+            found[NEEDS_MODULES] = needs_modules
         for p in self.parameters:
             if p.default is not inspect.Parameter.empty and not _literal(p.default):
                 found[f"_default_{p.name}"] = p.default

@@ -22,6 +22,20 @@ from lora_fx.types import Capture, Matches, Region, Site, join
 __all__ = ["find_head"]
 
 _SOURCE = "source"
+_HEAD_NAMES = frozenset(
+    {
+        "head",
+        "lm_head",
+        "classifier",
+        "score",
+        "fc",
+        "fc_out",
+        "out",
+        "output",
+        "logits",
+        "proj_out",
+    }
+)
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:
@@ -47,12 +61,23 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
             for weight in _descend(capture, region, outputs, with_sites)
         )
 
+        if not found and "" not in capture.regions:
+            found = frozenset(_named(capture.model, matches.sites))
+
     def marked(site: Site) -> Site:
         if site.weight in declared:
             return dataclasses.replace(site, head="declared")
         return dataclasses.replace(site, head="found") if site.weight in found else site
 
     return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
+
+
+def _named(model: nn.Module, sites: tuple[Site, ...]) -> Iterator[str]:
+    """The last layer of a root without a graph, if it is called what such a layer is called."""
+    last = [name for name, _ in model.named_children()][-1:]
+    for site in sites:
+        if site.family == "linear" and [site.owner] == last and last[0] in _HEAD_NAMES:
+            yield site.weight
 
 
 def _declared(model: nn.Module) -> Iterator[str]:

@@ -81,7 +81,7 @@ class Insert:
         return _Job(
             output=site.calls[index].output,
             pattern=site.calls[index].pattern,
-            weight=_relative(site.weight, region.fqn),
+            part=_relative(site.part, region.fqn),
             factors=(
                 join(holder, names.name_a, self.adapter),
                 join(holder, names.name_b, self.adapter),
@@ -102,7 +102,7 @@ class Insert:
             build = Branch(
                 graph,
                 base,
-                functools.partial(_tag, job.weight, self.adapter),
+                functools.partial(_tag, job.part, self.adapter),
                 job.factors,
                 cast=job.cast,
                 dropout=job.dropout,
@@ -120,7 +120,7 @@ class _Job:
 
     output: str
     pattern: str
-    weight: str
+    part: str
     factors: tuple[str, str]
     cast: bool
     dropout: float
@@ -142,8 +142,8 @@ def _local(site: Site, region: str) -> Site:
     )
 
 
-def _tag(weight: str, adapter: str, role: Role) -> Tag:
-    return Tag(weight, role, "" if role is Role.BASE else adapter)
+def _tag(part: str, adapter: str, role: Role) -> Tag:
+    return Tag(part, role, "" if role is Role.BASE else adapter)
 
 
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -154,7 +154,7 @@ def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
 def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
     call = row.site.calls[0]
-    tag = _tag(_relative(row.site.weight, call.region), adapter, Role.ADD)
+    tag = _tag(_relative(row.site.part, call.region), adapter, Role.ADD)
     graph = capture.regions[call.region].graph
     return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
 

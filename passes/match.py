@@ -8,14 +8,16 @@ that, too.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
 from torch import fx, nn
 
 from lora_fx.passes._code import weights_read
-from lora_fx.passes._fx import target_of, weight_of
+from lora_fx.passes._fx import target_of
 from lora_fx.passes._region import is_built_in
+from lora_fx.passes._weights import splits, weight_of
 from lora_fx.passes.patterns import patterns
 from lora_fx.passes.patterns.sites import itemised, site_name
 from lora_fx.types import Capture, Match, Matches, Region, Rejection, Site, join
@@ -23,6 +25,21 @@ from lora_fx.types import Capture, Match, Matches, Region, Rejection, Site, join
 __all__ = ["match"]
 
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
+# What is done with tables, tokens and biases of two dimensions: nothing that a low-rank factor stands for.
+_NO_PRODUCTS = frozenset(
+    {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "expand"}
+    | {
+        "expand.default",
+        "repeat",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "to",
+        "attend",
+    }
+)
 _METADATA_METHODS = frozenset(
     {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
 )
@@ -45,20 +62,23 @@ def match(capture: Capture) -> Matches:
                 rejections.setdefault(seen.name, seen)
     readers = _readers(capture)
     nameless = _nameless(capture)
-    sites: dict[str, Site] = {}
+    sites: dict[str, list[Site]] = {}
     for weight, several in found.items():
         joined = nameless.get(weight) or _joined(several, readers.pop(weight, ()))
-        if isinstance(joined, Site):
-            sites[weight] = joined
-        else:
+        if isinstance(joined, Rejection):
             rejections[joined.name] = joined
+        else:
+            sites[weight] = joined
     for weight, reads in readers.items():
+        if all(read.what in _NO_PRODUCTS for read in reads):
+            continue
         name = site_name(weight)
         rejections.setdefault(
             name, Rejection(name, f"its only use is by {reads[0].what}, not a linear operation")
         )
     for weight in sites.keys() & (read := _read_by_code(capture)).keys():
-        rejections[sites.pop(weight).name] = read[weight]
+        del sites[weight]
+        rejections[read[weight].name] = read[weight]
     rejections.update(_opaque(capture, rejections))
     return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
 
@@ -135,7 +155,7 @@ def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
 
 def _consumers(node: fx.Node, region: Region) -> Iterator[fx.Node]:
     for user in node.users:
-        if weight_of(user, region) is not None:
+        if weight_of(user, region) is not None or splits(user):
             yield from _consumers(user, region)
         elif not _asks_metadata(user):
             yield user
@@ -147,29 +167,38 @@ def _asks_metadata(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _METADATA
 
 
-def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> Site | Rejection:
-    first = several[0]
-    calls = tuple(call for site in several for call in site.calls)
-    own = {(call.region, call.output) for call in calls}
-    for other in several[1:]:
-        if (other.family, other.layout) != (first.family, first.layout):
-            return Rejection(
-                first.name,
-                f"its weight is applied in two ways ({first.pattern} and {other.pattern}): one "
-                "adapter cannot stand for both",
-                other.calls[0].region,
-                other.calls[0].output,
-            )
+def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> list[Site] | Rejection:
+    """The sites of one weight: one for all of it, or one for each of its parts."""
+    whole = site_name(several[0].weight)
+    own = {(call.region, call.output) for site in several for call in site.calls}
     for read in reads:
         if (read.region, read.node) not in own:
-            return Rejection(
-                first.name,
+            reason = (
                 f"its weight is also read by {read.what}: an adapter would change one use, a merge "
-                "both",
-                read.region,
-                read.node,
+                "both"
             )
-    return dataclasses.replace(first, calls=calls)
+            return Rejection(whole, reason, read.region, read.node)
+    parts: dict[tuple[int, int] | None, Site] = {}
+    for site in several:
+        known = parts.get(site.rows)
+        if known is None:
+            parts[site.rows] = site
+            continue
+        if (site.family, site.layout) != (known.family, known.layout):
+            return Rejection(
+                whole,
+                f"its weight is applied in two ways ({known.pattern} and {site.pattern}): one "
+                "adapter cannot stand for both",
+                site.calls[0].region,
+                site.calls[0].output,
+            )
+        parts[site.rows] = dataclasses.replace(known, calls=known.calls + site.calls)
+    ordered = sorted(parts.values(), key=lambda site: site.rows or (0, 0))
+    for one, other in itertools.pairwise(ordered):
+        if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:
+            reason = "its weight is applied as a whole and in parts, or in parts that overlap"
+            return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)
+    return ordered
 
 
 def _read_by_code(capture: Capture) -> dict[str, Rejection]:
@@ -202,13 +231,19 @@ def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejectio
     return result
 
 
-def _ordered(model: nn.Module, sites: dict[str, Site]) -> Iterator[Site]:
+def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
     """Sites in parameter order, each with the FQNs of the other parameters over its storage."""
     tied: dict[int, list[str]] = defaultdict(list)
     named = list(model.named_parameters(remove_duplicate=False))
+
+    def owner(name: str) -> nn.Module:
+        return model.get_submodule(name.rpartition(".")[0])
+
     for name, parameter in named:
         tied[parameter.untyped_storage()._cdata].append(name)
     for name, parameter in named:
-        if name in sites:
-            others = tuple(n for n in tied[parameter.untyped_storage()._cdata] if n != name)
-            yield dataclasses.replace(sites[name], tied_to=others)
+        sharing = tied[parameter.untyped_storage()._cdata]
+        # A module under two names is one module.
+        others = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
+        for site in sites.get(name, ()):
+            yield dataclasses.replace(site, tied_to=others)

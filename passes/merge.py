@@ -126,7 +126,7 @@ def delta_weight(
 def merge(
     model: nn.Module,
     *,
-    adapter_names: Sequence[str] | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     into: nn.Module | None = None,
     measure: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
@@ -150,8 +150,11 @@ def merge(
     record = record_of(model)
     if record is None:
         raise MergeError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has"
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
+            "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
         )
+    if isinstance(adapter_names, str):
+        adapter_names = (adapter_names,)
     names = tuple(record.adapters if adapter_names is None else adapter_names)
     for name in names:
         if name not in record.adapters:
@@ -241,17 +244,30 @@ def _folded(
         features if rows[0][0].site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
     )
     for start in range(0, features, step):
-        here = slice(start, start + step)
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
         for row, adapter in rows:
-            total += delta_weight(model, row, adapter, wide, here).to(old.device)
+            _add_delta(total, start, model, row, adapter)
         merged.narrow(axis, start, total.shape[axis]).copy_(_rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
         raise MergeError(
             f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
         )
     return merged
+
+
+def _add_delta(
+    total: torch.Tensor, start: int, model: nn.Module, row: PlannedSite, adapter: str
+) -> None:
+    """Adds what a site contributes to a slice of its weight that begins at ``start``."""
+    first, last = row.site.rows or (0, row.site.out_features)
+    axis = 0 if row.site.layout == "out_in" else 1
+    low, high = max(first, start), min(last, start + total.shape[axis])
+    if low >= high:
+        return
+    outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
+    delta = delta_weight(model, row, adapter, total.dtype, outputs)
+    total.narrow(axis, low - start, high - low).add_(delta.to(total.device))
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -279,9 +295,9 @@ def _measured(
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
     if not measure:
         return MergedSite(name, adapters, math.nan, math.nan)
-    exact = old.double()
+    exact = old.to(torch.float64, copy=True)
     for row, adapter in rows:
-        exact = exact + delta_weight(model, row, adapter, torch.float64).to(old.device)
+        _add_delta(exact, 0, model, row, adapter)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))

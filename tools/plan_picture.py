@@ -123,13 +123,13 @@ def _describe(
 ) -> tuple[Kind, str, tuple[tuple[str, str], ...]]:
     if isinstance(row, PlannedSite):
         site = row.site
-        shape = times(site.weight_shape)
+        shape = times(site.shape)
         return (
             Kind.SITE,
             f"r {row.rank} · {shape}",
             (
                 ("pattern", site.pattern),
-                ("weight", f"{site.weight} {shape}"),
+                ("weight", f"{site.part} {shape}"),
                 ("rank", str(row.rank)),
                 ("scale", f"{row.scale:g}"),
                 ("dropout", f"{row.dropout:g}"),
@@ -140,8 +140,8 @@ def _describe(
         )
     if isinstance(row, Skipped):
         site = row.site
-        shape = times(site.weight_shape)
-        facts = (("pattern", site.pattern), ("weight", f"{site.weight} {shape}"))
+        shape = times(site.shape)
+        facts = (("pattern", site.pattern), ("weight", f"{site.part} {shape}"))
         return Kind.SKIPPED, _short(row.reason), (*facts, ("not selected", row.reason))
     if isinstance(row, Rejection):
         return Kind.REJECTED, _short(row.reason), (("cannot be adapted", row.reason),)

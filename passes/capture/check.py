@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,8 +76,19 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
     # A forward may write into what it is given: tensors, and caches more so.
     args, kwargs = pytree.tree_map(_own, normalise(example_inputs))
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), _without_fast_path():
         return model.eval()(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Attention in the operations that a graph has; the fast path writes zeros where padding is."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _own(value: Any) -> Any:

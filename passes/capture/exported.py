@@ -18,10 +18,11 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes._region import CONSTANT
-from lora_fx.passes._signature import CHECKPOINTS, GuardedCodeGen, parameters_of
+from lora_fx.passes._region import CONSTANT, install, uninstall
+from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, parameters_of
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
+from lora_fx.passes.capture.written_out import WRITTEN_OUT
 from lora_fx.types import Capture, Region
 
 __all__ = ["export_root"]
@@ -41,12 +42,20 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     """
     model = capture.model
     inputs = _bound(model, example_inputs)
-    program = _exported(model, _prepared(inputs), dynamic_shapes)
+    # Attention is exported as the regions have it, so that both show the same operations.
+    written = [r for r in capture.regions.values() if type(r.module) in WRITTEN_OUT]
+    install(written)
+    try:
+        program = _exported(model, _prepared(inputs), dynamic_shapes)
+    finally:
+        for region in written:
+            uninstall(region.module)
     module = program.module(check_guards=False)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(module.graph, copied)
     _name_constants(graph, module, model)
+    _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
     conditions = _shape_conditions(
         program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)]
@@ -69,8 +78,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         conditions.append(f"{_attribute(str(reference.target))}.dtype != {tensor.dtype}")
     # Under autocast the code chooses dtypes that the graph has as literals.
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
-    if any(hasattr(module, "gradient_checkpointing") for module in model.modules()):
-        conditions.append(f"{CHECKPOINTS}(self)")
+    conditions.append(f"{NEEDS_MODULES}(self)")
     for node in graph.nodes:
         node.meta.clear()
     fixed = _fixed(model, inputs)
@@ -170,6 +178,17 @@ def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -
             moved[str(node.target)] = f"{CONSTANT}{len(moved)}"
             model.register_buffer(moved[str(node.target)], value.detach().clone(), persistent=False)
         node.target = moved[str(node.target)]
+
+
+def _name_shared(graph: fx.Graph, model: nn.Module) -> None:
+    """A module under two names goes by the first, as everywhere else."""
+    first = {module: name for name, module in model.named_modules()}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner, _, key = str(node.target).rpartition(".")
+        name = first[model.get_submodule(owner)]
+        node.target = f"{name}.{key}" if name else key
 
 
 def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
+from lora_fx.passes.capture.written_out import WRITTEN_OUT
 from lora_fx.types import Region, join
 
 __all__ = ["find_regions"]
@@ -47,21 +48,7 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
     opaque: dict[str, str] = {}
     seen: set[nn.Module] = set()
     holders = _holders(model)
-    known: dict[Any, fx.Graph] = {}
-    failed: dict[Any, Untraceable] = {}
-
-    def graph_of(module: nn.Module, built_in: bool) -> fx.Graph:
-        key, kind = _structure(module), _kind(module)
-        if key in known:
-            return known[key]
-        if kind in failed:
-            raise failed[kind]
-        try:
-            known[key] = trace(module, check_none=not built_in)
-        except Untraceable as reason:
-            failed[kind] = reason
-            raise
-        return known[key]
+    graphs = _Graphs()
 
     def visit(module: nn.Module, fqn: str) -> None:
         if module in seen or module not in holders:
@@ -71,18 +58,14 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
             opaque[fqn] = "it is a TorchScript module: use the module that it was made from"
             return
         built_in = is_built_in(module)
-        if (
-            built_in
-            and not isinstance(module, (*_OPERATIONS, nn.Sequential))
-            and not _container(module)
-        ):
+        if built_in and _sealed(module):
             opaque[fqn] = (
                 f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
             )
             return
         if not _container(module):
             try:
-                regions[fqn] = Region(fqn, module, graph_of(module, built_in))
+                regions[fqn] = Region(fqn, module, graphs.of(module))
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
         for name, child in module.named_children():
@@ -90,6 +73,37 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
 
     visit(model, "")
     return regions, opaque
+
+
+class _Graphs:
+    """Traces modules; those that agree in all that a trace depends on get the same graph."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, fx.Graph] = {}
+        self._failed: dict[Any, Untraceable] = {}
+
+    def of(self, module: nn.Module) -> fx.Graph:
+        """The module's graph.
+
+        Raises:
+            Untraceable: With the reason in words.
+        """
+        key, kind = _structure(module), _kind(module)
+        if key in self._known:
+            return self._known[key]
+        if kind in self._failed:
+            raise self._failed[kind]
+        try:
+            forward = WRITTEN_OUT.get(type(module))
+            if forward is None:
+                graph = trace(module, check_none=not is_built_in(module))
+            else:
+                graph = trace(module, {}, check_none=False, forward=forward)
+        except Untraceable as reason:
+            self._failed[kind] = reason
+            raise
+        self._known[key] = graph
+        return graph
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:
@@ -163,6 +177,13 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     )
     children = tuple((name, type(child)) for name, child in module._modules.items())
     return (type(module), tuple(module._parameters), tuple(switches), children)
+
+
+def _sealed(module: nn.Module) -> bool:
+    """Whether a module of torch.nn uses its weights, and those of its children, by itself."""
+    open_ones = (*_OPERATIONS, nn.Sequential, nn.Transformer)
+    written = type(module) in WRITTEN_OUT
+    return not (written or isinstance(module, open_ones) or _container(module))
 
 
 def _container(module: nn.Module) -> bool:

@@ -39,7 +39,11 @@ class Untraceable(Exception):
 
 
 def trace(
-    module: nn.Module, fixed: dict[str, Any] | None = None, *, check_none: bool = True
+    module: nn.Module,
+    fixed: dict[str, Any] | None = None,
+    *,
+    check_none: bool = True,
+    forward: Callable[..., Any] | None = None,
 ) -> fx.Graph:
     """Traces one module's own ``forward``.
 
@@ -48,6 +52,7 @@ def trace(
         fixed: Values of parameters that are not inputs of the graph. By default every parameter that
             has a default is fixed to it.
         check_none: See :class:`GuardedCodeGen`.
+        forward: What to trace instead of the module's own forward; it has the same signature.
 
     Returns:
         A graph with the names of ``module`` and a guarded signature.
@@ -57,10 +62,10 @@ def trace(
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on the instance")
-    parameters = parameters_of(type(module).forward, fixed)
+    parameters = parameters_of(forward or type(module).forward, fixed)
     _check_parameters(parameters)
     before = State(module, (p.default for p in parameters))
-    recorder = Recorder(parameters)
+    recorder = Recorder(parameters, forward)
     try:
         graph = recorder.record(module)
     except Untraceable:
@@ -73,13 +78,28 @@ def trace(
         raise Untraceable(recorder.refused or changed)
     if recorder.values_alive():
         raise Untraceable("its forward keeps a traced value where other code finds it")
-    reason = forbidden(recorder.seen)
+    # The forward itself, too, where a wrong answer kept it from recording anything.
+    code = getattr(inspect.unwrap(forward or type(module).forward), "__code__", None)
+    reason = forbidden(recorder.seen | ({code} if isinstance(code, CodeType) else set()))
     if reason:
         raise Untraceable(reason)
     _check_names(parameters, graph)
     reads = frozenset(name for code in recorder.seen for name in code.co_names)
-    graph.set_codegen(GuardedCodeGen(parameters, check_none, reads=reads))
+    sizes = tuple(_sizes(module, graph))
+    graph.set_codegen(GuardedCodeGen(parameters, check_none, sizes, reads))
     return graph
+
+
+def _sizes(module: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """Conditions that are true when something was appended to a container that the graph goes through."""
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for name in dict.fromkeys(target.rpartition(".")[0] for target in targets):
+        container = module.get_submodule(name)
+        if isinstance(container, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            path = "self"
+            for atom in filter(None, name.split(".")):
+                path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
+            yield f"len({path}) != {len(container)}"
 
 
 def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
@@ -113,11 +133,14 @@ class Recorder(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, parameters: tuple[Parameter, ...]) -> None:
+    def __init__(
+        self, parameters: tuple[Parameter, ...], forward: Callable[..., Any] | None = None
+    ) -> None:
         super().__init__()
         self.refused: str | None = None
         self.seen: set[CodeType] = set()
         self._parameters = parameters
+        self._forward = forward
         self._values: list[weakref.ref[fx.Proxy]] = []
         self._modes = _modes()
 
@@ -193,7 +216,7 @@ class Recorder(fx.Tracer):
                 keywords[p.name] = value
 
         def run(*args: Any) -> Any:
-            return root_fn(*args, **keywords)
+            return (self._forward or root_fn)(*args, **keywords)
 
         return run, positional
 

@@ -49,7 +49,8 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
         if node.target in _DROPOUTS:
             named = arguments(node, "input p train")
             if named["train"]:
-                args = (named["input"], named["p"], _mode(graph, node, model))
+                p = _setting(graph, node, model, "p", named["p"])
+                args = (named["input"], p, _mode(graph, node, model))
                 _replace(graph, node, _DROPOUTS[node.target], args)
         elif node.target is _aten.batch_norm.default:
             named = arguments(node, _BATCH_NORM)
@@ -111,8 +112,8 @@ def _norm(
         named["weight"],
         named["bias"],
         _mode(graph, node, model),
-        named["momentum"],
-        named["eps"],
+        _setting(graph, node, model, "momentum", named["momentum"]),
+        _setting(graph, node, model, "eps", named["eps"]),
     )
 
 
@@ -152,6 +153,19 @@ def _mode(graph: fx.Graph, node: fx.Node, model: nn.Module) -> fx.Node:
         owner = ""
     with graph.inserting_before(node):
         return graph.create_node("get_attr", f"{owner}.training" if owner else "training")
+
+
+def _setting(graph: fx.Graph, node: fx.Node, model: nn.Module, name: str, value: Any) -> Any:
+    """A number of the layer, read where the layer has it, so that setting it later counts."""
+    owner = _owner(node)
+    try:
+        found = getattr(model.get_submodule(owner), name, None)
+    except AttributeError:
+        return value
+    if not owner or type(found) is not type(value) or found != value:
+        return value
+    with graph.inserting_before(node):
+        return graph.create_node("get_attr", f"{owner}.{name}")
 
 
 def _replace(

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, constant_of, target_of, weight_of
+from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._weights import constant_of, weight_of
 from lora_fx.passes.patterns.sites import itemised, make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
@@ -57,7 +58,7 @@ class ConvPattern:
             return None
         named = arguments(node, _SIGNATURE)
         found = weight_of(named["weight"], region)
-        if found is None or found[1]:
+        if found is None or found.transposed or found.rows:
             computed = constant_of(named["weight"], region)
             if computed is None:
                 return None
@@ -65,17 +66,17 @@ class ConvPattern:
             reason = f"the weight is computed from it ({how}) before it is applied"
             return reject(region, node, computed, reason)
         if target in _TRANSPOSED[self.dims]:
-            return reject(region, node, found[0], "transposed convolutions have no adapter yet")
-        parameter = region.parameter(found[0])
+            return reject(region, node, found.source, "transposed convolutions have no adapter yet")
+        parameter = region.parameter(found.source)
         assert parameter is not None
         if not isinstance(named["groups"], int):
-            return reject(region, node, found[0], "its number of groups depends on the input")
+            return reject(region, node, found.source, "its number of groups depends on the input")
         groups = named["groups"]
         return make_site(
             region,
             pattern=self.name,
             family="conv",
-            weight=found[0],
+            weight=found.source,
             bias=named["bias"],
             x=named["input"],
             output=node,

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, target_of, weight_of
+from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._weights import weight_of
 from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
@@ -32,26 +33,31 @@ class EmbeddingPattern:
         if target is F.embedding_bag:
             found = weight_of(node.args[1], region) if len(node.args) > 1 else None
             return reject(
-                region, node, found[0] if found else None, "embedding bags have no adapter yet"
+                region, node, found.source if found else None, "embedding bags have no adapter yet"
             )
         if target not in (F.embedding, torch.ops.aten.embedding.default):
             return None
         named = arguments(node, _FUNCTIONAL if target is F.embedding else _ATEN)
         found = weight_of(named["weight"], region)
-        if found is None or found[1] or not isinstance(named["input"], fx.Node):
+        if (
+            found is None
+            or found.transposed
+            or found.rows
+            or not isinstance(named["input"], fx.Node)
+        ):
             return None
         if named.get("max_norm") is not None:
             return reject(
-                region, node, found[0], "max_norm renormalises the weight at every lookup"
+                region, node, found.source, "max_norm renormalises the weight at every lookup"
             )
-        parameter = region.parameter(found[0])
+        parameter = region.parameter(found.source)
         assert parameter is not None
         vocabulary, width = parameter.shape
         return make_site(
             region,
             pattern=self.name,
             family="embedding",
-            weight=found[0],
+            weight=found.source,
             bias=None,
             x=named["input"],
             output=node,

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, constant_of, target_of, weight_of
+from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._weights import constant_of, weight_of
 from lora_fx.passes.patterns.sites import itemised, make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Layout, Match, Region, Role, Site
 
@@ -44,6 +45,7 @@ class _Product:
     layout: Layout
     left: bool
     bias: object
+    rows: tuple[int, int] | None
 
 
 class _Linear:
@@ -93,7 +95,16 @@ class _Linear:
             return reject(
                 region, node, seen.weight, f"its weight is {parameter.dtype}, not floating point"
             )
+        if seen.rows is not None and seen.layout == "in_out":
+            return reject(
+                region,
+                node,
+                seen.weight,
+                "some of its inputs' weights are taken out of it (a slice)",
+            )
         out_features, in_features = parameter.shape
+        if seen.rows is not None:
+            out_features = seen.rows[1] - seen.rows[0]
         if seen.layout == "in_out":
             in_features, out_features = out_features, in_features
         return make_site(
@@ -106,6 +117,7 @@ class _Linear:
             output=node,
             sizes=(in_features, out_features),
             layout=seen.layout,
+            rows=seen.rows,
         )
 
     def _see(self, node: fx.Node, region: Region) -> _Product | Match:
@@ -171,7 +183,6 @@ def _product(
         )
     if not isinstance(x, fx.Node) or constant_of(x, region) is not None:
         return None
-    source, transposed = found
-    if transposed:
+    if found.transposed:
         layout = "in_out" if layout == "out_in" else "out_in"
-    return _Product(x, source, layout, left, bias)
+    return _Product(x, found.source, layout, left, bias, found.rows)

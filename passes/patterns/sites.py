@@ -11,6 +11,13 @@ from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 __all__ = ["itemised", "make_site", "reject", "site_name"]
 
 
+# What the parts of a fused weight are called, where its name says what it is fused of.
+_PARTS = {
+    2: (("gate", "up"), ("gate_up", "gate_and_up", "w12", "w13")),
+    3: (("q", "k", "v"), ("qkv", "in_proj", "c_attn", "query_key_value")),
+}
+
+
 def site_name(weight: str) -> str:
     """A site's FQN: the module's, or the parameter's where it is not the module's ``weight``.
 
@@ -32,6 +39,7 @@ def make_site(
     sizes: tuple[int, int],
     layout: Layout,
     groups: int = 1,
+    rows: tuple[int, int] | None = None,
 ) -> Site:
     """A site with one call.
 
@@ -46,13 +54,14 @@ def make_site(
         sizes: ``(in_features, out_features)``.
         layout: How the weight is stored.
         groups: Groups of a convolution.
+        rows: Which rows of the weight are applied; None for all.
     """
     parameter = region.parameter(weight)
     assert parameter is not None
     name = join(region.fqn, str(weight.target))
     has_bias = region.parameter(bias) is not None
     return Site(
-        name=site_name(name),
+        name=site_name(name) if rows is None else _part_name(name, rows, len(parameter)),
         pattern=pattern,
         family=family,
         weight=name,
@@ -63,7 +72,20 @@ def make_site(
         weight_shape=tuple(parameter.shape),
         calls=(Call(region.fqn, x.name, output.name, pattern),),
         groups=groups,
+        rows=rows,
     )
+
+
+def _part_name(weight: str, rows: tuple[int, int], size: int) -> str:
+    """The name of some rows: ``qkv.q``, ``gate_up_proj.up``, ``attn.k``, or their range."""
+    owner, _, key = weight.rpartition(".")
+    # nn.MultiheadAttention has one weight for the three; "attn.q" says all.
+    whole = owner if key == "in_proj_weight" else site_name(weight)
+    width = rows[1] - rows[0]
+    names, hints = _PARTS.get(size // width, ((), ()))
+    if size % width or rows[0] % width or not any(hint in weight.lower() for hint in hints):
+        return join(whole, f"{rows[0]}_{rows[1]}")
+    return join(whole, names[rows[0] // width])
 
 
 def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -> Rejection:

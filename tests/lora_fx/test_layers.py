@@ -28,6 +28,7 @@ LAYERS = (
     "lora_fx.config",
     "lora_fx.types",
     "lora_fx.ops",
+    "lora_fx.attention",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx._checkpoint_files",

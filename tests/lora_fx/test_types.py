@@ -74,7 +74,7 @@ def test_a_plan_is_a_sequence_of_its_sites() -> None:
 
 
 def test_a_capture_says_what_it_holds() -> None:
-    text = str(capture(nn.Sequential(Residual(1), nn.TransformerEncoderLayer(8, 2, 16))))
+    text = str(capture(nn.Sequential(Residual(1), nn.LSTM(8, 2))))
     assert "captured by" in text
     assert "0.blocks.0.up: " in text
     assert "no graph: 1" in text

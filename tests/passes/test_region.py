@@ -368,3 +368,17 @@ def test_the_text_of_a_dead_class_goes():
     del module
     gc.collect()
     assert not any("lora_fx Gone" in name for name in linecache.cache)
+
+
+def test_a_container_that_grows_or_is_cut_runs_as_it_is_now():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2))
+    x = torch.randn(3, 4)
+    assert torch.equal(adapted[:2](x), model[:2](x))
+    extra = nn.Linear(2, 5)
+    adapted.append(extra)
+    assert torch.equal(adapted(x), extra(model(x)))
+    blocks = lora_fx.rewrite(zoo.Residual(3), lora_fx.LoraConfig(r=2))
+    blocks.blocks.append(nn.Sigmoid())
+    ids = torch.tensor([[1, 2]])
+    assert torch.isfinite(blocks(ids)).all()

@@ -61,7 +61,7 @@ def test_with_inputs_export_is_used_where_it_sees_more():
     config = lora_fx.LoraConfig(r=2)
     names = [row.name for row in lora_fx.plan(Branches(own=True), config, sample(2, 4)).sites]
     assert names == ["kernel", "fc"]
-    assert [row.name for row in lora_fx.plan(Branches(own=True), config).sites] == ["fc", "head"]
+    assert [row.name for row in lora_fx.plan(Branches(own=True), config).sites] == ["fc"]
 
 
 def test_where_export_fails_the_regions_stay_and_say_why():

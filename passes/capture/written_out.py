@@ -1,0 +1,159 @@
+"""Modules of ``torch.nn`` that apply several weights inside one call, written out.
+
+Their own ``forward`` branches on how it is called and has fast paths in C++ that read the weights past every
+adapter. What is here computes the same from operations that can be seen: one projection each for q, k and
+v, the attention between them (:func:`lora_fx.attention.attend`), one projection out. Each function has the
+signature of the ``forward`` that it stands for, and its graph holds for every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lora_fx.attention import attend, causal_hint
+
+__all__ = ["WRITTEN_OUT"]
+
+fx.wrap("attend")
+fx.wrap("causal_hint")
+
+
+def _attention(
+    self: nn.MultiheadAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Any:
+    width = self.embed_dim
+    parts = [slice(i * width, (i + 1) * width) for i in range(3)]
+    if self._qkv_same_embed_dim:
+        weights = [self.in_proj_weight[part] for part in parts]
+    else:
+        weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+    bias: torch.Tensor | None = self.in_proj_bias
+    biases = [None if bias is None else bias[part] for part in parts]
+    q = F.linear(query, weights[0], biases[0])
+    k = F.linear(key, weights[1], biases[1])
+    v = F.linear(value, weights[2], biases[2])
+    out, weight = attend(
+        q,
+        k,
+        v,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        average_attn_weights,
+        is_causal,
+        heads=self.num_heads,
+        batch_first=self.batch_first,
+        dropout=self.dropout,
+        training=self.training,
+        bias_k=self.bias_k,
+        bias_v=self.bias_v,
+        add_zero_attn=self.add_zero_attn,
+    )
+    return self.out_proj(out), weight
+
+
+def _encoder_layer(
+    self: Any,
+    src: torch.Tensor,
+    src_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool = False,
+) -> Any:
+    def attention(x: torch.Tensor) -> Any:
+        return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
+
+    if self.norm_first:
+        x = src + attention(self.norm1(src))
+        return x + self._ff_block(self.norm2(x))
+    x = self.norm1(src + attention(src))
+    return self.norm2(x + self._ff_block(x))
+
+
+def _encoder(
+    self: Any,
+    src: torch.Tensor,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool | None = None,
+) -> Any:
+    causal = causal_hint(src, mask, is_causal, self.layers[0].self_attn.batch_first)
+    x = src
+    for layer in self.layers:
+        x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+    return x if self.norm is None else self.norm(x)
+
+
+def _decoder_layer(
+    self: Any,
+    tgt: torch.Tensor,
+    memory: torch.Tensor,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: bool = False,
+    memory_is_causal: bool = False,
+) -> Any:
+    def attention(x: torch.Tensor) -> Any:
+        return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+    def cross(x: torch.Tensor) -> Any:
+        return self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+
+    if self.norm_first:
+        x = tgt + attention(self.norm1(tgt))
+        x = x + cross(self.norm2(x))
+        return x + self._ff_block(self.norm3(x))
+    x = self.norm1(tgt + attention(tgt))
+    x = self.norm2(x + cross(x))
+    return self.norm3(x + self._ff_block(x))
+
+
+def _decoder(
+    self: Any,
+    tgt: torch.Tensor,
+    memory: torch.Tensor,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Any:
+    causal = causal_hint(tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first)
+    x = tgt
+    for layer in self.layers:
+        x = layer(
+            x,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=causal,
+            memory_is_causal=memory_is_causal,
+        )
+    return x if self.norm is None else self.norm(x)
+
+
+WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
+    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerEncoder: _encoder,
+    nn.TransformerDecoderLayer: _decoder_layer,
+    nn.TransformerDecoder: _decoder,
+}
+"""By exact class: a subclass may have changed what it computes."""

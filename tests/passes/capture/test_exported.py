@@ -1,0 +1,133 @@
+"""A whole-model graph over the regions: what export freezes is read again, or the call goes past it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora_fx
+from lora_fx import CaptureError, LoraConfig
+
+CONFIG = LoraConfig(r=2)
+
+
+class Frozen(nn.Module):
+    """Everything that export makes a literal of: dropouts, batch norm, attention dropout, a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.bn = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.shared = nn.Linear(8, 8)
+        self.alias = self.shared
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        h = self.drop(self.bn(self.fc(x))) * scale
+        h = self.alias(torch.relu(self.shared(h)))
+        p = 0.3 if self.training else 0.0
+        h = F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None], dropout_p=p)[:, 0]
+        return self.head(h) + torch.arange(2, device=x.device)
+
+
+@pytest.fixture
+def models() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    x = torch.randn(6, 8)
+    model = Frozen()
+    return model, lora_fx.rewrite(model, CONFIG, x, frontend="export"), x
+
+
+def same(model: nn.Module, adapted: nn.Module, *args: object) -> None:
+    torch.manual_seed(3)
+    expected = model(*args)
+    torch.manual_seed(3)
+    torch.testing.assert_close(adapted(*args), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_modes_follow_train_and_eval(models) -> None:
+    model, adapted, x = models
+    model = copy.deepcopy(model)
+    for training in (True, False, True):
+        same(model.train(training), adapted.train(training), x)
+        assert torch.equal(model.bn.running_mean, adapted.bn.running_mean)
+        assert model.bn.num_batches_tracked == adapted.bn.num_batches_tracked
+    model.bn.eval(), adapted.bn.eval()
+    same(model, adapted, x)
+
+
+def test_settings_of_a_layer_are_read_when_it_runs(models) -> None:
+    model, adapted, x = models
+    for one in (model, adapted):
+        one.drop.p, one.bn.eps, one.bn.momentum = 0.1, 0.5, 0.9
+    same(copy.deepcopy(model).train(), adapted.train(), x)
+
+
+def test_a_hook_that_waits_for_a_module_gets_its_call(models) -> None:
+    model, adapted, x = models
+    for one in (model, adapted):
+        one.bn.register_forward_hook(lambda module, args, out: out * 3)
+    same(model.eval(), adapted.eval(), x)
+
+
+def test_a_call_of_another_form_goes_through_the_modules(models) -> None:
+    model, adapted, x = models
+    model.eval(), adapted.eval()
+    same(model, adapted, x, 2.0)
+    same(model, adapted, x[:1])
+    assert torch.isfinite(adapted.half()(x.half())).all()
+
+
+def test_a_module_under_two_names_is_one_site(models) -> None:
+    model, adapted, x = models
+    plan = lora_fx.plan(model, CONFIG, x, frontend="export")
+    assert [row.name for row in plan] == ["fc", "shared"]
+    assert plan.trainable_parameters == sum(
+        p.numel() for p in lora_fx.trainable_parameters(adapted)
+    )
+    assert plan.sites[1].site.tied_to == ()
+
+
+def test_random_numbers_without_a_mode_are_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) + torch.rand_like(x)
+
+    with pytest.raises(CaptureError, match="draws random numbers"):
+        lora_fx.capture(Noisy(), torch.randn(2, 4), frontend="export")
+
+
+def test_inputs_that_do_not_fit_are_named() -> None:
+    with pytest.raises(CaptureError, match=r"do not fit Frozen\.forward"):
+        lora_fx.capture(Frozen(), {"y": torch.randn(2, 8)}, frontend="export")
+
+
+class Counts(nn.Module):
+    """Export freezes the count; the regions do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        h = x @ self.weight * self.steps
+        return self.head(self.fc(h))
+
+
+def test_auto_goes_back_to_the_regions_where_export_computes_something_else() -> None:
+    x = torch.randn(3, 4)
+    model = Counts().eval()
+    adapted = lora_fx.rewrite(model, CONFIG, x)
+    torch.testing.assert_close(adapted(x), copy.deepcopy(model)(x))
