@@ -13,8 +13,7 @@ import torch
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.passes.patterns.linear import LinearPattern
-from lora_fx.passes.patterns.sites import make_site
+from lora_fx.passes.patterns import LinearPattern, make_site
 from lora_fx.types import BranchBuilder, Match, Region, Role, Site
 
 GAIN = 3.0

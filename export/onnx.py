@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,8 +88,10 @@ def export_onnx(
         ExportError: Anything else: arguments that mean nothing, an existing file, a model that
             cannot be captured or is random, a full disk.
     """
-    target = Path(path)
     _check_arguments(model, adapters, dtype, opset)
+    if not isinstance(path, str | os.PathLike):
+        raise ExportError(f"path is a {type(path).__name__}: give the name of the file to write")
+    target = Path(path)
     check_target(target, force=force)
     _require_packages()
     clock = _Stages(progress)
@@ -170,7 +173,7 @@ def _check_arguments(model: object, adapters: str, dtype: str | None, opset: int
             "of one, which ONNX Runtime rejects for larger batches; use 20, 22 or 24"
         )
     if opset is not None and opset not in _OPSETS:
-        raise ExportError(f"opset {opset} is not supported: use one of {_OPSETS}")
+        raise ExportError(f"opset {opset!r} is not supported: use one of {_OPSETS}")
 
 
 def _require_packages() -> None:

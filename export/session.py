@@ -153,6 +153,11 @@ class OnnxSession:
         if isinstance(inputs, (Tensor, np.ndarray)):
             inputs = (inputs,)
         if not isinstance(inputs, Mapping):
+            if not isinstance(inputs, Sequence):
+                raise ExportError(
+                    f"inputs are a {type(inputs).__name__}: give arrays or tensors, by name "
+                    f"({', '.join(names)}) or in this order"
+                )
             if len(inputs) != len(names):
                 raise ExportError(
                     f"{self.path.name} takes {len(names)} inputs ({', '.join(names)}), "

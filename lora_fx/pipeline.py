@@ -64,7 +64,11 @@ def plan_model(
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"config must be a lora_fx.LoraConfig, found {type(config).__name__}")
+        found = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"config must be a lora_fx.LoraConfig, found {found}; "
+            "lora_fx.LoraConfig.from_dict(config.to_dict()) takes over PEFT's"
+        )
     if record_of(model) is not None:
         raise ConfigError(
             "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, "

@@ -63,6 +63,10 @@ def visualize(
         ConfigError: The suffix is none of these, the folder does not exist, or the file does.
         LoraFxError: The file could not be written; one that was there is still there.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path is a {type(path).__name__}: give the model first, then a file name"
+        )
     target = Path(path)
     write = FORMATS.get(target.suffix.lower())
     if write is None:

@@ -8,9 +8,20 @@ from lora_fx.errors import ConfigError
 from lora_fx.passes.patterns.conv import ConvPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
+from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.types import Pattern
 
-__all__ = ["pattern_of", "patterns", "register_pattern"]
+__all__ = [
+    "ConvPattern",
+    "EmbeddingPattern",
+    "LinearPattern",
+    "MatmulPattern",
+    "make_site",
+    "pattern_of",
+    "patterns",
+    "register_pattern",
+    "reject",
+]
 
 _registry: tuple[Pattern, ...] = (
     LinearPattern(),
