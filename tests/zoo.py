@@ -139,6 +139,18 @@ class AddmmOnTheLeft(Own):
         return torch.addmm(x[:1, :1], self.kernel, x)
 
 
+class Einsum(Own):
+    """An equation over `x` and the kernel, in this order or the other."""
+
+    def __init__(self, equation: str, *shape: int, first: bool = False) -> None:
+        super().__init__(*shape)
+        self.equation, self.first = equation, first
+
+    def forward(self, x):
+        operands = (self.kernel, x) if self.first else (x, self.kernel)
+        return torch.einsum(self.equation, *operands)
+
+
 class Lists(nn.Module):
     """Parameters in a list and in a dict."""
 
@@ -295,6 +307,26 @@ FORMS: tuple[Form, ...] = (
     ),
     Form("addmm, left", lambda: AddmmOnTheLeft(7, 5), _rows(5, 3), "kernel", "out_in", "matmul"),
     Form("HF Conv1D", lambda: hf_conv1d(7, 5), _rows(2, 3, 5), "weight", "in_out", "matmul"),
+    *(
+        Form(
+            f"einsum {equation}",
+            lambda equation=equation, shape=shape, first=first: Einsum(
+                equation, *shape, first=first
+            ),
+            _rows(*x),
+            "kernel",
+            kind,
+            "einsum",
+        )
+        for equation, shape, x, kind, first in (
+            ("bsi,oi->bso", (7, 5), (2, 3, 5), "out_in", False),
+            ("bi, io -> bo", (5, 7), (3, 5), "in_out", False),
+            ("...i,oi->...o", (7, 5), (2, 3, 5), "out_in", False),
+            ("oi,bin->bon", (7, 5), (2, 5, 3), "out_in", True),
+            ("bins,oi->nobs", (7, 5), (2, 5, 3, 4), "out_in", False),
+            ("bi,io", (5, 7), (3, 5), "in_out", False),
+        )
+    ),
     _conv("conv1d", lambda: nn.Conv1d(4, 6, 3, padding=1), 2, 4, 9),
     _conv("conv1d unbatched", lambda: nn.Conv1d(4, 6, 3), 4, 9),
     _conv("conv1d same", lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2), 2, 4, 11),

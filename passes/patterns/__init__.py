@@ -6,6 +6,7 @@ from typing import Protocol
 
 from lora_fx.errors import ConfigError
 from lora_fx.passes.patterns.conv import ConvPattern
+from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
 from lora_fx.passes.patterns.sites import make_site, reject
@@ -13,6 +14,7 @@ from lora_fx.types import Pattern
 
 __all__ = [
     "ConvPattern",
+    "EinsumPattern",
     "EmbeddingPattern",
     "LinearPattern",
     "MatmulPattern",
@@ -26,6 +28,7 @@ __all__ = [
 _registry: tuple[Pattern, ...] = (
     LinearPattern(),
     MatmulPattern(),
+    EinsumPattern(),
     *(ConvPattern(dims) for dims in (1, 2, 3)),
     EmbeddingPattern(),
 )

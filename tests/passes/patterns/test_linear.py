@@ -11,7 +11,7 @@ import lora_fx
 from tests import algebra
 from tests.zoo import Form, MatmulOperator, MatmulTransposed, WeightOnTheLeft, forms
 
-LINEAR = forms("linear", "matmul")
+LINEAR = forms("linear", "matmul", "einsum")
 HALF = [torch.bfloat16, torch.float16]
 
 
