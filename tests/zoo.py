@@ -34,7 +34,7 @@ __all__ = [
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Kind = Literal["out_in", "in_out", "conv", "embedding"]
+Kind = Literal["out_in", "in_out", "conv", "embedding", "conv transposed"]
 
 
 def seeded(build: Callable[P, T]) -> Callable[P, T]:
@@ -248,6 +248,8 @@ class Form:
 
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B A in the weight's layout, by the textbook and not by lora_fx."""
+        if self.kind == "conv transposed":
+            return torch.einsum("or,ri...->io...", b.flatten(1), a)
         if self.kind != "conv":
             product = torch.einsum("or,ri->oi", b, a)
             return product if self.kind == "out_in" else product.transpose(0, 1)
@@ -355,6 +357,18 @@ FORMS: tuple[Form, ...] = (
     _conv("conv3d", lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=(0, 1, 1)), 2, 2, 3, 4, 5),
     _conv(
         "conv3d groups", lambda: nn.Conv3d(4, 4, 2, groups=4, bias=False), 1, 4, 3, 3, 3, groups=4
+    ),
+    *(
+        Form(name, build, _rows(*x), "weight", "conv transposed", f"conv-transpose{len(x) - 2}d")
+        for name, build, x in (
+            ("conv_transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 7)),
+            (
+                "conv_transpose2d",
+                lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), 1, (1, 0), dilation=(2, 1)),
+                (2, 4, 5, 6),
+            ),
+            ("conv_transpose3d", lambda: nn.ConvTranspose3d(2, 4, 2, bias=False), (1, 2, 3, 3, 3)),
+        )
     ),
     Form("nn.Embedding", lambda: nn.Embedding(11, 6), _ids, "weight", "embedding", "embedding"),
     Form(

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from lora_fx.errors import ConfigError
 from lora_fx.passes.patterns.conv import ConvPattern
+from lora_fx.passes.patterns.conv_transpose import ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
@@ -14,6 +15,7 @@ from lora_fx.types import Pattern
 
 __all__ = [
     "ConvPattern",
+    "ConvTransposePattern",
     "EinsumPattern",
     "EmbeddingPattern",
     "LinearPattern",
@@ -30,6 +32,7 @@ _registry: tuple[Pattern, ...] = (
     MatmulPattern(),
     EinsumPattern(),
     *(ConvPattern(dims) for dims in (1, 2, 3)),
+    *(ConvTransposePattern(dims) for dims in (1, 2, 3)),
     EmbeddingPattern(),
 )
 

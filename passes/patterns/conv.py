@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.passes._fx import arguments, target_of
-from lora_fx.passes._weights import constant_of, weight_of
-from lora_fx.passes.patterns.sites import itemised, make_site, reject
+from lora_fx.passes._weights import weight_of
+from lora_fx.passes.patterns.sites import computed, make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["ConvPattern"]
@@ -27,11 +27,6 @@ _FUNCTIONS: dict[int, tuple[Any, ...]] = {
     1: (F.conv1d, _aten.conv1d.default, _aten.conv1d.padding),
     2: (F.conv2d, _aten.conv2d.default, _aten.conv2d.padding),
     3: (F.conv3d, _aten.conv3d.default, _aten.conv3d.padding),
-}
-_TRANSPOSED: dict[int, tuple[Any, ...]] = {
-    1: (F.conv_transpose1d, _aten.conv_transpose1d.default),
-    2: (F.conv_transpose2d, _aten.conv_transpose2d.input),
-    3: (F.conv_transpose3d, _aten.conv_transpose3d.input),
 }
 _SIGNATURE = "input weight bias=None stride=1 padding=0 dilation=1 groups=1"
 
@@ -54,19 +49,12 @@ class ConvPattern:
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.types.Pattern`."""
         target = target_of(node)
-        if target not in (*_FUNCTIONS[self.dims], *_TRANSPOSED[self.dims]):
+        if target not in _FUNCTIONS[self.dims]:
             return None
         named = arguments(node, _SIGNATURE)
         found = weight_of(named["weight"], region)
         if found is None or found.transposed or found.rows:
-            computed = constant_of(named["weight"], region)
-            if computed is None:
-                return None
-            how = itemised(target_of(named["weight"]) or named["weight"].target)
-            reason = f"the weight is computed from it ({how}) before it is applied"
-            return reject(region, node, computed, reason)
-        if target in _TRANSPOSED[self.dims]:
-            return reject(region, node, found.source, "transposed convolutions have no adapter yet")
+            return computed(region, node, named["weight"])
         parameter = region.parameter(found.source)
         assert parameter is not None
         if not isinstance(named["groups"], int):

@@ -17,7 +17,7 @@ from torch import fx
 
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._weights import constant_of, weight_of
-from lora_fx.passes.patterns.sites import itemised, make_site, reject
+from lora_fx.passes.patterns.sites import computed, make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Layout, Match, Region, Role, Site
 
 __all__ = ["LinearPattern", "MatmulPattern"]
@@ -174,13 +174,7 @@ def _product(
             return None
         if region.tensor(weight) is not None:
             return reject(region, node, weight, "its weight is a buffer, not a parameter")
-        computed = constant_of(weight, region)
-        if computed is None:
-            return None
-        how = itemised(target_of(weight) or weight.target)
-        return reject(
-            region, node, computed, f"the weight is computed from it ({how}) before it is applied"
-        )
+        return computed(region, node, weight)
     if not isinstance(x, fx.Node) or constant_of(x, region) is not None:
         return None
     if found.transposed:

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.passes._fx import target_of
+from lora_fx.passes._weights import constant_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
-__all__ = ["itemised", "make_site", "reject", "site_name"]
+__all__ = ["computed", "itemised", "make_site", "reject", "site_name"]
 
 
 # What the parts of a fused weight are called, where its name says what it is fused of.
@@ -94,6 +96,17 @@ def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -
         site_name(join(region.fqn, str(weight.target))) if weight else join(region.fqn, node.name)
     )
     return Rejection(name, reason, region.fqn, node.name)
+
+
+def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
+    """A refusal where the weight is made of a parameter before it is applied; None if it is not."""
+    source = constant_of(weight, region)
+    if source is None:
+        return None
+    how = itemised(target_of(weight) or weight.target)
+    return reject(
+        region, node, source, f"the weight is computed from it ({how}) before it is applied"
+    )
 
 
 def itemised(value: Any) -> str:

@@ -148,7 +148,7 @@ def test_a_target_that_is_no_linear_operation_says_why() -> None:
 
 
 def test_a_target_that_cannot_be_adapted_says_why() -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Conv2d(2, 2, 3))
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 3))
     plan = lora_fx.plan(model, LoraConfig(target_modules=["0", "1"]))
     (entry,) = plan.unmatched
     assert "transposed convolutions" in entry
@@ -194,7 +194,7 @@ def test_a_model_without_linear_operations_says_so() -> None:
 
 
 def test_what_cannot_be_adapted_is_said_where_nothing_is_selected() -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3, groups=2), nn.Flatten(), nn.Linear(8, 2))
     with pytest.raises(lora_fx.NoMatchError) as caught:
         lora_fx.plan(model, LoraConfig())
     assert "2: the output head" in str(caught.value)

@@ -13,7 +13,7 @@ from lora_fx.types import Region, Rejection
 from tests import algebra
 from tests.zoo import Form, forms
 
-CONV = forms("conv1d", "conv2d", "conv3d")
+CONV = forms(*(f"conv{kind}{dims}d" for kind in ("", "-transpose") for dims in (1, 2, 3)))
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -120,8 +120,8 @@ class Standardised(nn.Conv2d):
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
     [
-        (lambda: nn.ConvTranspose1d(4, 4, 3), "op", "transposed convolutions"),
-        (lambda: nn.ConvTranspose2d(4, 4, 3), "op", "transposed convolutions"),
+        (lambda: nn.ConvTranspose1d(4, 4, 3, groups=2), "op", "transposed convolutions"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3, groups=2), "op", "transposed convolutions"),
         (lambda: Standardised(4, 4, 3), "op", "computed from it (sub)"),
     ],
 )
