@@ -106,8 +106,8 @@ def rewrite(
         config: What to adapt.
         example_inputs: As for :func:`capture`. With them the result is checked against the model.
         adapter_name: Name of the adapter.
-        optimize: Whether to run the passes that make training cheaper. False leaves the canonical
-            form.
+        optimize: Whether to run the passes that make training cheaper. There are none yet: either
+            way the result is the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
 

@@ -197,7 +197,7 @@ class Recorder(fx.Tracer):
         """Control flow on a traced value."""
         mode = isinstance(obj, ModeProxy)
         self.refuse(
-            f"its forward branches on {'self.training' if mode else 'the value of a tensor'}"
+            f"its forward branches on {'self.training' if mode else 'a value that is known only when it runs'}"
         )
 
     def create_args_for_root(

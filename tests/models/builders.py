@@ -153,17 +153,17 @@ def asks_membership(self, x):
     return self.fc(x) if 3.0 in x else self.other(x)
 
 
-@hazard("branches on the value of a tensor")
+@hazard("branches on a value")
 def branches_on_data(self, x):
     return self.fc(x) if x.sum() > 0 else self.other(x)
 
 
-@hazard("branches on the value of a tensor")
+@hazard("branches on a value")
 def branches_on_a_buffer(self, x):
     return self.fc(x) if self.scale.sum() > 0 else self.other(x)
 
 
-@hazard("branches on the value of a tensor")
+@hazard("branches on a value")
 def branches_inside_try(self, x):
     try:
         flag = bool(x.sum() > 0)

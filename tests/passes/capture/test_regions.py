@@ -51,7 +51,7 @@ def test_parents_come_before_children():
 def test_a_module_that_does_not_trace_costs_only_its_own_graph():
     model = nn.Sequential(Opaque(seeded(zoo.Block)()), nn.Linear(6, 6))
     regions, opaque = find_regions(model)
-    assert opaque == {"0": "its forward branches on the value of a tensor"}
+    assert opaque == {"0": "its forward branches on a value that is known only when it runs"}
     assert set(regions) == {"", "0.inner", "0.inner.up", "0.inner.down", "1"}
 
 
