@@ -195,10 +195,10 @@ class Recorder(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Control flow on a traced value."""
-        mode = isinstance(obj, ModeProxy)
-        self.refuse(
-            f"its forward branches on {'self.training' if mode else 'a value that is known only when it runs'}"
-        )
+        what = "self.training"
+        if not isinstance(obj, ModeProxy):
+            what = "a value that is known only when it runs"
+        self.refuse(f"its forward branches on {what}")
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
