@@ -19,6 +19,7 @@ from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterFactors
 from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
+from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite, Record
@@ -31,7 +32,6 @@ __all__ = [
     "merge",
     "record_of",
     "stripped",
-    "ulp",
 ]
 
 
@@ -248,7 +248,7 @@ def _folded(
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
         for row, adapter in rows:
             _add_delta(total, start, model, row, adapter)
-        merged.narrow(axis, start, total.shape[axis]).copy_(_rounded(total, old.dtype))
+        merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
         raise MergeError(
             f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
@@ -270,21 +270,6 @@ def _add_delta(
     total.narrow(axis, low - start, high - low).add_(delta.to(total.device))
 
 
-def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
-
-    Rounding to odd on the way makes the second rounding the only one that counts (Boldo and
-    Melquiond, "When double rounding is odd", 2005).
-    """
-    if values.dtype != torch.float64 or dtype in (torch.float32, torch.float64):
-        return values.to(dtype)
-    near = values.float()
-    gap = values - near.double()
-    even = (near.view(torch.int32) & 1) == 0
-    other = torch.nextafter(near, torch.where(gap > 0, torch.inf, -torch.inf).float())
-    return torch.where(even & (gap != 0) & near.isfinite(), other, near).to(dtype)
-
-
 def _measured(
     model: nn.Module,
     old: torch.Tensor,
@@ -302,14 +287,6 @@ def _measured(
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))
     return MergedSite(name, adapters, float(error.max()), change)
-
-
-def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbours of ``dtype`` around each fp64 value."""
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values)
-    size = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
-    return size.clamp_min(info.smallest_normal * info.eps)
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
