@@ -23,7 +23,7 @@ from torch import fx
 
 from lora_fx.ops import needs_modules
 
-__all__ = ["FALLBACK", "NEEDS_MODULES", "GuardedCodeGen", "Parameter", "parameters_of"]
+__all__ = ["FALLBACK", "NEEDS_MODULES", "GuardedCodeGen", "Parameter", "attribute", "parameters_of"]
 
 FALLBACK = "_lora_fx_fallback"
 """Global name of the fallback in generated code."""
@@ -82,6 +82,14 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
             value, traced = (fixed[p.name], False) if p.name in fixed else (None, True)
         result.append(Parameter(p.name, int(p.kind), traced, value, p.default))
     return tuple(result)
+
+
+def attribute(target: str) -> str:
+    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
+    path = "self"
+    for atom in filter(None, target.split(".")):
+        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
+    return path
 
 
 class GuardedCodeGen(fx.graph.CodeGen):

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes._region import CONSTANT, install, uninstall
-from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, parameters_of
+from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute, parameters_of
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
 from lora_fx.passes.capture.written_out import WRITTEN_OUT
@@ -63,19 +63,14 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_placeholders(graph, inputs)
     unbake_modes(graph, model)
     device = torch.device("cpu")
-    reference = next(
-        (
-            n
-            for n in graph.nodes
-            if n.op == "get_attr" and n.target in dict(model.named_parameters())
-        ),
-        None,
-    )
+    parameters = dict(model.named_parameters())
+    reads = (n for n in graph.nodes if n.op == "get_attr" and n.target in parameters)
+    reference = next(reads, None)
     if reference is not None:
-        tensor = model.get_parameter(str(reference.target))
+        tensor = parameters[str(reference.target)]
         device = tensor.device
         unbake_devices(graph, reference, device)
-        conditions.append(f"{_attribute(str(reference.target))}.dtype != {tensor.dtype}")
+        conditions.append(f"{attribute(str(reference.target))}.dtype != {tensor.dtype}")
     # Under autocast the code chooses dtypes that the graph has as literals.
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     conditions.append(f"{NEEDS_MODULES}(self)")
@@ -275,10 +270,3 @@ def _fixed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
             continue
         result[name] = inputs.get(name, None if p.default is p.empty else p.default)
     return result
-
-
-def _attribute(target: str) -> str:
-    value = "self"
-    for atom in target.split("."):
-        value = f"{value}.{atom}" if atom.isidentifier() else f"getattr({value}, {atom!r})"
-    return value

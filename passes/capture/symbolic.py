@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
-from lora_fx.passes._signature import GuardedCodeGen, Parameter, parameters_of
+from lora_fx.passes._signature import GuardedCodeGen, Parameter, attribute, parameters_of
 from lora_fx.passes.capture.eager import Eager, forbidden, user_code
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue
 from lora_fx.passes.capture.state import State
@@ -96,10 +96,7 @@ def _sizes(module: nn.Module, graph: fx.Graph) -> Iterator[str]:
     for name in dict.fromkeys(target.rpartition(".")[0] for target in targets):
         container = module.get_submodule(name)
         if isinstance(container, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            path = "self"
-            for atom in filter(None, name.split(".")):
-                path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
-            yield f"len({path}) != {len(container)}"
+            yield f"len({attribute(name)}) != {len(container)}"
 
 
 def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
