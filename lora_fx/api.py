@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -14,7 +13,6 @@ from lora_fx.passes import merge as merging
 from lora_fx.passes._region import graphs_of, install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.check import check_unchanged
 from lora_fx.passes.merge import MergeReport
 from lora_fx.types import Capture, Plan
 
@@ -27,8 +25,6 @@ __all__ = [
     "rewrite",
     "trainable_parameters",
 ]
-
-_log = logging.getLogger("lora_fx")
 
 
 def capture(
@@ -55,8 +51,6 @@ def capture(
         CaptureError: If the model cannot be captured so, or computes something else afterwards.
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
-    if example_inputs is not None:
-        check_unchanged(model, result, example_inputs)
     install(result.regions.values())
     return result
 

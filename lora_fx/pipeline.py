@@ -15,7 +15,6 @@ from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._region import install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.check import check_unchanged
 from lora_fx.passes.find_head import find_head
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
@@ -24,7 +23,7 @@ from lora_fx.passes.plan import make_plan
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.types import AdapterRecord, Capture, Pass, Plan, Record
 
-__all__ = ["buffer_digests", "build", "plan_capture", "plan_model", "rewrite_model", "run_passes"]
+__all__ = ["build", "plan_capture", "plan_model", "rewrite_model", "run_passes"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -95,22 +94,6 @@ def rewrite_model(
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
     capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
-    if example_inputs is not None:
-        try:
-            check_unchanged(model, capture, example_inputs)
-        except CaptureError as error:
-            if frontend != "auto" or capture.frontend != "export":
-                raise
-            # What export froze cannot be seen before it runs: the regions freeze nothing.
-            _log.warning("not captured by export: %s", error)
-            return rewrite_model(
-                model,
-                config,
-                example_inputs,
-                adapter_name=adapter_name,
-                strict=strict,
-                frontend="regions",
-            )
     capture = run_passes(capture, [Insert(plan, adapter_name), Unfreeze(plan)])
     return build(capture, plan, model, adapter_name)
 

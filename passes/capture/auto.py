@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, Literal
 
 from torch import nn
@@ -13,10 +14,13 @@ from torch import nn
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
+from lora_fx.passes.capture.check import check_unchanged
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.types import Capture
 
 __all__ = ["Frontend", "capture"]
+
+_log = logging.getLogger("lora_fx")
 
 Frontend = Literal["auto", "symbolic", "export", "regions"]
 
@@ -28,7 +32,26 @@ def capture(
     frontend: Frontend = "auto",
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Captures a model as graphs; see :func:`lora_fx.capture`."""
+    """Captures a model as graphs and checks them; see :func:`lora_fx.capture`."""
+    result = _captured(model, example_inputs, frontend, dynamic_shapes)
+    if example_inputs is None:
+        return result
+    try:
+        check_unchanged(model, result, example_inputs)
+    except CaptureError as error:
+        if frontend != "auto" or result.frontend != "export":
+            raise
+        # What export froze cannot be seen before it runs: the regions freeze nothing.
+        _log.warning("not captured by export: %s", error)
+        notes = (*result.notes, f"not export: {error}")
+        result = dataclasses.replace(_captured(model, None, "regions", None), notes=notes)
+        check_unchanged(model, result, example_inputs)
+    return result
+
+
+def _captured(
+    model: nn.Module, example_inputs: Any, frontend: Frontend, dynamic_shapes: Any
+) -> Capture:
     if frontend not in ("auto", "symbolic", "export", "regions"):
         raise ConfigError(f"frontend must be auto, symbolic, export or regions, found {frontend!r}")
     check_model(model)

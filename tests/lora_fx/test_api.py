@@ -14,6 +14,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.passes.capture import auto
 from tests.algebra import randomise
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import TRANSFORMERS, Block, Mlp, Residual, Shared, Tied
@@ -536,16 +537,17 @@ def test_a_model_that_draws_random_numbers_is_no_contradiction() -> None:
 
 
 def test_a_capture_that_computes_something_else_is_refused(monkeypatch) -> None:
-    def wrong(model, *args, **options):
-        captured = capture_model(model, *args, **options)
+    def wrong(*args):
+        captured = capture_model(*args)
         (node,) = captured.regions["first"].graph.find_nodes(op="output")
         with captured.regions["first"].graph.inserting_before(node):
             twice = captured.regions["first"].graph.call_function(torch.mul, (node.args[0], 2.0))
         node.args = (twice,)
         return captured
 
-    capture_model = lora_fx.pipeline.capture_model
-    monkeypatch.setattr(lora_fx.pipeline, "capture_model", wrong)
+    # What is checked is what the walk over the modules found.
+    capture_model = auto._captured
+    monkeypatch.setattr(auto, "_captured", wrong)
     lora_fx.rewrite(Mlp().eval(), LoraConfig())
     with pytest.raises(lora_fx.CaptureError, match="computes something else than the original"):
         lora_fx.rewrite(Mlp().eval(), LoraConfig(), torch.randn(3, 5))

@@ -10,8 +10,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes.capture.auto import capture
-from lora_fx.pipeline import buffer_digests, build, plan_capture, plan_model, run_passes
+from lora_fx.pipeline import build, plan_capture, plan_model, run_passes
 from lora_fx.types import Capture, PassResult
 from tests.zoo import Mlp, Residual
 

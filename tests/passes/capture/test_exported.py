@@ -110,24 +110,30 @@ def test_inputs_that_do_not_fit_are_named() -> None:
         lora_fx.capture(Frozen(), {"y": torch.randn(2, 8)}, frontend="export")
 
 
-class Counts(nn.Module):
-    """Export freezes the count; the regions do not."""
+class Branches(nn.Module):
+    """Export takes one branch of the mode for both; the regions do not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 4))
         self.fc = nn.Linear(4, 4)
         self.head = nn.Linear(4, 2)
-        self.steps = 0
 
     def forward(self, x):
-        self.steps += 1
-        h = x @ self.weight * self.steps
+        h = x @ self.weight
+        if self.training:
+            h = h + 100
         return self.head(self.fc(h))
 
 
 def test_auto_goes_back_to_the_regions_where_export_computes_something_else() -> None:
     x = torch.randn(3, 4)
-    model = Counts().eval()
+    model = Branches().eval()
     adapted = lora_fx.rewrite(model, CONFIG, x)
-    torch.testing.assert_close(adapted(x), copy.deepcopy(model)(x))
+    plan = lora_fx.plan(model, CONFIG, x)
+    assert plan.frontend == lora_fx.capture(model, x).frontend == "regions", "the dry run says so"
+    assert plan.notes[-1].startswith("not export: the captured model (export) computes")
+    for training in (False, True):
+        same(model.train(training), adapted.train(training), x)
+    with pytest.raises(CaptureError, match="computes something else"):
+        lora_fx.rewrite(model, CONFIG, x, frontend="export")
