@@ -162,12 +162,14 @@ class Call:
         region: FQN of the region.
         input, output: Names of nodes in its graph.
         pattern: Name of the pattern that found it.
+        cast: Whether the weight is cast before it is applied.
     """
 
     region: str
     input: str
     output: str
     pattern: str
+    cast: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +193,7 @@ class Site:
         experts: Number of experts of a three-dimensional weight.
         rows: Which rows of the weight it is (start, stop), for a weight that is applied in parts;
             None for all of them.
+        view: The shape in which it is applied, where that is not the weight's own.
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
@@ -209,6 +212,7 @@ class Site:
     groups: int = 1
     experts: int | None = None
     rows: tuple[int, int] | None = None
+    view: tuple[int, ...] | None = None
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
 
@@ -240,6 +244,20 @@ class Site:
         if self.rows is None:
             return self.weight_shape
         return (self.rows[1] - self.rows[0], *self.weight_shape[1:])
+
+    @property
+    def applied_shape(self) -> tuple[int, ...]:
+        """Shape in which the weight is applied: its own, or that of a view of it."""
+        return self.view or self.weight_shape
+
+    @property
+    def axis(self) -> int:
+        """The axis of :attr:`applied_shape` along which a merge may go slice by slice.
+
+        The experts where there are any, else the output features. ``B`` has the slices along its first
+        axis, and so has ``A`` with experts.
+        """
+        return 0 if self.layout == "out_in" or self.experts else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -277,6 +295,7 @@ class Factors:
     Attributes:
         a: Shape of A, rank first.
         b: Shape of B, rank second.
+        stacked: Whether both have one more axis before those, for experts.
         name_a, name_b: Attribute names on the holder (PEFT's).
     """
 
@@ -284,6 +303,18 @@ class Factors:
     b: tuple[int, ...]
     name_a: str = "lora_A"
     name_b: str = "lora_B"
+    stacked: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank, r."""
+        return self.a[1 if self.stacked else 0]
+
+    @property
+    def fan_in(self) -> tuple[int, int]:
+        """How many inputs an output of A, and one of B, is a sum of."""
+        first = 2 if self.stacked else 1
+        return _product(self.a[first:]), _product(self.b[first:])
 
     @property
     def numel(self) -> int:
@@ -294,14 +325,22 @@ class Factors:
 class BranchBuilder(Protocol):
     """What a pattern gets to write a branch with: every node it makes is tagged."""
 
-    a: fx.Node
-    b: fx.Node
+    @property
+    def a(self) -> fx.Node:
+        """A, in the dtype in which the branch computes."""
+
+    @property
+    def b(self) -> fx.Node:
+        """B."""
 
     def dropped(self, x: fx.Node) -> fx.Node:
         """``x`` after the adapter's dropout."""
 
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node."""
+
+    def item(self, letter: str, index: int) -> fx.Node:
+        """One expert's matrix of the factor ``a`` or ``b``."""
 
 
 @runtime_checkable
@@ -327,8 +366,8 @@ class Pattern(Protocol):
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``B A`` in the weight's layout, unscaled, in the factors' dtype.
 
-        With some rows of B only, the matching slice of the weight's output axis (a grouped
-        convolution is never sliced).
+        With some rows of B only, the matching slice of the weight's output axis; with some experts
+        of both, those (a grouped convolution is never sliced). See :attr:`Site.axis`.
         """
 
     def flops(self, site: Site, rank: int) -> int:

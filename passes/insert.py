@@ -26,6 +26,7 @@ from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import (
     META_KEY,
     Capture,
+    Factors,
     PassResult,
     Plan,
     PlannedSite,
@@ -86,7 +87,7 @@ class Insert:
                 join(holder, names.name_a, self.adapter),
                 join(holder, names.name_b, self.adapter),
             ),
-            cast=adapter_dtype(weight) != weight.dtype,
+            cast=adapter_dtype(weight) != weight.dtype or site.calls[index].cast,
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
             scale=row.scale,
@@ -97,6 +98,7 @@ class Insert:
         graph = copy_graph(region.graph)
         nodes = {node.name: node for node in graph.nodes}
         edited = Region(region.fqn, region.module, graph)
+        items: dict[str, fx.Node] = {}
         for job in jobs:
             base = nodes[job.output]
             build = Branch(
@@ -107,6 +109,7 @@ class Insert:
                 cast=job.cast,
                 dropout=job.dropout,
                 training=job.training,
+                items=items,
             )
             up = pattern_of(job).branch(job.site, base, edited, build)
             build.finish(up, job.scale)
@@ -176,7 +179,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
     shapes = pattern_of(site).factors(site, row.rank)
     holder = _holder(model, site)
     weight = model.get_parameter(site.weight)
-    a, b = _initial(site, shapes.a, shapes.b, weight, config)
+    a, b = _initial(site, shapes, weight, config)
     for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
         if name not in holder._modules:
             holder.add_module(name, AdapterFactors())
@@ -197,14 +200,14 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _initial(
-    site: Site, a: tuple[int, ...], b: tuple[int, ...], weight: torch.Tensor, config: LoraConfig
+    site: Site, shapes: Factors, weight: torch.Tensor, config: LoraConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B at the start, from a generator of the site's own.
 
     Hu et al. 2021 (arXiv:2106.09685): one factor random, the other zero. The distributions are
     PEFT's.
     """
-    dtype = adapter_dtype(weight)
+    dtype, a, b = adapter_dtype(weight), shapes.a, shapes.b
     if weight.device.type == "meta":
         return torch.empty(a, dtype=dtype, device="meta"), torch.empty(
             b, dtype=dtype, device="meta"
@@ -212,9 +215,9 @@ def _initial(
     digest = hashlib.blake2b(f"{config.seed}:{site.name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-    def uniform(shape: tuple[int, ...]) -> torch.Tensor:
+    def uniform(shape: tuple[int, ...], fan_in: int) -> torch.Tensor:
         # Kaiming with a = sqrt(5): the bound is 1/sqrt(fan_in).
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        bound = 1 / math.sqrt(fan_in)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
     def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
@@ -225,6 +228,9 @@ def _initial(
         first = normal(a, 1.0) if config.init_lora_weights is False else torch.zeros(a)
         second = random_b
     else:
-        first = normal(a, 1 / a[0]) if config.init_lora_weights == "gaussian" else uniform(a)
-        second = uniform(b) if config.init_lora_weights is False else torch.zeros(b)
+        gaussian = config.init_lora_weights == "gaussian"
+        first = normal(a, 1 / shapes.rank) if gaussian else uniform(a, shapes.fan_in[0])
+        second = (
+            uniform(b, shapes.fan_in[1]) if config.init_lora_weights is False else torch.zeros(b)
+        )
     return first.to(weight.device, dtype), second.to(weight.device, dtype)

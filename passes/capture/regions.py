@@ -146,6 +146,8 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
         type(module),
         number,
         tensors(module._parameters),
+        # The shape of a parameter is a number to a trace.
+        tuple(_shape(p) for p in module._parameters.values() if p is not None),
         tensors(module._buffers),
         tuple((name, _value(v)) for name, v in module.__dict__.items() if name not in _OWN),
         tuple(
@@ -154,6 +156,11 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
             if child is not None
         ),
     )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    lazy: bool = nn.parameter.is_lazy(parameter)
+    return () if lazy else tuple(parameter.shape)
 
 
 def _value(value: Any) -> Any:

@@ -190,6 +190,19 @@ class Recorder(fx.Tracer):
         buffer = isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter)
         return super().getattr(attr, attr_val, {} if buffer else parameter_proxy_cache)
 
+    def known_shape(self, value: fx.Proxy) -> torch.Size | None:
+        """The shape of a parameter, which does not depend on the input; None for any other value."""
+        node = value.__dict__.get("node")
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        # Not by getattr, which gives traced values during a trace.
+        *path, key = str(node.target).split(".")
+        owner: nn.Module | None = self.root
+        for atom in path:
+            owner = owner._modules.get(atom) if owner is not None else None
+        found = None if owner is None else owner._parameters.get(key)
+        return None if found is None or nn.parameter.is_lazy(found) else found.shape
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Control flow on a traced value."""
         what = "self.training"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.passes._fx import target_of
-from lora_fx.passes._weights import constant_of
+from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
 __all__ = ["computed", "itemised", "make_site", "reject", "site_name"]
@@ -34,14 +34,14 @@ def make_site(
     *,
     pattern: str,
     family: str,
-    weight: fx.Node,
+    weight: fx.Node | WeightView,
     bias: object,
     x: fx.Node,
     output: fx.Node,
     sizes: tuple[int, int],
     layout: Layout,
     groups: int = 1,
-    rows: tuple[int, int] | None = None,
+    experts: int | None = None,
 ) -> Site:
     """A site with one call.
 
@@ -49,18 +49,20 @@ def make_site(
         region: Where it was found.
         pattern: The pattern's name.
         family: ``linear``, ``conv`` or ``embedding``.
-        weight: The ``get_attr`` node of the weight.
+        weight: The ``get_attr`` node of the weight, or how it is read.
         bias: The bias argument, whatever it is.
         x: The input node.
         output: The node that makes the output.
         sizes: ``(in_features, out_features)``.
         layout: How the weight is stored.
         groups: Groups of a convolution.
-        rows: Which rows of the weight are applied; None for all.
+        experts: Number of matrices of a weight of three dimensions.
     """
-    parameter = region.parameter(weight)
+    view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
+    assert view is not None, f"{weight} reads no parameter"
+    parameter = region.parameter(view.source)
     assert parameter is not None
-    name = join(region.fqn, str(weight.target))
+    name, rows = join(region.fqn, str(view.source.target)), view.rows
     has_bias = region.parameter(bias) is not None
     return Site(
         name=site_name(name) if rows is None else _part_name(name, rows, len(parameter)),
@@ -72,9 +74,11 @@ def make_site(
         out_features=sizes[1],
         layout=layout,
         weight_shape=tuple(parameter.shape),
-        calls=(Call(region.fqn, x.name, output.name, pattern),),
+        calls=(Call(region.fqn, x.name, output.name, pattern, view.cast),),
         groups=groups,
+        experts=experts,
         rows=rows,
+        view=view.shape if view.viewed else None,
     )
 
 
