@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "combine",
     "grouped_linear",
     "grouped_mm",
     "repeated",
     "sorted_by_expert",
+    "summed",
     "tokens_of",
     "unsorted",
 ]
@@ -62,21 +62,16 @@ def repeated(hidden: Tensor, chosen: Tensor) -> Tensor:
     return hidden.repeat_interleave(chosen.shape[-1], dim=0)
 
 
-def combine(out: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-    """Sums what a token's experts say.
+def summed(out: Tensor, hidden: Tensor) -> Tensor:
+    """Sums what a token's experts say, weighted already.
 
     Args:
         out: [T k, d], a token's experts together.
-        weights: [T k].
         hidden: The layer's input, [T, d]: for its size and dtype.
     """
-    weighted = out * weights.unsqueeze(-1)
     tokens = hidden.shape[0]
-    return (
-        weighted.view(tokens, out.shape[0] // max(tokens, 1), out.shape[-1])
-        .sum(dim=1)
-        .to(hidden.dtype)
-    )
+    choices = out.shape[0] // max(tokens, 1)
+    return out.view(tokens, choices, out.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:

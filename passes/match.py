@@ -70,7 +70,8 @@ def match(capture: Capture) -> Matches:
         else:
             sites[weight] = joined
     for weight, reads in readers.items():
-        if all(read.what in _NO_PRODUCTS for read in reads):
+        # A bias for each expert is a table, too.
+        if all(read.what in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
             continue
         name = site_name(weight)
         rejections.setdefault(

@@ -44,6 +44,7 @@ def trace(
     *,
     check_none: bool = True,
     forward: Callable[..., Any] | None = None,
+    conditions: tuple[str, ...] = (),
 ) -> fx.Graph:
     """Traces one module's own ``forward``.
 
@@ -53,6 +54,7 @@ def trace(
             has a default is fixed to it.
         check_none: See :class:`GuardedCodeGen`.
         forward: What to trace instead of the module's own forward; it has the same signature.
+        conditions: Expressions over ``self`` that are true where the graph does not apply.
 
     Returns:
         A graph with the names of ``module`` and a guarded signature.
@@ -85,7 +87,7 @@ def trace(
         raise Untraceable(reason)
     _check_names(parameters, graph)
     reads = frozenset(name for code in recorder.seen for name in code.co_names)
-    sizes = tuple(_sizes(module, graph))
+    sizes = (*conditions, *_sizes(module, graph))
     graph.set_codegen(GuardedCodeGen(parameters, check_none, sizes, reads))
     return graph
 
