@@ -110,9 +110,17 @@ class Branch:
         """A tagged ``call_function`` node."""
         return self._make(role, "call_function", target, *args, **kwargs)
 
-    def finish(self, up: fx.Node, scale: float) -> fx.Node:
-        """Scales the branch, adds it to the base operation, and puts the sum in its place."""
+    def finish(self, up: fx.Node, scale: float, padding: tuple[int, int] | None = None) -> fx.Node:
+        """Scales the branch, adds it to the base operation, and puts the sum in its place.
+
+        Args:
+            up: The branch.
+            scale: Its factor.
+            padding: How many output features of the base operation come before and after it.
+        """
         scaled = self._make(Role.SCALE, "call_function", operator.mul, up, scale)
+        if padding is not None:
+            scaled = self._make(Role.PAD, "call_function", F.pad, scaled, padding)
         total = self._make(Role.ADD, "call_function", operator.add, self._base, scaled)
         mine = set(self.made)
         self._base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)

@@ -17,12 +17,14 @@ from torch import fx
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.types import Region
 
-__all__ = ["WeightView", "constant_of", "splits", "weight_of"]
+__all__ = ["CHUNKS", "WeightView", "constant_of", "splits", "weight_of"]
 
 _aten = torch.ops.aten
-_CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
+CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
+"""What cuts a tensor into a number of parts; the other splits say how long each is."""
+
 _SPLITS: tuple[Any, ...] = (
-    *_CHUNKS,
+    *CHUNKS,
     torch.split,
     torch.Tensor.split,
     _aten.split.Tensor,
@@ -243,7 +245,7 @@ def _split(cut: fx.Node, index: Any, region: Region) -> WeightView | None:
     plain = isinstance(size["size"], int | list | tuple) and isinstance(index, int)
     if inner is None or size["dim"] != 0 or not plain:
         return None
-    function = torch.chunk if target_of(cut) in _CHUNKS else torch.split
+    function = torch.chunk if target_of(cut) in CHUNKS else torch.split
     ends = [0]
     for part in function(torch.empty(inner.shape[0], device="meta"), size["size"]):
         ends.append(ends[-1] + len(part))

@@ -82,7 +82,7 @@ class Insert:
         return _Job(
             output=site.calls[index].output,
             pattern=site.calls[index].pattern,
-            part=_relative(site.part, region.fqn),
+            part=_relative(site.place, region.fqn),
             factors=(
                 join(holder, names.name_a, self.adapter),
                 join(holder, names.name_b, self.adapter),
@@ -91,6 +91,7 @@ class Insert:
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
             scale=row.scale,
+            padding=_padding(site),
             site=_local(site, region.fqn),
         )
 
@@ -112,7 +113,7 @@ class Insert:
                 items=items,
             )
             up = pattern_of(job).branch(job.site, base, edited, build)
-            build.finish(up, job.scale)
+            build.finish(up, job.scale, job.padding)
         graph.lint()
         return graph
 
@@ -129,7 +130,15 @@ class _Job:
     dropout: float
     training: str
     scale: float
+    padding: tuple[int, int] | None
     site: Site
+
+
+def _padding(site: Site) -> tuple[int, int] | None:
+    """The output features of the operation before and after those of a part that is cut out of them."""
+    if not site.part_of or site.rows is None:
+        return None
+    return site.rows[0], site.applied_shape[site.axis] - site.rows[1]
 
 
 def _local(site: Site, region: str) -> Site:
@@ -141,6 +150,8 @@ def _local(site: Site, region: str) -> Site:
         bias=_relative(site.bias, region) if site.bias else None,
         calls=(),
         tied_to=(),
+        parts=(),
+        part_of="",
         head="",
     )
 
@@ -157,7 +168,7 @@ def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
 def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
     call = row.site.calls[0]
-    tag = _tag(_relative(row.site.part, call.region), adapter, Role.ADD)
+    tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
     graph = capture.regions[call.region].graph
     return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
-from lora_fx.types import Region, join
+from lora_fx.types import Capture, Region, join
 
 __all__ = ["find_regions"]
 
@@ -34,18 +34,19 @@ _OPERATIONS = (
 )
 
 
-def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
+def find_regions(model: nn.Module) -> Capture:
     """Captures every module that can be captured.
 
     Args:
         model: The model, from :func:`share_copy`.
 
     Returns:
-        The regions by FQN, parents before children, and for every other module that holds a matrix
-        the reason why it has none.
+        The regions by FQN, parents before children; for every other module that holds a matrix the
+        reason why it has none, and what was traced of it until then.
     """
     regions: dict[str, Region] = {}
     opaque: dict[str, str] = {}
+    begun: dict[str, fx.Graph] = {}
     seen: set[nn.Module] = set()
     holders = _holders(model)
     graphs = _Graphs()
@@ -68,11 +69,13 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
                 regions[fqn] = Region(fqn, module, graphs.of(module))
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
+                if reason.begun is not None:
+                    begun[fqn] = reason.begun
         for name, child in module.named_children():
             visit(child, join(fqn, name))
 
     visit(model, "")
-    return regions, opaque
+    return Capture(model, regions, "regions", opaque=opaque, begun=begun)
 
 
 class _Graphs:

@@ -35,7 +35,13 @@ _TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_p
 
 
 class Untraceable(Exception):
-    """Why a module's forward cannot be captured; the message is a row of the dry run."""
+    """Why a module's forward cannot be captured; the message is a row of the dry run.
+
+    Attributes:
+        begun: What was recorded until then.
+    """
+
+    begun: fx.Graph | None = None
 
 
 def trace(
@@ -70,10 +76,11 @@ def trace(
     recorder = Recorder(parameters, forward)
     try:
         graph = recorder.record(module)
-    except Untraceable:
-        raise
     except Exception as error:
-        raise Untraceable(recorder.refused or _words(error)) from error
+        words = str(error) if isinstance(error, Untraceable) else _words(error)
+        failure = Untraceable(recorder.refused or words)
+        failure.begun = getattr(recorder, "graph", None)
+        raise failure from error
     finally:
         changed = before.restore()
     if recorder.refused or changed:

@@ -82,6 +82,7 @@ class LinearPattern:
             output=node,
             sizes=(in_features, out_features),
             layout=seen.layout,
+            left=seen.left,
         )
 
 

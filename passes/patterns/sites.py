@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -10,11 +11,11 @@ from lora_fx.passes._fx import target_of
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
-__all__ = ["computed", "itemised", "make_site", "reject", "site_name"]
+__all__ = ["computed", "itemised", "make_site", "part_names", "reject", "site_name"]
 
 
 # What the parts of a fused weight are called, where its name says what it is fused of.
-_PARTS = {
+_PARTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
     2: (("gate", "up"), ("gate_up", "gate_and_up", "w12", "w13")),
     3: (("q", "k", "v"), ("qkv", "in_proj", "c_attn", "query_key_value")),
 }
@@ -42,6 +43,7 @@ def make_site(
     layout: Layout,
     groups: int = 1,
     experts: int | None = None,
+    left: bool = False,
 ) -> Site:
     """A site with one call.
 
@@ -57,6 +59,7 @@ def make_site(
         layout: How the weight is stored.
         groups: Groups of a convolution.
         experts: Number of matrices of a weight of three dimensions.
+        left: Whether the weight is the left operand of a product.
     """
     view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
     assert view is not None, f"{weight} reads no parameter"
@@ -74,7 +77,7 @@ def make_site(
         out_features=sizes[1],
         layout=layout,
         weight_shape=tuple(parameter.shape),
-        calls=(Call(region.fqn, x.name, output.name, pattern, view.cast),),
+        calls=(Call(region.fqn, x.name, output.name, pattern, view.cast, left),),
         groups=groups,
         experts=experts,
         rows=rows,
@@ -84,14 +87,25 @@ def make_site(
 
 def _part_name(weight: str, rows: tuple[int, int], size: int) -> str:
     """The name of some rows: ``qkv.q``, ``gate_up_proj.up``, ``attn.k``, or their range."""
+    width = rows[1] - rows[0]
+    if size % width or rows[0] % width:
+        return join(_fused_name(weight), f"{rows[0]}_{rows[1]}")
+    ranges = [(start, start + width) for start in range(0, size, width)]
+    return join(_fused_name(weight), part_names(weight, ranges)[rows[0] // width])
+
+
+def _fused_name(weight: str) -> str:
     owner, _, key = weight.rpartition(".")
     # nn.MultiheadAttention has one weight for the three; "attn.q" says all.
-    whole = owner if key == "in_proj_weight" else site_name(weight)
-    width = rows[1] - rows[0]
-    names, hints = _PARTS.get(size // width, ((), ()))
-    if size % width or rows[0] % width or not any(hint in weight.lower() for hint in hints):
-        return join(whole, f"{rows[0]}_{rows[1]}")
-    return join(whole, names[rows[0] // width])
+    return owner if key == "in_proj_weight" else site_name(weight)
+
+
+def part_names(weight: str, ranges: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """What the parts of a fused weight are called: q, k, v or gate, up where its name says so."""
+    names, hints = _PARTS.get(len(ranges), ((), ()))
+    if any(hint in weight.lower() for hint in hints):
+        return names
+    return tuple(f"{start}_{stop}" for start, stop in ranges)
 
 
 def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -> Rejection:
