@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError
+from lora_fx.passes.capture.synthesis import synthesise
 from lora_fx.tools.hf_models import load_folder
 
 __all__ = ["FORMS", "LoadedModel", "load_model"]
@@ -144,8 +145,7 @@ def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
             f"timm has no model {model_name!r}{_nearest(model_name, timm.list_models())}"
         )
     model = _made(name, lambda: timm.create_model(model_name, pretrained=False))
-    size = model.default_cfg.get("input_size") or (3, 224, 224)
-    return LoadedModel(name, model.eval(), _random(2, *size))
+    return LoadedModel(name, model.eval(), synthesise(model).inputs)
 
 
 def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
@@ -166,7 +166,8 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
 
 def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
     _package("transformers", "hf")
-    model, inputs = load_folder(Path(folder).expanduser(), weights=weights)
+    model = load_folder(Path(folder).expanduser(), weights=weights)
+    inputs = synthesise(model).inputs
     return LoadedModel(name, model.eval(), inputs, Path(folder).expanduser())
 
 
