@@ -28,7 +28,7 @@ from lora_fx.passes.capture.conditions import (
     shape_conditions,
 )
 from lora_fx.passes.capture.inputs import named_inputs
-from lora_fx.passes.capture.state import State
+from lora_fx.passes.capture.state import State, numbers_of
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.types import Capture, Region
@@ -111,7 +111,7 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with _naming_extras(model, inputs), _put_back(model):
+        with _watched(model, inputs):
             return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
@@ -129,37 +129,40 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """What a forward leaves behind in Python (``config.problem_type``) is part of no capture."""
-    before = State(model)
-    try:
-        yield
-    finally:
-        before.restore()
+def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+    """Exports a forward that leaves nothing behind and has a name for every argument.
 
+    What it writes into Python objects (``config.problem_type``) is part of no capture and is put back.
+    Arguments that ``**kwargs`` takes get a place in the signature: torch.export loses them otherwise.
 
-@contextlib.contextmanager
-def _naming_extras(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
-    """Gives arguments that ``**kwargs`` takes a place in the signature: torch.export loses them."""
-    signature = inspect.signature(model.forward)
-    extra = [name for name in inputs if name not in signature.parameters]
-    if not extra:
-        yield
-        return
-    own = model.forward
+    Raises:
+        CaptureError: If it has counted: the graph would have the first value for ever.
+    """
+    before, numbers, own = State(model), numbers_of(model), model.forward
+    changed: dict[str, int | float] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return own(*args, **kwargs)
+        result = own(*args, **kwargs)
+        # Here, since torch.export puts attributes back by itself.
+        now = numbers_of(model)
+        changed.update((k, now[k]) for k, v in numbers.items() if now.get(k, v) != v)
+        return result
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    named += [inspect.Parameter(name, keyword) for name in extra]
+    signature = inspect.signature(own)
+    extra = [name for name in inputs if name not in signature.parameters]
+    named = [p for p in signature.parameters.values() if not extra or p.kind is not p.VAR_KEYWORD]
+    named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
     forward.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     model.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del model.__dict__["forward"]
+        before.restore()
+    for name, value in changed.items():
+        raise CaptureError(
+            f"its forward changes self.{name} ({numbers[name]} became {value}), which a graph would "
+            "not: frontend='regions' keeps it"
+        )
 
 
 def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -> None:

@@ -16,11 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["State"]
+__all__ = ["State", "numbers_of"]
 
 _CONTAINERS = (list, dict, set, deque)
 _OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()
+
+
+def numbers_of(model: nn.Module) -> dict[str, int | float]:
+    """The plain numbers among the attributes of a model's modules, by name."""
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if type(value) in (int, float)
+    }
 
 
 class State:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from lora_fx.errors import CaptureError
 from lora_fx.ops import count_batch
 from lora_fx.passes._fx import arguments
+from lora_fx.passes.capture.draws import call_owner
 
 __all__ = ["unbake_devices", "unbake_modes"]
 
@@ -44,7 +45,7 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
         CaptureError: If an operation draws random numbers in a way that cannot be tied to a mode.
     """
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or node._erased:
             continue
         if node.target in _DROPOUTS:
             named = arguments(node, "input p train")
@@ -65,10 +66,7 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
         elif _counts_batches(node):
             _replace(graph, node, count_batch, (node.args[0], _mode(graph, node, model)))
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise CaptureError(
-                f"{_owner(node) or 'the model'} draws random numbers ({node.target}) and torch.export does "
-                "not tell whether it does so in training only"
-            )
+            _follow_draw(node, model)
 
 
 def unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -> None:
@@ -129,6 +127,14 @@ def _follow_attention_dropout(graph: fx.Graph, node: fx.Node, model: nn.Module) 
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in named}
 
 
+def _follow_draw(node: fx.Node, model: nn.Module) -> None:
+    if not call_owner(node, model, _owner):
+        raise CaptureError(
+            f"{_owner(node) or 'the model'} draws random numbers ({node.target}) and torch.export does "
+            "not tell whether it does so in training only"
+        )
+
+
 def _counts_batches(node: fx.Node) -> bool:
     first = node.args[0] if node.args else None
     return (
@@ -173,5 +179,6 @@ def _replace(
 ) -> None:
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
+    new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

@@ -30,8 +30,6 @@ MODELS = {
 }
 TRANSFORMERS = list(zoo.TRANSFORMERS)
 GENERATES = ["llama", "gpt2", "t5", "whisper", "mixtral"]
-# Stochastic depth that is a function has no mode to follow.
-NOT_EXPORTED = {"timm.swin"}
 BATCH_NORM = ["torchvision.resnet18", "timm.resnet", "timm.efficientnet"]
 
 # What the front-ends see beyond the layers: experts, and the attention of torchvision.
@@ -71,10 +69,6 @@ def rewrite(name: str, frontend: str = "auto", config: Any = CONFIG) -> tuple[nn
         with pytest.raises(CaptureError, match="no required argument"):
             lora_fx.capture(model, frontend="symbolic")
         pytest.skip("takes everything as keywords: has no symbolic trace")
-    if wanted == "export" and name in NOT_EXPORTED:
-        with pytest.raises(CaptureError, match="draws random numbers"):
-            lora_fx.capture(model, next(iter(inputs.values())), frontend="export")
-        pytest.skip("is not exported, and the error says why")
     examples = None
     if with_inputs:
         examples = tuple(inputs.values()) if list(inputs) == ["x"] else inputs
@@ -395,8 +389,6 @@ FULL = {
 @pytest.mark.parametrize("frontend", ["auto", "export"])
 def test_at_full_size_a_rewrite_changes_no_bit(name, frontend):
     wanted, with_inputs = FRONTENDS[frontend]
-    if wanted == "export" and name.startswith("swin"):
-        pytest.skip("draws random numbers in a function: see above")
     model, x = FULL[name]()
     rewritten = lora_fx.rewrite(
         model, CONFIG, x if with_inputs else None, frontend=wanted or "auto"

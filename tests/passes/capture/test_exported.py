@@ -196,3 +196,99 @@ def test_what_a_forward_leaves_behind_is_put_back() -> None:
 
     captured = lora_fx.capture(Settles(), torch.randn(2, 4), frontend="export")
     assert captured.model.config.kind is None
+
+
+@pytest.mark.parametrize("start", [0, 0.0])
+def test_a_counter_in_python_is_refused(start) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.steps = start
+            self.ready = False
+
+        def forward(self, x):
+            self.ready = True  # once and for all: no counter
+            self.steps += 1
+            return self.fc(x) * self.steps
+
+    model = nn.Sequential(Counts(), nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=r"changes self\.0\.steps \(0.* became 1.*'regions'"):
+        lora_fx.capture(model, torch.randn(2, 4), frontend="export")
+    assert model[0].steps == start
+    assert not model[0].ready
+    captured = lora_fx.capture(model, torch.randn(2, 4)).model
+    captured(torch.randn(2, 4))
+    assert captured[0].steps == 1
+
+
+def drop_depth(x, rate, training):
+    if not training:
+        return x
+    return x * x.new_empty((x.shape[0], 1)).bernoulli_(1 - rate).div_(1 - rate)
+
+
+class Depth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.4
+
+    def forward(self, x):
+        return drop_depth(x, self.rate, self.training)
+
+
+class Deep(nn.Module):
+    """Stochastic depth, of one module that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.depth = Depth()
+
+    def forward(self, x):
+        x = x + self.depth(self.first(x))
+        return x + self.depth(self.second(x))
+
+
+def test_stochastic_depth_follows_its_module() -> None:
+    model, x = Deep(), torch.randn(6, 8)
+    adapted = lora_fx.rewrite(model, CONFIG, x, frontend="export")
+    targets = [
+        node.target for node in lora_fx.graphs(adapted)[""].nodes if node.op == "call_module"
+    ]
+    assert targets == ["depth", "depth"]
+    for training in (True, False, True):
+        same(model.train(training), adapted.train(training), x)
+    for one in (model, adapted):
+        one.depth.rate = 0.1
+    same(model, adapted, x)
+    model.depth.eval(), adapted.depth.eval()
+    same(model, adapted, x)
+    same(model, copy.deepcopy(adapted), x)
+
+
+@pytest.mark.parametrize("name", ["shape", "weight", "two"])
+def test_a_draw_that_is_not_the_whole_of_a_module_is_refused(name) -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8)) if name == "weight" else None
+
+        def forward(self, x, y=None):
+            noise = torch.rand_like(x)
+            if name == "shape":
+                return (x + noise)[:, :4]
+            return (x + noise, noise) if name == "two" else (x + noise) * self.weight
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.draws = Draws()
+
+        def forward(self, x):
+            return self.draws(self.fc(x))
+
+    with pytest.raises(CaptureError, match="draws draws random numbers"):
+        lora_fx.capture(Holds(), torch.randn(6, 8), frontend="export")
