@@ -21,14 +21,14 @@ class AdapterFactors(nn.Module):
     It has no forward: the graph reads the parameters.
     """
 
-    def add(self, adapter: str, value: torch.Tensor) -> None:
+    def add(self, adapter: str, value: nn.Parameter) -> None:
         """Adds an adapter's factor.
 
         Args:
             adapter: The adapter's name.
             value: A of shape [r, in, ...] or B of shape [out, r, ...].
         """
-        self.register_parameter(adapter, nn.Parameter(value))
+        self.register_parameter(adapter, value)
 
     def extra_repr(self) -> str:
         """Names and shapes."""
