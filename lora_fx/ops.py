@@ -21,14 +21,15 @@ class AdapterFactors(nn.Module):
     It has no forward: the graph reads the parameters.
     """
 
-    def add(self, adapter: str, value: nn.Parameter) -> None:
+    def add(self, adapter: str, value: torch.Tensor) -> None:
         """Adds an adapter's factor.
 
         Args:
             adapter: The adapter's name.
-            value: A of shape [r, in, ...] or B of shape [out, r, ...].
+            value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
         """
-        self.register_parameter(adapter, value)
+        own = isinstance(value, nn.Parameter)
+        self.register_parameter(adapter, value if own else nn.Parameter(value))
 
     def extra_repr(self) -> str:
         """Names and shapes."""

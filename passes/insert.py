@@ -196,7 +196,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
     weight = model.get_parameter(site.weight)
     a, b = _initial(site, shapes, weight, config)
     for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
-        _factors(_holder(model, site), name).add(adapter, nn.Parameter(value))
+        _factors(_holder(model, site), name).add(adapter, value)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
