@@ -35,8 +35,8 @@ class AdapterFactors(nn.Module):
             adapter: The adapter's name.
             value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
         """
-        own = isinstance(value, nn.Parameter)
-        self.register_parameter(adapter, value if own else nn.Parameter(value))
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        self.register_parameter(adapter, parameter)
 
     def extra_repr(self) -> str:
         """Names and shapes."""
