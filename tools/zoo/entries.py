@@ -98,13 +98,17 @@ def _is_faint(parameter: nn.Parameter) -> bool:
 
 
 def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
-    """Batch norm as after training: with the statistics of what it sees."""
+    """Batch norm half as after training: with the statistics of what it sees.
+
+    The other half stays as at the start. Two images at one pixel each have hardly a variance, and
+    dividing by it would blow up every rounding.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = None  # the plain mean over all batches: here, one
+        norm.momentum = 0.5
     with torch.no_grad():
         call(model.train(), inputs)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -26,7 +26,7 @@ from lora_fx.tools.zoo import numbers
 from lora_fx.tools.zoo.counter import count_weights, unseen, unused
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.row import MERGE_TOLERANCE, Row
-from lora_fx.tools.zoo.training import check_gradients, train
+from lora_fx.tools.zoo.training import Reached, check_gradients, train
 
 __all__ = ["run_job"]
 
@@ -88,13 +88,14 @@ class _Job:
         with self.stage("rewrite"):
             adapted = rewrite(model, CONFIG, inputs)
         merged = None
+        reached = Reached(inputs, self.reference, self.unused)
         if adapted is not None:
             with self.stage("outputs"):
                 self.compare(model, adapted, inputs)
             with self.stage("gradients"):
-                check_gradients(self.entry, adapted, inputs, self.reference, row, self.unused)
+                check_gradients(self.entry, model, adapted, reached, row)
             with self.stage("training"):
-                row.losses = train(self.entry, adapted, inputs, self.reference)
+                row.losses = train(self.entry, adapted, reached)
             with self.stage("merge"):
                 merged = merge(adapted.eval()).eval()
                 self.compare_merged(model, adapted, merged, inputs)

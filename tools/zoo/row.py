@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["MERGE_TOLERANCE", "STAGES", "Row"]
+__all__ = ["GRADIENT_TOLERANCE", "MERGE_TOLERANCE", "STAGES", "Row"]
 
 STAGES = (
     "build",
@@ -22,6 +22,9 @@ STAGES = (
 
 MERGE_TOLERANCE = 1e-5
 """What a merged model may differ by in fp32, relative to the largest output."""
+
+GRADIENT_TOLERANCE = 1e-2
+"""What a gradient may differ by from the chain rule's: fp32, on random weights."""
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Row:
         missing: Factors without a gradient though their operation ran.
         unreached: Factors without a gradient whose operation this call does not come to.
         infinite: Factors whose gradient is not finite.
-        idle: Factors B whose gradient is zero: no example reached them.
+        gradient_error: Largest difference between the gradient of a B and what the chain rule
+            makes of the original's gradient, relative to it; ``gradient_worst`` is whose.
         losses: Before the first step and after the last.
         merge_error: Of the merged model beside the adapted one; ``merge_error_fp64`` the same in
             fp64, measured where fp32 exceeds the tolerance.
@@ -76,7 +80,8 @@ class Row:
     missing: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     infinite: list[str] = field(default_factory=list)
-    idle: list[str] = field(default_factory=list)
+    gradient_error: float = 0.0
+    gradient_worst: str = ""
     losses: tuple[float, float] | None = None
     merge_error: float | None = None
     merge_error_fp64: float | None = None
@@ -98,6 +103,8 @@ class Row:
     def trained(self) -> bool:
         """Whether every adapter, and nothing else, was trained, and the loss fell."""
         if self.losses is None or self.stray or self.missing or self.infinite:
+            return False
+        if self.gradient_error > GRADIENT_TOLERANCE:
             return False
         return self.losses[1] < self.losses[0]
 

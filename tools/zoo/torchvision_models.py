@@ -19,7 +19,6 @@ _GROUP = "torchvision"
 _CLASSIFIERS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("alexnet", 64, {}),
     ("convnext_tiny", 32, {}),
-    ("densenet121", 32, {"block_config": (2, 2, 2, 2), "growth_rate": 8, "num_init_features": 16}),
     ("efficientnet_b0", 32, {}),
     ("efficientnet_v2_s", 32, {}),
     ("googlenet", 32, {"aux_logits": False, "init_weights": False}),
@@ -30,15 +29,15 @@ _CLASSIFIERS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("regnet_x_400mf", 32, {}),
     ("regnet_y_400mf", 32, {}),
     ("resnet18", 32, {}),
-    ("resnet50", 32, {}),
-    ("resnext50_32x4d", 32, {}),
     ("shufflenet_v2_x0_5", 32, {}),
     ("squeezenet1_1", 32, {}),
-    ("vgg11_bn", 32, {}),
-    ("wide_resnet50_2", 32, {}),
 )
-# Class, its arguments, and the shape of its input.
-_BY_CLASS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+# Class and its arguments, for images of 32 pixels.
+_BY_CLASS: dict[str, tuple[str, dict[str, Any]]] = {
+    "densenet": (
+        "DenseNet",
+        {"block_config": (2, 2, 2, 2), "growth_rate": 8, "num_init_features": 16},
+    ),
     "swin": (
         "SwinTransformer",
         {
@@ -48,7 +47,6 @@ _BY_CLASS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
             "num_heads": [2, 4],
             "window_size": [4, 4],
         },
-        (3, 32, 32),
     ),
     "vit": (
         "VisionTransformer",
@@ -60,7 +58,6 @@ _BY_CLASS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
             "hidden_dim": 16,
             "mlp_dim": 32,
         },
-        (3, 32, 32),
     ),
     "maxvit": (
         "MaxVit",
@@ -73,7 +70,6 @@ _BY_CLASS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
             "head_dim": 4,
             "stochastic_depth_prob": 0.1,
         },
-        (3, 32, 32),
     ),
 }
 _SEGMENTERS = ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
@@ -81,7 +77,6 @@ _VIDEO: tuple[tuple[str, tuple[int, int]], ...] = (
     ("r3d_18", (4, 24)),
     ("mc3_18", (4, 24)),
     ("r2plus1d_18", (4, 24)),
-    ("s3d", (16, 64)),
 )
 
 
@@ -91,10 +86,26 @@ def _classifier(name: str, size: int, options: dict[str, Any]) -> Built:
     return models.get_model(name, weights=None, num_classes=5, **options), (images(size),)
 
 
-def _by_class(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Built:
+def _by_class(name: str, options: dict[str, Any]) -> Built:
     from torchvision import models
 
-    return getattr(models, name)(num_classes=5, **options), (torch.randn(2, *shape),)
+    return getattr(models, name)(num_classes=5, **options), (images(32),)
+
+
+def _bottleneck(**options: int) -> Built:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, **options), (images(32),)
+
+
+def _vgg() -> Built:
+    from torchvision.models.vgg import VGG, make_layers
+
+    layers = make_layers([16, "M", 32, "M", 64, 64, "M", 512, "M"], batch_norm=True)
+    model = VGG(layers, num_classes=5, init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier[0] = nn.Linear(512, 4096)
+    return model, (images(32),)
 
 
 def _swin_v2() -> Built:
@@ -121,6 +132,14 @@ def _video(name: str, frames: int, size: int) -> Built:
 
     model = models.get_model(name, weights=None, num_classes=5)
     return model, (torch.randn(2, 3, frames, size, size),)
+
+
+def _s3d() -> Built:
+    from torchvision.models.video import s3d
+
+    model = s3d(num_classes=5)
+    model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own one wants 224 pixels
+    return model, (torch.randn(2, 3, 16, 32, 32),)
 
 
 def _mvit() -> Built:
@@ -198,9 +217,14 @@ def _entry(name: str, make: Callable[..., Built], *args: Any) -> Entry:
 ENTRIES: tuple[Entry, ...] = (
     *(_entry(row[0], _classifier, *row) for row in _CLASSIFIERS),
     *(_entry(name, _by_class, *row) for name, row in _BY_CLASS.items()),
+    _entry("resnet bottleneck", _bottleneck),
+    _entry("resnext", lambda: _bottleneck(groups=4, width_per_group=16)),
+    _entry("wide resnet", lambda: _bottleneck(width_per_group=128)),
+    _entry("vgg", _vgg),
     _entry("swin_v2", _swin_v2),
     *(_entry(name, _segmenter, name) for name in _SEGMENTERS),
     *(_entry(name, _video, name, *size) for name, size in _VIDEO),
+    _entry("s3d", _s3d),
     _entry("mvit", _mvit),
     _entry("swin3d", _swin3d),
     _entry("resnet18 + FPN", _resnet_fpn),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,94 +14,138 @@ from lora_fx.api import trainable_parameters
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.numbers import floats
 from lora_fx.tools.zoo.row import Row
+from lora_fx.types import Site
 
-__all__ = ["STEPS", "check_gradients", "train"]
+__all__ = ["STEPS", "Reached", "check_gradients", "train"]
 
 STEPS = 20
-_RATE = 5e-3
+_RATES = (5e-3, 5e-4, 5e-5)
+_SMALLEST = 1e-7  # a gradient below it is compared with this instead
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One call of a model.
+
+    Attributes:
+        inputs: Its arguments.
+        reference: What the original returns.
+        unused: Holders of factors whose operation the call does not come to.
+    """
+
+    inputs: Inputs
+    reference: Any
+    unused: frozenset[str]
+
 
 
 def check_gradients(
-    entry: Entry,
-    adapted: nn.Module,
-    inputs: Inputs,
-    reference: object,
-    row: Row,
-    unused: Collection[str],
+    entry: Entry, model: nn.Module, adapted: nn.Module, built: Reached, row: Row
 ) -> None:
     """One backward pass in eval mode, so that no layer is left out by chance; fills the row.
 
     Args:
         entry: The model's entry.
+        model: The original; it is copied.
         adapted: The rewritten model, untrained.
-        inputs: Of one call.
-        reference: The original's output.
-        row: Gets ``stray``, ``missing``, ``unreached``, ``infinite`` and ``idle``.
-        unused: Holders of factors whose operation this call does not come to.
+        built: The call, its result, and what it does not come to.
+        row: Gets ``stray``, ``missing``, ``unreached``, ``infinite`` and ``gradient_error``.
     """
     adapted.eval().zero_grad()
-    _loss(entry, adapted, inputs, reference).backward()  # type: ignore[no-untyped-call]
+    _loss(entry, adapted, built).backward()  # type: ignore[no-untyped-call]
     for name, parameter in adapted.named_parameters():
         if not _is_factor(name):
             if parameter.requires_grad or parameter.grad is not None:
                 row.stray.append(name)
         elif parameter.grad is None:
             holder = name.rpartition(".lora_")[0]
-            (row.unreached if holder in unused else row.missing).append(name)
+            (row.unreached if holder in built.unused else row.missing).append(name)
         elif not bool(parameter.grad.isfinite().all()):
             row.infinite.append(name)
-        elif _is_second(name) and not bool(parameter.grad.any()):
-            row.idle.append(name)
+    full = copy.deepcopy(model).requires_grad_(requires_grad=True)
+    _loss(entry, full, built).backward()  # type: ignore[no-untyped-call]
+    for site, error in _gradient_errors(full, adapted):
+        if error > row.gradient_error:
+            row.gradient_error, row.gradient_worst = error, site
     adapted.zero_grad()
 
 
-def train(
-    entry: Entry, adapted: nn.Module, inputs: Inputs, reference: object
-) -> tuple[float, float]:
+def _gradient_errors(full: nn.Module, adapted: nn.Module) -> Iterator[tuple[str, float]]:
+    """Beside the chain rule: at B = 0 the gradient of B is s·(dL/dW)·Aᵀ, over all uses of W.
+
+    Tied weights are left out, since their other use has no adapter, and so are grouped ones.
+    """
+    (record,) = adapted._lora_fx.adapters.values()  # type: ignore[union-attr]
+    for row in record.sites:
+        site: Site = row.site
+        if site.tied_to or site.groups > 1 or "transpose" in site.pattern:
+            continue
+        weight = full.get_parameter(site.weight).grad
+        a, b = (
+            adapted.get_parameter(f"{site.holder}.lora_{letter}.default") for letter in "AB"
+        )
+        if weight is None or b.grad is None:
+            continue
+        weight = weight if site.layout == "out_in" else weight.T
+        weight = weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
+        expected = row.scale * weight.flatten(1).double() @ a.detach().flatten(1).double().T
+        scale = max(float(expected.abs().max()), _SMALLEST)
+        yield site.part, float((b.grad.flatten(1).double() - expected).abs().max()) / scale
+
+
+def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
     """Twenty steps of AdamW on one batch, in eval mode.
+
+    A model of random weights may be as steep as it likes: where the loss rises, the steps are taken
+    again from the start, smaller.
 
     Args:
         entry: The model's entry.
         adapted: The rewritten model; it is trained.
-        inputs: Of one call.
-        reference: The original's output.
+        built: The call and the original's result.
 
     Returns:
         The loss before the first step and after the last.
     """
     adapted.eval()
-    optimizer = torch.optim.AdamW(trainable_parameters(adapted), lr=_RATE)
-    losses = []
-    for step in range(STEPS + 1):
-        optimizer.zero_grad()
-        loss = _loss(entry, adapted, inputs, reference)
-        losses.append(float(loss))
-        if step < STEPS:
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+    parameters = list(trainable_parameters(adapted))
+    start = [parameter.detach().clone() for parameter in parameters]
+    losses: list[float] = []
+    for rate in _RATES:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+        optimizer = torch.optim.AdamW(parameters, lr=rate)
+        losses = []
+        for step in range(STEPS + 1):
+            optimizer.zero_grad()
+            loss = _loss(entry, adapted, built)
+            losses.append(float(loss))
+            if step < STEPS:
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        if losses[-1] < losses[0]:
+            break
     return losses[0], losses[-1]
 
 
-def _loss(entry: Entry, model: nn.Module, inputs: Inputs, reference: object) -> torch.Tensor:
+def _loss(entry: Entry, model: nn.Module, built: Reached) -> torch.Tensor:
     torch.manual_seed(0)
-    output = call(model, inputs)
+    output = call(model, built.inputs)
     if entry.loss is not None:
         return entry.loss(output)
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(())
-    for found, start in zip(floats(output), floats(reference), strict=True):
+    for found, start in zip(floats(output), floats(built.reference), strict=True):
+        noise = torch.randn(start.shape, generator=generator)
         if not found.requires_grad or not bool(start.isfinite().all()):
             continue
         # Away from where the model starts, by as much as its outputs vary.
-        spread = (start.float().std() if start.numel() > 1 else start.float().abs()).clamp_min(1e-3)
-        target = start.float() + spread * torch.randn(start.shape, generator=generator)
-        total = total + ((found.float() - target) / spread).square().mean()
+        start = start.float()
+        spread = (start.std() if start.numel() > 1 else start.abs()).clamp_min(1e-3)
+        total = total + ((found.float() - start) / spread - noise).square().mean()
     return total
 
 
 def _is_factor(name: str) -> bool:
     return ".lora_" in f".{name}"
-
-
-def _is_second(name: str) -> bool:
-    return ".lora_B." in f".{name}" or ".lora_embedding_B." in f".{name}"
