@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.tools.zoo.entries import Inputs, call
 from lora_fx.types import Plan
 
-__all__ = ["Count", "count_weights", "unseen", "unused"]
+__all__ = ["Count", "count_weights", "unseen"]
 
 # Which arguments of an operator can be weights; every one of the list where one is a list.
 _OPERANDS: dict[str, tuple[int, ...]] = {
@@ -65,11 +65,6 @@ class Count:
     direct: tuple[frozenset[str], ...]
     computed: tuple[frozenset[str], ...]
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Every name of every parameter that was counted."""
-        return frozenset().union(*self.direct, *self.computed)
-
 
 def count_weights(model: nn.Module, inputs: Inputs) -> Count:
     """Runs the model once, as it is, and counts.
@@ -108,11 +103,6 @@ def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
         if not any(map(mentioned, names))
     ]
     return tuple(found)
-
-
-def unused(count: Count, plan: Plan) -> frozenset[str]:
-    """Holders of the factors of operations that are adapted and that the call does not come to."""
-    return frozenset(row.site.holder for row in plan.sites if row.site.weight not in count.names)
 
 
 @dataclass(frozen=True)

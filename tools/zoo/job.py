@@ -23,7 +23,7 @@ from torch import nn
 from lora_fx.api import merge, plan, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.tools.zoo import numbers
-from lora_fx.tools.zoo.counter import count_weights, unseen, unused
+from lora_fx.tools.zoo.counter import count_weights, unseen
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.row import MERGE_TOLERANCE, Row
 from lora_fx.tools.zoo.training import Reached, check_gradients, train
@@ -57,7 +57,6 @@ class _Job:
     def __init__(self, entry: Entry, row: Row, begin: Callable[[Row], None]) -> None:
         self.entry, self.row, self.begin = entry, row, begin
         self.reference: Any = None
-        self.unused: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -88,7 +87,7 @@ class _Job:
         with self.stage("rewrite"):
             adapted = rewrite(model, CONFIG, inputs)
         merged = None
-        reached = Reached(inputs, self.reference, self.unused)
+        reached = Reached(inputs, self.reference)
         if adapted is not None:
             with self.stage("outputs"):
                 self.compare(model, adapted, inputs)
@@ -126,7 +125,6 @@ class _Job:
             count = count_weights(copy.deepcopy(model), inputs)
             row.counted = len(count.direct) + len(count.computed)
             row.unseen = list(unseen(count, planned))
-            self.unused = unused(count, planned)
 
     def compare(self, model: nn.Module, adapted: nn.Module, inputs: Inputs) -> None:
         found = self.output(adapted.eval(), inputs)

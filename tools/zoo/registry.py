@@ -6,12 +6,28 @@ import difflib
 import fnmatch
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.zoo import plain_models, torchvision_models
+from lora_fx.tools.zoo import (
+    diffusers_models,
+    plain_models,
+    torchvision_models,
+    transformers_decoders,
+    transformers_encoders,
+    transformers_multimodal,
+    transformers_vision,
+)
 from lora_fx.tools.zoo.entries import Entry
 
 __all__ = ["ENTRIES", "find", "groups", "select"]
 
-ENTRIES: tuple[Entry, ...] = (*plain_models.ENTRIES, *torchvision_models.ENTRIES)
+ENTRIES: tuple[Entry, ...] = (
+    *plain_models.ENTRIES,
+    *torchvision_models.ENTRIES,
+    *transformers_decoders.ENTRIES,
+    *transformers_encoders.ENTRIES,
+    *transformers_vision.ENTRIES,
+    *transformers_multimodal.ENTRIES,
+    *diffusers_models.ENTRIES,
+)
 
 
 def find(name: str) -> Entry:

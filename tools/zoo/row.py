@@ -43,8 +43,9 @@ class Row:
         train_error: Likewise in train mode, with the same seed.
         argument: What the job changed in the argument of ``rewrite``: nothing, if all is well.
         stray: Parameters that got a gradient and are no adapter's.
-        missing: Factors without a gradient though their operation ran.
-        unreached: Factors without a gradient whose operation this call does not come to.
+        missing: Adapted weights whose factors have no gradient, though the original's weight has.
+        unreached: Adapted weights that have none in the original either: this call does not come to
+            them, or drops what they compute.
         infinite: Factors whose gradient is not finite.
         gradient_error: Largest difference between the gradient of a B and what the chain rule
             makes of the original's gradient, relative to it; ``gradient_worst`` is whose.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from lora_fx.api import trainable_parameters
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.numbers import floats
 from lora_fx.tools.zoo.row import Row
-from lora_fx.types import Site
+from lora_fx.types import PlannedSite, Site
 
 __all__ = ["STEPS", "Reached", "check_gradients", "train"]
 
@@ -30,12 +29,10 @@ class Reached:
     Attributes:
         inputs: Its arguments.
         reference: What the original returns.
-        unused: Holders of factors whose operation the call does not come to.
     """
 
     inputs: Inputs
     reference: Any
-    unused: frozenset[str]
 
 
 
@@ -48,7 +45,7 @@ def check_gradients(
         entry: The model's entry.
         model: The original; it is copied.
         adapted: The rewritten model, untrained.
-        built: The call, its result, and what it does not come to.
+        built: The call and the original's result.
         row: Gets ``stray``, ``missing``, ``unreached``, ``infinite`` and ``gradient_error``.
     """
     adapted.eval().zero_grad()
@@ -57,40 +54,52 @@ def check_gradients(
         if not _is_factor(name):
             if parameter.requires_grad or parameter.grad is not None:
                 row.stray.append(name)
-        elif parameter.grad is None:
-            holder = name.rpartition(".lora_")[0]
-            (row.unreached if holder in built.unused else row.missing).append(name)
-        elif not bool(parameter.grad.isfinite().all()):
+        elif parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             row.infinite.append(name)
     full = copy.deepcopy(model).requires_grad_(requires_grad=True)
     _loss(entry, full, built).backward()  # type: ignore[no-untyped-call]
-    for site, error in _gradient_errors(full, adapted):
-        if error > row.gradient_error:
-            row.gradient_error, row.gradient_worst = error, site
+    for planned in _sites(adapted):
+        site = planned.site
+        weight = full.get_parameter(site.weight).grad
+        a, b = _factors(adapted, site)
+        if b.grad is None or a.grad is None:
+            # No gradient in the original either: the call does not come to it, or drops its result.
+            (row.unreached if weight is None else row.missing).append(site.part)
+        elif weight is not None and not site.tied_to:
+            error = _gradient_error(planned, weight, a, b)
+            if error > row.gradient_error:
+                row.gradient_error, row.gradient_worst = error, site.part
     adapted.zero_grad()
 
 
-def _gradient_errors(full: nn.Module, adapted: nn.Module) -> Iterator[tuple[str, float]]:
+def _sites(adapted: nn.Module) -> tuple[PlannedSite, ...]:
+    (record,) = adapted._lora_fx.adapters.values()  # type: ignore[union-attr]
+    sites: tuple[PlannedSite, ...] = record.sites
+    return sites
+
+
+def _factors(adapted: nn.Module, site: Site) -> tuple[nn.Parameter, nn.Parameter]:
+    holder = adapted.get_submodule(site.holder)
+    prefix = "lora_" if hasattr(holder, "lora_A") else "lora_embedding_"
+    a, b = (getattr(holder, prefix + letter).default for letter in "AB")
+    return a, b
+
+
+def _gradient_error(
+    planned: PlannedSite, weight: torch.Tensor, a: nn.Parameter, b: nn.Parameter
+) -> float:
     """Beside the chain rule: at B = 0 the gradient of B is s·(dL/dW)·Aᵀ, over all uses of W.
 
-    Tied weights are left out, since their other use has no adapter, and so are grouped ones.
+    0 for weights whose layout is another one: grouped and transposed convolutions, experts.
     """
-    (record,) = adapted._lora_fx.adapters.values()  # type: ignore[union-attr]
-    for row in record.sites:
-        site: Site = row.site
-        if site.tied_to or site.groups > 1 or "transpose" in site.pattern:
-            continue
-        weight = full.get_parameter(site.weight).grad
-        a, b = (
-            adapted.get_parameter(f"{site.holder}.lora_{letter}.default") for letter in "AB"
-        )
-        if weight is None or b.grad is None:
-            continue
-        weight = weight if site.layout == "out_in" else weight.T
-        weight = weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
-        expected = row.scale * weight.flatten(1).double() @ a.detach().flatten(1).double().T
-        scale = max(float(expected.abs().max()), _SMALLEST)
-        yield site.part, float((b.grad.flatten(1).double() - expected).abs().max()) / scale
+    site = planned.site
+    if site.groups > 1 or "transpose" in site.pattern or site.experts or b.grad is None:
+        return 0.0
+    weight = weight if site.layout == "out_in" else weight.T
+    weight = weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
+    expected = planned.scale * weight.flatten(1).double() @ a.detach().flatten(1).double().T
+    scale = max(float(expected.abs().max()), _SMALLEST)
+    return float((b.grad.flatten(1).double() - expected).abs().max()) / scale
 
 
 def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
