@@ -60,7 +60,7 @@ def _unconditional() -> Built:
 
 
 def _controlnet() -> Built:
-    inputs = {**_denoising(), "controlnet_cond": images(32)}
+    inputs = {**_denoising(), "controlnet_cond": images(64)}
     options = {**_CROSS, "conditioning_embedding_out_channels": (4, 8, 8, 8)}
     return _made("ControlNetModel", inputs, **options)
 

@@ -94,7 +94,8 @@ def _scale_up(parameter: nn.Parameter) -> None:
 
 
 def _is_faint(parameter: nn.Parameter) -> bool:
-    return parameter.numel() > 1 and float(parameter.abs().max()) < _SMALL_SCALE
+    largest = float(parameter.abs().max())
+    return largest < _SMALL_SCALE if parameter.numel() > 1 else largest == 0.0
 
 
 def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:

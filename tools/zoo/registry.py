@@ -9,6 +9,7 @@ from lora_fx.errors import ConfigError
 from lora_fx.tools.zoo import (
     diffusers_models,
     plain_models,
+    timm_models,
     torchvision_models,
     transformers_decoders,
     transformers_encoders,
@@ -22,6 +23,7 @@ __all__ = ["ENTRIES", "find", "groups", "select"]
 ENTRIES: tuple[Entry, ...] = (
     *plain_models.ENTRIES,
     *torchvision_models.ENTRIES,
+    *timm_models.ENTRIES,
     *transformers_decoders.ENTRIES,
     *transformers_encoders.ENTRIES,
     *transformers_vision.ENTRIES,

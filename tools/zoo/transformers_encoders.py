@@ -49,7 +49,11 @@ _BERTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Funnel", "Funnel", {**_SPECIAL, "block_sizes": [1, 1], "d_model": 16, "n_head": 4, "d_head": 4}),
     ("CANINE", "Canine", {**TEXT, "downsampling_rate": 2, "num_hash_buckets": 16}),
     ("I-BERT", "IBert", TEXT),
-    ("Nyströmformer", "Nystromformer", {**TEXT, "num_landmarks": 2, "segment_means_seq_len": 6}),
+    (
+        "Nyströmformer",
+        "Nystromformer",
+        {**TEXT, "num_landmarks": 6, "segment_means_seq_len": 6, "conv_kernel_size": 3},
+    ),
 )
 _D_MODEL = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1} | {
     f"{side}_{what}": size

@@ -31,6 +31,16 @@ _RESNET: dict[str, Any] = {
     "hidden_sizes": [8, 16],
     "depths": [1, 1],
 }
+_CONVNEXT: dict[str, Any] = {**_RESNET, "num_stages": 2}
+_HIERA: dict[str, Any] = {
+    "num_labels": 3,
+    "image_size": [32, 32],
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "masked_unit_size": [4, 4],
+    "num_query_pool": 1,
+}
 _DETR_BACKBONE: dict[str, Any] = {
     "model_type": "resnet",
     "embedding_size": 8,
@@ -91,9 +101,9 @@ _LOOKERS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("YOLOS", "Yolos", "ForObjectDetection", 16, {**_PATCHES, "image_size": [16, 16]}),
     ("Swin", "Swin", "ForImageClassification", 32, _STAGES),
     ("Swin v2", "Swinv2", "ForImageClassification", 32, _STAGES),
-    ("Hiera", "Hiera", "ForImageClassification", 32, {**_STAGES, "image_size": [32, 32]}),
-    ("ConvNeXt", "ConvNext", "ForImageClassification", 32, _RESNET),
-    ("ConvNeXt v2", "ConvNextV2", "ForImageClassification", 32, _RESNET),
+    ("Hiera", "Hiera", "ForImageClassification", 32, _HIERA),
+    ("ConvNeXt", "ConvNext", "ForImageClassification", 32, _CONVNEXT),
+    ("ConvNeXt v2", "ConvNextV2", "ForImageClassification", 32, _CONVNEXT),
     ("ResNet", "ResNet", "ForImageClassification", 32, _RESNET),
     ("RegNet", "RegNet", "ForImageClassification", 32, {**_RESNET, "groups_width": 4}),
     (
