@@ -24,10 +24,14 @@ def zoo(
     only: Annotated[
         str | None, typer.Option(help="A part of the names to run, or a pattern with * and ?.")
     ] = None,
-    group: Annotated[str | None, typer.Option(help="A group, or the beginning of its name.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="A group, or the beginning of its name.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Models at a time.")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one model may take.")] = 300,
-    onnx: Annotated[bool, typer.Option(help="Whether to export; most of the time goes there.")] = True,
+    onnx: Annotated[
+        bool, typer.Option(help="Whether to export; most of the time goes there.")
+    ] = True,
     out: Annotated[
         Path | None,
         typer.Option(help=f"The page to write; {_DEFAULT} if the whole zoo runs, else none."),

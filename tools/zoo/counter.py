@@ -94,9 +94,7 @@ def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
         holder = name.partition(".parametrizations.")[0]
         return name in known or bool({name, owner, holder} & refused)
 
-    found = [
-        " = ".join(sorted(names)) for names in count.direct if not any(map(mentioned, names))
-    ]
+    found = [" = ".join(sorted(names)) for names in count.direct if not any(map(mentioned, names))]
     found += [
         f"computed from {', '.join(sorted(names))}"
         for names in count.computed

@@ -27,7 +27,9 @@ class RawAttention(nn.Module):
         q, k, v = (torch.einsum("btw,whs->bhts", x, w) for w in (self.q, self.k, self.v))
         weights = torch.softmax(torch.einsum("bhts,bhus->bhtu", q, k) / 2, -1)
         x = x + torch.einsum("bhts,hsw->btw", weights @ v, self.o)
-        return x + torch.einsum("btf,fw->btw", F.gelu(torch.einsum("btw,wf->btf", x, self.up)), self.down)
+        return x + torch.einsum(
+            "btf,fw->btw", F.gelu(torch.einsum("btw,wf->btf", x, self.up)), self.down
+        )
 
 
 class UNet(nn.Module):

@@ -230,7 +230,7 @@ def _bilinear() -> Built:
 
 def _entry(name: str, model: Any, *inputs: Any, **named: Any) -> Entry:
     def make() -> Built:
-        return model(), named and {k: v() for k, v in named.items()} or tuple(i() for i in inputs)
+        return model(), (named and {k: v() for k, v in named.items()}) or tuple(i() for i in inputs)
 
     return Entry(f"plain/{name}", _GROUP, make)
 

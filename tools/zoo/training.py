@@ -35,7 +35,6 @@ class Reached:
     reference: Any
 
 
-
 def check_gradients(
     entry: Entry, model: nn.Module, adapted: nn.Module, built: Reached, row: Row
 ) -> None:

@@ -115,9 +115,7 @@ def _llama4() -> Entry:
         "moe_layers": [1],
         "attention_chunk_size": 8,
     }
-    return member(
-        "Llama 4", _EXPERTS, "Llama4TextConfig", "Llama4ForCausalLM", _tokens, **options
-    )
+    return member("Llama 4", _EXPERTS, "Llama4TextConfig", "Llama4ForCausalLM", _tokens, **options)
 
 
 def _tokens() -> dict[str, Any]:

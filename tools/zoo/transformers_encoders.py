@@ -40,13 +40,21 @@ _BERTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("ALBERT", "Albert", {**TEXT, "embedding_size": 12}),
     ("MPNet", "MPNet", TEXT),
     ("RoFormer", "RoFormer", TEXT),
-    ("ConvBERT", "ConvBert", {**TEXT, "embedding_size": 16, "head_ratio": 2, "conv_kernel_size": 3}),
+    (
+        "ConvBERT",
+        "ConvBert",
+        {**TEXT, "embedding_size": 16, "head_ratio": 2, "conv_kernel_size": 3},
+    ),
     ("SqueezeBERT", "SqueezeBert", {**TEXT, "embedding_size": 16}),
     ("MobileBERT", "MobileBert", {**TEXT, "embedding_size": 8, "intra_bottleneck_size": 16}),
     ("ESM", "Esm", {**TEXT, "mask_token_id": 3, "position_embedding_type": "rotary"}),
     ("FNet", "FNet", TEXT),
     ("XLNet", "XLNet", {**_SPECIAL, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 24}),
-    ("Funnel", "Funnel", {**_SPECIAL, "block_sizes": [1, 1], "d_model": 16, "n_head": 4, "d_head": 4}),
+    (
+        "Funnel",
+        "Funnel",
+        {**_SPECIAL, "block_sizes": [1, 1], "d_model": 16, "n_head": 4, "d_head": 4},
+    ),
     ("CANINE", "Canine", {**TEXT, "downsampling_rate": 2, "num_hash_buckets": 16}),
     ("I-BERT", "IBert", TEXT),
     (

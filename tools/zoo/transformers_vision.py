@@ -92,7 +92,13 @@ _LISTENER: dict[str, Any] = {
 _LOOKERS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("ViT", "ViT", "ForImageClassification", 16, _PATCHES),
     ("DeiT", "Deit", "ForImageClassification", 16, _PATCHES),
-    ("BEiT", "Beit", "ForImageClassification", 16, {**_PATCHES, "use_relative_position_bias": True}),
+    (
+        "BEiT",
+        "Beit",
+        "ForImageClassification",
+        16,
+        {**_PATCHES, "use_relative_position_bias": True},
+    ),
     ("DINOv2", "Dinov2", "ForImageClassification", 16, _PATCHES),
     ("DINOv3", "DINOv3ViT", "Model", 16, _PATCHES),
     ("ViT-MAE", "ViTMAE", "Model", 16, {**_PATCHES, "mask_ratio": 0.0}),
