@@ -111,11 +111,11 @@ class _Origin:
     direct: bool
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Follows values by storage: a parameter's, computed from parameters, data, or neither."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.direct: set[frozenset[str]] = set()
         self.computed: set[frozenset[str]] = set()
         self._alive: list[torch.Tensor] = []  # a storage's address is its name while it lives

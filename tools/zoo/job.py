@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,11 +27,14 @@ from lora_fx.tools.zoo.counter import count_weights, unseen
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.row import MERGE_TOLERANCE, Row
 from lora_fx.tools.zoo.training import Reached, check_gradients, train
+from lora_fx.types import Plan
 
 __all__ = ["run_job"]
 
 CONFIG = LoraConfig(r=4, target_modules=None)
 _LINE = 300
+
+T = TypeVar("T")
 
 
 def run_job(entry: Entry, *, onnx: bool = True, begin: Callable[[Row], None] | None = None) -> Row:
@@ -56,134 +59,130 @@ def run_job(entry: Entry, *, onnx: bool = True, begin: Callable[[Row], None] | N
 class _Job:
     def __init__(self, entry: Entry, row: Row, begin: Callable[[Row], None]) -> None:
         self.entry, self.row, self.begin = entry, row, begin
-        self.reference: Any = None
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and keeps what it raises."""
+    def stage(self, name: str, work: Callable[[], T]) -> T | None:
+        """Times a stage and keeps what it raises; None then."""
         self.row.stage = name
         self.begin(self.row)
         began = time.perf_counter()
         try:
-            yield
-        except Exception as error:
-            logging.getLogger("lora_fx").debug("%s: %s", self.entry.name, name, exc_info=error)
+            return work()
+        except Exception as error:  # noqa: BLE001  a finding, whatever it is; it goes into the row
             self.row.errors[name] = _one_line(error)
-        self.row.seconds[name] = time.perf_counter() - began
+            return None
+        finally:
+            self.row.seconds[name] = time.perf_counter() - began
 
     def run(self, *, onnx: bool) -> None:
         """Every stage; the row then says that none is going on."""
-        self.run_stages(onnx=onnx)
+        built = self.stage("build", self.build)
+        if built is not None:
+            model, reached = built
+            before = numbers.fingerprint(model)
+            self.work_on(model, reached, onnx=onnx)
+            self.row.argument = numbers.what_changed(before, numbers.fingerprint(model))
         self.row.stage = ""
 
-    def run_stages(self, *, onnx: bool) -> None:
-        row, built = self.row, None
-        with self.stage("build"):
-            built = self.entry.build()
-            self.reference = self.output(*built)
-        if built is None or "build" in row.errors:
-            return
-        model, inputs = built
-        row.model = type(model).__name__
-        row.parameters = sum(p.numel() for p in model.parameters())
-        before = numbers.fingerprint(model)
-        self.plan_and_count(model, inputs)
-        adapted = None
-        with self.stage("rewrite"):
-            adapted = rewrite(model, CONFIG, inputs)
+    def build(self) -> tuple[nn.Module, Reached]:
+        model, inputs = self.entry.build()
+        self.row.model = type(model).__name__
+        self.row.parameters = sum(p.numel() for p in model.parameters())
+        return model, Reached(inputs, _output(model, inputs))
+
+    def work_on(self, model: nn.Module, reached: Reached, *, onnx: bool) -> None:
+        entry, row, inputs = self.entry, self.row, reached.inputs
+        planned = self.stage("plan", lambda: self.plan(model, inputs))
+        if planned is not None:
+            self.stage("counter", lambda: self.count(model, inputs, planned))
         merged = None
-        reached = Reached(inputs, self.reference)
+        adapted = self.stage("rewrite", lambda: rewrite(model, CONFIG, inputs))
         if adapted is not None:
-            with self.stage("outputs"):
-                self.compare(model, adapted, inputs)
-            with self.stage("gradients"):
-                check_gradients(self.entry, model, adapted, reached, row)
-            with self.stage("training"):
-                row.losses = train(self.entry, adapted, reached)
-            with self.stage("merge"):
-                merged = merge(adapted.eval()).eval()
-                self.compare_merged(model, adapted, merged, inputs)
+            self.stage("outputs", lambda: self.compare(model, adapted, reached))
+            self.stage("gradients", lambda: check_gradients(entry, model, adapted, reached, row))
+            row.losses = self.stage("training", lambda: train(entry, adapted, reached))
+            merged = self.stage("merge", lambda: self.merge(model, adapted, inputs))
         if onnx:
-            self.export(model, merged, inputs)
-        row.argument = numbers.what_changed(before, numbers.fingerprint(model))
+            row.torch_onnx = bool(self.stage("torch.onnx", lambda: _by_torch(model, inputs)))
+        if onnx and merged is not None:
+            row.exported = bool(self.stage("export_onnx", lambda: self.export(merged, inputs)))
 
-    def output(self, model: nn.Module, inputs: Inputs) -> Any:
-        """One call without gradients, on the seed of this model."""
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return call(model, inputs)
+    def plan(self, model: nn.Module, inputs: Inputs) -> Plan:
+        row, planned = self.row, plan(model, CONFIG, inputs)
+        row.frontend, row.frontend_notes = planned.frontend, list(planned.notes)
+        row.adapted = len(planned.sites)
+        row.rejected = len(planned.rejections)
+        row.found = row.adapted + len(planned.skipped) + row.rejected
+        row.reasons = {r.name or "(root)": r.reason for r in planned.rejections}
+        return planned
 
-    def plan_and_count(self, model: nn.Module, inputs: Inputs) -> None:
-        row, planned = self.row, None
-        with self.stage("plan"):
-            planned = plan(model, CONFIG, inputs)
-            row.frontend, row.frontend_notes = planned.frontend, list(planned.notes)
-            row.adapted = len(planned.sites)
-            row.rejected = len(planned.rejections)
-            row.found = row.adapted + len(planned.skipped) + row.rejected
-            row.reasons = {r.name or "(root)": r.reason for r in planned.rejections}
-        if planned is None:
-            return
-        with self.stage("counter"):
-            # On a copy: some models count their calls.
-            count = count_weights(copy.deepcopy(model), inputs)
-            row.counted = len(count.direct) + len(count.computed)
-            row.unseen = list(unseen(count, planned))
+    def count(self, model: nn.Module, inputs: Inputs, planned: Plan) -> None:
+        # On a copy: some models count their calls.
+        count = count_weights(copy.deepcopy(model), inputs)
+        self.row.counted = len(count.direct) + len(count.computed)
+        self.row.unseen = list(unseen(count, planned))
 
-    def compare(self, model: nn.Module, adapted: nn.Module, inputs: Inputs) -> None:
-        found = self.output(adapted.eval(), inputs)
-        self.row.output_error = numbers.difference(found, self.reference)
-        self.row.train_error = self.train_error(model, adapted, inputs, torch.float32)
+    def compare(self, model: nn.Module, adapted: nn.Module, reached: Reached) -> None:
+        inputs = reached.inputs
+        found = _output(adapted.eval(), inputs)
+        self.row.output_error = numbers.difference(found, reached.reference)
+        self.row.train_error = _train_error(model, adapted, inputs)
         if self.row.train_error > MERGE_TOLERANCE:
             # Batch norm over two values makes a rounding as large as it likes: look again in fp64.
-            with contextlib.suppress(RuntimeError, TypeError, ValueError):
-                doubled = numbers.in_double(inputs)
-                self.row.train_error = self.train_error(model, adapted, doubled, torch.float64)
+            exact = _where_fp64_runs(lambda: _train_error(model, adapted, inputs, double=True))
+            self.row.train_error = self.row.train_error if exact is None else exact
 
-    def train_error(
-        self, model: nn.Module, adapted: nn.Module, inputs: Inputs, dtype: torch.dtype
-    ) -> float:
-        original, again = copy.deepcopy(model).train(), copy.deepcopy(adapted).train()
-        if dtype == torch.float64:
-            original, again = original.double(), again.double()
-        return numbers.difference(self.output(again, inputs), self.output(original, inputs))
-
-    def compare_merged(
-        self, model: nn.Module, adapted: nn.Module, merged: nn.Module, inputs: Inputs
-    ) -> None:
-        row = self.row
-        expected, found = self.output(adapted, inputs), self.output(merged, inputs)
-        row.merge_error = numbers.difference(found, expected)
+    def merge(self, model: nn.Module, adapted: nn.Module, inputs: Inputs) -> nn.Module:
+        row, merged = self.row, merge(adapted.eval()).eval()
+        row.merge_error = numbers.difference(_output(merged, inputs), _output(adapted, inputs))
         same_classes = [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
         row.own_class = same_classes and merged.state_dict().keys() == model.state_dict().keys()
         if row.merge_error > MERGE_TOLERANCE:
-            row.merge_error_fp64 = self.merge_error_in_double(adapted, inputs)
+            row.merge_error_fp64 = _where_fp64_runs(lambda: _merge_error_fp64(adapted, inputs))
+        return merged
 
-    def merge_error_in_double(self, adapted: nn.Module, inputs: Inputs) -> float | None:
-        """None where the model does not run in fp64."""
-        doubled, exact = numbers.in_double(inputs), copy.deepcopy(adapted).double()
-        try:
-            expected = self.output(exact, doubled)
-            return numbers.difference(self.output(merge(exact).eval(), doubled), expected)
-        except (RuntimeError, TypeError, ValueError):
-            return None
-
-    def export(self, model: nn.Module, merged: nn.Module | None, inputs: Inputs) -> None:
+    def export(self, merged: nn.Module, inputs: Inputs) -> bool:
         from lora_fx.export.onnx import export_onnx
 
-        row = self.row
-        row.torch_onnx = False
-        with self.stage("torch.onnx"):
-            args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
-            copied = copy.deepcopy(model)
-            torch.onnx.export(copied, args, kwargs=kwargs, dynamo=True, verbose=False)
-            row.torch_onnx = True
-        if merged is None:
-            return
-        row.exported = False
-        with self.stage("export_onnx"), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             report = export_onnx(merged, Path(folder) / "model.onnx", inputs)
-            row.exported, row.parity = report.verified, report.max_rel_error
+        self.row.parity = report.max_rel_error
+        return report.verified
+
+
+def _output(model: nn.Module, inputs: Inputs) -> Any:
+    """One call without gradients, on the same seed each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return call(model, inputs)
+
+
+def _train_error(
+    model: nn.Module, adapted: nn.Module, inputs: Inputs, *, double: bool = False
+) -> float:
+    original, rewritten = copy.deepcopy(model).train(), copy.deepcopy(adapted).train()
+    if double:
+        original, rewritten = original.double(), rewritten.double()
+        inputs = numbers.in_double(inputs)
+    return numbers.difference(_output(rewritten, inputs), _output(original, inputs))
+
+
+def _merge_error_fp64(adapted: nn.Module, inputs: Inputs) -> float:
+    doubled, exact = numbers.in_double(inputs), copy.deepcopy(adapted).double()
+    return numbers.difference(_output(merge(exact).eval(), doubled), _output(exact, doubled))
+
+
+def _where_fp64_runs(measure: Callable[[], float]) -> float | None:
+    """None for a model that has fp32 written into it."""
+    try:
+        return measure()
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _by_torch(model: nn.Module, inputs: Inputs) -> bool:
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
+    torch.onnx.export(copy.deepcopy(model), args, kwargs=kwargs, dynamo=True, verbose=False)
+    return True
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ class RawAttention(nn.Module):
             nn.Parameter(torch.randn(2 * width, width) / 6),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         q, k, v = (torch.einsum("btw,whs->bhts", x, w) for w in (self.q, self.k, self.v))
         weights = torch.softmax(torch.einsum("bhts,bhus->bhtu", q, k) / 2, -1)
         x = x + torch.einsum("bhts,hsw->btw", weights @ v, self.o)
@@ -44,7 +47,8 @@ class UNet(nn.Module):
         self.last = _convolutions(2 * width, width)
         self.out = nn.Conv2d(width, 2, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         first = self.first(x)
         x = self.up(self.middle(self.down(first)))
         return self.out(self.last(torch.cat([first, x], 1)))
@@ -70,7 +74,8 @@ class TiedDecoder(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) + self.positions(places)
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
@@ -87,7 +92,8 @@ class BatchedExperts(nn.Module):
         self.up = nn.Parameter(torch.randn(experts, width, 2 * width) / 3)
         self.down = nn.Parameter(torch.randn(experts, 2 * width, width) / 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         rows = x.flatten(0, 1)
         shares = torch.softmax(self.router(rows), -1)
         each = rows.expand(self.up.shape[0], -1, -1)
@@ -106,7 +112,8 @@ class IndexedExperts(nn.Module):
             for _ in range(experts)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         rows = x.flatten(0, 1)
         share, choice = torch.softmax(self.router(rows), -1).max(-1)
         out = torch.zeros_like(rows)

@@ -33,7 +33,8 @@ class Functional(nn.Module):
         self.w2 = nn.Parameter(torch.randn(24, 6) / 5)
         self.kernel = nn.Parameter(torch.randn(12, 12, 3) / 6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         x = F.conv1d(x.transpose(1, 2), self.kernel, padding=1).transpose(1, 2)
         return F.gelu(F.linear(x, self.w1, self.b1)) @ self.w2
 
@@ -47,7 +48,8 @@ class Hooked(nn.Module):
         self.first.register_forward_pre_hook(_halve)
         self.second.register_forward_hook(_shift)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         return self.second(F.relu(self.first(x)))
 
 
@@ -75,8 +77,10 @@ class Nested(nn.Module):
         self.mix = nn.ParameterList(nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2))
         self.ends = nn.ParameterDict({"out": nn.Parameter(torch.randn(8, 3) / 3)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        for left, right, mix in zip(*self.towers.values(), self.mix, strict=True):
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        towers: Any = self.towers
+        for left, right, mix in zip(towers["left"], towers["right"], self.mix, strict=True):
             x = x + (left(x) + right(x)) @ mix
         return x @ self.ends["out"]
 
@@ -90,7 +94,8 @@ class SharedLayers(nn.Module):
         self.alias = self.block[0]
         self.head = nn.Linear(16, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         for _ in range(3):
             x = x + self.block(x)
         return self.head(torch.tanh(self.alias(x)))
@@ -112,6 +117,7 @@ class TwoHeads(nn.Module):
         self.classes, self.value = nn.Linear(16, 5), nn.Linear(16, 1)
 
     def forward(self, x: Tensor) -> Scores:
+        """Applies it."""
         x = F.silu(self.body(x))
         return Scores(self.classes(x), value=self.value(x))
 
@@ -124,7 +130,8 @@ class KeywordOnly(nn.Module):
         self.query, self.context = nn.Linear(8, 16), nn.Linear(6, 16)
         self.out = nn.Linear(16, 4)
 
-    def forward(self, *, query: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, *, query: Tensor, context: Tensor | None = None) -> Any:
+        """Applies it."""
         x = self.query(query)
         if context is not None:
             x = x * torch.sigmoid(self.context(context))
@@ -139,7 +146,8 @@ class Branching(nn.Module):
         self.first = nn.Linear(8, 16)
         self.positive, self.negative = nn.Linear(16, 4), nn.Linear(16, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
         x = torch.tanh(self.first(x))
         return self.positive(x) if x.sum() > -1e9 else self.negative(x)
 
@@ -153,6 +161,7 @@ class Attention(nn.Module):
         self.cross = nn.MultiheadAttention(16, 2, kdim=12, vdim=10, batch_first=True)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies it."""
         x = x + self.own(x, x, x, need_weights=False)[0]
         y, weights = self.cross(x, key, value)
         return x + y, weights
@@ -168,7 +177,8 @@ class Classifier(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(16, 3)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
         padding = tokens == 0
         return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=padding)[:, 0])
 
@@ -181,7 +191,8 @@ class Recurrent(nn.Module):
         self.embed, self.lstm = nn.Embedding(40, 12), nn.LSTM(12, 16, batch_first=True)
         self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
         return self.head(self.lstm(self.embed(tokens))[0])
 
 
@@ -222,7 +233,7 @@ def _bilinear() -> Built:
             self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
             self.both = nn.Bilinear(6, 6, 5)
 
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        def forward(self, x: Tensor, y: Tensor) -> Any:
             return self.both(torch.tanh(self.left(x)), torch.tanh(self.right(y)))
 
     return Bilinear(), (torch.randn(3, 8), torch.randn(3, 8))

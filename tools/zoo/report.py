@@ -89,18 +89,19 @@ def page(rows: Sequence[Row], seconds: float) -> str:
 def summary(rows: Sequence[Row]) -> list[str]:
     """The sums, one sentence each."""
     total = len(rows)
-    adapted = [row for row in rows if row.adapted]
+    operations = sum(row.adapted for row in rows)
     bits = sum(row.output_error == 0.0 for row in rows)
     counted = sum(row.counted or 0 for row in rows)
     missed = sum(len(row.unseen) for row in rows)
+    rewritten, trained, merged = (
+        sum(getattr(row, what) for row in rows) for what in ("rewritten", "trained", "merged")
+    )
+    found, refused = (sum(getattr(row, what) for row in rows) for what in ("found", "rejected"))
     lines = [
-        f"{sum(row.rewritten for row in rows)} of {total} rewritten: {bits} without a changed bit, "
-        "the others within 1e-6",
-        f"{sum(row.trained for row in rows)} of {total} trained: gradients as they should be, and "
-        "the loss fell",
-        f"{sum(row.merged for row in rows)} of {total} merged: the adapted model, as the own class",
-        f"{sum(row.adapted for row in adapted)} of {sum(row.found for row in rows)} operations "
-        f"adapted, {sum(row.rejected for row in rows)} refused with a reason",
+        f"{rewritten} of {total} rewritten: {bits} without a changed bit, the others within 1e-6",
+        f"{trained} of {total} trained: gradients as they should be, and the loss fell",
+        f"{merged} of {total} merged: the adapted model, as the own class",
+        f"{operations} of {found} operations adapted, {refused} refused with a reason",
         f"{counted} weights counted, {missed} of them unseen by the plan",
     ]
     tried = [row for row in rows if row.torch_onnx is not None]

@@ -13,7 +13,7 @@ from lora_fx.api import trainable_parameters
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.numbers import floats
 from lora_fx.tools.zoo.row import Row
-from lora_fx.types import PlannedSite, Site
+from lora_fx.types import PlannedSite, Record, Site
 
 __all__ = ["STEPS", "Reached", "check_gradients", "train"]
 
@@ -63,18 +63,17 @@ def check_gradients(
         a, b = _factors(adapted, site)
         if b.grad is None or a.grad is None:
             # No gradient in the original either: the call does not come to it, or drops its result.
-            (row.unreached if weight is None else row.missing).append(site.part)
+            (row.unreached if weight is None else row.missing).append(site.name)
         elif weight is not None and not site.tied_to:
             error = _gradient_error(planned, weight, a, b)
             if error > row.gradient_error:
-                row.gradient_error, row.gradient_worst = error, site.part
+                row.gradient_error, row.gradient_worst = error, site.name
     adapted.zero_grad()
 
 
 def _sites(adapted: nn.Module) -> tuple[PlannedSite, ...]:
-    (record,) = adapted._lora_fx.adapters.values()  # type: ignore[union-attr]
-    sites: tuple[PlannedSite, ...] = record.sites
-    return sites
+    record: Record = vars(adapted)["_lora_fx"]
+    return tuple(planned for adapter in record.adapters.values() for planned in adapter.sites)
 
 
 def _factors(adapted: nn.Module, site: Site) -> tuple[nn.Parameter, nn.Parameter]:
@@ -93,6 +92,9 @@ def _gradient_error(
     """
     site = planned.site
     if site.groups > 1 or "transpose" in site.pattern or site.experts or b.grad is None:
+        return 0.0
+    weight = weight.reshape(site.applied_shape)
+    if weight.dim() > 2 and not site.pattern.startswith("conv"):
         return 0.0
     weight = weight if site.layout == "out_in" else weight.T
     weight = weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
