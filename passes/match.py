@@ -27,20 +27,13 @@ from lora_fx.types import Capture, Match, Matches, Region, Rejection, Site, join
 __all__ = ["match"]
 
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
+# What gives a weight another form, and says nothing about what is done with it.
+_FORMS = frozenset(
+    {"view", "reshape", "expand", "expand.default", "repeat", "unsqueeze", "squeeze", "clone", "to"}
+)
 # What is done with tables, tokens and biases of two dimensions: nothing that a low-rank factor stands for.
 _NO_PRODUCTS = frozenset(
-    {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "expand"}
-    | {
-        "expand.default",
-        "repeat",
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "clone",
-        "to",
-        "attend",
-    }
+    {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "attend"}
 )
 _METADATA_METHODS = frozenset(
     {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
@@ -164,7 +157,8 @@ def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
 
 def _consumers(node: fx.Node, region: Region) -> Iterator[fx.Node]:
     for user in node.users:
-        if weight_of(user, region) is not None or splits(user):
+        looks = weight_of(user, region) is not None or splits(user)
+        if looks or itemised(target_of(user) or user.target) in _FORMS:
             yield from _consumers(user, region)
         elif not _asks_metadata(user):
             yield user
