@@ -192,7 +192,9 @@ def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> list
                 site.calls[0].region,
                 site.calls[0].output,
             )
-        parts[site.rows] = dataclasses.replace(known, calls=known.calls + site.calls)
+        parts[site.rows] = dataclasses.replace(
+            known, bias=known.bias or site.bias, calls=known.calls + site.calls
+        )
     ordered = sorted(parts.values(), key=lambda site: site.rows or (0, 0))
     for one, other in itertools.pairwise(ordered):
         if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:

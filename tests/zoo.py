@@ -709,6 +709,53 @@ def torchvision_model(name: str, size: int = 64, **options: Any) -> tuple[nn.Mod
     return model.eval(), torch.randn(2, 3, size, size)
 
 
+@seeded
+def torchvision_swin(
+    version: int = 1, size: int = 48, **options: Any
+) -> tuple[nn.Module, torch.Tensor]:
+    """A small Swin transformer: shifted windows, padding, and biases that are not zero."""
+    from torchvision.models import swin_transformer as swin
+
+    parts = (swin.SwinTransformerBlock, swin.PatchMerging)
+    if version == 2:
+        parts = (swin.SwinTransformerBlockV2, swin.PatchMergingV2)
+    model = swin.SwinTransformer(
+        **{
+            "patch_size": [4, 4],
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": [5, 3],
+            "num_classes": 5,
+            "block": parts[0],
+            "downsample_layer": parts[1],
+            **options,
+        }
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval(), torch.randn(2, 3, size, size)
+
+
+@seeded
+def torchvision_swin3d(**options: Any) -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    model = SwinTransformer3d(
+        **{
+            "patch_size": [2, 4, 4],
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": [4, 3, 3],
+            "num_classes": 5,
+            **options,
+        }
+    )
+    return model.eval(), torch.randn(1, 3, 10, 32, 32)
+
+
 TIMM: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "resnet": functools.partial(timm_model, "resnet18"),
     "vit": functools.partial(
@@ -731,4 +778,7 @@ TIMM: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
 TORCHVISION: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "resnet18": functools.partial(torchvision_model, "resnet18"),
     "vit_b_16": functools.partial(torchvision_model, "vit_b_16", 32, image_size=32),
+    "swin": torchvision_swin,
+    "swin_v2": functools.partial(torchvision_swin, 2, stochastic_depth_prob=0.0),
+    "swin3d": torchvision_swin3d,
 }

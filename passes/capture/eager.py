@@ -159,5 +159,7 @@ def _of_library(frame: FrameType) -> bool:
     module = frame.f_globals.get("__name__", "")
     if module.startswith("torch.nn.modules."):
         return bool(module == "torch.nn.modules.module")
+    if module.startswith("lora_fx.passes.capture.written_out"):
+        return False  # it stands for code of the user's, and names the same attributes
     root = module.partition(".")[0]
     return root in ("torch", "lora_fx", "numpy") or root in sys.stdlib_module_names

@@ -22,7 +22,7 @@ from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute, parameters_of
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
-from lora_fx.passes.capture.written_out import WRITTEN_OUT
+from lora_fx.passes.capture.written_out import written_out
 from lora_fx.types import Capture, Region
 
 __all__ = ["export_root"]
@@ -43,7 +43,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     model = capture.model
     inputs = _bound(model, example_inputs)
     # Attention is exported as the regions have it, so that both show the same operations.
-    written = [r for r in capture.regions.values() if type(r.module) in WRITTEN_OUT]
+    written = [r for r in capture.regions.values() if written_out(r.module)]
     install(written)
     try:
         program = _exported(model, _prepared(inputs), dynamic_shapes)

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
-from lora_fx.passes.capture.written_out import WRITTEN_OUT
+from lora_fx.passes.capture.written_out import written_out
 from lora_fx.types import Region, join
 
 __all__ = ["find_regions"]
@@ -65,7 +65,9 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
             return
         if not _container(module):
             try:
-                regions[fqn] = Region(fqn, module, graphs.of(module))
+                # What is written out reads the weights of its children, or calls what reads them in C++.
+                own = written_out(module) is None
+                regions[fqn] = Region(fqn, module, graphs.of(module), fallback=own)
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
         for name, child in module.named_children():
@@ -94,7 +96,7 @@ class _Graphs:
         if kind in self._failed:
             raise self._failed[kind]
         try:
-            forward = WRITTEN_OUT.get(type(module))
+            forward = written_out(module)
             if forward is None:
                 graph = trace(module, check_none=not is_built_in(module))
             else:
@@ -182,7 +184,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 def _sealed(module: nn.Module) -> bool:
     """Whether a module of torch.nn uses its weights, and those of its children, by itself."""
     open_ones = (*_OPERATIONS, nn.Sequential, nn.Transformer)
-    written = type(module) in WRITTEN_OUT
+    written = written_out(module) is not None
     return not (written or isinstance(module, open_ones) or _container(module))
 
 

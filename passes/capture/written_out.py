@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.attention import attend, causal_hint
+from lora_fx.passes._region import original_class
+from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
 
-__all__ = ["WRITTEN_OUT"]
+__all__ = ["WRITTEN_OUT", "written_out"]
 
 fx.wrap("attend")
 fx.wrap("causal_hint")
@@ -157,3 +159,9 @@ WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
     nn.TransformerDecoder: _decoder,
 }
 """By exact class: a subclass may have changed what it computes."""
+
+
+def written_out(module: nn.Module) -> Callable[..., Any] | None:
+    """What to trace in the place of a module's own ``forward``, or None."""
+    cls = original_class(module)
+    return WRITTEN_OUT.get(cls) or written_out_of_torchvision(cls)
