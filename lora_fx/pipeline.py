@@ -16,6 +16,7 @@ from lora_fx.passes._region import install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.find_head import find_head
+from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.merge import record_of
@@ -79,7 +80,8 @@ def plan_model(
 
 def plan_capture(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
     """Matches, finds the head and plans: everything that looks and nothing that edits."""
-    return make_plan(capture, find_head(capture, match(capture)), config, strict=strict)
+    matches = find_parts(capture, find_head(capture, match(capture)))
+    return make_plan(capture, matches, config, strict=strict)
 
 
 def rewrite_model(

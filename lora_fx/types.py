@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -68,6 +69,7 @@ class Role(StrEnum):
     DOWN = "A"
     UP = "B"
     SCALE = "scale"
+    PAD = "pad"
     ADD = "add"
 
 
@@ -133,6 +135,8 @@ class Capture:
         frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
         notes: Why the other front-ends were not used.
         opaque: Modules that have parameters but no graph, with the reason.
+        begun: What was traced of some of those before it was given up. It says what their code does
+            first; it never runs.
     """
 
     model: nn.Module
@@ -140,6 +144,7 @@ class Capture:
     frontend: str
     notes: tuple[str, ...] = ()
     opaque: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    begun: Mapping[str, fx.Graph] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]
@@ -162,12 +167,16 @@ class Call:
         region: FQN of the region.
         input, output: Names of nodes in its graph.
         pattern: Name of the pattern that found it.
+        cast: Whether the weight is cast before it is applied.
+        left: Whether it is the left operand of a product, so that the outputs are not the last dimension.
     """
 
     region: str
     input: str
     output: str
     pattern: str
+    cast: bool = False
+    left: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +200,9 @@ class Site:
         experts: Number of experts of a three-dimensional weight.
         rows: Which rows of the weight it is (start, stop), for a weight that is applied in parts;
             None for all of them.
+        view: The shape in which it is applied, where that is not the weight's own.
+        parts: What its output is cut into, by name, with the rows (start, stop) that make it.
+        part_of: Name of the site of which this is such a part: the operation applies the whole weight.
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
@@ -209,6 +221,9 @@ class Site:
     groups: int = 1
     experts: int | None = None
     rows: tuple[int, int] | None = None
+    view: tuple[int, ...] | None = None
+    parts: tuple[tuple[str, tuple[int, int]], ...] = ()
+    part_of: str = ""
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
 
@@ -230,7 +245,7 @@ class Site:
         return join(self.owner, f"{self.name.rpartition('.')[2]}_lora")
 
     @property
-    def part(self) -> str:
+    def place(self) -> str:
         """The weight, and which rows of it."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
 
@@ -239,7 +254,46 @@ class Site:
         """Shape of the weight, or of the rows of it that this is."""
         if self.rows is None:
             return self.weight_shape
-        return (self.rows[1] - self.rows[0], *self.weight_shape[1:])
+        rows = self.rows[1] - self.rows[0]
+        if self.layout == "in_out":
+            return (self.weight_shape[0], rows)
+        return (rows, *self.weight_shape[1:])
+
+    @property
+    def divisible(self) -> bool:
+        """Whether some of its output features can have an adapter of their own."""
+        plain = self.family == "linear" and self.rows is None and self.experts is None
+        return plain and not any(call.left for call in self.calls)
+
+    def part(self, name: str, rows: tuple[int, int]) -> Site:
+        """The site of some of the output features.
+
+        Args:
+            name: What it is called, after this site's name.
+            rows: Which (start, stop).
+        """
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}.{name}",
+            out_features=rows[1] - rows[0],
+            rows=rows,
+            parts=(),
+            part_of=self.name,
+        )
+
+    @property
+    def applied_shape(self) -> tuple[int, ...]:
+        """Shape in which the weight is applied: its own, or that of a view of it."""
+        return self.view or self.weight_shape
+
+    @property
+    def axis(self) -> int:
+        """The axis of :attr:`applied_shape` along which a merge may go slice by slice.
+
+        The experts where there are any, else the output features. ``B`` has the slices along its first
+        axis, and so has ``A`` with experts.
+        """
+        return 0 if self.layout == "out_in" or self.experts else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -277,6 +331,7 @@ class Factors:
     Attributes:
         a: Shape of A, rank first.
         b: Shape of B, rank second.
+        stacked: Whether both have one more axis before those, for experts.
         name_a, name_b: Attribute names on the holder (PEFT's).
     """
 
@@ -284,6 +339,18 @@ class Factors:
     b: tuple[int, ...]
     name_a: str = "lora_A"
     name_b: str = "lora_B"
+    stacked: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank, r."""
+        return self.a[1 if self.stacked else 0]
+
+    @property
+    def fan_in(self) -> tuple[int, int]:
+        """How many inputs an output of A, and one of B, is a sum of."""
+        first = 2 if self.stacked else 1
+        return _product(self.a[first:]), _product(self.b[first:])
 
     @property
     def numel(self) -> int:
@@ -294,14 +361,22 @@ class Factors:
 class BranchBuilder(Protocol):
     """What a pattern gets to write a branch with: every node it makes is tagged."""
 
-    a: fx.Node
-    b: fx.Node
+    @property
+    def a(self) -> fx.Node:
+        """A, in the dtype in which the branch computes."""
+
+    @property
+    def b(self) -> fx.Node:
+        """B."""
 
     def dropped(self, x: fx.Node) -> fx.Node:
         """``x`` after the adapter's dropout."""
 
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node."""
+
+    def item(self, letter: str, index: int) -> fx.Node:
+        """One expert's matrix of the factor ``a`` or ``b``."""
 
 
 @runtime_checkable
@@ -327,8 +402,8 @@ class Pattern(Protocol):
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``B A`` in the weight's layout, unscaled, in the factors' dtype.
 
-        With some rows of B only, the matching slice of the weight's output axis (a grouped
-        convolution is never sliced).
+        With some rows of B only, the matching slice of the weight's output axis; with some experts
+        of both, those (a grouped convolution is never sliced). See :attr:`Site.axis`.
         """
 
     def flops(self, site: Site, rank: int) -> int:
@@ -484,6 +559,9 @@ class Plan:
             "tied weights, untied by a merge",
             ((n, f"shared with {', '.join(to)}") for n, to in tied),
         )
+        lines += _section(
+            "fused, and a part can be named alone", _fused(row.site for row in self.sites)
+        )
         lines += _section("not selected", ((s.site.name, s.reason) for s in self.skipped))
         lines += _section("cannot be adapted", ((r.name, r.reason) for r in self.rejections))
         return "\n".join(lines)
@@ -569,6 +647,17 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
         )
 
     return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
+
+
+def _fused(sites: Iterable[Site]) -> Iterator[tuple[str, str]]:
+    """What the outputs of fused weights are cut into, once for each kind of layer."""
+    counts = Counter(
+        (site.name.rpartition(".")[2], ", ".join(name for name, _ in site.parts))
+        for site in sites
+        if site.parts
+    )
+    for (name, parts), count in counts.items():
+        yield name, parts + (f" ({count} layers)" if count > 1 else "")
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:

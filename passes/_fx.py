@@ -50,8 +50,7 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
 class Branch:
     """Writes the nodes of one adapter's branch, right after the base operation, each one tagged.
 
-    Attributes:
-        a, b: The factors, in the dtype in which the branch computes.
+    The factors are read where they are first used.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class Branch:
         cast: bool,
         dropout: float,
         training: str,
+        items: dict[str, fx.Node] | None = None,
     ) -> None:
         self._graph = graph
         self._base = base
@@ -72,8 +72,32 @@ class Branch:
         self._training = training
         self._next = base.next
         self.made: list[fx.Node] = []
+        self._factors = dict(zip("ab", factors, strict=True))
+        self._cast = cast
+        self._read: dict[str, fx.Node] = {}
+        self._items = {} if items is None else items
         base.meta[META_KEY] = tag(Role.BASE)
-        self.a, self.b = (self._factor(name, cast) for name in factors)
+
+    @property
+    def a(self) -> fx.Node:
+        """A, in the dtype in which the branch computes."""
+        return self._factor("a")
+
+    @property
+    def b(self) -> fx.Node:
+        """B, in the dtype in which the branch computes."""
+        return self._factor("b")
+
+    def item(self, letter: str, index: int) -> fx.Node:
+        """One expert's matrix of a factor.
+
+        All branches of a graph take it from one ``unbind``: the gradient of a selection is as large as
+        what is selected from, and there would be one for each expert.
+        """
+        name = self._factors[letter]
+        if name not in self._items:
+            self._items[name] = self.call(Role.FACTOR, torch.unbind, self._factor(letter))
+        return self.call(Role.FACTOR, operator.getitem, self._items[name], index)
 
     def dropped(self, x: fx.Node) -> fx.Node:
         """``x`` after dropout that follows the owner's mode; ``x`` itself where there is none."""
@@ -86,20 +110,30 @@ class Branch:
         """A tagged ``call_function`` node."""
         return self._make(role, "call_function", target, *args, **kwargs)
 
-    def finish(self, up: fx.Node, scale: float) -> fx.Node:
-        """Scales the branch, adds it to the base operation, and puts the sum in its place."""
+    def finish(self, up: fx.Node, scale: float, padding: tuple[int, int] | None = None) -> fx.Node:
+        """Scales the branch, adds it to the base operation, and puts the sum in its place.
+
+        Args:
+            up: The branch.
+            scale: Its factor.
+            padding: How many output features of the base operation come before and after it.
+        """
         scaled = self._make(Role.SCALE, "call_function", operator.mul, up, scale)
+        if padding is not None:
+            scaled = self._make(Role.PAD, "call_function", F.pad, scaled, padding)
         total = self._make(Role.ADD, "call_function", operator.add, self._base, scaled)
         mine = set(self.made)
         self._base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
         return total
 
-    def _factor(self, name: str, cast: bool) -> fx.Node:
-        factor = self._make(Role.FACTOR, "get_attr", name)
-        if not cast:
-            return factor
-        # The factors are small: they follow the activation, never the other way round.
-        return self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+    def _factor(self, letter: str) -> fx.Node:
+        if letter not in self._read:
+            factor = self._make(Role.FACTOR, "get_attr", self._factors[letter])
+            if self._cast:
+                # The factors are small: they follow the activation, never the other way round.
+                factor = self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+            self._read[letter] = factor
+        return self._read[letter]
 
     def _make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self._graph.inserting_before(self._next):

@@ -1,9 +1,15 @@
-"""How the nodes of a graph read a weight: directly, transposed, or some of its rows."""
+"""How the nodes of a graph read a weight: as it is, or through operations that only look at it otherwise.
+
+What is passed over: casts and copies, transposes, views as another shape, rows that are cut out, and one
+expert, or one for each token, of a weight that holds a matrix for each expert.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,97 +17,78 @@ from torch import fx
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.types import Region
 
-__all__ = ["WeightView", "constant_of", "splits", "weight_of"]
+__all__ = ["CHUNKS", "WeightView", "constant_of", "splits", "weight_of"]
 
 _aten = torch.ops.aten
-_CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
+CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
+"""What cuts a tensor into a number of parts; the other splits say how long each is."""
+
 _SPLITS: tuple[Any, ...] = (
-    *_CHUNKS,
+    *CHUNKS,
     torch.split,
     torch.Tensor.split,
     _aten.split.Tensor,
     _aten.split_with_sizes.default,
 )
-_TRANSPOSES: tuple[Any, ...] = (torch.t, torch.ops.aten.t.default)
 
 
-class WeightView(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class WeightView:
     """How a node reads a parameter.
 
     Attributes:
         source: The ``get_attr`` node of the parameter.
-        transposed: Whether its two dimensions are swapped.
+        shape: As which shape it is read, before rows are cut and matrices transposed.
+        viewed: Whether that is another shape than the parameter's own.
+        transposed: Whether the last two dimensions are swapped.
         rows: Which of its rows (start, stop); None for all.
+        indexed: Whether ``index`` says which of the matrices along the first of three dimensions.
+        index: A number, or the node of a tensor of numbers.
+        cast: Whether it is read in another dtype.
     """
 
     source: fx.Node
-    transposed: bool
-    rows: tuple[int, int] | None
+    shape: tuple[int, ...]
+    viewed: bool = False
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+    indexed: bool = False
+    index: Any = None
+    cast: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the parameter itself, apart from a cast."""
+        return dataclasses.replace(self, cast=False) == WeightView(self.source, self.shape)
+
+    @property
+    def dim(self) -> int | None:
+        """The number of dimensions; None where the number of indices decides it."""
+        if not self.indexed:
+            return len(self.shape)
+        return len(self.shape) - 1 if isinstance(self.index, int) else None
 
 
 def weight_of(node: object, region: Region) -> WeightView | None:
-    """The parameter that a node reads directly, through transposes, or in rows; None if none."""
-    transposed = False
-    while isinstance(node, fx.Node):
-        if region.parameter(node) is not None:
-            return WeightView(node, transposed, None)
-        part = _part(node, region)
-        if part is not None:
-            return WeightView(part[0], transposed, part[1])
-        inner = _untransposed(node)
-        if inner is None:
-            return None
-        node, transposed = inner, not transposed
-    return None
+    """The parameter that a node reads, and how; None if it computes with it, or there is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    parameter = region.parameter(node)
+    if parameter is not None:
+        return WeightView(node, tuple(parameter.shape))
+    target, first = target_of(node), node.args[0] if node.args else None
+    if target is operator.getitem and isinstance(first, fx.Node) and splits(first):
+        return _split(first, node.args[1], region)
+    step = _STEPS.get(target)
+    if step is None:
+        return None
+    inner = weight_of(first, region)
+    return None if inner is None else step(node, inner)
 
 
 def splits(node: fx.Node) -> bool:
     """Whether a node only cuts its operand into parts, for others to take one each."""
     return target_of(node) in _SPLITS
-
-
-def _part(node: fx.Node, region: Region) -> tuple[fx.Node, tuple[int, int]] | None:
-    """The parameter of which a node takes some rows, and which."""
-    target, first = target_of(node), node.args[0] if node.args else None
-    if not isinstance(first, fx.Node):
-        return None
-    rest: tuple[Any, ...] = node.args[1:]
-    if target is operator.getitem and splits(first):
-        source: Any = first.args[0]
-        size, index = arguments(first, "input size dim=0"), rest[0]
-        parameter = region.parameter(source)
-        plain = isinstance(size["size"], int | list | tuple) and isinstance(index, int)
-        if parameter is None or size["dim"] != 0 or not plain:
-            return None
-        chunks = target_of(first) in _CHUNKS
-        cut = torch.chunk if chunks else torch.split
-        sizes = [len(part) for part in cut(torch.empty(len(parameter)), size["size"])]
-        index %= len(sizes)
-        start = sum(sizes[:index])
-        return source, (start, start + sizes[index])
-    parameter = region.parameter(first)
-    if parameter is None:
-        return None
-    if target is operator.getitem:
-        return _rows(first, rest[0], len(parameter))
-    if target is torch.ops.aten.slice.Tensor:
-        named = arguments(node, "input dim=0 start=None end=None step=1")
-        if named["dim"] == 0 and named["step"] == 1:
-            return _rows(first, slice(named["start"], named["end"]), len(parameter))
-    if target in (torch.narrow, torch.Tensor.narrow) and rest[0] == 0:
-        return _rows(first, slice(rest[1], rest[1] + rest[2]), len(parameter))
-    return None
-
-
-def _rows(source: fx.Node, index: Any, size: int) -> tuple[fx.Node, tuple[int, int]] | None:
-    if isinstance(index, tuple) and len(index) == 1:
-        index = index[0]
-    if not isinstance(index, slice) or index.step not in (None, 1):
-        return None
-    if not all(isinstance(bound, int | None) for bound in (index.start, index.stop)):
-        return None
-    start, stop, _ = index.indices(size)
-    return (source, (start, stop)) if start < stop else None
 
 
 def constant_of(node: object, region: Region) -> fx.Node | None:
@@ -121,20 +108,181 @@ def constant_of(node: object, region: Region) -> fx.Node | None:
     return found
 
 
-def _untransposed(node: fx.Node) -> fx.Node | None:
-    """The operand of a node that swaps the two dimensions of a matrix, or None."""
-    target = target_of(node)
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node):
+# --- one step each: what a node makes of the view that it is given, or None -----------------------------
+
+
+def _cast(node: fx.Node, inner: WeightView) -> WeightView:
+    return dataclasses.replace(inner, cast=True)
+
+
+def _same(node: fx.Node, inner: WeightView) -> WeightView:
+    return inner
+
+
+def _getattr(node: fx.Node, inner: WeightView) -> WeightView | None:
+    if node.args[1] == "data":
+        return inner
+    swaps = node.args[1] == "mT" or (node.args[1] == "T" and inner.dim == 2)
+    return _swapped(inner) if swaps else None
+
+
+def _t(node: fx.Node, inner: WeightView) -> WeightView | None:
+    return _swapped(inner) if inner.dim == 2 else None
+
+
+def _transpose(node: fx.Node, inner: WeightView) -> WeightView | None:
+    named = arguments(node, "input dim0 dim1")
+    return _swapped_dims(inner, (named["dim0"], named["dim1"]))
+
+
+def _permute(node: fx.Node, inner: WeightView) -> WeightView | None:
+    rest: tuple[Any, ...] = node.args[1:]
+    order = rest[0] if isinstance(rest[0], list | tuple) else rest
+    if inner.dim is None or not all(isinstance(d, int) for d in order):
         return None
-    if target is getattr and node.args[1] in ("T", "mT"):
-        return first
-    if target in _TRANSPOSES or target is torch.Tensor.t:
-        return first
-    if target in (torch.transpose, torch.Tensor.transpose, torch.ops.aten.transpose.int):
-        dims = {d % 2 for d in node.args[1:3] if isinstance(d, int)}
-        return first if dims == {0, 1} else None
-    if target in (torch.permute, torch.Tensor.permute, torch.ops.aten.permute.default):
-        order = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-        return first if tuple(d % 2 for d in order if isinstance(d, int)) == (1, 0) else None
-    return None
+    wanted = (*range(inner.dim - 2), inner.dim - 1, inner.dim - 2)
+    return _swapped(inner) if tuple(d % inner.dim for d in order) == wanted else None
+
+
+def _swapped_dims(inner: WeightView, dims: tuple[Any, Any]) -> WeightView | None:
+    if not all(isinstance(d, int) for d in dims):
+        return None
+    # With a tensor of indices the number of dimensions is not known: counted from the end it does not matter.
+    last = {-1, -2} if inner.dim is None else {inner.dim - 1, inner.dim - 2}
+    return (
+        _swapped(inner)
+        if {d if inner.dim is None else d % inner.dim for d in dims} == last
+        else None
+    )
+
+
+def _swapped(inner: WeightView) -> WeightView | None:
+    if inner.dim is not None and inner.dim < 2:
+        return None
+    return dataclasses.replace(inner, transposed=not inner.transposed)
+
+
+def _reshape(node: fx.Node, inner: WeightView) -> WeightView | None:
+    """The shape that a view of the parameter has, from PyTorch itself."""
+    whole = dataclasses.replace(inner, cast=False, viewed=False)
+    if whole != WeightView(inner.source, inner.shape) or len(node.all_input_nodes) > 1:
+        return None
+    target, rest = target_of(node), node.args[1:]
+    try:
+        shape = tuple(target(torch.empty(inner.shape, device="meta"), *rest, **node.kwargs).shape)
+    except (RuntimeError, TypeError):
+        return None
+    if len(shape) < 2:
+        return None
+    return dataclasses.replace(inner, shape=shape, viewed=inner.viewed or shape != inner.shape)
+
+
+def _getitem(node: fx.Node, inner: WeightView) -> WeightView | None:
+    index = node.args[1]
+    if isinstance(index, tuple) and len(index) == 1:
+        index = index[0]
+    if isinstance(index, slice):
+        if index.step not in (None, 1):
+            return None
+        return _rows(inner, index.start, index.stop)
+    return _indexed(inner, index)
+
+
+def _slice(node: fx.Node, inner: WeightView) -> WeightView | None:
+    named = arguments(node, "input dim=0 start=None end=None step=1")
+    if named["dim"] or named["step"] != 1:
+        return None
+    return _rows(inner, named["start"], named["end"])
+
+
+def _narrow(node: fx.Node, inner: WeightView) -> WeightView | None:
+    named = arguments(node, "input dim start length")
+    if named["dim"] != 0 or not all(isinstance(named[k], int) for k in ("start", "length")):
+        return None
+    return _rows(inner, named["start"], named["start"] + named["length"])
+
+
+def _select(node: fx.Node, inner: WeightView) -> WeightView | None:
+    named = arguments(node, "input dim index")
+    return _indexed(inner, named["index"]) if named["dim"] == 0 else None
+
+
+def _gather(node: fx.Node, inner: WeightView) -> WeightView | None:
+    indices = node.args[1]
+    if not isinstance(indices, list | tuple) or len(indices) != 1:
+        return None
+    return _indexed(inner, indices[0])
+
+
+def _index_select(node: fx.Node, inner: WeightView) -> WeightView | None:
+    named = arguments(node, "input dim index")
+    return _indexed(inner, named["index"]) if named["dim"] == 0 else None
+
+
+def _indexed(inner: WeightView, index: object) -> WeightView | None:
+    """One matrix of several, or one for each of a tensor of indices."""
+    if inner.dim != 3 or isinstance(index, bool) or not isinstance(index, int | fx.Node):
+        return None
+    if isinstance(index, int):
+        index %= inner.shape[0]
+    return dataclasses.replace(inner, indexed=True, index=index)
+
+
+def _rows(inner: WeightView, start: Any, stop: Any) -> WeightView | None:
+    """Rows of a matrix as it is stored."""
+    if not inner.plain or inner.dim != 2:
+        return None
+    if not all(isinstance(bound, int | None) for bound in (start, stop)):
+        return None
+    first, last, _ = slice(start, stop).indices(inner.shape[0])
+    return dataclasses.replace(inner, rows=(first, last)) if first < last else None
+
+
+def _split(cut: fx.Node, index: Any, region: Region) -> WeightView | None:
+    """One part of a weight that is cut into several."""
+    inner = weight_of(cut.args[0], region)
+    size = arguments(cut, "input size dim=0")
+    plain = isinstance(size["size"], int | list | tuple) and isinstance(index, int)
+    if inner is None or size["dim"] != 0 or not plain:
+        return None
+    function = torch.chunk if target_of(cut) in CHUNKS else torch.split
+    ends = [0]
+    for part in function(torch.empty(inner.shape[0], device="meta"), size["size"]):
+        ends.append(ends[-1] + len(part))
+    index %= len(ends) - 1
+    return _rows(inner, ends[index], ends[index + 1])
+
+
+_Step = Callable[[fx.Node, WeightView], WeightView | None]
+_T = torch.Tensor
+_TARGETS: dict[_Step, tuple[Any, ...]] = {
+    _cast: (
+        *(_T.to, _T.type, _T.type_as, _T.float, _T.double, _T.half, _T.bfloat16),
+        *(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
+    ),
+    _same: (
+        *(_T.contiguous, _T.clone, torch.clone, _T.detach, torch.detach),
+        *(_aten.contiguous.default, _aten.clone.default, _aten.detach.default),
+        _aten.alias.default,
+    ),
+    _getattr: (getattr,),
+    _t: (torch.t, _T.t, _aten.t.default),
+    _transpose: (
+        *(torch.transpose, _T.transpose, torch.swapaxes, _T.swapaxes),
+        _aten.transpose.int,
+    ),
+    _permute: (torch.permute, _T.permute, _aten.permute.default),
+    _reshape: (
+        *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten),
+        *(_T.squeeze, torch.squeeze, _T.unflatten, torch.unflatten),
+        *(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default),
+        *(_aten.flatten.using_ints, _aten.squeeze.default, _aten.squeeze.dim),
+    ),
+    _getitem: (operator.getitem,),
+    _slice: (_aten.slice.Tensor,),
+    _narrow: (torch.narrow, _T.narrow),
+    _select: (torch.select, _T.select, _aten.select.int),
+    _gather: (_aten.index.Tensor,),
+    _index_select: (torch.index_select, _T.index_select, _aten.index_select.default),
+}
+_STEPS = {target: step for step, targets in _TARGETS.items() for target in targets}

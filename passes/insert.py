@@ -26,6 +26,7 @@ from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import (
     META_KEY,
     Capture,
+    Factors,
     PassResult,
     Plan,
     PlannedSite,
@@ -81,15 +82,16 @@ class Insert:
         return _Job(
             output=site.calls[index].output,
             pattern=site.calls[index].pattern,
-            part=_relative(site.part, region.fqn),
+            part=_relative(site.place, region.fqn),
             factors=(
                 join(holder, names.name_a, self.adapter),
                 join(holder, names.name_b, self.adapter),
             ),
-            cast=adapter_dtype(weight) != weight.dtype,
+            cast=adapter_dtype(weight) != weight.dtype or site.calls[index].cast,
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
             scale=row.scale,
+            padding=_padding(site),
             site=_local(site, region.fqn),
         )
 
@@ -97,6 +99,7 @@ class Insert:
         graph = copy_graph(region.graph)
         nodes = {node.name: node for node in graph.nodes}
         edited = Region(region.fqn, region.module, graph)
+        items: dict[str, fx.Node] = {}
         for job in jobs:
             base = nodes[job.output]
             build = Branch(
@@ -107,9 +110,10 @@ class Insert:
                 cast=job.cast,
                 dropout=job.dropout,
                 training=job.training,
+                items=items,
             )
             up = pattern_of(job).branch(job.site, base, edited, build)
-            build.finish(up, job.scale)
+            build.finish(up, job.scale, job.padding)
         graph.lint()
         return graph
 
@@ -126,7 +130,15 @@ class _Job:
     dropout: float
     training: str
     scale: float
+    padding: tuple[int, int] | None
     site: Site
+
+
+def _padding(site: Site) -> tuple[int, int] | None:
+    """The output features of the operation before and after those of a part that is cut out of them."""
+    if not site.part_of or site.rows is None:
+        return None
+    return site.rows[0], site.applied_shape[site.axis] - site.rows[1]
 
 
 def _local(site: Site, region: str) -> Site:
@@ -138,6 +150,8 @@ def _local(site: Site, region: str) -> Site:
         bias=_relative(site.bias, region) if site.bias else None,
         calls=(),
         tied_to=(),
+        parts=(),
+        part_of="",
         head="",
     )
 
@@ -154,7 +168,7 @@ def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
 def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
     call = row.site.calls[0]
-    tag = _tag(_relative(row.site.part, call.region), adapter, Role.ADD)
+    tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
     graph = capture.regions[call.region].graph
     return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
 
@@ -176,7 +190,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
     shapes = pattern_of(site).factors(site, row.rank)
     holder = _holder(model, site)
     weight = model.get_parameter(site.weight)
-    a, b = _initial(site, shapes.a, shapes.b, weight, config)
+    a, b = _initial(site, shapes, weight, config)
     for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
         if name not in holder._modules:
             holder.add_module(name, AdapterFactors())
@@ -197,14 +211,14 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _initial(
-    site: Site, a: tuple[int, ...], b: tuple[int, ...], weight: torch.Tensor, config: LoraConfig
+    site: Site, shapes: Factors, weight: torch.Tensor, config: LoraConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B at the start, from a generator of the site's own.
 
     Hu et al. 2021 (arXiv:2106.09685): one factor random, the other zero. The distributions are
     PEFT's.
     """
-    dtype = adapter_dtype(weight)
+    dtype, a, b = adapter_dtype(weight), shapes.a, shapes.b
     if weight.device.type == "meta":
         return torch.empty(a, dtype=dtype, device="meta"), torch.empty(
             b, dtype=dtype, device="meta"
@@ -212,9 +226,9 @@ def _initial(
     digest = hashlib.blake2b(f"{config.seed}:{site.name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-    def uniform(shape: tuple[int, ...]) -> torch.Tensor:
+    def uniform(shape: tuple[int, ...], fan_in: int) -> torch.Tensor:
         # Kaiming with a = sqrt(5): the bound is 1/sqrt(fan_in).
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        bound = 1 / math.sqrt(fan_in)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
     def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
@@ -225,6 +239,9 @@ def _initial(
         first = normal(a, 1.0) if config.init_lora_weights is False else torch.zeros(a)
         second = random_b
     else:
-        first = normal(a, 1 / a[0]) if config.init_lora_weights == "gaussian" else uniform(a)
-        second = uniform(b) if config.init_lora_weights is False else torch.zeros(b)
+        gaussian = config.init_lora_weights == "gaussian"
+        first = normal(a, 1 / shapes.rank) if gaussian else uniform(a, shapes.fan_in[0])
+        second = (
+            uniform(b, shapes.fan_in[1]) if config.init_lora_weights is False else torch.zeros(b)
+        )
     return first.to(weight.device, dtype), second.to(weight.device, dtype)

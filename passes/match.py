@@ -70,7 +70,8 @@ def match(capture: Capture) -> Matches:
         else:
             sites[weight] = joined
     for weight, reads in readers.items():
-        if all(read.what in _NO_PRODUCTS for read in reads):
+        # A bias for each expert is a table, too.
+        if all(read.what in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
             continue
         name = site_name(weight)
         rejections.setdefault(
@@ -184,7 +185,7 @@ def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> list
         if known is None:
             parts[site.rows] = site
             continue
-        if (site.family, site.layout) != (known.family, known.layout):
+        if _way(site) != _way(known):
             return Rejection(
                 whole,
                 f"its weight is applied in two ways ({known.pattern} and {site.pattern}): one "
@@ -201,6 +202,11 @@ def _joined(several: list[Site], reads: list[_Read] | tuple[_Read, ...]) -> list
             reason = "its weight is applied as a whole and in parts, or in parts that overlap"
             return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)
     return ordered
+
+
+def _way(site: Site) -> tuple[object, ...]:
+    """What applications of one weight have to agree in to share their factors."""
+    return (site.family, site.layout, site.view, site.experts)
 
 
 def _read_by_code(capture: Capture) -> dict[str, Rejection]:

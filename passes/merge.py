@@ -117,10 +117,12 @@ def delta_weight(
         row: The site.
         adapter: The adapter's name.
         dtype: In which it is computed.
-        outputs: Which output features; all of them for a grouped convolution.
+        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
     """
-    a, b = (f.detach().to(dtype) for f in factors_of(model, row, adapter))
-    return pattern_of(row.site).delta(row.site, a, b[outputs]) * row.scale
+    a, b = (f.detach() for f in factors_of(model, row, adapter))
+    b = b[outputs].to(dtype)
+    a = (a[outputs] if row.site.experts else a).to(dtype)
+    return pattern_of(row.site).delta(row.site, a, b) * row.scale
 
 
 def merge(
@@ -237,8 +239,9 @@ def _folded(
 ) -> torch.Tensor:
     """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
     wide = torch.float32 if old.device.type == "mps" else torch.float64
+    axis = rows[0][0].site.axis
+    old = old.reshape(rows[0][0].site.applied_shape)
     merged = torch.empty_like(old)
-    axis = 0 if rows[0][0].site.layout == "out_in" else 1
     features = old.shape[axis]
     step = (
         features if rows[0][0].site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
@@ -253,15 +256,15 @@ def _folded(
         raise MergeError(
             f"{rows[0][0].name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
         )
-    return merged
+    return merged.reshape(rows[0][0].site.weight_shape)
 
 
 def _add_delta(
     total: torch.Tensor, start: int, model: nn.Module, row: PlannedSite, adapter: str
 ) -> None:
     """Adds what a site contributes to a slice of its weight that begins at ``start``."""
-    first, last = row.site.rows or (0, row.site.out_features)
-    axis = 0 if row.site.layout == "out_in" else 1
+    axis = row.site.axis
+    first, last = row.site.rows or (0, row.site.applied_shape[axis])
     low, high = max(first, start), min(last, start + total.shape[axis])
     if low >= high:
         return
@@ -281,8 +284,9 @@ def _measured(
     if not measure:
         return MergedSite(name, adapters, math.nan, math.nan)
     exact = old.to(torch.float64, copy=True)
+    applied = exact.view(rows[0][0].site.applied_shape)
     for row, adapter in rows:
-        _add_delta(exact, 0, model, row, adapter)
+        _add_delta(applied, 0, model, row, adapter)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))

@@ -14,8 +14,10 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.passes._parts import choose_parts
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
+    Verdict,
     alpha_for,
     judge,
     nearest_names,
@@ -50,8 +52,7 @@ def make_plan(
     _refuse_adapters(capture.model)
     rows: list[PlannedSite] = []
     skipped: list[Skipped] = []
-    for site in matches.sites:
-        verdict = judge(site.name, config, in_default=_in_default(site, config))
+    for site, verdict in _judged(matches, config):
         objection = (
             _objection(site, config) if verdict.selected else _why_not(site, config, verdict.reason)
         )
@@ -76,6 +77,14 @@ def make_plan(
     )
     _check(plan, matches, strict)
     return plan
+
+
+def _judged(matches: Matches, config: LoraConfig) -> Iterator[tuple[Site, Verdict]]:
+    """The sites with what the configuration says of them; of a fused one the parts, if those are meant."""
+    for site in matches.sites:
+        whole = judge(site.name, config, in_default=_in_default(site, config))
+        parts = choose_parts(site, config, whole)
+        yield from parts or ((site, whole),)
 
 
 def _in_default(site: Site, config: LoraConfig) -> bool:
@@ -164,6 +173,8 @@ def _unmatched(
     capture: Capture, config: LoraConfig, matches: Matches, rows: list[PlannedSite]
 ) -> Iterator[str]:
     names = [site.name for site in matches.sites]
+    names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
+    names += [row.name for row in rows if row.site.part_of]
     idle = unmatched(names, config, selected=[row.name for row in rows])
     for target in idle.targets:
         yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"

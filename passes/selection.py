@@ -27,6 +27,7 @@ __all__ = [
     "Unmatched",
     "Verdict",
     "alpha_for",
+    "excluded",
     "judge",
     "layer_index",
     "name_matches",
@@ -125,6 +126,11 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
     if entry == name:
         return Verdict(True, "named in target_modules")
     return _layer_objection(name, config) or Verdict(True, f"matches target {entry!r}")
+
+
+def excluded(name: str, config: LoraConfig) -> bool:
+    """Whether `exclude_modules` names it."""
+    return _entry_for(name, config.exclude_modules) is not None
 
 
 def name_matches(name: str, config: LoraConfig, *, in_default: bool = True) -> bool:

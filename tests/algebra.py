@@ -63,7 +63,8 @@ def explicit(
 ) -> torch.Tensor:
     """The output of the plain `model` with the weight `W + s·BA`."""
     name = f"op.{form.weight}"
-    weight = model.get_parameter(name).detach() + scale * form.delta(a, b)
+    old = model.get_parameter(name).detach()
+    weight = old + scale * form.delta(a, b).reshape(old.shape)
     return torch.func.functional_call(model, {name: weight}, (x,))
 
 
@@ -126,7 +127,8 @@ def check_merged_half(form: Form, dtype: torch.dtype) -> None:
     name = f"op.{form.weight}"
     old = model.get_parameter(name).detach().double()
     with torch.no_grad():
-        exact = old + scale_of(adapted) * form.delta(a.double(), b.double())
+        delta = form.delta(a.double(), b.double()).reshape(old.shape)
+        exact = old + scale_of(adapted) * delta
     merged, report = lora_fx.merge(adapted, return_report=True)
     found = merged.get_parameter(name)
     assert found.dtype == dtype

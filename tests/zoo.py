@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.views import EXPERTS, VIEWS
+
 __all__ = [
     "FORMS",
     "TIMM",
@@ -34,7 +36,9 @@ __all__ = [
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Kind = Literal["out_in", "in_out", "conv", "embedding", "conv transposed"]
+Kind = Literal[
+    "out_in", "in_out", "conv", "embedding", "conv transposed", "experts", "experts in_out"
+]
 
 
 def seeded(build: Callable[P, T]) -> Callable[P, T]:
@@ -250,6 +254,8 @@ class Form:
         """B A in the weight's layout, by the textbook and not by lora_fx."""
         if self.kind == "conv transposed":
             return torch.einsum("or,ri...->io...", b.flatten(1), a)
+        if self.kind.startswith("experts"):
+            return torch.einsum("eor,eri->eoi" if self.kind == "experts" else "eor,eri->eio", b, a)
         if self.kind != "conv":
             product = torch.einsum("or,ri->oi", b, a)
             return product if self.kind == "out_in" else product.transpose(0, 1)
@@ -328,6 +334,14 @@ FORMS: tuple[Form, ...] = (
             ("bins,oi->nobs", (7, 5), (2, 5, 3, 4), "out_in", False),
             ("bi,io", (5, 7), (3, 5), "in_out", False),
         )
+    ),
+    *(
+        Form(name, build, _rows(*x), "kernel", kind, pattern)
+        for name, build, x, kind, pattern in EXPERTS
+    ),
+    *(
+        Form(name, build, _rows(*x), "kernel", kind, pattern)
+        for name, build, x, kind, pattern in VIEWS
     ),
     _conv("conv1d", lambda: nn.Conv1d(4, 6, 3, padding=1), 2, 4, 9),
     _conv("conv1d unbatched", lambda: nn.Conv1d(4, 6, 3), 4, 9),

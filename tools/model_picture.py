@@ -66,7 +66,7 @@ class _Painter:
         self._drawn: dict[int, str] = {}
         record = model.__dict__.get("_lora_fx")
         self.planned = {
-            (row.site.part, name): row
+            (row.site.place, name): row
             for name, adapter in (record.adapters.items() if isinstance(record, Record) else ())
             for row in adapter.sites
         }

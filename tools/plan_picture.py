@@ -129,7 +129,7 @@ def _describe(
             f"r {row.rank} · {shape}",
             (
                 ("pattern", site.pattern),
-                ("weight", f"{site.part} {shape}"),
+                ("weight", f"{site.place} {shape}"),
                 ("rank", str(row.rank)),
                 ("scale", f"{row.scale:g}"),
                 ("dropout", f"{row.dropout:g}"),
@@ -141,7 +141,7 @@ def _describe(
     if isinstance(row, Skipped):
         site = row.site
         shape = times(site.shape)
-        facts = (("pattern", site.pattern), ("weight", f"{site.part} {shape}"))
+        facts = (("pattern", site.pattern), ("weight", f"{site.place} {shape}"))
         return Kind.SKIPPED, _short(row.reason), (*facts, ("not selected", row.reason))
     if isinstance(row, Rejection):
         return Kind.REJECTED, _short(row.reason), (("cannot be adapted", row.reason),)

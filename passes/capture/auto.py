@@ -64,8 +64,8 @@ def _captured(
             "frontend='export' needs example_inputs: a tuple, a dict or a tensor that forward takes"
         )
     copy = share_copy(model)
-    regions, opaque = find_regions(copy)
-    traced = Capture(copy, regions, "regions", opaque=opaque)
+    traced = find_regions(copy)
+    regions, opaque = traced.regions, traced.opaque
     reason = _not_symbolic(traced)
     if frontend == "symbolic" and "" not in regions:
         raise CaptureError(

@@ -7,8 +7,10 @@ True, ``x += 1`` leaves the caller's tensor alone. The graph would then be that 
 from __future__ import annotations
 
 import dis
+import math
 import operator
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import fx
@@ -16,7 +18,7 @@ from torch import fx
 from lora_fx.ops import in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import FrameType
 
     from lora_fx.passes.capture.symbolic import Recorder
@@ -42,6 +44,11 @@ _IN_PLACE = (
     "ilshift",
     "irshift",
 )
+_ABOUT_SHAPE: dict[str, Callable[..., Any]] = {
+    "size": lambda shape, dim=None: shape if dim is None else shape[dim],
+    "dim": len,
+    "numel": math.prod,
+}
 _ATTRIBUTE_ACCESS = {dis.opmap[n] for n in dis.opmap if n in ("LOAD_ATTR", "LOAD_METHOD")}
 
 
@@ -67,6 +74,9 @@ class TracedValue(fx.Proxy):
             self.tracer.refuse(
                 f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
             )
+        shape = self.tracer.known_shape(self) if name in ("shape", "ndim") else None
+        if shape is not None:
+            return shape if name == "shape" else len(shape)
         return _Attribute(self, name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -76,8 +86,11 @@ class TracedValue(fx.Proxy):
             self.tracer.refuse("its forward iterates over a traced value")
         return (operator.getitem(cast("Any", self), i) for i in range(code[at + 1]))
 
-    def __len__(self) -> NoReturn:  # noqa: PLE0303  refuses
-        self.tracer.refuse("its forward takes the length of a traced value with len")
+    def __len__(self) -> int:
+        shape = self.tracer.known_shape(self)
+        if shape:
+            return shape[0]
+        return self.tracer.refuse("its forward takes the length of a traced value with len")
 
     def __index__(self) -> NoReturn:  # noqa: PLE0305  refuses
         self.tracer.refuse("its forward turns a traced value into a number")
@@ -113,8 +126,12 @@ class _Attribute(TracedValue):
         found: fx.Node = own["_read"]
         return found
 
-    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__
+        question = _ABOUT_SHAPE.get(own["_name"])
+        shape = self.tracer.known_shape(own["_root"]) if question else None
+        if question and shape is not None:
+            return question(shape, *args, **kwargs)
         return self.tracer.create_proxy("call_method", own["_name"], (own["_root"], *args), kwargs)
 
 

@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
-from lora_fx.passes.capture.written_out import written_out
-from lora_fx.types import Region, join
+from lora_fx.passes.capture.written_out import written_conditions, written_out
+from lora_fx.types import Capture, Region, join
 
 __all__ = ["find_regions"]
 
@@ -34,18 +34,19 @@ _OPERATIONS = (
 )
 
 
-def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
+def find_regions(model: nn.Module) -> Capture:
     """Captures every module that can be captured.
 
     Args:
         model: The model, from :func:`share_copy`.
 
     Returns:
-        The regions by FQN, parents before children, and for every other module that holds a matrix
-        the reason why it has none.
+        The regions by FQN, parents before children; for every other module that holds a matrix the
+        reason why it has none, and what was traced of it until then.
     """
     regions: dict[str, Region] = {}
     opaque: dict[str, str] = {}
+    begun: dict[str, fx.Graph] = {}
     seen: set[nn.Module] = set()
     holders = _holders(model)
     graphs = _Graphs()
@@ -65,16 +66,18 @@ def find_regions(model: nn.Module) -> tuple[dict[str, Region], dict[str, str]]:
             return
         if not _container(module):
             try:
-                # What is written out reads the weights of its children, or calls what reads them in C++.
-                own = written_out(module) is None
+                # The forward of what is written out reads its children's weights, or calls what does.
+                own = written_out(module) is None or bool(written_conditions(module))
                 regions[fqn] = Region(fqn, module, graphs.of(module), fallback=own)
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
+                if reason.begun is not None:
+                    begun[fqn] = reason.begun
         for name, child in module.named_children():
             visit(child, join(fqn, name))
 
     visit(model, "")
-    return regions, opaque
+    return Capture(model, regions, "regions", opaque=opaque, begun=begun)
 
 
 class _Graphs:
@@ -100,7 +103,8 @@ class _Graphs:
             if forward is None:
                 graph = trace(module, check_none=not is_built_in(module))
             else:
-                graph = trace(module, {}, check_none=False, forward=forward)
+                more = written_conditions(module)
+                graph = trace(module, {}, check_none=False, forward=forward, conditions=more)
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
@@ -148,6 +152,8 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
         type(module),
         number,
         tensors(module._parameters),
+        # The shape of a parameter is a number to a trace.
+        tuple(_shape(p) for p in module._parameters.values() if p is not None),
         tensors(module._buffers),
         tuple((name, _value(v)) for name, v in module.__dict__.items() if name not in _OWN),
         tuple(
@@ -156,6 +162,11 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
             if child is not None
         ),
     )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    lazy: bool = nn.parameter.is_lazy(parameter)
+    return () if lazy else tuple(parameter.shape)
 
 
 def _value(value: Any) -> Any:

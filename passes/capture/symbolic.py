@@ -35,7 +35,13 @@ _TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_p
 
 
 class Untraceable(Exception):
-    """Why a module's forward cannot be captured; the message is a row of the dry run."""
+    """Why a module's forward cannot be captured; the message is a row of the dry run.
+
+    Attributes:
+        begun: What was recorded until then.
+    """
+
+    begun: fx.Graph | None = None
 
 
 def trace(
@@ -44,6 +50,7 @@ def trace(
     *,
     check_none: bool = True,
     forward: Callable[..., Any] | None = None,
+    conditions: tuple[str, ...] = (),
 ) -> fx.Graph:
     """Traces one module's own ``forward``.
 
@@ -53,6 +60,7 @@ def trace(
             has a default is fixed to it.
         check_none: See :class:`GuardedCodeGen`.
         forward: What to trace instead of the module's own forward; it has the same signature.
+        conditions: Expressions over ``self`` that are true where the graph does not apply.
 
     Returns:
         A graph with the names of ``module`` and a guarded signature.
@@ -68,10 +76,11 @@ def trace(
     recorder = Recorder(parameters, forward)
     try:
         graph = recorder.record(module)
-    except Untraceable:
-        raise
     except Exception as error:
-        raise Untraceable(recorder.refused or _words(error)) from error
+        words = str(error) if isinstance(error, Untraceable) else _words(error)
+        failure = Untraceable(recorder.refused or words)
+        failure.begun = getattr(recorder, "graph", None)
+        raise failure from error
     finally:
         changed = before.restore()
     if recorder.refused or changed:
@@ -85,7 +94,7 @@ def trace(
         raise Untraceable(reason)
     _check_names(parameters, graph)
     reads = frozenset(name for code in recorder.seen for name in code.co_names)
-    sizes = tuple(_sizes(module, graph))
+    sizes = (*conditions, *_sizes(module, graph))
     graph.set_codegen(GuardedCodeGen(parameters, check_none, sizes, reads))
     return graph
 
@@ -189,6 +198,19 @@ class Recorder(fx.Tracer):
         """A parameter or buffer becomes a read. A buffer is read anew each time: it may be replaced."""
         buffer = isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter)
         return super().getattr(attr, attr_val, {} if buffer else parameter_proxy_cache)
+
+    def known_shape(self, value: fx.Proxy) -> torch.Size | None:
+        """The shape of a parameter, which does not depend on the input; None for any other value."""
+        node = value.__dict__.get("node")
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        # Not by getattr, which gives traced values during a trace.
+        *path, key = str(node.target).split(".")
+        owner: nn.Module | None = self.root
+        for atom in path:
+            owner = owner._modules.get(atom) if owner is not None else None
+        found = None if owner is None else owner._parameters.get(key)
+        return None if found is None or nn.parameter.is_lazy(found) else found.shape
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Control flow on a traced value."""

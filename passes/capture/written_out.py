@@ -18,8 +18,12 @@ from torch import fx, nn
 from lora_fx.attention import attend, causal_hint
 from lora_fx.passes._region import original_class
 from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
+from lora_fx.passes.capture.written_out_transformers import (
+    experts_implementation,
+    written_out_of_transformers,
+)
 
-__all__ = ["WRITTEN_OUT", "written_out"]
+__all__ = ["WRITTEN_OUT", "written_conditions", "written_out"]
 
 fx.wrap("attend")
 fx.wrap("causal_hint")
@@ -164,4 +168,18 @@ WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
     """What to trace in the place of a module's own ``forward``, or None."""
     cls = original_class(module)
-    return WRITTEN_OUT.get(cls) or written_out_of_torchvision(cls)
+    return (
+        WRITTEN_OUT.get(cls)
+        or written_out_of_torchvision(cls)
+        or written_out_of_transformers(module)
+    )
+
+
+def written_conditions(module: nn.Module) -> tuple[str, ...]:
+    """Expressions that are true when what was written out does not hold any more."""
+    chosen = experts_implementation(module)
+    return (
+        ()
+        if chosen is None
+        else (f"(self.config._experts_implementation or 'eager') != {chosen!r}",)
+    )

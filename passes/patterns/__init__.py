@@ -9,6 +9,7 @@ from lora_fx.passes.patterns.conv import ConvPattern
 from lora_fx.passes.patterns.conv_transpose import ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
+from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
 from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
 from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.types import Pattern
@@ -18,6 +19,8 @@ __all__ = [
     "ConvTransposePattern",
     "EinsumPattern",
     "EmbeddingPattern",
+    "ExpertsPattern",
+    "GroupedPattern",
     "LinearPattern",
     "MatmulPattern",
     "make_site",
@@ -28,6 +31,8 @@ __all__ = [
 ]
 
 _registry: tuple[Pattern, ...] = (
+    GroupedPattern(),
+    ExpertsPattern(),
     LinearPattern(),
     MatmulPattern(),
     EinsumPattern(),

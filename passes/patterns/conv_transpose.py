@@ -52,7 +52,7 @@ class ConvTransposePattern:
             return None
         named = arguments(node, _SIGNATURE)
         found = weight_of(named["weight"], region)
-        if found is None or found.transposed or found.rows:
+        if found is None or not found.plain:
             return computed(region, node, named["weight"])
         parameter = region.parameter(found.source)
         assert parameter is not None
@@ -63,7 +63,7 @@ class ConvTransposePattern:
             region,
             pattern=self.name,
             family="conv",
-            weight=found.source,
+            weight=found,
             bias=named["bias"],
             x=named["input"],
             output=node,

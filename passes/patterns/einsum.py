@@ -1,14 +1,16 @@
-"""``torch.einsum`` of an activation with a matrix: ``bsi,oi->bso`` and whatever else people write.
+"""``torch.einsum`` of an activation with a parameter: ``bsi,oi->bso`` and whatever else people write.
 
-With the matrix over the letters i (summed, in x and not in the output) and o (kept, in the output and not in
-x) it is a linear operation along i, wherever i and o stand: ``y = Σᵢ x[… i …] W[o, i]``. The branch is two
-einsums with a letter r of its own: ``Σᵢ x[… i …] A[r, i]``, which has r where the output has o, and then
-``Σᵣ … B[o, r]``.
+The letters of the parameter are of three kinds: summed (in x and not in the output), kept (in the output
+and not in x) and shared (in both). With some summed and some kept it is a linear operation from the first
+to the second, ``y = Σᵢ x[… i …] W[o, i]``, and a shared letter counts experts, which have a matrix each. The
+branch is two einsums with a letter r of its own: ``Σᵢ x[… i …] A[r, i]``, which has r where the output has o,
+and then ``Σᵣ … B[o, r]``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 from typing import Any
 
@@ -16,14 +18,16 @@ import torch
 from torch import fx
 
 from lora_fx.passes._fx import target_of
-from lora_fx.passes._weights import constant_of, weight_of
+from lora_fx.passes._weights import WeightView, constant_of, weight_of
+from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, reject
-from lora_fx.types import BranchBuilder, Match, Region, Role, Site
+from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["EinsumPattern"]
 
 _EINSUM = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
+_MATRIX, _EXPERTS = LinearPattern(), ExpertsPattern()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +36,35 @@ class _Seen:
 
     Attributes:
         x: The activation.
-        weight: The ``get_attr`` node of the parameter.
-        terms: The letters of the activation, of the matrix and of the output.
+        view: The parameter, and how it is read.
+        terms: The letters of the activation, of the parameter and of the output.
     """
 
     x: fx.Node
-    weight: fx.Node
+    view: WeightView
     terms: tuple[str, str, str]
 
     @property
-    def letters(self) -> tuple[str, str] | None:
-        """The kept and the summed letter of the matrix; None if it is no linear operation."""
+    def letters(self) -> tuple[str, str, str] | None:
+        """The shared, the kept and the summed letters of the parameter; None if it is no product."""
         x, weight, out = self.terms
-        if len(weight) != 2 or weight[0] == weight[1]:
-            return None
-        for kept, summed in ((weight[0], weight[1]), (weight[1], weight[0])):
-            in_place = kept in out and kept not in x and summed in x and summed not in out
-            if in_place and x.count(summed) == out.count(kept) == 1:
-                return kept, summed
-        return None
+        shared = "".join(letter for letter in weight if letter in x and letter in out)
+        kept = "".join(letter for letter in weight if letter not in x and letter in out)
+        summed = "".join(letter for letter in weight if letter in x and letter not in out)
+        once = all(x.count(i) == 1 for i in summed) and all(out.count(o) == 1 for o in kept)
+        known = len(set(weight)) == len(weight) == len(shared + kept + summed)
+        # Kept and summed letters side by side make the two sides of a matrix.
+        beside = weight in (shared + kept + summed, shared + summed + kept)
+        fits = len(shared) == 0 or (len(shared) == len(kept) == len(summed) == 1)
+        return (
+            (shared, kept, summed)
+            if once and known and beside and fits and kept and summed
+            else None
+        )
 
 
-class EinsumPattern(LinearPattern):
-    """An einsum with one parameter operand of two dimensions; the algebra is that of a product."""
+class EinsumPattern:
+    """An einsum with one parameter operand; the algebra is that of a product, or of experts."""
 
     name = "einsum"
 
@@ -63,52 +73,94 @@ class EinsumPattern(LinearPattern):
         seen = _see(node, region)
         if seen is None:
             return None
-        parameter = region.parameter(seen.weight)
+        parameter = region.parameter(seen.view.source)
         assert parameter is not None
-        if parameter.dim() != 2 or seen.letters is None:
+        if not parameter.dtype.is_floating_point:
+            reason = f"its weight is {parameter.dtype}, not floating point"
+            return reject(region, node, seen.view.source, reason)
+        if seen.letters is None or len(seen.view.shape) != len(seen.terms[1]):
             return reject(
                 region,
                 node,
-                seen.weight,
+                seen.view.source,
                 f"einsum {'{},{}->{}'.format(*seen.terms)!r} does not take its weight for a matrix from "
-                "one summed to one kept dimension",
+                "summed to kept dimensions",
             )
-        kept, _ = seen.letters
-        out_in = seen.terms[1][0] == kept
-        sizes = (parameter.shape[1], parameter.shape[0]) if out_in else tuple(parameter.shape)
+        shared, kept, summed = seen.letters
+        sizes = _sizes(seen)
+        out_in = seen.terms[1].endswith(summed)
+        matrix = [math.prod(sizes[letter] for letter in group) for group in (kept, summed)]
+        shape = (*(sizes[letter] for letter in shared), *(matrix if out_in else matrix[::-1]))
+        # A transposed parameter has its letters in the order in which it is stored.
+        view = dataclasses.replace(
+            seen.view, shape=shape, viewed=seen.view.viewed or shape != tuple(parameter.shape)
+        )
         return make_site(
             region,
             pattern=self.name,
             family="linear",
-            weight=seen.weight,
+            weight=view,
             bias=None,
             x=seen.x,
             output=node,
-            sizes=(sizes[0], sizes[1]),
+            sizes=(matrix[1], matrix[0]),
             layout="out_in" if out_in else "in_out",
+            experts=sizes[shared] if shared else None,
         )
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """A [r, in] and B [out, r], or [E, r, in] and [E, out, r]."""
+        return _algebra(site).factors(site, rank)
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B A``, transposed where the weight is."""
+        return _algebra(site).delta(site, a, b)
+
+    def flops(self, site: Site, rank: int) -> int:
+        """``2 r (in + out)``."""
+        return _algebra(site).flops(site, rank)
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """Two einsums, through a letter that the equation does not use."""
         seen = _see(node, region)
         assert seen is not None
         assert seen.letters is not None
-        kept, summed = seen.letters
+        shared, kept, summed = seen.letters
+        sizes = _sizes(seen)
         x, _, out = seen.terms
         rank = next(letter for letter in string.ascii_letters if letter not in "".join(seen.terms))
-        between = out.replace(kept, rank)
-        dropped = build.dropped(seen.x)
+        between = "".join(rank if o == kept[0] else "" if o in kept else o for o in out)
+        a = _unflattened(build, build.a, -1, [sizes[letter] for letter in summed])
         down = build.call(
-            Role.DOWN, torch.einsum, f"{x},{rank}{summed}->{between}", dropped, build.a
+            Role.DOWN,
+            torch.einsum,
+            f"{x},{shared}{rank}{summed}->{between}",
+            build.dropped(seen.x),
+            a,
         )
-        return build.call(Role.UP, torch.einsum, f"{between},{kept}{rank}->{out}", down, build.b)
+        b = _unflattened(build, build.b, -2, [sizes[letter] for letter in kept])
+        return build.call(Role.UP, torch.einsum, f"{between},{shared}{kept}{rank}->{out}", down, b)
+
+
+def _algebra(site: Site) -> LinearPattern | ExpertsPattern:
+    return _EXPERTS if site.experts else _MATRIX
+
+
+def _sizes(seen: _Seen) -> dict[str, int]:
+    return dict(zip(seen.terms[1], seen.view.shape, strict=False))
+
+
+def _unflattened(build: BranchBuilder, factor: fx.Node, axis: int, sizes: list[int]) -> fx.Node:
+    if len(sizes) == 1:
+        return factor
+    return build.call(Role.FACTOR, torch.unflatten, factor, axis, sizes)
 
 
 def _see(node: fx.Node, region: Region) -> _Seen | None:
     if target_of(node) not in _EINSUM or not node.args or not isinstance(node.args[0], str):
         return None
     operands: list[Any] = list(node.args[1:])
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+    if operands and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
     inputs, arrow, out = node.args[0].replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -117,12 +169,16 @@ def _see(node: fx.Node, region: Region) -> _Seen | None:
     if not arrow:
         out = _implicit(terms)
     for x, weight in ((0, 1), (1, 0)):
-        found = weight_of(operands[weight], region)
+        view = weight_of(operands[weight], region)
         activation = operands[x]
-        if found is None or found.rows is not None or constant_of(activation, region) is not None:
+        if view is None or view.rows is not None or view.indexed:
             continue
-        letters = terms[weight][::-1] if found.transposed else terms[weight]
-        return _Seen(activation, found.source, (terms[x], letters, out))
+        if constant_of(activation, region) is not None:
+            continue
+        letters = terms[weight]
+        if view.transposed and len(letters) > 1:
+            letters = letters[:-2] + letters[-1] + letters[-2]
+        return _Seen(activation, view, (terms[x], letters, out))
     return None
 
 

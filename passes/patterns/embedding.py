@@ -39,12 +39,7 @@ class EmbeddingPattern:
             return None
         named = arguments(node, _FUNCTIONAL if target is F.embedding else _ATEN)
         found = weight_of(named["weight"], region)
-        if (
-            found is None
-            or found.transposed
-            or found.rows
-            or not isinstance(named["input"], fx.Node)
-        ):
+        if found is None or not found.plain or not isinstance(named["input"], fx.Node):
             return None
         if named.get("max_norm") is not None:
             return reject(
@@ -57,7 +52,7 @@ class EmbeddingPattern:
             region,
             pattern=self.name,
             family="embedding",
-            weight=found.source,
+            weight=found,
             bias=None,
             x=named["input"],
             output=node,

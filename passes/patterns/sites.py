@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from lora_fx.passes._fx import target_of
-from lora_fx.passes._weights import constant_of
+from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
-__all__ = ["computed", "itemised", "make_site", "reject", "site_name"]
+__all__ = ["computed", "itemised", "make_site", "part_names", "reject", "site_name"]
 
 
 # What the parts of a fused weight are called, where its name says what it is fused of.
-_PARTS = {
+_PARTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
     2: (("gate", "up"), ("gate_up", "gate_and_up", "w12", "w13")),
     3: (("q", "k", "v"), ("qkv", "in_proj", "c_attn", "query_key_value")),
 }
@@ -34,14 +35,15 @@ def make_site(
     *,
     pattern: str,
     family: str,
-    weight: fx.Node,
+    weight: fx.Node | WeightView,
     bias: object,
     x: fx.Node,
     output: fx.Node,
     sizes: tuple[int, int],
     layout: Layout,
     groups: int = 1,
-    rows: tuple[int, int] | None = None,
+    experts: int | None = None,
+    left: bool = False,
 ) -> Site:
     """A site with one call.
 
@@ -49,18 +51,21 @@ def make_site(
         region: Where it was found.
         pattern: The pattern's name.
         family: ``linear``, ``conv`` or ``embedding``.
-        weight: The ``get_attr`` node of the weight.
+        weight: The ``get_attr`` node of the weight, or how it is read.
         bias: The bias argument, whatever it is.
         x: The input node.
         output: The node that makes the output.
         sizes: ``(in_features, out_features)``.
         layout: How the weight is stored.
         groups: Groups of a convolution.
-        rows: Which rows of the weight are applied; None for all.
+        experts: Number of matrices of a weight of three dimensions.
+        left: Whether the weight is the left operand of a product.
     """
-    parameter = region.parameter(weight)
+    view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
+    assert view is not None, f"{weight} reads no parameter"
+    parameter = region.parameter(view.source)
     assert parameter is not None
-    name = join(region.fqn, str(weight.target))
+    name, rows = join(region.fqn, str(view.source.target)), view.rows
     has_bias = region.parameter(bias) is not None
     return Site(
         name=site_name(name) if rows is None else _part_name(name, rows, len(parameter)),
@@ -72,22 +77,35 @@ def make_site(
         out_features=sizes[1],
         layout=layout,
         weight_shape=tuple(parameter.shape),
-        calls=(Call(region.fqn, x.name, output.name, pattern),),
+        calls=(Call(region.fqn, x.name, output.name, pattern, view.cast, left),),
         groups=groups,
+        experts=experts,
         rows=rows,
+        view=view.shape if view.viewed else None,
     )
 
 
 def _part_name(weight: str, rows: tuple[int, int], size: int) -> str:
     """The name of some rows: ``qkv.q``, ``gate_up_proj.up``, ``attn.k``, or their range."""
+    width = rows[1] - rows[0]
+    if size % width or rows[0] % width:
+        return join(_fused_name(weight), f"{rows[0]}_{rows[1]}")
+    ranges = [(start, start + width) for start in range(0, size, width)]
+    return join(_fused_name(weight), part_names(weight, ranges)[rows[0] // width])
+
+
+def _fused_name(weight: str) -> str:
     owner, _, key = weight.rpartition(".")
     # nn.MultiheadAttention has one weight for the three; "attn.q" says all.
-    whole = owner if key == "in_proj_weight" else site_name(weight)
-    width = rows[1] - rows[0]
-    names, hints = _PARTS.get(size // width, ((), ()))
-    if size % width or rows[0] % width or not any(hint in weight.lower() for hint in hints):
-        return join(whole, f"{rows[0]}_{rows[1]}")
-    return join(whole, names[rows[0] // width])
+    return owner if key == "in_proj_weight" else site_name(weight)
+
+
+def part_names(weight: str, ranges: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """What the parts of a fused weight are called: q, k, v or gate, up where its name says so."""
+    names, hints = _PARTS.get(len(ranges), ((), ()))
+    if any(hint in weight.lower() for hint in hints):
+        return names
+    return tuple(f"{start}_{stop}" for start, stop in ranges)
 
 
 def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -> Rejection:

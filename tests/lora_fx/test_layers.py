@@ -30,6 +30,7 @@ LAYERS = (
     "lora_fx.ops",
     "lora_fx.attention",
     "lora_fx.windows",
+    "lora_fx.experts",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx._checkpoint_files",

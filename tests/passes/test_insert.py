@@ -43,8 +43,8 @@ def test_a_branch_is_inserted_at_every_planned_site() -> None:
         assert roles == [
             Role.BASE,
             Role.FACTOR,
-            Role.FACTOR,
             Role.DOWN,
+            Role.FACTOR,
             Role.UP,
             Role.SCALE,
             Role.ADD,

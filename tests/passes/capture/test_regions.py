@@ -18,6 +18,12 @@ from tests.numerics import assert_same_bits
 from tests.zoo import sample, seeded
 
 
+def found(model):
+    """Regions and the reasons where there is none."""
+    capture = find_regions(model)
+    return capture.regions, capture.opaque
+
+
 class Opaque(nn.Module):
     """Branches on data: no graph of its own."""
 
@@ -30,7 +36,7 @@ class Opaque(nn.Module):
 
 
 def test_every_module_over_a_matrix_that_traces_is_a_region():
-    regions, opaque = find_regions(seeded(zoo.Residual)())
+    regions, opaque = found(seeded(zoo.Residual)())
     blocks = [f"blocks.{i}" for i in range(2)]
     inner = [f"{block}.{layer}" for block in blocks for layer in ("up", "down")]
     assert set(regions) == {"", "embed", "head", *blocks, *inner}
@@ -40,7 +46,7 @@ def test_every_module_over_a_matrix_that_traces_is_a_region():
 
 
 def test_parents_come_before_children():
-    regions, _ = find_regions(seeded(zoo.Residual)())
+    regions, _ = found(seeded(zoo.Residual)())
     order = list(regions)
     for name in order:
         parent = name.rpartition(".")[0]
@@ -50,28 +56,28 @@ def test_parents_come_before_children():
 
 def test_a_module_that_does_not_trace_costs_only_its_own_graph():
     model = nn.Sequential(Opaque(seeded(zoo.Block)()), nn.Linear(6, 6))
-    regions, opaque = find_regions(model)
+    regions, opaque = found(model)
     assert opaque == {"0": "its forward branches on a value that is known only when it runs"}
     assert set(regions) == {"", "0.inner", "0.inner.up", "0.inner.down", "1"}
 
 
 def test_in_the_worst_case_each_layer_is_a_region():
     model = Opaque(Opaque(nn.Linear(4, 4)))
-    regions, opaque = find_regions(model)
+    regions, opaque = found(model)
     assert set(regions) == {"inner.inner"}
     assert set(opaque) == {"", "inner"}
 
 
 def test_modules_over_no_matrix_are_left_alone():
     model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), nn.Linear(4, 4))
-    regions, opaque = find_regions(model)
+    regions, opaque = found(model)
     assert set(regions) == {"", "1"}
     assert opaque == {}
 
 
 def test_layers_that_are_one_opaque_call_say_so():
     model = nn.Sequential(nn.LSTM(4, 4), nn.Flatten())
-    _, opaque = find_regions(model)
+    _, opaque = found(model)
     assert opaque["0"] == "torch.nn.LSTM applies its weights inside one opaque call"
 
 
@@ -88,7 +94,7 @@ def test_containers_are_no_regions():
         def forward(self, x):
             return self.parts["b"][0](self.parts["a"](x))
 
-    regions, opaque = find_regions(Holder())
+    regions, opaque = found(Holder())
     assert set(regions) == {"", "parts.a", "parts.b.0"}
     assert opaque == {}
 
@@ -101,7 +107,7 @@ def test_a_subclass_of_a_container_with_a_forward_is_one():
             return x
 
     model = nn.Sequential(Chain([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 2))
-    regions, _ = find_regions(model)
+    regions, _ = found(model)
     assert "0" in regions
     assert_same_bits(
         lora_fx.capture(model).model(sample(2, 4)), model.requires_grad_(False)(sample(2, 4))
@@ -109,13 +115,13 @@ def test_a_subclass_of_a_container_with_a_forward_is_one():
 
 
 def test_a_shared_layer_is_one_region():
-    regions, _ = find_regions(seeded(zoo.Shared)())
+    regions, _ = found(seeded(zoo.Shared)())
     assert set(regions) == {"", "layer", "head"}
 
 
 def test_calls_stay_calls():
     """Blocks are called by their parent's graph, so that hooks, wrapping and checkpoints work."""
-    regions, _ = find_regions(seeded(zoo.Residual)())
+    regions, _ = found(seeded(zoo.Residual)())
     called = [n.target for n in regions[""].graph.nodes if n.op == "call_module"]
     assert called == ["embed", "blocks.0", "blocks.1", "norm", "head"]
     called = [n.target for n in regions["blocks.0"].graph.nodes if n.op == "call_module"]
@@ -131,7 +137,7 @@ def test_equal_blocks_are_traced_once(monkeypatch):
         return original(module, **options)
 
     monkeypatch.setattr(module_under_test, "trace", counted)
-    regions, _ = find_regions(seeded(zoo.Residual)(blocks=5))
+    regions, _ = found(seeded(zoo.Residual)(blocks=5))
     assert traced.count("Block") == 1
     # up and down differ in their sizes, which are attributes; no other block is traced.
     assert traced.count("Linear") == 3
@@ -185,7 +191,7 @@ def test_one_that_fails_does_not_spoil_the_next():
                 return x
             return self.fc(x)
 
-    regions, opaque = find_regions(nn.Sequential(Sometimes(True), Sometimes(False)))
+    regions, opaque = found(nn.Sequential(Sometimes(True), Sometimes(False)))
     assert "0" in opaque
     assert {"0.fc", "1", "1.fc"} <= set(regions)
 
@@ -205,7 +211,7 @@ def test_one_that_fails_does_not_spoil_the_next():
     ids=lambda layer: str(layer).replace("/", ""),
 )
 def test_one_operation_is_a_region_of_one_operation(layer):
-    regions, _ = find_regions(layer)
+    regions, _ = found(layer)
     assert set(regions) == {""}
     operations = [n for n in regions[""].graph.nodes if n.op in ("call_function", "call_method")]
     assert 1 <= len(operations) <= 2

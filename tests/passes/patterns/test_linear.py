@@ -11,7 +11,7 @@ import lora_fx
 from tests import algebra
 from tests.zoo import Form, MatmulOperator, MatmulTransposed, WeightOnTheLeft, forms
 
-LINEAR = forms("linear", "matmul", "einsum")
+LINEAR = forms("linear", "matmul", "einsum", "experts", "grouped-mm")
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -112,10 +112,10 @@ class TwoParameters(nn.Module):
         return x * (self.left @ self.right)
 
 
-class ThreeDimensions(nn.Module):
+class FourDimensions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.kernel = nn.Parameter(torch.randn(2, 4, 4))
+        self.kernel = nn.Parameter(torch.randn(2, 2, 4, 4))
 
     def forward(self, x):
         return x @ self.kernel
@@ -181,7 +181,7 @@ class Integers(nn.Module):
     [
         (Computed, "kernel", "computed from it (tanh)"),
         (TwoParameters, "left", "its only use is by matmul"),
-        (ThreeDimensions, "kernel", "its weight has 3 dimensions"),
+        (FourDimensions, "kernel", "its weight has 4 dimensions"),
         (ScaledAddmm, "kernel", "alpha or beta other than 1"),
         (Buffer, "kernel", "its weight is a buffer"),
         (AppliedTwoWays, "kernel", "applied in two ways"),

@@ -1,0 +1,140 @@
+"""Weights of three dimensions, a matrix for each expert: ``y = x W[e]ᵀ``, one low-rank branch for each.
+
+A is [E, r, in] and B is [E, out, r], so that ΔW[e] = s · B[e] A[e]. Both are read the way the weight is: for
+one expert, for the expert of each row, for all at once, or for rows sorted by expert. ΔW is never built.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx import experts
+from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._weights import WeightView
+from lora_fx.passes.patterns.product import Product, applied, product_of
+from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+
+__all__ = ["ExpertsPattern", "GroupedPattern"]
+
+_GROUPED = (experts.grouped_mm, torch._grouped_mm, torch.ops.aten._grouped_mm.default) + (
+    (F.grouped_mm,) if hasattr(F, "grouped_mm") else ()
+)
+_GROUPED_NAMES = ("transformers.grouped_mm_fallback.default", "transformers.grouped_mm_fallback")
+
+
+class ExpertsPattern:
+    """``matmul``, ``bmm`` and ``linear`` with a weight of three dimensions, or with one matrix of it."""
+
+    name = "experts"
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """See :class:`lora_fx.types.Pattern`."""
+        seen = self._see(node, region)
+        if not isinstance(seen, Product) or len(seen.view.shape) != 3:
+            return None
+        view, source = seen.view, seen.view.source
+        parameter = region.parameter(source)
+        assert parameter is not None
+        if not parameter.dtype.is_floating_point:
+            reason = f"its weight is {parameter.dtype}, not floating point"
+            return reject(region, node, source, reason)
+        out_features, in_features = view.shape[1:]
+        if seen.layout == "in_out":
+            in_features, out_features = out_features, in_features
+        return make_site(
+            region,
+            pattern=self.name,
+            family="linear",
+            weight=view,
+            bias=seen.bias,
+            x=seen.x,
+            output=node,
+            sizes=(in_features, out_features),
+            layout=seen.layout,
+            experts=view.shape[0],
+        )
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """A [E, r, in], B [E, out, r]."""
+        count = site.experts or 1
+        return Factors(
+            (count, rank, site.in_features), (count, site.out_features, rank), stacked=True
+        )
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """Two products in the place of the base one's, with the factors read as the weight is."""
+        seen = self._see(node, region)
+        assert isinstance(seen, Product)
+        x = build.dropped(seen.x)
+        if seen.left:
+            down = build.call(Role.DOWN, torch.matmul, _read(build, "a", seen.view), x)
+            return build.call(Role.UP, torch.matmul, _read(build, "b", seen.view), down)
+        down = build.call(Role.DOWN, torch.matmul, x, _transposed(build, "a", seen.view))
+        return build.call(Role.UP, torch.matmul, down, _transposed(build, "b", seen.view))
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B[e] A[e]`` for each expert that there are rows of."""
+        product = b @ a
+        return product if site.layout == "out_in" else product.mT
+
+    def flops(self, site: Site, rank: int) -> int:
+        """``2 r (in + out)`` for one row of one expert."""
+        return 2 * rank * (site.in_features + site.out_features)
+
+    def _see(self, node: fx.Node, region: Region) -> Product | Match:
+        return product_of(node, region)
+
+
+class GroupedPattern(ExpertsPattern):
+    """A grouped product: rows that are sorted by expert, and where each expert's rows end."""
+
+    name = "grouped-mm"
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """Two grouped products."""
+        seen = self._see(node, region)
+        assert isinstance(seen, Product)
+        ends = _grouped_arguments(node)["offs"]
+        down = build.call(Role.DOWN, experts.grouped_linear, build.dropped(seen.x), build.a, ends)
+        return build.call(Role.UP, experts.grouped_linear, down, build.b, ends)
+
+    def _see(self, node: fx.Node, region: Region) -> Product | Match:
+        target = target_of(node)
+        if target not in _GROUPED and str(target) not in _GROUPED_NAMES:
+            return None
+        named = _grouped_arguments(node)
+        found = applied(node, region, named["x"], named["weight"], "in_out")
+        if isinstance(found, Product) and (named["bias"] is not None or found.view.indexed):
+            return reject(
+                region, node, found.view.source, "a grouped product with a bias of its own"
+            )
+        return found
+
+
+def _grouped_arguments(node: fx.Node) -> dict[str, Any]:
+    """Whatever the operator calls its operands."""
+    named = arguments(node, "x weight offs bias")
+    for ours, theirs in (("x", "mat_a input self"), ("weight", "mat_b mat2"), ("offs", "ends")):
+        for name in theirs.split():
+            named[ours] = node.kwargs.get(name, named[ours])
+    return named
+
+
+def _read(build: BranchBuilder, letter: str, view: WeightView) -> fx.Node:
+    """A factor, indexed as the weight is."""
+    if not view.indexed:
+        return build.a if letter == "a" else build.b
+    if isinstance(view.index, int):
+        return build.item(letter, view.index)
+    factor = build.a if letter == "a" else build.b
+    return build.call(Role.FACTOR, operator.getitem, factor, view.index)
+
+
+def _transposed(build: BranchBuilder, letter: str, view: WeightView) -> fx.Node:
+    return build.call(Role.FACTOR, torch.transpose, _read(build, letter, view), -1, -2)

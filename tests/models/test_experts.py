@@ -1,0 +1,223 @@
+"""Mixtures of experts of transformers, through each of its implementations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fx
+from tests.algebra import randomise
+from tests.numerics import assert_close, assert_same_bits
+from tests.zoo import seeded
+
+transformers = pytest.importorskip("transformers")
+
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+
+
+def _model(config: Any) -> nn.Module:
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 or not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@seeded
+def mixtral() -> nn.Module:
+    return _model(transformers.MixtralConfig(**SIZES, num_local_experts=4, intermediate_size=16))
+
+
+@seeded
+def qwen3_moe() -> nn.Module:
+    return _model(
+        transformers.Qwen3MoeConfig(
+            **SIZES, num_experts=4, intermediate_size=24, moe_intermediate_size=12, head_dim=8
+        )
+    )
+
+
+@seeded
+def gpt_oss() -> nn.Module:
+    """Interleaved gate and up, stored [in, out], with biases."""
+    kinds = ["sliding_attention", "full_attention"]
+    return _model(
+        transformers.GptOssConfig(
+            **SIZES, num_local_experts=4, intermediate_size=12, head_dim=8, layer_types=kinds
+        )
+    )
+
+
+@seeded
+def deepseek_v3() -> nn.Module:
+    """Also shared experts, and a dense first layer."""
+    return _model(
+        transformers.DeepseekV3Config(
+            **SIZES,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            intermediate_size=24,
+            moe_intermediate_size=12,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+        )
+    )
+
+
+MODELS = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+    "deepseek_v3": deepseek_v3,
+}
+IDS = torch.tensor([[5, 17, 3, 44, 9, 21, 30], [8, 2, 2, 51, 40, 7, 11]])
+CONFIG = lora_fx.LoraConfig(r=3, target_modules=["gate_up_proj", "down_proj"])
+
+
+def built(name: str, implementation: str) -> nn.Module:
+    model = MODELS[name]()
+    model.set_experts_implementation(implementation)
+    assert model.config._experts_implementation == implementation
+    return model
+
+
+def expert_sites(model: nn.Module) -> list[str]:
+    return [row.name for row in lora_fx.plan(model, CONFIG) if row.site.experts]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rewrite_changes_no_bit_and_a_merge_keeps_what_was_learnt(name, implementation):
+    model = built(name, implementation)
+    layers = 1 if name == "deepseek_v3" else 2
+    assert len(expert_sites(model)) == 2 * layers
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=3))
+    assert not lora_fx.plan(model, CONFIG).rejections
+    with torch.no_grad():
+        assert_same_bits(adapted(IDS).logits, model.requires_grad_(False)(IDS).logits)
+    randomise(adapted, 0.1)
+    with torch.no_grad():
+        found, before = adapted(IDS).logits, model(IDS).logits
+        merged = lora_fx.merge(adapted)
+        assert type(merged) is type(model)
+        assert_close(merged(IDS).logits, found, 1e-5)
+    assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_implementations_agree_on_gradients(name):
+    """Against autograd through the merged weights, with transformers' own code."""
+    grads = []
+    for implementation in IMPLEMENTATIONS:
+        model = built(name, implementation)
+        adapted = randomise(lora_fx.rewrite(model, CONFIG), 0.1)
+        adapted(IDS, labels=IDS).loss.backward()
+        grads.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
+        assert all(grad is not None for grad in grads[-1].values())
+    merged = lora_fx.merge(adapted).requires_grad_(True)
+    merged(IDS, labels=IDS).loss.backward()
+    for row in lora_fx.plan(model, CONFIG):
+        if not row.site.experts:
+            continue
+        a, b = (
+            adapted.get_parameter(f"{row.site.holder}.{side}.default").detach()
+            for side in ("lora_A", "lora_B")
+        )
+        weight = merged.get_parameter(row.site.weight).grad
+        weight = weight if row.site.layout == "out_in" else weight.mT
+        exact = [row.scale * b.mT @ weight, row.scale * weight @ a.mT]
+        for found in grads:
+            names = [f"{row.site.holder}.{side}.default" for side in ("lora_A", "lora_B")]
+            assert_close([found[n] for n in names], exact, 1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in inputs:
+                self.elements = max(self.elements, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_no_tensor_of_the_size_of_an_expert_is_made(implementation):
+    """Forward and backward, with experts that are large beside everything else."""
+    config = transformers.MixtralConfig(
+        **{**SIZES, "hidden_size": 64, "num_hidden_layers": 1},
+        intermediate_size=96,
+        num_local_experts=8,
+        experts_implementation=implementation,
+    )
+    model = _model(config)
+    adapted = lora_fx.rewrite(model, CONFIG)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    embedded = adapted.get_input_embeddings()(ids).requires_grad_()
+    with Largest() as seen:
+        adapted(inputs_embeds=embedded).logits.sum().backward()
+    assert seen.elements < 64 * 96
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_changed_implementation_is_not_ignored(implementation):
+    model = built("mixtral", implementation)
+    adapted = lora_fx.rewrite(model, CONFIG)
+    other = next(one for one in IMPLEMENTATIONS if one != implementation)
+    adapted.set_experts_implementation(other)
+    with pytest.raises(lora_fx.CaptureError):
+        adapted(IDS)
+    assert model.config._experts_implementation == implementation
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_the_whole_compiles_without_a_break(implementation):
+    model = built("mixtral", implementation)
+    adapted = randomise(lora_fx.rewrite(model, CONFIG), 0.1)
+    compiled = torch.compile(adapted, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(IDS).logits, adapted(IDS).logits, 1e-5)
+
+
+def test_dropout_and_half_precision():
+    model = built("mixtral", "grouped_mm").bfloat16()
+    config = lora_fx.LoraConfig(r=3, lora_dropout=0.5, target_modules=["gate_up_proj"])
+    adapted = randomise(lora_fx.rewrite(model, config), 0.1).train()
+    one, other = adapted(IDS).logits, adapted(IDS).logits
+    assert not torch.equal(one, other)
+    adapted.eval()
+    assert_close(adapted(IDS).logits.float(), lora_fx.merge(adapted)(IDS).logits.float(), 3e-2)
+
+
+def test_an_adapter_of_experts_comes_back(tmp_path):
+    model = built("qwen3_moe", "grouped_mm")
+    adapted = randomise(lora_fx.rewrite(model, CONFIG), 0.1)
+    lora_fx.save_adapter(adapted, tmp_path)
+    loaded = lora_fx.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert_same_bits(loaded(IDS).logits, adapted(IDS).logits)
