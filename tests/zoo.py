@@ -253,7 +253,10 @@ class Form:
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B A in the weight's layout, by the textbook and not by lora_fx."""
         if self.kind == "conv transposed":
-            return torch.einsum("or,ri...->io...", b.flatten(1), a)
+            parts = zip(b.chunk(self.groups), a.chunk(self.groups), strict=True)
+            return torch.cat(
+                [torch.einsum("or,ri...->io...", up.flatten(1), down) for up, down in parts]
+            )
         if self.kind.startswith("experts"):
             return torch.einsum("eor,eri->eoi" if self.kind == "experts" else "eor,eri->eio", b, a)
         if self.kind != "conv":
@@ -373,15 +376,53 @@ FORMS: tuple[Form, ...] = (
         "conv3d groups", lambda: nn.Conv3d(4, 4, 2, groups=4, bias=False), 1, 4, 3, 3, 3, groups=4
     ),
     *(
-        Form(name, build, _rows(*x), "weight", "conv transposed", f"conv-transpose{len(x) - 2}d")
-        for name, build, x in (
-            ("conv_transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 7)),
+        Form(
+            name,
+            build,
+            _rows(*x),
+            "weight",
+            "conv transposed",
+            f"conv-transpose{len(x) - 2}d",
+            groups,
+        )
+        for name, build, x, groups in (
+            ("conv_transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 7), 1),
             (
                 "conv_transpose2d",
                 lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), 1, (1, 0), dilation=(2, 1)),
                 (2, 4, 5, 6),
+                1,
             ),
-            ("conv_transpose3d", lambda: nn.ConvTranspose3d(2, 4, 2, bias=False), (1, 2, 3, 3, 3)),
+            (
+                "conv_transpose3d",
+                lambda: nn.ConvTranspose3d(2, 4, 2, bias=False),
+                (1, 2, 3, 3, 3),
+                1,
+            ),
+            (
+                "conv_transpose1d groups",
+                lambda: nn.ConvTranspose1d(4, 6, 3, 2, groups=2),
+                (2, 4, 7),
+                2,
+            ),
+            (
+                "conv_transpose2d groups",
+                lambda: nn.ConvTranspose2d(6, 9, (3, 2), (2, 1), 1, (1, 0), 3, dilation=(2, 1)),
+                (2, 6, 5, 6),
+                3,
+            ),
+            (
+                "conv_transpose2d depthwise",
+                lambda: nn.ConvTranspose2d(4, 8, 3, groups=4, bias=False),
+                (2, 4, 5, 6),
+                4,
+            ),
+            (
+                "conv_transpose3d groups",
+                lambda: nn.ConvTranspose3d(4, 2, 2, 3, 0, (0, 1, 2), 2),
+                (1, 4, 2, 3, 3),
+                2,
+            ),
         )
     ),
     Form("nn.Embedding", lambda: nn.Embedding(11, 6), _ids, "weight", "embedding", "embedding"),
