@@ -12,11 +12,14 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
+import torch
 from torch import fx, nn
 
 from lora_fx.passes._code import weights_read
 from lora_fx.passes._fx import target_of
+from lora_fx.passes._lazy import is_lazy, is_matrix
 from lora_fx.passes._region import is_built_in
+from lora_fx.passes._unfit import unfit
 from lora_fx.passes._weights import splits, weight_of
 from lora_fx.passes.patterns import patterns
 from lora_fx.passes.patterns.sites import itemised, site_name
@@ -81,6 +84,10 @@ def match(capture: Capture) -> Matches:
         del sites[weight]
         rejections[read[weight].name] = read[weight]
     rejections.update(_opaque(capture, rejections))
+    for weight, rejection in unfit(capture.model):
+        sites.pop(weight, None)
+        rejections.pop(join(rejection.region, "parametrizations", weight.rpartition(".")[2]), None)
+        rejections[rejection.name] = rejection
     return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
 
 
@@ -105,7 +112,7 @@ def _readers(capture: Capture) -> dict[str, list[_Read]]:
     for region in capture.regions.values():
         for node in region.graph.nodes:
             parameter = region.parameter(node)
-            if parameter is None or parameter.dim() < 2:
+            if not is_matrix(parameter):
                 continue
             name = join(region.fqn, str(node.target))
             for user in _consumers(node, region):
@@ -133,7 +140,7 @@ def _nameless(capture: Capture) -> dict[str, Rejection]:
             names = {join(region.fqn, name) for name in places[id(parameter)].values()}
             # A module under two names: its own graph has the first, one that reads it, the other.
             names.update(everywhere[id(parameter)][place] for place in places[id(parameter)])
-            if len(names) == 1 or parameter.dim() < 2:
+            if len(names) == 1 or not is_matrix(parameter):
                 continue
             reason = (
                 f"its weight is one parameter under several names ({', '.join(sorted(names))}), "
@@ -233,7 +240,7 @@ def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejectio
     for fqn, reason in capture.opaque.items():
         module = capture.model.get_submodule(fqn)
         built_in = is_built_in(module)
-        own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+        own = any(is_matrix(p) for p in module._parameters.values())
         if (own or built_in) and fqn not in known:
             result[fqn] = Rejection(fqn, reason if built_in else f"no graph: {reason}", fqn)
     return result
@@ -248,10 +255,17 @@ def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
         return model.get_submodule(name.rpartition(".")[0])
 
     for name, parameter in named:
-        tied[parameter.untyped_storage()._cdata].append(name)
+        tied[_storage(parameter)].append(name)
     for name, parameter in named:
-        sharing = tied[parameter.untyped_storage()._cdata]
+        sharing = tied[_storage(parameter)]
         # A module under two names is one module.
         others = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
         for site in sites.get(name, ()):
             yield dataclasses.replace(site, tied_to=others)
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    """What tells storages apart. A sparse parameter has none, nor has one that is not initialised."""
+    if is_lazy(parameter) or parameter.layout is not torch.strided:
+        return id(parameter)
+    return int(parameter.untyped_storage()._cdata)
