@@ -198,7 +198,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
-        parameter.requires_grad_(name in record.trainable)
+        parameter.requires_grad = name in record.trainable
     return result
 
 

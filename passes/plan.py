@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.passes._lazy import elements
 from lora_fx.passes._parts import choose_parts
+from lora_fx.passes._refused import refusals
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -27,6 +29,7 @@ from lora_fx.passes.selection import (
     scale_for,
     unmatched,
     unmatched_saved,
+    unmatched_targets,
     uses_default_targets,
 )
 from lora_fx.types import Capture, Matches, Plan, PlannedSite, Site, Skipped
@@ -46,7 +49,8 @@ def make_plan(
         strict: Whether an entry of the configuration that selects nothing is an error.
 
     Raises:
-        NoMatchError: If nothing at all is selected.
+        NoMatchError: If nothing at all is selected, or an entry of a list of targets selects
+            only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
     """
@@ -75,7 +79,7 @@ def make_plan(
         notes=capture.notes,
         saved_modules=saved,
         biases=biases,
-        base_parameters=sum(p.numel() for p in capture.model.parameters()),
+        base_parameters=sum(elements(p) for p in capture.model.parameters()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
     )
     _check(plan, matches, strict)
@@ -213,16 +217,21 @@ def _biases(
 
 
 def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
-    inside = sum(p.numel() for name in saved for p in model.get_submodule(name).parameters())
-    return inside + sum(model.get_parameter(name).numel() for name in biases)
+    inside = sum(elements(p) for name in saved for p in model.get_submodule(name).parameters())
+    return inside + sum(elements(model.get_parameter(name)) for name in biases)
+
+
+def _names(matches: Matches, rows: Iterable[PlannedSite]) -> list[str]:
+    """All that a target can mean: sites, and parts of them."""
+    names = [site.name for site in matches.sites]
+    names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
+    return names + [row.name for row in rows if row.site.part_of]
 
 
 def _unmatched(
     capture: Capture, config: LoraConfig, matches: Matches, rows: list[PlannedSite]
 ) -> Iterator[str]:
-    names = [site.name for site in matches.sites]
-    names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
-    names += [row.name for row in rows if row.site.part_of]
+    names = _names(matches, rows)
     idle = unmatched(names, config, selected=[row.name for row in rows])
     for target in idle.targets:
         yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
@@ -265,6 +274,12 @@ def _named(target: str, name: str) -> bool:
 def _check(plan: Plan, matches: Matches, strict: bool) -> None:
     if not plan.sites and plan.config.target_modules != ():
         raise NoMatchError(_nothing(plan, matches))
+    idle = unmatched_targets(_names(matches, plan.sites), plan.config)
+    if refused := tuple(refusals(idle, matches.rejections, plan.config)):
+        raise NoMatchError(
+            "target_modules names what cannot be adapted; take it out of the list:\n  "
+            + "\n  ".join(refused)
+        )
     if strict and plan.unmatched:
         raise PartialMatchError(
             "strict=True, and part of the configuration selects nothing:\n  "

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
 from lora_fx.passes.capture.check import check_unchanged
@@ -111,4 +112,4 @@ def _not_symbolic(capture: Capture) -> str | None:
 
 def _own_matrix(module: nn.Module) -> bool:
     built_in = is_built_in(module)
-    return built_in or any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    return built_in or any(is_matrix(p) for p in module._parameters.values())

@@ -32,9 +32,10 @@ TRANSFORMERS = list(zoo.TRANSFORMERS)
 GENERATES = ["llama", "gpt2", "t5", "whisper", "mixtral"]
 # Stochastic depth that is a function has no mode to follow.
 NOT_EXPORTED = {"timm.swin"}
+# torch.export takes minutes over windows of any size: see test_written_out_torchvision.
+EXPORTED_SLOWLY = {"torchvision.swin", "torchvision.swin_v2", "torchvision.swin3d"}
 BATCH_NORM = ["torchvision.resnet18", "timm.resnet", "timm.efficientnet"]
 
-# What the front-ends see beyond the layers: experts, and the attention of torchvision.
 FRONTENDS = {
     "auto": (None, False),
     "auto, inputs": (None, True),
@@ -71,6 +72,8 @@ def rewrite(name: str, frontend: str = "auto", config: Any = CONFIG) -> tuple[nn
         with pytest.raises(CaptureError, match="no required argument"):
             lora_fx.capture(model, frontend="symbolic")
         pytest.skip("takes everything as keywords: has no symbolic trace")
+    if wanted == "export" and name in EXPORTED_SLOWLY:
+        pytest.skip("takes minutes")
     if wanted == "export" and name in NOT_EXPORTED:
         with pytest.raises(CaptureError, match="draws random numbers"):
             lora_fx.capture(model, next(iter(inputs.values())), frontend="export")
