@@ -41,7 +41,9 @@ def capture(
         model: Any module. It is not touched; the result shares its weights' storage.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor. With them, the capture is
             checked: its outputs must be the original's.
-        frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that fits.
+        frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that fits. A model of
+            transformers or timm says what it takes: for ``export`` inputs are made up where none are
+            given, and a note says which.
         dynamic_shapes: For ``export``, as ``torch.export.export`` takes it. By default every
             dimension of every tensor may vary.
 

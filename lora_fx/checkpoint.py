@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.merge import record_of
 from lora_fx.passes.selection import saved_entries
 from lora_fx.pipeline import plan_model, rewrite_model
@@ -79,7 +81,12 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str = "default"
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    example_inputs: Any = None,
+    frontend: Frontend = "auto",
 ) -> nn.Module:
     """Reads an adapter folder of PEFT or lora_fx.
 
@@ -89,6 +96,9 @@ def load_adapter(
         directory: A local folder. For an adapter that is not called "default", its subfolder of
             that name if there is one.
         adapter_name: What to call the adapter; the folder does not say.
+        example_inputs: As for :func:`lora_fx.rewrite`, for a model that is not rewritten. An adapter
+            that was trained on a model rewritten with them may need them again.
+        frontend: Likewise.
 
     Returns:
         A model with the adapter, as :func:`lora_fx.rewrite` makes it: a new one, or, if ``model``
@@ -100,7 +110,8 @@ def load_adapter(
             pickle that could run code, or does not fit the model: every tensor that is missing,
             unexpected or of another shape is named. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
-            rewritten and has no adapter of that name.
+            rewritten and has no adapter of that name, or is to be captured anew.
+        CaptureError: If the model cannot be captured so.
     """
     check_adapter_name(adapter_name)
     if not isinstance(model, nn.Module):
@@ -108,8 +119,14 @@ def load_adapter(
     folder = _folder(directory, adapter_name)
     config = LoraConfig.from_pretrained(folder)
     tensors = _without_prefix(read_tensors(folder))
+    how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     if record_of(model) is None:
-        target = _rewritten(model, config, tensors, folder, adapter_name)
+        target = _rewritten(model, config, tensors, folder, adapter_name, how)
+    elif example_inputs is not None or frontend != "auto":
+        raise ConfigError(
+            "the model is rewritten already: example_inputs and frontend say how to capture one that "
+            "is not. Leave them out, or give the original model"
+        )
     else:
         target = model
     record = _adapter_record(target, adapter_name)
@@ -119,7 +136,7 @@ def load_adapter(
     for key in tensors.keys() - slots.keys():
         problems += leftover(key, tensors[key], target, record)
     if problems:
-        reasons = _reasons(model, config, tensors)
+        reasons = _reasons(model, config, tensors, how)
         raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
     with torch.no_grad():
         for slot, value in values:
@@ -164,6 +181,7 @@ def _rewritten(
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
     adapter_name: str,
+    how: dict[str, Any],
 ) -> nn.Module:
     names = site_names(model, tensors)
     if not names and not saved_entries(config):
@@ -172,23 +190,26 @@ def _rewritten(
         )
     exact = with_sites(config, names, model)
     try:
-        return rewrite_model(model, exact, adapter_name=adapter_name)
+        return rewrite_model(model, exact, adapter_name=adapter_name, **how)
     except NoMatchError as error:
         lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
         raise CheckpointError(
-            "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, config, tensors)])
+            "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, config, tensors, how)])
         ) from error
 
 
 def _reasons(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    how: dict[str, Any],
 ) -> list[str]:
     """Why the sites of a folder that are operations of the model are not adapted."""
     if record_of(model) is not None:
         return []
     names = set(site_names(model, tensors))
     try:
-        _, plan = plan_model(model, with_sites(config, names, model))
+        _, plan = plan_model(model, with_sites(config, names, model), **how)
     except NoMatchError as error:
         return [line.strip() for line in str(error).splitlines()[1:]]
     known = {skipped.site.name: skipped.reason for skipped in plan.skipped}
@@ -199,8 +220,8 @@ def _reasons(
 def _misfit(folder: Path, model: nn.Module) -> str:
     return (
         f"the adapter in {folder} does not fit this {type(model).__name__}; nothing was changed. "
-        "Give the model that it was trained on (if that was rewritten with example_inputs, rewrite "
-        "it so first, and load into the result):"
+        "Give the model that it was trained on (and the frontend and the example_inputs, if that was "
+        "rewritten with some):"
     )
 
 

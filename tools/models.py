@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError
+from lora_fx.passes.capture.synthesis import synthesise
 from lora_fx.tools.hf_models import load_folder
 
-__all__ = ["FORMS", "LoadedModel", "load_model"]
+__all__ = ["FORMS", "LoadedModel", "load_inputs", "load_model"]
 
 FORMS = "package.module:callable, hf:FOLDER, timm:NAME or torchvision:NAME"
 """How a model may be named."""
@@ -82,16 +83,20 @@ def load_model(name: str, *, weights: bool = True) -> LoadedModel:
     return _from_callable(name, scheme, rest)
 
 
+def load_inputs(name: str) -> Any:
+    """Example inputs from ``package.module:callable``.
+
+    Raises:
+        ConfigError: The name means nothing, or the callable fails.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise ConfigError(f"{name!r} names no inputs: use package.module:callable")
+    return _called(name, _attribute(name, module, attribute))
+
+
 def _from_callable(name: str, module_name: str, attribute: str) -> LoadedModel:
-    module = _module(name, module_name)
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [key for key in vars(found) if not key.startswith("_")]
-            raise ConfigError(
-                f"{name!r}: {module_name} has no {attribute!r}{_nearest(attribute, public)}"
-            )
-        found = getattr(found, part)
+    found = _attribute(name, module_name, attribute)
     if not isinstance(found, nn.Module):
         found = _called(name, found)
     model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
@@ -101,6 +106,18 @@ def _from_callable(name: str, module_name: str, attribute: str) -> LoadedModel:
             "torch.nn.Module, or one and its example inputs"
         )
     return LoadedModel(name, model.eval(), inputs)
+
+
+def _attribute(name: str, module_name: str, attribute: str) -> Any:
+    found: Any = _module(name, module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [key for key in vars(found) if not key.startswith("_")]
+            raise ConfigError(
+                f"{name!r}: {module_name} has no {attribute!r}{_nearest(attribute, public)}"
+            )
+        found = getattr(found, part)
+    return found
 
 
 def _module(name: str, module_name: str) -> ModuleType:
@@ -144,8 +161,7 @@ def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
             f"timm has no model {model_name!r}{_nearest(model_name, timm.list_models())}"
         )
     model = _made(name, lambda: timm.create_model(model_name, pretrained=False))
-    size = model.default_cfg.get("input_size") or (3, 224, 224)
-    return LoadedModel(name, model.eval(), _random(2, *size))
+    return LoadedModel(name, model.eval(), synthesise(model).inputs)
 
 
 def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
@@ -166,7 +182,8 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
 
 def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
     _package("transformers", "hf")
-    model, inputs = load_folder(Path(folder).expanduser(), weights=weights)
+    model = load_folder(Path(folder).expanduser(), weights=weights)
+    inputs = synthesise(model).inputs
     return LoadedModel(name, model.eval(), inputs, Path(folder).expanduser())
 
 

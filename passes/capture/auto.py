@@ -16,8 +16,9 @@ from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
 from lora_fx.passes.capture.check import check_unchanged
-from lora_fx.passes.capture.inputs import named_inputs
+from lora_fx.passes.capture.inputs import describe, named_inputs
 from lora_fx.passes.capture.regions import find_regions
+from lora_fx.passes.capture.synthesis import synthesise
 from lora_fx.types import Capture
 
 __all__ = ["Frontend", "capture"]
@@ -35,8 +36,13 @@ def capture(
     dynamic_shapes: Any = None,
 ) -> Capture:
     """Captures a model as graphs and checks them; see :func:`lora_fx.capture`."""
+    if frontend == "export" and example_inputs is None:
+        return _from_made_up_inputs(model, dynamic_shapes)
     result = _captured(model, example_inputs, frontend, dynamic_shapes)
-    if example_inputs is None:
+    # torch.export ran it on shapes alone. On the meta device there are no values to compare, and
+    # transformers asks for some.
+    valueless = result.frontend == "export" and any(p.is_meta for p in model.parameters())
+    if example_inputs is None or valueless:
         return result
     try:
         # The call that the graph was made for, or the guard would compare the model with itself.
@@ -55,6 +61,24 @@ def capture(
     return result
 
 
+def _from_made_up_inputs(model: nn.Module, dynamic_shapes: Any) -> Capture:
+    check_model(model)
+    made = synthesise(model)
+    if made.inputs is None:
+        raise CaptureError(
+            "frontend='export' needs example_inputs (a tuple, a dict or a tensor that forward takes), "
+            f"and none can be made up: {made.words}"
+        )
+    words = f"example inputs made up from {made.words}: {describe(made.inputs)}"
+    try:
+        result = capture(model, made.inputs, frontend="export", dynamic_shapes=dynamic_shapes)
+    except CaptureError as error:
+        raise CaptureError(
+            f"{error} ({words}; if the model takes others, give example_inputs)"
+        ) from error
+    return dataclasses.replace(result, notes=(*result.notes, words))
+
+
 def _captured(
     model: nn.Module, example_inputs: Any, frontend: Frontend, dynamic_shapes: Any
 ) -> Capture:
@@ -64,10 +88,6 @@ def _captured(
     if any(is_region(module) for module in model.modules()):
         raise CaptureError(
             "the model is captured or rewritten already: capture the original, which was not changed"
-        )
-    if frontend == "export" and example_inputs is None:
-        raise CaptureError(
-            "frontend='export' needs example_inputs: a tuple, a dict or a tensor that forward takes"
         )
     copy = share_copy(model)
     traced = find_regions(copy)

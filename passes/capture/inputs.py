@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 
-__all__ = ["CACHE", "named_inputs", "normalise"]
+__all__ = ["CACHE", "describe", "named_inputs", "normalise"]
 
 CACHE = "use_cache"
 """The argument by which a caller of a transformers model says whether it wants a cache back."""
@@ -80,3 +80,15 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if CACHE in signature.parameters and hasattr(model, "config") and inputs.get(CACHE) is None:
         inputs[CACHE] = False
     return inputs
+
+
+def describe(inputs: Any) -> str:
+    """Names, dtypes and shapes of example inputs, in a line."""
+    args, kwargs = normalise(inputs)
+    named = [("", value) for value in args] + [(f"{key} ", value) for key, value in kwargs.items()]
+    return ", ".join(
+        f"{name}{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else f"{name}{value!r}"
+        for name, value in named
+    )

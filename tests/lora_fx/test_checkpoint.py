@@ -819,3 +819,30 @@ def test_saving_does_not_touch_the_model(tmp_path: Path) -> None:
     assert_same_bits(model.state_dict(), before)
     assert record_of(model) is record
     assert dataclasses.asdict(record.adapters["default"].config)["inference_mode"] is False
+
+
+class Opaque(nn.Module):
+    """Has a weight that torch.export alone sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.eye(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(x @ self.kernel if isinstance(x, torch.Tensor) else x)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export"])
+def test_an_adapter_of_an_exported_capture_is_loaded_by_the_same(tmp_path, frontend):
+    model, x = Opaque(), torch.randn(3, 4)
+    config = lora_fx.LoraConfig(r=2, init_lora_weights=False)
+    adapted = lora_fx.rewrite(model, config, x, frontend=frontend)
+    lora_fx.save_adapter(adapted, tmp_path)
+    again = lora_fx.load_adapter(model, tmp_path, example_inputs=x, frontend=frontend)
+    assert torch.equal(again(x), adapted(x))
+    with pytest.raises(CheckpointError, match="the frontend and the example_inputs"):
+        lora_fx.load_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match="how to capture one that is not"):
+        lora_fx.load_adapter(adapted, tmp_path, example_inputs=x)
+    assert torch.equal(lora_fx.load_adapter(adapted, tmp_path)(x), adapted(x))

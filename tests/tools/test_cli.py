@@ -39,6 +39,26 @@ class Net(nn.Module):
 def net():
     torch.manual_seed(0)
     return Net(), (torch.randn(3, 8),)
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x @ self.kernel if isinstance(x, torch.Tensor) else x)
+
+opaque = Opaque
+
+def pair():
+    return Opaque(), (torch.randn(3, 8),)
+
+def rows():
+    return {"x": torch.randn(3, 8)}
+
+def misfits():
+    return torch.randn(3, 7)
 """
 MODEL = "cli_net_for_tests:net"
 
@@ -159,6 +179,41 @@ def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
     worked("rewrite", MODEL, "--out", "all.txt")
     assert "# layers.2" in (here / "all.txt").read_text(encoding="utf-8")
     assert "--force" in refused("rewrite", MODEL, "--out", "all.txt")
+
+
+def test_a_frontend_and_inputs_can_be_named(here: Path) -> None:
+    opaque, rows = "cli_net_for_tests:opaque", ("--inputs", "cli_net_for_tests:rows")
+    assert "no graph" in refused("plan", opaque)
+    assert "captured by export" in worked("plan", opaque, *rows)
+    export = ("--frontend", "export")
+    assert "needs example_inputs" in refused("plan", opaque, *export)
+    assert "captured by export" in worked("plan", opaque, *export, *rows)
+    assert "captured by export" in worked("plan", "cli_net_for_tests:pair", *export)
+    assert "(root)" in worked("rewrite", opaque, *rows)
+    worked("visualize", opaque, "net.svg", *rows)
+    worked("visualize", opaque, "base.svg", "--base", *export, *rows)
+    assert "captured by regions" in worked("plan", MODEL, "--frontend", "regions")
+    assert "must be auto, symbolic" in refused("plan", MODEL, "--frontend", "dynamo")
+    assert "nearest: rows" in refused("plan", MODEL, "--inputs", "cli_net_for_tests:row")
+    assert "names no inputs" in refused("plan", MODEL, "--inputs", "rows")
+    assert "does not run" in refused("plan", MODEL, "--inputs", "cli_net_for_tests:misfits")
+
+
+def test_models_that_say_what_they_take_need_no_inputs(here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        architectures=["BertModel"],
+    ).save_pretrained(here / "bert")
+    made = json.loads(worked("plan", "hf:bert", "--frontend", "export", "--json"))
+    assert made["frontend"] == "export"
+    made = json.loads(worked("plan", "timm:test_vit", "--frontend", "export", "--json"))
+    assert made["frontend"] == "export"
 
 
 def test_visualize(here: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from lora_fx.config import ALL_LINEAR, LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.tools import console
-from lora_fx.tools.models import FORMS, LoadedModel, load_model
+from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
 
 __all__ = [
     "Alpha",
@@ -21,6 +21,8 @@ __all__ = [
     "Dropout",
     "Excludes",
     "Force",
+    "FrontendName",
+    "InputsName",
     "ModelName",
     "Rank",
     "RsLora",
@@ -28,12 +30,14 @@ __all__ = [
     "Strict",
     "TargetRegex",
     "Targets",
+    "capture_options",
     "config_from",
     "load",
     "refuse_existing",
 ]
 
 _PANEL = "What to adapt"
+_CAPTURE = "How to look at the model"
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
@@ -93,6 +97,40 @@ ConfigSource = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Fail if a target selects nothing.", rich_help_panel=_PANEL)
 ]
+
+FrontendName = Annotated[
+    str,
+    typer.Option(
+        "--frontend",
+        help="auto, symbolic, regions or export; export takes the inputs that hf: and timm: models "
+        "say they take, or --inputs.",
+        rich_help_panel=_CAPTURE,
+    ),
+]
+InputsName = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        metavar="MODULE:CALLABLE",
+        help="A callable that gives example inputs: a tuple, a dict or a tensor.",
+        rich_help_panel=_CAPTURE,
+    ),
+]
+
+
+def capture_options(loaded: LoadedModel, frontend: str, inputs: str | None) -> dict[str, Any]:
+    """How a command captures: keyword arguments of the verbs.
+
+    Inputs that come with a model are used where a graph cannot be made without. Those of ``--inputs``
+    are always used: with them, the result is compared with the model.
+
+    Raises:
+        ConfigError: If ``inputs`` names nothing that can be called.
+    """
+    if inputs is not None:
+        return {"frontend": frontend, "example_inputs": load_inputs(inputs)}
+    given = loaded.example_inputs if frontend == "export" else None
+    return {"frontend": frontend, "example_inputs": given}
 
 
 def config_from(

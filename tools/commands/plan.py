@@ -26,6 +26,8 @@ def plan(
     bias: o.Bias = None,
     config: o.ConfigSource = None,
     strict: o.Strict = False,
+    frontend: o.FrontendName = "auto",
+    inputs: o.InputsName = None,
     every: Annotated[
         bool, typer.Option("--all", help="One row a site; equal layers are one row without it.")
     ] = False,
@@ -47,9 +49,10 @@ def plan(
         rslora=rslora,
         bias=bias,
     )
-    loaded = o.load(model, weights=False)
+    loaded = o.load(model, weights=inputs is not None)
+    how = o.capture_options(loaded, frontend, inputs)
     with console.progress("planning"):
-        made = make_plan(loaded.model, chosen, strict=strict)
+        made = make_plan(loaded.model, chosen, strict=strict, **how)
     if as_json:
         sys.stdout.write(made.to_json() + "\n")
         return

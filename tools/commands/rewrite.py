@@ -35,6 +35,8 @@ def rewrite(
     bias: o.Bias = None,
     config: o.ConfigSource = None,
     strict: o.Strict = False,
+    frontend: o.FrontendName = "auto",
+    inputs: o.InputsName = None,
     region: Annotated[
         str | None,
         typer.Option("--region", help="Print the code of this module's forward; '' is the root."),
@@ -67,9 +69,10 @@ def rewrite(
     )
     if out is not None:
         o.refuse_existing(out, force=force)
-    loaded = o.load(model, weights=False)
+    loaded = o.load(model, weights=inputs is not None)
+    how = o.capture_options(loaded, frontend, inputs)
     with console.progress("rewriting"):
-        rewritten = rewrite_model(loaded.model, chosen, strict=strict)
+        rewritten = rewrite_model(loaded.model, chosen, strict=strict, **how)
     found = graphs(rewritten)
     screen = console.output()
     if region is not None:

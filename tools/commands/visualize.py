@@ -34,6 +34,8 @@ def visualize(
     bias: o.Bias = None,
     config: o.ConfigSource = None,
     strict: o.Strict = False,
+    frontend: o.FrontendName = "auto",
+    inputs: o.InputsName = None,
     base: Annotated[
         bool, typer.Option("--base", help="The model as it is, without adapters.")
     ] = False,
@@ -43,8 +45,8 @@ def visualize(
     force: o.Force = False,
 ) -> None:
     """Draw the rewritten model: nested modules, equal blocks folded, adapters in colour."""
+    from lora_fx.api import capture, rewrite
     from lora_fx.api import plan as make_plan
-    from lora_fx.api import rewrite
     from lora_fx.tools.visualize import visualize as draw
 
     chosen = o.config_from(
@@ -60,13 +62,16 @@ def visualize(
         bias=bias,
     )
     o.refuse_existing(path, force=force)
-    loaded = o.load(model, weights=False)
+    loaded = o.load(model, weights=inputs is not None)
+    how = o.capture_options(loaded, frontend, inputs)
     with console.progress("drawing"):
         if base:
-            written = draw(loaded.model, path, force=force)
+            plain = frontend == "auto" and inputs is None
+            seen = loaded.model if plain else capture(loaded.model, **how)
+            written = draw(seen, path, force=force)
         elif as_plan:
-            written = draw(make_plan(loaded.model, chosen, strict=strict), path, force=force)
+            written = draw(make_plan(loaded.model, chosen, strict=strict, **how), path, force=force)
         else:
-            written = draw(rewrite(loaded.model, chosen, strict=strict), path, force=force)
+            written = draw(rewrite(loaded.model, chosen, strict=strict, **how), path, force=force)
     size = written.stat().st_size / 1e3
     console.output().print(f"wrote {written} ({size:,.0f} kB)", highlight=False, soft_wrap=True)

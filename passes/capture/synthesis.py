@@ -1,0 +1,157 @@
+"""Example inputs for a model that says what it takes.
+
+Those of transformers say it by their configuration, those of timm by ``pretrained_cfg``. No library is
+imported: whoever made such a model has done so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Synthesis", "synthesise"]
+
+_BATCH = 2  # torch.export takes a batch of one for the only size there is
+_LENGTH, _DECODER_LENGTH = 12, 7
+# In a configuration: placeholders in the text, which have to fit the images.
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesis:
+    """Inputs that were made up, or why there are none.
+
+    Attributes:
+        inputs: Keyword arguments or a tensor, on the model's device; None if nothing is known.
+        words: What they were made from, or what was looked for.
+    """
+
+    inputs: Any
+    words: str
+
+
+def synthesise(model: nn.Module) -> Synthesis:
+    """Makes example inputs of two random samples: integers in range, the rest in the model's dtype.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The inputs; they may still not fit, where a model takes another form than it says.
+    """
+    if hasattr(model, "config") and hasattr(model, "main_input_name"):
+        found = _of_transformers(model)
+    else:
+        found = _of_timm(model)
+    return dataclasses.replace(found, inputs=_placed(model, found.inputs))
+
+
+def _of_timm(model: Any) -> Synthesis:
+    settings: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = settings.get("input_size") if isinstance(settings, Mapping) else None
+    if not size:
+        words = "the model has neither the config of transformers nor the pretrained_cfg of timm"
+        return Synthesis(None, words)
+    channels, height, width = size
+    # Both may have been chosen when the model was made; the settings are those of the weights.
+    first = str(settings.get("first_conv"))
+    found = {name: module for name, module in model.named_modules() if name}
+    channels = getattr(found.get(first), "in_channels", channels)
+    chosen = getattr(found.get(first.rpartition(".")[0]), "img_size", None)
+    height, width = chosen or (height, width)
+    return Synthesis(_random(channels, height, width), "pretrained_cfg['input_size']")
+
+
+def _of_transformers(model: Any) -> Synthesis:
+    main = model.main_input_name
+    takes = inspect.signature(model.forward).parameters
+    config = model.config
+    words = f"main_input_name ({main}) and config"
+    if main == "input_ids":
+        inputs = _text(config, takes)
+        images = "pixel_values" in takes and not any(hasattr(config, n) for n in _IMAGE_TOKENS)
+        inputs |= {"pixel_values": _pixels(config)} if images else {}
+    elif main == "pixel_values":
+        inputs = {main: _pixels(config)}
+    elif main in ("input_features", "input_values"):
+        sound = _sound(config)
+        if sound is None:
+            return Synthesis(None, f"{words} do not tell the size of {main}")
+        inputs = {main: sound}
+    else:
+        return Synthesis(None, f"main_input_name is {main}, of which config does not tell the size")
+    # A classifier makes them out of the text.
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    decodes = "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False)
+    if decodes and not classifies:
+        inputs["decoder_input_ids"] = _ids(config, _DECODER_LENGTH)
+    return Synthesis(inputs, words)
+
+
+def _text(config: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
+    ids = _ids(config, _LENGTH)
+    end = getattr(config, "eos_token_id", None)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(end, int):
+        ids[:, -1] = end  # what a classifier of sequences looks for
+    inputs = {"input_ids": ids}
+    if "attention_mask" in takes:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    return inputs
+
+
+def _ids(config: Any, length: int) -> torch.Tensor:
+    text = config.get_text_config()
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    # The first ids are padding, end of text and their kind.
+    low = min(10, text.vocab_size - 1)
+    ids = torch.randint(low, text.vocab_size, (_BATCH, length), generator=_generator())
+    for name in _IMAGE_TOKENS:
+        ids[ids == getattr(config, name, None)] = 0
+    return ids
+
+
+def _pixels(config: Any) -> torch.Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return _random(getattr(vision, "num_channels", 3), height, width)
+
+
+def _sound(config: Any) -> torch.Tensor | None:
+    """A spectrogram, or samples of a wave that are a few frames long."""
+    bins = getattr(config, "num_mel_bins", None)
+    if bins and hasattr(config, "max_source_positions"):  # Whisper
+        return _random(bins, 2 * config.max_source_positions)
+    if bins and hasattr(config, "max_length"):  # the spectrogram transformer
+        return _random(config.max_length, bins)
+    if getattr(config, "input_feat_per_channel", None):  # Speech2Text
+        return _random(64, config.input_feat_per_channel)
+    if getattr(config, "conv_stride", None):  # wav2vec 2.0 and its kin
+        return _random(20 * math.prod(config.conv_stride))
+    return None
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(_BATCH, *shape, generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _placed(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return {name: _placed(model, value) for name, value in inputs.items()}
+    if not isinstance(inputs, torch.Tensor):
+        return inputs
+    parameters = list(model.parameters())
+    if parameters:
+        inputs = inputs.to(parameters[0].device)
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), inputs.dtype)
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
