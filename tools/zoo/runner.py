@@ -20,7 +20,7 @@ from lora_fx.tools.zoo.row import Row
 
 __all__ = ["Options", "run_jobs"]
 
-_PRELOAD = [
+_PRELOAD = (
     "lora_fx.tools.zoo.runner",
     "lora_fx.export.onnx",
     "torch._dynamo",
@@ -28,7 +28,8 @@ _PRELOAD = [
     "timm",
     "transformers",
     "diffusers",
-]
+)
+_START = 120.0  # seconds until a process says something: the server may have to load first
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,17 @@ class Options:
 
     Attributes:
         jobs: Processes at a time.
-        timeout: Seconds that one model may take.
+        timeout: Seconds that one model may take, from when its process begins with it.
         onnx: Whether to export.
         find: Gives the entry of a name; it is called in the process of the job.
+        preload: What the server of processes imports.
     """
 
     jobs: int = 1
     timeout: float = 300.0
     onnx: bool = True
     find: Callable[[str], Entry] = find
+    preload: Sequence[str] = _PRELOAD
 
 
 def run_jobs(
@@ -65,7 +68,7 @@ def run_jobs(
         that it was in.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(list(options.preload))
     waiting, running = list(reversed(entries)), list[_Running]()
     rows: dict[str, Row] = {}
     try:
@@ -92,6 +95,7 @@ class _Running:
     results: Connection
     row: Row
     began: float
+    begun: bool = False
 
     @classmethod
     def start(cls, context: Any, entry: Entry, options: Options) -> _Running:
@@ -106,10 +110,13 @@ class _Running:
         """Reads what there is; whether the job is over, by itself or not."""
         for message in self.messages():
             self.row = message
+            if not self.begun:
+                self.begun, self.began = True, time.monotonic()
             if not self.row.stage:
                 self.stop()
                 return True
-        if time.monotonic() - self.began > timeout:
+        limit = timeout if self.begun else timeout + _START
+        if time.monotonic() - self.began > limit:
             self.lost(f"Timeout: more than {timeout:g} s")
             return True
         if self.results.closed or (not self.process.is_alive() and not self.results.poll()):
