@@ -12,7 +12,14 @@ from torch import nn
 
 from lora_fx.errors import ConfigError
 
-__all__ = ["AdapterFactors", "check_adapter_name", "count_batch", "in_place", "needs_modules"]
+__all__ = [
+    "AdapterFactors",
+    "check_adapter_name",
+    "count_batch",
+    "in_place",
+    "needs_modules",
+    "wants_cache",
+]
 
 
 class AdapterFactors(nn.Module):
@@ -26,9 +33,10 @@ class AdapterFactors(nn.Module):
 
         Args:
             adapter: The adapter's name.
-            value: A of shape [r, in, ...] or B of shape [out, r, ...].
+            value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
         """
-        self.register_parameter(adapter, nn.Parameter(value))
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        self.register_parameter(adapter, parameter)
 
     def extra_repr(self) -> str:
         """Names and shapes."""
@@ -76,6 +84,25 @@ def needs_modules(model: nn.Module) -> bool:
         if model.training and getattr(module, "gradient_checkpointing", False):
             return True
     return False
+
+
+def wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
+    """Whether a call of a transformers model wants a cache back, which a graph does not return.
+
+    The argument says so. Where it says nothing, the model's configuration does, in evaluation only: a
+    cache of a training step is read by nobody, and keeps its activations alive.
+
+    Args:
+        model: A model with a ``config``.
+        use_cache: The argument of its forward.
+    """
+    if use_cache is not None:
+        return bool(use_cache)
+    if model.training:
+        return False
+    config: Any = model.config
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    return any(getattr(one, "use_cache", False) for one in (config, *parts))
 
 
 def in_place(operation: str, left: Any, right: Any) -> Any:

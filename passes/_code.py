@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -49,7 +50,8 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
     done: set[tuple[str, str]] = set()
     while pending:
         fqn, owner, function = pending.pop()
-        function = getattr(function, "__wrapped__", getattr(function, "__func__", function))
+        # Under every decorator, not the outermost alone.
+        function = inspect.unwrap(getattr(function, "__func__", function))
         if not isinstance(function, FunctionType) or (fqn, function.__qualname__) in done:
             continue
         done.add((fqn, function.__qualname__))

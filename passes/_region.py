@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes._frozen import freeze, thaw
+from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region
 
@@ -130,7 +131,8 @@ def _region_class(base: type[nn.Module], graph: fx.Graph, fallback: bool) -> typ
     known = _classes.get(key)
     if known is not None:
         return known
-    namespace[FALLBACK] = base.forward if fallback else _refusal(base)
+    conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
+    namespace[FALLBACK] = base.forward if fallback else refusal(base, conditions, dict(namespace))
     forward = _compile(code.src, namespace, base)
     original = base.forward
     forward.__doc__ = original.__doc__
@@ -161,18 +163,6 @@ def _compile(source: str, namespace: dict[str, Any], base: type[nn.Module]) -> A
     # The text lives as long as the code that it explains.
     weakref.finalize(forward, linecache.cache.pop, filename, None)
     return forward
-
-
-def _refusal(base: type[nn.Module]) -> Any:
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise CaptureError(
-            f"{base.__name__}.forward was captured for other arguments than it is called with, and "
-            "its own forward would leave its adapter out. Pass example_inputs that look like this "
-            f"call to rewrite(). Called with {len(args)} positional argument(s) and keywords "
-            f"{sorted(kwargs)}."
-        )
-
-    return refuse
 
 
 class _Regional:

@@ -21,9 +21,17 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.ops import needs_modules
+from lora_fx.ops import needs_modules, wants_cache
 
-__all__ = ["FALLBACK", "NEEDS_MODULES", "GuardedCodeGen", "Parameter", "attribute", "parameters_of"]
+__all__ = [
+    "FALLBACK",
+    "NEEDS_MODULES",
+    "WANTS_CACHE",
+    "GuardedCodeGen",
+    "Parameter",
+    "attribute",
+    "parameters_of",
+]
 
 FALLBACK = "_lora_fx_fallback"
 """Global name of the fallback in generated code."""
@@ -31,6 +39,10 @@ FALLBACK = "_lora_fx_fallback"
 NEEDS_MODULES = "_lora_fx_needs_modules"
 """Global name of :func:`lora_fx.ops.needs_modules` in generated code."""
 
+WANTS_CACHE = "_lora_fx_wants_cache"
+"""Global name of :func:`lora_fx.ops.wants_cache` in generated code."""
+
+_HELPERS = {NEEDS_MODULES: needs_modules, WANTS_CACHE: wants_cache}
 _SIMPLE = (type(None), bool, int, float, str)
 
 
@@ -44,6 +56,9 @@ class Parameter:
         traced: Whether it is an input of the graph; otherwise it was fixed to ``value``.
         value: What it was fixed to.
         default: The default, or ``inspect.Parameter.empty``.
+        within: Name of the ``**kwargs`` that takes it, for one that the signature does not name.
+        test: An expression that is true where the graph does not apply; by default one that follows
+            from the rest.
     """
 
     name: str
@@ -51,6 +66,8 @@ class Parameter:
     traced: bool
     value: Any = None
     default: Any = inspect.Parameter.empty
+    within: str = ""
+    test: str = ""
 
     @property
     def variadic(self) -> bool:
@@ -133,9 +150,12 @@ class GuardedCodeGen(fx.graph.CodeGen):
 
         Not ``additional_globals`` of fx: that gives one object one name, and drops those of torch.
         """
-        found: dict[str, Any] = {}
-        if any(NEEDS_MODULES in condition for condition in self.extra):
-            found[NEEDS_MODULES] = needs_modules
+        conditions = self.conditions()
+        found: dict[str, Any] = {
+            name: helper
+            for name, helper in _HELPERS.items()
+            if any(name in condition for condition in conditions)
+        }
         for p in self.parameters:
             if p.default is not inspect.Parameter.empty and not _literal(p.default):
                 found[f"_default_{p.name}"] = p.default
@@ -145,13 +165,18 @@ class GuardedCodeGen(fx.graph.CodeGen):
 
     def conditions(self) -> list[str]:
         """Python expressions, one of which is true where the graph does not apply."""
-        return [_condition(p) for p in self.parameters if self.check_none or not p.traced] + list(
-            self.extra
-        )
+        within = {p.name for p in self.parameters if p.within}
+        return [
+            _variadic_condition(p, within) if p.variadic else p.test or _condition(p)
+            for p in self.parameters
+            if self.check_none or not p.traced
+        ] + list(self.extra)
 
     def _declared(self) -> list[str]:
         declared, keyword_only = [], False
         for p in self.parameters:
+            if p.within:
+                continue
             if p.kind == inspect.Parameter.VAR_POSITIONAL:
                 declared.append(f"*{p.name}")
                 keyword_only = True
@@ -168,6 +193,8 @@ class GuardedCodeGen(fx.graph.CodeGen):
     def _passed(self) -> list[str]:
         passed = []
         for p in self.parameters:
+            if p.within:
+                continue
             if p.kind == inspect.Parameter.VAR_POSITIONAL:
                 passed.append(f"*{p.name}")
             elif p.kind == inspect.Parameter.VAR_KEYWORD:
@@ -190,14 +217,20 @@ def _default(p: Parameter) -> str:
     return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"
 
 
+def _variadic_condition(p: Parameter, within: set[str]) -> str:
+    if within and p.kind == inspect.Parameter.VAR_KEYWORD:
+        return f"{p.name}.keys() != {{{', '.join(map(repr, sorted(within)))}}}"
+    return p.name
+
+
 def _condition(p: Parameter) -> str:
-    if p.variadic:
-        return p.name
+    # What **kwargs holds gets a name where it is looked at first.
+    name = f"({p.name} := {p.within}[{p.name!r}])" if p.within else p.name
     if p.traced:
         # A trace takes every "is not None" branch: a None has to go to the module's own forward.
-        return f"{p.name} is None"
+        return f"{name} is None"
     if p.value is None or isinstance(p.value, bool):
-        return f"{p.name} is not {p.value!r}"
+        return f"{name} is not {p.value!r}"
     if _literal(p.value):
-        return f"type({p.name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
-    return f"{p.name} is not _fixed_{p.name}"
+        return f"type({name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
+    return f"{name} is not _fixed_{p.name}"

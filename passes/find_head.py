@@ -61,7 +61,8 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
             for weight in _descend(capture, region, outputs, with_sites)
         )
 
-        if not found and "" not in capture.regions:
+        if not found and ("" not in capture.regions or capture.frontend == "export"):
+            # An exported graph ends in the arithmetic of whatever is done with the output.
             found = frozenset(_named(capture.model, matches.sites))
 
     def marked(site: Site) -> Site:

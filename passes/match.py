@@ -11,12 +11,14 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx, nn
 
 from lora_fx.passes._code import weights_read
 from lora_fx.passes._fx import target_of
 from lora_fx.passes._region import is_built_in
+from lora_fx.passes._signature import WANTS_CACHE
 from lora_fx.passes._weights import splits, weight_of
 from lora_fx.passes.patterns import patterns
 from lora_fx.passes.patterns.sites import itemised, site_name
@@ -25,20 +27,13 @@ from lora_fx.types import Capture, Match, Matches, Region, Rejection, Site, join
 __all__ = ["match"]
 
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
+# What gives a weight another form, and says nothing about what is done with it.
+_FORMS = frozenset(
+    {"view", "reshape", "expand", "expand.default", "repeat", "unsqueeze", "squeeze", "clone", "to"}
+)
 # What is done with tables, tokens and biases of two dimensions: nothing that a low-rank factor stands for.
 _NO_PRODUCTS = frozenset(
-    {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "expand"}
-    | {
-        "expand.default",
-        "repeat",
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "clone",
-        "to",
-        "attend",
-    }
+    {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "attend"}
 )
 _METADATA_METHODS = frozenset(
     {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
@@ -77,10 +72,16 @@ def match(capture: Capture) -> Matches:
         rejections.setdefault(
             name, Rejection(name, f"its only use is by {reads[0].what}, not a linear operation")
         )
+    whole = capture.frontend == "export"
     for weight in sites.keys() & (read := _read_by_code(capture)).keys():
+        if whole and not _returns_cache(capture):
+            # The graph of the whole model has it right, and nothing else: no call may go past it.
+            sites[weight] = [_in_root(site) for site in sites[weight]]
+            continue
         del sites[weight]
         rejections[read[weight].name] = read[weight]
-    rejections.update(_opaque(capture, rejections))
+    if not whole:
+        rejections.update(_opaque(capture, rejections))
     return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
 
 
@@ -156,7 +157,8 @@ def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
 
 def _consumers(node: fx.Node, region: Region) -> Iterator[fx.Node]:
     for user in node.users:
-        if weight_of(user, region) is not None or splits(user):
+        looks = weight_of(user, region) is not None or splits(user)
+        if looks or itemised(target_of(user) or user.target) in _FORMS:
             yield from _consumers(user, region)
         elif not _asks_metadata(user):
             yield user
@@ -223,6 +225,16 @@ def _read_by_code(capture: Capture) -> dict[str, Rejection]:
             )
             result.setdefault(weight, Rejection(site_name(weight), reason, fqn))
     return result
+
+
+def _returns_cache(capture: Capture) -> bool:
+    """Whether calls that want a cache, as in ``generate()``, go past the graph of the whole model."""
+    codegen: Any = capture.regions[""].graph._codegen
+    return any(WANTS_CACHE in condition for condition in codegen.conditions())
+
+
+def _in_root(site: Site) -> Site:
+    return dataclasses.replace(site, calls=tuple(c for c in site.calls if not c.region))
 
 
 def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejection]:

@@ -7,6 +7,7 @@ lookups in an embedding, and the head, are adapted when they are named.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -60,6 +61,8 @@ def make_plan(
             rows.append(_row(capture, site, config))
         else:
             skipped.append(Skipped(site, objection))
+    if config.ensure_weight_tying:
+        rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
     saved = tuple(_saved_modules(capture.model, config))
     biases = tuple(_biases(capture.model, config, rows, saved))
     plan = Plan(
@@ -134,6 +137,36 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
     )
 
 
+def _keep_tied(
+    capture: Capture,
+    matches: Matches,
+    config: LoraConfig,
+    rows: list[PlannedSite],
+    skipped: list[Skipped],
+) -> tuple[list[PlannedSite], list[Skipped]]:
+    """Gives heads that share the weight of an adapted embedding its factors, transposed."""
+    sites = {site.weight: site for site in matches.sites}
+    tied: dict[str, PlannedSite] = {}
+    for source in rows:
+        for weight in source.site.tied_to if source.site.family == "embedding" else ():
+            head = sites.get(weight)
+            if head is None or head.family != "linear" or head.layout != "out_in":
+                continue
+            tied[head.name] = dataclasses.replace(
+                _row(capture, head, config),
+                rank=source.rank,
+                alpha=source.alpha,
+                scale=source.scale,
+                parameters=0,
+                flops=pattern_of(head).flops(head, source.rank),
+                tied=source.name,
+            )
+    order = {site.name: place for place, site in enumerate(matches.sites)}
+    kept = [row for row in rows if row.name not in tied]
+    kept = sorted([*kept, *tied.values()], key=lambda row: order.get(row.name, -1))
+    return kept, [one for one in skipped if one.site.name not in tied]
+
+
 def _refuse_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         # Not hasattr: a module may answer to every name.
@@ -151,6 +184,21 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
         if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
             outer.append(name)
             yield name
+    if config.ensure_weight_tying:
+        yield from _tied_modules(model, outer)
+
+
+def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
+    """Modules that share a parameter with one that is trained in full."""
+    inside = tuple(f"{name}." for name in saved)
+    named = list(model.named_parameters(remove_duplicate=False))
+    storages = {p.untyped_storage()._cdata for name, p in named if name.startswith(inside)}
+    others = {
+        name.rpartition(".")[0]: None
+        for name, p in named
+        if not name.startswith(inside) and p.untyped_storage()._cdata in storages
+    }
+    yield from others
 
 
 def _biases(
@@ -180,6 +228,11 @@ def _unmatched(
         yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
     for target in idle.filtered:
         yield f"target_modules {target!r}: all that it names is left out (see 'not selected')"
+    tied = any(row.tied for row in rows) or len(list(_saved_modules(capture.model, config))) > len(
+        list(_saved_modules(capture.model, dataclasses.replace(config, ensure_weight_tying=False)))
+    )
+    if config.ensure_weight_tying and not tied:
+        yield "ensure_weight_tying: nothing that is adapted or saved shares its weight"
     for title, entries in (
         ("exclude_modules", idle.excludes),
         ("rank_pattern", idle.rank_keys),

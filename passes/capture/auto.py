@@ -15,6 +15,7 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
 from lora_fx.passes.capture.check import check_unchanged
+from lora_fx.passes.capture.inputs import named_inputs
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.types import Capture
 
@@ -37,7 +38,11 @@ def capture(
     if example_inputs is None:
         return result
     try:
-        check_unchanged(model, result, example_inputs)
+        # The call that the graph was made for, or the guard would compare the model with itself.
+        call = example_inputs
+        if result.frontend == "export":
+            call = named_inputs(model, example_inputs)
+        check_unchanged(model, result, call)
     except CaptureError as error:
         if frontend != "auto" or result.frontend != "export":
             raise

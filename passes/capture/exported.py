@@ -8,8 +8,10 @@ checkpointing and other signatures go on working.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +21,14 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes._region import CONSTANT, install, uninstall
-from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute, parameters_of
-from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute
+from lora_fx.passes.capture.conditions import (
+    call_parameters,
+    output_conditions,
+    shape_conditions,
+)
+from lora_fx.passes.capture.inputs import named_inputs
+from lora_fx.passes.capture.state import State
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.types import Capture, Region
@@ -41,7 +49,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         CaptureError: If the model cannot be exported, with the reason.
     """
     model = capture.model
-    inputs = _bound(model, example_inputs)
+    inputs = named_inputs(model, example_inputs)
     # Attention is exported as the regions have it, so that both show the same operations.
     written = [r for r in capture.regions.values() if written_out(r.module)]
     install(written)
@@ -57,7 +65,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_constants(graph, module, model)
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    conditions = _shape_conditions(
+    conditions = shape_conditions(
         program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)]
     )
     _name_placeholders(graph, inputs)
@@ -74,47 +82,14 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     # Under autocast the code chooses dtypes that the graph has as literals.
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     conditions.append(f"{NEEDS_MODULES}(self)")
+    conditions.extend(output_conditions(model))
     for node in graph.nodes:
         node.meta.clear()
-    fixed = _fixed(model, inputs)
-    graph.set_codegen(
-        GuardedCodeGen(parameters_of(type(model).forward, fixed), conditions=tuple(conditions))
-    )
+    graph.set_codegen(GuardedCodeGen(call_parameters(model, inputs), conditions=tuple(conditions)))
     graph.lint()
     regions = {"": Region("", model, graph), **{k: v for k, v in capture.regions.items() if k}}
-    # The root's graph sees every weight, also those in modules that do not trace.
-    return dataclasses.replace(capture, regions=regions, opaque={}, frontend="export")
-
-
-def _bound(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    args, kwargs = normalise(example_inputs)
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise CaptureError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
-    inputs: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            extra = [key for key, item in value.items() if isinstance(item, torch.Tensor)]
-            if extra:
-                raise CaptureError(
-                    f"torch.export cannot follow tensors in **{name}: {', '.join(extra)}"
-                )
-        elif kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise CaptureError(f"torch.export cannot follow *{name}")
-        inputs[name] = value
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor) and any(
-            isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)
-        ):
-            raise CaptureError(
-                f"torch.export cannot follow tensors inside the argument {name!r}: pass tensors"
-            )
-    return inputs
+    # The modules that do not trace stay listed: calls that go past the graph go through them.
+    return dataclasses.replace(capture, regions=regions, frontend="export")
 
 
 def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -136,11 +111,14 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
+        with _naming_extras(model, inputs), _put_back(model):
+            return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         hint = (
-            "; with use_cache=False in example_inputs it returns none" if "Cache" in text[0] else ""
+            "; with use_cache=False in example_inputs, or in the model's config, it returns none"
+            if "Cache" in text[0]
+            else ""
         )
         raise CaptureError(
             f"torch.export fails on {type(model).__name__}: {text[0]}{hint}"
@@ -148,6 +126,40 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """What a forward leaves behind in Python (``config.problem_type``) is part of no capture."""
+    before = State(model)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextlib.contextmanager
+def _naming_extras(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+    """Gives arguments that ``**kwargs`` takes a place in the signature: torch.export loses them."""
+    signature = inspect.signature(model.forward)
+    extra = [name for name in inputs if name not in signature.parameters]
+    if not extra:
+        yield
+        return
+    own = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [inspect.Parameter(name, keyword) for name in extra]
+    forward.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
 
 
 def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -> None:
@@ -221,52 +233,3 @@ def _container(graph: fx.Graph, value: Any) -> Any:
     if isinstance(value, fx.Node | int | float | str | bool | None):
         return value
     raise CaptureError(f"an output of type {type(value).__name__} cannot be rebuilt from a graph")
-
-
-def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
-    """Python expressions that are true for inputs that the exported graph was not made for."""
-    conditions: list[str] = []
-    seen: dict[Any, str] = {}
-    tensors = [
-        n.meta["val"]
-        for n in graph.nodes
-        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
-    ]
-    for name, value in zip(names, tensors, strict=True):
-        conditions.append(f"{name}.dtype != {value.dtype} or {name}.dim() != {value.dim()}")
-        for axis, size in enumerate(value.shape):
-            here = f"{name}.shape[{axis}]"
-            expression = size.node.expr if isinstance(size, torch.SymInt) else size
-            if isinstance(expression, int) or expression.is_Integer:
-                conditions.append(f"{here} != {int(expression)}")
-            elif not expression.is_Symbol:
-                raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
-            elif expression in seen:
-                conditions.append(f"{here} != {seen[expression]}")
-            else:
-                seen[expression] = here
-                conditions.extend(
-                    _range_conditions(here, program.range_constraints.get(expression))
-                )
-    return conditions
-
-
-def _range_conditions(here: str, allowed: Any) -> list[str]:
-    # Every dynamic size starts at 2 in a trace; that says nothing about 1.
-    lower = (
-        [f"{here} < {int(allowed.lower)}"]
-        if allowed and allowed.lower.is_Integer and allowed.lower > 2
-        else []
-    )
-    upper = [f"{here} > {int(allowed.upper)}"] if allowed and allowed.upper.is_Integer else []
-    return lower + upper
-
-
-def _fixed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of forward that are no inputs of the graph, with the value they were given."""
-    result = {}
-    for name, p in inspect.signature(model.forward).parameters.items():
-        if isinstance(inputs.get(name), torch.Tensor):
-            continue
-        result[name] = inputs.get(name, None if p.default is p.empty else p.default)
-    return result

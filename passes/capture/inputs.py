@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 
-__all__ = ["normalise"]
+__all__ = ["CACHE", "named_inputs", "normalise"]
+
+CACHE = "use_cache"
+"""The argument by which a caller of a transformers model says whether it wants a cache back."""
 
 
 def normalise(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -29,3 +35,48 @@ def normalise(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "example_inputs must be a tuple of arguments, a dict of keyword arguments or a tensor, found "
         f"{type(example_inputs).__name__}"
     )
+
+
+def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The call that a graph of the whole model is made for: every argument by its name.
+
+    A model of transformers that is not told otherwise returns a cache. No graph does, so the call is
+    one with ``use_cache=False``, unless the example inputs say something else.
+
+    Args:
+        model: The model.
+        example_inputs: As for :func:`normalise`.
+
+    Returns:
+        The arguments, those that ``**kwargs`` takes among them.
+
+    Raises:
+        CaptureError: If they do not fit, or hold what ``torch.export`` cannot follow.
+    """
+    args, kwargs = normalise(example_inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    inputs: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            inputs.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise CaptureError(f"torch.export cannot follow *{name}: pass them by name")
+        else:
+            inputs[name] = value
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) and any(
+            isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)
+        ):
+            raise CaptureError(
+                f"torch.export cannot follow tensors inside the argument {name!r}: pass tensors"
+            )
+    if CACHE in signature.parameters and hasattr(model, "config") and inputs.get(CACHE) is None:
+        inputs[CACHE] = False
+    return inputs

@@ -51,7 +51,9 @@ class State:
 
     def restore(self) -> str | None:
         """Puts everything back, and says in words what the first change was."""
-        changed = self._restore_attributes() or self._restore_containers()
+        # Both, whatever the first one says.
+        attributes, containers = self._restore_attributes(), self._restore_containers()
+        changed = attributes or containers
         if self._restore_generators():
             changed = changed or "its forward draws random numbers that the graph would keep"
         return changed

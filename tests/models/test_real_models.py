@@ -30,8 +30,7 @@ MODELS = {
 }
 TRANSFORMERS = list(zoo.TRANSFORMERS)
 GENERATES = ["llama", "gpt2", "t5", "whisper", "mixtral"]
-# torch.export cannot return a cache, and stochastic depth that is a function has no mode to follow.
-CACHES = {"llama", "gpt2", "t5", "whisper", "mixtral"}
+# Stochastic depth that is a function has no mode to follow.
 NOT_EXPORTED = {"timm.swin"}
 BATCH_NORM = ["torchvision.resnet18", "timm.resnet", "timm.efficientnet"]
 
@@ -72,8 +71,6 @@ def rewrite(name: str, frontend: str = "auto", config: Any = CONFIG) -> tuple[nn
         with pytest.raises(CaptureError, match="no required argument"):
             lora_fx.capture(model, frontend="symbolic")
         pytest.skip("takes everything as keywords: has no symbolic trace")
-    if wanted == "export" and name in CACHES:
-        inputs["use_cache"] = False
     if wanted == "export" and name in NOT_EXPORTED:
         with pytest.raises(CaptureError, match="draws random numbers"):
             lora_fx.capture(model, next(iter(inputs.values())), frontend="export")

@@ -204,6 +204,60 @@ def test_a_call_that_would_leave_the_adapter_out_raises():
         model[0](None)
 
 
+class Kernel(OwnWeight):
+    def forward(self, x, mask=None, *more, scale=1.0, **extra):
+        return super().forward(x, mask) * scale
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [
+        ((X, M), {}, r"expected mask is None, found a tensor float32\[4\]"),
+        ((None,), {}, "x has to be given, found None"),
+        ((X,), {"scale": 2.0}, "expected scale == 1.0, found 2.0"),
+        ((X,), {"scale": 1}, "expected type\\(scale\\) is float, found int"),
+        ((X, None, 3), {}, r"captured without \*more, found 1 of them"),
+        ((X,), {"b": 1, "a": 1}, r"captured without \*\*extra, found \['a', 'b'\]"),
+    ],
+)
+def test_a_refusal_names_the_argument_and_what_was_expected(args, kwargs, words):
+    model = lora_fx.rewrite(Kernel(), lora_fx.LoraConfig(r=2, target_modules=["kernel"]))
+    with pytest.raises(CaptureError, match=words):
+        model(*args, **kwargs)
+
+
+class Exported(OwnWeight):
+    def forward(self, x, mask=None, **extra):
+        return super().forward(x, mask) + extra["bonus"].sum()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": X.double()}, r"expected x.dtype == torch.float32, found torch.float64"),
+        ({"x": X[0]}, r"expected x.dim\(\) == 2, found 1"),
+        ({"x": 3}, "expected x to be a tensor, found 3"),
+        ({"mask": M[None]}, r"expected mask.dim\(\) == 1, found 2"),
+        ({"mask": sample(2)}, r"expected mask.shape\[0\] == 4, found 2"),
+        ({"mask": None}, "mask has to be given"),
+        ({"bonus": None}, "bonus has to be given"),
+        ({"other": 1}, r"expected extra.keys\(\) == {'bonus'}, found \['bonus', 'other'\]"),
+    ],
+)
+def test_a_refusal_of_an_exported_graph_says_so_too(changes, words):
+    inputs = {"x": X, "mask": M, "bonus": sample(3)}
+    config = lora_fx.LoraConfig(r=2, target_modules=["kernel"])
+    model = lora_fx.rewrite(Exported(), config, inputs, frontend="export")
+    assert model(**inputs).shape == (2, 4)
+    with pytest.raises(CaptureError, match=words):
+        model(**{**inputs, **changes})
+    with torch.autocast("cpu"), pytest.raises(CaptureError, match="under autocast"):
+        model(**inputs)
+    model.kernel_lora.register_forward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match="a module inside has a hook"):
+        model(**inputs)
+
+
 def test_a_call_of_another_kind_keeps_the_adapters_below():
     original = nn.Sequential(module(optional), nn.Linear(4, 4))
     model = lora_fx.rewrite(original, lora_fx.LoraConfig(r=2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,18 @@ import lora_fx
 from lora_fx import CaptureError, LoraConfig
 
 CONFIG = LoraConfig(r=2)
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return run
+
+
+def twice_wrapped(function):
+    return wrapped(wrapped(function))
 
 
 class Frozen(nn.Module):
@@ -137,3 +151,48 @@ def test_auto_goes_back_to_the_regions_where_export_computes_something_else() ->
         same(model.train(training), adapted.train(training), x)
     with pytest.raises(CaptureError, match="computes something else"):
         lora_fx.rewrite(model, CONFIG, x, frontend="export")
+
+
+class Cached(nn.Module):
+    """Has no graph, and reads the weight of its layer by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 4)
+
+    @twice_wrapped
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            x = F.linear(x, self.fc.weight, self.fc.bias)
+        return self.out(x)
+
+
+def test_a_weight_that_code_reads_is_adapted_in_the_graph_alone() -> None:
+    """A layer has it, but whoever goes past the graph does not call the layer."""
+    x = torch.randn(2, 4)
+    every = LoraConfig(r=2, target_modules=["fc", "out"])
+    regions = lora_fx.plan(Cached(), every, frontend="regions")
+    assert [row.name for row in regions] == ["out"], "it is read under two decorators"
+    adapted = lora_fx.rewrite(
+        Cached(), LoraConfig(r=2, target_modules=["fc"]), x, frontend="export"
+    )
+    adapted(x)
+    with pytest.raises(CaptureError, match=r"expected x.dim\(\) == 2, found 1"):
+        adapted(x[0])
+
+
+def test_what_a_forward_leaves_behind_is_put_back() -> None:
+    class Settles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.config = SimpleNamespace(kind=None)
+
+        def forward(self, x):
+            if self.config.kind is None:
+                self.config.kind = x.dtype
+            return self.fc(x)
+
+    captured = lora_fx.capture(Settles(), torch.randn(2, 4), frontend="export")
+    assert captured.model.config.kind is None
