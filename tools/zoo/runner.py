@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from lora_fx.tools.zoo.entries import Entry
@@ -55,6 +57,7 @@ def run_jobs(
     entries: Sequence[Entry],
     options: Options,
     progress: Callable[[int, int, str], None] | None = None,
+    finished: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Runs the job on each entry.
 
@@ -62,6 +65,7 @@ def run_jobs(
         entries: What to run.
         options: How.
         progress: Called with (done, total, what runs).
+        finished: Called with each row as it is done.
 
     Returns:
         One row an entry, in their order. A process that was lost leaves its reason under the stage
@@ -81,6 +85,8 @@ def run_jobs(
             for one in [one for one in running if one.poll(options.timeout)]:
                 running.remove(one)
                 rows[one.row.name] = one.row
+                if finished is not None:
+                    finished(one.row)
     finally:
         for one in running:
             one.stop()
@@ -146,6 +152,9 @@ class _Running:
 
 
 def _work(name: str, onnx: bool, find: Callable[[str], Entry], results: Connection) -> None:
+    # ONNX Runtime writes its own log past Python; what it refuses is in the error, too.
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     row = run_job(find(name), onnx=onnx, begin=results.send)
     results.send(row)
     results.close()
