@@ -13,6 +13,7 @@ import typer
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools import console
+from lora_fx.tools.zoo.row import Row
 
 __all__ = ["zoo"]
 
@@ -48,9 +49,15 @@ def zoo(
     missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     if missing:
         raise ConfigError(f"the zoo needs {', '.join(missing)}: pip install 'lora-fx[zoo]'")
+    log = console.error_console()
+
+    def tell(row: Row) -> None:
+        problems = "; ".join(exceptions([row])) or f"{row.name}: as it should be"
+        log.print(f"{problems} ({row.total_seconds:.1f} s)", markup=False, highlight=False)
+
     began = time.monotonic()
-    with console.progress("zoo") as advance:
-        rows = run_jobs(entries, Options(jobs, timeout, onnx), advance)
+    with console.progress("zoo", log) as advance:
+        rows = run_jobs(entries, Options(jobs, timeout, onnx), advance, tell)
     seconds = time.monotonic() - began
     if results is not None:
         found = [dataclasses.asdict(row) for row in rows]

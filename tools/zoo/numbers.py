@@ -49,7 +49,7 @@ def difference(found: Any, expected: Any) -> float:
         if bool(same.all()):
             continue
         a, b = a.detach().double(), b.detach().double()
-        apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
+        apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf)
         scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-30)
         worst = max(worst, float(apart.max() / scale))
     return worst

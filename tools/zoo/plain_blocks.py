@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BatchedExperts", "IndexedExperts", "RawAttention", "TiedDecoder", "UNet"]
+__all__ = [
+    "Attention",
+    "BatchedExperts",
+    "Bilinear",
+    "Classifier",
+    "IndexedExperts",
+    "RawAttention",
+    "Recurrent",
+    "TiedDecoder",
+    "UNet",
+]
 
 
 class RawAttention(nn.Module):
@@ -121,3 +131,60 @@ class IndexedExperts(nn.Module):
             chosen = torch.where(choice == index)[0]
             out = out.index_add(0, chosen, expert(rows[chosen]) * share[chosen, None])
         return (rows + out).view_as(x)
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention, on itself and on a context of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.cross = nn.MultiheadAttention(16, 2, kdim=12, vdim=10, batch_first=True)
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies it."""
+        x = x + self.own(x, x, x, need_weights=False)[0]
+        y, weights = self.cross(x, key, value)
+        return x + y, weights
+
+
+class Classifier(nn.Module):
+    """Tokens through torch's own encoder, with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
+        padding = tokens == 0
+        return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=padding)[:, 0])
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose weights are no sites, and a linear head, whose weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(40, 12), nn.LSTM(12, 16, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+
+class Bilinear(nn.Module):
+    """nn.Bilinear over two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.both = nn.Bilinear(6, 6, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        """Applies it."""
+        return self.both(torch.tanh(self.left(x)), torch.tanh(self.right(y)))

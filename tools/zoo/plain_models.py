@@ -11,9 +11,13 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 
 from lora_fx.tools.zoo.entries import Built, Entry, ids, images
 from lora_fx.tools.zoo.plain_blocks import (
+    Attention,
     BatchedExperts,
+    Bilinear,
+    Classifier,
     IndexedExperts,
     RawAttention,
+    Recurrent,
     TiedDecoder,
     UNet,
 )
@@ -152,50 +156,6 @@ class Branching(nn.Module):
         return self.positive(x) if x.sum() > -1e9 else self.negative(x)
 
 
-class Attention(nn.Module):
-    """nn.MultiheadAttention, on itself and on a context of another width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = nn.MultiheadAttention(16, 4, batch_first=True)
-        self.cross = nn.MultiheadAttention(16, 2, kdim=12, vdim=10, batch_first=True)
-
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Applies it."""
-        x = x + self.own(x, x, x, need_weights=False)[0]
-        y, weights = self.cross(x, key, value)
-        return x + y, weights
-
-
-class Classifier(nn.Module):
-    """Tokens through torch's own encoder, with padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 16, padding_idx=0)
-        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, tokens: Tensor) -> Any:
-        """Applies it."""
-        padding = tokens == 0
-        return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=padding)[:, 0])
-
-
-class Recurrent(nn.Module):
-    """An LSTM, whose weights are no sites, and a linear head, whose weight is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.lstm = nn.Embedding(40, 12), nn.LSTM(12, 16, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
-
-    def forward(self, tokens: Tensor) -> Any:
-        """Applies it."""
-        return self.head(self.lstm(self.embed(tokens))[0])
-
-
 def _parametrized() -> nn.Module:
     return nn.Sequential(
         weight_norm(nn.Linear(8, 16)),
@@ -224,19 +184,6 @@ def _vocoder() -> nn.Module:
 def _transformer() -> Built:
     model = nn.Transformer(16, 4, 1, 1, 32, batch_first=True)
     return model, (torch.randn(2, 5, 16), torch.randn(2, 4, 16))
-
-
-def _bilinear() -> Built:
-    class Bilinear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
-            self.both = nn.Bilinear(6, 6, 5)
-
-        def forward(self, x: Tensor, y: Tensor) -> Any:
-            return self.both(torch.tanh(self.left(x)), torch.tanh(self.right(y)))
-
-    return Bilinear(), (torch.randn(3, 8), torch.randn(3, 8))
 
 
 def _entry(name: str, model: Any, *inputs: Any, **named: Any) -> Entry:
@@ -269,5 +216,5 @@ ENTRIES: tuple[Entry, ...] = (
     _entry("experts by bmm", BatchedExperts, _rows(2, 5, 8)),
     _entry("experts by index", IndexedExperts, _rows(2, 5, 8)),
     _entry("LSTM", Recurrent, ids),
-    Entry("plain/Bilinear", _GROUP, _bilinear),
+    _entry("Bilinear", Bilinear, _rows(3, 8), _rows(3, 8)),
 )

@@ -11,6 +11,7 @@ from lora_fx.tools.zoo import (
     plain_models,
     timm_models,
     torchvision_models,
+    transformers_audio,
     transformers_decoders,
     transformers_encoders,
     transformers_multimodal,
@@ -27,6 +28,7 @@ ENTRIES: tuple[Entry, ...] = (
     *transformers_decoders.ENTRIES,
     *transformers_encoders.ENTRIES,
     *transformers_vision.ENTRIES,
+    *transformers_audio.ENTRIES,
     *transformers_multimodal.ENTRIES,
     *diffusers_models.ENTRIES,
 )

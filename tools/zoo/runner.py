@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from lora_fx.tools.zoo.entries import Entry
@@ -20,7 +22,7 @@ from lora_fx.tools.zoo.row import Row
 
 __all__ = ["Options", "run_jobs"]
 
-_PRELOAD = [
+_PRELOAD = (
     "lora_fx.tools.zoo.runner",
     "lora_fx.export.onnx",
     "torch._dynamo",
@@ -28,7 +30,8 @@ _PRELOAD = [
     "timm",
     "transformers",
     "diffusers",
-]
+)
+_START = 120.0  # seconds until a process says something: the server may have to load first
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,24 @@ class Options:
 
     Attributes:
         jobs: Processes at a time.
-        timeout: Seconds that one model may take.
+        timeout: Seconds that one model may take, from when its process begins with it.
         onnx: Whether to export.
         find: Gives the entry of a name; it is called in the process of the job.
+        preload: What the server of processes imports.
     """
 
     jobs: int = 1
     timeout: float = 300.0
     onnx: bool = True
     find: Callable[[str], Entry] = find
+    preload: Sequence[str] = _PRELOAD
 
 
 def run_jobs(
     entries: Sequence[Entry],
     options: Options,
     progress: Callable[[int, int, str], None] | None = None,
+    finished: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Runs the job on each entry.
 
@@ -59,13 +65,14 @@ def run_jobs(
         entries: What to run.
         options: How.
         progress: Called with (done, total, what runs).
+        finished: Called with each row as it is done.
 
     Returns:
         One row an entry, in their order. A process that was lost leaves its reason under the stage
         that it was in.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(list(options.preload))
     waiting, running = list(reversed(entries)), list[_Running]()
     rows: dict[str, Row] = {}
     try:
@@ -78,6 +85,8 @@ def run_jobs(
             for one in [one for one in running if one.poll(options.timeout)]:
                 running.remove(one)
                 rows[one.row.name] = one.row
+                if finished is not None:
+                    finished(one.row)
     finally:
         for one in running:
             one.stop()
@@ -92,6 +101,7 @@ class _Running:
     results: Connection
     row: Row
     began: float
+    begun: bool = False
 
     @classmethod
     def start(cls, context: Any, entry: Entry, options: Options) -> _Running:
@@ -106,10 +116,13 @@ class _Running:
         """Reads what there is; whether the job is over, by itself or not."""
         for message in self.messages():
             self.row = message
+            if not self.begun:
+                self.begun, self.began = True, time.monotonic()
             if not self.row.stage:
                 self.stop()
                 return True
-        if time.monotonic() - self.began > timeout:
+        limit = timeout if self.begun else timeout + _START
+        if time.monotonic() - self.began > limit:
             self.lost(f"Timeout: more than {timeout:g} s")
             return True
         if self.results.closed or (not self.process.is_alive() and not self.results.poll()):
@@ -139,6 +152,9 @@ class _Running:
 
 
 def _work(name: str, onnx: bool, find: Callable[[str], Entry], results: Connection) -> None:
+    # ONNX Runtime writes its own log past Python; what it refuses is in the error, too.
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     row = run_job(find(name), onnx=onnx, begin=results.send)
     results.send(row)
     results.close()
