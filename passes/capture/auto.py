@@ -15,7 +15,7 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
-from lora_fx.passes.capture.check import check_unchanged
+from lora_fx.passes.capture.check import check_unchanged, watch_reference
 from lora_fx.passes.capture.inputs import describe, named_inputs
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
@@ -103,6 +103,9 @@ def _captured(
         return traced
     notes = (f"not symbolic: {reason}",)
     unseen = [fqn for fqn in opaque if _own_matrix(copy.get_submodule(fqn))]
+    if frontend == "auto" and unseen and example_inputs is not None:
+        # An export takes long: only where what nobody sees is more than a table or a token.
+        unseen = _multiplied(model, example_inputs, unseen)
     if frontend == "auto" and (example_inputs is None or not unseen):
         why = (
             "there are no example_inputs"
@@ -118,6 +121,16 @@ def _captured(
         if frontend == "export":
             raise
         return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
+
+
+def _multiplied(model: nn.Module, example_inputs: Any, modules: list[str]) -> list[str]:
+    """Those modules that have a parameter of their own that is multiplied with data."""
+    count = watch_reference(model, example_inputs)
+    owners = {
+        name.rpartition(".")[0] for names in (*count.direct, *count.computed) for name in names
+    }
+    # A built-in layer is one opaque call, over the parameters of its children, too.
+    return [fqn for fqn in modules if fqn in owners or is_built_in(model.get_submodule(fqn))]
 
 
 def _not_symbolic(capture: Capture) -> str | None:

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 import lora_fx
 from lora_fx.errors import ConfigError
+from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.watch import count_weights
 from lora_fx.tools.commands.app import app
 from lora_fx.tools.zoo import numbers, registry, report, runner
-from lora_fx.tools.zoo.counter import count_weights, unseen
+from lora_fx.tools.zoo.counter import unseen
 from lora_fx.tools.zoo.entries import Entry
 from lora_fx.tools.zoo.job import run_job
 from lora_fx.tools.zoo.row import Row
@@ -155,7 +157,7 @@ def test_a_job_notices_a_bypassed_weight(monkeypatch):
 
 def test_the_counter_sees_weights_however_they_get_there():
     model, inputs = uses()
-    count = count_weights(model, inputs)
+    count = count_weights(model, *normalise(inputs))
     assert set().union(*count.direct) == {"embed.weight", "stack", "low", "parts.weight"}
     assert count.computed == (frozenset({"scaled", "gain"}),)
 
@@ -163,14 +165,14 @@ def test_the_counter_sees_weights_however_they_get_there():
 def test_the_counter_sees_a_tied_weight_by_all_its_names():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     model[1].weight = model[0].weight
-    count = count_weights(model, (torch.tensor([[1, 2]]),))
+    count = count_weights(model, (torch.tensor([[1, 2]]),), {})
     assert count.direct == (frozenset({"0.weight", "1.weight"}),)
 
 
 def test_what_a_plan_does_not_mention_is_unseen():
     entry = registry.find("plain/functional")
     model, inputs = entry.build()
-    count = count_weights(model, inputs)
+    count = count_weights(model, *normalise(inputs))
     plan = lora_fx.plan(model, CONFIG, inputs)
     assert unseen(count, plan) == ()
     without = dataclasses.replace(plan, sites=plan.sites[1:])

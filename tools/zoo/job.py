@@ -22,8 +22,10 @@ from torch import nn
 
 from lora_fx.api import merge, plan, rewrite
 from lora_fx.config import LoraConfig
+from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.watch import count_weights
 from lora_fx.tools.zoo import numbers
-from lora_fx.tools.zoo.counter import count_weights, unseen
+from lora_fx.tools.zoo.counter import unseen
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.row import MERGE_TOLERANCE, Row
 from lora_fx.tools.zoo.training import Reached, check_gradients, train
@@ -117,7 +119,7 @@ class _Job:
 
     def count(self, model: nn.Module, inputs: Inputs, planned: Plan) -> None:
         # On a copy: some models count their calls.
-        count = count_weights(copy.deepcopy(model), inputs)
+        count = count_weights(copy.deepcopy(model), *normalise(inputs))
         self.row.counted = len(count.direct) + len(count.computed)
         self.row.unseen = list(unseen(count, planned))
 
