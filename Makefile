@@ -73,6 +73,10 @@ format: $(VENV)/.dev ## Format and mend what can be mended
 bench: $(VENV)/.dev ## Measure and write docs/benchmarks.md
 	$(BIN)/lora-fx bench $(ARGS)
 
+.PHONY: zoo
+zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARGS='--only swin')
+	$(BIN)/lora-fx zoo $(ARGS)
+
 # setuptools takes up whatever an earlier build left in build/, deleted modules too.
 .PHONY: wheel
 wheel: $(BIN)/python ## Build dist/*.whl
@@ -89,6 +93,7 @@ clean: ## Remove what was built and cached; `rm -rf .venv` for the rest
 
 EXTRAS_demo := demo
 EXTRAS_dev  := test,lint
+EXTRAS_zoo  := zoo
 
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'

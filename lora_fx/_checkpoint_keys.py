@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from lora_fx.passes.merge import factors_of
+from lora_fx.passes._factors import factor_names, factors_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import AdapterRecord, PlannedSite, join
 
@@ -49,6 +49,8 @@ class Slot:
         name: FQN of the tensor in the model.
         tensor: The parameter or buffer itself.
         groups: Above 1 for the A of a grouped convolution, which is stored dense.
+        transposed: Whether it is stored transposed: the factors of a head are those of the embedding
+            that it is tied to.
         required: Whether a checkpoint without it is incomplete.
         alias: Whether it is another key for what has one already: read, not written.
     """
@@ -57,6 +59,7 @@ class Slot:
     name: str
     tensor: torch.Tensor
     groups: int = 1
+    transposed: bool = False
     required: bool = True
     alias: bool = False
 
@@ -64,11 +67,15 @@ class Slot:
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
         shape = tuple(self.tensor.shape)
+        if self.transposed:
+            return shape[::-1]
         return shape if self.groups == 1 else (shape[0], shape[1] * self.groups, *shape[2:])
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
         value = self.tensor.detach()
+        if self.transposed:
+            value = value.T
         if self.groups > 1:
             dense = value.new_zeros(self.shape)
             for rows, channels in self._blocks():
@@ -79,7 +86,7 @@ class Slot:
     def decoded(self, stored: torch.Tensor) -> torch.Tensor | None:
         """``stored`` as the model has it; None if the A of a grouped convolution mixes groups."""
         if self.groups == 1:
-            return stored
+            return stored.T if self.transposed else stored
         rest = stored.clone()
         parts = []
         for rows, channels in self._blocks():
@@ -175,11 +182,15 @@ def _factor_slots(
     site = row.site
     shapes = pattern_of(site).factors(site, row.rank)
     a, b = factors_of(model, row, adapter)
-    for attribute, tensor in ((shapes.name_a, a), (shapes.name_b, b)):
+    own = factor_names(row)
+    for attribute, key, tensor in zip(own, (shapes.name_a, shapes.name_b), (a, b), strict=True):
+        name = join(site.holder, attribute, adapter)
+        if row.tied:
+            yield Slot(join(site.holder, key, "weight"), name, tensor, transposed=True)
+            continue
         # PEFT holds those of an embedding in parameters, all others in modules.
         suffix = "" if attribute.startswith("lora_embedding") else "weight"
         groups = site.groups if tensor is a else 1
-        name = join(site.holder, attribute, adapter)
         yield Slot(join(site.holder, attribute, suffix), name, tensor, groups)
         for alias in aliases.get(site.holder, ()):
             yield Slot(

@@ -10,6 +10,7 @@ from torch import fx, nn
 from lora_fx import pipeline
 from lora_fx.config import LoraConfig
 from lora_fx.passes import merge as merging
+from lora_fx.passes._lazy import elements
 from lora_fx.passes._region import graphs_of, install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
@@ -186,8 +187,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Prints how much is trained, in the words of PEFT."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
+    total = sum(elements(p) for p in model.parameters())
     share = 100 * trainable / total if total else 0.0
     # A verb that prints is what its users know it for.
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201

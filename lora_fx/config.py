@@ -78,6 +78,9 @@ class LoraConfig:
         use_rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
         bias: Which biases of the base model train: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
+        ensure_weight_tying: Whether what is tied stays so: a head that shares the weight of an adapted
+            embedding gets the transposed factors of that, and a module that shares the weight of one
+            in `modules_to_save` is trained with it.
         task_type: One of `TASK_TYPES`; classification and question answering save their heads.
         fan_in_fan_out: PEFT's note that weights are stored as (in, out).
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False:
@@ -106,6 +109,7 @@ class LoraConfig:
     use_rslora: bool = False
     bias: str = "none"
     modules_to_save: Collection[str] | None = None
+    ensure_weight_tying: bool = False
     task_type: str | None = None
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True

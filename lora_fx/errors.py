@@ -33,7 +33,7 @@ class CaptureError(LoraFxError, RuntimeError):
 
 
 class NoMatchError(LoraFxError, ValueError):
-    """The configuration selects no operation of the model."""
+    """The configuration, or a target that it names, selects nothing that can be adapted."""
 
 
 class PartialMatchError(LoraFxError, ValueError):

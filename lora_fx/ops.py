@@ -33,9 +33,10 @@ class AdapterFactors(nn.Module):
 
         Args:
             adapter: The adapter's name.
-            value: A of shape [r, in, ...] or B of shape [out, r, ...].
+            value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
         """
-        self.register_parameter(adapter, nn.Parameter(value))
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        self.register_parameter(adapter, parameter)
 
     def extra_repr(self) -> str:
         """Names and shapes."""

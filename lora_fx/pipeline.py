@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._region import install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
+from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.find_head import find_head
 from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.insert import Insert
@@ -22,7 +23,7 @@ from lora_fx.passes.match import match
 from lora_fx.passes.merge import record_of
 from lora_fx.passes.plan import make_plan
 from lora_fx.passes.unfreeze import Unfreeze
-from lora_fx.types import AdapterRecord, Capture, Pass, Plan, Record
+from lora_fx.types import AdapterRecord, Capture, Pass, Plan, Record, Region
 
 __all__ = ["build", "plan_capture", "plan_model", "rewrite_model", "run_passes"]
 
@@ -102,7 +103,7 @@ def rewrite_model(
 
 def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) -> nn.Module:
     """Makes the module that runs: installs every region and leaves the record on the root."""
-    install(capture.regions.values())
+    install(_running(capture, plan))
     adapter = AdapterRecord(plan.config, plan.sites, plan.saved_modules, plan.biases)
     trainable = frozenset(name for name, p in original.named_parameters() if p.requires_grad)
     capture.model.__dict__["_lora_fx"] = Record(
@@ -112,3 +113,15 @@ def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) 
         buffers=buffer_digests(capture.model),
     )
     return capture.model
+
+
+def _running(capture: Capture, plan: Plan) -> Iterator[Region]:
+    """The regions that run their graph: what was written out does so only where an adapter is.
+
+    Elsewhere a layer keeps its own forward, with its fast paths.
+    """
+    calls = [f"{call.region}." for row in plan.sites for call in row.site.calls]
+    for region in capture.regions.values():
+        adapted = any(name.startswith(f"{region.fqn}.") for name in calls)
+        if adapted or not region.fqn or written_out(region.module) is None:
+            yield region

@@ -419,6 +419,7 @@ class PlannedSite:
         rank, alpha, scale, dropout: The adapter's hyperparameters here.
         parameters: Trainable elements added.
         flops: Extra forward FLOPs for one token.
+        tied: Name of the site whose factors it has, transposed; empty for factors of its own.
         saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
             input, the masked input with its mask if there is dropout, and the rank-r activation.
     """
@@ -431,6 +432,7 @@ class PlannedSite:
     parameters: int
     flops: int
     saved: int
+    tied: str = ""
 
     @property
     def name(self) -> str:
@@ -554,10 +556,16 @@ class Plan:
         if self.biases:
             lines.append(f"biases trained: {len(self.biases)}")
         lines += [f"matched nothing: {target}" for target in self.unmatched]
-        tied = ((row.name, row.site.tied_to) for row in self.sites if row.site.tied_to)
+        kept = {row.site.weight for row in self.sites if row.tied}
+        tied = [
+            (row.name, f"shared with {', '.join(row.site.tied_to)}")
+            for row in self.sites
+            if row.site.tied_to and not row.tied and not kept & set(row.site.tied_to)
+        ]
+        lines += _section("tied weights, untied by a merge", tied)
         lines += _section(
-            "tied weights, untied by a merge",
-            ((n, f"shared with {', '.join(to)}") for n, to in tied),
+            "tied weights that stay so",
+            ((row.name, f"the transposed adapter of {row.tied}") for row in self.sites if row.tied),
         )
         lines += _section(
             "fused, and a part can be named alone", _fused(row.site for row in self.sites)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in
 from lora_fx.types import join
 
@@ -136,14 +137,14 @@ def _matrices(owner: nn.Module, path: Path) -> Iterator[str]:
     """Names of the matrices that a path leads to, itself or on the way to a method of theirs."""
     if path[0] == _ANYWHERE:
         for name, matrix in owner.named_parameters():
-            if name.rpartition(".")[2] == path[1] and matrix.dim() > 1 and "." in name:
+            if name.rpartition(".")[2] == path[1] and is_matrix(matrix) and "." in name:
                 yield name
         return
     found: list[tuple[str, nn.Module]] = [("", owner)]
     for step in path:
         for name, one in found:
             parameter = one._parameters.get(step)
-            if parameter is not None and parameter.dim() > 1:
+            if is_matrix(parameter):
                 yield join(name, step)
         found = [
             (join(name, key), child)

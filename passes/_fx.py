@@ -64,6 +64,7 @@ class Branch:
         dropout: float,
         training: str,
         items: dict[str, fx.Node] | None = None,
+        transposed: bool = False,
     ) -> None:
         self._graph = graph
         self._base = base
@@ -74,6 +75,7 @@ class Branch:
         self.made: list[fx.Node] = []
         self._factors = dict(zip("ab", factors, strict=True))
         self._cast = cast
+        self._transposed = transposed
         self._read: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
         base.meta[META_KEY] = tag(Role.BASE)
@@ -132,6 +134,8 @@ class Branch:
             if self._cast:
                 # The factors are small: they follow the activation, never the other way round.
                 factor = self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+            if self._transposed:
+                factor = self.call(Role.FACTOR, torch.t, factor)
             self._read[letter] = factor
         return self._read[letter]
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes._lazy import is_lazy
 
 __all__ = ["check_model", "share_copy"]
 
@@ -38,6 +39,8 @@ def share_copy(model: nn.Module) -> nn.Module:
         for module in model.modules():
             renormalises = getattr(module, "max_norm", None) is not None
             for parameter in module._parameters.values():
+                if is_lazy(parameter):
+                    continue  # it has no storage to share, and copies itself
                 if parameter is not None and id(parameter) not in memo:
                     memo[id(parameter)] = _frozen(parameter, own=renormalises)
             for value in (*module.__dict__.values(), *module._buffers.values()):
@@ -47,7 +50,7 @@ def share_copy(model: nn.Module) -> nn.Module:
         _follow_closures(module.__dict__, memo)
     for parameter in result.parameters():
         # A module that copies itself in its own way may have made new ones.
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False
     return result
 
 
@@ -65,8 +68,7 @@ def check_model(model: object) -> None:
     """Refuses what cannot be captured at all.
 
     Raises:
-        CaptureError: If it is not a module, has uninitialised parameters, or lies on several
-            devices.
+        CaptureError: If it is not a module, or lies on several devices.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, found {type(model).__name__}")
@@ -82,10 +84,6 @@ def check_model(model: object) -> None:
             )
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise CaptureError(
-                f"{name} is not initialised yet: run one batch through the model first"
-            )
         devices.setdefault(parameter.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())

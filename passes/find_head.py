@@ -145,5 +145,8 @@ def _leaves(graph: fx.Graph) -> list[fx.Node]:
 def _is_block(model: nn.Module, fqn: str) -> bool:
     module = model.get_submodule(fqn)
     parent, _, _ = fqn.rpartition(".")
+    if isinstance(module, nn.Sequential) and fqn.rpartition(".")[2] in _HEAD_NAMES:
+        # What it is made of says nothing, its name does.
+        return False
     kinds = Counter(type(child) for child in model.get_submodule(parent).children())
     return kinds[type(module)] > 1 and any(True for _ in module.children())

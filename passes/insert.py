@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.ops import AdapterFactors
+from lora_fx.passes._factors import factor_names
 from lora_fx.passes._fx import Branch
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes.patterns import pattern_of
@@ -58,8 +59,12 @@ class Insert:
         rows = [row for row in self.plan.sites if not _inserted(capture, row, self.adapter)]
         if not rows:
             return PassResult(capture, False)
-        for row in rows:
-            _add_factors(capture.model, row, self.plan.config, self.adapter)
+        # Those that are tied to the factors of another site come after that one.
+        for row in sorted(rows, key=lambda row: bool(row.tied)):
+            if row.tied:
+                _tie_factors(capture.model, row, self.plan, self.adapter)
+            else:
+                _add_factors(capture.model, row, self.plan.config, self.adapter)
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
         for fqn, work in _by_region(rows).items():
@@ -77,16 +82,14 @@ class Insert:
     def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
         site = row.site
         weight = capture.model.get_parameter(site.weight)
-        names = pattern_of(site).factors(site, row.rank)
+        names = factor_names(row)
         holder = _relative(site.holder, region.fqn)
         return _Job(
             output=site.calls[index].output,
             pattern=site.calls[index].pattern,
             part=_relative(site.place, region.fqn),
-            factors=(
-                join(holder, names.name_a, self.adapter),
-                join(holder, names.name_b, self.adapter),
-            ),
+            factors=(join(holder, names[0], self.adapter), join(holder, names[1], self.adapter)),
+            transposed=bool(row.tied),
             cast=adapter_dtype(weight) != weight.dtype or site.calls[index].cast,
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
@@ -111,6 +114,7 @@ class Insert:
                 dropout=job.dropout,
                 training=job.training,
                 items=items,
+                transposed=job.transposed,
             )
             up = pattern_of(job).branch(job.site, base, edited, build)
             build.finish(up, job.scale, job.padding)
@@ -126,6 +130,7 @@ class _Job:
     pattern: str
     part: str
     factors: tuple[str, str]
+    transposed: bool
     cast: bool
     dropout: float
     training: str
@@ -188,16 +193,27 @@ def _relative(name: str, region: str) -> str:
 def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
     site = row.site
     shapes = pattern_of(site).factors(site, row.rank)
-    holder = _holder(model, site)
     weight = model.get_parameter(site.weight)
     a, b = _initial(site, shapes, weight, config)
     for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
-        if name not in holder._modules:
-            holder.add_module(name, AdapterFactors())
-        factors = holder.get_submodule(name)
-        assert isinstance(factors, AdapterFactors)
-        factors.train(holder.training)
-        factors.add(adapter, value)
+        _factors(_holder(model, site), name).add(adapter, value)
+
+
+def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
+    """Registers the factors of an embedding a second time, at the head that shares its weight."""
+    source = next(one.site for one in plan.sites if one.name == row.tied)
+    for name in factor_names(row):
+        value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
+        _factors(_holder(model, row.site), name).add(adapter, value)
+
+
+def _factors(holder: nn.Module, name: str) -> AdapterFactors:
+    if name not in holder._modules:
+        holder.add_module(name, AdapterFactors())
+    factors = holder.get_submodule(name)
+    assert isinstance(factors, AdapterFactors)
+    factors.train(holder.training)
+    return factors
 
 
 def _holder(model: nn.Module, site: Site) -> nn.Module:

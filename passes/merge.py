@@ -18,6 +18,7 @@ from torch import nn
 from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterFactors
 from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes._factors import factors_of
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
@@ -28,7 +29,6 @@ __all__ = [
     "MergeReport",
     "MergedSite",
     "delta_weight",
-    "factors_of",
     "merge",
     "record_of",
     "stripped",
@@ -91,18 +91,6 @@ def record_of(model: object) -> Record | None:
     return record if isinstance(record, Record) else None
 
 
-def factors_of(
-    model: nn.Module, row: PlannedSite, adapter: str
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of a site."""
-    shapes = pattern_of(row.site).factors(row.site, row.rank)
-    holder = model.get_submodule(row.site.holder)
-    a, b = (
-        holder.get_submodule(name).get_parameter(adapter) for name in (shapes.name_a, shapes.name_b)
-    )
-    return a, b
-
-
 def delta_weight(
     model: nn.Module,
     row: PlannedSite,
@@ -120,6 +108,8 @@ def delta_weight(
         outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
     """
     a, b = (f.detach() for f in factors_of(model, row, adapter))
+    if row.tied:
+        a, b = a.T, b.T
     b = b[outputs].to(dtype)
     a = (a[outputs] if row.site.experts else a).to(dtype)
     return pattern_of(row.site).delta(row.site, a, b) * row.scale
@@ -168,8 +158,12 @@ def merge(
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
     rows: dict[str, list[tuple[PlannedSite, str]]] = {}
+    tied: dict[str, str] = {}
     for name in names:
+        weights = {row.name: row.site.weight for row in record.adapters[name].sites}
         for row in record.adapters[name].sites:
+            if row.tied:
+                tied[row.site.weight] = weights[row.tied]
             rows.setdefault(row.site.weight, []).append((row, name))
             _check_finite(model, row, name)
     sites: list[MergedSite] = []
@@ -182,7 +176,9 @@ def merge(
         sites.append(_measured(model, old, merged[weight], several, measure))
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     _place_trained(model, result, record, names)
-    untied = _place(result, merged)
+    # An embedding and a head with the same adapter, transposed, have the same merged weight.
+    tied = {weight: to for weight, to in tied.items() if len(rows[weight]) == len(rows[to])}
+    untied = _place(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
     _untie_config(result)
@@ -202,7 +198,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
-        parameter.requires_grad_(name in record.trainable)
+        parameter.requires_grad = name in record.trainable
     return result
 
 
@@ -213,17 +209,28 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         )
 
 
-def _place(result: nn.Module, merged: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """Puts the merged weights in and says which of them were tied to something."""
+def _place(
+    result: nn.Module, merged: dict[str, torch.Tensor], tied: dict[str, str]
+) -> tuple[str, ...]:
+    """Puts the merged weights in and says which of them were tied to something, and are not now."""
     places = Counter(
         id(parameter)
         for module in result.modules()
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    untied = tuple(name for name in merged if places[id(result.get_parameter(name))] > 1)
+    together = Counter(id(result.get_parameter(name)) for name in (*tied, *set(tied.values())))
+    untied = tuple(
+        name
+        for name in merged
+        if places[own := id(result.get_parameter(name))] > max(1, together[own])
+    )
     for name, weight in merged.items():
-        _set_parameter(result, name, weight)
+        if name not in tied:
+            _set_parameter(result, name, weight)
+    for name, to in tied.items():
+        owner, _, key = name.rpartition(".")
+        result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
     return untied
 
 

@@ -7,14 +7,17 @@ lookups in an embedding, and the head, are adapted when they are named.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.passes._lazy import elements
 from lora_fx.passes._parts import choose_parts
+from lora_fx.passes._refused import refusals
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -26,6 +29,7 @@ from lora_fx.passes.selection import (
     scale_for,
     unmatched,
     unmatched_saved,
+    unmatched_targets,
     uses_default_targets,
 )
 from lora_fx.types import Capture, Matches, Plan, PlannedSite, Site, Skipped
@@ -45,7 +49,8 @@ def make_plan(
         strict: Whether an entry of the configuration that selects nothing is an error.
 
     Raises:
-        NoMatchError: If nothing at all is selected.
+        NoMatchError: If nothing at all is selected, or an entry of a list of targets selects
+            only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
     """
@@ -60,6 +65,8 @@ def make_plan(
             rows.append(_row(capture, site, config))
         else:
             skipped.append(Skipped(site, objection))
+    if config.ensure_weight_tying:
+        rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
     saved = tuple(_saved_modules(capture.model, config))
     biases = tuple(_biases(capture.model, config, rows, saved))
     plan = Plan(
@@ -72,7 +79,7 @@ def make_plan(
         notes=capture.notes,
         saved_modules=saved,
         biases=biases,
-        base_parameters=sum(p.numel() for p in capture.model.parameters()),
+        base_parameters=sum(elements(p) for p in capture.model.parameters()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
     )
     _check(plan, matches, strict)
@@ -134,6 +141,36 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
     )
 
 
+def _keep_tied(
+    capture: Capture,
+    matches: Matches,
+    config: LoraConfig,
+    rows: list[PlannedSite],
+    skipped: list[Skipped],
+) -> tuple[list[PlannedSite], list[Skipped]]:
+    """Gives heads that share the weight of an adapted embedding its factors, transposed."""
+    sites = {site.weight: site for site in matches.sites}
+    tied: dict[str, PlannedSite] = {}
+    for source in rows:
+        for weight in source.site.tied_to if source.site.family == "embedding" else ():
+            head = sites.get(weight)
+            if head is None or head.family != "linear" or head.layout != "out_in":
+                continue
+            tied[head.name] = dataclasses.replace(
+                _row(capture, head, config),
+                rank=source.rank,
+                alpha=source.alpha,
+                scale=source.scale,
+                parameters=0,
+                flops=pattern_of(head).flops(head, source.rank),
+                tied=source.name,
+            )
+    order = {site.name: place for place, site in enumerate(matches.sites)}
+    kept = [row for row in rows if row.name not in tied]
+    kept = sorted([*kept, *tied.values()], key=lambda row: order.get(row.name, -1))
+    return kept, [one for one in skipped if one.site.name not in tied]
+
+
 def _refuse_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         # Not hasattr: a module may answer to every name.
@@ -151,6 +188,21 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
         if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
             outer.append(name)
             yield name
+    if config.ensure_weight_tying:
+        yield from _tied_modules(model, outer)
+
+
+def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
+    """Modules that share a parameter with one that is trained in full."""
+    inside = tuple(f"{name}." for name in saved)
+    named = list(model.named_parameters(remove_duplicate=False))
+    storages = {p.untyped_storage()._cdata for name, p in named if name.startswith(inside)}
+    others = {
+        name.rpartition(".")[0]: None
+        for name, p in named
+        if not name.startswith(inside) and p.untyped_storage()._cdata in storages
+    }
+    yield from others
 
 
 def _biases(
@@ -165,21 +217,31 @@ def _biases(
 
 
 def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
-    inside = sum(p.numel() for name in saved for p in model.get_submodule(name).parameters())
-    return inside + sum(model.get_parameter(name).numel() for name in biases)
+    inside = sum(elements(p) for name in saved for p in model.get_submodule(name).parameters())
+    return inside + sum(elements(model.get_parameter(name)) for name in biases)
+
+
+def _names(matches: Matches, rows: Iterable[PlannedSite]) -> list[str]:
+    """All that a target can mean: sites, and parts of them."""
+    names = [site.name for site in matches.sites]
+    names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
+    return names + [row.name for row in rows if row.site.part_of]
 
 
 def _unmatched(
     capture: Capture, config: LoraConfig, matches: Matches, rows: list[PlannedSite]
 ) -> Iterator[str]:
-    names = [site.name for site in matches.sites]
-    names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
-    names += [row.name for row in rows if row.site.part_of]
+    names = _names(matches, rows)
     idle = unmatched(names, config, selected=[row.name for row in rows])
     for target in idle.targets:
         yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
     for target in idle.filtered:
         yield f"target_modules {target!r}: all that it names is left out (see 'not selected')"
+    tied = any(row.tied for row in rows) or len(list(_saved_modules(capture.model, config))) > len(
+        list(_saved_modules(capture.model, dataclasses.replace(config, ensure_weight_tying=False)))
+    )
+    if config.ensure_weight_tying and not tied:
+        yield "ensure_weight_tying: nothing that is adapted or saved shares its weight"
     for title, entries in (
         ("exclude_modules", idle.excludes),
         ("rank_pattern", idle.rank_keys),
@@ -212,6 +274,12 @@ def _named(target: str, name: str) -> bool:
 def _check(plan: Plan, matches: Matches, strict: bool) -> None:
     if not plan.sites and plan.config.target_modules != ():
         raise NoMatchError(_nothing(plan, matches))
+    idle = unmatched_targets(_names(matches, plan.sites), plan.config)
+    if refused := tuple(refusals(idle, matches.rejections, plan.config)):
+        raise NoMatchError(
+            "target_modules names what cannot be adapted; take it out of the list:\n  "
+            + "\n  ".join(refused)
+        )
     if strict and plan.unmatched:
         raise PartialMatchError(
             "strict=True, and part of the configuration selects nothing:\n  "

@@ -29,14 +29,24 @@ class Unfreeze:
 
     def __call__(self, capture: Capture) -> PassResult:
         """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""
-        done = [_unfreeze_module(capture.model.get_submodule(n)) for n in self.plan.saved_modules]
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        done = []
+        for name in self.plan.saved_modules:
+            done.append(_unfreeze_module(capture.model.get_submodule(name), copies))
+            if not self.plan.config.ensure_weight_tying:
+                copies = {}
         done += [_unfreeze_bias(capture.model, name) for name in self.plan.biases]
         return PassResult(capture, any(done))
 
 
-def _unfreeze_module(root: nn.Module) -> bool:
-    """Trains a module in full: a weight tied to one outside is trained here, frozen there."""
-    copies: dict[nn.Parameter, nn.Parameter] = {}
+def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) -> bool:
+    """Trains a module in full: a weight tied to one outside is trained here, frozen there.
+
+    Args:
+        root: The module.
+        copies: What stands for which parameter; extended.
+    """
+    changed = False
     for module in root.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
@@ -44,7 +54,8 @@ def _unfreeze_module(root: nn.Module) -> bool:
             if parameter not in copies:
                 copies[parameter] = nn.Parameter(parameter.detach().clone())
             module._parameters[name] = copies[parameter]
-    return bool(copies)
+            changed = True
+    return changed
 
 
 def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:

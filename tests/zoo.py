@@ -253,7 +253,10 @@ class Form:
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B A in the weight's layout, by the textbook and not by lora_fx."""
         if self.kind == "conv transposed":
-            return torch.einsum("or,ri...->io...", b.flatten(1), a)
+            parts = zip(b.chunk(self.groups), a.chunk(self.groups), strict=True)
+            return torch.cat(
+                [torch.einsum("or,ri...->io...", up.flatten(1), down) for up, down in parts]
+            )
         if self.kind.startswith("experts"):
             return torch.einsum("eor,eri->eoi" if self.kind == "experts" else "eor,eri->eio", b, a)
         if self.kind != "conv":
@@ -373,15 +376,53 @@ FORMS: tuple[Form, ...] = (
         "conv3d groups", lambda: nn.Conv3d(4, 4, 2, groups=4, bias=False), 1, 4, 3, 3, 3, groups=4
     ),
     *(
-        Form(name, build, _rows(*x), "weight", "conv transposed", f"conv-transpose{len(x) - 2}d")
-        for name, build, x in (
-            ("conv_transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 7)),
+        Form(
+            name,
+            build,
+            _rows(*x),
+            "weight",
+            "conv transposed",
+            f"conv-transpose{len(x) - 2}d",
+            groups,
+        )
+        for name, build, x, groups in (
+            ("conv_transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 7), 1),
             (
                 "conv_transpose2d",
                 lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), 1, (1, 0), dilation=(2, 1)),
                 (2, 4, 5, 6),
+                1,
             ),
-            ("conv_transpose3d", lambda: nn.ConvTranspose3d(2, 4, 2, bias=False), (1, 2, 3, 3, 3)),
+            (
+                "conv_transpose3d",
+                lambda: nn.ConvTranspose3d(2, 4, 2, bias=False),
+                (1, 2, 3, 3, 3),
+                1,
+            ),
+            (
+                "conv_transpose1d groups",
+                lambda: nn.ConvTranspose1d(4, 6, 3, 2, groups=2),
+                (2, 4, 7),
+                2,
+            ),
+            (
+                "conv_transpose2d groups",
+                lambda: nn.ConvTranspose2d(6, 9, (3, 2), (2, 1), 1, (1, 0), 3, dilation=(2, 1)),
+                (2, 6, 5, 6),
+                3,
+            ),
+            (
+                "conv_transpose2d depthwise",
+                lambda: nn.ConvTranspose2d(4, 8, 3, groups=4, bias=False),
+                (2, 4, 5, 6),
+                4,
+            ),
+            (
+                "conv_transpose3d groups",
+                lambda: nn.ConvTranspose3d(4, 2, 2, 3, 0, (0, 1, 2), 2),
+                (1, 4, 2, 3, 3),
+                2,
+            ),
         )
     ),
     Form("nn.Embedding", lambda: nn.Embedding(11, 6), _ids, "weight", "embedding", "embedding"),
@@ -723,6 +764,53 @@ def torchvision_model(name: str, size: int = 64, **options: Any) -> tuple[nn.Mod
     return model.eval(), torch.randn(2, 3, size, size)
 
 
+@seeded
+def torchvision_swin(
+    version: int = 1, size: int = 48, **options: Any
+) -> tuple[nn.Module, torch.Tensor]:
+    """A small Swin transformer: shifted windows, padding, and biases that are not zero."""
+    from torchvision.models import swin_transformer as swin
+
+    parts = (swin.SwinTransformerBlock, swin.PatchMerging)
+    if version == 2:
+        parts = (swin.SwinTransformerBlockV2, swin.PatchMergingV2)
+    model = swin.SwinTransformer(
+        **{
+            "patch_size": [4, 4],
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": [5, 3],
+            "num_classes": 5,
+            "block": parts[0],
+            "downsample_layer": parts[1],
+            **options,
+        }
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval(), torch.randn(2, 3, size, size)
+
+
+@seeded
+def torchvision_swin3d(**options: Any) -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    model = SwinTransformer3d(
+        **{
+            "patch_size": [2, 4, 4],
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": [4, 3, 3],
+            "num_classes": 5,
+            **options,
+        }
+    )
+    return model.eval(), torch.randn(1, 3, 10, 32, 32)
+
+
 TIMM: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "resnet": functools.partial(timm_model, "resnet18"),
     "vit": functools.partial(
@@ -745,4 +833,7 @@ TIMM: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
 TORCHVISION: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "resnet18": functools.partial(torchvision_model, "resnet18"),
     "vit_b_16": functools.partial(torchvision_model, "vit_b_16", 32, image_size=32),
+    "swin": torchvision_swin,
+    "swin_v2": functools.partial(torchvision_swin, 2, stochastic_depth_prob=0.0),
+    "swin3d": torchvision_swin3d,
 }

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
-from lora_fx.passes.capture.check import check_unchanged
+from lora_fx.passes.capture.check import check_unchanged, watch_reference
 from lora_fx.passes.capture.inputs import describe, named_inputs
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
@@ -102,6 +103,9 @@ def _captured(
         return traced
     notes = (f"not symbolic: {reason}",)
     unseen = [fqn for fqn in opaque if _own_matrix(copy.get_submodule(fqn))]
+    if frontend == "auto" and unseen and example_inputs is not None:
+        # An export takes long: only where what nobody sees is more than a table or a token.
+        unseen = _multiplied(model, example_inputs, unseen)
     if frontend == "auto" and (example_inputs is None or not unseen):
         why = (
             "there are no example_inputs"
@@ -119,6 +123,16 @@ def _captured(
         return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
 
 
+def _multiplied(model: nn.Module, example_inputs: Any, modules: list[str]) -> list[str]:
+    """Those modules that have a parameter of their own that is multiplied with data."""
+    count = watch_reference(model, example_inputs)
+    owners = {
+        name.rpartition(".")[0] for names in (*count.direct, *count.computed) for name in names
+    }
+    # A built-in layer is one opaque call, over the parameters of its children, too.
+    return [fqn for fqn in modules if fqn in owners or is_built_in(model.get_submodule(fqn))]
+
+
 def _not_symbolic(capture: Capture) -> str | None:
     """Why not everything is a graph, or None."""
     if "" in capture.opaque:
@@ -131,4 +145,4 @@ def _not_symbolic(capture: Capture) -> str | None:
 
 def _own_matrix(module: nn.Module) -> bool:
     built_in = is_built_in(module)
-    return built_in or any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    return built_in or any(is_matrix(p) for p in module._parameters.values())

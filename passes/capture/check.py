@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,10 +16,12 @@ from lora_fx.errors import CaptureError
 from lora_fx.passes._region import install, uninstall
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.watch import Count, count_weights
 from lora_fx.types import Capture
 
-__all__ = ["check_unchanged", "run_reference"]
+__all__ = ["check_unchanged", "run_reference", "watch_reference"]
 
+_T = TypeVar("_T")
 _log = logging.getLogger("lora_fx")
 _TOLERANCE = 1e-6
 
@@ -59,10 +61,29 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         CaptureError: If the inputs do not fit the model.
     """
+    return _reference(model, example_inputs, _run)
+
+
+def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
+    """What the model multiplies with its data on the example inputs; a copy over its weights runs.
+
+    Raises:
+        CaptureError: If the inputs do not fit the model.
+    """
+
+    def watch(runs: nn.Module, inputs: Any) -> Count:
+        args, kwargs = pytree.tree_map(_own, normalise(inputs))
+        with torch.random.fork_rng(devices=_devices(runs)):
+            return count_weights(runs.eval(), args, kwargs)
+
+    return _reference(model, example_inputs, watch)
+
+
+def _reference(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], _T]) -> _T:
     normalise(example_inputs)
     runs = share_copy(model)
     try:
-        return _run(runs, example_inputs)
+        return run(runs, example_inputs)
     except Exception as error:
         raise CaptureError(
             f"the model does not run on the example inputs ({type(error).__name__}: {error}). They "
@@ -71,12 +92,16 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
         ) from error
 
 
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+
 def _run(model: nn.Module, example_inputs: Any) -> Any:
     """The output in eval mode; every run begins with the same random numbers and uses none up."""
     # A forward may write into what it is given: tensors, and caches more so.
     args, kwargs = pytree.tree_map(_own, normalise(example_inputs))
-    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda), _without_fast_path():
+    forked = torch.random.fork_rng(devices=_devices(model))
+    with torch.no_grad(), forked, _without_fast_path():
         return model.eval()(*args, **kwargs)
 
 

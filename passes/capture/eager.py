@@ -41,6 +41,10 @@ _FORBIDDEN_NAMES = {
     "is_dynamo_compiling": "whether it is compiled",
     "is_torchdynamo_compiling": "whether it is compiled",
 }
+_WRITTEN_OUT = (
+    "lora_fx.passes.capture.written_out",
+    "lora_fx.passes.capture.written_out_torchvision",
+)
 _ABOUT_OBJECTS = ("type", "id", "callable", "vars", "dir")
 # What does not depend on anything that may change between a trace and a call.
 _FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
@@ -159,5 +163,7 @@ def _of_library(frame: FrameType) -> bool:
     module = frame.f_globals.get("__name__", "")
     if module.startswith("torch.nn.modules."):
         return bool(module == "torch.nn.modules.module")
+    if module in _WRITTEN_OUT:
+        return False  # it stands for code of the user's, and names the same attributes
     root = module.partition(".")[0]
     return root in ("torch", "lora_fx", "numpy") or root in sys.stdlib_module_names

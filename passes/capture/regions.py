@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.passes._lazy import UNINITIALISED, is_matrix, is_uninitialised
 from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
@@ -58,6 +59,9 @@ def find_regions(model: nn.Module) -> Capture:
         if isinstance(module, torch.jit.ScriptModule):
             opaque[fqn] = "it is a TorchScript module: use the module that it was made from"
             return
+        if is_uninitialised(module):
+            opaque[fqn] = UNINITIALISED
+            return
         built_in = is_built_in(module)
         if built_in and _sealed(module):
             opaque[fqn] = (
@@ -66,7 +70,9 @@ def find_regions(model: nn.Module) -> Capture:
             return
         if not _container(module):
             try:
-                regions[fqn] = Region(fqn, module, graphs.of(module))
+                # The forward of what is written out reads its children's weights, or calls what does.
+                own = written_out(module) is None or bool(written_conditions(module))
+                regions[fqn] = Region(fqn, module, graphs.of(module), fallback=own)
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
                 if reason.begun is not None:
@@ -115,7 +121,7 @@ def _holders(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
 
     def holds(module: nn.Module) -> bool:
-        own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+        own = any(map(is_matrix, module._parameters.values())) or is_uninitialised(module)
         # All of them are asked, also after one has answered.
         below = [holds(child) for child in module.children()]
         if own or any(below):

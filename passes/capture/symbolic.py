@@ -254,7 +254,10 @@ class Recorder(fx.Tracer):
                 "its forward switches gradients or autocast on or off, which a graph would lose"
             )
         user_code(sys._getframe(1), Recorder.record.__code__, self.seen)
-        return super().create_node(kind, target, args, kwargs, name)
+        # A child, or a parameter, named "self" would take the place of the module in generated code.
+        return super().create_node(
+            kind, target, args, kwargs, name or ("self_" if target == "self" else None)
+        )
 
     def create_arg(self, a: Any) -> Any:
         """Refuses constants that a graph would hold, and containers that it would not rebuild."""

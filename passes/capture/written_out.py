@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from lora_fx.attention import attend, causal_hint
 from lora_fx.passes._region import original_class
+from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
 from lora_fx.passes.capture.written_out_transformers import (
     experts_implementation,
     written_out_of_transformers,
@@ -167,7 +168,11 @@ WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
     """What to trace in the place of a module's own ``forward``, or None."""
     cls = original_class(module)
-    return WRITTEN_OUT.get(cls) or written_out_of_transformers(module)
+    return (
+        WRITTEN_OUT.get(cls)
+        or written_out_of_torchvision(cls)
+        or written_out_of_transformers(module)
+    )
 
 
 def written_conditions(module: nn.Module) -> tuple[str, ...]:

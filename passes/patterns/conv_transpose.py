@@ -3,6 +3,9 @@
 The weight is stored [in, out, *k]. A is [r, in, *k], rank first as everywhere, and is read with its first two
 dimensions swapped; it has the base operation's stride, padding, output padding and dilation. B is a 1 x 1
 convolution [out, r, 1, ...]. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
+
+With g groups W is [in, out/g, *k], and both factors are grouped as those of other convolutions are:
+A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the shape of W and can be merged.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ _SIGNATURE = "input weight bias=None stride=1 padding=0 output_padding=0 groups=
 
 @dataclasses.dataclass(frozen=True)
 class ConvTransposePattern:
-    """``conv_transpose1d``, ``2d`` or ``3d`` without groups.
+    """``conv_transpose1d``, ``2d`` or ``3d``, with groups, dilation and output padding.
 
     Attributes:
         dims: Number of spatial dimensions: 1, 2 or 3.
@@ -56,9 +59,9 @@ class ConvTransposePattern:
             return computed(region, node, named["weight"])
         parameter = region.parameter(found.source)
         assert parameter is not None
-        if named["groups"] != 1:
-            reason = "transposed convolutions with groups have no adapter yet"
-            return reject(region, node, found.source, reason)
+        groups = named["groups"]
+        if not isinstance(groups, int):
+            return reject(region, node, found.source, "its number of groups depends on the input")
         return make_site(
             region,
             pattern=self.name,
@@ -67,15 +70,16 @@ class ConvTransposePattern:
             bias=named["bias"],
             x=named["input"],
             output=node,
-            sizes=(parameter.shape[0], parameter.shape[1]),
+            sizes=(parameter.shape[0], parameter.shape[1] * groups),
             layout="in_out",
+            groups=groups,
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """A [r, in, *k], B [out, r, 1, ...]."""
+        """A [r, in/g, *k], B [out, r/g, 1, ...]."""
         kernel = site.weight_shape[2:]
-        b = (site.out_features, rank, *(1 for _ in kernel))
-        return Factors((rank, site.in_features, *kernel), b)
+        a = (rank, site.in_features // site.groups, *kernel)
+        return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """The base operation's geometry with A, then a 1 x 1 convolution with B."""
@@ -85,18 +89,32 @@ class ConvTransposePattern:
             Role.DOWN,
             _FUNCTIONS[self.dims][0],
             build.dropped(named["input"]),
-            build.call(Role.DOWN, torch.transpose, build.a, 0, 1),
+            _turned(site, build),
             None,
             *geometry,
-            1,
+            site.groups,
             named["dilation"],
         )
-        return build.call(Role.UP, _POINTWISE[self.dims], down, build.b)
+        pointwise = _POINTWISE[self.dims]
+        if site.groups == 1:
+            return build.call(Role.UP, pointwise, down, build.b)
+        return build.call(Role.UP, pointwise, down, build.b, None, 1, 0, 1, site.groups)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``Σᵣ B[o, r] A[r, i]``, [in, out, *k]."""
-        return torch.einsum("or,ri...->io...", b.flatten(1), a)
+        """``Σᵣ B[o, r] A[r, i]``, group by group, [in, out/g, *k]."""
+        grouped_a = a.reshape(site.groups, -1, *a.shape[1:])
+        grouped_b = b.reshape(site.groups, -1, b.shape[1])
+        return torch.einsum("gor,gri...->gio...", grouped_b, grouped_a).flatten(0, 1)
 
     def flops(self, site: Site, rank: int) -> int:
         """Twice the elements of both factors, for one input position."""
         return 2 * self.factors(site, rank).numel
+
+
+def _turned(site: Site, build: BranchBuilder) -> fx.Node:
+    """A as a transposed convolution takes it: [in, r/g, *k]."""
+    if site.groups == 1:
+        return build.call(Role.DOWN, torch.transpose, build.a, 0, 1)
+    grouped = build.call(Role.DOWN, torch.unflatten, build.a, 0, (site.groups, -1))
+    turned = build.call(Role.DOWN, torch.transpose, grouped, 1, 2)
+    return build.call(Role.DOWN, torch.flatten, turned, 0, 1)

@@ -339,6 +339,16 @@ def test_a_grouped_convolution_is_written_dense(groups: int, tmp_path: Path) -> 
     assert_same_bits(run(load_adapter(base, folder), x), run(model, x))
 
 
+def test_a_grouped_transposed_convolution_comes_back(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.ConvTranspose2d(8, 12, 3, 2, groups=4), nn.ReLU())
+    x = zoo.sample(2, 8, 5, 5)
+    model = adapted(base, r=4, target_modules=["0"])
+    folder = save_adapter(model, tmp_path)
+    # As that of any other grouped convolution, although PEFT knows no transposed ones.
+    assert keys(folder)["base_model.model.0.lora_A.weight"].shape == (4, 8, 3, 3)
+    assert_same_bits(run(load_adapter(base, folder), x), run(model, x))
+
+
 def test_a_dense_adapter_of_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=2))
     in_peft(base, {"r": 2, "target_modules": ["0"]}).save_pretrained(tmp_path)

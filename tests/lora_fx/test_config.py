@@ -39,6 +39,7 @@ RICH: dict[str, Any] = {
     "bias": "lora_only",
     "modules_to_save": ["norm"],
     "task_type": "SEQ_CLS",
+    "ensure_weight_tying": True,
     "fan_in_fan_out": True,
     "init_lora_weights": "gaussian",
     "seed": 7,

@@ -29,6 +29,7 @@ LAYERS = (
     "lora_fx.types",
     "lora_fx.ops",
     "lora_fx.attention",
+    "lora_fx.windows",
     "lora_fx.experts",
     "lora_fx.passes",
     "lora_fx.pipeline",

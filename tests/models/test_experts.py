@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -212,6 +214,30 @@ def test_dropout_and_half_precision():
     assert not torch.equal(one, other)
     adapted.eval()
     assert_close(adapted(IDS).logits.float(), lora_fx.merge(adapted)(IDS).logits.float(), 3e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_copy_and_a_pickle_answer_alike(implementation):
+    adapted = randomise(lora_fx.rewrite(built("gpt_oss", implementation), CONFIG), 0.1)
+    with torch.no_grad():
+        expected = adapted(IDS).logits
+        assert_same_bits(copy.deepcopy(adapted)(IDS).logits, expected)
+        assert_same_bits(pickle.loads(pickle.dumps(adapted))(IDS).logits, expected)
+
+
+def test_generate_and_checkpointing_go_on_working():
+    adapted = randomise(lora_fx.rewrite(built("mixtral", "grouped_mm"), CONFIG), 0.1)
+    merged = lora_fx.merge(adapted)
+    given = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(adapted.generate(IDS, **given), merged.generate(IDS, **given))
+    adapted.train()
+    adapted(IDS, labels=IDS).loss.backward()
+    wanted = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.requires_grad}
+    adapted.zero_grad()
+    adapted.gradient_checkpointing_enable()
+    adapted(IDS, labels=IDS).loss.backward()
+    found = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+    assert_close(found, wanted, 1e-6)
 
 
 def test_an_adapter_of_experts_comes_back(tmp_path):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_fx.tools.bench import rewrite_time
+from lora_fx.tools.bench import expert_step, rewrite_time
 from lora_fx.tools.bench.measure import machine
 
 __all__ = ["run_benchmarks"]
@@ -32,10 +32,13 @@ def run_benchmarks(
         The page.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    results = rewrite_time.run(repeats=repeats, progress=progress)
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    columns, rows = rewrite_time.rows(results)
-    page = f"{_HEAD}\n{facts}\n\n## {rewrite_time.TITLE}\n\n{_table(columns, rows)}\n"
+    rewriting = _table(*rewrite_time.rows(rewrite_time.run(repeats=repeats, progress=progress)))
+    experts = _table(*expert_step.rows(expert_step.run(repeats=repeats, progress=progress)))
+    page = (
+        f"{_HEAD}\n{facts}\n\n## {rewrite_time.TITLE}\n\n{rewriting}\n\n"
+        f"## {expert_step.TITLE}\n\n{expert_step.caption()}\n\n{experts}\n"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return page

@@ -19,13 +19,14 @@ from lora_fx.tools.commands.plan import plan
 from lora_fx.tools.commands.rewrite import rewrite
 from lora_fx.tools.commands.run import run
 from lora_fx.tools.commands.visualize import visualize
+from lora_fx.tools.commands.zoo import zoo
 
 __all__ = ["COMMANDS", "ERROR_EXIT", "app"]
 
 ERROR_EXIT = 2
 """Exit code for every error of lora_fx, as typer's for a wrong command line."""
 
-COMMANDS = (plan, rewrite, merge, export, visualize, run, doctor, demo, bench)
+COMMANDS = (plan, rewrite, merge, export, visualize, run, doctor, demo, bench, zoo)
 
 
 class Commands(TyperGroup):

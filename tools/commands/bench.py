@@ -19,7 +19,7 @@ def bench(
     ),
     repeats: Annotated[int, typer.Option(min=2, help="Counted runs of each contender.")] = 10,
 ) -> None:
-    """Measure rewrite time beside PEFT and write the page."""
+    """Measure rewrites and training steps beside PEFT and write the page."""
     with console.progress("measuring") as advance:
         page = run_benchmarks(out, repeats=repeats, progress=advance)
     console.output().print(page, markup=False, highlight=False)

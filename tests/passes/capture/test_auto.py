@@ -136,3 +136,28 @@ def test_the_plan_says_which_frontend_and_why():
     assert plan.frontend == "regions"
     assert "not symbolic" in str(plan)
     assert plan.notes
+
+
+class Token(nn.Module):
+    """No trace, and a parameter of two dimensions that is a token, or multiplied."""
+
+    def __init__(self, multiplied: bool) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(4, 4))
+        self.fc = nn.Linear(4, 4)
+        self.multiplied = multiplied
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.fc(x) @ self.token if self.multiplied else self.fc(x) + self.token[0]
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_auto_exports_only_for_what_is_multiplied_out_of_sight(multiplied, monkeypatch) -> None:
+    from lora_fx.passes.capture import exported
+
+    asked = []
+    monkeypatch.setattr(exported, "export_root", lambda *a: asked.append(a) or a[0])
+    lora_fx.capture(Token(multiplied), torch.randn(2, 4))
+    assert bool(asked) == multiplied

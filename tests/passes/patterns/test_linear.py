@@ -9,6 +9,7 @@ from torch import nn
 
 import lora_fx
 from tests import algebra
+from tests.views import Kernel
 from tests.zoo import Form, MatmulOperator, MatmulTransposed, WeightOnTheLeft, forms
 
 LINEAR = forms("linear", "matmul", "einsum", "experts", "grouped-mm")
@@ -121,6 +122,47 @@ class FourDimensions(nn.Module):
         return x @ self.kernel
 
 
+class Columns(Kernel):
+    """Some of its inputs, cut out of the transposed weight."""
+
+    def forward(self, x):
+        return x[:, :2] @ self.kernel.t()[:2]
+
+
+class Moved(Kernel):
+    """The experts are not the first dimension."""
+
+    def forward(self, x):
+        return x @ self.kernel.permute(1, 0, 2)
+
+
+class ViewedByTheInput(Kernel):
+    def forward(self, x):
+        return x @ self.kernel.view(x.shape[-1], -1)
+
+
+class IntegerExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        kernel = torch.ones(2, 4, 4, dtype=torch.int8)
+        self.kernel = nn.Parameter(kernel, requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+class ManyOfManyExperts(Kernel):
+    def forward(self, x):
+        return torch.einsum("bthd,hkdl->btkl", x, self.kernel)
+
+
+class TwoShapes(Kernel):
+    """One weight, applied as one matrix and as two."""
+
+    def forward(self, x):
+        return x @ self.kernel.view(8, 4).T, x @ self.kernel
+
+
 class ScaledAddmm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +224,12 @@ class Integers(nn.Module):
         (Computed, "kernel", "computed from it (tanh)"),
         (TwoParameters, "left", "its only use is by matmul"),
         (FourDimensions, "kernel", "its weight has 4 dimensions"),
+        (lambda: Columns(4, 4), "kernel", "computed from it (getitem)"),
+        (lambda: Moved(2, 4, 4), "kernel", "computed from it (permute)"),
+        (lambda: ViewedByTheInput(4, 4), "kernel", "its only use is by matmul"),
+        (IntegerExperts, "kernel", "torch.int8, not floating point"),
+        (lambda: ManyOfManyExperts(2, 3, 4, 5), "kernel", "does not take its weight for a matrix"),
+        (lambda: TwoShapes(2, 4, 4), "kernel", "applied in two ways"),
         (ScaledAddmm, "kernel", "alpha or beta other than 1"),
         (Buffer, "kernel", "its weight is a buffer"),
         (AppliedTwoWays, "kernel", "applied in two ways"),

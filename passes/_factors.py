@@ -1,0 +1,31 @@
+"""Where the factors of a planned site are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import PlannedSite
+
+__all__ = ["factor_names", "factors_of"]
+
+
+def factor_names(row: PlannedSite) -> tuple[str, str]:
+    """The attributes of the site's holder that have A and B.
+
+    A head whose weight is tied to an embedding has the embedding's, and they change places: what is
+    ``B`` there is, transposed, its A.
+    """
+    if row.tied:
+        return "lora_embedding_B", "lora_embedding_A"
+    shapes = pattern_of(row.site).factors(row.site, row.rank)
+    return shapes.name_a, shapes.name_b
+
+
+def factors_of(
+    model: nn.Module, row: PlannedSite, adapter: str
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters of :func:`factor_names`, as they are stored."""
+    holder = model.get_submodule(row.site.holder)
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in factor_names(row))
+    return a, b

@@ -1,0 +1,116 @@
+"""What a model of the zoo is, and how its weights get values that mean something.
+
+Libraries start some layers at zero and scale others for widths in the thousands: at a width of 16
+their outputs would hardly depend on the input, and nothing could be said about training or merging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images"]
+
+Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
+"""Keyword or positional arguments of one call."""
+
+Built: TypeAlias = "tuple[nn.Module, Inputs]"
+
+_SEED = 1234
+_SMALL_SCALE = 0.1  # below it a scale that is the same everywhere (LayerScale) hides its branch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Attributes:
+        name: Unique, and what ``--only`` looks at.
+        group: The table it stands in.
+        make: Makes the model and the arguments of one call, at a small size.
+        loss: What training makes small, of the output; by default the distance of every floating
+            tensor in it from fixed random numbers.
+        seeds_first: Whether the same seed has to be set before each call, for a model that draws
+            random numbers in eval mode, too.
+        note: What is different about this model and expected to be; shown in the table.
+    """
+
+    name: str
+    group: str
+    make: Callable[[], Built]
+    loss: Callable[[Any], torch.Tensor] | None = None
+    seeds_first: bool = False
+    note: str = ""
+
+    def build(self) -> Built:
+        """The model in eval mode, and its inputs: the same numbers every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            model, inputs = self.make()
+            _wake(model)
+            _settle_statistics(model, inputs)
+        return model.eval(), inputs
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Calls a model with its inputs."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def ids(vocabulary: int = 40, length: int = 6, batch: int = 2) -> torch.Tensor:
+    """Token numbers [batch, length] beside the special ones, which are below 3."""
+    return torch.randint(3, vocabulary, (batch, length))
+
+
+def images(size: int = 32, channels: int = 3, batch: int = 2) -> torch.Tensor:
+    """Random images [batch, channels, size, size]."""
+    return torch.randn(batch, channels, size, size)
+
+
+def _wake(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            if parameter.dim() > 1:
+                _scale_up(parameter)
+            elif "bias" not in name.rpartition(".")[2] and _is_faint(parameter):
+                parameter.fill_(0.5)
+
+
+def _scale_up(parameter: nn.Parameter) -> None:
+    wanted = 1 / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
+    spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
+    if not bool(parameter.any()):
+        parameter.normal_(0.0, wanted)
+    elif 0.0 < spread < wanted / 2:
+        parameter.mul_(wanted / spread)
+
+
+def _is_faint(parameter: nn.Parameter) -> bool:
+    largest = float(parameter.abs().max())
+    return largest < _SMALL_SCALE if parameter.numel() > 1 else largest == 0.0
+
+
+def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
+    """Batch norm half as after training: with the statistics of what it sees.
+
+    The other half stays as at the start. Two images at one pixel each have hardly a variance, and
+    dividing by it would blow up every rounding.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.5
+    with torch.no_grad():
+        call(model.train(), inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

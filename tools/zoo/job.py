@@ -1,0 +1,208 @@
+"""The whole job on one model: plan, rewrite, train, merge, count, export. One row comes out.
+
+Stages fail one by one: what a stage raises is a line in the row, and those that do not need its
+result go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lora_fx.api import merge, plan, rewrite
+from lora_fx.config import LoraConfig
+from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.watch import count_weights
+from lora_fx.tools.zoo import numbers
+from lora_fx.tools.zoo.counter import unseen
+from lora_fx.tools.zoo.entries import Entry, Inputs, call
+from lora_fx.tools.zoo.row import MERGE_TOLERANCE, Row
+from lora_fx.tools.zoo.training import Reached, check_gradients, train
+from lora_fx.types import Plan
+
+__all__ = ["run_job"]
+
+CONFIG = LoraConfig(r=4, target_modules=None)
+_LINE = 300
+
+T = TypeVar("T")
+
+
+def run_job(entry: Entry, *, onnx: bool = True, begin: Callable[[Row], None] | None = None) -> Row:
+    """Runs every stage on one model.
+
+    Args:
+        entry: The model.
+        onnx: Whether to export it; that takes most of the time.
+        begin: Called with the row so far as each stage begins.
+
+    Returns:
+        The row; nothing that a model or lora_fx raises gets out.
+    """
+    torch.set_num_threads(1)
+    row = Row(entry.name, entry.group, entry.note)
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        _Job(entry, row, begin or (lambda _: None)).run(onnx=onnx)
+    return row
+
+
+class _Job:
+    def __init__(self, entry: Entry, row: Row, begin: Callable[[Row], None]) -> None:
+        self.entry, self.row, self.begin = entry, row, begin
+
+    def stage(self, name: str, work: Callable[[], T]) -> T | None:
+        """Times a stage and keeps what it raises; None then."""
+        self.row.stage = name
+        self.begin(self.row)
+        began = time.perf_counter()
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  a finding, whatever it is; it goes into the row
+            self.row.errors[name] = _one_line(error)
+            return None
+        finally:
+            self.row.seconds[name] = time.perf_counter() - began
+
+    def run(self, *, onnx: bool) -> None:
+        """Every stage; the row then says that none is going on."""
+        built = self.stage("build", self.build)
+        if built is not None:
+            model, reached = built
+            before = numbers.fingerprint(model)
+            self.work_on(model, reached, onnx=onnx)
+            self.row.argument = numbers.what_changed(before, numbers.fingerprint(model))
+        self.row.stage = ""
+
+    def build(self) -> tuple[nn.Module, Reached]:
+        model, inputs = self.entry.build()
+        self.row.model = type(model).__name__
+        self.row.parameters = sum(p.numel() for p in model.parameters())
+        return model, Reached(inputs, _output(model, inputs))
+
+    def work_on(self, model: nn.Module, reached: Reached, *, onnx: bool) -> None:
+        entry, row, inputs = self.entry, self.row, reached.inputs
+        planned = self.stage("plan", lambda: self.plan(model, inputs))
+        if planned is not None:
+            self.stage("counter", lambda: self.count(model, inputs, planned))
+        merged = None
+        adapted = self.stage("rewrite", lambda: rewrite(model, CONFIG, inputs))
+        if adapted is not None:
+            self.stage("outputs", lambda: self.compare(model, adapted, reached))
+            self.stage("gradients", lambda: check_gradients(entry, model, adapted, reached, row))
+            row.losses = self.stage("training", lambda: train(entry, adapted, reached))
+            merged = self.stage("merge", lambda: self.merge(model, adapted, inputs))
+        if onnx:
+            row.torch_onnx = bool(self.stage("torch.onnx", lambda: _by_torch(model, inputs)))
+        if onnx and merged is not None:
+            row.exported = bool(self.stage("export_onnx", lambda: self.export(merged, inputs)))
+
+    def plan(self, model: nn.Module, inputs: Inputs) -> Plan:
+        row, planned = self.row, plan(model, CONFIG, inputs)
+        row.frontend, row.frontend_notes = planned.frontend, list(planned.notes)
+        row.adapted = len(planned.sites)
+        row.rejected = len(planned.rejections)
+        row.found = row.adapted + len(planned.skipped) + row.rejected
+        row.reasons = {r.name or "(root)": r.reason for r in planned.rejections}
+        return planned
+
+    def count(self, model: nn.Module, inputs: Inputs, planned: Plan) -> None:
+        # On a copy: some models count their calls.
+        count = count_weights(copy.deepcopy(model), *normalise(inputs))
+        self.row.counted = len(count.direct) + len(count.computed)
+        self.row.unseen = list(unseen(count, planned))
+
+    def compare(self, model: nn.Module, adapted: nn.Module, reached: Reached) -> None:
+        inputs = reached.inputs
+        found = _output(adapted.eval(), inputs)
+        self.row.output_error = numbers.difference(found, reached.reference)
+        self.row.train_error = _train_error(model, adapted, inputs)
+        if self.row.train_error > MERGE_TOLERANCE:
+            # Batch norm over two values makes a rounding as large as it likes: look again in fp64.
+            exact = _where_fp64_runs(lambda: _train_error(model, adapted, inputs, double=True))
+            self.row.train_error = self.row.train_error if exact is None else exact
+
+    def merge(self, model: nn.Module, adapted: nn.Module, inputs: Inputs) -> nn.Module:
+        row, merged = self.row, merge(adapted.eval()).eval()
+        row.merge_error = numbers.difference(_output(merged, inputs), _output(adapted, inputs))
+        same_classes = [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
+        row.own_class = same_classes and merged.state_dict().keys() == model.state_dict().keys()
+        if row.merge_error > MERGE_TOLERANCE:
+            row.merge_error_fp64 = _where_fp64_runs(lambda: _merge_error_fp64(adapted, inputs))
+        return merged
+
+    def export(self, merged: nn.Module, inputs: Inputs) -> bool:
+        from lora_fx.export.onnx import export_onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            report = export_onnx(merged, Path(folder) / "model.onnx", inputs)
+        self.row.parity = report.max_rel_error
+        return report.verified
+
+
+def _output(model: nn.Module, inputs: Inputs) -> Any:
+    """One call without gradients, on the same seed each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return call(model, inputs)
+
+
+def _train_error(
+    model: nn.Module, adapted: nn.Module, inputs: Inputs, *, double: bool = False
+) -> float:
+    original, rewritten = copy.deepcopy(model).train(), copy.deepcopy(adapted).train()
+    if double:
+        original, rewritten = original.double(), rewritten.double()
+        inputs = numbers.in_double(inputs)
+    return numbers.difference(_output(rewritten, inputs), _output(original, inputs))
+
+
+def _merge_error_fp64(adapted: nn.Module, inputs: Inputs) -> float:
+    doubled, exact = numbers.in_double(inputs), copy.deepcopy(adapted).double()
+    return numbers.difference(_output(merge(exact).eval(), doubled), _output(exact, doubled))
+
+
+def _where_fp64_runs(measure: Callable[[], float]) -> float | None:
+    """None for a model that has fp32 written into it."""
+    try:
+        return measure()
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _by_torch(model: nn.Module, inputs: Inputs) -> bool:
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
+    torch.onnx.export(copy.deepcopy(model), args, kwargs=kwargs, dynamo=True, verbose=False)
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    # torch.onnx says first how far it got, and what stopped it in the error that caused this one.
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    text = re.sub(r"0x[0-9a-f]{6,}", "0x...", re.sub(r"\s+", " ", text)).strip()
+    return f"{type(error).__name__}: {text}"[:_LINE]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of libraries are not what a row is about."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            yield
+    finally:
+        logging.disable(before)

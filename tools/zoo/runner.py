@@ -1,0 +1,160 @@
+"""Runs jobs, each in a process of its own: a crash or a hang costs one row.
+
+The processes come from a server that has the heavy packages loaded, so that each starts at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from lora_fx.tools.zoo.entries import Entry
+from lora_fx.tools.zoo.job import run_job
+from lora_fx.tools.zoo.registry import find
+from lora_fx.tools.zoo.row import Row
+
+__all__ = ["Options", "run_jobs"]
+
+_PRELOAD = (
+    "lora_fx.tools.zoo.runner",
+    "lora_fx.export.onnx",
+    "torch._dynamo",
+    "torchvision",
+    "timm",
+    "transformers",
+    "diffusers",
+)
+_START = 120.0  # seconds until a process says something: the server may have to load first
+
+
+@dataclass(frozen=True)
+class Options:
+    """How jobs are run.
+
+    Attributes:
+        jobs: Processes at a time.
+        timeout: Seconds that one model may take, from when its process begins with it.
+        onnx: Whether to export.
+        find: Gives the entry of a name; it is called in the process of the job.
+        preload: What the server of processes imports.
+    """
+
+    jobs: int = 1
+    timeout: float = 300.0
+    onnx: bool = True
+    find: Callable[[str], Entry] = find
+    preload: Sequence[str] = _PRELOAD
+
+
+def run_jobs(
+    entries: Sequence[Entry],
+    options: Options,
+    progress: Callable[[int, int, str], None] | None = None,
+    finished: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Runs the job on each entry.
+
+    Args:
+        entries: What to run.
+        options: How.
+        progress: Called with (done, total, what runs).
+        finished: Called with each row as it is done.
+
+    Returns:
+        One row an entry, in their order. A process that was lost leaves its reason under the stage
+        that it was in.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(options.preload))
+    waiting, running = list(reversed(entries)), list[_Running]()
+    rows: dict[str, Row] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                running.append(_Running.start(context, waiting.pop(), options))
+            if progress is not None:
+                progress(len(rows), len(entries), ", ".join(one.row.name for one in running))
+            wait([one.results for one in running], timeout=0.5)
+            for one in [one for one in running if one.poll(options.timeout)]:
+                running.remove(one)
+                rows[one.row.name] = one.row
+                if finished is not None:
+                    finished(one.row)
+    finally:
+        for one in running:
+            one.stop()
+    return [rows[entry.name] for entry in entries]
+
+
+@dataclass
+class _Running:
+    """A process and the latest of what it said about itself."""
+
+    process: Any
+    results: Connection
+    row: Row
+    began: float
+    begun: bool = False
+
+    @classmethod
+    def start(cls, context: Any, entry: Entry, options: Options) -> _Running:
+        results, theirs = context.Pipe(duplex=False)
+        arguments = (entry.name, options.onnx, options.find, theirs)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        return cls(process, results, Row(entry.name, entry.group, entry.note), time.monotonic())
+
+    def poll(self, timeout: float) -> bool:
+        """Reads what there is; whether the job is over, by itself or not."""
+        for message in self.messages():
+            self.row = message
+            if not self.begun:
+                self.begun, self.began = True, time.monotonic()
+            if not self.row.stage:
+                self.stop()
+                return True
+        limit = timeout if self.begun else timeout + _START
+        if time.monotonic() - self.began > limit:
+            self.lost(f"Timeout: more than {timeout:g} s")
+            return True
+        if self.results.closed or (not self.process.is_alive() and not self.results.poll()):
+            self.lost(f"Crash: the process ended with {self.process.exitcode}")
+            return True
+        return False
+
+    def messages(self) -> Iterator[Row]:
+        try:
+            while self.results.poll():
+                yield self.results.recv()
+        except EOFError:
+            self.process.join(timeout=5)
+            self.results.close()
+
+    def lost(self, reason: str) -> None:
+        stage = self.row.stage or "build"
+        self.row = dataclasses.replace(self.row, stage="")
+        self.row.errors[stage] = reason
+        self.row.seconds.setdefault(stage, time.monotonic() - self.began - self.row.total_seconds)
+        self.stop()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.results.close()
+
+
+def _work(name: str, onnx: bool, find: Callable[[str], Entry], results: Connection) -> None:
+    # ONNX Runtime writes its own log past Python; what it refuses is in the error, too.
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    row = run_job(find(name), onnx=onnx, begin=results.send)
+    results.send(row)
+    results.close()
