@@ -226,8 +226,15 @@ def test_the_command_refuses_what_selects_nothing(tmp_path, monkeypatch):
 
 def test_the_command_writes_a_page_only_if_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [Row("plain/hooks", "plain PyTorch", found=2, adapted=1, output_error=0.0)]
-    monkeypatch.setattr(runner, "run_jobs", lambda *_: rows)
+    row = Row("plain/hooks", "plain PyTorch", found=2, adapted=1, output_error=0.0)
+    ran = []
+
+    def run(entries, options, progress, finished):
+        ran.append([entry.name for entry in entries])
+        for _ in entries:
+            finished(row)
+
+    monkeypatch.setattr(runner, "run_jobs", run)
     arguments = ["zoo", "--only", "plain/hooks"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -238,6 +245,16 @@ def test_the_command_writes_a_page_only_if_asked(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "## plain PyTorch (1)" in page.read_text(encoding="utf-8")
     assert Path("rows.json").is_file()
+    result = CliRunner().invoke(app, [*arguments, "--results", "rows.json", "--resume"])
+    assert "| hooks |" in result.output
+    assert ran == [["plain/hooks"], ["plain/hooks"], []]
+    Path("rows.json").write_text('[{"nonsense": 1}]', encoding="utf-8")
+    result = CliRunner().invoke(app, [*arguments, "--results", "rows.json", "--resume"])
+    assert result.exit_code == 2
+    assert "does not hold rows" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert result.exit_code == 2
+    assert "name it with --results" in result.output
 
 
 # --- the page ----------------------------------------------------------------------------------------
@@ -252,7 +269,7 @@ def test_the_page_says_what_went_wrong():
     bad.errors["export_onnx"] = "ParityError: a | b"
     unable = Row("b/unable", "b", torch_onnx=False, reasons={"w": "too odd"})
     unable.errors["torch.onnx"] = "Nope: no"
-    page = report.page([good, bad, unable], 120.0)
+    page = report.page([good, bad, unable])
     assert "- 1 of 3 rewritten" in page
     assert "- 1 of 3 merged" in page
     assert "- 1 of 2 that torch.onnx exports" in page

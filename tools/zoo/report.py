@@ -60,17 +60,14 @@ _PACKAGES = ("torchvision", "timm", "diffusers", "onnxruntime", "onnxruntime-gpu
 _DRAWS = 1e-4  # beyond rounding
 
 
-def page(rows: Sequence[Row], seconds: float) -> str:
-    """The whole page.
-
-    Args:
-        rows: The results.
-        seconds: Wall-clock time of the run.
-    """
+def page(rows: Sequence[Row]) -> str:
+    """The whole page."""
     facts = {**machine(), "also": ", ".join(_versions())}
     lines = [_HEAD]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += [f"- {len(rows)} models in {seconds / 60:.0f} minutes", "", "## Sums", ""]
+    minutes = sum(row.total_seconds for row in rows) / 60
+    lines += [f"- {len(rows)} models, {minutes:.0f} minutes one after the other"]
+    lines += ["", "## Sums", ""]
     lines += [f"- {line}" for line in summary(rows)]
     lines += ["", "## Exceptions", ""]
     lines += [f"- {line}" for line in exceptions(rows)] or ["None."]
