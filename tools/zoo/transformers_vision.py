@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -82,13 +83,6 @@ _LOOKERS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("ConvNeXt v2", "ConvNextV2", "ForImageClassification", 32, _CONVNEXT),
     ("ResNet", "ResNet", "ForImageClassification", 32, _RESNET),
     ("RegNet", "RegNet", "ForImageClassification", 32, {**_RESNET, "groups_width": 4}),
-    (
-        "BiT",
-        "Bit",
-        "ForImageClassification",
-        32,
-        {**_RESNET, "num_groups": 4, "layer_type": "preactivation"},
-    ),
     (
         "PoolFormer",
         "PoolFormer",
@@ -180,6 +174,18 @@ ENTRIES: tuple[Entry, ...] = (
             **options,
         )
         for name, stem, head, size, options in _LOOKERS
+    ),
+    dataclasses.replace(
+        member(
+            "BiT",
+            _VISION,
+            "BitConfig",
+            "BitForImageClassification",
+            _pixels(32),
+            **{**_RESNET, "num_groups": 4, "layer_type": "preactivation"},
+        ),
+        targets=("classifier.1",),
+        note="its convolutions compute their weights, so that there is the head alone to adapt",
     ),
     member(
         "VideoMAE",
