@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import fx, nn
 
+from lora_fx._plan_text import plan_text
 from lora_fx.config import LoraConfig
 
 __all__ = [
@@ -542,37 +542,7 @@ class Plan:
     )
 
     def __str__(self) -> str:
-        lines = [f"captured by {self.frontend}"]
-        lines += [f"  {note}" for note in self.notes]
-        lines += _table(self.columns, self.rows())
-        total = self.base_parameters + sum(row.parameters for row in self.sites)
-        share = 100 * self.trainable_parameters / total if total else 0.0
-        lines.append(
-            f"{len(self.sites)} site(s), {self.trainable_parameters:,} trainable of {total:,} "
-            f"parameters ({share:.4f} %)"
-        )
-        if self.saved_modules:
-            lines.append("trained in full: " + ", ".join(self.saved_modules))
-        if self.biases:
-            lines.append(f"biases trained: {len(self.biases)}")
-        lines += [f"matched nothing: {target}" for target in self.unmatched]
-        kept = {row.site.weight for row in self.sites if row.tied}
-        tied = [
-            (row.name, f"shared with {', '.join(row.site.tied_to)}")
-            for row in self.sites
-            if row.site.tied_to and not row.tied and not kept & set(row.site.tied_to)
-        ]
-        lines += _section("tied weights, untied by a merge", tied)
-        lines += _section(
-            "tied weights that stay so",
-            ((row.name, f"the transposed adapter of {row.tied}") for row in self.sites if row.tied),
-        )
-        lines += _section(
-            "fused, and a part can be named alone", _fused(row.site for row in self.sites)
-        )
-        lines += _section("not selected", ((s.site.name, s.reason) for s in self.skipped))
-        lines += _section("cannot be adapted", ((r.name, r.reason) for r in self.rejections))
-        return "\n".join(lines)
+        return plan_text(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -642,32 +612,3 @@ def _site_dict(row: PlannedSite) -> dict[str, Any]:
     site = dataclasses.asdict(row.site)
     rest = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
     return {**site, **rest}
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-
-    def line(cells: tuple[str, ...]) -> str:
-        # Names and patterns read from the left, numbers from the right.
-        return "  ".join(
-            c.ljust(w) if i < 3 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-
-    return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
-
-
-def _fused(sites: Iterable[Site]) -> Iterator[tuple[str, str]]:
-    """What the outputs of fused weights are cut into, once for each kind of layer."""
-    counts = Counter(
-        (site.name.rpartition(".")[2], ", ".join(name for name, _ in site.parts))
-        for site in sites
-        if site.parts
-    )
-    for (name, parts), count in counts.items():
-        yield name, parts + (f" ({count} layers)" if count > 1 else "")
-
-
-def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
-    listed = [f"  {name}: {reason}" for name, reason in rows]
-    return [f"{title} ({len(listed)}):", *listed] if listed else []

@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterFactors
-from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._factors import factors_of
+from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
@@ -175,13 +174,13 @@ def merge(
         merged[weight] = _folded(model, old, several)
         sites.append(_measured(model, old, merged[weight], several, measure))
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
-    _place_trained(model, result, record, names)
+    place_trained(model, result, record, names)
     # An embedding and a head with the same adapter, transposed, have the same merged weight.
     tied = {weight: to for weight, to in tied.items() if len(rows[weight]) == len(rows[to])}
-    untied = _place(result, merged, tied)
+    untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
-    _untie_config(result)
+    untie_config(result)
     return result, MergeReport(tuple(sites), untied)
 
 
@@ -207,38 +206,6 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )
-
-
-def _place(
-    result: nn.Module, merged: dict[str, torch.Tensor], tied: dict[str, str]
-) -> tuple[str, ...]:
-    """Puts the merged weights in and says which of them were tied to something, and are not now."""
-    places = Counter(
-        id(parameter)
-        for module in result.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    together = Counter(id(result.get_parameter(name)) for name in (*tied, *set(tied.values())))
-    untied = tuple(
-        name
-        for name in merged
-        if places[own := id(result.get_parameter(name))] > max(1, together[own])
-    )
-    for name, weight in merged.items():
-        if name not in tied:
-            _set_parameter(result, name, weight)
-    for name, to in tied.items():
-        owner, _, key = name.rpartition(".")
-        result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
-    return untied
-
-
-def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """A new parameter in the place of one that others may share."""
-    owner, _, key = name.rpartition(".")
-    old = model.get_parameter(name)
-    model.get_submodule(owner)._parameters[key] = nn.Parameter(value, old.requires_grad)
 
 
 def _folded(
@@ -312,53 +279,7 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
     wanted = {
         row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].sites
     }
-    wanted |= {n: tuple(p.shape) for n, p in _trained(model, record, names)}
+    wanted |= {n: tuple(p.shape) for n, p in trained(model, record, names)}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             raise MergeError(f"into has no {name} of shape {shape}; found {shapes.get(name)}")
-
-
-def _trained(
-    model: nn.Module, record: Record, names: Sequence[str]
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """What was trained beside the factors, under each of its names."""
-    adapters = [record.adapters[name] for name in names]
-    biases = {name for adapter in adapters for name in adapter.biases}
-    modules = tuple(f"{name}." for adapter in adapters for name in adapter.saved_modules)
-    named = list(model.named_parameters(remove_duplicate=False))
-    trained = {id(p) for name, p in named if name in biases or name.startswith(modules)}
-    return ((name, p) for name, p in named if id(p) in trained)
-
-
-def _place_trained(
-    model: nn.Module, result: nn.Module, record: Record, names: Sequence[str]
-) -> None:
-    """Copies what was trained beside the factors: the model may be trained further."""
-    copies: dict[int, nn.Parameter] = {}
-    for name, parameter in _trained(model, record, names):
-        if id(parameter) not in copies:
-            value = parameter.detach().to(result.get_parameter(name), copy=True)
-            _set_parameter(result, name, value)
-            copies[id(parameter)] = result.get_parameter(name)
-        owner, _, key = name.rpartition(".")
-        result.get_submodule(owner)._parameters[key] = copies[id(parameter)]
-    buffers = dict(result.named_buffers())
-    for name, buffer in changed_buffers(model, record):
-        if name in buffers:
-            buffers[name].copy_(buffer)
-
-
-def _untie_config(model: nn.Module) -> None:
-    """Says in the configuration of a transformers model that its embeddings are not tied any more.
-
-    Otherwise saving and loading ties them again and loses one of the two.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return
-    ends = [
-        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
-    ]
-    weights = [getattr(end, "weight", None) for end in ends]
-    if None not in ends and weights[0] is not weights[1]:
-        config.tie_word_embeddings = False

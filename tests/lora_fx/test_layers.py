@@ -26,6 +26,7 @@ LAYERS = (
     "lora_fx.errors",
     "lora_fx._config_fields",
     "lora_fx.config",
+    "lora_fx._plan_text",
     "lora_fx.types",
     "lora_fx.ops",
     "lora_fx.attention",
