@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lora_fx.types import Plan, Site
+from typing import Any
 
 __all__ = ["plan_text"]
 
 
-def plan_text(plan: Plan) -> str:
-    """The table of the sites, the totals, and the sections under them."""
+def plan_text(plan: Any) -> str:
+    """The table of the sites, the totals, and the sections under them.
+
+    Args:
+        plan: A :class:`lora_fx.types.Plan`, which is of the layer above.
+    """
     lines = [f"captured by {plan.frontend}"]
     lines += [f"  {note}" for note in plan.notes]
     lines += _table(plan.columns, plan.rows())
@@ -60,7 +61,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
 
 
-def _fused(sites: Iterable[Site]) -> Iterator[tuple[str, str]]:
+def _fused(sites: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """What the outputs of fused weights are cut into, once for each kind of layer."""
     counts = Counter(
         (site.name.rpartition(".")[2], ", ".join(name for name, _ in site.parts))

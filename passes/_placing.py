@@ -54,8 +54,8 @@ def trained(
     biases = {name for adapter in adapters for name in adapter.biases}
     modules = tuple(f"{name}." for adapter in adapters for name in adapter.saved_modules)
     named = list(model.named_parameters(remove_duplicate=False))
-    trained = {id(p) for name, p in named if name in biases or name.startswith(modules)}
-    return ((name, p) for name, p in named if id(p) in trained)
+    ids = {id(p) for name, p in named if name in biases or name.startswith(modules)}
+    return ((name, p) for name, p in named if id(p) in ids)
 
 
 def place_trained(
