@@ -21,7 +21,7 @@ from lora_fx.export.trace import Trace
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["convert", "torch_export_context"]
+__all__ = ["ConversionError", "convert", "torch_export_context"]
 
 _RANDOM_OPS = {
     "Bernoulli",
@@ -32,6 +32,10 @@ _RANDOM_OPS = {
     "RandomUniform",
     "RandomUniformLike",
 }
+
+
+class ConversionError(ExportError):
+    """An exported program that becomes no file which ONNX Runtime runs: another one may."""
 
 
 def convert(
@@ -89,7 +93,7 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ExportError(f"torch.onnx cannot convert the model: {cause}") from error
+        raise ConversionError(f"torch.onnx cannot convert the model: {cause}") from error
     assert program is not None
     return program.model
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from lora_fx.errors import ExportError, ProviderError
+from lora_fx.errors import ExportError, ParityError, ProviderError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
-from lora_fx.export.convert import convert, torch_export_context
+from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.facts import graph_facts
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.placement import Staging, check_target, staging, write_errors
 from lora_fx.export.report import ExportReport
 from lora_fx.export.session import OnnxSession
-from lora_fx.export.trace import Trace, trace, widen_batch
+from lora_fx.export.trace import Trace, headline, trace, widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def export_onnx(
         adapters: "merge".
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has.
-        dynamic_shapes: None to make every axis dynamic that can be; else input name to a mapping
+        dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
+            is equal to the model, the first axis, or none; else input name to a mapping
             of axis to a name, all other axes being fixed.
         opset: ONNX opset; by default 20, and 22 for bf16.
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
@@ -107,22 +108,35 @@ def export_onnx(
     for name, value in arguments.baked.items():
         _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
 
-    clock.start("converting to ONNX")
     stored = dtype_name(twin)
     if opset is None:
         opset = BF16_OPSET if stored == "bf16" else DEFAULT_OPSET
-    program = convert(traced, twin, outputs, stored, opset)
-
-    with staging(target) as stage:
-        clock.start("writing the file")
-        size, external = _write(program, stage, external_data_bytes)
-        parity, provider, reason = None, "", "verify=False"
-        if verify:
-            clock.start("comparing with PyTorch in ONNX Runtime")
-            parity, provider, reason = _verify(flat, traced, stage.model, stored)
-        clock.start("moving into place")
-        stage.commit(force=force)
-        data = stage.data.name if external else None
+    failures: list[str] = []
+    while True:
+        assert traced is not None
+        try:
+            clock.start("converting to ONNX")
+            program = convert(traced, twin, outputs, stored, opset)
+            with staging(target) as stage:
+                clock.start("writing the file")
+                size, external = _write(program, stage, external_data_bytes)
+                parity, provider, reason = None, "", "verify=False"
+                if verify:
+                    clock.start("comparing with PyTorch in ONNX Runtime")
+                    parity, provider, reason = _verify(flat, traced, stage.model, stored)
+                clock.start("moving into place")
+                stage.commit(force=force)
+                data = stage.data.name if external else None
+            break
+        except (ConversionError, ParityError) as error:
+            # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
+            failures.append(f"{traced.description}: {headline(error)}")
+            clock.start("capturing the model with fewer dynamic axes")
+            with torch_export_context():
+                traced = trace(flat, arguments, dynamic_shapes, failures, traced.attempt + 1)
+            if traced is None:
+                raise
+            _log.warning("export with fewer dynamic axes: %s", failures[-1])
     clock.stop()
     return ExportReport(
         path=str(target),
@@ -247,7 +261,7 @@ def _verify(
             _log.warning("not compared with PyTorch: %s: %s", reason, error)
             return None, "", reason
     except ExportError as error:
-        raise ExportError(
+        raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
     return check_parity(flat, traced, session), session.provider, ""

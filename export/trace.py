@@ -7,6 +7,7 @@ stays fixed carries its reason.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel
 
-__all__ = ["Axis", "Trace", "trace", "widen_batch"]
+__all__ = ["Axis", "Trace", "headline", "trace", "widen_batch"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -57,12 +58,16 @@ class Trace:
         arguments: The call that was traced.
         axes: The axes of each input.
         symbols: Symbol of torch.export to the name of the axis.
+        description: Which axes were offered as dynamic.
+        attempt: Its number among the ways that there are, from most to fewest dynamic axes.
     """
 
     program: ExportedProgram
     arguments: Arguments
     axes: tuple[tuple[Axis, ...], ...]
     symbols: Mapping[str, str]
+    description: str = ""
+    attempt: int = 0
 
     def labels(self) -> list[list[int | str]]:
         """For each input its sizes and axis names."""
@@ -84,7 +89,13 @@ def widen_batch(arguments: Arguments) -> Arguments:
     return arguments.replace([torch.cat([t, t]) if t.ndim else t for t in arguments.tensors])
 
 
-def trace(model: FlatModel, arguments: Arguments, dynamic_shapes: object = None) -> Trace:
+def trace(
+    model: FlatModel,
+    arguments: Arguments,
+    dynamic_shapes: object = None,
+    failed: Sequence[str] = (),
+    first: int = 0,
+) -> Trace | None:
     """Export ``model`` with as many dynamic axes as it allows.
 
     Args:
@@ -93,25 +104,34 @@ def trace(model: FlatModel, arguments: Arguments, dynamic_shapes: object = None)
         dynamic_shapes: None for every axis; else input name to a mapping of axis to a name (or to
             a ``torch.export.Dim``), or a sequence of such mappings in the order of the inputs.
             Axes that it leaves out are fixed; those that it names have to be dynamic.
+        failed: What came of the ways that were tried already: reasons of the axes that stay fixed.
+        first: Which way to try first.
+
+    Returns:
+        The first that works; None if ``first`` is beyond the last.
 
     Raises:
         ExportError: torch.export cannot capture the model, with its reason.
     """
     labels = _labels(dynamic_shapes, arguments)
-    failures: list[str] = []
-    for description, specs in _attempts(arguments, dynamic_shapes, labels):
+    failures = list(failed)
+    attempts = list(enumerate(_attempts(arguments, dynamic_shapes, labels)))[first:]
+    if not attempts:
+        return None
+    for attempt, (description, specs) in attempts:
         try:
             with torch.no_grad():
                 program = torch.export.export(
                     model, arguments.tensors, dynamic_shapes=(specs,), strict=False
                 )
         except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
-            failures.append(f"{description}: {_headline(error)}")
+            failures.append(f"{description}: {headline(error)}")
             last = error
             continue
         for failure in failures:
             _log.warning("export with fewer dynamic axes: %s", failure)
-        return _read(program, arguments, specs, labels, failures)
+        found = _read(program, arguments, specs, labels, failures)
+        return dataclasses.replace(found, description=description, attempt=attempt)
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({'; '.join(failures)})"
     ) from last
@@ -235,11 +255,12 @@ def _why_fixed(size: int, spec: object, failures: Sequence[str]) -> str:
             return "the example has size 1 here, which torch.export takes for a constant"
         return f"the model works with size {size} only"
     if failures:
-        return f"torch.export failed {'; '.join(failures)}"
+        return f"the export failed {'; '.join(failures)}"
     return "not in dynamic_shapes"
 
 
-def _headline(error: Exception) -> str:
+def headline(error: Exception) -> str:
+    """The first line of what an error says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend", "canonical_mask", "causal_hint"]
+__all__ = ["attend", "canonical_mask", "causal_hint", "zero_padding"]
 
 
 def canonical_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -140,3 +140,39 @@ def causal_hint(x: Tensor, mask: Tensor | None, is_causal: bool | None, batch_fi
     causal = torch.triu(mask.new_full((length, length), -math.inf, dtype=x.dtype), diagonal=1)
     added = canonical_mask(mask, x)
     return added is not None and mask.shape == causal.shape and torch.equal(added, causal)
+
+
+def zero_padding(
+    out: Tensor,
+    src: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    *,
+    nested: bool,
+    mask_check: bool,
+    training: bool,
+) -> Tensor:
+    """Zeros where padding is, in those calls in which a stack of layers of PyTorch gives zeros there.
+
+    That is where it computes with nested tensors: in evaluation, without gradients, with padding on the
+    right and no other mask. Whoever averages over all positions sees the difference.
+
+    Args:
+        out: What the layers gave, [N, S, E].
+        src: What they were given, [N, S, E].
+        padding: The padding mask, [N, S].
+        mask: The attention mask.
+        nested: Whether the stack may use nested tensors at all.
+        mask_check: Whether it looks first where the padding is.
+        training: Mode of its first layer.
+    """
+    if padding is None or mask is not None or not nested or training or src.dim() != 3:
+        return out
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled():
+        return out
+    if not torch.backends.mha.get_fastpath_enabled():
+        return out
+    keep = padding.logical_not()
+    if mask_check and not torch._nested_tensor_from_mask_left_aligned(src, keep):
+        return out
+    return out.masked_fill(keep.logical_not().unsqueeze(-1), 0.0)

@@ -71,7 +71,7 @@ def save_adapter(
     own = [row.name for row in record.sites if not peft_sees(row)]
     if own:
         _log.warning(
-            "%s: no module stands for these weights, so that PEFT cannot load their adapters: %s",
+            "%s: no module stands for these weights: lora_fx loads their adapters, PEFT leaves them out: %s",
             folder,
             ", ".join(own),
         )

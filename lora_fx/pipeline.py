@@ -15,6 +15,7 @@ from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._region import install
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
+from lora_fx.passes.capture.check import run_reference
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.find_head import find_head
 from lora_fx.passes.find_parts import find_parts
@@ -98,7 +99,11 @@ def rewrite_model(
     check_adapter_name(adapter_name)
     capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
     capture = run_passes(capture, [Insert(plan, adapter_name), Unfreeze(plan)])
-    return build(capture, plan, model, adapter_name)
+    result = build(capture, plan, model, adapter_name)
+    if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
+        # A call that no graph takes is refused where an adapter would be left out: better now than later.
+        run_reference(result, example_inputs)
+    return result
 
 
 def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) -> nn.Module:

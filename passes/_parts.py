@@ -39,8 +39,9 @@ def choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[S
         ]
     if uses_default_targets(config) or excluded(site.name, config):
         return []
-    known = {part.rows for part in parts}
-    parts += [part for part in _by_number(site, config) if part.rows not in known]
+    numbered = {part.rows: part for part in _by_number(site, config)}
+    # Rows that have a name, too, are called what the configuration calls them.
+    parts = [part for part in parts if part.rows not in numbered] + list(numbered.values())
     verdicts = [(part, judge(part.name, config)) for part in parts]
     selected = [part for part, verdict in verdicts if verdict.selected]
     _check(site, selected)

@@ -53,7 +53,7 @@ def refusal(
         raise CaptureError(
             f"{base.__name__}.forward was captured for other calls than this one, and its own "
             f"forward would leave its adapter out: {reason}. If the model is to be called so, pass "
-            "example_inputs that look like this call to rewrite()"
+            "example_inputs that look like this call to rewrite(), with frontend='export'"
         )
 
     return refuse

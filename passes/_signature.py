@@ -191,6 +191,11 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return declared
 
     def _passed(self) -> list[str]:
+        """Arguments of the fallback: by name where that can be.
+
+        Decorators of transformers give ``use_cache`` by name if it is not among the keywords.
+        """
+        spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters)
         passed = []
         for p in self.parameters:
             if p.within:
@@ -199,10 +204,12 @@ class GuardedCodeGen(fx.graph.CodeGen):
                 passed.append(f"*{p.name}")
             elif p.kind == inspect.Parameter.VAR_KEYWORD:
                 passed.append(f"**{p.name}")
-            elif p.kind == inspect.Parameter.KEYWORD_ONLY:
-                passed.append(f"{p.name}={p.name}")
-            else:
+            elif p.kind == inspect.Parameter.POSITIONAL_ONLY or (
+                spread and p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+            ):
                 passed.append(p.name)
+            else:
+                passed.append(f"{p.name}={p.name}")
         return passed
 
 

@@ -179,7 +179,11 @@ def _reshape(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 def _getitem(node: fx.Node, inner: WeightView) -> WeightView | None:
     index = node.args[1]
-    if isinstance(index, tuple) and len(index) == 1:
+    if isinstance(index, tuple):
+        # What comes after the first takes everything in `w[1, :, :]`.
+        rest = index[1:]
+        if not index or any(one is not Ellipsis and one != slice(None) for one in rest):
+            return None
         index = index[0]
     if isinstance(index, slice):
         if index.step not in (None, 1):

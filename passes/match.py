@@ -125,7 +125,10 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
     ordered = sorted(parts.values(), key=lambda site: site.rows or (0, 0))
     for one, other in itertools.pairwise(ordered):
         if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:
-            reason = "its weight is applied as a whole and in parts, or in parts that overlap"
+            reason = (
+                "its weight is applied as a whole (by the layer that holds it, if by nobody else) and "
+                "in parts, or in parts that overlap"
+            )
             return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)
     return ordered
 

@@ -236,12 +236,21 @@ def _unmatched(
     for target in idle.targets:
         yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
     for target in idle.filtered:
-        yield f"target_modules {target!r}: all that it names is left out (see 'not selected')"
+        whole = next((row.name for row in rows if _part_of(target, row.site)), None)
+        why = (
+            f"part of {whole}, which is adapted as a whole"
+            if whole
+            else "all that it names is left out (see 'not selected')"
+        )
+        yield f"target_modules {target!r}: {why}"
     tied = any(row.tied for row in rows) or len(list(_saved_modules(capture.model, config))) > len(
         list(_saved_modules(capture.model, dataclasses.replace(config, ensure_weight_tying=False)))
     )
     if config.ensure_weight_tying and not tied:
-        yield "ensure_weight_tying: nothing that is adapted or saved shares its weight"
+        yield (
+            "ensure_weight_tying: no embedding that is adapted shares its weight with a linear head, and "
+            "no module that is saved with another"
+        )
     for title, entries in (
         ("exclude_modules", idle.excludes),
         ("rank_pattern", idle.rank_keys),
@@ -252,6 +261,10 @@ def _unmatched(
     ):
         for entry in entries:
             yield f"{title} {entry!r}: matches nothing"
+
+
+def _part_of(target: str, site: Site) -> bool:
+    return any(_named(target, f"{site.name}.{part}") for part, _ in site.parts)
 
 
 def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> str:

@@ -57,6 +57,12 @@ def render(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
     if plan.biases:
         parts.append(Text(f"biases trained: {len(plan.biases)}"))
     parts += [Text(f"matched nothing: {entry}", "yellow") for entry in plan.unmatched]
+    divided = [
+        (row.name, ", ".join(name for name, _ in row.site.parts))
+        for row in plan.sites
+        if row.site.parts
+    ]
+    parts += _section("fused, and a part can be named alone", divided, every)
     skipped = [(skipped.site.name, skipped.reason) for skipped in plan.skipped]
     rejected = [(rejection.name, rejection.reason) for rejection in plan.rejections]
     parts += _section("not selected", skipped, every)

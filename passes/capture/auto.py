@@ -15,7 +15,7 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, is_region
 from lora_fx.passes._sharing import check_model, share_copy
-from lora_fx.passes.capture.check import check_unchanged, watch_reference
+from lora_fx.passes.capture.check import check_unchanged, goes_past, watch_reference
 from lora_fx.passes.capture.inputs import describe, named_inputs
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
@@ -58,7 +58,25 @@ def capture(
         notes = (*result.notes, f"not export: {error}")
         result = dataclasses.replace(_captured(model, None, "regions", None), notes=notes)
         check_unchanged(model, result, example_inputs)
+        return result
+    if frontend == "auto" and result.frontend != "export":
+        return _for_that_call(model, result, example_inputs, dynamic_shapes)
     return result
+
+
+def _for_that_call(
+    model: nn.Module, result: Capture, example_inputs: Any, dynamic_shapes: Any
+) -> Capture:
+    """What was traced, or an export where the example call does not take what was traced."""
+    past = goes_past(result, example_inputs)
+    if past is None:
+        return result
+    try:
+        exported = capture(model, example_inputs, frontend="export", dynamic_shapes=dynamic_shapes)
+    except CaptureError as error:
+        notes = (f"the example inputs go past a graph: {past}", f"not export: {error}")
+        return dataclasses.replace(result, notes=(*result.notes, *notes))
+    return dataclasses.replace(exported, notes=(f"not {result.frontend}: {past}", *exported.notes))
 
 
 def _from_made_up_inputs(model: nn.Module, dynamic_shapes: Any) -> Capture:

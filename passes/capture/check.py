@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -13,13 +14,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import install, uninstall
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.watch import Count, count_weights
-from lora_fx.types import Capture
+from lora_fx.types import Capture, Region
 
-__all__ = ["check_unchanged", "run_reference", "watch_reference"]
+__all__ = ["check_unchanged", "goes_past", "run_reference", "watch_reference"]
 
 _T = TypeVar("_T")
 _log = logging.getLogger("lora_fx")
@@ -36,13 +38,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
         CaptureError: If the inputs do not fit the model, or the outputs differ by more than 1e-6.
     """
     reference = run_reference(model, example_inputs)
-    install(capture.regions.values())
-    try:
-        # A copy: what a forward writes, into buffers and attributes, is not part of the capture.
-        runs = share_copy(capture.model)
-    finally:
-        for region in capture.regions.values():
-            uninstall(region.module)
+    runs = _runnable(capture.model, capture.regions.values())
     difference = _difference(reference, _run(runs, example_inputs))
     if difference > _TOLERANCE:
         raise CaptureError(
@@ -53,6 +49,38 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     if difference:
         _log.info("the captured model rounds differently: relative difference %.3g", difference)
     return difference
+
+
+def goes_past(capture: Capture, example_inputs: Any) -> str | None:
+    """Why a call like the example inputs does not take the graph of a region that reads weights itself.
+
+    An adapter on such a weight would lie in that graph, so that the call would be refused. None if
+    every such graph is taken.
+    """
+    regions = [
+        dataclasses.replace(region, fallback=False) if _reads_weights(region) else region
+        for region in capture.regions.values()
+    ]
+    try:
+        _run(_runnable(capture.model, regions), example_inputs)
+    except CaptureError as error:
+        return str(error).partition(". If the model")[0]
+    return None
+
+
+def _reads_weights(region: Region) -> bool:
+    return any(is_matrix(region.parameter(node)) for node in region.graph.nodes)
+
+
+def _runnable(model: nn.Module, regions: Iterable[Region]) -> nn.Module:
+    """A copy that runs the graphs: what a forward writes is not part of the capture."""
+    regions = list(regions)
+    install(regions)
+    try:
+        return share_copy(model)
+    finally:
+        for region in regions:
+            uninstall(region.module)
 
 
 def run_reference(model: nn.Module, example_inputs: Any) -> Any:
@@ -84,6 +112,8 @@ def _reference(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, 
     runs = share_copy(model)
     try:
         return run(runs, example_inputs)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"the model does not run on the example inputs ({type(error).__name__}: {error}). They "

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.attention import attend, causal_hint
+from lora_fx.attention import attend, causal_hint, zero_padding
 from lora_fx.passes._region import original_class
 from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
 from lora_fx.passes.capture.written_out_transformers import (
@@ -27,6 +27,7 @@ __all__ = ["WRITTEN_OUT", "written_conditions", "written_out"]
 
 fx.wrap("attend")
 fx.wrap("causal_hint")
+fx.wrap("zero_padding")
 
 
 def _attention(
@@ -99,6 +100,15 @@ def _encoder(
     x = src
     for layer in self.layers:
         x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+    x = zero_padding(
+        x,
+        src,
+        src_key_padding_mask,
+        mask,
+        nested=bool(getattr(self, "use_nested_tensor", False)),
+        mask_check=bool(getattr(self, "mask_check", True)),
+        training=self.layers[0].training,
+    )
     return x if self.norm is None else self.norm(x)
 
 

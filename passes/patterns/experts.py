@@ -101,6 +101,9 @@ class GroupedPattern(ExpertsPattern):
         seen = self._see(node, region)
         assert isinstance(seen, Product)
         ends = _grouped_arguments(node)["offs"]
+        if ends is None:
+            # A batch for each expert.
+            return super().branch(site, node, region, build)
         down = build.call(Role.DOWN, experts.grouped_linear, build.dropped(seen.x), build.a, ends)
         return build.call(Role.UP, experts.grouped_linear, down, build.b, ends)
 

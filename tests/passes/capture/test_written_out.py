@@ -151,12 +151,31 @@ def test_masks_reach_the_attention_of_a_stack(causal: bool) -> None:
     padding[0, 3:] = True
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     how = {"mask": mask} if causal else {"src_key_padding_mask": padding}
-    valid = slice(None) if causal else ~padding
     adapted = lora_fx.rewrite(model, RANDOM)
     with torch.no_grad():
         merged = lora_fx.merge(adapted)(x, **how)
-        torch.testing.assert_close(adapted(x, **how)[valid], merged[valid], rtol=0, atol=1e-12)
+        torch.testing.assert_close(adapted(x, **how), merged, rtol=0, atol=1e-12)
     assert not torch.allclose(adapted(x, **how), adapted(x))
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_padding_is_zero_where_it_is_zero_in_pytorch(left, gradients, training, norm) -> None:
+    """It depends on modes, gradients and the side of the padding: PyTorch's nested tensors."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    final = nn.LayerNorm(8) if norm else None
+    model = nn.TransformerEncoder(layer, 2, norm=final).double().train(training)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, slice(0, 2) if left else slice(3, 5)] = True
+    adapted = lora_fx.rewrite(model, SILENT).train(training)
+    with torch.set_grad_enabled(gradients):
+        found = adapted(x, src_key_padding_mask=padding)
+        expected = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_the_fast_path_cannot_pass_an_adapter_by() -> None:
