@@ -25,6 +25,7 @@ __all__ = ["Options", "run_jobs"]
 _PRELOAD = (
     "lora_fx.tools.zoo.runner",
     "lora_fx.export.onnx",
+    "lora_fx.passes.capture.exported",
     "torch._dynamo",
     "torchvision",
     "timm",
