@@ -113,5 +113,7 @@ ENTRIES: tuple[Entry, ...] = (
         codebook_dim=16,
         upsampling_ratios=[4, 2],
         num_lstm_layers=1,
+        # By default its convolutions are weight-normed: then there is nothing that an adapter could be on.
+        norm_type="time_group_norm",
     ),
 )
