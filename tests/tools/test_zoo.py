@@ -321,3 +321,12 @@ def test_a_sample_goes_the_whole_way(name):
     assert row.rewritten
     assert row.trained
     assert row.merged
+
+
+def test_the_page_names_no_folder_of_the_machine() -> None:
+    row = Row("plain/x", "plain PyTorch", "", torch_onnx=True)
+    row.errors["merge"] = (
+        'Load /tmp/a1/.m.onnx/model.onnx failed: in (_export/x.py:3) File "/home/u'
+    )
+    (line,) = [one for one in report.exceptions([row]) if "merge" in one]
+    assert line == "plain/x: merge: Load model.onnx failed: in (_export/x.py:3)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -218,6 +219,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
+    """An error for a table, without the folders of the machine; a line may end within a path."""
+    text = re.sub(r"(?:/[\w.+-]+)+/(?=[\w.])|\s*(?:File )?\"?/[\w./+-]*$", "", text)
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
