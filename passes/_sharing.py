@@ -17,7 +17,7 @@ from torch import nn
 from lora_fx.errors import CaptureError
 from lora_fx.passes._lazy import is_lazy
 
-__all__ = ["check_model", "share_copy"]
+__all__ = ["check_model", "share_copy", "storage_of"]
 
 
 def share_copy(model: nn.Module) -> nn.Module:
@@ -154,3 +154,10 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # it is empty: the name has no value yet
         return None
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells storages apart. A sparse tensor has none, nor has one that is not initialised."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided:
+        return id(tensor)
+    return int(tensor.untyped_storage()._cdata)

@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from lora_fx.passes._lazy import is_lazy, is_matrix
+from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._readers import Read, nameless, no_product, read_by_code, readers
 from lora_fx.passes._region import is_built_in
+from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._signature import WANTS_CACHE
 from lora_fx.passes._unfit import unfit
 from lora_fx.passes.patterns import patterns
@@ -169,17 +169,10 @@ def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
         return model.get_submodule(name.rpartition(".")[0])
 
     for name, parameter in named:
-        tied[_storage(parameter)].append(name)
+        tied[storage_of(parameter)].append(name)
     for name, parameter in named:
-        sharing = tied[_storage(parameter)]
+        sharing = tied[storage_of(parameter)]
         # A module under two names is one module.
         others = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
         for site in sites.get(name, ()):
             yield dataclasses.replace(site, tied_to=others)
-
-
-def _storage(parameter: nn.Parameter) -> int:
-    """What tells storages apart. A sparse parameter has none, nor has one that is not initialised."""
-    if is_lazy(parameter) or parameter.layout is not torch.strided:
-        return id(parameter)
-    return int(parameter.untyped_storage()._cdata)

@@ -18,6 +18,7 @@ from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._parts import choose_parts
 from lora_fx.passes._refused import refusals
+from lora_fx.passes._sharing import storage_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -196,11 +197,11 @@ def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
     """Modules that share a parameter with one that is trained in full."""
     inside = tuple(f"{name}." for name in saved)
     named = list(model.named_parameters(remove_duplicate=False))
-    storages = {p.untyped_storage()._cdata for name, p in named if name.startswith(inside)}
+    storages = {storage_of(p) for name, p in named if name.startswith(inside)}
     others = {
         name.rpartition(".")[0]: None
         for name, p in named
-        if not name.startswith(inside) and p.untyped_storage()._cdata in storages
+        if not name.startswith(inside) and storage_of(p) in storages
     }
     yield from others
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.passes._lazy import UNINITIALISED, is_matrix, is_uninitialised
+from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
 from lora_fx.passes._region import is_built_in
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
@@ -169,8 +169,7 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    lazy: bool = nn.parameter.is_lazy(parameter)
-    return () if lazy else tuple(parameter.shape)
+    return () if is_lazy(parameter) else tuple(parameter.shape)
 
 
 def _value(value: Any) -> Any:

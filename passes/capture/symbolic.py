@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
+from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._signature import GuardedCodeGen, Parameter, attribute, parameters_of
 from lora_fx.passes.capture.eager import Eager, forbidden, user_code
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue
@@ -210,7 +211,7 @@ class Recorder(fx.Tracer):
         for atom in path:
             owner = owner._modules.get(atom) if owner is not None else None
         found = None if owner is None else owner._parameters.get(key)
-        return None if found is None or nn.parameter.is_lazy(found) else found.shape
+        return None if found is None or is_lazy(found) else found.shape
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Control flow on a traced value."""

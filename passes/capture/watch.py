@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx.passes._sharing import storage_of
+
 __all__ = ["Count", "count_weights"]
 
 # Which arguments of an operator can be weights; every one of the list where one is a list.
@@ -96,10 +98,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         self.direct: set[frozenset[str]] = set()
         self.computed: set[frozenset[str]] = set()
         self._alive: list[torch.Tensor] = []  # a storage's address is its name while it lives
-        self._data = {_storage(tensor) for tensor in _tensors(inputs)}
+        self._data = {storage_of(tensor) for tensor in _tensors(inputs)}
         names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(_storage(parameter), set()).add(name)
+            names.setdefault(storage_of(parameter), set()).add(name)
         self._origin = {
             storage: _Origin(frozenset({frozenset(group)}), direct=True)
             for storage, group in names.items()
@@ -122,10 +124,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             self._becomes_data(result)
             return result
         given = list(_tensors(args[:1])) if name in _SELECT else list(_tensors((args, kwargs)))
-        if any(_storage(tensor) in self._data for tensor in given):
+        if any(storage_of(tensor) in self._data for tensor in given):
             self._becomes_data(result)
             return result
-        origins = [self._origin[s] for t in given if (s := _storage(t)) in self._origin]
+        origins = [self._origin[s] for t in given if (s := storage_of(t)) in self._origin]
         if origins:
             copied = name in _SELECT or name in _COPY
             self._becomes(result, origins, copied and all(o.direct for o in origins))
@@ -137,7 +139,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             [
                 self._origin[s]
                 for t in _tensors((args[i],))
-                if t.dim() >= least and (s := _storage(t)) in self._origin
+                if t.dim() >= least and (s := storage_of(t)) in self._origin
             ]
             for i in _OPERANDS[name]
             if i < len(args)
@@ -154,21 +156,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _becomes_data(self, result: Any) -> None:
         for tensor in _tensors((result,)):
             self._alive.append(tensor)
-            if _storage(tensor) not in self._parameters:
-                self._origin.pop(_storage(tensor), None)
-                self._data.add(_storage(tensor))
+            if storage_of(tensor) not in self._parameters:
+                self._origin.pop(storage_of(tensor), None)
+                self._data.add(storage_of(tensor))
 
     def _becomes(self, result: Any, origins: list[_Origin], direct: bool) -> None:
         merged = _Origin(frozenset().union(*(o.names for o in origins)), direct)
         for tensor in _tensors((result,)):
             self._alive.append(tensor)
             # A view has the storage, and with it the origin, of what it is a view of.
-            self._origin.setdefault(_storage(tensor), merged)
+            self._origin.setdefault(storage_of(tensor), merged)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
