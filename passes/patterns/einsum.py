@@ -21,7 +21,7 @@ from lora_fx.passes._fx import target_of
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
-from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.passes.patterns.sites import make_site, not_floating, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["EinsumPattern"]
@@ -75,9 +75,8 @@ class EinsumPattern:
             return None
         parameter = region.parameter(seen.view.source)
         assert parameter is not None
-        if not parameter.dtype.is_floating_point:
-            reason = f"its weight is {parameter.dtype}, not floating point"
-            return reject(region, node, seen.view.source, reason)
+        if refused := not_floating(region, node, seen.view.source):
+            return refused
         if seen.letters is None or len(seen.view.shape) != len(seen.terms[1]):
             return reject(
                 region,

@@ -17,7 +17,7 @@ from lora_fx import experts
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._weights import WeightView
 from lora_fx.passes.patterns.product import Product, applied, product_of
-from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.passes.patterns.sites import make_site, not_floating, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["ExpertsPattern", "GroupedPattern"]
@@ -38,12 +38,9 @@ class ExpertsPattern:
         seen = self._see(node, region)
         if not isinstance(seen, Product) or len(seen.view.shape) != 3:
             return None
-        view, source = seen.view, seen.view.source
-        parameter = region.parameter(source)
-        assert parameter is not None
-        if not parameter.dtype.is_floating_point:
-            reason = f"its weight is {parameter.dtype}, not floating point"
-            return reject(region, node, source, reason)
+        view = seen.view
+        if refused := not_floating(region, node, view.source):
+            return refused
         out_features, in_features = view.shape[1:]
         if seen.layout == "in_out":
             in_features, out_features = out_features, in_features

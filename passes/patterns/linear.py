@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.passes.patterns.product import Product, product_of
-from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.passes.patterns.sites import make_site, not_floating, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["LinearPattern", "MatmulPattern"]
@@ -56,14 +56,11 @@ class LinearPattern:
         if seen.family != self._family:
             return None
         view, source = seen.view, seen.view.source
-        parameter = region.parameter(source)
-        assert parameter is not None
         if len(view.shape) != 2:
             reason = f"its weight has {len(view.shape)} dimensions; a linear operation has 2"
             return reject(region, node, source, reason)
-        if not parameter.dtype.is_floating_point:
-            reason = f"its weight is {parameter.dtype}, not floating point"
-            return reject(region, node, source, reason)
+        if refused := not_floating(region, node, source):
+            return refused
         if view.rows is not None and seen.layout == "in_out":
             reason = "some of its inputs' weights are taken out of it (a slice)"
             return reject(region, node, source, reason)

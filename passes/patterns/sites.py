@@ -11,7 +11,7 @@ from lora_fx.passes._fx import target_of
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
-__all__ = ["computed", "itemised", "make_site", "part_names", "reject", "site_name"]
+__all__ = ["computed", "itemised", "make_site", "not_floating", "part_names", "reject", "site_name"]
 
 
 # What the parts of a fused weight are called, where its name says what it is fused of.
@@ -114,6 +114,15 @@ def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -
         site_name(join(region.fqn, str(weight.target))) if weight else join(region.fqn, node.name)
     )
     return Rejection(name, reason, region.fqn, node.name)
+
+
+def not_floating(region: Region, node: fx.Node, weight: fx.Node) -> Rejection | None:
+    """A refusal of a weight of integers; None for any other."""
+    parameter = region.parameter(weight)
+    assert parameter is not None
+    if parameter.dtype.is_floating_point:
+        return None
+    return reject(region, node, weight, f"its weight is {parameter.dtype}, not floating point")
 
 
 def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
