@@ -1,31 +1,24 @@
-"""The fields of `LoraConfig` one by one: what each accepts and how it is normalised.
-
-Also PEFT's fields for features that lora_fx does not have, with the value that switches each off.
-"""
+"""The fields of `LoraConfig` one by one: what each accepts and how it is normalised."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any, Final, TypeVar
 
+from lora_fx._config_starts import options
 from lora_fx.errors import ConfigError
 
 __all__ = [
     "ALL_LINEAR",
-    "METADATA",
     "NORMALISERS",
     "TASK_TYPES",
-    "UNSUPPORTED",
     "FrozenPattern",
     "bad",
-    "is_off",
-    "without_unsupported",
 ]
 
 ALL_LINEAR: Final = "all-linear"
@@ -40,35 +33,8 @@ TASK_TYPES: Final = (
 
 _V = TypeVar("_V", bound=float)
 
-# What PEFT writes about itself and the base model's class: no part of what an adapter computes.
-METADATA: Final = frozenset({"peft_type", "auto_mapping", "peft_version"})
-
-# PEFT's fields for features that lora_fx lacks, with PEFT's default, which switches them off.
-UNSUPPORTED: Final[Mapping[str, object]] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "runtime_config": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "velora_config": None,
-}
-_UNSUPPORTED_INITS: Final = re.compile(
-    r"eva|olora|pissa(_niter_\d+)?|corda|loftq|orthogonal|mica|lora_ga", re.IGNORECASE
-)
+_INITS: Final = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
+_NITER: Final = re.compile(r"pissa_niter_\d+")
 
 
 class FrozenPattern(Mapping[str, _V]):
@@ -155,15 +121,12 @@ def _seed(name: str, value: object) -> int:
 def _init(name: str, value: object) -> bool | str:
     if isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.lower() == "gaussian":
-        return "gaussian"
-    if isinstance(value, str) and _UNSUPPORTED_INITS.fullmatch(value):
-        remedy = (
-            "lora_fx does not support it. For a new adapter use True, False or 'gaussian'; do not edit "
-            "it in a saved one: the factors may belong to a base that was changed with them"
-        )
-        raise bad(name, value, remedy)
-    raise bad(name, value, "the initialisations are True, False and 'gaussian'")
+    if isinstance(value, str) and (value.lower() in _INITS or _NITER.fullmatch(value.lower())):
+        return value.lower()
+    if isinstance(value, str) and value.lower() == "mica":
+        raise bad(name, value, "lora_fx does not support it: MiCA is another method, with B frozen")
+    known = ", ".join(map(repr, _INITS))
+    raise bad(name, value, f"the initialisations are True, False, {known} and 'pissa_niter_N'")
 
 
 def _bias(name: str, value: object) -> str:
@@ -252,6 +215,38 @@ def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], Froz
     return normalise
 
 
+def _parameters(name: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise bad(name, value, "give a list of parameter names, or of their ends")
+    return tuple(sorted(_strings(name, value)))
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or not key:
+                raise bad(name, key, "a key is the name of an embedding, or its end")
+        return FrozenPattern({k: _indices(f"{name}[{k!r}]", v) for k, v in value.items()})
+    return _indices(name, value)
+
+
+def _indices(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | set | frozenset | range) or not value:
+        raise bad(name, value, "give a list of token indices that is not empty")
+    for index in value:
+        if isinstance(index, bool) or not isinstance(index, numbers.Integral) or index < 0:
+            raise bad(name, index, "a token index is a whole number of at least 0")
+    # The order is that of the rows in a checkpoint; PEFT keeps it, too.
+    found = tuple(int(index) for index in value)
+    if len(set(found)) != len(found):
+        raise bad(name, value, "every token index is there once")
+    return found
+
+
 NORMALISERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "r": _rank,
     "lora_alpha": _number,
@@ -263,38 +258,22 @@ NORMALISERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "rank_pattern": _pattern(_rank),
     "alpha_pattern": _pattern(_number),
     "use_rslora": _flag,
+    "use_dora": _flag,
+    "lora_bias": _flag,
     "bias": _bias,
     "modules_to_save": _saved,
+    "target_parameters": _parameters,
+    "trainable_token_indices": _tokens,
     "ensure_weight_tying": _flag,
     "task_type": _task,
     "fan_in_fan_out": _flag,
     "init_lora_weights": _init,
+    "loftq_config": options,
+    "eva_config": options,
+    "corda_config": options,
+    "lora_ga_config": options,
     "seed": _seed,
     "inference_mode": _flag,
     "base_model_name_or_path": _text,
     "revision": _text,
 }
-
-
-def is_off(value: object) -> bool:
-    """Whether a value can only mean that a feature is not used."""
-    if isinstance(value, Collection) and not isinstance(value, str):
-        return not value
-    return value is None or value is False
-
-
-def without_unsupported(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops PEFT's fields that are at their default; refuses others and names that do not exist."""
-    kept: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in NORMALISERS:
-            kept[name] = value
-        elif name not in UNSUPPORTED:
-            near = difflib.get_close_matches(name, NORMALISERS, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            remedy = f"{hint}The fields are {', '.join(NORMALISERS)}"
-            raise ConfigError(f"LoraConfig has no field {name!r}; {remedy}")
-        elif not is_off(value) and value != UNSUPPORTED[name]:
-            default = UNSUPPORTED[name]
-            raise bad(name, value, f"lora_fx does not support it; leave it out or give {default!r}")
-    return kept

@@ -1,9 +1,8 @@
 """What the user asks for: PEFT's `LoraConfig`, immutable and checked when it is made.
 
 Field names, defaults and meaning are those of `peft.LoraConfig` (PEFT 0.21.2), so that a
-configuration moves between the two libraries unchanged. A PEFT field whose feature lora_fx does
-not have is accepted with PEFT's default value and refused with any other: nothing is dropped in
-silence.
+configuration moves between the two libraries unchanged. A PEFT field of another method is accepted
+with PEFT's default value and refused with any other: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ from typing import Any, Final, TypeVar
 
 from lora_fx._config_fields import (
     ALL_LINEAR,
-    METADATA,
     NORMALISERS,
     TASK_TYPES,
-    UNSUPPORTED,
     FrozenPattern,
-    bad,
-    is_off,
-    without_unsupported,
 )
+from lora_fx._config_foreign import FOREIGN, METADATA, is_off, only_own
+from lora_fx._config_rules import check_together
+from lora_fx._config_starts import OPTIONS, FrozenOptions, complete_options
 from lora_fx.errors import CheckpointError, ConfigError
 
 __all__ = ["ALL_LINEAR", "CONFIG_NAME", "TASK_TYPES", "FrozenPattern", "LoraConfig"]
@@ -45,7 +42,7 @@ def _accept_peft_fields(cls: type[_T]) -> type[_T]:
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        generated(self, *args, **without_unsupported(kwargs))
+        generated(self, *args, **only_own(kwargs, NORMALISERS))
 
     type.__setattr__(cls, "__init__", __init__)
     return cls
@@ -57,7 +54,7 @@ class LoraConfig:
     """Which operations get an adapter, and which one.
 
     Values are normalised: lists become tuples, sets and lists that PEFT treats as sets become
-    sorted tuples, dicts become `FrozenPattern`. So a config can be hashed, compared and pickled,
+    sorted tuples, dicts become read-only mappings. So a config can be hashed, compared and pickled,
     and cannot be changed in place. `dataclasses.replace` makes a changed copy.
 
     Attributes:
@@ -76,15 +73,30 @@ class LoraConfig:
         rank_pattern: Name or regular expression to rank; the first key that matches wins.
         alpha_pattern: The same for `lora_alpha`.
         use_rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
+        use_dora: Weight-decomposed adapters: a trained magnitude for each output feature beside the
+            direction (https://arxiv.org/abs/2402.09353).
+        lora_bias: Whether B has a trained bias. Not with `use_dora`.
+        target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
+            with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
+            apply. With it, `target_modules=None` selects nothing.
         bias: Which biases of the base model train: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
         ensure_weight_tying: Whether what is tied stays so: a head that shares the weight of an adapted
             embedding gets the transposed factors of that, and a module that shares the weight of one
             in `modules_to_save` is trained with it.
+        trainable_token_indices: Rows of the input embedding that are trained, each as a whole, or a dict
+            of the name of an embedding to such rows.
         task_type: One of `TASK_TYPES`; classification and question answering save their heads.
         fan_in_fan_out: PEFT's note that weights are stored as (in, out).
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False:
-            both random, so that the adapter changes the output at once.
+            both random, so that the adapter changes the output at once. "orthogonal", "pissa",
+            "pissa_niter_N", "olora" and "loftq" look at the weight; "eva", "corda" and "lora_ga" look
+            at data as well, which `lora_fx.initialize` takes.
+        loftq_config: Options of "loftq": `loftq_bits`, `loftq_iter`.
+        eva_config: Options of "eva": `rho`, `tau`, `use_label_mask`, `label_mask_value`, `whiten`,
+            `adjust_scaling_factors`.
+        corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
+        lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
         seed: Seeds the initialisation of each site. lora_fx only: PEFT warns about keys that it
             does not know, so the file does not hold it.
         inference_mode: Written and read for PEFT, which loads such an adapter frozen; lora_fx does
@@ -107,12 +119,20 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
     modules_to_save: Collection[str] | None = None
+    target_parameters: Collection[str] | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     ensure_weight_tying: bool = False
     task_type: str | None = None
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, Any] | None = None
+    eva_config: Mapping[str, Any] | None = None
+    corda_config: Mapping[str, Any] | None = None
+    lora_ga_config: Mapping[str, Any] | None = None
     seed: int = 0
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
@@ -121,13 +141,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name, normalise in NORMALISERS.items():
             object.__setattr__(self, name, normalise(name, getattr(self, name)))
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    remedy = f"leave it out, or list the targets instead of {self.target_modules!r}"
-                    raise bad(name, getattr(self, name), remedy)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise bad("layers_pattern", self.layers_pattern, "give layers_to_transform as well")
+        own = f"{self.init_lora_weights}_config"
+        if own in OPTIONS and getattr(self, own) is None:
+            object.__setattr__(self, own, complete_options(own, {}))
+        check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; `from_dict` gives an equal config back."""
@@ -190,7 +207,7 @@ class LoraConfig:
         kind = values.get("peft_type")
         if kind != "LORA":
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be read")
-        known = {*NORMALISERS, *UNSUPPORTED, *METADATA}
+        known = {*NORMALISERS, *FOREIGN, *METADATA}
         for name in sorted(values.keys() - known):
             value = values[name]
             if is_off(value) or (isinstance(value, int | float) and value is not True):
@@ -203,8 +220,8 @@ class LoraConfig:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, FrozenPattern):
-        return dict(value)
+    if isinstance(value, FrozenPattern | FrozenOptions):
+        return {key: _plain(one) for key, one in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 

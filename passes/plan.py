@@ -17,6 +17,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._parts import choose_parts
+from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
 from lora_fx.passes.patterns import pattern_of
@@ -55,6 +56,7 @@ def make_plan(
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
     """
+    refuse_pending(config)
     _refuse_adapters(capture.model)
     rows: list[PlannedSite] = []
     skipped: list[Skipped] = []

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from typing import Any
 
 import peft
 import pytest
+from peft.tuners.lora import config as peft_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx import _config_fields
+from lora_fx import _config_fields, _config_foreign
 from lora_fx.config import CONFIG_NAME, TASK_TYPES, FrozenPattern, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
 
@@ -53,21 +55,24 @@ def test_fields_and_defaults_are_pefts() -> None:
     theirs = peft.LoraConfig().to_dict()
     ours = LoraConfig().to_dict()
     assert ours.pop("seed") == 0
-    assert ours == {name: theirs[name] for name in ours}
+    # PEFT's own default is an empty dict, which means the same.
+    assert ours == {
+        name: theirs[name] or None if name == "loftq_config" else theirs[name] for name in ours
+    }
 
 
 def test_every_peft_field_is_known() -> None:
     theirs = {one.name for one in dataclasses.fields(peft.LoraConfig)}
     ours = {one.name for one in dataclasses.fields(LoraConfig)} - {"seed"}
-    unsupported = set(_config_fields.UNSUPPORTED)
-    assert ours | unsupported | set(_config_fields.METADATA) == theirs
+    unsupported = set(_config_foreign.FOREIGN)
+    assert ours | unsupported | set(_config_foreign.METADATA) == theirs
     assert not ours & unsupported
     assert set(_config_fields.NORMALISERS) == ours | {"seed"}
 
 
 def test_defaults_of_unsupported_fields_are_pefts() -> None:
     theirs = peft.LoraConfig().to_dict()
-    ours = {k: v for k, v in _config_fields.UNSUPPORTED.items() if k != "runtime_config"}
+    ours = {k: v.off for k, v in _config_foreign.FOREIGN.items() if k != "runtime_config"}
     assert ours == {name: theirs[name] for name in ours}
 
 
@@ -219,18 +224,34 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "kaiming"}, "the initialisations are"),
     ({"init_lora_weights": 1}, "init_lora_weights: found 1"),
     ({"init_lora_weights": None}, "init_lora_weights: found None"),
-    ({"init_lora_weights": "pissa_niter_4"}, "does not support"),
-    ({"init_lora_weights": "olora"}, "does not support"),
+    ({"init_lora_weights": "pissa_niter_"}, "the initialisations are"),
+    ({"init_lora_weights": "mica"}, "does not support it: MiCA"),
     ({"seed": -1}, "seed: found -1"),
     ({"seed": 2**63}, "seed: found"),
     ({"seed": True}, "seed: found True"),
     ({"inference_mode": "yes"}, "inference_mode: found 'yes'"),
     ({"base_model_name_or_path": 3}, "base_model_name_or_path: found 3"),
-    ({"use_dora": True}, "use_dora: found True; lora_fx does not support it"),
-    ({"lora_bias": True}, "lora_bias: found True"),
-    ({"target_parameters": ["w"]}, "target_parameters: found"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices: found"),
-    ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: found"),
+    ({"use_dora": 1}, "use_dora: found 1"),
+    ({"use_dora": True, "lora_bias": True}, "lora_bias: found True; DoRA has no bias on B"),
+    ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias: found True; with init_lora"),
+    ({"r": 3, "init_lora_weights": "orthogonal"}, "r: found 3; .* needs an even rank"),
+    (
+        {"rank_pattern": {"q": 5}, "init_lora_weights": "orthogonal"},
+        r"rank_pattern\['q'\]: found 5; .* needs an even rank",
+    ),
+    ({"target_parameters": "w"}, "target_parameters: found 'w'; give a list"),
+    ({"trainable_token_indices": 1}, "trainable_token_indices: found 1"),
+    ({"trainable_token_indices": []}, r"trainable_token_indices: found \[\]"),
+    ({"trainable_token_indices": [-1]}, "trainable_token_indices: found -1"),
+    ({"trainable_token_indices": [2, 2]}, "every token index is there once"),
+    ({"trainable_token_indices": {"wte": [True]}}, r"trainable_token_indices\['wte'\]: found True"),
+    ({"trainable_token_indices": {"": [1]}}, "trainable_token_indices: found ''"),
+    ({"loftq_config": {"loftq_bits": 3}}, r"loftq_config\['loftq_bits'\]: found 3; give 2, 4 or 8"),
+    ({"loftq_config": {"bits": 4}}, "loftq_config: there is no option 'bits'"),
+    ({"eva_config": 3}, "eva_config: found 3; give a dict"),
+    ({"eva_config": {"rho": 0.5}}, r"eva_config\['rho'\]: found 0.5"),
+    ({"corda_config": {"cache_file": "x"}}, r"corda_config\['cache_file'\]: found 'x'"),
+    ({"lora_ga_config": {"direction": "up"}}, r"lora_ga_config\['direction'\]: found 'up'"),
     ({"qalora_group_size": 32}, "qalora_group_size: found 32"),
     ({"megatron_core": "mine"}, "megatron_core: found 'mine'"),
     ({"dropout": 0.1}, "no field 'dropout'; did you mean 'lora_dropout'"),
@@ -246,13 +267,41 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
 
 
 def test_unsupported_fields_at_pefts_default_are_accepted() -> None:
-    assert LoraConfig(**_config_fields.UNSUPPORTED) == LoraConfig()  # type: ignore[arg-type]
-    assert LoraConfig(loftq_config=None, use_dora=None) == LoraConfig()  # type: ignore[call-arg]
+    off = {name: one.off for name, one in _config_foreign.FOREIGN.items()}
+    assert LoraConfig(**off) == LoraConfig()  # type: ignore[arg-type]
+    assert LoraConfig(runtime_config=peft.LoraRuntimeConfig()) == LoraConfig()  # type: ignore[call-arg]
+    assert LoraConfig(loftq_config=None, use_qalora=None) == LoraConfig()  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("name", sorted(_config_fields.UNSUPPORTED))
+def test_options_of_an_initialisation_are_completed() -> None:
+    config = LoraConfig(init_lora_weights="eva", eva_config={"rho": 3})
+    assert config.eva_config == {**dataclasses.asdict(peft.EvaConfig()), "rho": 3}
+    assert LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=3)) == config
+    for name, theirs in (
+        ("loftq", peft.LoftQConfig()),
+        ("eva", peft.EvaConfig()),
+        ("corda", peft_config.CordaConfig()),
+        ("lora_ga", peft_config.LoraGAConfig()),
+    ):
+        config = LoraConfig(init_lora_weights=name)
+        assert getattr(config, f"{name}_config") == dataclasses.asdict(theirs)
+        assert hash(pickle.loads(pickle.dumps(config))) == hash(config)
+        assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_options_of_another_initialisation_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    LoraConfig(eva_config={})
+    assert not caplog.records
+    LoraConfig(eva_config={"rho": 3})
+    assert "eva_config is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(_config_foreign.FOREIGN))
 def test_no_unsupported_field_is_dropped(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: found 'on'; lora_fx does not support"):
+    what = re.escape(_config_foreign.FOREIGN[name].what)
+    with pytest.raises(
+        ConfigError, match=f"{name}: found 'on'; lora_fx does not support it.*{what}"
+    ):
         LoraConfig(**{name: "on"})
 
 
@@ -273,6 +322,7 @@ def test_from_dict_reads_pefts_dict() -> None:
 
 def as_peft_sees(config: peft.LoraConfig) -> dict[str, Any]:
     values = config.to_dict()
+    values["loftq_config"] = values["loftq_config"] or None
     return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
 
 
@@ -340,8 +390,8 @@ def test_unknown_features_in_a_file_are_refused(value: object, tmp_path: Path) -
 
 
 def test_unsupported_features_in_a_file_are_refused(tmp_path: Path) -> None:
-    peft.LoraConfig(use_dora=True).save_pretrained(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"adapter_config\.json: .*use_dora"):
+    peft.LoraConfig(use_qalora=True).save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: .*use_qalora"):
         LoraConfig.from_pretrained(tmp_path)
 
 

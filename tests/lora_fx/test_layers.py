@@ -24,7 +24,10 @@ FOLDERS = {
 }
 LAYERS = (
     "lora_fx.errors",
+    "lora_fx._config_starts",
     "lora_fx._config_fields",
+    "lora_fx._config_foreign",
+    "lora_fx._config_rules",
     "lora_fx.config",
     "lora_fx._plan_text",
     "lora_fx.types",
