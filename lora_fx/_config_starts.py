@@ -69,7 +69,9 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return math.isfinite(value)
 
 
 def _one_of(*allowed: object) -> Callable[[Any], bool]:

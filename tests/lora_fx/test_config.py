@@ -19,9 +19,9 @@ from typing import Any
 
 import peft
 import pytest
-from peft.tuners.lora import config as peft_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import config as peft_config
 
 from lora_fx import _config_fields, _config_foreign
 from lora_fx.config import CONFIG_NAME, TASK_TYPES, FrozenPattern, LoraConfig
