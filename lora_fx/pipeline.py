@@ -13,6 +13,7 @@ from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._region import install
+from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
@@ -98,7 +99,9 @@ def rewrite_model(
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
     capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
-    capture = run_passes(capture, [Insert(plan, adapter_name), Unfreeze(plan)])
+    capture = run_passes(
+        capture, [AddFactors(plan, adapter_name), Insert(plan, adapter_name), Unfreeze(plan)]
+    )
     result = build(capture, plan, model, adapter_name)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # A call that no graph takes is refused where an adapter would be left out: better now than later.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite
 
-__all__ = ["factor_names", "factors_of"]
+__all__ = ["adapter_dtype", "factor_names", "factors_of"]
+
+
+def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The factors' dtype: that of the weight, or fp32 for a weight of less precision."""
+    return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def factor_names(row: PlannedSite) -> tuple[str, str]:

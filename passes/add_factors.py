@@ -1,0 +1,89 @@
+"""Gives every planned site its factors: parameters beside the weight that they adapt.
+
+The model of the capture is the pipeline's own. The names of its base parameters do not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import nn
+
+from lora_fx.config import LoraConfig
+from lora_fx.ops import AdapterFactors
+from lora_fx.passes._factors import factor_names
+from lora_fx.passes._starts import initial_factors
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import Capture, PassResult, Plan, PlannedSite, Site
+
+__all__ = ["AddFactors"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddFactors:
+    """The pass.
+
+    Attributes:
+        plan: Which sites.
+        adapter: The adapter's name.
+    """
+
+    name: ClassVar[str] = "add-factors"
+    plan: Plan
+    adapter: str = "default"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Adds what is not there yet."""
+        rows = [row for row in self.plan.sites if not _there(capture.model, row, self.adapter)]
+        # Those that are tied to the factors of another site come after that one.
+        for row in sorted(rows, key=lambda row: bool(row.tied)):
+            if row.tied:
+                _tie_factors(capture.model, row, self.plan, self.adapter)
+            else:
+                _add_factors(capture.model, row, self.plan.config, self.adapter)
+        return PassResult(capture, bool(rows))
+
+
+def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
+    try:
+        model.get_parameter(f"{row.site.holder}.{factor_names(row)[0]}.{adapter}".lstrip("."))
+    except AttributeError:
+        return False
+    return True
+
+
+def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
+    site = row.site
+    shapes = pattern_of(site).factors(site, row.rank)
+    weight = model.get_parameter(site.weight)
+    a, b = initial_factors(site, shapes, weight, config)
+    for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
+        _factors(_holder(model, site), name).add(adapter, value)
+
+
+def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
+    """Registers the factors of an embedding a second time, at the head that shares its weight."""
+    source = next(one.site for one in plan.sites if one.name == row.tied)
+    for name in factor_names(row):
+        value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
+        _factors(_holder(model, row.site), name).add(adapter, value)
+
+
+def _factors(holder: nn.Module, name: str) -> AdapterFactors:
+    if name not in holder._modules:
+        holder.add_module(name, AdapterFactors())
+    factors = holder.get_submodule(name)
+    assert isinstance(factors, AdapterFactors)
+    factors.train(holder.training)
+    return factors
+
+
+def _holder(model: nn.Module, site: Site) -> nn.Module:
+    owner = model.get_submodule(site.owner)
+    if site.holder == site.owner:
+        return owner
+    name = site.holder.rpartition(".")[2]
+    if name not in owner._modules:
+        owner.add_module(name, nn.Module().train(owner.training))
+    return owner.get_submodule(name)
