@@ -99,9 +99,8 @@ def rewrite_model(
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
     capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
-    capture = run_passes(
-        capture, [AddFactors(plan, adapter_name), Insert(plan, adapter_name), Unfreeze(plan)]
-    )
+    passes = (AddFactors(plan, adapter_name), Insert(plan, adapter_name), Unfreeze(plan))
+    capture = run_passes(capture, passes)
     result = build(capture, plan, model, adapter_name)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # A call that no graph takes is refused where an adapter would be left out: better now than later.

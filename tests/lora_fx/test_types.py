@@ -8,6 +8,7 @@ import pytest
 from torch import fx, nn
 
 import lora_fx
+from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.unfreeze import Unfreeze
@@ -50,7 +51,7 @@ def test_a_region_finds_the_module_that_a_node_calls() -> None:
 
 def test_passes_are_frozen_dataclasses_with_a_kebab_case_name() -> None:
     plan = lora_fx.plan(Residual(), lora_fx.LoraConfig())
-    for one in (Insert(plan), Unfreeze(plan)):
+    for one in (AddFactors(plan), Insert(plan), Unfreeze(plan)):
         assert isinstance(one, Pass)
         assert one.name == one.name.lower().replace("_", "-")
         with pytest.raises(dataclasses.FrozenInstanceError):

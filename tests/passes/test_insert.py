@@ -8,8 +8,10 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.passes._factors import adapter_dtype
+from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.insert import Insert, adapter_dtype
+from lora_fx.passes.insert import Insert
 from lora_fx.pipeline import plan_capture
 from lora_fx.types import META_KEY, Capture, Plan, Role
 from tests.golden import check_golden, printed
@@ -78,11 +80,21 @@ def test_an_empty_plan_modifies_nothing() -> None:
 def test_inserting_twice_changes_nothing_the_second_time() -> None:
     captured, plan = planned(Residual(), r=2)
     once = Insert(plan)(captured).capture
-    values = {name: value.clone() for name, value in factors(once.model).items()}
     again = Insert(plan)(once)
     assert not again.modified
     assert again.capture is once
-    assert_same_bits(factors(once.model), values)
+
+
+def test_factors_are_added_once() -> None:
+    captured, plan = planned(Residual(), r=2)
+    assert not factors(captured.model)
+    once = AddFactors(plan)(captured)
+    assert once.modified
+    values = {name: value.clone() for name, value in factors(captured.model).items()}
+    assert len(values) == 2 * len(plan)
+    assert not AddFactors(plan)(captured).modified
+    assert_same_bits(factors(captured.model), values)
+    assert AddFactors(plan, "other")(captured).modified
 
 
 def test_equal_layers_share_a_graph_before_and_after() -> None:
