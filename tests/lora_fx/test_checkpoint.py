@@ -630,8 +630,8 @@ def test_a_folder_without_factors(folder: Path) -> None:
 def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
     base, _ = RESIDUAL()
     in_peft(base, {"target_modules": ["up"]}).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / CONFIG_NAME).read_text())
-    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "use_qalora": True}))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_qalora": True}))
     with pytest.raises(ConfigError, match=r"adapter_config\.json: .*use_qalora"):
         load_adapter(base, tmp_path)
 
