@@ -142,7 +142,7 @@ class StackedDown:
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        value = stored.unflatten(0, (self.experts, -1))
+        value = stored.reshape(self.experts, -1, stored.shape[1])
         return value.mT if self.transposed else value
 
 
@@ -169,7 +169,7 @@ class StackedUp:
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        value = stored.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+        value = stored.reshape(len(stored), -1, self.experts).permute(2, 0, 1)
         return value.mT if self.transposed else value
 
 
