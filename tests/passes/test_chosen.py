@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import NoMatchError, PartialMatchError
-from tests.numerics import assert_same_bits
+from tests.numerics import assert_close, assert_same_bits
 
 
 class Raw(nn.Module):
@@ -60,7 +60,7 @@ def planned(strict: bool = False, **config: Any) -> dict[str, lora_fx.types.Plan
         (["up"], ["layers.0.up", "layers.1.up"]),
         (["layers.1.up", "layers.0.down"], ["layers.0.down", "layers.1.up"]),
         (["0.down", "head.weight"], ["layers.0.down", "head"]),
-        (["proj.weight"], ["layers.0.proj", "layers.1.proj", "attn.out_proj"][:2]),
+        (["proj.weight"], ["layers.0.proj", "layers.1.proj"]),
     ],
 )
 def test_parameters_are_named_in_full_or_by_their_end(targets, names):
@@ -98,6 +98,8 @@ def test_what_is_trained_in_full_gets_no_adapter():
     assert reasons["layers.1.up"] == "trained in full: modules_to_save 'layers.1'"
 
 
+# PEFT cannot wrap a parameter of a module and one of a child of that module at once.
+@pytest.mark.parametrize("targets", [["up", "down"], ["layers.1.proj.weight"]], ids=str)
 @pytest.mark.parametrize(
     "patterns",
     [
@@ -107,8 +109,7 @@ def test_what_is_trained_in_full_gets_no_adapter():
         {"rank_pattern": {".*": 3}, "use_rslora": True},
     ],
 )
-def test_ranks_and_scales_are_looked_up_by_the_parameter_as_in_peft(patterns):
-    targets = ["up", "down", "proj.weight"]
+def test_ranks_and_scales_are_looked_up_by_the_parameter_as_in_peft(targets, patterns):
     config = {"target_parameters": targets, "target_modules": [], **patterns}
     model = Model()
     with warnings.catch_warnings():
@@ -118,12 +119,9 @@ def test_ranks_and_scales_are_looked_up_by_the_parameter_as_in_peft(patterns):
     for name, module in theirs.base_model.model.named_modules():
         if hasattr(module, "parameter_name"):
             weight = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-            if "attn" not in name:  # NonDynamicallyQuantizableLinear is reached by its own name
-                expected[weight] = (module.r["default"], module.scaling["default"])
+            expected[weight] = (module.r["default"], module.scaling["default"])
     rows = planned(**config)
-    ours = {
-        row.site.weight: (row.rank, row.scale) for row in rows.values() if "attn" not in row.name
-    }
+    ours = {row.site.weight: (row.rank, row.scale) for row in rows.values()}
     assert ours == expected
 
 
@@ -200,10 +198,12 @@ def test_the_weight_of_a_fused_projection_as_a_parameter():
         {"target_modules": ["attn"]},
     ],
 )
-def test_a_rewrite_changes_no_bit(config):
+def test_a_rewrite_changes_nothing(config):
     model = Model()
     adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(**config), X)
-    assert_same_bits(adapted(X).detach(), model(X).detach())
+    # The attention is written out: its sums may be rounded in another order.
+    same = assert_same_bits if "target_parameters" in config else assert_close
+    same(adapted(X).detach(), model(X).detach())
     assert {n.rpartition(".lora_")[0] for n, p in adapted.named_parameters() if p.requires_grad}
 
 
