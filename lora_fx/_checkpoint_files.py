@@ -24,11 +24,11 @@ WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLE_NAME: Final = "adapter_model.bin"
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Reads the tensors of an adapter, from a pickle only if it can hold nothing else.
 
     Returns:
-        Tensors on the CPU by key, as they are in the file.
+        Tensors on the CPU by key, as they are in the file, and the file's metadata.
 
     Raises:
         CheckpointError: If there is no file, it is damaged, or a pickle that could run code.
@@ -36,21 +36,28 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS_NAME
     if path.is_file():
         try:
-            return safetensors.torch.load_file(path)
+            tensors = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                return tensors, dict(file.metadata() or {})
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} is truncated or damaged ({error}); copy or save the adapter again"
             ) from error
     path = folder / PICKLE_NAME
     if path.is_file():
-        return _read_pickle(path)
+        return _read_pickle(path), {}
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; save the adapter again"
     )
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: LoraConfig, *, force: bool
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    *,
+    notes: Mapping[str, str] | None = None,
+    force: bool,
 ) -> None:
     """Writes ``adapter_model.safetensors`` and ``adapter_config.json``.
 
@@ -61,6 +68,7 @@ def write_folder(
         folder: Made if it is not there.
         tensors: Contiguous, on the CPU, none sharing storage with another.
         config: What to write as the configuration.
+        notes: Further metadata of the file of tensors.
         force: Whether an adapter that is there already may be replaced.
 
     Raises:
@@ -78,7 +86,7 @@ def write_folder(
             staged = Path(name, "new")
             staged.mkdir()
             safetensors.torch.save_file(
-                dict(tensors), staged / WEIGHTS_NAME, metadata={"format": "pt"}
+                dict(tensors), staged / WEIGHTS_NAME, metadata={"format": "pt", **(notes or {})}
             )
             _flush(staged / WEIGHTS_NAME)
             config.save_pretrained(staged)

@@ -22,11 +22,12 @@ def values_for(
     """What to write where, and what is wrong with it; nothing is written yet."""
     values: dict[str, tuple[Slot, torch.Tensor]] = {}
     problems: list[str] = []
+    seen: set[str] = set()
     for key, slot in slots.items():
         stored = tensors.get(key)
         if stored is None:
-            problems += [f"missing: {key} {list(slot.shape)}"] if slot.required else []
             continue
+        seen.add(slot.name)
         if tuple(stored.shape) != slot.shape:
             problems.append(_shapes(key, stored, slot.shape))
             continue
@@ -45,16 +46,28 @@ def values_for(
             )
         else:
             values[slot.name] = (slot, value)
+    problems += [
+        f"missing: {slot.key} {list(slot.shape)}"
+        for slot in slots.values()
+        if slot.required and not slot.alias and slot.name not in seen
+    ]
     return list(values.values()), problems
 
 
-def other_scales(record: AdapterRecord, config: LoraConfig) -> list[str]:
-    """A model that was rewritten before has its scales in the graph."""
+def other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str, str]) -> list[str]:
+    """A model that was rewritten before has its scales in the graph.
+
+    Args:
+        record: The adapter in the model.
+        config: The configuration of the folder.
+        names: By what it looks up the scale of a site, where that is not the site's name.
+    """
+    found = {row.name: scale_for(names.get(row.name, row.name), config) for row in record.sites}
     return [
-        f"scale: {row.name} is scaled by {scale_for(row.name, config):g} in the folder, by "
+        f"scale: {row.name} is scaled by {found[row.name]:g} in the folder, by "
         f"{row.scale:g} in the model: load the adapter onto the original model"
         for row in record.sites
-        if abs(scale_for(row.name, config) - row.scale) > 1e-9 * abs(row.scale)
+        if abs(found[row.name] - row.scale) > 1e-9 * abs(row.scale)
     ]
 
 

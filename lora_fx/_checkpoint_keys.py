@@ -6,40 +6,42 @@ With ``P`` for the FQN of a module of the base model (PEFT writes ``base_model.m
 linear                 ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [out, r]
 convolution            the same, A [r, in, *k], B [out, r/g, 1, ...]; A is dense also for g groups
 embedding              ``P.lora_embedding_A`` [r, vocabulary], ``P.lora_embedding_B`` [width, r]
+parameter              on its module, as for linear; ``P.base_layer.lora_A.weight`` for all but the
+                       last of several. Of E experts: A [E·r, in], B [out, r·E], expert fastest
+attention layer        ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [3·width, r], and the same
+                       of ``P.base_layer.out_proj``
 ``modules_to_save``    ``P.<name>`` for everything in the module's state dict
 trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`` elsewhere
 =====================  =========================================================================
 
 A buffer is there if training changed it: PEFT does not write those, but its loader finds them.
 
-Two kinds of site have no name in PEFT, which adapts modules inside a model. They are saved under
-names of our own, which PEFT ignores: a raw parameter ``P.<name>`` that no module stands for, and a
-part ``P.<name>`` of a fused weight (``attn.q``), have ``P.<name>_lora.lora_A.weight`` and
-``P.<name>_lora.lora_B.weight``; the weight of the root module itself has ``lora_A.weight`` and
-``lora_B.weight``.
+What PEFT cannot adapt is saved under names of our own, which it ignores: a parameter of the root module, or
+one of more dimensions than PEFT reads, ``P.<name>_lora.lora_A.weight``; the weight of the root module itself
+``lora_A.weight``. Parts of a weight (``attn.q``) have such names, too, until
+:mod:`lora_fx._checkpoint_joined` makes one adapter of them. All of these are read as well where PEFT has
+another name: lora_fx wrote them once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from lora_fx._checkpoint_forms import PLAIN, Dense, Form, Transposed
+from lora_fx._checkpoint_forms import PLAIN, Dense, Form, StackedDown, StackedUp, Transposed
+from lora_fx._checkpoint_layout import WRAPPER, Layout
 from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import factor_names, factors_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import AdapterRecord, PlannedSite, join
+from lora_fx.types import AdapterRecord, PlannedSite, Site, join
 
-__all__ = ["PREFIX", "Slot", "base_name", "peft_sees", "site_names", "slots_of"]
+__all__ = ["PREFIX", "Slot", "base_name", "slots_of"]
 
 PREFIX = "base_model.model."
 """What PEFT writes before every key."""
-
-_FACTOR = re.compile(r"(?:(?P<holder>.+)\.)?lora_(?:[AB]\.weight|embedding_[AB])")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +75,11 @@ class Slot:
 
 
 def slots_of(
-    model: nn.Module, record: AdapterRecord, adapter: str, buffers: Iterable[str]
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    layout: Layout,
+    buffers: Iterable[str],
 ) -> dict[str, Slot]:
     """Everything of an adapter that a checkpoint can hold, by key.
 
@@ -81,57 +87,37 @@ def slots_of(
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
+        layout: What PEFT wraps for it.
         buffers: FQNs of the buffers of the base model to include; never required.
     """
     slots: list[Slot] = []
     aliases = _aliases(model)
     for row in record.sites:
-        slots += _factor_slots(model, row, adapter, aliases)
+        for slot in _factor_slots(model, row, adapter, layout):
+            slots += (slot, *_under(slot, row.site.holder, aliases.get(row.site.holder, ())))
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
         state = model.get_submodule(name).state_dict(keep_vars=True)
-        slots += [
-            Slot(join(name, k), join(name, k), v)
-            for k, v in state.items()
-            if isinstance(v, torch.Tensor)
-        ]
-    wrapped = {row.site.holder for row in record.sites if peft_sees(row)}
+        for leaf, value in state.items():
+            if isinstance(value, torch.Tensor):
+                slots += _base_slots(join(name, leaf), value, layout)
     for name in record.biases:
         # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
         required = name.rpartition(".")[2] == "bias"
-        slots.append(
-            Slot(_base_key(name, wrapped), name, model.get_parameter(name), required=required)
-        )
+        slots += _base_slots(name, model.get_parameter(name), layout, required=required)
     for name in buffers:
         if not name.startswith(inside):
-            key = _base_key(name, wrapped)
-            slots.append(Slot(key, name, model.get_buffer(name), required=False))
-    return {slot.key: slot for slot in slots}
-
-
-def peft_sees(row: PlannedSite) -> bool:
-    """Whether PEFT has a name for the site: it adapts modules, and not the root."""
-    return row.site.holder == row.name
-
-
-def site_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
-    """Names of the sites whose factors are among the keys, in their order."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    names: dict[str, None] = {}
-    for key in keys:
-        found = _FACTOR.fullmatch(key)
-        if found is None:
-            continue
-        holder = found["holder"] or ""
-        own = holder.endswith("_lora") and holder not in modules
-        names[holder.removesuffix("_lora") if own else holder or "weight"] = None
-    return tuple(names)
+            slots += _base_slots(name, model.get_buffer(name), layout, required=False)
+    found: dict[str, Slot] = {}
+    for slot in sorted(slots, key=lambda slot: slot.alias):
+        found.setdefault(slot.key, slot)
+    return found
 
 
 def base_name(key: str, model: nn.Module) -> str | None:
     """FQN of the parameter of the base model that a key names, wrapped by PEFT or not; or None."""
-    owner, _, leaf = key.rpartition(".")
-    for name in (key, join(owner.removesuffix("base_layer").removesuffix("."), leaf)):
+    bare = join(*(atom for atom in key.split(".") if atom != WRAPPER))
+    for name in (key, bare):
         try:
             model.get_parameter(name)
         except AttributeError:
@@ -140,31 +126,69 @@ def base_name(key: str, model: nn.Module) -> str | None:
     return None
 
 
-def _base_key(name: str, wrapped: set[str]) -> str:
-    owner, _, leaf = name.rpartition(".")
-    return join(owner, "base_layer", leaf) if owner in wrapped else name
+def _base_slots(
+    name: str, tensor: torch.Tensor, layout: Layout, *, required: bool = True
+) -> Iterator[Slot]:
+    """Of a tensor of the base model: its name in PEFT, and its own, where nothing was wrapped."""
+    key = layout.inside(name)
+    yield Slot(key, name, tensor, required=required)
+    if key != name:
+        yield Slot(name, name, tensor, required=required, alias=True)
+
+
+def _under(slot: Slot, holder: str, names: Iterable[str]) -> Iterator[Slot]:
+    """The same slot under other names of the module that holds it."""
+    if slot.key.startswith(f"{holder}."):
+        for name in names:
+            key = name + slot.key.removeprefix(holder)
+            yield dataclasses.replace(slot, key=key, required=False, alias=True)
 
 
 def _factor_slots(
-    model: nn.Module, row: PlannedSite, adapter: str, aliases: Mapping[str, tuple[str, ...]]
+    model: nn.Module, row: PlannedSite, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
     site = row.site
     shapes = pattern_of(site).factors(site, row.rank)
-    a, b = factors_of(model, row, adapter)
-    own = factor_names(row)
-    for attribute, key, tensor in zip(own, (shapes.name_a, shapes.name_b), (a, b), strict=True):
-        name = join(site.holder, attribute, adapter)
-        if row.tied:
-            yield Slot(join(site.holder, key, "weight"), name, tensor, Transposed())
-            continue
+    pair = factors_of(model, row, adapter)
+    names = [join(site.holder, attribute, adapter) for attribute in factor_names(row)]
+    if row.tied:
+        for key, name, tensor in zip((shapes.name_a, shapes.name_b), names, pair, strict=True):
+            where = join(layout.inside(site.holder), key, "weight")
+            yield Slot(where, name, tensor, Transposed())
+        return
+    parameter = site.rows is None and site.weight in layout.weights
+    if parameter:
+        yield from _parameter_slots(site, names, pair, layout)
+        if site.holder == site.owner:
+            return
+    wrapped = site.holder == site.owner and not layout.joins(site)
+    for attribute, name, tensor in zip(factor_names(row), names, pair, strict=True):
         # PEFT holds those of an embedding in parameters, all others in modules.
-        suffix = "" if attribute.startswith("lora_embedding") else "weight"
-        form = Dense(site.groups) if tensor is a and site.groups > 1 else PLAIN
-        yield Slot(join(site.holder, attribute, suffix), name, tensor, form)
-        for alias in aliases.get(site.holder, ()):
-            yield Slot(
-                join(alias, attribute, suffix), name, tensor, form, required=False, alias=True
-            )
+        leaf = attribute if attribute.startswith("lora_embedding") else join(attribute, "weight")
+        form = Dense(site.groups) if tensor is pair[0] and site.groups > 1 else PLAIN
+        holder = layout.inside(site.holder) if wrapped else site.holder
+        yield Slot(join(holder, leaf), name, tensor, form, alias=parameter)
+        if holder != site.holder:
+            yield Slot(join(site.holder, leaf), name, tensor, form, alias=True)
+
+
+def _parameter_slots(
+    site: Site, names: Sequence[str], pair: tuple[torch.Tensor, torch.Tensor], layout: Layout
+) -> Iterator[Slot]:
+    """A and B as PEFT has those of a parameter: by the order of its dimensions, whatever reads it."""
+    prefix = layout.prefix(site.weight)
+    crossed = layout.crossed(site)
+    first, last = zip(names, pair, strict=True)
+    if crossed:
+        first, last = last, first
+    down: Form
+    up: Form
+    if site.experts:
+        down, up = StackedDown(site.experts, crossed), StackedUp(site.experts, crossed)
+    else:
+        down = up = Transposed() if crossed else PLAIN
+    yield Slot(join(prefix, "lora_A", "weight"), *first, down)
+    yield Slot(join(prefix, "lora_B", "weight"), *last, up)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

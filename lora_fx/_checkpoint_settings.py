@@ -1,4 +1,4 @@
-"""The configuration of given sites: exact targets, ranks and alphas, as PEFT reads it."""
+"""The configuration of given adapters: exact targets, ranks and alphas, as PEFT reads it."""
 
 from __future__ import annotations
 
@@ -9,46 +9,86 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from lora_fx._checkpoint_layout import Layout
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
 from lora_fx.types import AdapterRecord
 
-__all__ = ["with_sites", "written_config"]
+__all__ = ["Target", "targets_of", "with_targets", "written_config"]
 
 
-def with_sites(config: LoraConfig, names: Iterable[str], model: nn.Module) -> LoraConfig:
-    """``config`` with these sites as its only targets."""
-    return dataclasses.replace(
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """One adapter, by the name that a configuration has for it.
+
+    Attributes:
+        name: FQN of a module, or of a parameter.
+        rank, alpha: Its hyperparameters.
+        parameter: Whether it is one of ``target_parameters``.
+        within: Other names that look for a rank and an alpha of their own first.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    parameter: bool = False
+    within: tuple[str, ...] = ()
+
+
+def with_targets(config: LoraConfig, targets: Iterable[Target], model: nn.Module) -> LoraConfig:
+    """``config`` with these as its only targets, each with its own rank and alpha."""
+    targets = tuple(targets)
+    exact = dataclasses.replace(
         config,
-        target_modules=_exactly(tuple(names), model),
+        target_modules=_exactly(tuple(t.name for t in targets if not t.parameter), model),
+        target_parameters=tuple(t.name for t in targets if t.parameter) or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
     )
+    return _with_patterns(exact, targets) if targets else exact
 
 
-def written_config(model: nn.Module, record: AdapterRecord) -> LoraConfig:
-    """The configuration to save: targets, ranks and alphas are resolved, site by site."""
-    rows = record.sites
-    linear = [row.site.layout for row in rows if row.site.family == "linear"]
-    config = dataclasses.replace(
-        with_sites(record.config, (row.name for row in rows), model),
+def targets_of(record: AdapterRecord, layout: Layout) -> list[Target]:
+    """What PEFT wraps for the sites that are not joined with others."""
+    return [
+        Target(row.site.weight, row.rank, row.alpha, parameter=True)
+        if row.site.weight in layout.weights
+        else Target(row.name, row.rank, row.alpha)
+        for row in record.sites
+        if row.tied or not layout.joins(row.site)
+    ]
+
+
+def written_config(
+    model: nn.Module, record: AdapterRecord, targets: Iterable[Target]
+) -> LoraConfig:
+    """The configuration to save: targets, ranks and alphas are resolved, one by one."""
+    targets = tuple(targets)
+    parameters = any(target.parameter for target in targets)
+    linear = [row.site.layout for row in record.sites if row.site.family == "linear"]
+    return dataclasses.replace(
+        with_targets(record.config, targets, model),
         modules_to_save=record.saved_modules or None,
         inference_mode=True,
-        # What PEFT otherwise corrects with a warning at every module.
-        fan_in_fan_out=bool(linear) and all(layout == "in_out" for layout in linear),
+        # What PEFT otherwise corrects with a warning at every module. It allows neither of these two
+        # where it wraps a parameter.
+        fan_in_fan_out=bool(linear)
+        and not parameters
+        and all(layout == "in_out" for layout in linear),
+        lora_dropout=0.0 if parameters else record.config.lora_dropout,
         base_model_name_or_path=record.config.base_model_name_or_path or _origin(model),
     )
-    ranks = {row.name: row.rank for row in rows}
-    alphas = {row.name: int(row.alpha) if row.alpha.is_integer() else row.alpha for row in rows}
-    return _with_patterns(config, ranks, alphas) if rows else config
 
 
-def _with_patterns(
-    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
-) -> LoraConfig:
+def _with_patterns(config: LoraConfig, targets: tuple[Target, ...]) -> LoraConfig:
     """The most frequent rank and alpha as defaults, patterns for the rest."""
+    ranks = {target.name: target.rank for target in targets}
+    alphas = {
+        target.name: int(target.alpha) if float(target.alpha).is_integer() else target.alpha
+        for target in targets
+    }
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
 
     def resolved(key: Callable[[str], str]) -> LoraConfig:
@@ -61,10 +101,24 @@ def _with_patterns(
         )
 
     plain = resolved(str)
-    if all(rank_for(n, plain) == ranks[n] and alpha_for(n, plain) == alphas[n] for n in ranks):
+    if all(_decided(target, plain, ranks, alphas) for target in targets):
         return plain
     # A key is a regular expression for the end of a name: "0" would decide for "block.0" as well.
     return resolved(lambda name: f"^{re.escape(name)}")
+
+
+def _decided(
+    target: Target,
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+) -> bool:
+    """Whether the patterns give a target its rank and alpha, by whichever name they are looked up."""
+    return all(
+        rank_for(names, config) == ranks[target.name]
+        and alpha_for(names, config) == alphas[target.name]
+        for names in ((target.name,), *((one, target.name) for one in target.within))
+    )
 
 
 def _exactly(names: tuple[str, ...], model: nn.Module) -> tuple[str, ...] | str:

@@ -16,19 +16,18 @@ import torch
 from torch import nn
 
 from lora_fx._checkpoint_files import read_tensors, write_folder
-from lora_fx._checkpoint_fit import leftover, other_scales, values_for
-from lora_fx._checkpoint_keys import PREFIX, peft_sees, site_names, slots_of
-from lora_fx._checkpoint_settings import with_sites, written_config
+from lora_fx._checkpoint_keys import PREFIX
+from lora_fx._checkpoint_settings import with_targets, written_config
+from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
+from lora_fx._checkpoint_state import adapter_record, changed, fitted, stored, without_prefix
 from lora_fx._checkpoint_tensors import write
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ops import check_adapter_name
-from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.merge import record_of
-from lora_fx.passes.selection import saved_entries
+from lora_fx.passes.selection import judge, saved_entries
 from lora_fx.pipeline import plan_model, rewrite_model
-from lora_fx.types import AdapterRecord
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -63,21 +62,26 @@ def save_adapter(
         CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
             meta device, or the files cannot be written (a full disk). The folder is then as it was.
     """
-    record = _adapter_record(model, adapter_name)
+    record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
-    slots = slots_of(model, record, adapter_name, _changed_buffers(model))
-    for slot in slots.values():
-        if slot.tensor.is_meta:
-            raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
-    own = [row.name for row in record.sites if not peft_sees(row)]
-    if own:
+    found = stored(model, record, adapter_name)
+    config = written_config(model, record, found.targets)
+    if found.own:
         _log.warning(
-            "%s: no module stands for these weights: lora_fx loads their adapters, PEFT leaves them out: %s",
+            "%s: PEFT has no name for these weights: lora_fx loads their adapters, PEFT leaves them out: %s",
             folder,
-            ", ".join(own),
+            ", ".join(found.own),
         )
-    tensors = {PREFIX + key: slot.encoded() for key, slot in slots.items() if not slot.alias}
-    write_folder(folder, tensors, written_config(model, record), force=force)
+    if config.lora_dropout != record.config.lora_dropout:
+        _log.warning(
+            "%s: PEFT allows no dropout where it adapts a parameter (%s): lora_dropout=%g was left out of "
+            "the configuration",
+            folder,
+            ", ".join(config.target_parameters or ()),
+            record.config.lora_dropout,
+        )
+    tensors = {PREFIX + key: value for key, value in found.tensors.items()}
+    write_folder(folder, tensors, config, notes=note_of(found.joined), force=force)
     return folder
 
 
@@ -119,46 +123,29 @@ def load_adapter(
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
     config = LoraConfig.from_pretrained(folder)
-    tensors = _without_prefix(read_tensors(folder))
+    read, metadata = read_tensors(folder)
+    tensors = without_prefix(read)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     if record_of(model) is None:
-        target = _rewritten(model, config, tensors, folder, adapter_name, how)
+        targets = stored_targets(model, config, tensors, parts_in(metadata))
+        exact = with_targets(config, targets, model)
+        target = _rewritten(model, exact, tensors, folder, adapter_name, how)
     elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
         )
     else:
-        target = model
-    record = _adapter_record(target, adapter_name)
-    slots = slots_of(target, record, adapter_name, _persistent_buffers(target))
-    values, problems = values_for(slots, tensors)
-    problems += other_scales(record, config)
-    for key in tensors.keys() - slots.keys():
-        problems += leftover(key, tensors[key], target, record)
+        exact, target = config, model
+    record = adapter_record(target, adapter_name)
+    values, problems = fitted(target, record, adapter_name, tensors, config)
     if problems:
-        reasons = _reasons(model, config, tensors, how)
+        reasons = _reasons(model, exact, how)
         raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
     for slot, value in values:
         write(slot.tensor, value)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return target
-
-
-def _adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
-        )
-    if adapter_name not in record.adapters:
-        raise ConfigError(
-            f"there is no adapter {adapter_name!r}: the model has "
-            f"{', '.join(map(repr, record.adapters))}. Another one cannot be loaded onto a "
-            "rewritten model yet: load it onto the original model, which was not changed"
-        )
-    return record.adapters[adapter_name]
 
 
 def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -169,52 +156,40 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     return inner if adapter_name != "default" and (inner / CONFIG_NAME).is_file() else folder
 
 
-def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if all(key.startswith(PREFIX) for key in tensors):
-        return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    return tensors
-
-
 def _rewritten(
     model: nn.Module,
-    config: LoraConfig,
+    exact: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
     adapter_name: str,
     how: dict[str, Any],
 ) -> nn.Module:
-    names = site_names(model, tensors)
-    if not names and not saved_entries(config):
+    nothing = not exact.target_modules and not exact.target_parameters
+    if nothing and not saved_entries(exact):
         raise CheckpointError(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
         )
-    exact = with_sites(config, names, model)
     try:
         return rewrite_model(model, exact, adapter_name=adapter_name, **how)
     except NoMatchError as error:
         lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
         raise CheckpointError(
-            "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, config, tensors, how)])
+            "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how)])
         ) from error
 
 
-def _reasons(
-    model: nn.Module,
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor],
-    how: dict[str, Any],
-) -> list[str]:
+def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:
     """Why the sites of a folder that are operations of the model are not adapted."""
     if record_of(model) is not None:
         return []
-    names = set(site_names(model, tensors))
     try:
-        _, plan = plan_model(model, with_sites(config, names, model), **how)
+        _, plan = plan_model(model, exact, **how)
     except NoMatchError as error:
         return [line.strip() for line in str(error).splitlines()[1:]]
     known = {skipped.site.name: skipped.reason for skipped in plan.skipped}
     known |= {rejection.name: rejection.reason for rejection in plan.rejections}
-    return [f"because {name}: {known[name]}" for name in sorted(names & known.keys())]
+    asked = {name for name in known if judge(name, exact).selected}
+    return [f"because {name}: {known[name]}" for name in sorted(asked)]
 
 
 def _misfit(folder: Path, model: nn.Module) -> str:
@@ -229,19 +204,8 @@ def _some(names: Mapping[str, object]) -> str:
     return ", ".join(sorted(names)[:5]) or "none"
 
 
-def _persistent_buffers(model: nn.Module) -> list[str]:
-    state = model.state_dict(keep_vars=True)
-    return [name for name, _ in model.named_buffers() if name in state]
-
-
-def _changed_buffers(model: nn.Module) -> list[str]:
-    """Buffers of the base model that have other values than at the rewrite."""
-    record = record_of(model)
-    return [name for name, _ in changed_buffers(model, record)] if record is not None else []
-
-
 def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:
-    stale = [name for name in _changed_buffers(model) if name not in loaded]
+    stale = [name for name in changed(model) if name not in loaded]
     if stale:
         _log.warning(
             "these buffers, which training has changed, keep their values, since the folder does "

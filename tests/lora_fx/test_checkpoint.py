@@ -405,16 +405,17 @@ def test_every_form_comes_back(form: zoo.Form, tmp_path: Path) -> None:
     assert_same_bits(run(load_adapter(base, folder), x), run(model, x))
 
 
-def test_a_parameter_without_a_module_has_a_key_of_its_own(
+def test_a_parameter_of_the_root_has_a_key_of_its_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base = nn.Sequential(zoo.Around(zoo.MatmulOperator(5, 7)), nn.Linear(7, 2))
+    base, x = zoo.MatmulOperator(5, 7), zoo.sample(3, 5)
+    model = adapted(base, target_modules=["kernel"])
     with caplog.at_level(logging.WARNING, "lora_fx"):
-        folder = save_adapter(adapted(base), tmp_path)
-    names = ("0.op.kernel_lora.lora_A.weight", "0.op.kernel_lora.lora_B.weight")
+        folder = save_adapter(model, tmp_path)
+    names = ("kernel_lora.lora_A.weight", "kernel_lora.lora_B.weight")
     assert keys(folder).keys() == {f"base_model.model.{name}" for name in names}
-    assert "PEFT leaves them out" in caplog.text
-    assert "0.op.kernel" in caplog.text
+    assert "PEFT leaves them out: kernel" in caplog.text
+    assert_same_bits(run(load_adapter(base, folder), x), run(model, x))
 
 
 def test_a_root_that_is_a_linear_layer(tmp_path: Path) -> None:

@@ -1,0 +1,211 @@
+"""An adapter as tensors in PEFT's layout, and the way back into a model: no files here."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx._checkpoint_fit import leftover, other_scales, values_for
+from lora_fx._checkpoint_joined import Joined, joined_of
+from lora_fx._checkpoint_keys import PREFIX, Slot, slots_of
+from lora_fx._checkpoint_layout import layout_of
+from lora_fx._checkpoint_settings import Target, targets_of
+from lora_fx._checkpoint_sites import wrapped_parameters
+from lora_fx._checkpoint_tensors import write
+from lora_fx.config import LoraConfig
+from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes.merge import record_of
+from lora_fx.passes.selection import scale_for
+from lora_fx.types import AdapterRecord
+
+__all__ = [
+    "Stored",
+    "adapter_record",
+    "adapter_state_dict",
+    "changed",
+    "fitted",
+    "load_adapter_state_dict",
+    "stored",
+    "without_prefix",
+]
+
+_log = logging.getLogger("lora_fx")
+_TWICE = "%s: PEFT up to 0.21.2 adds the product of out_proj twice (huggingface/peft#3774); the adapter %s"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An adapter in PEFT's layout.
+
+    Attributes:
+        tensors: By key, without the prefix: on the CPU, none sharing storage with another.
+        targets: What PEFT adapts, with its ranks and alphas.
+        joined: The targets that are made of several sites.
+        own: Sites for which PEFT has no name.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    targets: list[Target]
+    joined: list[Joined]
+    own: list[str]
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
+
+    Those are the keys of ``peft.get_peft_model_state_dict``: with the prefix ``base_model.model.`` and
+    without the adapter's name. Sharded parameters (FSDP2) are gathered: every rank has to call this.
+
+    Args:
+        model: A rewritten model.
+        adapter_name: Which adapter.
+
+    Returns:
+        Tensors on the CPU with storage of their own: training on does not change them.
+
+    Raises:
+        ConfigError: If the model has no such adapter.
+        CheckpointError: If the model is on the meta device.
+    """
+    found = stored(model, adapter_record(model, adapter_name), adapter_name)
+    return {PREFIX + key: value for key, value in found.tensors.items()}
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> None:
+    """Writes the values of a state dict into an adapter that the model has.
+
+    A state dict has no configuration: the scales are taken to be those of the adapter.
+
+    Args:
+        model: A rewritten model; its adapter is changed in place, and nothing else is.
+        state_dict: As of :func:`adapter_state_dict` or PEFT, with the prefix or without.
+        adapter_name: Which adapter.
+
+    Raises:
+        ConfigError: If the model has no such adapter.
+        CheckpointError: If a tensor is missing, unexpected or of another shape: all of them are named, and
+            nothing was changed.
+    """
+    record = adapter_record(model, adapter_name)
+    values, problems = fitted(model, record, adapter_name, without_prefix(dict(state_dict)), None)
+    if problems:
+        what = (
+            f"the state dict does not fit adapter {adapter_name!r} of this {type(model).__name__}"
+        )
+        raise CheckpointError("\n  ".join([f"{what}; nothing was changed:", *sorted(problems)]))
+    for slot, value in values:
+        write(slot.tensor, value)
+
+
+def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
+    """The record of an adapter.
+
+    Raises:
+        ConfigError: If the model has no such adapter.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ConfigError(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
+            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
+        )
+    if adapter_name not in record.adapters:
+        raise ConfigError(
+            f"there is no adapter {adapter_name!r}: the model has "
+            f"{', '.join(map(repr, record.adapters))}. Another one cannot be loaded onto a "
+            "rewritten model yet: load it onto the original model, which was not changed"
+        )
+    return record.adapters[adapter_name]
+
+
+def stored(model: nn.Module, record: AdapterRecord, adapter: str) -> Stored:
+    """An adapter as PEFT stores it.
+
+    Raises:
+        CheckpointError: If the model is on the meta device.
+    """
+    layout = layout_of(model, record)
+    slots = slots_of(model, record, adapter, layout, changed(model))
+    for slot in slots.values():
+        if slot.tensor.is_meta:
+            raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
+    tensors = {key: slot.encoded() for key, slot in slots.items() if not slot.alias}
+    targets = targets_of(record, layout)
+    joined = joined_of(layout, record)
+    for one in joined:
+        if one.doubled:
+            _log.warning(_TWICE, one.name, "is written for that, with half of it")
+        rank = one.packed(tensors)
+        targets.append(Target(one.name, rank, one.alpha(rank), one.name in layout.weights))
+    own = [row.name for row in record.sites if not row.tied and not layout.place(row.site)]
+    return Stored(tensors, targets, joined, own)
+
+
+def fitted(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig | None,
+) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+    """What to write where, and what is wrong with it; nothing is written yet.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        tensors: By key, without the prefix.
+        config: The configuration that they were saved with; None if there is none.
+    """
+    rest = dict(tensors)
+    named = wrapped_parameters(model, config) if config else {}
+    weights = {name for names in named.values() for name in names}
+    layout = layout_of(model, record, weights)
+    slots = slots_of(model, record, adapter, layout, _persistent_buffers(model))
+    problems: list[str] = []
+    settled: set[str] = set()
+    for one in joined_of(layout, record):
+        there = {key for pair in one.pairs for key in pair.keys} & rest.keys()
+        scale = scale_for(one.name, config) if config else one.scale
+        if there and one.doubled:
+            _log.warning(_TWICE, one.name, "was taken to be computed so")
+        done, wrong = one.split(rest, scale)
+        problems += wrong
+        for key in done:
+            del slots[key]
+        settled |= {member.row.name for member in one.members} if there else set()
+    values, wrong = values_for(slots, rest)
+    problems += wrong
+    if config is not None:
+        rows = tuple(row for row in record.sites if row.name not in settled)
+        names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
+        problems += other_scales(dataclasses.replace(record, sites=rows), config, names)
+    for key in rest.keys() - slots.keys():
+        problems += leftover(key, rest[key], model, record)
+    return values, problems
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same by the names that modules of the base model have in it."""
+    if all(key.startswith(PREFIX) for key in tensors):
+        return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    return tensors
+
+
+def changed(model: nn.Module) -> list[str]:
+    """Buffers of the base model that have other values than at the rewrite."""
+    record: Any = record_of(model)
+    return [name for name, _ in changed_buffers(model, record)] if record is not None else []
+
+
+def _persistent_buffers(model: nn.Module) -> list[str]:
+    state = model.state_dict(keep_vars=True)
+    return [name for name, _ in model.named_buffers() if name in state]
