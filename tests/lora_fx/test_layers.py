@@ -41,6 +41,8 @@ LAYERS = (
     "lora_fx.pipeline",
     "lora_fx.adapters",
     "lora_fx._checkpoint_files",
+    "lora_fx._checkpoint_tensors",
+    "lora_fx._checkpoint_forms",
     "lora_fx._checkpoint_keys",
     "lora_fx._checkpoint_settings",
     "lora_fx._checkpoint_fit",
