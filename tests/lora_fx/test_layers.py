@@ -35,6 +35,8 @@ LAYERS = (
     "lora_fx.attention",
     "lora_fx.windows",
     "lora_fx.experts",
+    "lora_fx._dora_norm",
+    "lora_fx.dora",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx._checkpoint_files",
