@@ -38,6 +38,8 @@ LAYERS = (
     "lora_fx.windows",
     "lora_fx.experts",
     "lora_fx.samples",
+    "lora_fx._dora_norm",
+    "lora_fx.dora",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx.adapters",
