@@ -38,6 +38,7 @@ from lora_fx.errors import (
     PartialMatchError,
     ProviderError,
 )
+from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
 
 if _TYPE_CHECKING:
@@ -62,10 +63,12 @@ __all__ = [
     "ProviderError",
     "__version__",
     "capture",
+    "correct_gradients",
     "export_onnx",
     "graphs",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "plan",
     "print_trainable_parameters",
     "register_pattern",
