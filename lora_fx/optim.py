@@ -175,7 +175,7 @@ def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> tor
     gram = a @ a.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
     flat = gradient.to(a.dtype).reshape(count, -1, rank)
-    solved = torch.linalg.solve(gram, flat, left=False) / row.scale**2
+    solved: torch.Tensor = torch.linalg.solve(gram, flat, left=False) / row.scale**2
     return solved.reshape(gradient.shape).to(gradient.dtype)
 
 
