@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord
 
 __all__ = ["with_sites", "written_config"]
 

@@ -14,6 +14,8 @@ from lora_fx.errors import ConfigError
 
 __all__ = [
     "AdapterFactors",
+    "Holder",
+    "KeptTensors",
     "check_adapter_name",
     "count_batch",
     "in_place",
@@ -42,6 +44,14 @@ class AdapterFactors(nn.Module):
         """Names and shapes."""
         shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+class Holder(nn.Module):
+    """Holds the factors of a weight that no module stands for: it lies beside the weight."""
+
+
+class KeptTensors(AdapterFactors):
+    """What an adapter keeps beside a parameter and does not train: it is no factor."""
 
 
 def check_adapter_name(name: object) -> None:

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_fx.errors import ConfigError
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes.merge import record_of
-from lora_fx.types import PlannedSite, Record
+from lora_fx.record import Record, record_of
+from lora_fx.types import PlannedSite
 
 __all__ = ["correct_gradients", "parameter_groups"]
 

@@ -2,7 +2,7 @@
 
 The order in which they appear is the order in which data flows::
 
-    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module (Record)
+    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module
 
 Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they
 edit.
@@ -24,7 +24,6 @@ from lora_fx.config import LoraConfig
 
 __all__ = [
     "META_KEY",
-    "AdapterRecord",
     "BranchBuilder",
     "Call",
     "Capture",
@@ -37,7 +36,6 @@ __all__ = [
     "Pattern",
     "Plan",
     "PlannedSite",
-    "Record",
     "Region",
     "Rejection",
     "Role",
@@ -543,35 +541,6 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterRecord:
-    """One adapter of a rewritten model: its configuration and where it is."""
-
-    config: LoraConfig
-    sites: tuple[PlannedSite, ...]
-    saved_modules: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a rewritten model knows about itself; the root module's ``_lora_fx`` attribute.
-
-    Attributes:
-        adapters: By adapter name.
-        frontend: The front-end that captured the model.
-        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
-            this back.
-        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
-            is part of what was learnt, and is saved.
-    """
-
-    adapters: Mapping[str, AdapterRecord]
-    frontend: str
-    trainable: frozenset[str]
-    buffers: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import nn
 
 from lora_fx.config import LoraConfig
-from lora_fx.ops import AdapterFactors
+from lora_fx.ops import AdapterFactors, Holder
 from lora_fx.passes._factors import factor_names
 from lora_fx.passes._starts import initial_factors
 from lora_fx.passes.patterns import pattern_of
@@ -85,5 +85,5 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
         return owner
     name = site.holder.rpartition(".")[2]
     if name not in owner._modules:
-        owner.add_module(name, nn.Module().train(owner.training))
+        owner.add_module(name, Holder().train(owner.training))
     return owner.get_submodule(name)
