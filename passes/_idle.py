@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.passes._chosen import Choice, attention_of
+from lora_fx.passes._own import base_parameters
 from lora_fx.passes.selection import (
     nearest_names,
     parameter_entry,
