@@ -48,6 +48,7 @@ from lora_fx.errors import (
 )
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.weighted import add_weighted_adapter
 
 if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
@@ -73,6 +74,7 @@ __all__ = [
     "active_adapters",
     "adapter_names",
     "add_adapter",
+    "add_weighted_adapter",
     "capture",
     "correct_gradients",
     "delete_adapter",
