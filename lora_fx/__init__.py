@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from lora_fx.adapters import (
     active_adapters,
+    adapter_ids,
     adapter_names,
     add_adapter,
     delete_adapter,
@@ -72,6 +73,7 @@ __all__ = [
     "ProviderError",
     "__version__",
     "active_adapters",
+    "adapter_ids",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",

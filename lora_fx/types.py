@@ -69,6 +69,7 @@ class Role(StrEnum):
     SCALE = "scale"
     PAD = "pad"
     ADD = "add"
+    ROWS = "rows"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ops import AdapterFactors, Holder
+from lora_fx.ops import AdapterModule
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._own import place_base
 from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
@@ -183,7 +183,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
         for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
             del module._buffers[name]
         for name, child in list(module.named_children()):
-            if isinstance(child, AdapterFactors | Holder):
+            if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable

@@ -37,6 +37,7 @@ LAYERS = (
     "lora_fx.attention",
     "lora_fx.windows",
     "lora_fx.experts",
+    "lora_fx.samples",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx.optim",
@@ -81,6 +82,7 @@ LOADED_WHEN_NEEDED = (
 )
 PUBLIC = {
     "active_adapters",
+    "adapter_ids",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
