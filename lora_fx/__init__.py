@@ -47,7 +47,9 @@ from lora_fx.errors import (
     PartialMatchError,
     ProviderError,
 )
+from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.weighted import add_weighted_adapter
 
 if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
@@ -74,13 +76,16 @@ __all__ = [
     "adapter_ids",
     "adapter_names",
     "add_adapter",
+    "add_weighted_adapter",
     "capture",
+    "correct_gradients",
     "delete_adapter",
     "disable_adapter",
     "export_onnx",
     "graphs",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "plan",
     "print_trainable_parameters",
     "register_pattern",
