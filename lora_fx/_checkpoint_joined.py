@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from lora_fx._checkpoint_layout import Layout
-from lora_fx.types import AdapterRecord, PlannedSite, join
+from lora_fx.record import AdapterRecord
+from lora_fx.types import PlannedSite, join
 
 __all__ = ["Joined", "Member", "Pair", "joined_of"]
 

@@ -10,6 +10,8 @@ parameter              on its module, as for linear; ``P.base_layer.lora_A.weigh
                        last of several. Of E experts: A [E·r, in], B [out, r·E], expert fastest
 attention layer        ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [3·width, r], and the same
                        of ``P.base_layer.out_proj``
+magnitude of DoRA      ``P.lora_magnitude_vector`` [out], for a convolution [1, out, 1, ...]
+bias of B              ``P.lora_B.bias`` [out]
 ``modules_to_save``    ``P.<name>`` for everything in the module's state dict
 trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`` elsewhere
 =====================  =========================================================================
@@ -34,9 +36,11 @@ from torch import nn
 from lora_fx._checkpoint_forms import PLAIN, Dense, Form, StackedDown, StackedUp, Transposed
 from lora_fx._checkpoint_layout import WRAPPER, Layout
 from lora_fx._checkpoint_tensors import for_file, gathered
-from lora_fx.passes._factors import factor_names, factors_of
+from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
+from lora_fx.passes._own import in_adapter, own_value
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import AdapterRecord, PlannedSite, Site, join
+from lora_fx.record import AdapterRecord
+from lora_fx.types import PlannedSite, Site, join
 
 __all__ = ["PREFIX", "Slot", "base_name", "slots_of"]
 
@@ -97,14 +101,13 @@ def slots_of(
             slots += (slot, *_under(slot, row.site.holder, aliases.get(row.site.holder, ())))
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
-        state = model.get_submodule(name).state_dict(keep_vars=True)
-        for leaf, value in state.items():
-            if isinstance(value, torch.Tensor):
-                slots += _base_slots(join(name, leaf), value, layout)
+        for own, tensor in _saved_values(model, record, adapter, name):
+            slots += _base_slots(own, tensor, layout)
     for name in record.biases:
         # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
         required = name.rpartition(".")[2] == "bias"
-        slots += _base_slots(name, model.get_parameter(name), layout, required=required)
+        value = own_value(model, adapter, name)
+        slots += _base_slots(name, value, layout, required=required)
     for name in buffers:
         if not name.startswith(inside):
             slots += _base_slots(name, model.get_buffer(name), layout, required=False)
@@ -112,6 +115,18 @@ def slots_of(
     for slot in sorted(slots, key=lambda slot: slot.alias):
         found.setdefault(slot.key, slot)
     return found
+
+
+def _saved_values(
+    model: nn.Module, record: AdapterRecord, adapter: str, module: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state of a module that is trained in full, as the adapter has it."""
+    for key, value in model.get_submodule(module).state_dict(keep_vars=True).items():
+        name = join(module, key)
+        if name in record.own:
+            yield name, own_value(model, adapter, name)
+        elif isinstance(value, torch.Tensor) and not in_adapter(model, name):
+            yield name, value
 
 
 def base_name(key: str, model: nn.Module) -> str | None:
@@ -149,8 +164,10 @@ def _factor_slots(
 ) -> Iterator[Slot]:
     site = row.site
     shapes = pattern_of(site).factors(site, row.rank)
-    pair = factors_of(model, row, adapter)
-    names = [join(site.holder, attribute, adapter) for attribute in factor_names(row)]
+    factors, own = factors_of(model, row, adapter), factor_names(row)
+    pair, attributes = (factors.a, factors.b), (own.a, own.b)
+    names = [join(site.holder, attribute, adapter) for attribute in attributes]
+    yield from _variant_slots(row, factors, own, adapter, layout)
     if row.tied:
         for key, name, tensor in zip((shapes.name_a, shapes.name_b), names, pair, strict=True):
             where = join(layout.inside(site.holder), key, "weight")
@@ -162,7 +179,7 @@ def _factor_slots(
         if site.holder == site.owner:
             return
     wrapped = site.holder == site.owner and not layout.joins(site)
-    for attribute, name, tensor in zip(factor_names(row), names, pair, strict=True):
+    for attribute, name, tensor in zip(attributes, names, pair, strict=True):
         # PEFT holds those of an embedding in parameters, all others in modules.
         leaf = attribute if attribute.startswith("lora_embedding") else join(attribute, "weight")
         form = Dense(site.groups) if tensor is pair[0] and site.groups > 1 else PLAIN
@@ -189,6 +206,23 @@ def _parameter_slots(
         down = up = Transposed() if crossed else PLAIN
     yield Slot(join(prefix, "lora_A", "weight"), *first, down)
     yield Slot(join(prefix, "lora_B", "weight"), *last, up)
+
+
+def _variant_slots(
+    row: PlannedSite, factors: SiteFactors, own: FactorNames, adapter: str, layout: Layout
+) -> Iterator[Slot]:
+    """The magnitude of DoRA, which PEFT writes without ``.weight``, and the bias of B."""
+    holder = row.site.holder
+    inside = layout.inside(holder) if holder == row.site.owner else holder
+    for attribute, key, tensor in (
+        (own.magnitude, "lora_magnitude_vector", factors.magnitude),
+        (own.bias, "lora_B.bias", factors.bias),
+    ):
+        if tensor is not None:
+            name = join(holder, attribute, adapter)
+            yield Slot(join(inside, key), name, tensor)
+            if inside != holder:
+                yield Slot(join(holder, key), name, tensor, alias=True)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

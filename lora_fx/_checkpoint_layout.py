@@ -14,8 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
+from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import original_class
-from lora_fx.types import AdapterRecord, PlannedSite, Site, join
+from lora_fx.record import AdapterRecord
+from lora_fx.types import PlannedSite, Site, join
 
 __all__ = ["WRAPPER", "Layout", "is_attention", "layout_of"]
 
@@ -193,7 +195,7 @@ def _reachable(model: nn.Module, parameters: Mapping[str, Site], saved: Iterable
     """
     owners = {site.owner for site in parameters.values()}
     ends = {f".{weight}" for weight in parameters}
-    taken = [name for name, _ in model.named_parameters() if name not in parameters]
+    taken = [name for name in base_parameters(model) if name not in parameters]
     unclear = {end[1:] for end in ends if any(name.endswith(end) for name in taken)}
     around = {outer for name in saved for outer in _outer(name)}
     return [

@@ -12,7 +12,7 @@ from torch import nn
 from lora_fx._checkpoint_layout import Layout
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord
 
 __all__ = ["Target", "targets_of", "with_targets", "written_config"]
 

@@ -13,7 +13,9 @@ from lora_fx._checkpoint_layout import WRAPPER, is_attention
 from lora_fx._checkpoint_settings import Target
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
+from lora_fx.passes._own import base_modules
 from lora_fx.passes.selection import alpha_for, parameter_entry, rank_for
+from lora_fx.types import join
 
 __all__ = ["NOTE", "Parts", "note_of", "parts_in", "stored_targets", "wrapped_parameters"]
 
@@ -58,9 +60,11 @@ def parts_in(metadata: Mapping[str, str]) -> Parts:
 def wrapped_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
     """FQNs of the parameters that ``target_parameters`` names, by module, in the order of PEFT's wrappers."""
     found: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters() if config.target_parameters else ():
-        if parameter_entry(name, config) is not None:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
+    for owner, module in base_modules(model) if config.target_parameters else ():
+        for name, value in module._parameters.items():
+            weight = join(owner, name)
+            if value is not None and parameter_entry(weight, config) is not None:
+                found.setdefault(owner, []).append(weight)
     return found
 
 
@@ -70,12 +74,12 @@ def stored_targets(
     """What the factors among the keys are for, in their order.
 
     Args:
-        model: The model, not rewritten.
+        model: The model, rewritten or not.
         config: That of the folder.
         keys: Without PEFT's prefix.
         parts: What was joined.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(base_modules(model, every_name=True))
     parameters = wrapped_parameters(model, config)
     found: dict[str, Target] = {}
     for key in keys:

@@ -17,16 +17,15 @@ from lora_fx._checkpoint_layout import layout_of
 from lora_fx._checkpoint_settings import Target, targets_of
 from lora_fx._checkpoint_sites import wrapped_parameters
 from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import adapter_record
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.errors import CheckpointError
 from lora_fx.passes._buffers import changed_buffers
-from lora_fx.passes.merge import record_of
 from lora_fx.passes.selection import scale_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord, record_of
 
 __all__ = [
     "Stored",
-    "adapter_record",
     "adapter_state_dict",
     "changed",
     "fitted",
@@ -103,27 +102,6 @@ def load_adapter_state_dict(
         raise CheckpointError("\n  ".join([f"{what}; nothing was changed:", *sorted(problems)]))
     for slot, value in values:
         write(slot.tensor, value)
-
-
-def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
-    """The record of an adapter.
-
-    Raises:
-        ConfigError: If the model has no such adapter.
-    """
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
-        )
-    if adapter_name not in record.adapters:
-        raise ConfigError(
-            f"there is no adapter {adapter_name!r}: the model has "
-            f"{', '.join(map(repr, record.adapters))}. Another one cannot be loaded onto a "
-            "rewritten model yet: load it onto the original model, which was not changed"
-        )
-    return record.adapters[adapter_name]
 
 
 def stored(model: nn.Module, record: AdapterRecord, adapter: str) -> Stored:

@@ -19,15 +19,16 @@ from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_settings import with_targets, written_config
 from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
-from lora_fx._checkpoint_state import adapter_record, changed, fitted, stored, without_prefix
+from lora_fx._checkpoint_state import changed, fitted, stored, without_prefix
 from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes.capture.auto import Frontend
-from lora_fx.passes.merge import record_of
 from lora_fx.passes.selection import judge, saved_entries
 from lora_fx.pipeline import plan_model, rewrite_model
+from lora_fx.record import record_of
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -96,8 +97,9 @@ def load_adapter(
     """Reads an adapter folder of PEFT or lora_fx.
 
     Args:
-        model: A model that is not rewritten, which is not touched; or one that was rewritten before
-            and has an adapter of this name and shape, whose values are replaced.
+        model: A model that is not rewritten, which is not touched; or one that was. If that has an
+            adapter of this name, which then has to be of this shape, its values are replaced; else the
+            adapter is added to those that it has, and :func:`lora_fx.set_adapter` makes it active.
         directory: A local folder. For an adapter that is not called "default", its subfolder of
             that name if there is one.
         adapter_name: What to call the adapter; the folder does not say.
@@ -107,7 +109,7 @@ def load_adapter(
 
     Returns:
         A model with the adapter, as :func:`lora_fx.rewrite` makes it: a new one, or, if ``model``
-        has the adapter, ``model`` itself. It can be trained on: the note ``inference_mode`` that
+        is rewritten, ``model`` itself. It can be trained on: the note ``inference_mode`` that
         PEFT puts into every folder is not heeded. Values are cast to the dtype of their place.
 
     Raises:
@@ -115,7 +117,7 @@ def load_adapter(
             pickle that could run code, or does not fit the model: every tensor that is missing,
             unexpected or of another shape is named. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
-            rewritten and has no adapter of that name, or is to be captured anew.
+            rewritten and is to be captured anew.
         CaptureError: If the model cannot be captured so.
     """
     check_adapter_name(adapter_name)
@@ -135,10 +137,18 @@ def load_adapter(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
         )
-    else:
+    elif adapter_name in adapter_names(model):
         exact, target = config, model
+    else:
+        exact = with_targets(
+            config, stored_targets(model, config, tensors, parts_in(metadata)), model
+        )
+        target = _extended(model, exact, tensors, folder, adapter_name)
+    added = target is model and exact is not config
     record = adapter_record(target, adapter_name)
     values, problems = fitted(target, record, adapter_name, tensors, config)
+    if problems and added:
+        delete_adapter(model, adapter_name)
     if problems:
         reasons = _reasons(model, exact, how)
         raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
@@ -176,6 +186,22 @@ def _rewritten(
         raise CheckpointError(
             "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how)])
         ) from error
+
+
+def _extended(
+    model: nn.Module,
+    exact: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    adapter_name: str,
+) -> nn.Module:
+    """A rewritten model with one more adapter, which has no values yet."""
+    try:
+        put_adapter(model, exact, adapter_name)
+    except NoMatchError as error:
+        lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+        raise CheckpointError("\n  ".join([_misfit(folder, model), *lines])) from error
+    return model
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:

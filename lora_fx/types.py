@@ -2,7 +2,7 @@
 
 The order in which they appear is the order in which data flows::
 
-    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module (Record)
+    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module
 
 Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they
 edit.
@@ -24,7 +24,6 @@ from lora_fx.config import LoraConfig
 
 __all__ = [
     "META_KEY",
-    "AdapterRecord",
     "BranchBuilder",
     "Call",
     "Capture",
@@ -37,7 +36,6 @@ __all__ = [
     "Pattern",
     "Plan",
     "PlannedSite",
-    "Record",
     "Region",
     "Rejection",
     "Role",
@@ -68,9 +66,11 @@ class Role(StrEnum):
     DROPOUT = "dropout"
     DOWN = "A"
     UP = "B"
+    MAGNITUDE = "magnitude"
     SCALE = "scale"
     PAD = "pad"
     ADD = "add"
+    ROWS = "rows"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,6 +169,11 @@ class Call:
         pattern: Name of the pattern that found it.
         cast: Whether the weight is cast before it is applied.
         left: Whether it is the left operand of a product, so that the outputs are not the last dimension.
+        bias: Name of the node that the operation adds, empty for none: a vector of the output features
+            for a convolution, else anything that meets the output.
+        axes: Where the output features lie in the output, counted from its end; several where they are
+            taken apart, empty where nothing says.
+        sizes: Their sizes, where there are several.
     """
 
     region: str
@@ -177,6 +182,9 @@ class Call:
     pattern: str
     cast: bool = False
     left: bool = False
+    bias: str = ""
+    axes: tuple[int, ...] = (-1,)
+    sizes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,6 +377,13 @@ class BranchBuilder(Protocol):
     def b(self) -> fx.Node:
         """B."""
 
+    @property
+    def bias(self) -> fx.Node | None:
+        """What the operation that applies B takes for its bias, [out], or None.
+
+        A pattern that does not ask for it has it added to its branch.
+        """
+
     def dropped(self, x: fx.Node) -> fx.Node:
         """``x`` after the adapter's dropout."""
 
@@ -421,7 +436,10 @@ class PlannedSite:
         flops: Extra forward FLOPs for one token.
         tied: Name of the site whose factors it has, transposed; empty for factors of its own.
         saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
-            input, the masked input with its mask if there is dropout, and the rank-r activation.
+            input, the masked input with its mask if there is dropout, the rank-r activation, and for
+            DoRA the output where the gradient of the magnitude is worked out from it.
+        dora: Whether it has a trained magnitude (arXiv:2402.09353).
+        lora_bias: Whether B has a trained bias.
     """
 
     site: Site
@@ -433,6 +451,8 @@ class PlannedSite:
     flops: int
     saved: int
     tied: str = ""
+    dora: bool = False
+    lora_bias: bool = False
 
     @property
     def name(self) -> str:
@@ -543,35 +563,6 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterRecord:
-    """One adapter of a rewritten model: its configuration and where it is."""
-
-    config: LoraConfig
-    sites: tuple[PlannedSite, ...]
-    saved_modules: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a rewritten model knows about itself; the root module's ``_lora_fx`` attribute.
-
-    Attributes:
-        adapters: By adapter name.
-        frontend: The front-end that captured the model.
-        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
-            this back.
-        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
-            is part of what was learnt, and is saved.
-    """
-
-    adapters: Mapping[str, AdapterRecord]
-    frontend: str
-    trainable: frozenset[str]
-    buffers: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.passes._chosen import Choice, attention_of
+from lora_fx.passes._own import base_parameters
 from lora_fx.passes.selection import (
     nearest_names,
     parameter_entry,
@@ -98,7 +99,7 @@ def idle_parameters(
             one = refused[0]
             yield target, True, f"{one.name} cannot be adapted: {one.reason}"
             continue
-        found = [(n, p) for n, p in model.named_parameters() if parameter_entry(n, alone)]
+        found = [(n, p) for n, p in base_parameters(model).items() if parameter_entry(n, alone)]
         if found:
             name, parameter = found[0]
             shape = list(parameter.shape)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from lora_fx.passes._buffers import changed_buffers
-from lora_fx.types import Record
+from lora_fx.passes._own import own_value
+from lora_fx.record import Record
 
-__all__ = ["place_merged", "place_trained", "trained", "untie_config"]
+__all__ = ["place_biases", "place_merged", "place_trained", "trained", "untie_config"]
 
 
 def place_merged(
@@ -39,6 +40,12 @@ def place_merged(
     return untied
 
 
+def place_biases(result: nn.Module, biases: dict[str, torch.Tensor]) -> None:
+    """Puts the merged biases in; others that they shared a parameter with keep it."""
+    for name, bias in biases.items():
+        _set_parameter(result, name, bias)
+
+
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """A new parameter in the place of one that others may share."""
     owner, _, key = name.rpartition(".")
@@ -50,12 +57,12 @@ def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """What was trained beside the factors, under each of its names."""
-    adapters = [record.adapters[name] for name in names]
-    biases = {name for adapter in adapters for name in adapter.biases}
-    modules = tuple(f"{name}." for adapter in adapters for name in adapter.saved_modules)
-    named = list(model.named_parameters(remove_duplicate=False))
-    ids = {id(p) for name, p in named if name in biases or name.startswith(modules)}
-    return ((name, p) for name, p in named if id(p) in ids)
+    for name in names:
+        adapter = record.adapters[name]
+        weights = {row.site.weight for row in adapter.sites}
+        for own in adapter.own:
+            if own not in weights:
+                yield own, own_value(model, name, own)
 
 
 def place_trained(

@@ -7,11 +7,12 @@ import math
 
 import torch
 
+from lora_fx import dora
 from lora_fx.config import LoraConfig
 from lora_fx.passes._factors import adapter_dtype
-from lora_fx.types import Factors, Site
+from lora_fx.types import Factors, PlannedSite, Site
 
-__all__ = ["initial_factors"]
+__all__ = ["initial_bias", "initial_factors", "initial_magnitude"]
 
 
 def initial_factors(
@@ -27,8 +28,7 @@ def initial_factors(
         return torch.empty(a, dtype=dtype, device="meta"), torch.empty(
             b, dtype=dtype, device="meta"
         )
-    digest = hashlib.blake2b(f"{config.seed}:{site.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = _generator(config.seed, site.name)
 
     def uniform(shape: tuple[int, ...], fan_in: int) -> torch.Tensor:
         # Kaiming with a = sqrt(5): the bound is 1/sqrt(fan_in).
@@ -49,3 +49,48 @@ def initial_factors(
             uniform(b, shapes.fan_in[1]) if config.init_lora_weights is False else torch.zeros(b)
         )
     return first.to(weight.device, dtype), second.to(weight.device, dtype)
+
+
+def initial_magnitude(
+    row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    """``‖W + s·BA‖``: the gain is 1 to the last bit before training.
+
+    Liu et al. 2024 (arXiv:2402.09353), equation 5.
+
+    Args:
+        row: The site.
+        weight: Its weight.
+        a, b: Its factors, as they are stored.
+
+    Returns:
+        [out], or [1, out, 1, ...] for a convolution, as PEFT stores it.
+    """
+    site, dtype = row.site, adapter_dtype(weight)
+    shape = (site.out_features,)
+    if site.family == "conv":
+        shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
+    if weight.device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if row.tied:
+        a, b = a.T, b.T
+    applied = dora.applied_weight(weight, site.layout, site.view, site.rows)
+    norm = dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
+    return norm.reshape(shape).to(dtype)
+
+
+def initial_bias(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> torch.Tensor:
+    """Zeros, [out]; uniform as the bias of a layer of this rank where B starts random, too."""
+    site, dtype = row.site, adapter_dtype(weight)
+    if weight.device.type == "meta":
+        return torch.empty(site.out_features, dtype=dtype, device="meta")
+    bias = torch.zeros(site.out_features)
+    if config.init_lora_weights is False:
+        bound = 1 / math.sqrt(row.rank // site.groups)
+        bias.uniform_(-bound, bound, generator=_generator(config.seed, f"{site.name}.lora_bias"))
+    return bias.to(weight.device, dtype)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,5 +1,7 @@
 """Inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
 
+Where an operation has a branch already, that of another adapter, the new one is added to their sum.
+
 Graphs are copied before they are edited. The factors that a branch reads are there already
 (:mod:`lora_fx.passes.add_factors`): nothing of the model is changed.
 """
@@ -9,20 +11,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import fx
 
+from lora_fx.passes._branch import Branch, Wiring
 from lora_fx.passes._factors import adapter_dtype, factor_names
-from lora_fx.passes._fx import Branch
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import (
     META_KEY,
     Capture,
     PassResult,
-    Plan,
     PlannedSite,
     Region,
     Role,
@@ -39,22 +40,22 @@ class Insert:
     """The pass.
 
     Attributes:
-        plan: What to insert.
+        rows: Where, and with what.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "insert"
-    plan: Plan
+    rows: tuple[PlannedSite, ...]
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds branches where the plan wants some and there are none yet."""
-        rows = [row for row in self.plan.sites if not _inserted(capture, row, self.adapter)]
+        rows = [row for row in self.rows if not _inserted(capture, row, self.adapter)]
         if not rows:
             return PassResult(capture, False)
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
-        for fqn, work in _by_region(rows).items():
+        for fqn, work in _by_region(rows, capture.regions).items():
             region = regions[fqn]
             jobs = tuple(self._job(capture, region, row, index) for row, index in work)
             # Equal layers share their graph before the pass, and after it.
@@ -67,23 +68,29 @@ class Insert:
         return PassResult(dataclasses.replace(capture, regions=regions), True)
 
     def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
-        site = row.site
+        site, call = row.site, row.site.calls[index]
         weight = capture.model.get_parameter(site.weight)
         names = factor_names(row)
         holder = _relative(site.holder, region.fqn)
-        return _Job(
-            output=site.calls[index].output,
-            pattern=site.calls[index].pattern,
-            part=_relative(site.place, region.fqn),
-            factors=(join(holder, names[0], self.adapter), join(holder, names[1], self.adapter)),
-            transposed=bool(row.tied),
-            cast=adapter_dtype(weight) != weight.dtype or site.calls[index].cast,
+
+        def factor(name: str) -> str:
+            return join(holder, name, self.adapter) if name else ""
+
+        wiring = Wiring(
+            site=_local(site, region.fqn),
+            call=dataclasses.replace(call, region=""),
+            a=factor(names.a),
+            b=factor(names.b),
+            magnitude=factor(names.magnitude),
+            bias=factor(names.bias),
+            scale=row.scale,
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
-            scale=row.scale,
+            cast=adapter_dtype(weight) != weight.dtype or call.cast,
+            transposed=bool(row.tied),
             padding=_padding(site),
-            site=_local(site, region.fqn),
         )
+        return _Job(_relative(site.place, region.fqn), wiring)
 
     def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
         graph = copy_graph(region.graph)
@@ -91,20 +98,11 @@ class Insert:
         edited = Region(region.fqn, region.module, graph)
         items: dict[str, fx.Node] = {}
         for job in jobs:
-            base = nodes[job.output]
-            build = Branch(
-                graph,
-                base,
-                functools.partial(_tag, job.part, self.adapter),
-                job.factors,
-                cast=job.cast,
-                dropout=job.dropout,
-                training=job.training,
-                items=items,
-                transposed=job.transposed,
-            )
-            up = pattern_of(job).branch(job.site, base, edited, build)
-            build.finish(up, job.scale, job.padding)
+            wiring = job.wiring
+            base = nodes[wiring.call.output]
+            tag = functools.partial(_tag, job.part, self.adapter)
+            build = Branch(graph, base, tag, wiring, items)
+            build.finish(pattern_of(wiring.call).branch(wiring.site, base, edited, build))
         graph.lint()
         return graph
 
@@ -113,17 +111,8 @@ class Insert:
 class _Job:
     """One branch to write, in names of the region: equal jobs on equal graphs give equal graphs."""
 
-    output: str
-    pattern: str
     part: str
-    factors: tuple[str, str]
-    transposed: bool
-    cast: bool
-    dropout: float
-    training: str
-    scale: float
-    padding: tuple[int, int] | None
-    site: Site
+    wiring: Wiring
 
 
 def _padding(site: Site) -> tuple[int, int] | None:
@@ -154,17 +143,23 @@ def _tag(part: str, adapter: str, role: Role) -> Tag:
 
 def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
-    call = row.site.calls[0]
-    tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
-    graph = capture.regions[call.region].graph
-    return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
+    for call in row.site.calls:
+        if call.region in capture.regions:
+            tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
+            graph = capture.regions[call.region].graph
+            return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
+    return False
 
 
-def _by_region(rows: Iterable[PlannedSite]) -> dict[str, list[tuple[PlannedSite, int]]]:
+def _by_region(
+    rows: Iterable[PlannedSite], regions: Mapping[str, Region]
+) -> dict[str, list[tuple[PlannedSite, int]]]:
+    """What to insert where. A graph that lay over other regions may have been taken off since."""
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
     for row in rows:
         for index, call in enumerate(row.site.calls):
-            result[call.region].append((row, index))
+            if call.region in regions:
+                result[call.region].append((row, index))
     return result
 
 

@@ -9,27 +9,34 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ops import AdapterFactors
+from lora_fx.ops import AdapterModule
+from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
+from lora_fx.passes._own import place_base
+from lora_fx.passes._placing import (
+    place_biases,
+    place_merged,
+    place_trained,
+    trained,
+    untie_config,
+)
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
-from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import PlannedSite, Record
+from lora_fx.record import Record, record_of
+from lora_fx.types import PlannedSite
 
 __all__ = [
     "MergeReport",
     "MergedSite",
-    "delta_weight",
     "merge",
-    "record_of",
     "stripped",
 ]
 
@@ -84,36 +91,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def record_of(model: object) -> Record | None:
-    """What ``rewrite`` left on a model, or None for anything else."""
-    record = getattr(model, "_lora_fx", None)
-    return record if isinstance(record, Record) else None
-
-
-def delta_weight(
-    model: nn.Module,
-    row: PlannedSite,
-    adapter: str,
-    dtype: torch.dtype = torch.float32,
-    outputs: slice = slice(None),
-) -> torch.Tensor:
-    """``ΔW = s · B A`` of one site, in the weight's layout and in ``dtype``.
-
-    Args:
-        model: The rewritten model.
-        row: The site.
-        adapter: The adapter's name.
-        dtype: In which it is computed.
-        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
-    """
-    a, b = (f.detach() for f in factors_of(model, row, adapter))
-    if row.tied:
-        a, b = a.T, b.T
-    b = b[outputs].to(dtype)
-    a = (a[outputs] if row.site.experts else a).to(dtype)
-    return pattern_of(row.site).delta(row.site, a, b) * row.scale
-
-
 def merge(
     model: nn.Module,
     *,
@@ -126,7 +103,7 @@ def merge(
 
     Args:
         model: A rewritten model; it is not changed.
-        adapter_names: Which adapters; all by default.
+        adapter_names: Which adapters; those that are active by default.
         into: Fold into this model instead of a copy of the base: a model of the original class.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
@@ -144,15 +121,7 @@ def merge(
             f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
             "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
         )
-    if isinstance(adapter_names, str):
-        adapter_names = (adapter_names,)
-    names = tuple(record.adapters if adapter_names is None else adapter_names)
-    for name in names:
-        if name not in record.adapters:
-            raise MergeError(
-                f"there is no adapter {name!r}: the model has "
-                f"{', '.join(map(repr, record.adapters))}"
-            )
+    names = _chosen(record, adapter_names)
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
@@ -173,10 +142,13 @@ def merge(
         old = result.get_parameter(weight).detach()
         merged[weight] = _folded(model, old, several)
         sites.append(_measured(model, old, merged[weight], several, measure))
+    every = [pair for several in rows.values() for pair in several]
+    kept = {name for name, _ in trained(model, record, names)}
+    biases = merged_biases(model, result, every, kept)
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     place_trained(model, result, record, names)
-    # An embedding and a head with the same adapter, transposed, have the same merged weight.
-    tied = {weight: to for weight, to in tied.items() if len(rows[weight]) == len(rows[to])}
+    place_biases(result, biases)
+    tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -187,22 +159,50 @@ def merge(
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was."""
     result = share_copy(model)
+    for name in record.active:
+        place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     for module in list(result.modules()):
         uninstall(module)
         for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
             del module._buffers[name]
         for name, child in list(module.named_children()):
-            holds = [c for c in child.children() if isinstance(c, AdapterFactors)]
-            if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
+            if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
     return result
 
 
+def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The adapters that are meant."""
+    if isinstance(adapter_names, str):
+        adapter_names = (adapter_names,)
+    names = tuple(record.active if adapter_names is None else adapter_names)
+    if adapter_names is None and record.adapters and not names:
+        raise MergeError(
+            "no adapter is active: lora_fx.set_adapter makes one so, or give adapter_names"
+        )
+    for name in names:
+        if name not in record.adapters:
+            raise MergeError(
+                f"there is no adapter {name!r}: the model has "
+                f"{', '.join(map(repr, record.adapters))}"
+            )
+    if len(set(names)) != len(names):
+        raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
+    places = Counter(own for name in names for own in record.adapters[name].own)
+    for place, count in places.items():
+        if count > 1:
+            raise MergeError(
+                f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
+            )
+    return names
+
+
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    if not all(torch.isfinite(factor).all() for factor in factors_of(model, row, adapter)):
+    present = factors_of(model, row, adapter).present
+    if not all(torch.isfinite(factor).all() for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )
@@ -223,8 +223,7 @@ def _folded(
     for start in range(0, features, step):
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
-        for row, adapter in rows:
-            _add_delta(total, start, model, row, adapter)
+        _add_changes(total, start, model, rows)
         merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
         raise MergeError(
@@ -233,18 +232,30 @@ def _folded(
     return merged.reshape(rows[0][0].site.weight_shape)
 
 
-def _add_delta(
-    total: torch.Tensor, start: int, model: nn.Module, row: PlannedSite, adapter: str
+def _add_changes(
+    total: torch.Tensor, start: int, model: nn.Module, rows: list[tuple[PlannedSite, str]]
 ) -> None:
-    """Adds what a site contributes to a slice of its weight that begins at ``start``."""
-    axis = row.site.axis
-    first, last = row.site.rows or (0, row.site.applied_shape[axis])
-    low, high = max(first, start), min(last, start + total.shape[axis])
-    if low >= high:
-        return
-    outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
-    delta = delta_weight(model, row, adapter, total.dtype, outputs)
-    total.narrow(axis, low - start, high - low).add_(delta.to(total.device))
+    """Adds what sites contribute to a slice of their weight that begins at ``start``."""
+    several = any(row.dora for row, _ in rows) and len(rows) > 1
+    # What DoRA adds depends on the unadapted weight, whatever else is added to it.
+    base = total.clone() if several else total
+    for row, adapter in rows:
+        axis = row.site.axis
+        first, last = row.site.rows or (0, row.site.applied_shape[axis])
+        low, high = max(first, start), min(last, start + total.shape[axis])
+        if low >= high:
+            continue
+        outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
+        here = (axis, low - start, high - low)
+        total.narrow(*here).add_(weight_change(model, row, adapter, base.narrow(*here), outputs))
+
+
+def _stay_tied(one: list[tuple[PlannedSite, str]], other: list[tuple[PlannedSite, str]]) -> bool:
+    """Whether an embedding and a head have the same merged weight: those of one adapter, transposed, have.
+
+    A magnitude scales the columns of the one and the rows of the other.
+    """
+    return len(one) == len(other) and not any(row.dora for row, _ in (*one, *other))
 
 
 def _measured(
@@ -259,8 +270,7 @@ def _measured(
         return MergedSite(name, adapters, math.nan, math.nan)
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
-    for row, adapter in rows:
-        _add_delta(applied, 0, model, row, adapter)
+    _add_changes(applied, 0, model, rows)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))

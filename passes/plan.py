@@ -15,12 +15,15 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.ops import AdapterFactors
 from lora_fx.passes._chosen import Choice, choices
 from lora_fx.passes._idle import idle_entries, idle_parameters, target_names
 from lora_fx.passes._lazy import elements
+from lora_fx.passes._own import base_modules, base_parameters
 from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._variants import variant_costs, variant_objection
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -84,7 +87,7 @@ def make_plan(
         notes=capture.notes,
         saved_modules=saved,
         biases=biases,
-        base_parameters=sum(elements(p) for p in capture.model.parameters()),
+        base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
     )
     _check(capture, plan, matches, chosen, strict)
@@ -106,7 +109,7 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return None
+    return variant_objection(site, config)
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
@@ -117,6 +120,7 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
     # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
     kept = 8 if site.family == "embedding" else site.in_features * itemsize
     masked = site.in_features * (itemsize + 1) if dropout else 0
+    extra = variant_costs(site, config)
     # A region of a whole model and the regions below it show the same application twice.
     applied = max(Counter(call.region for call in site.calls).values())
     return PlannedSite(
@@ -125,9 +129,11 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         alpha=choice.alpha(config),
         scale=choice.scale(config),
         dropout=dropout,
-        parameters=pattern.factors(site, rank).numel,
-        flops=pattern.flops(site, rank) * applied,
-        saved=(kept + masked + rank * itemsize) * applied,
+        parameters=pattern.factors(site, rank).numel + extra.parameters,
+        flops=(pattern.flops(site, rank) + extra.flops) * applied,
+        saved=(kept + masked + (rank + extra.saved) * itemsize) * applied,
+        dora=config.use_dora,
+        lora_bias=config.lora_bias,
     )
 
 
@@ -146,13 +152,14 @@ def _keep_tied(
             head = sites.get(weight)
             if head is None or head.family != "linear" or head.layout != "out_in":
                 continue
+            extra = variant_costs(head, config)
             tied[head.name] = dataclasses.replace(
                 _row(capture, Choice(head, _TIED, (head.name,)), config),
                 rank=source.rank,
                 alpha=source.alpha,
                 scale=source.scale,
-                parameters=0,
-                flops=pattern_of(head).flops(head, source.rank),
+                parameters=extra.parameters,
+                flops=pattern_of(head).flops(head, source.rank) + extra.flops,
                 tied=source.name,
             )
     order = {site.name: place for place, site in enumerate(matches.sites)}
@@ -162,10 +169,11 @@ def _keep_tied(
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         # Not hasattr: a module may answer to every name.
         own = (*module.named_children(), *module.named_parameters(recurse=False))
-        if {"lora_A", "lora_embedding_A"} & {key for key, _ in own}:
+        theirs = {key for key, value in own if not isinstance(value, AdapterFactors)}
+        if {"lora_A", "lora_embedding_A"} & theirs:
             raise CaptureError(
                 f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
                 "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
@@ -174,7 +182,7 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
     outer: list[str] = []
-    for name, _ in model.named_modules():
+    for name, _ in base_modules(model):
         if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
             outer.append(name)
             yield name
@@ -185,7 +193,7 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
 def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
     """Modules that share a parameter with one that is trained in full."""
     inside = tuple(f"{name}." for name in saved)
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = list(base_parameters(model).items())
     storages = {storage_of(p) for name, p in named if name.startswith(inside)}
     others = {
         name.rpartition(".")[0]: None
@@ -199,15 +207,26 @@ def _biases(
     model: nn.Module, config: LoraConfig, rows: list[PlannedSite], saved: tuple[str, ...]
 ) -> Iterator[str]:
     wanted = {row.site.bias for row in rows}
-    for name, _ in model.named_parameters():
+    for name, _ in _named_once(model):
         inside = any(name.startswith(f"{module}.") for module in saved)
         every = config.bias == "all" and "bias" in name
         if not inside and (every or (config.bias == "lora_only" and name in wanted)):
             yield name
 
 
+def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters, each by its first name."""
+    seen: set[int] = set()
+    for name, parameter in base_parameters(model).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
 def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
-    inside = sum(elements(p) for name in saved for p in model.get_submodule(name).parameters())
+    inside = sum(
+        elements(p) for name in saved for p in dict(_named_once(model.get_submodule(name))).values()
+    )
     return inside + sum(elements(model.get_parameter(name)) for name in biases)
 
 
