@@ -28,14 +28,15 @@ class AdapterFactors(nn.Module):
     It has no forward: the graph reads the parameters.
     """
 
-    def add(self, adapter: str, value: torch.Tensor) -> None:
-        """Adds an adapter's factor.
+    def add(self, adapter: str, value: torch.Tensor, *, trained: bool = True) -> None:
+        """Adds an adapter's factor, or puts another one in its place.
 
         Args:
             adapter: The adapter's name.
             value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
+            trained: Whether it wants a gradient, if it is no parameter yet.
         """
-        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trained)
         self.register_parameter(adapter, parameter)
 
     def extra_repr(self) -> str:

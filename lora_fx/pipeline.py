@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._region import install
+from lora_fx.passes._start_place import changed_weights
 from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
@@ -111,13 +113,22 @@ def rewrite_model(
 def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) -> nn.Module:
     """Makes the module that runs: installs every region and leaves the record on the root."""
     install(_running(capture, plan))
-    adapter = AdapterRecord(plan.config, plan.sites, plan.saved_modules, plan.biases)
+    bases, originals = changed_weights(capture.model, original, plan.sites)
+    adapter = AdapterRecord(
+        plan.config,
+        plan.sites,
+        plan.saved_modules,
+        plan.biases,
+        bases,
+        initialized=not needs_data(plan.config.init_lora_weights),
+    )
     trainable = frozenset(name for name, p in original.named_parameters() if p.requires_grad)
     capture.model.__dict__["_lora_fx"] = Record(
         adapters={adapter_name: adapter},
         frontend=plan.frontend,
         trainable=trainable,
         buffers=buffer_digests(capture.model),
+        originals=originals,
     )
     return capture.model
 

@@ -547,12 +547,24 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterRecord:
-    """One adapter of a rewritten model: its configuration and where it is."""
+    """One adapter of a rewritten model: its configuration and where it is.
+
+    Attributes:
+        config: What was asked for.
+        sites: What is adapted.
+        saved_modules: Modules trained in full.
+        biases: FQNs of the biases that are trained.
+        bases: By FQN, the weights that its initialisation has changed, as they are with it.
+        initialized: Whether it has the start that the configuration names; False for one that waits for
+            data.
+    """
 
     config: LoraConfig
     sites: tuple[PlannedSite, ...]
     saved_modules: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    bases: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    initialized: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -566,12 +578,15 @@ class Record:
             this back.
         buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
             is part of what was learnt, and is saved.
+        originals: By FQN, the weights that the initialisation of some adapter has changed, as they were:
+            over the storage of the model that was rewritten.
     """
 
     adapters: Mapping[str, AdapterRecord]
     frontend: str
     trainable: frozenset[str]
     buffers: Mapping[str, str]
+    originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

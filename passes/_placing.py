@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes._sharing import storage_of
 from lora_fx.types import Record
 
-__all__ = ["place_merged", "place_trained", "trained", "untie_config"]
+__all__ = ["place_merged", "place_originals", "place_trained", "trained", "untie_config"]
 
 
 def place_merged(
@@ -37,6 +38,21 @@ def place_merged(
         owner, _, key = name.rpartition(".")
         result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
     return untied
+
+
+def place_originals(result: nn.Module, record: Record) -> None:
+    """Puts back the weights that initialisations have changed, tied again to what they were tied to."""
+    known = {storage_of(parameter): parameter for parameter in result.parameters()}
+    for name, original in record.originals.items():
+        owner, _, key = name.rpartition(".")
+        changed = result.get_parameter(name)
+        # The model may have been moved or cast since.
+        value = original.detach().to(changed)
+        shared = known.get(storage_of(value))
+        same = shared is not None and shared.shape == value.shape
+        result.get_submodule(owner)._parameters[key] = (
+            shared if same else nn.Parameter(value, requires_grad=False)
+        )
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

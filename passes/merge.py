@@ -1,5 +1,8 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
+Where the initialisation of an adapter changed the base to W₀, ``W' = W + (W₀ - W) + s · B A``, with the W
+that the model had before.
+
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
 """
@@ -17,7 +20,13 @@ from torch import nn
 from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterFactors
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
+from lora_fx.passes._placing import (
+    place_merged,
+    place_originals,
+    place_trained,
+    trained,
+    untie_config,
+)
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
@@ -171,8 +180,9 @@ def merge(
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
         old = result.get_parameter(weight).detach()
-        merged[weight] = _folded(model, old, several)
-        sites.append(_measured(model, old, merged[weight], several, measure))
+        moves = _moves(record, several)
+        merged[weight] = _folded(model, old, several, moves)
+        sites.append(_measured(model, old, merged[weight], several, moves, measure))
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     place_trained(model, result, record, names)
     # An embedding and a head with the same adapter, transposed, have the same merged weight.
@@ -186,7 +196,8 @@ def merge(
 
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was."""
-    result = share_copy(model)
+    kept = (record.originals, *(adapter.bases for adapter in record.adapters.values()))
+    result = share_copy(model, [tensor for tensors in kept for tensor in tensors.values()])
     del result.__dict__["_lora_fx"]
     for module in list(result.modules()):
         uninstall(module)
@@ -196,9 +207,35 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             holds = [c for c in child.children() if isinstance(c, AdapterFactors)]
             if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
                 del module._modules[name]
+    place_originals(result, record)
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
     return result
+
+
+def _moves(
+    record: Record, rows: list[tuple[PlannedSite, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """By how much the initialisations moved a weight, as (there, from), in the shape of its application."""
+    site = rows[0][0].site
+    found = [record.adapters[name].bases for name in dict.fromkeys(name for _, name in rows)]
+    return [
+        (
+            bases[site.weight].reshape(site.applied_shape),
+            record.originals[site.weight].reshape(site.applied_shape),
+        )
+        for bases in found
+        if site.weight in bases
+    ]
+
+
+def _add_moves(
+    total: torch.Tensor, start: int, axis: int, moves: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Adds what the initialisations did to a slice of a weight that begins at ``start``."""
+    for there, origin in moves:
+        for value, sign in ((there, 1), (origin, -1)):
+            total.add_(value.narrow(axis, start, total.shape[axis]).to(total), alpha=sign)
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
@@ -209,7 +246,10 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 
 
 def _folded(
-    model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]
+    model: nn.Module,
+    old: torch.Tensor,
+    rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
     wide = torch.float32 if old.device.type == "mps" else torch.float64
@@ -223,6 +263,7 @@ def _folded(
     for start in range(0, features, step):
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
+        _add_moves(total, start, axis, moves)
         for row, adapter in rows:
             _add_delta(total, start, model, row, adapter)
         merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
@@ -252,6 +293,7 @@ def _measured(
     old: torch.Tensor,
     merged: torch.Tensor,
     rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
     measure: bool,
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
@@ -259,6 +301,7 @@ def _measured(
         return MergedSite(name, adapters, math.nan, math.nan)
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
+    _add_moves(applied, 0, rows[0][0].site.axis, moves)
     for row, adapter in rows:
         _add_delta(applied, 0, model, row, adapter)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)

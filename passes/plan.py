@@ -20,6 +20,7 @@ from lora_fx.passes._parts import choose_parts
 from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._start_fit import start_note, start_objection
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -79,7 +80,7 @@ def make_plan(
         unmatched=tuple(_unmatched(capture, config, matches, rows)),
         config=config,
         frontend=capture.frontend,
-        notes=capture.notes,
+        notes=(*capture.notes, *start_note(config)),
         saved_modules=saved,
         biases=biases,
         base_parameters=sum(elements(p) for p in capture.model.parameters()),
@@ -119,7 +120,7 @@ def _objection(site: Site, config: LoraConfig) -> str | None:
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return None
+    return start_objection(site, rank, config)
 
 
 def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
