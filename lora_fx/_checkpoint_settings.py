@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from lora_fx._config_starts import OPTIONS
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
 from lora_fx.types import AdapterRecord
@@ -25,6 +26,7 @@ def with_sites(config: LoraConfig, names: Iterable[str], model: nn.Module) -> Lo
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
+        **dict.fromkeys(OPTIONS),
     )
 
 
@@ -40,6 +42,10 @@ def written_config(model: nn.Module, record: AdapterRecord) -> LoraConfig:
         fan_in_fan_out=bool(linear) and all(layout == "in_out" for layout in linear),
         base_model_name_or_path=record.config.base_model_name_or_path or _origin(model),
     )
+    if record.config.init_lora_weights == "loftq" and record.bases:
+        config = dataclasses.replace(
+            config, init_lora_weights="loftq", loftq_config=record.config.loftq_config
+        )
     ranks = {row.name: row.rank for row in rows}
     alphas = {row.name: int(row.alpha) if row.alpha.is_integer() else row.alpha for row in rows}
     return _with_patterns(config, ranks, alphas) if rows else config

@@ -19,6 +19,7 @@ from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
 from lora_fx._checkpoint_keys import PREFIX, peft_sees, site_names, slots_of
 from lora_fx._checkpoint_settings import with_sites, written_config
+from lora_fx._checkpoint_starts import check_start, converted, other_start, repeat_start
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ops import check_adapter_name
@@ -45,7 +46,8 @@ def save_adapter(
 
     Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
     buffers that training changed (batch-norm statistics). The configuration names every site in
-    full.
+    full. An adapter whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
+    base as it was, of twice the rank; one of LoftQ says so, and the base is quantised again on loading.
 
     Args:
         model: A rewritten model.
@@ -65,6 +67,7 @@ def save_adapter(
     record = _adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     slots = slots_of(model, record, adapter_name, _changed_buffers(model))
+    record, slots = converted(model, record, adapter_name, slots)
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
@@ -118,10 +121,12 @@ def load_adapter(
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
     config = LoraConfig.from_pretrained(folder)
+    check_start(config, folder)
     tensors = _without_prefix(read_tensors(folder))
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     if record_of(model) is None:
         target = _rewritten(model, config, tensors, folder, adapter_name, how)
+        repeat_start(target, adapter_name, _adapter_record(target, adapter_name), config)
     elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
@@ -133,6 +138,7 @@ def load_adapter(
     slots = slots_of(target, record, adapter_name, _persistent_buffers(target))
     values, problems = values_for(slots, tensors)
     problems += other_scales(record, config)
+    problems += other_start(record, config)
     for key in tensors.keys() - slots.keys():
         problems += leftover(key, tensors[key], target, record)
     if problems:

@@ -6,7 +6,8 @@ one, at the adapted module alone. What is tied to it elsewhere keeps the old one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
@@ -16,14 +17,16 @@ from lora_fx.ops import AdapterFactors
 from lora_fx.passes._factors import factor_names
 from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._starts import Start
-from lora_fx.types import PlannedSite, Site
+from lora_fx.types import AdapterRecord, PlannedSite, Record, Site
 
 __all__ = [
     "START_A",
     "START_B",
     "changed_weights",
+    "computed_starts",
     "factors_module",
     "place_start",
+    "restart",
     "start_factors",
 ]
 
@@ -47,6 +50,59 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
         frozen = nn.Parameter(start.weight, requires_grad=False)
         frozen.__dict__.update(owner._parameters[row.site.parameter].__dict__)
         owner._parameters[row.site.parameter] = frozen
+
+
+def computed_starts(
+    model: nn.Module,
+    rows: Iterable[PlannedSite],
+    make: Callable[[PlannedSite, torch.Tensor], Start],
+) -> list[tuple[PlannedSite, Start]]:
+    """The starts of sites; nothing is placed yet, so that an error leaves the model as it was.
+
+    Args:
+        model: A rewritten model.
+        rows: The sites.
+        make: The start of one, from its weight. Of several parts of one weight, each sees the weight as
+            the one before left it.
+    """
+    now: dict[str, torch.Tensor] = {}
+    made: list[tuple[PlannedSite, Start]] = []
+    for row in rows:
+        name = row.site.weight
+        start = make(row, now.get(name, model.get_parameter(name).detach()))
+        if start.weight is not None:
+            now[name] = start.weight
+        made.append((row, dataclasses.replace(start, weight=None)))
+    return [(row, dataclasses.replace(one, weight=now.get(row.site.weight))) for row, one in made]
+
+
+def restart(
+    model: nn.Module,
+    adapter: str,
+    starts: Iterable[tuple[PlannedSite, Start]],
+    entry: AdapterRecord,
+) -> None:
+    """Gives an adapter of a rewritten model another start, and its record.
+
+    Args:
+        model: The model; changed in place.
+        adapter: The adapter's name.
+        starts: By site.
+        entry: The adapter's record, but for the weights that it changes.
+    """
+    record: Record = model.__dict__["_lora_fx"]
+    originals, bases = dict(record.originals), dict(entry.bases)
+    for row, start in starts:
+        name = row.site.weight
+        if start.weight is not None:
+            originals.setdefault(name, model.get_parameter(name).detach())
+        place_start(model, row, adapter, start)
+        if start.weight is not None:
+            bases[name] = start.weight
+    adapters = {**record.adapters, adapter: dataclasses.replace(entry, bases=bases)}
+    model.__dict__["_lora_fx"] = dataclasses.replace(
+        record, adapters=adapters, originals=originals
+    )
 
 
 def start_factors(

@@ -40,6 +40,7 @@ LAYERS = (
     "lora_fx._checkpoint_files",
     "lora_fx._checkpoint_keys",
     "lora_fx._checkpoint_settings",
+    "lora_fx._checkpoint_starts",
     "lora_fx._checkpoint_fit",
     "lora_fx.checkpoint",
     "lora_fx.export",

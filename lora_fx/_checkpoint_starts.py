@@ -1,0 +1,144 @@
+"""Adapters whose initialisation changed the base: what their folders hold, and how they are read.
+
+Written, such an adapter is made one of the base as it was: with A₀ and B₀ for the start,
+``W₀ + s·B A = W + s·(B A - B₀ A₀) = W + s·[B, -B₀] [A; A₀]``. The rank is twice as large, and so is alpha (with
+``use_rslora`` √2 times), so that the scale stays. What remains of a difference is the rounding of
+``W₀ = W - s·B₀ A₀`` to the weight's dtype. LoftQ's base differs by no product of that rank: there the folder says
+``loftq``, and whoever loads it quantises the base again, as PEFT does.
+
+Read, a folder of PEFT that was not converted says ``pissa`` or ``olora``: the same is taken out of the base again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_fx._checkpoint_keys import Slot
+from lora_fx._config_starts import changes_base, needs_data
+from lora_fx.config import LoraConfig
+from lora_fx.errors import CheckpointError
+from lora_fx.passes._factors import factor_names
+from lora_fx.passes._start_fit import start_objection
+from lora_fx.passes._start_place import computed_starts, restart, start_factors
+from lora_fx.passes._starts import initial_start
+from lora_fx.types import AdapterRecord, PlannedSite, Site, join
+
+__all__ = ["check_start", "converted", "other_start", "repeat_start"]
+
+_log = logging.getLogger("lora_fx")
+
+
+def converted(
+    model: nn.Module, record: AdapterRecord, adapter: str, slots: Mapping[str, Slot]
+) -> tuple[AdapterRecord, dict[str, Slot]]:
+    """The record and the slots to write, relative to the base as it was.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        slots: By key, what the model holds of it.
+    """
+    rows: list[PlannedSite] = []
+    joined: dict[str, torch.Tensor] = {}
+    for row in record.sites:
+        start = start_factors(model, row, adapter)
+        if start is None:
+            rows.append(row)
+            continue
+        more = math.sqrt(2) if record.config.use_rslora else 2.0
+        rows.append(dataclasses.replace(row, rank=2 * row.rank, alpha=row.alpha * more))
+        for name, old, is_b in zip(factor_names(row), start, (False, True), strict=True):
+            own = join(row.site.holder, name, adapter)
+            trained = model.get_parameter(own).detach()
+            joined[own] = _side_by_side(row.site, trained, -old if is_b else old, is_b)
+    if not joined:
+        return record, dict(slots)
+    changed = {
+        key: dataclasses.replace(slot, tensor=joined.get(slot.name, slot.tensor))
+        for key, slot in slots.items()
+    }
+    return dataclasses.replace(record, sites=tuple(rows)), changed
+
+
+def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) -> torch.Tensor:
+    """Both along the rank, within each expert or group."""
+    if is_b:
+        return torch.cat([new, old], 2 if site.experts else 1)
+    if site.experts:
+        return torch.cat([new, old], 1)
+    groups = [one.unflatten(0, (site.groups, -1)) for one in (new, old)]
+    return torch.cat(groups, 1).flatten(0, 1)
+
+
+def check_start(config: LoraConfig, folder: Path) -> None:
+    """Refuses folders whose base cannot be computed again.
+
+    Raises:
+        CheckpointError: If data would be needed for it.
+    """
+    start = config.init_lora_weights
+    if changes_base(start) and needs_data(start):
+        raise CheckpointError(
+            f"{folder}: init_lora_weights is {start!r}, which changed the base model's weights according to data "
+            "that the folder does not hold. In PEFT, save it with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...); or, if the model that you give "
+            "has the changed weights, write true for init_lora_weights in adapter_config.json"
+        )
+    if "_niter_" in str(start):
+        _log.warning(
+            "%s: %s is approximate and random: the base is not changed by quite the same as when the adapter was "
+            "trained. Converted (path_initial_model_for_weight_conversion in PEFT) it would be exact",
+            folder,
+            start,
+        )
+
+
+def repeat_start(model: nn.Module, adapter: str, record: AdapterRecord, config: LoraConfig) -> None:
+    """Changes the base of a newly rewritten model as the folder's configuration says.
+
+    Raises:
+        CheckpointError: If PEFT's meaning cannot be had at some site. The model is as it was.
+    """
+    if not changes_base(config.init_lora_weights):
+        return
+    # PEFT gives embeddings a plain start whatever the configuration says.
+    rows = [row for row in record.sites if row.site.family != "embedding"]
+    for row in rows:
+        reason = start_objection(row.site, row.rank, config)
+        if config.init_lora_weights == "olora" and row.site.layout == "in_out":
+            reason = "PEFT decomposes a weight that is stored [in, out] the other way round"
+        if reason is not None:
+            raise CheckpointError(f"{row.name}: {reason}")
+    placed = computed_starts(model, rows, lambda row, weight: initial_start(row, weight, config))
+    exact = dataclasses.replace(record.config, **_starting(config))
+    restart(model, adapter, placed, dataclasses.replace(record, config=exact))
+
+
+def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
+    """What is wrong with loading a folder onto a model that has the adapter already: its base."""
+    own, theirs = record.config, config
+    changed = bool(record.bases)
+    if not changed and not changes_base(theirs.init_lora_weights):
+        return []
+    if changed and _starting(own) == _starting(theirs):
+        return []
+    found = own.init_lora_weights if changed else True
+    return [
+        f"start: init_lora_weights is {theirs.init_lora_weights!r} in the folder, and {found!r} changed "
+        "the base of the model or left it: load the adapter onto the original model"
+    ]
+
+
+def _starting(config: LoraConfig) -> dict[str, object]:
+    return {
+        "init_lora_weights": config.init_lora_weights,
+        "loftq_config": config.loftq_config,
+    }
