@@ -15,6 +15,14 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from lora_fx.adapters import (
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    set_adapter,
+)
 from lora_fx.api import (
     capture,
     graphs,
@@ -61,7 +69,12 @@ __all__ = [
     "PartialMatchError",
     "ProviderError",
     "__version__",
+    "active_adapters",
+    "adapter_names",
+    "add_adapter",
     "capture",
+    "delete_adapter",
+    "disable_adapter",
     "export_onnx",
     "graphs",
     "load_adapter",
@@ -71,6 +84,7 @@ __all__ = [
     "register_pattern",
     "rewrite",
     "save_adapter",
+    "set_adapter",
     "trainable_parameters",
     "visualize",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from lora_fx._checkpoint_keys import Slot, base_name
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import scale_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord
 
 __all__ = ["leftover", "other_scales", "values_for"]
 

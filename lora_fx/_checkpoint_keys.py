@@ -29,8 +29,10 @@ import torch
 from torch import nn
 
 from lora_fx.passes._factors import factor_names, factors_of
+from lora_fx.passes._own import in_adapter, own_value
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import AdapterRecord, PlannedSite, join
+from lora_fx.record import AdapterRecord
+from lora_fx.types import PlannedSite, join
 
 __all__ = ["PREFIX", "Slot", "base_name", "peft_sees", "site_names", "slots_of"]
 
@@ -120,24 +122,32 @@ def slots_of(
         slots += _factor_slots(model, row, adapter, aliases)
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
-        state = model.get_submodule(name).state_dict(keep_vars=True)
         slots += [
-            Slot(join(name, k), join(name, k), v)
-            for k, v in state.items()
-            if isinstance(v, torch.Tensor)
+            Slot(own, own, tensor) for own, tensor in _saved_values(model, record, adapter, name)
         ]
     wrapped = {row.site.holder for row in record.sites if peft_sees(row)}
     for name in record.biases:
         # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
         required = name.rpartition(".")[2] == "bias"
-        slots.append(
-            Slot(_base_key(name, wrapped), name, model.get_parameter(name), required=required)
-        )
+        value = own_value(model, adapter, name)
+        slots.append(Slot(_base_key(name, wrapped), name, value, required=required))
     for name in buffers:
         if not name.startswith(inside):
             key = _base_key(name, wrapped)
             slots.append(Slot(key, name, model.get_buffer(name), required=False))
     return {slot.key: slot for slot in slots}
+
+
+def _saved_values(
+    model: nn.Module, record: AdapterRecord, adapter: str, module: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state of a module that is trained in full, as the adapter has it."""
+    for key, value in model.get_submodule(module).state_dict(keep_vars=True).items():
+        name = join(module, key)
+        if name in record.own:
+            yield name, own_value(model, adapter, name)
+        elif isinstance(value, torch.Tensor) and not in_adapter(model, name):
+            yield name, value
 
 
 def peft_sees(row: PlannedSite) -> bool:

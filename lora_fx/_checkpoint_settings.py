@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from lora_fx._config_starts import OPTIONS
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord
 
 __all__ = ["with_sites", "written_config"]
 
@@ -26,7 +25,10 @@ def with_sites(config: LoraConfig, names: Iterable[str], model: nn.Module) -> Lo
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
-        **dict.fromkeys(OPTIONS),
+        loftq_config=None,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
     )
 
 
@@ -42,7 +44,7 @@ def written_config(model: nn.Module, record: AdapterRecord) -> LoraConfig:
         fan_in_fan_out=bool(linear) and all(layout == "in_out" for layout in linear),
         base_model_name_or_path=record.config.base_model_name_or_path or _origin(model),
     )
-    if record.config.init_lora_weights == "loftq" and record.bases:
+    if record.config.init_lora_weights == "loftq":
         config = dataclasses.replace(
             config, init_lora_weights="loftq", loftq_config=record.config.loftq_config
         )

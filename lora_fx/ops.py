@@ -14,6 +14,8 @@ from lora_fx.errors import ConfigError
 
 __all__ = [
     "AdapterFactors",
+    "Holder",
+    "KeptTensors",
     "check_adapter_name",
     "count_batch",
     "in_place",
@@ -28,21 +30,28 @@ class AdapterFactors(nn.Module):
     It has no forward: the graph reads the parameters.
     """
 
-    def add(self, adapter: str, value: torch.Tensor, *, trained: bool = True) -> None:
+    def add(self, adapter: str, value: torch.Tensor) -> None:
         """Adds an adapter's factor, or puts another one in its place.
 
         Args:
             adapter: The adapter's name.
             value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
-            trained: Whether it wants a gradient, if it is no parameter yet.
         """
-        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trained)
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
         self.register_parameter(adapter, parameter)
 
     def extra_repr(self) -> str:
         """Names and shapes."""
         shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+class Holder(nn.Module):
+    """Holds the factors of a weight that no module stands for: it lies beside the weight."""
+
+
+class KeptTensors(AdapterFactors):
+    """What an adapter keeps beside a parameter and does not train: it is no factor."""
 
 
 def check_adapter_name(name: object) -> None:

@@ -2,7 +2,7 @@
 
 The order in which they appear is the order in which data flows::
 
-    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module (Record)
+    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module
 
 Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they
 edit.
@@ -24,7 +24,6 @@ from lora_fx.config import LoraConfig
 
 __all__ = [
     "META_KEY",
-    "AdapterRecord",
     "BranchBuilder",
     "Call",
     "Capture",
@@ -37,7 +36,6 @@ __all__ = [
     "Pattern",
     "Plan",
     "PlannedSite",
-    "Record",
     "Region",
     "Rejection",
     "Role",
@@ -543,50 +541,6 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterRecord:
-    """One adapter of a rewritten model: its configuration and where it is.
-
-    Attributes:
-        config: What was asked for.
-        sites: What is adapted.
-        saved_modules: Modules trained in full.
-        biases: FQNs of the biases that are trained.
-        bases: By FQN, the weights that its initialisation has changed, as they are with it.
-        initialized: Whether it has the start that the configuration names; False for one that waits for
-            data.
-    """
-
-    config: LoraConfig
-    sites: tuple[PlannedSite, ...]
-    saved_modules: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-    bases: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    initialized: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a rewritten model knows about itself; the root module's ``_lora_fx`` attribute.
-
-    Attributes:
-        adapters: By adapter name.
-        frontend: The front-end that captured the model.
-        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
-            this back.
-        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
-            is part of what was learnt, and is saved.
-        originals: By FQN, the weights that the initialisation of some adapter has changed, as they were:
-            over the storage of the model that was rewritten.
-    """
-
-    adapters: Mapping[str, AdapterRecord]
-    frontend: str
-    trainable: frozenset[str]
-    buffers: Mapping[str, str]
-    originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -47,8 +47,25 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
     return result
 
 
+def _tail(base: fx.Node) -> fx.Node:
+    """The sum of a base operation and the branches that it has already."""
+    found: fx.Node | None = base
+    while found is not None:
+        tail = found
+        found = next((one for one in tail.users if _adds(one) and one.args[0] is tail), None)
+    return tail
+
+
+def _adds(node: fx.Node) -> bool:
+    tag = node.meta.get(META_KEY)
+    return isinstance(tag, Tag) and tag.role is Role.ADD
+
+
 class Branch:
     """Writes the nodes of one adapter's branch, right after the base operation, each one tagged.
+
+    If other adapters have branches there already, it comes after those, and is added to their sum. What it
+    computes with is the base operation's own output in any case.
 
     The factors are read where they are first used.
     """
@@ -71,7 +88,8 @@ class Branch:
         self._tag = tag
         self._dropout = dropout
         self._training = training
-        self._next = base.next
+        self._tail = _tail(base)
+        self._next = self._tail.next
         self.made: list[fx.Node] = []
         self._factors = dict(zip("ab", factors, strict=True))
         self._cast = cast
@@ -123,9 +141,9 @@ class Branch:
         scaled = self._make(Role.SCALE, "call_function", operator.mul, up, scale)
         if padding is not None:
             scaled = self._make(Role.PAD, "call_function", F.pad, scaled, padding)
-        total = self._make(Role.ADD, "call_function", operator.add, self._base, scaled)
+        total = self._make(Role.ADD, "call_function", operator.add, self._tail, scaled)
         mine = set(self.made)
-        self._base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
+        self._tail.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
         return total
 
     def _factor(self, letter: str) -> fx.Node:

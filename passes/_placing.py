@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lora_fx.passes._buffers import changed_buffers
-from lora_fx.passes._sharing import storage_of
-from lora_fx.types import Record
+from lora_fx.passes._own import own_value
+from lora_fx.record import Record
 
-__all__ = ["place_merged", "place_originals", "place_trained", "trained", "untie_config"]
+__all__ = ["place_merged", "place_trained", "trained", "untie_config"]
 
 
 def place_merged(
@@ -40,21 +40,6 @@ def place_merged(
     return untied
 
 
-def place_originals(result: nn.Module, record: Record) -> None:
-    """Puts back the weights that initialisations have changed, tied again to what they were tied to."""
-    known = {storage_of(parameter): parameter for parameter in result.parameters()}
-    for name, original in record.originals.items():
-        owner, _, key = name.rpartition(".")
-        changed = result.get_parameter(name)
-        # The model may have been moved or cast since.
-        value = original.detach().to(changed)
-        shared = known.get(storage_of(value))
-        same = shared is not None and shared.shape == value.shape
-        result.get_submodule(owner)._parameters[key] = (
-            shared if same else nn.Parameter(value, requires_grad=False)
-        )
-
-
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """A new parameter in the place of one that others may share."""
     owner, _, key = name.rpartition(".")
@@ -66,12 +51,12 @@ def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """What was trained beside the factors, under each of its names."""
-    adapters = [record.adapters[name] for name in names]
-    biases = {name for adapter in adapters for name in adapter.biases}
-    modules = tuple(f"{name}." for adapter in adapters for name in adapter.saved_modules)
-    named = list(model.named_parameters(remove_duplicate=False))
-    ids = {id(p) for name, p in named if name in biases or name.startswith(modules)}
-    return ((name, p) for name, p in named if id(p) in ids)
+    for name in names:
+        adapter = record.adapters[name]
+        weights = {row.site.weight for row in adapter.sites}
+        for own in adapter.own:
+            if own not in weights:
+                yield own, own_value(model, name, own)
 
 
 def place_trained(

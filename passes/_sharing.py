@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from lora_fx.passes._lazy import is_lazy
 __all__ = ["check_model", "share_copy", "storage_of"]
 
 
-def share_copy(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
+def share_copy(model: nn.Module) -> nn.Module:
     """Copies a model, sharing its parameters' storage.
 
     Args:
         model: Any module. It is not touched.
-        shared: Tensors of its attributes that are not copied, either.
 
     Returns:
         A module of the same class, with every parameter frozen and ties kept. Buffers have storage
@@ -35,7 +33,7 @@ def share_copy(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Modu
     Raises:
         CaptureError: If the model cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    memo: dict[int, Any] = {}
     # Tensors made under inference mode could not be trained on.
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():

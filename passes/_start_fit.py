@@ -22,7 +22,9 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
         return None
     leave_out = "take it out of target_modules, or use init_lora_weights=True"
     if site.family == "embedding":
-        return f"init_lora_weights={start!r} is for matrix products, not for embeddings: {leave_out}"
+        return (
+            f"init_lora_weights={start!r} is for matrix products, not for embeddings: {leave_out}"
+        )
     if start in ("eva", "corda", "loftq") and (site.family == "conv" or site.groups > 1):
         return (
             f"init_lora_weights={start!r} is for matrix products, not for convolutions: {leave_out}"
@@ -43,7 +45,7 @@ def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) ->
     if start == "orthogonal":
         if rank % 2 == 0:
             return None
-        return f"init_lora_weights='orthogonal' needs an even rank{each}, not {rank}: set one with rank_pattern"
+        return f"init_lora_weights={start!r} needs an even rank{each}, not {rank}: set one with rank_pattern"
     wanted = 2 * rank if start == "lora_ga" else rank
     most = inner if start == "eva" else min(inner, out)
     if wanted <= most:
@@ -58,7 +60,8 @@ def start_note(config: LoraConfig) -> tuple[str, ...]:
     """What a plan has to say about the start."""
     if not needs_data(config.init_lora_weights):
         return ()
-    return (
+    note = (
         f"init_lora_weights={config.init_lora_weights!r} needs data: after rewrite, call "
-        "lora_fx.initialize(model, dataloader); until then the start is that of True",
+        "lora_fx.initialize(model, dataloader); until then the start is that of True"
     )
+    return (note,)

@@ -23,7 +23,9 @@ from lora_fx.types import PlannedSite
 __all__ = ["levels", "loftq", "quantised"]
 
 _BLOCK: Final = 64
-_TAIL: Final = 0.9677083  # Where the outermost level lies, as a quantile of the normal distribution.
+_TAIL: Final = (
+    0.9677083  # Where the outermost level lies, as a quantile of the normal distribution.
+)
 
 
 def loftq(

@@ -13,20 +13,17 @@ from typing import Final
 import torch
 from torch import nn
 
-from lora_fx.ops import AdapterFactors
+from lora_fx.ops import AdapterFactors, Holder, KeptTensors
 from lora_fx.passes._factors import factor_names
-from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._starts import Start
-from lora_fx.types import AdapterRecord, PlannedSite, Record, Site
+from lora_fx.types import PlannedSite, Site
 
 __all__ = [
     "START_A",
     "START_B",
-    "changed_weights",
     "computed_starts",
     "factors_module",
     "place_start",
-    "restart",
     "start_factors",
 ]
 
@@ -44,7 +41,8 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
     if start.subtracted:
         for name, value in ((START_A, start.a), (START_B, start.b)):
             # Copies: training writes into the others.
-            factors_module(model, row.site, name).add(adapter, value.clone(), trained=False)
+            kept = nn.Parameter(value.clone(), requires_grad=False)
+            factors_module(model, row.site, name).add(adapter, kept)
     if start.weight is not None:
         owner = model.get_submodule(row.site.owner)
         frozen = nn.Parameter(start.weight, requires_grad=False)
@@ -76,70 +74,28 @@ def computed_starts(
     return [(row, dataclasses.replace(one, weight=now.get(row.site.weight))) for row, one in made]
 
 
-def restart(
-    model: nn.Module,
-    adapter: str,
-    starts: Iterable[tuple[PlannedSite, Start]],
-    entry: AdapterRecord,
-) -> None:
-    """Gives an adapter of a rewritten model another start, and its record.
-
-    Args:
-        model: The model; changed in place.
-        adapter: The adapter's name.
-        starts: By site.
-        entry: The adapter's record, but for the weights that it changes.
-    """
-    record: Record = model.__dict__["_lora_fx"]
-    originals, bases = dict(record.originals), dict(entry.bases)
-    for row, start in starts:
-        name = row.site.weight
-        if start.weight is not None:
-            originals.setdefault(name, model.get_parameter(name).detach())
-        place_start(model, row, adapter, start)
-        if start.weight is not None:
-            bases[name] = start.weight
-    adapters = {**record.adapters, adapter: dataclasses.replace(entry, bases=bases)}
-    model.__dict__["_lora_fx"] = dataclasses.replace(
-        record, adapters=adapters, originals=originals
-    )
-
-
 def start_factors(
     model: nn.Module, row: PlannedSite, adapter: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The A and B that were taken out of the base; None if nothing was."""
     holder = model.get_submodule(row.site.holder)
-    kept = [holder._modules.get(name) for name in (START_A, START_B)]
-    found = [one.get_parameter(adapter) for one in kept if one is not None and _has(one, adapter)]
-    return (found[0].detach(), found[1].detach()) if len(found) == 2 else None
-
-
-def changed_weights(
-    model: nn.Module, original: nn.Module, rows: Iterable[PlannedSite]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of the sites that are not the original's any more, and the original's, by FQN."""
-    bases, originals = {}, {}
-    for name in dict.fromkeys(row.site.weight for row in rows):
-        new, old = model.get_parameter(name), original.get_parameter(name)
-        if storage_of(new) != storage_of(old):
-            bases[name], originals[name] = new.detach(), old.detach()
-    return bases, originals
+    kept = holder._modules.get(START_A)
+    if kept is None or adapter not in kept._parameters:
+        return None
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (START_A, START_B))
+    return a.detach(), b.detach()
 
 
 def factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
     """The module that holds a factor of a site for every adapter; made if it is not there."""
     holder = _holder(model, site)
     if name not in holder._modules:
-        holder.add_module(name, AdapterFactors())
+        kept = name in (START_A, START_B)
+        holder.add_module(name, KeptTensors() if kept else AdapterFactors())
     factors = holder.get_submodule(name)
     assert isinstance(factors, AdapterFactors)
     factors.train(holder.training)
     return factors
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return name in module._parameters
 
 
 def _holder(model: nn.Module, site: Site) -> nn.Module:
@@ -148,5 +104,5 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
         return owner
     name = site.holder.rpartition(".")[2]
     if name not in owner._modules:
-        owner.add_module(name, nn.Module().train(owner.training))
+        owner.add_module(name, Holder().train(owner.training))
     return owner.get_submodule(name)

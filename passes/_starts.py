@@ -61,13 +61,12 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
         return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
     if start == "orthogonal":
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
-    try:
-        return _from_weight(row, weight, config, generator)
-    except torch.linalg.LinAlgError as error:
+    if not torch.isfinite(weight).all():
         raise ConfigError(
-            f"{row.name}: init_lora_weights={start!r} decomposes the weight, which cannot be done "
-            f"({error}); are all values of {row.site.weight} finite?"
-        ) from error
+            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has values "
+            "that are not finite"
+        )
+    return _from_weight(row, weight, config, generator)
 
 
 def data_start(

@@ -1,7 +1,6 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
-Where the initialisation of an adapter changed the base to W₀, ``W' = W + (W₀ - W) + s · B A``, with the W
-that the model had before.
+Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
 
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
@@ -12,33 +11,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ops import AdapterFactors
+from lora_fx.ops import AdapterFactors, Holder
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes._placing import (
-    place_merged,
-    place_originals,
-    place_trained,
-    trained,
-    untie_config,
-)
+from lora_fx.passes._own import own_value, place_base
+from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import PlannedSite, Record
+from lora_fx.record import Record, record_of
+from lora_fx.types import PlannedSite
 
 __all__ = [
     "MergeReport",
     "MergedSite",
     "delta_weight",
     "merge",
-    "record_of",
     "stripped",
 ]
 
@@ -93,12 +88,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def record_of(model: object) -> Record | None:
-    """What ``rewrite`` left on a model, or None for anything else."""
-    record = getattr(model, "_lora_fx", None)
-    return record if isinstance(record, Record) else None
-
-
 def delta_weight(
     model: nn.Module,
     row: PlannedSite,
@@ -135,7 +124,7 @@ def merge(
 
     Args:
         model: A rewritten model; it is not changed.
-        adapter_names: Which adapters; all by default.
+        adapter_names: Which adapters; those that are active by default.
         into: Fold into this model instead of a copy of the base: a model of the original class.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
@@ -153,15 +142,7 @@ def merge(
             f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
             "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
         )
-    if isinstance(adapter_names, str):
-        adapter_names = (adapter_names,)
-    names = tuple(record.adapters if adapter_names is None else adapter_names)
-    for name in names:
-        if name not in record.adapters:
-            raise MergeError(
-                f"there is no adapter {name!r}: the model has "
-                f"{', '.join(map(repr, record.adapters))}"
-            )
+    names = _chosen(record, adapter_names)
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
@@ -180,7 +161,7 @@ def merge(
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
         old = result.get_parameter(weight).detach()
-        moves = _moves(record, several)
+        moves = _moves(model, record, several)
         merged[weight] = _folded(model, old, several, moves)
         sites.append(_measured(model, old, merged[weight], several, moves, measure))
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
@@ -196,45 +177,71 @@ def merge(
 
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was."""
-    kept = (record.originals, *(adapter.bases for adapter in record.adapters.values()))
-    result = share_copy(model, [tensor for tensors in kept for tensor in tensors.values()])
+    result = share_copy(model)
+    for name in record.active:
+        place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     for module in list(result.modules()):
         uninstall(module)
         for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
             del module._buffers[name]
         for name, child in list(module.named_children()):
-            holds = [c for c in child.children() if isinstance(c, AdapterFactors)]
-            if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
+            if isinstance(child, AdapterFactors | Holder):
                 del module._modules[name]
-    place_originals(result, record)
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
     return result
 
 
-def _moves(
-    record: Record, rows: list[tuple[PlannedSite, str]]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """By how much the initialisations moved a weight, as (there, from), in the shape of its application."""
-    site = rows[0][0].site
-    found = [record.adapters[name].bases for name in dict.fromkeys(name for _, name in rows)]
-    return [
-        (
-            bases[site.weight].reshape(site.applied_shape),
-            record.originals[site.weight].reshape(site.applied_shape),
+def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The adapters that are meant."""
+    if isinstance(adapter_names, str):
+        adapter_names = (adapter_names,)
+    names = tuple(record.active if adapter_names is None else adapter_names)
+    if adapter_names is None and record.adapters and not names:
+        raise MergeError(
+            "no adapter is active: lora_fx.set_adapter makes one so, or give adapter_names"
         )
-        for bases in found
-        if site.weight in bases
-    ]
+    for name in names:
+        if name not in record.adapters:
+            raise MergeError(
+                f"there is no adapter {name!r}: the model has "
+                f"{', '.join(map(repr, record.adapters))}"
+            )
+    if len(set(names)) != len(names):
+        raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
+    weights = {row.site.weight for name in names for row in record.adapters[name].sites}
+    owned = (own for name in names for own in record.adapters[name].own)
+    places = Counter(own for own in owned if own not in weights)
+    for place, count in places.items():
+        if count > 1:
+            raise MergeError(
+                f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
+            )
+    return names
+
+
+def _moves(
+    model: nn.Module, record: Record, rows: list[tuple[PlannedSite, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where initialisations moved a weight, as (to, from), in the shape in which it is applied."""
+    site = rows[0][0].site
+    moves = []
+    for name in dict.fromkeys(name for _, name in rows):
+        if site.weight in record.adapters[name].own:
+            moved = own_value(model, name, site.weight).detach(), record.originals[site.weight]
+            moves.append(
+                (moved[0].reshape(site.applied_shape), moved[1].reshape(site.applied_shape))
+            )
+    return moves
 
 
 def _add_moves(
     total: torch.Tensor, start: int, axis: int, moves: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     """Adds what the initialisations did to a slice of a weight that begins at ``start``."""
-    for there, origin in moves:
-        for value, sign in ((there, 1), (origin, -1)):
+    for to, origin in moves:
+        for value, sign in ((to, 1), (origin, -1)):
             total.add_(value.narrow(axis, start, total.shape[axis]).to(total), alpha=sign)
 
 

@@ -15,7 +15,9 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.ops import AdapterFactors
 from lora_fx.passes._lazy import elements
+from lora_fx.passes._own import base_modules, base_parameters
 from lora_fx.passes._parts import choose_parts
 from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._refused import refusals
@@ -83,7 +85,7 @@ def make_plan(
         notes=(*capture.notes, *start_note(config)),
         saved_modules=saved,
         biases=biases,
-        base_parameters=sum(elements(p) for p in capture.model.parameters()),
+        base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
     )
     _check(plan, matches, strict)
@@ -176,10 +178,11 @@ def _keep_tied(
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         # Not hasattr: a module may answer to every name.
         own = (*module.named_children(), *module.named_parameters(recurse=False))
-        if {"lora_A", "lora_embedding_A"} & {key for key, _ in own}:
+        theirs = {key for key, value in own if not isinstance(value, AdapterFactors)}
+        if {"lora_A", "lora_embedding_A"} & theirs:
             raise CaptureError(
                 f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
                 "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
@@ -188,7 +191,7 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
     outer: list[str] = []
-    for name, _ in model.named_modules():
+    for name, _ in base_modules(model):
         if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
             outer.append(name)
             yield name
@@ -199,7 +202,7 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
 def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
     """Modules that share a parameter with one that is trained in full."""
     inside = tuple(f"{name}." for name in saved)
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = list(base_parameters(model).items())
     storages = {storage_of(p) for name, p in named if name.startswith(inside)}
     others = {
         name.rpartition(".")[0]: None
@@ -213,15 +216,26 @@ def _biases(
     model: nn.Module, config: LoraConfig, rows: list[PlannedSite], saved: tuple[str, ...]
 ) -> Iterator[str]:
     wanted = {row.site.bias for row in rows}
-    for name, _ in model.named_parameters():
+    for name, _ in _named_once(model):
         inside = any(name.startswith(f"{module}.") for module in saved)
         every = config.bias == "all" and "bias" in name
         if not inside and (every or (config.bias == "lora_only" and name in wanted)):
             yield name
 
 
+def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters, each by its first name."""
+    seen: set[int] = set()
+    for name, parameter in base_parameters(model).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
 def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
-    inside = sum(elements(p) for name in saved for p in model.get_submodule(name).parameters())
+    inside = sum(
+        elements(p) for name in saved for p in dict(_named_once(model.get_submodule(name))).values()
+    )
     return inside + sum(elements(model.get_parameter(name)) for name in biases)
 
 
