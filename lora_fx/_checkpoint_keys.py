@@ -28,6 +28,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_forms import PLAIN, Dense, Form, Transposed
+from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import factor_names, factors_of
 from lora_fx.passes._own import in_adapter, own_value
 from lora_fx.passes.patterns import pattern_of
@@ -50,9 +52,7 @@ class Slot:
         key: PEFT's key, without :data:`PREFIX`.
         name: FQN of the tensor in the model.
         tensor: The parameter or buffer itself.
-        groups: Above 1 for the A of a grouped convolution, which is stored dense.
-        transposed: Whether it is stored transposed: the factors of a head are those of the embedding
-            that it is tied to.
+        form: How it is stored.
         required: Whether a checkpoint without it is incomplete.
         alias: Whether it is another key for what has one already: read, not written.
     """
@@ -60,49 +60,18 @@ class Slot:
     key: str
     name: str
     tensor: torch.Tensor
-    groups: int = 1
-    transposed: bool = False
+    form: Form = PLAIN
     required: bool = True
     alias: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
-        shape = tuple(self.tensor.shape)
-        if self.transposed:
-            return shape[::-1]
-        return shape if self.groups == 1 else (shape[0], shape[1] * self.groups, *shape[2:])
+        return self.form.stored(tuple(self.tensor.shape))
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
-        value = self.tensor.detach()
-        if self.transposed:
-            value = value.T
-        if self.groups > 1:
-            dense = value.new_zeros(self.shape)
-            for rows, channels in self._blocks():
-                dense[rows, channels] = value[rows]
-            value = dense
-        return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-
-    def decoded(self, stored: torch.Tensor) -> torch.Tensor | None:
-        """``stored`` as the model has it; None if the A of a grouped convolution mixes groups."""
-        if self.groups == 1:
-            return stored.T if self.transposed else stored
-        rest = stored.clone()
-        parts = []
-        for rows, channels in self._blocks():
-            parts.append(stored[rows, channels])
-            rest[rows, channels] = 0
-        return None if bool(rest.any()) else torch.cat(parts)
-
-    def _blocks(self) -> Iterator[tuple[slice, slice]]:
-        rows, channels = self.tensor.shape[0] // self.groups, self.tensor.shape[1]
-        for group in range(self.groups):
-            yield (
-                slice(group * rows, (group + 1) * rows),
-                slice(group * channels, (group + 1) * channels),
-            )
+        return for_file(self.form.encode(gathered(self.tensor)))
 
 
 def slots_of(
@@ -196,15 +165,15 @@ def _factor_slots(
     for attribute, key, tensor in zip(own, (shapes.name_a, shapes.name_b), (a, b), strict=True):
         name = join(site.holder, attribute, adapter)
         if row.tied:
-            yield Slot(join(site.holder, key, "weight"), name, tensor, transposed=True)
+            yield Slot(join(site.holder, key, "weight"), name, tensor, Transposed())
             continue
         # PEFT holds those of an embedding in parameters, all others in modules.
         suffix = "" if attribute.startswith("lora_embedding") else "weight"
-        groups = site.groups if tensor is a else 1
-        yield Slot(join(site.holder, attribute, suffix), name, tensor, groups)
+        form = Dense(site.groups) if tensor is a and site.groups > 1 else PLAIN
+        yield Slot(join(site.holder, attribute, suffix), name, tensor, form)
         for alias in aliases.get(site.holder, ()):
             yield Slot(
-                join(alias, attribute, suffix), name, tensor, groups, required=False, alias=True
+                join(alias, attribute, suffix), name, tensor, form, required=False, alias=True
             )
 
 

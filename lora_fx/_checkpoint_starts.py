@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lora_fx._checkpoint_keys import Slot
+from lora_fx._checkpoint_tensors import gathered
 from lora_fx._config_starts import changes_base, needs_data
 from lora_fx._restart import restart
 from lora_fx.adapters import adapter_record
@@ -61,8 +62,8 @@ def converted(
         rows.append(dataclasses.replace(row, rank=2 * row.rank, alpha=row.alpha * more))
         for name, old, is_b in zip(factor_names(row), start, (False, True), strict=True):
             own = join(row.site.holder, name, adapter)
-            trained = model.get_parameter(own).detach()
-            joined[own] = _side_by_side(row.site, trained, -old if is_b else old, is_b)
+            new, old = gathered(model.get_parameter(own)), gathered(old)
+            joined[own] = _side_by_side(row.site, new, -old if is_b else old, is_b)
     if not joined:
         return record, dict(slots)
     changed = {

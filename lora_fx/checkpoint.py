@@ -20,6 +20,7 @@ from lora_fx._checkpoint_fit import leftover, other_scales, values_for
 from lora_fx._checkpoint_keys import PREFIX, Slot, peft_sees, site_names, slots_of
 from lora_fx._checkpoint_settings import with_sites, written_config
 from lora_fx._checkpoint_starts import check_start, converted, other_start, repeat_start
+from lora_fx._checkpoint_tensors import write
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
@@ -144,9 +145,8 @@ def load_adapter(
     if problems:
         reasons = _reasons(model, config, tensors, how)
         raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
-    with torch.no_grad():
-        for slot, value in values:
-            slot.tensor.copy_(value)
+    for slot, value in values:
+        write(slot.tensor, value)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return target
 

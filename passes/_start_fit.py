@@ -29,15 +29,20 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
         return (
             f"init_lora_weights={start!r} is for matrix products, not for convolutions: {leave_out}"
         )
-    if start in ("eva", "corda") and site.experts:
+    if start in ("eva", "corda") and not _reads_vectors(site):
         return (
-            f"init_lora_weights={start!r} looks at the inputs, which experts have for themselves only in "
-            f"part: {leave_out}"
+            f"init_lora_weights={start!r} looks at the inputs as vectors, which this operation does not read "
+            f"one after the other: {leave_out}"
         )
     count, out, inner = matrix_shape(site)
     if count * out * inner != math.prod(site.shape):
         return f"init_lora_weights={start!r} needs a weight that is a matrix: {leave_out}"
     return _rank_objection(str(start), rank // site.groups, inner, out, site.groups)
+
+
+def _reads_vectors(site: Site) -> bool:
+    """Whether the inputs are the last dimension of what it reads, or the one before for a left factor."""
+    return not site.experts and {call.pattern for call in site.calls} <= {"linear", "matmul"}
 
 
 def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) -> str | None:

@@ -63,8 +63,8 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
     if not torch.isfinite(weight).all():
         raise ConfigError(
-            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has values "
-            "that are not finite"
+            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has "
+            "values that are not finite"
         )
     return _from_weight(row, weight, config, generator)
 

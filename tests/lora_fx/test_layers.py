@@ -42,6 +42,8 @@ LAYERS = (
     "lora_fx.adapters",
     "lora_fx._restart",
     "lora_fx._checkpoint_files",
+    "lora_fx._checkpoint_tensors",
+    "lora_fx._checkpoint_forms",
     "lora_fx._checkpoint_keys",
     "lora_fx._checkpoint_settings",
     "lora_fx._checkpoint_starts",
