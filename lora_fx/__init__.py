@@ -46,6 +46,7 @@ from lora_fx.errors import (
     PartialMatchError,
     ProviderError,
 )
+from lora_fx.initialize import initialize
 from lora_fx.passes.patterns import register_pattern
 
 if _TYPE_CHECKING:
@@ -77,6 +78,7 @@ __all__ = [
     "disable_adapter",
     "export_onnx",
     "graphs",
+    "initialize",
     "load_adapter",
     "merge",
     "plan",

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from lora_fx.errors import ConfigError
-from lora_fx.passes._start_weight import low_rank_svd
+from lora_fx.passes._start_weight import low_rank_svd, signs
 
 __all__ = ["corda", "lora_ga"]
 
@@ -89,6 +89,9 @@ def lora_ga(
     """
     size = min(4 * rank, *gradient.shape[1:])
     u, s, vh = low_rank_svd(gradient, size, _ITERATIONS, generator)
+    # A and B have other triples, so that their product depends on the signs.
+    sign = signs(vh)
+    u, vh = u * sign[:, None], vh * sign[:, :, None]
     of_a, of_b = _directions(options["direction"], rank, generator)
     a, b, values = vh[:, of_a], u[:, :, of_b] * s[:, None, of_b], s[:, of_b]
     if options["scale"] == "stable":

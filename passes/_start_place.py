@@ -22,6 +22,7 @@ __all__ = [
     "START_A",
     "START_B",
     "computed_starts",
+    "drop_site",
     "factors_module",
     "place_start",
     "start_factors",
@@ -37,7 +38,11 @@ START_B: Final = "lora_B_start"
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
     """Puts a start in, in the place of the adapter's former one if there is one."""
     for name, value in zip(factor_names(row), (start.a, start.b), strict=True):
-        factors_module(model, row.site, name).add(adapter, value)
+        factors = factors_module(model, row.site, name)
+        former = factors._parameters.get(adapter)
+        # An adapter that is not active has no gradient.
+        trained = former is None or former.requires_grad
+        factors.add(adapter, nn.Parameter(value, requires_grad=trained))
     if start.subtracted:
         for name, value in ((START_A, start.a), (START_B, start.b)):
             # Copies: training writes into the others.
@@ -84,6 +89,19 @@ def start_factors(
         return None
     a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (START_A, START_B))
     return a.detach(), b.detach()
+
+
+def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    """Forgets what an adapter has at one site."""
+    holder = model.get_submodule(row.site.holder)
+    for name in (*factor_names(row), START_A, START_B):
+        factors = holder._modules.get(name)
+        if isinstance(factors, AdapterFactors):
+            factors._parameters.pop(adapter, None)
+            if not factors._parameters:
+                del holder._modules[name]
+    if isinstance(holder, Holder) and not holder._modules:
+        del model.get_submodule(row.site.owner)._modules[row.site.holder.rpartition(".")[2]]
 
 
 def factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:

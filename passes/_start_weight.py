@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["low_rank_svd", "olora", "pissa"]
+__all__ = ["low_rank_svd", "olora", "pissa", "signs"]
 
 
 def pissa(
@@ -40,6 +40,19 @@ def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     """A [n, r, in] and B [n, out, r] of matrices [n, out, in]."""
     q, r = torch.linalg.qr(matrices)
     return r[:, :rank], q[:, :, :rank]
+
+
+def signs(directions: torch.Tensor) -> torch.Tensor:
+    """What makes the largest entry of each direction positive: a decomposition leaves the sign open.
+
+    Args:
+        directions: [..., in].
+
+    Returns:
+        1 or -1, [...].
+    """
+    largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return torch.where(largest < 0, -1.0, 1.0).to(directions)
 
 
 def low_rank_svd(

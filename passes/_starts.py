@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from lora_fx._config_starts import changes_base, needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.passes._factors import adapter_dtype
+from lora_fx.passes._seeds import site_generator
 from lora_fx.passes._start_data import corda, lora_ga
 from lora_fx.passes._start_loftq import loftq
 from lora_fx.passes._start_matrix import as_factors, as_matrices, part_of, subtracted, wide
@@ -56,7 +56,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
         start = True
     if weight.device.type == "meta":
         return _without_values(shapes, weight, start)
-    generator = _generator(row.name, config)
+    generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
         return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
     if start == "orthogonal":
@@ -93,7 +93,7 @@ def data_start(
         a, b = corda(exact[0], seen, row.rank, row.scale, options["corda_method"])
     else:
         gradient = as_matrices(row.site, wide(part_of(row.site, seen)).to(exact.device))
-        rank, generator = row.rank // row.site.groups, _generator(row.name, config)
+        rank, generator = row.rank // row.site.groups, site_generator(row.name, config)
         a, b = lora_ga(exact, gradient, rank, row.scale, options, generator)
     return _taken_out(row, weight, *as_factors(shapes, a, b))
 
@@ -134,8 +134,3 @@ def _without_values(shapes: Factors, weight: torch.Tensor, start: bool | str) ->
     a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in (shapes.a, shapes.b))
     changed = changes_base(start)
     return Start(a, b, torch.empty_like(weight) if changed else None, changed and start != "loftq")
-
-
-def _generator(name: str, config: LoraConfig) -> torch.Generator:
-    digest = hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
