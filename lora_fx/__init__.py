@@ -47,6 +47,7 @@ from lora_fx.errors import (
     PartialMatchError,
     ProviderError,
 )
+from lora_fx.initialize import initialize
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
 from lora_fx.weighted import add_weighted_adapter
@@ -83,6 +84,7 @@ __all__ = [
     "disable_adapter",
     "export_onnx",
     "graphs",
+    "initialize",
     "load_adapter",
     "merge",
     "parameter_groups",
