@@ -57,6 +57,7 @@ LAYERS = (
     "lora_fx.initialize",
     "lora_fx._checkpoint_fit",
     "lora_fx.checkpoint",
+    "lora_fx.hotswap",
     "lora_fx._weighted_sources",
     "lora_fx.weighted",
     "lora_fx.export",
@@ -89,6 +90,8 @@ LOADED_WHEN_NEEDED = (
     "typer",
 )
 PUBLIC = {
+    "hotswap_adapter",
+    "prepare_hotswap",
     "active_adapters",
     "adapter_ids",
     "adapter_names",
