@@ -33,7 +33,7 @@ from torch import nn
 from lora_fx._checkpoint_forms import PLAIN, Dense, Form, Transposed
 from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
-from lora_fx.passes._own import in_adapter, own_value
+from lora_fx.passes._own import base_modules, in_adapter, own_value
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import AdapterRecord
 from lora_fx.types import PlannedSite, join
@@ -128,7 +128,7 @@ def peft_sees(row: PlannedSite) -> bool:
 
 def site_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
     """Names of the sites whose factors are among the keys, in their order."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = {name for name, _ in base_modules(model, every_name=True)}
     names: dict[str, None] = {}
     for key in keys:
         found = _FACTOR.fullmatch(key)

@@ -45,7 +45,7 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") 
         ConfigError: If there is no such adapter, the rank is below one that it has, or the groups of a
             convolution do not divide it.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise ConfigError(f"rank: found {rank!r}; a rank is a whole number of at least 1")
     old = adapter_record(model, adapter_name)
     for row in old.sites:

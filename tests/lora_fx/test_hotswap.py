@@ -126,7 +126,7 @@ def test_a_folder_of_peft(tmp_path: Path) -> None:
     [
         ({"r": 5}, r"blocks\.0\.up: rank 5, and there is room for 4.*prepare_hotswap\(model, 5\)"),
         ({"target_modules": ["head"]}, "head: the model's adapter is not there"),
-        ({"use_dora": True}, "the variants differ"),
+        ({"r": 2, "use_dora": True}, "the variants differ"),
         ({"modules_to_save": ["head"]}, r"head\.weight: only the folder's adapter trains it"),
     ],
 )
