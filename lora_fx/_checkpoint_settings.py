@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -13,8 +13,9 @@ from lora_fx._checkpoint_layout import Layout
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
 from lora_fx.record import AdapterRecord
+from lora_fx.types import PlannedSite
 
-__all__ = ["Target", "targets_of", "with_targets", "written_config"]
+__all__ = ["Target", "by_site", "targets_of", "with_patterns", "with_targets", "written_config"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,8 +47,17 @@ def with_targets(config: LoraConfig, targets: Iterable[Target], model: nn.Module
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
+        loftq_config=None,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
     )
-    return _with_patterns(exact, targets) if targets else exact
+    return with_patterns(exact, targets) if targets else exact
+
+
+def by_site(rows: Iterable[PlannedSite]) -> list[Target]:
+    """Each site by its own name: what lora_fx adapts, whether or not PEFT has a name for it."""
+    return [Target(row.name, row.rank, row.alpha) for row in rows]
 
 
 def targets_of(record: AdapterRecord, layout: Layout) -> list[Target]:
@@ -68,7 +78,7 @@ def written_config(
     targets = tuple(targets)
     parameters = any(target.parameter for target in targets)
     linear = [row.site.layout for row in record.sites if row.site.family == "linear"]
-    return dataclasses.replace(
+    config = dataclasses.replace(
         with_targets(record.config, targets, model),
         modules_to_save=record.saved_modules or None,
         inference_mode=True,
@@ -80,9 +90,14 @@ def written_config(
         lora_dropout=0.0 if parameters else record.config.lora_dropout,
         base_model_name_or_path=record.config.base_model_name_or_path or _origin(model),
     )
+    if record.config.init_lora_weights == "loftq":
+        config = dataclasses.replace(
+            config, init_lora_weights="loftq", loftq_config=record.config.loftq_config
+        )
+    return config
 
 
-def _with_patterns(config: LoraConfig, targets: tuple[Target, ...]) -> LoraConfig:
+def with_patterns(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
     """The most frequent rank and alpha as defaults, patterns for the rest."""
     ranks = {target.name: target.rank for target in targets}
     alphas = {

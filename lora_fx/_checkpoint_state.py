@@ -16,6 +16,7 @@ from lora_fx._checkpoint_keys import PREFIX, Slot, slots_of
 from lora_fx._checkpoint_layout import layout_of
 from lora_fx._checkpoint_settings import Target, targets_of
 from lora_fx._checkpoint_sites import wrapped_parameters
+from lora_fx._checkpoint_starts import converted, other_start
 from lora_fx._checkpoint_tensors import write
 from lora_fx.adapters import adapter_record
 from lora_fx.config import LoraConfig
@@ -112,6 +113,7 @@ def stored(model: nn.Module, record: AdapterRecord, adapter: str) -> Stored:
     """
     layout = layout_of(model, record)
     slots = slots_of(model, record, adapter, layout, changed(model))
+    record, slots = converted(model, record, adapter, slots)
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
@@ -166,6 +168,7 @@ def fitted(
         rows = tuple(row for row in record.sites if row.name not in settled)
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
         problems += other_scales(dataclasses.replace(record, sites=rows), config, names)
+        problems += other_start(record, config)
     for key in rest.keys() - slots.keys():
         problems += leftover(key, rest[key], model, record)
     return values, problems

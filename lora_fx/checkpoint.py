@@ -19,6 +19,7 @@ from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_settings import with_targets, written_config
 from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
+from lora_fx._checkpoint_starts import check_start, repeat_start
 from lora_fx._checkpoint_state import changed, fitted, stored, without_prefix
 from lora_fx._checkpoint_tensors import write
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
@@ -46,7 +47,8 @@ def save_adapter(
 
     Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
     buffers that training changed (batch-norm statistics). The configuration names every site in
-    full.
+    full. An adapter whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
+    base as it was, of twice the rank; one of LoftQ says so, and the base is quantised again on loading.
 
     Args:
         model: A rewritten model.
@@ -125,6 +127,7 @@ def load_adapter(
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
     config = LoraConfig.from_pretrained(folder)
+    check_start(config, folder)
     read, metadata = read_tensors(folder)
     tensors = without_prefix(read)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
@@ -132,6 +135,7 @@ def load_adapter(
         targets = stored_targets(model, config, tensors, parts_in(metadata))
         exact = with_targets(config, targets, model)
         target = _rewritten(model, exact, tensors, folder, adapter_name, how)
+        repeat_start(target, adapter_name, config)
     elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
@@ -143,7 +147,13 @@ def load_adapter(
         exact = with_targets(
             config, stored_targets(model, config, tensors, parts_in(metadata)), model
         )
-        target = _extended(model, exact, tensors, folder, adapter_name)
+        _extend(model, exact, tensors, folder, adapter_name)
+        try:
+            repeat_start(model, adapter_name, config)
+        except CheckpointError:
+            delete_adapter(model, adapter_name)
+            raise
+        target = model
     added = target is model and exact is not config
     record = adapter_record(target, adapter_name)
     values, problems = fitted(target, record, adapter_name, tensors, config)
@@ -188,20 +198,19 @@ def _rewritten(
         ) from error
 
 
-def _extended(
+def _extend(
     model: nn.Module,
     exact: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
     adapter_name: str,
-) -> nn.Module:
-    """A rewritten model with one more adapter, which has no values yet."""
+) -> None:
+    """Gives a rewritten model one more adapter, which has no values yet."""
     try:
         put_adapter(model, exact, adapter_name)
     except NoMatchError as error:
         lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
         raise CheckpointError("\n  ".join([_misfit(folder, model), *lines])) from error
-    return model
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_fx._checkpoint_settings import written_config
+from lora_fx._checkpoint_settings import by_site, written_config
 from lora_fx._weighted_sources import Part, Source, keeps_tied, parts_of, sources_of
 from lora_fx.adapters import adapter_names, delete_adapter, put_adapter
 from lora_fx.config import LoraConfig
@@ -110,7 +110,7 @@ def _combined(
     site = parts[0][1].site
     terms = []
     for source, row in parts:
-        a, b = (factor.detach() for factor in factors_of(model, row, source.name))
+        a, b = (factor.detach() for factor in factors_of(model, row, source.name).pair)
         if a.is_meta:
             raise ConfigError(
                 f"{name}: {source.name!r} is on the meta device; load its values first"
@@ -153,7 +153,9 @@ def _config(
         target_parameters=tuple(named) or None,
     )
     record = AdapterRecord(config, tuple(new), tuple(saved))
-    return dataclasses.replace(written_config(model, record), inference_mode=first.inference_mode)
+    return dataclasses.replace(
+        written_config(model, record, by_site(new)), inference_mode=first.inference_mode
+    )
 
 
 def _fill(
@@ -172,7 +174,9 @@ def _fill(
         )
     with torch.no_grad():
         for name, row in rows.items():
-            for factor, value in zip(factors_of(model, row, adapter), values[name], strict=True):
+            for factor, value in zip(
+                factors_of(model, row, adapter).pair, values[name], strict=True
+            ):
                 factor.copy_(value)
         for source in sources:
             for own in source.record.own:

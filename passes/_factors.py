@@ -39,6 +39,11 @@ class FactorNames:
     bias: str = ""
 
     @property
+    def pair(self) -> tuple[str, str]:
+        """A and B."""
+        return self.a, self.b
+
+    @property
     def present(self) -> tuple[str, ...]:
         """Those that there are."""
         return tuple(name for name in (self.a, self.b, self.magnitude, self.bias) if name)
@@ -58,6 +63,11 @@ class SiteFactors:
     b: nn.Parameter
     magnitude: nn.Parameter | None = None
     bias: nn.Parameter | None = None
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.a, self.b
 
     @property
     def present(self) -> tuple[nn.Parameter, ...]:

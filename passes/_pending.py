@@ -8,7 +8,6 @@ from lora_fx.errors import ConfigError
 __all__ = ["refuse_pending"]
 
 _FIELDS = ("trainable_token_indices",)
-_STARTS = (True, False, "gaussian")
 
 
 def refuse_pending(config: LoraConfig) -> None:
@@ -22,7 +21,3 @@ def refuse_pending(config: LoraConfig) -> None:
             raise ConfigError(
                 f"LoraConfig.{name}: found {getattr(config, name)!r}; not supported yet"
             )
-    if config.init_lora_weights not in _STARTS:
-        raise ConfigError(
-            f"LoraConfig.init_lora_weights: found {config.init_lora_weights!r}; not supported yet"
-        )

@@ -1,5 +1,7 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
+Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
+
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
 """
@@ -19,7 +21,7 @@ from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterModule
 from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes._own import place_base
+from lora_fx.passes._own import own_value, place_base
 from lora_fx.passes._placing import (
     place_biases,
     place_merged,
@@ -140,8 +142,9 @@ def merge(
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
         old = result.get_parameter(weight).detach()
-        merged[weight] = _folded(model, old, several)
-        sites.append(_measured(model, old, merged[weight], several, measure))
+        moves = _moves(model, record, several)
+        merged[weight] = _folded(model, old, several, moves)
+        sites.append(_measured(model, old, merged[weight], several, moves, measure))
     every = [pair for several in rows.values() for pair in several]
     kept = {name for name, _ in trained(model, record, names)}
     biases = merged_biases(model, result, every, kept)
@@ -191,13 +194,39 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
             )
     if len(set(names)) != len(names):
         raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
-    places = Counter(own for name in names for own in record.adapters[name].own)
+    weights = {row.site.weight for name in names for row in record.adapters[name].sites}
+    owned = (own for name in names for own in record.adapters[name].own)
+    places = Counter(own for own in owned if own not in weights)
     for place, count in places.items():
         if count > 1:
             raise MergeError(
                 f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
             )
     return names
+
+
+def _moves(
+    model: nn.Module, record: Record, rows: list[tuple[PlannedSite, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where initialisations moved a weight, as (to, from), in the shape in which it is applied."""
+    site = rows[0][0].site
+    moves = []
+    for name in dict.fromkeys(name for _, name in rows):
+        if site.weight in record.adapters[name].own:
+            moved = own_value(model, name, site.weight).detach(), record.originals[site.weight]
+            moves.append(
+                (moved[0].reshape(site.applied_shape), moved[1].reshape(site.applied_shape))
+            )
+    return moves
+
+
+def _add_moves(
+    total: torch.Tensor, start: int, axis: int, moves: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Adds what the initialisations did to a slice of a weight that begins at ``start``."""
+    for to, origin in moves:
+        for value, sign in ((to, 1), (origin, -1)):
+            total.add_(value.narrow(axis, start, total.shape[axis]).to(total), alpha=sign)
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
@@ -209,7 +238,10 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 
 
 def _folded(
-    model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]
+    model: nn.Module,
+    old: torch.Tensor,
+    rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
     wide = torch.float32 if old.device.type == "mps" else torch.float64
@@ -223,6 +255,7 @@ def _folded(
     for start in range(0, features, step):
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
+        _add_moves(total, start, axis, moves)
         _add_changes(total, start, model, rows)
         merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
@@ -263,6 +296,7 @@ def _measured(
     old: torch.Tensor,
     merged: torch.Tensor,
     rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
     measure: bool,
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
@@ -270,6 +304,7 @@ def _measured(
         return MergedSite(name, adapters, math.nan, math.nan)
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
+    _add_moves(applied, 0, rows[0][0].site.axis, moves)
     _add_changes(applied, 0, model, rows)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny

@@ -23,6 +23,7 @@ from lora_fx.passes._own import base_modules, base_parameters
 from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._start_fit import start_note, start_objection
 from lora_fx.passes._variants import variant_costs, variant_objection
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
@@ -84,7 +85,7 @@ def make_plan(
         ),
         config=config,
         frontend=capture.frontend,
-        notes=capture.notes,
+        notes=(*capture.notes, *start_note(config)),
         saved_modules=saved,
         biases=biases,
         base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
@@ -109,7 +110,7 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return variant_objection(site, config)
+    return variant_objection(site, config) or start_objection(site, rank, config)
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
