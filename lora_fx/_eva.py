@@ -18,14 +18,11 @@ import torch
 from torch import nn
 
 from lora_fx._batches import Forward, called, counted, on_device, tokens_seen
-from lora_fx._statistics import Report, device_of
-from lora_fx.adapters import base_capture
+from lora_fx._statistics import Report, device_of, show_inputs
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.passes._pca import Components
-from lora_fx.passes._region import install
 from lora_fx.passes._seeds import site_generator
-from lora_fx.passes.observe import observed
 from lora_fx.record import Record
 from lora_fx.types import PlannedSite
 
@@ -73,7 +70,7 @@ def components(
             has components.
     """
     search = _Search(rows, config)
-    install(observed(base_capture(model, record), rows, search.see))
+    show_inputs(model, record, rows, search.see)
     with torch.no_grad():
         for number, batch in _again_and_again(batches):
             if search.done:
