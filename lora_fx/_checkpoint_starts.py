@@ -60,7 +60,7 @@ def converted(
             continue
         more = math.sqrt(2) if record.config.use_rslora else 2.0
         rows.append(dataclasses.replace(row, rank=2 * row.rank, alpha=row.alpha * more))
-        for name, old, is_b in zip(factor_names(row), start, (False, True), strict=True):
+        for name, old, is_b in zip(factor_names(row).pair, start, (False, True), strict=True):
             own = join(row.site.holder, name, adapter)
             new, old = gathered(model.get_parameter(own)), gathered(old)
             joined[own] = _side_by_side(row.site, new, -old if is_b else old, is_b)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.adapters import put_in, take_out
 from lora_fx.passes._own import base_parameters, place_base
-from lora_fx.passes._start_place import computed_starts, place_start
+from lora_fx.passes._start_place import computed_starts, place_start, place_variants
 from lora_fx.passes._starts import Start, initial_start
 from lora_fx.record import AdapterRecord, record_of
 from lora_fx.types import PlannedSite
@@ -44,6 +44,7 @@ def restart(
         before = base_parameters(model)
         for row, start in starts:
             place_start(model, row, adapter_name, start)
+            place_variants(model, row, adapter_name, entry.config)
         after = base_parameters(model)
         own = [name for name, parameter in after.items() if parameter is not before[name]]
         originals = {**record.originals, **{name: before[name].detach() for name in own}}

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lora_fx.config import LoraConfig
@@ -27,12 +28,15 @@ from lora_fx.passes._region import install, is_region, uninstall
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.plan import make_plan
+from lora_fx.passes.select_rows import ROWS, SelectRows, check_rows
 from lora_fx.pipeline import added, check_config, run_passes, running
 from lora_fx.record import AdapterRecord, Record, record_of
-from lora_fx.types import Capture, PlannedSite, Region
+from lora_fx.samples import SampleRows
+from lora_fx.types import Capture, Pass, PlannedSite, Region
 
 __all__ = [
     "active_adapters",
+    "adapter_ids",
     "adapter_names",
     "adapter_record",
     "add_adapter",
@@ -138,7 +142,11 @@ def put_adapter(
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], *, inference_mode: bool = False
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    *,
+    inference_mode: bool = False,
+    per_sample: bool = False,
 ) -> None:
     """Makes adapters active, and all others inactive.
 
@@ -149,16 +157,19 @@ def set_adapter(
         model: A rewritten model. Its graphs are edited; a compiled one is compiled anew.
         adapter_name: One name, or several. None of them (an empty list) leaves the base.
         inference_mode: Whether the active ones are frozen, too.
+        per_sample: Whether each sample of a batch has one of them (or none) instead of all. Which
+            sample has which is said by :func:`adapter_ids`, inside which the model then has to be called.
 
     Raises:
-        ConfigError: If there is no such adapter, a name is there twice, or two of them have
-            something in the place of the same parameter of the base. The model is as it was then.
+        ConfigError: If there is no such adapter, a name is there twice, two of them have something in
+            the place of the same parameter of the base, or (``per_sample``) one has something in the
+            place of any, or a site whose rows are not samples. The model is as it was then.
     """
     record = _record(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     _check_known(record, names)
-    _check_together(record, names)
-    _activate(model, record, names)
+    _check_together(record, names, per_sample)
+    _activate(model, record, names, per_sample)
     for name, adapter in record.adapters.items():
         if name in names and not inference_mode:
             _unfreeze(model, name, adapter)
@@ -197,12 +208,54 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    active = _record(model).active
-    _activate(model, _record(model), ())
+    before = _record(model)
+    _activate(model, before, ())
     try:
         yield model
     finally:
-        _activate(model, _record(model), active)
+        _activate(model, _record(model), before.active, before.per_sample)
+
+
+@contextmanager
+def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Gives each sample of a batch its own adapter, for as long as the context lasts.
+
+    Every adapter's branch computes with the rows of its own samples only. If the model is not prepared
+    for that with ``set_adapter(model, names, per_sample=True)``, its graphs are edited on the way in and
+    out again. Serving loops prepare it once: then only indices change.
+
+    Args:
+        model: A rewritten model whose activations have the samples as their first dimension.
+        ids: The name of an adapter for each sample; None for the base model.
+
+    Raises:
+        ConfigError: If there is no such adapter, one has something in the place of a parameter of the
+            base, or a site whose rows are not samples; and when the model is called, if the batch has
+            another number of samples.
+    """
+    if isinstance(ids, str) or not ids:
+        raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
+    names = tuple(dict.fromkeys(name for name in ids if name is not None))
+    before = _record(model)
+    prepared = before.per_sample and set(names) <= set(before.active)
+    if not prepared:
+        _check_known(before, names)
+        _check_together(before, names, per_sample=True)
+        _activate(model, before, names, per_sample=True)
+    holders = [one for one in model.modules() if isinstance(one, SampleRows)]
+    rows = {
+        name: torch.tensor([place for place, one in enumerate(ids) if one == name])
+        for name in names
+    }
+    try:
+        for holder in holders:
+            holder.assign(len(ids), rows)
+        yield model
+    finally:
+        for holder in holders:
+            holder.assign(0, {})
+        if not prepared:
+            _activate(model, _record(model), before.active, before.per_sample)
 
 
 def base_capture(model: nn.Module, record: Record) -> Capture:
@@ -239,7 +292,14 @@ def _check_known(record: Record, names: Collection[str]) -> None:
         raise ConfigError(f"an adapter is named twice: {', '.join(map(repr, names))}")
 
 
-def _check_together(record: Record, names: Sequence[str]) -> None:
+def _check_together(record: Record, names: Sequence[str], per_sample: bool) -> None:
+    for name in names if per_sample else ():
+        check_rows(record.adapters[name].sites)
+        for parameter in record.adapters[name].own:
+            raise ConfigError(
+                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialisation that "
+                "changed the base): a batch has one value of it, so that samples cannot choose"
+            )
     owners: dict[str, str] = {}
     for name in names:
         for parameter in record.adapters[name].own:
@@ -261,20 +321,35 @@ def _check_regions(capture: Capture, rows: Sequence[PlannedSite]) -> None:
             )
 
 
-def _activate(model: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+def _activate(
+    model: nn.Module, record: Record, names: tuple[str, ...], per_sample: bool = False
+) -> None:
     """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
     _check_regions(capture, rows)
-    edited = run_passes(capture, [Insert(record.adapters[name].sites, name) for name in names])
+    passes: list[Pass] = [Insert(record.adapters[name].sites, name) for name in names]
+    edited = run_passes(capture, [*passes, SelectRows()] if per_sample else passes)
     regions = tuple(running(edited, rows))
     take_out(model, record)
     for fqn in capture.regions.keys() - {region.fqn for region in regions}:
         uninstall(capture.regions[fqn].module)
     install(regions)
-    record = dataclasses.replace(record, active=names)
+    _place_rows(model, rows, names if per_sample else ())
+    record = dataclasses.replace(record, active=names, per_sample=per_sample)
     put_in(model, record)
     model.__dict__["_lora_fx"] = record
+
+
+def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
+    """Puts the one table of samples beside the factors of every site, or takes it away."""
+    for module in model.modules():
+        module._modules.pop(ROWS, None)
+    if names:
+        device = next(model.parameters()).device
+        table = SampleRows(names, device)
+        for row in rows:
+            model.get_submodule(row.site.holder).add_module(ROWS, table)
 
 
 def take_out(model: nn.Module, record: Record) -> None:

@@ -14,6 +14,7 @@ from lora_fx.errors import ConfigError
 
 __all__ = [
     "AdapterFactors",
+    "AdapterModule",
     "Holder",
     "KeptTensors",
     "check_adapter_name",
@@ -24,7 +25,11 @@ __all__ = [
 ]
 
 
-class AdapterFactors(nn.Module):
+class AdapterModule(nn.Module):
+    """A module that lora_fx puts into a model: no part of the base."""
+
+
+class AdapterFactors(AdapterModule):
     """One factor of a site, for every adapter: ``layer.lora_A.default`` is a parameter.
 
     It has no forward: the graph reads the parameters.
@@ -46,7 +51,7 @@ class AdapterFactors(nn.Module):
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
 
 
-class Holder(nn.Module):
+class Holder(AdapterModule):
     """Holds the factors of a weight that no module stands for: it lies beside the weight."""
 
 

@@ -78,6 +78,7 @@ class Record:
     Attributes:
         adapters: By adapter name.
         active: Names of those whose branches are in the graphs, in the order in which they are added.
+        per_sample: Whether each sample of a batch has one of the active adapters, or none.
         frontend: The front-end that captured the model.
         trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
             this back.
@@ -96,6 +97,7 @@ class Record:
     buffers: Mapping[str, str]
     base: Base
     originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    per_sample: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         return self

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from lora_fx.ops import AdapterFactors, Holder, KeptTensors
+from lora_fx.ops import AdapterModule, KeptTensors
 from lora_fx.passes._sharing import storage_of
 from lora_fx.types import join
 
@@ -43,14 +43,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The base's modules, by their first name or by each of them."""
     for fqn, module in model.named_modules(remove_duplicate=not every_name):
-        if not isinstance(module, AdapterFactors | Holder):
+        if not isinstance(module, AdapterModule):
             yield fqn, module
 
 
 def in_adapter(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to an adapter, and not to the base."""
     owner, _, _ = name.rpartition(".")
-    return isinstance(model.get_submodule(owner), AdapterFactors)
+    return isinstance(model.get_submodule(owner), AdapterModule)
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:

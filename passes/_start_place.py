@@ -13,8 +13,10 @@ from typing import Final
 import torch
 from torch import nn
 
+from lora_fx.config import LoraConfig
 from lora_fx.ops import AdapterFactors, Holder, KeptTensors
 from lora_fx.passes._factors import factor_names
+from lora_fx.passes._start_variants import initial_bias, initial_magnitude
 from lora_fx.passes._starts import Start
 from lora_fx.types import PlannedSite, Site
 
@@ -25,6 +27,7 @@ __all__ = [
     "drop_site",
     "factors_module",
     "place_start",
+    "place_variants",
     "start_factors",
 ]
 
@@ -37,7 +40,8 @@ START_B: Final = "lora_B_start"
 
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
     """Puts a start in, in the place of the adapter's former one if there is one."""
-    for name, value in zip(factor_names(row), (start.a, start.b), strict=True):
+    names = factor_names(row)
+    for name, value in ((names.a, start.a), (names.b, start.b)):
         factors = factors_module(model, row.site, name)
         former = factors._parameters.get(adapter)
         # An adapter that is not active has no gradient.
@@ -53,6 +57,19 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
         frozen = nn.Parameter(start.weight, requires_grad=False)
         frozen.__dict__.update(owner._parameters[row.site.parameter].__dict__)
         owner._parameters[row.site.parameter] = frozen
+
+
+def place_variants(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
+    """Puts in the magnitude and the bias of B, where the site has them: a tied one has its own, too."""
+    names, holder = factor_names(row), model.get_submodule(row.site.holder)
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
+    weight = model.get_parameter(row.site.weight)
+    if names.magnitude:
+        value = initial_magnitude(row, weight, a, b)
+        factors_module(model, row.site, names.magnitude).add(adapter, value)
+    if names.bias:
+        value = initial_bias(row, weight, config)
+        factors_module(model, row.site, names.bias).add(adapter, value)
 
 
 def computed_starts(
@@ -94,7 +111,7 @@ def start_factors(
 def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
     """Forgets what an adapter has at one site."""
     holder = model.get_submodule(row.site.holder)
-    for name in (*factor_names(row), START_A, START_B):
+    for name in (*factor_names(row).present, START_A, START_B):
         factors = holder._modules.get(name)
         if isinstance(factors, AdapterFactors):
             factors._parameters.pop(adapter, None)

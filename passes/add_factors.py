@@ -8,17 +8,20 @@ parameter, and the one that the argument of the rewrite has is not written.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import ClassVar
 
 from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.passes._factors import factor_names
-from lora_fx.passes._start_place import factors_module, place_start
+from lora_fx.passes._start_place import factors_module, place_start, place_variants
 from lora_fx.passes._starts import initial_start
 from lora_fx.types import Capture, PassResult, Plan, PlannedSite
 
 __all__ = ["AddFactors"]
+
+_log = logging.getLogger("lora_fx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +46,17 @@ class AddFactors:
                 _tie_factors(capture.model, row, self.plan, self.adapter)
             else:
                 _add_factors(capture.model, row, self.plan.config, self.adapter)
+        if alone := [row.name for row in rows if row.lora_bias and row.site.bias is None]:
+            _log.warning(
+                "no merge can fold the bias on B (lora_bias) of these, which have none of their own: %s",
+                ", ".join(alone),
+            )
         return PassResult(capture, bool(rows))
 
 
 def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     try:
-        model.get_parameter(f"{row.site.holder}.{factor_names(row)[0]}.{adapter}".lstrip("."))
+        model.get_parameter(f"{row.site.holder}.{factor_names(row).a}.{adapter}".lstrip("."))
     except AttributeError:
         return False
     return True
@@ -58,11 +66,14 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
     # What the parts of one weight change adds up: each sees the weight as the one before it left it.
     weight = model.get_parameter(row.site.weight)
     place_start(model, row, adapter, initial_start(row, weight, config))
+    place_variants(model, row, adapter, config)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
     """Registers the factors of an embedding a second time, at the head that shares its weight."""
     source = next(one.site for one in plan.sites if one.name == row.tied)
-    for name in factor_names(row):
+    names = factor_names(row)
+    for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
         factors_module(model, row.site, name).add(adapter, value)
+    place_variants(model, row, adapter, plan.config)

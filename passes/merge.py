@@ -18,21 +18,26 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ops import AdapterFactors, Holder
+from lora_fx.ops import AdapterModule
+from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._own import own_value, place_base
-from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
+from lora_fx.passes._placing import (
+    place_biases,
+    place_merged,
+    place_trained,
+    trained,
+    untie_config,
+)
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
-from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import Record, record_of
 from lora_fx.types import PlannedSite
 
 __all__ = [
     "MergeReport",
     "MergedSite",
-    "delta_weight",
     "merge",
     "stripped",
 ]
@@ -88,30 +93,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def delta_weight(
-    model: nn.Module,
-    row: PlannedSite,
-    adapter: str,
-    dtype: torch.dtype = torch.float32,
-    outputs: slice = slice(None),
-) -> torch.Tensor:
-    """``ΔW = s · B A`` of one site, in the weight's layout and in ``dtype``.
-
-    Args:
-        model: The rewritten model.
-        row: The site.
-        adapter: The adapter's name.
-        dtype: In which it is computed.
-        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
-    """
-    a, b = (f.detach() for f in factors_of(model, row, adapter))
-    if row.tied:
-        a, b = a.T, b.T
-    b = b[outputs].to(dtype)
-    a = (a[outputs] if row.site.experts else a).to(dtype)
-    return pattern_of(row.site).delta(row.site, a, b) * row.scale
-
-
 def merge(
     model: nn.Module,
     *,
@@ -164,10 +145,13 @@ def merge(
         moves = _moves(model, record, several)
         merged[weight] = _folded(model, old, several, moves)
         sites.append(_measured(model, old, merged[weight], several, moves, measure))
+    every = [pair for several in rows.values() for pair in several]
+    kept = {name for name, _ in trained(model, record, names)}
+    biases = merged_biases(model, result, every, kept)
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     place_trained(model, result, record, names)
-    # An embedding and a head with the same adapter, transposed, have the same merged weight.
-    tied = {weight: to for weight, to in tied.items() if len(rows[weight]) == len(rows[to])}
+    place_biases(result, biases)
+    tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -186,7 +170,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
         for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
             del module._buffers[name]
         for name, child in list(module.named_children()):
-            if isinstance(child, AdapterFactors | Holder):
+            if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
@@ -246,7 +230,8 @@ def _add_moves(
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    if not all(torch.isfinite(factor).all() for factor in factors_of(model, row, adapter)):
+    present = factors_of(model, row, adapter).present
+    if not all(torch.isfinite(factor).all() for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )
@@ -271,8 +256,7 @@ def _folded(
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
         _add_moves(total, start, axis, moves)
-        for row, adapter in rows:
-            _add_delta(total, start, model, row, adapter)
+        _add_changes(total, start, model, rows)
         merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
         raise MergeError(
@@ -281,18 +265,30 @@ def _folded(
     return merged.reshape(rows[0][0].site.weight_shape)
 
 
-def _add_delta(
-    total: torch.Tensor, start: int, model: nn.Module, row: PlannedSite, adapter: str
+def _add_changes(
+    total: torch.Tensor, start: int, model: nn.Module, rows: list[tuple[PlannedSite, str]]
 ) -> None:
-    """Adds what a site contributes to a slice of its weight that begins at ``start``."""
-    axis = row.site.axis
-    first, last = row.site.rows or (0, row.site.applied_shape[axis])
-    low, high = max(first, start), min(last, start + total.shape[axis])
-    if low >= high:
-        return
-    outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
-    delta = delta_weight(model, row, adapter, total.dtype, outputs)
-    total.narrow(axis, low - start, high - low).add_(delta.to(total.device))
+    """Adds what sites contribute to a slice of their weight that begins at ``start``."""
+    several = any(row.dora for row, _ in rows) and len(rows) > 1
+    # What DoRA adds depends on the unadapted weight, whatever else is added to it.
+    base = total.clone() if several else total
+    for row, adapter in rows:
+        axis = row.site.axis
+        first, last = row.site.rows or (0, row.site.applied_shape[axis])
+        low, high = max(first, start), min(last, start + total.shape[axis])
+        if low >= high:
+            continue
+        outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
+        here = (axis, low - start, high - low)
+        total.narrow(*here).add_(weight_change(model, row, adapter, base.narrow(*here), outputs))
+
+
+def _stay_tied(one: list[tuple[PlannedSite, str]], other: list[tuple[PlannedSite, str]]) -> bool:
+    """Whether an embedding and a head have the same merged weight: those of one adapter, transposed, have.
+
+    A magnitude scales the columns of the one and the rows of the other.
+    """
+    return len(one) == len(other) and not any(row.dora for row, _ in (*one, *other))
 
 
 def _measured(
@@ -309,8 +305,7 @@ def _measured(
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
     _add_moves(applied, 0, rows[0][0].site.axis, moves)
-    for row, adapter in rows:
-        _add_delta(applied, 0, model, row, adapter)
+    _add_changes(applied, 0, model, rows)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))

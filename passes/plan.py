@@ -24,6 +24,7 @@ from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._start_fit import start_note, start_objection
+from lora_fx.passes._variants import variant_costs, variant_objection
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -109,7 +110,7 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return start_objection(site, rank, config)
+    return variant_objection(site, config) or start_objection(site, rank, config)
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
@@ -120,6 +121,7 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
     # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
     kept = 8 if site.family == "embedding" else site.in_features * itemsize
     masked = site.in_features * (itemsize + 1) if dropout else 0
+    extra = variant_costs(site, config)
     # A region of a whole model and the regions below it show the same application twice.
     applied = max(Counter(call.region for call in site.calls).values())
     return PlannedSite(
@@ -128,9 +130,11 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         alpha=choice.alpha(config),
         scale=choice.scale(config),
         dropout=dropout,
-        parameters=pattern.factors(site, rank).numel,
-        flops=pattern.flops(site, rank) * applied,
-        saved=(kept + masked + rank * itemsize) * applied,
+        parameters=pattern.factors(site, rank).numel + extra.parameters,
+        flops=(pattern.flops(site, rank) + extra.flops) * applied,
+        saved=(kept + masked + (rank + extra.saved) * itemsize) * applied,
+        dora=config.use_dora,
+        lora_bias=config.lora_bias,
     )
 
 
@@ -149,13 +153,14 @@ def _keep_tied(
             head = sites.get(weight)
             if head is None or head.family != "linear" or head.layout != "out_in":
                 continue
+            extra = variant_costs(head, config)
             tied[head.name] = dataclasses.replace(
                 _row(capture, Choice(head, _TIED, (head.name,)), config),
                 rank=source.rank,
                 alpha=source.alpha,
                 scale=source.scale,
-                parameters=0,
-                flops=pattern_of(head).flops(head, source.rank),
+                parameters=extra.parameters,
+                flops=pattern_of(head).flops(head, source.rank) + extra.flops,
                 tied=source.name,
             )
     order = {site.name: place for place, site in enumerate(matches.sites)}
