@@ -25,9 +25,10 @@ from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.plan import make_plan
+from lora_fx.passes.train_tokens import AddTokens, TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
-from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, Region
+from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, PlannedTokens, Region
 
 __all__ = [
     "added",
@@ -140,8 +141,10 @@ def rewrite_model(
     )
     record = Record({}, (), capture.frontend, trainable, buffer_digests(capture.model), base)
     record = added(capture, record, plan, adapter_name)
-    capture = run_passes(capture, [Insert(plan.sites, adapter_name)])
-    install(running(capture, plan.sites))
+    capture = run_passes(
+        capture, [Insert(plan.sites, adapter_name), TrainTokens(plan.tokens, adapter_name)]
+    )
+    install(running(capture, (*plan.sites, *plan.tokens)))
     result = capture.model
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
@@ -163,10 +166,15 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
         The record with the adapter, which is not active yet: no graph is changed.
     """
     before = base_parameters(capture.model)
-    run_passes(capture, [AddFactors(plan, adapter_name), Unfreeze(plan)])
+    run_passes(
+        capture,
+        [AddFactors(plan, adapter_name), AddTokens(plan.tokens, adapter_name), Unfreeze(plan)],
+    )
     after = base_parameters(capture.model)
     own = tuple(name for name, parameter in after.items() if parameter is not before[name])
-    adapter = AdapterRecord(plan.config, plan.sites, plan.saved_modules, plan.biases, own)
+    adapter = AdapterRecord(
+        plan.config, plan.sites, plan.saved_modules, plan.biases, own, plan.tokens
+    )
     originals = {name: before[name].detach() for name in own}
     return dataclasses.replace(
         record,
@@ -175,7 +183,7 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
     )
 
 
-def running(capture: Capture, rows: Iterable[PlannedSite]) -> Iterator[Region]:
+def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:
     """The regions that run their graph: what was written out does so only where an adapter is.
 
     Elsewhere a layer keeps its own forward, with its fast paths.

@@ -11,7 +11,7 @@ from torch import fx
 
 from lora_fx._frozen import freeze, thaw
 from lora_fx.config import LoraConfig
-from lora_fx.types import Matches, PlannedSite
+from lora_fx.types import Matches, PlannedSite, PlannedTokens
 
 __all__ = ["AdapterRecord", "Base", "Record", "record_of"]
 
@@ -28,6 +28,7 @@ class AdapterRecord:
         own: FQNs of the base's parameters in whose place it has others: those biases, what is in those
             modules, and weights that its initialisation has changed. They are in the model while the
             adapter is active, and beside it otherwise (:mod:`lora_fx.passes._own`).
+        tokens: Rows of embeddings that it trains.
     """
 
     config: LoraConfig
@@ -35,6 +36,12 @@ class AdapterRecord:
     saved_modules: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+    tokens: tuple[PlannedTokens, ...] = ()
+
+    @property
+    def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
+        """Everything that it has in a graph."""
+        return (*self.sites, *self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

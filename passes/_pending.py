@@ -7,7 +7,7 @@ from lora_fx.errors import ConfigError
 
 __all__ = ["refuse_pending"]
 
-_FIELDS = ("use_dora", "lora_bias", "trainable_token_indices")
+_FIELDS = ("use_dora", "lora_bias")
 _STARTS = (True, False, "gaussian")
 
 
