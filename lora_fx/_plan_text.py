@@ -18,7 +18,7 @@ def plan_text(plan: Any) -> str:
     lines = [f"captured by {plan.frontend}"]
     lines += [f"  {note}" for note in plan.notes]
     lines += _table(plan.columns, plan.rows())
-    total = plan.base_parameters + sum(row.parameters for row in (*plan.sites, *plan.tokens))
+    total = plan.base_parameters + plan.added_parameters
     share = 100 * plan.trainable_parameters / total if total else 0.0
     lines.append(
         f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "

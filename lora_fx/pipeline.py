@@ -16,6 +16,7 @@ from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import install
 from lora_fx.passes.add_factors import AddFactors
+from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
@@ -25,7 +26,7 @@ from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.plan import make_plan
-from lora_fx.passes.train_tokens import AddTokens, TrainTokens
+from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
 from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, PlannedTokens, Region

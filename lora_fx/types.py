@@ -516,8 +516,14 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """What an optimizer would get, in elements."""
-        own = sum(row.parameters for row in self.sites) + sum(row.parameters for row in self.tokens)
-        return own + self.extra_parameters
+        return self.added_parameters + self.extra_parameters
+
+    @property
+    def added_parameters(self) -> int:
+        """What the model has more than before, in elements: factors, and trained rows."""
+        return sum(row.parameters for row in self.sites) + sum(
+            row.parameters for row in self.tokens
+        )
 
     def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)

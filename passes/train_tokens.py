@@ -2,7 +2,8 @@ r"""Puts trained rows of an embedding in the place of the frozen ones.
 
 At a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the same weight or is named
 itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the output as it is to the last
-bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made.
+bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are there already
+(:mod:`lora_fx.passes.add_tokens`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.errors import ConfigError
 from lora_fx.passes._factors import adapter_dtype
 from lora_fx.passes._region import copy_graph
-from lora_fx.passes._tokens import add_tokens, indices_name, rows_name, tokens_of
+from lora_fx.passes._tokens import indices_name, rows_name
 from lora_fx.passes.patterns.embedding import lookup
 from lora_fx.types import (
     META_KEY,
@@ -31,49 +31,12 @@ from lora_fx.types import (
     Tag,
 )
 
-__all__ = ["AddTokens", "TrainTokens"]
-
-
-@dataclasses.dataclass(frozen=True)
-class AddTokens:
-    """The pass that makes the rows: the base's at the start.
-
-    Attributes:
-        rows: Which rows of what.
-        adapter: The adapter's name.
-    """
-
-    name: ClassVar[str] = "add-tokens"
-    rows: tuple[PlannedTokens, ...]
-    adapter: str = "default"
-
-    def __call__(self, capture: Capture) -> PassResult:
-        """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
-        model, changed = capture.model, False
-        for row in sorted(self.rows, key=lambda row: bool(row.tied)):
-            try:
-                tokens_of(model, row, self.adapter)
-                continue
-            except AttributeError:
-                changed = True
-            weight = model.get_parameter(row.site.weight).detach()
-            if weight.is_meta:
-                raise ConfigError(
-                    f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
-                    "it; give the model its weights first"
-                )
-            source = next((one for one in self.rows if one.name == row.tied), None)
-            if source is not None:
-                add_tokens(model, row, self.adapter, tokens_of(model, source, self.adapter))
-            else:
-                start = weight[list(row.indices)].to(adapter_dtype(weight), copy=True)
-                add_tokens(model, row, self.adapter, start)
-        return PassResult(capture, changed)
+__all__ = ["TrainTokens"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokens:
-    """The pass that lets the graphs use them.
+    """The pass.
 
     Attributes:
         rows: Which rows of what.

@@ -19,7 +19,11 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, MergeError
+from lora_fx.passes.add_tokens import AddTokens
+from lora_fx.passes.train_tokens import TrainTokens
+from lora_fx.pipeline import plan_model
 from lora_fx.record import record_of
+from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 
 IDS = torch.arange(24).reshape(3, 8) % 16
@@ -180,6 +184,32 @@ def test_starts_at_the_base_to_the_last_bit(tied: bool) -> None:
     assert "rows trained: 3 of model.embed_tokens" in str(plan)
     assert plan.to_dict()["tokens"]["model.embed_tokens"] == [3, 1, 5]
     assert ("lm_head" in plan.to_dict()["tokens"]) is tied
+
+
+@pytest.mark.parametrize(("site", "file"), [("words", "lookup"), ("head", "product")])
+def test_golden(site: str, file: str) -> None:
+    config = LoraConfig(target_modules=["fc"], trainable_token_indices={site: [2, 3, 9]})
+    graph = lora_fx.graphs(lora_fx.rewrite(plain(), config))[site]
+    check_golden(f"train_tokens_{file}", printed(graph))
+
+
+def test_a_second_run_changes_nothing() -> None:
+    base = plain()
+    config = LoraConfig(target_modules=["fc"], trainable_token_indices={"words": [2], "head": [3]})
+    capture, plan = plan_model(base, config)
+    assert not AddTokens(())(capture).modified
+    assert not TrainTokens(())(capture).modified
+    graphs = {name: printed(region.graph) for name, region in capture.regions.items()}
+    for one in (AddTokens(plan.tokens), TrainTokens(plan.tokens)):
+        result = one(capture)
+        assert result.modified
+        again = one(result.capture)
+        assert not again.modified
+        assert again.capture is result.capture
+        assert graphs == {name: printed(region.graph) for name, region in capture.regions.items()}
+        capture = result.capture
+        graphs = {name: printed(region.graph) for name, region in capture.regions.items()}
+    assert sorted(n for n, r in capture.regions.items() if not r.fallback) == ["head", "words"]
 
 
 def test_nothing_of_the_size_of_the_table_is_made() -> None:
