@@ -38,6 +38,7 @@ from lora_fx._checkpoint_layout import WRAPPER, Layout
 from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
 from lora_fx.passes._own import in_adapter, own_value
+from lora_fx.passes._tokens import rows_name, tokens_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import AdapterRecord
 from lora_fx.types import PlannedSite, Site, join
@@ -99,6 +100,11 @@ def slots_of(
     for row in record.sites:
         for slot in _factor_slots(model, row, adapter, layout):
             slots += (slot, *_under(slot, row.site.holder, aliases.get(row.site.holder, ())))
+    for tokens in record.tokens:
+        # A head that is tied to an embedding has no rows of its own.
+        if not tokens.tied:
+            name = rows_name(tokens, adapter)
+            slots.append(Slot(name.rpartition(".")[0], name, tokens_of(model, tokens, adapter)))
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
         for own, tensor in _saved_values(model, record, adapter, name):

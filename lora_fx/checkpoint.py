@@ -185,7 +185,7 @@ def _rewritten(
     how: dict[str, Any],
 ) -> nn.Module:
     nothing = not exact.target_modules and not exact.target_parameters
-    if nothing and not saved_entries(exact):
+    if nothing and not saved_entries(exact) and not exact.trainable_token_indices:
         raise CheckpointError(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
         )
