@@ -51,6 +51,7 @@ from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.state_dict import adapter_state_dict, load_adapter_state_dict
 from lora_fx.status import status
 from lora_fx.weighted import add_weighted_adapter
 
@@ -78,6 +79,7 @@ __all__ = [
     "active_adapters",
     "adapter_ids",
     "adapter_names",
+    "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
     "capture",
@@ -89,6 +91,7 @@ __all__ = [
     "hotswap_adapter",
     "initialize",
     "load_adapter",
+    "load_adapter_state_dict",
     "merge",
     "parameter_groups",
     "plan",

@@ -22,6 +22,7 @@ from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
 from lora_fx._checkpoint_starts import check_start, repeat_start
 from lora_fx._checkpoint_state import changed, fitted, stored, without_prefix
 from lora_fx._checkpoint_tensors import write
+from lora_fx._checkpoint_vllm import for_vllm
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
@@ -42,6 +43,7 @@ def save_adapter(
     adapter_name: str = "default",
     *,
     force: bool = False,
+    vllm: bool = False,
 ) -> Path:
     """Writes an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
 
@@ -56,6 +58,8 @@ def save_adapter(
             into a subfolder of its name.
         adapter_name: Which adapter.
         force: Whether to replace an adapter that is there already.
+        vllm: Whether to write it so that vLLM serves it, which looks at no pattern: with one rank and one
+            alpha, the rest in B. PEFT and :func:`load_adapter` read that as well.
 
     Returns:
         The folder that was written.
@@ -63,7 +67,8 @@ def save_adapter(
     Raises:
         ConfigError: If the model has no such adapter.
         CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
-            meta device, or the files cannot be written (a full disk). The folder is then as it was.
+            meta device, vLLM would refuse the adapter or a part of it, or the files cannot be written (a
+            full disk). The folder is then as it was.
     """
     record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
@@ -83,8 +88,12 @@ def save_adapter(
             ", ".join(config.target_parameters or ()),
             record.config.lora_dropout,
         )
-    tensors = {PREFIX + key: value for key, value in found.tensors.items()}
-    write_folder(folder, tensors, config, notes=note_of(found.joined), force=force)
+    values, notes = found.tensors, note_of(found.joined)
+    if vllm:
+        # One rank for all is none of the parts: the whole is read as one adapter again.
+        (values, config), notes = for_vllm(found, record, config), {}
+    tensors = {PREFIX + key: value for key, value in values.items()}
+    write_folder(folder, tensors, config, notes=notes, force=force)
     return folder
 
 

@@ -1,0 +1,65 @@
+"""The tensors of an adapter by PEFT's keys, for whoever keeps checkpoints in a way of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lora_fx._checkpoint_keys import PREFIX
+from lora_fx._checkpoint_state import fitted, stored, without_prefix
+from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import adapter_record
+from lora_fx.errors import CheckpointError
+
+__all__ = ["adapter_state_dict", "load_adapter_state_dict"]
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
+
+    Those are the keys of ``peft.get_peft_model_state_dict``: with the prefix ``base_model.model.`` and
+    without the adapter's name. Sharded parameters (FSDP2) are gathered: every rank has to call this.
+
+    Args:
+        model: A rewritten model.
+        adapter_name: Which adapter.
+
+    Returns:
+        Tensors on the CPU with storage of their own: training on does not change them.
+
+    Raises:
+        ConfigError: If the model has no such adapter.
+        CheckpointError: If the model is on the meta device.
+    """
+    found = stored(model, adapter_record(model, adapter_name), adapter_name)
+    return {PREFIX + key: value for key, value in found.tensors.items()}
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> None:
+    """Writes the values of a state dict into an adapter that the model has.
+
+    A state dict has no configuration: the scales are taken to be those of the adapter.
+
+    Args:
+        model: A rewritten model; its adapter is changed in place, and nothing else is.
+        state_dict: As of :func:`adapter_state_dict` or PEFT, with the prefix or without.
+        adapter_name: Which adapter.
+
+    Raises:
+        ConfigError: If the model has no such adapter.
+        CheckpointError: If a tensor is missing, unexpected or of another shape: all of them are named, and
+            nothing was changed.
+    """
+    record = adapter_record(model, adapter_name)
+    values, problems = fitted(model, record, adapter_name, without_prefix(dict(state_dict)), None)
+    if problems:
+        what = (
+            f"the state dict does not fit adapter {adapter_name!r} of this {type(model).__name__}"
+        )
+        raise CheckpointError("\n  ".join([f"{what}; nothing was changed:", *sorted(problems)]))
+    for slot, value in values:
+        write(slot.tensor, value)
