@@ -47,6 +47,8 @@ from lora_fx.errors import (
     PartialMatchError,
     ProviderError,
 )
+from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
+from lora_fx.initialize import initialize
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
 from lora_fx.weighted import add_weighted_adapter
@@ -83,10 +85,13 @@ __all__ = [
     "disable_adapter",
     "export_onnx",
     "graphs",
+    "hotswap_adapter",
+    "initialize",
     "load_adapter",
     "merge",
     "parameter_groups",
     "plan",
+    "prepare_hotswap",
     "print_trainable_parameters",
     "register_pattern",
     "rewrite",

@@ -6,6 +6,8 @@ With ``P`` for the FQN of a module of the base model (PEFT writes ``base_model.m
 linear                 ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [out, r]
 convolution            the same, A [r, in, *k], B [out, r/g, 1, ...]; A is dense also for g groups
 embedding              ``P.lora_embedding_A`` [r, vocabulary], ``P.lora_embedding_B`` [width, r]
+magnitude of DoRA      ``P.lora_magnitude_vector`` [out], for a convolution [1, out, 1, ...]
+bias of B              ``P.lora_B.bias`` [out]
 ``modules_to_save``    ``P.<name>`` for everything in the module's state dict
 trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`` elsewhere
 =====================  =========================================================================
@@ -30,8 +32,8 @@ from torch import nn
 
 from lora_fx._checkpoint_forms import PLAIN, Dense, Form, Transposed
 from lora_fx._checkpoint_tensors import for_file, gathered
-from lora_fx.passes._factors import factor_names, factors_of
-from lora_fx.passes._own import in_adapter, own_value
+from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
+from lora_fx.passes._own import base_modules, in_adapter, own_value
 from lora_fx.passes._tokens import rows_name, tokens_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import AdapterRecord
@@ -132,7 +134,7 @@ def peft_sees(row: PlannedSite) -> bool:
 
 def site_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
     """Names of the sites whose factors are among the keys, in their order."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = {name for name, _ in base_modules(model, every_name=True)}
     names: dict[str, None] = {}
     for key in keys:
         found = _FACTOR.fullmatch(key)
@@ -166,9 +168,12 @@ def _factor_slots(
 ) -> Iterator[Slot]:
     site = row.site
     shapes = pattern_of(site).factors(site, row.rank)
-    a, b = factors_of(model, row, adapter)
-    own = factor_names(row)
-    for attribute, key, tensor in zip(own, (shapes.name_a, shapes.name_b), (a, b), strict=True):
+    factors, own = factors_of(model, row, adapter), factor_names(row)
+    a, b = factors.a, factors.b
+    yield from _variant_slots(row, factors, own, adapter, aliases)
+    for attribute, key, tensor in zip(
+        (own.a, own.b), (shapes.name_a, shapes.name_b), (a, b), strict=True
+    ):
         name = join(site.holder, attribute, adapter)
         if row.tied:
             yield Slot(join(site.holder, key, "weight"), name, tensor, Transposed())
@@ -181,6 +186,27 @@ def _factor_slots(
             yield Slot(
                 join(alias, attribute, suffix), name, tensor, form, required=False, alias=True
             )
+
+
+def _variant_slots(
+    row: PlannedSite,
+    factors: SiteFactors,
+    own: FactorNames,
+    adapter: str,
+    aliases: Mapping[str, tuple[str, ...]],
+) -> Iterator[Slot]:
+    """The magnitude of DoRA, which PEFT writes without ``.weight``, and the bias of B."""
+    holder = row.site.holder
+    for attribute, key, tensor in (
+        (own.magnitude, "lora_magnitude_vector", factors.magnitude),
+        (own.bias, "lora_B.bias", factors.bias),
+    ):
+        if tensor is None:
+            continue
+        name = join(holder, attribute, adapter)
+        yield Slot(join(holder, key), name, tensor)
+        for alias in aliases.get(holder, ()):
+            yield Slot(join(alias, key), name, tensor, required=False, alias=True)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -45,7 +45,9 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "put_adapter",
+    "put_in",
     "set_adapter",
+    "take_out",
 ]
 
 
@@ -121,7 +123,7 @@ def put_adapter(
                     "one adapter at most can: give bias='none'"
                 )
     capture = base_capture(model, record)
-    _take_out(model, record)
+    take_out(model, record)
     before = base_parameters(model)
     try:
         plan = make_plan(capture, record.base.matches, config, strict=strict)
@@ -134,7 +136,7 @@ def put_adapter(
         put_back(model, before)
         raise
     finally:
-        _put_in(model, _record(model))
+        put_in(model, _record(model))
     _freeze(model, adapter_name, new)
     model.__dict__["_lora_fx"] = record
     return new
@@ -353,13 +355,13 @@ def _activate(
     passes += [TrainTokens(record.adapters[name].tokens, name) for name in names]
     edited = run_passes(capture, [*passes, SelectRows()] if per_sample else passes)
     regions = tuple(running(edited, places))
-    _take_out(model, record)
+    take_out(model, record)
     for fqn in capture.regions.keys() - {region.fqn for region in regions}:
         uninstall(capture.regions[fqn].module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
-    _put_in(model, record)
+    put_in(model, record)
     model.__dict__["_lora_fx"] = record
 
 
@@ -374,12 +376,14 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
             model.get_submodule(row.site.holder).add_module(ROWS, table)
 
 
-def _take_out(model: nn.Module, record: Record) -> None:
+def take_out(model: nn.Module, record: Record) -> None:
+    """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
     for name in record.active:
         place_base(model, name, record.adapters[name].own, record.originals)
 
 
-def _put_in(model: nn.Module, record: Record) -> None:
+def put_in(model: nn.Module, record: Record) -> None:
+    """Puts what the active adapters have beside the base into it."""
     for name in record.active:
         place_own(model, name, record.adapters[name].own)
 

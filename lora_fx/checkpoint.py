@@ -19,6 +19,7 @@ from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
 from lora_fx._checkpoint_keys import PREFIX, Slot, peft_sees, site_names, slots_of
 from lora_fx._checkpoint_settings import with_sites, written_config
+from lora_fx._checkpoint_starts import check_start, converted, other_start, repeat_start
 from lora_fx._checkpoint_tensors import write
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
@@ -46,7 +47,8 @@ def save_adapter(
 
     Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
     buffers that training changed (batch-norm statistics). The configuration names every site in
-    full.
+    full. An adapter whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
+    base as it was, of twice the rank; one of LoftQ says so, and the base is quantised again on loading.
 
     Args:
         model: A rewritten model.
@@ -66,6 +68,7 @@ def save_adapter(
     record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     slots = slots_of(model, record, adapter_name, _changed_buffers(model))
+    record, slots = converted(model, record, adapter_name, slots)
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
@@ -120,6 +123,7 @@ def load_adapter(
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
     config = LoraConfig.from_pretrained(folder)
+    check_start(config, folder)
     tensors = _without_prefix(read_tensors(folder))
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     if record_of(model) is None:
@@ -176,12 +180,14 @@ def _rewritten(
         )
     exact = with_sites(config, names, model)
     try:
-        return rewrite_model(model, exact, adapter_name=adapter_name, **how)
+        result = rewrite_model(model, exact, adapter_name=adapter_name, **how)
     except NoMatchError as error:
         lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
         raise CheckpointError(
             "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, config, tensors, how)])
         ) from error
+    repeat_start(result, adapter_name, config)
+    return result
 
 
 def _extended(
@@ -198,6 +204,11 @@ def _extended(
     except NoMatchError as error:
         lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
         raise CheckpointError("\n  ".join([_misfit(folder, model), *lines])) from error
+    try:
+        repeat_start(model, adapter_name, config)
+    except CheckpointError:
+        delete_adapter(model, adapter_name)
+        raise
     return model
 
 
@@ -212,6 +223,7 @@ def _values(
     slots = slots_of(model, record, adapter_name, _persistent_buffers(model))
     values, problems = values_for(slots, tensors)
     problems += other_scales(record, config)
+    problems += other_start(record, config)
     for key in tensors.keys() - slots.keys():
         problems += leftover(key, tensors[key], model, record)
     return values, problems

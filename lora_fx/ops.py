@@ -37,7 +37,7 @@ class AdapterFactors(AdapterModule):
     """
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
-        """Adds an adapter's factor.
+        """Adds an adapter's factor, or puts another one in its place.
 
         Args:
             adapter: The adapter's name.

@@ -142,7 +142,7 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     pairs = []
     for row, adapter in _rows(_record(model)):
-        a, b = factors_of(model, row, adapter)
+        a, b = factors_of(model, row, adapter).pair
         if id(a) in trained:
             raise ConfigError(
                 f"{row.name}: the optimizer trains A of adapter {adapter!r}; make its groups with "
@@ -203,13 +203,13 @@ def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
         for row in one.sites:
             table = row.tied or row.site.family == "embedding"
             names = ("embeddings", "embeddings") if table else ("lora_A", "lora_B")
-            factors = factors_of(model, row, adapter)
-            kinds |= {id(factor): name for factor, name in zip(factors, names, strict=True)}
+            pair = factors_of(model, row, adapter).pair
+            kinds |= {id(factor): name for factor, name in zip(pair, names, strict=True)}
     return kinds
 
 
 def _first_factors(model: nn.Module, record: Record) -> list[nn.Parameter]:
-    return [factors_of(model, row, adapter)[0] for row, adapter in _rows(record)]
+    return [factors_of(model, row, adapter).a for row, adapter in _rows(record)]
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.ops import check_adapter_name
@@ -174,7 +175,13 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
     after = base_parameters(capture.model)
     own = tuple(name for name, parameter in after.items() if parameter is not before[name])
     adapter = AdapterRecord(
-        plan.config, plan.sites, plan.saved_modules, plan.biases, own, plan.tokens
+        plan.config,
+        plan.sites,
+        plan.saved_modules,
+        plan.biases,
+        own,
+        tokens=plan.tokens,
+        initialized=not needs_data(plan.config.init_lora_weights),
     )
     originals = {name: before[name].detach() for name in own}
     return dataclasses.replace(

@@ -28,6 +28,8 @@ class AdapterRecord:
         own: FQNs of the base's parameters in whose place it has others: those biases, what is in those
             modules, and weights that its initialisation has changed. They are in the model while the
             adapter is active, and beside it otherwise (:mod:`lora_fx.passes._own`).
+        initialized: Whether it has the start that its configuration names; False for one that waits for
+            data.
         tokens: Rows of embeddings that it trains.
     """
 
@@ -36,6 +38,7 @@ class AdapterRecord:
     saved_modules: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+    initialized: bool = True
     tokens: tuple[PlannedTokens, ...] = ()
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_fx.errors import ConfigError
 from lora_fx.ops import AdapterModule
 
-__all__ = ["SampleRows", "add_rows", "select_rows"]
+__all__ = ["SampleRows", "add_rows", "put_rows", "select_rows"]
 
 
 class SampleRows(AdapterModule):
@@ -74,6 +74,11 @@ def add_rows(total: Tensor, rows: Tensor, delta: Tensor, samples: int) -> Tensor
         samples: Number of samples in the batch.
     """
     return total.index_add_(0, _expanded(total, rows, samples), delta)
+
+
+def put_rows(total: Tensor, rows: Tensor, values: Tensor, samples: int) -> Tensor:
+    """Replaces the rows of some samples, in place; as :func:`add_rows`, with what they are to be."""
+    return total.index_copy_(0, _expanded(total, rows, samples), values)
 
 
 def _expanded(x: Tensor, rows: Tensor, samples: int) -> Tensor:

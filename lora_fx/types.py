@@ -67,6 +67,7 @@ class Role(StrEnum):
     DROPOUT = "dropout"
     DOWN = "A"
     UP = "B"
+    MAGNITUDE = "magnitude"
     SCALE = "scale"
     PAD = "pad"
     ADD = "add"
@@ -170,6 +171,11 @@ class Call:
         pattern: Name of the pattern that found it.
         cast: Whether the weight is cast before it is applied.
         left: Whether it is the left operand of a product, so that the outputs are not the last dimension.
+        bias: Name of the node that the operation adds, empty for none: a vector of the output features
+            for a convolution, else anything that meets the output.
+        axes: Where the output features lie in the output, counted from its end; several where they are
+            taken apart, empty where nothing says.
+        sizes: Their sizes, where there are several.
     """
 
     region: str
@@ -178,6 +184,9 @@ class Call:
     pattern: str
     cast: bool = False
     left: bool = False
+    bias: str = ""
+    axes: tuple[int, ...] = (-1,)
+    sizes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,6 +379,13 @@ class BranchBuilder(Protocol):
     def b(self) -> fx.Node:
         """B."""
 
+    @property
+    def bias(self) -> fx.Node | None:
+        """What the operation that applies B takes for its bias, [out], or None.
+
+        A pattern that does not ask for it has it added to its branch.
+        """
+
     def dropped(self, x: fx.Node) -> fx.Node:
         """``x`` after the adapter's dropout."""
 
@@ -422,7 +438,10 @@ class PlannedSite:
         flops: Extra forward FLOPs for one token.
         tied: Name of the site whose factors it has, transposed; empty for factors of its own.
         saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
-            input, the masked input with its mask if there is dropout, and the rank-r activation.
+            input, the masked input with its mask if there is dropout, the rank-r activation, and for
+            DoRA the output where the gradient of the magnitude is worked out from it.
+        dora: Whether it has a trained magnitude (arXiv:2402.09353).
+        lora_bias: Whether B has a trained bias.
     """
 
     site: Site
@@ -434,6 +453,8 @@ class PlannedSite:
     flops: int
     saved: int
     tied: str = ""
+    dora: bool = False
+    lora_bias: bool = False
 
     @property
     def name(self) -> str:

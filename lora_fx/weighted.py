@@ -110,7 +110,7 @@ def _combined(
     site = parts[0][1].site
     terms = []
     for source, row in parts:
-        a, b = (factor.detach() for factor in factors_of(model, row, source.name))
+        a, b = (factor.detach() for factor in factors_of(model, row, source.name).pair)
         if a.is_meta:
             raise ConfigError(
                 f"{name}: {source.name!r} is on the meta device; load its values first"
@@ -172,7 +172,9 @@ def _fill(
         )
     with torch.no_grad():
         for name, row in rows.items():
-            for factor, value in zip(factors_of(model, row, adapter), values[name], strict=True):
+            for factor, value in zip(
+                factors_of(model, row, adapter).pair, values[name], strict=True
+            ):
                 factor.copy_(value)
         for source in sources:
             for own in source.record.own:

@@ -1,7 +1,8 @@
-"""Where the factors of a planned site are."""
+"""Where the parameters of a planned site are."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,8 @@ from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite
 
 __all__ = [
+    "FactorNames",
+    "SiteFactors",
     "adapter_dtype",
     "adapter_parameters",
     "drop_factors",
@@ -20,30 +23,90 @@ __all__ = [
 ]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FactorNames:
+    """The attributes of a site's holder that have what it trains.
+
+    Attributes:
+        a, b: The factors.
+        magnitude: The magnitude of DoRA; empty where there is none.
+        bias: The bias of B; empty where there is none.
+    """
+
+    a: str
+    b: str
+    magnitude: str = ""
+    bias: str = ""
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """A and B."""
+        return self.a, self.b
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Those that there are."""
+        return tuple(name for name in (self.a, self.b, self.magnitude, self.bias) if name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SiteFactors:
+    """What a site trains for one adapter, as it is stored.
+
+    Attributes:
+        a, b: The factors.
+        magnitude: The magnitude of DoRA, [out], for a convolution [1, out, 1, ...].
+        bias: The bias of B, [out].
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    magnitude: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.a, self.b
+
+    @property
+    def present(self) -> tuple[nn.Parameter, ...]:
+        """Those that there are, in the order of :attr:`FactorNames.present`."""
+        every = (self.a, self.b, self.magnitude, self.bias)
+        return tuple(one for one in every if one is not None)
+
+
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
     """The factors' dtype: that of the weight, or fp32 for a weight of less precision."""
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def factor_names(row: PlannedSite) -> tuple[str, str]:
-    """The attributes of the site's holder that have A and B.
+def factor_names(row: PlannedSite) -> FactorNames:
+    """Where A, B, the magnitude and the bias of B are.
 
-    A head whose weight is tied to an embedding has the embedding's, and they change places: what is
-    ``B`` there is, transposed, its A.
+    A head whose weight is tied to an embedding has the embedding's factors, and they change places: what
+    is ``B`` there is, transposed, its A.
     """
-    if row.tied:
-        return "lora_embedding_B", "lora_embedding_A"
     shapes = pattern_of(row.site).factors(row.site, row.rank)
-    return shapes.name_a, shapes.name_b
+    tied = ("lora_embedding_B", "lora_embedding_A")
+    a, b = tied if row.tied else (shapes.name_a, shapes.name_b)
+    magnitude = "lora_magnitude_vector" if row.dora else ""
+    return FactorNames(a, b, magnitude, "lora_bias" if row.lora_bias else "")
 
 
-def factors_of(
-    model: nn.Module, row: PlannedSite, adapter: str
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters of :func:`factor_names`, as they are stored."""
-    holder = model.get_submodule(row.site.holder)
-    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in factor_names(row))
-    return a, b
+def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
+    """The parameters of :func:`factor_names`."""
+    holder, names = model.get_submodule(row.site.holder), factor_names(row)
+
+    def found(name: str) -> nn.Parameter:
+        return holder.get_submodule(name).get_parameter(adapter)
+
+    return SiteFactors(
+        found(names.a),
+        found(names.b),
+        found(names.magnitude) if names.magnitude else None,
+        found(names.bias) if names.bias else None,
+    )
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:

@@ -12,7 +12,7 @@ from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._own import own_value
 from lora_fx.record import Record
 
-__all__ = ["place_merged", "place_trained", "trained", "untie_config"]
+__all__ = ["place_biases", "place_merged", "place_trained", "trained", "untie_config"]
 
 
 def place_merged(
@@ -38,6 +38,12 @@ def place_merged(
         owner, _, key = name.rpartition(".")
         result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
     return untied
+
+
+def place_biases(result: nn.Module, biases: dict[str, torch.Tensor]) -> None:
+    """Puts the merged biases in; others that they shared a parameter with keep it."""
+    for name, bias in biases.items():
+        _set_parameter(result, name, bias)
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

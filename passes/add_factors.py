@@ -1,23 +1,27 @@
 """Gives every planned site its factors: parameters beside the weight that they adapt.
 
-The model of the capture is the pipeline's own. The names of its base parameters do not change.
+The model of the capture is the pipeline's own. The names of its base parameters do not change. Some
+initialisations (:mod:`lora_fx.passes._starts`) change the base: the weight of the site is then a new
+parameter, and the one that the argument of the rewrite has is not written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import ClassVar
 
 from torch import nn
 
 from lora_fx.config import LoraConfig
-from lora_fx.ops import AdapterFactors, Holder
 from lora_fx.passes._factors import factor_names
-from lora_fx.passes._starts import initial_factors
-from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import Capture, PassResult, Plan, PlannedSite, Site
+from lora_fx.passes._start_place import factors_module, place_start, place_variants
+from lora_fx.passes._starts import initial_start
+from lora_fx.types import Capture, PassResult, Plan, PlannedSite
 
 __all__ = ["AddFactors"]
+
+_log = logging.getLogger("lora_fx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,48 +46,34 @@ class AddFactors:
                 _tie_factors(capture.model, row, self.plan, self.adapter)
             else:
                 _add_factors(capture.model, row, self.plan.config, self.adapter)
+        if alone := [row.name for row in rows if row.lora_bias and row.site.bias is None]:
+            _log.warning(
+                "no merge can fold the bias on B (lora_bias) of these, which have none of their own: %s",
+                ", ".join(alone),
+            )
         return PassResult(capture, bool(rows))
 
 
 def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     try:
-        model.get_parameter(f"{row.site.holder}.{factor_names(row)[0]}.{adapter}".lstrip("."))
+        model.get_parameter(f"{row.site.holder}.{factor_names(row).a}.{adapter}".lstrip("."))
     except AttributeError:
         return False
     return True
 
 
 def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
-    site = row.site
-    shapes = pattern_of(site).factors(site, row.rank)
-    weight = model.get_parameter(site.weight)
-    a, b = initial_factors(site, shapes, weight, config)
-    for name, value in ((shapes.name_a, a), (shapes.name_b, b)):
-        _factors(_holder(model, site), name).add(adapter, value)
+    # What the parts of one weight change adds up: each sees the weight as the one before it left it.
+    weight = model.get_parameter(row.site.weight)
+    place_start(model, row, adapter, initial_start(row, weight, config))
+    place_variants(model, row, adapter, config)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
     """Registers the factors of an embedding a second time, at the head that shares its weight."""
     source = next(one.site for one in plan.sites if one.name == row.tied)
-    for name in factor_names(row):
+    names = factor_names(row)
+    for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
-        _factors(_holder(model, row.site), name).add(adapter, value)
-
-
-def _factors(holder: nn.Module, name: str) -> AdapterFactors:
-    if name not in holder._modules:
-        holder.add_module(name, AdapterFactors())
-    factors = holder.get_submodule(name)
-    assert isinstance(factors, AdapterFactors)
-    factors.train(holder.training)
-    return factors
-
-
-def _holder(model: nn.Module, site: Site) -> nn.Module:
-    owner = model.get_submodule(site.owner)
-    if site.holder == site.owner:
-        return owner
-    name = site.holder.rpartition(".")[2]
-    if name not in owner._modules:
-        owner.add_module(name, Holder().train(owner.training))
-    return owner.get_submodule(name)
+        factors_module(model, row.site, name).add(adapter, value)
+    place_variants(model, row, adapter, plan.config)

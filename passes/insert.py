@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from lora_fx.passes._branch import Branch, Wiring
 from lora_fx.passes._factors import adapter_dtype, factor_names
-from lora_fx.passes._fx import Branch
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import (
@@ -68,23 +68,29 @@ class Insert:
         return PassResult(dataclasses.replace(capture, regions=regions), True)
 
     def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
-        site = row.site
+        site, call = row.site, row.site.calls[index]
         weight = capture.model.get_parameter(site.weight)
         names = factor_names(row)
         holder = _relative(site.holder, region.fqn)
-        return _Job(
-            output=site.calls[index].output,
-            pattern=site.calls[index].pattern,
-            part=_relative(site.place, region.fqn),
-            factors=(join(holder, names[0], self.adapter), join(holder, names[1], self.adapter)),
-            transposed=bool(row.tied),
-            cast=adapter_dtype(weight) != weight.dtype or site.calls[index].cast,
+
+        def factor(name: str) -> str:
+            return join(holder, name, self.adapter) if name else ""
+
+        wiring = Wiring(
+            site=_local(site, region.fqn),
+            call=dataclasses.replace(call, region=""),
+            a=factor(names.a),
+            b=factor(names.b),
+            magnitude=factor(names.magnitude),
+            bias=factor(names.bias),
+            scale=row.scale,
             dropout=row.dropout,
             training=join(_relative(site.owner, region.fqn), "training"),
-            scale=row.scale,
+            cast=adapter_dtype(weight) != weight.dtype or call.cast,
+            transposed=bool(row.tied),
             padding=_padding(site),
-            site=_local(site, region.fqn),
         )
+        return _Job(_relative(site.place, region.fqn), wiring)
 
     def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
         graph = copy_graph(region.graph)
@@ -92,20 +98,11 @@ class Insert:
         edited = Region(region.fqn, region.module, graph)
         items: dict[str, fx.Node] = {}
         for job in jobs:
-            base = nodes[job.output]
-            build = Branch(
-                graph,
-                base,
-                functools.partial(_tag, job.part, self.adapter),
-                job.factors,
-                cast=job.cast,
-                dropout=job.dropout,
-                training=job.training,
-                items=items,
-                transposed=job.transposed,
-            )
-            up = pattern_of(job).branch(job.site, base, edited, build)
-            build.finish(up, job.scale, job.padding)
+            wiring = job.wiring
+            base = nodes[wiring.call.output]
+            tag = functools.partial(_tag, job.part, self.adapter)
+            build = Branch(graph, base, tag, wiring, items)
+            build.finish(pattern_of(wiring.call).branch(wiring.site, base, edited, build))
         graph.lint()
         return graph
 
@@ -114,17 +111,8 @@ class Insert:
 class _Job:
     """One branch to write, in names of the region: equal jobs on equal graphs give equal graphs."""
 
-    output: str
-    pattern: str
     part: str
-    factors: tuple[str, str]
-    transposed: bool
-    cast: bool
-    dropout: float
-    training: str
-    scale: float
-    padding: tuple[int, int] | None
-    site: Site
+    wiring: Wiring
 
 
 def _padding(site: Site) -> tuple[int, int] | None:

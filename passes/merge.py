@@ -1,5 +1,7 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
+Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
+
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
 """
@@ -17,22 +19,27 @@ from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterModule
+from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._merge_tokens import TokenWeight, token_weights
-from lora_fx.passes._own import place_base
-from lora_fx.passes._placing import place_merged, place_trained, trained, untie_config
+from lora_fx.passes._own import own_value, place_base
+from lora_fx.passes._placing import (
+    place_biases,
+    place_merged,
+    place_trained,
+    trained,
+    untie_config,
+)
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes._tokens import tokens_of, with_tokens
-from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import Record, record_of
 from lora_fx.types import PlannedSite
 
 __all__ = [
     "MergeReport",
     "MergedSite",
-    "delta_weight",
     "merge",
     "stripped",
 ]
@@ -88,30 +95,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def delta_weight(
-    model: nn.Module,
-    row: PlannedSite,
-    adapter: str,
-    dtype: torch.dtype = torch.float32,
-    outputs: slice = slice(None),
-) -> torch.Tensor:
-    """``ΔW = s · B A`` of one site, in the weight's layout and in ``dtype``.
-
-    Args:
-        model: The rewritten model.
-        row: The site.
-        adapter: The adapter's name.
-        dtype: In which it is computed.
-        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
-    """
-    a, b = (f.detach() for f in factors_of(model, row, adapter))
-    if row.tied:
-        a, b = a.T, b.T
-    b = b[outputs].to(dtype)
-    a = (a[outputs] if row.site.experts else a).to(dtype)
-    return pattern_of(row.site).delta(row.site, a, b) * row.scale
-
-
 def merge(
     model: nn.Module,
     *,
@@ -162,18 +145,22 @@ def merge(
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
         old = result.get_parameter(weight).detach()
-        merged[weight] = _folded(model, old, several)
-        sites.append(_measured(model, old, merged[weight], several, measure))
+        moves = _moves(model, record, several)
+        merged[weight] = _folded(model, old, several, moves)
+        sites.append(_measured(model, old, merged[weight], several, moves, measure))
     for weight, replaced in tokens.items():
         old = result.get_parameter(weight).detach()
         merged[weight] = old
         for one, name in replaced:
             merged[weight] = with_tokens(merged[weight], one, tokens_of(model, one, name))
         sites.append(_measured_rows(model, old, merged[weight], replaced, measure))
+    every = [pair for several in rows.values() for pair in several]
+    kept = {name for name, _ in trained(model, record, names)}
+    biases = merged_biases(model, result, every, kept)
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     place_trained(model, result, record, names)
-    # An embedding and a head with the same adapter, transposed, have the same merged weight.
-    tied = {weight: to for weight, to in tied.items() if len(rows[weight]) == len(rows[to])}
+    place_biases(result, biases)
+    tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     tied |= _tied_tokens(tokens)
     untied = place_merged(result, merged, tied)
     if untied:
@@ -217,7 +204,9 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
             )
     if len(set(names)) != len(names):
         raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
-    places = Counter(own for name in names for own in record.adapters[name].own)
+    weights = {row.site.weight for name in names for row in record.adapters[name].sites}
+    owned = (own for name in names for own in record.adapters[name].own)
+    places = Counter(own for own in owned if own not in weights)
     for place, count in places.items():
         if count > 1:
             raise MergeError(
@@ -226,15 +215,43 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
     return names
 
 
+def _moves(
+    model: nn.Module, record: Record, rows: list[tuple[PlannedSite, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where initialisations moved a weight, as (to, from), in the shape in which it is applied."""
+    site = rows[0][0].site
+    moves = []
+    for name in dict.fromkeys(name for _, name in rows):
+        if site.weight in record.adapters[name].own:
+            moved = own_value(model, name, site.weight).detach(), record.originals[site.weight]
+            moves.append(
+                (moved[0].reshape(site.applied_shape), moved[1].reshape(site.applied_shape))
+            )
+    return moves
+
+
+def _add_moves(
+    total: torch.Tensor, start: int, axis: int, moves: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Adds what the initialisations did to a slice of a weight that begins at ``start``."""
+    for to, origin in moves:
+        for value, sign in ((to, 1), (origin, -1)):
+            total.add_(value.narrow(axis, start, total.shape[axis]).to(total), alpha=sign)
+
+
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    if not all(torch.isfinite(factor).all() for factor in factors_of(model, row, adapter)):
+    present = factors_of(model, row, adapter).present
+    if not all(torch.isfinite(factor).all() for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )
 
 
 def _folded(
-    model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]
+    model: nn.Module,
+    old: torch.Tensor,
+    rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
     wide = torch.float32 if old.device.type == "mps" else torch.float64
@@ -248,8 +265,8 @@ def _folded(
     for start in range(0, features, step):
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
-        for row, adapter in rows:
-            _add_delta(total, start, model, row, adapter)
+        _add_moves(total, start, axis, moves)
+        _add_changes(total, start, model, rows)
         merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
         raise MergeError(
@@ -258,18 +275,30 @@ def _folded(
     return merged.reshape(rows[0][0].site.weight_shape)
 
 
-def _add_delta(
-    total: torch.Tensor, start: int, model: nn.Module, row: PlannedSite, adapter: str
+def _add_changes(
+    total: torch.Tensor, start: int, model: nn.Module, rows: list[tuple[PlannedSite, str]]
 ) -> None:
-    """Adds what a site contributes to a slice of its weight that begins at ``start``."""
-    axis = row.site.axis
-    first, last = row.site.rows or (0, row.site.applied_shape[axis])
-    low, high = max(first, start), min(last, start + total.shape[axis])
-    if low >= high:
-        return
-    outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
-    delta = delta_weight(model, row, adapter, total.dtype, outputs)
-    total.narrow(axis, low - start, high - low).add_(delta.to(total.device))
+    """Adds what sites contribute to a slice of their weight that begins at ``start``."""
+    several = any(row.dora for row, _ in rows) and len(rows) > 1
+    # What DoRA adds depends on the unadapted weight, whatever else is added to it.
+    base = total.clone() if several else total
+    for row, adapter in rows:
+        axis = row.site.axis
+        first, last = row.site.rows or (0, row.site.applied_shape[axis])
+        low, high = max(first, start), min(last, start + total.shape[axis])
+        if low >= high:
+            continue
+        outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
+        here = (axis, low - start, high - low)
+        total.narrow(*here).add_(weight_change(model, row, adapter, base.narrow(*here), outputs))
+
+
+def _stay_tied(one: list[tuple[PlannedSite, str]], other: list[tuple[PlannedSite, str]]) -> bool:
+    """Whether an embedding and a head have the same merged weight: those of one adapter, transposed, have.
+
+    A magnitude scales the columns of the one and the rows of the other.
+    """
+    return len(one) == len(other) and not any(row.dora for row, _ in (*one, *other))
 
 
 def _measured(
@@ -277,6 +306,7 @@ def _measured(
     old: torch.Tensor,
     merged: torch.Tensor,
     rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
     measure: bool,
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
@@ -284,8 +314,8 @@ def _measured(
         return _compared(name, adapters, old, merged, None)
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
-    for row, adapter in rows:
-        _add_delta(applied, 0, model, row, adapter)
+    _add_moves(applied, 0, rows[0][0].site.axis, moves)
+    _add_changes(applied, 0, model, rows)
     return _compared(name, adapters, old, merged, exact)
 
 

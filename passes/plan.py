@@ -20,10 +20,11 @@ from lora_fx.passes._chosen import Choice, choices
 from lora_fx.passes._idle import idle_entries, idle_parameters, target_names
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._own import base_modules, base_parameters
-from lora_fx.passes._pending import refuse_pending
 from lora_fx.passes._plan_tokens import planned_tokens
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._start_fit import start_note, start_objection
+from lora_fx.passes._variants import variant_costs, variant_objection
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
@@ -56,7 +57,6 @@ def make_plan(
         CaptureError: If the model has adapters of another library.
         ConfigError: If ``trainable_token_indices`` names what has no such rows.
     """
-    refuse_pending(config)
     _refuse_adapters(capture.model)
     chosen: list[Choice] = []
     skipped: list[Skipped] = []
@@ -85,7 +85,7 @@ def make_plan(
         ),
         config=config,
         frontend=capture.frontend,
-        notes=capture.notes,
+        notes=(*capture.notes, *start_note(config)),
         saved_modules=saved,
         biases=biases,
         base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
@@ -111,7 +111,7 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return None
+    return variant_objection(site, config) or start_objection(site, rank, config)
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
@@ -122,6 +122,7 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
     # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
     kept = 8 if site.family == "embedding" else site.in_features * itemsize
     masked = site.in_features * (itemsize + 1) if dropout else 0
+    extra = variant_costs(site, config)
     # A region of a whole model and the regions below it show the same application twice.
     applied = max(Counter(call.region for call in site.calls).values())
     return PlannedSite(
@@ -130,9 +131,11 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         alpha=choice.alpha(config),
         scale=choice.scale(config),
         dropout=dropout,
-        parameters=pattern.factors(site, rank).numel,
-        flops=pattern.flops(site, rank) * applied,
-        saved=(kept + masked + rank * itemsize) * applied,
+        parameters=pattern.factors(site, rank).numel + extra.parameters,
+        flops=(pattern.flops(site, rank) + extra.flops) * applied,
+        saved=(kept + masked + (rank + extra.saved) * itemsize) * applied,
+        dora=config.use_dora,
+        lora_bias=config.lora_bias,
     )
 
 
@@ -151,13 +154,14 @@ def _keep_tied(
             head = sites.get(weight)
             if head is None or head.family != "linear" or head.layout != "out_in":
                 continue
+            extra = variant_costs(head, config)
             tied[head.name] = dataclasses.replace(
                 _row(capture, Choice(head, _TIED, (head.name,)), config),
                 rank=source.rank,
                 alpha=source.alpha,
                 scale=source.scale,
-                parameters=0,
-                flops=pattern_of(head).flops(head, source.rank),
+                parameters=extra.parameters,
+                flops=pattern_of(head).flops(head, source.rank) + extra.flops,
                 tied=source.name,
             )
     order = {site.name: place for place, site in enumerate(matches.sites)}

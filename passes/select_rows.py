@@ -7,6 +7,7 @@ added to them. What a branch computes, and how, stays as the pattern wrote it.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import fx
 from lora_fx.errors import ConfigError
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes._weights import constant_of
-from lora_fx.samples import add_rows, select_rows
+from lora_fx.samples import add_rows, put_rows, select_rows
 from lora_fx.types import META_KEY, Capture, PassResult, PlannedSite, Region, Role, Tag, join
 
 __all__ = ["ROWS", "SelectRows", "check_rows"]
@@ -117,11 +118,17 @@ class _Work:
         node.kwargs = fx.map_arg(node.kwargs, cut)
 
     def add(self, node: fx.Node, tag: Tag) -> None:
-        """Adds a branch to the adapter's rows of the sum."""
-        total, delta = node.args
-        new = self._call(("add", node), node, tag, add_rows, total, delta)
-        node.replace_all_uses_with(new)
-        node.graph.erase_node(node)
+        """Adds a branch to the adapter's rows of the sum, or puts there what a variant makes of them."""
+        total = node.args[0]
+        if node.target is operator.add:
+            new = self._call(("add", node), node, tag, add_rows, total, node.args[1])
+            node.replace_all_uses_with(new)
+            node.graph.erase_node(node)
+            return
+        self.select(node, tag)
+        node.meta[META_KEY] = dataclasses.replace(tag, role=Role.SCALE)
+        new = self._call(("put", node), node.next, tag, put_rows, total, node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _call(self, key: Any, before: fx.Node, tag: Tag, function: Any, *args: Any) -> fx.Node:
         if isinstance(key[-1], Tag):
@@ -134,7 +141,7 @@ class _Work:
                 rows = graph.get_attr(join(holder, tag.adapter))
                 samples = graph.get_attr(join(holder, "samples"))
                 call = graph.call_function(function, (args[0], rows, *args[1:], samples))
-            role = Role.ADD if function is add_rows else Role.ROWS
+            role = Role.ROWS if function is select_rows else Role.ADD
             for one in (rows, samples, call):
                 one.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             call.meta[META_KEY] = Tag(tag.weight, role, tag.adapter)

@@ -71,6 +71,7 @@ class ConvPattern:
             sizes=(parameter.shape[1] * groups, parameter.shape[0]),
             layout="out_in",
             groups=groups,
+            axes=(-1 - self.dims,),
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
@@ -85,7 +86,7 @@ class ConvPattern:
         conv = _FUNCTIONS[self.dims][0]
         geometry = (named["stride"], named["padding"], named["dilation"], site.groups)
         down = build.call(Role.DOWN, conv, build.dropped(named["input"]), build.a, None, *geometry)
-        return build.call(Role.UP, conv, down, build.b, None, 1, 0, 1, site.groups)
+        return build.call(Role.UP, conv, down, build.b, build.bias, 1, 0, 1, site.groups)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``B A`` group by group, in W's shape."""

@@ -73,6 +73,7 @@ class ConvTransposePattern:
             sizes=(parameter.shape[0], parameter.shape[1] * groups),
             layout="in_out",
             groups=groups,
+            axes=(-1 - self.dims,),
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
@@ -97,8 +98,8 @@ class ConvTransposePattern:
         )
         pointwise = _POINTWISE[self.dims]
         if site.groups == 1:
-            return build.call(Role.UP, pointwise, down, build.b)
-        return build.call(Role.UP, pointwise, down, build.b, None, 1, 0, 1, site.groups)
+            return build.call(Role.UP, pointwise, down, build.b, build.bias)
+        return build.call(Role.UP, pointwise, down, build.b, build.bias, 1, 0, 1, site.groups)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``Σᵣ B[o, r] A[r, i]``, group by group, [in, out/g, *k]."""

@@ -105,6 +105,8 @@ class EinsumPattern:
             sizes=(matrix[1], matrix[0]),
             layout="out_in" if out_in else "in_out",
             experts=sizes[shared] if shared else None,
+            axes=_axes(kept, seen.terms[2]),
+            out_sizes=tuple(sizes[letter] for letter in kept),
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
@@ -147,6 +149,14 @@ def _algebra(site: Site) -> LinearPattern | ExpertsPattern:
 
 def _sizes(seen: _Seen) -> dict[str, int]:
     return dict(zip(seen.terms[1], seen.view.shape, strict=False))
+
+
+def _axes(kept: str, out: str) -> tuple[int, ...]:
+    """Where the kept letters are, counted from the end; empty if an ellipsis comes after one."""
+    behind = out.rpartition("...")[2]
+    if not set(kept) <= set(behind):
+        return ()
+    return tuple(behind.index(letter) - len(behind) for letter in kept)
 
 
 def _unflattened(build: BranchBuilder, factor: fx.Node, axis: int, sizes: list[int]) -> fx.Node:

@@ -46,7 +46,10 @@ class LinearPattern:
             return build.call(
                 Role.UP, torch.matmul, build.b, build.call(Role.DOWN, torch.matmul, build.a, x)
             )
-        return build.call(Role.UP, F.linear, build.call(Role.DOWN, F.linear, x, build.a), build.b)
+        down = build.call(Role.DOWN, F.linear, x, build.a)
+        if seen.family == "linear" and build.bias is not None:
+            return build.call(Role.UP, F.linear, down, build.b, build.bias)
+        return build.call(Role.UP, F.linear, down, build.b)
 
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.types.Pattern`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ def make_site(
     groups: int = 1,
     experts: int | None = None,
     left: bool = False,
+    axes: tuple[int, ...] = (-1,),
+    out_sizes: tuple[int, ...] = (),
 ) -> Site:
     """A site with one call.
 
@@ -60,29 +63,55 @@ def make_site(
         groups: Groups of a convolution.
         experts: Number of matrices of a weight of three dimensions.
         left: Whether the weight is the left operand of a product.
+        axes: Where the output features lie in the output, counted from its end; empty where nothing
+            says.
+        out_sizes: Their sizes, where they are several dimensions.
     """
     view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
     assert view is not None, f"{weight} reads no parameter"
     parameter = region.parameter(view.source)
     assert parameter is not None
     name, rows = join(region.fqn, str(view.source.target)), view.rows
-    has_bias = region.parameter(bias) is not None
+    added = _bias_parameter(bias, view.rows, region)
+    call = Call(
+        region=region.fqn,
+        input=x.name,
+        output=output.name,
+        pattern=pattern,
+        cast=view.cast,
+        left=left,
+        bias=bias.name if isinstance(bias, fx.Node) else "",
+        axes=(-2,) if left else axes,
+        sizes=out_sizes,
+    )
     return Site(
         name=site_name(name) if rows is None else _part_name(name, rows, len(parameter)),
         pattern=pattern,
         family=family,
         weight=name,
-        bias=join(region.fqn, str(bias.target)) if has_bias and isinstance(bias, fx.Node) else None,
+        bias=join(region.fqn, str(added.target)) if added is not None else None,
         in_features=sizes[0],
         out_features=sizes[1],
         layout=layout,
         weight_shape=tuple(parameter.shape),
-        calls=(Call(region.fqn, x.name, output.name, pattern, view.cast, left),),
+        calls=(call,),
         groups=groups,
         experts=experts,
         rows=rows,
         view=view.shape if view.viewed else None,
     )
+
+
+def _bias_parameter(bias: object, rows: tuple[int, int] | None, region: Region) -> fx.Node | None:
+    """The node of the parameter that a bias is, or is the same rows of as the weight."""
+    if not isinstance(bias, fx.Node):
+        return None
+    if region.parameter(bias) is not None:
+        return bias
+    if rows is None or target_of(bias) is not operator.getitem or bias.args[1] != slice(*rows):
+        return None
+    source = bias.args[0]
+    return source if isinstance(source, fx.Node) and region.parameter(source) is not None else None
 
 
 def _part_name(weight: str, rows: tuple[int, int], size: int) -> str:

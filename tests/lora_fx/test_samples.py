@@ -23,10 +23,11 @@ IDS = torch.randint(0, 11, (5, 4), generator=torch.Generator().manual_seed(0))
 
 
 def three(base: nn.Module, **config: object) -> nn.Module:
-    settings = {"init_lora_weights": False, **config}
-    model = lora_fx.rewrite(base, LoraConfig(r=2, **settings), adapter_name="a")
+    settings = {"init_lora_weights": False, "r": 2, **config}
+    model = lora_fx.rewrite(base, LoraConfig(**settings), adapter_name="a")
     for seed, name in enumerate("bc", 1):
-        lora_fx.add_adapter(model, LoraConfig(r=2 + seed, seed=seed, **settings), name)
+        more = {**settings, "r": (1 + seed) * settings["r"], "seed": seed}
+        lora_fx.add_adapter(model, LoraConfig(**more), name)
     return model
 
 
@@ -154,6 +155,26 @@ def test_flattened_tokens_belong_to_their_sample() -> None:
     ids = ["a", "c", None, "a"]
     with lora_fx.adapter_ids(model, ids):
         assert_close(model(x), alone(model, x, ids))
+
+
+@pytest.mark.parametrize("name", ["nn.Linear", "x @ W", "conv2d depthwise", "padding_idx"])
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_variants(name: str, variant: str) -> None:
+    (form,) = (f for f in FORMS if f.name == name)
+    if form.kind == "embedding" and variant == "lora_bias":
+        return
+    model, x = (
+        three(form.model(), r=form.groups, target_modules=[form.site], **{variant: True}),
+        form.x(),
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "magnitude" in key or "lora_bias" in key:
+                parameter.add_(torch.rand_like(parameter))
+    ids = [("a", "b", None)[place % 3] for place in range(len(x))]
+    with lora_fx.adapter_ids(model, ids):
+        found = model(x)
+    assert_close(found, alone(model, x, ids))
 
 
 def test_parts_and_several_calls() -> None:

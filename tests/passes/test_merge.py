@@ -11,9 +11,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig, MergeError
+from lora_fx.passes._change import delta_weight
 from lora_fx.passes._rounding import ulp as own_ulp
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.merge import delta_weight
 from lora_fx.record import record_of
 from lora_fx.types import META_KEY
 from tests import numerics

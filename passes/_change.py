@@ -1,0 +1,121 @@
+"""What an adapter changes a weight and a bias by: what a merge adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError
+from lora_fx.passes._factors import factors_of
+from lora_fx.passes._rounding import rounded
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import PlannedSite, Site
+
+__all__ = ["delta_weight", "merged_biases", "weight_change"]
+
+
+def delta_weight(
+    model: nn.Module,
+    row: PlannedSite,
+    adapter: str,
+    dtype: torch.dtype = torch.float32,
+    outputs: slice = slice(None),
+) -> torch.Tensor:
+    """``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW but for DoRA.
+
+    Args:
+        model: The rewritten model.
+        row: The site.
+        adapter: The adapter's name.
+        dtype: In which it is computed.
+        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
+    """
+    factors = factors_of(model, row, adapter)
+    a, b = factors.a.detach(), factors.b.detach()
+    if row.tied:
+        a, b = a.T, b.T
+    b = b[outputs].to(dtype)
+    a = (a[outputs] if row.site.experts else a).to(dtype)
+    return pattern_of(row.site).delta(row.site, a, b) * row.scale
+
+
+def weight_change(
+    model: nn.Module, row: PlannedSite, adapter: str, base: torch.Tensor, outputs: slice
+) -> torch.Tensor:
+    """``ΔW``: ``s·BA``, or with DoRA ``g ∘ (W + s·BA) - W``, ``g = m / ‖W + s·BA‖``.
+
+    Args:
+        model: The rewritten model.
+        row: The site.
+        adapter: The adapter's name.
+        base: What the unadapted weight has there, in the dtype in which it is computed.
+        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
+    """
+    delta = delta_weight(model, row, adapter, base.dtype, outputs).to(base.device)
+    magnitude = factors_of(model, row, adapter).magnitude
+    if magnitude is None:
+        return delta
+    m = magnitude.detach().flatten()[outputs].to(base)
+    turned = base + delta.reshape(base.shape)
+    norm = _norm(turned, row.site)
+    # As in the forward: weights that are all zero have no direction, and stay.
+    gain = torch.where(norm > 0, m / torch.where(norm > 0, norm, 1), 1)
+    return turned * _along(gain, turned, row.site) - base
+
+
+def merged_biases(
+    model: nn.Module, result: nn.Module, rows: Iterable[tuple[PlannedSite, str]], trained: set[str]
+) -> dict[str, torch.Tensor]:
+    """The biases with ``s`` times those of B in them, by FQN; nothing is changed.
+
+    Args:
+        model: The rewritten model.
+        result: The model that is merged into.
+        rows: Sites and adapters; those without a bias on B are passed over.
+        trained: FQNs of what ``model`` has trained beside the adapters: its values count there.
+
+    Raises:
+        MergeError: If a site has no bias that could take it.
+    """
+    totals: dict[str, torch.Tensor] = {}
+    for row, adapter in rows:
+        extra, site = factors_of(model, row, adapter).bias, row.site
+        if extra is None:
+            continue
+        if site.bias is None:
+            raise MergeError(
+                f"{row.name}: adapter {adapter!r} has a bias on B (lora_bias), and the operation has none "
+                "that could take it. Give it one (zeros) before the rewrite, or keep the adapter unmerged"
+            )
+        source = (model if site.bias in trained else result).get_parameter(site.bias).detach()
+        start, stop = site.rows or (0, site.out_features)
+        if source.dim() != 1 or len(source) < stop:
+            raise MergeError(
+                f"{row.name}: its bias {site.bias} is {list(source.shape)}, and that of B is "
+                f"[{site.out_features}]: what they are together is no bias of that shape"
+            )
+        wide = torch.float32 if source.device.type == "mps" else torch.float64
+        total = totals.setdefault(site.bias, source.to(wide, copy=True))
+        total[start:stop] += row.scale * extra.detach().to(total)
+    return {
+        name: rounded(total, result.get_parameter(name).dtype) for name, total in totals.items()
+    }
+
+
+def _norm(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """By output feature, [out]."""
+    if site.layout == "out_in":
+        return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    grouped = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+    return torch.linalg.vector_norm(grouped.unflatten(0, (site.groups, -1)), dim=(1, 3)).flatten()
+
+
+def _along(gain: torch.Tensor, weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """The gain in the shape in which it meets the weight."""
+    rest = [1] * (weight.dim() - 2)
+    if site.layout == "out_in":
+        return gain.reshape(-1, 1, *rest)
+    each = gain.reshape(site.groups, 1, -1, *rest)
+    return each.expand(-1, weight.shape[0] // site.groups, *each.shape[2:]).flatten(0, 1)
