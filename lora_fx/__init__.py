@@ -51,6 +51,7 @@ from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.status import status
 from lora_fx.weighted import add_weighted_adapter
 
 if _TYPE_CHECKING:
@@ -97,6 +98,7 @@ __all__ = [
     "rewrite",
     "save_adapter",
     "set_adapter",
+    "status",
     "trainable_parameters",
     "visualize",
 ]

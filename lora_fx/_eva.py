@@ -18,14 +18,11 @@ import torch
 from torch import nn
 
 from lora_fx._batches import Forward, called, counted, on_device, tokens_seen
-from lora_fx._statistics import Report, device_of
-from lora_fx.adapters import base_capture
+from lora_fx._statistics import Report, device_of, show_inputs
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.passes._pca import Components
-from lora_fx.passes._region import install
 from lora_fx.passes._seeds import site_generator
-from lora_fx.passes.observe import observed
 from lora_fx.record import Record
 from lora_fx.types import PlannedSite
 
@@ -73,9 +70,9 @@ def components(
             has components.
     """
     search = _Search(rows, config)
-    install(observed(base_capture(model, record), rows, search.see))
+    show_inputs(model, record, rows, search.see)
     with torch.no_grad():
-        for number, batch in _again_and_again(batches):
+        for number, batch in _again_and_again(batches, search):
             if search.done:
                 break
             steady = sum(search.steady(row.name) for row in rows)
@@ -91,10 +88,10 @@ def components(
     return search.result()
 
 
-def _again_and_again(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+def _again_and_again(batches: Iterable[Any], search: _Search) -> Iterator[tuple[int, Any]]:
     """The batches, from the first one again after the last one, up to a limit."""
     number = 0
-    while number < _MOST_BATCHES:
+    while number == 0 or (number < _MOST_BATCHES and not search.lacking):
         start = number
         try:
             for _, batch in counted(batches):
@@ -132,6 +129,11 @@ class _Search:
     def done(self) -> bool:
         """Whether nothing moves any more."""
         return bool(self._given) and all(self.steady(name) for name in self._ranks)
+
+    @property
+    def lacking(self) -> list[str]:
+        """Sites that no batch was large enough for."""
+        return [name for name, found in self._found.items() if found.directions is None]
 
     def steady(self, name: str) -> bool:
         """Whether the components that a site gets stand still."""
@@ -180,16 +182,15 @@ class _Search:
 
     def share(self) -> None:
         """Gives the rank of all sites to the components that explain most."""
-        if all(found.directions is not None for found in self._found.values()):
+        if not self.lacking:
             shares = {name: found.shares for name, found in self._found.items()}
             self._given = shared_out(shares, self._same, self._ranks)
 
     def result(self) -> dict[str, Found]:
         """What the search has come to."""
-        few = [name for name, found in self._found.items() if found.directions is None]
-        if few:
+        for name in self.lacking:
             raise ConfigError(
-                f"{few[0]}: no batch has the {self._wanted[few[0]]} vectors that its components need "
+                f"{name}: no batch has the {self._wanted[name]} vectors that its components need "
                 "(rank times eva_config['rho']): give larger batches"
             )
         moving = [name for name in self._ranks if not self.steady(name)]

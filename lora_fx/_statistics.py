@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ from lora_fx.adapters import base_capture
 from lora_fx.errors import ConfigError
 from lora_fx.passes._own import base_parameters, put_back
 from lora_fx.passes._region import install
-from lora_fx.passes.observe import observed
+from lora_fx.passes.observe import See, observed
+from lora_fx.pipeline import running
 from lora_fx.record import Record
 from lora_fx.types import PlannedSite
 
-__all__ = ["Report", "device_of", "gradients", "moments"]
+__all__ = ["Report", "device_of", "gradients", "moments", "show_inputs"]
 
 Report = Callable[[int, str], None]
 """Is told how many batches are done, and what is being done."""
@@ -26,6 +28,17 @@ Report = Callable[[int, str], None]
 def device_of(model: nn.Module) -> torch.device:
     """Where a model is."""
     return next(model.parameters()).device
+
+
+def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...], see: See) -> None:
+    """From now on a model with no active adapter shows what sites read.
+
+    Layers that are written out, and would apply weights where nothing sees it, run their graphs.
+    """
+    capture = base_capture(model, record)
+    seen = {region.fqn: region for region in observed(capture, rows, see)}
+    capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
+    install(running(capture, rows))
 
 
 def moments(
@@ -66,7 +79,7 @@ def moments(
         sums[row.name] = sums[row.name] + product if row.name in sums else product
         counts[row.name] += 1
 
-    install(observed(base_capture(model, record), rows, see))
+    show_inputs(model, record, rows, see)
     with torch.no_grad():
         for number, batch in counted(batches):
             report(number, "collecting second moments")

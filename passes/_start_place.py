@@ -42,11 +42,7 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
     """Puts a start in, in the place of the adapter's former one if there is one."""
     names = factor_names(row)
     for name, value in ((names.a, start.a), (names.b, start.b)):
-        factors = factors_module(model, row.site, name)
-        former = factors._parameters.get(adapter)
-        # An adapter that is not active has no gradient.
-        trained = former is None or former.requires_grad
-        factors.add(adapter, nn.Parameter(value, requires_grad=trained))
+        _put(model, row.site, name, adapter, value)
     if start.subtracted:
         for name, value in ((START_A, start.a), (START_B, start.b)):
             # Copies: training writes into the others.
@@ -65,11 +61,17 @@ def place_variants(model: nn.Module, row: PlannedSite, adapter: str, config: Lor
     a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
     weight = model.get_parameter(row.site.weight)
     if names.magnitude:
-        value = initial_magnitude(row, weight, a, b)
-        factors_module(model, row.site, names.magnitude).add(adapter, value)
+        _put(model, row.site, names.magnitude, adapter, initial_magnitude(row, weight, a, b))
     if names.bias:
-        value = initial_bias(row, weight, config)
-        factors_module(model, row.site, names.bias).add(adapter, value)
+        _put(model, row.site, names.bias, adapter, initial_bias(row, weight, config))
+
+
+def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:
+    """A new parameter, trained if the one in whose place it is was: that of an inactive adapter is not."""
+    factors = factors_module(model, site, name)
+    former = factors._parameters.get(adapter)
+    trained = former is None or former.requires_grad
+    factors.add(adapter, nn.Parameter(value, requires_grad=trained))
 
 
 def computed_starts(

@@ -43,6 +43,7 @@ LAYERS = (
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx.optim",
+    "lora_fx.status",
     "lora_fx.adapters",
     "lora_fx._restart",
     "lora_fx._checkpoint_files",
@@ -90,6 +91,7 @@ LOADED_WHEN_NEEDED = (
     "typer",
 )
 PUBLIC = {
+    "status",
     "hotswap_adapter",
     "prepare_hotswap",
     "active_adapters",
