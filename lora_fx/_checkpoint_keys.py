@@ -34,6 +34,7 @@ from lora_fx._checkpoint_forms import PLAIN, Dense, Form, Transposed
 from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
 from lora_fx.passes._own import base_modules, in_adapter, own_value
+from lora_fx.passes._tokens import rows_name, tokens_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import AdapterRecord
 from lora_fx.types import PlannedSite, join
@@ -91,6 +92,11 @@ def slots_of(
     aliases = _aliases(model)
     for row in record.sites:
         slots += _factor_slots(model, row, adapter, aliases)
+    for tokens in record.tokens:
+        # A head that is tied to an embedding has no rows of its own.
+        if not tokens.tied:
+            name = rows_name(tokens, adapter)
+            slots.append(Slot(name.rpartition(".")[0], name, tokens_of(model, tokens, adapter)))
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
         slots += [

@@ -29,10 +29,11 @@ from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.plan import make_plan
 from lora_fx.passes.select_rows import ROWS, SelectRows, check_rows
+from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.pipeline import added, check_config, run_passes, running
 from lora_fx.record import AdapterRecord, Record, record_of
 from lora_fx.samples import SampleRows
-from lora_fx.types import Capture, Pass, PlannedSite, Region
+from lora_fx.types import Capture, Pass, PlannedSite, PlannedTokens, Region
 
 __all__ = [
     "active_adapters",
@@ -126,7 +127,7 @@ def put_adapter(
     before = base_parameters(model)
     try:
         plan = make_plan(capture, record.base.matches, config, strict=strict)
-        _check_regions(capture, plan.sites)
+        _check_regions(capture, (*plan.sites, *plan.tokens))
         record = added(capture, record, plan, adapter_name)
         new = record.adapters[adapter_name]
         place_base(model, adapter_name, new.own, record.originals)
@@ -300,6 +301,12 @@ def _check_together(record: Record, names: Sequence[str], per_sample: bool) -> N
                 f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialisation that "
                 "changed the base): a batch has one value of it, so that samples cannot choose"
             )
+        for tokens in record.adapters[name].tokens:
+            raise ConfigError(
+                f"{name!r} trains rows of {tokens.name} (trainable_token_indices), which a batch has one "
+                "value of: choose one adapter for the whole batch"
+            )
+    _check_tokens(record, names)
     owners: dict[str, str] = {}
     for name in names:
         for parameter in record.adapters[name].own:
@@ -310,7 +317,22 @@ def _check_together(record: Record, names: Sequence[str], per_sample: bool) -> N
                 )
 
 
-def _check_regions(capture: Capture, rows: Sequence[PlannedSite]) -> None:
+def _check_tokens(record: Record, names: Sequence[str]) -> None:
+    """Rows that are replaced are nobody else's."""
+    for name in names:
+        for tokens in record.adapters[name].tokens:
+            for other in names:
+                if other != name and any(
+                    place.site.weight == tokens.site.weight
+                    for place in record.adapters[other].places
+                ):
+                    raise ConfigError(
+                        f"{name!r} and {other!r} cannot be active together: {name!r} has rows of its own in "
+                        f"{tokens.name} (trainable_token_indices), and {other!r} adapts it"
+                    )
+
+
+def _check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens]) -> None:
     for row in rows:
         if not any(call.region in capture.regions for call in row.site.calls):
             region = row.site.calls[0].region or "the model"
@@ -327,10 +349,12 @@ def _activate(
     """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
-    _check_regions(capture, rows)
+    places = tuple(place for name in names for place in record.adapters[name].places)
+    _check_regions(capture, places)
     passes: list[Pass] = [Insert(record.adapters[name].sites, name) for name in names]
+    passes += [TrainTokens(record.adapters[name].tokens, name) for name in names]
     edited = run_passes(capture, [*passes, SelectRows()] if per_sample else passes)
-    regions = tuple(running(edited, rows))
+    regions = tuple(running(edited, places))
     take_out(model, record)
     for fqn in capture.regions.keys() - {region.fqn for region in regions}:
         uninstall(capture.regions[fqn].module)

@@ -174,7 +174,7 @@ def _rewritten(
     how: dict[str, Any],
 ) -> nn.Module:
     names = site_names(model, tensors)
-    if not names and not saved_entries(config):
+    if not names and not saved_entries(config) and not config.trainable_token_indices:
         raise CheckpointError(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
         )

@@ -16,6 +16,7 @@ __all__ = [
     "AdapterFactors",
     "AdapterModule",
     "Holder",
+    "KeptIndices",
     "KeptTensors",
     "check_adapter_name",
     "count_batch",
@@ -49,6 +50,19 @@ class AdapterFactors(AdapterModule):
         """Names and shapes."""
         shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+class KeptIndices(AdapterFactors):
+    """Which rows of a weight an adapter trains: buffers that are no part of the state."""
+
+    def add(self, adapter: str, value: torch.Tensor) -> None:
+        """Adds an adapter's indices.
+
+        Args:
+            adapter: The adapter's name.
+            value: Integers, [n].
+        """
+        self.register_buffer(adapter, value, persistent=False)
 
 
 class Holder(AdapterModule):

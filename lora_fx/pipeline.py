@@ -17,6 +17,7 @@ from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import install
 from lora_fx.passes.add_factors import AddFactors
+from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
@@ -26,9 +27,10 @@ from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.plan import make_plan
+from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
-from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, Region
+from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, PlannedTokens, Region
 
 __all__ = [
     "added",
@@ -141,8 +143,10 @@ def rewrite_model(
     )
     record = Record({}, (), capture.frontend, trainable, buffer_digests(capture.model), base)
     record = added(capture, record, plan, adapter_name)
-    capture = run_passes(capture, [Insert(plan.sites, adapter_name)])
-    install(running(capture, plan.sites))
+    capture = run_passes(
+        capture, [Insert(plan.sites, adapter_name), TrainTokens(plan.tokens, adapter_name)]
+    )
+    install(running(capture, (*plan.sites, *plan.tokens)))
     result = capture.model
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
@@ -164,7 +168,10 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
         The record with the adapter, which is not active yet: no graph is changed.
     """
     before = base_parameters(capture.model)
-    run_passes(capture, [AddFactors(plan, adapter_name), Unfreeze(plan)])
+    run_passes(
+        capture,
+        [AddFactors(plan, adapter_name), AddTokens(plan.tokens, adapter_name), Unfreeze(plan)],
+    )
     after = base_parameters(capture.model)
     own = tuple(name for name, parameter in after.items() if parameter is not before[name])
     adapter = AdapterRecord(
@@ -173,6 +180,7 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
         plan.saved_modules,
         plan.biases,
         own,
+        tokens=plan.tokens,
         initialized=not needs_data(plan.config.init_lora_weights),
     )
     originals = {name: before[name].detach() for name in own}
@@ -183,7 +191,7 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
     )
 
 
-def running(capture: Capture, rows: Iterable[PlannedSite]) -> Iterator[Region]:
+def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:
     """The regions that run their graph: what was written out does so only where an adapter is.
 
     Elsewhere a layer keeps its own forward, with its fast paths.

@@ -11,7 +11,7 @@ from torch import fx
 
 from lora_fx._frozen import freeze, thaw
 from lora_fx.config import LoraConfig
-from lora_fx.types import Matches, PlannedSite
+from lora_fx.types import Matches, PlannedSite, PlannedTokens
 
 __all__ = ["AdapterRecord", "Base", "Record", "record_of"]
 
@@ -30,6 +30,7 @@ class AdapterRecord:
             adapter is active, and beside it otherwise (:mod:`lora_fx.passes._own`).
         initialized: Whether it has the start that its configuration names; False for one that waits for
             data.
+        tokens: Rows of embeddings that it trains.
     """
 
     config: LoraConfig
@@ -38,6 +39,12 @@ class AdapterRecord:
     biases: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     initialized: bool = True
+    tokens: tuple[PlannedTokens, ...] = ()
+
+    @property
+    def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
+        """Everything that it has in a graph."""
+        return (*self.sites, *self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ __all__ = [
     "Pattern",
     "Plan",
     "PlannedSite",
+    "PlannedTokens",
     "Region",
     "Rejection",
     "Role",
@@ -70,6 +71,7 @@ class Role(StrEnum):
     SCALE = "scale"
     PAD = "pad"
     ADD = "add"
+    TOKENS = "tokens"
     ROWS = "rows"
 
 
@@ -461,6 +463,36 @@ class PlannedSite:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PlannedTokens:
+    """Rows of an embedding, or of a head, that are trained each as a whole.
+
+    Attributes:
+        site: The lookup, or the product that makes a value for every token.
+        indices: Which rows, in the order in which they are stored.
+        tied: Name of the embedding whose rows they are, for a head that shares its weight; else empty.
+    """
+
+    site: Site
+    indices: tuple[int, ...]
+    tied: str = ""
+
+    @property
+    def name(self) -> str:
+        """FQN of the site."""
+        return self.site.name
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is a lookup: a product otherwise."""
+        return self.site.family == "embedding"
+
+    @property
+    def parameters(self) -> int:
+        """Trainable elements added."""
+        return 0 if self.tied else len(self.indices) * self.site.weight_shape[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
     """A linear operation that the configuration does not select, and why."""
 
@@ -486,6 +518,7 @@ class Plan:
         notes: Why the other front-ends were not used.
         base_parameters: Elements of the model's own parameters, shared ones once.
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
+        tokens: Rows of embeddings that are trained (``trainable_token_indices``).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -499,11 +532,19 @@ class Plan:
     biases: tuple[str, ...] = ()
     base_parameters: int = 0
     extra_parameters: int = 0
+    tokens: tuple[PlannedTokens, ...] = ()
 
     @property
     def trainable_parameters(self) -> int:
         """What an optimizer would get, in elements."""
-        return sum(row.parameters for row in self.sites) + self.extra_parameters
+        return self.added_parameters + self.extra_parameters
+
+    @property
+    def added_parameters(self) -> int:
+        """What the model has more than before, in elements: factors, and trained rows."""
+        return sum(row.parameters for row in self.sites) + sum(
+            row.parameters for row in self.tokens
+        )
 
     def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)
@@ -527,6 +568,7 @@ class Plan:
             "unmatched": list(self.unmatched),
             "modules_to_save": list(self.saved_modules),
             "biases": list(self.biases),
+            "tokens": {row.name: list(row.indices) for row in self.tokens},
             "config": self.config.to_dict(),
         }
 

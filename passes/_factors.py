@@ -126,7 +126,8 @@ def drop_factors(model: nn.Module, adapter: str) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, AdapterFactors):
                 child._parameters.pop(adapter, None)
-                if not child._parameters:
+                child._buffers.pop(adapter, None)
+                if not child._parameters and not child._buffers:
                     del module._modules[name]
             if isinstance(child, Holder) and not child._modules:
                 del module._modules[name]

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterModule
 from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
+from lora_fx.passes._merge_tokens import TokenWeight, token_weights
 from lora_fx.passes._own import own_value, place_base
 from lora_fx.passes._placing import (
     place_biases,
@@ -32,6 +33,7 @@ from lora_fx.passes._placing import (
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
+from lora_fx.passes._tokens import tokens_of, with_tokens
 from lora_fx.record import Record, record_of
 from lora_fx.types import PlannedSite
 
@@ -127,6 +129,7 @@ def merge(
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
+    tokens = token_weights(model, record, names)
     rows: dict[str, list[tuple[PlannedSite, str]]] = {}
     tied: dict[str, str] = {}
     for name in names:
@@ -145,6 +148,12 @@ def merge(
         moves = _moves(model, record, several)
         merged[weight] = _folded(model, old, several, moves)
         sites.append(_measured(model, old, merged[weight], several, moves, measure))
+    for weight, replaced in tokens.items():
+        old = result.get_parameter(weight).detach()
+        merged[weight] = old
+        for one, name in replaced:
+            merged[weight] = with_tokens(merged[weight], one, tokens_of(model, one, name))
+        sites.append(_measured_rows(model, old, merged[weight], replaced, measure))
     every = [pair for several in rows.values() for pair in several]
     kept = {name for name, _ in trained(model, record, names)}
     biases = merged_biases(model, result, every, kept)
@@ -152,6 +161,7 @@ def merge(
     place_trained(model, result, record, names)
     place_biases(result, biases)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
+    tied |= _tied_tokens(tokens)
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -301,15 +311,51 @@ def _measured(
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
     if not measure:
-        return MergedSite(name, adapters, math.nan, math.nan)
+        return _compared(name, adapters, old, merged, None)
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
     _add_moves(applied, 0, rows[0][0].site.axis, moves)
     _add_changes(applied, 0, model, rows)
+    return _compared(name, adapters, old, merged, exact)
+
+
+def _compared(
+    name: str,
+    adapters: tuple[str, ...],
+    old: torch.Tensor,
+    merged: torch.Tensor,
+    exact: torch.Tensor | None,
+) -> MergedSite:
+    if exact is None:
+        return MergedSite(name, adapters, math.nan, math.nan)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))
     return MergedSite(name, adapters, float(error.max()), change)
+
+
+def _measured_rows(
+    model: nn.Module,
+    old: torch.Tensor,
+    merged: torch.Tensor,
+    rows: TokenWeight,
+    measure: bool,
+) -> MergedSite:
+    exact = old.to(torch.float64, copy=True)
+    for row, adapter in rows if measure else ():
+        exact = with_tokens(exact, row, tokens_of(model, row, adapter))
+    names = tuple(adapter for _, adapter in rows)
+    return _compared(rows[0][0].name, names, old, merged, exact if measure else None)
+
+
+def _tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
+    """Heads whose rows are those of an embedding, with the weight of that."""
+    weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
+    return {
+        weight: weights[rows[0][0].tied]
+        for weight, rows in tokens.items()
+        if all(row.tied for row, _ in rows) and len(rows) == len(tokens[weights[rows[0][0].tied]])
+    }
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
@@ -322,7 +368,7 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
         )
     shapes = {name: tuple(p.shape) for name, p in into.named_parameters(remove_duplicate=False)}
     wanted = {
-        row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].sites
+        row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].places
     }
     wanted |= {n: tuple(p.shape) for n, p in trained(model, record, names)}
     for name, shape in wanted.items():

@@ -20,7 +20,7 @@ from lora_fx.passes._chosen import Choice, choices
 from lora_fx.passes._idle import idle_entries, idle_parameters, target_names
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._own import base_modules, base_parameters
-from lora_fx.passes._pending import refuse_pending
+from lora_fx.passes._plan_tokens import planned_tokens
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._start_fit import start_note, start_objection
@@ -55,8 +55,8 @@ def make_plan(
             only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
+        ConfigError: If ``trainable_token_indices`` names what has no such rows.
     """
-    refuse_pending(config)
     _refuse_adapters(capture.model)
     chosen: list[Choice] = []
     skipped: list[Skipped] = []
@@ -90,6 +90,7 @@ def make_plan(
         biases=biases,
         base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
+        tokens=planned_tokens(capture, matches, config, rows, saved),
     )
     _check(capture, plan, matches, chosen, strict)
     return plan

@@ -136,6 +136,15 @@ def test_every_trainable_parameter_once_also_a_tied_one() -> None:
     assert sorted(given) == sorted(id(p) for p in lora_fx.trainable_parameters(model))
 
 
+def test_rows_of_tokens_are_trained_as_modules() -> None:
+    """PEFT gives them the rate of A, and that of an embedding to an embedding's factors alone."""
+    config = LoraConfig(target_modules=["first"], trainable_token_indices={"table": [3]})
+    model = lora_fx.rewrite(net(), config)
+    groups = {g["name"]: g for g in parameter_groups(model, 1e-3, lora_plus_ratio=4)}
+    assert [tuple(p.shape) for p in groups["modules"]["params"]] == [(1, 8)]
+    assert groups["modules"]["lr"] == 1e-3
+
+
 def steps(
     model: Any, optimizer: torch.optim.Optimizer, count: int, accumulate: int = 1
 ) -> dict[str, torch.Tensor]:

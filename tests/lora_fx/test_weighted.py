@@ -333,6 +333,13 @@ def test_biases_have_no_weighted_sum(tmp_path: Path) -> None:
     assert state(ours) == before
 
 
+def test_rows_of_tokens_have_none() -> None:
+    values = {"target_modules": ["up"], "trainable_token_indices": {"table": [3]}}
+    model = lora_fx.rewrite(net(), LoraConfig(**values), adapter_name="one")
+    with pytest.raises(ConfigError, match="adapter 'one' cannot be combined: of trainable_token"):
+        lora_fx.add_weighted_adapter(model, ["one"], [1], "new")
+
+
 def test_a_part_and_its_whole_have_none() -> None:
     config = LoraConfig(r=2, target_modules=["fused"])
     model = lora_fx.rewrite(Experts(), config, adapter_name="one")
