@@ -477,6 +477,7 @@ def test_progress_is_told(start: str, capsys: pytest.CaptureFixture[str]) -> Non
     lora_fx.initialize(adapted, tokens(2), progress=lambda *args: told.append(args))
     assert [one[0] for one in told][:4] == [0, 1, 2, 3]
     assert {one[1] for one in told} == {4}
+    assert any(one[2].startswith("starting model.layers.1") for one in told)
     assert capsys.readouterr() == ("", "")
     if importlib.util.find_spec("tqdm") is not None:
         lora_fx.initialize(lora_fx.rewrite(model, config), tokens(2))
