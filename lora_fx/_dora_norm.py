@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["weight_norm"]
 
 _CHUNK = 1 << 20  # elements of a half-precision weight that are widened at a time, at least
+_BLOCK = 512  # numbers that are summed at once
 _PIECES = 16  # and into how many pieces a weight is cut at most
 
 
@@ -71,14 +72,22 @@ def _matrices(
 def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """``‖W‖²`` and ``W Aᵀ`` by row; a half-precision weight is widened piece by piece."""
     if matrix.dtype == down.dtype:
-        return torch.linalg.vector_norm(matrix, dim=2).square(), matrix @ down.mT
+        return _squares(matrix), matrix @ down.mT
     count = min(_PIECES, -(-matrix.numel() // _CHUNK))
     squares, products = [], []
     for piece in matrix.chunk(max(1, count), dim=1):
         wide = piece.to(down.dtype)
-        squares.append(torch.linalg.vector_norm(wide, dim=2).square())
+        squares.append(_squares(wide))
         products.append(wide @ down.mT)
     return torch.cat(squares, dim=1), torch.cat(products, dim=1)
+
+
+def _squares(matrix: Tensor) -> Tensor:
+    """``Σ w²`` by row, in blocks: a kernel may add up a long row one by one, and lose its last digits."""
+    whole = matrix.shape[2] - matrix.shape[2] % _BLOCK
+    blocks = matrix[..., :whole].unflatten(2, (-1, _BLOCK))
+    rest = torch.linalg.vector_norm(matrix[..., whole:], dim=2).square()
+    return torch.linalg.vector_norm(blocks, dim=3).square().sum(2) + rest
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:

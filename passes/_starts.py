@@ -61,7 +61,8 @@ def initial_magnitude(
     Args:
         row: The site.
         weight: Its weight.
-        a, b: Its factors, as they are stored.
+        a: A, as it is stored.
+        b: B, likewise.
 
     Returns:
         [out], or [1, out, 1, ...] for a convolution, as PEFT stores it.
