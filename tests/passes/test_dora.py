@@ -22,7 +22,7 @@ from lora_fx.pipeline import run_passes
 from lora_fx.types import META_KEY, AdapterRecord, Record, Tag
 from tests.algebra import adapt, randomise, scale_of
 from tests.dora import directed, explicit_dora, magnitude_of, randomise_magnitudes
-from tests.numerics import assert_close, assert_same_bits
+from tests.numerics import assert_close, assert_same_bits, ulp_error
 from tests.zoo import FORMS, Form, Tied, sample, seeded
 
 DENSE = [
@@ -116,7 +116,8 @@ def decomposed(base: torch.Tensor, holder: nn.Module, scale: float = 1.0) -> tor
 
 
 def with_dora(model: nn.Module, **options) -> nn.Module:
-    config = lora_fx.LoraConfig(**{"r": 2, "lora_alpha": 2, "use_dora": True, **options})
+    options = {"r": 2, "lora_alpha": 2, "use_dora": True, "target_modules": ".*", **options}
+    config = lora_fx.LoraConfig(**options)
     return randomise_magnitudes(randomise(lora_fx.rewrite(model, config)))
 
 
@@ -163,9 +164,9 @@ def test_several_adapters_each_scale_the_pure_output(first: bool) -> None:
     capture = capture_model(model, None)
     found = find_parts(capture, match(capture))
     configs = {
-        "one": lora_fx.LoraConfig(r=2, lora_alpha=3, use_dora=True),
-        "two": lora_fx.LoraConfig(r=3, lora_alpha=2, use_dora=True, seed=2),
-        "plain": lora_fx.LoraConfig(r=2, lora_alpha=2, seed=3),
+        "one": lora_fx.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=".*"),
+        "two": lora_fx.LoraConfig(r=3, lora_alpha=2, use_dora=True, target_modules=".*"),
+        "plain": lora_fx.LoraConfig(r=2, lora_alpha=2, target_modules=".*"),
     }
     plans = {name: make_plan(capture, found, config) for name, config in configs.items()}
     for name in plans if first else reversed(plans):
@@ -249,7 +250,8 @@ def test_a_merge_before_training_changes_no_bit_of_half_weights_and_none_but_the
 ):
     for dtype, most in ((torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float32, 1.0)):
         model = seeded(lambda: nn.Linear(64, 48))().to(dtype)
-        merged = lora_fx.merge(lora_fx.rewrite(model, lora_fx.LoraConfig(use_dora=True)))
+        config = lora_fx.LoraConfig(use_dora=True, target_modules=".*")
+        merged = lora_fx.merge(lora_fx.rewrite(model, config))
         assert ulp_error(merged.weight, model.weight.detach().double()) <= most
 
 
@@ -358,7 +360,7 @@ def test_every_node_of_a_branch_is_tagged() -> None:
 # --- what cannot have it --------------------------------------------------------------------------
 
 
-class Ellipsis(nn.Module):
+class Unplaced(nn.Module):
     """An equation that does not say where its outputs are."""
 
     def __init__(self) -> None:
@@ -382,10 +384,10 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize(
     ("build", "reason"),
-    [(Ellipsis, "nothing says where they are"), (Experts, "has no magnitude")],
+    [(Unplaced, "nothing says where they are"), (Experts, "has no magnitude")],
 )
 def test_where_it_means_nothing_a_site_is_left_out_or_refused_by_name(build, reason: str) -> None:
-    plan = lora_fx.plan(Both(build()), lora_fx.LoraConfig(use_dora=True))
+    plan = lora_fx.plan(Both(build()), lora_fx.LoraConfig(use_dora=True, target_modules=".*"))
     (skipped,) = [one for one in plan.skipped if one.site.name == "own.kernel"]
     assert reason in skipped.reason
     assert "other" in [row.name for row in plan]
@@ -405,14 +407,15 @@ class Both(nn.Module):
 
 def test_the_plan_counts_what_it_adds() -> None:
     model = stack()
-    plain = lora_fx.plan(model, lora_fx.LoraConfig(r=2))
-    plan = lora_fx.plan(model, lora_fx.LoraConfig(r=2, use_dora=True))
+    plain = lora_fx.plan(model, lora_fx.LoraConfig(r=2, target_modules=".*"))
+    config = lora_fx.LoraConfig(r=2, target_modules=".*", use_dora=True)
+    plan = lora_fx.plan(model, config)
     assert [row.parameters - other.parameters for row, other in zip(plan, plain, strict=True)] == [
         6,
         9,
         6,
     ]
-    rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, use_dora=True))
+    rewritten = lora_fx.rewrite(model, config)
     trained = sum(p.numel() for p in lora_fx.trainable_parameters(rewritten))
     assert plan.trainable_parameters == trained
     # A square layer keeps nothing, the others what they give.
