@@ -57,8 +57,7 @@ def _matrices(
     if layout == "in_out" and weight.dim() == 2:
         yield weight.T.unsqueeze(0), a.unsqueeze(0)
     elif layout == "in_out":
-        kernels = weight.flatten(2).unflatten(0, (groups, -1))
-        downs = a.flatten(2).unflatten(0, (groups, -1))
+        kernels, downs = (torch.unflatten(t.flatten(2), 0, (groups, -1)) for t in (weight, a))
         for place in range(kernels.shape[3]):
             yield kernels[..., place].mT, downs[..., place]
     else:
@@ -66,7 +65,10 @@ def _matrices(
         strides = weight.stride()
         order = sorted(range(1, weight.dim()), key=lambda axis: -strides[axis])
         matrix, down = (t.permute(0, *order).flatten(1) for t in (weight, a))
-        yield matrix.unflatten(0, (groups, -1)), down.unflatten(0, (groups, -1))
+        yield (
+            torch.unflatten(matrix, 0, (groups, -1)),
+            torch.unflatten(down, 0, (groups, -1)),
+        )
 
 
 def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +87,10 @@ def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 def _squares(matrix: Tensor) -> Tensor:
     """``Σ w²`` by row, in blocks: a kernel may add up a long row one by one, and lose its last digits."""
     whole = matrix.shape[2] - matrix.shape[2] % _BLOCK
-    blocks = matrix[..., :whole].unflatten(2, (-1, _BLOCK))
-    rest = torch.linalg.vector_norm(matrix[..., whole:], dim=2).square()
-    return torch.linalg.vector_norm(blocks, dim=3).square().sum(2) + rest
+    blocks = torch.unflatten(matrix[..., :whole], 2, (-1, _BLOCK))
+    rest: Tensor = torch.linalg.vector_norm(matrix[..., whole:], dim=2)
+    sums: Tensor = torch.linalg.vector_norm(blocks, dim=3)
+    return sums.square().sum(2) + rest.square()
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -269,6 +269,6 @@ class _FromInput(torch.autograd.Function):
         gains, x, weight, bias = ctx.saved_tensors
         (grad,) = grads
         # Autocast is off in a backward, and the base product may have been made under it.
-        operands = [None if t is None else t.to(grad.dtype) for t in (x, weight, bias)]
-        base = F.linear(operands[0], operands[1], operands[2])
+        bias = None if bias is None else bias.to(grad.dtype)
+        base = F.linear(x.to(grad.dtype), weight.to(grad.dtype), bias)
         return _scaled(grad, gains), grad, _summed(grad * base, gains), None, None, None

@@ -68,7 +68,7 @@ def initial_magnitude(
         [out], or [1, out, 1, ...] for a convolution, as PEFT stores it.
     """
     site, dtype = row.site, adapter_dtype(weight)
-    shape = (site.out_features,)
+    shape: tuple[int, ...] = (site.out_features,)
     if site.family == "conv":
         shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
     if weight.device.type == "meta":

@@ -116,7 +116,7 @@ def _forward(model: nn.Module) -> Callable[[], torch.Tensor]:
 
 def _step(forward: Callable[[], torch.Tensor]) -> Callable[[Any], None]:
     def step(_: Any) -> None:
-        forward().backward()
+        torch.autograd.backward(forward())
 
     return step
 
