@@ -15,6 +15,15 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from lora_fx.adapters import (
+    active_adapters,
+    adapter_ids,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    set_adapter,
+)
 from lora_fx.api import (
     capture,
     graphs,
@@ -38,7 +47,12 @@ from lora_fx.errors import (
     PartialMatchError,
     ProviderError,
 )
+from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
+from lora_fx.initialize import initialize
+from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.status import status
+from lora_fx.weighted import add_weighted_adapter
 
 if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
@@ -61,16 +75,30 @@ __all__ = [
     "PartialMatchError",
     "ProviderError",
     "__version__",
+    "active_adapters",
+    "adapter_ids",
+    "adapter_names",
+    "add_adapter",
+    "add_weighted_adapter",
     "capture",
+    "correct_gradients",
+    "delete_adapter",
+    "disable_adapter",
     "export_onnx",
     "graphs",
+    "hotswap_adapter",
+    "initialize",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "plan",
+    "prepare_hotswap",
     "print_trainable_parameters",
     "register_pattern",
     "rewrite",
     "save_adapter",
+    "set_adapter",
+    "status",
     "trainable_parameters",
     "visualize",
 ]

@@ -9,8 +9,9 @@ from torch import nn
 
 from lora_fx._checkpoint_keys import Slot, base_name
 from lora_fx.config import LoraConfig
+from lora_fx.errors import CheckpointError
 from lora_fx.passes.selection import scale_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord
 
 __all__ = ["leftover", "other_scales", "values_for"]
 
@@ -29,14 +30,12 @@ def values_for(
         if tuple(stored.shape) != slot.shape:
             problems.append(_shapes(key, stored, slot.shape))
             continue
-        value = slot.decoded(stored)
-        if value is None:
-            problems.append(
-                f"not representable: {key} is dense, as PEFT trains it, and so reads channels that "
-                f"a convolution with {slot.groups} groups does not: no weight of that shape holds "
-                "the sum. Train it with lora_fx, or leave this module out"
-            )
-        elif slot.name in values and not torch.equal(values[slot.name][1], value):
+        try:
+            value = slot.form.decode(stored)
+        except CheckpointError as error:
+            problems.append(f"not representable: {key} {error}")
+            continue
+        if slot.name in values and not torch.equal(values[slot.name][1], value):
             problems.append(
                 f"contradiction: {key} is another name for {slot.name}, with other values"
             )

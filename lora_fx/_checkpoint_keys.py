@@ -30,9 +30,14 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_forms import PLAIN, Dense, Form, Transposed
+from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
+from lora_fx.passes._own import base_modules, in_adapter, own_value
+from lora_fx.passes._tokens import rows_name, tokens_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import AdapterRecord, PlannedSite, join
+from lora_fx.record import AdapterRecord
+from lora_fx.types import PlannedSite, join
 
 __all__ = ["PREFIX", "Slot", "base_name", "peft_sees", "site_names", "slots_of"]
 
@@ -50,9 +55,7 @@ class Slot:
         key: PEFT's key, without :data:`PREFIX`.
         name: FQN of the tensor in the model.
         tensor: The parameter or buffer itself.
-        groups: Above 1 for the A of a grouped convolution, which is stored dense.
-        transposed: Whether it is stored transposed: the factors of a head are those of the embedding
-            that it is tied to.
+        form: How it is stored.
         required: Whether a checkpoint without it is incomplete.
         alias: Whether it is another key for what has one already: read, not written.
     """
@@ -60,49 +63,18 @@ class Slot:
     key: str
     name: str
     tensor: torch.Tensor
-    groups: int = 1
-    transposed: bool = False
+    form: Form = PLAIN
     required: bool = True
     alias: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
-        shape = tuple(self.tensor.shape)
-        if self.transposed:
-            return shape[::-1]
-        return shape if self.groups == 1 else (shape[0], shape[1] * self.groups, *shape[2:])
+        return self.form.stored(tuple(self.tensor.shape))
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
-        value = self.tensor.detach()
-        if self.transposed:
-            value = value.T
-        if self.groups > 1:
-            dense = value.new_zeros(self.shape)
-            for rows, channels in self._blocks():
-                dense[rows, channels] = value[rows]
-            value = dense
-        return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-
-    def decoded(self, stored: torch.Tensor) -> torch.Tensor | None:
-        """``stored`` as the model has it; None if the A of a grouped convolution mixes groups."""
-        if self.groups == 1:
-            return stored.T if self.transposed else stored
-        rest = stored.clone()
-        parts = []
-        for rows, channels in self._blocks():
-            parts.append(stored[rows, channels])
-            rest[rows, channels] = 0
-        return None if bool(rest.any()) else torch.cat(parts)
-
-    def _blocks(self) -> Iterator[tuple[slice, slice]]:
-        rows, channels = self.tensor.shape[0] // self.groups, self.tensor.shape[1]
-        for group in range(self.groups):
-            yield (
-                slice(group * rows, (group + 1) * rows),
-                slice(group * channels, (group + 1) * channels),
-            )
+        return for_file(self.form.encode(gathered(self.tensor)))
 
 
 def slots_of(
@@ -120,26 +92,39 @@ def slots_of(
     aliases = _aliases(model)
     for row in record.sites:
         slots += _factor_slots(model, row, adapter, aliases)
+    for tokens in record.tokens:
+        # A head that is tied to an embedding has no rows of its own.
+        if not tokens.tied:
+            name = rows_name(tokens, adapter)
+            slots.append(Slot(name.rpartition(".")[0], name, tokens_of(model, tokens, adapter)))
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
-        state = model.get_submodule(name).state_dict(keep_vars=True)
         slots += [
-            Slot(join(name, k), join(name, k), v)
-            for k, v in state.items()
-            if isinstance(v, torch.Tensor)
+            Slot(own, own, tensor) for own, tensor in _saved_values(model, record, adapter, name)
         ]
     wrapped = {row.site.holder for row in record.sites if peft_sees(row)}
     for name in record.biases:
         # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
         required = name.rpartition(".")[2] == "bias"
-        slots.append(
-            Slot(_base_key(name, wrapped), name, model.get_parameter(name), required=required)
-        )
+        value = own_value(model, adapter, name)
+        slots.append(Slot(_base_key(name, wrapped), name, value, required=required))
     for name in buffers:
         if not name.startswith(inside):
             key = _base_key(name, wrapped)
             slots.append(Slot(key, name, model.get_buffer(name), required=False))
     return {slot.key: slot for slot in slots}
+
+
+def _saved_values(
+    model: nn.Module, record: AdapterRecord, adapter: str, module: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state of a module that is trained in full, as the adapter has it."""
+    for key, value in model.get_submodule(module).state_dict(keep_vars=True).items():
+        name = join(module, key)
+        if name in record.own:
+            yield name, own_value(model, adapter, name)
+        elif isinstance(value, torch.Tensor) and not in_adapter(model, name):
+            yield name, value
 
 
 def peft_sees(row: PlannedSite) -> bool:
@@ -149,7 +134,7 @@ def peft_sees(row: PlannedSite) -> bool:
 
 def site_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
     """Names of the sites whose factors are among the keys, in their order."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = {name for name, _ in base_modules(model, every_name=True)}
     names: dict[str, None] = {}
     for key in keys:
         found = _FACTOR.fullmatch(key)
@@ -191,15 +176,15 @@ def _factor_slots(
     ):
         name = join(site.holder, attribute, adapter)
         if row.tied:
-            yield Slot(join(site.holder, key, "weight"), name, tensor, transposed=True)
+            yield Slot(join(site.holder, key, "weight"), name, tensor, Transposed())
             continue
         # PEFT holds those of an embedding in parameters, all others in modules.
         suffix = "" if attribute.startswith("lora_embedding") else "weight"
-        groups = site.groups if tensor is a else 1
-        yield Slot(join(site.holder, attribute, suffix), name, tensor, groups)
+        form = Dense(site.groups) if tensor is a and site.groups > 1 else PLAIN
+        yield Slot(join(site.holder, attribute, suffix), name, tensor, form)
         for alias in aliases.get(site.holder, ()):
             yield Slot(
-                join(alias, attribute, suffix), name, tensor, groups, required=False, alias=True
+                join(alias, attribute, suffix), name, tensor, form, required=False, alias=True
             )
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.passes.selection import alpha_for, rank_for
-from lora_fx.types import AdapterRecord
+from lora_fx.record import AdapterRecord
 
-__all__ = ["with_sites", "written_config"]
+__all__ = ["with_patterns", "with_sites", "written_config"]
 
 
 def with_sites(config: LoraConfig, names: Iterable[str], model: nn.Module) -> LoraConfig:
@@ -25,6 +25,10 @@ def with_sites(config: LoraConfig, names: Iterable[str], model: nn.Module) -> Lo
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
+        loftq_config=None,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
     )
 
 
@@ -40,12 +44,16 @@ def written_config(model: nn.Module, record: AdapterRecord) -> LoraConfig:
         fan_in_fan_out=bool(linear) and all(layout == "in_out" for layout in linear),
         base_model_name_or_path=record.config.base_model_name_or_path or _origin(model),
     )
+    if record.config.init_lora_weights == "loftq":
+        config = dataclasses.replace(
+            config, init_lora_weights="loftq", loftq_config=record.config.loftq_config
+        )
     ranks = {row.name: row.rank for row in rows}
     alphas = {row.name: int(row.alpha) if row.alpha.is_integer() else row.alpha for row in rows}
-    return _with_patterns(config, ranks, alphas) if rows else config
+    return with_patterns(config, ranks, alphas) if rows else config
 
 
-def _with_patterns(
+def with_patterns(
     config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> LoraConfig:
     """The most frequent rank and alpha as defaults, patterns for the rest."""

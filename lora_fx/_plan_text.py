@@ -18,7 +18,7 @@ def plan_text(plan: Any) -> str:
     lines = [f"captured by {plan.frontend}"]
     lines += [f"  {note}" for note in plan.notes]
     lines += _table(plan.columns, plan.rows())
-    total = plan.base_parameters + sum(row.parameters for row in plan.sites)
+    total = plan.base_parameters + plan.added_parameters
     share = 100 * plan.trainable_parameters / total if total else 0.0
     lines.append(
         f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
@@ -32,6 +32,9 @@ def plan_text(plan: Any) -> str:
             lines.append(f"with {name}: {count} site(s)")
     if plan.saved_modules:
         lines.append("trained in full: " + ", ".join(plan.saved_modules))
+    for row in plan.tokens:
+        whose = f", those of {row.tied}" if row.tied else ""
+        lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
     if plan.biases:
         lines.append(f"biases trained: {len(plan.biases)}")
     lines += [f"matched nothing: {target}" for target in plan.unmatched]

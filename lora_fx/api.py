@@ -161,7 +161,7 @@ def merge(
 
     Args:
         model: A rewritten model; it is not changed.
-        adapter_names: Which adapters; all by default.
+        adapter_names: Which adapters; those that are active by default.
         into: Fold into this model, of the original class, instead of into a copy of the base.
         return_report: Whether to measure every merged weight against fp64 and return the report,
             too.

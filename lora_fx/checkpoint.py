@@ -17,17 +17,19 @@ from torch import nn
 
 from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
-from lora_fx._checkpoint_keys import PREFIX, peft_sees, site_names, slots_of
+from lora_fx._checkpoint_keys import PREFIX, Slot, peft_sees, site_names, slots_of
 from lora_fx._checkpoint_settings import with_sites, written_config
+from lora_fx._checkpoint_starts import check_start, converted, other_start, repeat_start
+from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes.capture.auto import Frontend
-from lora_fx.passes.merge import record_of
 from lora_fx.passes.selection import saved_entries
 from lora_fx.pipeline import plan_model, rewrite_model
-from lora_fx.types import AdapterRecord
+from lora_fx.record import record_of
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -45,7 +47,8 @@ def save_adapter(
 
     Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
     buffers that training changed (batch-norm statistics). The configuration names every site in
-    full.
+    full. An adapter whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
+    base as it was, of twice the rank; one of LoftQ says so, and the base is quantised again on loading.
 
     Args:
         model: A rewritten model.
@@ -62,9 +65,10 @@ def save_adapter(
         CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
             meta device, or the files cannot be written (a full disk). The folder is then as it was.
     """
-    record = _adapter_record(model, adapter_name)
+    record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     slots = slots_of(model, record, adapter_name, _changed_buffers(model))
+    record, slots = converted(model, record, adapter_name, slots)
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
@@ -91,8 +95,9 @@ def load_adapter(
     """Reads an adapter folder of PEFT or lora_fx.
 
     Args:
-        model: A model that is not rewritten, which is not touched; or one that was rewritten before
-            and has an adapter of this name and shape, whose values are replaced.
+        model: A model that is not rewritten, which is not touched; or one that was. If that has an
+            adapter of this name, which then has to be of this shape, its values are replaced; else the
+            adapter is added to those that it has, and :func:`lora_fx.set_adapter` makes it active.
         directory: A local folder. For an adapter that is not called "default", its subfolder of
             that name if there is one.
         adapter_name: What to call the adapter; the folder does not say.
@@ -102,7 +107,7 @@ def load_adapter(
 
     Returns:
         A model with the adapter, as :func:`lora_fx.rewrite` makes it: a new one, or, if ``model``
-        has the adapter, ``model`` itself. It can be trained on: the note ``inference_mode`` that
+        is rewritten, ``model`` itself. It can be trained on: the note ``inference_mode`` that
         PEFT puts into every folder is not heeded. Values are cast to the dtype of their place.
 
     Raises:
@@ -110,7 +115,7 @@ def load_adapter(
             pickle that could run code, or does not fit the model: every tensor that is missing,
             unexpected or of another shape is named. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
-            rewritten and has no adapter of that name, or is to be captured anew.
+            rewritten and is to be captured anew.
         CaptureError: If the model cannot be captured so.
     """
     check_adapter_name(adapter_name)
@@ -118,47 +123,32 @@ def load_adapter(
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
     config = LoraConfig.from_pretrained(folder)
+    check_start(config, folder)
     tensors = _without_prefix(read_tensors(folder))
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     if record_of(model) is None:
         target = _rewritten(model, config, tensors, folder, adapter_name, how)
+        values, problems = _values(target, config, tensors, adapter_name)
     elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
         )
-    else:
+    elif adapter_name in adapter_names(model):
         target = model
-    record = _adapter_record(target, adapter_name)
-    slots = slots_of(target, record, adapter_name, _persistent_buffers(target))
-    values, problems = values_for(slots, tensors)
-    problems += other_scales(record, config)
-    for key in tensors.keys() - slots.keys():
-        problems += leftover(key, tensors[key], target, record)
+        values, problems = _values(target, config, tensors, adapter_name)
+    else:
+        target = _extended(model, config, tensors, folder, adapter_name)
+        values, problems = _values(target, config, tensors, adapter_name)
+        if problems:
+            delete_adapter(model, adapter_name)
     if problems:
         reasons = _reasons(model, config, tensors, how)
         raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
-    with torch.no_grad():
-        for slot, value in values:
-            slot.tensor.copy_(value)
+    for slot, value in values:
+        write(slot.tensor, value)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return target
-
-
-def _adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
-        )
-    if adapter_name not in record.adapters:
-        raise ConfigError(
-            f"there is no adapter {adapter_name!r}: the model has "
-            f"{', '.join(map(repr, record.adapters))}. Another one cannot be loaded onto a "
-            "rewritten model yet: load it onto the original model, which was not changed"
-        )
-    return record.adapters[adapter_name]
 
 
 def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -184,18 +174,59 @@ def _rewritten(
     how: dict[str, Any],
 ) -> nn.Module:
     names = site_names(model, tensors)
-    if not names and not saved_entries(config):
+    if not names and not saved_entries(config) and not config.trainable_token_indices:
         raise CheckpointError(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
         )
     exact = with_sites(config, names, model)
     try:
-        return rewrite_model(model, exact, adapter_name=adapter_name, **how)
+        result = rewrite_model(model, exact, adapter_name=adapter_name, **how)
     except NoMatchError as error:
         lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
         raise CheckpointError(
             "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, config, tensors, how)])
         ) from error
+    repeat_start(result, adapter_name, config)
+    return result
+
+
+def _extended(
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    adapter_name: str,
+) -> nn.Module:
+    """A rewritten model with one more adapter, which has no values yet."""
+    exact = with_sites(config, site_names(model, tensors), model)
+    try:
+        put_adapter(model, exact, adapter_name)
+    except NoMatchError as error:
+        lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+        raise CheckpointError("\n  ".join([_misfit(folder, model), *lines])) from error
+    try:
+        repeat_start(model, adapter_name, config)
+    except CheckpointError:
+        delete_adapter(model, adapter_name)
+        raise
+    return model
+
+
+def _values(
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    adapter_name: str,
+) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+    """What to write where, and everything that does not fit."""
+    record = adapter_record(model, adapter_name)
+    slots = slots_of(model, record, adapter_name, _persistent_buffers(model))
+    values, problems = values_for(slots, tensors)
+    problems += other_scales(record, config)
+    problems += other_start(record, config)
+    for key in tensors.keys() - slots.keys():
+        problems += leftover(key, tensors[key], model, record)
+    return values, problems
 
 
 def _reasons(

@@ -14,6 +14,10 @@ from lora_fx.errors import ConfigError
 
 __all__ = [
     "AdapterFactors",
+    "AdapterModule",
+    "Holder",
+    "KeptIndices",
+    "KeptTensors",
     "check_adapter_name",
     "count_batch",
     "in_place",
@@ -22,14 +26,18 @@ __all__ = [
 ]
 
 
-class AdapterFactors(nn.Module):
+class AdapterModule(nn.Module):
+    """A module that lora_fx puts into a model: no part of the base."""
+
+
+class AdapterFactors(AdapterModule):
     """One factor of a site, for every adapter: ``layer.lora_A.default`` is a parameter.
 
     It has no forward: the graph reads the parameters.
     """
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
-        """Adds an adapter's factor.
+        """Adds an adapter's factor, or puts another one in its place.
 
         Args:
             adapter: The adapter's name.
@@ -42,6 +50,27 @@ class AdapterFactors(nn.Module):
         """Names and shapes."""
         shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+class KeptIndices(AdapterFactors):
+    """Which rows of a weight an adapter trains: buffers that are no part of the state."""
+
+    def add(self, adapter: str, value: torch.Tensor) -> None:
+        """Adds an adapter's indices.
+
+        Args:
+            adapter: The adapter's name.
+            value: Integers, [n].
+        """
+        self.register_buffer(adapter, value, persistent=False)
+
+
+class Holder(AdapterModule):
+    """Holds the factors of a weight that no module stands for: it lies beside the weight."""
+
+
+class KeptTensors(AdapterFactors):
+    """What an adapter keeps beside a parameter and does not train: it is no factor."""
 
 
 def check_adapter_name(name: object) -> None:

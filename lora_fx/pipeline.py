@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
+from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import install
 from lora_fx.passes.add_factors import AddFactors
+from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
@@ -22,12 +26,22 @@ from lora_fx.passes.find_head import find_head
 from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
-from lora_fx.passes.merge import record_of
 from lora_fx.passes.plan import make_plan
+from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
-from lora_fx.types import AdapterRecord, Capture, Pass, Plan, Record, Region
+from lora_fx.record import AdapterRecord, Base, Record, record_of
+from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, PlannedTokens, Region
 
-__all__ = ["build", "plan_capture", "plan_model", "rewrite_model", "run_passes"]
+__all__ = [
+    "added",
+    "check_config",
+    "matched",
+    "plan_capture",
+    "plan_model",
+    "rewrite_model",
+    "run_passes",
+    "running",
+]
 
 _log = logging.getLogger("lora_fx")
 
@@ -66,25 +80,46 @@ def plan_model(
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
-    if not isinstance(config, LoraConfig):
-        found = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise ConfigError(
-            f"config must be a lora_fx.LoraConfig, found {found}; "
-            "lora_fx.LoraConfig.from_dict(config.to_dict()) takes over PEFT's"
-        )
+    capture, _, plan = _planned(model, config, example_inputs, strict, frontend)
+    return capture, plan
+
+
+def _planned(
+    model: nn.Module, config: LoraConfig, example_inputs: Any, strict: bool, frontend: Frontend
+) -> tuple[Capture, Matches, Plan]:
+    check_config(config)
     if record_of(model) is not None:
         raise ConfigError(
             "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, "
             "or rewrite the original model, which was not changed"
         )
     capture = capture_model(model, example_inputs, frontend=frontend)
-    return capture, plan_capture(capture, config, strict=strict)
+    matches = matched(capture)
+    return capture, matches, make_plan(capture, matches, config, strict=strict)
 
 
 def plan_capture(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
     """Matches, finds the head and plans: everything that looks and nothing that edits."""
-    matches = find_parts(capture, find_head(capture, match(capture)))
-    return make_plan(capture, matches, config, strict=strict)
+    return make_plan(capture, matched(capture), config, strict=strict)
+
+
+def matched(capture: Capture) -> Matches:
+    """Every linear operation of a capture, the head and the parts of fused weights marked."""
+    return find_parts(capture, find_head(capture, match(capture)))
+
+
+def check_config(config: object) -> None:
+    """Refuses what is no configuration of lora_fx.
+
+    Raises:
+        ConfigError: If it is something else, PEFT's for instance.
+    """
+    if not isinstance(config, LoraConfig):
+        found = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"config must be a lora_fx.LoraConfig, found {found}; "
+            "lora_fx.LoraConfig.from_dict(config.to_dict()) takes over PEFT's"
+        )
 
 
 def rewrite_model(
@@ -98,36 +133,70 @@ def rewrite_model(
 ) -> nn.Module:
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
-    capture, plan = plan_model(model, config, example_inputs, strict=strict, frontend=frontend)
-    passes = (AddFactors(plan, adapter_name), Insert(plan, adapter_name), Unfreeze(plan))
-    capture = run_passes(capture, passes)
-    result = build(capture, plan, model, adapter_name)
+    capture, matches, plan = _planned(model, config, example_inputs, strict, frontend)
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    base = Base(
+        graphs={fqn: region.graph for fqn, region in capture.regions.items()},
+        fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
+        matches=matches,
+        notes=capture.notes,
+    )
+    record = Record({}, (), capture.frontend, trainable, buffer_digests(capture.model), base)
+    record = added(capture, record, plan, adapter_name)
+    capture = run_passes(
+        capture, [Insert(plan.sites, adapter_name), TrainTokens(plan.tokens, adapter_name)]
+    )
+    install(running(capture, (*plan.sites, *plan.tokens)))
+    result = capture.model
+    result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # A call that no graph takes is refused where an adapter would be left out: better now than later.
         run_reference(result, example_inputs)
     return result
 
 
-def build(capture: Capture, plan: Plan, original: nn.Module, adapter_name: str) -> nn.Module:
-    """Makes the module that runs: installs every region and leaves the record on the root."""
-    install(_running(capture, plan))
-    adapter = AdapterRecord(plan.config, plan.sites, plan.saved_modules, plan.biases)
-    trainable = frozenset(name for name, p in original.named_parameters() if p.requires_grad)
-    capture.model.__dict__["_lora_fx"] = Record(
-        adapters={adapter_name: adapter},
-        frontend=plan.frontend,
-        trainable=trainable,
-        buffers=buffer_digests(capture.model),
+def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Record:
+    """Gives the model of a capture the parameters of one more adapter.
+
+    Args:
+        capture: A model in which no other adapter has a parameter in the place of one of the base.
+        record: What is known of it.
+        plan: What the adapter is.
+        adapter_name: Its name.
+
+    Returns:
+        The record with the adapter, which is not active yet: no graph is changed.
+    """
+    before = base_parameters(capture.model)
+    run_passes(
+        capture,
+        [AddFactors(plan, adapter_name), AddTokens(plan.tokens, adapter_name), Unfreeze(plan)],
     )
-    return capture.model
+    after = base_parameters(capture.model)
+    own = tuple(name for name, parameter in after.items() if parameter is not before[name])
+    adapter = AdapterRecord(
+        plan.config,
+        plan.sites,
+        plan.saved_modules,
+        plan.biases,
+        own,
+        tokens=plan.tokens,
+        initialized=not needs_data(plan.config.init_lora_weights),
+    )
+    originals = {name: before[name].detach() for name in own}
+    return dataclasses.replace(
+        record,
+        adapters={**record.adapters, adapter_name: adapter},
+        originals={**record.originals, **originals},
+    )
 
 
-def _running(capture: Capture, plan: Plan) -> Iterator[Region]:
+def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:
     """The regions that run their graph: what was written out does so only where an adapter is.
 
     Elsewhere a layer keeps its own forward, with its fast paths.
     """
-    calls = [f"{call.region}." for row in plan.sites for call in row.site.calls]
+    calls = [f"{call.region}." for row in rows for call in row.site.calls]
     for region in capture.regions.values():
         adapted = any(name.startswith(f"{region.fqn}.") for name in calls)
         if adapted or not region.fqn or written_out(region.module) is None:

@@ -2,7 +2,7 @@
 
 The order in which they appear is the order in which data flows::
 
-    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module (Record)
+    nn.Module -> Capture (Regions) -> Sites + Rejections -> Plan -> rewritten nn.Module
 
 Everything here is immutable, except the ``fx.Graph`` of a region, which passes copy before they
 edit.
@@ -24,7 +24,6 @@ from lora_fx.config import LoraConfig
 
 __all__ = [
     "META_KEY",
-    "AdapterRecord",
     "BranchBuilder",
     "Call",
     "Capture",
@@ -37,7 +36,7 @@ __all__ = [
     "Pattern",
     "Plan",
     "PlannedSite",
-    "Record",
+    "PlannedTokens",
     "Region",
     "Rejection",
     "Role",
@@ -72,6 +71,8 @@ class Role(StrEnum):
     SCALE = "scale"
     PAD = "pad"
     ADD = "add"
+    TOKENS = "tokens"
+    ROWS = "rows"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -462,6 +463,36 @@ class PlannedSite:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PlannedTokens:
+    """Rows of an embedding, or of a head, that are trained each as a whole.
+
+    Attributes:
+        site: The lookup, or the product that makes a value for every token.
+        indices: Which rows, in the order in which they are stored.
+        tied: Name of the embedding whose rows they are, for a head that shares its weight; else empty.
+    """
+
+    site: Site
+    indices: tuple[int, ...]
+    tied: str = ""
+
+    @property
+    def name(self) -> str:
+        """FQN of the site."""
+        return self.site.name
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is a lookup: a product otherwise."""
+        return self.site.family == "embedding"
+
+    @property
+    def parameters(self) -> int:
+        """Trainable elements added."""
+        return 0 if self.tied else len(self.indices) * self.site.weight_shape[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
     """A linear operation that the configuration does not select, and why."""
 
@@ -487,6 +518,7 @@ class Plan:
         notes: Why the other front-ends were not used.
         base_parameters: Elements of the model's own parameters, shared ones once.
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
+        tokens: Rows of embeddings that are trained (``trainable_token_indices``).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -500,11 +532,19 @@ class Plan:
     biases: tuple[str, ...] = ()
     base_parameters: int = 0
     extra_parameters: int = 0
+    tokens: tuple[PlannedTokens, ...] = ()
 
     @property
     def trainable_parameters(self) -> int:
         """What an optimizer would get, in elements."""
-        return sum(row.parameters for row in self.sites) + self.extra_parameters
+        return self.added_parameters + self.extra_parameters
+
+    @property
+    def added_parameters(self) -> int:
+        """What the model has more than before, in elements: factors, and trained rows."""
+        return sum(row.parameters for row in self.sites) + sum(
+            row.parameters for row in self.tokens
+        )
 
     def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)
@@ -528,6 +568,7 @@ class Plan:
             "unmatched": list(self.unmatched),
             "modules_to_save": list(self.saved_modules),
             "biases": list(self.biases),
+            "tokens": {row.name: list(row.indices) for row in self.tokens},
             "config": self.config.to_dict(),
         }
 
@@ -564,35 +605,6 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterRecord:
-    """One adapter of a rewritten model: its configuration and where it is."""
-
-    config: LoraConfig
-    sites: tuple[PlannedSite, ...]
-    saved_modules: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a rewritten model knows about itself; the root module's ``_lora_fx`` attribute.
-
-    Attributes:
-        adapters: By adapter name.
-        frontend: The front-end that captured the model.
-        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
-            this back.
-        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
-            is part of what was learnt, and is saved.
-    """
-
-    adapters: Mapping[str, AdapterRecord]
-    frontend: str
-    trainable: frozenset[str]
-    buffers: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

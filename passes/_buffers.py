@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora_fx.types import Record
+from lora_fx.record import Record
 
 __all__ = ["buffer_digests", "changed_buffers"]
 

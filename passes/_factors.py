@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from lora_fx.ops import AdapterFactors, Holder, KeptTensors
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite
 
-__all__ = ["FactorNames", "SiteFactors", "adapter_dtype", "factor_names", "factors_of"]
+__all__ = [
+    "FactorNames",
+    "SiteFactors",
+    "adapter_dtype",
+    "adapter_parameters",
+    "drop_factors",
+    "factor_names",
+    "factors_of",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +37,11 @@ class FactorNames:
     b: str
     magnitude: str = ""
     bias: str = ""
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """A and B."""
+        return self.a, self.b
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -48,6 +63,11 @@ class SiteFactors:
     b: nn.Parameter
     magnitude: nn.Parameter | None = None
     bias: nn.Parameter | None = None
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.a, self.b
 
     @property
     def present(self) -> tuple[nn.Parameter, ...]:
@@ -87,3 +107,27 @@ def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
         found(names.magnitude) if names.magnitude else None,
         found(names.bias) if names.bias else None,
     )
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """The factors of an adapter, and whatever else it trains beside them, each once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, AdapterFactors) and not isinstance(module, KeptTensors):
+            parameter = module._parameters.get(adapter)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+
+
+def drop_factors(model: nn.Module, adapter: str) -> None:
+    """Forgets all that an adapter has in a model; what holds nothing any more goes, too."""
+    for module in reversed(list(model.modules())):
+        for name, child in list(module.named_children()):
+            if isinstance(child, AdapterFactors):
+                child._parameters.pop(adapter, None)
+                child._buffers.pop(adapter, None)
+                if not child._parameters and not child._buffers:
+                    del module._modules[name]
+            if isinstance(child, Holder) and not child._modules:
+                del module._modules[name]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lora_fx.passes._buffers import changed_buffers
-from lora_fx.types import Record
+from lora_fx.passes._own import own_value
+from lora_fx.record import Record
 
 __all__ = ["place_biases", "place_merged", "place_trained", "trained", "untie_config"]
 
@@ -56,12 +57,12 @@ def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """What was trained beside the factors, under each of its names."""
-    adapters = [record.adapters[name] for name in names]
-    biases = {name for adapter in adapters for name in adapter.biases}
-    modules = tuple(f"{name}." for adapter in adapters for name in adapter.saved_modules)
-    named = list(model.named_parameters(remove_duplicate=False))
-    ids = {id(p) for name, p in named if name in biases or name.startswith(modules)}
-    return ((name, p) for name, p in named if id(p) in ids)
+    for name in names:
+        adapter = record.adapters[name]
+        weights = {row.site.weight for row in adapter.sites}
+        for own in adapter.own:
+            if own not in weights:
+                yield own, own_value(model, name, own)
 
 
 def place_trained(

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx._frozen import freeze, thaw
 from lora_fx.errors import CaptureError
-from lora_fx.passes._frozen import freeze, thaw
 from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region

@@ -1,97 +1,136 @@
-"""What the factors of a site hold before training."""
+"""What the factors of a site hold before training, and what that does to the base weight."""
 
 from __future__ import annotations
 
-import hashlib
-import math
+import dataclasses
+from typing import Any
 
 import torch
 
-from lora_fx import dora
+from lora_fx._config_starts import changes_base, needs_data
 from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError
 from lora_fx.passes._factors import adapter_dtype
-from lora_fx.types import Factors, PlannedSite, Site
+from lora_fx.passes._seeds import site_generator
+from lora_fx.passes._start_data import corda, lora_ga
+from lora_fx.passes._start_loftq import loftq
+from lora_fx.passes._start_matrix import as_factors, as_matrices, part_of, subtracted, wide
+from lora_fx.passes._start_plain import orthogonal, plain
+from lora_fx.passes._start_weight import olora, pissa
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.types import Factors, PlannedSite
 
-__all__ = ["initial_bias", "initial_factors", "initial_magnitude"]
+__all__ = ["Start", "data_start", "initial_start"]
 
 
-def initial_factors(
-    site: Site, shapes: Factors, weight: torch.Tensor, config: LoraConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B at the start, from a generator of the site's own.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a site starts with.
 
-    Hu et al. 2021 (arXiv:2106.09685): one factor random, the other zero. The distributions are
-    PEFT's.
+    Attributes:
+        a, b: What the factors hold.
+        weight: What becomes of the whole weight, a new tensor; None if it stays as it is.
+        subtracted: Whether that is ``W - s · B A``, so that the sum of both is W still.
     """
-    dtype, a, b = adapter_dtype(weight), shapes.a, shapes.b
-    if weight.device.type == "meta":
-        return torch.empty(a, dtype=dtype, device="meta"), torch.empty(
-            b, dtype=dtype, device="meta"
-        )
-    generator = _generator(config.seed, site.name)
 
-    def uniform(shape: tuple[int, ...], fan_in: int) -> torch.Tensor:
-        # Kaiming with a = sqrt(5): the bound is 1/sqrt(fan_in).
-        bound = 1 / math.sqrt(fan_in)
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-    if site.family == "embedding":
-        random_b = normal(b, 1.0)
-        first = normal(a, 1.0) if config.init_lora_weights is False else torch.zeros(a)
-        second = random_b
-    else:
-        gaussian = config.init_lora_weights == "gaussian"
-        first = normal(a, 1 / shapes.rank) if gaussian else uniform(a, shapes.fan_in[0])
-        second = (
-            uniform(b, shapes.fan_in[1]) if config.init_lora_weights is False else torch.zeros(b)
-        )
-    return first.to(weight.device, dtype), second.to(weight.device, dtype)
+    a: torch.Tensor
+    b: torch.Tensor
+    weight: torch.Tensor | None = None
+    subtracted: bool = False
 
 
-def initial_magnitude(
-    row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> torch.Tensor:
-    """``‖W + s·BA‖``: the gain is 1 to the last bit before training.
-
-    Liu et al. 2024 (arXiv:2402.09353), equation 5.
+def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> Start:
+    """The start from the weight alone. One that needs data is a plain one until it has some.
 
     Args:
         row: The site.
-        weight: Its weight.
-        a: A, as it is stored.
-        b: B, likewise.
+        weight: Its weight; it is not written.
+        config: Which start; random numbers come from a generator of the site's own.
 
-    Returns:
-        [out], or [1, out, 1, ...] for a convolution, as PEFT stores it.
+    Raises:
+        ConfigError: If the weight has values that are not finite.
     """
-    site, dtype = row.site, adapter_dtype(weight)
-    shape: tuple[int, ...] = (site.out_features,)
-    if site.family == "conv":
-        shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
+    start = config.init_lora_weights
+    shapes = pattern_of(row.site).factors(row.site, row.rank)
+    if needs_data(start):
+        start = True
     if weight.device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device="meta")
-    if row.tied:
-        a, b = a.T, b.T
-    applied = dora.applied_weight(weight, site.layout, site.view, site.rows)
-    norm = dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
-    return norm.reshape(shape).to(dtype)
+        return _without_values(shapes, weight, start)
+    generator = site_generator(row.name, config)
+    if not isinstance(start, str) or start == "gaussian":
+        return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
+    if start == "orthogonal":
+        return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
+    if not torch.isfinite(weight).all():
+        raise ConfigError(
+            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has "
+            "values that are not finite"
+        )
+    return _from_weight(row, weight, config, generator)
 
 
-def initial_bias(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> torch.Tensor:
-    """Zeros, [out]; uniform as the bias of a layer of this rank where B starts random, too."""
-    site, dtype = row.site, adapter_dtype(weight)
-    if weight.device.type == "meta":
-        return torch.empty(site.out_features, dtype=dtype, device="meta")
-    bias = torch.zeros(site.out_features)
-    if config.init_lora_weights is False:
-        bound = 1 / math.sqrt(row.rank // site.groups)
-        bias.uniform_(-bound, bound, generator=_generator(config.seed, f"{site.name}.lora_bias"))
-    return bias.to(weight.device, dtype)
+def data_start(
+    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, seen: torch.Tensor
+) -> Start:
+    """The start from data, for the initialisations that want some.
+
+    Args:
+        row: The site.
+        weight: Its weight; it is not written.
+        config: Which start.
+        seen: For ``eva`` the components [r, in]; for ``corda`` the second moments of the inputs
+            [in, in]; for ``lora_ga`` the gradient of the weight, in its shape.
+
+    Raises:
+        ConfigError: If the statistics do not allow a start.
+    """
+    shapes = pattern_of(row.site).factors(row.site, row.rank)
+    if config.init_lora_weights == "eva":
+        return Start(*_placed(seen, torch.zeros(shapes.b), weight))
+    exact = as_matrices(row.site, wide(part_of(row.site, weight)))
+    options: Any = getattr(config, f"{config.init_lora_weights}_config")
+    if config.init_lora_weights == "corda":
+        a, b = corda(exact[0], seen, row.rank, row.scale, options["corda_method"])
+    else:
+        gradient = as_matrices(row.site, wide(part_of(row.site, seen)).to(exact.device))
+        rank, generator = row.rank // row.site.groups, site_generator(row.name, config)
+        a, b = lora_ga(exact, gradient, rank, row.scale, options, generator)
+    return _taken_out(row, weight, *as_factors(shapes, a, b))
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+def _from_weight(
+    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, generator: torch.Generator
+) -> Start:
+    start, site = str(config.init_lora_weights), row.site
+    shapes = pattern_of(site).factors(site, row.rank)
+    if start == "loftq":
+        options: Any = config.loftq_config
+        a, b, changed = loftq(row, weight, options["loftq_bits"], options["loftq_iter"])
+        return Start(*_placed(*as_factors(shapes, a, b), weight), changed)
+    matrices = as_matrices(site, wide(part_of(site, weight.detach())))
+    rank = row.rank // site.groups
+    if start == "olora":
+        a, b = olora(matrices, rank)
+    else:
+        iterations = int(start.rpartition("_")[2]) if "_niter_" in start else None
+        a, b = pissa(matrices, rank, row.scale, iterations, generator)
+    return _taken_out(row, weight, *as_factors(shapes, a, b))
+
+
+def _taken_out(row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Start:
+    a, b = _placed(a, b, weight)
+    return Start(a, b, subtracted(row, weight, a, b), subtracted=True)
+
+
+def _placed(
+    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = adapter_dtype(weight)
+    return a.to(weight.device, dtype), b.to(weight.device, dtype)
+
+
+def _without_values(shapes: Factors, weight: torch.Tensor, start: bool | str) -> Start:
+    dtype = adapter_dtype(weight)
+    a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in (shapes.a, shapes.b))
+    changed = changes_base(start)
+    return Start(a, b, torch.empty_like(weight) if changed else None, changed and start != "loftq")

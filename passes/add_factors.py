@@ -1,6 +1,8 @@
 """Gives every planned site its factors: parameters beside the weight that they adapt.
 
-The model of the capture is the pipeline's own. The names of its base parameters do not change.
+The model of the capture is the pipeline's own. The names of its base parameters do not change. Some
+initialisations (:mod:`lora_fx.passes._starts`) change the base: the weight of the site is then a new
+parameter, and the one that the argument of the rewrite has is not written.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ from typing import ClassVar
 from torch import nn
 
 from lora_fx.config import LoraConfig
-from lora_fx.ops import AdapterFactors
 from lora_fx.passes._factors import factor_names
-from lora_fx.passes._starts import initial_bias, initial_factors, initial_magnitude
-from lora_fx.passes.patterns import pattern_of
-from lora_fx.types import Capture, PassResult, Plan, PlannedSite, Site
+from lora_fx.passes._start_place import factors_module, place_start, place_variants
+from lora_fx.passes._starts import initial_start
+from lora_fx.types import Capture, PassResult, Plan, PlannedSite
 
 __all__ = ["AddFactors"]
 
@@ -62,13 +63,10 @@ def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
 
 
 def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
-    site, names = row.site, factor_names(row)
-    shapes = pattern_of(site).factors(site, row.rank)
-    weight = model.get_parameter(site.weight)
-    a, b = initial_factors(site, shapes, weight, config)
-    for name, value in ((names.a, a), (names.b, b)):
-        _factors(_holder(model, site), name).add(adapter, value)
-    _add_variants(model, row, config, adapter)
+    # What the parts of one weight change adds up: each sees the weight as the one before it left it.
+    weight = model.get_parameter(row.site.weight)
+    place_start(model, row, adapter, initial_start(row, weight, config))
+    place_variants(model, row, adapter, config)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
@@ -77,36 +75,5 @@ def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -
     names = factor_names(row)
     for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
-        _factors(_holder(model, row.site), name).add(adapter, value)
-    _add_variants(model, row, plan.config, adapter)
-
-
-def _add_variants(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
-    """The magnitude and the bias of B, where the site has them: its own also where A and B are not."""
-    names, holder = factor_names(row), _holder(model, row.site)
-    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
-    weight = model.get_parameter(row.site.weight)
-    if names.magnitude:
-        value = initial_magnitude(row, weight, a, b)
-        _factors(holder, names.magnitude).add(adapter, value)
-    if names.bias:
-        _factors(holder, names.bias).add(adapter, initial_bias(row, weight, config))
-
-
-def _factors(holder: nn.Module, name: str) -> AdapterFactors:
-    if name not in holder._modules:
-        holder.add_module(name, AdapterFactors())
-    factors = holder.get_submodule(name)
-    assert isinstance(factors, AdapterFactors)
-    factors.train(holder.training)
-    return factors
-
-
-def _holder(model: nn.Module, site: Site) -> nn.Module:
-    owner = model.get_submodule(site.owner)
-    if site.holder == site.owner:
-        return owner
-    name = site.holder.rpartition(".")[2]
-    if name not in owner._modules:
-        owner.add_module(name, nn.Module().train(owner.training))
-    return owner.get_submodule(name)
+        factors_module(model, row.site, name).add(adapter, value)
+    place_variants(model, row, adapter, plan.config)

@@ -1,5 +1,7 @@
 """Inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
 
+Where an operation has a branch already, that of another adapter, the new one is added to their sum.
+
 Graphs are copied before they are edited. The factors that a branch reads are there already
 (:mod:`lora_fx.passes.add_factors`): nothing of the model is changed.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import fx
@@ -22,7 +24,6 @@ from lora_fx.types import (
     META_KEY,
     Capture,
     PassResult,
-    Plan,
     PlannedSite,
     Region,
     Role,
@@ -39,22 +40,22 @@ class Insert:
     """The pass.
 
     Attributes:
-        plan: What to insert.
+        rows: Where, and with what.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "insert"
-    plan: Plan
+    rows: tuple[PlannedSite, ...]
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds branches where the plan wants some and there are none yet."""
-        rows = [row for row in self.plan.sites if not _inserted(capture, row, self.adapter)]
+        rows = [row for row in self.rows if not _inserted(capture, row, self.adapter)]
         if not rows:
             return PassResult(capture, False)
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
-        for fqn, work in _by_region(rows).items():
+        for fqn, work in _by_region(rows, capture.regions).items():
             region = regions[fqn]
             jobs = tuple(self._job(capture, region, row, index) for row, index in work)
             # Equal layers share their graph before the pass, and after it.
@@ -142,17 +143,23 @@ def _tag(part: str, adapter: str, role: Role) -> Tag:
 
 def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
-    call = row.site.calls[0]
-    tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
-    graph = capture.regions[call.region].graph
-    return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
+    for call in row.site.calls:
+        if call.region in capture.regions:
+            tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
+            graph = capture.regions[call.region].graph
+            return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
+    return False
 
 
-def _by_region(rows: Iterable[PlannedSite]) -> dict[str, list[tuple[PlannedSite, int]]]:
+def _by_region(
+    rows: Iterable[PlannedSite], regions: Mapping[str, Region]
+) -> dict[str, list[tuple[PlannedSite, int]]]:
+    """What to insert where. A graph that lay over other regions may have been taken off since."""
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
     for row in rows:
         for index, call in enumerate(row.site.calls):
-            result[call.region].append((row, index))
+            if call.region in regions:
+                result[call.region].append((row, index))
     return result
 
 

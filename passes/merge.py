@@ -1,5 +1,7 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
+Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
+
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
 """
@@ -9,15 +11,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ops import AdapterFactors
+from lora_fx.ops import AdapterModule
 from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
+from lora_fx.passes._merge_tokens import TokenWeight, token_weights
+from lora_fx.passes._own import own_value, place_base
 from lora_fx.passes._placing import (
     place_biases,
     place_merged,
@@ -28,13 +33,14 @@ from lora_fx.passes._placing import (
 from lora_fx.passes._region import CONSTANT, is_region, original_class, uninstall
 from lora_fx.passes._rounding import rounded, ulp
 from lora_fx.passes._sharing import share_copy
-from lora_fx.types import PlannedSite, Record
+from lora_fx.passes._tokens import tokens_of, with_tokens
+from lora_fx.record import Record, record_of
+from lora_fx.types import PlannedSite
 
 __all__ = [
     "MergeReport",
     "MergedSite",
     "merge",
-    "record_of",
     "stripped",
 ]
 
@@ -89,12 +95,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def record_of(model: object) -> Record | None:
-    """What ``rewrite`` left on a model, or None for anything else."""
-    record = getattr(model, "_lora_fx", None)
-    return record if isinstance(record, Record) else None
-
-
 def merge(
     model: nn.Module,
     *,
@@ -107,7 +107,7 @@ def merge(
 
     Args:
         model: A rewritten model; it is not changed.
-        adapter_names: Which adapters; all by default.
+        adapter_names: Which adapters; those that are active by default.
         into: Fold into this model instead of a copy of the base: a model of the original class.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
@@ -125,18 +125,11 @@ def merge(
             f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
             "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
         )
-    if isinstance(adapter_names, str):
-        adapter_names = (adapter_names,)
-    names = tuple(record.adapters if adapter_names is None else adapter_names)
-    for name in names:
-        if name not in record.adapters:
-            raise MergeError(
-                f"there is no adapter {name!r}: the model has "
-                f"{', '.join(map(repr, record.adapters))}"
-            )
+    names = _chosen(record, adapter_names)
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
+    tokens = token_weights(model, record, names)
     rows: dict[str, list[tuple[PlannedSite, str]]] = {}
     tied: dict[str, str] = {}
     for name in names:
@@ -152,8 +145,15 @@ def merge(
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
         old = result.get_parameter(weight).detach()
-        merged[weight] = _folded(model, old, several)
-        sites.append(_measured(model, old, merged[weight], several, measure))
+        moves = _moves(model, record, several)
+        merged[weight] = _folded(model, old, several, moves)
+        sites.append(_measured(model, old, merged[weight], several, moves, measure))
+    for weight, replaced in tokens.items():
+        old = result.get_parameter(weight).detach()
+        merged[weight] = old
+        for one, name in replaced:
+            merged[weight] = with_tokens(merged[weight], one, tokens_of(model, one, name))
+        sites.append(_measured_rows(model, old, merged[weight], replaced, measure))
     every = [pair for several in rows.values() for pair in several]
     kept = {name for name, _ in trained(model, record, names)}
     biases = merged_biases(model, result, every, kept)
@@ -161,6 +161,7 @@ def merge(
     place_trained(model, result, record, names)
     place_biases(result, biases)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
+    tied |= _tied_tokens(tokens)
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -171,18 +172,71 @@ def merge(
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was."""
     result = share_copy(model)
+    for name in record.active:
+        place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     for module in list(result.modules()):
         uninstall(module)
         for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
             del module._buffers[name]
         for name, child in list(module.named_children()):
-            holds = [c for c in child.children() if isinstance(c, AdapterFactors)]
-            if isinstance(child, AdapterFactors) or (holds and type(child) is nn.Module):
+            if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
     return result
+
+
+def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The adapters that are meant."""
+    if isinstance(adapter_names, str):
+        adapter_names = (adapter_names,)
+    names = tuple(record.active if adapter_names is None else adapter_names)
+    if adapter_names is None and record.adapters and not names:
+        raise MergeError(
+            "no adapter is active: lora_fx.set_adapter makes one so, or give adapter_names"
+        )
+    for name in names:
+        if name not in record.adapters:
+            raise MergeError(
+                f"there is no adapter {name!r}: the model has "
+                f"{', '.join(map(repr, record.adapters))}"
+            )
+    if len(set(names)) != len(names):
+        raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
+    weights = {row.site.weight for name in names for row in record.adapters[name].sites}
+    owned = (own for name in names for own in record.adapters[name].own)
+    places = Counter(own for own in owned if own not in weights)
+    for place, count in places.items():
+        if count > 1:
+            raise MergeError(
+                f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
+            )
+    return names
+
+
+def _moves(
+    model: nn.Module, record: Record, rows: list[tuple[PlannedSite, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where initialisations moved a weight, as (to, from), in the shape in which it is applied."""
+    site = rows[0][0].site
+    moves = []
+    for name in dict.fromkeys(name for _, name in rows):
+        if site.weight in record.adapters[name].own:
+            moved = own_value(model, name, site.weight).detach(), record.originals[site.weight]
+            moves.append(
+                (moved[0].reshape(site.applied_shape), moved[1].reshape(site.applied_shape))
+            )
+    return moves
+
+
+def _add_moves(
+    total: torch.Tensor, start: int, axis: int, moves: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Adds what the initialisations did to a slice of a weight that begins at ``start``."""
+    for to, origin in moves:
+        for value, sign in ((to, 1), (origin, -1)):
+            total.add_(value.narrow(axis, start, total.shape[axis]).to(total), alpha=sign)
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
@@ -194,7 +248,10 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 
 
 def _folded(
-    model: nn.Module, old: torch.Tensor, rows: list[tuple[PlannedSite, str]]
+    model: nn.Module,
+    old: torch.Tensor,
+    rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     """The merged weight, rounded once, in slices of the output axis: no second weight in fp64."""
     wide = torch.float32 if old.device.type == "mps" else torch.float64
@@ -208,6 +265,7 @@ def _folded(
     for start in range(0, features, step):
         # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
         total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
+        _add_moves(total, start, axis, moves)
         _add_changes(total, start, model, rows)
         merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
     if not torch.isfinite(merged).all() and torch.isfinite(old).all():
@@ -248,18 +306,56 @@ def _measured(
     old: torch.Tensor,
     merged: torch.Tensor,
     rows: list[tuple[PlannedSite, str]],
+    moves: list[tuple[torch.Tensor, torch.Tensor]],
     measure: bool,
 ) -> MergedSite:
     name, adapters = rows[0][0].name, tuple(adapter for _, adapter in rows)
     if not measure:
-        return MergedSite(name, adapters, math.nan, math.nan)
+        return _compared(name, adapters, old, merged, None)
     exact = old.to(torch.float64, copy=True)
     applied = exact.view(rows[0][0].site.applied_shape)
+    _add_moves(applied, 0, rows[0][0].site.axis, moves)
     _add_changes(applied, 0, model, rows)
+    return _compared(name, adapters, old, merged, exact)
+
+
+def _compared(
+    name: str,
+    adapters: tuple[str, ...],
+    old: torch.Tensor,
+    merged: torch.Tensor,
+    exact: torch.Tensor | None,
+) -> MergedSite:
+    if exact is None:
+        return MergedSite(name, adapters, math.nan, math.nan)
     error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
     tiny = torch.finfo(torch.float64).tiny
     change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))
     return MergedSite(name, adapters, float(error.max()), change)
+
+
+def _measured_rows(
+    model: nn.Module,
+    old: torch.Tensor,
+    merged: torch.Tensor,
+    rows: TokenWeight,
+    measure: bool,
+) -> MergedSite:
+    exact = old.to(torch.float64, copy=True)
+    for row, adapter in rows if measure else ():
+        exact = with_tokens(exact, row, tokens_of(model, row, adapter))
+    names = tuple(adapter for _, adapter in rows)
+    return _compared(rows[0][0].name, names, old, merged, exact if measure else None)
+
+
+def _tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
+    """Heads whose rows are those of an embedding, with the weight of that."""
+    weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
+    return {
+        weight: weights[rows[0][0].tied]
+        for weight, rows in tokens.items()
+        if all(row.tied for row, _ in rows) and len(rows) == len(tokens[weights[rows[0][0].tied]])
+    }
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
@@ -272,7 +368,7 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
         )
     shapes = {name: tuple(p.shape) for name, p in into.named_parameters(remove_duplicate=False)}
     wanted = {
-        row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].sites
+        row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].places
     }
     wanted |= {n: tuple(p.shape) for n, p in trained(model, record, names)}
     for name, shape in wanted.items():

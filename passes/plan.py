@@ -9,35 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.ops import AdapterFactors
+from lora_fx.passes._chosen import Choice, choices
+from lora_fx.passes._idle import idle_entries, idle_parameters, target_names
 from lora_fx.passes._lazy import elements
-from lora_fx.passes._parts import choose_parts
-from lora_fx.passes._pending import refuse_pending
+from lora_fx.passes._own import base_modules, base_parameters
+from lora_fx.passes._plan_tokens import planned_tokens
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._start_fit import start_note, start_objection
 from lora_fx.passes._variants import variant_costs, variant_objection
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import (
     Verdict,
-    alpha_for,
-    judge,
-    nearest_names,
-    rank_for,
     saved_module,
-    scale_for,
-    unmatched,
-    unmatched_saved,
     unmatched_targets,
     uses_default_targets,
 )
 from lora_fx.types import Capture, Matches, Plan, PlannedSite, Site, Skipped
 
 __all__ = ["make_plan"]
+
+_TIED = Verdict(True, "tied to an embedding that is adapted")
 
 
 def make_plan(
@@ -56,19 +55,23 @@ def make_plan(
             only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
+        ConfigError: If ``trainable_token_indices`` names what has no such rows.
     """
-    refuse_pending(config)
     _refuse_adapters(capture.model)
-    rows: list[PlannedSite] = []
+    chosen: list[Choice] = []
     skipped: list[Skipped] = []
-    for site, verdict in _judged(matches, config):
+    for choice in choices(capture, matches, config):
+        site, verdict = choice.site, choice.verdict
         objection = (
-            _objection(site, config) if verdict.selected else _why_not(site, config, verdict.reason)
+            _objection(choice, config)
+            if verdict.selected
+            else _why_not(site, config, verdict.reason)
         )
         if objection is None:
-            rows.append(_row(capture, site, config))
+            chosen.append(choice)
         else:
             skipped.append(Skipped(site, objection))
+    rows = [_row(capture, choice, config) for choice in chosen]
     if config.ensure_weight_tying:
         rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
     saved = tuple(_saved_modules(capture.model, config))
@@ -77,32 +80,20 @@ def make_plan(
         sites=tuple(rows),
         skipped=tuple(skipped),
         rejections=matches.rejections,
-        unmatched=tuple(_unmatched(capture, config, matches, rows)),
+        unmatched=tuple(
+            idle_entries(capture, config, matches, chosen, tied=_ties(capture, config, rows))
+        ),
         config=config,
         frontend=capture.frontend,
-        notes=capture.notes,
+        notes=(*capture.notes, *start_note(config)),
         saved_modules=saved,
         biases=biases,
-        base_parameters=sum(elements(p) for p in capture.model.parameters()),
+        base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
+        tokens=planned_tokens(capture, matches, config, rows, saved),
     )
-    _check(plan, matches, strict)
+    _check(capture, plan, matches, chosen, strict)
     return plan
-
-
-def _judged(matches: Matches, config: LoraConfig) -> Iterator[tuple[Site, Verdict]]:
-    """The sites with what the configuration says of them; of a fused one the parts, if those are meant."""
-    for site in matches.sites:
-        whole = judge(site.name, config, in_default=_in_default(site, config))
-        parts = choose_parts(site, config, whole)
-        yield from parts or ((site, whole),)
-
-
-def _in_default(site: Site, config: LoraConfig) -> bool:
-    if config.target_modules is None:
-        return site.family != "embedding" and not site.head
-    # "all-linear" is PEFT's: it knows no other head than the one that the model declares.
-    return site.family == "linear" and site.head != "declared"
 
 
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
@@ -113,18 +104,18 @@ def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
     return reason
 
 
-def _objection(site: Site, config: LoraConfig) -> str | None:
-    rank = rank_for(site.name, config)
+def _objection(choice: Choice, config: LoraConfig) -> str | None:
+    site, rank = choice.site, choice.rank(config)
     if site.groups > 1 and rank % site.groups:
         return (
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return variant_objection(site, config)
+    return variant_objection(site, config) or start_objection(site, rank, config)
 
 
-def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
-    rank = rank_for(site.name, config)
+def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
+    site, rank = choice.site, choice.rank(config)
     pattern = pattern_of(site)
     itemsize = capture.model.get_parameter(site.weight).element_size()
     dropout = 0.0 if site.family == "embedding" else float(config.lora_dropout)
@@ -137,8 +128,8 @@ def _row(capture: Capture, site: Site, config: LoraConfig) -> PlannedSite:
     return PlannedSite(
         site=site,
         rank=rank,
-        alpha=float(alpha_for(site.name, config)),
-        scale=scale_for(site.name, config),
+        alpha=choice.alpha(config),
+        scale=choice.scale(config),
         dropout=dropout,
         parameters=pattern.factors(site, rank).numel + extra.parameters,
         flops=(pattern.flops(site, rank) + extra.flops) * applied,
@@ -165,7 +156,7 @@ def _keep_tied(
                 continue
             extra = variant_costs(head, config)
             tied[head.name] = dataclasses.replace(
-                _row(capture, head, config),
+                _row(capture, Choice(head, _TIED, (head.name,)), config),
                 rank=source.rank,
                 alpha=source.alpha,
                 scale=source.scale,
@@ -180,10 +171,11 @@ def _keep_tied(
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         # Not hasattr: a module may answer to every name.
         own = (*module.named_children(), *module.named_parameters(recurse=False))
-        if {"lora_A", "lora_embedding_A"} & {key for key, _ in own}:
+        theirs = {key for key, value in own if not isinstance(value, AdapterFactors)}
+        if {"lora_A", "lora_embedding_A"} & theirs:
             raise CaptureError(
                 f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
                 "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
@@ -192,7 +184,7 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
     outer: list[str] = []
-    for name, _ in model.named_modules():
+    for name, _ in base_modules(model):
         if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
             outer.append(name)
             yield name
@@ -203,7 +195,7 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
 def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
     """Modules that share a parameter with one that is trained in full."""
     inside = tuple(f"{name}." for name in saved)
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = list(base_parameters(model).items())
     storages = {storage_of(p) for name, p in named if name.startswith(inside)}
     others = {
         name.rpartition(".")[0]: None
@@ -217,88 +209,49 @@ def _biases(
     model: nn.Module, config: LoraConfig, rows: list[PlannedSite], saved: tuple[str, ...]
 ) -> Iterator[str]:
     wanted = {row.site.bias for row in rows}
-    for name, _ in model.named_parameters():
+    for name, _ in _named_once(model):
         inside = any(name.startswith(f"{module}.") for module in saved)
         every = config.bias == "all" and "bias" in name
         if not inside and (every or (config.bias == "lora_only" and name in wanted)):
             yield name
 
 
+def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters, each by its first name."""
+    seen: set[int] = set()
+    for name, parameter in base_parameters(model).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
 def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
-    inside = sum(elements(p) for name in saved for p in model.get_submodule(name).parameters())
+    inside = sum(
+        elements(p) for name in saved for p in dict(_named_once(model.get_submodule(name))).values()
+    )
     return inside + sum(elements(model.get_parameter(name)) for name in biases)
 
 
-def _names(matches: Matches, rows: Iterable[PlannedSite]) -> list[str]:
-    """All that a target can mean: sites, and parts of them."""
-    names = [site.name for site in matches.sites]
-    names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
-    return names + [row.name for row in rows if row.site.part_of]
+def _ties(capture: Capture, config: LoraConfig, rows: list[PlannedSite]) -> bool:
+    """Whether ``ensure_weight_tying`` changes anything."""
+    alone = dataclasses.replace(config, ensure_weight_tying=False)
+    both = (list(_saved_modules(capture.model, one)) for one in (config, alone))
+    return any(row.tied for row in rows) or len(next(both)) > len(next(both))
 
 
-def _unmatched(
-    capture: Capture, config: LoraConfig, matches: Matches, rows: list[PlannedSite]
-) -> Iterator[str]:
-    names = _names(matches, rows)
-    idle = unmatched(names, config, selected=[row.name for row in rows])
-    for target in idle.targets:
-        yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
-    for target in idle.filtered:
-        whole = next((row.name for row in rows if _part_of(target, row.site)), None)
-        why = (
-            f"part of {whole}, which is adapted as a whole"
-            if whole
-            else "all that it names is left out (see 'not selected')"
-        )
-        yield f"target_modules {target!r}: {why}"
-    tied = any(row.tied for row in rows) or len(list(_saved_modules(capture.model, config))) > len(
-        list(_saved_modules(capture.model, dataclasses.replace(config, ensure_weight_tying=False)))
-    )
-    if config.ensure_weight_tying and not tied:
-        yield (
-            "ensure_weight_tying: no embedding that is adapted shares its weight with a linear head, and "
-            "no module that is saved with another"
-        )
-    for title, entries in (
-        ("exclude_modules", idle.excludes),
-        ("rank_pattern", idle.rank_keys),
-        ("alpha_pattern", idle.alpha_keys),
-        ("layers_to_transform", idle.layers),
-        ("layers_pattern", idle.layers_patterns),
-        ("modules_to_save", unmatched_saved([n for n, _ in capture.model.named_modules()], config)),
-    ):
-        for entry in entries:
-            yield f"{title} {entry!r}: matches nothing"
-
-
-def _part_of(target: str, site: Site) -> bool:
-    return any(_named(target, f"{site.name}.{part}") for part, _ in site.parts)
-
-
-def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> str:
-    for rejection in matches.rejections:
-        if _named(target, rejection.name):
-            return f"{rejection.name} cannot be adapted: {rejection.reason}"
-    for name, module in capture.model.named_modules():
-        if name and _named(target, name):
-            inner = [n for n in names if n.startswith(f"{name}.")]
-            holds = f"; name what it holds, e.g. {inner[0]!r}" if inner else ""
-            return f"{name} is a {type(module).__name__}, not a linear operation{holds}"
-    near = nearest_names(target, names)
-    return "matches nothing" + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
-
-
-def _named(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _check(plan: Plan, matches: Matches, strict: bool) -> None:
-    if not plan.sites and plan.config.target_modules != ():
+def _check(
+    capture: Capture, plan: Plan, matches: Matches, chosen: list[Choice], strict: bool
+) -> None:
+    config = plan.config
+    if not plan.sites and (config.target_modules != () or config.target_parameters):
         raise NoMatchError(_nothing(plan, matches))
-    idle = unmatched_targets(_names(matches, plan.sites), plan.config)
-    if refused := tuple(refusals(idle, matches.rejections, plan.config)):
+    idle = unmatched_targets(target_names(capture.model, matches, chosen), config)
+    refused = list(refusals(idle, matches.rejections, config))
+    for target, hopeless, why in idle_parameters(capture.model, config, matches, chosen):
+        refused += [f"{target!r}: {why}"] if hopeless else []
+    if refused:
         raise NoMatchError(
-            "target_modules names what cannot be adapted; take it out of the list:\n  "
+            "the configuration names what cannot be adapted; take it out of the list:\n  "
             + "\n  ".join(refused)
         )
     if strict and plan.unmatched:

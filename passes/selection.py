@@ -8,6 +8,9 @@ The rules are those of `check_target_module_exists` and `get_pattern_key` of PEF
 4. for list entries that are not the whole name: `layers_to_transform`, on the first numeric
    segment, or on the one after `layers_pattern`.
 
+`target_parameters` names parameters, by the whole name or a `.suffix`, and nothing else counts for them but
+`modules_to_save`. Where it is given, `target_modules=None` selects nothing.
+
 `scale = alpha / r`, or `alpha / sqrt(r)` with `use_rslora`. Nothing here needs a model or torch.
 """
 
@@ -32,10 +35,13 @@ __all__ = [
     "layer_index",
     "name_matches",
     "nearest_names",
+    "parameter_entry",
     "rank_for",
+    "saved_by",
     "saved_entries",
     "saved_module",
     "scale_for",
+    "scale_of",
     "unmatched",
     "unmatched_saved",
     "unmatched_targets",
@@ -98,7 +104,9 @@ class Unmatched:
 
 def uses_default_targets(config: LoraConfig) -> bool:
     """Whether `target_modules` is None or "all-linear", so that operations decide, not names."""
-    return config.target_modules is None or config.target_modules == ALL_LINEAR
+    if config.target_modules is None:
+        return config.target_parameters is None
+    return config.target_modules == ALL_LINEAR
 
 
 def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
@@ -113,14 +121,15 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
     excluded = _entry_for(name, config.exclude_modules) if config.exclude_modules else None
     if excluded is not None:
         return Verdict(False, f"excluded by exclude_modules {excluded!r}")
-    saved = _guarding_entry(name, config)
+    saved = saved_by(name, config)
     if saved is not None:
         return Verdict(False, f"trained in full: modules_to_save {saved!r}")
     if uses_default_targets(config):
         return _judge_default(name, config, in_default)
     entry = _entry_for(name, config.target_modules)
     if entry is None:
-        return Verdict(False, "matches no target in target_modules")
+        field = "target_parameters" if config.target_modules is None else "target_modules"
+        return Verdict(False, f"matches no target in {field}")
     if isinstance(config.target_modules, str):
         return Verdict(True, f"matches the regular expression {entry!r}")
     if entry == name:
@@ -153,20 +162,24 @@ def layer_index(name: str, config: LoraConfig) -> int | None:
     return None
 
 
-def rank_for(name: str, config: LoraConfig) -> int:
-    """The rank of the adapter at `name`."""
+def rank_for(name: str | Sequence[str], config: LoraConfig) -> int:
+    """The rank of the adapter at `name`: of several names, the first that a pattern knows decides."""
     return _from_pattern(name, config.rank_pattern, config.r)
 
 
-def alpha_for(name: str, config: LoraConfig) -> float:
-    """The alpha of the adapter at `name`."""
+def alpha_for(name: str | Sequence[str], config: LoraConfig) -> float:
+    """The alpha of the adapter at `name`, likewise."""
     return _from_pattern(name, config.alpha_pattern, config.lora_alpha)
 
 
-def scale_for(name: str, config: LoraConfig) -> float:
+def scale_for(name: str | Sequence[str], config: LoraConfig) -> float:
     """The factor of the branch at `name`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-    rank = rank_for(name, config)
-    return alpha_for(name, config) / (math.sqrt(rank) if config.use_rslora else rank)
+    return scale_of(rank_for(name, config), alpha_for(name, config), config)
+
+
+def scale_of(rank: int, alpha: float, config: LoraConfig) -> float:
+    """The factor of a branch of this rank and alpha."""
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def saved_entries(config: LoraConfig) -> tuple[str, ...]:
@@ -183,6 +196,29 @@ def saved_module(name: str, config: LoraConfig) -> bool:
     A child of a saved module is not named by this, but is part of it.
     """
     return name.endswith(saved_entries(config))
+
+
+def saved_by(name: str, config: LoraConfig) -> str | None:
+    """The entry of `modules_to_save` in whose module the name is; None for any other name."""
+    for entry in saved_entries(config):
+        if _compiled(rf"(^|.*\.){entry}($|\..*)").match(name):
+            return entry
+        # PEFT's guard does not see what `saved_module` matches without a dot: it then fails on an
+        # adapter at such a module and copies those inside it. A copy is trained in full, so here
+        # neither is adapted.
+        if name.endswith(entry) or f"{entry}." in name:
+            return entry
+    return None
+
+
+def parameter_entry(weight: str, config: LoraConfig) -> str | None:
+    """The entry of `target_parameters` that names a parameter; None if there is none.
+
+    Args:
+        weight: FQN of the parameter.
+        config: What the user asks for.
+    """
+    return _entry_for(weight, config.target_parameters)
 
 
 def unmatched(
@@ -300,18 +336,6 @@ def _used(names: Iterable[str], entries: Sequence[str], as_regex: bool) -> set[s
     return set(entries).intersection(suffix for name in names for suffix in _suffixes(name))
 
 
-def _guarding_entry(name: str, config: LoraConfig) -> str | None:
-    for entry in saved_entries(config):
-        if _compiled(rf"(^|.*\.){entry}($|\..*)").match(name):
-            return entry
-        # PEFT's guard does not see what `saved_module` matches without a dot: it then fails on an
-        # adapter at such a module and copies those inside it. A copy is trained in full, so here
-        # neither is adapted.
-        if name.endswith(entry) or f"{entry}." in name:
-            return entry
-    return None
-
-
 def _layer_regex(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
@@ -322,8 +346,12 @@ def _pattern_key(name: str, keys: Iterable[str]) -> str:
     return next(matching, name)
 
 
-def _from_pattern(name: str, pattern: Mapping[str, _V], default: _V) -> _V:
-    return pattern.get(_pattern_key(name, pattern), default)
+def _from_pattern(name: str | Sequence[str], pattern: Mapping[str, _V], default: _V) -> _V:
+    for one in (name,) if isinstance(name, str) else name:
+        key = _pattern_key(one, pattern)
+        if key in pattern:
+            return pattern[key]
+    return default
 
 
 def _idle_keys(pattern: Mapping[str, object], selected: Iterable[str]) -> tuple[str, ...]:

@@ -54,6 +54,7 @@ def render(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
     ]
     if plan.saved_modules:
         parts.append(Text(f"trained in full: {', '.join(plan.saved_modules)}"))
+    parts += [Text(f"rows trained: {len(row.indices)} of {row.name}") for row in plan.tokens]
     if plan.biases:
         parts.append(Text(f"biases trained: {len(plan.biases)}"))
     parts += [Text(f"matched nothing: {entry}", "yellow") for entry in plan.unmatched]
@@ -121,8 +122,7 @@ def _table(plan: Plan, width: int, every: bool) -> Table:
 
 
 def _totals(plan: Plan) -> Text:
-    adapters = sum(row.parameters for row in plan.sites)
-    total = plan.base_parameters + adapters
+    total = plan.base_parameters + plan.added_parameters
     share = 100 * plan.trainable_parameters / total if total else 0.0
     flops = sum(row.flops for row in plan.sites)
     saved = sum(row.saved for row in plan.sites)

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx, nn
 
 from lora_fx.passes._region import original_class
+from lora_fx.record import Record
 from lora_fx.tools.node_picture import adapters_of, dtype_name, measured
 from lora_fx.tools.picture import Box, Kind, Picture, elide, fold_label, human, times
 from lora_fx.tools.region_picture import RegionPainter, parameter_counts
 from lora_fx.tools.structure import Digests, children_of, label_of, runs
-from lora_fx.types import META_KEY, Record, Region, join
+from lora_fx.types import META_KEY, Region, join
 
 __all__ = ["picture_of_model"]
 

@@ -48,7 +48,7 @@ def picture_of_plan(plan: Plan) -> Picture:
             place.row = row
     box = _Painter().paint([root], [""])
     kinds = {each.kind for each in box.walk()}
-    total = plan.base_parameters + sum(row.parameters for row in plan.sites)
+    total = plan.base_parameters + plan.added_parameters
     share = f" ({100 * plan.trainable_parameters / total:.3g} %)" if total else ""
     unmatched = [f"matched nothing: {target}" for target in plan.unmatched]
     return Picture(

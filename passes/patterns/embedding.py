@@ -16,10 +16,19 @@ from lora_fx.passes._weights import weight_of
 from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
-__all__ = ["EmbeddingPattern"]
+__all__ = ["EmbeddingPattern", "lookup"]
 
 _FUNCTIONAL = "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False"
 _ATEN = "weight input padding_idx=-1 scale_grad_by_freq=False"
+
+
+def lookup(node: fx.Node) -> tuple[fx.Node, int | None, bool]:
+    """What a lookup reads, its padding index, and whether its gradient is scaled by frequency."""
+    named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
+    padding = named["padding_idx"]
+    if node.target is not F.embedding and padding == -1:
+        padding = None  # as aten writes it; a functional -1 is the last row
+    return named["input"], padding, bool(named["scale_grad_by_freq"])
 
 
 class EmbeddingPattern:
@@ -71,14 +80,9 @@ class EmbeddingPattern:
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """A lookup in Aᵀ, then a product with B. Indices have no dropout."""
-        named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
+        x, padding, by_frequency = lookup(node)
         table = build.call(Role.DOWN, torch.t, build.a)
-        padding, by_frequency = named["padding_idx"], named["scale_grad_by_freq"]
-        if node.target is not F.embedding and padding == -1:
-            padding = None  # as aten writes it; a functional -1 is the last row
-        down = build.call(
-            Role.DOWN, F.embedding, named["input"], table, padding, None, 2.0, by_frequency
-        )
+        down = build.call(Role.DOWN, F.embedding, x, table, padding, None, 2.0, by_frequency)
         return build.call(Role.UP, F.linear, down, build.b)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

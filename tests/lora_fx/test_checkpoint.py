@@ -30,7 +30,7 @@ import lora_fx
 from lora_fx.checkpoint import load_adapter, save_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
-from lora_fx.passes.merge import record_of
+from lora_fx.record import record_of
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 
@@ -658,14 +658,6 @@ def test_another_scale_in_a_rewritten_model(folder: Path) -> None:
     model = adapted(RESIDUAL()[0], r=4, lora_alpha=16, target_modules=["up", "down"])
     with pytest.raises(CheckpointError, match=r"scale: blocks\.0\.up is scaled by 2 .* by 4 in"):
         load_adapter(model, folder)
-
-
-def test_a_second_adapter_is_for_later(folder: Path) -> None:
-    model = adapted(RESIDUAL()[0], r=4, target_modules=["up", "down"])
-    with pytest.raises(ConfigError, match=r"no adapter 'other'.*'default'.*original model"):
-        load_adapter(model, folder, adapter_name="other")
-    with pytest.raises(ConfigError, match="no adapter 'other'"):
-        save_adapter(model, folder, "other")
 
 
 def test_a_base_weight_of_another_model_is_not_taken(tmp_path: Path) -> None:

@@ -11,15 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.passes._region import install
-from lora_fx.passes.add_factors import AddFactors
-from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.find_parts import find_parts
-from lora_fx.passes.insert import Insert
-from lora_fx.passes.match import match
-from lora_fx.passes.plan import make_plan
-from lora_fx.pipeline import run_passes
-from lora_fx.types import META_KEY, AdapterRecord, Record, Tag
+from lora_fx.types import META_KEY, Tag
 from tests.algebra import adapt, randomise, scale_of
 from tests.dora import directed, explicit_dora, magnitude_of, randomise_magnitudes
 from tests.numerics import assert_close, assert_same_bits, ulp_error
@@ -161,31 +153,28 @@ def test_rows_of_an_attention_have_magnitudes_of_their_own() -> None:
 @pytest.mark.parametrize("first", [True, False], ids=["DoRA first", "DoRA second"])
 def test_several_adapters_each_scale_the_pure_output(first: bool) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 4)))().double()
-    capture = capture_model(model, None)
-    found = find_parts(capture, match(capture))
     configs = {
         "one": lora_fx.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=".*"),
         "two": lora_fx.LoraConfig(r=3, lora_alpha=2, use_dora=True, target_modules=".*"),
         "plain": lora_fx.LoraConfig(r=2, lora_alpha=2, target_modules=".*"),
     }
-    plans = {name: make_plan(capture, found, config) for name, config in configs.items()}
-    for name in plans if first else reversed(plans):
-        capture = run_passes(capture, (AddFactors(plans[name], name), Insert(plans[name], name)))
-    install(capture.regions.values())
-    adapted = randomise_magnitudes(randomise(capture.model))
+    start, *others = configs if first else reversed(configs)
+    adapted = lora_fx.rewrite(model, configs[start], adapter_name=start)
+    for name in others:
+        lora_fx.add_adapter(adapted, configs[name], name)
+    lora_fx.set_adapter(adapted, [start, *others])
+    randomise_magnitudes(randomise(adapted))
     layer, weight = adapted[0], model[0].weight.detach()
     total = weight.clone()
-    for name, plan in plans.items():
+    for name, config in configs.items():
         a, b = layer.lora_A.get_parameter(name).detach(), layer.lora_B.get_parameter(name).detach()
-        turned = weight + plan.sites[0].scale * (b @ a)
+        turned = weight + config.lora_alpha / config.r * (b @ a)
         if name != "plain":
             m = layer.lora_magnitude_vector.get_parameter(name).detach()
             turned = m[:, None] / turned.norm(dim=1, keepdim=True) * turned
         total += turned - weight
     x = sample(3, 4, dtype=torch.float64)
     assert_close(adapted(x), F.linear(x, total, model[0].bias))
-    records = {name: AdapterRecord(configs[name], plan.sites) for name, plan in plans.items()}
-    adapted.__dict__["_lora_fx"] = Record(records, "symbolic", frozenset(), {})
     assert_close(lora_fx.merge(adapted)[0].weight, total)
 
 
@@ -311,6 +300,12 @@ def test_compilation_takes_the_whole_graph() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), out)
     assert_close(gradients(model, lambda: compiled(x)), exact)
+
+
+def test_export_takes_the_adapted_graph() -> None:
+    model, x = with_dora(stack().double()), sample(3, 6, dtype=torch.float64)
+    exported = torch.export.export(model, (x,), strict=False)
+    assert_close(exported.module()(x), model(x))
 
 
 def test_a_trained_base_bias_has_its_gradient() -> None:

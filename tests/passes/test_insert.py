@@ -33,7 +33,7 @@ def factors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_branch_is_inserted_at_every_planned_site() -> None:
     captured, plan = planned(Residual(), r=2)
-    result = Insert(plan)(captured)
+    result = Insert(plan.sites)(captured)
     assert result.modified
     for row in plan:
         (call,) = row.site.calls
@@ -56,7 +56,7 @@ def test_a_branch_is_inserted_at_every_planned_site() -> None:
 def test_every_node_of_a_branch_is_tagged_with_weight_role_and_adapter() -> None:
     captured, plan = planned(Mlp(), r=2, lora_dropout=0.1)
     before = {node.name for node in captured.regions["first"].graph.nodes}
-    graph = Insert(plan, "mine")(captured).capture.regions["first"].graph
+    graph = Insert(plan.sites, "mine")(captured).capture.regions["first"].graph
     for node in graph.nodes:
         if node.name not in before:
             tag = node.meta[META_KEY]
@@ -66,21 +66,21 @@ def test_every_node_of_a_branch_is_tagged_with_weight_role_and_adapter() -> None
 def test_graphs_of_the_argument_are_not_edited() -> None:
     captured, plan = planned(Residual())
     before = {name: printed(region.graph) for name, region in captured.regions.items()}
-    Insert(plan)(captured)
+    Insert(plan.sites)(captured)
     assert {name: printed(region.graph) for name, region in captured.regions.items()} == before
 
 
 def test_an_empty_plan_modifies_nothing() -> None:
     captured, plan = planned(Residual(), target_modules=[])
-    result = Insert(plan)(captured)
+    result = Insert(plan.sites)(captured)
     assert not result.modified
     assert result.capture is captured
 
 
 def test_inserting_twice_changes_nothing_the_second_time() -> None:
     captured, plan = planned(Residual(), r=2)
-    once = Insert(plan)(captured).capture
-    again = Insert(plan)(once)
+    once = Insert(plan.sites)(captured).capture
+    again = Insert(plan.sites)(once)
     assert not again.modified
     assert again.capture is once
 
@@ -99,11 +99,11 @@ def test_factors_are_added_once() -> None:
 
 def test_equal_layers_share_a_graph_before_and_after() -> None:
     captured, plan = planned(Residual(3), r=2)
-    regions = Insert(plan)(captured).capture.regions
+    regions = Insert(plan.sites)(captured).capture.regions
     assert len({id(regions[f"blocks.{i}.up"].graph) for i in range(3)}) == 1
     # Not those that a pattern gives another scale.
     captured, plan = planned(Residual(3), r=2, rank_pattern={"blocks.1.up": 4})
-    regions = Insert(plan)(captured).capture.regions
+    regions = Insert(plan.sites)(captured).capture.regions
     assert len({id(regions[f"blocks.{i}.up"].graph) for i in range(3)}) == 2
 
 
@@ -145,7 +145,7 @@ def test_dropout_falls_on_the_input_of_the_branch_alone() -> None:
 def test_a_half_precision_base_has_fp32_factors_that_follow_its_activations() -> None:
     model = Mlp().to(torch.bfloat16).eval()
     captured, plan = planned(model, r=2)
-    graph = Insert(plan)(captured).capture.regions["first"].graph
+    graph = Insert(plan.sites)(captured).capture.regions["first"].graph
     casts = [n for n in graph.nodes if META_KEY in n.meta and n.meta[META_KEY].role is Role.CAST]
     assert len(casts) == 2, "A and B are cast, x never is"
     adapted = lora_fx.rewrite(model, LoraConfig(r=2))
@@ -241,7 +241,7 @@ def test_golden(name: str, form: str, options: dict) -> None:
     captured, plan = planned(
         found.model(), r=2 * found.groups, lora_alpha=4, target_modules=[found.site], **options
     )
-    after = Insert(plan)(captured).capture
+    after = Insert(plan.sites)(captured).capture
     check_golden(
         f"insert_{name}",
         f"# before\n{printed(captured.regions['op'].graph)}\n"
@@ -251,5 +251,5 @@ def test_golden(name: str, form: str, options: dict) -> None:
 
 def test_golden_half_precision() -> None:
     captured, plan = planned(Block().half(), r=2, target_modules=["down"], lora_dropout=0.1)
-    after = Insert(plan)(captured).capture
+    after = Insert(plan.sites)(captured).capture
     check_golden("insert_linear_half", printed(after.regions["down"].graph))

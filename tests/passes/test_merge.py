@@ -14,7 +14,7 @@ from lora_fx import LoraConfig, MergeError
 from lora_fx.passes._change import delta_weight
 from lora_fx.passes._rounding import ulp as own_ulp
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.merge import record_of
+from lora_fx.record import record_of
 from lora_fx.types import META_KEY
 from tests import numerics
 from tests.algebra import randomise

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lora_fx.api import trainable_parameters
+from lora_fx.record import Record
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.numbers import floats
 from lora_fx.tools.zoo.row import Row
-from lora_fx.types import PlannedSite, Record, Site
+from lora_fx.types import PlannedSite, Site
 
 __all__ = ["STEPS", "Reached", "check_gradients", "train"]
 

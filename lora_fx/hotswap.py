@@ -1,0 +1,206 @@
+"""Puts other values into an adapter in place: a compiled model goes on running as it is.
+
+Compiled code depends on shapes and on the scales that are constants of the graphs. An adapter of less rank is
+padded with zeros, and one of another scale has the ratio of both in its B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter
+from lora_fx.checkpoint import load_adapter
+from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.passes._factors import SiteFactors, factors_of
+from lora_fx.passes._own import own_value
+from lora_fx.passes._start_place import start_factors
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.record import AdapterRecord, record_of
+from lora_fx.types import PlannedSite
+
+__all__ = ["hotswap_adapter", "prepare_hotswap"]
+
+
+def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") -> nn.Module:
+    """Gives an adapter room for others of a higher rank: its factors are padded with zeros.
+
+    What it computes stays the same, and so does its scale. Do it before ``torch.compile``: the shapes change.
+
+    Args:
+        model: A rewritten model. It is changed.
+        rank: The highest rank that will be swapped in.
+        adapter_name: Which adapter.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigError: If there is no such adapter, the rank is below one that it has, or the groups of a
+            convolution do not divide it.
+    """
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"rank: found {rank!r}; a rank is a whole number of at least 1")
+    old = adapter_record(model, adapter_name)
+    for row in old.sites:
+        if rank < row.rank:
+            raise ConfigError(f"{row.name} has rank {row.rank}: rank={rank} gives it less room")
+        if rank % row.site.groups:
+            raise ConfigError(
+                f"{row.name} has {row.site.groups} groups, which do not divide {rank}"
+            )
+    for row in old.sites:
+        if not row.tied:
+            _widen(model, row, adapter_name, rank)
+    rows = tuple(_of_rank(row, rank, old.config.use_rslora) for row in old.sites)
+    record = record_of(model)
+    assert record is not None
+    new = dataclasses.replace(old, sites=rows)
+    model.__dict__["_lora_fx"] = dataclasses.replace(
+        record, adapters={**record.adapters, adapter_name: new}
+    )
+    return model
+
+
+def hotswap_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
+) -> nn.Module:
+    """Puts the values of an adapter folder into an adapter of the model, without a change of any shape.
+
+    The folder's adapter may have less rank, another scale and fewer sites: a site that it lacks then adds
+    nothing. :func:`prepare_hotswap` makes room for higher ranks.
+
+    Args:
+        model: A rewritten model. Of a compiled one give the model inside; it is not compiled anew.
+        directory: As for :func:`lora_fx.load_adapter`.
+        adapter_name: The adapter whose values are replaced, active or not.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        CheckpointError: As :func:`lora_fx.load_adapter`; and if the folder's adapter has a site, a rank, a
+            variant or a trained parameter that the model's has no place for: all are listed, and nothing
+            was changed.
+        ConfigError: If there is no such adapter.
+    """
+    there = adapter_record(model, adapter_name)
+    incoming = _free_name(model, adapter_name)
+    load_adapter(model, directory, adapter_name=incoming)
+    try:
+        new = adapter_record(model, incoming)
+        if problems := sorted(_problems(model, there, adapter_name, new, incoming)):
+            raise CheckpointError(
+                f"the adapter in {os.fspath(directory)} cannot be swapped into {adapter_name!r}; nothing "
+                "was changed:\n  " + "\n  ".join(problems)
+            )
+        rows = {row.name: row for row in new.sites}
+        for row in there.sites:
+            if not row.tied:
+                _swap(model, row, adapter_name, rows.get(row.name), incoming)
+        for name in new.own:
+            write(own_value(model, adapter_name, name), own_value(model, incoming, name).detach())
+    finally:
+        delete_adapter(model, incoming)
+    return model
+
+
+def _free_name(model: nn.Module, name: str) -> str:
+    name = f"{name}_incoming"
+    while name in adapter_names(model):
+        name += "_"
+    return name
+
+
+def _problems(
+    model: nn.Module, there: AdapterRecord, name: str, new: AdapterRecord, incoming: str
+) -> Iterator[str]:
+    rows = {row.name: row for row in there.sites}
+    for row in new.sites:
+        place = rows.get(row.name)
+        if place is None:
+            yield f"{row.name}: the model's adapter is not there"
+        elif row.rank > place.rank:
+            yield (
+                f"{row.name}: rank {row.rank}, and there is room for {place.rank}: call "
+                f"lora_fx.prepare_hotswap(model, {row.rank}) before the model is compiled"
+            )
+        elif (row.dora, row.lora_bias, bool(row.tied)) != (
+            place.dora,
+            place.lora_bias,
+            bool(place.tied),
+        ):
+            yield f"{row.name}: the variants differ (use_dora, lora_bias, ensure_weight_tying)"
+        elif place.scale == 0:
+            yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
+        elif start_factors(model, row, incoming) or start_factors(model, place, name):
+            yield f"{row.name}: an initialisation changed the base: save that adapter converted"
+    for row in there.sites:
+        if row.dora and row.name not in {one.name for one in new.sites}:
+            yield f"{row.name}: the folder has no magnitude for it"
+    for own in sorted(set(there.own) ^ set(new.own)):
+        owner = "the folder's" if own in new.own else "the model's"
+        yield f"{own}: only {owner} adapter trains it (modules_to_save, bias)"
+
+
+def _swap(
+    model: nn.Module, row: PlannedSite, name: str, new: PlannedSite | None, incoming: str
+) -> None:
+    target = factors_of(model, row, name)
+    if new is None:
+        write(target.b, torch.zeros_like(target.b))
+        if target.bias is not None:
+            write(target.bias, torch.zeros_like(target.bias))
+        return
+    source, ratio = factors_of(model, new, incoming), new.scale / row.scale
+    a, b = _padded(row, source, row.rank)
+    write(target.a, a)
+    write(target.b, b * ratio)
+    if target.bias is not None and source.bias is not None:
+        write(target.bias, source.bias.detach() * ratio)
+    if target.magnitude is not None and source.magnitude is not None:
+        write(target.magnitude, source.magnitude.detach())
+
+
+def _widen(model: nn.Module, row: PlannedSite, adapter: str, rank: int) -> None:
+    factors = factors_of(model, row, adapter)
+    for old, value in zip(factors.pair, _padded(row, factors, rank), strict=True):
+        # In place: an optimizer that has the parameter goes on with it.
+        old.data = value
+
+
+def _padded(row: PlannedSite, factors: SiteFactors, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors with zeros up to a rank; in a grouped convolution group by group."""
+    stacked = pattern_of(row.site).factors(row.site, row.rank).stacked
+    a, b, groups = factors.a.detach(), factors.b.detach(), row.site.groups
+    axis = 1 if stacked else 0
+    by_group = a.unflatten(axis, (groups, a.shape[axis] // groups))  # type: ignore[no-untyped-call]
+    return (
+        _with_zeros(by_group, axis + 1, rank // groups).flatten(axis, axis + 1),
+        _with_zeros(b, axis + 1, rank // groups),
+    )
+
+
+def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
+
+def _of_rank(row: PlannedSite, rank: int, rslora: bool) -> PlannedSite:
+    pattern = pattern_of(row.site)
+    more = 0 if row.tied else pattern.factors(row.site, rank).numel
+    less = 0 if row.tied else pattern.factors(row.site, row.rank).numel
+    return dataclasses.replace(
+        row,
+        rank=rank,
+        alpha=row.scale * (math.sqrt(rank) if rslora else rank),
+        parameters=row.parameters + more - less,
+        flops=row.flops * rank // row.rank,
+    )

@@ -1,0 +1,127 @@
+"""What a rewritten model knows about itself: its adapters, and what it was before them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx._frozen import freeze, thaw
+from lora_fx.config import LoraConfig
+from lora_fx.types import Matches, PlannedSite, PlannedTokens
+
+__all__ = ["AdapterRecord", "Base", "Record", "record_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter of a rewritten model.
+
+    Attributes:
+        config: Its configuration.
+        sites: Where it is.
+        saved_modules: Modules that it trains in full.
+        biases: FQNs of the biases that it trains.
+        own: FQNs of the base's parameters in whose place it has others: those biases, what is in those
+            modules, and weights that its initialisation has changed. They are in the model while the
+            adapter is active, and beside it otherwise (:mod:`lora_fx.passes._own`).
+        initialized: Whether it has the start that its configuration names; False for one that waits for
+            data.
+        tokens: Rows of embeddings that it trains.
+    """
+
+    config: LoraConfig
+    sites: tuple[PlannedSite, ...]
+    saved_modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    initialized: bool = True
+    tokens: tuple[PlannedTokens, ...] = ()
+
+    @property
+    def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
+        """Everything that it has in a graph."""
+        return (*self.sites, *self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The graphs of a model before any branch was put into them, and what was found in them.
+
+    It is what adapters are added to and switched on: branches are inserted anew into these graphs. It never
+    changes, so that copies of a model share it.
+
+    Attributes:
+        graphs: The graph of every region by FQN, parents first. Equal layers share one.
+        fallback: :attr:`lora_fx.types.Region.fallback` of each.
+        matches: Every linear operation.
+        notes: Notes of the capture.
+    """
+
+    graphs: Mapping[str, fx.Graph]
+    fallback: Mapping[str, bool]
+    matches: Matches
+    notes: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each graph once: equal layers share theirs, and have one class for it.
+        distinct = {id(graph): graph for graph in self.graphs.values()}
+        places = {key: place for place, key in enumerate(distinct)}
+        where = {fqn: places[id(graph)] for fqn, graph in self.graphs.items()}
+        frozen = tuple(freeze(graph) for graph in distinct.values())
+        return _thawed, (frozen, where, dict(self.fallback), self.matches, self.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The root module's ``_lora_fx`` attribute: immutable all through, so that copies of a model share it.
+
+    Attributes:
+        adapters: By adapter name.
+        active: Names of those whose branches are in the graphs, in the order in which they are added.
+        per_sample: Whether each sample of a batch has one of the active adapters, or none.
+        frontend: The front-end that captured the model.
+        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
+            this back.
+        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
+            is part of what was learnt, and is saved.
+        base: The graphs without branches.
+        originals: The base's own value of every parameter in whose place an adapter has put another
+            (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model that was
+            rewritten.
+    """
+
+    adapters: Mapping[str, AdapterRecord]
+    active: tuple[str, ...]
+    frontend: str
+    trainable: frozenset[str]
+    buffers: Mapping[str, str]
+    base: Base
+    originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    per_sample: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        return self
+
+
+def record_of(model: object) -> Record | None:
+    """What ``rewrite`` left on a model, or None for anything else."""
+    record = getattr(model, "_lora_fx", None)
+    return record if isinstance(record, Record) else None
+
+
+def _thawed(
+    frozen: tuple[Any, ...],
+    where: dict[str, int],
+    fallback: dict[str, bool],
+    matches: Matches,
+    notes: tuple[str, ...],
+) -> Base:
+    graphs = [thaw(one) for one in frozen]
+    return Base({fqn: graphs[place] for fqn, place in where.items()}, fallback, matches, notes)

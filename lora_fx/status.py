@@ -1,0 +1,128 @@
+"""What adapters a model has, and how they stand: the question that one asks before training and serving."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lora_fx.errors import ConfigError
+from lora_fx.passes._factors import adapter_parameters
+from lora_fx.passes._own import own_value
+from lora_fx.record import AdapterRecord, record_of
+
+__all__ = ["AdapterStatus", "ModelStatus", "status"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter of a model.
+
+    Attributes:
+        name: Its name.
+        active: Whether the model runs with it.
+        trainable: Whether its parameters want a gradient; None if some do and some do not.
+        sites: Number of operations that it adapts.
+        ranks: The lowest and the highest rank; None without sites.
+        parameters: Elements of its factors and of all else that it trains.
+        saved_modules: Modules that it trains in full.
+        biases: FQNs of the biases that it trains.
+        dtypes: Of its parameters.
+        devices: Where they are.
+    """
+
+    name: str
+    active: bool
+    trainable: bool | None
+    sites: int
+    ranks: tuple[int, int] | None
+    parameters: int
+    saved_modules: tuple[str, ...]
+    biases: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        state = "active" if self.active else "not active"
+        trained = {True: "trainable", False: "frozen", None: "trainable in part"}[self.trainable]
+        ranks = "no site"
+        if self.ranks is not None:
+            low, high = self.ranks
+            ranks = f"{self.sites} site(s) of rank {low if low == high else f'{low} to {high}'}"
+        more = [f"trains {name} in full" for name in self.saved_modules]
+        more += [f"trains {len(self.biases)} bias(es)"] if self.biases else []
+        where = f"{', '.join(self.dtypes)} on {', '.join(self.devices)}" if self.dtypes else ""
+        parts = [state, trained, ranks, f"{self.parameters:,} parameters", where, *more]
+        return f"{self.name}: {', '.join(part for part in parts if part)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStatus:
+    """The adapters of a model, in the order in which they were added.
+
+    Attributes:
+        adapters: One for each.
+        per_sample: Whether each sample of a batch has one of the active ones.
+    """
+
+    adapters: tuple[AdapterStatus, ...]
+    per_sample: bool
+
+    def __iter__(self) -> Iterator[AdapterStatus]:
+        return iter(self.adapters)
+
+    def __str__(self) -> str:
+        lines = [str(adapter) for adapter in self.adapters] or ["no adapter"]
+        if self.per_sample:
+            lines.append("each sample of a batch has one of the active adapters, or none")
+        return "\n".join(lines)
+
+
+def status(model: nn.Module) -> ModelStatus:
+    """How the adapters of a rewritten model stand; ``str()`` has a line for each.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ConfigError(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
+            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
+        )
+    return ModelStatus(
+        tuple(
+            _status(model, name, adapter, name in record.active)
+            for name, adapter in record.adapters.items()
+        ),
+        record.per_sample,
+    )
+
+
+def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -> AdapterStatus:
+    weights = {row.site.weight for row in adapter.sites}
+    trained: dict[int, nn.Parameter] = {id(p): p for p in adapter_parameters(model, name)}
+    for own in adapter.own:
+        if own not in weights:
+            value = own_value(model, name, own)
+            trained[id(value)] = value
+    wanting = {p.requires_grad for p in trained.values() if p.is_floating_point()}
+    ranks = [row.rank for row in adapter.sites]
+    return AdapterStatus(
+        name=name,
+        active=active,
+        trainable=wanting.pop() if len(wanting) == 1 else None if wanting else False,
+        sites=len(ranks),
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        parameters=sum(p.numel() for p in trained.values()),
+        saved_modules=adapter.saved_modules,
+        biases=adapter.biases,
+        dtypes=tuple(sorted({_short(p.dtype) for p in trained.values()})),
+        devices=tuple(sorted({str(p.device) for p in trained.values()})),
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

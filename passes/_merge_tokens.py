@@ -1,0 +1,60 @@
+"""What trained rows make of the weights that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError
+from lora_fx.passes._tokens import tokens_of
+from lora_fx.record import Record
+from lora_fx.types import PlannedTokens
+
+__all__ = ["TokenWeight", "token_weights"]
+
+TokenWeight = list[tuple[PlannedTokens, str]]
+"""Rows of one weight that are trained, and whose they are."""
+
+
+def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:
+    """The trained rows by weight.
+
+    Args:
+        model: A rewritten model.
+        record: What it knows of itself.
+        names: The adapters to merge.
+
+    Raises:
+        MergeError: If two of the adapters have the same row, one has rows of a weight that another one
+            adapts, or a row is not finite.
+    """
+    found: dict[str, TokenWeight] = {}
+    for name in names:
+        for row in record.adapters[name].tokens:
+            found.setdefault(row.site.weight, []).append((row, name))
+            if not torch.isfinite(tokens_of(model, row, name)).all():
+                raise MergeError(
+                    f"{row.name}: adapter {name!r} has rows that are not finite; nothing was merged"
+                )
+    for weight, several in found.items():
+        indices = [index for row, _ in several for index in row.indices]
+        if len(set(indices)) < len(indices):
+            raise MergeError(
+                f"several of the adapters have their own value of a row of {weight} "
+                "(trainable_token_indices): merge one"
+            )
+    for name, place in _adapted(record, names):
+        if place in found:
+            raise MergeError(
+                f"{found[place][0][1]!r} has rows of its own in {place} (trainable_token_indices), and "
+                f"{name!r} adapts it: merge one"
+            )
+    return found
+
+
+def _adapted(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        for row in record.adapters[name].sites:
+            yield name, row.site.weight

@@ -1,0 +1,135 @@
+"""Parameters of the base in whose place an adapter has others: trained biases, modules trained in full.
+
+One of them is in the model: that of an active adapter, or the base's own. What an adapter has lies beside
+the parameter while the adapter is not active, as ``lora_own_<name>.<adapter>``, so that it moves and is
+saved with the model. The base's own value is in the record, and shares its storage with the model that was
+rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lora_fx.ops import AdapterModule, KeptTensors
+from lora_fx.passes._sharing import storage_of
+from lora_fx.types import join
+
+__all__ = [
+    "base_modules",
+    "base_parameters",
+    "in_adapter",
+    "own_value",
+    "place_base",
+    "place_own",
+    "put_back",
+]
+
+_PREFIX = "lora_own_"
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by each of their names: what belongs to adapters is left out."""
+    found: dict[str, nn.Parameter] = {}
+    for fqn, module in base_modules(model, every_name=True):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[join(fqn, name)] = parameter
+    return found
+
+
+def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The base's modules, by their first name or by each of them."""
+    for fqn, module in model.named_modules(remove_duplicate=not every_name):
+        if not isinstance(module, AdapterModule):
+            yield fqn, module
+
+
+def in_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to an adapter, and not to the base."""
+    owner, _, _ = name.rpartition(".")
+    return isinstance(model.get_submodule(owner), AdapterModule)
+
+
+def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
+    """What an adapter has in the place of a parameter, wherever it is now."""
+    owner, leaf = _owner(model, name)
+    beside = owner._modules.get(_PREFIX + leaf)
+    if beside is not None and adapter in beside._parameters:
+        return beside.get_parameter(adapter)
+    return owner.get_parameter(leaf)
+
+
+def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
+    """Puts what an adapter has beside the base into it."""
+    for _, owner, leaf in _places(model, names):
+        beside = owner._modules[_PREFIX + leaf]
+        assert isinstance(beside, KeptTensors)
+        owner._parameters[leaf] = beside._parameters.pop(adapter)
+        if not beside._parameters:
+            del owner._modules[_PREFIX + leaf]
+
+
+def place_base(
+    model: nn.Module,
+    adapter: str,
+    names: Iterable[str],
+    originals: Mapping[str, torch.Tensor],
+    *,
+    keep: bool = True,
+) -> None:
+    """Puts the base's own parameters back in, and what the adapter has beside them.
+
+    Args:
+        model: A rewritten model.
+        adapter: The adapter.
+        names: FQNs of what it has there.
+        originals: The base's values. What shares its storage is one parameter again.
+        keep: Whether the adapter's values are kept.
+    """
+    names = set(names)
+    live = {storage_of(p): p for n, p in base_parameters(model).items() if n not in names}
+    for name, owner, leaf in _places(model, sorted(names)):
+        old, original = owner.get_parameter(leaf), originals[name]
+        if storage_of(original) not in live:
+            value = original.detach().to(old.device, old.dtype)
+            live[storage_of(original)] = nn.Parameter(value, requires_grad=False)
+        owner._parameters[leaf] = live[storage_of(original)]
+        if keep:
+            _beside(owner, leaf).add(adapter, old)
+
+
+def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+    """Undoes replacements.
+
+    Args:
+        model: A rewritten model.
+        before: Its :func:`base_parameters` at some time.
+    """
+    for name, owner, leaf in _places(model, before):
+        owner._parameters[leaf] = before[name]
+
+
+def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
+    if _PREFIX + leaf not in owner._modules:
+        owner.add_module(_PREFIX + leaf, KeptTensors().train(owner.training))
+    beside = owner.get_submodule(_PREFIX + leaf)
+    assert isinstance(beside, KeptTensors)
+    return beside
+
+
+def _places(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, nn.Module, str]]:
+    """Each place once, also that in a module that the model holds several times."""
+    seen: set[tuple[int, str]] = set()
+    for name in names:
+        owner, leaf = _owner(model, name)
+        if (id(owner), leaf) not in seen:
+            seen.add((id(owner), leaf))
+            yield name, owner, leaf
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf

@@ -1,0 +1,59 @@
+"""The migration page: its code runs, and every name in it exists in the library that it is said to be in."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+
+import lora_fx
+from lora_fx import _config_foreign
+
+PAGE = (Path(__file__).parents[2] / "docs" / "from-peft.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+ROWS = [line for line in PAGE.splitlines() if line.startswith("| `")]
+SOURCE = "\n".join(
+    path.read_text(encoding="utf-8") for path in Path(peft.__file__).parent.rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_code_runs(block: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_our_names_exist() -> None:
+    named = set(re.findall(r"lora_fx\.(\w+)", PAGE))
+    assert len(named) > 25
+    assert named <= set(lora_fx.__all__)
+
+
+def test_the_page_names_every_verb() -> None:
+    """What a user of PEFT would look for has a place on it."""
+    verbs = {name for name in lora_fx.__all__ if name.islower() and not name.startswith("_")}
+    elsewhere = {"capture", "export_onnx", "trainable_parameters", "visualize"}
+    assert verbs - elsewhere <= set(re.findall(r"lora_fx\.(\w+)", PAGE))
+
+
+def test_pefts_names_exist() -> None:
+    calls = {n for row in ROWS for n in re.findall(r"(\w+)\(", row.split("|")[1])} - {"model"}
+    assert len(calls) > 25
+    # Read, not imported: some of its modules need packages that it does not require.
+    assert not [name for name in calls if not re.search(rf"(def|class) {name}\b", SOURCE)]
+
+
+def test_every_foreign_field_is_named() -> None:
+    silent = {"megatron_core", "qalora_group_size", "runtime_config"}
+    assert not [f for f in _config_foreign.FOREIGN if f not in silent and f"`{f}`" not in PAGE]

@@ -1,0 +1,243 @@
+"""Batches whose samples have different adapters: every sample gets what its adapter alone gives it."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_fx
+from lora_fx import ConfigError, LoraConfig
+from lora_fx.record import record_of
+from lora_fx.samples import add_rows, select_rows
+from tests.golden import check_golden, printed
+from tests.numerics import assert_close, assert_same_bits
+from tests.zoo import FORMS, Form, Residual, tiny_llama
+
+IDS = torch.randint(0, 11, (5, 4), generator=torch.Generator().manual_seed(0))
+
+
+def three(base: nn.Module, **config: object) -> nn.Module:
+    settings = {"init_lora_weights": False, "r": 2, **config}
+    model = lora_fx.rewrite(base, LoraConfig(**settings), adapter_name="a")
+    for seed, name in enumerate("bc", 1):
+        more = {**settings, "r": (1 + seed) * settings["r"], "seed": seed}
+        lora_fx.add_adapter(model, LoraConfig(**more), name)
+    return model
+
+
+def alone(model: nn.Module, x: torch.Tensor, ids: list[str | None]) -> torch.Tensor:
+    """Sample by sample, each with its own adapter active."""
+    before = lora_fx.active_adapters(model)
+    rows = []
+    for place, name in enumerate(ids):
+        lora_fx.set_adapter(model, [] if name is None else name)
+        rows.append(model(x[place : place + 1]))
+    lora_fx.set_adapter(model, before)
+    return torch.cat(rows)
+
+
+def test_every_sample_gets_its_own_adapter() -> None:
+    model = three(Residual().eval())
+    ids = ["b", None, "a", "c", "b"]
+    out = model(IDS)
+    with lora_fx.adapter_ids(model, ids):
+        found = model(IDS)
+    assert_close(found, alone(model, IDS, ids))
+    assert_same_bits(model(IDS), out)
+    assert lora_fx.active_adapters(model) == ("a",)
+    assert not [name for name, _ in model.named_modules() if name.endswith("lora_rows")]
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=5, max_size=5))
+def test_any_mixture(ids: list[str | None]) -> None:
+    model = three(Residual().eval())
+    with lora_fx.adapter_ids(model, ids):
+        found = model(IDS)
+    assert_close(found, alone(model, IDS, ids))
+
+
+BATCHED = [
+    form
+    for form in FORMS
+    if form.x().dim() > 1 and "experts" not in form.kind and "unbatched" not in form.name
+]
+
+
+@pytest.mark.parametrize("form", BATCHED, ids=lambda form: form.name)
+def test_every_form_takes_samples(form: Form) -> None:
+    base, x = form.model(), form.x()
+    model = three(base, target_modules=[form.site], rank_pattern={"op.*": 2 * form.groups})
+    (call,) = next(iter(record_of(model).adapters["a"].sites)).site.calls
+    if call.left or form.pattern == "einsum":
+        with pytest.raises(ConfigError, match=r"the weight is on the left|as an einsum"):
+            lora_fx.set_adapter(model, list("abc"), per_sample=True)
+        return
+    ids = [("a", "b", None)[place % 3] for place in range(len(x))]
+    with lora_fx.adapter_ids(model, ids):
+        found = model(x)
+    assert_close(found, alone(model, x, ids))
+
+
+def test_gradients_reach_each_adapter_from_its_own_samples() -> None:
+    model = three(Residual().eval())
+    ids = ["b", None, "a", "b", None]
+    lora_fx.set_adapter(model, ["a", "b"], per_sample=True)
+    with lora_fx.adapter_ids(model, ids):
+        model(IDS).square().sum().backward()
+    mixed = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for name in "ab":
+        model.zero_grad()
+        lora_fx.set_adapter(model, name)
+        mine = [place for place, one in enumerate(ids) if one == name]
+        model(IDS[mine]).square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if key.endswith(f".{name}"):
+                assert_close(mixed[key], parameter.grad)
+
+
+def test_a_prepared_model_is_not_edited_for_each_batch() -> None:
+    model = three(Residual().eval())
+    lora_fx.set_adapter(model, list("abc"), per_sample=True)
+    classes = [type(module) for module in model.modules()]
+    for ids in (["a"] * 5, ["b", "c", None, "a", "c"]):
+        with lora_fx.adapter_ids(model, ids):
+            assert [type(module) for module in model.modules()] == classes
+            found = model(IDS)
+        assert lora_fx.active_adapters(model) == ("a", "b", "c")
+        single = copy.deepcopy(model)
+        lora_fx.set_adapter(single, "a")
+        assert_close(found, alone(single, IDS, ids))
+    with pytest.raises(ConfigError, match="nobody has said which"):
+        model(IDS)
+    lora_fx.set_adapter(model, "a")
+    assert model(IDS).shape == (5, 4)
+
+
+def test_a_model_of_transformers_as_peft_does_it() -> None:
+    base, _ = tiny_llama()
+    base = base.eval()
+    ids = torch.randint(0, base.config.vocab_size, (4, 6))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    config = {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+    model = lora_fx.rewrite(base, LoraConfig(**config), adapter_name="a")
+    lora_fx.add_adapter(model, LoraConfig(**config, r=3, seed=1), "b")
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config), "a").eval()
+    theirs.add_adapter("b", peft.LoraConfig(**config, r=3))
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.base_model.model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(values[name.removesuffix(".weight")])
+    names = ["b", "__base__", "a", "b"]
+    with lora_fx.adapter_ids(model, [None if n == "__base__" else n for n in names]):
+        found = model(ids, attention_mask=mask).logits
+    expected = theirs(ids, attention_mask=mask, adapter_names=names).logits
+    assert_close(found, expected)
+
+
+def test_flattened_tokens_belong_to_their_sample() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(x.flatten(0, 1)).view(*x.shape[:2], 4)
+
+    model, x = three(Flat(), target_modules=["fc"]), torch.randn(4, 5, 3)
+    ids = ["a", "c", None, "a"]
+    with lora_fx.adapter_ids(model, ids):
+        assert_close(model(x), alone(model, x, ids))
+
+
+@pytest.mark.parametrize("name", ["nn.Linear", "x @ W", "conv2d depthwise", "padding_idx"])
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_variants(name: str, variant: str) -> None:
+    (form,) = (f for f in FORMS if f.name == name)
+    if form.kind == "embedding" and variant == "lora_bias":
+        return
+    model, x = (
+        three(form.model(), r=form.groups, target_modules=[form.site], **{variant: True}),
+        form.x(),
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "magnitude" in key or "lora_bias" in key:
+                parameter.add_(torch.rand_like(parameter))
+    ids = [("a", "b", None)[place % 3] for place in range(len(x))]
+    with lora_fx.adapter_ids(model, ids):
+        found = model(x)
+    assert_close(found, alone(model, x, ids))
+
+
+def test_parts_and_several_calls() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    model = three(nn.Sequential(layer, nn.Linear(8, 8)))
+    model_x = torch.randn(3, 4, 8)
+    with lora_fx.adapter_ids(model, ["a", "b", None]):
+        found = model(model_x)
+    assert_close(found, alone(model, model_x, ["a", "b", None]))
+
+
+def test_it_compiles_whole() -> None:
+    model = three(Residual().eval())
+    lora_fx.set_adapter(model, ["a", "b"], per_sample=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ids in (["b", None, "a", "b", "a"], ["a", "a", "b", "a", None]):
+        with lora_fx.adapter_ids(model, ids):
+            assert_close(compiled(IDS), model(IDS))
+
+
+# --- the functions ----------------------------------------------------------------------------------
+
+
+def test_rows_are_selected_and_added_to() -> None:
+    x = torch.arange(12.0).view(6, 2)
+    assert_same_bits(select_rows(x, torch.tensor([2, 0]), 6), x[[2, 0]])
+    assert_same_bits(select_rows(x, torch.tensor([1]), 3), x[2:4])
+    total = add_rows(torch.zeros(6, 2), torch.tensor([2, 0]), torch.ones(4, 2), 3)
+    assert total[:, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    for shape, samples in (((6, 2), 4), ((6, 2, 2), 3), ((), 1)):
+        with pytest.raises(ConfigError, match=f"does not begin with the {samples} samples"):
+            select_rows(torch.zeros(shape), torch.tensor([0]), samples)
+
+
+# --- errors: the model is as it was ------------------------------------------------------------------
+
+
+def test_bad_ids() -> None:
+    model = three(Residual().eval())
+    lora_fx.add_adapter(model, LoraConfig(modules_to_save=["head"]), "own")
+    classes, out = [type(module) for module in model.modules()], model(IDS)
+    for ids, message in (
+        (["a", "x"], "no adapter 'x'"),
+        ("a", "one name or None for each sample"),
+        ([], "one name or None for each sample"),
+        (["own", "a"], r"'own' has its own head\.weight"),
+    ):
+        with pytest.raises(ConfigError, match=message), lora_fx.adapter_ids(model, ids):
+            pass
+    with pytest.raises(ConfigError, match="the 3 samples"), lora_fx.adapter_ids(model, ["a"] * 3):
+        model(IDS)
+    assert [type(module) for module in model.modules()] == classes
+    assert_same_bits(model(IDS), out)
+
+
+def test_experts_take_one_adapter() -> None:
+    (form,) = (f for f in FORMS if f.pattern == "grouped-mm")
+    model = three(form.model(), target_modules=[form.site])
+    with pytest.raises(ConfigError, match="sorted by expert"):
+        lora_fx.set_adapter(model, list("ab"), per_sample=True)
+
+
+def test_golden() -> None:
+    model = three(nn.Sequential(nn.Linear(3, 4)), target_modules=["0"])
+    lora_fx.set_adapter(model, list("ab"), per_sample=True)
+    check_golden("select_rows", printed(lora_fx.graphs(model)["0"]))
