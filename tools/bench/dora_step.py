@@ -13,7 +13,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.measure import Sample, interleaved
 from lora_fx.tools.bench.saved import saved_bytes
 
-__all__ = ["TITLE", "caption", "rows", "run"]
+__all__ = ["TITLE", "caption", "forward_of", "models", "rows", "run"]
 
 TITLE = "A training step with DoRA, rank 16"
 
@@ -40,7 +40,7 @@ def run(
 
 def rows(results: dict[float, dict[str, Result]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table: columns and cells. Ratios are to plain adapters of the same library."""
-    columns = ("dropout", "contender", "median (quartiles)", "of LoRA's", "saved MiB", "of LoRA's ")
+    columns = ("dropout", "contender", "median (quartiles)", "of LoRA's", "saved MiB", "of LoRA's")
     table: list[tuple[str, ...]] = []
     for dropout, by_name in results.items():
         for name, (sample, saved) in by_name.items():
@@ -71,20 +71,20 @@ def caption() -> str:
 def _measured(
     dropout: float, repeats: int, progress: Callable[[int, int, str], None] | None
 ) -> dict[str, Result]:
-    models = _models(dropout)
-    forwards = {name: _forward(model) for name, model in models.items()}
+    each = models(dropout)
+    forwards = {name: forward_of(model) for name, model in each.items()}
     timed = interleaved(
-        {name: (models[name].zero_grad, _step(forward)) for name, forward in forwards.items()},
+        {name: (each[name].zero_grad, _step(forward)) for name, forward in forwards.items()},
         repeats=repeats,
         progress=progress,
     )
     return {
-        name: (timed[name], saved_bytes(models[name], forward))
-        for name, forward in forwards.items()
+        name: (timed[name], saved_bytes(each[name], forward)) for name, forward in forwards.items()
     }
 
 
-def _models(dropout: float) -> dict[str, nn.Module]:
+def models(dropout: float) -> dict[str, nn.Module]:
+    """The contenders, of both libraries, by name."""
     import peft
 
     shared: dict[str, Any] = {
@@ -93,16 +93,17 @@ def _models(dropout: float) -> dict[str, nn.Module]:
         "lora_dropout": dropout,
         "target_modules": "all-linear",
     }
-    models: dict[str, nn.Module] = {}
+    made: dict[str, nn.Module] = {}
     for kind, decomposed in (("LoRA", False), ("DoRA", True)):
         ours = LoraConfig(**shared, use_dora=decomposed)
-        models[f"lora-fx {kind}"] = rewrite(_llama(), ours)
+        made[f"lora-fx {kind}"] = rewrite(_llama(), ours)
         theirs = peft.LoraConfig(**shared, use_dora=decomposed)
-        models[f"PEFT {kind}"] = peft.get_peft_model(_llama(), theirs)
-    return models
+        made[f"PEFT {kind}"] = peft.get_peft_model(_llama(), theirs)
+    return made
 
 
-def _forward(model: nn.Module) -> Callable[[], torch.Tensor]:
+def forward_of(model: nn.Module) -> Callable[[], torch.Tensor]:
+    """A forward on the tokens of the benchmark, which gives the loss."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = torch.randint(0, _SHAPE["vocab_size"], _TOKENS)
