@@ -245,7 +245,7 @@ def test_a_merge_before_training_changes_no_bit_of_half_weights_and_none_but_the
 
 
 def test_slices_of_a_merge_see_their_own_magnitudes(monkeypatch) -> None:
-    monkeypatch.setattr("lora_fx.passes.merge._CHUNK", 16)
+    monkeypatch.setattr("lora_fx.passes._fold._CHUNK", 16)
     for layer in (nn.Linear(8, 10), nn.Conv1d(4, 6, 2), nn.Embedding(11, 6)):
         model = seeded(lambda layer=layer: nn.Sequential(layer))().double()
         adapted = with_dora(model, target_modules=["0"])
