@@ -21,8 +21,8 @@ from lora_fx.types import PlannedSite
 
 __all__ = ["Report", "device_of", "gradients", "moments", "show_inputs"]
 
-Report = Callable[[int, str], None]
-"""Is told how many batches are done, and what is being done."""
+Report = Callable[[int | None, str], None]
+"""Is told how many batches are done (None: as many as before), and what is being done."""
 
 
 def device_of(model: nn.Module) -> torch.device:

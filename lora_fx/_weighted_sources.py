@@ -81,6 +81,11 @@ def _check_source(source: Source) -> None:
                 f"adapter {source.name!r} cannot be combined: of {name}={getattr(config, name)!r} "
                 "there is no weighted sum"
             )
+    if not source.record.initialized:
+        raise ConfigError(
+            f"adapter {source.name!r} cannot be combined: init_lora_weights={config.init_lora_weights!r} "
+            "waits for data; give it its start with lora_fx.initialize"
+        )
     if source.record.biases:
         raise ConfigError(
             f"adapter {source.name!r} cannot be combined: it trains biases of the base "

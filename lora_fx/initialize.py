@@ -17,7 +17,7 @@ from lora_fx._batches import Forward
 from lora_fx._checkpoint_settings import by_site, with_patterns
 from lora_fx._config_starts import needs_data
 from lora_fx._restart import restart
-from lora_fx._statistics import Report, gradients, moments
+from lora_fx._statistics import Report, device_of, gradients, moments
 from lora_fx.adapters import adapter_record, disable_adapter
 from lora_fx.errors import ConfigError
 from lora_fx.passes._ranks import at_rank
@@ -73,7 +73,8 @@ def initialize(
     with ExitStack() as stack:
         report = stack.enter_context(_reporting(progress, dataloader))
         # What training mode draws is the same each time, and nobody else's numbers are used up.
-        stack.enter_context(torch.random.fork_rng())
+        device = device_of(model)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(entry.config.seed)
         stack.enter_context(_same_modes(model))
         stack.enter_context(disable_adapter(model))
@@ -121,6 +122,7 @@ def _from_components(
     config = with_patterns(entry.config, by_site(rows))
 
     def make(row: PlannedSite, weight: torch.Tensor) -> Start:
+        report(None, f"starting {row.name}")
         return data_start(row, weight, config, found[row.name].a)
 
     started = dataclasses.replace(entry, config=config, sites=rows, initialized=True)
@@ -163,6 +165,7 @@ def _from_statistics(
         seen = moments(model, record, rows, batches, forward, report, half=half)
 
     def make(row: PlannedSite, weight: torch.Tensor) -> Start:
+        report(None, f"starting {row.name}")
         return data_start(row, weight, config, seen[row.site.weight if by_weight else row.name])
 
     restart(model, adapter_name, dataclasses.replace(entry, initialized=True), rows, make)
@@ -189,17 +192,27 @@ def _reporting(
     except TypeError:
         total = 0
     if not isinstance(progress, bool):
-        tell = progress
-        yield lambda done, what: tell(done, total, what)
+        yield _telling(progress, total)
     elif not progress or importlib.util.find_spec("tqdm") is None:
         yield lambda done, what: None
     else:
         with importlib.import_module("tqdm").tqdm(total=total or None, unit="batch") as bar:
 
-            def show(done: int, what: str) -> None:
-                bar.total = max(bar.total, done + 1) if bar.total else None
+            def show(done: int, seen: int, what: str) -> None:
+                # EVA may go through the batches again.
+                bar.total = max(seen, done + 1) if seen else None
                 bar.set_description(what, refresh=False)
                 bar.update(done - bar.n)
 
-            yield show
-            bar.update(max(0, total - bar.n))
+            yield _telling(show, total)
+
+
+def _telling(tell: Callable[[int, int, str], None], total: int) -> Report:
+    last = 0
+
+    def report(done: int | None, what: str) -> None:
+        nonlocal last
+        last = last if done is None else done
+        tell(last, total, what)
+
+    return report

@@ -40,20 +40,20 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups, each parameter once: what ``torch.optim`` takes.
 
-    ========== ========================================================= ====================== ============
-    name       holds                                                     learning rate          weight decay
-    ========== ========================================================= ====================== ============
-    lora_A     A                                                         lr                     as given
-    lora_B     B                                                         lr · ratio             as given
-    embeddings A and B of embeddings, and of heads that are tied to them  embedding_lr           as given
-    modules    what else has two dimensions: weights of modules_to_save,  lr                     as given
-               rows of trained tokens
-    vectors    what has one: biases, norms, magnitudes of DoRA            lr · ratio             0
-    ========== ========================================================= ====================== ============
+    ========== ============================================================== ============== ============
+    name       holds                                                          learning rate  weight decay
+    ========== ============================================================== ============== ============
+    lora_A     A                                                              lr             as given
+    lora_B     B                                                              lr · ratio     as given
+    embeddings A and B of embeddings, and of heads that are tied to them      embedding_lr   as given
+    modules    what else is a matrix: weights of modules_to_save, token rows  lr             as given
+    vectors    biases, norms, DoRA's magnitudes                               lr · ratio     0
+    ========== ============================================================== ============== ============
 
-    A group without parameters is left out. Rates are those of PEFT's ``create_loraplus_optimizer``, and so is
-    weight decay but for vectors, of which PEFT decays those that are not called a bias. Without a ratio all
-    rates are ``lr``: then the groups differ in their weight decay alone.
+    A group without parameters is left out. Rates are those of PEFT's ``create_loraplus_optimizer`` (which has
+    a magnitude of a convolution among the A), and so is weight decay but for vectors, of which PEFT decays
+    those that are not called a bias. Without a ratio all rates are ``lr``: then the groups differ in their
+    weight decay alone.
 
     Args:
         model: A rewritten model.
@@ -202,9 +202,13 @@ def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
     for adapter, one in record.adapters.items():
         for row in one.sites:
             table = row.tied or row.site.family == "embedding"
-            names = ("embeddings", "embeddings") if table else ("lora_A", "lora_B")
-            pair = factors_of(model, row, adapter).pair
-            kinds |= {id(factor): name for factor, name in zip(pair, names, strict=True)}
+            found = factors_of(model, row, adapter)
+            # The magnitude of a convolution has four dimensions, of which three are 1.
+            kinds |= {id(one): "vectors" for one in found.present}
+            kinds |= {
+                id(found.a): "embeddings" if table else "lora_A",
+                id(found.b): "embeddings" if table else "lora_B",
+            }
     return kinds
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from lora_fx.passes._tokens import tokens_of
 from lora_fx.record import Record
 from lora_fx.types import PlannedTokens
 
-__all__ = ["TokenWeight", "token_weights"]
+__all__ = ["TokenWeight", "tied_tokens", "token_weights"]
 
 TokenWeight = list[tuple[PlannedTokens, str]]
 """Rows of one weight that are trained, and whose they are."""
@@ -52,6 +52,16 @@ def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dic
                 f"{name!r} adapts it: merge one"
             )
     return found
+
+
+def tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
+    """Heads whose rows are those of an embedding, with the weight of that."""
+    weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
+    return {
+        weight: weights[rows[0][0].tied]
+        for weight, rows in tokens.items()
+        if all(row.tied for row, _ in rows) and len(rows) == len(tokens[weights[rows[0][0].tied]])
+    }
 
 
 def _adapted(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from lora_fx.errors import MergeError
 from lora_fx.ops import AdapterModule
 from lora_fx.passes._change import merged_biases, weight_change
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes._merge_tokens import TokenWeight, token_weights
+from lora_fx.passes._merge_tokens import TokenWeight, tied_tokens, token_weights
 from lora_fx.passes._own import own_value, place_base
 from lora_fx.passes._placing import (
     place_biases,
@@ -161,7 +161,7 @@ def merge(
     place_trained(model, result, record, names)
     place_biases(result, biases)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
-    tied |= _tied_tokens(tokens)
+    tied |= tied_tokens(tokens)
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -346,16 +346,6 @@ def _measured_rows(
         exact = with_tokens(exact, row, tokens_of(model, row, adapter))
     names = tuple(adapter for _, adapter in rows)
     return _compared(rows[0][0].name, names, old, merged, exact if measure else None)
-
-
-def _tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
-    """Heads whose rows are those of an embedding, with the weight of that."""
-    weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
-    return {
-        weight: weights[rows[0][0].tied]
-        for weight, rows in tokens.items()
-        if all(row.tied for row, _ in rows) and len(rows) == len(tokens[weights[rows[0][0].tied]])
-    }
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:

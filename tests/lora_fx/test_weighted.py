@@ -333,11 +333,37 @@ def test_biases_have_no_weighted_sum(tmp_path: Path) -> None:
     assert state(ours) == before
 
 
-def test_rows_of_tokens_have_none() -> None:
-    values = {"target_modules": ["up"], "trainable_token_indices": {"table": [3]}}
-    model = lora_fx.rewrite(net(), LoraConfig(**values), adapter_name="one")
-    with pytest.raises(ConfigError, match="adapter 'one' cannot be combined: of trainable_token"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainable_token_indices": {"table": [3]}}, "of trainable_token_indices={'table': (3,)}"),
+        ({"use_dora": True}, "of use_dora=True there is no weighted sum"),
+        ({"lora_bias": True}, "of lora_bias=True there is no weighted sum"),
+        ({"init_lora_weights": "pissa", "r": 2}, "its initialisation ('pissa') changed up.weight"),
+        ({"init_lora_weights": "eva"}, "waits for data"),
+    ],
+    ids=str,
+)
+def test_what_is_more_than_factors_has_none(values: dict[str, Any], message: str) -> None:
+    config = LoraConfig(target_modules=["up"], **values)
+    model = lora_fx.rewrite(net(), config, adapter_name="one")
+    before = state(model)
+    with pytest.raises(ConfigError, match=re.escape("adapter 'one' cannot be combined: ")) as found:
         lora_fx.add_weighted_adapter(model, ["one"], [1], "new")
+    assert message in str(found.value)
+    assert state(model) == before
+
+
+def test_a_changed_base_is_combined_once_it_is_saved(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["up"], r=2, init_lora_weights="pissa")
+    model = lora_fx.rewrite(net(), config)
+    with torch.no_grad():
+        model.up.lora_B.default.add_(0.5)
+    lora_fx.save_adapter(model, tmp_path)
+    again = lora_fx.load_adapter(net(), tmp_path)
+    lora_fx.add_weighted_adapter(again, ["default"], [1.0], "new")
+    lora_fx.set_adapter(again, "new")
+    assert_close(again(IDS), model(IDS))
 
 
 def test_a_part_and_its_whole_have_none() -> None:

@@ -23,7 +23,7 @@ from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 from tests.zoo import Form
 
-SUBTRACTED = ("pissa", "pissa_niter_2", "olora")
+SUBTRACTED = ("pissa_niter_2", "olora")
 MATRICES = [form for form in zoo.FORMS if form.kind != "embedding"]
 
 
@@ -214,7 +214,7 @@ def test_eight_bits_are_whole_numbers_row_by_row() -> None:
     assert ((found - values).abs() / step).max() < 0.52  # half a step, and the rounding to half
 
 
-@pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (2, 2), (8, 1)])
+@pytest.mark.parametrize(("bits", "iterations"), [(4, 2), (8, 1)])
 @pytest.mark.parametrize(
     "form", [f for f in MATRICES if "conv" not in f.pattern], ids=lambda f: f.name
 )
