@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["weight_norm"]
 
 _CHUNK = 1 << 20  # elements of a half-precision weight that are widened at a time, at least
+_BLOCK = 512  # numbers that are summed at once
 _PIECES = 16  # and into how many pieces a weight is cut at most
 
 
@@ -56,8 +57,7 @@ def _matrices(
     if layout == "in_out" and weight.dim() == 2:
         yield weight.T.unsqueeze(0), a.unsqueeze(0)
     elif layout == "in_out":
-        kernels = weight.flatten(2).unflatten(0, (groups, -1))
-        downs = a.flatten(2).unflatten(0, (groups, -1))
+        kernels, downs = (torch.unflatten(t.flatten(2), 0, (groups, -1)) for t in (weight, a))
         for place in range(kernels.shape[3]):
             yield kernels[..., place].mT, downs[..., place]
     else:
@@ -65,20 +65,32 @@ def _matrices(
         strides = weight.stride()
         order = sorted(range(1, weight.dim()), key=lambda axis: -strides[axis])
         matrix, down = (t.permute(0, *order).flatten(1) for t in (weight, a))
-        yield matrix.unflatten(0, (groups, -1)), down.unflatten(0, (groups, -1))
+        yield (
+            torch.unflatten(matrix, 0, (groups, -1)),
+            torch.unflatten(down, 0, (groups, -1)),
+        )
 
 
 def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """``‖W‖²`` and ``W Aᵀ`` by row; a half-precision weight is widened piece by piece."""
     if matrix.dtype == down.dtype:
-        return torch.linalg.vector_norm(matrix, dim=2).square(), matrix @ down.mT
+        return _squares(matrix), matrix @ down.mT
     count = min(_PIECES, -(-matrix.numel() // _CHUNK))
     squares, products = [], []
     for piece in matrix.chunk(max(1, count), dim=1):
         wide = piece.to(down.dtype)
-        squares.append(torch.linalg.vector_norm(wide, dim=2).square())
+        squares.append(_squares(wide))
         products.append(wide @ down.mT)
     return torch.cat(squares, dim=1), torch.cat(products, dim=1)
+
+
+def _squares(matrix: Tensor) -> Tensor:
+    """``Σ w²`` by row, in blocks: a kernel may add up a long row one by one, and lose its last digits."""
+    whole = matrix.shape[2] - matrix.shape[2] % _BLOCK
+    blocks = torch.unflatten(matrix[..., :whole], 2, (-1, _BLOCK))
+    rest: Tensor = torch.linalg.vector_norm(matrix[..., whole:], dim=2)
+    sums: Tensor = torch.linalg.vector_norm(blocks, dim=3)
+    return sums.square().sum(2) + rest.square()
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:

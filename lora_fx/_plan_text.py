@@ -24,6 +24,12 @@ def plan_text(plan: Any) -> str:
         f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
         f"parameters ({share:.4f} %)"
     )
+    for name, count in (
+        ("a trained magnitude (DoRA)", sum(row.dora for row in plan.sites)),
+        ("a bias on B (lora_bias)", sum(row.lora_bias for row in plan.sites)),
+    ):
+        if count:
+            lines.append(f"with {name}: {count} site(s)")
     if plan.saved_modules:
         lines.append("trained in full: " + ", ".join(plan.saved_modules))
     for row in plan.tokens:

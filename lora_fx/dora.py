@@ -1,9 +1,10 @@
-"""Weight-decomposed adapters at training time: ``y' = g ∘ (x (W + s·BA)ᵀ) + bias``, ``g = m / ‖W + s·BA‖``.
+"""Weight-decomposed adapters at training time: ``y' = g ∘ x (W + s·BA)ᵀ + bias``, ``g = m / ‖W + s·BA‖``.
 
-DoRA (Liu et al. 2024, arXiv:2402.09353) trains a magnitude m for each output feature beside the direction that the
-factors turn. The norm is taken over all that a feature is a sum of, and is a constant for the gradient
-(section 4.3). What is added to the base output y is ``(g - 1) ∘ (y - bias) + g ∘ s·x AᵀBᵀ``: no second product
-with W. The gradient of m needs ``y - bias``, which no layer keeps: see :func:`rescaled` for where it comes from.
+DoRA (Liu et al. 2024, arXiv:2402.09353) trains a magnitude m for each output feature beside the direction
+that the factors turn. The norm is taken over all that a feature is a sum of, and is a constant for the
+gradient (section 4.3). What is added to the base output y is ``(g - 1) ∘ (y - bias) + g ∘ s·x AᵀBᵀ``: no
+second product with W. The gradient of m needs ``y - bias``, which no layer keeps: :func:`rescaled` and
+:func:`recomputed` say where it comes from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx._dora_norm import weight_norm
+from lora_fx.errors import LoraFxError
 
 __all__ = [
     "applied_weight",
@@ -45,13 +47,19 @@ def gain(
 ) -> Tensor:
     """``g = m / ‖W + s·BA‖``, differentiable in m only.
 
-    A feature whose weights are all zero has no direction, and no magnitude: its gain is 1, so that B can give it
-    one (m / 0 would make the output NaN).
+    A feature whose weights are all zero has no direction, and no magnitude: its gain is 1, so that B can
+    give it one (m / 0 would make the output NaN).
 
     Args:
         magnitude: m, with ``out`` elements.
-        weight, layout, view, rows: As for :func:`applied_weight`.
-        a, b, scale, groups: As for :func:`weight_norm`.
+        weight: W, the parameter.
+        a: A, [r, in/g, *k].
+        b: B, [out, r/g, 1, ...].
+        scale: s.
+        layout: How the weight is stored.
+        groups: Of a convolution.
+        view: The shape in which the weight is applied, where that is not its own.
+        rows: Which of its outputs (start, stop).
 
     Returns:
         [out], in fp32, or fp64 for an fp64 weight.
@@ -88,8 +96,8 @@ def applied_weight(
 def held(gains: Tensor) -> Tensor:
     """The gains as :func:`rescaled` wants them to work from its output: constants, if it can divide by each.
 
-    Looking at the values waits for a GPU. Where nobody may look (compilation, a graph that is captured), and where a
-    gain is near 0, the result is ``gains`` itself, and :func:`rescaled` keeps the base output.
+    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph), and where a gain
+    is near 0, the result is ``gains`` itself, and :func:`rescaled` keeps the base output.
     """
     if not gains.requires_grad or not torch.is_grad_enabled() or not _visible(gains):
         return gains
@@ -109,7 +117,7 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
 
 
 def shifted(bias: Tensor, gains: Tensor, like: Tensor) -> Tensor:
-    """``(1 - g) ∘ bias``: what a bias in the base output has too much after the gain, in the dtype of ``like``."""
+    """``(1 - g) ∘ bias``: what the gain takes off the bias in a base output, in the dtype of ``like``."""
     return ((1 - gains) * bias).to(like.dtype)
 
 
@@ -145,8 +153,8 @@ def rescaled(
 ) -> Tensor:
     """``total + (g - 1) ∘ base + up``, which is ``g ∘ base + up`` for the first adapter.
 
-    The gradient of g is a sum over ``base``. That is kept for it, or, if ``constant`` is :func:`held`, worked out
-    from the result, which costs nothing where the next layer keeps its input: most activations do.
+    The gradient of g is a sum over ``base``. That is kept for it, or, if ``constant`` is :func:`held`, worked
+    out from the result, which costs nothing where the next layer keeps its input: most activations do.
 
     Args:
         total: The base output with the adapters before this one.
@@ -176,7 +184,7 @@ def recomputed(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """As :func:`rescaled` for the first adapter of a linear layer, whose product is made again for the gradient.
+    """As :func:`rescaled` for the first adapter of a linear layer, whose product is made again in backward.
 
     It costs one more product, and no memory: the branch keeps ``x`` anyway.
     """
@@ -228,6 +236,12 @@ class _FromOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # The branch has the gain as a constant: second derivatives would be wrong without a word.
+            raise LoraFxError(
+                "the gradient of DoRA cannot be differentiated again (create_graph=True): take first "
+                "derivatives, or freeze the magnitudes (lora_magnitude_vector) for this step"
+            )
         out, gains, bias = ctx.saved_tensors
         (grad,) = grads
         product = grad * (out if bias is None else out - bias)
@@ -255,6 +269,6 @@ class _FromInput(torch.autograd.Function):
         gains, x, weight, bias = ctx.saved_tensors
         (grad,) = grads
         # Autocast is off in a backward, and the base product may have been made under it.
-        operands = [None if t is None else t.to(grad.dtype) for t in (x, weight, bias)]
-        base = F.linear(operands[0], operands[1], operands[2])
+        bias = None if bias is None else bias.to(grad.dtype)
+        base = F.linear(x.to(grad.dtype), weight.to(grad.dtype), bias)
         return _scaled(grad, gains), grad, _summed(grad * base, gains), None, None, None

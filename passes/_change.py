@@ -106,10 +106,14 @@ def merged_biases(
 
 def _norm(weight: torch.Tensor, site: Site) -> torch.Tensor:
     """By output feature, [out]."""
+    norm: torch.Tensor
     if site.layout == "out_in":
-        return torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    grouped = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-    return torch.linalg.vector_norm(grouped.unflatten(0, (site.groups, -1)), dim=(1, 3)).flatten()
+        norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    else:
+        kernels = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        grouped = torch.unflatten(kernels, 0, (site.groups, -1))
+        norm = torch.linalg.vector_norm(grouped, dim=(1, 3)).flatten()
+    return norm
 
 
 def _along(gain: torch.Tensor, weight: torch.Tensor, site: Site) -> torch.Tensor:

@@ -546,12 +546,14 @@ def test_weight_norm_leaves_a_tensor_that_cannot_be_copied(tmp_path: Path) -> No
     assert export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4)).verified
 
 
-def test_rewritten_model_is_merged_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_rewritten_model_is_merged_first(use_dora: bool, tmp_path: Path) -> None:
     import lora_fx.api
     from lora_fx.config import LoraConfig
 
     model = lora_fx.api.rewrite(
-        Tied(), LoraConfig(r=4, lora_alpha=8, target_modules=["mix"], lora_dropout=0.5)
+        Tied(),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["mix"], lora_dropout=0.5, use_dora=use_dora),
     )
     with torch.no_grad():
         for parameter in model.parameters():

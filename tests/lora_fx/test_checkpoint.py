@@ -162,6 +162,37 @@ CASES = [
             "bias": "all",
         },
     ),
+    Case(
+        "convolutions, DoRA",
+        bare(Convolutions, zoo.sample(2, 4, 12)),
+        {"target_modules": ["one", "two", "three", "head"], "r": 4, "use_dora": True},
+    ),
+    Case(
+        "residual, DoRA, patterns",
+        RESIDUAL,
+        {"target_modules": ["embed", "up", "down", "head"], "use_dora": True, **PATTERNS},
+    ),
+    Case("llama, DoRA", zoo.tiny_llama, {"target_modules": "all-linear", "use_dora": True}),
+    Case(
+        "gpt2, DoRA",
+        zoo.tiny_gpt2,
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    Case(
+        "block under two names, DoRA",
+        bare(SecondTime, zoo.sample(3, 5)),
+        {"target_modules": ["mix"], "use_dora": True},
+    ),
+    Case(
+        "convolutions, bias on B",
+        bare(Convolutions, zoo.sample(2, 4, 12)),
+        {"target_modules": ["one", "two", "three", "head"], "r": 4, "lora_bias": True},
+    ),
+    Case(
+        "gpt2, bias on B",
+        zoo.tiny_gpt2,
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "lora_bias": True},
+    ),
     Case("vit", zoo.tiny_vit, {"target_modules": "all-linear", "bias": "lora_only"}),
 ]
 
@@ -277,6 +308,37 @@ def test_keys_are_the_ones_that_peft_writes(tmp_path: Path) -> None:
     twice = {key for key in theirs if ".original_module." in key or ".modules_to_save." in key}
     assert ours.keys() == theirs.keys() - twice
     assert {k: v.shape for k, v in ours.items()} == {k: theirs[k].shape for k in ours}
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_keys_of_variants_are_the_ones_that_peft_writes(variant: str, tmp_path: Path) -> None:
+    config = {"target_modules": ["one", "two", "three", "head"], "r": 4, variant: True}
+    base = zoo.seeded(Convolutions)()
+    ours = keys(save_adapter(adapted(base, **config), tmp_path / "ours"))
+    in_peft(base, config).save_pretrained(tmp_path / "theirs")
+    theirs = keys(tmp_path / "theirs")
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    written = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert written[variant] is True
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_a_folder_without_what_a_variant_trains_is_refused(variant: str, tmp_path: Path) -> None:
+    base = zoo.Mlp()
+    save_adapter(adapted(base, target_modules=["first"], **{variant: True}), tmp_path)
+    key = {"use_dora": "first.lora_magnitude_vector", "lora_bias": "first.lora_B.bias"}[variant]
+    rewrite_file(tmp_path, lambda values: values.pop(f"base_model.model.{key}"))
+    with pytest.raises(CheckpointError, match=f"missing: {key}"):
+        load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_variants_of_parts_are_read_back(variant: str, tmp_path: Path) -> None:
+    base = zoo.seeded(lambda: nn.MultiheadAttention(6, 2, batch_first=True))()
+    x = zoo.sample(2, 3, 6)
+    model = adapted(base, target_modules=["q", "v"], **{variant: True})
+    again = load_adapter(base, save_adapter(model, tmp_path))
+    assert_same_bits(again(x, x, x)[0], model(x, x, x)[0])
 
 
 def test_the_written_config_is_resolved(tmp_path: Path) -> None:

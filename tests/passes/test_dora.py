@@ -6,15 +6,25 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.types import META_KEY, Tag
 from tests.algebra import adapt, randomise, scale_of
-from tests.dora import explicit_dora, magnitude_of, randomise_magnitudes
-from tests.numerics import assert_close, assert_same_bits
-from tests.zoo import FORMS, Form, seeded
+from tests.dora import directed, explicit_dora, magnitude_of, randomise_magnitudes
+from tests.numerics import assert_close, assert_same_bits, ulp_error
+from tests.zoo import FORMS, Form, Tied, sample, seeded
 
-DENSE = [form for form in FORMS if not form.kind.startswith("experts")]
+DENSE = [
+    form
+    for form in FORMS
+    if not form.kind.startswith("experts") and form.name != "conv1d unbatched"
+]
+# What padding_idx and scale_grad_by_freq do to the gradient of a row of W they do to A only: PEFT's m and B
+# learn from every lookup, and so do these.
+EVERY_LOOKUP = [form for form in DENSE if form.kind != "embedding" or form.name == "nn.Embedding"]
 EACH = pytest.mark.parametrize("form", DENSE, ids=lambda form: form.name)
 
 
@@ -43,7 +53,7 @@ def test_the_output_is_that_of_the_decomposed_weight(form: Form, dtype: torch.dt
     assert_close(adapted(form.x(dtype)), reference(form, model, adapted))
 
 
-@EACH
+@pytest.mark.parametrize("form", EVERY_LOOKUP, ids=lambda form: form.name)
 def test_gradients_are_those_of_the_decomposed_weight(form: Form) -> None:
     model = form.model().double()
     adapted = dora(form, model)
@@ -69,3 +79,353 @@ def test_the_merged_model_computes_the_same(form: Form) -> None:
     assert merged.state_dict().keys() == model.state_dict().keys()
     assert_close(merged(form.x()), adapted(form.x()))
     assert_close(merged(form.x()), reference(form, model, adapted))
+
+
+# --- what else a branch meets -----------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """q, k and v in one layer."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(torch.softmax(q @ k.mT, -1) @ v)
+
+
+def decomposed(base: torch.Tensor, holder: nn.Module, scale: float = 1.0) -> torch.Tensor:
+    """m / ‖W + s·BA‖ ∘ (W + s·BA), in fp64."""
+    a, b, m = (
+        getattr(holder, name).default.detach().double()
+        for name in ("lora_A", "lora_B", "lora_magnitude_vector")
+    )
+    turned = base.detach().double() + scale * (b @ a)
+    return m[:, None] / turned.norm(dim=1, keepdim=True) * turned
+
+
+def with_dora(model: nn.Module, **options) -> nn.Module:
+    options = {"r": 2, "lora_alpha": 2, "use_dora": True, "target_modules": ".*", **options}
+    config = lora_fx.LoraConfig(**options)
+    return randomise_magnitudes(randomise(lora_fx.rewrite(model, config)))
+
+
+def test_parts_of_a_fused_weight_scale_their_rows_of_the_pure_output() -> None:
+    model = seeded(Fused)().double()
+    adapted = with_dora(model, target_modules=["qkv.q", "qkv.v", "out"])
+    exact = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, rows in (("q", slice(0, 6)), ("v", slice(12, 18))):
+            holder = getattr(adapted.qkv, f"{name}_lora", None) or getattr(adapted, f"{name}_lora")
+            exact.qkv.weight[rows] = decomposed(model.qkv.weight[rows], holder)
+        exact.out.weight.copy_(decomposed(model.out.weight, adapted.out))
+    x = sample(2, 3, 6, dtype=torch.float64)
+    assert_close(adapted(x), exact(x))
+    assert_close(lora_fx.merge(adapted)(x), exact(x))
+    assert_same_bits(
+        lora_fx.rewrite(
+            model, lora_fx.LoraConfig(r=2, use_dora=True, target_modules=["qkv.q", "qkv.v"])
+        )(x),
+        copy.deepcopy(model).requires_grad_(False)(x),
+    )
+
+
+def test_rows_of_an_attention_have_magnitudes_of_their_own() -> None:
+    model = seeded(lambda: nn.MultiheadAttention(6, 2, batch_first=True))().double()
+    nn.init.normal_(model.in_proj_bias)
+    adapted = with_dora(model)
+    exact = copy.deepcopy(model)
+    with torch.no_grad():
+        for place, name in enumerate("qkv"):
+            rows = slice(6 * place, 6 * place + 6)
+            exact.in_proj_weight[rows] = decomposed(
+                model.in_proj_weight[rows], getattr(adapted, f"{name}_lora")
+            )
+        exact.out_proj.weight.copy_(decomposed(model.out_proj.weight, adapted.out_proj))
+    x = sample(2, 3, 6, dtype=torch.float64)
+    assert_close(adapted(x, x, x)[0], exact(x, x, x)[0])
+    assert_close(lora_fx.merge(adapted)(x, x, x)[0], exact(x, x, x)[0])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["DoRA first", "DoRA second"])
+def test_several_adapters_each_scale_the_pure_output(first: bool) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4)))().double()
+    configs = {
+        "one": lora_fx.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=".*"),
+        "two": lora_fx.LoraConfig(r=3, lora_alpha=2, use_dora=True, target_modules=".*"),
+        "plain": lora_fx.LoraConfig(r=2, lora_alpha=2, target_modules=".*"),
+    }
+    start, *others = configs if first else reversed(configs)
+    adapted = lora_fx.rewrite(model, configs[start], adapter_name=start)
+    for name in others:
+        lora_fx.add_adapter(adapted, configs[name], name)
+    lora_fx.set_adapter(adapted, [start, *others])
+    randomise_magnitudes(randomise(adapted))
+    layer, weight = adapted[0], model[0].weight.detach()
+    total = weight.clone()
+    for name, config in configs.items():
+        a, b = layer.lora_A.get_parameter(name).detach(), layer.lora_B.get_parameter(name).detach()
+        turned = weight + config.lora_alpha / config.r * (b @ a)
+        if name != "plain":
+            m = layer.lora_magnitude_vector.get_parameter(name).detach()
+            turned = m[:, None] / turned.norm(dim=1, keepdim=True) * turned
+        total += turned - weight
+    x = sample(3, 4, dtype=torch.float64)
+    assert_close(adapted(x), F.linear(x, total, model[0].bias))
+    assert_close(lora_fx.merge(adapted)[0].weight, total)
+
+
+def test_dropout_is_on_the_branch_only() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 7)))().double()
+    adapted = with_dora(model, lora_dropout=0.5).train()
+    x = sample(6, 4, dtype=torch.float64)
+    seeded(lambda: adapted(x).sum().backward())()
+    found = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+    gains, exact = {}, x
+    masks = seeded(lambda: [F.dropout(torch.ones(6, 4, dtype=torch.float64), 0.5) for _ in "ab"])()
+    leaves = {name: adapted.get_parameter(name).detach().requires_grad_() for name in found}
+    for place, mask in zip((0, 2), masks, strict=True):
+        a, b, m = (
+            leaves[f"{place}.{name}.default"]
+            for name in ("lora_A", "lora_B", "lora_magnitude_vector")
+        )
+        layer = model[place]
+        norm = (layer.weight + b @ a).detach().norm(dim=1)
+        gains[place] = m / norm
+        branch = F.linear(F.linear(exact * mask, a), b)
+        exact = (
+            gains[place] * (F.linear(exact, layer.weight.detach()) + branch) + layer.bias.detach()
+        )
+        exact = torch.tanh(exact) if place == 0 else exact
+    exact.sum().backward()
+    assert_close(list(found.values()), [leaf.grad for leaf in leaves.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_base(dtype: torch.dtype) -> None:
+    form = next(form for form in DENSE if form.name == "nn.Linear")
+    model = form.model().to(dtype)
+    assert_same_bits(adapt(form, model, use_dora=True)(form.x(dtype)), model(form.x(dtype)))
+    adapted = dora(form, model)
+    assert magnitude_of(form, adapted).dtype is torch.float32
+    out = adapted(form.x(dtype))
+    assert out.dtype is dtype
+    assert_close(out, reference(form, model, adapted))
+    out.sum().backward()
+    assert torch.isfinite(magnitude_of(form, adapted).grad).all()
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_merge_rounds_once(form: Form, dtype: torch.dtype) -> None:
+    model = form.model().to(dtype)
+    adapted = dora(form, model)
+    a, b = (f.detach().double() for f in form.factors(adapted))
+    m = magnitude_of(form, adapted).detach().double()
+    old = model.get_parameter(f"op.{form.weight}").detach().double()
+    delta = form.delta(a, b)
+    exact = directed(form, old.reshape(delta.shape) + scale_of(adapted) * delta, m)
+    merged, report = lora_fx.merge(adapted, return_report=True)
+    found = merged.get_parameter(f"op.{form.weight}")
+    assert ulp_error(found, exact.reshape(old.shape)) <= 0.5
+    assert report.max_ulp <= 0.5
+
+
+def test_a_merge_before_training_changes_no_bit_of_half_weights_and_none_but_the_last_of_others() -> (
+    None
+):
+    for dtype, most in ((torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float32, 1.0)):
+        model = seeded(lambda: nn.Linear(64, 48))().to(dtype)
+        config = lora_fx.LoraConfig(use_dora=True, target_modules=".*")
+        merged = lora_fx.merge(lora_fx.rewrite(model, config))
+        assert ulp_error(merged.weight, model.weight.detach().double()) <= most
+
+
+def test_slices_of_a_merge_see_their_own_magnitudes(monkeypatch) -> None:
+    monkeypatch.setattr("lora_fx.passes.merge._CHUNK", 16)
+    for layer in (nn.Linear(8, 10), nn.Conv1d(4, 6, 2), nn.Embedding(11, 6)):
+        model = seeded(lambda layer=layer: nn.Sequential(layer))().double()
+        adapted = with_dora(model, target_modules=["0"])
+        ids = torch.arange(11)
+        shape = (2, layer.weight.shape[1], *(5 for _ in layer.weight.shape[2:]))
+        x = ids if isinstance(layer, nn.Embedding) else sample(*shape, dtype=torch.float64)
+        assert_close(lora_fx.merge(adapted)(x), adapted(x))
+
+
+# --- the machinery around a step ----------------------------------------------------------------------
+
+
+def stack() -> nn.Module:
+    """Square, widening and narrowing layers, with biases and without."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6, bias=False)
+        )
+    )()
+
+
+def gradients(model: nn.Module, run) -> list[torch.Tensor]:
+    model.zero_grad()
+    run().square().sum().backward()
+    return [p.grad.clone() for p in lora_fx.trainable_parameters(model)]
+
+
+def test_gradient_checkpointing_gives_the_same() -> None:
+    model, x = with_dora(stack().double()), sample(3, 6, dtype=torch.float64).requires_grad_()
+    plain = gradients(model, lambda: model(x))
+    for reentrant in (True, False):
+        found = gradients(model, lambda r=reentrant: checkpoint(model, x, use_reentrant=r))
+        assert_same_bits(found, plain)
+
+
+def test_autocast_gives_what_a_half_model_would() -> None:
+    model, x = with_dora(stack()), sample(3, 6)
+    exact = gradients(model, lambda: model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype is torch.bfloat16
+    model.zero_grad()
+    out.float().square().sum().backward()
+    found = [p.grad for p in lora_fx.trainable_parameters(model)]
+    assert_close(out.float(), model(x), 3e-2)
+    assert_close(found, exact, 6e-2)
+
+
+def test_compilation_takes_the_whole_graph() -> None:
+    model, x = with_dora(stack().double()), sample(3, 6, dtype=torch.float64)
+    exact, out = gradients(model, lambda: model(x)), model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), out)
+    assert_close(gradients(model, lambda: compiled(x)), exact)
+
+
+def test_export_takes_the_adapted_graph() -> None:
+    model, x = with_dora(stack().double()), sample(3, 6, dtype=torch.float64)
+    exported = torch.export.export(model, (x,), strict=False)
+    assert_close(exported.module()(x), model(x))
+
+
+def test_a_trained_base_bias_has_its_gradient() -> None:
+    model, x = stack().double(), sample(3, 6, dtype=torch.float64)
+    adapted = with_dora(model, bias="all")
+    found = gradients(adapted, lambda: adapted(x))
+    exact = x
+    leaves = {
+        n: p.detach().requires_grad_() for n, p in adapted.named_parameters() if p.requires_grad
+    }
+    for place in (0, 2, 4):
+        a, b, m = (
+            leaves[f"{place}.{name}.default"]
+            for name in ("lora_A", "lora_B", "lora_magnitude_vector")
+        )
+        turned = model[place].weight.detach() + b @ a
+        weight = (m / turned.detach().norm(dim=1))[:, None] * turned
+        exact = F.linear(exact, weight, leaves.get(f"{place}.bias"))
+        exact = F.gelu(exact) if place < 4 else exact
+    exact.square().sum().backward()
+    assert_close(found, [leaf.grad for leaf in leaves.values()])
+
+
+def test_a_frozen_magnitude_keeps_nothing_and_asks_for_nothing() -> None:
+    model, x = with_dora(stack().double()), sample(3, 6, dtype=torch.float64)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    exact = dict(zip(names, gradients(model, lambda: model(x)), strict=True))
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.requires_grad_(False)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    found = dict(zip(names, gradients(model, lambda: model(x)), strict=True))
+    assert_close(list(found.values()), [exact[name] for name in names])
+
+
+def test_every_node_of_a_branch_is_tagged() -> None:
+    for form in DENSE:
+        adapted = adapt(form, form.model(), use_dora=True)
+        before = lora_fx.capture(form.model())
+        for fqn, graph in lora_fx.graphs(adapted).items():
+            plain = {node.name for node in before.regions[fqn].graph.nodes}
+            for node in graph.nodes:
+                if node.name not in plain:
+                    assert isinstance(node.meta.get(META_KEY), Tag), (form.name, node)
+
+
+# --- what cannot have it --------------------------------------------------------------------------
+
+
+class Unplaced(nn.Module):
+    """An equation that does not say where its outputs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 4))
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return torch.einsum("i...,oi->o...", x, self.kernel)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 4, 5))
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.fc(x @ self.kernel)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [(Unplaced, "nothing says where they are"), (Experts, "has no magnitude")],
+)
+def test_where_it_means_nothing_a_site_is_left_out_or_refused_by_name(build, reason: str) -> None:
+    plan = lora_fx.plan(Both(build()), lora_fx.LoraConfig(use_dora=True, target_modules=".*"))
+    (skipped,) = [one for one in plan.skipped if one.site.name == "own.kernel"]
+    assert reason in skipped.reason
+    assert "other" in [row.name for row in plan]
+    named = lora_fx.LoraConfig(use_dora=True, target_modules=["kernel", "other"])
+    with pytest.raises(lora_fx.ConfigError, match=f"own.kernel: .*{reason}"):
+        lora_fx.rewrite(Both(build()), named)
+
+
+class Both(nn.Module):
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own, self.other = own, nn.Linear(2, 2)
+
+    def forward(self, x, y):
+        return self.own(x), self.other(y)
+
+
+def test_the_plan_counts_what_it_adds() -> None:
+    model = stack()
+    plain = lora_fx.plan(model, lora_fx.LoraConfig(r=2, target_modules=".*"))
+    config = lora_fx.LoraConfig(r=2, target_modules=".*", use_dora=True)
+    plan = lora_fx.plan(model, config)
+    assert [row.parameters - other.parameters for row, other in zip(plan, plain, strict=True)] == [
+        6,
+        9,
+        6,
+    ]
+    rewritten = lora_fx.rewrite(model, config)
+    trained = sum(p.numel() for p in lora_fx.trainable_parameters(rewritten))
+    assert plan.trainable_parameters == trained
+    # A square layer keeps nothing, the others what they give.
+    extra = [row.saved - other.saved for row, other in zip(plan, plain, strict=True)]
+    assert extra == [0, 9 * 4, 6 * 4]
+    assert "DoRA" in str(plan)
+    assert plan.to_dict()["sites"][0]["dora"] is True
+
+
+def test_tied_heads_have_magnitudes_of_their_own_and_are_untied_by_a_merge() -> None:
+    model = Tied().double()
+    adapted = with_dora(model, target_modules=["embed"], ensure_weight_tying=True)
+    ids = torch.tensor([[0, 1], [2, 3]])
+    merged = lora_fx.merge(adapted)
+    assert_close(merged(ids), adapted(ids))
+    assert merged.head.weight is not merged.embed.weight
+    assert adapted.head.lora_embedding_A.default is adapted.embed.lora_embedding_A.default
+    assert adapted.head.lora_magnitude_vector.default.shape == (model.head.weight.shape[0],)

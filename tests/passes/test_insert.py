@@ -249,6 +249,13 @@ def test_golden(name: str, form: str, options: dict) -> None:
     )
 
 
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_golden_variants(variant: str) -> None:
+    captured, plan = planned(Block(), r=2, target_modules=["up"], **{variant: True})
+    after = Insert(plan.sites)(captured).capture
+    check_golden(f"insert_{variant}", printed(after.regions["up"].graph))
+
+
 def test_golden_half_precision() -> None:
     captured, plan = planned(Block().half(), r=2, target_modules=["down"], lora_dropout=0.1)
     after = Insert(plan.sites)(captured).capture

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx.tools.bench.measure import interleaved
 from lora_fx.tools.bench.memory import measure_memory
+from lora_fx.tools.bench.saved import saved_bytes
 
 KIB = 1024
 
@@ -38,6 +39,29 @@ def test_what_is_saved_for_backward_counts_until_it_is_used() -> None:
         without = measure_memory(lambda: layer(x))
     assert with_gradients.peak > without.peak
     assert without.largest == 128 * 256 * 4
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    layer = nn.Linear(8, 256)
+    x = torch.ones(4, 8)
+    # The input, for the gradient of W; W itself would be for that of the input.
+    assert saved_bytes(layer, lambda: layer(x)) == 4 * 8 * 4
+    # tanh keeps what it gives, and the second layer the same storage.
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(256, 8))
+    assert saved_bytes(model, lambda: model(x)) == (4 * 8 + 4 * 256) * 4
+    assert saved_bytes(model.requires_grad_(False), lambda: model(x)) == 0
+
+
+@pytest.mark.slow
+def test_dora_saves_little_more_than_lora_and_peft_much() -> None:
+    pytest.importorskip("peft")
+    from lora_fx.tools.bench import dora_step
+
+    models = dora_step.models(0.0)
+    found = {name: saved_bytes(one, dora_step.forward_of(one)) for name, one in models.items()}
+    assert found["lora-fx LoRA"] <= found["PEFT LoRA"]
+    assert found["lora-fx DoRA"] < 1.1 * found["lora-fx LoRA"]
+    assert found["PEFT DoRA"] > 2 * found["PEFT LoRA"]
 
 
 @pytest.mark.slow

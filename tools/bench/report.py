@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_fx.tools.bench import expert_step, rewrite_time
+from lora_fx.tools.bench import dora_step, expert_step, rewrite_time
 from lora_fx.tools.bench.measure import machine
 
 __all__ = ["run_benchmarks"]
@@ -35,9 +35,11 @@ def run_benchmarks(
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
     rewriting = _table(*rewrite_time.rows(rewrite_time.run(repeats=repeats, progress=progress)))
     experts = _table(*expert_step.rows(expert_step.run(repeats=repeats, progress=progress)))
+    decomposed = _table(*dora_step.rows(dora_step.run(repeats=repeats, progress=progress)))
     page = (
         f"{_HEAD}\n{facts}\n\n## {rewrite_time.TITLE}\n\n{rewriting}\n\n"
-        f"## {expert_step.TITLE}\n\n{expert_step.caption()}\n\n{experts}\n"
+        f"## {expert_step.TITLE}\n\n{expert_step.caption()}\n\n{experts}\n\n"
+        f"## {dora_step.TITLE}\n\n{dora_step.caption()}\n\n{decomposed}\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
