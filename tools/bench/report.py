@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lora_fx.tools.bench import dora_step, expert_step, rewrite_time
+from lora_fx.tools.bench import dora_step, expert_step, merge_error, rewrite_time
 from lora_fx.tools.bench.measure import machine
 
 __all__ = ["run_benchmarks"]
+
+# Modules with TITLE, caption(), run(repeats, progress) and rows(results), in the order of the page.
+_SECTIONS: tuple[Any, ...] = (rewrite_time, expert_step, dora_step, merge_error)
 
 _HEAD = """# Benchmarks
 
@@ -33,14 +37,11 @@ def run_benchmarks(
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    rewriting = _table(*rewrite_time.rows(rewrite_time.run(repeats=repeats, progress=progress)))
-    experts = _table(*expert_step.rows(expert_step.run(repeats=repeats, progress=progress)))
-    decomposed = _table(*dora_step.rows(dora_step.run(repeats=repeats, progress=progress)))
-    page = (
-        f"{_HEAD}\n{facts}\n\n## {rewrite_time.TITLE}\n\n{rewriting}\n\n"
-        f"## {expert_step.TITLE}\n\n{expert_step.caption()}\n\n{experts}\n\n"
-        f"## {dora_step.TITLE}\n\n{dora_step.caption()}\n\n{decomposed}\n"
-    )
+    parts = [f"{_HEAD}\n{facts}\n"]
+    for section in _SECTIONS:
+        table = _table(*section.rows(section.run(repeats=repeats, progress=progress)))
+        parts.append(f"## {section.TITLE}\n\n{section.caption()}\n\n{table}\n")
+    page = "\n".join(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return page

@@ -16,7 +16,7 @@ from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.measure import Sample, interleaved
 
-__all__ = ["TITLE", "rows", "run"]
+__all__ = ["TITLE", "caption", "rows", "run"]
 
 TITLE = "Rewriting Llama-7B on the meta device, rank 16"
 
@@ -42,6 +42,14 @@ def rows(results: dict[str, dict[str, Sample]]) -> tuple[tuple[str, ...], list[t
         for name, sample in samples.items():
             table.append((title, name, str(sample), f"{sample.median / peft:.2f}"))
     return columns, table
+
+
+def caption() -> str:
+    """What was measured."""
+    return (
+        "Llama-7B shapes without values. PEFT changes the model that it is given and gets a new one each time, "
+        "which is not timed. A/A is the same rewrite under a second name: what differs there is noise."
+    )
 
 
 def _contenders(targets: Any) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
