@@ -47,8 +47,8 @@ def rows(results: dict[str, dict[str, Sample]]) -> tuple[tuple[str, ...], list[t
 def caption() -> str:
     """What was measured."""
     return (
-        "Llama-7B shapes without values. PEFT changes the model that it is given and gets a new one each time, "
-        "which is not timed. A/A is the same rewrite under a second name: what differs there is noise."
+        "Llama-7B shapes without values. PEFT changes the model that it is given and gets a new one each "
+        "time, which is not timed. A/A is the same rewrite under a second name: what differs there is noise."
     )
 
 
