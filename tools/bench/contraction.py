@@ -82,7 +82,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        chosen = choose(len(flat), *weight.shape, len(a))
+        chosen = choose(len(flat), weight.shape[0], weight.shape[1], len(a))
         down = None
         if chosen.merged_forward:
             y = flat @ torch.addmm(weight, b, a, alpha=scale).T
@@ -98,7 +98,7 @@ class _Function(torch.autograd.Function):
         x, weight, a, b, down = ctx.saved_tensors
         scale, chosen = ctx.scale, ctx.chosen
         grad = grads[0].reshape(-1, len(weight))
-        inner = None
+        inner: Any = None
         if not chosen.outer or not chosen.merged_backward:
             inner = (grad @ b).mul_(scale)
         if chosen.outer:

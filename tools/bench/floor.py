@@ -52,7 +52,7 @@ def model_floor(
 
     hooks = [
         module.register_forward_pre_hook(
-            lambda module, given, name=name: count(module, given, name)  # type: ignore[misc]
+            lambda module, given, name=name: count(module, given, name)
         )
         for name, module in model.named_modules()
         if is_linear(module)

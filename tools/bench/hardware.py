@@ -49,8 +49,7 @@ def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None
     with torch.profiler.profile(activities=kinds) as profile:
         step()
         torch.cuda.synchronize(device)
-    on_device = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == on_device for event in profile.events())
+    return len([event for event in profile.events() if event.device_type.name == "CUDA"])
 
 
 def allocator_peak(step: Callable[[], Any], device: torch.device) -> int | None:
@@ -74,7 +73,7 @@ def computes_bf16(device: torch.device) -> bool:
     A processor without instructions for them is some ten times slower.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     single, half = (_product_time(dtype) for dtype in (torch.float32, torch.bfloat16))
     return half <= 1.2 * single
 

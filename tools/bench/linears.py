@@ -24,7 +24,7 @@ def matrix(module: nn.Module) -> Tensor:
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules over the same parameters, which are frozen."""
     memo = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo).requires_grad_(False)  # type: ignore[arg-type]
+    return copy.deepcopy(model, memo).requires_grad_(False)
 
 
 def replaced(

@@ -15,7 +15,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Sample:
     @property
     def quartiles(self) -> tuple[float, float]:
         """First and third quartile, in seconds."""
-        low, _, high = statistics.quantiles(self.times, n=4)
+        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
         return low, high
 
     @property
@@ -82,7 +82,7 @@ def ratio(sample: Sample, base: Sample) -> Ratio:
         base: What it is compared with, of the same call of :func:`interleaved`.
     """
     found = [mine / theirs for mine, theirs in zip(sample.times, base.times, strict=True)]
-    low, median, high = statistics.quantiles(found, n=4)
+    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
     return Ratio(median, low, high)
 
 
@@ -112,30 +112,20 @@ def interleaved(
     Returns:
         As many times of each contender as of the others: turns are whole.
     """
-    order = random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    done, total = 0, (repeats + 1) * len(contenders)
-    wait = synchronize or _nothing
-    start = time.perf_counter()
-    for turn in range(repeats + 1):
-        if turn > _LEAST and time.perf_counter() - start > seconds:
-            break
-        for name in order.sample(list(contenders), len(contenders)):
+    # A collection before each run looks at what runs have made, not at the libraries' objects each time.
+    gc.collect()
+    gc.freeze()
+    try:
+        for done, (turn, name) in enumerate(_turns(list(contenders), repeats, seconds, seed), 1):
             prepare, run = contenders[name]
-            given = prepare()
-            gc.collect()
-            wait()
-            began = time.perf_counter()
-            for _ in range(calls):
-                kept = run(given)
-            wait()
-            taken = (time.perf_counter() - began) / calls
-            del given, kept
+            taken = _timed(prepare, run, calls, synchronize or _nothing)
             if turn:
                 times[name].append(taken)
-            done += 1
             if progress is not None:
-                progress(done, total, name)
+                progress(done, (repeats + 1) * len(contenders), name)
+    finally:
+        gc.unfreeze()
     return {name: Sample(tuple(values)) for name, values in times.items()}
 
 
@@ -174,6 +164,32 @@ def machine() -> dict[str, str]:
         "packages": ", ".join(versions),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _turns(names: list[str], repeats: int, seconds: float, seed: int) -> Iterator[tuple[int, str]]:
+    """The number of the turn, and who is next."""
+    order = random.Random(seed)
+    start = time.perf_counter()
+    for turn in range(repeats + 1):
+        if turn > _LEAST and time.perf_counter() - start > seconds:
+            return
+        for name in order.sample(names, len(names)):
+            yield turn, name
+
+
+def _timed(
+    prepare: Callable[[], Any], run: Callable[[Any], Any], calls: int, wait: Callable[[], None]
+) -> float:
+    given = prepare()
+    gc.collect()
+    wait()
+    began = time.perf_counter()
+    for _ in range(calls):
+        kept = run(given)
+    wait()
+    taken = time.perf_counter() - began
+    del given, kept
+    return taken / calls
 
 
 def _nothing() -> None:

@@ -17,14 +17,15 @@ def count_operations(step: Callable[[], Any]) -> int:
     """
     with _Counter() as counter:
         step()
-    return counter.count
+    return int(counter.count)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
+        if not func.is_view:
+            self.count += 1
         return func(*args, **(kwargs or {}))

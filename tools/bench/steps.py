@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,23 @@ from lora_fx.tools.bench.contenders import BUILDERS, FROZEN, NO_DROPOUT, Setting
 from lora_fx.tools.bench.floor import model_floor
 from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, synchronizer
 from lora_fx.tools.bench.measure import Progress, Ratio, Sample, interleaved, ratio
-from lora_fx.tools.bench.memory import measure_memory
+from lora_fx.tools.bench.memory import Memory, measure_memory
 from lora_fx.tools.bench.operations import count_operations
 from lora_fx.tools.bench.saved import saved_bytes
 from lora_fx.tools.bench.workloads import Workload
 
-__all__ = ["COLUMNS", "Measured", "Step", "case", "cells", "measure", "name_of"]
+__all__ = [
+    "COLUMNS",
+    "Measured",
+    "Step",
+    "case",
+    "cells",
+    "compare",
+    "loss_of",
+    "measure",
+    "mebibytes",
+    "name_of",
+]
 
 COLUMNS = (
     "contender",
@@ -42,7 +53,7 @@ class Step:
     Attributes:
         sample: Times.
         saved: Bytes kept between forward and backward, or None where hooks do not see them.
-        peak: Bytes that its operations hold at once, likewise.
+        memory: Bytes that its operations allocate, likewise.
         operations: ATen operations, likewise.
         launches: Kernels, on CUDA.
         allocated: Peak of the allocator, on CUDA.
@@ -50,7 +61,7 @@ class Step:
 
     sample: Sample
     saved: int | None = None
-    peak: int | None = None
+    memory: Memory | None = None
     operations: int | None = None
     launches: int | None = None
     allocated: int | None = None
@@ -61,11 +72,11 @@ class Measured:
     """Contenders on one workload.
 
     Attributes:
-        floor: F.
+        floor: F, or None where no simple count of products gives it.
         steps: By name, the frozen one among them.
     """
 
-    floor: float
+    floor: float | None
     steps: Mapping[str, Step]
 
     def overhead(self, name: str) -> Ratio:
@@ -124,7 +135,44 @@ def measure(
         name: wrap(model) if wrap is not None and name != FROZEN else model
         for name, model in models.items()
     }
-    losses = {name: _loss(model, inputs) for name, model in wrapped.items()}
+    losses = {name: loss_of(model, inputs) for name, model in wrapped.items()}
+    floor = model_floor(base, targets_of(base, settings), settings.r, lambda model: model(**inputs))
+    counted = {name for name, model in models.items() if wrapped[name] is model}
+    return compare(
+        models,
+        losses,
+        floor=floor,
+        device=device,
+        repeats=repeats,
+        seconds=seconds,
+        progress=progress,
+        counted=counted,
+    )
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    losses: Mapping[str, Callable[[], Tensor]],
+    *,
+    floor: float | None,
+    device: torch.device,
+    repeats: int,
+    seconds: float = math.inf,
+    progress: Progress | None = None,
+    counted: Collection[str] | None = None,
+) -> Measured:
+    """Measures contenders that are there.
+
+    Args:
+        models: By name, the frozen one among them.
+        losses: What each one's step goes back from.
+        floor: F.
+        device: Where they are.
+        repeats: Counted turns.
+        seconds: As for :func:`lora_fx.tools.bench.measure.interleaved`.
+        progress: Likewise.
+        counted: Of which more than time is measured; of all by default.
+    """
     timed = interleaved(
         {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()},
         repeats=repeats,
@@ -132,16 +180,20 @@ def measure(
         synchronize=synchronizer(device),
         progress=progress,
     )
-    floor = model_floor(base, targets_of(base, settings), settings.r, lambda model: model(**inputs))
     return Measured(
         floor,
         {
-            name: Step(timed[name])
-            if wrapped[name] is not model
-            else _counted(timed[name], model, losses[name], device)
+            name: _counted(timed[name], model, losses[name], device)
+            if counted is None or name in counted
+            else Step(timed[name])
             for name, model in models.items()
         },
     )
+
+
+def _efficiency(floor: float | None, overhead: float) -> str:
+    """η, F / O, as a table shows it."""
+    return "–" if floor is None else f"{100 * floor / overhead:.0f} %"
 
 
 def cells(measured: Measured, name: str) -> tuple[str, ...]:
@@ -152,12 +204,12 @@ def cells(measured: Measured, name: str) -> tuple[str, ...]:
         name,
         str(step.sample),
         "1" if name == FROZEN else str(overhead),
-        "" if plain else f"{100 * measured.floor / overhead.median:.0f} %",
-        _mebibytes(measured.saved_beyond(name)),
-        _mebibytes(step.peak),
+        "" if plain else _efficiency(measured.floor, overhead.median),
+        mebibytes(measured.saved_beyond(name)),
+        mebibytes(step.memory.peak if step.memory else None),
         _number(step.operations),
         _number(step.launches),
-        _mebibytes(step.allocated),
+        mebibytes(step.allocated),
     )
 
 
@@ -188,14 +240,16 @@ def _counted(
     return Step(
         sample,
         saved_bytes(model, loss),
-        memory.peak,
+        memory,
         count_operations(step),
         kernel_launches(step, device),
         allocator_peak(step, device),
     )
 
 
-def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """A forward that gives the loss."""
+
     def loss() -> Tensor:
         found: Tensor = model(**inputs).loss
         return found
@@ -210,7 +264,8 @@ def _backward(loss: Callable[[], Tensor]) -> Callable[[Any], None]:
     return step
 
 
-def _mebibytes(value: int | None) -> str:
+def mebibytes(value: int | None) -> str:
+    """A size as a table shows it, in MiB."""
     return "–" if value is None else f"{value / 2**20:.1f}"
 
 
