@@ -39,10 +39,12 @@ class Merged:
     Attributes:
         sample: Times.
         memory: What its operations allocate.
+        weight: Bytes of one weight.
     """
 
     sample: Sample
     memory: Memory
+    weight: int
 
 
 def run(
@@ -116,6 +118,7 @@ def _measured(
     progress: Progress | None,
 ) -> dict[str, Merged]:
     contenders = _contenders(device, dtype, shape)
+    weight = shape[1] ** 2 * dtype.itemsize
     timed = interleaved(
         contenders,
         repeats=repeats,
@@ -124,7 +127,7 @@ def _measured(
         progress=progress,
     )
     return {
-        name: Merged(timed[name], measure_memory(functools.partial(work, prepare())))
+        name: Merged(timed[name], measure_memory(functools.partial(work, prepare())), weight)
         for name, (prepare, work) in contenders.items()
     }
 

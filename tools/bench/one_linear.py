@@ -113,8 +113,8 @@ def caption() -> str:
         "d inputs and d outputs, T tokens, no bias, eager, without the wrapper of a whole model. O is "
         "the time beside that of the frozen layer with a gradient for its input, F is "
         "1 + 1.5·r·(d + k)/(d·k), and η = F / O in brackets. Others than lora-fx and PEFT are measured at "
-        "r = 16 and, on a CPU, not at the largest size. The contraction chosen by FLOPs is for p = 0 only. On "
-        "CUDA the kernel launches of a step stand behind η."
+        "r = 16 and, on a CPU, not at the largest size. The contraction chosen by FLOPs is for p = 0 only. "
+        "On CUDA the kernel launches of a step stand behind η."
     )
 
 
