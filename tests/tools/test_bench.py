@@ -139,6 +139,5 @@ def test_operations_are_counted_without_views() -> None:
     x = torch.ones(4, 4, requires_grad=True)
     # mul and sum; backward begins with ones_like, and multiplies.
     assert count_operations(lambda: x.mul(2).sum().backward()) == 4
-    x.grad = None
-    assert count_operations(lambda: x.view(2, 8).T.mul(2).sum().backward()) == 4
+    assert count_operations(lambda: x.view(2, 8).T.mul(2).sum()) == 2
     assert count_operations(lambda: x.detach().T) == 0
