@@ -26,7 +26,7 @@ TITLE = "A training step of a small Llama, all-linear, rank 16"
 
 _DROPOUTS = (0.0, 0.05)
 _NAMES = (AGAIN, OURS, CANONICAL, EXPORTED, PEFT, *PEERS)
-_HALF_NAMES = (AGAIN, OURS, CANONICAL, PEFT, PEERS[0])
+_FEW_NAMES = (AGAIN, OURS, CANONICAL, PEFT, PEERS[0])
 _SECONDS = 90.0
 
 
@@ -42,12 +42,12 @@ def run(
 ) -> dict[str, Measured]:
     """Results by device and dtype."""
     cases = [(device, torch.float32) for device in devices()]
-    if size is not Size.TINY:
+    if size is Size.FULL:
         cases += [(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
     return {
         case(device, dtype): measure(
             workload(size),
-            _NAMES if dtype is torch.float32 else _HALF_NAMES,
+            _names(size, dtype),
             dropouts=_DROPOUTS,
             device=device,
             dtype=dtype,
@@ -109,6 +109,12 @@ def charts(results: dict[str, Measured]) -> dict[str, str]:
             [Group("", saved)],
         )
     return found
+
+
+def _names(size: Size, dtype: torch.dtype) -> tuple[str, ...]:
+    if size is Size.QUICK:
+        return (AGAIN, OURS, EXPORTED, PEFT)
+    return _NAMES if dtype is torch.float32 else _FEW_NAMES
 
 
 def _kind(name: str) -> str:
