@@ -32,9 +32,10 @@ def lora_linear(
 ) -> Tensor:
     """A linear operation with a LoRA branch (Hu et al. 2021, arXiv:2106.09685).
 
-    Under autocast it computes in autocast's dtype, otherwise in that of ``x``. Factors of another dtype are
-    cast to it, and their gradients have their own. It can be differentiated twice, compiled, checkpointed and
-    transformed by ``torch.func.grad``.
+    Under autocast it computes in autocast's dtype (fp64 stays fp64, as in PyTorch), otherwise in that of
+    ``x``. Factors of another dtype are cast to it, and their gradients have their own. It can be
+    differentiated twice, compiled and checkpointed. Under the transforms of ``torch.func`` it runs as the
+    plain operations: all of them apply. Forward-mode differentiation outside of ``torch.func`` is an error.
 
     Args:
         x: [..., in].
@@ -52,12 +53,11 @@ def lora_linear(
         [..., out].
     """
     kind = x.device.type
-    # There is no autocast on the meta device, and asking for it is an error.
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = _autocast(kind)
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     mask = None
     if dropout and training:
         mask = draw(x, dropout)
@@ -69,15 +69,46 @@ def lora_linear(
         return _apply(*given)
 
 
+def _autocast(kind: str) -> bool:
+    # There is none on the meta device, and asking for it is an error.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does it, which leaves fp64 alone."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
 def _apply(*given: Any) -> Tensor:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return _plain(*given)
     if not torch.is_grad_enabled():
         return _LoraLinear.forward(*given)[0]
     apply: Any = _LoraLinear.apply
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if not compiling:
         # The same without a look for default values at forward's signature, which takes longer than forward.
         apply = super(torch.autograd.Function, _LoraLinear).apply
     out: Tensor = apply(*given)[0]
     return out
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    rows: tuple[int, int] | None,
+) -> Tensor:
+    """The same with nothing in place, since vmap cannot write a batch into what has none."""
+    masked = x if mask is None else x * unpacked(mask, x)
+    branch = F.linear(F.linear(masked, a.to(x.dtype)), b.to(x.dtype)) * scale
+    if rows is not None:
+        branch = F.pad(branch, (rows[0], weight.shape[0] - rows[1]))
+    return F.linear(x, weight, bias) + branch
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -111,6 +142,15 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kind = grads[0].device.type
+        if not _autocast(kind):
+            return _LoraLinear._gradients(ctx, *grads)
+        # Who enters it for the backward alone would have products in its dtype added to others.
+        with torch.autocast(kind, enabled=False):
+            return _LoraLinear._gradients(ctx, *grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, mask, down = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:5]
         # Differentiated twice, what is kept is no constant, and nothing may be written in place.
