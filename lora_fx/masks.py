@@ -39,8 +39,8 @@ def draw(x: Tensor, dropout: float) -> Tensor:
 
     Returns:
         On a CPU the bits of what is dropped [ceil(n / 8)], uint8. Elsewhere, and under a compiler, which both
-        fuse a mask with what reads it, what is kept: bool in the shape of ``x``. Likewise under the transforms
-        of ``torch.func``, where each sample of a batch may have a mask of its own.
+        fuse a mask with what reads it, what is kept: bool in the shape of ``x``. The same under the
+        transforms of ``torch.func``, where each sample of a batch may have a mask of its own.
     """
     threshold = 256 - kept(dropout)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
