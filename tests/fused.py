@@ -118,11 +118,17 @@ def gradients(function: Any, given: Operands, cotangent: Tensor) -> dict[str, Te
     return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
 
 
-def errors(function: Any, given: Operands, root_mean_square: bool = False) -> dict[str, float]:
+def errors(
+    function: Any,
+    given: Operands,
+    root_mean_square: bool = False,
+    computed: torch.dtype | None = None,
+) -> dict[str, float]:
     """How far output and gradients are from fp64, in roundings of the dtype.
 
     One rounding is the dtype's epsilon times what the same sums come to over absolute values: a bound that
-    no cancellation makes small. The inputs are what they are after rounding.
+    no cancellation makes small. The inputs are what they are after rounding. ``computed`` is the dtype of the
+    computation where autocast makes it another than that of x.
     """
     shape = (*given.x.shape[:-1], given.weight.shape[0])
     values = torch.Generator().manual_seed(2)
@@ -132,11 +138,12 @@ def errors(function: Any, given: Operands, root_mean_square: bool = False) -> di
     exact = gradients(canonical, double, cotangent.double())
     absolute = replace(double.mapped(torch.abs), scale=abs(given.scale))
     bound = gradients(canonical, absolute, cotangent.double().abs())
-    epsilon = torch.finfo(given.x.dtype).eps
+    computed = computed or given.x.dtype
+    epsilon = torch.finfo(computed).eps
     result = {}
     for name, tensor in found.items():
         assert tensor.shape == exact[name].shape, name
-        expected = given.tensors[name].dtype if name != "out" else given.x.dtype
+        expected = given.tensors[name].dtype if name != "out" else computed
         assert tensor.dtype == expected, f"{name} is {tensor.dtype}"
         off = (tensor.double() - exact[name]) / (epsilon * bound[name]).clamp_min(1e-300)
         assert off.isfinite().all(), name
