@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx.errors import LoraFxError
 from lora_fx.masks import draw, kept, unpacked
 
 __all__ = ["lora_linear"]
@@ -36,6 +37,7 @@ def lora_linear(
     ``x``. Factors of another dtype are cast to it, and their gradients have their own. It can be
     differentiated twice, compiled and checkpointed. Under the transforms of ``torch.func`` it runs as the
     plain operations: all of them apply. Forward-mode differentiation outside of ``torch.func`` is an error.
+    Where A is frozen x is not kept.
 
     Args:
         x: [..., in].
@@ -51,6 +53,9 @@ def lora_linear(
 
     Returns:
         [..., out].
+
+    Raises:
+        LoraFxError: In a second backward pass, where A is frozen and both x and B want a gradient.
     """
     kind = x.device.type
     autocast = _autocast(kind)
@@ -137,8 +142,13 @@ class _LoraLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, a, b, mask, scale, rows = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, a, b, mask, output[1])
-        ctx.scale, ctx.rows = scale, rows
+        wants_x, wants_weight, _, wants_a, wants_b = ctx.needs_input_grad[:5]
+        # A frozen A (LoRA-FA, arXiv:2308.03303) is there to save x. A compiler sees by itself what is read.
+        keep = wants_weight or wants_a or torch.compiler.is_compiling()
+        mask = mask if wants_x or wants_a else None
+        down = output[1] if wants_b else None
+        ctx.save_for_backward(x if keep else None, weight, a, b, mask, down)
+        ctx.scale, ctx.rows, ctx.shape = scale, rows, x.shape
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,24 +165,35 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:5]
         # Differentiated twice, what is kept is no constant, and nothing may be written in place.
         again = torch.is_grad_enabled()
-        factor = None if mask is None else _flat(unpacked(mask, x))
         grad = _flat(grads[0])
+        like = grad.new_empty(()).expand(ctx.shape) if x is None else x
+        factor = None if mask is None else _flat(unpacked(mask, like))
         mine, a_now, b_now = _part(grad, ctx.rows), a.to(grad.dtype), b.to(grad.dtype)
         inner = (mine @ b_now).mul(ctx.scale)
-        masked = _flat(x)
-        if factor is not None and (wants_a or (again and wants_b)):
-            masked = masked * factor
-        grad_a = (inner.T @ masked).to(a.dtype) if wants_a else None
+        masked = None
+        if wants_a or (again and wants_b and wants_x):
+            masked = _masked(x, factor)
+        grad_a = (inner.T @ masked).to(a.dtype) if masked is not None and wants_a else None
         grad_b = None
         if wants_b:
-            down = masked @ a_now.T if again else down
+            down = masked @ a_now.T if again and masked is not None else down
             grad_b = (mine.T @ down).mul(ctx.scale).to(b.dtype)
         grad_x = (
-            _grad_x(grad @ weight, inner, a_now, factor, again).view(x.shape) if wants_x else None
+            _grad_x(grad @ weight, inner, a_now, factor, again).view(ctx.shape) if wants_x else None
         )
         grad_weight = grad.T @ _flat(x) if wants_weight else None
         grad_bias = grad.sum(0) if wants_bias else None
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+
+
+def _masked(x: Tensor | None, factor: Tensor | None) -> Tensor:
+    if x is None:
+        raise LoraFxError(
+            "the gradient of B of a frozen A (LoRA-FA) cannot be differentiated again "
+            "(create_graph=True), since its input is not kept: make A trainable, or rewrite with "
+            "optimize=False"
+        )
+    return _flat(x) if factor is None else _flat(x) * factor
 
 
 def _grad_x(base: Tensor, inner: Tensor, a: Tensor, factor: Tensor | None, again: bool) -> Tensor:

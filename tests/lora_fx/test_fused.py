@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora_fx.errors import LoraFxError
 from lora_fx.fused import lora_linear
 from tests.fused import Operands, canonical, errors, fused, gradients, operands, recovered
 from tests.numerics import assert_close
@@ -107,7 +108,10 @@ CHECKED = {
 
 
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("x", "weight", "bias"), ("a", "b")])
+@pytest.mark.parametrize(
+    "frozen",
+    [(), ("weight", "bias"), ("x", "weight", "bias"), ("a", "b"), ("a",), ("x", "a", "weight")],
+)
 @pytest.mark.parametrize("options", CHECKED.values(), ids=CHECKED)
 def test_gradients_are_those_of_differences(check, frozen, options: dict[str, Any]) -> None:
     case = operands((2,), (3, 4), 2, frozen=frozen, **options)
@@ -124,6 +128,16 @@ def test_gradients_are_those_of_differences(check, frozen, options: dict[str, An
         )
 
     assert check(function, tuple(case.wanted.values()))
+
+
+@pytest.mark.parametrize("options", CHECKED.values(), ids=CHECKED)
+def test_a_frozen_a_is_differentiated_once(options: dict[str, Any]) -> None:
+    case = operands(frozen=("weight", "bias", "a"), **options)
+    ones = torch.ones(2, 3, 6, dtype=torch.float64)
+    found, expected = gradients(fused, case, ones), gradients(canonical, case, ones)
+    assert_close(list(found.values()), list(expected.values()))
+    with pytest.raises(LoraFxError, match=r"cannot be differentiated again.*make A trainable"):
+        torch.autograd.grad(fused(case).sum(), case.b, create_graph=True)
 
 
 def test_without_training_there_is_no_dropout_and_nothing_is_drawn() -> None:

@@ -320,10 +320,14 @@ def test_forward_mode_outside_of_func_is_an_error() -> None:
 TOKENS, FEATURES, RANK = 64, 32, 4
 
 
-def kept_bytes(optimize: bool, dropout: float, dtype: torch.dtype) -> int:
+def kept_bytes(
+    optimize: bool, dropout: float, dtype: torch.dtype, frozen: tuple[str, ...] = ()
+) -> int:
     config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=["0"])
     base = nn.Sequential(nn.Linear(FEATURES, 48)).to(dtype)
     model = lora_fx.rewrite(base, config, optimize=optimize).train()
+    for name in frozen:
+        model.get_parameter(f"0.lora_{name}.default").requires_grad_(False)
     x = torch.randn(TOKENS, FEATURES, dtype=dtype, requires_grad=True)
     return saved_bytes(model, lambda: model(x))
 
@@ -342,6 +346,18 @@ def test_it_keeps_x_the_product_with_a_and_a_bit_an_element(
         assert expected < plain
     else:
         assert expected == plain
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("frozen", ["A", "AB"])
+def test_a_frozen_factor_needs_no_input(frozen: str, dropout: float) -> None:
+    bits = TOKENS * FEATURES // 8 if dropout else 0
+    # The gradient of B needs the product with A, that of x neither.
+    expected = bits + (TOKENS * RANK * 4 if frozen == "A" else 0)
+    found, plain = (
+        kept_bytes(optimize, dropout, torch.float32, tuple(frozen)) for optimize in (True, False)
+    )
+    assert found == expected <= plain
 
 
 def test_the_mask_is_that_of_the_seed_in_the_model_too() -> None:
