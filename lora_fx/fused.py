@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx.errors import LoraFxError
 from lora_fx.masks import draw, kept, unpacked
 
 __all__ = ["lora_linear", "lora_linears"]
@@ -37,9 +38,11 @@ def lora_linear(
 ) -> Tensor:
     """A linear operation with a LoRA branch (Hu et al. 2021, arXiv:2106.09685).
 
-    Under autocast it computes in autocast's dtype, otherwise in that of ``x``. Factors of another dtype are
-    cast to it, and their gradients have their own. It can be differentiated twice, compiled, checkpointed and
-    transformed by ``torch.func.grad``.
+    Under autocast it computes in autocast's dtype (fp64 stays fp64, as in PyTorch), otherwise in that of
+    ``x``. Factors of another dtype are cast to it, and their gradients have their own. It can be
+    differentiated twice, compiled and checkpointed. Under the transforms of ``torch.func`` it runs as the
+    plain operations: all of them apply. Forward-mode differentiation outside of ``torch.func`` is an error.
+    Where A is frozen x is not kept.
 
     Args:
         x: [..., in].
@@ -55,12 +58,12 @@ def lora_linear(
 
     Returns:
         [..., out].
+
+    Raises:
+        LoraFxError: In a second backward pass, where A is frozen and both x and B want a gradient.
     """
-    mask = None
-    if dropout and training:
-        mask = draw(x, dropout)
-        scale *= 256 / kept(dropout)
-    return _applied(x, mask, ((scale, rows),), (weight, bias, a, b))[0]
+    options = ((scale, rows),)
+    return _applied(x, dropout if training else 0.0, options, (weight, bias, a, b))[0]
 
 
 def lora_linears(
@@ -87,37 +90,59 @@ def lora_linears(
 
     Returns:
         The output of each, [..., out].
+
+    Raises:
+        LoraFxError: As :func:`lora_linear`.
     """
     each = zip(weights, biases, a, b, strict=True)
     tensors = [tensor for of_one in each for tensor in of_one]
-    return _applied(x, None, tuple(zip(scales, rows, strict=True)), tensors)
+    return _applied(x, 0.0, tuple(zip(scales, rows, strict=True)), tensors)
 
 
 def _applied(
     x: Tensor,
-    mask: Tensor | None,
+    dropout: float,
     options: tuple[tuple[float, _Rows | None], ...],
     tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     kind = x.device.type
-    # There is no autocast on the meta device, and asking for it is an error.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    autocast = _autocast(kind)
+    if autocast:
+        dtype = torch.get_autocast_dtype(kind)
+        x = _cast(x, dtype)
+        # Weights and biases; factors are cast inside, so that they are saved as they are.
+        tensors = [
+            _cast(one, dtype) if one is not None and place % 4 < 2 else one
+            for place, one in enumerate(tensors)
+        ]
+    mask = None
+    if dropout:
+        mask = draw(x, dropout)
+        options = tuple((scale * 256 / kept(dropout), rows) for scale, rows in options)
+    if not autocast:
         return _apply(x, mask, options, *tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    # Weights and biases; factors are cast inside, so that they are saved as they are.
-    cast = [
-        one.to(dtype) if one is not None and place % 4 < 2 else one
-        for place, one in enumerate(tensors)
-    ]
     with torch.autocast(kind, enabled=False):
-        return _apply(x.to(dtype), mask, options, *cast)
+        return _apply(x, mask, options, *tensors)
+
+
+def _autocast(kind: str) -> bool:
+    # There is none on the meta device, and asking for it is an error.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does it, which leaves fp64 alone."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _apply(*given: Any) -> tuple[Tensor, ...]:
-    apply: Any = _LoraLinears.apply
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return _plain(*given)
     if not torch.is_grad_enabled():
-        apply = _LoraLinears.forward
-    elif not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        return _LoraLinears.forward(*given)[:-1]
+    apply: Any = _LoraLinears.apply
+    if not compiling:
         # The same without a look for default values at forward's signature, which takes longer than forward.
         apply = super(torch.autograd.Function, _LoraLinears).apply
     outputs: tuple[Tensor, ...] = apply(*given)[:-1]
@@ -144,8 +169,22 @@ def _operations(options: Any, tensors: Sequence[Any]) -> list[_Operation]:
     ]
 
 
+def _plain(
+    x: Tensor, mask: Tensor | None, options: Any, *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The same with nothing in place, since vmap cannot write a batch into what has none."""
+    masked = x if mask is None else x * unpacked(mask, x)
+    outputs = []
+    for one in _operations(options, tensors):
+        branch = F.linear(F.linear(masked, one.a.to(x.dtype)), one.b.to(x.dtype)) * one.scale
+        if one.rows is not None:
+            branch = F.pad(branch, (one.rows[0], one.weight.shape[0] - one.rows[1]))
+        outputs.append(F.linear(x, one.weight, one.bias) + branch)
+    return tuple(outputs)
+
+
 class _LoraLinears(torch.autograd.Function):
-    """Its last output is the product with the A's: the form that ``torch.func`` needs for what is kept."""
+    """Its last output is the product with the A's: what is kept for the backward has to be an output."""
 
     @staticmethod
     def forward(
@@ -168,52 +207,83 @@ class _LoraLinears(torch.autograd.Function):
         x, mask, options, *tensors = inputs
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mask, output[-1], *tensors)
-        ctx.options = options
+        wants = ctx.needs_input_grad[3:]
+        wants_a = any(wants[2::4])
+        # A frozen A (LoRA-FA, arXiv:2308.03303) is there to save x. A compiler sees by itself what is read.
+        keep = wants_a or any(wants[::4]) or torch.compiler.is_compiling()
+        mask = mask if ctx.needs_input_grad[0] or wants_a else None
+        down = output[-1] if any(wants[3::4]) else None
+        ctx.save_for_backward(x if keep else None, mask, down, *tensors)
+        ctx.options, ctx.shape = options, x.shape
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mask, down, *tensors = ctx.saved_tensors
-        operations = _operations(ctx.options, tensors)
-        wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        # Differentiated twice, what is kept is no constant, and nothing may be written in place.
-        again = torch.is_grad_enabled()
-        flat = _flat(x)
-        factor = None if mask is None else _flat(unpacked(mask, x))
-        joined = _joined(operations, x.dtype)
-        masked = flat
-        if factor is not None and (again or any(wants[2::4])):
-            masked = flat * factor
-        if again:
-            down = masked @ joined.T
-        results: list[Tensor | None] = []
-        inner, grad_x = [], None
-        for place, (one, its_down) in enumerate(_with_columns(operations, down)):
-            of_weight, of_bias, _, of_b = wants[4 * place : 4 * place + 4]
-            if (given := grads[place]) is None:
-                inner.append(torch.zeros_like(its_down))
-                results += [None, None, None, None]
-                continue
-            grad = _flat(given)
-            mine = one.part(grad)
-            inner.append((mine @ one.b.to(grad.dtype)).mul(one.scale))
-            results += [
-                grad.T @ flat if of_weight else None,
-                grad.sum(0) if of_bias else None,
-                None,
-                (mine.T @ its_down).mul(one.scale).to(one.b.dtype) if of_b else None,
-            ]
-            if wants_x:
-                grad_x = _plus(grad_x, grad, one.weight, again)
-        every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
-        if any(wants[2::4]):
-            grad_a = torch.split(every.T @ masked, [one.a.shape[0] for one in operations])
-            for place, (one, part) in enumerate(zip(operations, grad_a, strict=True)):
-                if wants[4 * place + 2] and grads[place] is not None:
-                    results[4 * place + 2] = part.to(one.a.dtype)
-        if grad_x is not None:
-            grad_x = _plus(grad_x, every, joined, again, factor)
-        return None if grad_x is None else grad_x.view(x.shape), None, None, *results
+        known = next((grad for grad in grads if grad is not None), None)
+        if known is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kind = known.device.type
+        if not _autocast(kind):
+            return _gradients(ctx, *grads)
+        # Who enters it for the backward alone would have products in its dtype added to others.
+        with torch.autocast(kind, enabled=False):
+            return _gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of every argument of forward, from those of its outputs, some of which may be None."""
+    x, mask, down, *tensors = ctx.saved_tensors
+    operations = _operations(ctx.options, tensors)
+    wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+    wants_a = any(wants[2::4])
+    known = next(grad for grad in grads if grad is not None)
+    # Differentiated twice, what is kept is no constant, and nothing may be written in place.
+    again = torch.is_grad_enabled()
+    like = known.new_empty(()).expand(ctx.shape) if x is None else x
+    factor = None if mask is None else _flat(unpacked(mask, like))
+    joined = _joined(operations, known.dtype)
+    masked = None
+    if wants_a or (again and any(wants[3::4]) and wants_x):
+        masked = _masked(x, factor)
+        down = masked @ joined.T if again else down
+    results: list[Tensor | None] = [None] * len(wants)
+    inner, grad_x = [], None
+    for place, (one, its_down) in enumerate(_with_columns(operations, down)):
+        if (given := grads[place]) is None:
+            inner.append(known.new_zeros(known.numel() // known.shape[-1], one.a.shape[0]))
+            continue
+        of_weight, of_bias, _, of_b = wants[4 * place : 4 * place + 4]
+        grad = _flat(given)
+        mine = one.part(grad)
+        inner.append((mine @ one.b.to(grad.dtype)).mul(one.scale))
+        if of_weight:
+            results[4 * place] = grad.T @ _flat(x)
+        if of_bias:
+            results[4 * place + 1] = grad.sum(0)
+        if of_b:
+            results[4 * place + 3] = (mine.T @ its_down).mul(one.scale).to(one.b.dtype)
+        if wants_x:
+            grad_x = _plus(grad_x, grad, one.weight, again)
+    every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
+    if masked is not None and wants_a:
+        grad_a = torch.split(every.T @ masked, [one.a.shape[0] for one in operations])
+        parts = zip(operations, grad_a, grads[:-1], wants[2::4], strict=True)
+        results[2::4] = [
+            part.to(one.a.dtype) if wanted and given is not None else None
+            for one, part, given, wanted in parts
+        ]
+    if grad_x is not None:
+        grad_x = _plus(grad_x, every, joined, again, factor).view(ctx.shape)
+    return grad_x, None, None, *results
+
+
+def _masked(x: Tensor | None, factor: Tensor | None) -> Tensor:
+    if x is None:
+        raise LoraFxError(
+            "the gradient of B of a frozen A (LoRA-FA) cannot be differentiated again "
+            "(create_graph=True), since its input is not kept: make A trainable, or rewrite with "
+            "optimize=False"
+        )
+    return _flat(x) if factor is None else _flat(x) * factor
 
 
 def _plus(
@@ -235,13 +305,16 @@ def _joined(operations: Sequence[_Operation], dtype: torch.dtype) -> Tensor:
 
 
 def _with_columns(
-    operations: Sequence[_Operation], down: Tensor
-) -> Iterator[tuple[_Operation, Tensor]]:
+    operations: Sequence[_Operation], down: Tensor | None
+) -> Iterator[tuple[_Operation, Any]]:
     """Each operation with its columns of the product with all A's."""
     start = 0
     for one in operations:
         rank = one.a.shape[0]
-        yield one, down if len(operations) == 1 else down.narrow(1, start, rank)
+        if down is None or len(operations) == 1:
+            yield one, down
+        else:
+            yield one, down.narrow(1, start, rank)
         start += rank
 
 
