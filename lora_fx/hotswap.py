@@ -21,6 +21,7 @@ from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.passes._factors import SiteFactors, factors_of
 from lora_fx.passes._own import own_value
 from lora_fx.passes._start_place import start_factors
+from lora_fx.passes._tokens import tokens_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import AdapterRecord, record_of
 from lora_fx.types import PlannedSite
@@ -31,7 +32,8 @@ __all__ = ["hotswap_adapter", "prepare_hotswap"]
 def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") -> nn.Module:
     """Gives an adapter room for others of a higher rank: its factors are padded with zeros.
 
-    What it computes stays the same, and so does its scale. Do it before ``torch.compile``: the shapes change.
+    What it computes stays the same, and so does its scale. Shapes change: do it before ``torch.compile``, and
+    before the first step of an optimizer, which keeps tensors of the old shape. Gradients are dropped.
 
     Args:
         model: A rewritten model. It is changed.
@@ -88,14 +90,25 @@ def hotswap_adapter(
         CheckpointError: As :func:`lora_fx.load_adapter`; and if the folder's adapter has a site, a rank, a
             variant or a trained parameter that the model's has no place for: all are listed, and nothing
             was changed.
-        ConfigError: If there is no such adapter.
+        ConfigError: If there is no such adapter, or it trains biases of the base.
     """
     there = adapter_record(model, adapter_name)
+    if there.biases:
+        raise ConfigError(
+            f"adapter {adapter_name!r} trains biases of the base (bias={there.config.bias!r}), of which a "
+            "model has one adapter at most, so that no other can be swapped in; "
+            "lora_fx.load_adapter(model, directory, adapter_name=...) replaces the values of one of the same "
+            "shape"
+        )
     incoming = _free_name(model, adapter_name)
+    # Buffers are the model's, not an adapter's: loading writes them before anything is compared.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     load_adapter(model, directory, adapter_name=incoming)
     try:
         new = adapter_record(model, incoming)
         if problems := sorted(_problems(model, there, adapter_name, new, incoming)):
+            for name, buffer in buffers.items():
+                write(model.get_buffer(name), buffer)
             raise CheckpointError(
                 f"the adapter in {os.fspath(directory)} cannot be swapped into {adapter_name!r}; nothing "
                 "was changed:\n  " + "\n  ".join(problems)
@@ -106,6 +119,10 @@ def hotswap_adapter(
                 _swap(model, row, adapter_name, rows.get(row.name), incoming)
         for name in new.own:
             write(own_value(model, adapter_name, name), own_value(model, incoming, name).detach())
+        for tokens in new.tokens:
+            write(
+                tokens_of(model, tokens, adapter_name), tokens_of(model, tokens, incoming).detach()
+            )
     finally:
         delete_adapter(model, incoming)
     return model
@@ -147,6 +164,17 @@ def _problems(
     for own in sorted(set(there.own) ^ set(new.own)):
         owner = "the folder's" if own in new.own else "the model's"
         yield f"{own}: only {owner} adapter trains it (modules_to_save, bias)"
+    here, coming = ({row.name: row.indices for row in one.tokens} for one in (there, new))
+    for name in sorted(here.keys() | coming.keys()):
+        if here.get(name) != coming.get(name):
+            yield (
+                f"{name}: the folder's adapter trains its rows {_listed(coming.get(name))}, the model's "
+                f"{_listed(here.get(name))} (trainable_token_indices)"
+            )
+
+
+def _listed(indices: tuple[int, ...] | None) -> str:
+    return ", ".join(map(str, indices or ())) or "none"
 
 
 def _swap(
@@ -171,8 +199,8 @@ def _swap(
 def _widen(model: nn.Module, row: PlannedSite, adapter: str, rank: int) -> None:
     factors = factors_of(model, row, adapter)
     for old, value in zip(factors.pair, _padded(row, factors, rank), strict=True):
-        # In place: an optimizer that has the parameter goes on with it.
-        old.data = value
+        # In place: an optimizer that has the parameter goes on with it, if it has made no step.
+        old.grad, old.data = None, value
 
 
 def _padded(row: PlannedSite, factors: SiteFactors, rank: int) -> tuple[Tensor, Tensor]:
