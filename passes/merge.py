@@ -164,13 +164,15 @@ def _with_rows(model: nn.Module, old: torch.Tensor, rows: TokenWeight) -> torch.
 
 
 def _stay_tied(
-    one: Sequence[tuple[PlannedSite, str]], other: Sequence[tuple[PlannedSite, str]]
+    head: Sequence[tuple[PlannedSite, str]], table: Sequence[tuple[PlannedSite, str]]
 ) -> bool:
-    """Whether an embedding and a head have the same merged weight: those of one adapter, transposed, have.
+    """Whether a head and an embedding have the same merged weight: both have the same factors.
 
     A magnitude scales the columns of the one and the rows of the other.
     """
-    return len(one) == len(other) and not any(row.dora for row, _ in (*one, *other))
+    if any(row.dora for row, _ in (*head, *table)) or not all(row.tied for row, _ in head):
+        return False
+    return {adapter for _, adapter in head} == {adapter for _, adapter in table}
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
