@@ -161,7 +161,8 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
                 "call backward() first, then step()"
             )
         for row, a, b in pairs:
-            if b.grad is not None:
+            # At scale 0 the gradient is 0, and stays so.
+            if b.grad is not None and row.scale:
                 b.grad = _corrected(row, a.detach(), b.grad)
 
     return optimizer.register_step_pre_hook(before)
@@ -171,10 +172,12 @@ def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> tor
     """``g (A Aᵀ + ε)⁻¹ / s²`` for each expert or group, or for all at once."""
     count = row.site.experts or row.site.groups
     rank = row.rank if row.site.experts else row.rank // row.site.groups
-    a = a.reshape(count, rank, -1)
+    # No half type can be solved in, and their squares would lose what the ridge adds.
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a = a.to(wide).reshape(count, rank, -1)
     gram = a @ a.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
-    flat = gradient.to(a.dtype).reshape(count, -1, rank)
+    flat = gradient.to(wide).reshape(count, -1, rank)
     solved: torch.Tensor = torch.linalg.solve(gram, flat, left=False) / row.scale**2
     return solved.reshape(gradient.shape).to(gradient.dtype)
 
