@@ -214,7 +214,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        _activate(model, _record(model), before.active, before.per_sample)
+        _reactivate(model, before)
 
 
 @contextmanager
@@ -256,7 +256,7 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
         for holder in holders:
             holder.assign(0, {})
         if not prepared:
-            _activate(model, _record(model), before.active, before.per_sample)
+            _reactivate(model, before)
 
 
 def base_capture(model: nn.Module, record: Record) -> Capture:
@@ -363,6 +363,13 @@ def _activate(
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
     put_in(model, record)
     model.__dict__["_lora_fx"] = record
+
+
+def _reactivate(model: nn.Module, before: Record) -> None:
+    """Activates what was active at some time, but for what has been deleted since."""
+    record = _record(model)
+    names = tuple(name for name in before.active if name in record.adapters)
+    _activate(model, record, names, before.per_sample)
 
 
 def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
