@@ -44,6 +44,7 @@ __all__ = [
     "base_capture",
     "delete_adapter",
     "disable_adapter",
+    "note_start",
     "put_adapter",
     "put_in",
     "set_adapter",
@@ -197,6 +198,14 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     drop_factors(model, adapter_name)
     adapters = {name: one for name, one in record.adapters.items() if name != adapter_name}
+    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
+
+
+def note_start(model: nn.Module, adapter_name: str) -> None:
+    """Notes that an adapter has its values, and waits for no data any more."""
+    record = _record(model)
+    entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
+    adapters = {**record.adapters, adapter_name: entry}
     model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx._checkpoint_tensors import write
-from lora_fx.adapters import adapter_names, adapter_record, delete_adapter
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start
 from lora_fx.checkpoint import load_adapter
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.passes._factors import SiteFactors, factors_of
@@ -125,6 +125,7 @@ def hotswap_adapter(
             )
     finally:
         delete_adapter(model, incoming)
+    note_start(model, adapter_name)
     return model
 
 
