@@ -23,7 +23,7 @@ from lora_fx.passes._own import own_value
 from lora_fx.passes._start_place import start_factors
 from lora_fx.passes._tokens import tokens_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.record import AdapterRecord, record_of
+from lora_fx.record import AdapterRecord, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = ["hotswap_adapter", "prepare_hotswap"]
@@ -61,8 +61,7 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") 
         if not row.tied:
             _widen(model, row, adapter_name, rank)
     rows = tuple(_of_rank(row, rank, old.config.use_rslora) for row in old.sites)
-    record = record_of(model)
-    assert record is not None
+    record = require_record(model)
     new = dataclasses.replace(old, sites=rows)
     model.__dict__["_lora_fx"] = dataclasses.replace(
         record, adapters={**record.adapters, adapter_name: new}

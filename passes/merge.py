@@ -31,7 +31,7 @@ from lora_fx.passes._placing import (
 from lora_fx.passes._region import is_region, original_class
 from lora_fx.passes._strip import stripped
 from lora_fx.passes._tokens import tokens_of, with_tokens
-from lora_fx.record import Record, record_of
+from lora_fx.record import Record, record_of, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = [
@@ -69,12 +69,7 @@ def merge(
         MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit,
             or a factor or a result is not finite. ``into`` is then as it was.
     """
-    record = record_of(model)
-    if record is None:
-        raise MergeError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
-            "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
-        )
+    record = require_record(model, MergeError)
     names = _chosen(record, adapter_names)
     if into is not None:
         _check_fits(model, into, record, names)
