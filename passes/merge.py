@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -84,25 +84,25 @@ def merge(
                 tied[row.site.weight] = weights[row.tied]
             rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
             _check_finite(model, row, name)
+    own = dict(trained(model, record, names))
     sites: list[MergedSite] = []
     merged: dict[str, torch.Tensor] = {}
     for done, (weight, several) in enumerate(rows.items()):
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
-        old = result.get_parameter(weight).detach()
+        old = _unadapted(result, weight, own)
         fold = Fold(model, record, several)
         merged[weight] = fold.folded(old)
         exact = fold.exact(old) if measure else None
         sites.append(compared(fold.name, fold.adapters, old, merged[weight], exact))
     for weight, replaced in tokens.items():
-        old = result.get_parameter(weight).detach()
+        old = _unadapted(result, weight, own)
         merged[weight] = _with_rows(model, old, replaced)
         exact = _with_rows(model, old.double(), replaced) if measure else None
         given = tuple(adapter for _, adapter in replaced)
         sites.append(compared(replaced[0][0].name, given, old, merged[weight], exact))
     every = [pair for several in rows.values() for pair in several]
-    kept = {name for name, _ in trained(model, record, names)}
-    biases = merged_biases(model, result, every, kept)
+    biases = merged_biases(model, result, every, own)
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     place_trained(model, result, record, names)
     place_biases(result, biases)
@@ -149,6 +149,12 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )
+
+
+def _unadapted(result: nn.Module, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
+    """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
+    base = result.get_parameter(name).detach()
+    return trained[name].detach().to(base) if name in trained else base
 
 
 def _with_rows(model: nn.Module, old: torch.Tensor, rows: TokenWeight) -> torch.Tensor:
