@@ -114,8 +114,7 @@ def hotswap_adapter(
             )
         rows = {row.name: row for row in new.sites}
         for row in there.sites:
-            if not row.tied:
-                _swap(model, row, adapter_name, rows.get(row.name), incoming)
+            _swap(model, row, adapter_name, rows.get(row.name), incoming)
         for name in new.own:
             write(own_value(model, adapter_name, name), own_value(model, incoming, name).detach())
         for tokens in new.tokens:
@@ -158,9 +157,16 @@ def _problems(
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
         elif start_factors(model, row, incoming) or start_factors(model, place, name):
             yield f"{row.name}: an initialisation changed the base: save that adapter converted"
+    names = {row.name for row in new.sites}
     for row in there.sites:
-        if row.dora and row.name not in {one.name for one in new.sites}:
+        if row.dora and row.name not in names:
             yield f"{row.name}: the folder has no magnitude for it"
+        if row.tied and row.tied in names and row.name not in names:
+            yield f"{row.name}: the folder's adapter of {row.tied} is not tied to it (ensure_weight_tying)"
+    yield from _problems_beside_sites(there, new)
+
+
+def _problems_beside_sites(there: AdapterRecord, new: AdapterRecord) -> Iterator[str]:
     for own in sorted(set(there.own) ^ set(new.own)):
         owner = "the folder's" if own in new.own else "the model's"
         yield f"{own}: only {owner} adapter trains it (modules_to_save, bias)"
@@ -187,9 +193,10 @@ def _swap(
             write(target.bias, torch.zeros_like(target.bias))
         return
     source, ratio = factors_of(model, new, incoming), new.scale / row.scale
-    a, b = _padded(row, source, row.rank)
-    write(target.a, a)
-    write(target.b, b * ratio)
+    if not row.tied:
+        a, b = _padded(row, source, row.rank)
+        write(target.a, a)
+        write(target.b, b * ratio)
     if target.bias is not None and source.bias is not None:
         write(target.bias, source.bias.detach() * ratio)
     if target.magnitude is not None and source.magnitude is not None:

@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
 from lora_fx.adapters import adapter_record
 from tests.numerics import assert_close, assert_same_bits
-from tests.zoo import FORMS, Form, Mlp, Residual
+from tests.zoo import FORMS, Form, Mlp, Residual, tiny_llama
 
 IDS = torch.tensor([[0, 2, 5, 10], [2, 2, 9, 10]])
 WIDE = LoraConfig(r=4, lora_alpha=2, init_lora_weights=False)
@@ -87,6 +87,23 @@ def test_rows_of_tokens_are_swapped_too(tmp_path: Path) -> None:
     model = lora_fx.rewrite(base, config)
     lora_fx.hotswap_adapter(model, tmp_path)
     assert_same_bits(model(IDS), other(IDS))
+
+
+def test_a_tied_head_has_its_own_magnitude(tmp_path: Path) -> None:
+    base, inputs = tiny_llama(tie_word_embeddings=True)
+    config = {"r": 2, "target_modules": ["embed_tokens"], "use_dora": True}
+    folder = saved(base, tmp_path / "tied", ensure_weight_tying=True, **config)
+    model = lora_fx.rewrite(base, LoraConfig(ensure_weight_tying=True, **config))
+    lora_fx.hotswap_adapter(model, folder)
+    assert_close(model(**inputs).logits, lora_fx.load_adapter(base, folder)(**inputs).logits)
+
+
+def test_a_folder_that_ties_no_head(tmp_path: Path) -> None:
+    base, _ = tiny_llama(tie_word_embeddings=True)
+    config = {"r": 2, "target_modules": ["embed_tokens"]}
+    model = lora_fx.rewrite(base, LoraConfig(ensure_weight_tying=True, **config))
+    with pytest.raises(CheckpointError, match=r"lm_head: .*embed_tokens is not tied to it"):
+        lora_fx.hotswap_adapter(model, saved(base, tmp_path, **config))
 
 
 def test_training_goes_on_in_the_prepared_shape() -> None:
