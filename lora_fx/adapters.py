@@ -13,27 +13,29 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lora_fx._activation import (
+    activate,
+    base_capture,
+    check_regions,
+    check_together,
+    put_in,
+    reactivate,
+    take_out,
+)
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.errors import ConfigError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._factors import adapter_parameters, drop_factors
 from lora_fx.passes._own import (
     base_parameters,
     own_value,
     place_base,
-    place_own,
     put_back,
 )
-from lora_fx.passes._region import install, is_region, uninstall
-from lora_fx.passes.capture.written_out import written_out
-from lora_fx.passes.insert import Insert
 from lora_fx.passes.plan import make_plan
-from lora_fx.passes.select_rows import ROWS, SelectRows, check_rows
-from lora_fx.passes.train_tokens import TrainTokens
-from lora_fx.pipeline import added, check_config, run_passes, running
+from lora_fx.pipeline import added, check_config
 from lora_fx.record import AdapterRecord, Record, require_record
 from lora_fx.samples import SampleRows
-from lora_fx.types import Capture, Pass, PlannedSite, PlannedTokens, Region
 
 __all__ = [
     "active_adapters",
@@ -41,14 +43,11 @@ __all__ = [
     "adapter_names",
     "adapter_record",
     "add_adapter",
-    "base_capture",
     "delete_adapter",
     "disable_adapter",
     "note_start",
     "put_adapter",
-    "put_in",
     "set_adapter",
-    "take_out",
 ]
 
 
@@ -128,7 +127,7 @@ def put_adapter(
     before = base_parameters(model)
     try:
         plan = make_plan(capture, record.base.matches, config, strict=strict)
-        _check_regions(capture, (*plan.sites, *plan.tokens))
+        check_regions(capture, (*plan.sites, *plan.tokens))
         record = added(capture, record, plan, adapter_name)
         new = record.adapters[adapter_name]
         place_base(model, adapter_name, new.own, record.originals)
@@ -170,8 +169,8 @@ def set_adapter(
     record = require_record(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     _check_known(record, names)
-    _check_together(record, names, per_sample)
-    _activate(model, record, names, per_sample)
+    check_together(record, names, per_sample)
+    activate(model, record, names, per_sample)
     for name, adapter in record.adapters.items():
         if name in names and not inference_mode:
             _unfreeze(model, name, adapter)
@@ -219,11 +218,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         ConfigError: If the model is not rewritten.
     """
     before = require_record(model)
-    _activate(model, before, ())
+    activate(model, before, ())
     try:
         yield model
     finally:
-        _reactivate(model, before)
+        reactivate(model, before)
 
 
 @contextmanager
@@ -250,8 +249,8 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
     prepared = before.per_sample and set(names) <= set(before.active)
     if not prepared:
         _check_known(before, names)
-        _check_together(before, names, per_sample=True)
-        _activate(model, before, names, per_sample=True)
+        check_together(before, names, per_sample=True)
+        activate(model, before, names, per_sample=True)
     holders = [one for one in model.modules() if isinstance(one, SampleRows)]
     rows = {
         name: torch.tensor([place for place, one in enumerate(ids) if one == name])
@@ -265,22 +264,7 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
         for holder in holders:
             holder.assign(0, {})
         if not prepared:
-            _reactivate(model, before)
-
-
-def base_capture(model: nn.Module, record: Record) -> Capture:
-    """A rewritten model as it was captured: its graphs without branches.
-
-    What has been taken off since, or replaced, is left out.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    regions = {}
-    for fqn, graph in record.base.graphs.items():
-        module = modules.get(fqn)
-        if module is None or not (is_region(module) or (fqn and written_out(module))):
-            continue
-        regions[fqn] = Region(fqn, module, graph, record.base.fallback[fqn])
-    return Capture(model, regions, record.frontend, record.base.notes)
+            reactivate(model, before)
 
 
 def _check_known(record: Record, names: Collection[str]) -> None:
@@ -290,108 +274,6 @@ def _check_known(record: Record, names: Collection[str]) -> None:
             raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
     if len(set(names)) != len(names):
         raise ConfigError(f"an adapter is named twice: {', '.join(map(repr, names))}")
-
-
-def _check_together(record: Record, names: Sequence[str], per_sample: bool) -> None:
-    for name in names if per_sample else ():
-        check_rows(record.adapters[name].sites)
-        for parameter in record.adapters[name].own:
-            raise ConfigError(
-                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialisation that "
-                "changed the base): a batch has one value of it, so that samples cannot choose"
-            )
-        for tokens in record.adapters[name].tokens:
-            raise ConfigError(
-                f"{name!r} trains rows of {tokens.name} (trainable_token_indices), which a batch has one "
-                "value of: choose one adapter for the whole batch"
-            )
-    _check_tokens(record, names)
-    owners: dict[str, str] = {}
-    for name in names:
-        for parameter in record.adapters[name].own:
-            if owners.setdefault(parameter, name) != name:
-                raise ConfigError(
-                    f"{owners[parameter]!r} and {name!r} cannot be active together: each has its own "
-                    f"{parameter} (modules_to_save, bias, or an initialisation that changed the base)"
-                )
-
-
-def _check_tokens(record: Record, names: Sequence[str]) -> None:
-    """Rows that are replaced are nobody else's."""
-    for name in names:
-        for tokens in record.adapters[name].tokens:
-            for other in names:
-                if other != name and any(
-                    place.site.weight == tokens.site.weight
-                    for place in record.adapters[other].places
-                ):
-                    raise ConfigError(
-                        f"{name!r} and {other!r} cannot be active together: {name!r} has rows of its own in "
-                        f"{tokens.name} (trainable_token_indices), and {other!r} adapts it"
-                    )
-
-
-def _check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens]) -> None:
-    for row in rows:
-        if not any(call.region in capture.regions for call in row.site.calls):
-            region = row.site.calls[0].region or "the model"
-            raise CaptureError(
-                f"{row.name}: the graph of {region} has been taken off since the rewrite, because an "
-                "attribute that it was made for was set, or the module was replaced: rewrite the original "
-                "model with that change"
-            )
-
-
-def _activate(
-    model: nn.Module, record: Record, names: tuple[str, ...], per_sample: bool = False
-) -> None:
-    """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
-    rows = tuple(row for name in names for row in record.adapters[name].sites)
-    capture = base_capture(model, record)
-    places = tuple(place for name in names for place in record.adapters[name].places)
-    _check_regions(capture, places)
-    passes: list[Pass] = [Insert(record.adapters[name].sites, name) for name in names]
-    passes += [TrainTokens(record.adapters[name].tokens, name) for name in names]
-    edited = run_passes(capture, [*passes, SelectRows()] if per_sample else passes)
-    regions = tuple(running(edited, places))
-    take_out(model, record)
-    for fqn in capture.regions.keys() - {region.fqn for region in regions}:
-        uninstall(capture.regions[fqn].module)
-    install(regions)
-    _place_rows(model, rows, names if per_sample else ())
-    record = dataclasses.replace(record, active=names, per_sample=per_sample)
-    put_in(model, record)
-    model.__dict__["_lora_fx"] = record
-
-
-def _reactivate(model: nn.Module, before: Record) -> None:
-    """Activates what was active at some time, but for what has been deleted since."""
-    record = require_record(model)
-    names = tuple(name for name in before.active if name in record.adapters)
-    _activate(model, record, names, before.per_sample)
-
-
-def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
-    """Puts the one table of samples beside the factors of every site, or takes it away."""
-    for module in model.modules():
-        module._modules.pop(ROWS, None)
-    if names:
-        device = next(model.parameters()).device
-        table = SampleRows(names, device)
-        for row in rows:
-            model.get_submodule(row.site.holder).add_module(ROWS, table)
-
-
-def take_out(model: nn.Module, record: Record) -> None:
-    """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
-    for name in record.active:
-        place_base(model, name, record.adapters[name].own, record.originals)
-
-
-def put_in(model: nn.Module, record: Record) -> None:
-    """Puts what the active adapters have beside the base into it."""
-    for name in record.active:
-        place_own(model, name, record.adapters[name].own)
 
 
 def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
