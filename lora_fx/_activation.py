@@ -15,13 +15,11 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._own import place_base, place_own
 from lora_fx.passes._region import install, is_region, uninstall
 from lora_fx.passes.capture.written_out import written_out
-from lora_fx.passes.insert import Insert
-from lora_fx.passes.select_rows import ROWS, SelectRows, check_rows
-from lora_fx.passes.train_tokens import TrainTokens
-from lora_fx.pipeline import run_passes, running
+from lora_fx.passes.select_rows import ROWS, check_rows
+from lora_fx.pipeline import branch_passes, run_passes, running
 from lora_fx.record import Record, require_record
 from lora_fx.samples import SampleRows
-from lora_fx.types import Capture, Pass, PlannedSite, PlannedTokens, Region
+from lora_fx.types import Capture, PlannedSite, PlannedTokens, Region
 
 __all__ = [
     "activate",
@@ -40,11 +38,11 @@ def activate(
     """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
-    places = tuple(place for name in names for place in record.adapters[name].places)
+    adapters = {name: record.adapters[name] for name in names}
+    places = tuple(place for one in adapters.values() for place in one.places)
     check_regions(capture, places)
-    passes: list[Pass] = [Insert(record.adapters[name].sites, name) for name in names]
-    passes += [TrainTokens(record.adapters[name].tokens, name) for name in names]
-    edited = run_passes(capture, [*passes, SelectRows()] if per_sample else passes)
+    passes = branch_passes(adapters, optimize=record.optimize, per_sample=per_sample)
+    edited = run_passes(capture, passes)
     regions = tuple(running(edited, places))
     take_out(model, record)
     for fqn in capture.regions.keys() - {region.fqn for region in regions}:

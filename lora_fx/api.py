@@ -103,8 +103,9 @@ def rewrite(
         config: What to adapt.
         example_inputs: As for :func:`capture`. With them the result is checked against the model.
         adapter_name: Name of the adapter.
-        optimize: Whether to run the passes that make training cheaper. There are none yet: either
-            way the result is the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
+        optimize: Whether to run the passes that make training cheaper (:mod:`lora_fx.passes.fuse`).
+            Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
+            Dropout draws other numbers with than without.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
 
@@ -119,7 +120,13 @@ def rewrite(
         CaptureError: If the model cannot be captured.
     """
     return pipeline.rewrite_model(
-        model, config, example_inputs, adapter_name=adapter_name, strict=strict, frontend=frontend
+        model,
+        config,
+        example_inputs,
+        adapter_name=adapter_name,
+        optimize=optimize,
+        strict=strict,
+        frontend=frontend,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,9 +24,11 @@ from lora_fx.passes.capture.check import run_reference
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.find_head import find_head
 from lora_fx.passes.find_parts import find_parts
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.plan import make_plan
+from lora_fx.passes.select_rows import SelectRows
 from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
@@ -34,6 +36,7 @@ from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, PlannedToke
 
 __all__ = [
     "added",
+    "branch_passes",
     "check_config",
     "matched",
     "plan_capture",
@@ -128,6 +131,7 @@ def rewrite_model(
     example_inputs: Any = None,
     *,
     adapter_name: str = "default",
+    optimize: bool = True,
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> nn.Module:
@@ -141,11 +145,11 @@ def rewrite_model(
         matches=matches,
         notes=capture.notes,
     )
-    record = Record({}, (), capture.frontend, trainable, buffer_digests(capture.model), base)
-    record = added(capture, record, plan, adapter_name)
-    capture = run_passes(
-        capture, [Insert(plan.sites, adapter_name), TrainTokens(plan.tokens, adapter_name)]
+    record = Record(
+        {}, (), capture.frontend, trainable, buffer_digests(capture.model), base, optimize=optimize
     )
+    record = added(capture, record, plan, adapter_name)
+    capture = run_passes(capture, branch_passes(record.adapters, optimize=optimize))
     install(running(capture, (*plan.sites, *plan.tokens)))
     result = capture.model
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
@@ -153,6 +157,23 @@ def rewrite_model(
         # A call that no graph takes is refused where an adapter would be left out: better now than later.
         run_reference(result, example_inputs)
     return result
+
+
+def branch_passes(
+    adapters: Mapping[str, AdapterRecord], *, optimize: bool, per_sample: bool = False
+) -> list[Pass]:
+    """What makes graphs with branches of graphs without.
+
+    Args:
+        adapters: Those whose branches are wanted, by name, in the order in which they are added.
+        optimize: Whether branches are fused with their operations.
+        per_sample: Whether each sample of a batch has one of the adapters, or none.
+    """
+    passes: list[Pass] = [Insert(one.sites, name) for name, one in adapters.items()]
+    passes += [TrainTokens(one.tokens, name) for name, one in adapters.items()]
+    if per_sample:
+        return [*passes, SelectRows()]
+    return [*passes, Fuse()] if optimize else passes
 
 
 def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Record:

@@ -96,6 +96,7 @@ class Record:
         originals: The base's own value of every parameter in whose place an adapter has put another
             (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model that was
             rewritten.
+        optimize: Whether branches are fused with their operations.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -106,6 +107,7 @@ class Record:
     base: Base
     originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     per_sample: bool = False
+    optimize: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         return self

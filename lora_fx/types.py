@@ -79,6 +79,7 @@ class Role(StrEnum):
     ADD = "add"
     TOKENS = "tokens"
     ROWS = "rows"
+    FUSED = "fused"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

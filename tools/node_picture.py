@@ -60,7 +60,7 @@ def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, flo
             continue
         if rank is None and tag.role in (Role.FACTOR, Role.DOWN):
             rank = _first_size(region, (node, *node.all_input_nodes))
-        if scale is None and tag.role is Role.SCALE:
+        if scale is None and tag.role in (Role.SCALE, Role.FUSED):
             scale = next((a for a in node.args if isinstance(a, int | float)), None)
     return rank, scale
 
@@ -94,8 +94,10 @@ def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> str:
     """The second line: the weight and its shape, or the constant that matters."""
     tag = tag_of(node)
     caption = ""
-    if tag is not None and tag.role is Role.SCALE:
+    if tag is not None and tag.role in (Role.SCALE, Role.FUSED):
         caption = next((f"× {a:g}" for a in node.args if isinstance(a, int | float)), "")
+        if dropout := node.kwargs.get("dropout"):
+            caption += f" · p {dropout:g}"
     elif tag is not None and tag.role is Role.DROPOUT:
         constants = (*node.args[1:], *node.kwargs.values())
         p = next((a for a in constants if isinstance(a, float)), None)

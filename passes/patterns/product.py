@@ -41,6 +41,8 @@ class Product:
         left: Whether the weight is the left operand, so that the activation's columns are its inputs.
         bias: What is added to the product, or None.
         family: ``linear`` where a bias is the operation's own, ``matmul`` for a bare product.
+        operand: The node that the operation multiplies with: the weight as it is read.
+        operand_layout: How that lies: [out, in] (``linear``) or [in, out] (``x @ operand``).
     """
 
     x: fx.Node
@@ -49,6 +51,8 @@ class Product:
     left: bool
     bias: object
     family: str
+    operand: fx.Node
+    operand_layout: Layout
 
 
 def product_of(node: fx.Node, region: Region) -> Product | Match:
@@ -100,6 +104,8 @@ def applied(
         return computed(region, node, weight)
     if not isinstance(x, fx.Node) or constant_of(x, region) is not None:
         return None
+    stored: Layout = layout
     if view.transposed:
-        layout = "in_out" if layout == "out_in" else "out_in"
-    return Product(x, view, layout, left, bias, family)
+        stored = "in_out" if layout == "out_in" else "out_in"
+    assert isinstance(weight, fx.Node)
+    return Product(x, view, stored, left, bias, family, weight, layout)

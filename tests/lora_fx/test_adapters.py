@@ -443,7 +443,8 @@ def test_a_graph_that_was_taken_off_takes_no_adapter() -> None:
 
 
 def test_golden_two_branches() -> None:
-    model = lora_fx.rewrite(nn.Sequential(nn.Linear(3, 4)), LoraConfig(r=2, target_modules=["0"]))
+    config = LoraConfig(r=2, target_modules=["0"])
+    model = lora_fx.rewrite(nn.Sequential(nn.Linear(3, 4)), config, optimize=False)
     lora_fx.add_adapter(model, LoraConfig(r=1, lora_alpha=3, target_modules=["0"]), "other")
     lora_fx.set_adapter(model, ["default", "other"])
     check_golden("insert_two_adapters", printed(lora_fx.graphs(model)["0"]))

@@ -40,6 +40,8 @@ LAYERS = (
     "lora_fx.samples",
     "lora_fx._dora_norm",
     "lora_fx.dora",
+    "lora_fx.masks",
+    "lora_fx.fused",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx.optim",

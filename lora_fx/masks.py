@@ -1,0 +1,86 @@
+"""Dropout masks that cost little to draw and to keep: one bit for each element.
+
+PyTorch on a CPU draws one number for each element, which takes longer than a skinny product, and selects by
+a mask of bytes ten times slower than it multiplies. Here 64 elements share each random word, as bit slices:
+the numbers that are compared with the probability are never laid out.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw", "kept", "unpacked"]
+
+
+def kept(dropout: float) -> int:
+    """How many of 256 elements a mask keeps on average.
+
+    A mask compares random numbers of eight bits with a threshold, so that probabilities are multiples of
+    1/256: ``dropout`` is rounded to the nearest one that neither keeps nor drops everything. What is kept has
+    to be scaled by 256 / kept, so that the mean is exact.
+
+    Args:
+        dropout: A probability, above 0 and below 1.
+    """
+    return 256 - min(max(round(dropout * 256), 1), 255)
+
+
+def draw(x: Tensor, dropout: float) -> Tensor:
+    """Draws a mask from the default generator of the device of ``x``.
+
+    ``torch.manual_seed`` repeats it, and so does a checkpointed block.
+
+    Args:
+        x: A tensor of the shape of the mask.
+        dropout: The probability with which an element is dropped; see :func:`kept`.
+
+    Returns:
+        On a CPU the bits of what is dropped [ceil(n / 8)], uint8. Elsewhere, and under a compiler, which both
+        fuse a mask with what reads it, what is kept: bool in the shape of ``x``.
+    """
+    threshold = 256 - kept(dropout)
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return torch.rand(x.shape, device=x.device) >= threshold / 256
+    # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
+    # probability 0.b7 b6 ... b0 in binary.
+    digits = [digit == "1" for digit in reversed(f"{threshold:08b}")]
+    digits = digits[digits.index(True) :]
+    words = torch.empty(len(digits), (x.numel() + 63) // 64, dtype=torch.int64)
+    # All 64 bits: from the lowest number, with no upper end.
+    words.random_(-(2**63), None)
+    dropped = words[0]
+    for digit, word in zip(digits[1:], words[1:], strict=True):
+        if digit:
+            dropped |= word
+        else:
+            dropped &= word
+    # A copy, so that the other words are not kept.
+    return dropped.view(torch.uint8)[: (x.numel() + 7) // 8].clone()
+
+
+def unpacked(mask: Tensor, x: Tensor) -> Tensor:
+    """What to multiply ``x`` with to drop what a mask drops.
+
+    Args:
+        mask: Of :func:`draw`.
+        x: A tensor of the shape for which it was drawn.
+
+    Returns:
+        0 or 1 in the shape of ``x``: in its dtype from bits, otherwise bool.
+    """
+    if mask.dtype == torch.bool:
+        return mask.view(x.shape)
+    rows = torch.index_select(_rows(x.dtype), 0, mask.int())
+    return rows.flatten()[: x.numel()].view(x.shape)
+
+
+@functools.cache
+def _rows(dtype: torch.dtype) -> Tensor:
+    """For each byte its eight bits, lowest first: 1 where the bit is 0."""
+    # A tensor made under inference mode could not be used outside of it.
+    with torch.inference_mode(False):
+        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        return (1 - bits).to(dtype)

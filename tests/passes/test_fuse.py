@@ -1,0 +1,169 @@
+"""The pass that makes one node of an operation and its branch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraConfig
+from lora_fx.passes.capture.auto import capture
+from lora_fx.passes.fuse import Fuse
+from lora_fx.passes.insert import Insert
+from lora_fx.pipeline import plan_capture
+from lora_fx.types import META_KEY, Capture, Role
+from tests.golden import check_golden, printed
+from tests.numerics import assert_close, assert_same_bits
+from tests.zoo import FORMS, Block, Form, Residual, forms
+
+# A weight on the left of a product.
+LEFT = {"W @ x", "W @ x, vector", "W.mT @ x", "addmm, left", "bmm, weight left"}
+FUSED = ("linear", "matmul")
+
+
+def roles(model: nn.Module) -> set[Role]:
+    return {
+        node.meta[META_KEY].role
+        for graph in lora_fx.graphs(model).values()
+        for node in graph.nodes
+        if META_KEY in node.meta
+    }
+
+
+def inserted(model: nn.Module, **options) -> Capture:
+    captured = capture(model)
+    plan = plan_capture(captured, LoraConfig(**options))
+    return Insert(plan.sites)(captured).capture
+
+
+def pair(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, nn.Module]:
+    """A model with the pass and without, with the same factors, none of them zero."""
+    both = [lora_fx.rewrite(model, config, optimize=flag) for flag in (True, False)]
+    values = torch.Generator().manual_seed(1)
+    for left, right in zip(*(one.parameters() for one in both), strict=True):
+        if left.requires_grad:
+            left.data = torch.randn(left.shape, generator=values, dtype=left.dtype)
+            right.data = left.data.clone()
+    return both[0], both[1]
+
+
+def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output and all gradients."""
+    x = x.clone().requires_grad_(x.is_floating_point())
+    out = model(x)
+    out.square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    return [out, *grads, *([x.grad] if x.grad is not None else [])]
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, id=form.name) for form in FORMS])
+def test_every_form_computes_what_it_did(form: Form) -> None:
+    config = LoraConfig(r=2 * form.groups, lora_alpha=3, target_modules=[form.site])
+    fused, canonical = pair(form.model().double(), config)
+    assert_close(run(fused, form.x(torch.float64)), run(canonical, form.x(torch.float64)))
+
+
+@pytest.mark.parametrize("form", forms(*FUSED))
+def test_linear_forms_are_fused(form: Form) -> None:
+    model = lora_fx.rewrite(form.model(), LoraConfig(r=2, target_modules=[form.site]))
+    if form.name in LEFT:
+        assert Role.FUSED not in roles(model)
+    else:
+        assert roles(model) <= {Role.FUSED, Role.FACTOR, Role.CAST}, roles(model)
+
+
+def test_a_part_of_a_fused_weight() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 9)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return q * k + v
+
+    fused, canonical = pair(Fused().double(), LoraConfig(r=2, target_modules=["qkv.v"]))
+    assert Role.FUSED in roles(fused)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(run(fused, x), run(canonical, x))
+
+
+def test_half_precision_casts_the_factors_in_the_function() -> None:
+    fused, canonical = pair(Block().bfloat16(), LoraConfig(r=2, target_modules=["up", "down"]))
+    assert Role.CAST not in roles(fused)
+    assert Role.CAST in roles(canonical)
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    found, exact = run(fused, x), run(copy.deepcopy(fused).double(), x.double())
+    assert [one.dtype for one in found] == [one.dtype for one in run(canonical, x)]
+    assert_close(found, exact, 3e-2)
+
+
+def test_what_it_does_not_know_stays() -> None:
+    for variant in ("use_dora", "lora_bias"):
+        config = LoraConfig(r=2, target_modules=["up"], **{variant: True})
+        assert Role.FUSED not in roles(lora_fx.rewrite(Block(), config))
+
+
+def test_the_second_adapter_of_a_site_is_added_to_the_fused_first() -> None:
+    config = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
+    fused, canonical = pair(Block().double(), config)
+    other = LoraConfig(r=3, target_modules=["up"])
+    for model in (fused, canonical):
+        lora_fx.add_adapter(model, other, "other")
+        lora_fx.set_adapter(model, ["default", "other"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".other"):
+                    torch.manual_seed(0)
+                    parameter.normal_()
+    assert {Role.FUSED, Role.ADD} <= roles(fused)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_close(run(fused, x), run(canonical, x))
+
+
+def test_switching_keeps_the_choice() -> None:
+    config = LoraConfig(r=2, target_modules=["up"])
+    for optimize in (True, False):
+        model = lora_fx.rewrite(Block(), config, optimize=optimize)
+        with lora_fx.disable_adapter(model):
+            pass
+        assert (Role.FUSED in roles(model)) is optimize
+        assert (Role.FUSED in roles(copy.deepcopy(model))) is optimize
+
+
+def test_without_branches_there_is_nothing_to_do() -> None:
+    captured = capture(Residual())
+    result = Fuse()(captured)
+    assert not result.modified
+    assert result.capture is captured
+
+
+def test_it_copies_graphs_and_equal_layers_share_theirs() -> None:
+    captured = inserted(Residual(), r=2, target_modules=["up"])
+    before = {fqn: printed(region.graph) for fqn, region in captured.regions.items()}
+    after = Fuse()(captured).capture
+    assert before == {fqn: printed(region.graph) for fqn, region in captured.regions.items()}
+    assert after.regions["blocks.0.up"].graph is after.regions["blocks.1.up"].graph
+    assert not Fuse()(after).modified
+
+
+def test_no_bit_changes_at_the_start() -> None:
+    model = Residual(dropout=0.1).eval()
+    ids = torch.randint(0, 11, (3, 4))
+    config = LoraConfig(r=2, target_modules=["up", "down", "head"], lora_dropout=0.5)
+    assert_same_bits(lora_fx.rewrite(model, config)(ids), model(ids))
+
+
+def test_a_model_may_write_into_the_output() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()
+    fused, canonical = pair(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert_close(run(fused, x), run(canonical, x))
+
+
+def test_golden() -> None:
+    captured = inserted(Block(), r=2, target_modules=["up"], lora_dropout=0.1)
+    check_golden("fuse_linear", printed(Fuse()(captured).capture.regions["up"].graph))
