@@ -172,6 +172,19 @@ def test_disable_adapter_gives_the_base_and_puts_everything_back() -> None:
     assert_same_bits(model(IDS), out)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_what_is_deleted_meanwhile_does_not_come_back(per_sample: bool) -> None:
+    base, model = two(LISTED, LISTED)
+    lora_fx.set_adapter(model, ["one", "two"], per_sample=per_sample)
+    with lora_fx.disable_adapter(model):
+        lora_fx.delete_adapter(model, "one")
+    assert lora_fx.active_adapters(model) == ("two",)
+    with lora_fx.disable_adapter(model):
+        lora_fx.delete_adapter(model, "two")
+    assert lora_fx.active_adapters(model) == ()
+    assert_same_bits(model(IDS), base(IDS))
+
+
 def test_a_deleted_adapter_leaves_nothing() -> None:
     base, model = two(LISTED, HEAD)
     lora_fx.delete_adapter(model, "two")
@@ -212,6 +225,28 @@ def test_each_adapter_has_its_own_saved_module() -> None:
         lora_fx.set_adapter(model, ["one", "two"])
     with pytest.raises(MergeError, match="several of the adapters have their own head"):
         lora_fx.merge(model, adapter_names=["one", "two"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["head"], "init_lora_weights": "pissa"},
+        {"target_modules": ["up"], "trainable_token_indices": {"embed": [2]}},
+        {"target_modules": ["up"], "modules_to_save": ["head"]},
+    ],
+)
+def test_what_others_have_in_a_saved_module_is_theirs(config: dict) -> None:
+    model = lora_fx.rewrite(Residual(), LoraConfig(r=2, **config))
+    before = {n: p for n, p in model.named_parameters() if p.requires_grad or "lora_" in n}
+    lora_fx.set_adapter(model, [])
+    full = LoraConfig(r=2, target_modules=["down"], modules_to_save=["head", "embed"])
+    lora_fx.add_adapter(model, full, "full")
+    lora_fx.set_adapter(model, "full")
+    trained = {id(p) for p in lora_fx.trainable_parameters(model)}
+    assert not trained & {id(parameter) for parameter in before.values()}
+    lora_fx.set_adapter(model, "default")
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
 
 
 def test_ties_come_back_with_the_base() -> None:

@@ -46,6 +46,7 @@ LAYERS = (
     "lora_fx.pipeline",
     "lora_fx.optim",
     "lora_fx.status",
+    "lora_fx._activation",
     "lora_fx.adapters",
     "lora_fx._restart",
     "lora_fx._checkpoint_files",
