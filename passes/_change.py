@@ -36,9 +36,10 @@ def delta_weight(
     a, b = factors.a.detach(), factors.b.detach()
     if row.tied:
         a, b = a.T, b.T
-    b = b[outputs].to(dtype)
+    # The scale is in B, which is much smaller than the product.
+    b = b[outputs].to(dtype) * row.scale
     a = (a[outputs] if row.site.experts else a).to(dtype)
-    return pattern_of(row.site).delta(row.site, a, b) * row.scale
+    return pattern_of(row.site).delta(row.site, a, b)
 
 
 def weight_change(
