@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["rounded", "ulp"]
+__all__ = ["round_into", "rounded", "ulp"]
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds once, as :func:`round_into`."""
+    result = torch.empty(values.shape, dtype=dtype, device=values.device)
+    round_into(result, values)
+    return result
+
+
+def round_into(
+    result: torch.Tensor, values: torch.Tensor, scratch: torch.Tensor | None = None
+) -> None:
     """Rounds once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
 
     A value lies between the two neighbours of what it is in fp32. Where both round to the same number,
     so does the value; the few others are close to half-way between two numbers, and are rounded to odd
     on the way.
+
+    Args:
+        result: What is written.
+        values: The values, of the same shape.
+        scratch: fp32 memory for two elements a value, for callers that round many slices: new memory
+            takes longer than the rounding itself.
     """
-    if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
-        return values.to(dtype)
-    values = values.contiguous()
-    bits = values.float().view(torch.int32)
-    result = bits.sub_(1).view(torch.float32).to(dtype)
-    other = bits.add_(2).view(torch.float32).to(dtype)
+    half = result.dtype in (torch.bfloat16, torch.float16)
+    if values.dtype != torch.float64 or not half or not values.numel():
+        result.copy_(values)
+        return
+    size, values = values.numel(), values.reshape(-1)
+    if scratch is None:
+        scratch = torch.empty(2 * size, device=values.device)
+    near, rest = scratch[:size], scratch[size : 2 * size].view(result.dtype)
+    low, high = rest[:size], rest[size:]
+    bits = near.copy_(values).view(torch.int32)
+    low.copy_(bits.sub_(1).view(torch.float32))
+    high.copy_(bits.add_(2).view(torch.float32))
     # Numbers are compared by their bits, several at a time where the size allows it.
-    word = torch.int64 if values.numel() % 4 == 0 else torch.int16
-    found, above = (half.flatten().view(word) for half in (result, other))
-    near = torch.ne(found, above).nonzero().squeeze(1)
-    if len(near):
-        groups = values.view(len(found), -1)[near]
-        found[near] = _by_odd(groups).to(dtype).view(word).squeeze(1)
-    return result
+    word = torch.int64 if size % 4 == 0 else torch.int16
+    found = low.view(word)
+    unsure = torch.ne(found, high.view(word)).nonzero().squeeze(1)
+    if len(unsure):
+        groups = values.view(len(found), -1)[unsure]
+        found[unsure] = _by_odd(groups).to(result.dtype).view(word).squeeze(1)
+    result.copy_(low.view(result.shape))
 
 
 def _by_odd(values: torch.Tensor) -> torch.Tensor:
