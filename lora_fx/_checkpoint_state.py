@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lora_fx._checkpoint_layout import layout_of
 from lora_fx._checkpoint_settings import Target, targets_of
 from lora_fx._checkpoint_sites import wrapped_parameters
 from lora_fx._checkpoint_starts import converted, other_start
+from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import note_start
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
 from lora_fx.passes._buffers import changed_buffers
@@ -26,6 +28,7 @@ from lora_fx.record import AdapterRecord, record_of
 __all__ = [
     "Stored",
     "changed",
+    "fill",
     "fitted",
     "stored",
     "without_prefix",
@@ -119,6 +122,13 @@ def fitted(
     for key in rest.keys() - slots.keys():
         problems += leftover(key, rest[key], model, record)
     return values, problems
+
+
+def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
+    """Writes what :func:`fitted` has found; an adapter that waited for data has its values now."""
+    for slot, value in values:
+        write(slot.tensor, value)
+    note_start(model, adapter)
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

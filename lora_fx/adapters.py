@@ -29,7 +29,7 @@ from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.plan import make_plan
 from lora_fx.passes.select_rows import ROWS, check_rows
 from lora_fx.pipeline import added, branch_passes, check_config, run_passes, running
-from lora_fx.record import AdapterRecord, Record, record_of
+from lora_fx.record import AdapterRecord, Record, require_record
 from lora_fx.samples import SampleRows
 from lora_fx.types import Capture, PlannedSite, PlannedTokens, Region
 
@@ -42,6 +42,7 @@ __all__ = [
     "base_capture",
     "delete_adapter",
     "disable_adapter",
+    "note_start",
     "put_adapter",
     "put_in",
     "set_adapter",
@@ -55,7 +56,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    return tuple(_record(model).adapters)
+    return tuple(require_record(model).adapters)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    return _record(model).active
+    return require_record(model).active
 
 
 def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
@@ -73,7 +74,7 @@ def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
     Raises:
         ConfigError: If the model is not rewritten, or has no such adapter.
     """
-    record = _record(model)
+    record = require_record(model)
     _check_known(record, [adapter_name])
     return record.adapters[adapter_name]
 
@@ -107,7 +108,7 @@ def put_adapter(
 ) -> AdapterRecord:
     """:func:`add_adapter`, for those who want to know what became of it."""
     check_adapter_name(adapter_name)
-    record = _record(model)
+    record = require_record(model)
     if adapter_name in record.adapters:
         raise ConfigError(
             f"there is an adapter {adapter_name!r} already: choose another name, or take that one away "
@@ -134,7 +135,7 @@ def put_adapter(
         put_back(model, before)
         raise
     finally:
-        put_in(model, _record(model))
+        put_in(model, require_record(model))
     _freeze(model, adapter_name, new)
     model.__dict__["_lora_fx"] = record
     return new
@@ -164,7 +165,7 @@ def set_adapter(
             the place of the same parameter of the base, or (``per_sample``) one has something in the
             place of any, or a site whose rows are not samples. The model is as it was then.
     """
-    record = _record(model)
+    record = require_record(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     _check_known(record, names)
     _check_together(record, names, per_sample)
@@ -186,7 +187,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ConfigError: If there is no such adapter, or it is active.
     """
-    record = _record(model)
+    record = require_record(model)
     _check_known(record, [adapter_name])
     if adapter_name in record.active:
         raise ConfigError(
@@ -195,6 +196,14 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     drop_factors(model, adapter_name)
     adapters = {name: one for name, one in record.adapters.items() if name != adapter_name}
+    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
+
+
+def note_start(model: nn.Module, adapter_name: str) -> None:
+    """Notes that an adapter has its values, and waits for no data any more."""
+    record = require_record(model)
+    entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
+    adapters = {**record.adapters, adapter_name: entry}
     model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
 
 
@@ -207,12 +216,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    before = _record(model)
+    before = require_record(model)
     _activate(model, before, ())
     try:
         yield model
     finally:
-        _activate(model, _record(model), before.active, before.per_sample)
+        _reactivate(model, before)
 
 
 @contextmanager
@@ -235,7 +244,7 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
     names = tuple(dict.fromkeys(name for name in ids if name is not None))
-    before = _record(model)
+    before = require_record(model)
     prepared = before.per_sample and set(names) <= set(before.active)
     if not prepared:
         _check_known(before, names)
@@ -254,7 +263,7 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
         for holder in holders:
             holder.assign(0, {})
         if not prepared:
-            _activate(model, _record(model), before.active, before.per_sample)
+            _reactivate(model, before)
 
 
 def base_capture(model: nn.Module, record: Record) -> Capture:
@@ -270,16 +279,6 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
             continue
         regions[fqn] = Region(fqn, module, graph, record.base.fallback[fqn])
     return Capture(model, regions, record.frontend, record.base.notes)
-
-
-def _record(model: nn.Module) -> Record:
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
-        )
-    return record
 
 
 def _check_known(record: Record, names: Collection[str]) -> None:
@@ -361,6 +360,13 @@ def _activate(
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
     put_in(model, record)
     model.__dict__["_lora_fx"] = record
+
+
+def _reactivate(model: nn.Module, before: Record) -> None:
+    """Activates what was active at some time, but for what has been deleted since."""
+    record = require_record(model)
+    names = tuple(name for name in before.active if name in record.adapters)
+    _activate(model, record, names, before.per_sample)
 
 
 def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:

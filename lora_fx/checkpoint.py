@@ -20,8 +20,7 @@ from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_settings import with_targets, written_config
 from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
 from lora_fx._checkpoint_starts import check_start, repeat_start
-from lora_fx._checkpoint_state import changed, fitted, stored, without_prefix
-from lora_fx._checkpoint_tensors import write
+from lora_fx._checkpoint_state import changed, fill, fitted, stored, without_prefix
 from lora_fx._checkpoint_vllm import for_vllm
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
@@ -140,39 +139,37 @@ def load_adapter(
     read, metadata = read_tensors(folder)
     tensors = without_prefix(read)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
+    known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
         exact = with_targets(config, targets, model)
         target = _rewritten(model, exact, tensors, folder, adapter_name, how)
-        repeat_start(target, adapter_name, config)
     elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
         )
-    elif adapter_name in adapter_names(model):
+    elif known:
         exact, target = config, model
     else:
-        exact = with_targets(
-            config, stored_targets(model, config, tensors, parts_in(metadata)), model
-        )
+        targets = stored_targets(model, config, tensors, parts_in(metadata))
+        exact, target = with_targets(config, targets, model), model
         _extend(model, exact, tensors, folder, adapter_name)
-        try:
-            repeat_start(model, adapter_name, config)
-        except CheckpointError:
+    try:
+        if not known:
+            repeat_start(target, adapter_name, config)
+        record = adapter_record(target, adapter_name)
+        values, problems = fitted(target, record, adapter_name, tensors, config)
+        if problems:
+            reasons = _reasons(model, exact, how)
+            raise CheckpointError(
+                "\n  ".join([_misfit(folder, model), *sorted(problems), *reasons])
+            )
+    except BaseException:
+        if target is model and not known:
             delete_adapter(model, adapter_name)
-            raise
-        target = model
-    added = target is model and exact is not config
-    record = adapter_record(target, adapter_name)
-    values, problems = fitted(target, record, adapter_name, tensors, config)
-    if problems and added:
-        delete_adapter(model, adapter_name)
-    if problems:
-        reasons = _reasons(model, exact, how)
-        raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
-    for slot, value in values:
-        write(slot.tensor, value)
+        raise
+    fill(target, adapter_name, values)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return target
 

@@ -23,7 +23,7 @@ from lora_fx.errors import ConfigError
 from lora_fx.passes._ranks import at_rank
 from lora_fx.passes._start_place import drop_site
 from lora_fx.passes._starts import Start, data_start
-from lora_fx.record import AdapterRecord, Record, record_of
+from lora_fx.record import AdapterRecord, Record, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = ["initialize"]
@@ -78,8 +78,7 @@ def initialize(
         torch.manual_seed(entry.config.seed)
         stack.enter_context(_same_modes(model))
         stack.enter_context(disable_adapter(model))
-        record = record_of(model)
-        assert record is not None
+        record = require_record(model)
         if entry.config.init_lora_weights == "eva":
             _from_components(model, record, entry, adapter_name, dataloader, forward, report)
         else:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lora_fx._frozen import freeze, thaw
 from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.types import Matches, PlannedSite, PlannedTokens
 
-__all__ = ["AdapterRecord", "Base", "Record", "record_of"]
+__all__ = ["AdapterRecord", "Base", "Record", "record_of", "require_record"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,22 @@ def record_of(model: object) -> Record | None:
     """What ``rewrite`` left on a model, or None for anything else."""
     record = getattr(model, "_lora_fx", None)
     return record if isinstance(record, Record) else None
+
+
+def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> Record:
+    """What ``rewrite`` left on a model, for whoever cannot do without.
+
+    Args:
+        model: A rewritten model.
+        error: What is raised if it is none.
+    """
+    record = record_of(model)
+    if record is None:
+        raise error(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
+            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
+        )
+    return record
 
 
 def _thawed(

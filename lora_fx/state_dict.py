@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lora_fx._checkpoint_keys import PREFIX
-from lora_fx._checkpoint_state import fitted, stored, without_prefix
-from lora_fx._checkpoint_tensors import write
+from lora_fx._checkpoint_state import fill, fitted, stored, without_prefix
 from lora_fx.adapters import adapter_record
 from lora_fx.errors import CheckpointError
 
@@ -61,5 +60,4 @@ def load_adapter_state_dict(
             f"the state dict does not fit adapter {adapter_name!r} of this {type(model).__name__}"
         )
         raise CheckpointError("\n  ".join([f"{what}; nothing was changed:", *sorted(problems)]))
-    for slot, value in values:
-        write(slot.tensor, value)
+    fill(model, adapter_name, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -66,7 +66,10 @@ def weight_change(
 
 
 def merged_biases(
-    model: nn.Module, result: nn.Module, rows: Iterable[tuple[PlannedSite, str]], trained: set[str]
+    model: nn.Module,
+    result: nn.Module,
+    rows: Iterable[tuple[PlannedSite, str]],
+    trained: Mapping[str, nn.Parameter],
 ) -> dict[str, torch.Tensor]:
     """The biases with ``s`` times those of B in them, by FQN; nothing is changed.
 
@@ -74,7 +77,7 @@ def merged_biases(
         model: The rewritten model.
         result: The model that is merged into.
         rows: Sites and adapters; those without a bias on B are passed over.
-        trained: FQNs of what ``model`` has trained beside the adapters: its values count there.
+        trained: What adapters train in full, by FQN: these values count there, not those of ``result``.
 
     Raises:
         MergeError: If a site has no bias that could take it.
@@ -89,7 +92,7 @@ def merged_biases(
                 f"{row.name}: adapter {adapter!r} has a bias on B (lora_bias), and the operation has none "
                 "that could take it. Give it one (zeros) before the rewrite, or keep the adapter unmerged"
             )
-        source = (model if site.bias in trained else result).get_parameter(site.bias).detach()
+        source = trained.get(site.bias, result.get_parameter(site.bias)).detach()
         start, stop = site.rows or (0, site.out_features)
         if source.dim() != 1 or len(source) < stop:
             raise MergeError(

@@ -74,8 +74,10 @@ class Fold:
 
     def _add(self, total: torch.Tensor, start: int) -> None:
         """Adds everything to a slice of the weight that begins at ``start``."""
-        self._add_moves(total, start)
         several = any(row.dora for row, _ in self.rows) and len(self.rows) > 1
+        moved = self._moved
+        before = total.clone() if several and len(moved) > 1 else total
+        self._add_moves(total, start, moved)
         # What DoRA adds depends on the unadapted weight, whatever else is added to it.
         base = total.clone() if several else total
         for row, adapter in self.rows:
@@ -84,17 +86,27 @@ class Fold:
             low, high = max(first, start), min(last, start + total.shape[axis])
             if low >= high:
                 continue
+            seen = base
+            if row.dora and adapter in moved and len(moved) > 1:
+                # Never active together: each was trained on the base that its own start has left.
+                seen = before.clone()
+                self._add_moves(seen, start, (adapter,))
             outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
             here = (axis, low - start, high - low)
-            change = weight_change(self.model, row, adapter, base.narrow(*here), outputs)
+            change = weight_change(self.model, row, adapter, seen.narrow(*here), outputs)
             total.narrow(*here).add_(change)
 
-    def _add_moves(self, total: torch.Tensor, start: int) -> None:
+    @property
+    def _moved(self) -> tuple[str, ...]:
+        """The adapters whose initialisation has changed the weight itself."""
+        weight = self.rows[0][0].site.weight
+        owners = dict.fromkeys(self.adapters)
+        return tuple(name for name in owners if weight in self.record.adapters[name].own)
+
+    def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
         """Adds what initialisations did to the weight itself."""
         site = self.rows[0][0].site
-        for adapter in dict.fromkeys(self.adapters):
-            if site.weight not in self.record.adapters[adapter].own:
-                continue
+        for adapter in adapters:
             moved = own_value(self.model, adapter, site.weight).detach()
             for value, sign in ((moved, 1), (self.record.originals[site.weight], -1)):
                 applied = value.reshape(site.applied_shape)

@@ -172,6 +172,19 @@ def test_disable_adapter_gives_the_base_and_puts_everything_back() -> None:
     assert_same_bits(model(IDS), out)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_what_is_deleted_meanwhile_does_not_come_back(per_sample: bool) -> None:
+    base, model = two(LISTED, LISTED)
+    lora_fx.set_adapter(model, ["one", "two"], per_sample=per_sample)
+    with lora_fx.disable_adapter(model):
+        lora_fx.delete_adapter(model, "one")
+    assert lora_fx.active_adapters(model) == ("two",)
+    with lora_fx.disable_adapter(model):
+        lora_fx.delete_adapter(model, "two")
+    assert lora_fx.active_adapters(model) == ()
+    assert_same_bits(model(IDS), base(IDS))
+
+
 def test_a_deleted_adapter_leaves_nothing() -> None:
     base, model = two(LISTED, HEAD)
     lora_fx.delete_adapter(model, "two")

@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CheckpointError
+from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.passes._start_loftq import levels
 from lora_fx.record import record_of
 from tests import zoo
@@ -141,6 +141,37 @@ def test_olora_of_a_conv1d_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the other way round"):
         lora_fx.load_adapter(other, tmp_path, adapter_name="theirs")
     assert lora_fx.adapter_names(other) == ("default",)
+
+
+def test_a_base_that_cannot_be_decomposed_gets_no_adapter(tmp_path: Path) -> None:
+    base = zoo.Residual()
+    theirs = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa")
+    peft.get_peft_model(copy.deepcopy(base), theirs).save_pretrained(tmp_path)
+    with torch.no_grad():
+        base.blocks[0].up.weight[0, 0] = torch.nan
+    model = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["down"]))
+    with pytest.raises(ConfigError, match="not finite"):
+        lora_fx.load_adapter(model, tmp_path, adapter_name="theirs")
+    assert lora_fx.adapter_names(model) == ("default",)
+
+
+@pytest.mark.parametrize("way", ["folder", "state dict", "swap"])
+def test_an_adapter_that_waits_for_data_does_not_wait_for_values_any_more(
+    way: str, tmp_path: Path
+) -> None:
+    base = zoo.Residual()
+    other = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    lora_fx.save_adapter(other, tmp_path)
+    waiting = LoraConfig(r=2, target_modules=["up"], init_lora_weights="eva")
+    model = lora_fx.rewrite(base, waiting)
+    if way == "folder":
+        lora_fx.load_adapter(model, tmp_path)
+    elif way == "state dict":
+        lora_fx.load_adapter_state_dict(model, lora_fx.adapter_state_dict(other))
+    else:
+        lora_fx.hotswap_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match="has its start already"):
+        lora_fx.initialize(model, [torch.zeros(1, 4, dtype=torch.long)], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,31 @@ def test_trained_biases_and_saved_modules_are_kept() -> None:
     assert type(merged.second) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"target_modules": ["head"]},
+        {"target_modules": ["head"], "use_dora": True},
+        {"target_modules": ["head"], "lora_bias": True},
+        {"target_modules": ["up"], "trainable_token_indices": {"embed": [2]}},
+    ],
+)
+def test_what_one_adapter_trains_in_full_is_what_another_one_is_folded_into(other) -> None:
+    ids = torch.tensor([[0, 2, 5, 10], [2, 2, 9, 10]])
+    full = LoraConfig(r=2, target_modules=["down"], modules_to_save=["head", "embed"])
+    model = lora_fx.rewrite(Residual().double().eval(), full)
+    lora_fx.add_adapter(model, LoraConfig(r=2, **other), "other")
+    lora_fx.set_adapter(model, ["default", "other"])
+    with torch.no_grad():
+        for place, parameter in enumerate(lora_fx.trainable_parameters(model)):
+            parameter.add_(torch.linspace(-1, 1 + place, parameter.numel()).view_as(parameter))
+    assert_close(lora_fx.merge(model)(ids), model(ids))
+    names = lora_fx.active_adapters(model)
+    expected = model(ids)
+    lora_fx.set_adapter(model, [])
+    assert_close(lora_fx.merge(model, adapter_names=names)(ids), expected)
+
+
 def test_batch_norm_statistics_of_training_are_kept() -> None:
     model = Mlp().train()
     changed = adapted(model)

@@ -52,6 +52,19 @@ def test_a_tied_head_gets_the_embeddings_factors_and_a_merge_keeps_the_tie(targe
     assert (adapted(ids).logits - model(ids).logits).abs().max() > 1e-3
 
 
+def test_adapters_of_one_end_alone_untie_what_another_one_ties():
+    """As many adapters at the embedding as at the head, and not the same."""
+    model, ids = tied_llama()
+    adapted = lora_fx.rewrite(model.double(), config())
+    lora_fx.add_adapter(adapted, config(ensure_weight_tying=False), "table")
+    lora_fx.add_adapter(adapted, LoraConfig(r=2, target_modules=["lm_head"]), "head")
+    randomise(adapted)
+    lora_fx.set_adapter(adapted, ["default", "table", "head"])
+    merged = lora_fx.merge(adapted)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    assert_close(merged(ids).logits, adapted(ids).logits)
+
+
 def test_gradients_of_both_ends_add_up():
     model, ids = tied_llama()
     adapted = randomise(lora_fx.rewrite(model.double(), config()))
