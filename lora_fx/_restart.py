@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lora_fx.adapters import put_in, take_out
+from lora_fx._activation import put_in, take_out
 from lora_fx.passes._own import base_parameters, place_base
 from lora_fx.passes._start_place import computed_starts, place_start, place_variants
 from lora_fx.passes._starts import Start, initial_start

@@ -22,6 +22,7 @@ from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
 from lora_fx._checkpoint_starts import check_start, repeat_start
 from lora_fx._checkpoint_state import changed, fill, fitted, stored, without_prefix
 from lora_fx._checkpoint_vllm import for_vllm
+from lora_fx._compiled import inside
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
@@ -36,6 +37,7 @@ __all__ = ["load_adapter", "save_adapter"]
 _log = logging.getLogger("lora_fx")
 
 
+@inside
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -96,6 +98,7 @@ def save_adapter(
     return folder
 
 
+@inside
 def load_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],

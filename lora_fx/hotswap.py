@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx._checkpoint_tensors import write
+from lora_fx._compiled import inside
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start
 from lora_fx.checkpoint import load_adapter
 from lora_fx.errors import CheckpointError, ConfigError
@@ -29,6 +30,7 @@ from lora_fx.types import PlannedSite
 __all__ = ["hotswap_adapter", "prepare_hotswap"]
 
 
+@inside
 def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") -> nn.Module:
     """Gives an adapter room for others of a higher rank: its factors are padded with zeros.
 
@@ -69,6 +71,7 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") 
     return model
 
 
+@inside
 def hotswap_adapter(
     model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
 ) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import nn
 from lora_fx import _eva
 from lora_fx._batches import Forward
 from lora_fx._checkpoint_settings import by_site, with_patterns
+from lora_fx._compiled import inside
 from lora_fx._config_starts import needs_data
 from lora_fx._restart import restart
 from lora_fx._statistics import Report, device_of, gradients, moments
@@ -29,6 +30,7 @@ from lora_fx.types import PlannedSite
 __all__ = ["initialize"]
 
 
+@inside
 def initialize(
     model: nn.Module,
     dataloader: Iterable[Any],

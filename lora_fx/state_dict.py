@@ -9,12 +9,14 @@ from torch import nn
 
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_state import fill, fitted, stored, without_prefix
+from lora_fx._compiled import inside
 from lora_fx.adapters import adapter_record
 from lora_fx.errors import CheckpointError
 
 __all__ = ["adapter_state_dict", "load_adapter_state_dict"]
 
 
+@inside
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
 
@@ -36,6 +38,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     return {PREFIX + key: value for key, value in found.tensors.items()}
 
 
+@inside
 def load_adapter_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
 ) -> None:
