@@ -51,6 +51,11 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
 
 
 def check_known(record: Record, names: Collection[str]) -> None:
+    """Refuses names that no adapter has, and one that is there twice.
+
+    Raises:
+        ConfigError: If there is such a name.
+    """
     for name in names:
         if name not in record.adapters:
             has = ", ".join(map(repr, record.adapters)) or "none"
@@ -60,6 +65,11 @@ def check_known(record: Record, names: Collection[str]) -> None:
 
 
 def check_together(record: Record, names: Sequence[str], per_sample: bool) -> None:
+    """Refuses adapters of which a model has one at a time, or a batch.
+
+    Raises:
+        ConfigError: If two have something in the same place of the base, or (``per_sample``) one has any.
+    """
     for name in names if per_sample else ():
         check_rows(record.adapters[name].sites)
         for parameter in record.adapters[name].own:
@@ -99,6 +109,11 @@ def _check_tokens(record: Record, names: Sequence[str]) -> None:
 
 
 def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens]) -> None:
+    """Refuses places of which no graph is left: a branch could be put nowhere.
+
+    Raises:
+        CaptureError: If there is one.
+    """
     for row in rows:
         if not any(call.region in capture.regions for call in row.site.calls):
             region = row.site.calls[0].region or "the model"

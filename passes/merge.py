@@ -108,6 +108,8 @@ def merge(
     place_biases(result, biases)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     tied |= tied_tokens(tokens)
+    # One end that is trained in full without the other is another weight.
+    tied = {weight: to for weight, to in tied.items() if own.get(weight) is own.get(to)}
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))

@@ -142,6 +142,43 @@ def test_modules_to_save_are_tied_as_well():
     assert_close(merged(ids).logits, adapted(ids).logits, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("saved", "target"), [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens")]
+)
+def test_what_is_tied_to_a_saved_module_has_no_adapter(saved, target, tmp_path):
+    """Both are trained in full: the adapter of one would untie them, and no folder could be loaded."""
+    model, ids = tied_llama()
+    settings = config(target_modules=[target, "q_proj"], modules_to_save=[saved])
+    plan = lora_fx.plan(model, settings)
+    assert {row.name.rpartition(".")[2] for row in plan} == {"q_proj"}
+    (skipped,) = [one for one in plan.skipped if one.site.name.endswith(target)]
+    assert skipped.reason.startswith("trained in full")
+    adapted = lora_fx.rewrite(model, settings)
+    assert adapted.lm_head.weight is adapted.model.embed_tokens.weight
+    with torch.no_grad():
+        adapted.lm_head.weight.add_(0.1)
+    folder = lora_fx.save_adapter(adapted, tmp_path)
+    assert_close(lora_fx.load_adapter(model, folder)(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"trainable_token_indices": {"embed_tokens": [3]}}, {"target_modules": ["embed_tokens"]}],
+)
+def test_one_end_that_another_adapter_trains_in_full_is_untied(other):
+    model, ids = tied_llama()
+    full = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = lora_fx.rewrite(model.double(), full)
+    lora_fx.add_adapter(adapted, config(**{"target_modules": ["v_proj"], **other}), "other")
+    lora_fx.set_adapter(adapted, ["default", "other"])
+    with torch.no_grad():
+        for parameter in lora_fx.trainable_parameters(adapted):
+            parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    merged = lora_fx.merge(adapted)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    assert_close(merged(ids).logits, adapted(ids).logits)
+
+
 def test_where_nothing_is_tied_the_dry_run_says_so():
     model, _ = tiny_gpt2(tie_word_embeddings=False)
     plan = lora_fx.plan(model, LoraConfig(target_modules=["wte"], ensure_weight_tying=True))
