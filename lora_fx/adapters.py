@@ -43,6 +43,7 @@ __all__ = [
     "note_start",
     "put_adapter",
     "set_adapter",
+    "the_adapter",
 ]
 
 
@@ -75,6 +76,26 @@ def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
     record = require_record(model)
     check_known(record, [adapter_name])
     return record.adapters[adapter_name]
+
+
+def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """The adapter that is meant: one that is named, or else the only one, or the only active one.
+
+    Raises:
+        ConfigError: If the model is not rewritten, has no such adapter, or several could be meant.
+    """
+    record = require_record(model)
+    if adapter_name is not None:
+        check_known(record, [adapter_name])
+        return adapter_name
+    for names in (tuple(record.adapters), record.choice.names):
+        if len(names) == 1:
+            return names[0]
+    has = ", ".join(map(repr, record.adapters)) or "none"
+    active = ", ".join(map(repr, record.choice.names)) or "none"
+    raise ConfigError(
+        f"adapter_name: say which adapter is meant: the model has {has}; active: {active}"
+    )
 
 
 @inside
