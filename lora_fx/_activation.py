@@ -22,7 +22,6 @@ from lora_fx.samples import SampleRows
 from lora_fx.types import Capture, PlannedSite, PlannedTokens, Region
 
 __all__ = [
-    "assign",
     "base_capture",
     "check_known",
     "check_regions",
@@ -146,7 +145,7 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
         _edit(model, record, wanted)
     else:
         model.__dict__["_lora_fx"] = record
-    assign(model, wanted.ids)
+    _assign(model, wanted)
 
 
 def leave(model: nn.Module, block: Choice) -> None:
@@ -176,17 +175,17 @@ def wanted_of(record: Record) -> Choice:
     wanted = record.choice
     for block in record.blocks:
         served = wanted.per_sample and set(block.names) <= set(wanted.names)
-        wanted = Choice(wanted.names if served else block.names, True, block.ids)
+        wanted = dataclasses.replace(block, names=wanted.names if served else block.names)
     return wanted
 
 
-def assign(model: nn.Module, ids: Sequence[str | None]) -> None:
-    """Says which sample of a batch has which adapter; with no ids, that nobody has said."""
-    rows: dict[str, torch.Tensor] = {}
+def _assign(model: nn.Module, wanted: Choice) -> None:
+    """Says which sample of a batch has which adapter, or that nobody has said."""
+    ids, rows = wanted.ids, {}
     for name in dict.fromkeys(one for one in ids if one is not None):
         rows[name] = torch.tensor([place for place, one in enumerate(ids) if one == name])
     for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
-        holder.assign(len(ids), rows)
+        holder.assign(len(ids), rows, wanted.repeats)
 
 
 def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:

@@ -255,7 +255,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Module]:
+def adapter_ids(
+    model: nn.Module, ids: Sequence[str | None], *, repeats: int = 1
+) -> Iterator[nn.Module]:
     """Gives each sample of a batch its own adapter, for as long as the context lasts.
 
     Every adapter's branch computes with the rows of its own samples only. If the model is not prepared
@@ -266,6 +268,9 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
     Args:
         model: A rewritten model whose activations have the samples as their first dimension.
         ids: The name of an adapter for each sample; None for the base model.
+        repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
+            ``num_return_sequences``, whichever is larger. A batch of so many times the samples is
+            taken, too.
 
     Raises:
         ConfigError: If there is no such adapter, one has something in the place of a parameter of the
@@ -274,12 +279,14 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
     """
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
+    if type(repeats) is not int or repeats < 1:
+        raise ConfigError(f"repeats: found {repeats!r}; a whole number of at least 1 is needed")
     names = tuple(dict.fromkeys(name for name in ids if name is not None))
     with without_wrappers(model) as inner:
         record = require_record(inner)
         check_known(record, names)
         check_together(record, names, per_sample=True)
-    with _inside_block(model, Choice(names, True, tuple(ids))):
+    with _inside_block(model, Choice(names, True, tuple(ids), repeats)):
         yield model
 
 

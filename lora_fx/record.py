@@ -87,11 +87,13 @@ class Choice:
         names: Their names, in the order in which they are added.
         per_sample: Whether each sample of a batch has one of them, or none.
         ids: The adapter of each sample, or None for the base; empty if nobody has said.
+        repeats: How many times in a row a batch may have each sample.
     """
 
     names: tuple[str, ...] = ()
     per_sample: bool = False
     ids: tuple[str | None, ...] = ()
+    repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
