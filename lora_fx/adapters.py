@@ -7,35 +7,30 @@ before any adapter, so that one that is not active costs nothing when the model 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from lora_fx._activation import (
-    activate,
     base_capture,
+    check_known,
     check_regions,
     check_together,
+    leave,
     put_in,
-    reactivate,
+    run_with,
     take_out,
 )
+from lora_fx._compiled import inside, without_wrappers
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._factors import adapter_parameters, drop_factors
-from lora_fx.passes._own import (
-    base_parameters,
-    own_value,
-    place_base,
-    put_back,
-)
+from lora_fx.passes._own import base_parameters, own_value, place_base, put_back
 from lora_fx.passes.plan import make_plan
 from lora_fx.pipeline import added, check_config
-from lora_fx.record import AdapterRecord, Record, require_record
-from lora_fx.samples import SampleRows
+from lora_fx.record import AdapterRecord, Choice, require_record
 
 __all__ = [
     "active_adapters",
@@ -48,9 +43,11 @@ __all__ = [
     "note_start",
     "put_adapter",
     "set_adapter",
+    "the_adapter",
 ]
 
 
+@inside
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """The names of a rewritten model's adapters, in the order in which they were added.
 
@@ -60,6 +57,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(require_record(model).adapters)
 
 
+@inside
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of those that the model runs with.
 
@@ -76,10 +74,31 @@ def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
         ConfigError: If the model is not rewritten, or has no such adapter.
     """
     record = require_record(model)
-    _check_known(record, [adapter_name])
+    check_known(record, [adapter_name])
     return record.adapters[adapter_name]
 
 
+def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """The adapter that is meant: one that is named, or else the only one, or the only active one.
+
+    Raises:
+        ConfigError: If the model is not rewritten, has no such adapter, or several could be meant.
+    """
+    record = require_record(model)
+    if adapter_name is not None:
+        check_known(record, [adapter_name])
+        return adapter_name
+    for names in (tuple(record.adapters), record.choice.names):
+        if len(names) == 1:
+            return names[0]
+    has = ", ".join(map(repr, record.adapters)) or "none"
+    active = ", ".join(map(repr, record.choice.names)) or "none"
+    raise ConfigError(
+        f"adapter_name: say which adapter is meant: the model has {has}; active: {active}"
+    )
+
+
+@inside
 def add_adapter(
     model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
 ) -> nn.Module:
@@ -142,6 +161,7 @@ def put_adapter(
     return new
 
 
+@inside
 def set_adapter(
     model: nn.Module,
     adapter_name: str | Sequence[str],
@@ -152,7 +172,8 @@ def set_adapter(
     """Makes adapters active, and all others inactive.
 
     The branches of several active adapters are added up. The parameters of active adapters want a
-    gradient, those of others do not.
+    gradient, those of others do not. Inside :func:`disable_adapter` or :func:`adapter_ids` that is so at
+    once, and the model runs with them afterwards.
 
     Args:
         model: A rewritten model. Its graphs are edited; a compiled one is compiled anew.
@@ -168,9 +189,9 @@ def set_adapter(
     """
     record = require_record(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    _check_known(record, names)
+    check_known(record, names)
     check_together(record, names, per_sample)
-    activate(model, record, names, per_sample)
+    run_with(model, dataclasses.replace(record, chosen=Choice(names, per_sample)), anew=True)
     for name, adapter in record.adapters.items():
         if name in names and not inference_mode:
             _unfreeze(model, name, adapter)
@@ -178,6 +199,7 @@ def set_adapter(
             _freeze(model, name, adapter)
 
 
+@inside
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter off a model.
 
@@ -189,15 +211,24 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ConfigError: If there is no such adapter, or it is active.
     """
     record = require_record(model)
-    _check_known(record, [adapter_name])
+    check_known(record, [adapter_name])
+    if any(adapter_name in block.names for block in record.blocks):
+        raise ConfigError(
+            f"the adapter {adapter_name!r} is one of those that samples have in a "
+            "`with lora_fx.adapter_ids(...)` block: leave that first"
+        )
     if adapter_name in record.active:
         raise ConfigError(
             f"the adapter {adapter_name!r} is active: activate another one first, with "
             "lora_fx.set_adapter(model, name), or none, with an empty list"
         )
     drop_factors(model, adapter_name)
+    chosen = record.chosen
+    if chosen is not None:
+        names = tuple(name for name in chosen.names if name != adapter_name)
+        chosen = dataclasses.replace(chosen, names=names)
     adapters = {name: one for name, one in record.adapters.items() if name != adapter_name}
-    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
+    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters, chosen=chosen)
 
 
 def note_start(model: nn.Module, adapter_name: str) -> None:
@@ -212,30 +243,34 @@ def note_start(model: nn.Module, adapter_name: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """The base model, for as long as the context lasts: no branch, and the base's own parameters.
 
-    Adapters keep their values, and want a gradient afterwards if they did before.
+    Adapters keep their values, and want a gradient afterwards if they did before. Contexts nest:
+    inside this one the model is the base also where :func:`adapter_ids` names adapters, and what
+    :func:`set_adapter` chooses counts afterwards.
 
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    before = require_record(model)
-    activate(model, before, ())
-    try:
+    with _inside_block(model, Choice()):
         yield model
-    finally:
-        reactivate(model, before)
 
 
 @contextmanager
-def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Module]:
+def adapter_ids(
+    model: nn.Module, ids: Sequence[str | None], *, repeats: int = 1
+) -> Iterator[nn.Module]:
     """Gives each sample of a batch its own adapter, for as long as the context lasts.
 
     Every adapter's branch computes with the rows of its own samples only. If the model is not prepared
     for that with ``set_adapter(model, names, per_sample=True)``, its graphs are edited on the way in and
-    out again. Serving loops prepare it once: then only indices change.
+    out again. Serving loops prepare it once: then only indices change. Contexts nest: the innermost says
+    which, unless :func:`disable_adapter` is around it; what :func:`set_adapter` chooses counts afterwards.
 
     Args:
         model: A rewritten model whose activations have the samples as their first dimension.
         ids: The name of an adapter for each sample; None for the base model.
+        repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
+            ``num_return_sequences``, whichever is larger. A batch of so many times the samples is
+            taken, too.
 
     Raises:
         ConfigError: If there is no such adapter, one has something in the place of a parameter of the
@@ -244,36 +279,30 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
     """
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
+    if type(repeats) is not int or repeats < 1:
+        raise ConfigError(f"repeats: found {repeats!r}; a whole number of at least 1 is needed")
     names = tuple(dict.fromkeys(name for name in ids if name is not None))
-    before = require_record(model)
-    prepared = before.per_sample and set(names) <= set(before.active)
-    if not prepared:
-        _check_known(before, names)
-        check_together(before, names, per_sample=True)
-        activate(model, before, names, per_sample=True)
-    holders = [one for one in model.modules() if isinstance(one, SampleRows)]
-    rows = {
-        name: torch.tensor([place for place, one in enumerate(ids) if one == name])
-        for name in names
-    }
-    try:
-        for holder in holders:
-            holder.assign(len(ids), rows)
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        check_known(record, names)
+        check_together(record, names, per_sample=True)
+    with _inside_block(model, Choice(names, True, tuple(ids), repeats)):
         yield model
+
+
+@contextmanager
+def _inside_block(model: nn.Module, block: Choice) -> Iterator[None]:
+    """Lets a block count until it is left, in whatever order blocks are left."""
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        run_with(
+            inner, dataclasses.replace(record, chosen=record.choice, blocks=(*record.blocks, block))
+        )
+    try:
+        yield
     finally:
-        for holder in holders:
-            holder.assign(0, {})
-        if not prepared:
-            reactivate(model, before)
-
-
-def _check_known(record: Record, names: Collection[str]) -> None:
-    for name in names:
-        if name not in record.adapters:
-            has = ", ".join(map(repr, record.adapters)) or "none"
-            raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
-    if len(set(names)) != len(names):
-        raise ConfigError(f"an adapter is named twice: {', '.join(map(repr, names))}")
+        with without_wrappers(model) as inner:
+            leave(inner, block)
 
 
 def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx._checkpoint_tensors import write
-from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start
+from lora_fx._compiled import inside
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start, the_adapter
 from lora_fx.checkpoint import load_adapter
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.passes._factors import SiteFactors, factors_of
@@ -29,7 +30,8 @@ from lora_fx.types import PlannedSite
 __all__ = ["hotswap_adapter", "prepare_hotswap"]
 
 
-def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") -> nn.Module:
+@inside
+def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None) -> nn.Module:
     """Gives an adapter room for others of a higher rank: its factors are padded with zeros.
 
     What it computes stays the same, and so does its scale. Shapes change: do it before ``torch.compile``, and
@@ -38,17 +40,18 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") 
     Args:
         model: A rewritten model. It is changed.
         rank: The highest rank that will be swapped in.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; by default the only one, or the only active one.
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigError: If there is no such adapter, the rank is below one that it has, or the groups of a
-            convolution do not divide it.
+        ConfigError: If there is no such adapter, several could be meant, the rank is below one that it has,
+            or the groups of a convolution do not divide it.
     """
     if type(rank) is not int or rank < 1:
         raise ConfigError(f"rank: found {rank!r}; a rank is a whole number of at least 1")
+    adapter_name = the_adapter(model, adapter_name)
     old = adapter_record(model, adapter_name)
     for row in old.sites:
         if rank < row.rank:
@@ -69,8 +72,9 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str = "default") 
     return model
 
 
+@inside
 def hotswap_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None
 ) -> nn.Module:
     """Puts the values of an adapter folder into an adapter of the model, without a change of any shape.
 
@@ -78,9 +82,10 @@ def hotswap_adapter(
     nothing. :func:`prepare_hotswap` makes room for higher ranks.
 
     Args:
-        model: A rewritten model. Of a compiled one give the model inside; it is not compiled anew.
+        model: A rewritten model. A compiled one is not compiled anew.
         directory: As for :func:`lora_fx.load_adapter`.
-        adapter_name: The adapter whose values are replaced, active or not.
+        adapter_name: The adapter whose values are replaced, active or not; by default the only one, or the
+            only active one.
 
     Returns:
         The model itself.
@@ -89,8 +94,9 @@ def hotswap_adapter(
         CheckpointError: As :func:`lora_fx.load_adapter`; and if the folder's adapter has a site, a rank, a
             variant or a trained parameter that the model's has no place for: all are listed, and nothing
             was changed.
-        ConfigError: If there is no such adapter, or it trains biases of the base.
+        ConfigError: If there is no such adapter, several could be meant, or it trains biases of the base.
     """
+    adapter_name = the_adapter(model, adapter_name)
     there = adapter_record(model, adapter_name)
     if there.biases:
         raise ConfigError(

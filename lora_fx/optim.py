@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_fx._compiled import inside, without_wrappers
 from lora_fx.errors import ConfigError
 from lora_fx.passes._factors import factors_of
 from lora_fx.record import Record, require_record
@@ -29,6 +30,7 @@ _EMBEDDING_LR = 1e-6
 _RIDGE = 1e-8
 
 
+@inside
 def parameter_groups(
     model: nn.Module,
     lr: float,
@@ -141,8 +143,9 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     pairs = []
-    for row, adapter in _rows(require_record(model)):
-        a, b = factors_of(model, row, adapter).pair
+    with without_wrappers(model) as inner:
+        rows = [(*one, factors_of(inner, *one).pair) for one in _rows(require_record(inner))]
+    for row, adapter, (a, b) in rows:
         if id(a) in trained:
             raise ConfigError(
                 f"{row.name}: the optimizer trains A of adapter {adapter!r}; make its groups with "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lora_fx._compiled import inside
 from lora_fx.passes._factors import adapter_parameters
 from lora_fx.passes._own import own_value
 from lora_fx.record import AdapterRecord, require_record
@@ -79,6 +80,7 @@ class ModelStatus:
         return "\n".join(lines)
 
 
+@inside
 def status(model: nn.Module) -> ModelStatus:
     """How the adapters of a rewritten model stand; ``str()`` has a line for each.
 

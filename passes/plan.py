@@ -214,7 +214,7 @@ def _biases(
     wanted = {row.site.bias for row in rows}
     for name, _ in _named_once(model):
         inside = any(name.startswith(f"{module}.") for module in saved)
-        every = config.bias == "all" and "bias" in name
+        every = config.bias == "all" and name.rpartition(".")[2] == "bias"
         if not inside and (every or (config.bias == "lora_only" and name in wanted)):
             yield name
 

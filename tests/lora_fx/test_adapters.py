@@ -185,6 +185,81 @@ def test_what_is_deleted_meanwhile_does_not_come_back(per_sample: bool) -> None:
     assert_same_bits(model(IDS), base(IDS))
 
 
+def test_what_is_chosen_while_adapters_are_disabled_counts_afterwards() -> None:
+    """As in PEFT: :func:`lora_fx.set_adapter` and ``adapter_names`` leave a disabled model disabled."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
+    settings = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings), "one")
+    theirs.add_adapter("two", peft.LoraConfig(**settings))
+    model = lora_fx.rewrite(base, LoraConfig(**settings), adapter_name="one")
+    lora_fx.add_adapter(model, LoraConfig(**settings), "two")
+    for name in ("one", "two"):
+        state = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        lora_fx.load_adapter_state_dict(model, state, name)
+    alone = model(x)
+    with theirs.disable_adapter(), lora_fx.disable_adapter(model):
+        theirs.set_adapter("two")
+        lora_fx.set_adapter(model, "two")
+        for one in (theirs, model):
+            assert_same_bits(one(x), base(x))
+        with lora_fx.adapter_ids(model, ["one", "two"]):
+            assert_same_bits(model(x), base(x))
+            assert_same_bits(theirs(x, adapter_names=["one", "two"]), base(x))
+        assert_same_bits(model(x), base(x))
+    assert lora_fx.active_adapters(model) == ("two",)
+    assert_close(model(x), theirs(x))
+    assert not torch.equal(model(x), alone)
+    assert model[0].lora_A.two.requires_grad
+    assert not model[0].lora_A.one.requires_grad
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_blocks_nest(prepared: bool) -> None:
+    base, model = two()
+    if prepared:
+        lora_fx.set_adapter(model, ["one", "two"], per_sample=True)
+    with lora_fx.adapter_ids(model, ["one", "two"]):
+        outer = model(IDS)
+        with lora_fx.disable_adapter(model):
+            assert_same_bits(model(IDS), base(IDS))
+        assert_same_bits(model(IDS), outer)
+        with lora_fx.adapter_ids(model, ["two", None]):
+            inner = model(IDS)
+            assert_same_bits(inner[1], base(IDS)[1])
+        assert_same_bits(model(IDS), outer)
+        lora_fx.set_adapter(model, [])
+        assert_same_bits(model(IDS), outer)
+        with pytest.raises(ConfigError, match="adapter_ids"):
+            lora_fx.delete_adapter(model, "one")
+    assert not lora_fx.active_adapters(model)
+    assert_same_bits(model(IDS), base(IDS))
+
+
+def test_blocks_may_end_in_any_order() -> None:
+    base, model = two()
+    alone = model(IDS)
+    first, second = lora_fx.disable_adapter(model), lora_fx.adapter_ids(model, ["two", None])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert_same_bits(model(IDS)[1], base(IDS)[1])
+    assert not torch.equal(model(IDS)[0], base(IDS)[0])
+    second.__exit__(None, None, None)
+    assert_same_bits(model(IDS), alone)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_in_no_block(copied: Callable[[nn.Module], nn.Module]) -> None:
+    base, model = two()
+    alone = model(IDS)
+    with lora_fx.disable_adapter(model):
+        other = copied(model)
+        assert_same_bits(other(IDS), base(IDS))
+        lora_fx.set_adapter(other, "one")
+        assert_same_bits(other(IDS), alone)
+
+
 def test_a_deleted_adapter_leaves_nothing() -> None:
     base, model = two(LISTED, HEAD)
     lora_fx.delete_adapter(model, "two")

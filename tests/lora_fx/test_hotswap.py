@@ -24,6 +24,34 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def test_the_adapter_that_is_meant(tmp_path: Path) -> None:
+    """The only one, or the only active one; nobody has to call it "default"."""
+    base = Residual().eval()
+    folder = saved(base, tmp_path / "new", r=3)
+    model = lora_fx.rewrite(base, LoraConfig(r=2), adapter_name="maths")
+    lora_fx.prepare_hotswap(model, 4)
+    lora_fx.add_adapter(model, LoraConfig(r=2), "code")
+    lora_fx.hotswap_adapter(model, folder)
+    assert_close(model(IDS), lora_fx.load_adapter(base, folder)(IDS))
+    with lora_fx.disable_adapter(model):
+        assert lora_fx.save_adapter(model, tmp_path / "out").name == "maths"
+    found = lora_fx.adapter_state_dict(model)
+    lora_fx.set_adapter(model, "code")
+    lora_fx.load_adapter_state_dict(model, lora_fx.adapter_state_dict(model))
+    assert found.keys() == lora_fx.adapter_state_dict(model, "maths").keys()
+    for names in ([], ["maths", "code"]):
+        lora_fx.set_adapter(model, names)
+        for verb in (lora_fx.save_adapter, lora_fx.hotswap_adapter):
+            with pytest.raises(
+                ConfigError, match="say which adapter is meant: the model has 'maths', 'c"
+            ):
+                verb(model, tmp_path)
+        with pytest.raises(ConfigError, match="say which"):
+            lora_fx.initialize(model, [])
+        with pytest.raises(ConfigError, match="say which"):
+            lora_fx.prepare_hotswap(model, 4)
+
+
 def saved(base: nn.Module, folder: Path, **config: object) -> Path:
     settings = {"init_lora_weights": False, "seed": 1, **config}
     return lora_fx.save_adapter(lora_fx.rewrite(base, LoraConfig(**settings)), folder)

@@ -33,6 +33,7 @@ LAYERS = (
     "lora_fx.types",
     "lora_fx._frozen",
     "lora_fx.record",
+    "lora_fx._compiled",
     "lora_fx.ops",
     "lora_fx.attention",
     "lora_fx.windows",

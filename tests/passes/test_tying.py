@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import lora_fx
@@ -63,6 +66,31 @@ def test_adapters_of_one_end_alone_untie_what_another_one_ties():
     merged = lora_fx.merge(adapted)
     assert merged.lm_head.weight is not merged.model.embed_tokens.weight
     assert_close(merged(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], "lm_head|.*q_proj", ["lm_head", "q_proj"]])
+def test_a_tied_head_that_is_named_means_its_embedding(targets, tmp_path):
+    """As in PEFT, which puts the embedding into the targets."""
+    base, ids = tied_llama()
+    given = {"r": 3, "target_modules": targets, "ensure_weight_tying": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**given)).eval()
+    model = lora_fx.rewrite(base, LoraConfig(**given))
+    assert not lora_fx.plan(base, LoraConfig(**given)).unmatched
+    rows = [row.name for row in lora_fx.plan(base, LoraConfig(**given))]
+    prefix = "base_model.model."
+    adapted = (name for name, one in theirs.named_modules() if isinstance(one, LoraLayer))
+    assert sorted(rows) == sorted(name.removeprefix(prefix) for name in adapted)
+    randomise(model)
+    lora_fx.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        assert_close(read(ids).logits, model(ids).logits)
+    alone = config(target_modules=targets, exclude_modules=["embed_tokens"])
+    assert "model.embed_tokens" not in [row.name for row in lora_fx.plan(base, alone)]
 
 
 def test_gradients_of_both_ends_add_up():
