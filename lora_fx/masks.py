@@ -8,11 +8,13 @@ the numbers that are compared with the probability are never laid out.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["draw", "kept", "unpacked"]
+__all__ = ["draw", "dropped", "kept", "unpacked"]
 
 
 def kept(dropout: float) -> int:
@@ -26,6 +28,38 @@ def kept(dropout: float) -> int:
         dropout: A probability, above 0 and below 1.
     """
     return 256 - min(max(round(dropout * 256), 1), 255)
+
+
+def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
+    """``torch.nn.functional.dropout`` for a CPU: the mask is drawn by :func:`draw`, and kept as bits.
+
+    Elsewhere, under a compiler and under the transforms of ``torch.func`` it is PyTorch's own.
+
+    Args:
+        x: Of any shape.
+        dropout: The probability with which an element becomes zero; see :func:`kept`.
+        training: Whether there is dropout now.
+    """
+    if not training:
+        return x
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
+        return F.dropout(x, dropout)
+    out: Tensor = _Dropped.apply(x, draw(x, dropout), 256 / kept(dropout))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        # Scaled afterwards: a half-precision factor would round the scale.
+        return (x * unpacked(mask, x)).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), (mask,) = grads, ctx.saved_tensors
+        return (grad * unpacked(mask, grad)).mul_(ctx.scale), None, None
 
 
 def draw(x: Tensor, dropout: float) -> Tensor:

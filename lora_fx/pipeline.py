@@ -22,6 +22,7 @@ from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
 from lora_fx.passes.capture.written_out import written_out
+from lora_fx.passes.cheap_dropout import CheapDropout
 from lora_fx.passes.find_head import find_head
 from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.fuse import Fuse
@@ -174,7 +175,7 @@ def branch_passes(
     passes += [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
         return [*passes, SelectRows()]
-    return [*passes, Fuse(), ShareInputs()] if optimize else passes
+    return [*passes, Fuse(), ShareInputs(), CheapDropout()] if optimize else passes
 
 
 def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Record:
