@@ -167,7 +167,7 @@ def load_adapter(
         if problems:
             reasons = _reasons(model, exact, how)
             raise CheckpointError(
-                "\n  ".join([_misfit(folder, model), *sorted(problems), *reasons])
+                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
             )
     except BaseException:
         if target is model and not known:
@@ -183,7 +183,15 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the local folder of a PEFT adapter")
     inner = folder / adapter_name
-    return inner if adapter_name != "default" and (inner / CONFIG_NAME).is_file() else folder
+    if adapter_name != "default" and (inner / CONFIG_NAME).is_file():
+        return inner
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if below and not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_NAME}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
+            'that is not called "default" is saved into a subfolder of its name'
+        )
+    return folder
 
 
 def _rewritten(
@@ -237,7 +245,12 @@ def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[s
     return [f"because {name}: {known[name]}" for name in sorted(asked)]
 
 
-def _misfit(folder: Path, model: nn.Module) -> str:
+def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
+    if known:
+        return (
+            f"the adapter in {folder} does not fit the one of this name that this {type(model).__name__} "
+            "has; nothing was changed. Give it another name, or load it onto the original model:"
+        )
     return (
         f"the adapter in {folder} does not fit this {type(model).__name__}; nothing was changed. "
         "Give the model that it was trained on (and the frontend and the example_inputs, if that was "
