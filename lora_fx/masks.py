@@ -39,16 +39,18 @@ def draw(x: Tensor, dropout: float) -> Tensor:
 
     Returns:
         On a CPU the bits of what is dropped [ceil(n / 8)], uint8. Elsewhere, and under a compiler, which both
-        fuse a mask with what reads it, what is kept: bool in the shape of ``x``.
+        fuse a mask with what reads it, what is kept: bool in the shape of ``x``. The same under the
+        transforms of ``torch.func``, where each sample of a batch may have a mask of its own.
     """
     threshold = 256 - kept(dropout)
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
         return torch.rand(x.shape, device=x.device) >= threshold / 256
     # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
     # probability 0.b7 b6 ... b0 in binary.
     digits = [digit == "1" for digit in reversed(f"{threshold:08b}")]
     digits = digits[digits.index(True) :]
-    words = torch.empty(len(digits), (x.numel() + 63) // 64, dtype=torch.int64)
+    # With its device, since torch.set_default_device may name another one.
+    words = torch.empty(len(digits), (x.numel() + 63) // 64, dtype=torch.int64, device=x.device)
     # All 64 bits: from the lowest number, with no upper end.
     words.random_(-(2**63), None)
     dropped = words[0]
@@ -73,8 +75,14 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
     """
     if mask.dtype == torch.bool:
         return mask.view(x.shape)
-    rows = torch.index_select(_rows(x.dtype), 0, mask.int())
+    # A table made under a FakeTensorMode has no values, and must not be found by those who come after.
+    make = _rows if type(mask) is Tensor else _rows.__wrapped__
+    rows = torch.index_select(make(x.dtype), 0, mask.int())
     return rows.flatten()[: x.numel()].view(x.shape)
+
+
+def _transformed() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 @functools.cache
@@ -82,5 +90,5 @@ def _rows(dtype: torch.dtype) -> Tensor:
     """For each byte its eight bits, lowest first: 1 where the bit is 0."""
     # A tensor made under inference mode could not be used outside of it.
     with torch.inference_mode(False):
-        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
         return (1 - bits).to(dtype)
