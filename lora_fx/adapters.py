@@ -316,8 +316,8 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
-    # A weight that an initialisation has changed is the adapter's own, and frozen.
-    weights = {row.site.weight for row in adapter.sites}
+    # A weight that an initialisation has changed, or that came with a folder, is its own and frozen.
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
     for own in adapter.own:
         value = own_value(model, name, own)
         value.requires_grad_(own not in weights and value.is_floating_point())
