@@ -100,6 +100,8 @@ def test_a_folder_of_peft(tied: bool, tmp_path: Path) -> None:
     lora_fx.set_adapter(model, "new")
     assert_close(run(model, ids), run(theirs, ids))
     lora_fx.set_adapter(model, "default")
+    with pytest.raises(ConfigError, match=r"'new' cannot be combined: its folder had other values"):
+        lora_fx.add_weighted_adapter(model, ["new"], [1.0], "other")
     lora_fx.delete_adapter(model, "new")
     assert_same_bits(run(model, ids), before)
     assert not [name for name, _ in model.named_parameters() if "lora_own" in name]
