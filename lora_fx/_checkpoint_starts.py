@@ -182,13 +182,14 @@ def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> Non
 
 def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
     """What is wrong with loading a folder onto a model that has the adapter already: its base."""
-    own, theirs = record.config, config
-    changed = bool({row.site.weight for row in record.sites} & set(record.own))
+    ours, theirs = record.config, config
+    own = set(record.own) - set(record.embeddings)
+    changed = bool({row.site.weight for row in record.sites} & own)
     if not changed and not changes_base(theirs.init_lora_weights):
         return []
-    if changed and _starting(own) == _starting(theirs):
+    if changed and _starting(ours) == _starting(theirs):
         return []
-    found = own.init_lora_weights if changed else True
+    found = ours.init_lora_weights if changed else True
     reason = (
         f"start: the folder's adapter started as init_lora_weights={theirs.init_lora_weights!r}, the model's "
         f"as {found!r}, and so they are not of the same base: load it onto the original model"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_embeddings import SaveEmbeddings, saved_embeddings
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
 from lora_fx._checkpoint_joined import Joined, joined_of
 from lora_fx._checkpoint_keys import PREFIX, Slot, slots_of
 from lora_fx._checkpoint_layout import Layout, layout_of
-from lora_fx._checkpoint_settings import Target, targets_of
+from lora_fx._checkpoint_settings import Target, origin_of, targets_of
 from lora_fx._checkpoint_sites import wrapped_parameters
 from lora_fx._checkpoint_starts import Converted, converted, other_start
 from lora_fx._checkpoint_tensors import write
@@ -22,6 +23,7 @@ from lora_fx.adapters import note_start
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
 from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes._own import own_value
 from lora_fx.passes.selection import scale_for
 from lora_fx.record import AdapterRecord, record_of
 
@@ -55,14 +57,28 @@ class Stored:
     own: list[str]
 
 
-def stored(model: nn.Module, record: AdapterRecord, adapter: str) -> Stored:
+def stored(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    embeddings: SaveEmbeddings = "auto",
+) -> Stored:
     """An adapter as PEFT stores it.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        embeddings: Whether the weights of the embedding and the head are stored as well.
 
     Raises:
         CheckpointError: If the model is on the meta device.
+        ConfigError: If ``embeddings`` cannot mean anything.
     """
     layout = layout_of(model, record)
-    slots = slots_of(model, record, adapter, layout, changed(model))
+    origin = record.config.base_model_name_or_path or origin_of(model)
+    ends = saved_embeddings(model, record, adapter, origin, embeddings)
+    slots = slots_of(model, record, adapter, layout, changed(model), ends)
     whole = converted(model, record, adapter, slots)
     record, slots = whole.record, whole.slots
     for slot in slots.values():
@@ -100,7 +116,8 @@ def fitted(
     named = wrapped_parameters(model, config) if config else {}
     weights = {name for names in named.values() for name in names}
     layout = layout_of(model, record, weights)
-    own = slots_of(model, record, adapter, layout, _persistent_buffers(model))
+    given = {name: own_value(model, adapter, name) for name in record.embeddings}
+    own = slots_of(model, record, adapter, layout, _persistent_buffers(model), given)
     whole = converted(model, record, adapter, own)
     # As it is written, or with the model's own ranks: the start is in the model then.
     with_start = bool(whole.rows) and _written_so(whole, layout, rest)

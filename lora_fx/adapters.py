@@ -29,7 +29,7 @@ from lora_fx.ops import check_adapter_name
 from lora_fx.passes._factors import adapter_parameters, drop_factors
 from lora_fx.passes._own import base_parameters, own_value, place_base, put_back
 from lora_fx.passes.plan import make_plan
-from lora_fx.pipeline import added, check_config
+from lora_fx.pipeline import added, check_config, check_trains
 from lora_fx.record import AdapterRecord, Choice, require_record
 
 __all__ = [
@@ -146,6 +146,7 @@ def put_adapter(
     before = base_parameters(model)
     try:
         plan = make_plan(capture, record.base.matches, config, strict=strict)
+        check_trains(plan)
         check_regions(capture, (*plan.sites, *plan.tokens))
         record = added(capture, record, plan, adapter_name)
         new = record.adapters[adapter_name]
@@ -315,8 +316,8 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
-    # A weight that an initialisation has changed is the adapter's own, and frozen.
-    weights = {row.site.weight for row in adapter.sites}
+    # A weight that an initialisation has changed, or that came with a folder, is its own and frozen.
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
     for own in adapter.own:
         value = own_value(model, name, own)
         value.requires_grad_(own not in weights and value.is_floating_point())

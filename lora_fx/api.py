@@ -116,7 +116,7 @@ def rewrite(
 
     Raises:
         ConfigError: If an argument cannot mean anything, or the model is rewritten already.
-        NoMatchError: If nothing is selected.
+        NoMatchError: If nothing is selected, or would be trained.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """

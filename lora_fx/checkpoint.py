@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_embeddings import SaveEmbeddings, given_embeddings, place_given
 from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_settings import with_targets, written_config
@@ -45,6 +46,7 @@ def save_adapter(
     *,
     force: bool = False,
     vllm: bool = False,
+    save_embedding_layers: SaveEmbeddings = "auto",
 ) -> Path:
     """Writes an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
 
@@ -61,6 +63,10 @@ def save_adapter(
         force: Whether to replace an adapter that is there already.
         vllm: Whether to write it so that vLLM serves it, which looks at no pattern: with one rank and one
             alpha, the rest in B. PEFT and :func:`load_adapter` read that as well.
+        save_embedding_layers: Whether the weights of the embedding and the head of a transformers model are
+            written, too. By default, as in PEFT, where one called ``embed_tokens`` or ``lm_head`` is adapted
+            or the vocabulary is not that of the base's ``config.json`` (if that is on this machine), but not
+            for vLLM.
 
     Returns:
         The folder that was written.
@@ -74,7 +80,9 @@ def save_adapter(
     adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
-    found = stored(model, record, adapter_name)
+    if vllm and save_embedding_layers == "auto":
+        save_embedding_layers = False
+    found = stored(model, record, adapter_name, save_embedding_layers)
     config = written_config(model, record, found.targets)
     if found.own:
         _log.warning(
@@ -162,12 +170,21 @@ def load_adapter(
     try:
         if not known:
             repeat_start(target, adapter_name, config)
+            record = adapter_record(target, adapter_name)
+            given = given_embeddings(target, record, tensors)
+            if given:
+                _log.warning(
+                    "%s: the folder has other values of %s than the model: they come and go with the adapter",
+                    folder,
+                    ", ".join(given),
+                )
+            place_given(target, adapter_name, given)
         record = adapter_record(target, adapter_name)
         values, problems = fitted(target, record, adapter_name, tensors, config)
         if problems:
             reasons = _reasons(model, exact, how)
             raise CheckpointError(
-                "\n  ".join([_misfit(folder, model), *sorted(problems), *reasons])
+                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
             )
     except BaseException:
         if target is model and not known:
@@ -183,7 +200,15 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the local folder of a PEFT adapter")
     inner = folder / adapter_name
-    return inner if adapter_name != "default" and (inner / CONFIG_NAME).is_file() else folder
+    if adapter_name != "default" and (inner / CONFIG_NAME).is_file():
+        return inner
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if below and not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_NAME}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
+            'that is not called "default" is saved into a subfolder of its name'
+        )
+    return folder
 
 
 def _rewritten(
@@ -237,7 +262,12 @@ def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[s
     return [f"because {name}: {known[name]}" for name in sorted(asked)]
 
 
-def _misfit(folder: Path, model: nn.Module) -> str:
+def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
+    if known:
+        return (
+            f"the adapter in {folder} does not fit the one of this name that this {type(model).__name__} "
+            "has; nothing was changed. Give it another name, or load it onto the original model:"
+        )
     return (
         f"the adapter in {folder} does not fit this {type(model).__name__}; nothing was changed. "
         "Give the model that it was trained on (and the frontend and the example_inputs, if that was "

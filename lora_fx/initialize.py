@@ -21,6 +21,7 @@ from lora_fx._restart import restart
 from lora_fx._statistics import Report, device_of, gradients, moments
 from lora_fx.adapters import adapter_record, disable_adapter, the_adapter
 from lora_fx.errors import ConfigError
+from lora_fx.passes._factors import factors_of
 from lora_fx.passes._ranks import at_rank
 from lora_fx.passes._start_place import drop_site
 from lora_fx.passes._starts import Start, data_start
@@ -66,9 +67,9 @@ def initialize(
         The model itself.
 
     Raises:
-        ConfigError: If several adapters could be meant, the adapter needs no data or has its start already,
-            the data is empty, is not what the model takes, does not reach a site, or gives values that are
-            not finite, or the model is on the meta device. The model is as it was then.
+        ConfigError: If several adapters could be meant, the adapter needs no data, has its start already or
+            has been trained, the data is empty, is not what the model takes, does not reach a site, or gives
+            values that are not finite, or the model is on the meta device. The model is as it was then.
     """
     adapter_name = the_adapter(model, adapter_name)
     entry = adapter_record(model, adapter_name)
@@ -103,6 +104,13 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
             f"the adapter {adapter_name!r} has its start already: for another one rewrite the original "
             "model again, or add an adapter"
         )
+    for row in entry.sites:
+        a, b = factors_of(model, row, adapter_name).pair
+        if not a.is_meta and a.any() and b.any():
+            raise ConfigError(
+                f"the adapter {adapter_name!r} has been trained ({row.name}), and another start would lose "
+                "that: initialize comes before training"
+            )
     if loss_fn is not None and start != "lora_ga":
         raise ConfigError(f"init_lora_weights={start!r} needs no gradients: leave out loss_fn")
     if any(parameter.is_meta for parameter in model.parameters()):

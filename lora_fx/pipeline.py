@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
@@ -40,6 +40,7 @@ __all__ = [
     "added",
     "branch_passes",
     "check_config",
+    "check_trains",
     "matched",
     "plan_capture",
     "plan_model",
@@ -140,6 +141,7 @@ def rewrite_model(
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
     capture, matches, plan = _planned(model, config, example_inputs, strict, frontend)
+    check_trains(plan)
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
@@ -159,6 +161,19 @@ def rewrite_model(
         # A call that no graph takes is refused where an adapter would be left out: better now than later.
         run_reference(result, example_inputs)
     return result
+
+
+def check_trains(plan: Plan) -> None:
+    """Refuses a plan by which nothing would be trained: looking at one is all that it is for.
+
+    Raises:
+        NoMatchError: If it has no site, module, bias or row of an embedding.
+    """
+    if not (plan.sites or plan.saved_modules or plan.biases or plan.tokens):
+        raise NoMatchError(
+            "the configuration selects nothing, so that nothing would be trained: name operations in "
+            "target_modules or target_parameters, or leave target_modules out to have all of them"
+        )
 
 
 def branch_passes(

@@ -32,6 +32,7 @@ class AdapterRecord:
         initialized: Whether it has the start that its configuration names; False for one that waits for
             data.
         tokens: Rows of embeddings that it trains.
+        embeddings: Those of ``own`` that came with its folder: weights of embeddings and heads, not trained.
     """
 
     config: LoraConfig
@@ -41,6 +42,7 @@ class AdapterRecord:
     own: tuple[str, ...] = ()
     initialized: bool = True
     tokens: tuple[PlannedTokens, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     @property
     def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_embeddings import SaveEmbeddings
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_state import fill, fitted, stored, without_prefix
 from lora_fx._compiled import inside
@@ -18,7 +19,10 @@ __all__ = ["adapter_state_dict", "load_adapter_state_dict"]
 
 @inside
 def adapter_state_dict(
-    model: nn.Module, adapter_name: str | None = None
+    model: nn.Module,
+    adapter_name: str | None = None,
+    *,
+    save_embedding_layers: SaveEmbeddings = "auto",
 ) -> dict[str, torch.Tensor]:
     """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
 
@@ -28,6 +32,7 @@ def adapter_state_dict(
     Args:
         model: A rewritten model.
         adapter_name: Which adapter; by default the only one, or the only active one.
+        save_embedding_layers: As for :func:`lora_fx.save_adapter`.
 
     Returns:
         Tensors on the CPU with storage of their own: training on does not change them.
@@ -37,7 +42,7 @@ def adapter_state_dict(
         CheckpointError: If the model is on the meta device.
     """
     adapter_name = the_adapter(model, adapter_name)
-    found = stored(model, adapter_record(model, adapter_name), adapter_name)
+    found = stored(model, adapter_record(model, adapter_name), adapter_name, save_embedding_layers)
     return {PREFIX + key: value for key, value in found.tensors.items()}
 
 

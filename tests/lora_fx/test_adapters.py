@@ -405,6 +405,17 @@ def test_each_is_saved_and_loaded_beside_the_others(tmp_path: Path) -> None:
         assert_close(loaded(IDS), theirs(IDS))
 
 
+def test_the_folder_above_adapters_says_where_they_are(tmp_path: Path) -> None:
+    base, model = two()
+    for name in ("one", "two"):
+        lora_fx.save_adapter(model, tmp_path, name)
+    with pytest.raises(CheckpointError) as caught:
+        lora_fx.load_adapter(base, tmp_path)
+    assert f"did you mean {tmp_path / 'one'} or {tmp_path / 'two'}?" in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"does not fit the one of this name.*another name"):
+        lora_fx.load_adapter(model, tmp_path / "one", adapter_name="two")
+
+
 def test_one_that_does_not_fit_is_not_added(tmp_path: Path) -> None:
     base, model = two()
     lora_fx.save_adapter(lora_fx.rewrite(Mlp(), LoraConfig(r=2)), tmp_path / "mlp")

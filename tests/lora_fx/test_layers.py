@@ -55,6 +55,7 @@ LAYERS = (
     "lora_fx._checkpoint_forms",
     "lora_fx._checkpoint_layout",
     "lora_fx._checkpoint_keys",
+    "lora_fx._checkpoint_embeddings",
     "lora_fx._checkpoint_joined",
     "lora_fx._checkpoint_settings",
     "lora_fx._checkpoint_sites",
