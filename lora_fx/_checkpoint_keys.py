@@ -110,7 +110,7 @@ def slots_of(
         for own, tensor in _saved_values(model, record, adapter, name):
             slots += _base_slots(own, tensor, layout)
     for name in record.biases:
-        # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
+        # PEFT saves what is called "bias". An attention layer's in_proj_bias has a slot all the same.
         required = name.rpartition(".")[2] == "bias"
         value = own_value(model, adapter, name)
         slots += _base_slots(name, value, layout, required=required)

@@ -29,6 +29,7 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.plan import make_plan
 from lora_fx.passes.select_rows import SelectRows
+from lora_fx.passes.share_inputs import ShareInputs
 from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
@@ -173,7 +174,7 @@ def branch_passes(
     passes += [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
         return [*passes, SelectRows()]
-    return [*passes, Fuse()] if optimize else passes
+    return [*passes, Fuse(), ShareInputs()] if optimize else passes
 
 
 def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Record:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import pytest
 import torch
 from torch import nn
 
-from lora_fx.tools.bench.measure import interleaved
+from lora_fx.tools.bench.measure import Sample, interleaved, portion, ratio
 from lora_fx.tools.bench.memory import measure_memory
+from lora_fx.tools.bench.operations import count_operations
 from lora_fx.tools.bench.saved import saved_bytes
+from lora_fx.tools.bench.sizes import Size
 
 KIB = 1024
+LIBRARIES_AND_KINDS = [f"{who} {kind}" for who in ("lora-fx", "PEFT") for kind in ("LoRA", "DoRA")]
 
 
 def test_memory_is_counted_while_somebody_holds_it() -> None:
@@ -57,9 +63,9 @@ def test_dora_saves_little_more_than_lora_and_peft_much() -> None:
     pytest.importorskip("peft")
     from lora_fx.tools.bench import dora_step
 
-    models = dora_step.models(0.0)
-    found = {name: saved_bytes(one, dora_step.forward_of(one)) for name, one in models.items()}
-    assert found["lora-fx LoRA"] <= found["PEFT LoRA"]
+    steps = dora_step.run(repeats=2, size=Size.QUICK)["cpu, float32"].steps
+    found = {name: steps[f"{name}, p = 0"].saved or 0 for name in LIBRARIES_AND_KINDS}
+    assert 0 < found["lora-fx LoRA"] <= found["PEFT LoRA"]
     assert found["lora-fx DoRA"] < 1.1 * found["lora-fx LoRA"]
     assert found["PEFT DoRA"] > 2 * found["PEFT LoRA"]
 
@@ -69,13 +75,15 @@ def test_adapters_on_experts_cost_little_beside_peft() -> None:
     pytest.importorskip("peft")
     from lora_fx.tools.bench import expert_step
 
-    found = expert_step.run(repeats=2)
-    frozen, ours, peft = (found[name] for name in ("frozen", "lora-fx", "PEFT"))
+    steps = expert_step.run(repeats=2, size=Size.QUICK)["cpu, float32"].steps
+    frozen, ours, peft = (steps[name].memory for name in ("frozen", "lora-fx", "PEFT"))
+    assert frozen is not None
+    assert ours is not None
+    assert peft is not None
     # Of the size of an expert's weights is nothing but what the frozen model makes, too.
-    assert ours[1].largest == frozen[1].largest < peft[1].largest
-    assert ours[1].peak < 1.5 * frozen[1].peak
+    assert ours.largest == frozen.largest < peft.largest
+    assert ours.peak < 1.5 * frozen.peak
     # Times are not compared here: machines that run tests are shared.
-    assert expert_step.rows(found)[1][0][2] == "1.00"
 
 
 def test_contenders_are_timed_in_turn() -> None:
@@ -84,3 +92,52 @@ def test_contenders_are_timed_in_turn() -> None:
     found = interleaved(contenders, repeats=3)
     assert {name: sample.runs for name, sample in found.items()} == {"a": 3, "b": 3}
     assert all({*ran[i : i + 2]} == {"a", "b"} for i in range(0, 8, 2))
+
+
+def test_a_run_of_many_calls_gives_the_time_of_one() -> None:
+    ran: list[int] = []
+    found = interleaved(
+        {"a": (lambda: None, lambda _: ran.append(1) or time.sleep(0.002))}, repeats=2, calls=5
+    )
+    assert len(ran) == 3 * 5
+    assert 0.002 <= found["a"].median < 0.01
+
+
+def test_turns_are_whole_and_at_least_five_when_time_is_up() -> None:
+    contenders = {name: (lambda: None, lambda _: time.sleep(0.001)) for name in "ab"}
+    found = interleaved(contenders, repeats=50, seconds=0.0)
+    assert {name: sample.runs for name, sample in found.items()} == {"a": 5, "b": 5}
+
+
+def test_garbage_is_collected_again_after_a_measurement() -> None:
+    def fail(_: None) -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        interleaved({"a": (lambda: None, fail)})
+    assert gc.get_freeze_count() == 0
+
+
+def test_ratios_are_taken_within_a_turn() -> None:
+    # The machine was ten times slower in the second turn: each turn's ratio is 2 nevertheless.
+    base, other = Sample((1.0, 10.0, 1.0)), Sample((2.0, 20.0, 2.0))
+    found = ratio(other, base)
+    assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
+    assert Sample((1.0, 2.0)).quartiles == (1.25, 1.75)
+
+
+def test_pieces_of_work_make_one_bar() -> None:
+    told: list[tuple[int, int, str]] = []
+    tell = portion(lambda *given: told.append(given), 1, 3, "second")
+    assert tell is not None
+    tell(5, 10, "a")
+    assert told == [(15, 30, "second a")]
+    assert portion(None, 0, 1) is None
+
+
+def test_operations_are_counted_without_views() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+    # mul and sum; backward begins with ones_like, and multiplies.
+    assert count_operations(lambda: x.mul(2).sum().backward()) == 4
+    assert count_operations(lambda: x.view(2, 8).T.mul(2).sum()) == 2
+    assert count_operations(lambda: x.detach().T) == 0

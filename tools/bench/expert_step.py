@@ -1,7 +1,6 @@
 """A training step of a mixture of experts, adapters on the experts, beside PEFT's ``target_parameters``.
 
-The frozen step is the same model without adapters, with the gradient taken down to the embeddings: what is
-compared is what adapters cost on top of it.
+The gradient is taken down to the embeddings in all contenders: what is compared is what adapters cost.
 """
 
 from __future__ import annotations
@@ -10,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
-from lora_fx.tools.bench.measure import Sample, interleaved
-from lora_fx.tools.bench.memory import Memory, measure_memory
+from lora_fx.tools.bench.contenders import AGAIN, FROZEN, OURS, PEFT
+from lora_fx.tools.bench.hardware import devices
+from lora_fx.tools.bench.linears import shared_copy
+from lora_fx.tools.bench.measure import Progress, portion
+from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.steps import COLUMNS, Measured, case, cells, compare, mebibytes
 
 __all__ = ["TITLE", "caption", "rows", "run"]
 
@@ -31,38 +34,42 @@ _SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
+_TINY = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 _TOKENS = (2, 256)
 _TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+_SECONDS = 60.0
 
 
 def run(
-    *, repeats: int = 10, progress: Callable[[int, int, str], None] | None = None
-) -> dict[str, tuple[Sample, Memory]]:
-    """Times and memory by contender."""
-    steps = {name: _step(model) for name, model in _models().items()}
-    timed = interleaved(
-        {name: (_nothing, step) for name, step in steps.items()},
-        repeats=repeats,
-        progress=progress,
-    )
-    return {name: (timed[name], measure_memory(step)) for name, step in steps.items()}
-
-
-def rows(
-    results: dict[str, tuple[Sample, Memory]],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table: columns and cells."""
-    columns = ("contender", "median (quartiles)", "of frozen's", "peak MiB", "largest tensor MiB")
-    frozen = results["frozen"][0].median
-    return columns, [
-        (
-            name,
-            str(sample),
-            f"{sample.median / frozen:.2f}",
-            f"{memory.peak / 2**20:.1f}",
-            f"{memory.largest / 2**20:.1f}",
+    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
+) -> dict[str, Measured]:
+    """Results by device and dtype."""
+    tokens = (1, 32) if size is Size.TINY else _TOKENS
+    results = {}
+    for index, device in enumerate(devices()):
+        base = _mixtral(size).to(device)
+        models = {name: model.train() for name, model in _models(base).items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            ids = torch.randint(0, base.config.vocab_size, tokens).to(device)
+        results[case(device, torch.float32)] = compare(
+            models,
+            {name: _loss(model, ids) for name, model in models.items()},
+            floor=None,
+            device=device,
+            repeats=repeats,
+            seconds=_SECONDS,
+            progress=portion(progress, index, len(devices())),
         )
-        for name, (sample, memory) in results.items()
+    return results
+
+
+def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: columns and cells."""
+    return ("where", *COLUMNS, "largest tensor MiB"), [
+        (where, *cells(measured, name), mebibytes(step.memory.largest if step.memory else None))
+        for where, measured in results.items()
+        for name, step in measured.steps.items()
     ]
 
 
@@ -80,44 +87,34 @@ def caption() -> str:
     )
 
 
-def _models() -> dict[str, nn.Module]:
+def _models(base: nn.Module) -> dict[str, nn.Module]:
     import peft
 
-    adapted = peft.LoraConfig(
-        r=16, lora_alpha=16, target_modules=[], target_parameters=_TARGETS, lora_dropout=0.0
-    )
-    ours = LoraConfig(r=16, lora_alpha=16, target_modules=_TARGETS)
+    theirs: Any = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": []}
+    adapted = peft.LoraConfig(**theirs, target_parameters=_TARGETS)
     return {
-        "frozen": _mixtral().requires_grad_(False),
-        "lora-fx": rewrite(_mixtral(), ours),
-        "PEFT": peft.get_peft_model(_mixtral(), adapted),
+        FROZEN: shared_copy(base),
+        AGAIN: shared_copy(base),
+        OURS: rewrite(base, LoraConfig(r=16, lora_alpha=16, target_modules=_TARGETS)),
+        PEFT: peft.get_peft_model(shared_copy(base), adapted).get_base_model(),
     }
 
 
-def _nothing() -> None:
-    """What a step needs before it."""
-
-
-def _step(model: nn.Module) -> Callable[..., None]:
-    """Forward and backward, the embeddings' gradient included: the frozen model has no other."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ids = torch.randint(0, _SHAPE["vocab_size"], _TOKENS)
+def _loss(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """The loss, the embeddings' gradient wanted: the frozen model has no other."""
     embedded = model.get_input_embeddings()(ids).detach()  # type: ignore[operator]
 
-    def step(_: None = None) -> None:
-        model.zero_grad(set_to_none=True)
-        given = embedded.clone().requires_grad_()
-        output: Any = model(inputs_embeds=given, labels=ids)
-        output.loss.backward()
+    def loss() -> Tensor:
+        found: Tensor = model(inputs_embeds=embedded.detach().requires_grad_(), labels=ids).loss
+        return found
 
-    return step
+    return loss
 
 
-def _mixtral() -> nn.Module:
+def _mixtral(size: Size) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    shape = _SHAPE | {"num_key_value_heads": 2} | _TINY if size is Size.TINY else _SHAPE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = MixtralForCausalLM(MixtralConfig(**_SHAPE))
-    return model.train()
+        return MixtralForCausalLM(MixtralConfig(**shape)).train()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import nn
 from lora_fx.api import merge, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.passes._rounding import rounded, ulp
+from lora_fx.tools.bench.measure import Progress
+from lora_fx.tools.bench.sizes import Size
 
 __all__ = ["TITLE", "MergeError", "caption", "rows", "run"]
 
@@ -39,14 +40,16 @@ class MergeError:
 
 
 def run(
-    *, repeats: int = 10, progress: Callable[[int, int, str], None] | None = None
+    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
 ) -> dict[str, dict[str, MergeError]]:
     """Errors by dtype, then by contender. Nothing is timed: one run says all."""
     results = {}
     for done, dtype in enumerate((torch.bfloat16, torch.float16)):
         if progress is not None:
             progress(done, 2, str(dtype))
-        results[str(dtype).removeprefix("torch.")] = _errors(dtype)
+        results[str(dtype).removeprefix("torch.")] = _errors(
+            dtype, 32 if size is Size.TINY else _WIDTH
+        )
     return results
 
 
@@ -70,11 +73,11 @@ def caption() -> str:
     )
 
 
-def _errors(dtype: torch.dtype) -> dict[str, MergeError]:
+def _errors(dtype: torch.dtype, width: int) -> dict[str, MergeError]:
     import peft
 
     torch.manual_seed(0)
-    base = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(_LAYERS))).to(dtype)
+    base = nn.Sequential(*(nn.Linear(width, width) for _ in range(_LAYERS))).to(dtype)
     names = [str(place) for place in range(_LAYERS)]
     ours = rewrite(base, LoraConfig(r=_RANK, target_modules=names))
     settings: Any = {"r": _RANK, "lora_alpha": 8, "target_modules": names}

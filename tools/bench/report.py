@@ -3,50 +3,145 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.tools.bench import dora_step, expert_step, merge_error, rewrite_time
-from lora_fx.tools.bench.measure import machine
+from lora_fx.errors import ConfigError
+from lora_fx.tools.bench import (
+    compiled_step,
+    dora_step,
+    expert_step,
+    goals,
+    llama_step,
+    merge_error,
+    merge_time,
+    model_steps,
+    one_linear,
+    profile_step,
+    rewrite_scale,
+    rewrite_time,
+)
+from lora_fx.tools.bench.measure import Progress, machine
+from lora_fx.tools.bench.sizes import Size
 
-__all__ = ["run_benchmarks"]
+__all__ = ["IMAGES", "SECTIONS", "run_benchmarks", "select", "write"]
 
-# Modules with TITLE, caption(), run(repeats, progress) and rows(results), in the order of the page.
-_SECTIONS: tuple[Any, ...] = (rewrite_time, expert_step, dora_step, merge_error)
+_MODULES: tuple[Any, ...] = (
+    llama_step,
+    profile_step,
+    compiled_step,
+    one_linear,
+    model_steps,
+    dora_step,
+    expert_step,
+    rewrite_time,
+    rewrite_scale,
+    merge_time,
+    merge_error,
+)
+SECTIONS: dict[str, Any] = {one.__name__.rpartition(".")[2]: one for one in _MODULES}
+"""By name: modules with TITLE, caption(), run(repeats, size, progress), rows(results) and, some of them,
+charts(results), in the order of the page."""
+
+IMAGES = "img"
+"""The folder of the pictures, beside the page."""
 
 _HEAD = """# Benchmarks
 
 Written by `make bench`; see `tools/bench/` for how each number is taken. Times are medians of
-interleaved runs in one process in random order, with quartiles; compare ratios, not seconds.
+interleaved runs in one process in random order, with quartiles; ratios are taken within a turn, and their
+medians are shown. Compare ratios, not seconds. O is the time of a step beside that of the frozen model, F the
+floor of O, η = F / O; an A/A row is the same thing under a second name, and shows the noise.
+"""
+_QUICK = """
+**A quick run**: shapes are smaller, sections leave contenders out, repeats are few.
+It shows that the tool works.
 """
 
 
+def select(only: Iterable[str] | None) -> dict[str, Any]:
+    """The sections of these names, all without names, in the order of the page.
+
+    Raises:
+        ConfigError: If there is no section of a name.
+    """
+    wanted = set(only or ())
+    if unknown := sorted(wanted - set(SECTIONS)):
+        raise ConfigError(
+            f"no section of the benchmark is called {', '.join(map(repr, unknown))}; there are "
+            f"{', '.join(SECTIONS)}"
+        )
+    return {name: one for name, one in SECTIONS.items() if not wanted or name in wanted}
+
+
 def run_benchmarks(
-    path: Path, *, repeats: int = 10, progress: Callable[[int, int, str], None] | None = None
-) -> str:
-    """Runs everything and writes the page.
+    *,
+    only: Iterable[str] | None = None,
+    repeats: int = 10,
+    size: Size = Size.FULL,
+    progress: Progress | None = None,
+) -> tuple[str, dict[str, str]]:
+    """Runs sections and makes the page.
 
     Args:
-        path: The Markdown file; it is replaced.
+        only: Names of sections; all of them by default.
         repeats: Counted runs of each contender.
-        progress: Called with (done, total, contender) after each run.
+        size: How much of each section.
+        progress: Called with (done, total, section and contender) after each run; the total is that of
+            one section.
 
     Returns:
-        The page.
+        The page, and its pictures by file name.
+
+    Raises:
+        ConfigError: If there is no section of a name.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    chosen = select(only)
+    results = {
+        name: section.run(
+            repeats=repeats, size=size, progress=_within(progress, place, len(chosen), name)
+        )
+        for place, (name, section) in enumerate(chosen.items(), 1)
+    }
+    images: dict[str, str] = {}
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    parts = [f"{_HEAD}\n{facts}\n"]
-    for section in _SECTIONS:
-        table = _table(*section.rows(section.run(repeats=repeats, progress=progress)))
-        parts.append(f"## {section.TITLE}\n\n{section.caption()}\n\n{table}\n")
-    page = "\n".join(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [_HEAD + ("" if size is Size.FULL else _QUICK) + f"\n{facts}\n"]
+    parts.append(f"## Goals\n\n{_table(goals.columns, goals.rows(results))}\n")
+    for name, section in chosen.items():
+        drawn = section.charts(results[name]) if hasattr(section, "charts") else {}
+        images |= drawn
+        shown = "".join(f"![{_alt(file)}]({IMAGES}/{file})\n\n" for file in drawn)
+        table = _table(*section.rows(results[name]))
+        parts.append(f"## {section.TITLE}\n\n{section.caption()}\n\n{shown}{table}\n")
+    return "\n".join(parts), images
+
+
+def write(path: Path, page: str, images: dict[str, str]) -> None:
+    """Writes the page and, into a folder beside it, its pictures; what is there is replaced."""
+    folder = path.parent / IMAGES
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in images.items():
+        (folder / name).write_text(text, encoding="utf-8")
     path.write_text(page, encoding="utf-8")
-    return page
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _within(progress: Progress | None, place: int, count: int, name: str) -> Progress | None:
+    if progress is None:
+        return None
+    tell = progress
+
+    def advance(done: int, total: int, what: str) -> None:
+        tell(done, total, f"{place}/{count} {name}: {what}"[:40])
+
+    return advance
+
+
+def _alt(file: str) -> str:
+    return file.removesuffix(".svg").replace("-", " ")
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

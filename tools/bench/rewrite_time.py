@@ -14,7 +14,8 @@ from torch import nn
 
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
-from lora_fx.tools.bench.measure import Sample, interleaved
+from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion
+from lora_fx.tools.bench.sizes import Size
 
 __all__ = ["TITLE", "caption", "rows", "run"]
 
@@ -24,12 +25,16 @@ _TARGETS = {"q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"
 
 
 def run(
-    *, repeats: int = 10, progress: Callable[[int, int, str], None] | None = None
+    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
 ) -> dict[str, dict[str, Sample]]:
     """Times by target set, then by contender."""
     return {
-        title: interleaved(_contenders(targets), repeats=repeats, progress=progress)
-        for title, targets in _TARGETS.items()
+        title: interleaved(
+            _contenders(targets, size),
+            repeats=repeats,
+            progress=portion(progress, index, len(_TARGETS), title),
+        )
+        for index, (title, targets) in enumerate(_TARGETS.items())
     }
 
 
@@ -52,15 +57,18 @@ def caption() -> str:
     )
 
 
-def _contenders(targets: Any) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
+def _contenders(
+    targets: Any, size: Size
+) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
     import peft
 
-    base = _llama()
+    layers = 1 if size is Size.TINY else 32
+    base = _llama(layers)
     ours = LoraConfig(r=16, lora_alpha=16, target_modules=targets)
 
     # A configuration of its own for each run: PEFT writes into the one that it is given.
     def fresh() -> tuple[nn.Module, Any]:
-        return _llama(), peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets)
+        return _llama(layers), peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets)
 
     def rewrite_base(_: None) -> nn.Module:
         return rewrite(base, ours)
@@ -75,9 +83,9 @@ def _contenders(targets: Any) -> dict[str, tuple[Callable[[], Any], Callable[[An
     }
 
 
-def _llama() -> nn.Module:
+def _llama(layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        model: nn.Module = LlamaForCausalLM(LlamaConfig())
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
     return model

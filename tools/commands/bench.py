@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lora_fx.errors import ConfigError
 from lora_fx.tools import console
-from lora_fx.tools.bench.report import run_benchmarks
 
 __all__ = ["bench"]
 
+_DEFAULT = Path("docs/benchmarks.md")
+_NEEDED = ("peft", "transformers")
+_REPEATS = {True: 3, False: 10}
+
 
 def bench(
-    out: Annotated[Path, typer.Option(help="The Markdown page to write; it is replaced.")] = Path(
-        "docs/benchmarks.md"
-    ),
-    repeats: Annotated[int, typer.Option(min=2, help="Counted runs of each contender.")] = 10,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A section to run, as the error for a wrong name lists them; repeatable."
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=2, help="Counted runs of each contender; 10, and 3 with --quick."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller shapes and few repeats: a minute or two.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"The page to write, replaced if it is there; {_DEFAULT} if all of it runs, else none."
+        ),
+    ] = None,
 ) -> None:
-    """Measure rewrites and training steps beside PEFT and write the page."""
+    """Measure rewrites, training steps and merges beside PEFT and others, and write the page."""
+    from lora_fx.tools.bench.report import run_benchmarks, select, write
+    from lora_fx.tools.bench.sizes import Size
+
+    select(only)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the benchmark needs {', '.join(missing)}: pip install 'lora-fx[bench]'")
     with console.progress("measuring") as advance:
-        page = run_benchmarks(out, repeats=repeats, progress=advance)
-    console.output().print(page, markup=False, highlight=False)
-    console.output().print(f"written to {out}")
+        page, images = run_benchmarks(
+            only=only,
+            repeats=repeats or _REPEATS[quick],
+            size=Size.QUICK if quick else Size.FULL,
+            progress=advance,
+        )
+    screen = console.output()
+    screen.print(page, markup=False, highlight=False, soft_wrap=True)
+    target = out or (None if only or quick else _DEFAULT)
+    if target is not None:
+        write(target, page, images)
+        screen.print(f"written to {target}")

@@ -1,0 +1,229 @@
+"""The goals beside what was measured, worked out from the sections' results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_fx.tools.bench import dora_step, merge_time
+from lora_fx.tools.bench.contenders import EXPORTED, FROZEN, OURS, PEFT
+from lora_fx.tools.bench.measure import ratio
+from lora_fx.tools.bench.one_linear import Cell, Shape
+from lora_fx.tools.bench.steps import Measured, name_of
+
+__all__ = ["GOALS", "Goal", "Verdict", "columns", "rows"]
+
+_CPU = "cpu, float32"
+_HALF = "cpu, bfloat16"
+_CUDA = "cuda, bfloat16"
+_MIB = 2**20
+
+columns = ("workload", "PEFT, when the goal was set", "goal", "measured", "met")
+"""Of the table."""
+
+Results = Mapping[str, Any]
+"""What sections have found, by their name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a goal stands.
+
+    Attributes:
+        measured: The figures.
+        excess: What is measured less what is allowed, in the goal's unit: met if it is not positive.
+        unit: Of the excess.
+    """
+
+    measured: str
+    excess: float
+    unit: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal is reached."""
+        return self.excess <= 0
+
+    def __str__(self) -> str:
+        return "yes" if self.met else f"no, by {self.excess:.2g}{self.unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A goal.
+
+    Attributes:
+        workload: What is measured.
+        peft: What PEFT took when the goal was set.
+        goal: The words of the goal.
+        section: Whose results it needs.
+        judge: Gives the verdict on them, or None if what it needs was not measured.
+    """
+
+    workload: str
+    peft: str
+    goal: str
+    section: str
+    judge: Callable[[Any], Verdict | None]
+
+
+def rows(results: Results) -> list[tuple[str, ...]]:
+    """The table's cells: every goal, measured or not."""
+    table: list[tuple[str, ...]] = []
+    for goal in GOALS:
+        found = goal.judge(results[goal.section]) if goal.section in results else None
+        said = ("not measured", "–") if found is None else (found.measured, str(found))
+        table.append((goal.workload, goal.peft, goal.goal, *said))
+    return table
+
+
+def _above_floor(found: Mapping[str, Measured]) -> Verdict:
+    measured = found[_CPU]
+    floor = measured.floor or 1.0
+    ours, peft, shared = (
+        measured.overhead(name_of(name, 0)).median for name in (OURS, PEFT, EXPORTED)
+    )
+    text = f"{ours:.2f}; with example inputs {shared:.2f}; PEFT {peft:.2f}; F {floor:.3f}"
+    return Verdict(text, ours - floor - (peft - floor) / 2)
+
+
+def _with_dropout(found: Mapping[str, Measured]) -> Verdict:
+    ours, peft, shared = (
+        found[_CPU].overhead(name_of(name, 0.05)).median for name in (OURS, PEFT, EXPORTED)
+    )
+    text = f"{ours:.2f}; with example inputs {shared:.2f}; PEFT {peft:.2f}"
+    return Verdict(text, ours - 1.20)
+
+
+def _saved(dropout: float, most: float) -> Callable[[Mapping[str, Measured]], Verdict | None]:
+    def judge(found: Mapping[str, Measured]) -> Verdict | None:
+        ours, peft, shared = (
+            found[_CPU].saved_beyond(name_of(name, dropout)) for name in (OURS, PEFT, EXPORTED)
+        )
+        if ours is None or peft is None or shared is None:
+            return None
+        text = f"{ours / _MIB:.1f} MiB; with example inputs {shared / _MIB:.1f}; PEFT {peft / _MIB:.1f}"
+        return Verdict(text, ours / _MIB - most, " MiB")
+
+    return judge
+
+
+def _dora_saved(found: Mapping[str, Measured]) -> Verdict | None:
+    plain, dropped, peft = (
+        found[_CPU].saved_beyond(name_of(f"{library} {dora_step.DORA}", dropout))
+        for library, dropout in ((OURS, 0), (OURS, 0.05), (PEFT, 0))
+    )
+    if plain is None or dropped is None or peft is None:
+        return None
+    text = f"{plain / _MIB:.1f} MiB; p = 0.05 {dropped / _MIB:.1f}; PEFT {peft / _MIB:.1f}"
+    return Verdict(text, plain / _MIB - 25, " MiB")
+
+
+def _dora_time(found: Mapping[str, Measured]) -> Verdict:
+    steps = found[_CPU].steps
+    ours, peft = (
+        ratio(
+            steps[name_of(f"{library} {dora_step.DORA}", 0)].sample,
+            steps[name_of(f"{library} {dora_step.LORA}", 0)].sample,
+        ).median
+        for library in (OURS, PEFT)
+    )
+    return Verdict(f"{ours:.2f} × LoRA; PEFT {peft:.2f} × LoRA", ours - 1.15)
+
+
+def _experts(found: Mapping[str, Measured]) -> Verdict:
+    ours, peft = (found[_CPU].overhead(name).median for name in (OURS, PEFT))
+    return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.25)
+
+
+def _rewrite(found: Mapping[str, Any]) -> Verdict | None:
+    if "7B" not in found:
+        return None
+    samples = found["7B"].samples
+    ours, peft = samples[OURS].median, samples[PEFT].median
+    return Verdict(f"{ours:.3f} s; PEFT {peft:.3f} s", ours - 0.25, " s")
+
+
+def _linear_growth(found: Mapping[str, Any]) -> Verdict | None:
+    if "7B" not in found or "70B" not in found:
+        return None
+    small, large = (found[name].per_thousand for name in ("7B", "70B"))
+    text = f"{1e3 * small:.1f} ms per thousand nodes at 7B, {1e3 * large:.1f} at 70B"
+    return Verdict(text, large / small - 1.25)
+
+
+def _merge(where: str) -> Callable[[Any], Verdict | None]:
+    def judge(found: Any) -> Verdict | None:
+        if where not in found:
+            return None
+        ours, into, peft = (
+            found[where][name].sample
+            for name in (merge_time.OURS, merge_time.OURS_INTO, merge_time.PEFT)
+        )
+        text = f"{ours.median:.3f} s; into=base {into.median:.3f}; PEFT {peft.median:.3f}"
+        return Verdict(text, ours.median - peft.median / 2, " s")
+
+    return judge
+
+
+def _temporaries(found: Any) -> Verdict | None:
+    if _CPU not in found:
+        return None
+    ours, peft = (found[_CPU][name] for name in (merge_time.OURS_INTO, merge_time.PEFT))
+    text = (
+        f"largest tensor {ours.memory.largest / _MIB:.1f} MiB, W {ours.weight / _MIB:.1f}; "
+        f"PEFT {peft.memory.largest / _MIB:.1f}"
+    )
+    # What should not be there at all is missed by all of it.
+    too_large = ours.memory.largest if ours.memory.largest >= ours.weight else 0
+    return Verdict(text, too_large / _MIB, " MiB")
+
+
+def _rounding(found: Any) -> Verdict:
+    ours = max(by_name["lora-fx"].largest for by_name in found.values())
+    peft = max(by_name["PEFT"].largest for by_name in found.values())
+    return Verdict(f"{ours:.3f} ulp; PEFT {peft:.3f}", ours - 0.5005, " ulp")
+
+
+def _gpu(found: Mapping[Shape, Any]) -> Verdict | None:
+    shape = Shape(_CUDA, 4096, 2048)
+    if shape not in found:
+        return None
+    frozen = found[shape][Cell(FROZEN)][0]
+    ours, peft = (
+        ratio(found[shape][Cell(name, 16, 0.0)][0], frozen).median for name in (OURS, PEFT)
+    )
+    return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.15)
+
+
+_LLAMA = "Llama 4 × 512, p = "
+GOALS = (
+    Goal(
+        f"O, {_LLAMA}0",
+        "1.14–1.23",
+        "at most half of PEFT's overhead above the floor F",
+        "llama_step",
+        _above_floor,
+    ),
+    Goal(f"O, {_LLAMA}0.05", "1.53–1.63", "≤ 1.20", "llama_step", _with_dropout),
+    Goal(f"saved, {_LLAMA}0", "18.6 MiB", "≤ 18 MiB", "llama_step", _saved(0.0, 18)),
+    Goal(f"saved, {_LLAMA}0.05", "66.4 MiB", "≤ 24 MiB", "llama_step", _saved(0.05, 24)),
+    Goal("saved, DoRA", "156 MiB", "≤ 25 MiB", "dora_step", _dora_saved),
+    Goal("O, DoRA", "1.5 × LoRA", "≤ 1.15 × LoRA", "dora_step", _dora_time),
+    Goal("O, experts", "3.4", "≤ 1.25", "expert_step", _experts),
+    Goal("rewrite, Llama-7B, all-linear", "0.39 s", "≤ 0.25 s", "rewrite_scale", _rewrite),
+    Goal(
+        "rewrite, 7B to 70B",
+        "",
+        "linear in the number of nodes (time a node ≤ 1.25 times)",
+        "rewrite_scale",
+        _linear_growth,
+    ),
+    Goal("merge, 105M weights, fp32", "0.58 s", "≤ half of PEFT's", "merge_time", _merge(_CPU)),
+    Goal("merge, 105M weights, bf16", "0.17 s", "≤ half of PEFT's", "merge_time", _merge(_HALF)),
+    Goal("merge, memory", "16 MiB", "no temporary of the size of W", "merge_time", _temporaries),
+    Goal("merge, error in half types", "", "one rounding: half a ulp", "merge_error", _rounding),
+    Goal("O, H100, bf16, d = 4096, eager", "1.6–2.1 (model)", "≤ 1.15", "one_linear", _gpu),
+)
+"""In the order of the table."""

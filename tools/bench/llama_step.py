@@ -1,0 +1,117 @@
+"""A training step of a small Llama: every contender, both ways in, fp32 and bf16."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_fx.tools.bench.chart import Bar, Group, bars
+from lora_fx.tools.bench.contenders import (
+    AGAIN,
+    CANONICAL,
+    EXPORTED,
+    FROZEN,
+    OURS,
+    PEERS,
+    PEFT,
+)
+from lora_fx.tools.bench.hardware import computes_bf16, devices
+from lora_fx.tools.bench.measure import Progress, portion
+from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.steps import COLUMNS, Measured, case, cells, measure
+from lora_fx.tools.bench.workloads import Workload, llama, llama_shape
+
+__all__ = ["TITLE", "caption", "charts", "rows", "run", "workload"]
+
+TITLE = "A training step of a small Llama, all-linear, rank 16"
+
+_DROPOUTS = (0.0, 0.05)
+_NAMES = (AGAIN, OURS, CANONICAL, EXPORTED, PEFT, *PEERS)
+_HALF_NAMES = (AGAIN, OURS, CANONICAL, PEFT, PEERS[0])
+_SECONDS = 90.0
+
+
+def workload(size: Size) -> Workload:
+    """4 layers of width 512 on 512 tokens."""
+    if size is Size.TINY:
+        return llama("Llama 1 × 16", llama_shape(16, 32, 1, 2, 32), 8)
+    return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 512)
+
+
+def run(
+    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
+) -> dict[str, Measured]:
+    """Results by device and dtype."""
+    cases = [(device, torch.float32) for device in devices()]
+    if size is not Size.TINY:
+        cases += [(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
+    return {
+        case(device, dtype): measure(
+            workload(size),
+            _NAMES if dtype is torch.float32 else _HALF_NAMES,
+            dropouts=_DROPOUTS,
+            device=device,
+            dtype=dtype,
+            repeats=repeats,
+            seconds=_SECONDS,
+            progress=portion(progress, index, len(cases)),
+        )
+        for index, (device, dtype) in enumerate(cases)
+    }
+
+
+def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: columns and cells."""
+    return ("where", *COLUMNS), [
+        (where, *cells(measured, name))
+        for where, measured in results.items()
+        for name in measured.steps
+    ]
+
+
+def caption() -> str:
+    """What was measured."""
+    floor = (
+        "F, the floor of O, is 1 + 6·Σ T·r·(d + k) / 4·Σ T·d·k over the linear layers, the head in the "
+        "second sum only: what the thin products of the branches cost if a FLOP costs the same everywhere. "
+        "η is F / O."
+    )
+    return (
+        "Llama shapes: 4 layers of width 512 and 1376, 512 tokens, random weights, eager, forward and "
+        f"backward. O is the time beside that of the frozen step. {floor} PEFT keeps fp32 adapters beside "
+        "bf16 weights, and so does lora-fx; the plain ones have the weights' dtype. `lora-fx` is the "
+        "default, rewritten without inputs: regions. With example inputs the whole model is one "
+        "graph, where layers that read the same input can share it: the difference between the two rows is "
+        "what that adds. Saved: what autograd keeps between forward and backward. Peak: what is held at "
+        "once beyond what was there before. A/A is the frozen step under a second name: noise."
+    )
+
+
+def charts(results: dict[str, Measured]) -> dict[str, str]:
+    """Pictures by file name: O and bytes saved."""
+    found = {}
+    for where, measured in results.items():
+        names = [name for name in measured.steps if name != FROZEN]
+        slug = where.replace(", ", "-")
+        times = [Bar(name, measured.overhead(name).median, _kind(name)) for name in names]
+        found[f"llama-step-{slug}.svg"] = bars(
+            f"Step of a small Llama beside the frozen one ({where})",
+            "O, less is better; 1 is the frozen step, the line F",
+            [Group("", times, measured.floor)],
+        )
+        saved = [
+            Bar(name, beyond / 2**20, _kind(name))
+            for name in names
+            if not name.startswith(FROZEN) and (beyond := measured.saved_beyond(name)) is not None
+        ]
+        found[f"llama-saved-{slug}.svg"] = bars(
+            f"Saved for backward beyond the frozen step ({where})",
+            "MiB, less is better",
+            [Group("", saved)],
+        )
+    return found
+
+
+def _kind(name: str) -> str:
+    if name.startswith(OURS):
+        return "ours"
+    return "base" if name.startswith(FROZEN) else "theirs"

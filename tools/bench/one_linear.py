@@ -1,0 +1,216 @@
+"""One linear operation, forward and backward, as the middle of a model has it: x wants a gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.tools.bench.chart import Bar, Group, bars
+from lora_fx.tools.bench.contenders import (
+    AGAIN,
+    BUILDERS,
+    CANONICAL,
+    FROZEN,
+    NO_DROPOUT,
+    OURS,
+    PEERS,
+    PEFT,
+    Settings,
+)
+from lora_fx.tools.bench.floor import linear_floor
+from lora_fx.tools.bench.hardware import computes_bf16, devices, kernel_launches, synchronizer
+from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion, ratio
+from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.steps import case
+
+__all__ = ["TITLE", "Cell", "Shape", "caption", "charts", "rows", "run"]
+
+TITLE = "One linear operation"
+
+_CORE = (OURS, PEFT)
+_ALL = (OURS, CANONICAL, PEFT, *PEERS)
+_RANK = 16
+_DROPOUTS = (0.0, 0.05)
+_SECONDS = 60.0
+_SMALLEST_RUN = 3e9
+"""FLOPs of one timed run, at least: some 20 ms on two cores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is measured together.
+
+    Attributes:
+        where: Device and dtype.
+        d: Inputs and outputs.
+        tokens: T.
+    """
+
+    where: str
+    d: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A contender: its name, r and p; the last two are 0 for the frozen layer."""
+
+    name: str
+    rank: int = 0
+    dropout: float = 0.0
+
+
+Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
+
+
+def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None) -> Results:
+    """Times and, on CUDA, kernel launches, by shape and contender."""
+    cases = [
+        (device, dtype, d, tokens)
+        for device in devices()
+        for dtype, (d, tokens) in itertools.product(
+            (torch.float32, torch.bfloat16), itertools.product(*_grid(size))
+        )
+        if dtype is torch.float32
+        or (size is Size.FULL and computes_bf16(device) and (device.type == "cuda" or d == 2048))
+    ]
+    return {
+        Shape(case(device, dtype), d, tokens): _measured(
+            _cells(size, d, tokens, device),
+            (device, dtype, d, tokens),
+            repeats,
+            portion(progress, index, len(cases), f"d={d}, T={tokens}"),
+        )
+        for index, (device, dtype, d, tokens) in enumerate(cases)
+    }
+
+
+def rows(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: O and η of every contender, a row for each shape, rank and dropout."""
+    columns = ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL)
+    table: list[tuple[str, ...]] = []
+    for shape, found in results.items():
+        frozen = found[Cell(FROZEN)][0]
+        again = ratio(found[Cell(AGAIN)][0], frozen)
+        for rank, dropout in dict.fromkeys((one.rank, one.dropout) for one in found if one.rank):
+            floor = linear_floor(shape.d, shape.d, rank)
+            row = [shape.where, str(shape.d), str(shape.tokens), str(rank), f"{dropout:g}"]
+            row += [f"{1e3 * frozen.median:.3g} ms", f"{again.median:.2f}", f"{floor:.3f}"]
+            table.append(
+                (*row, *(_text(found, Cell(n, rank, dropout), frozen, floor) for n in _ALL))
+            )
+    return columns, table
+
+
+def caption() -> str:
+    """What was measured."""
+    return (
+        "d inputs and d outputs, T tokens, no bias, eager, without the wrapper of a whole model. O is "
+        "the time beside that of the frozen layer with a gradient for its input, F is "
+        "1 + 1.5·r·(d + k)/(d·k), and η = F / O in brackets. Others than lora-fx and PEFT are measured at "
+        "r = 16 and, on a CPU, not at the largest size. The contraction chosen by FLOPs is for p = 0 only. "
+        "On CUDA the kernel launches of a step stand behind η."
+    )
+
+
+def charts(results: Results) -> dict[str, str]:
+    """Pictures by file name: O at r = 16, for each device and dtype."""
+    found = {}
+    for where in dict.fromkeys(shape.where for shape in results):
+        groups = [
+            Group(
+                f"d = {shape.d}, T = {shape.tokens}, p = {dropout:g}",
+                [
+                    Bar(name, ratio(cells[cell][0], cells[Cell(FROZEN)][0]).median, kind)
+                    for name, kind in ((OURS, "ours"), (PEFT, "theirs"))
+                    if (cell := Cell(name, _RANK, dropout)) in cells
+                ],
+                linear_floor(shape.d, shape.d, _RANK),
+            )
+            for shape, cells in results.items()
+            if shape.where == where
+            for dropout in _DROPOUTS
+        ]
+        found[f"one-linear-{where.replace(', ', '-')}.svg"] = bars(
+            f"One linear operation beside the frozen one, r = {_RANK} ({where})",
+            "O, less is better; 1 is the frozen step, the lines are F",
+            groups,
+        )
+    return found
+
+
+def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if size is Size.TINY:
+        return (32,), (8,)
+    return ((768,), (128,)) if size is Size.QUICK else ((768, 2048, 4096), (128, 2048))
+
+
+def _cells(size: Size, d: int, tokens: int, device: torch.device) -> list[Cell]:
+    small = device.type == "cuda" or d * d * tokens < 4096 * 4096 * 2048
+    found = [Cell(FROZEN), Cell(AGAIN)]
+    for rank in (8, 16, 64) if size is Size.FULL else (16,):
+        for dropout in _DROPOUTS:
+            names = _ALL if rank == _RANK and small else _CORE
+            found += [Cell(n, rank, dropout) for n in names if not (dropout and n in NO_DROPOUT)]
+    return found
+
+
+def _measured(
+    cells: list[Cell],
+    where: tuple[torch.device, torch.dtype, int, int],
+    repeats: int,
+    progress: Progress | None,
+) -> dict[Cell, tuple[Sample, int | None]]:
+    device, dtype, d, tokens = where
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(d, d, bias=False)).to(device, dtype)
+        x = torch.randn(tokens, d).to(device, dtype).requires_grad_()
+        grad = torch.randn(tokens, d).to(device, dtype)
+    steps = {}
+    for cell in cells:
+        settings = Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
+        steps[cell] = _step(BUILDERS[cell.name](base, settings).train(), x, grad)
+    titles = {f"{cell.name} r={cell.rank} p={cell.dropout:g}": cell for cell in cells}
+    timed = interleaved(
+        {title: (_nothing, steps[cell]) for title, cell in titles.items()},
+        repeats=repeats,
+        calls=max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2,
+        seconds=_SECONDS,
+        synchronize=synchronizer(device),
+        progress=progress,
+    )
+    return {
+        cell: (timed[title], kernel_launches(lambda cell=cell: steps[cell](None), device))  # type: ignore[misc]
+        for title, cell in titles.items()
+    }
+
+
+def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[Any], None]:
+    leaves = [x, *(one for one in model.parameters() if one.requires_grad)]
+
+    def step(_: Any) -> None:
+        # Gradients are given, not accumulated: there is nothing to add to and nothing to set to zero.
+        torch.autograd.grad(model(x), leaves, grad)
+
+    return step
+
+
+def _text(
+    found: Mapping[Cell, tuple[Sample, int | None]], cell: Cell, frozen: Sample, floor: float
+) -> str:
+    if cell not in found:
+        return "–"
+    sample, launches = found[cell]
+    overhead = ratio(sample, frozen).median
+    text = f"{overhead:.2f} ({100 * floor / overhead:.0f} %)"
+    return text if launches is None else f"{text}, {launches}"
+
+
+def _nothing() -> None:
+    """A run needs nothing before it."""
