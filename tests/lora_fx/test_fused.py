@@ -86,7 +86,7 @@ def test_it_is_as_close_to_fp64_as_the_plain_operations(case: Operands) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dropout": 0.1}, {"rows": (16, 48)}, {"bias": False}],
+    [{}, {"dropout": 0.1}, {"rows": (16, 32)}, {"bias": False}],
     ids=["", "dropout", "rows", "no bias"],
 )
 def test_no_error_is_larger_on_average(
@@ -101,8 +101,8 @@ def test_no_error_is_larger_on_average(
 CHECKED = {
     "plain": {},
     "dropout": {"dropout": 0.5},
-    "rows": {"rows": (1, 3)},
-    "dropout and rows": {"dropout": 0.5, "rows": (1, 3)},
+    "rows": {"rows": (1, 4)},
+    "dropout and rows": {"dropout": 0.5, "rows": (1, 4)},
     "no bias": {"bias": False},
 }
 
