@@ -99,4 +99,4 @@ def leftover(
 
 
 def _shapes(key: str, stored: torch.Tensor, shape: tuple[int, ...]) -> str:
-    return f"shape: {key} is {list(stored.shape)} in the folder, {list(shape)} in the model"
+    return f"shape: {key} is {list(stored.shape)} as it was saved, {list(shape)} in the model"

@@ -237,7 +237,7 @@ def _misfits(pair: Pair, found: Sequence[torch.Tensor | None], rank: int) -> Ite
     wanted = pair.shape(size if size == rank or ranks == {size} else rank)
     for key, stored, shape in zip(pair.keys, (a, b), wanted, strict=True):
         if tuple(stored.shape) != shape:
-            yield f"shape: {key} is {list(stored.shape)} in the folder, {list(shape)} in the model"
+            yield f"shape: {key} is {list(stored.shape)} as it was saved, {list(shape)} in the model"
             return
     rest = pair.turned(a, b)[1].clone()
     for member, columns in _blocks(pair, size):

@@ -28,7 +28,7 @@ another name: lora_fx wrote them once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -85,6 +85,7 @@ def slots_of(
     adapter: str,
     layout: Layout,
     buffers: Iterable[str],
+    embeddings: Mapping[str, torch.Tensor],
 ) -> dict[str, Slot]:
     """Everything of an adapter that a checkpoint can hold, by key.
 
@@ -94,6 +95,7 @@ def slots_of(
         adapter: Its name.
         layout: What PEFT wraps for it.
         buffers: FQNs of the buffers of the base model to include; never required.
+        embeddings: Weights of embeddings and heads to include, by FQN; never required.
     """
     slots: list[Slot] = []
     aliases = _aliases(model)
@@ -110,13 +112,15 @@ def slots_of(
         for own, tensor in _saved_values(model, record, adapter, name):
             slots += _base_slots(own, tensor, layout)
     for name in record.biases:
-        # With bias="all" PEFT trains what has "bias" in its name and saves what ends in ".bias".
+        # PEFT saves what is called "bias". An attention layer's in_proj_bias has a slot all the same.
         required = name.rpartition(".")[2] == "bias"
         value = own_value(model, adapter, name)
         slots += _base_slots(name, value, layout, required=required)
     for name in buffers:
         if not name.startswith(inside):
             slots += _base_slots(name, model.get_buffer(name), layout, required=False)
+    for name, end in embeddings.items():
+        slots += _base_slots(name, end, layout, required=False)
     found: dict[str, Slot] = {}
     for slot in sorted(slots, key=lambda slot: slot.alias):
         found.setdefault(slot.key, slot)

@@ -15,7 +15,15 @@ from lora_fx.passes.selection import alpha_for, rank_for
 from lora_fx.record import AdapterRecord
 from lora_fx.types import PlannedSite
 
-__all__ = ["Target", "by_site", "targets_of", "with_patterns", "with_targets", "written_config"]
+__all__ = [
+    "Target",
+    "by_site",
+    "origin_of",
+    "targets_of",
+    "with_patterns",
+    "with_targets",
+    "written_config",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ def written_config(
         and not parameters
         and all(layout == "in_out" for layout in linear),
         lora_dropout=0.0 if parameters else record.config.lora_dropout,
-        base_model_name_or_path=record.config.base_model_name_or_path or _origin(model),
+        base_model_name_or_path=record.config.base_model_name_or_path or origin_of(model),
     )
     if record.config.init_lora_weights == "loftq":
         config = dataclasses.replace(
@@ -148,6 +156,6 @@ def _exactly(names: tuple[str, ...], model: nn.Module) -> tuple[str, ...] | str:
     return names
 
 
-def _origin(model: nn.Module) -> str | None:
+def origin_of(model: nn.Module) -> str | None:
     origin = model.__dict__.get("name_or_path")
     return origin if isinstance(origin, str) and origin else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,57 @@ from lora_fx.passes._start_place import start_factors
 from lora_fx.record import AdapterRecord
 from lora_fx.types import PlannedSite, Site, join
 
-__all__ = ["check_start", "converted", "other_start", "repeat_start"]
+__all__ = ["Converted", "check_start", "converted", "other_start", "repeat_start"]
 
 _log = logging.getLogger("lora_fx")
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """An adapter relative to the base as it was.
+
+    Attributes:
+        record: With the ranks and alphas of the whole.
+        slots: By key, with the start beside what is there.
+        rows: Where a start was taken out of the base, by the FQN of the factor: the site, what belongs
+            beside the factor, and whether that is B.
+    """
+
+    record: AdapterRecord
+    slots: dict[str, Slot]
+    rows: Mapping[str, tuple[PlannedSite, torch.Tensor, bool]]
+
+    def parted(
+        self, slots: Mapping[str, Slot], values: Iterable[tuple[Slot, torch.Tensor]]
+    ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+        """What to write into the model's own slots, and what is wrong with it.
+
+        Args:
+            slots: The model's own, by key.
+            values: For the slots of the whole.
+        """
+        found: list[tuple[Slot, torch.Tensor]] = []
+        problems: list[str] = []
+        for slot, value in values:
+            if slot.name not in self.rows:
+                found.append((slot, value))
+                continue
+            row, start, is_b = self.rows[slot.name]
+            own, other = _parted(row.site, value, is_b)
+            found.append((slots[slot.key], own))
+            if not torch.equal(other.to(start), start):
+                problems.append(
+                    f"start: {slot.key} has another start beside it than the model's adapter has, so that "
+                    "they are not of the same base: save it with lora_fx.save_adapter, and load it onto the "
+                    "original model"
+                )
+        return found, problems
+
+
 def converted(
     model: nn.Module, record: AdapterRecord, adapter: str, slots: Mapping[str, Slot]
-) -> tuple[AdapterRecord, dict[str, Slot]]:
-    """The record and the slots to write, relative to the base as it was.
+) -> Converted:
+    """What an adapter is relative to the base as it was.
 
     Args:
         model: A rewritten model.
@@ -53,6 +95,7 @@ def converted(
     """
     rows: list[PlannedSite] = []
     joined: dict[str, torch.Tensor] = {}
+    beside: dict[str, tuple[PlannedSite, torch.Tensor, bool]] = {}
     for row in record.sites:
         start = start_factors(model, row, adapter)
         if start is None:
@@ -63,14 +106,14 @@ def converted(
         for name, old, is_b in zip(factor_names(row).pair, start, (False, True), strict=True):
             own = join(row.site.holder, name, adapter)
             new, old = gathered(model.get_parameter(own)), gathered(old)
-            joined[own] = _side_by_side(row.site, new, -old if is_b else old, is_b)
-    if not joined:
-        return record, dict(slots)
+            old = -old if is_b else old
+            beside[own] = (row, old, is_b)
+            joined[own] = _side_by_side(row.site, new, old, is_b)
     changed = {
         key: dataclasses.replace(slot, tensor=joined.get(slot.name, slot.tensor))
         for key, slot in slots.items()
     }
-    return dataclasses.replace(record, sites=tuple(rows)), changed
+    return Converted(dataclasses.replace(record, sites=tuple(rows)), changed, beside)
 
 
 def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) -> torch.Tensor:
@@ -81,6 +124,16 @@ def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) 
         return torch.cat([new, old], 1)
     groups = [torch.unflatten(one, 0, (site.groups, -1)) for one in (new, old)]
     return torch.cat(groups, 1).flatten(0, 1)
+
+
+def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`_side_by_side` was given."""
+    if is_b or site.experts:
+        first, last = whole.chunk(2, (2 if site.experts else 1) if is_b else 1)
+        return first, last
+    by_group = whole.unflatten(0, (site.groups, 2, -1))  # type: ignore[no-untyped-call]
+    first, last = by_group.unbind(1)
+    return first.flatten(0, 1), last.flatten(0, 1)
 
 
 def check_start(config: LoraConfig, folder: Path) -> None:
@@ -129,13 +182,14 @@ def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> Non
 
 def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
     """What is wrong with loading a folder onto a model that has the adapter already: its base."""
-    own, theirs = record.config, config
-    changed = bool({row.site.weight for row in record.sites} & set(record.own))
+    ours, theirs = record.config, config
+    own = set(record.own) - set(record.embeddings)
+    changed = bool({row.site.weight for row in record.sites} & own)
     if not changed and not changes_base(theirs.init_lora_weights):
         return []
-    if changed and _starting(own) == _starting(theirs):
+    if changed and _starting(ours) == _starting(theirs):
         return []
-    found = own.init_lora_weights if changed else True
+    found = ours.init_lora_weights if changed else True
     reason = (
         f"start: the folder's adapter started as init_lora_weights={theirs.init_lora_weights!r}, the model's "
         f"as {found!r}, and so they are not of the same base: load it onto the original model"

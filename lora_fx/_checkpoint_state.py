@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_embeddings import SaveEmbeddings, saved_embeddings
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
 from lora_fx._checkpoint_joined import Joined, joined_of
 from lora_fx._checkpoint_keys import PREFIX, Slot, slots_of
-from lora_fx._checkpoint_layout import layout_of
-from lora_fx._checkpoint_settings import Target, targets_of
+from lora_fx._checkpoint_layout import Layout, layout_of
+from lora_fx._checkpoint_settings import Target, origin_of, targets_of
 from lora_fx._checkpoint_sites import wrapped_parameters
-from lora_fx._checkpoint_starts import converted, other_start
+from lora_fx._checkpoint_starts import Converted, converted, other_start
+from lora_fx._checkpoint_tensors import write
+from lora_fx.adapters import note_start
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
 from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes._own import own_value
 from lora_fx.passes.selection import scale_for
 from lora_fx.record import AdapterRecord, record_of
 
 __all__ = [
     "Stored",
     "changed",
+    "fill",
     "fitted",
     "stored",
     "without_prefix",
@@ -52,15 +57,30 @@ class Stored:
     own: list[str]
 
 
-def stored(model: nn.Module, record: AdapterRecord, adapter: str) -> Stored:
+def stored(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    embeddings: SaveEmbeddings = "auto",
+) -> Stored:
     """An adapter as PEFT stores it.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        embeddings: Whether the weights of the embedding and the head are stored as well.
 
     Raises:
         CheckpointError: If the model is on the meta device.
+        ConfigError: If ``embeddings`` cannot mean anything.
     """
     layout = layout_of(model, record)
-    slots = slots_of(model, record, adapter, layout, changed(model))
-    record, slots = converted(model, record, adapter, slots)
+    origin = record.config.base_model_name_or_path or origin_of(model)
+    ends = saved_embeddings(model, record, adapter, origin, embeddings)
+    slots = slots_of(model, record, adapter, layout, changed(model), ends)
+    whole = converted(model, record, adapter, slots)
+    record, slots = whole.record, whole.slots
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
@@ -96,7 +116,14 @@ def fitted(
     named = wrapped_parameters(model, config) if config else {}
     weights = {name for names in named.values() for name in names}
     layout = layout_of(model, record, weights)
-    slots = slots_of(model, record, adapter, layout, _persistent_buffers(model))
+    given = {name: own_value(model, adapter, name) for name in record.embeddings}
+    own = slots_of(model, record, adapter, layout, _persistent_buffers(model), given)
+    whole = converted(model, record, adapter, own)
+    # As it is written, or with the model's own ranks: the start is in the model then.
+    with_start = bool(whole.rows) and _written_so(whole, layout, rest)
+    slots = dict(own)
+    if with_start:
+        record, slots = whole.record, dict(whole.slots)
     problems: list[str] = []
     settled: set[str] = set()
     for one in joined_of(layout, record):
@@ -111,14 +138,33 @@ def fitted(
         settled |= {member.row.name for member in one.members} if there else set()
     values, wrong = values_for(slots, rest)
     problems += wrong
+    if with_start:
+        values, wrong = whole.parted(own, values)
+        problems += wrong
     if config is not None:
         rows = tuple(row for row in record.sites if row.name not in settled)
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
         problems += other_scales(dataclasses.replace(record, sites=rows), config, names)
-        problems += other_start(record, config)
+        problems += [] if with_start else other_start(record, config)
     for key in rest.keys() - slots.keys():
         problems += leftover(key, rest[key], model, record)
     return values, problems
+
+
+def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether factors have the ranks that they are written with, and not those that the model has."""
+    shapes = {key: slot.shape for key, slot in whole.slots.items() if slot.name in whole.rows}
+    for one in joined_of(layout, whole.record):
+        shapes |= {pair.keys[0]: pair.shape(one.rank)[0] for pair in one.pairs if pair.members}
+    found = [shape == tuple(tensors[key].shape) for key, shape in shapes.items() if key in tensors]
+    return bool(found) and all(found)
+
+
+def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
+    """Writes what :func:`fitted` has found; an adapter that waited for data has its values now."""
+    for slot, value in values:
+        write(slot.tensor, value)
+    note_start(model, adapter)
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lora_fx.adapters import put_in, take_out
+from lora_fx._activation import put_in, take_out
 from lora_fx.passes._own import base_parameters, place_base
 from lora_fx.passes._start_place import computed_starts, place_start, place_variants
 from lora_fx.passes._starts import Start, initial_start
-from lora_fx.record import AdapterRecord, record_of
+from lora_fx.record import AdapterRecord, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = ["restart"]
@@ -34,8 +34,7 @@ def restart(
         rows: The sites that start anew.
         make: The start of a site, from its weight; by default what the entry's configuration says.
     """
-    record = record_of(model)
-    assert record is not None
+    record = require_record(model)
     take_out(model, record)
     try:
         starts = computed_starts(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx._activation import base_capture
 from lora_fx._batches import Forward, called, counted, loss_of, on_device
-from lora_fx.adapters import base_capture
 from lora_fx.errors import ConfigError
 from lora_fx.passes._own import base_parameters, put_back
 from lora_fx.passes._region import install

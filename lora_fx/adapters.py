@@ -7,31 +7,30 @@ before any adapter, so that one that is not active costs nothing when the model 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
+from lora_fx._activation import (
+    base_capture,
+    check_known,
+    check_regions,
+    check_together,
+    leave,
+    put_in,
+    run_with,
+    take_out,
+)
+from lora_fx._compiled import inside, without_wrappers
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.errors import ConfigError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._factors import adapter_parameters, drop_factors
-from lora_fx.passes._own import (
-    base_parameters,
-    own_value,
-    place_base,
-    place_own,
-    put_back,
-)
-from lora_fx.passes._region import install, is_region, uninstall
-from lora_fx.passes.capture.written_out import written_out
+from lora_fx.passes._own import base_parameters, own_value, place_base, put_back
 from lora_fx.passes.plan import make_plan
-from lora_fx.passes.select_rows import ROWS, check_rows
-from lora_fx.pipeline import added, branch_passes, check_config, run_passes, running
-from lora_fx.record import AdapterRecord, Record, record_of
-from lora_fx.samples import SampleRows
-from lora_fx.types import Capture, PlannedSite, PlannedTokens, Region
+from lora_fx.pipeline import added, check_config, check_trains
+from lora_fx.record import AdapterRecord, Choice, require_record
 
 __all__ = [
     "active_adapters",
@@ -39,32 +38,33 @@ __all__ = [
     "adapter_names",
     "adapter_record",
     "add_adapter",
-    "base_capture",
     "delete_adapter",
     "disable_adapter",
+    "note_start",
     "put_adapter",
-    "put_in",
     "set_adapter",
-    "take_out",
+    "the_adapter",
 ]
 
 
+@inside
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """The names of a rewritten model's adapters, in the order in which they were added.
 
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    return tuple(_record(model).adapters)
+    return tuple(require_record(model).adapters)
 
 
+@inside
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of those that the model runs with.
 
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    return _record(model).active
+    return require_record(model).active
 
 
 def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
@@ -73,11 +73,32 @@ def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
     Raises:
         ConfigError: If the model is not rewritten, or has no such adapter.
     """
-    record = _record(model)
-    _check_known(record, [adapter_name])
+    record = require_record(model)
+    check_known(record, [adapter_name])
     return record.adapters[adapter_name]
 
 
+def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """The adapter that is meant: one that is named, or else the only one, or the only active one.
+
+    Raises:
+        ConfigError: If the model is not rewritten, has no such adapter, or several could be meant.
+    """
+    record = require_record(model)
+    if adapter_name is not None:
+        check_known(record, [adapter_name])
+        return adapter_name
+    for names in (tuple(record.adapters), record.choice.names):
+        if len(names) == 1:
+            return names[0]
+    has = ", ".join(map(repr, record.adapters)) or "none"
+    active = ", ".join(map(repr, record.choice.names)) or "none"
+    raise ConfigError(
+        f"adapter_name: say which adapter is meant: the model has {has}; active: {active}"
+    )
+
+
+@inside
 def add_adapter(
     model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
 ) -> nn.Module:
@@ -107,7 +128,7 @@ def put_adapter(
 ) -> AdapterRecord:
     """:func:`add_adapter`, for those who want to know what became of it."""
     check_adapter_name(adapter_name)
-    record = _record(model)
+    record = require_record(model)
     if adapter_name in record.adapters:
         raise ConfigError(
             f"there is an adapter {adapter_name!r} already: choose another name, or take that one away "
@@ -125,7 +146,8 @@ def put_adapter(
     before = base_parameters(model)
     try:
         plan = make_plan(capture, record.base.matches, config, strict=strict)
-        _check_regions(capture, (*plan.sites, *plan.tokens))
+        check_trains(plan)
+        check_regions(capture, (*plan.sites, *plan.tokens))
         record = added(capture, record, plan, adapter_name)
         new = record.adapters[adapter_name]
         place_base(model, adapter_name, new.own, record.originals)
@@ -134,12 +156,13 @@ def put_adapter(
         put_back(model, before)
         raise
     finally:
-        put_in(model, _record(model))
+        put_in(model, require_record(model))
     _freeze(model, adapter_name, new)
     model.__dict__["_lora_fx"] = record
     return new
 
 
+@inside
 def set_adapter(
     model: nn.Module,
     adapter_name: str | Sequence[str],
@@ -150,7 +173,8 @@ def set_adapter(
     """Makes adapters active, and all others inactive.
 
     The branches of several active adapters are added up. The parameters of active adapters want a
-    gradient, those of others do not.
+    gradient, those of others do not. Inside :func:`disable_adapter` or :func:`adapter_ids` that is so at
+    once, and the model runs with them afterwards.
 
     Args:
         model: A rewritten model. Its graphs are edited; a compiled one is compiled anew.
@@ -164,11 +188,11 @@ def set_adapter(
             the place of the same parameter of the base, or (``per_sample``) one has something in the
             place of any, or a site whose rows are not samples. The model is as it was then.
     """
-    record = _record(model)
+    record = require_record(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    _check_known(record, names)
-    _check_together(record, names, per_sample)
-    _activate(model, record, names, per_sample)
+    check_known(record, names)
+    check_together(record, names, per_sample)
+    run_with(model, dataclasses.replace(record, chosen=Choice(names, per_sample)), anew=True)
     for name, adapter in record.adapters.items():
         if name in names and not inference_mode:
             _unfreeze(model, name, adapter)
@@ -176,6 +200,7 @@ def set_adapter(
             _freeze(model, name, adapter)
 
 
+@inside
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter off a model.
 
@@ -186,15 +211,32 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ConfigError: If there is no such adapter, or it is active.
     """
-    record = _record(model)
-    _check_known(record, [adapter_name])
+    record = require_record(model)
+    check_known(record, [adapter_name])
+    if any(adapter_name in block.names for block in record.blocks):
+        raise ConfigError(
+            f"the adapter {adapter_name!r} is one of those that samples have in a "
+            "`with lora_fx.adapter_ids(...)` block: leave that first"
+        )
     if adapter_name in record.active:
         raise ConfigError(
             f"the adapter {adapter_name!r} is active: activate another one first, with "
             "lora_fx.set_adapter(model, name), or none, with an empty list"
         )
     drop_factors(model, adapter_name)
+    chosen = record.chosen
+    if chosen is not None:
+        names = tuple(name for name in chosen.names if name != adapter_name)
+        chosen = dataclasses.replace(chosen, names=names)
     adapters = {name: one for name, one in record.adapters.items() if name != adapter_name}
+    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters, chosen=chosen)
+
+
+def note_start(model: nn.Module, adapter_name: str) -> None:
+    """Notes that an adapter has its values, and waits for no data any more."""
+    record = require_record(model)
+    entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
+    adapters = {**record.adapters, adapter_name: entry}
     model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
 
 
@@ -202,30 +244,34 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """The base model, for as long as the context lasts: no branch, and the base's own parameters.
 
-    Adapters keep their values, and want a gradient afterwards if they did before.
+    Adapters keep their values, and want a gradient afterwards if they did before. Contexts nest:
+    inside this one the model is the base also where :func:`adapter_ids` names adapters, and what
+    :func:`set_adapter` chooses counts afterwards.
 
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    before = _record(model)
-    _activate(model, before, ())
-    try:
+    with _inside_block(model, Choice()):
         yield model
-    finally:
-        _activate(model, _record(model), before.active, before.per_sample)
 
 
 @contextmanager
-def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Module]:
+def adapter_ids(
+    model: nn.Module, ids: Sequence[str | None], *, repeats: int = 1
+) -> Iterator[nn.Module]:
     """Gives each sample of a batch its own adapter, for as long as the context lasts.
 
     Every adapter's branch computes with the rows of its own samples only. If the model is not prepared
     for that with ``set_adapter(model, names, per_sample=True)``, its graphs are edited on the way in and
-    out again. Serving loops prepare it once: then only indices change.
+    out again. Serving loops prepare it once: then only indices change. Contexts nest: the innermost says
+    which, unless :func:`disable_adapter` is around it; what :func:`set_adapter` chooses counts afterwards.
 
     Args:
         model: A rewritten model whose activations have the samples as their first dimension.
         ids: The name of an adapter for each sample; None for the base model.
+        repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
+            ``num_return_sequences``, whichever is larger. A batch of so many times the samples is
+            taken, too.
 
     Raises:
         ConfigError: If there is no such adapter, one has something in the place of a parameter of the
@@ -234,156 +280,30 @@ def adapter_ids(model: nn.Module, ids: Sequence[str | None]) -> Iterator[nn.Modu
     """
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
+    if type(repeats) is not int or repeats < 1:
+        raise ConfigError(f"repeats: found {repeats!r}; a whole number of at least 1 is needed")
     names = tuple(dict.fromkeys(name for name in ids if name is not None))
-    before = _record(model)
-    prepared = before.per_sample and set(names) <= set(before.active)
-    if not prepared:
-        _check_known(before, names)
-        _check_together(before, names, per_sample=True)
-        _activate(model, before, names, per_sample=True)
-    holders = [one for one in model.modules() if isinstance(one, SampleRows)]
-    rows = {
-        name: torch.tensor([place for place, one in enumerate(ids) if one == name])
-        for name in names
-    }
-    try:
-        for holder in holders:
-            holder.assign(len(ids), rows)
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        check_known(record, names)
+        check_together(record, names, per_sample=True)
+    with _inside_block(model, Choice(names, True, tuple(ids), repeats)):
         yield model
-    finally:
-        for holder in holders:
-            holder.assign(0, {})
-        if not prepared:
-            _activate(model, _record(model), before.active, before.per_sample)
 
 
-def base_capture(model: nn.Module, record: Record) -> Capture:
-    """A rewritten model as it was captured: its graphs without branches.
-
-    What has been taken off since, or replaced, is left out.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    regions = {}
-    for fqn, graph in record.base.graphs.items():
-        module = modules.get(fqn)
-        if module is None or not (is_region(module) or (fqn and written_out(module))):
-            continue
-        regions[fqn] = Region(fqn, module, graph, record.base.fallback[fqn])
-    return Capture(model, regions, record.frontend, record.base.notes)
-
-
-def _record(model: nn.Module) -> Record:
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
+@contextmanager
+def _inside_block(model: nn.Module, block: Choice) -> Iterator[None]:
+    """Lets a block count until it is left, in whatever order blocks are left."""
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        run_with(
+            inner, dataclasses.replace(record, chosen=record.choice, blocks=(*record.blocks, block))
         )
-    return record
-
-
-def _check_known(record: Record, names: Collection[str]) -> None:
-    for name in names:
-        if name not in record.adapters:
-            has = ", ".join(map(repr, record.adapters)) or "none"
-            raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
-    if len(set(names)) != len(names):
-        raise ConfigError(f"an adapter is named twice: {', '.join(map(repr, names))}")
-
-
-def _check_together(record: Record, names: Sequence[str], per_sample: bool) -> None:
-    for name in names if per_sample else ():
-        check_rows(record.adapters[name].sites)
-        for parameter in record.adapters[name].own:
-            raise ConfigError(
-                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialisation that "
-                "changed the base): a batch has one value of it, so that samples cannot choose"
-            )
-        for tokens in record.adapters[name].tokens:
-            raise ConfigError(
-                f"{name!r} trains rows of {tokens.name} (trainable_token_indices), which a batch has one "
-                "value of: choose one adapter for the whole batch"
-            )
-    _check_tokens(record, names)
-    owners: dict[str, str] = {}
-    for name in names:
-        for parameter in record.adapters[name].own:
-            if owners.setdefault(parameter, name) != name:
-                raise ConfigError(
-                    f"{owners[parameter]!r} and {name!r} cannot be active together: each has its own "
-                    f"{parameter} (modules_to_save, bias, or an initialisation that changed the base)"
-                )
-
-
-def _check_tokens(record: Record, names: Sequence[str]) -> None:
-    """Rows that are replaced are nobody else's."""
-    for name in names:
-        for tokens in record.adapters[name].tokens:
-            for other in names:
-                if other != name and any(
-                    place.site.weight == tokens.site.weight
-                    for place in record.adapters[other].places
-                ):
-                    raise ConfigError(
-                        f"{name!r} and {other!r} cannot be active together: {name!r} has rows of its own in "
-                        f"{tokens.name} (trainable_token_indices), and {other!r} adapts it"
-                    )
-
-
-def _check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens]) -> None:
-    for row in rows:
-        if not any(call.region in capture.regions for call in row.site.calls):
-            region = row.site.calls[0].region or "the model"
-            raise CaptureError(
-                f"{row.name}: the graph of {region} has been taken off since the rewrite, because an "
-                "attribute that it was made for was set, or the module was replaced: rewrite the original "
-                "model with that change"
-            )
-
-
-def _activate(
-    model: nn.Module, record: Record, names: tuple[str, ...], per_sample: bool = False
-) -> None:
-    """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
-    rows = tuple(row for name in names for row in record.adapters[name].sites)
-    capture = base_capture(model, record)
-    adapters = {name: record.adapters[name] for name in names}
-    places = tuple(place for one in adapters.values() for place in one.places)
-    _check_regions(capture, places)
-    passes = branch_passes(adapters, optimize=record.optimize, per_sample=per_sample)
-    edited = run_passes(capture, passes)
-    regions = tuple(running(edited, places))
-    take_out(model, record)
-    for fqn in capture.regions.keys() - {region.fqn for region in regions}:
-        uninstall(capture.regions[fqn].module)
-    install(regions)
-    _place_rows(model, rows, names if per_sample else ())
-    record = dataclasses.replace(record, active=names, per_sample=per_sample)
-    put_in(model, record)
-    model.__dict__["_lora_fx"] = record
-
-
-def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
-    """Puts the one table of samples beside the factors of every site, or takes it away."""
-    for module in model.modules():
-        module._modules.pop(ROWS, None)
-    if names:
-        device = next(model.parameters()).device
-        table = SampleRows(names, device)
-        for row in rows:
-            model.get_submodule(row.site.holder).add_module(ROWS, table)
-
-
-def take_out(model: nn.Module, record: Record) -> None:
-    """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
-    for name in record.active:
-        place_base(model, name, record.adapters[name].own, record.originals)
-
-
-def put_in(model: nn.Module, record: Record) -> None:
-    """Puts what the active adapters have beside the base into it."""
-    for name in record.active:
-        place_own(model, name, record.adapters[name].own)
+    try:
+        yield
+    finally:
+        with without_wrappers(model) as inner:
+            leave(inner, block)
 
 
 def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
@@ -396,8 +316,8 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
-    # A weight that an initialisation has changed is the adapter's own, and frozen.
-    weights = {row.site.weight for row in adapter.sites}
+    # A weight that an initialisation has changed, or that came with a folder, is its own and frozen.
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
     for own in adapter.own:
         value = own_value(model, name, own)
         value.requires_grad_(own not in weights and value.is_floating_point())

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 from torch import fx, nn
 
 from lora_fx import pipeline
+from lora_fx._compiled import inside
 from lora_fx.config import LoraConfig
 from lora_fx.passes import merge as merging
 from lora_fx.passes._lazy import elements
@@ -115,7 +116,7 @@ def rewrite(
 
     Raises:
         ConfigError: If an argument cannot mean anything, or the model is rewritten already.
-        NoMatchError: If nothing is selected.
+        NoMatchError: If nothing is selected, or would be trained.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
@@ -130,6 +131,7 @@ def rewrite(
     )
 
 
+@inside
 def graphs(model: nn.Module) -> dict[str, fx.Graph]:
     """The graph of every region of a captured or rewritten model, by FQN; ``""`` is the root.
 
@@ -156,6 +158,7 @@ def merge(
     return_report: Literal[True],
     progress: Callable[[int, int, str], None] | None = ...,
 ) -> tuple[nn.Module, MergeReport]: ...
+@inside
 def merge(
     model: nn.Module,
     *,

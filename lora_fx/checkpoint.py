@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_embeddings import SaveEmbeddings, given_embeddings, place_given
 from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_settings import with_targets, written_config
 from lora_fx._checkpoint_sites import note_of, parts_in, stored_targets
 from lora_fx._checkpoint_starts import check_start, repeat_start
-from lora_fx._checkpoint_state import changed, fitted, stored, without_prefix
-from lora_fx._checkpoint_tensors import write
+from lora_fx._checkpoint_state import changed, fill, fitted, stored, without_prefix
 from lora_fx._checkpoint_vllm import for_vllm
-from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter
+from lora_fx._compiled import inside
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, put_adapter, the_adapter
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ops import check_adapter_name
@@ -37,13 +38,15 @@ __all__ = ["load_adapter", "save_adapter"]
 _log = logging.getLogger("lora_fx")
 
 
+@inside
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     *,
     force: bool = False,
     vllm: bool = False,
+    save_embedding_layers: SaveEmbeddings = "auto",
 ) -> Path:
     """Writes an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
 
@@ -56,23 +59,30 @@ def save_adapter(
         model: A rewritten model.
         directory: Where to; made if it is not there. An adapter that is not called "default" goes
             into a subfolder of its name.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; by default the only one, or the only active one.
         force: Whether to replace an adapter that is there already.
         vllm: Whether to write it so that vLLM serves it, which looks at no pattern: with one rank and one
             alpha, the rest in B. PEFT and :func:`load_adapter` read that as well.
+        save_embedding_layers: Whether the weights of the embedding and the head of a transformers model are
+            written, too. By default, as in PEFT, where one called ``embed_tokens`` or ``lm_head`` is adapted
+            or the vocabulary is not that of the base's ``config.json`` (if that is on this machine), but not
+            for vLLM.
 
     Returns:
         The folder that was written.
 
     Raises:
-        ConfigError: If the model has no such adapter.
+        ConfigError: If the model has no such adapter, or several could be meant.
         CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
             meta device, vLLM would refuse the adapter or a part of it, or the files cannot be written (a
             full disk). The folder is then as it was.
     """
+    adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
-    found = stored(model, record, adapter_name)
+    if vllm and save_embedding_layers == "auto":
+        save_embedding_layers = False
+    found = stored(model, record, adapter_name, save_embedding_layers)
     config = written_config(model, record, found.targets)
     if found.own:
         _log.warning(
@@ -97,6 +107,7 @@ def save_adapter(
     return folder
 
 
+@inside
 def load_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -140,39 +151,46 @@ def load_adapter(
     read, metadata = read_tensors(folder)
     tensors = without_prefix(read)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
+    known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
         exact = with_targets(config, targets, model)
         target = _rewritten(model, exact, tensors, folder, adapter_name, how)
-        repeat_start(target, adapter_name, config)
     elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
         )
-    elif adapter_name in adapter_names(model):
+    elif known:
         exact, target = config, model
     else:
-        exact = with_targets(
-            config, stored_targets(model, config, tensors, parts_in(metadata)), model
-        )
+        targets = stored_targets(model, config, tensors, parts_in(metadata))
+        exact, target = with_targets(config, targets, model), model
         _extend(model, exact, tensors, folder, adapter_name)
-        try:
-            repeat_start(model, adapter_name, config)
-        except CheckpointError:
+    try:
+        if not known:
+            repeat_start(target, adapter_name, config)
+            record = adapter_record(target, adapter_name)
+            given = given_embeddings(target, record, tensors)
+            if given:
+                _log.warning(
+                    "%s: the folder has other values of %s than the model: they come and go with the adapter",
+                    folder,
+                    ", ".join(given),
+                )
+            place_given(target, adapter_name, given)
+        record = adapter_record(target, adapter_name)
+        values, problems = fitted(target, record, adapter_name, tensors, config)
+        if problems:
+            reasons = _reasons(model, exact, how)
+            raise CheckpointError(
+                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
+            )
+    except BaseException:
+        if target is model and not known:
             delete_adapter(model, adapter_name)
-            raise
-        target = model
-    added = target is model and exact is not config
-    record = adapter_record(target, adapter_name)
-    values, problems = fitted(target, record, adapter_name, tensors, config)
-    if problems and added:
-        delete_adapter(model, adapter_name)
-    if problems:
-        reasons = _reasons(model, exact, how)
-        raise CheckpointError("\n  ".join([_misfit(folder, model), *sorted(problems), *reasons]))
-    for slot, value in values:
-        write(slot.tensor, value)
+        raise
+    fill(target, adapter_name, values)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return target
 
@@ -182,7 +200,15 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the local folder of a PEFT adapter")
     inner = folder / adapter_name
-    return inner if adapter_name != "default" and (inner / CONFIG_NAME).is_file() else folder
+    if adapter_name != "default" and (inner / CONFIG_NAME).is_file():
+        return inner
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if below and not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_NAME}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
+            'that is not called "default" is saved into a subfolder of its name'
+        )
+    return folder
 
 
 def _rewritten(
@@ -236,7 +262,12 @@ def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[s
     return [f"because {name}: {known[name]}" for name in sorted(asked)]
 
 
-def _misfit(folder: Path, model: nn.Module) -> str:
+def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
+    if known:
+        return (
+            f"the adapter in {folder} does not fit the one of this name that this {type(model).__name__} "
+            "has; nothing was changed. Give it another name, or load it onto the original model:"
+        )
     return (
         f"the adapter in {folder} does not fit this {type(model).__name__}; nothing was changed. "
         "Give the model that it was trained on (and the frontend and the example_inputs, if that was "

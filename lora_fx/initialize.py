@@ -15,25 +15,28 @@ from torch import nn
 from lora_fx import _eva
 from lora_fx._batches import Forward
 from lora_fx._checkpoint_settings import by_site, with_patterns
+from lora_fx._compiled import inside
 from lora_fx._config_starts import needs_data
 from lora_fx._restart import restart
 from lora_fx._statistics import Report, device_of, gradients, moments
-from lora_fx.adapters import adapter_record, disable_adapter
+from lora_fx.adapters import adapter_record, disable_adapter, the_adapter
 from lora_fx.errors import ConfigError
+from lora_fx.passes._factors import factors_of
 from lora_fx.passes._ranks import at_rank
 from lora_fx.passes._start_place import drop_site
 from lora_fx.passes._starts import Start, data_start
-from lora_fx.record import AdapterRecord, Record, record_of
+from lora_fx.record import AdapterRecord, Record, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = ["initialize"]
 
 
+@inside
 def initialize(
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     forward: Forward | None = None,
     progress: bool | Callable[[int, int, str], None] = True,
@@ -53,7 +56,7 @@ def initialize(
         dataloader: Batches: a tensor, a tuple or list of the arguments, or a mapping of them by name. They
             are moved to where the model is. ``eva`` may go through them several times, and leaves out
             tokens that an ``attention_mask`` or ``labels`` leave out.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; by default the only one, or the only active one.
         loss_fn: For ``lora_ga``, the loss of the model's output and the batch; by default the output's
             ``loss``, or the output itself.
         forward: How to call the model with a batch, where it is not as above.
@@ -64,10 +67,11 @@ def initialize(
         The model itself.
 
     Raises:
-        ConfigError: If the adapter needs no data or has its start already, the data is empty, is not what
-            the model takes, does not reach a site, or gives values that are not finite, or the model is on
-            the meta device. The model is as it was then.
+        ConfigError: If several adapters could be meant, the adapter needs no data, has its start already or
+            has been trained, the data is empty, is not what the model takes, does not reach a site, or gives
+            values that are not finite, or the model is on the meta device. The model is as it was then.
     """
+    adapter_name = the_adapter(model, adapter_name)
     entry = adapter_record(model, adapter_name)
     _check(model, entry, adapter_name, loss_fn)
     with ExitStack() as stack:
@@ -78,8 +82,7 @@ def initialize(
         torch.manual_seed(entry.config.seed)
         stack.enter_context(_same_modes(model))
         stack.enter_context(disable_adapter(model))
-        record = record_of(model)
-        assert record is not None
+        record = require_record(model)
         if entry.config.init_lora_weights == "eva":
             _from_components(model, record, entry, adapter_name, dataloader, forward, report)
         else:
@@ -101,6 +104,13 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
             f"the adapter {adapter_name!r} has its start already: for another one rewrite the original "
             "model again, or add an adapter"
         )
+    for row in entry.sites:
+        a, b = factors_of(model, row, adapter_name).pair
+        if not a.is_meta and a.any() and b.any():
+            raise ConfigError(
+                f"the adapter {adapter_name!r} has been trained ({row.name}), and another start would lose "
+                "that: initialize comes before training"
+            )
     if loss_fn is not None and start != "lora_ga":
         raise ConfigError(f"init_lora_weights={start!r} needs no gradients: leave out loss_fn")
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -8,11 +8,13 @@ the numbers that are compared with the probability are never laid out.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["draw", "kept", "unpacked"]
+__all__ = ["draw", "dropped", "kept", "unpacked"]
 
 
 def kept(dropout: float) -> int:
@@ -28,6 +30,38 @@ def kept(dropout: float) -> int:
     return 256 - min(max(round(dropout * 256), 1), 255)
 
 
+def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
+    """``torch.nn.functional.dropout`` for a CPU: the mask is drawn by :func:`draw`, and kept as bits.
+
+    Elsewhere, under a compiler and under the transforms of ``torch.func`` it is PyTorch's own.
+
+    Args:
+        x: Of any shape.
+        dropout: The probability with which an element becomes zero; see :func:`kept`.
+        training: Whether there is dropout now.
+    """
+    if not training:
+        return x
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
+        return F.dropout(x, dropout)
+    out: Tensor = _Dropped.apply(x, draw(x, dropout), 256 / kept(dropout))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        # Scaled afterwards: a half-precision factor would round the scale.
+        return (x * unpacked(mask, x)).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), (mask,) = grads, ctx.saved_tensors
+        return (grad * unpacked(mask, grad)).mul_(ctx.scale), None, None
+
+
 def draw(x: Tensor, dropout: float) -> Tensor:
     """Draws a mask from the default generator of the device of ``x``.
 
@@ -39,16 +73,18 @@ def draw(x: Tensor, dropout: float) -> Tensor:
 
     Returns:
         On a CPU the bits of what is dropped [ceil(n / 8)], uint8. Elsewhere, and under a compiler, which both
-        fuse a mask with what reads it, what is kept: bool in the shape of ``x``.
+        fuse a mask with what reads it, what is kept: bool in the shape of ``x``. The same under the
+        transforms of ``torch.func``, where each sample of a batch may have a mask of its own.
     """
     threshold = 256 - kept(dropout)
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
         return torch.rand(x.shape, device=x.device) >= threshold / 256
     # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
     # probability 0.b7 b6 ... b0 in binary.
     digits = [digit == "1" for digit in reversed(f"{threshold:08b}")]
     digits = digits[digits.index(True) :]
-    words = torch.empty(len(digits), (x.numel() + 63) // 64, dtype=torch.int64)
+    # With its device, since torch.set_default_device may name another one.
+    words = torch.empty(len(digits), (x.numel() + 63) // 64, dtype=torch.int64, device=x.device)
     # All 64 bits: from the lowest number, with no upper end.
     words.random_(-(2**63), None)
     dropped = words[0]
@@ -73,8 +109,14 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
     """
     if mask.dtype == torch.bool:
         return mask.view(x.shape)
-    rows = torch.index_select(_rows(x.dtype), 0, mask.int())
+    # A table made under a FakeTensorMode has no values, and must not be found by those who come after.
+    make = _rows if type(mask) is Tensor else _rows.__wrapped__
+    rows = torch.index_select(make(x.dtype), 0, mask.int())
     return rows.flatten()[: x.numel()].view(x.shape)
+
+
+def _transformed() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 @functools.cache
@@ -82,5 +124,5 @@ def _rows(dtype: torch.dtype) -> Tensor:
     """For each byte its eight bits, lowest first: 1 where the bit is 0."""
     # A tensor made under inference mode could not be used outside of it.
     with torch.inference_mode(False):
-        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
         return (1 - bits).to(dtype)

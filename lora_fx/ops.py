@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+# Attributes of instances: of modules, and of lora_fx.samples.SampleRows.
+_TAKEN = ("training", "samples", "repeats")
+
+
 class AdapterModule(nn.Module):
     """A module that lora_fx puts into a model: no part of the base."""
 
@@ -87,7 +91,7 @@ def check_adapter_name(name: object) -> None:
             f"adapter_name {name!r} has to be letters, digits, '_' and '-', and no word of Python: "
             "it is part of parameter and folder names"
         )
-    if hasattr(AdapterFactors, name) or name == "training":
+    if hasattr(AdapterFactors, name) or name in _TAKEN:
         raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
 
 

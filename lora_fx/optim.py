@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_fx._compiled import inside, without_wrappers
 from lora_fx.errors import ConfigError
 from lora_fx.passes._factors import factors_of
-from lora_fx.record import Record, record_of
+from lora_fx.record import Record, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = ["correct_gradients", "parameter_groups"]
@@ -29,6 +30,7 @@ _EMBEDDING_LR = 1e-6
 _RIDGE = 1e-8
 
 
+@inside
 def parameter_groups(
     model: nn.Module,
     lr: float,
@@ -73,7 +75,7 @@ def parameter_groups(
         ConfigError: If the model has no adapters or nothing in it is trained, or a number is none that
             an optimizer can use. Nothing is frozen then.
     """
-    record = _record(model)
+    record = require_record(model)
     for name, value in (
         ("lr", lr),
         ("weight_decay", weight_decay),
@@ -141,8 +143,9 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     pairs = []
-    for row, adapter in _rows(_record(model)):
-        a, b = factors_of(model, row, adapter).pair
+    with without_wrappers(model) as inner:
+        rows = [(*one, factors_of(inner, *one).pair) for one in _rows(require_record(inner))]
+    for row, adapter, (a, b) in rows:
         if id(a) in trained:
             raise ConfigError(
                 f"{row.name}: the optimizer trains A of adapter {adapter!r}; make its groups with "
@@ -161,7 +164,8 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
                 "call backward() first, then step()"
             )
         for row, a, b in pairs:
-            if b.grad is not None:
+            # At scale 0 the gradient is 0, and stays so.
+            if b.grad is not None and row.scale:
                 b.grad = _corrected(row, a.detach(), b.grad)
 
     return optimizer.register_step_pre_hook(before)
@@ -171,22 +175,14 @@ def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> tor
     """``g (A Aᵀ + ε)⁻¹ / s²`` for each expert or group, or for all at once."""
     count = row.site.experts or row.site.groups
     rank = row.rank if row.site.experts else row.rank // row.site.groups
-    a = a.reshape(count, rank, -1)
+    # No half type can be solved in, and their squares would lose what the ridge adds.
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a = a.to(wide).reshape(count, rank, -1)
     gram = a @ a.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
-    flat = gradient.to(a.dtype).reshape(count, -1, rank)
+    flat = gradient.to(wide).reshape(count, -1, rank)
     solved: torch.Tensor = torch.linalg.solve(gram, flat, left=False) / row.scale**2
     return solved.reshape(gradient.shape).to(gradient.dtype)
-
-
-def _record(model: nn.Module) -> Record:
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
-            "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
-        )
-    return record
 
 
 def _rows(record: Record) -> Iterator[tuple[PlannedSite, str]]:

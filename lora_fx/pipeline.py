@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
@@ -22,6 +22,7 @@ from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
 from lora_fx.passes.capture.written_out import written_out
+from lora_fx.passes.cheap_dropout import CheapDropout
 from lora_fx.passes.find_head import find_head
 from lora_fx.passes.find_parts import find_parts
 from lora_fx.passes.fuse import Fuse
@@ -29,6 +30,7 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.match import match
 from lora_fx.passes.plan import make_plan
 from lora_fx.passes.select_rows import SelectRows
+from lora_fx.passes.share_inputs import ShareInputs
 from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
@@ -38,6 +40,7 @@ __all__ = [
     "added",
     "branch_passes",
     "check_config",
+    "check_trains",
     "matched",
     "plan_capture",
     "plan_model",
@@ -138,6 +141,7 @@ def rewrite_model(
     """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
     capture, matches, plan = _planned(model, config, example_inputs, strict, frontend)
+    check_trains(plan)
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
@@ -159,6 +163,19 @@ def rewrite_model(
     return result
 
 
+def check_trains(plan: Plan) -> None:
+    """Refuses a plan by which nothing would be trained: looking at one is all that it is for.
+
+    Raises:
+        NoMatchError: If it has no site, module, bias or row of an embedding.
+    """
+    if not (plan.sites or plan.saved_modules or plan.biases or plan.tokens):
+        raise NoMatchError(
+            "the configuration selects nothing, so that nothing would be trained: name operations in "
+            "target_modules or target_parameters, or leave target_modules out to have all of them"
+        )
+
+
 def branch_passes(
     adapters: Mapping[str, AdapterRecord], *, optimize: bool, per_sample: bool = False
 ) -> list[Pass]:
@@ -173,7 +190,7 @@ def branch_passes(
     passes += [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
         return [*passes, SelectRows()]
-    return [*passes, Fuse()] if optimize else passes
+    return [*passes, Fuse(), ShareInputs(), CheapDropout()] if optimize else passes
 
 
 def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Record:

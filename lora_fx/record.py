@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lora_fx._frozen import freeze, thaw
 from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.types import Matches, PlannedSite, PlannedTokens
 
-__all__ = ["AdapterRecord", "Base", "Record", "record_of"]
+__all__ = ["AdapterRecord", "Base", "Choice", "Record", "record_of", "require_record"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class AdapterRecord:
         initialized: Whether it has the start that its configuration names; False for one that waits for
             data.
         tokens: Rows of embeddings that it trains.
+        embeddings: Those of ``own`` that came with its folder: weights of embeddings and heads, not trained.
     """
 
     config: LoraConfig
@@ -40,6 +42,7 @@ class AdapterRecord:
     own: tuple[str, ...] = ()
     initialized: bool = True
     tokens: tuple[PlannedTokens, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     @property
     def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
@@ -78,6 +81,23 @@ class Base:
         return _thawed, (frozen, where, dict(self.fallback), self.matches, self.notes)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """Which adapters a model is to run with. Two are the same only if they are one object.
+
+    Attributes:
+        names: Their names, in the order in which they are added.
+        per_sample: Whether each sample of a batch has one of them, or none.
+        ids: The adapter of each sample, or None for the base; empty if nobody has said.
+        repeats: How many times in a row a batch may have each sample.
+    """
+
+    names: tuple[str, ...] = ()
+    per_sample: bool = False
+    ids: tuple[str | None, ...] = ()
+    repeats: int = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The root module's ``_lora_fx`` attribute: immutable all through, so that copies of a model share it.
@@ -96,6 +116,8 @@ class Record:
             (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model that was
             rewritten.
         optimize: Whether branches are fused with their operations.
+        chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
+        blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -107,15 +129,47 @@ class Record:
     originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     per_sample: bool = False
     optimize: bool = True
+    chosen: Choice | None = None
+    blocks: tuple[Choice, ...] = ()
+
+    @property
+    def choice(self) -> Choice:
+        """What counts outside of all ``with`` blocks."""
+        return self.chosen or Choice(self.active, self.per_sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        return self
+        return self._outside()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        record = self._outside()
+        return Record, tuple(getattr(record, one.name) for one in dataclasses.fields(record))
+
+    def _outside(self) -> Record:
+        # Nobody leaves the block for a copy: it goes on with what it was copied with.
+        return dataclasses.replace(self, chosen=None, blocks=()) if self.blocks else self
 
 
 def record_of(model: object) -> Record | None:
     """What ``rewrite`` left on a model, or None for anything else."""
-    record = getattr(model, "_lora_fx", None)
+    # Its own alone: torch.compile's wrapper passes on what is asked of it, and keeps what is set.
+    record = getattr(model, "__dict__", {}).get("_lora_fx")
     return record if isinstance(record, Record) else None
+
+
+def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> Record:
+    """What ``rewrite`` left on a model, for whoever cannot do without.
+
+    Args:
+        model: A rewritten model.
+        error: What is raised if it is none.
+    """
+    record = record_of(model)
+    if record is None:
+        raise error(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
+            "Of a wrapper like DistributedDataParallel give the model inside"
+        )
+    return record
 
 
 def _thawed(

@@ -7,16 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lora_fx._checkpoint_embeddings import SaveEmbeddings
 from lora_fx._checkpoint_keys import PREFIX
-from lora_fx._checkpoint_state import fitted, stored, without_prefix
-from lora_fx._checkpoint_tensors import write
-from lora_fx.adapters import adapter_record
+from lora_fx._checkpoint_state import fill, fitted, stored, without_prefix
+from lora_fx._compiled import inside
+from lora_fx.adapters import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError
 
 __all__ = ["adapter_state_dict", "load_adapter_state_dict"]
 
 
-def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+@inside
+def adapter_state_dict(
+    model: nn.Module,
+    adapter_name: str | None = None,
+    *,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> dict[str, torch.Tensor]:
     """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
 
     Those are the keys of ``peft.get_peft_model_state_dict``: with the prefix ``base_model.model.`` and
@@ -24,21 +31,24 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
 
     Args:
         model: A rewritten model.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; by default the only one, or the only active one.
+        save_embedding_layers: As for :func:`lora_fx.save_adapter`.
 
     Returns:
         Tensors on the CPU with storage of their own: training on does not change them.
 
     Raises:
-        ConfigError: If the model has no such adapter.
+        ConfigError: If the model has no such adapter, or several could be meant.
         CheckpointError: If the model is on the meta device.
     """
-    found = stored(model, adapter_record(model, adapter_name), adapter_name)
+    adapter_name = the_adapter(model, adapter_name)
+    found = stored(model, adapter_record(model, adapter_name), adapter_name, save_embedding_layers)
     return {PREFIX + key: value for key, value in found.tensors.items()}
 
 
+@inside
 def load_adapter_state_dict(
-    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str | None = None
 ) -> None:
     """Writes the values of a state dict into an adapter that the model has.
 
@@ -47,13 +57,14 @@ def load_adapter_state_dict(
     Args:
         model: A rewritten model; its adapter is changed in place, and nothing else is.
         state_dict: As of :func:`adapter_state_dict` or PEFT, with the prefix or without.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; by default the only one, or the only active one.
 
     Raises:
-        ConfigError: If the model has no such adapter.
+        ConfigError: If the model has no such adapter, or several could be meant.
         CheckpointError: If a tensor is missing, unexpected or of another shape: all of them are named, and
             nothing was changed.
     """
+    adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
     values, problems = fitted(model, record, adapter_name, without_prefix(dict(state_dict)), None)
     if problems:
@@ -61,5 +72,4 @@ def load_adapter_state_dict(
             f"the state dict does not fit adapter {adapter_name!r} of this {type(model).__name__}"
         )
         raise CheckpointError("\n  ".join([f"{what}; nothing was changed:", *sorted(problems)]))
-    for slot, value in values:
-        write(slot.tensor, value)
+    fill(model, adapter_name, values)

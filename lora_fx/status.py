@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora_fx.errors import ConfigError
+from lora_fx._compiled import inside
 from lora_fx.passes._factors import adapter_parameters
 from lora_fx.passes._own import own_value
-from lora_fx.record import AdapterRecord, record_of
+from lora_fx.record import AdapterRecord, require_record
 
 __all__ = ["AdapterStatus", "ModelStatus", "status"]
 
@@ -80,18 +80,14 @@ class ModelStatus:
         return "\n".join(lines)
 
 
+@inside
 def status(model: nn.Module) -> ModelStatus:
     """How the adapters of a rewritten model stand; ``str()`` has a line for each.
 
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    record = record_of(model)
-    if record is None:
-        raise ConfigError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper (DistributedDataParallel, torch.compile) give the model inside"
-        )
+    record = require_record(model)
     return ModelStatus(
         tuple(
             _status(model, name, adapter, name in record.active)
@@ -102,7 +98,7 @@ def status(model: nn.Module) -> ModelStatus:
 
 
 def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -> AdapterStatus:
-    weights = {row.site.weight for row in adapter.sites}
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
     trained: dict[int, nn.Parameter] = {id(p): p for p in adapter_parameters(model, name)}
     for own in adapter.own:
         if own not in weights:

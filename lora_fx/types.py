@@ -44,6 +44,7 @@ __all__ = [
     "Skipped",
     "Tag",
     "join",
+    "relative",
 ]
 
 META_KEY = "lora_fx"
@@ -56,6 +57,11 @@ Layout = Literal["out_in", "in_out"]
 def join(*parts: str) -> str:
     """Joins fully qualified names, leaving out empty parts (the root is ``""``)."""
     return ".".join(part for part in parts if part)
+
+
+def relative(name: str, region: str) -> str:
+    """A fully qualified name as it is inside a region: what :func:`join` puts before it is taken off."""
+    return name[len(region) + 1 :] if region else name
 
 
 class Role(StrEnum):

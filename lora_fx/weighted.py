@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx._checkpoint_settings import by_site, written_config
+from lora_fx._compiled import inside
 from lora_fx._weighted_sources import Part, Source, keeps_tied, parts_of, sources_of
 from lora_fx.adapters import adapter_names, delete_adapter, put_adapter
 from lora_fx.config import LoraConfig
@@ -28,6 +29,7 @@ from lora_fx.record import AdapterRecord
 __all__ = ["add_weighted_adapter"]
 
 
+@inside
 def add_weighted_adapter(
     model: nn.Module,
     adapters: Sequence[str],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,18 +10,17 @@ from torch import nn
 from lora_fx.errors import MergeError
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._rounding import rounded
-from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 from lora_fx.types import PlannedSite, Site
 
-__all__ = ["delta_weight", "merged_biases", "weight_change"]
+__all__ = ["add_change", "delta_weight", "merged_biases", "wide_factors"]
+
+# Patterns may replace what ΔW is: these are the plain products.
+_PRODUCTS = (LinearPattern.delta, EmbeddingPattern.delta)
 
 
 def delta_weight(
-    model: nn.Module,
-    row: PlannedSite,
-    adapter: str,
-    dtype: torch.dtype = torch.float32,
-    outputs: slice = slice(None),
+    model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW but for DoRA.
 
@@ -30,43 +29,75 @@ def delta_weight(
         row: The site.
         adapter: The adapter's name.
         dtype: In which it is computed.
-        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
     """
-    factors = factors_of(model, row, adapter)
-    a, b = factors.a.detach(), factors.b.detach()
-    if row.tied:
-        a, b = a.T, b.T
-    b = b[outputs].to(dtype)
-    a = (a[outputs] if row.site.experts else a).to(dtype)
-    return pattern_of(row.site).delta(row.site, a, b) * row.scale
+    a, b = wide_factors(model, row, adapter, dtype)
+    return pattern_of(row.site).delta(row.site, a, b)
 
 
-def weight_change(
-    model: nn.Module, row: PlannedSite, adapter: str, base: torch.Tensor, outputs: slice
-) -> torch.Tensor:
-    """``ΔW``: ``s·BA``, or with DoRA ``g ∘ (W + s·BA) - W``, ``g = m / ‖W + s·BA‖``.
+def wide_factors(
+    model: nn.Module,
+    row: PlannedSite,
+    adapter: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and ``s · B`` in another dtype: B has far fewer elements to scale than the product has.
 
     Args:
         model: The rewritten model.
         row: The site.
         adapter: The adapter's name.
-        base: What the unadapted weight has there, in the dtype in which it is computed.
-        outputs: Which part along :attr:`Site.axis`; all of it for a grouped convolution.
+        dtype: In which they are wanted.
+        device: Where; where they are by default.
     """
-    delta = delta_weight(model, row, adapter, base.dtype, outputs).to(base.device)
-    magnitude = factors_of(model, row, adapter).magnitude
+    factors = factors_of(model, row, adapter)
+    a, b = (factor.detach().to(device, dtype) for factor in factors.pair)
+    if row.tied:
+        a, b = a.T, b.T
+    return a, b * row.scale
+
+
+def add_change(
+    total: torch.Tensor,
+    row: PlannedSite,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    magnitude: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+) -> None:
+    """Adds ``ΔW``: ``s·BA``, or with DoRA ``g ∘ (W + s·BA) - W``, ``g = m / ‖W + s·BA‖``.
+
+    Args:
+        total: A part of the weight, in the dtype in which it is computed.
+        row: The site.
+        a: A for that part.
+        b: ``s · B`` for that part.
+        magnitude: m of DoRA for that part.
+        base: What the unadapted weight has there, which DoRA needs.
+    """
+    pattern, site = pattern_of(row.site), row.site
+    if magnitude is None and type(pattern).delta in _PRODUCTS:
+        # In place: the memory of a product that is new each time takes longer than the product.
+        transposed = type(pattern).delta is EmbeddingPattern.delta or site.layout != "out_in"
+        (total.mT if transposed else total).addmm_(b, a)
+        return
+    delta = pattern.delta(site, a, b).reshape(total.shape)
     if magnitude is None:
-        return delta
-    m = magnitude.detach().flatten()[outputs].to(base)
-    turned = base + delta.reshape(base.shape)
-    norm = _norm(turned, row.site)
+        total.add_(delta)
+        return
+    assert base is not None
+    turned = base + delta
+    norm = _norm(turned, site)
     # As in the forward: weights that are all zero have no direction, and stay.
-    gain = torch.where(norm > 0, m / torch.where(norm > 0, norm, 1), 1)
-    return turned * _along(gain, turned, row.site) - base
+    gain = torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1), 1)
+    total.add_(turned * _along(gain, turned, site) - base)
 
 
 def merged_biases(
-    model: nn.Module, result: nn.Module, rows: Iterable[tuple[PlannedSite, str]], trained: set[str]
+    model: nn.Module,
+    result: nn.Module,
+    rows: Iterable[tuple[PlannedSite, str]],
+    trained: Mapping[str, nn.Parameter],
 ) -> dict[str, torch.Tensor]:
     """The biases with ``s`` times those of B in them, by FQN; nothing is changed.
 
@@ -74,7 +105,7 @@ def merged_biases(
         model: The rewritten model.
         result: The model that is merged into.
         rows: Sites and adapters; those without a bias on B are passed over.
-        trained: FQNs of what ``model`` has trained beside the adapters: its values count there.
+        trained: What adapters train in full, by FQN: these values count there, not those of ``result``.
 
     Raises:
         MergeError: If a site has no bias that could take it.
@@ -89,7 +120,7 @@ def merged_biases(
                 f"{row.name}: adapter {adapter!r} has a bias on B (lora_bias), and the operation has none "
                 "that could take it. Give it one (zeros) before the rewrite, or keep the adapter unmerged"
             )
-        source = (model if site.bias in trained else result).get_parameter(site.bias).detach()
+        source = trained.get(site.bias, result.get_parameter(site.bias)).detach()
         start, stop = site.rows or (0, site.out_features)
         if source.dim() != 1 or len(source) < stop:
             raise MergeError(

@@ -63,8 +63,26 @@ def choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[
     """All sites, in their order; in the place of a fused one its parts, if those are meant.
 
     ``target_parameters`` comes first: a weight that it names is adapted whole, whatever
-    ``exclude_modules`` and the layer filters say of the module.
+    ``exclude_modules`` and the layer filters say of the module. With ``ensure_weight_tying`` a head means
+    the embedding whose weight it has: factors are an embedding's, and the head gets them transposed.
     """
+    every = list(_choices(capture, matches, config))
+    heads = {
+        weight: one.site.name
+        for one in every
+        if config.ensure_weight_tying and one.verdict.selected and one.site.family == "linear"
+        for weight in one.site.tied_to
+    }
+    for one in every:
+        head, site = heads.get(one.site.weight), one.site
+        if head is None or site.family != "embedding" or excluded(site.name, config):
+            yield one
+        else:
+            verdict = Verdict(True, f"{head} is tied to it, which is selected")
+            yield one if one.verdict.selected else dataclasses.replace(one, verdict=verdict)
+
+
+def _choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[Choice]:
     attention = attention_of(capture.model, matches)
     for site in matches.sites:
         entry = parameter_entry(site.weight, config)

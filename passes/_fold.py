@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.passes._change import weight_change
+from lora_fx.passes._change import add_change, wide_factors
+from lora_fx.passes._factors import factors_of
 from lora_fx.passes._own import own_value
-from lora_fx.passes._rounding import rounded
+from lora_fx.passes._rounding import round_into
 from lora_fx.record import Record
 from lora_fx.types import PlannedSite
 
 __all__ = ["Fold"]
 
-_CHUNK = 1 << 22  # elements of a weight that are widened to fp64 at a time
+# Elements of a weight that are widened to fp64 at a time: what is done to them stays in a core's cache.
+_CHUNK = 1 << 18
+
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +57,22 @@ class Fold:
         wide = torch.float32 if old.device.type == "mps" else torch.float64
         site = self.rows[0][0].site
         axis, old = site.axis, old.reshape(site.applied_shape)
-        merged = torch.empty_like(old)
+        merged = torch.empty_like(old, memory_format=torch.contiguous_format)
         features = old.shape[axis]
         step = features if site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
+        step, size = min(step, features), old.numel() // max(1, features)
+        # Memory that is new to the process takes longer than what is computed in it.
+        memory = torch.empty(step * size, dtype=wide, device=old.device)
+        scratch = torch.empty(2 * step * size, dtype=torch.float32, device=old.device)
+        parts, finite = self._parts(wide, old.device), True
         for start in range(0, features, step):
-            # A copy also where the dtype is fp64 already: `old` belongs to the user's model, too.
-            total = old.narrow(axis, start, min(step, features - start)).to(wide, copy=True)
-            self._add(total, start)
-            merged.narrow(axis, start, total.shape[axis]).copy_(rounded(total, old.dtype))
-        if not torch.isfinite(merged).all() and torch.isfinite(old).all():
+            source = old.narrow(axis, start, min(step, features - start))
+            total = memory[: source.numel()].view(source.shape).copy_(source)
+            self._add(total, start, parts)
+            part = merged.narrow(axis, start, source.shape[axis])
+            round_into(part, total, scratch)
+            finite = finite and _is_finite(part)
+        if not finite and _is_finite(old):
             raise MergeError(
                 f"{self.name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
             )
@@ -69,34 +81,64 @@ class Fold:
     def exact(self, old: torch.Tensor) -> torch.Tensor:
         """The merged weight in fp64."""
         total = old.to(torch.float64, copy=True)
-        self._add(total.view(self.rows[0][0].site.applied_shape), 0)
+        parts = self._parts(total.dtype, total.device)
+        self._add(total.view(self.rows[0][0].site.applied_shape), 0, parts)
         return total
 
-    def _add(self, total: torch.Tensor, start: int) -> None:
+    def _parts(self, dtype: torch.dtype, device: torch.device) -> list[_Part]:
+        """A, ``s · B`` and the magnitude of every site."""
+        parts: list[_Part] = []
+        for row, adapter in self.rows:
+            a, b = wide_factors(self.model, row, adapter, dtype, device)
+            magnitude = factors_of(self.model, row, adapter).magnitude
+            m = None if magnitude is None else magnitude.detach().flatten().to(device, dtype)
+            parts.append((a, b, m))
+        return parts
+
+    def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
         """Adds everything to a slice of the weight that begins at ``start``."""
-        self._add_moves(total, start)
         several = any(row.dora for row, _ in self.rows) and len(self.rows) > 1
+        moved = self._moved
+        before = total.clone() if several and len(moved) > 1 else total
+        self._add_moves(total, start, moved)
         # What DoRA adds depends on the unadapted weight, whatever else is added to it.
         base = total.clone() if several else total
-        for row, adapter in self.rows:
+        for (row, adapter), (a, b, m) in zip(self.rows, parts, strict=True):
             axis = row.site.axis
             first, last = row.site.rows or (0, row.site.applied_shape[axis])
             low, high = max(first, start), min(last, start + total.shape[axis])
             if low >= high:
                 continue
-            outputs = slice(low - first, high - first) if row.site.groups == 1 else slice(None)
+            seen = base
+            if row.dora and adapter in moved and len(moved) > 1:
+                # Never active together: each was trained on the base that its own start has left.
+                seen = before.clone()
+                self._add_moves(seen, start, (adapter,))
             here = (axis, low - start, high - low)
-            change = weight_change(self.model, row, adapter, base.narrow(*here), outputs)
-            total.narrow(*here).add_(change)
+            if row.site.groups == 1:
+                outputs = slice(low - first, high - first)
+                a, b = a[outputs] if row.site.experts else a, b[outputs]
+                m = None if m is None else m[outputs]
+            add_change(total.narrow(*here), row, a, b, m, seen.narrow(*here))
 
-    def _add_moves(self, total: torch.Tensor, start: int) -> None:
+    @property
+    def _moved(self) -> tuple[str, ...]:
+        """The adapters whose initialisation has changed the weight itself."""
+        weight = self.rows[0][0].site.weight
+        owners = dict.fromkeys(self.adapters)
+        return tuple(name for name in owners if weight in self.record.adapters[name].own)
+
+    def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
         """Adds what initialisations did to the weight itself."""
         site = self.rows[0][0].site
-        for adapter in dict.fromkeys(self.adapters):
-            if site.weight not in self.record.adapters[adapter].own:
-                continue
+        for adapter in adapters:
             moved = own_value(self.model, adapter, site.weight).detach()
             for value, sign in ((moved, 1), (self.record.originals[site.weight], -1)):
                 applied = value.reshape(site.applied_shape)
                 part = applied.narrow(site.axis, start, total.shape[site.axis])
                 total.add_(part.to(total), alpha=sign)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """One pass without a temporary; a minimum and a maximum take over what is not a number."""
+    return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))

@@ -1,7 +1,7 @@
 """Starts from statistics of data: CorDA from inputs, LoRA-GA from gradients. Both change the base.
 
-What they are given is collected by :mod:`lora_fx.passes.collect`; EVA's components are the A that they
-are, and need nothing of this.
+What they are given is collected by ``lora_fx/_statistics.py``; EVA's components are A as they are, and need
+nothing of this.
 """
 
 from __future__ import annotations

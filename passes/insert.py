@@ -30,6 +30,7 @@ from lora_fx.types import (
     Site,
     Tag,
     join,
+    relative,
 )
 
 __all__ = ["Insert"]
@@ -71,7 +72,7 @@ class Insert:
         site, call = row.site, row.site.calls[index]
         weight = capture.model.get_parameter(site.weight)
         names = factor_names(row)
-        holder = _relative(site.holder, region.fqn)
+        holder = relative(site.holder, region.fqn)
 
         def factor(name: str) -> str:
             return join(holder, name, self.adapter) if name else ""
@@ -85,12 +86,12 @@ class Insert:
             bias=factor(names.bias),
             scale=row.scale,
             dropout=row.dropout,
-            training=join(_relative(site.owner, region.fqn), "training"),
+            training=join(relative(site.owner, region.fqn), "training"),
             cast=adapter_dtype(weight) != weight.dtype or call.cast,
             transposed=bool(row.tied),
             padding=_padding(site),
         )
-        return _Job(_relative(site.place, region.fqn), wiring)
+        return _Job(relative(site.place, region.fqn), wiring)
 
     def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
         graph = copy_graph(region.graph)
@@ -126,9 +127,9 @@ def _local(site: Site, region: str) -> Site:
     """The site as its region sees it, alike in layers that are alike."""
     return dataclasses.replace(
         site,
-        name=_relative(site.name, region),
-        weight=_relative(site.weight, region),
-        bias=_relative(site.bias, region) if site.bias else None,
+        name=relative(site.name, region),
+        weight=relative(site.weight, region),
+        bias=relative(site.bias, region) if site.bias else None,
         calls=(),
         tied_to=(),
         parts=(),
@@ -145,7 +146,7 @@ def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
     for call in row.site.calls:
         if call.region in capture.regions:
-            tag = _tag(_relative(row.site.place, call.region), adapter, Role.ADD)
+            tag = _tag(relative(row.site.place, call.region), adapter, Role.ADD)
             graph = capture.regions[call.region].graph
             return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
     return False
@@ -161,7 +162,3 @@ def _by_region(
             if call.region in regions:
                 result[call.region].append((row, index))
     return result
-
-
-def _relative(name: str, region: str) -> str:
-    return name[len(region) + 1 :] if region else name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from lora_fx.passes._placing import (
 from lora_fx.passes._region import is_region, original_class
 from lora_fx.passes._strip import stripped
 from lora_fx.passes._tokens import tokens_of, with_tokens
-from lora_fx.record import Record, record_of
+from lora_fx.record import Record, record_of, require_record
 from lora_fx.types import PlannedSite
 
 __all__ = [
@@ -69,12 +69,7 @@ def merge(
         MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit,
             or a factor or a result is not finite. ``into`` is then as it was.
     """
-    record = record_of(model)
-    if record is None:
-        raise MergeError(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has "
-            "(inside a wrapper such as DataParallel, give what it wraps: model.module)"
-        )
+    record = require_record(model, MergeError)
     names = _chosen(record, adapter_names)
     if into is not None:
         _check_fits(model, into, record, names)
@@ -89,30 +84,32 @@ def merge(
                 tied[row.site.weight] = weights[row.tied]
             rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
             _check_finite(model, row, name)
+    own = dict(trained(model, record, names))
     sites: list[MergedSite] = []
     merged: dict[str, torch.Tensor] = {}
     for done, (weight, several) in enumerate(rows.items()):
         if progress is not None:
             progress(done, len(rows), several[0][0].name)
-        old = result.get_parameter(weight).detach()
+        old = _unadapted(result, weight, own)
         fold = Fold(model, record, several)
         merged[weight] = fold.folded(old)
         exact = fold.exact(old) if measure else None
         sites.append(compared(fold.name, fold.adapters, old, merged[weight], exact))
     for weight, replaced in tokens.items():
-        old = result.get_parameter(weight).detach()
+        old = _unadapted(result, weight, own)
         merged[weight] = _with_rows(model, old, replaced)
         exact = _with_rows(model, old.double(), replaced) if measure else None
         given = tuple(adapter for _, adapter in replaced)
         sites.append(compared(replaced[0][0].name, given, old, merged[weight], exact))
     every = [pair for several in rows.values() for pair in several]
-    kept = {name for name, _ in trained(model, record, names)}
-    biases = merged_biases(model, result, every, kept)
+    biases = merged_biases(model, result, every, own)
     # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
     place_trained(model, result, record, names)
     place_biases(result, biases)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     tied |= tied_tokens(tokens)
+    # One end that is trained in full without the other is another weight.
+    tied = {weight: to for weight, to in tied.items() if own.get(weight) is own.get(to)}
     untied = place_merged(result, merged, tied)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -156,6 +153,12 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         )
 
 
+def _unadapted(result: nn.Module, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
+    """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
+    base = result.get_parameter(name).detach()
+    return trained[name].detach().to(base) if name in trained else base
+
+
 def _with_rows(model: nn.Module, old: torch.Tensor, rows: TokenWeight) -> torch.Tensor:
     """A weight with the rows that were trained each as a whole."""
     for row, adapter in rows:
@@ -164,13 +167,15 @@ def _with_rows(model: nn.Module, old: torch.Tensor, rows: TokenWeight) -> torch.
 
 
 def _stay_tied(
-    one: Sequence[tuple[PlannedSite, str]], other: Sequence[tuple[PlannedSite, str]]
+    head: Sequence[tuple[PlannedSite, str]], table: Sequence[tuple[PlannedSite, str]]
 ) -> bool:
-    """Whether an embedding and a head have the same merged weight: those of one adapter, transposed, have.
+    """Whether a head and an embedding have the same merged weight: both have the same factors.
 
     A magnitude scales the columns of the one and the rows of the other.
     """
-    return len(one) == len(other) and not any(row.dora for row, _ in (*one, *other))
+    if any(row.dora for row, _ in (*head, *table)) or not all(row.tied for row, _ in head):
+        return False
+    return {adapter for _, adapter in head} == {adapter for _, adapter in table}
 
 
 def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:

@@ -58,6 +58,8 @@ def make_plan(
         ConfigError: If ``trainable_token_indices`` names what has no such rows.
     """
     _refuse_adapters(capture.model)
+    saved = tuple(_saved_modules(capture.model, config))
+    inside = tuple(f"{name}." for name in saved)
     chosen: list[Choice] = []
     skipped: list[Skipped] = []
     for choice in choices(capture, matches, config):
@@ -67,6 +69,8 @@ def make_plan(
             if verdict.selected
             else _why_not(site, config, verdict.reason)
         )
+        if objection is None and site.weight.startswith(inside):
+            objection = "trained in full: its weight is in modules_to_save, or tied to what is"
         if objection is None:
             chosen.append(choice)
         else:
@@ -74,7 +78,6 @@ def make_plan(
     rows = [_row(capture, choice, config) for choice in chosen]
     if config.ensure_weight_tying:
         rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
-    saved = tuple(_saved_modules(capture.model, config))
     biases = tuple(_biases(capture.model, config, rows, saved))
     plan = Plan(
         sites=tuple(rows),
@@ -211,7 +214,7 @@ def _biases(
     wanted = {row.site.bias for row in rows}
     for name, _ in _named_once(model):
         inside = any(name.startswith(f"{module}.") for module in saved)
-        every = config.bias == "all" and "bias" in name
+        every = config.bias == "all" and name.rpartition(".")[2] == "bias"
         if not inside and (every or (config.bias == "lora_only" and name in wanted)):
             yield name
 

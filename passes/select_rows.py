@@ -140,9 +140,10 @@ class _Work:
             with graph.inserting_before(before):
                 rows = graph.get_attr(join(holder, tag.adapter))
                 samples = graph.get_attr(join(holder, "samples"))
-                call = graph.call_function(function, (args[0], rows, *args[1:], samples))
+                repeats = graph.get_attr(join(holder, "repeats"))
+                call = graph.call_function(function, (args[0], rows, *args[1:], samples, repeats))
             role = Role.ROWS if function is select_rows else Role.ADD
-            for one in (rows, samples, call):
+            for one in (rows, samples, repeats, call):
                 one.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             call.meta[META_KEY] = Tag(tag.weight, role, tag.adapter)
             self._made[key] = call

@@ -29,6 +29,7 @@ from lora_fx.types import (
     Region,
     Role,
     Tag,
+    relative,
 )
 
 __all__ = ["TrainTokens"]
@@ -83,9 +84,9 @@ class _Edit:
         self._next = self._base.next
         self._made: set[fx.Node] = set()
         self._names = {
-            "rows": _relative(rows_name(row, adapter), region.fqn),
-            "indices": _relative(indices_name(row, adapter), region.fqn),
-            "weight": _relative(row.site.weight, region.fqn),
+            "rows": relative(rows_name(row, adapter), region.fqn),
+            "indices": relative(indices_name(row, adapter), region.fqn),
+            "weight": relative(row.site.weight, region.fqn),
         }
         weight = capture.model.get_parameter(row.site.weight)
         self._cast = adapter_dtype(weight) != weight.dtype or call.cast
@@ -136,8 +137,4 @@ def _done(region: Region, tag: Tag) -> bool:
 
 
 def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:
-    return Tag(_relative(row.site.weight, region.fqn), Role.TOKENS, adapter)
-
-
-def _relative(name: str, region: str) -> str:
-    return name[len(region) + 1 :] if region else name
+    return Tag(relative(row.site.weight, region.fqn), Role.TOKENS, adapter)

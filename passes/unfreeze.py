@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from lora_fx.passes._own import base_modules
 from lora_fx.types import Capture, PassResult, Plan
 
 __all__ = ["Unfreeze"]
@@ -47,7 +48,8 @@ def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) 
         copies: What stands for which parameter; extended.
     """
     changed = False
-    for module in root.modules():
+    # What other adapters have inside is theirs: their starts, and what they have in place of a weight.
+    for _, module in base_modules(root):
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
                 continue

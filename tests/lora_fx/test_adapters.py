@@ -172,6 +172,94 @@ def test_disable_adapter_gives_the_base_and_puts_everything_back() -> None:
     assert_same_bits(model(IDS), out)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_what_is_deleted_meanwhile_does_not_come_back(per_sample: bool) -> None:
+    base, model = two(LISTED, LISTED)
+    lora_fx.set_adapter(model, ["one", "two"], per_sample=per_sample)
+    with lora_fx.disable_adapter(model):
+        lora_fx.delete_adapter(model, "one")
+    assert lora_fx.active_adapters(model) == ("two",)
+    with lora_fx.disable_adapter(model):
+        lora_fx.delete_adapter(model, "two")
+    assert lora_fx.active_adapters(model) == ()
+    assert_same_bits(model(IDS), base(IDS))
+
+
+def test_what_is_chosen_while_adapters_are_disabled_counts_afterwards() -> None:
+    """As in PEFT: :func:`lora_fx.set_adapter` and ``adapter_names`` leave a disabled model disabled."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
+    settings = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings), "one")
+    theirs.add_adapter("two", peft.LoraConfig(**settings))
+    model = lora_fx.rewrite(base, LoraConfig(**settings), adapter_name="one")
+    lora_fx.add_adapter(model, LoraConfig(**settings), "two")
+    for name in ("one", "two"):
+        state = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        lora_fx.load_adapter_state_dict(model, state, name)
+    alone = model(x)
+    with theirs.disable_adapter(), lora_fx.disable_adapter(model):
+        theirs.set_adapter("two")
+        lora_fx.set_adapter(model, "two")
+        for one in (theirs, model):
+            assert_same_bits(one(x), base(x))
+        with lora_fx.adapter_ids(model, ["one", "two"]):
+            assert_same_bits(model(x), base(x))
+            assert_same_bits(theirs(x, adapter_names=["one", "two"]), base(x))
+        assert_same_bits(model(x), base(x))
+    assert lora_fx.active_adapters(model) == ("two",)
+    assert_close(model(x), theirs(x))
+    assert not torch.equal(model(x), alone)
+    assert model[0].lora_A.two.requires_grad
+    assert not model[0].lora_A.one.requires_grad
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_blocks_nest(prepared: bool) -> None:
+    base, model = two()
+    if prepared:
+        lora_fx.set_adapter(model, ["one", "two"], per_sample=True)
+    with lora_fx.adapter_ids(model, ["one", "two"]):
+        outer = model(IDS)
+        with lora_fx.disable_adapter(model):
+            assert_same_bits(model(IDS), base(IDS))
+        assert_same_bits(model(IDS), outer)
+        with lora_fx.adapter_ids(model, ["two", None]):
+            inner = model(IDS)
+            assert_same_bits(inner[1], base(IDS)[1])
+        assert_same_bits(model(IDS), outer)
+        lora_fx.set_adapter(model, [])
+        assert_same_bits(model(IDS), outer)
+        with pytest.raises(ConfigError, match="adapter_ids"):
+            lora_fx.delete_adapter(model, "one")
+    assert not lora_fx.active_adapters(model)
+    assert_same_bits(model(IDS), base(IDS))
+
+
+def test_blocks_may_end_in_any_order() -> None:
+    base, model = two()
+    alone = model(IDS)
+    first, second = lora_fx.disable_adapter(model), lora_fx.adapter_ids(model, ["two", None])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert_same_bits(model(IDS)[1], base(IDS)[1])
+    assert not torch.equal(model(IDS)[0], base(IDS)[0])
+    second.__exit__(None, None, None)
+    assert_same_bits(model(IDS), alone)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_in_no_block(copied: Callable[[nn.Module], nn.Module]) -> None:
+    base, model = two()
+    alone = model(IDS)
+    with lora_fx.disable_adapter(model):
+        other = copied(model)
+        assert_same_bits(other(IDS), base(IDS))
+        lora_fx.set_adapter(other, "one")
+        assert_same_bits(other(IDS), alone)
+
+
 def test_a_deleted_adapter_leaves_nothing() -> None:
     base, model = two(LISTED, HEAD)
     lora_fx.delete_adapter(model, "two")
@@ -212,6 +300,28 @@ def test_each_adapter_has_its_own_saved_module() -> None:
         lora_fx.set_adapter(model, ["one", "two"])
     with pytest.raises(MergeError, match="several of the adapters have their own head"):
         lora_fx.merge(model, adapter_names=["one", "two"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["head"], "init_lora_weights": "pissa"},
+        {"target_modules": ["up"], "trainable_token_indices": {"embed": [2]}},
+        {"target_modules": ["up"], "modules_to_save": ["head"]},
+    ],
+)
+def test_what_others_have_in_a_saved_module_is_theirs(config: dict) -> None:
+    model = lora_fx.rewrite(Residual(), LoraConfig(r=2, **config))
+    before = {n: p for n, p in model.named_parameters() if p.requires_grad or "lora_" in n}
+    lora_fx.set_adapter(model, [])
+    full = LoraConfig(r=2, target_modules=["down"], modules_to_save=["head", "embed"])
+    lora_fx.add_adapter(model, full, "full")
+    lora_fx.set_adapter(model, "full")
+    trained = {id(p) for p in lora_fx.trainable_parameters(model)}
+    assert not trained & {id(parameter) for parameter in before.values()}
+    lora_fx.set_adapter(model, "default")
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
 
 
 def test_ties_come_back_with_the_base() -> None:
@@ -293,6 +403,17 @@ def test_each_is_saved_and_loaded_beside_the_others(tmp_path: Path) -> None:
             each.set_adapter(name) if each is theirs else lora_fx.set_adapter(each, name)
         assert_same_bits(loaded(IDS), model(IDS))
         assert_close(loaded(IDS), theirs(IDS))
+
+
+def test_the_folder_above_adapters_says_where_they_are(tmp_path: Path) -> None:
+    base, model = two()
+    for name in ("one", "two"):
+        lora_fx.save_adapter(model, tmp_path, name)
+    with pytest.raises(CheckpointError) as caught:
+        lora_fx.load_adapter(base, tmp_path)
+    assert f"did you mean {tmp_path / 'one'} or {tmp_path / 'two'}?" in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"does not fit the one of this name.*another name"):
+        lora_fx.load_adapter(model, tmp_path / "one", adapter_name="two")
 
 
 def test_one_that_does_not_fit_is_not_added(tmp_path: Path) -> None:

@@ -411,11 +411,17 @@ def test_strict_is_passed_on() -> None:
         lora_fx.rewrite(Residual(), config, strict=True)
 
 
-def test_no_targets_leave_a_frozen_model() -> None:
-    model = Residual()
-    adapted = lora_fx.rewrite(model, LoraConfig(target_modules=[]))
-    assert not list(lora_fx.trainable_parameters(adapted))
-    assert_same_bits(adapted(IDS), model(IDS))
+def test_a_configuration_that_trains_nothing_is_for_looking_only() -> None:
+    """PEFT refuses it, too."""
+    model, nothing = Residual(), LoraConfig(target_modules=[])
+    assert not lora_fx.plan(model, nothing).sites
+    with pytest.raises(lora_fx.NoMatchError, match="nothing would be trained"):
+        lora_fx.rewrite(model, nothing)
+    adapted = lora_fx.rewrite(model, LoraConfig(target_modules=[], modules_to_save=["head"]))
+    out = adapted(IDS)
+    with pytest.raises(lora_fx.NoMatchError, match="nothing would be trained"):
+        lora_fx.add_adapter(adapted, nothing, "other")
+    assert_same_bits(adapted(IDS), out)
 
 
 def test_random_factors_change_the_output_at_once() -> None:

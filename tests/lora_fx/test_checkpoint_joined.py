@@ -289,7 +289,7 @@ def test_every_misfit_is_listed(tmp_path: Path) -> None:
     lines = [line.strip() for line in str(caught.value).splitlines()]
     assert [line for line in lines if line.startswith(("missing", "shape", "unexpected"))] == [
         "missing: attn.base_layer.out_proj.lora_A.weight [18, 8]",
-        "shape: attn.lora_B.weight is [24, 5] in the folder, [24, 6] in the model",
+        "shape: attn.lora_B.weight is [24, 5] as it was saved, [24, 6] in the model",
         "unexpected: attn.lora_C.weight [1]",
     ]
 

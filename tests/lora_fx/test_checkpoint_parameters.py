@@ -320,5 +320,5 @@ def test_every_misfit_of_stacked_factors_is_listed(tmp_path: Path) -> None:
     assert f"missing: {experts}.lora_A.weight [12, 16]" in lines
     assert f"unexpected: {experts}.base_layer.base_layer.lora_A.weight [2, 2]" in lines
     assert (
-        f"shape: {experts}.base_layer.lora_B.weight is [32, 7] in the folder, [32, 8] in the model"
+        f"shape: {experts}.base_layer.lora_B.weight is [32, 7] as it was saved, [32, 8] in the model"
     ) in lines

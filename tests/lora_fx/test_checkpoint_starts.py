@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CheckpointError
+from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.passes._start_loftq import levels
 from lora_fx.record import record_of
 from tests import zoo
@@ -141,6 +141,37 @@ def test_olora_of_a_conv1d_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the other way round"):
         lora_fx.load_adapter(other, tmp_path, adapter_name="theirs")
     assert lora_fx.adapter_names(other) == ("default",)
+
+
+def test_a_base_that_cannot_be_decomposed_gets_no_adapter(tmp_path: Path) -> None:
+    base = zoo.Residual()
+    theirs = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa")
+    peft.get_peft_model(copy.deepcopy(base), theirs).save_pretrained(tmp_path)
+    with torch.no_grad():
+        base.blocks[0].up.weight[0, 0] = torch.nan
+    model = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["down"]))
+    with pytest.raises(ConfigError, match="not finite"):
+        lora_fx.load_adapter(model, tmp_path, adapter_name="theirs")
+    assert lora_fx.adapter_names(model) == ("default",)
+
+
+@pytest.mark.parametrize("way", ["folder", "state dict", "swap"])
+def test_an_adapter_that_waits_for_data_does_not_wait_for_values_any_more(
+    way: str, tmp_path: Path
+) -> None:
+    base = zoo.Residual()
+    other = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    lora_fx.save_adapter(other, tmp_path)
+    waiting = LoraConfig(r=2, target_modules=["up"], init_lora_weights="eva")
+    model = lora_fx.rewrite(base, waiting)
+    if way == "folder":
+        lora_fx.load_adapter(model, tmp_path)
+    elif way == "state dict":
+        lora_fx.load_adapter_state_dict(model, lora_fx.adapter_state_dict(other))
+    else:
+        lora_fx.hotswap_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match="has its start already"):
+        lora_fx.initialize(model, [torch.zeros(1, 4, dtype=torch.long)], progress=False)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +298,63 @@ def test_nothing_is_doubled_that_was_not_subtracted(tmp_path: Path) -> None:
     }
     assert {2} == {min(shape) for shape in shapes}
     assert written(tmp_path)["init_lora_weights"] is True
+
+
+def _started(name: str, start: str) -> tuple[nn.Module, Any, nn.Module]:
+    build, targets = MODELS[name]
+    base, inputs = build()
+    model = lora_fx.rewrite(base, LoraConfig(**values_of(start, targets)))
+    if start in ("corda", "lora_ga"):
+        batch = {**inputs, "labels": inputs["input_ids"]}
+        lora_fx.initialize(model, [batch], progress=False)
+    return base, inputs, model
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_takes_its_own_values_back(name: str, start: str, tmp_path: Path) -> None:
+    _, inputs, model = _started(name, start)
+    train(model)
+    expected = model(**inputs).logits
+    state = lora_fx.adapter_state_dict(model)
+    folder = lora_fx.save_adapter(model, tmp_path)
+    factors = {key: id(value) for key, value in model.named_parameters()}
+    train(model)
+    assert relative_error(model(**inputs).logits, expected) > 1e-3
+    lora_fx.load_adapter_state_dict(model, state)
+    assert_same_bits(model(**inputs).logits, expected)
+    train(model)
+    lora_fx.load_adapter(model, folder)
+    assert_same_bits(model(**inputs).logits, expected)
+    assert {key: id(value) for key, value in model.named_parameters()} == factors
+
+
+@pytest.mark.parametrize("kind", ["grouped", "experts", "attention"])
+def test_every_form_takes_its_own_values_back(kind: str) -> None:
+    base, config = {
+        "grouped": (nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), {"target_modules": ["0"]}),
+        "experts": (zoo.tiny_mixtral()[0], {"target_modules": ["gate_up_proj"]}),
+        "attention": (nn.MultiheadAttention(8, 2), {"target_modules": ["q", "v", "out_proj"]}),
+    }[kind]
+    model = lora_fx.rewrite(base, LoraConfig(r=2, init_lora_weights="pissa", **config))
+    train(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = lora_fx.adapter_state_dict(model)
+    train(model)
+    lora_fx.load_adapter_state_dict(model, state)
+    for key, value in model.state_dict().items():
+        assert_close(value, before[key])
+
+
+def test_values_beside_another_start_are_refused() -> None:
+    base, _, model = _started("llama", "pissa")
+    state = lora_fx.adapter_state_dict(train(model))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.5)
+    other = lora_fx.rewrite(base, LoraConfig(**values_of("pissa", MODELS["llama"][1])))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"start: .*has another start beside it"):
+        lora_fx.load_adapter_state_dict(other, state)
+    for key, value in other.state_dict().items():
+        assert_same_bits(value, before[key])

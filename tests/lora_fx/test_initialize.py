@@ -576,6 +576,21 @@ def test_an_adapter_that_needs_no_data() -> None:
         lora_fx.initialize(nn.Linear(2, 2), tokens(4))
 
 
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_what_has_been_trained_is_not_lost(start: str) -> None:
+    model = lora_fx.rewrite(
+        nn.Sequential(nn.Linear(4, 4)),
+        LoraConfig(r=2, target_modules=["0"], init_lora_weights=start),
+    )
+    with torch.no_grad():
+        model[0].lora_B.default.fill_(0.1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="has been trained"):
+        lora_fx.initialize(model, [torch.randn(8, 4)])
+    for key, value in model.state_dict().items():
+        assert_same_bits(value, before[key])
+
+
 def test_a_model_without_values() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 8))

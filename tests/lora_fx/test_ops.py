@@ -45,7 +45,9 @@ def test_names_that_cannot_are_refused(name: object) -> None:
         check_adapter_name(name)
 
 
-@pytest.mark.parametrize("name", ["add", "forward", "train", "parameters", "training", "__init__"])
+@pytest.mark.parametrize(
+    "name", ["add", "forward", "train", "parameters", "training", "samples", "repeats", "__init__"]
+)
 def test_names_that_nn_module_has_taken_are_refused(name: str) -> None:
     with pytest.raises(lora_fx.ConfigError, match=r"attribute of nn\.Module"):
         check_adapter_name(name)

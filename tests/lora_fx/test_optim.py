@@ -286,6 +286,29 @@ def test_groups_and_experts_are_corrected_one_by_one() -> None:
         assert_close(b.detach(), value - gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_factors_are_corrected_in_fp32(dtype: torch.dtype) -> None:
+    model = lora_fx.rewrite(Net(), LoraConfig(r=3, target_modules=["first"])).to(dtype)
+    optimizer = torch.optim.SGD(parameter_groups(model, 1.0, lora_fa=True))
+    correct_gradients(optimizer, model)
+    a, b = (factor.default for factor in (model.first.lora_A, model.first.lora_B))
+    b.grad = torch.ones_like(b)
+    exact = a.double()
+    expected = -b.grad.double() @ torch.linalg.inv(exact @ exact.T) / (8 / 3) ** 2
+    optimizer.step()
+    assert b.dtype == dtype
+    assert_close(b.detach().double(), expected, 2 * torch.finfo(dtype).eps)
+
+
+def test_a_scale_of_zero_has_no_gradient_to_correct() -> None:
+    model = lora_fx.rewrite(Net(), LoraConfig(lora_alpha=0, target_modules=["first"]))
+    optimizer = torch.optim.SGD(parameter_groups(model, 1.0, lora_fa=True))
+    correct_gradients(optimizer, model)
+    model(IDS).sum().backward()
+    optimizer.step()
+    assert_same_bits(model.first.lora_B.default, torch.zeros(12, 8))
+
+
 def test_accumulated_gradients_are_corrected_once(tmp_path: Path) -> None:
     results = []
     for accumulate in (1, 3):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -154,7 +156,8 @@ def test_flattened_tokens_belong_to_their_sample() -> None:
     model, x = three(Flat(), target_modules=["fc"]), torch.randn(4, 5, 3)
     ids = ["a", "c", None, "a"]
     with lora_fx.adapter_ids(model, ids):
-        assert_close(model(x), alone(model, x, ids))
+        found = model(x)
+    assert_close(found, alone(model, x, ids))
 
 
 @pytest.mark.parametrize("name", ["nn.Linear", "x @ W", "conv2d depthwise", "padding_idx"])
@@ -241,3 +244,48 @@ def test_golden() -> None:
     model = three(nn.Sequential(nn.Linear(3, 4)), target_modules=["0"])
     lora_fx.set_adapter(model, list("ab"), per_sample=True)
     check_golden("select_rows", printed(lora_fx.graphs(model)["0"]))
+
+
+def _t5() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=20,
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_llama()[0], _t5], ids=["llama", "t5"])
+def test_beams_are_repeated_samples(build: Callable[[], nn.Module]) -> None:
+    """As PEFT, which repeats ``adapter_names`` as ``generate`` repeats samples."""
+    base = build().eval()
+    names = ["q", "v"] if hasattr(base, "encoder") else ["q_proj", "v_proj"]
+    settings = {"r": 2, "target_modules": names, "init_lora_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings), "a").eval()
+    theirs.add_adapter("b", peft.LoraConfig(**settings))
+    model = lora_fx.rewrite(base, LoraConfig(**settings), adapter_name="a")
+    lora_fx.add_adapter(model, LoraConfig(**settings), "b")
+    for name in "ab":
+        state = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        lora_fx.load_adapter_state_dict(model, {k: v * 8 for k, v in state.items()}, name)
+        peft.set_peft_model_state_dict(theirs, {k: v * 8 for k, v in state.items()}, name)
+    how = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "do_sample": False}
+    ids = torch.randint(3, 11, (4, 5), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **how}
+    wanted = theirs.generate(**given, adapter_names=["a", "__base__", "b", "a"])
+    with lora_fx.adapter_ids(model, ["a", None, "b", "a"], repeats=3):
+        assert torch.equal(model.generate(**given), wanted)
+        model(**{"decoder_input_ids": ids} if hasattr(base, "encoder") else {}, input_ids=ids)
+    assert not torch.equal(wanted, theirs.generate(**given, adapter_names=["a"] * 4))
+    with (
+        lora_fx.adapter_ids(model, ["a", None, "b", "a"]),
+        pytest.raises(ConfigError, match=r"repeats=, where generate"),
+    ):
+        model.generate(**given)
+    with pytest.raises(ConfigError, match="repeats"), lora_fx.adapter_ids(model, ["a"], repeats=0):
+        pass

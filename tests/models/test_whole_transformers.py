@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx.errors import CaptureError
 from tests import zoo
 from tests.algebra import randomise
-from tests.numerics import assert_close, assert_same_bits, tensors
+from tests.numerics import assert_close, tensors
 from tests.zoo import seeded
 
 transformers = pytest.importorskip("transformers")
@@ -81,10 +81,21 @@ def labelled(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 class Both:
-    """A model over the regions alone and one captured whole, with the same adapters."""
+    """A model over the regions alone and one captured whole, with the same adapters.
+
+    In fp64: where siblings share a product, it is rounded otherwise. Grouped products of experts know no
+    fp64.
+    """
 
     def __init__(self, name: str, with_labels: bool = False, **changes: Any) -> None:
-        self.original, self.inputs = build(name)
+        original, inputs = build(name)
+        dtype = torch.float32 if name == "mixtral" else torch.float64
+        self.tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+        self.original = original.to(dtype)
+        self.inputs = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
         given = {**(labelled(name, self.inputs) if with_labels else self.inputs), **changes}
         before = self.original.config.to_dict()
         self.whole = lora_fx.rewrite(self.original, CONFIG, given, frontend="export")
@@ -122,9 +133,9 @@ class Both:
         assert_close(
             [found[k] for k in found if k != "cache"],
             [expected[k] for k in found if k != "cache"],
-            3e-6,
+            self.tolerance,
         )
-        assert_close(grads, wanted, 1e-5)
+        assert_close(grads, wanted, self.tolerance)
         return found
 
 
@@ -253,7 +264,7 @@ def test_a_copy_of_a_whole_capture_has_the_same_guard():
     ids = both.inputs["input_ids"]
     assert other(ids).keys() == {"logits"}
     assert "cache" in other.eval()(ids)
-    assert_same_bits(other(ids, use_cache=False).logits, both.whole.eval()(ids).logits)
+    assert_close(other(ids, use_cache=False).logits, both.whole.eval()(ids).logits)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.masks import dropped
 from lora_fx.types import META_KEY, Tag
 from tests.algebra import adapt, randomise, scale_of
 from tests.dora import directed, explicit_dora, magnitude_of, randomise_magnitudes
@@ -185,7 +186,8 @@ def test_dropout_is_on_the_branch_only() -> None:
     seeded(lambda: adapted(x).sum().backward())()
     found = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
     gains, exact = {}, x
-    masks = seeded(lambda: [F.dropout(torch.ones(6, 4, dtype=torch.float64), 0.5) for _ in "ab"])()
+    ones = torch.ones(6, 4, dtype=torch.float64)
+    masks = seeded(lambda: [dropped(ones, 0.5, True) for _ in "ab"])()
     leaves = {name: adapted.get_parameter(name).detach().requires_grad_() for name in found}
     for place, mask in zip((0, 2), masks, strict=True):
         a, b, m = (

@@ -167,3 +167,22 @@ def test_a_model_may_write_into_the_output() -> None:
 def test_golden() -> None:
     captured = inserted(Block(), r=2, target_modules=["up"], lora_dropout=0.1)
     check_golden("fuse_linear", printed(Fuse()(captured).capture.regions["up"].graph))
+
+
+def test_nothing_before_the_first_adapter_is_kept_or_differentiated() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4)))
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["3.0"]))
+    parameters = {parameter.data_ptr() for parameter in adapted.parameters()}
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = adapted(torch.randn(5, 8))
+    # x and x Aᵀ of the last layer, and what the GELU behind it reads.
+    assert sorted(kept) == [(5, 2), (5, 8), (5, 8)]
+    assert out.requires_grad

@@ -12,8 +12,10 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig, MergeError
 from lora_fx.passes._change import delta_weight
+from lora_fx.passes._rounding import rounded
 from lora_fx.passes._rounding import ulp as own_ulp
 from lora_fx.passes.capture.auto import capture as capture_model
+from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import record_of
 from lora_fx.types import META_KEY
 from tests import numerics
@@ -120,6 +122,31 @@ def test_trained_biases_and_saved_modules_are_kept() -> None:
     x = torch.randn(4, 5)
     assert_close(merged(x), changed(x))
     assert type(merged.second) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"target_modules": ["head"]},
+        {"target_modules": ["head"], "use_dora": True},
+        {"target_modules": ["head"], "lora_bias": True},
+        {"target_modules": ["up"], "trainable_token_indices": {"embed": [2]}},
+    ],
+)
+def test_what_one_adapter_trains_in_full_is_what_another_one_is_folded_into(other) -> None:
+    ids = torch.tensor([[0, 2, 5, 10], [2, 2, 9, 10]])
+    full = LoraConfig(r=2, target_modules=["down"], modules_to_save=["head", "embed"])
+    model = lora_fx.rewrite(Residual().double().eval(), full)
+    lora_fx.add_adapter(model, LoraConfig(r=2, **other), "other")
+    lora_fx.set_adapter(model, ["default", "other"])
+    with torch.no_grad():
+        for place, parameter in enumerate(lora_fx.trainable_parameters(model)):
+            parameter.add_(torch.linspace(-1, 1 + place, parameter.numel()).view_as(parameter))
+    assert_close(lora_fx.merge(model)(ids), model(ids))
+    names = lora_fx.active_adapters(model)
+    expected = model(ids)
+    lora_fx.set_adapter(model, [])
+    assert_close(lora_fx.merge(model, adapter_names=names)(ids), expected)
 
 
 def test_batch_norm_statistics_of_training_are_kept() -> None:
@@ -261,6 +288,66 @@ def test_a_tie_between_two_neighbours_is_not_rounded_twice() -> None:
         changed[0].lora_A.default.copy_(torch.tensor([[2.0**-8], [2.0**-30]]))
         changed[0].lora_B.default.fill_(1.0)
     assert lora_fx.merge(changed)[0].weight.item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(bits=st.lists(st.integers(0, 2**16 - 2), min_size=1, max_size=9), data=st.data())
+def test_what_is_next_to_a_tie_goes_to_its_own_side(dtype: torch.dtype, bits, data) -> None:
+    """Between two neighbours of a half type, subnormal ones among them: half-way, and a hair off it."""
+    low, high = (
+        torch.tensor([b + up for b in bits], dtype=torch.uint16).view(dtype).double()
+        for up in (0, 1)
+    )
+    known = low.isfinite() & high.isfinite() & (low.sign() * high.sign() >= 0)
+    low, high = torch.where(known, low, 1.0), torch.where(known, high, 1 + torch.finfo(dtype).eps)
+    far = data.draw(st.sampled_from([2.0**-8, 2.0**-18, 2.0**-30, 2.0**-40]))
+    middle = (low + high) / 2
+    above = middle + far * (high - low)
+    assert torch.equal(rounded(above, dtype).double(), high)
+    assert torch.equal(rounded(middle - far * (high - low), dtype).double(), low)
+    # A tie goes to the even one of the two.
+    even = (low.to(dtype).view(torch.int16) & 1) == 0
+    assert torch.equal(rounded(middle, dtype).double(), torch.where(even, low, high))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (4, 8), (0, 4), ()])
+def test_rounding_keeps_zeros_what_is_not_finite_and_what_overflows(dtype, shape) -> None:
+    for value in (0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e39, 1e-60, 1.0):
+        values = torch.full(shape, value, dtype=torch.float64)
+        found = rounded(values, dtype)
+        assert_same_bits(found, values.to(dtype))
+        assert torch.equal(found.signbit(), values.signbit()) or value != value
+    turned = torch.randn(6, 4, dtype=torch.float64).T
+    assert_same_bits(rounded(turned, dtype), turned.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merge_makes_no_second_weight(dtype: torch.dtype) -> None:
+    """All the memory that a merge allocates beside the merged weight is that of a slice."""
+    model = nn.Sequential(nn.Linear(1024, 4096, bias=False)).to(dtype)
+    changed = adapted(model, target_modules=["0"])
+    with torch.profiler.profile(profile_memory=True) as seen:
+        merged = lora_fx.merge(changed)
+    weight = merged[0].weight
+    sizes = [
+        event.self_cpu_memory_usage
+        for event in seen.events()
+        if event.name in ("aten::empty", "aten::empty_strided")
+    ]
+    large = [size for size in sizes if size >= weight.numel()]
+    assert large == [weight.numel() * weight.element_size()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pattern_with_a_delta_of_its_own_is_asked(dtype, monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False)).to(dtype)
+    changed = adapted(model, target_modules=["0"])
+    pattern = pattern_of(record_of(changed).adapters["default"].sites[0].site)
+    monkeypatch.setattr(type(pattern), "delta", lambda self, site, a, b: 2 * (b @ a))
+    exact = exact_weight(changed, model, "0")
+    twice = exact + (exact - model[0].weight.detach().double())
+    assert_close(lora_fx.merge(changed)[0].weight, twice)
 
 
 def test_units_in_the_last_place() -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lora_fx
@@ -208,6 +210,26 @@ def test_a_peft_model_is_refused_with_the_remedy() -> None:
 
 
 # --- beside the adapters --------------------------------------------------------------------------
+
+
+def test_all_biases_are_those_that_peft_calls_so() -> None:
+    config = transformers.T5Config(
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=11,
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    model.encoder.block[0].layer[0].SelfAttention.q.bias = nn.Parameter(torch.zeros(8))
+    given = {"target_modules": ["q"], "bias": "all"}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**given))
+    wanted = [n for n, p in theirs.named_parameters() if p.requires_grad and "lora_" not in n]
+    names = [n.removeprefix("base_model.model.").replace(".base_layer", "") for n in wanted]
+    assert any("relative_attention_bias" in name for name, _ in model.named_parameters())
+    assert list(lora_fx.plan(model, LoraConfig(**given)).biases) == names
 
 
 def test_biases() -> None:

@@ -344,6 +344,25 @@ def test_what_is_tied_keeps_its_weight() -> None:
     assert_close(merged.head.weight, model.head.weight, 1e-6)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_merge_of_two_starts_is_the_sum_of_both_changes(use_dora: bool) -> None:
+    """Each was trained on a base of its own, which a magnitude must not mix up."""
+    base = zoo.seeded(lambda: nn.Sequential(nn.Linear(5, 4)))().double()
+    values = {"target_modules": ["0"], "use_dora": use_dora}
+    model = lora_fx.rewrite(base, config("pissa", **values))
+    lora_fx.add_adapter(model, config("olora", r=3, **values), "other")
+    with torch.no_grad():
+        for factors in (model[0].lora_A, model[0].lora_B):
+            for parameter in factors.parameters():
+                parameter.mul_(1.5)
+
+    def change(*names: str) -> torch.Tensor:
+        return lora_fx.merge(model, adapter_names=names)[0].weight - base[0].weight
+
+    assert_close(change("default", "other"), change("default") + change("other"))
+    assert change("other").abs().max() > 1e-2
+
+
 def test_a_merge_is_relative_to_the_model_before() -> None:
     model = zoo.seeded(lambda: nn.Sequential(nn.Linear(16, 12)))()
     adapted = lora_fx.rewrite(

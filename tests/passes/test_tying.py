@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import lora_fx
@@ -50,6 +53,44 @@ def test_a_tied_head_gets_the_embeddings_factors_and_a_merge_keeps_the_tie(targe
     assert merged.config.tie_word_embeddings
     assert_close(merged(ids).logits, adapted(ids).logits, 1e-5)
     assert (adapted(ids).logits - model(ids).logits).abs().max() > 1e-3
+
+
+def test_adapters_of_one_end_alone_untie_what_another_one_ties():
+    """As many adapters at the embedding as at the head, and not the same."""
+    model, ids = tied_llama()
+    adapted = lora_fx.rewrite(model.double(), config())
+    lora_fx.add_adapter(adapted, config(ensure_weight_tying=False), "table")
+    lora_fx.add_adapter(adapted, LoraConfig(r=2, target_modules=["lm_head"]), "head")
+    randomise(adapted)
+    lora_fx.set_adapter(adapted, ["default", "table", "head"])
+    merged = lora_fx.merge(adapted)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    assert_close(merged(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], "lm_head|.*q_proj", ["lm_head", "q_proj"]])
+def test_a_tied_head_that_is_named_means_its_embedding(targets, tmp_path):
+    """As in PEFT, which puts the embedding into the targets."""
+    base, ids = tied_llama()
+    given = {"r": 3, "target_modules": targets, "ensure_weight_tying": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**given)).eval()
+    model = lora_fx.rewrite(base, LoraConfig(**given))
+    assert not lora_fx.plan(base, LoraConfig(**given)).unmatched
+    rows = [row.name for row in lora_fx.plan(base, LoraConfig(**given))]
+    prefix = "base_model.model."
+    adapted = (name for name, one in theirs.named_modules() if isinstance(one, LoraLayer))
+    assert sorted(rows) == sorted(name.removeprefix(prefix) for name in adapted)
+    randomise(model)
+    lora_fx.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        assert_close(read(ids).logits, model(ids).logits)
+    alone = config(target_modules=targets, exclude_modules=["embed_tokens"])
+    assert "model.embed_tokens" not in [row.name for row in lora_fx.plan(base, alone)]
 
 
 def test_gradients_of_both_ends_add_up():
@@ -127,6 +168,43 @@ def test_modules_to_save_are_tied_as_well():
     merged = lora_fx.merge(adapted)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert_close(merged(ids).logits, adapted(ids).logits, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "target"), [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens")]
+)
+def test_what_is_tied_to_a_saved_module_has_no_adapter(saved, target, tmp_path):
+    """Both are trained in full: the adapter of one would untie them, and no folder could be loaded."""
+    model, ids = tied_llama()
+    settings = config(target_modules=[target, "q_proj"], modules_to_save=[saved])
+    plan = lora_fx.plan(model, settings)
+    assert {row.name.rpartition(".")[2] for row in plan} == {"q_proj"}
+    (skipped,) = [one for one in plan.skipped if one.site.name.endswith(target)]
+    assert skipped.reason.startswith("trained in full")
+    adapted = lora_fx.rewrite(model, settings)
+    assert adapted.lm_head.weight is adapted.model.embed_tokens.weight
+    with torch.no_grad():
+        adapted.lm_head.weight.add_(0.1)
+    folder = lora_fx.save_adapter(adapted, tmp_path)
+    assert_close(lora_fx.load_adapter(model, folder)(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"trainable_token_indices": {"embed_tokens": [3]}}, {"target_modules": ["embed_tokens"]}],
+)
+def test_one_end_that_another_adapter_trains_in_full_is_untied(other):
+    model, ids = tied_llama()
+    full = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = lora_fx.rewrite(model.double(), full)
+    lora_fx.add_adapter(adapted, config(**{"target_modules": ["v_proj"], **other}), "other")
+    lora_fx.set_adapter(adapted, ["default", "other"])
+    with torch.no_grad():
+        for parameter in lora_fx.trainable_parameters(adapted):
+            parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    merged = lora_fx.merge(adapted)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    assert_close(merged(ids).logits, adapted(ids).logits)
 
 
 def test_where_nothing_is_tied_the_dry_run_says_so():

@@ -1,0 +1,164 @@
+"""Weights of embeddings and heads in an adapter's folder: for a vocabulary that is not the base's.
+
+Who adds tokens resizes both ends of a transformers model, and the rows that are new are in no checkpoint of
+the base. PEFT therefore writes these weights where they were resized, or adapted (``save_embedding_layers``),
+and so does this. Read, what differs from the model's is the adapter's own, in the place of the base's and
+frozen: the model that was given stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lora_fx._activation import put_in, take_out
+from lora_fx._checkpoint_keys import base_name
+from lora_fx.errors import ConfigError
+from lora_fx.passes._own import base_modules, base_parameters, own_value, place_base
+from lora_fx.passes._sharing import storage_of
+from lora_fx.record import AdapterRecord, require_record
+from lora_fx.types import join
+
+__all__ = ["SaveEmbeddings", "given_embeddings", "place_given", "saved_embeddings"]
+
+SaveEmbeddings = bool | Literal["auto"]
+"""Whether the weights of both ends are saved; ``"auto"`` where they were resized, adapted, or given."""
+
+_ADAPTED = ("embed_tokens", "lm_head")  # PEFT's: other names it does not take for an end.
+
+
+def saved_embeddings(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    origin: str | None,
+    how: SaveEmbeddings,
+) -> dict[str, torch.Tensor]:
+    """What to save beside an adapter, by FQN.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        origin: Where the base came from: if that is a folder, its configuration tells its vocabulary.
+        how: As PEFT's ``save_embedding_layers``.
+
+    Raises:
+        ConfigError: If ``how`` is something else.
+    """
+    if how not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers: found {how!r}; it is True, False or 'auto'")
+    ends = tuple(_ends(model))
+    holders = {row.site.owner for row in record.sites} & set(ends)
+    adapted = [name for name in ends if name in holders and name.rpartition(".")[2] in _ADAPTED]
+    chosen: Iterable[str] = ends if how else ()
+    if how == "auto" and not record.embeddings and not _resized(model, origin):
+        # PEFT leaves the other end out also where both were resized, and so loses it.
+        chosen = () if record.tokens else adapted
+    originals = require_record(model).originals
+    values: dict[str, torch.Tensor] = {}
+    for name in _parameters(model, chosen):
+        if name in record.embeddings:
+            values[name] = own_value(model, adapter, name)
+        else:
+            values[name] = originals.get(name, model.get_parameter(name))
+    return values
+
+
+def given_embeddings(
+    model: nn.Module, record: AdapterRecord, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What of a folder are other weights of the ends of a model than it has, by FQN.
+
+    Args:
+        model: A rewritten model, with an adapter that is new.
+        record: The adapter's record.
+        tensors: By key, without the prefix.
+    """
+    ends = set(_parameters(model, _ends(model)))
+    base = {**dict(base_parameters(model)), **require_record(model).originals}
+    found = {}
+    for key, value in tensors.items():
+        name = base_name(key, model)
+        if name not in ends or name in record.own:
+            continue
+        old = base[name].detach()
+        if old.shape == value.shape and not old.is_meta:
+            value = value.to(old.device, old.dtype)
+            if not torch.equal(old, value):
+                found[name] = value
+    return found
+
+
+def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tensor]) -> None:
+    """Puts such weights into a model as the adapter's own, also where they are tied to one of them."""
+    if not values:
+        return
+    record = require_record(model)
+    take_out(model, record)
+    try:
+        before = base_parameters(model)
+        own, originals = [], dict(record.originals)
+        new: dict[object, nn.Parameter] = {}
+        # First those that the folder has, then what is tied to one of them.
+        ends = _parameters(model, _ends(model))
+        for name in sorted(ends, key=lambda end: end not in values):
+            old = before[name]
+            parameter = new.get(storage_of(old))
+            value = values.get(name)
+            if value is not None and (parameter is None or not torch.equal(parameter, value)):
+                parameter = nn.Parameter(value.clone(), requires_grad=False)
+                new.setdefault(storage_of(old), parameter)
+            if parameter is not None:
+                owner, _, leaf = name.rpartition(".")
+                model.get_submodule(owner)._parameters[leaf] = parameter
+                own.append(name)
+                originals[name] = old.detach()
+        place_base(model, adapter, own, originals)
+        entry = record.adapters[adapter]
+        entry = dataclasses.replace(entry, own=(*entry.own, *own), embeddings=tuple(own))
+        adapters = {**record.adapters, adapter: entry}
+        record = dataclasses.replace(record, adapters=adapters, originals=originals)
+        model.__dict__["_lora_fx"] = record
+    finally:
+        put_in(model, record)
+
+
+def _ends(model: nn.Module) -> Iterator[str]:
+    """FQNs of the input embedding and of the head of a model of transformers."""
+    ends = []
+    for side in ("input", "output"):
+        get = getattr(model, f"get_{side}_embeddings", None)
+        try:
+            ends.append(get() if callable(get) else None)
+        except (NotImplementedError, AttributeError):
+            continue
+    for name, module in base_modules(model):
+        if name and any(module is end for end in ends):
+            yield name
+
+
+def _parameters(model: nn.Module, modules: Iterable[str]) -> Iterator[str]:
+    for module in modules:
+        for name, parameter in model.get_submodule(module)._parameters.items():
+            if parameter is not None:
+                yield join(module, name)
+
+
+def _resized(model: nn.Module, origin: str | None) -> bool:
+    """Whether the base had another vocabulary, as far as a folder on this machine tells."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    path = Path(origin, "config.json") if origin else None
+    if size is None or path is None or not path.is_file():
+        return False
+    try:
+        there = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return there is not None and there != size

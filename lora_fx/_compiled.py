@@ -1,0 +1,73 @@
+"""The way past torch.compile's wrappers, which the verbs for rewritten models share.
+
+A wrapper passes attributes on and keeps modules, buffers and a ``__dict__`` of its own: what reads through it
+seems to work, and what writes changes the wrapper. So a verb works on the module inside.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from lora_fx.record import record_of
+
+__all__ = ["inside", "without_wrappers"]
+
+_INNER = "_orig_mod"
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
+
+
+def inside(verb: _Verb) -> _Verb:
+    """Lets a verb that is given a compiled model, or one with compiled layers, work on what is inside.
+
+    What the verb returns is what it was given, where that is what it would return.
+    """
+
+    @functools.wraps(verb)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with without_wrappers(model) as inner:
+            result = verb(inner, *args, **kwargs)
+        return model if result is inner else result
+
+    return cast(_Verb, call)
+
+
+@contextmanager
+def without_wrappers(model: Any) -> Iterator[Any]:
+    """The module inside torch.compile's wrapper, with its layers as they are without theirs.
+
+    Wrappers of layers are in their places again when the context ends. They have compiled nothing else then:
+    they go by what the module inside is.
+
+    Args:
+        model: A rewritten model; anything else is given back as it is.
+    """
+    inner = _unwrapped(model) if isinstance(model, nn.Module) else None
+    if inner is None or record_of(inner) is None:
+        yield model
+        return
+    places = [
+        (parent, name, child)
+        for parent in inner.modules()
+        if _INNER not in parent._modules
+        for name, child in parent._modules.items()
+        if child is not None and _INNER in child._modules
+    ]
+    for parent, name, child in places:
+        parent._modules[name] = _unwrapped(child)
+    try:
+        yield inner
+    finally:
+        for parent, name, child in places:
+            if parent._modules.get(name) is _unwrapped(child):
+                parent._modules[name] = child
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while (found := module._modules.get(_INNER)) is not None:
+        module = found
+    return module

@@ -1,0 +1,156 @@
+"""The fused LoRA function beside the operations that it stands for, with one mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx.fused import lora_linear
+from lora_fx.masks import draw, kept, unpacked
+
+__all__ = ["Operands", "canonical", "errors", "fused", "gradients", "operands", "recovered"]
+
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Arguments of ``lora_linear``; every tensor that wants a gradient is a leaf.
+
+    ``mask`` is what the branch's input is multiplied with, scale included, under `dropout`.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float = 0.7
+    dropout: float = 0.0
+    rows: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"x": self.x, "weight": self.weight, "bias": self.bias, "a": self.a, "b": self.b}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def wanted(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+
+    def mapped(self, change: Any) -> Operands:
+        """Every tensor changed, and a leaf that wants a gradient where it was one."""
+        changed = {
+            name: change(tensor.detach()).requires_grad_(tensor.requires_grad)
+            for name, tensor in self.tensors.items()
+        }
+        mask = None if self.mask is None else change(self.mask)
+        return replace(self, **changed, mask=mask)
+
+
+def operands(
+    tokens: tuple[int, ...] = (2, 3),
+    features: tuple[int, int] = (8, 6),
+    r: int = 2,
+    dtype: torch.dtype = torch.float64,
+    factors: torch.dtype | None = None,
+    bias: bool = True,
+    frozen: tuple[str, ...] = ("weight", "bias"),
+    **options: Any,
+) -> Operands:
+    """Random ones, no factor of which is zero; under dropout with the mask that will be drawn."""
+    rows = options.get("rows") or (0, features[1])
+    values = torch.Generator().manual_seed(1)
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=values, dtype=torch.float64).to(dtype)
+
+    made = Operands(
+        make(*tokens, features[0]),
+        make(features[1], features[0]),
+        make(features[1]) if bias else None,
+        make(r, features[0], dtype=factors or dtype),
+        make(rows[1] - rows[0], r, dtype=factors or dtype),
+        **options,
+    )
+    for name, tensor in made.tensors.items():
+        tensor.requires_grad_(name not in frozen)
+    return recovered(made) if made.dropout else made
+
+
+def recovered(given: Operands) -> Operands:
+    """With the mask that :func:`fused` is going to draw."""
+    torch.manual_seed(SEED)
+    factor = unpacked(draw(given.x, given.dropout), given.x).double()
+    return replace(given, mask=factor * (256 / kept(given.dropout)))
+
+
+def fused(given: Operands) -> Tensor:
+    torch.manual_seed(SEED)
+    return lora_linear(
+        *(given.x, given.weight, given.bias, given.a, given.b, given.scale),
+        dropout=given.dropout,
+        training=True,
+        rows=given.rows,
+    )
+
+
+def canonical(given: Operands) -> Tensor:
+    """What the graph computes without the pass."""
+    out = F.linear(given.x, given.weight, given.bias)
+    x = given.x if given.mask is None else given.x * given.mask.to(given.x.dtype)
+    branch = F.linear(F.linear(x, given.a.type_as(out)), given.b.type_as(out)) * given.scale
+    if given.rows is not None:
+        branch = F.pad(branch, (given.rows[0], out.shape[-1] - given.rows[1]))
+    return out + branch
+
+
+def gradients(function: Any, given: Operands, cotangent: Tensor) -> dict[str, Tensor]:
+    """The output and the gradient of everything that wants one."""
+    out = function(given)
+    wanted = given.wanted
+    found = torch.autograd.grad(out, list(wanted.values()), cotangent.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
+
+
+def errors(
+    function: Any,
+    given: Operands,
+    root_mean_square: bool = False,
+    computed: torch.dtype | None = None,
+) -> dict[str, float]:
+    """How far output and gradients are from fp64, in roundings of the dtype.
+
+    One rounding is the dtype's epsilon times what the same sums come to over absolute values: a bound that
+    no cancellation makes small. The inputs are what they are after rounding. ``computed`` is the dtype of the
+    computation where autocast makes it another than that of x.
+    """
+    shape = (*given.x.shape[:-1], given.weight.shape[0])
+    values = torch.Generator().manual_seed(2)
+    cotangent = torch.randn(shape, generator=values, dtype=torch.float64).to(given.x.dtype)
+    found = gradients(function, given, cotangent)
+    double = given.mapped(lambda tensor: tensor.double())
+    exact = gradients(canonical, double, cotangent.double())
+    absolute = replace(double.mapped(torch.abs), scale=abs(given.scale))
+    bound = gradients(canonical, absolute, cotangent.double().abs())
+    computed = computed or given.x.dtype
+    epsilon = torch.finfo(computed).eps
+    result = {}
+    for name, tensor in found.items():
+        assert tensor.shape == exact[name].shape, name
+        expected = given.tensors[name].dtype if name != "out" else computed
+        assert tensor.dtype == expected, f"{name} is {tensor.dtype}"
+        off = (tensor.double() - exact[name]) / (epsilon * bound[name]).clamp_min(1e-300)
+        assert off.isfinite().all(), name
+        if not off.numel():
+            result[name] = 0.0
+        else:
+            result[name] = float(
+                off.square().mean().sqrt() if root_mean_square else off.abs().max()
+            )
+    return result
