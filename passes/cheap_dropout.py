@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.masks import dropped
+from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._fx import arguments
 from lora_fx.passes._region import copy_graph
-from lora_fx.types import META_KEY, Capture, PassResult, Role, Tag
+from lora_fx.types import META_KEY, Capture, PassResult, Region, Role, Tag
 
 __all__ = ["CheapDropout"]
 
@@ -24,22 +25,13 @@ class CheapDropout:
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph in which a branch drops something by itself."""
-        known: dict[int, fx.Graph] = {}
-        regions = dict(capture.regions)
-        for fqn, region in regions.items():
-            if not any(_drops(node) for node in region.graph.nodes):
-                continue
-            key = id(region.graph)
-            if key not in known:
-                known[key] = _edited(region.graph)
-            regions[fqn] = dataclasses.replace(region, graph=known[key])
-        if not known:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, regions=regions), True)
+        return edit_graphs(capture, _edited)
 
 
-def _edited(graph: fx.Graph) -> fx.Graph:
-    graph = copy_graph(graph)
+def _edited(region: Region) -> fx.Graph | None:
+    if not any(_drops(node) for node in region.graph.nodes):
+        return None
+    graph = copy_graph(region.graph)
     for node in graph.nodes:
         if _drops(node):
             given: dict[str, Any] = arguments(node, "input p=0.5 training=True")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.fused import lora_linear
+from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._fx import target_of
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes._weights import weight_of
@@ -35,18 +36,7 @@ class Fuse:
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph that has branches."""
-        known: dict[int, fx.Graph | None] = {}
-        regions = dict(capture.regions)
-        for fqn, region in regions.items():
-            key = id(region.graph)
-            if key not in known:
-                known[key] = _fused(region)
-            if (graph := known[key]) is not None:
-                regions[fqn] = dataclasses.replace(region, graph=graph)
-        modified = any(graph is not None for graph in known.values())
-        return PassResult(
-            dataclasses.replace(capture, regions=regions) if modified else capture, modified
-        )
+        return edit_graphs(capture, _fused)
 
 
 def _fused(region: Region) -> fx.Graph | None:

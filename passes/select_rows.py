@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from lora_fx.errors import ConfigError
+from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes._weights import constant_of
 from lora_fx.samples import add_rows, put_rows, select_rows
@@ -58,14 +59,7 @@ class SelectRows:
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph that has branches."""
-        known: dict[int, fx.Graph] = {}
-        regions = dict(capture.regions)
-        for fqn, region in regions.items():
-            if any(_adapter_of(node) for node in region.graph.nodes):
-                if id(region.graph) not in known:
-                    known[id(region.graph)] = _edited(region)
-                regions[fqn] = dataclasses.replace(region, graph=known[id(region.graph)])
-        return PassResult(dataclasses.replace(capture, regions=regions), bool(known))
+        return edit_graphs(capture, _edited)
 
 
 def _adapter_of(node: fx.Node) -> str:
@@ -73,7 +67,9 @@ def _adapter_of(node: fx.Node) -> str:
     return tag.adapter if isinstance(tag, Tag) else ""
 
 
-def _edited(region: Region) -> fx.Graph:
+def _edited(region: Region) -> fx.Graph | None:
+    if not any(_adapter_of(node) for node in region.graph.nodes):
+        return None
     graph = copy_graph(region.graph)
     work = _Work(Region(region.fqn, region.module, graph, region.fallback))
     for node in list(graph.nodes):

@@ -18,9 +18,10 @@ from torch import fx
 
 from lora_fx.fused import lora_linear, lora_linears
 from lora_fx.ops import in_place
+from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._fx import target_of
 from lora_fx.passes._region import copy_graph
-from lora_fx.types import META_KEY, Capture, PassResult, Tag
+from lora_fx.types import META_KEY, Capture, PassResult, Region, Tag
 
 __all__ = ["ShareInputs"]
 
@@ -39,25 +40,14 @@ class ShareInputs:
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph in which siblings read the same."""
-        known: dict[int, fx.Graph] = {}
-        regions = dict(capture.regions)
-        for fqn, region in regions.items():
-            key = id(region.graph)
-            if key not in known:
-                known[key] = _shared(region.graph)
-            if known[key] is not region.graph:
-                regions[fqn] = dataclasses.replace(region, graph=known[key])
-        modified = any(id(graph) not in known for graph in known.values())
-        return PassResult(
-            dataclasses.replace(capture, regions=regions) if modified else capture, modified
-        )
+        return edit_graphs(capture, _shared)
 
 
-def _shared(graph: fx.Graph) -> fx.Graph:
-    """A copy of the graph with every group of siblings as one node; the graph itself if there is none."""
-    if not _groups(graph):
-        return graph
-    graph = copy_graph(graph)
+def _shared(region: Region) -> fx.Graph | None:
+    """A copy of the graph with every group of siblings as one node; None if there is none."""
+    if not _groups(region.graph):
+        return None
+    graph = copy_graph(region.graph)
     for group in _groups(graph):
         _join(graph, group)
     graph.lint()
