@@ -102,9 +102,8 @@ def test_half_precision_casts_the_factors_in_the_function() -> None:
 
 
 def test_what_it_does_not_know_stays() -> None:
-    for variant in ("use_dora", "lora_bias"):
-        config = LoraConfig(r=2, target_modules=["up"], **{variant: True})
-        assert Role.FUSED not in roles(lora_fx.rewrite(Block(), config))
+    config = LoraConfig(r=2, target_modules=["up"], lora_bias=True)
+    assert Role.FUSED not in roles(lora_fx.rewrite(Block(), config))
 
 
 def test_the_second_adapter_of_a_site_is_added_to_the_fused_first() -> None:
