@@ -66,10 +66,9 @@ def gain(
         [out], in fp32, or fp64 for an fp64 weight.
     """
     norm = weight_norm(applied_weight(weight, layout, view, rows), a, b, scale, layout, groups)
-    known = norm > 0
-    # Not a division by the norm itself: the gradient of what `where` leaves out would be NaN.
-    quotient = magnitude.flatten().to(norm.dtype) / torch.where(known, norm, 1)
-    return torch.where(known, quotient, 1)
+    # The gradient of what is divided by infinity is zero; what `where` leaves out of m / 0 would have NaN.
+    nothing = norm == 0
+    return magnitude.flatten().to(norm.dtype) / norm.masked_fill(nothing, torch.inf) + nothing
 
 
 def applied_weight(

@@ -225,25 +225,26 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         crossed = (mine.T @ down).to(gains.dtype) * options.scale
     if wants.b:
         grad_b = (crossed * gains[:, None]).to(b.dtype)
+    product = None
     if wants.gains and divides:
-        plain = options.part(flat(out))
-        plain = plain * mine if bias is None else (plain - options.own(bias)).mul_(mine)
-        grad_gains = plain.sum(0, dtype=gains.dtype) / gains
+        output = options.part(flat(out))
+        product = output * mine if bias is None else (output - options.own(bias)).mul_(mine)
+        grad_gains = product.sum(0, dtype=gains.dtype) / gains
     elif wants.gains:
         base = flat(_known(x)) @ options.own(weight).T
-        base = base * mine if again else base.mul_(mine)
-        grad_gains = base.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
+        product = base * mine if again else base.mul_(mine)
+        grad_gains = product.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
     if wants.a or wants.x:
         inner = mine @ options.steered(b, gains, grad.dtype)
         if masked is not None and wants.a:
             grad_a = (inner.T @ masked).to(a.dtype)
     if wants.x or wants.weight:
-        scaled = _scaled(grad, gains, options)
+        # Its memory is taken again: to get new costs a CPU more than to compute.
+        scaled = _scaled(grad, gains, options, None if again else product)
         if wants.weight:
             grad_weight = scaled.T @ flat(_known(x))
         if wants.x:
-            product = add_product(None, scaled, weight, again)
-            grad_x = add_product(product, inner, down_weight, again, factor).view(ctx.shape)
+            grad_x = add_product(scaled @ weight, inner, down_weight, again, factor).view(ctx.shape)
     grad_bias = grad.sum(0) if wants.bias else None
     return grad_x, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
 
@@ -266,11 +267,18 @@ def _scale(matrix: Tensor, gains: Tensor) -> None:
         matrix.addcmul_(matrix, (gains - 1).to(matrix.dtype))
 
 
-def _scaled(grad: Tensor, gains: Tensor, options: _Options) -> Tensor:
-    """A new matrix: the gradient before the gain."""
-    change = (gains - 1).to(grad.dtype)
+def _scaled(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
+    """The gradient before the gain.
+
+    Args:
+        grad: That of the output.
+        gains: g.
+        options: Which outputs have it.
+        space: What may be overwritten for it, if it is as large.
+    """
+    change = gains - 1
     if options.rows is not None:
-        change = F.pad(change, (options.rows[0], grad.shape[1] - options.rows[1]))
+        change, space = F.pad(change, (options.rows[0], grad.shape[1] - options.rows[1])), None
     elif gains.dtype == grad.dtype:
-        return grad * gains
-    return torch.addcmul(grad, grad, change)
+        return torch.mul(grad, gains, out=space)
+    return torch.addcmul(grad, grad, change.to(grad.dtype), out=space)
