@@ -61,8 +61,8 @@ def dora_linear(
         scale: The factor s of the branch.
         gains: g of :func:`lora_fx.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
         again: Whether ``x Wᵀ`` is made again for the gradient of g, which costs a product and no memory.
-            Otherwise it is worked out from the output, which is kept; but where a gain is near 0, or where
-            nobody may look at its values.
+            Otherwise it is worked out from the output, which is kept; but not where a gain is near 0, where
+            nobody may look at its values, or for some ``rows``, since the output has the others, too.
         dropout: Probability with which an element of the branch's input is zero; rounded as
             :func:`lora_fx.masks.kept` says.
         training: Whether there is dropout now.
@@ -84,7 +84,7 @@ def dora_linear(
     if dropout and training:
         mask = draw(x, dropout)
         scale = scale * 256 / kept(dropout)
-    given = (x, mask, _Options(scale, rows, again), weight, bias, a, b, gains)
+    given = (x, mask, _Options(scale, rows, again or rows is not None), weight, bias, a, b, gains)
     with without_autocast(kind):
         if torch.compiler.is_compiling():
             return _plain(*given)[0]
@@ -227,8 +227,7 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         grad_b = (crossed * gains[:, None]).to(b.dtype)
     product = None
     if wants.gains and divides:
-        output = options.part(flat(out))
-        product = output * mine if bias is None else (output - options.own(bias)).mul_(mine)
+        product = flat(out) * mine if bias is None else (flat(out) - bias).mul_(mine)
         grad_gains = product.sum(0, dtype=gains.dtype) / gains
     elif wants.gains:
         base = flat(_known(x)) @ options.own(weight).T
