@@ -41,7 +41,7 @@ def weight_norm(
     up = b.detach().to(wide)
     # Three dimensions only for groups: what an operation costs by itself is much beside a small weight.
     up = up.reshape(groups, -1, b.shape[1]) if groups > 1 else up.flatten(1)
-    sums = None
+    sums: tuple[Tensor, ...] | None = None
     with _full_precision(weight):
         for matrix, down in _matrices(weight.detach(), a.detach().to(wide), layout, groups):
             products, squares = _against(matrix, down)
@@ -95,15 +95,13 @@ def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squares(matrix: Tensor) -> Tensor:
     """``Σ w²`` by row, in blocks: a kernel may add up a long row one by one, and lose its last digits."""
-    size = matrix.shape[-1]
-    whole = size - size % _BLOCK
+    whole = matrix.shape[-1] - matrix.shape[-1] % _BLOCK
+    rest: Tensor = torch.linalg.vector_norm(matrix[..., whole:], dim=-1).square()
     if not whole:
-        return torch.linalg.vector_norm(matrix, dim=-1).square()
+        return rest
     blocks = torch.unflatten(matrix[..., :whole], -1, (-1, _BLOCK))
-    sums = torch.linalg.vector_norm(blocks, dim=-1).square().sum(-1)
-    if whole == size:
-        return sums
-    return sums + torch.linalg.vector_norm(matrix[..., whole:], dim=-1).square()
+    sums: Tensor = torch.linalg.vector_norm(blocks, dim=-1).square().sum(-1)
+    return sums + rest
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:

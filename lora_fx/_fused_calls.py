@@ -56,7 +56,8 @@ def apply(
     call: Any = function.apply
     if not compiling:
         # The same without a look for default values at forward's signature, which takes longer than forward.
-        call = super(torch.autograd.Function, function).apply
+        base: Any = super(torch.autograd.Function, function)
+        call = base.apply
     return tuple(call(*given)[:-1])
 
 

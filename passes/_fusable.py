@@ -122,7 +122,8 @@ def _plain(total: fx.Node, product: Product, chain: _Chain) -> Fusable | None:
 def _decomposed(total: fx.Node, product: Product, chain: _Chain) -> Fusable | None:
     """``rescaled(base, None, up, gain, ...)`` or ``recomputed(base, up, gain, ...)``."""
     again = total.target is dora.recomputed
-    up, gain = (total.args[1], total.args[2]) if again else (total.args[2], total.args[3])
+    given: tuple[Any, ...] = total.args
+    up, gain = given[1:3] if again else given[2:4]
     if not again and total.args[1] is not None:
         return None
     padded = chain.step(gain, Role.PAD, F.pad)
