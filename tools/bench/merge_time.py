@@ -99,9 +99,9 @@ def caption() -> str:
     return (
         f"{layers} linear layers of {width} × {width}; a weight is {width * width * 4 / 2**20:.0f} MiB in "
         "fp32 and half of that in the half types. `lora-fx` gives a new model and leaves the adapted one "
-        "as it is: its peak has the merged weights in it. `into=base` writes over the weights of a model that "
-        "it is given, slice by slice, as PEFT writes over its own: both need no other weights. Copies that are "
-        "needed to merge again are not timed."
+        "as it is: its peak has the merged weights in it. `into=base` writes over the weights of a model "
+        "that it is given, slice by slice, as PEFT writes over its own: neither needs other weights. "
+        "Copies that are needed to merge again are not timed."
     )
 
 
