@@ -12,7 +12,7 @@ from torch import nn
 from lora_fx.tools.bench.measure import Sample, interleaved, portion, ratio
 from lora_fx.tools.bench.memory import measure_memory
 from lora_fx.tools.bench.operations import count_operations
-from lora_fx.tools.bench.saved import saved_bytes
+from lora_fx.tools.bench.saved import saved_by, saved_bytes
 from lora_fx.tools.bench.sizes import Size
 
 KIB = 1024
@@ -56,6 +56,21 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
     model = nn.Sequential(layer, nn.Tanh(), nn.Linear(256, 8))
     assert saved_bytes(model, lambda: model(x)) == (4 * 8 + 4 * 256) * 4
     assert saved_bytes(model.requires_grad_(False), lambda: model(x)) == 0
+
+
+def test_what_is_let_go_of_before_the_forward_ends_is_not_kept() -> None:
+    layer = nn.Linear(8, 256)
+    x = torch.ones(4, 8)
+
+    def forward() -> torch.Tensor:
+        for _ in range(3):
+            constant = layer(x).exp().sum().detach()
+        return layer(x) * constant
+
+    # The input, and what the product needs: its factors, one of which wants a gradient.
+    assert saved_bytes(layer, forward) == 4 * 8 * 4 + 4
+    found = saved_by(layer, forward, lambda tensor: str(tensor.dim()))
+    assert found == {"2": 4 * 8 * 4, "0": 4}
 
 
 @pytest.mark.slow

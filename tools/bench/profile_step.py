@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.tools.bench import llama_step
-from lora_fx.tools.bench.contenders import BUILDERS, FROZEN, OURS, PEFT, Settings
-from lora_fx.tools.bench.hardware import devices, synchronizer
-from lora_fx.tools.bench.measure import Progress, portion
+from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, FROZEN, OURS, PEFT, Settings
+from lora_fx.tools.bench.hardware import synchronizer
+from lora_fx.tools.bench.measure import Progress
+from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import case, loss_of, name_of
+from lora_fx.tools.bench.steps import loss_of, name_of
 
-__all__ = ["GROUPS", "TITLE", "Profile", "caption", "group_of", "rows", "run"]
+__all__ = ["GROUPS", "TITLE", "Profile", "caption", "contenders", "group_of", "rows", "run"]
 
 TITLE = "Where the time of that step goes"
 
@@ -36,12 +37,13 @@ GROUPS = (BASE, THIN, ATTENTION, RANDOM, COPIES, ELEMENTS, OUTSIDE)
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 _RANDOM = ("bernoulli", "dropout", "random", "uniform", "rand")
 _COPIES = ("copy_", "clone", "zero_", "fill_", "cat")
+_EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")
 _DROPOUTS = (0.0, 0.05)
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Seconds of one step by group."""
+    """Seconds of one step by group, each the median of the turns."""
 
     seconds: Mapping[str, float]
 
@@ -51,19 +53,45 @@ def run(
 ) -> dict[str, dict[str, Profile]]:
     """Profiles by device and dtype, then by contender."""
     workload = llama_step.workload(size)
-    results: dict[str, dict[str, Profile]] = {}
-    for index, device in enumerate(devices()):
-        base = workload.make().to(device)
-        inputs = workload.on(device, torch.float32)
-        models = _models(base)
-        tell = portion(progress, index, len(devices()))
-        found = results[case(device, torch.float32)] = {}
-        for done, (name, model) in enumerate(models.items(), 1):
-            loss = loss_of(model, inputs)
-            found[name] = _profiled(model, functools.partial(_backward, loss), device, repeats)
-            if tell is not None:
-                tell(done, len(models), name)
-    return results
+
+    def work(place: Place, tell: Progress | None) -> dict[str, Profile]:
+        inputs = workload.on(place)
+        models = contenders(workload.make().to(place.device, place.dtype), Settings())
+        steps = {
+            name: functools.partial(_backward, loss_of(model, inputs))
+            for name, model in models.items()
+        }
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+        # In turn, as times are taken; the first turn is not counted.
+        for turn in range(repeats + 1):
+            for done, (name, model) in enumerate(models.items(), 1):
+                found = _profiled(model, steps[name], place.device)
+                if turn:
+                    turns[name].append(found)
+                if tell is not None:
+                    tell(turn * len(models) + done, (repeats + 1) * len(models), name)
+        return {name: _median(found) for name, found in turns.items()}
+
+    return at_each(places(half=size is Size.FULL), work, progress)
+
+
+def contenders(base: nn.Module, settings: Settings, both: bool = False) -> dict[str, nn.Module]:
+    """What is looked at closely: the frozen model, LoRA of both libraries, their DoRA.
+
+    Args:
+        base: The model.
+        settings: Of the adapters, but for dropout and DoRA.
+        both: Whether lora-fx with example inputs is among them; the settings have them then.
+    """
+    models = {FROZEN: BUILDERS[FROZEN](base, settings)}
+    for dropout in _DROPOUTS:
+        for name in (OURS, EXPORTED, PEFT) if both else (OURS, PEFT):
+            now = dataclasses.replace(settings, lora_dropout=dropout)
+            models[name_of(name, dropout)] = BUILDERS[name](base, now)
+    for name in (OURS, PEFT):
+        now = dataclasses.replace(settings, use_dora=True)
+        models[name_of(f"{name} DoRA", 0)] = BUILDERS[name](base, now)
+    return {name: model.train() for name, model in models.items()}
 
 
 def rows(
@@ -80,10 +108,14 @@ def rows(
 def caption() -> str:
     """What was measured."""
     return (
-        "Milliseconds of one step by kind of operation, as PyTorch's profiler sees it; the profiler itself "
-        "makes steps slower, most of all between operations (Python, dispatch, autograd). A product is thin "
-        "if one of its dimensions is the rank. What a contender has beyond the frozen step is what its "
-        "adapters cost. Masks of lora-fx are random numbers and bit operations, element by element."
+        "Milliseconds of one step by kind of operation, medians of steps that are taken in turn, as "
+        "PyTorch's profiler sees it; the profiler itself makes steps slower, most of all between operations "
+        "(Python, dispatch, autograd, views). On CUDA it is the time of kernels, and what is between "
+        "operations is when none runs. A product is thin if one of its dimensions is the rank. What a "
+        "contender has beyond the frozen step is what its adapters cost: F counts the thin products at the "
+        "speed of the base products; what they take beyond that, and all other columns, is what keeps O "
+        "above F. Masks of lora-fx are random numbers and bit operations, element by element. DoRA is "
+        "without dropout."
     )
 
 
@@ -104,42 +136,49 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
         return RANDOM
     if plain in _COPIES:
         return COPIES
-    return ELEMENTS
+    return OUTSIDE if plain in _EMPTY or _only_calls(plain) else ELEMENTS
 
 
-def _models(base: nn.Module) -> dict[str, nn.Module]:
-    models = {FROZEN: BUILDERS[FROZEN](base, Settings())}
-    for dropout in _DROPOUTS:
-        for name in (OURS, PEFT):
-            settings = Settings(lora_dropout=dropout)
-            models[name_of(name, dropout)] = BUILDERS[name](base, settings)
-    return {name: model.train() for name, model in models.items()}
+@functools.cache
+def _only_calls(name: str) -> bool:
+    """Whether an operation of ATen computes nothing itself: a view, or one that calls others."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    found = [getattr(packet, one) for one in packet.overloads() if not one.endswith("out")]
+    # Some overloads are TorchScript's alone; the dispatcher does not know them.
+    known = [one for one in found if torch._C._dispatch_has_kernel(one.name())]
+    return bool(known) and all(
+        one.is_view
+        or torch._C._dispatch_has_kernel_for_dispatch_key(one.name(), "CompositeImplicitAutograd")
+        for one in known
+    )
 
 
-def _profiled(
-    model: nn.Module, step: Callable[[], Any], device: torch.device, repeats: int
-) -> Profile:
+def _profiled(model: nn.Module, step: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds of one step by group."""
     wait = synchronizer(device) or _nothing
     on_cuda = device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
-    step()
+    model.zero_grad()
     wait()
     with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
         began = time.perf_counter()
-        for _ in range(repeats):
-            model.zero_grad()
-            step()
+        step()
         wait()
         whole = time.perf_counter() - began
-    seconds: dict[str, float] = collections.defaultdict(float)
+    seconds = dict.fromkeys(GROUPS, 0.0)
     for event in profile.key_averages(group_by_input_shape=True):
         taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         if event.key.startswith("aten::"):
-            group = group_of(event.key, event.input_shapes, Settings().r)
-            seconds[group] += taken / 1e6 / repeats
-    seconds[OUTSIDE] = max(0.0, whole / repeats - sum(seconds.values()))
-    return Profile({group: seconds[group] for group in GROUPS})
+            seconds[group_of(event.key, event.input_shapes, Settings().r)] += taken / 1e6
+    computed = sum(taken for group, taken in seconds.items() if group != OUTSIDE)
+    return seconds | {OUTSIDE: max(0.0, whole - computed)}
+
+
+def _median(turns: list[dict[str, float]]) -> Profile:
+    return Profile({group: statistics.median(one[group] for one in turns) for group in GROUPS})
 
 
 def _backward(loss: Callable[[], Tensor]) -> None:
