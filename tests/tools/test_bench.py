@@ -67,7 +67,7 @@ def test_what_is_let_go_of_before_the_forward_ends_is_not_kept() -> None:
             constant = layer(x).exp().sum().detach()
         return layer(x) * constant
 
-    # The input, and what the product needs: its factors, one of which wants a gradient.
+    # The input, for the gradient of W, and the constant, for that of the first factor.
     assert saved_bytes(layer, forward) == 4 * 8 * 4 + 4
     found = saved_by(layer, forward, lambda tensor: str(tensor.dim()))
     assert found == {"2": 4 * 8 * 4, "0": 4}

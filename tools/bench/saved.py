@@ -44,7 +44,8 @@ def saved_by(
             # What is let go of before the forward ends (a result that is detached) is not kept, and
             # another storage can take its address.
             weakref.finalize(storage, seen.pop, key)
-        return tensor
+        # A node that keeps its own result as it is would keep itself, too, for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()
