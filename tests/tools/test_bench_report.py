@@ -21,10 +21,10 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.bench import goals, profile_step, report, saved_step
+from lora_fx.tools.bench import goals, hardware, profile_step, report, saved_step
 from lora_fx.tools.bench.chart import Bar, Group, bars
 from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT, Settings
-from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, launches
+from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, launches, synchronizer
 from lora_fx.tools.bench.measure import Progress, Sample
 from lora_fx.tools.bench.memory import Memory
 from lora_fx.tools.bench.merge_time import BOUND, OURS_INTO, Merged
@@ -235,6 +235,38 @@ def test_a_section_measures_at_every_place_as_one_piece_of_work() -> None:
 def test_what_only_a_gpu_has_is_left_out_without_one() -> None:
     assert kernel_launches(lambda: torch.ones(2), torch.device("cpu")) is None
     assert allocator_peak(lambda: torch.ones(2), torch.device("cpu")) is None
+
+
+def test_the_allocator_is_asked_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    sizes = {"memory_allocated": 100, "max_memory_allocated": 350}
+    for name in ("synchronize", "reset_peak_memory_stats", *sizes):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda _, name=name: asked.append(name) or sizes.get(name)
+        )
+    peak = allocator_peak(
+        lambda: asked.append("step"), torch.device("cuda"), lambda: asked.append("reset")
+    )
+    assert peak == 250
+    # What the first step leaves is let go of before anything counts.
+    before = ["step", "reset", "synchronize", "reset_peak_memory_stats", "memory_allocated"]
+    assert asked == [*before, "step", "synchronize", "max_memory_allocated"]
+
+
+def test_a_gpu_gets_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    hardware.computes_bf16.cache_clear()
+    try:
+        found = [str(place) for place in places(half=True)]
+    finally:
+        hardware.computes_bf16.cache_clear()
+    assert found[:2] == ["cpu, float32", "cuda, float32"]
+    assert found[-1] == "cuda, bfloat16"
+    assert synchronizer(torch.device("cpu")) is None
+    assert synchronizer(torch.device("cuda", 0)) is not None
+    assert isinstance(hardware.compiles(torch.device("cuda", 0)), bool)
 
 
 @pytest.mark.cuda

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 __all__ = [
     "allocator_peak",
@@ -104,7 +105,7 @@ def computes_bf16(device: torch.device) -> bool:
 def compiles(device: torch.device) -> bool:
     """Whether inductor has what it needs: a C++ compiler for the CPU, Triton for CUDA."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return has_triton()
     return any(shutil.which(name) is not None for name in ("g++", "clang++", "c++"))
 
 

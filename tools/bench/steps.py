@@ -184,12 +184,13 @@ def _counted(
         model.zero_grad()
         _backward(loss)(None)
 
-    memory = measure_memory(step)
+    held: list[Memory] = []
+    operations = count_operations(lambda: held.append(measure_memory(step)))
     return Step(
         sample,
         saved_bytes(model, loss),
-        memory,
-        count_operations(step),
+        held[0],
+        operations,
         kernel_launches(step, device),
         allocator_peak(step, device, model.zero_grad),
     )
