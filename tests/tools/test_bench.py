@@ -37,6 +37,21 @@ def test_views_and_what_was_there_before_cost_nothing() -> None:
     assert measure_memory(lambda: before.view(2, -1).T[1:].add_(1)).peak == 0
 
 
+def test_a_new_storage_counts_at_the_address_of_one_that_was_there() -> None:
+    def peak(rounds: int) -> int:
+        given = [torch.ones(KIB) for _ in range(rounds)]
+
+        def step() -> None:
+            kept = []
+            while given:
+                given.pop().add_(1)
+                kept.append(torch.ones(KIB))
+
+        return measure_memory(step).peak
+
+    assert peak(50) == 50 * 4 * KIB
+
+
 def test_what_is_saved_for_backward_counts_until_it_is_used() -> None:
     layer = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
     x = torch.ones(128, 8)

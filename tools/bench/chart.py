@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 
 __all__ = ["Bar", "Group", "bars"]
 
-_WIDTH = 760
-_LEFT = 270
+_WIDTH = 790
+_LEFT = 300
 _RIGHT = 70
 _ROW = 22
 _TOP = 66
