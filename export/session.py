@@ -67,15 +67,20 @@ class OnnxSession:
         """
         given = self._by_name(inputs)
         feeds = {port.name: feed(self._runtime, port, given[port.name]) for port in self.inputs}
-        try:
-            results = self._session.run_with_ort_values(None, feeds)
-        except Exception as error:
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
-            raise ExportError(f"ONNX Runtime failed on {shapes}: {reason_of(error)}") from error
+        results = self._execute(feeds)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else None
         pairs = zip(self.outputs, results, strict=True)
         return {port.name: unwrap(result, device) for port, result in pairs}
+
+    def _execute(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """From values of ONNX Runtime, by name, to values in the order of the outputs."""
+        try:
+            results: list[Any] = self._session.run_with_ort_values(None, dict(feeds))
+        except Exception as error:
+            shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
+            raise ExportError(f"ONNX Runtime failed on {shapes}: {reason_of(error)}") from error
+        return results
 
     def _by_name(self, inputs: Any) -> dict[str, Any]:
         names = [port.name for port in self.inputs]
