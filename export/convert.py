@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
+from lora_fx.export.prepare import Prepared
 from lora_fx.export.trace import Trace
 
 if TYPE_CHECKING:
@@ -38,29 +38,26 @@ class ConversionError(ExportError):
     """An exported program that becomes no file which ONNX Runtime runs: another one may."""
 
 
-def convert(
-    trace: Trace, model: nn.Module, outputs: Sequence[str], dtype: str, opset: int
-) -> ir.Model:
+def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     """Translate ``trace`` and give everything in the result its proper name.
 
     Args:
-        trace: What ``trace()`` made of ``model``.
-        model: The module that was traced, for the FQNs of its weights.
-        outputs: Names of its outputs, in order.
-        dtype: Name of its dtype, for the metadata.
+        trace: What ``trace()`` made of the model.
+        prepared: The model, for the FQNs of its weights and the names of its outputs.
         opset: ONNX opset to write.
 
     Raises:
         ExportError: torch.onnx has no translation for something, or the graph is random.
     """
+    twin, outputs = prepared.model.model, prepared.outputs
     program = _translate(trace, len(outputs), opset)
-    _refuse_randomness(program, type(model).__name__)
+    _refuse_randomness(program, type(twin).__name__)
     _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
-    name_values(program, trace.arguments.names, outputs, weight_aliases(model), prefix)
+    name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
     name_axes(program, trace.labels(), trace.symbols)
     strip_build_traces(program, prefix)
-    _stamp(program, trace, dtype, opset)
+    _stamp(program, trace, prepared.dtype, opset)
     return program
 
 
