@@ -194,8 +194,8 @@ def _temporaries(found: Any) -> Verdict | None:
 
 
 def _rounding(found: Any) -> Verdict:
-    ours = max(by_name["lora-fx"].largest for by_name in found.values())
-    peft = max(by_name["PEFT"].largest for by_name in found.values())
+    ours = max(by_name[OURS].largest for by_name in found.values())
+    peft = max(by_name[PEFT].largest for by_name in found.values())
     return Verdict(f"{ours:.3f} ulp; PEFT {peft:.3f}", ours - 0.5005, " ulp")
 
 

@@ -39,6 +39,7 @@ _RANDOM = ("bernoulli", "dropout", "random", "uniform", "rand")
 _COPIES = ("copy_", "clone", "zero_", "fill_", "cat")
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")
 _DROPOUTS = (0.0, 0.05)
+_TURNS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,14 @@ def run(
         }
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in models}
         # In turn, as times are taken; the first turn is not counted.
-        for turn in range(repeats + 1):
+        counted = min(repeats, _TURNS)
+        for turn in range(counted + 1):
             for done, (name, model) in enumerate(models.items(), 1):
                 found = _profiled(model, steps[name], place.device)
                 if turn:
                     turns[name].append(found)
                 if tell is not None:
-                    tell(turn * len(models) + done, (repeats + 1) * len(models), name)
+                    tell(turn * len(models) + done, (counted + 1) * len(models), name)
         return {name: _median(found) for name, found in turns.items()}
 
     return at_each(places(half=size is Size.FULL), work, progress)
@@ -98,11 +100,12 @@ def rows(
     results: dict[str, dict[str, Profile]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table: columns and cells, milliseconds of one step."""
-    return ("where", "contender", *GROUPS), [
-        (where, name, *(f"{1e3 * profile.seconds[group]:.1f}" for group in GROUPS))
-        for where, found in results.items()
-        for name, profile in found.items()
-    ]
+    table = []
+    for where, found in results.items():
+        for name, profile in found.items():
+            times = [*(profile.seconds[group] for group in GROUPS), sum(profile.seconds.values())]
+            table.append((where, name, *(f"{1e3 * one:.1f}" for one in times)))
+    return ("where", "contender", *GROUPS, "sum"), table
 
 
 def caption() -> str:
