@@ -30,7 +30,8 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
 
     Returns:
-        The copy, in eval mode, without key-value caches.
+        The copy, in eval mode, without key-value caches, mixtures of experts as grouped
+        products.
 
     Raises:
         ExportError: The weights are on the meta device or on several, or a module holds
@@ -49,6 +50,9 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
         config = vars(module).get("config")
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
+        if getattr(config, "_experts_implementation", None) is not None:
+            # The others loop over what the input chose, or copy a matrix for each row.
+            config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
     return twin.eval()
 
 
