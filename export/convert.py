@@ -17,6 +17,7 @@ from lora_fx.export.arguments import FlatModel
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.repair import repaired
 from lora_fx.export.trace import Trace
 from lora_fx.export.translations import translation_table
 
@@ -82,13 +83,13 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     try:
         with torch_export_context():
             program = torch.onnx.export(
-                trace.program,
+                repaired(trace.program),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
                 input_names=[f"__lora_fx_input_{index}" for index in range(count)],
                 output_names=[f"__lora_fx_output_{index}" for index in range(outputs)],
-                custom_translation_table=translation_table(),
+                custom_translation_table=translation_table(trace.program),
             )
     except Exception as error:
         cause: BaseException = error
