@@ -72,9 +72,9 @@ def caption() -> str:
     forced = 6 * _WIDTH**2 / (4 * _LAYERS * (4 * _WIDTH**2 + 3 * _WIDTH * _INNER))
     return f"""Llama shapes: {_LAYERS} layers of width {_WIDTH} and {_INNER}, {_TOKENS} tokens, random
 weights, eager, forward and backward. PEFT keeps fp32 adapters beside bf16 weights, and so does lora-fx; those
-that are written out here have the weights' dtype. `lora-fx` is the default, rewritten without inputs: regions. With example
-inputs the whole model is one graph, where layers that read the same input can share it: the difference
-between the two rows is what that adds. A/A is the frozen step under a second name: noise.
+that are written out here have the weights' dtype. `lora-fx` is the default, rewritten without inputs:
+regions. With example inputs the whole model is one graph, where layers that read the same input can share it:
+the difference between the two rows is what that adds. A/A is the frozen step under a second name: noise.
 
 O is the time beside that of the frozen step, which takes the gradient down to the embeddings. An adapted
 model stops at its first adapters: the inputs of the first q, k and v need no gradient, {100 * forced:.1f} %
