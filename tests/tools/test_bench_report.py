@@ -186,6 +186,7 @@ def test_operations_are_sorted_by_what_they_do() -> None:
     square, thin = [[64, 64], [64, 64]], [[64, 64], [64, 16]]
     assert profile_step.group_of("aten::mm", square, 16) == "base products"
     assert profile_step.group_of("aten::addmm_", thin, 16) == "thin products"
+    assert profile_step.group_of("aten::mm", [[64, 100], [100, 48]], 16) == "thin products"
     assert profile_step.group_of("aten::bernoulli_", [], 16) == "random numbers"
     assert profile_step.group_of("aten::native_dropout", [], 16) == "random numbers"
     assert profile_step.group_of("aten::copy_", [], 16) == "copies, fills"
@@ -198,9 +199,11 @@ def test_operations_are_sorted_by_what_they_do() -> None:
 
 def test_what_is_kept_is_sorted_by_shape_and_type() -> None:
     rank = Settings().r
-    assert saved_step.kind_of(torch.ones(4, 32)) == saved_step.WIDE
+    assert saved_step.kind_of(torch.ones(4, 40)) == saved_step.WIDE
     assert saved_step.kind_of(torch.ones(4, rank)) == saved_step.THIN
-    assert saved_step.kind_of(torch.ones(4, 32).bool()) == saved_step.MASKS
+    # q, k and v share one product with their A's.
+    assert saved_step.kind_of(torch.ones(5, 3 * rank)) == saved_step.THIN
+    assert saved_step.kind_of(torch.ones(4, 40).bool()) == saved_step.MASKS
     assert saved_step.kind_of(torch.ones(1, 4, 1)) == saved_step.OTHER
 
 

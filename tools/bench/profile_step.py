@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,17 @@ from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.steps import loss_of, name_of
 
-__all__ = ["GROUPS", "TITLE", "Profile", "caption", "contenders", "group_of", "rows", "run"]
+__all__ = [
+    "GROUPS",
+    "TITLE",
+    "Profile",
+    "caption",
+    "contenders",
+    "group_of",
+    "is_thin",
+    "rows",
+    "run",
+]
 
 TITLE = "Where the time of that step goes"
 
@@ -114,11 +124,11 @@ def caption() -> str:
         "Milliseconds of one step by kind of operation, medians of steps that are taken in turn, as "
         "PyTorch's profiler sees it; the profiler itself makes steps slower, most of all between operations "
         "(Python, dispatch, autograd, views). On CUDA it is the time of kernels, and what is between "
-        "operations is when none runs. A product is thin if one of its dimensions is the rank. What a "
-        "contender has beyond the frozen step is what its adapters cost: F counts the thin products at the "
-        "speed of the base products; what they take beyond that, and all other columns, is what keeps O "
-        "above F. Masks of lora-fx are random numbers and bit operations, element by element. DoRA is "
-        "without dropout."
+        "operations is when none runs. A product is thin if one of its dimensions is the rank, or that of "
+        "layers that share an input. What a contender has beyond the frozen step is what its adapters cost: "
+        "F counts the thin products at the speed of the base products; what they take beyond that, and all "
+        "other columns, is what keeps O above F. Masks of lora-fx are random numbers and bit operations, "
+        "element by element. DoRA is without dropout."
     )
 
 
@@ -132,7 +142,7 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
     """
     plain = name.removeprefix("aten::")
     if plain in _PRODUCTS:
-        return THIN if any(rank in shape for shape in shapes) else BASE
+        return THIN if any(is_thin(shape, rank) for shape in shapes) else BASE
     if "attention" in plain:
         return ATTENTION
     if any(plain.startswith(one) or one in plain for one in _RANDOM):
@@ -140,6 +150,11 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
     if plain in _COPIES:
         return COPIES
     return OUTSIDE if plain in _EMPTY or _only_calls(plain) else ELEMENTS
+
+
+def is_thin(shape: Sequence[int], rank: int) -> bool:
+    """Whether a dimension is a rank, or the ranks of up to three layers that share an input."""
+    return any(length in (rank, 2 * rank, 3 * rank) for length in shape)
 
 
 @functools.cache

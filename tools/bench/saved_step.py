@@ -12,7 +12,7 @@ from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import FROZEN, Settings
 from lora_fx.tools.bench.measure import Progress
 from lora_fx.tools.bench.places import Place
-from lora_fx.tools.bench.profile_step import contenders
+from lora_fx.tools.bench.profile_step import contenders, is_thin
 from lora_fx.tools.bench.saved import saved_by
 from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.step_table import mebibytes
@@ -65,7 +65,9 @@ def caption() -> str:
         "linear layers, for the gradient of A (a frozen layer needs none), and whatever has their size: "
         "masks of PyTorch's dropout and what they have dropped. T × r: xAᵀ, for the gradient of B. "
         "Bits and whole numbers: masks of lora-fx. An input that is kept for another reason, as by an "
-        "activation, costs nothing. What is below the sum of the inputs would have to be computed again."
+        "activation, costs nothing. With example inputs "
+        "the graph has the causal mask written out, T × T in each layer, which attention keeps; without "
+        "them its kernel knows the mask. What is below the sum of the inputs would have to be computed again."
     )
 
 
@@ -73,6 +75,6 @@ def kind_of(tensor: Tensor) -> str:
     """The kind of something that is kept, at the rank of the benchmark."""
     if not tensor.is_floating_point():
         return MASKS
-    if Settings().r in tensor.shape:
+    if is_thin(tensor.shape, Settings().r):
         return THIN
     return OTHER if sum(length > 1 for length in tensor.shape) < 2 else WIDE
