@@ -12,7 +12,6 @@ from lora_fx.errors import MergeError
 from lora_fx.passes._bounds import cannot_overflow
 from lora_fx.passes._change import add_change, wide_factors
 from lora_fx.passes._factors import factors_of
-from lora_fx.passes._huge_pages import new_memory
 from lora_fx.passes._own import own_value
 from lora_fx.passes._rounding import round_into, rounding_memory
 from lora_fx.record import Record
@@ -66,7 +65,7 @@ class Fold:
             MergeError: If it overflows.
         """
         shape = self.rows[0][0].site.weight_shape
-        merged = new_memory(shape, old.dtype, old.device)
+        merged = torch.empty(shape, dtype=old.dtype, device=old.device)
         self._run(old, merged, checked=self._cannot_overflow(old.dtype))
         return merged
 

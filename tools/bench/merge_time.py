@@ -99,8 +99,8 @@ def caption() -> str:
         "fp32 and half of that in the half types. `lora-fx` gives a new model and leaves the adapted one "
         "as it is: its peak has the merged weights in it, and the largest tensor is a merged weight. "
         "`into=base` writes over the weights of a model that it is given, as PEFT writes over its own, but "
-        "all of it or nothing: what can fail is found before the first write. lora-fx adds up in fp64, slice by "
-        "slice, and rounds once. The last row is what bounds any merge: one `addmm_` a weight and nothing "
+        "all of it or nothing: what can fail is found before the first write. lora-fx adds up in fp64, slice "
+        "by slice, and rounds once. The last row is what bounds any merge: one `addmm_` a weight and nothing "
         "else, with factors in its dtype: no check, no new tensor, no fp64. "
         "Copies that are needed to merge again are not timed."
     )
