@@ -90,9 +90,9 @@ Saved is what autograd keeps between forward and backward. In fp32 the 18.6 MiB 
 gradients of A need, each kept once (17.7: those of down_proj, 2.7 a layer, and what norms give, 1.0 each;
 that of o_proj is attention's output), and x Aᵀ (0.9). To compute x Aᵀ again is a seventh thin product beside
 six and raises F by 0.011, so it is kept. With example inputs transformers gives attention a mask that it
-leaves out otherwise: {_TOKENS} × {_TOKENS} numbers, once for all layers, are 1.0 MiB more. Peak is what is held at
-once beyond what was there before, counted tensor by tensor; the allocator's peak, on CUDA, has its rounding
-and what kernels take for themselves in it, too."""
+leaves out otherwise: {_TOKENS} × {_TOKENS} numbers, once for all layers, are 1.0 MiB more. Peak is what is
+held at once beyond what was there before, counted tensor by tensor; the allocator's peak, on CUDA, has its
+rounding and what kernels take for themselves in it, too."""
 
 
 def charts(results: dict[str, Measured]) -> dict[str, str]:
