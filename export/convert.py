@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
+from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
+from lora_fx.export.prepare import Prepared
+from lora_fx.export.repair import repaired
 from lora_fx.export.trace import Trace
+from lora_fx.export.translations import translation_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,29 +41,27 @@ class ConversionError(ExportError):
     """An exported program that becomes no file which ONNX Runtime runs: another one may."""
 
 
-def convert(
-    trace: Trace, model: nn.Module, outputs: Sequence[str], dtype: str, opset: int
-) -> ir.Model:
+def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     """Translate ``trace`` and give everything in the result its proper name.
 
     Args:
-        trace: What ``trace()`` made of ``model``.
-        model: The module that was traced, for the FQNs of its weights.
-        outputs: Names of its outputs, in order.
-        dtype: Name of its dtype, for the metadata.
+        trace: What ``trace()`` made of the model.
+        prepared: The model, for the FQNs of its weights and the names of its outputs.
         opset: ONNX opset to write.
 
     Raises:
         ExportError: torch.onnx has no translation for something, or the graph is random.
     """
+    twin, outputs = prepared.model.model, prepared.outputs
     program = _translate(trace, len(outputs), opset)
-    _refuse_randomness(program, type(model).__name__)
+    _refuse_randomness(program, type(twin).__name__)
     _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
-    name_values(program, trace.arguments.names, outputs, weight_aliases(model), prefix)
+    name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
+    expand_grouped(program)
     name_axes(program, trace.labels(), trace.symbols)
     strip_build_traces(program, prefix)
-    _stamp(program, trace, dtype, opset)
+    _stamp(program, trace, prepared.dtype, opset)
     return program
 
 
@@ -82,12 +83,13 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     try:
         with torch_export_context():
             program = torch.onnx.export(
-                trace.program,
+                repaired(trace.program),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
                 input_names=[f"__lora_fx_input_{index}" for index in range(count)],
                 output_names=[f"__lora_fx_output_{index}" for index in range(outputs)],
+                custom_translation_table=translation_table(trace.program),
             )
     except Exception as error:
         cause: BaseException = error

@@ -1,0 +1,68 @@
+"""Loading a file on the provider that was asked for, or not at all.
+
+ONNX Runtime answers a request for CUDA that it cannot meet with a session on the CPU and a line on
+stderr. Here such a session is never handed out: what is missing is found out and raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.providers import PROVIDERS, check_provider, wheel_conflict
+
+__all__ = ["load", "reason_of"]
+
+
+def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) -> Any:
+    """A session of ONNX Runtime.
+
+    Args:
+        runtime: The onnxruntime module.
+        path: The ``.onnx`` file.
+        provider: "cuda" or "cpu".
+        options: Of the provider. On CUDA, TF32 is off unless they say otherwise.
+
+    Raises:
+        ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
+            no kernel for an operation of the file.
+        ExportError: The file is missing, damaged or no ONNX model.
+    """
+    check_provider(runtime, provider)
+    if not path.is_file():
+        raise ExportError(f"there is no file {path}: export a model to it first")
+    name = PROVIDERS[provider]
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 3
+    if provider == "cuda":
+        options = {"use_tf32": "0", **options}
+    # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.
+    wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]
+    try:
+        # enable_fallback=0: else ONNX Runtime retries on the CPU by itself.
+        session = runtime.InferenceSession(str(path), settings, providers=wanted, enable_fallback=0)
+    except Exception as error:
+        reason = reason_of(error)
+        if type(error).__name__ in ("NotImplemented", "EPFail"):
+            raise ProviderError(f"the {provider} provider cannot run {path}: {reason}") from error
+        raise ExportError(
+            f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
+            f"external data beside it? Export it again if not"
+        ) from error
+    actual = session.get_providers()[0]
+    if actual != name:
+        raise ProviderError(
+            f"asked for {provider}, ONNX Runtime gave {actual}: the CUDA provider did not "
+            f"start on this machine. {wheel_conflict() or 'Run `lora-fx doctor`'}"
+        )
+    session.disable_fallback()
+    return session
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of ONNX Runtime says, without its codes."""
+    # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing …"
+    text = str(error).strip().splitlines()
+    return text[0].split(" : ", 3)[-1] if text else type(error).__name__

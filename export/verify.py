@@ -1,0 +1,65 @@
+"""Which provider the written file is compared with PyTorch on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.convert import ConversionError
+from lora_fx.export.parity import Parity, check_parity
+from lora_fx.export.prepare import Prepared
+from lora_fx.export.session import OnnxSession
+from lora_fx.export.trace import Trace
+
+__all__ = ["Verdict", "verify"]
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a file was compared with PyTorch.
+
+    Attributes:
+        parity: The comparison; None if there was none.
+        provider: Execution provider of the comparison, else "".
+        reason: Why there was none, else "".
+    """
+
+    parity: Parity | None = None
+    provider: str = ""
+    reason: str = ""
+
+
+def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
+    """Run a file and the model that it was made from on the same fresh inputs.
+
+    Args:
+        prepared: The model.
+        traced: What the file was made from.
+        file: The written file.
+
+    Raises:
+        ParityError: They differ.
+        ConversionError: ONNX Runtime refuses the file.
+        ProviderError: There is no ONNX Runtime.
+    """
+    try:
+        session = OnnxSession(file, "cpu")
+    except ProviderError:
+        if prepared.dtype != "bf16":
+            raise
+        # The CPU provider lacks bf16 kernels; a GPU has them.
+        try:
+            session = OnnxSession(file, "cuda")
+        except ProviderError as error:
+            reason = "ONNX Runtime runs bf16 on its cuda provider only, and this machine has none"
+            _log.warning("not compared with PyTorch: %s: %s", reason, error)
+            return Verdict(reason=reason)
+    except ExportError as error:
+        raise ConversionError(
+            f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
+        ) from error
+    return Verdict(check_parity(prepared.model, traced, session), session.provider)
