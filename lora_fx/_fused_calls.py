@@ -49,7 +49,10 @@ def apply(
         given: The arguments of both.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if _transformed():
+        return plain(*given)
+    if compiling and not _wanted(given):
+        # Dynamo does not trace a function that has no gradient to compute.
         return plain(*given)
     if not torch.is_grad_enabled():
         return tuple(function.forward(*given)[:-1])
@@ -59,6 +62,19 @@ def apply(
         base: Any = super(torch.autograd.Function, function)
         call = base.apply
     return tuple(call(*given)[:-1])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active: also while Dynamo traces it."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _wanted(given: tuple[Any, ...]) -> bool:
+    """Whether anything in a call has a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(one, Tensor) and one.requires_grad for one in given)
 
 
 def flat(x: Tensor) -> Tensor:
