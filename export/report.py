@@ -53,6 +53,9 @@ class ExportReport:
         provider: Execution provider of the comparison, else "".
         seconds: Wall-clock seconds of each stage, in order.
         versions: Version of each package that had a part in it.
+        task: What it was exported for, None if as the model is called.
+        encoder: Of the file with the encoder, which has to stay beside this one; None if there is
+            none.
     """
 
     path: str
@@ -76,16 +79,21 @@ class ExportReport:
     provider: str
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    task: str | None = None
+    encoder: ExportReport | None = None
 
     @property
     def max_abs_error(self) -> float:
         """Largest absolute difference over all outputs; 0 where nothing was compared."""
-        return max((row.max_abs_error for row in self.parity), default=0.0)
+        return max((row.max_abs_error for row in self._rows()), default=0.0)
 
     @property
     def max_rel_error(self) -> float:
         """Largest difference over all outputs, each over its output's largest magnitude."""
-        return max((row.max_rel_error for row in self.parity), default=0.0)
+        return max((row.max_rel_error for row in self._rows()), default=0.0)
+
+    def _rows(self) -> tuple[OutputParity, ...]:
+        return self.parity if self.encoder is None else (*self.encoder.parity, *self.parity)
 
     @property
     def total_seconds(self) -> float:
@@ -111,6 +119,8 @@ class ExportReport:
         lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
         lines += self._parity_lines()
+        if self.encoder is not None:
+            lines.append(f"with the encoder beside it, {self.encoder}")
         return "\n".join(lines)
 
     def _parity_lines(self) -> list[str]:

@@ -62,4 +62,4 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
-    return Verdict(check_parity(prepared.model, traced, session), session.provider)
+    return Verdict(check_parity(prepared.model, traced, session, prepared.cases), session.provider)
