@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.tasks.part import Part
+from lora_fx.export.tasks.text2text_generation import TEXT2TEXT_GENERATION, text2text_generation
 from lora_fx.export.tasks.text_generation import TEXT_GENERATION, text_generation
 
 __all__ = ["TASKS", "Task", "find_task"]
@@ -19,6 +20,7 @@ Task: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], tuple[Part, ...]]
 
 TASKS: Mapping[str, Task] = {
     TEXT_GENERATION: text_generation,
+    TEXT2TEXT_GENERATION: text2text_generation,
 }
 
 
