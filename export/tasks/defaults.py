@@ -22,9 +22,14 @@ def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
     """The metadata of the file of a decoder.
 
     ``lora_fx.generation`` is JSON: ``defaults`` has the fields of the model's ``generation_config``
-    that are set, ``limit`` the number of positions that it has, prompt included, or null.
+    that are set, ``limit`` the number of positions that it has, prompt included, or null, and
+    ``prepends_start`` says whether a decoder's prompt has to begin with its first token.
     """
-    remembered = {"defaults": _defaults(model), "limit": position_limit(model)}
+    remembered = {
+        "defaults": _defaults(model),
+        "limit": position_limit(model),
+        "prepends_start": not _starts_freely(model),
+    }
     return {TASK_KEY: task, GENERATION_KEY: json.dumps(remembered, sort_keys=True)}
 
 
@@ -39,6 +44,11 @@ def position_limit(model: nn.Module) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _starts_freely(model: nn.Module) -> bool:
+    config: Any = model.config
+    return config.model_type == "whisper" or "donut" in type(model).__name__.lower()
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
