@@ -69,11 +69,12 @@ def text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple[
     """
     found = _example(model, example)
     states = _crossed(model, **found.source)["present"]
-    own = found.own.zeros(2, _PAST)
+    batch = len(next(iter(found.source.values())))
+    own = found.own.zeros(batch, _PAST)
     past = {index: {"decoder": own[index], **states[index]} for index in own}
     shapes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}}
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
-    inputs["input_ids"] = inputs["input_ids"].to(found.own.device)
+    ids = torch.full((batch, 3), found.start, dtype=torch.int64, device=found.own.device)
+    inputs: dict[str, Any] = {"input_ids": ids}
     if found.masked:
         inputs["encoder_attention_mask"] = found.source["attention_mask"]
         shapes["encoder_attention_mask"] = {0: "batch", 1: "encoder_sequence"}
@@ -114,10 +115,13 @@ def _example(model: nn.Module, example: Mapping[str, Any]) -> _Example:
             f"task='text2text-generation' takes the inputs of the encoder as example_inputs, and "
             f"makes those of the decoder by itself: {', '.join(example)} were given"
         )
-    if "input_ids" in source:
-        source.setdefault("attention_mask", torch.ones_like(source["input_ids"]))
+    # Sizes of 1 cannot become dynamic.
     if any(len(value) == 1 for value in source.values()):
         source = {name: torch.cat([value, value]) for name, value in source.items()}
+    if "input_ids" in source:
+        if source["input_ids"].shape[1] == 1:
+            source = {name: torch.cat([value, value], dim=1) for name, value in source.items()}
+        source.setdefault("attention_mask", torch.ones_like(source["input_ids"]))
     start = _start(model)
     try:
         with torch.no_grad():
