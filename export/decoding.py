@@ -95,5 +95,7 @@ class CachedDecoder:
 def _empty(port: Port, batch: int) -> Tensor:
     _, heads, _, width = port.shape
     if not isinstance(heads, int) or not isinstance(width, int):
-        raise ExportError(f"input {port} is no cache of this library: heads and width are not fixed")
+        raise ExportError(
+            f"input {port} is no cache of this library: heads and width are not fixed"
+        )
     return torch.zeros(batch, heads, 0, width, dtype=getattr(torch, port.dtype))

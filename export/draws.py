@@ -162,7 +162,9 @@ def _values(example: Tensor, size: tuple[int, ...], generator: torch.Generator) 
     return fresh.clamp(values.min(), values.max())
 
 
-def _admitted(names: Sequence[str], inputs: Sequence[Tensor], expected: _Outputs) -> dict[str, Tensor]:
+def _admitted(
+    names: Sequence[str], inputs: Sequence[Tensor], expected: _Outputs
+) -> dict[str, Tensor]:
     """Of each output the positions that all attention masks admit."""
     valid: dict[str, Tensor] = {}
     for name, mask in zip(names, inputs, strict=True):

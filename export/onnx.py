@@ -98,7 +98,9 @@ def export_onnx(
     if task is not None:
         find_task(task)
         if dynamic_shapes is not None:
-            raise ExportError(f"task={task!r} says which axes are dynamic: leave dynamic_shapes out")
+            raise ExportError(
+                f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
+            )
     if not isinstance(path, str | os.PathLike):
         raise ExportError(f"path is a {type(path).__name__}: give the name of the file to write")
     target = Path(path)
@@ -110,16 +112,16 @@ def export_onnx(
     *beside, main = prepare(model, example_inputs, dtype, task)
     options = _Options(opset, verify, external_data_bytes, clock)
     with staging(target) as stage:
-        companions: dict[str, ExportReport] = {}
+        encoder: ExportReport | None = None
         for prepared in beside:
             place = stage.companion(prepared.name)
-            companions[prepared.name] = _write_part(prepared, None, place, options)
+            encoder = _write_part(prepared, None, place, options)
             main = main.beside(prepared.name, place.target.name)
         report = _write_part(main, dynamic_shapes, stage, options)
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
-    return dataclasses.replace(report, task=task, seconds=clock.seconds, **companions)
+    return dataclasses.replace(report, task=task, seconds=clock.seconds, encoder=encoder)
 
 
 @dataclass(frozen=True)

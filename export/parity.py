@@ -65,9 +65,7 @@ def check_parity(
     return parity
 
 
-def _compare(
-    parity: Parity, trace: Trace, sizes: Sizes, case: Case, session: OnnxSession
-) -> None:
+def _compare(parity: Parity, trace: Trace, sizes: Sizes, case: Case, session: OnnxSession) -> None:
     names = trace.arguments.names
     shapes = ", ".join(f"{name} {list(size)}" for name, size in zip(names, sizes, strict=True))
     try:

@@ -61,7 +61,8 @@ class Staging:
                 _flush(path)
             try:
                 for path in beside:
-                    moved.append(path.replace(self.target.with_name(path.name)))
+                    # One by one: what was moved before an error has to be known.
+                    moved.append(path.replace(self.target.with_name(path.name)))  # noqa: PERF401
                 model.replace(self.target)
             except OSError:
                 for path in moved:
@@ -79,7 +80,9 @@ class Staging:
 
     def _replaced(self) -> list[Path]:
         data = r"\.[0-9a-f]{8}\.data"
-        name, stem, suffix = map(re.escape, (self.target.name, self.target.stem, self.target.suffix))
+        name, stem, suffix = map(
+            re.escape, (self.target.name, self.target.stem, self.target.suffix)
+        )
         ours = re.compile(rf"{name}{data}|{stem}\.[0-9a-f]{{8}}\.[a-z]+{suffix}({data})?")
         return [path for path in self.target.parent.iterdir() if ours.fullmatch(path.name)]
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 __all__ = ["ExportReport", "OutputParity"]
+
+_Entry = TypeVar("_Entry")
+_LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,12 @@ class ExportReport:
         lines = [head]
         if self.data_file:
             lines.append(f"  weights in {self.data_file}, which has to stay beside it")
-        lines += [f"  input  {name}{_axes(axes)}" for name, axes in self.inputs.items()]
-        lines += [f"  output {name}{_axes(axes)}" for name, axes in self.outputs.items()]
+        lines += [f"  input  {name}{_axes(axes)}" for name, axes in _short(self.inputs).items()]
+        lines += [f"  output {name}{_axes(axes)}" for name, axes in _short(self.outputs).items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
-        lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
+        if self.task is None:
+            # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+            lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
         lines += self._parity_lines()
         if self.encoder is not None:
@@ -128,9 +135,26 @@ class ExportReport:
             return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
         shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
         lines = [f"  checked on {self.provider} with {shapes}"]
-        lines.extend(map(_parity_line, self.parity))
+        lines.extend(map(_parity_line, _worst(self.parity)))
         lines += [f"  not tried: {shape}: {why}" for shape, why in self.shapes_skipped.items()]
         return lines
+
+
+def _short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """One entry for all layers of a cache, whose names differ in a number."""
+    short: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        short.setdefault(_LAYER.sub(r"\1.*.", name), entry)
+    return short
+
+
+def _worst(rows: tuple[OutputParity, ...]) -> list[OutputParity]:
+    worst: dict[str, OutputParity] = {}
+    for row in rows:
+        row = dataclasses.replace(row, name=_LAYER.sub(r"\1.*.", row.name))
+        before = worst.get(row.name, row)
+        worst[row.name] = max(before, row, key=lambda one: one.max_rel_error)
+    return list(worst.values())
 
 
 def _parity_line(row: OutputParity) -> str:
@@ -149,4 +173,4 @@ def _axes(axes: tuple[int | str, ...]) -> str:
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return ", ".join(f"{name} {list(shape)}" for name, shape in _short(shapes).items())

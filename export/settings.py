@@ -154,7 +154,9 @@ class GenerationSettings:
             wanted = 20 if limit is None else min(20, limit - prompt)
         if wanted < 1:
             of = f"max_length={self.max_length}" if self.max_length else f"{limit} positions"
-            raise ExportError(f"the prompt has {prompt} tokens, so {of} leave no room for a new one")
+            raise ExportError(
+                f"the prompt has {prompt} tokens, so {of} leave no room for a new one"
+            )
         if limit is not None and prompt + wanted > limit:
             raise ExportError(
                 f"a prompt of {prompt} tokens and {wanted} new ones are more than the {limit} "
