@@ -15,39 +15,11 @@ from torch import Tensor, nn
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
-from tests.export.tiny import LIMIT, VOCABULARY, generator
-
-Pair = tuple[Any, OnnxSession]
+from tests.export.tiny import LIMIT, VOCABULARY, Pair
 
 slow = pytest.mark.slow
 DECODERS = ["llama", "gemma", "gpt2", pytest.param("mistral", marks=slow)]
 DECODERS += [pytest.param("qwen3", marks=slow)]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """A model and the session of its file, exported once for all tests of the module."""
-    done: dict[str, Pair] = {}
-
-    def pair(kind: str) -> Pair:
-        if kind not in done:
-            model = generator(kind)
-            path = tmp_path_factory.mktemp(kind) / "model.onnx"
-            task: Any = (
-                "text2text-generation" if model.config.is_encoder_decoder else "text-generation"
-            )
-            report = export_onnx(model, path, example(kind), task=task)
-            assert report.verified
-            assert report.task == task
-            assert report.max_rel_error < 1e-5
-            done[kind] = model, OnnxSession(path, "cpu")
-        return done[kind]
-
-    return pair
-
-
-def example(kind: str) -> Tensor:
-    return torch.randn(1, 4, 16) if kind == "whisper" else torch.arange(3, 10)[None]
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -56,12 +28,6 @@ def prompts() -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :3], mask[2, :1] = 0, 0
     return ids.masked_fill(mask == 0, 0), mask
-
-
-def endless(model: Any) -> dict[str, Any]:
-    """Arguments of model.generate with which nothing ends early."""
-    model.generation_config.eos_token_id = None
-    return {"max_new_tokens": 16}
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lora_fx.export.session import OnnxSession
+
+Pair = tuple[Any, OnnxSession]
 
 VOCABULARY = 61
 LIMIT = 40
@@ -52,6 +56,11 @@ def generator(kind: str) -> Any:
             nn.init.normal_(parameter, std=0.4)
     model.tie_weights()
     return model
+
+
+def example(kind: str) -> Tensor:
+    """What a model of that family is exported with."""
+    return torch.randn(1, 4, 16) if kind == "whisper" else torch.arange(3, 10)[None]
 
 
 def _built(kind: str) -> tuple[str, Any]:

@@ -21,6 +21,14 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="An adapter folder to merge first.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="text-generation (a decoder with its key-value cache) or text2text-generation (an "
+            "encoder-decoder): a file for `lora-fx generate`.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as it is without it.")
     ] = None,
@@ -44,8 +52,17 @@ def export(
         with console.progress("reading the adapter"):
             base = load_adapter(base, adapter)
     kind: Any = dtype
+    purpose: Any = task
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
-            base, out, inputs, dtype=kind, opset=opset, verify=verify, force=force, progress=begin
+            base,
+            out,
+            inputs,
+            task=purpose,
+            dtype=kind,
+            opset=opset,
+            verify=verify,
+            force=force,
+            progress=begin,
         )
     console.output().print(str(report), highlight=False, soft_wrap=True, markup=False)
