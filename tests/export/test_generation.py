@@ -206,7 +206,7 @@ def test_encoder_decoders(exported: Callable[[str], Pair], kind: str, sampled: b
     torch.manual_seed(2)
     got = session.generate(**inputs, **options)
     assert torch.equal(got, expected)
-    assert len(expected[:, 1:].unique()) > 5
+    assert len(expected[:, 1:].unique()) > 3
     if kind == "whisper" and not sampled:
         text = model.generate(**inputs, max_new_tokens=14)
         assert torch.equal(got[:, 1 : 1 + text.shape[1]], text)

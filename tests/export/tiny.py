@@ -90,7 +90,9 @@ def _built(kind: str) -> tuple[str, Any]:
             )  # fmt: skip
             return "GPT2LMHeadModel", config
         case "t5":
-            config = t.T5Config(**_SEQUENCES, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+            config = t.T5Config(
+                **_SEQUENCES, tie_word_embeddings=False, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+            )
             return "T5ForConditionalGeneration", config
         case "whisper":
             config = t.WhisperConfig(
