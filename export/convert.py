@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
+from lora_fx.export.overridable import make_overridable
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.trace import Trace
 
@@ -50,14 +51,17 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
         ExportError: torch.onnx has no translation for something, or the graph is random.
     """
     twin, outputs = prepared.model.model, prepared.outputs
+    manifest = prepared.manifest
     program = _translate(trace, len(outputs), opset)
     _refuse_randomness(program, type(twin).__name__)
     _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
-    name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
-    name_axes(program, trace.labels(), trace.symbols)
+    name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
+    name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared.dtype, opset)
+    if manifest is not None:
+        make_overridable(program, manifest)
     return program
 
 
@@ -75,7 +79,7 @@ def torch_export_context() -> Iterator[None]:
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     # Neutral names on the way: an output named like a parameter would give an invalid model.
-    count = len(trace.arguments.names)
+    count = len(trace.input_names)
     try:
         with torch_export_context():
             program = torch.onnx.export(

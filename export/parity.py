@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError, ParityError
-from lora_fx.export.arguments import FlatModel
 from lora_fx.export.report import OutputParity
-from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Axis, Trace
 
 __all__ = ["TOLERANCES", "Outputs", "Parity", "Sizes", "check_parity"]
@@ -42,7 +40,15 @@ class Parity:
     skipped: dict[Sizes, str] = field(default_factory=dict)
 
 
-def check_parity(model: FlatModel, trace: Trace, session: OnnxSession) -> Parity:
+class _Model(Protocol):
+    def named(self, tensors: Sequence[Tensor], /) -> Outputs: ...
+
+
+class _Session(Protocol):
+    def run(self, inputs: list[Tensor], /) -> dict[str, Any]: ...
+
+
+def check_parity(model: _Model, trace: Trace, session: _Session) -> Parity:
     """Compare the session with the model on fresh inputs.
 
     Where there is an attention mask, only positions that it admits are compared: what a model
@@ -70,7 +76,7 @@ def check_parity(model: FlatModel, trace: Trace, session: OnnxSession) -> Parity
 class _Draw:
     """Fresh inputs of the shapes that PyTorch takes, with what it makes of them."""
 
-    def __init__(self, model: FlatModel, trace: Trace, parity: Parity) -> None:
+    def __init__(self, model: _Model, trace: Trace, parity: Parity) -> None:
         self.model = model
         self.trace = trace
         self.skipped = parity.skipped
@@ -192,7 +198,7 @@ def _compare(
     sizes: Sizes,
     inputs: Sequence[Tensor],
     expected: Sequence[tuple[str, Tensor]],
-    session: OnnxSession,
+    session: _Session,
 ) -> None:
     names = trace.arguments.names
     shapes = ", ".join(f"{name} {list(size)}" for name, size in zip(names, sizes, strict=True))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
+from lora_fx.export.factor_model import FactorModel
+from lora_fx.export.manifest import Manifest
+from lora_fx.export.swappable import base_of, swappable, with_adapter
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
+from lora_fx.record import record_of
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "prepare_swappable"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -27,12 +34,48 @@ class Prepared:
         arguments: The call that is traced.
         outputs: Names of the outputs, in order.
         dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
+        base: What the file computes by itself: ``model``, or the model without its adapters.
+        manifest: The adapter inputs; None for a model whose adapters are merged.
+        adapters: The adapters that the model has, by name: each makes a model in which it is active.
+        source: The rewritten model that has them.
     """
 
     model: FlatModel
     arguments: Arguments
     outputs: tuple[str, ...]
     dtype: str
+    base: FlatModel
+    manifest: Manifest | None = None
+    adapters: Mapping[str, Callable[[], FlatModel]] = dataclasses.field(default_factory=dict)
+    source: nn.Module | None = None
+
+
+def prepare_swappable(
+    model: nn.Module, example_inputs: object, dtype: str | None = None
+) -> Prepared:
+    """:func:`prepare` for a file whose adapters are inputs.
+
+    Raises:
+        ExportError: As :func:`prepare`, and if an adapter trains something that has no factors.
+        NoMatchError: A plain model has no linear operation.
+    """
+    model = unwrapped(model)
+    made = swappable(model)
+    base = prepare(base_of(model), example_inputs, dtype)
+    flat = FactorModel(made, exportable_twin(made.model, dtype), base.arguments).eval()
+    record = record_of(model)
+
+    def active(name: str) -> FlatModel:
+        twin = exportable_twin(with_adapter(model, name), dtype)
+        return FlatModel(twin, base.arguments).eval()
+
+    return dataclasses.replace(
+        base,
+        model=flat,
+        manifest=flat.manifest,
+        adapters={name: partial(active, name) for name in (record.adapters if record else ())},
+        source=model,
+    )
 
 
 def prepare(model: nn.Module, example_inputs: object, dtype: str | None = None) -> Prepared:
@@ -53,7 +96,7 @@ def prepare(model: nn.Module, example_inputs: object, dtype: str | None = None) 
     for name, value in arguments.baked.items():
         _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
     flat, arguments, outputs = _first_run(twin, arguments)
-    return Prepared(flat, arguments, tuple(outputs), dtype_name(twin))
+    return Prepared(flat, arguments, tuple(outputs), dtype_name(twin), flat)
 
 
 def _merged(model: nn.Module) -> nn.Module:

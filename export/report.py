@@ -53,6 +53,7 @@ class ExportReport:
         provider: Execution provider of the comparison, else "".
         seconds: Wall-clock seconds of each stage, in order.
         versions: Version of each package that had a part in it.
+        swappable: Sites that take an adapter when the file is run; none if adapters were merged.
     """
 
     path: str
@@ -76,6 +77,7 @@ class ExportReport:
     provider: str
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    swappable: tuple[str, ...] = ()
 
     @property
     def max_abs_error(self) -> float:
@@ -110,6 +112,9 @@ class ExportReport:
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
         lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        if self.swappable:
+            sites = len(self.swappable)
+            lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
         lines += self._parity_lines()
         return "\n".join(lines)
 
