@@ -139,8 +139,8 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
             f"there is no adapter at {path}: lora_fx.save_onnx_adapter writes one"
         )
     try:
-        read = runtime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        return {name: to_tensor(value).clone() for name, value in read.items()}
+        read = runtime.AdapterFormat.read_adapter(str(path))  # the values lie in what it has mapped
+        return {name: to_tensor(value).clone() for name, value in read.get_parameters().items()}
     except Exception as error:
         raise CheckpointError(
             f"{path} is truncated, damaged or no .onnx_adapter file: write it again with "

@@ -141,7 +141,11 @@ def to_runtime(runtime: Any, tensor: Tensor) -> Any:
 
 
 def to_tensor(value: Any) -> Tensor:
-    """A value of ONNX Runtime as a tensor over the same memory, which lives as long as the tensor."""
+    """A value of ONNX Runtime as a tensor over the same memory.
+
+    Memory of ONNX Runtime's own lives as long as the tensor. What was made of an array or a tensor of
+    the CPU (:func:`to_runtime`) does not own its memory: keep the value itself for as long.
+    """
     tensor: Tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
     # ONNX Runtime hands bool over as bytes.
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor

@@ -20,7 +20,7 @@ from lora_fx.export.adapter_store import HeldAdapter
 from lora_fx.export.binding import settle
 from lora_fx.export.loading import reason_of
 from lora_fx.export.manifest import AdapterInput, Manifest, SiteInputs
-from lora_fx.export.ports import BF16, Device, Port, to_runtime, to_tensor
+from lora_fx.export.ports import BF16, Device, Port, to_tensor
 
 __all__ = ["MAX_SHAPES", "StaticRunner", "filled_up"]
 
@@ -175,12 +175,16 @@ class StaticRunner:
         buffer.update_inplace(raw.numpy())
 
     def _taken(self, buffer: Any, device: Device) -> Any:
-        """A copy: the next run writes into the buffer."""
+        """A copy that owns its memory: the next run writes into the buffer."""
+        taken = self._runtime.OrtValue.ortvalue_from_shape_and_type(
+            buffer.shape(), buffer.element_type(), device.kind, device.index
+        )
         if self._device.kind == "cpu" or torch.cuda.is_available():
-            taken = to_tensor(buffer).to(device.torch, copy=True)
-            settle([taken])
-            return to_runtime(self._runtime, taken)
-        return self._runtime.OrtValue.ortvalue_from_numpy(buffer.numpy())
+            value = to_tensor(buffer)
+        else:
+            value = torch.from_numpy(buffer.numpy())
+        self._write(taken, value if device.kind != "cpu" else value.cpu())
+        return taken
 
 
 def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_rank: int) -> Tensor:
