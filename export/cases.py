@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_fx.export.arguments import FlatModel
-
-__all__ = ["Case", "Cases", "Sizes"]
+__all__ = ["Case", "Cases", "Checked", "Runner", "Sizes"]
 
 Sizes: TypeAlias = tuple[tuple[int, ...], ...]
 """The shapes of all inputs."""
@@ -32,4 +30,23 @@ class Case:
     valid: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Cases: TypeAlias = Callable[[FlatModel], Iterator[Case]]
+class Checked(Protocol):
+    """What a file is compared with: a ``FlatModel``, or one that is handed an adapter."""
+
+    model: nn.Module
+
+    def named(self, tensors: Sequence[Tensor], /) -> list[tuple[str, Tensor]]:
+        """The outputs of the call by name."""
+
+    def run(self, call: Callable[..., object], /, *args: Any, **kwargs: Any) -> Any:
+        """``call(model, *args, **kwargs)``."""
+
+
+class Runner(Protocol):
+    """What runs the file: a session, or one with an adapter."""
+
+    def run(self, inputs: list[Tensor], /) -> dict[str, Any]:
+        """The outputs by name."""
+
+
+Cases: TypeAlias = Callable[[Checked], Iterator[Case]]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
+from lora_fx.export.adapter_store import AdapterChoice
 from lora_fx.export.ports import Port, feed, unwrap
 
 if TYPE_CHECKING:
@@ -30,13 +31,27 @@ class CachedDecoder:
         session: The decoder's file.
         batch: Number of texts.
         source: What the encoder takes, by name, for an encoder-decoder.
+        adapter: What runs with the model.
 
     Raises:
-        ExportError: The file has no cache, or ``source`` does not fit the encoder.
+        ExportError: The file has no cache, the session replays graphs, or ``source`` does not fit
+            the encoder.
     """
 
-    def __init__(self, session: OnnxSession, batch: int, source: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        session: OnnxSession,
+        batch: int,
+        source: Mapping[str, Tensor],
+        adapter: AdapterChoice = None,
+    ) -> None:
+        if session._static is not None:
+            raise ExportError(
+                "cuda_graph=True is for calls of one shape, and a text grows with each token: open "
+                "the session without it to generate"
+            )
         self._session = session
+        self._adapter = adapter
         self._ports = {port.name: port for port in session.inputs}
         self._outputs = [port.name for port in session.outputs]
         self._kept = [name for name in self._outputs if name.startswith(_PRESENT)]
@@ -67,7 +82,7 @@ class CachedDecoder:
         feeds["input_ids"] = self._value(self._ports["input_ids"], ids)
         if self._masked:
             feeds["attention_mask"] = self._value(self._ports["attention_mask"], mask)
-        results = dict(zip(self._outputs, self._run(self._session, feeds, self._kept), strict=True))
+        results = dict(zip(self._outputs, self._run(self._session, feeds), strict=True))
         self._past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in self._kept}
         logits: Tensor = unwrap(results["logits"], torch.device("cpu"))
         return logits[:, -1].float()
@@ -76,7 +91,7 @@ class CachedDecoder:
         names = [port.name for port in encoder.outputs]
         given = encoder._by_name(source)
         feeds = {port.name: self._value(port, given[port.name]) for port in encoder.inputs}
-        values = self._run(encoder, feeds, names)
+        values = self._run(encoder, feeds)
         fixed = {
             _PAST + name.removeprefix(_PRESENT): value
             for name, value in zip(names, values, strict=True)
@@ -85,11 +100,11 @@ class CachedDecoder:
             fixed["encoder_attention_mask"] = feeds["attention_mask"]
         return fixed
 
-    def _run(self, session: OnnxSession, feeds: Mapping[str, Any], kept: list[str]) -> list[Any]:
-        return session._execute(feeds, kept=kept)
+    def _run(self, session: OnnxSession, feeds: Mapping[str, Any]) -> list[Any]:
+        return session._execute(feeds, self._adapter, session._device, host=("logits",))
 
     def _value(self, port: Port, value: Tensor) -> Any:
-        return feed(self._session._runtime, port, value)
+        return feed(self._session._runtime, port, value, self._session._device)
 
 
 def _empty(port: Port, batch: int) -> Tensor:

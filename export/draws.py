@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ParityError
-from lora_fx.export.arguments import FlatModel
-from lora_fx.export.cases import Case, Sizes
+from lora_fx.export.cases import Case, Checked, Sizes
 from lora_fx.export.trace import Axis, Trace
 
 __all__ = ["drawn_cases"]
@@ -23,7 +22,7 @@ _Outputs: TypeAlias = list[tuple[str, Tensor]]
 _Resize: TypeAlias = Callable[[Axis, int], int]
 
 
-def drawn_cases(model: FlatModel, trace: Trace, skipped: dict[Sizes, str]) -> Iterator[Case]:
+def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iterator[Case]:
     """Calls that PyTorch takes, with what it makes of them.
 
     Where there is an attention mask, only positions that it admits count.
@@ -46,7 +45,7 @@ def drawn_cases(model: FlatModel, trace: Trace, skipped: dict[Sizes, str]) -> It
 class _Draw:
     """Fresh inputs of the shapes that PyTorch takes, with what it makes of them."""
 
-    def __init__(self, model: FlatModel, trace: Trace, skipped: dict[Sizes, str]) -> None:
+    def __init__(self, model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> None:
         self.model = model
         self.trace = trace
         self.skipped = skipped

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
+from lora_fx.export.adapter_store import AdapterChoice
 from lora_fx.export.decoding import CachedDecoder
 from lora_fx.export.sampling import Processor, next_tokens, processors
 from lora_fx.export.settings import GenerationSettings
@@ -43,6 +44,7 @@ def generate(
     logits_processor: Sequence[Processor] = (),
     stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
     streamer: Streamer | None = None,
+    adapter: AdapterChoice = None,
 ) -> Any:
     """What ``OnnxSession.generate`` does; its docstring says what the arguments are.
 
@@ -55,6 +57,7 @@ def generate(
         logits_processor: Further ones.
         stopping_criteria: Further ones.
         streamer: Told of tokens.
+        adapter: What runs with the model.
 
     Raises:
         ExportError: See there.
@@ -76,7 +79,7 @@ def generate(
         mask, counted = torch.ones_like(ids), None
     length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
     chain = processors(settings, ids, counted, length, logits_processor)
-    decoder = CachedDecoder(session, len(ids), source)
+    decoder = CachedDecoder(session, len(ids), source, adapter)
 
     if streamer is not None:
         streamer.put(ids)

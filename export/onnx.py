@@ -20,7 +20,7 @@ from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.facts import graph_facts
 from lora_fx.export.placement import Staging, check_target, staging
-from lora_fx.export.prepare import Prepared, prepare
+from lora_fx.export.prepare import Prepared, prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
 from lora_fx.export.stages import Stages
 from lora_fx.export.tasks.registry import find_task
@@ -45,7 +45,7 @@ def export_onnx(
     example_inputs: object,
     *,
     task: Literal["text-generation", "text2text-generation"] | None = None,
-    adapters: Literal["merge"] = "merge",
+    adapters: Literal["merge", "inputs"] = "merge",
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
@@ -60,7 +60,7 @@ def export_onnx(
     there before is still there. The model is not changed, its modes included.
 
     Args:
-        model: Any module. Adapters in it are merged first.
+        model: Any module. Adapters in it are merged first, or become inputs.
         path: The file to write.
         example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
             check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
@@ -72,7 +72,10 @@ def export_onnx(
             ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
-        adapters: "merge".
+        adapters: "merge" to fold adapters into the weights. "inputs" to keep them apart: the file is
+            the base model, and takes an adapter of any rank at every place where one of the model's is
+            (for a plain model: at every linear operation but the head). ``save_onnx_adapter`` writes
+            adapters for it, and ``OnnxSession`` runs them.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has.
         dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
@@ -109,7 +112,8 @@ def export_onnx(
     clock = Stages(progress)
 
     clock.start("capturing the model")
-    *beside, main = prepare(model, example_inputs, dtype, task)
+    preparing = prepare if adapters == "merge" else prepare_swappable
+    *beside, main = preparing(model, example_inputs, dtype, task)
     options = _Options(opset, verify, external_data_bytes, clock)
     with staging(target) as stage:
         encoder: ExportReport | None = None
@@ -181,6 +185,7 @@ def _write_part(
         unverified_reason=verdict.reason,
         provider=verdict.provider,
         seconds={},
+        swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
         **graph_facts(traced, program, verdict.parity),
     )
 
@@ -188,10 +193,10 @@ def _write_part(
 def _check_arguments(model: object, adapters: str, dtype: str | None, opset: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise ExportError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    if adapters != "merge":
+    if adapters not in ("merge", "inputs"):
         raise ExportError(
-            f"adapters={adapters!r} is not supported: only 'merge', which folds them into the "
-            f"weights"
+            f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, or "
+            f"'inputs', which keeps them swappable"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown: give one of {', '.join(DTYPES)} or None")

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError, ParityError
-from lora_fx.export.arguments import FlatModel
-from lora_fx.export.cases import Case, Cases, Sizes
+from lora_fx.export.cases import Case, Cases, Checked, Runner, Sizes
 from lora_fx.export.draws import drawn_cases
 from lora_fx.export.report import OutputParity
-from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
 
 __all__ = ["TOLERANCES", "Parity", "check_parity"]
@@ -39,7 +37,7 @@ class Parity:
 
 
 def check_parity(
-    model: FlatModel, trace: Trace, session: OnnxSession, cases: Cases | None = None
+    model: Checked, trace: Trace, session: Runner, cases: Cases | None = None
 ) -> Parity:
     """Compare the session with the model on fresh inputs.
 
@@ -65,7 +63,7 @@ def check_parity(
     return parity
 
 
-def _compare(parity: Parity, trace: Trace, sizes: Sizes, case: Case, session: OnnxSession) -> None:
+def _compare(parity: Parity, trace: Trace, sizes: Sizes, case: Case, session: Runner) -> None:
     names = trace.arguments.names
     shapes = ", ".join(f"{name} {list(size)}" for name, size in zip(names, sizes, strict=True))
     try:

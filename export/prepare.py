@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from torch import nn
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
 from lora_fx.export.cases import Cases
+from lora_fx.export.factor_model import FactorModel
+from lora_fx.export.manifest import Manifest
+from lora_fx.export.swappable import Swappable, base_of, swappable, with_adapter
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
+from lora_fx.record import record_of
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "prepare_swappable"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -37,12 +42,20 @@ class Prepared:
         name: What the file holds; "" for the one that a session opens.
         cases: The calls on which the file is compared, None to draw them by axis.
         metadata: What the file remembers of its task.
+        base: What the file computes by itself: ``model``, or the model without its adapters.
+        manifest: The adapter inputs; None for a model whose adapters are merged.
+        adapters: The adapters that the model has, by name: each makes a model in which it is active.
+        source: The rewritten model that has them.
     """
 
     model: FlatModel
     arguments: Arguments
     outputs: tuple[str, ...]
     dtype: str
+    base: FlatModel
+    manifest: Manifest | None = None
+    adapters: Mapping[str, Callable[[], FlatModel]] = field(default_factory=dict)
+    source: nn.Module | None = None
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None
     name: str = ""
     cases: Cases | None = None
@@ -51,6 +64,42 @@ class Prepared:
     def beside(self, name: str, file: str) -> Prepared:
         """The same with ``file``, which holds ``name``, in its metadata."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
+
+
+def prepare_swappable(
+    model: nn.Module, example_inputs: object, dtype: str | None = None, task: str | None = None
+) -> tuple[Prepared, ...]:
+    """:func:`prepare` for files whose adapters are inputs.
+
+    Raises:
+        ExportError: As :func:`prepare`, and if an adapter trains something that has no factors.
+        NoMatchError: A plain model has no linear operation.
+    """
+    model = unwrapped(model)
+    made = swappable(model)
+    bases = prepare(base_of(model), example_inputs, dtype, task)
+    twin = exportable_twin(made.model, dtype)
+    return tuple(_with_inputs(base, model, made, twin, dtype) for base in bases)
+
+
+def _with_inputs(
+    base: Prepared, model: nn.Module, made: Swappable, twin: nn.Module, dtype: str | None
+) -> Prepared:
+    call = base.model.call
+    flat = FactorModel(made, twin, base.arguments, call).eval()
+    record = record_of(model)
+
+    def active(name: str) -> FlatModel:
+        adapted = exportable_twin(with_adapter(model, name), dtype)
+        return FlatModel(adapted, base.arguments, call).eval()
+
+    return dataclasses.replace(
+        base,
+        model=flat,
+        manifest=flat.manifest,
+        adapters={name: partial(active, name) for name in (record.adapters if record else ())},
+        source=model,
+    )
 
 
 def prepare(
@@ -80,7 +129,7 @@ def prepare(
     for name, value in arguments.baked.items():
         _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
     flat, arguments, outputs = _first_run(FlatModel(twin, arguments))
-    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin)),)
+    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin), flat),)
 
 
 def _by_name(arguments: Arguments) -> dict[str, Any]:
@@ -96,10 +145,11 @@ def _prepared(twin: nn.Module, part: Part) -> Prepared:
         arguments,
         tuple(outputs),
         dtype_name(twin),
-        part.dynamic_shapes,
-        part.name,
-        part.cases,
-        part.metadata,
+        flat,
+        dynamic_shapes=part.dynamic_shapes,
+        name=part.name,
+        cases=part.cases,
+        metadata=part.metadata,
     )
 
 

@@ -61,6 +61,7 @@ class ExportReport:
         task: What it was exported for, None if as the model is called.
         encoder: Of the file with the encoder, which has to stay beside this one; None if there is
             none.
+        swappable: Sites that take an adapter when the file is run; none if adapters were merged.
     """
 
     path: str
@@ -86,6 +87,7 @@ class ExportReport:
     versions: Mapping[str, str]
     task: str | None = None
     encoder: ExportReport | None = None
+    swappable: tuple[str, ...] = ()
 
     @property
     def max_abs_error(self) -> float:
@@ -125,6 +127,9 @@ class ExportReport:
             # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
             lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        if self.swappable:
+            sites = len(self.swappable)
+            lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
         lines += self._parity_lines()
         if self.encoder is not None:
             lines.append(f"with the encoder beside it, {self.encoder}")

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.arguments import FlatModel
-from lora_fx.export.cases import Case
+from lora_fx.export.cases import Case, Checked
 from lora_fx.export.tasks.cache import (
     CacheLayout,
     Past,
@@ -201,7 +200,7 @@ def _call(
 
 
 @torch.no_grad()
-def _cases(model: FlatModel, *, found: _Example) -> Iterator[Case]:
+def _cases(model: Checked, *, found: _Example) -> Iterator[Case]:
     """The first token, two more, and single ones, for several batches.
 
     The logits that are expected are those of the whole model without a cache, so that what the cache
@@ -218,7 +217,7 @@ def _cases(model: FlatModel, *, found: _Example) -> Iterator[Case]:
             mask = source["attention_mask"].clone()
             mask[-1, mask.shape[1] // 2 + 1 :] = 0
             source["attention_mask"] = mask
-        states = _crossed(whole, **source)["present"]
+        states = model.run(_crossed, **source)["present"]
         ids = _drawn(whole, (batch, sum(lengths)), generator).to(found.own.device)
         ids[:, 0] = found.start
         own = found.own.zeros(batch, 0)
@@ -231,7 +230,8 @@ def _cases(model: FlatModel, *, found: _Example) -> Iterator[Case]:
             for index, layer in own.items():
                 inputs += [layer["key"], layer["value"], *states[index]["encoder"].values()]
             outputs = dict(model.named(inputs))
-            plain = whole(**source, decoder_input_ids=ids[:, :total], use_cache=False)
+            begun = {"decoder_input_ids": ids[:, :total], "use_cache": False}
+            plain = model.run(nn.Module.__call__, **source, **begun)
             outputs["logits"] = plain.logits[:, -1:]
             yield Case(inputs, list(outputs.items()))
             own = {

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.arguments import FlatModel
-from lora_fx.export.cases import Case
+from lora_fx.export.cases import Case, Checked
 from lora_fx.export.tasks.cache import (
     CacheLayout,
     Past,
@@ -157,7 +156,7 @@ def _kept(model: nn.Module, keep: int) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _cases(model: FlatModel, *, layout: CacheLayout, keep: int) -> Iterator[Case]:
+def _cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterator[Case]:
     """A prompt with padding on the left, two tokens more, then single ones; and a lone prompt.
 
     The logits that are expected are those of a forward over the whole text without a cache, so that
@@ -182,7 +181,7 @@ def _cases(model: FlatModel, *, layout: CacheLayout, keep: int) -> Iterator[Case
             inputs = [ids[:, done:total].contiguous(), seen.contiguous()]
             inputs += [layer[kind] for layer in past.values() for kind in ("key", "value")]
             found = dict(model.named(inputs))
-            found["logits"] = _plain(decoder, ids[:, :total], seen)[:, done:][:, -keep:]
+            found["logits"] = model.run(_plain, ids[:, :total], seen)[:, done:][:, -keep:]
             valid = {name: seen[:, None, :, None] for name in found if name != "logits"}
             valid["logits"] = seen[:, done:][:, -keep:, None]
             yield Case(inputs, list(found.items()), valid)

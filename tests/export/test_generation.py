@@ -163,8 +163,8 @@ def test_the_cache_is_not_copied_through_numpy(
     steps: list[dict[str, Any]] = []
     run = session._execute
 
-    def watched(feeds: dict[str, Any], **options: Any) -> list[Any]:
-        results = run(feeds, **options)
+    def watched(feeds: dict[str, Any], *args: Any, **options: Any) -> list[Any]:
+        results = run(feeds, *args, **options)
         steps.append({"feeds": feeds, "results": results})
         return results
 

@@ -141,6 +141,7 @@ PUBLIC = {
     "register_pattern",
     "rewrite",
     "save_adapter",
+    "save_onnx_adapter",
     "trainable_parameters",
     "visualize",
 }

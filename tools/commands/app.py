@@ -14,6 +14,7 @@ from lora_fx.tools.commands.bench import bench
 from lora_fx.tools.commands.demo import demo
 from lora_fx.tools.commands.doctor import doctor
 from lora_fx.tools.commands.export import export
+from lora_fx.tools.commands.export_adapter import export_adapter
 from lora_fx.tools.commands.generate import generate
 from lora_fx.tools.commands.merge import merge
 from lora_fx.tools.commands.plan import plan
@@ -32,6 +33,7 @@ COMMANDS = (
     rewrite,
     merge,
     export,
+    export_adapter,
     visualize,
     run,
     generate,
