@@ -236,7 +236,8 @@ def test_a_weighted_sum_of_half_values_is_rounded_once() -> None:
         torch.tensor(5),
         torch.zeros(3, 0),
     ],
-    ids=str,
+    # Not the values, which are others in every process that collects the tests.
+    ids=lambda value: f"{value.dtype}{list(value.shape)}",
 )
 def test_values_share_their_memory_both_ways(value: Tensor) -> None:
     held = to_runtime(onnxruntime, value)
