@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ConfigError, ExportError
+from lora_fx.errors import ConfigError
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore
 from lora_fx.export.binding import bound_run, settle
 from lora_fx.export.generation import Streamer, generate
 from lora_fx.export.loading import load
 from lora_fx.export.manifest import Manifest
+from lora_fx.export.named_inputs import inputs_by_name
 from lora_fx.export.node_placement import PlacementReport, read_placement, warn_of_work
 from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
 from lora_fx.export.providers import PROVIDERS, import_onnxruntime
@@ -171,7 +171,7 @@ class OnnxSession:
             ExportError: Names, dtypes, ranks or fixed sizes do not fit, or the model fails.
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
-        given = self._by_name(inputs)
+        given = inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)
         feeds = {
             port.name: feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
@@ -293,36 +293,3 @@ class OnnxSession:
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
-
-    def _by_name(self, inputs: Any) -> dict[str, Any]:
-        names = [port.name for port in self.inputs]
-        if isinstance(inputs, (Tensor, np.ndarray)):
-            inputs = (inputs,)
-        if not isinstance(inputs, Mapping):
-            if not isinstance(inputs, Sequence):
-                raise ExportError(
-                    f"inputs are a {type(inputs).__name__}: give arrays or tensors, by name "
-                    f"({', '.join(names)}) or in this order"
-                )
-            if len(inputs) != len(names):
-                raise ExportError(
-                    f"{self.path.name} takes {len(names)} inputs ({', '.join(names)}), "
-                    f"{len(inputs)} were given"
-                )
-            inputs = dict(zip(names, inputs, strict=True))
-        missing = [name for name in names if name not in inputs]
-        unknown = [name for name in inputs if name not in names]
-        if missing or unknown:
-            raise ExportError(_names_message(self.path.name, names, missing, unknown))
-        return {name: inputs[name] for name in names}
-
-
-def _names_message(file: str, names: list[str], missing: list[str], unknown: list[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"lacks {', '.join(missing)}")
-    for name in unknown:
-        near = difflib.get_close_matches(str(name), names, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        parts.append(f"has '{name}', which is no input{hint}")
-    return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"

@@ -179,6 +179,15 @@ def test_the_cache_is_not_copied_through_numpy(
     assert all(step["results"][0].shape() == [1, 1, VOCABULARY] for step in steps)
 
 
+@pytest.mark.cuda
+def test_a_gpu_says_what_the_cpu_says(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("llama")
+    ids, mask = prompts()
+    on_gpu = OnnxSession(session.path, "cuda")
+    expected = session.generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(on_gpu.generate(ids.cuda(), mask.cuda(), max_new_tokens=12).cpu(), expected)
+
+
 def test_arrays_in_arrays_out(exported: Callable[[str], Pair]) -> None:
     _, session = exported("llama")
     ids, mask = prompts()

@@ -59,6 +59,10 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Draw from tokens of this probability together.")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="An .onnx_adapter file, or an adapter folder, to run with."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
 ) -> None:
     """Continue prompts with an exported model, and show tokens, or text with --tokenizer."""
@@ -72,6 +76,9 @@ def generate(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
+        chosen = None if adapter is None else adapter.stem
+        if adapter is not None and chosen is not None:
+            session.load_adapter(chosen, adapter)
     given.update(_padded(prompts))
     began = time.perf_counter()
     with console.progress("generating"):
@@ -83,6 +90,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             generator=torch.Generator().manual_seed(seed),
+            adapter=chosen,
         )
     seconds = time.perf_counter() - began
     screen = console.output()
