@@ -14,10 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
+from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.overridable import make_overridable
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.repair import repaired
 from lora_fx.export.trace import Trace
+from lora_fx.export.translations import translation_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,6 +60,7 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
     name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
+    expand_grouped(program)
     name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared.dtype, opset)
@@ -83,12 +87,13 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     try:
         with torch_export_context():
             program = torch.onnx.export(
-                trace.program,
+                repaired(trace.program),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
                 input_names=[f"__lora_fx_input_{index}" for index in range(count)],
                 output_names=[f"__lora_fx_output_{index}" for index in range(outputs)],
+                custom_translation_table=translation_table(trace.program),
             )
     except Exception as error:
         cause: BaseException = error

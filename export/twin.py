@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.passes._sharing import share_copy
@@ -30,7 +31,8 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
 
     Returns:
-        The copy, in eval mode, without key-value caches.
+        The copy, in eval mode, without key-value caches, mixtures of experts as grouped
+        products.
 
     Raises:
         ExportError: The weights are on the meta device or on several, or a module holds
@@ -42,6 +44,8 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
         twin = share_copy(model)
     except CaptureError as error:
         raise ExportError(str(error)) from error
+    twin.eval()
+    _compute_parametrized(twin)
     if target is not None:
         _cast_parameters(twin, target)
         _cast_buffers(twin, target)
@@ -49,7 +53,10 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
         config = vars(module).get("config")
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
-    return twin.eval()
+        if getattr(config, "_experts_implementation", None) is not None:
+            # The others loop over what the input chose, or copy a matrix for each row.
+            config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+    return twin
 
 
 def dtype_name(model: nn.Module) -> str:
@@ -85,6 +92,22 @@ def _check_devices(model: nn.Module) -> None:
     if len(devices) > 1:
         where = ", ".join(f"'{name}' on {device}" for device, name in devices.items())
         raise ExportError(f"the model is on several devices ({where}): move it to one first")
+
+
+def _compute_parametrized(twin: nn.Module) -> None:
+    """Make constants of weights that are computed from others (``torch.nn.utils.parametrize``)."""
+    for module in twin.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        # Not remove_parametrizations: it writes into the originals and edits the class, and both are the
+        # caller's.
+        names = list(module.parametrizations)  # type: ignore[arg-type]
+        with torch.no_grad():
+            values = {name: getattr(module, name).detach().clone() for name in names}
+        del module._modules["parametrizations"]
+        (module.__class__,) = type(module).__bases__
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _cast_parameters(twin: nn.Module, target: torch.dtype) -> None:
