@@ -60,10 +60,11 @@ def prepare_swappable(
         NoMatchError: A plain model has no linear operation.
     """
     model = unwrapped(model)
-    made = swappable(model)
+    record = record_of(model)
+    # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
+    made = swappable(model if record else exportable_twin(model))
     base = prepare(base_of(model), example_inputs, dtype)
     flat = FactorModel(made, exportable_twin(made.model, dtype), base.arguments).eval()
-    record = record_of(model)
 
     def active(name: str) -> FlatModel:
         twin = exportable_twin(with_adapter(model, name), dtype)
