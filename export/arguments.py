@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,14 +107,26 @@ class Extra:
 
 
 class FlatModel(nn.Module):
-    """A model that takes the tensors of a call one by one and returns a tuple of tensors."""
+    """A model that takes the tensors of a call one by one and returns a tuple of tensors.
+
+    Args:
+        model: The model. The FQN of a weight is ``PREFIX`` and its FQN in the model.
+        arguments: The call.
+        call: How the model is called: ``call(model, *args, **kwargs)``; by default its forward.
+    """
 
     PREFIX = "model."
 
-    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: Arguments,
+        call: Callable[..., object] = nn.Module.__call__,
+    ) -> None:
         super().__init__()
         self.model = model
         self.arguments = arguments
+        self.call = call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model with ``tensors`` in the slots of the example call."""
@@ -123,7 +135,11 @@ class FlatModel(nn.Module):
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """The outputs of the model with their names."""
         args, kwargs = self.arguments.fill(tensors)
-        return named_outputs(self.model(*args, **kwargs))
+        return named_outputs(self.run(self.call, *args, **kwargs))
+
+    def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        """Call the model in another way: ``call(model, *args, **kwargs)``."""
+        return call(self.model, *args, **kwargs)
 
     def extras(self) -> tuple[Extra, ...]:
         """What it takes after the tensors of the call."""

@@ -6,7 +6,7 @@ bound by the names of their inputs instead, like every other value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def bound_run(
     adapter: Mapping[str, Any],
     outputs: Sequence[Port],
     device: Device = CPU,
+    host: Collection[str] = (),
 ) -> list[Any]:
     """Run once. Nothing is shared with other runs but the values, which are only read.
 
@@ -34,6 +35,7 @@ def bound_run(
         adapter: Values for adapter inputs; those that are not there are the file's defaults.
         outputs: The outputs of the file.
         device: Where the results are to lie.
+        host: Names of outputs that are to lie on the CPU all the same.
 
     Returns:
         Values in the order of the outputs.
@@ -46,9 +48,12 @@ def bound_run(
         for name, value in (*feeds.items(), *adapter.items()):
             binding.bind_ortvalue_input(name, value)
         for port in outputs:
-            binding.bind_output(port.name, device.kind, device.index)
+            place = CPU if port.name in host else device
+            binding.bind_output(port.name, place.kind, place.index)
         session.run_with_iobinding(binding)
         results: list[Any] = binding.get_outputs()
+        # The results keep the binding alive, and it the inputs: a cache would be held twice.
+        binding.clear_binding_inputs()
     except Exception as error:
         shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
         raise ExportError(f"ONNX Runtime failed on {shapes}: {reason_of(error)}") from error

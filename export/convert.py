@@ -64,6 +64,7 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared.dtype, opset)
+    program.metadata_props.update(prepared.metadata)
     if manifest is not None:
         make_overridable(program, manifest)
     return program

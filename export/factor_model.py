@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,21 @@ class FactorModel(FlatModel):
         made: What :func:`lora_fx.export.swappable.swappable` has made.
         model: It again, or a copy that was cast.
         arguments: The call.
+        call: How the model is called.
 
     Attributes:
         manifest: The adapter inputs.
         adapter_inputs: The same in order.
     """
 
-    def __init__(self, made: Swappable, model: nn.Module, arguments: Arguments) -> None:
-        super().__init__(model, arguments)
+    def __init__(
+        self,
+        made: Swappable,
+        model: nn.Module,
+        arguments: Arguments,
+        call: Callable[..., object] = nn.Module.__call__,
+    ) -> None:
+        super().__init__(model, arguments, call)
         self.manifest = Manifest(
             _base_name(model), tuple(site_inputs(model, row) for row in made.rows)
         )
@@ -48,10 +56,16 @@ class FactorModel(FlatModel):
             tensors: Those of the call, and then the adapter inputs.
         """
         own = len(self.arguments.tensors)
-        given = zip(self._places, self.adapter_inputs, tensors[own:], strict=True)
-        values = {name: flip(one, tensor) for name, one, tensor in given}
         args, kwargs = self.arguments.fill(tensors[:own])
-        return named_outputs(torch.func.functional_call(self.model, values, args, kwargs))
+        return named_outputs(self.handed(tensors[own:], self.call, *args, **kwargs))
+
+    def handed(
+        self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
+    ) -> Any:
+        """``call(model, *args, **kwargs)`` with values for the adapter inputs."""
+        given = zip(self._places, self.adapter_inputs, factors, strict=True)
+        values = {f"model.{name}": flip(one, tensor) for name, one, tensor in given}
+        return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
 
     def extras(self) -> tuple[Extra, ...]:
         """The adapter inputs as torch.export sees them.
@@ -75,6 +89,18 @@ class FactorModel(FlatModel):
                 example = torch.zeros(shape, dtype=dtype, device=self.device)
                 found.append(Extra(one.name, example, dims, labels, plain))
         return tuple(found)
+
+
+class _Called(nn.Module):
+    """A model under a way to call it, since ``functional_call`` takes a module."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., object]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        return self.call(self.model, *args, **kwargs)
 
 
 def flip(one: AdapterInput, tensor: Tensor) -> Tensor:

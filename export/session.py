@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
-from lora_fx.errors import ConfigError, ExportError
+from lora_fx.errors import ConfigError
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore
 from lora_fx.export.binding import bound_run, settle
+from lora_fx.export.calls import inputs_by_name
+from lora_fx.export.generating import Generates
 from lora_fx.export.loading import load
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.node_placement import PlacementReport, read_placement, warn_of_work
 from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
 from lora_fx.export.providers import PROVIDERS, import_onnxruntime
 from lora_fx.export.static_run import StaticRunner
+from lora_fx.export.tasks.defaults import ENCODER_KEY
 
 __all__ = ["OnnxSession", "Port"]
 
 
-class OnnxSession:
+class OnnxSession(Generates):
     """An exported model, loaded and ready to run.
 
     Threads may share it: each run has bindings of its own.
 
     Args:
-        path: The ``.onnx`` file; its external data has to lie beside it.
+        path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
+            lie beside it.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them.
         tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
@@ -40,6 +43,12 @@ class OnnxSession:
             for models that wait for launches more than for kernels. Runs are one at a time then.
         max_rank: The highest rank of an adapter, or of a weighted sum. CUDA graphs need one where the
             file takes adapters: every adapter runs at this rank.
+
+    Attributes:
+        inputs: What ``run`` takes.
+        outputs: What it gives.
+        metadata: What the file remembers of its export.
+        encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.
 
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
@@ -71,10 +80,17 @@ class OnnxSession:
         self._session = load(self._runtime, self.path, provider, options)
         self.provider: Literal["cuda", "cpu"] = provider
         self._device = Device(provider, int(options.get("device_id", 0)))
-        manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map)
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        manifest = Manifest.from_metadata(self.metadata)
         self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(port_of(value) for value in self._session.get_outputs())
+        self.encoder: OnnxSession | None = None
+        if ENCODER_KEY in self.metadata:
+            beside = self.path.with_name(self.metadata[ENCODER_KEY])
+            self.encoder = OnnxSession(
+                beside, provider, provider_options=provider_options, tf32=tf32, max_rank=max_rank
+            )
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
         if provider == "cuda":
             warn_of_work(self._session, PROVIDERS[provider], self.path.name)
@@ -119,7 +135,8 @@ class OnnxSession:
         manifest = self._store.manifest
         values = values_of(source, adapter_name, manifest)
         what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
-        self._store.load(name, values, what)
+        for part in self._parts():
+            part._store.load(name, values, what)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory.
@@ -127,7 +144,8 @@ class OnnxSession:
         Raises:
             ConfigError: There is no adapter of this name.
         """
-        self._store.unload(name)
+        for part in self._parts():
+            part._store.unload(name)
 
     def run(
         self,
@@ -165,13 +183,20 @@ class OnnxSession:
         return {port.name: unwrap(result, device) for port, result in pairs}
 
     def _execute(
-        self, feeds: Mapping[str, Any], adapter: AdapterChoice = None, device: Device = CPU
+        self,
+        feeds: Mapping[str, Any],
+        adapter: AdapterChoice = None,
+        device: Device = CPU,
+        host: Collection[str] = (),
     ) -> list[Any]:
-        """From values of ONNX Runtime, by name, to values on ``device`` in the order of the outputs."""
+        """From values of ONNX Runtime, by name, to values in the order of the outputs.
+
+        They lie on ``device``, those that ``host`` names on the CPU.
+        """
         held = self._store.chosen(adapter)
         if self._static is not None:
-            return self._static.run(feeds, held, device)
-        return bound_run(self._session, feeds, held.bound, self.outputs, device)
+            return self._static.run(feeds, held, device, host)
+        return bound_run(self._session, feeds, held.bound, self.outputs, device, host)
 
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
         if manifest is not None and max_rank is None:
@@ -182,35 +207,9 @@ class OnnxSession:
         runtime, session = self._runtime, self._session
         return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
 
+    def _parts(self) -> tuple[OnnxSession, ...]:
+        # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
+        return (self,) if self.encoder is None else (self, self.encoder)
+
     def _by_name(self, inputs: Any) -> dict[str, Any]:
-        names = [port.name for port in self.inputs]
-        if isinstance(inputs, (Tensor, np.ndarray)):
-            inputs = (inputs,)
-        if not isinstance(inputs, Mapping):
-            if not isinstance(inputs, Sequence):
-                raise ExportError(
-                    f"inputs are a {type(inputs).__name__}: give arrays or tensors, by name "
-                    f"({', '.join(names)}) or in this order"
-                )
-            if len(inputs) != len(names):
-                raise ExportError(
-                    f"{self.path.name} takes {len(names)} inputs ({', '.join(names)}), "
-                    f"{len(inputs)} were given"
-                )
-            inputs = dict(zip(names, inputs, strict=True))
-        missing = [name for name in names if name not in inputs]
-        unknown = [name for name in inputs if name not in names]
-        if missing or unknown:
-            raise ExportError(_names_message(self.path.name, names, missing, unknown))
-        return {name: inputs[name] for name in names}
-
-
-def _names_message(file: str, names: list[str], missing: list[str], unknown: list[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"lacks {', '.join(missing)}")
-    for name in unknown:
-        near = difflib.get_close_matches(str(name), names, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        parts.append(f"has '{name}', which is no input{hint}")
-    return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"
+        return inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)

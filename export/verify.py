@@ -68,4 +68,4 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
 
 
 def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession) -> Parity:
-    return check_parity(prepared.model, traced, session)
+    return check_parity(prepared.model, traced, session, prepared.cases)

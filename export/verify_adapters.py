@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_fx.errors import ParityError
 from lora_fx.export.adapter_check import cast_to
 from lora_fx.export.adapter_values import values_of_model
+from lora_fx.export.cases import Cases, Checked
 from lora_fx.export.factor_model import FactorModel, random_factors
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
@@ -33,31 +34,35 @@ def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession) -> P
     Raises:
         ParityError: An output differs, with the adapter that it was with.
     """
-    parity = check_parity(prepared.base, traced, session)
+    cases = prepared.cases
+    parity = check_parity(prepared.base, traced, session, cases)
     manifest = prepared.manifest
     assert manifest is not None
     assert isinstance(prepared.model, FactorModel)
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
         values = cast_to(manifest, values_of_model(prepared.source, name))
-        _check(parity, f"adapter {name!r}", active(), traced, session, values)
+        _check(parity, f"adapter {name!r}", active(), traced, session, values, cases)
     values = random_factors(manifest, _RANDOM_RANK)
     model = _Handed(prepared.model, values)
-    _check(parity, f"a random adapter of rank {_RANDOM_RANK}", model, traced, session, values)
+    _check(
+        parity, f"a random adapter of rank {_RANDOM_RANK}", model, traced, session, values, cases
+    )
     return parity
 
 
 def _check(
     parity: Parity,
     what: str,
-    model: Any,
+    model: Checked,
     traced: Trace,
     session: OnnxSession,
     values: Mapping[str, Tensor],
+    cases: Cases | None,
 ) -> None:
     session.load_adapter(what, values)
     try:
-        found = check_parity(model, traced, _With(session, what))
+        found = check_parity(model, traced, _With(session, what), cases)
     except ParityError as error:
         raise ParityError(f"with {what}: {error}") from error
     finally:
@@ -83,7 +88,11 @@ class _Handed:
 
     def __init__(self, model: FactorModel, values: Mapping[str, Tensor]) -> None:
         self._model = model
+        self.model = model.model
         self._values = [values[one.name].to(model.device) for one in model.adapter_inputs]
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         return self._model.named([*tensors, *self._values])
+
+    def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        return self._model.handed(self._values, call, *args, **kwargs)

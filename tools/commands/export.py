@@ -22,6 +22,14 @@ def export(
         Path | None,
         typer.Option("--adapter", help="An adapter folder: to merge, or to have the places of."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="text-generation (a decoder with its key-value cache) or text2text-generation (an "
+            "encoder-decoder): a file for `lora-fx generate`.",
+        ),
+    ] = None,
     adapters: Annotated[
         str,
         typer.Option(
@@ -52,12 +60,14 @@ def export(
         with console.progress("reading the adapter"):
             base = load_adapter(base, adapter)
     kind: Any = dtype
+    purpose: Any = task
     how: Any = adapters
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
             base,
             out,
             inputs,
+            task=purpose,
             adapters=how,
             dtype=kind,
             opset=opset,
