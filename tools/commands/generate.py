@@ -11,6 +11,7 @@ import typer
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools import console
+from lora_fx.tools.commands import options as o
 
 __all__ = ["generate"]
 
@@ -43,6 +44,10 @@ def generate(
     provider: Annotated[
         str, typer.Option("--provider", help="cpu or cuda: that one, or an error.")
     ] = "cpu",
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="An .onnx_adapter file, or an adapter folder, to run with."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="20 if the file says nothing.")
     ] = None,
@@ -72,6 +77,7 @@ def generate(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
+        chosen = o.loaded_adapter(session, adapter)
     given.update(_padded(prompts))
     began = time.perf_counter()
     with console.progress("generating"):
@@ -83,6 +89,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             generator=torch.Generator().manual_seed(seed),
+            adapter=chosen,
         )
     seconds = time.perf_counter() - began
     screen = console.output()
