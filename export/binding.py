@@ -52,6 +52,8 @@ def bound_run(
             binding.bind_output(port.name, place.kind, place.index)
         session.run_with_iobinding(binding)
         results: list[Any] = binding.get_outputs()
+        # The results keep the binding alive, and it the inputs: a cache would be held twice.
+        binding.clear_binding_inputs()
     except Exception as error:
         shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
         raise ExportError(f"ONNX Runtime failed on {shapes}: {reason_of(error)}") from error

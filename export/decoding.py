@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 from lora_fx.export.adapter_store import AdapterChoice
-from lora_fx.export.named_inputs import inputs_by_name
+from lora_fx.export.calls import inputs_by_name
 from lora_fx.export.ports import Port, feed, unwrap
 
 if TYPE_CHECKING:

@@ -76,7 +76,8 @@ def prepare_swappable(
         NoMatchError: A plain model has no linear operation.
     """
     model = unwrapped(model)
-    made = swappable(model)
+    # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
+    made = swappable(model if record_of(model) else exportable_twin(model))
     bases = prepare(base_of(model), example_inputs, dtype, task)
     twin = exportable_twin(made.model, dtype)
     return tuple(_with_inputs(base, model, made, twin, dtype) for base in bases)

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore
 from lora_fx.export.binding import bound_run, settle
-from lora_fx.export.generation import Streamer, generate
+from lora_fx.export.calls import inputs_by_name
+from lora_fx.export.generating import Generates
 from lora_fx.export.loading import load
 from lora_fx.export.manifest import Manifest
-from lora_fx.export.named_inputs import inputs_by_name
 from lora_fx.export.node_placement import PlacementReport, read_placement, warn_of_work
 from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
 from lora_fx.export.providers import PROVIDERS, import_onnxruntime
-from lora_fx.export.sampling import Processor
 from lora_fx.export.static_run import StaticRunner
 from lora_fx.export.tasks.defaults import ENCODER_KEY
 
 __all__ = ["OnnxSession", "Port"]
 
 
-class OnnxSession:
+class OnnxSession(Generates):
     """An exported model, loaded and ready to run.
 
     Threads may share it: each run has bindings of its own.
@@ -171,7 +169,7 @@ class OnnxSession:
             ExportError: Names, dtypes, ranks or fixed sizes do not fit, or the model fails.
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
-        given = inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)
+        given = self._by_name(inputs)
         feeds = {
             port.name: feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
@@ -183,87 +181,6 @@ class OnnxSession:
         results = self._execute(feeds, adapter, self._device if stays else CPU)
         pairs = zip(self.outputs, results, strict=True)
         return {port.name: unwrap(result, device) for port, result in pairs}
-
-    def generate(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        *,
-        max_new_tokens: int | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        generation_config: Mapping[str, Any] | None = None,
-        generator: torch.Generator | None = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
-        streamer: Streamer | None = None,
-        adapter: AdapterChoice = None,
-        **inputs: Any,
-    ) -> Any:
-        """Continue texts: token for token what ``model.generate`` of transformers gives.
-
-        For files of ``export_onnx(..., task=...)``. What is not given is as in the model's
-        ``generation_config``, which the file remembers, and else as in transformers.
-
-        Args:
-            input_ids: The prompts, whole numbers of shape [batch, sequence], padded on the left; for
-                an encoder-decoder the texts that its encoder reads.
-            attention_mask: Of the same shape, 0 for padding. Without it pad tokens are padding.
-            max_new_tokens: Tokens to generate at most; 20 if nothing says otherwise.
-            do_sample: Draw each token, else take the likeliest.
-            temperature: What logits are divided by before a draw.
-            top_k: Draw from so many tokens only; 0 for all.
-            top_p: Draw from the likeliest tokens that have this probability together.
-            min_p: Draw from tokens that have this share of the likeliest one's probability.
-            repetition_penalty: What the logits of tokens that were there are divided by.
-            eos_token_id: The token or tokens that end a text; an empty list for none.
-            pad_token_id: What follows in rows that end before others.
-            generation_config: Fields of a ``GenerationConfig`` in place of those in the file.
-            generator: For the draws. Without it they come from torch's own, as in transformers.
-            logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to
-                scores; those of transformers are such.
-            stopping_criteria: Functions from tokens and scores to True where a text has ended.
-            streamer: Told of the prompt, each token, and the end, as transformers' are.
-            adapter: As for :meth:`run`.
-            **inputs: ``input_features`` and the like, what an encoder takes instead of ids, and
-                ``decoder_input_ids``, with which its decoder begins.
-
-        Returns:
-            The prompts and what follows, [batch, length]: a tensor, or an array if all that was given
-            are arrays. For an encoder-decoder what its decoder says.
-
-        Raises:
-            ExportError: The file is not for generation; inputs, settings or lengths do not fit; the
-                default settings ask for what is not done here, such as beams.
-        """
-        changes = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-        }
-        return generate(
-            self,
-            {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
-            changes,
-            generation_config=generation_config,
-            generator=generator,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            adapter=adapter,
-        )
 
     def _execute(
         self,
@@ -278,7 +195,7 @@ class OnnxSession:
         """
         held = self._store.chosen(adapter)
         if self._static is not None:
-            return self._static.run(feeds, held, device)
+            return self._static.run(feeds, held, device, host)
         return bound_run(self._session, feeds, held.bound, self.outputs, device, host)
 
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
@@ -293,3 +210,6 @@ class OnnxSession:
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
+
+    def _by_name(self, inputs: Any) -> dict[str, Any]:
+        return inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)

@@ -8,7 +8,7 @@ factors, filled up with zeros to the highest rank that there may be.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_fx.export.adapter_store import HeldAdapter
 from lora_fx.export.binding import settle
 from lora_fx.export.loading import reason_of
 from lora_fx.export.manifest import AdapterInput, Manifest, SiteInputs
-from lora_fx.export.ports import BF16, Device, Port, to_tensor
+from lora_fx.export.ports import BF16, CPU, Device, Port, to_tensor
 
 __all__ = ["MAX_SHAPES", "StaticRunner", "filled_up"]
 
@@ -73,13 +73,20 @@ class StaticRunner:
         self._loaded: HeldAdapter | None = None
         self._factors: dict[str, Any] = {}
 
-    def run(self, feeds: Mapping[str, Any], adapter: HeldAdapter, device: Device) -> list[Any]:
+    def run(
+        self,
+        feeds: Mapping[str, Any],
+        adapter: HeldAdapter,
+        device: Device,
+        host: Collection[str] = (),
+    ) -> list[Any]:
         """Run once.
 
         Args:
             feeds: Values for the inputs of the model.
             adapter: What to run with.
             device: Where the results are to lie.
+            host: Outputs that are to lie on the CPU all the same.
 
         Returns:
             Values with memory of their own, in the order of the outputs.
@@ -94,7 +101,10 @@ class StaticRunner:
                 for name, value in feeds.items():
                     self._write(graph.inputs[name], to_tensor(value))
                 self._session.run_with_iobinding(graph.binding, graph.options)
-                return [self._taken(value, device) for value in graph.outputs]
+                return [
+                    self._taken(value, CPU if port.name in host else device)
+                    for port, value in zip(self._outputs, graph.outputs, strict=True)
+                ]
         except ExportError:
             raise
         except Exception as error:

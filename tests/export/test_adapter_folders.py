@@ -202,6 +202,6 @@ def test_a_file_that_ignores_its_adapters_is_not_written(
         verify_adapters._With, "run", lambda self, inputs: self._session.run(inputs)
     )
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-    with pytest.raises(ParityError, match="with a random adapter of rank 3: output 'output'"):
+    with pytest.raises(ParityError, match="with a random adapter: output 'output'"):
         export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4), adapters="inputs")
     assert not list(tmp_path.iterdir())

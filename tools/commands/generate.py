@@ -11,6 +11,7 @@ import typer
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools import console
+from lora_fx.tools.commands import options as o
 
 __all__ = ["generate"]
 
@@ -43,6 +44,10 @@ def generate(
     provider: Annotated[
         str, typer.Option("--provider", help="cpu or cuda: that one, or an error.")
     ] = "cpu",
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="An .onnx_adapter file, or an adapter folder, to run with."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="20 if the file says nothing.")
     ] = None,
@@ -59,10 +64,6 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Draw from tokens of this probability together.")
     ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option("--adapter", help="An .onnx_adapter file, or an adapter folder, to run with."),
-    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
 ) -> None:
     """Continue prompts with an exported model, and show tokens, or text with --tokenizer."""
@@ -76,9 +77,7 @@ def generate(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
-        chosen = None if adapter is None else adapter.stem
-        if adapter is not None and chosen is not None:
-            session.load_adapter(chosen, adapter)
+        chosen = o.loaded_adapter(session, adapter)
     given.update(_padded(prompts))
     began = time.perf_counter()
     with console.progress("generating"):

@@ -55,9 +55,7 @@ def run(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
-        chosen = None if adapter is None else adapter.stem
-        if adapter is not None and chosen is not None:
-            session.load_adapter(chosen, adapter)
+        chosen = o.loaded_adapter(session, adapter)
     feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
     seconds = []
     with console.progress("running") as advance:

@@ -1,4 +1,4 @@
-"""The inputs of one call by name, however they were given."""
+"""What a call of a file gives, by the names of its inputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["inputs_by_name"]
 
 
 def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, Any]:
-    """Inputs in the order of ``names``.
+    """Arrays or tensors by name, however they were given.
 
     Args:
-        inputs: Arrays or tensors by name or in that order, or a lone one.
-        names: What the file takes.
-        file: Its name, for the message.
+        inputs: By name, in the order of ``names``, or a single one.
+        names: The inputs of the file.
+        file: Its name, for messages.
 
     Raises:
-        ExportError: Some are missing, are too many or have other names, with the nearest ones.
+        ExportError: One is missing or unknown, with the nearest name that there is.
     """
     if isinstance(inputs, (Tensor, np.ndarray)):
         inputs = (inputs,)
@@ -41,11 +41,11 @@ def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, An
     missing = [name for name in names if name not in inputs]
     unknown = [name for name in inputs if name not in names]
     if missing or unknown:
-        raise ExportError(_names_message(file, names, missing, unknown))
+        raise ExportError(_message(file, names, missing, unknown))
     return {name: inputs[name] for name in names}
 
 
-def _names_message(file: str, names: Sequence[str], missing: list[str], unknown: list[str]) -> str:
+def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[str]) -> str:
     parts = []
     if missing:
         parts.append(f"lacks {', '.join(missing)}")
