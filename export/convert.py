@@ -16,6 +16,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
+from lora_fx.export.overridable import make_overridable
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.repair import repaired
 from lora_fx.export.trace import Trace
@@ -53,15 +54,19 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
         ExportError: torch.onnx has no translation for something, or the graph is random.
     """
     twin, outputs = prepared.model.model, prepared.outputs
+    manifest = prepared.manifest
     program = _translate(trace, len(outputs), opset)
     _refuse_randomness(program, type(twin).__name__)
     _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
-    name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
+    name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
     expand_grouped(program)
-    name_axes(program, trace.labels(), trace.symbols)
+    name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared.dtype, opset)
+    program.metadata_props.update(prepared.metadata)
+    if manifest is not None:
+        make_overridable(program, manifest)
     return program
 
 
@@ -79,7 +84,7 @@ def torch_export_context() -> Iterator[None]:
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     # Neutral names on the way: an output named like a parameter would give an invalid model.
-    count = len(trace.arguments.names)
+    count = len(trace.input_names)
     try:
         with torch_export_context():
             program = torch.onnx.export(

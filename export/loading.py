@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.node_placement import RECORD_KEY
 from lora_fx.export.providers import PROVIDERS, check_provider, wheel_conflict
 
 __all__ = ["load", "reason_of"]
@@ -23,7 +24,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) ->
         runtime: The onnxruntime module.
         path: The ``.onnx`` file.
         provider: "cuda" or "cpu".
-        options: Of the provider. On CUDA, TF32 is off unless they say otherwise.
+        options: Of the provider.
 
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
@@ -36,8 +37,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) ->
     name = PROVIDERS[provider]
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
-    if provider == "cuda":
-        options = {"use_tf32": "0", **options}
+    settings.add_session_config_entry(RECORD_KEY, "1")
     # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.
     wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]
     try:
@@ -45,7 +45,13 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) ->
         session = runtime.InferenceSession(str(path), settings, providers=wanted, enable_fallback=0)
     except Exception as error:
         reason = reason_of(error)
-        if type(error).__name__ in ("NotImplemented", "EPFail"):
+        kind = type(error).__name__
+        if options.get("enable_cuda_graph") == "1" and kind in ("Fail", "NotImplemented", "EPFail"):
+            raise ProviderError(
+                f"{path} cannot be captured as a CUDA graph: {reason}. That takes a model without control "
+                f"flow, all of it on the GPU: load it without cuda_graph"
+            ) from error
+        if kind in ("NotImplemented", "EPFail"):
             raise ProviderError(f"the {provider} provider cannot run {path}: {reason}") from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "

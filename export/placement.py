@@ -2,7 +2,8 @@
 
 A model with external data is two files, and no file system replaces two at once. The data file
 therefore gets a name of its own at every export: the model file names its data file, and replacing
-the model file, one atomic step, is what switches from the old pair to the new one.
+the model file, one atomic step, is what switches from the old pair to the new one. A companion, the
+encoder that belongs to a decoder, is named and switched in the same way.
 """
 
 from __future__ import annotations
@@ -29,37 +30,60 @@ class Staging:
         target: Where the model file goes.
         model: The model file to write, under the name it will have.
         data: The external data file to write, if there is to be one.
+        companions: What is moved along, before the model file.
     """
 
     def __init__(self, target: Path, folder: Path) -> None:
         self.target = target
         self.model = folder / target.name
         self.data = folder / f"{target.name}.{secrets.token_hex(4)}.data"
+        self.companions: list[Staging] = []
+
+    def companion(self, name: str) -> Staging:
+        """A further model file that belongs to this one, ``STEM.xxxxxxxx.NAME.onnx`` beside it."""
+        file = f"{self.target.stem}.{secrets.token_hex(4)}.{name}{self.target.suffix}"
+        staged = Staging(self.target.with_name(file), self.model.parent)
+        self.companions.append(staged)
+        return staged
 
     def commit(self, *, force: bool) -> None:
-        """Move what was written into place and delete the data file that it replaces.
+        """Move what was written into place and delete the files beside it that it replaces.
 
         Raises:
             ExportError: The target came into being meanwhile, or cannot be written.
         """
         check_target(self.target, force=force)
-        moved = self.target.with_name(self.data.name)
-        stale = [path for path in self._data_files() if path != moved]
+        stale = self._replaced()
+        *beside, model = self._written()
+        moved: list[Path] = []
         with write_errors(self.target):
-            _flush(self.model)
-            if self.data.exists():
-                _flush(self.data)
-                self.data.replace(moved)
+            for path in (*beside, model):
+                _flush(path)
             try:
-                self.model.replace(self.target)
+                for path in beside:
+                    # One by one: what was moved before an error has to be known.
+                    moved.append(path.replace(self.target.with_name(path.name)))  # noqa: PERF401
+                model.replace(self.target)
             except OSError:
-                moved.unlink(missing_ok=True)
+                for path in moved:
+                    path.unlink(missing_ok=True)
                 raise
             for path in stale:
                 path.unlink(missing_ok=True)
 
-    def _data_files(self) -> list[Path]:
-        ours = re.compile(re.escape(self.target.name) + r"\.[0-9a-f]{8}\.data")
+    def _written(self) -> Iterator[Path]:
+        for companion in self.companions:
+            yield from companion._written()
+        if self.data.exists():
+            yield self.data
+        yield self.model
+
+    def _replaced(self) -> list[Path]:
+        data = r"\.[0-9a-f]{8}\.data"
+        name, stem, suffix = map(
+            re.escape, (self.target.name, self.target.stem, self.target.suffix)
+        )
+        ours = re.compile(rf"{name}{data}|{stem}\.[0-9a-f]{{8}}\.[a-z]+{suffix}({data})?")
         return [path for path in self.target.parent.iterdir() if ours.fullmatch(path.name)]
 
 

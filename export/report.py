@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 __all__ = ["ExportReport", "OutputParity"]
+
+_Entry = TypeVar("_Entry")
+_LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class ExportReport:
         provider: Execution provider of the comparison, else "".
         seconds: Wall-clock seconds of each stage, in order.
         versions: Version of each package that had a part in it.
+        task: What it was exported for, None if as the model is called.
+        encoder: Of the file with the encoder, which has to stay beside this one; None if there is
+            none.
+        swappable: Sites that take an adapter when the file is run; none if adapters were merged.
     """
 
     path: str
@@ -76,16 +85,22 @@ class ExportReport:
     provider: str
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    task: str | None = None
+    encoder: ExportReport | None = None
+    swappable: tuple[str, ...] = ()
 
     @property
     def max_abs_error(self) -> float:
         """Largest absolute difference over all outputs; 0 where nothing was compared."""
-        return max((row.max_abs_error for row in self.parity), default=0.0)
+        return max((row.max_abs_error for row in self._rows()), default=0.0)
 
     @property
     def max_rel_error(self) -> float:
         """Largest difference over all outputs, each over its output's largest magnitude."""
-        return max((row.max_rel_error for row in self.parity), default=0.0)
+        return max((row.max_rel_error for row in self._rows()), default=0.0)
+
+    def _rows(self) -> tuple[OutputParity, ...]:
+        return self.parity if self.encoder is None else (*self.encoder.parity, *self.parity)
 
     @property
     def total_seconds(self) -> float:
@@ -105,12 +120,19 @@ class ExportReport:
         lines = [head]
         if self.data_file:
             lines.append(f"  weights in {self.data_file}, which has to stay beside it")
-        lines += [f"  input  {name}{_axes(axes)}" for name, axes in self.inputs.items()]
-        lines += [f"  output {name}{_axes(axes)}" for name, axes in self.outputs.items()]
+        lines += [f"  input  {name}{_axes(axes)}" for name, axes in _short(self.inputs).items()]
+        lines += [f"  output {name}{_axes(axes)}" for name, axes in _short(self.outputs).items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
-        lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
+        if self.task is None:
+            # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+            lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        if self.swappable:
+            sites = len(self.swappable)
+            lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
         lines += self._parity_lines()
+        if self.encoder is not None:
+            lines.append(f"with the encoder beside it, {self.encoder}")
         return "\n".join(lines)
 
     def _parity_lines(self) -> list[str]:
@@ -118,9 +140,26 @@ class ExportReport:
             return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
         shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
         lines = [f"  checked on {self.provider} with {shapes}"]
-        lines.extend(map(_parity_line, self.parity))
+        lines.extend(map(_parity_line, _worst(self.parity)))
         lines += [f"  not tried: {shape}: {why}" for shape, why in self.shapes_skipped.items()]
         return lines
+
+
+def _short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """One entry for all layers of a cache, whose names differ in a number."""
+    short: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        short.setdefault(_LAYER.sub(r"\1.*.", name), entry)
+    return short
+
+
+def _worst(rows: tuple[OutputParity, ...]) -> list[OutputParity]:
+    worst: dict[str, OutputParity] = {}
+    for row in rows:
+        row = dataclasses.replace(row, name=_LAYER.sub(r"\1.*.", row.name))
+        before = worst.get(row.name, row)
+        worst[row.name] = max(before, row, key=lambda one: one.max_rel_error)
+    return list(worst.values())
 
 
 def _parity_line(row: OutputParity) -> str:
@@ -139,4 +178,4 @@ def _axes(axes: tuple[int | str, ...]) -> str:
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return ", ".join(f"{name} {list(shape)}" for name, shape in _short(shapes).items())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import ExportError
-from lora_fx.export.arguments import Arguments, FlatModel
+from lora_fx.export.arguments import Arguments, Extra, FlatModel
 
 __all__ = ["Axis", "Trace", "headline", "trace", "widen_batch"]
 
@@ -60,6 +60,8 @@ class Trace:
         symbols: Symbol of torch.export to the name of the axis.
         description: Which axes were offered as dynamic.
         attempt: Its number among the ways that there are, from most to fewest dynamic axes.
+        extras: What the program takes after the tensors of the call.
+        extra_symbols: The same as ``symbols`` for the axes of those.
     """
 
     program: ExportedProgram
@@ -68,10 +70,18 @@ class Trace:
     symbols: Mapping[str, str]
     description: str = ""
     attempt: int = 0
+    extras: tuple[Extra, ...] = ()
+    extra_symbols: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of all inputs of the program."""
+        return (*self.arguments.names, *(extra.name for extra in self.extras))
 
     def labels(self) -> list[list[int | str]]:
-        """For each input its sizes and axis names."""
-        return [[axis.label for axis in axes] for axes in self.axes]
+        """For each input of the program its sizes and axis names."""
+        own = [[axis.label for axis in axes] for axes in self.axes]
+        return own + [list(extra.labels) for extra in self.extras]
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Input name to its dynamic axes, by position."""
@@ -114,6 +124,7 @@ def trace(
         ExportError: torch.export cannot capture the model, with its reason.
     """
     labels = _labels(dynamic_shapes, arguments)
+    extras = model.extras()
     failures = list(failed)
     attempts = list(enumerate(_attempts(arguments, dynamic_shapes, labels)))[first:]
     if not attempts:
@@ -122,7 +133,10 @@ def trace(
         try:
             with torch.no_grad():
                 program = torch.export.export(
-                    model, arguments.tensors, dynamic_shapes=(specs,), strict=False
+                    model,
+                    (*arguments.tensors, *(extra.example for extra in extras)),
+                    dynamic_shapes=((*specs, *(extra.dims for extra in extras)),),
+                    strict=False,
                 )
         except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
             failures.append(f"{description}: {headline(error)}")
@@ -130,7 +144,7 @@ def trace(
             continue
         for failure in failures:
             _log.warning("export with fewer dynamic axes: %s", failure)
-        found = _read(program, arguments, specs, labels, failures)
+        found = _read(program, arguments, specs, labels, failures, extras)
         return dataclasses.replace(found, description=description, attempt=attempt)
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({'; '.join(failures)})"
@@ -209,6 +223,7 @@ def _read(
     specs: Sequence[Mapping[int, Any]],
     labels: Sequence[Mapping[int, str]],
     failures: Sequence[str],
+    extras: tuple[Extra, ...],
 ) -> Trace:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     shapes = [values[name].shape for name in program.graph_signature.user_inputs]
@@ -220,7 +235,8 @@ def _read(
     symbols: dict[str, str] = {}
     rows: list[tuple[Axis, ...]] = []
     batch = next((tensor.shape[0] for tensor in arguments.tensors if tensor.ndim), 0)
-    inputs = zip(arguments.names, arguments.tensors, shapes, specs, labels, strict=True)
+    own = shapes[: len(arguments.names)]
+    inputs = zip(arguments.names, arguments.tensors, own, specs, labels, strict=True)
     for name, tensor, shape, spec, label in inputs:
         row = []
         for axis, (size, dim) in enumerate(zip(tensor.shape, shape, strict=True)):
@@ -236,7 +252,12 @@ def _read(
                 symbols[symbol] = f"{name}_{wanted}" if taken else wanted
             row.append(Axis(size, symbols[symbol], symbol, highs.get(symbol)))
         rows.append(tuple(row))
-    return Trace(program, arguments, tuple(rows), symbols)
+    others = {
+        str(shape[extra.named_axis]): str(extra.labels[extra.named_axis])
+        for extra, shape in zip(extras, shapes[len(own) :], strict=True)
+        if extra.named_axis is not None
+    }
+    return Trace(program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=others)
 
 
 def _axis_name(name: str, axis: int, tensor: Tensor) -> str:

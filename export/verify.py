@@ -12,6 +12,7 @@ from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
+from lora_fx.export.verify_adapters import check_adapters
 
 __all__ = ["Verdict", "verify"]
 
@@ -62,4 +63,9 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
-    return Verdict(check_parity(prepared.model, traced, session), session.provider)
+    check = check_adapters if prepared.manifest else _check_alone
+    return Verdict(check(prepared, traced, session), session.provider)
+
+
+def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession) -> Parity:
+    return check_parity(prepared.model, traced, session, prepared.cases)

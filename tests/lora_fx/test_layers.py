@@ -143,6 +143,7 @@ PUBLIC = {
     "register_pattern",
     "rewrite",
     "save_adapter",
+    "save_onnx_adapter",
     "trainable_parameters",
     "visualize",
 }
