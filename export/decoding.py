@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 from lora_fx.export.adapter_store import AdapterChoice
+from lora_fx.export.calls import inputs_by_name
 from lora_fx.export.ports import Port, feed, unwrap
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class CachedDecoder:
 
     def _encoded(self, encoder: OnnxSession, source: Mapping[str, Tensor]) -> dict[str, Any]:
         names = [port.name for port in encoder.outputs]
-        given = encoder._by_name(source)
+        taken = [port.name for port in encoder.inputs]
+        given = inputs_by_name(source, taken, encoder.path.name)
         feeds = {port.name: self._value(port, given[port.name]) for port in encoder.inputs}
         values = self._run(encoder, feeds)
         fixed = {

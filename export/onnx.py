@@ -121,6 +121,7 @@ def export_onnx(
             place = stage.companion(prepared.name)
             encoder = _write_part(prepared, None, place, options)
             main = main.beside(prepared.name, place.target.name)
+            clock.start("capturing the model")
         report = _write_part(main, dynamic_shapes, stage, options)
         clock.start("moving into place")
         stage.commit(force=force)
@@ -145,7 +146,6 @@ def _write_part(
         dynamic_shapes = prepared.dynamic_shapes
     if opset is None:
         opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
-    clock.start("capturing the model")
     with torch_export_context():
         traced = trace(prepared.model, prepared.arguments, dynamic_shapes)
     failures: list[str] = []

@@ -44,7 +44,6 @@ def test_greedy_tokens_are_those_of_generate(exported: Callable[[str], Pair], ki
     assert torch.equal(alone, expected[1:2, 3:])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,9 +54,9 @@ def test_greedy_tokens_are_those_of_generate(exported: Callable[[str], Pair], ki
     ],
 )
 def test_equal_seeds_draw_equal_tokens(
-    exported: Callable[[str], Pair], kind: str, options: dict[str, Any]
+    exported: Callable[[str], Pair], options: dict[str, Any]
 ) -> None:
-    model, session = exported(kind)
+    model, session = exported("llama")
     ids, mask = prompts()
     torch.manual_seed(5)
     expected = model.generate(
@@ -115,7 +114,7 @@ def test_the_generation_config_counts(
 
 
 def test_a_forced_first_token_counts(exported: Callable[[str], Pair]) -> None:
-    model, session = exported("gpt2")
+    model, session = exported("llama")
     ids = torch.tensor([[4], [9]])
     options = {"forced_bos_token_id": 17, "begin_suppress_tokens": list(range(40))}
     expected = model.generate(ids, max_new_tokens=5, **options)
@@ -177,6 +176,15 @@ def test_the_cache_is_not_copied_through_numpy(
             if name != "logits":
                 assert after["feeds"][name.replace("present", "past_key_values")] is value
     assert all(step["results"][0].shape() == [1, 1, VOCABULARY] for step in steps)
+
+
+@pytest.mark.cuda
+def test_a_gpu_says_what_the_cpu_says(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("llama")
+    ids, mask = prompts()
+    on_gpu = OnnxSession(session.path, "cuda")
+    expected = session.generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(on_gpu.generate(ids.cuda(), mask.cuda(), max_new_tokens=12).cpu(), expected)
 
 
 def test_arrays_in_arrays_out(exported: Callable[[str], Pair]) -> None:

@@ -101,5 +101,6 @@ def _built(kind: str) -> tuple[str, Any]:
             )  # fmt: skip
             return "WhisperForConditionalGeneration", config
         case _:
-            config = t.BartConfig(**_SEQUENCES, **_ATTENTION, max_position_embeddings=LIMIT)
+            layers = _ATTENTION | {"decoder_layers": 1}
+            config = t.BartConfig(**_SEQUENCES, **layers, max_position_embeddings=LIMIT)
             return "BartForConditionalGeneration", config
