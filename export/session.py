@@ -194,6 +194,7 @@ class OnnxSession(Generates):
         They lie on ``device``, those that ``host`` names on the CPU.
         """
         held = self._store.chosen(adapter)
+        settle((), self._device)
         if self._static is not None:
             return self._static.run(feeds, held, device, host)
         return bound_run(self._session, feeds, held.bound, self.outputs, device, host)
