@@ -47,7 +47,8 @@ class Cut(nn.Module):
         self.c = nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k = self.qk(x).chunk(2, -1)
+        y = self.qk(x)
+        q, k = y[..., :6], y[..., 6:]
         return self.c(self.act(q) * k)
 
 
