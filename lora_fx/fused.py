@@ -136,7 +136,7 @@ def _applied(
 def _nested(
     x: Tensor, dropout: float, options: Any, tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """The operations one by one, for sequences of several lengths (``torch.nested``), which have few others."""
+    """The operations one by one: sequences of several lengths (``torch.nested``) have few others."""
     masked = F.dropout(x, dropout) if dropout else x
     outputs = []
     for one in _operations(options, tensors):

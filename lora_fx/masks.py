@@ -25,7 +25,8 @@ def kept(dropout: float) -> int:
 
     A mask compares random numbers of eight bits with a threshold, so that probabilities are multiples of
     1/256: ``dropout`` is rounded to the nearest one from 1/256 to 255/256, so that it neither keeps nor drops
-    everything (0.0001 becomes 0.0039). What is kept has to be scaled by 256 / kept, so that the mean is exact.
+    everything (0.0001 becomes 0.0039). What is kept has to be scaled by 256 / kept, so that the mean is
+    exact.
 
     Args:
         dropout: A probability, above 0 and below 1.
