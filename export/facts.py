@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.export.parity import Parity
@@ -23,8 +24,10 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
     flat_axes = [axis for row in trace.axes for axis in row]
     tried = parity.tried if parity else []
     skipped = parity.skipped if parity else {}
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
     return {
-        "nodes": sum(1 for _ in model.graph.all_nodes()),
+        "nodes": operators.total(),
+        "operators": dict(operators.most_common()),
         "initializers": len(model.graph.initializers),
         "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
         "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},

@@ -16,7 +16,14 @@ from lora_fx.export.providers import PROVIDERS, check_provider, wheel_conflict
 __all__ = ["load", "reason_of"]
 
 
-def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) -> Any:
+def load(
+    runtime: Any,
+    path: Path,
+    provider: str,
+    options: Mapping[str, str],
+    *,
+    packed: bool = True,
+) -> Any:
     """A session of ONNX Runtime.
 
     Args:
@@ -24,6 +31,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) ->
         path: The ``.onnx`` file.
         provider: "cuda" or "cpu".
         options: Of the provider. On CUDA, TF32 is off unless they say otherwise.
+        packed: Let the CPU provider copy weights into the layout that its kernels like best.
 
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
@@ -36,6 +44,8 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str]) ->
     name = PROVIDERS[provider]
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
+    if not packed:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     if provider == "cuda":
         options = {"use_tf32": "0", **options}
     # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.

@@ -16,16 +16,18 @@ from torch import nn
 
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
+from lora_fx.export.difference import PrecisionError
 from lora_fx.export.facts import graph_facts
 from lora_fx.export.placement import check_target, staging
 from lora_fx.export.prepare import prepare
 from lora_fx.export.report import ExportReport
+from lora_fx.export.scratch import Scratch
 from lora_fx.export.stages import Stages
 from lora_fx.export.trace import headline, trace
 from lora_fx.export.twin import DTYPES
 from lora_fx.export.verify import Verdict
 from lora_fx.export.verify import verify as verify_file
-from lora_fx.export.write import EXTERNAL_DATA_BYTES, write
+from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES, write
 
 __all__ = ["BF16_OPSET", "DEFAULT_OPSET", "export_onnx"]
 
@@ -49,6 +51,7 @@ def export_onnx(
     force: bool = False,
     progress: Callable[[str], None] | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write ``model`` as an ONNX file that was checked against PyTorch.
 
@@ -63,7 +66,8 @@ def export_onnx(
             one is widened.
         adapters: "merge".
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
-            None to keep what it has.
+            None to keep what it has. A half-precision file is compared with the model in fp32, its
+            weights rounded to half precision; the tolerance is that of the dtype.
         dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
             is equal to the model, the first axis, or none; else input name to a mapping
             of axis to a name, all other axes being fixed.
@@ -72,7 +76,9 @@ def export_onnx(
             other shapes.
         force: Replace an existing file.
         progress: Called with the name of each stage as it begins.
-        external_data_bytes: Bytes of weights from which they are written to a second file.
+        external_data_bytes: Bytes of weights from which they are written to files of their
+            own, beside ``path``: 256 MiB by default.
+        shard_bytes: Bytes of one such file: 4 GB by default.
 
     Returns:
         What was written, which axes are dynamic and why others are not, and how close it is.
@@ -91,53 +97,57 @@ def export_onnx(
     _require_packages()
     clock = Stages(progress)
 
-    clock.start("capturing the model")
-    prepared = prepare(model, example_inputs, dtype)
-    with torch_export_context():
-        traced = trace(prepared.model, prepared.arguments, dynamic_shapes)
-    if opset is None:
-        opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
-    failures: list[str] = []
-    while True:
-        assert traced is not None
-        try:
-            clock.start("converting to ONNX")
-            program = convert(traced, prepared, opset)
-            with staging(target) as stage:
+    with staging(target) as stage:
+        scratch = Scratch(stage)
+        clock.start("capturing the model")
+        prepared = prepare(model, example_inputs, dtype, scratch.keep)
+        with torch_export_context():
+            traced = trace(prepared.model, prepared.arguments, dynamic_shapes)
+        if opset is None:
+            opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
+        failures: list[str] = []
+        while True:
+            assert traced is not None
+            try:
+                clock.start("converting to ONNX")
+                program = convert(traced, prepared, opset)
                 clock.start("writing the file")
-                size, external = write(program, stage, external_data_bytes)
+                files = write(program, stage, external_data_bytes, shard_bytes)
                 verdict = Verdict(reason="verify=False")
                 if verify:
                     clock.start("comparing with PyTorch in ONNX Runtime")
-                    verdict = verify_file(prepared, traced, stage.model)
-                clock.start("moving into place")
-                stage.commit(force=force)
-                data = stage.data.name if external else None
-            break
-        except (ConversionError, ParityError) as error:
-            # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
-            failures.append(f"{traced.description}: {headline(error)}")
-            clock.start("capturing the model with fewer dynamic axes")
-            with torch_export_context():
-                traced = trace(
-                    prepared.model,
-                    prepared.arguments,
-                    dynamic_shapes,
-                    failures,
-                    traced.attempt + 1,
-                )
-            if traced is None:
+                    large = len(files) > 1
+                    verdict = verify_file(prepared, traced, stage.model, scratch.keep, large=large)
+                break
+            except PrecisionError:
                 raise
-            _log.warning("export with fewer dynamic axes: %s", failures[-1])
+            except (ConversionError, ParityError) as error:
+                # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
+                failures.append(f"{traced.description}: {headline(error)}")
+                stage.discard()
+                clock.start("capturing the model with fewer dynamic axes")
+                with torch_export_context():
+                    traced = trace(
+                        prepared.model,
+                        prepared.arguments,
+                        dynamic_shapes,
+                        failures,
+                        traced.attempt + 1,
+                    )
+                if traced is None:
+                    raise
+                _log.warning("export with fewer dynamic axes: %s", failures[-1])
+        clock.start("moving into place")
+        stage.commit(force=force)
     clock.stop()
     return ExportReport(
         path=str(target),
-        size_bytes=size,
-        data_file=data,
+        files=files,
         opset=opset,
         dtype=prepared.dtype,
         unverified_reason=verdict.reason,
         provider=verdict.provider,
+        reference=verdict.reference,
         seconds=clock.seconds,
         **graph_facts(traced, program, verdict.parity),
     )

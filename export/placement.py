@@ -1,13 +1,18 @@
 """Writing beside the target and moving into place, so that a file is whole or not there at all.
 
-A model with external data is two files, and no file system replaces two at once. The data file
-therefore gets a name of its own at every export: the model file names its data file, and replacing
-the model file, one atomic step, is what switches from the old pair to the new one.
+A model with external data is several files, and no file system replaces two at once. The data files
+therefore get names of their own at every export: the model file names its data files, and replacing
+the model file, one atomic step, is what switches from the old set to the new one. A process that
+dies before it leaves the old model and its data; after it, the new ones. What it leaves beside them
+(a folder that nobody writes to any more, data that no model names) is cleared by the next export to
+the same name.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
+import logging
 import os
 import re
 import secrets
@@ -18,8 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_fx.errors import ExportError
+from lora_fx.export.ownership import abandoned, owned
 
 __all__ = ["Staging", "check_target", "staging", "write_errors"]
+
+_log = logging.getLogger("lora_fx")
 
 
 class Staging:
@@ -27,39 +35,65 @@ class Staging:
 
     Attributes:
         target: Where the model file goes.
+        folder: The temporary folder.
         model: The model file to write, under the name it will have.
-        data: The external data file to write, if there is to be one.
+        data: The external data file to write, if there is to be one; several have
+            ``-00001-of-00003`` before the suffix.
     """
 
     def __init__(self, target: Path, folder: Path) -> None:
         self.target = target
+        self.folder = folder
         self.model = folder / target.name
         self.data = folder / f"{target.name}.{secrets.token_hex(4)}.data"
 
+    def written(self) -> list[Path]:
+        """The files that are there: the model first, then its data."""
+        stem = self.data.name.removesuffix(".data")
+        return [self.model, *sorted(self.folder.glob(f"{glob.escape(stem)}*.data"))]
+
+    def discard(self) -> None:
+        """Delete what was written, so that it can be written anew."""
+        for file in self.written():
+            file.unlink(missing_ok=True)
+
     def commit(self, *, force: bool) -> None:
-        """Move what was written into place and delete the data file that it replaces.
+        """Move what was written into place and delete the data that it replaces.
 
         Raises:
             ExportError: The target came into being meanwhile, or cannot be written.
         """
         check_target(self.target, force=force)
-        moved = self.target.with_name(self.data.name)
-        stale = [path for path in self._data_files() if path != moved]
+        stale = self._data_files()
+        folder = self.target.parent
+        _, *data = self.written()
+        moved = [folder / file.name for file in data]
         with write_errors(self.target):
-            _flush(self.model)
-            if self.data.exists():
-                _flush(self.data)
-                self.data.replace(moved)
             try:
+                # On the disk before anything refers to it: a crash of the machine soon after a
+                # move can otherwise leave a file of the right name and no content.
+                for file in (self.model, *data):
+                    _flush(file)
+                for file, place in zip(data, moved, strict=True):
+                    file.replace(place)
+                _flush_folder(folder)
                 self.model.replace(self.target)
-            except OSError:
-                moved.unlink(missing_ok=True)
+            except BaseException:
+                # Interrupts, too. Once the model has moved, the data belongs to it.
+                if self.model.exists():
+                    for place in moved:
+                        place.unlink(missing_ok=True)
                 raise
-            for path in stale:
+        # The new model is there: what fails from here on is no failure of the export.
+        for path in stale:
+            try:
                 path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("cannot delete %s, which no model uses any more: %s", path, error)
+        _flush_folder(folder)
 
     def _data_files(self) -> list[Path]:
-        ours = re.compile(re.escape(self.target.name) + r"\.[0-9a-f]{8}\.data")
+        ours = re.compile(re.escape(self.target.name) + r"\.[0-9a-f]{8}(-\d{5}-of-\d{5})?\.data")
         return [path for path in self.target.parent.iterdir() if ours.fullmatch(path.name)]
 
 
@@ -85,11 +119,16 @@ def staging(target: Path) -> Iterator[Staging]:
         ExportError: The folder of the target cannot be made or written to.
     """
     # The same folder, hence the same file system: only there is a move atomic.
+    prefix = f".{target.name}."
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        for folder in target.parent.glob(f"{glob.escape(prefix)}*"):
+            if abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
-        yield Staging(target, folder)
+        with owned(folder):
+            yield Staging(target, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -126,6 +165,17 @@ def _is_full(error: OSError) -> bool:
 
 
 def _flush(path: Path) -> None:
-    # Without it a crash soon after the move can leave a file of the right name and no content.
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    # Windows opens no folders, and some network file systems flush none: a move is as safe there
+    # as they make it.
+    try:
+        _flush(path)
+    except OSError as error:
+        _log.debug("cannot flush %s: %s", path, error)

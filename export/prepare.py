@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
@@ -35,18 +36,24 @@ class Prepared:
     dtype: str
 
 
-def prepare(model: nn.Module, example_inputs: object, dtype: str | None = None) -> Prepared:
+def prepare(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+) -> Prepared:
     """Merge, copy and cast a model, and run it once.
 
     Args:
         model: Any module. It is not changed.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
         dtype: "fp32", "fp16", "bf16", or None to keep what it has.
+        keep: Takes each weight that is made anew, see ``Scratch.keep``.
 
     Raises:
         ExportError: The model cannot be copied, or does not run on the inputs.
     """
-    twin = exportable_twin(_merged(unwrapped(model)), dtype)
+    twin = exportable_twin(_merged(unwrapped(model), keep), dtype, keep)
     arguments = Arguments.of(twin, example_inputs)
     if dtype is not None:
         arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
@@ -56,12 +63,12 @@ def prepare(model: nn.Module, example_inputs: object, dtype: str | None = None) 
     return Prepared(flat, arguments, tuple(outputs), dtype_name(twin))
 
 
-def _merged(model: nn.Module) -> nn.Module:
+def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
     if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
         return model
     from lora_fx.passes.merge import merge
 
-    merged, report = merge(model)
+    merged, report = merge(model, keep=keep)
     _log.info("export: %s", report)
     return merged
 

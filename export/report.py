@@ -33,11 +33,12 @@ class ExportReport:
 
     Attributes:
         path: The file that was written.
-        size_bytes: Size of the file and its external data together.
-        data_file: Name of the external data file beside it, or None.
+        files: Name to bytes of every file that was written: the model, and after it those of its
+            weights, if they are not inside. They all have to stay in one folder.
         opset: ONNX opset of the file.
         dtype: "fp32", "fp16", "bf16" or the torch name of what most weights are stored in.
         nodes: Number of nodes of the graph.
+        operators: Operator to the number of its nodes, the most frequent first.
         initializers: Number of stored tensors.
         inputs: Input name to its axes: a name for a dynamic one, a size for a fixed one.
         outputs: The same for outputs.
@@ -51,16 +52,17 @@ class ExportReport:
         shapes_tried: The input shapes on which it was made.
         shapes_skipped: Shapes that PyTorch itself refused, with its words.
         provider: Execution provider of the comparison, else "".
+        reference: What the file was compared with, else "".
         seconds: Wall-clock seconds of each stage, in order.
         versions: Version of each package that had a part in it.
     """
 
     path: str
-    size_bytes: int
-    data_file: str | None
+    files: Mapping[str, int]
     opset: int
     dtype: str
     nodes: int
+    operators: Mapping[str, int]
     initializers: int
     inputs: Mapping[str, tuple[int | str, ...]]
     outputs: Mapping[str, tuple[int | str, ...]]
@@ -74,8 +76,19 @@ class ExportReport:
     shapes_tried: tuple[Mapping[str, tuple[int, ...]], ...]
     shapes_skipped: Mapping[str, str]
     provider: str
+    reference: str
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(self.files.values())
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """Names of the files of the weights; none where they are in the model file."""
+        return tuple(self.files)[1:]
 
     @property
     def max_abs_error(self) -> float:
@@ -103,8 +116,8 @@ class ExportReport:
             f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
         )
         lines = [head]
-        if self.data_file:
-            lines.append(f"  weights in {self.data_file}, which has to stay beside it")
+        if self.data_files:
+            lines.append(f"  weights in {', '.join(self.data_files)}: keep them beside it")
         lines += [f"  input  {name}{_axes(axes)}" for name, axes in self.inputs.items()]
         lines += [f"  output {name}{_axes(axes)}" for name, axes in self.outputs.items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
@@ -117,7 +130,7 @@ class ExportReport:
         if not self.verified:
             return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
         shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
-        lines = [f"  checked on {self.provider} with {shapes}"]
+        lines = [f"  checked on {self.provider} against {self.reference}, with {shapes}"]
         lines.extend(map(_parity_line, self.parity))
         lines += [f"  not tried: {shape}: {why}" for shape, why in self.shapes_skipped.items()]
         return lines

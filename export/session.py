@@ -39,10 +39,13 @@ class OnnxSession:
         provider: Literal["cuda", "cpu"] = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.path = Path(path)
         self._runtime = import_onnxruntime()
-        self._session = load(self._runtime, self.path, provider, provider_options or {})
+        self._session = load(
+            self._runtime, self.path, provider, provider_options or {}, packed=not low_memory
+        )
         self.provider: Literal["cuda", "cpu"] = provider
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(port_of(value) for value in self._session.get_outputs())

@@ -6,8 +6,10 @@ module structure that shares the parameters, so that the argument is untouched a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.passes._sharing import share_copy
@@ -22,12 +24,15 @@ _CASTABLE = (*DTYPES.values(), torch.float64)
 _KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
 
-def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
+def exportable_twin(
+    model: nn.Module, dtype: str | None, keep: Callable[[Tensor], Tensor]
+) -> nn.Module:
     """Copy the modules of ``model``, share its parameters, and make the copy fit for export.
 
     Args:
         model: Any module.
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
+        keep: Takes each parameter that was cast, see ``Scratch.keep``.
 
     Returns:
         The copy, in eval mode, without key-value caches.
@@ -43,7 +48,7 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
     except CaptureError as error:
         raise ExportError(str(error)) from error
     if target is not None:
-        _cast_parameters(twin, target)
+        _cast_parameters(twin, target, keep)
         _cast_buffers(twin, target)
     for module in twin.modules():
         config = vars(module).get("config")
@@ -87,14 +92,16 @@ def _check_devices(model: nn.Module) -> None:
         raise ExportError(f"the model is on several devices ({where}): move it to one first")
 
 
-def _cast_parameters(twin: nn.Module, target: torch.dtype) -> None:
+def _cast_parameters(
+    twin: nn.Module, target: torch.dtype, keep: Callable[[Tensor], Tensor]
+) -> None:
     cast: dict[int, nn.Parameter] = {}  # a tied weight stays one parameter
     for module in twin.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dtype not in _CASTABLE or parameter.dtype == target:
                 continue
             if id(parameter) not in cast:
-                cast[id(parameter)] = nn.Parameter(parameter.to(target), requires_grad=False)
+                cast[id(parameter)] = nn.Parameter(keep(parameter.to(target)), requires_grad=False)
             module._parameters[name] = cast[id(parameter)]
 
 

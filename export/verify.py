@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from lora_fx.errors import ExportError, ProviderError
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.reference import Reference
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
 
@@ -26,20 +30,31 @@ class Verdict:
         parity: The comparison; None if there was none.
         provider: Execution provider of the comparison, else "".
         reason: Why there was none, else "".
+        reference: What the file was compared with, else "".
     """
 
     parity: Parity | None = None
     provider: str = ""
     reason: str = ""
+    reference: str = ""
 
 
-def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
+def verify(
+    prepared: Prepared,
+    traced: Trace,
+    file: Path,
+    keep: Callable[[Tensor], Tensor],
+    *,
+    large: bool = False,
+) -> Verdict:
     """Run a file and the model that it was made from on the same fresh inputs.
 
     Args:
         prepared: The model.
         traced: What the file was made from.
         file: The written file.
+        keep: Takes each weight of the reference that is made anew, see ``Scratch.keep``.
+        large: Leave the weights in the file, mapped into memory, although that is slower.
 
     Raises:
         ParityError: They differ.
@@ -47,7 +62,7 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
         ProviderError: There is no ONNX Runtime.
     """
     try:
-        session = OnnxSession(file, "cpu")
+        session = OnnxSession(file, "cpu", low_memory=large)
     except ProviderError:
         if prepared.dtype != "bf16":
             raise
@@ -62,4 +77,6 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
-    return Verdict(check_parity(prepared.model, traced, session), session.provider)
+    reference = Reference(prepared, keep)
+    parity = check_parity(reference, traced, session)
+    return Verdict(parity, session.provider, reference=reference.description)

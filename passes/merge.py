@@ -52,6 +52,7 @@ def merge(
     into: nn.Module | None = None,
     measure: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> tuple[nn.Module, MergeReport]:
     """Folds adapters into the weights.
 
@@ -61,6 +62,8 @@ def merge(
         into: Fold into this model instead of a copy of the base: a model of the original class.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
+        keep: Given each merged weight, returns one of the same values to use: a caller that is short
+            of memory can put it elsewhere.
 
     Returns:
         The merged model, and the report.
@@ -92,7 +95,7 @@ def merge(
             progress(done, len(rows), several[0][0].name)
         old = _unadapted(result, weight, own)
         fold = Fold(model, record, several)
-        merged[weight] = fold.folded(old)
+        merged[weight] = keep(fold.folded(old))
         exact = fold.exact(old) if measure else None
         sites.append(compared(fold.name, fold.adapters, old, merged[weight], exact))
     for weight, replaced in tokens.items():
