@@ -31,7 +31,7 @@ def load(
         path: The ``.onnx`` file.
         provider: "cuda" or "cpu".
         options: Of the provider. On CUDA, TF32 is off unless they say otherwise.
-        packed: Let the CPU provider copy weights into the layout that its kernels like best.
+        packed: Let ONNX Runtime make copies of weights that its kernels like better.
 
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
@@ -45,6 +45,8 @@ def load(
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
     if not packed:
+        # Fusions beyond the basic ones join weights, and widen those in half precision.
+        settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         settings.add_session_config_entry("session.disable_prepacking", "1")
     if provider == "cuda":
         options = {"use_tf32": "0", **options}

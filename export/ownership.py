@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 try:
-    import fcntl
+    import fcntl as _fcntl
 except ImportError:  # Windows: folders of processes that died stay there
-    fcntl = None  # type: ignore[assignment]
+    _locks: Any = None
+else:
+    _locks = _fcntl
 
 __all__ = ["abandoned", "owned"]
 
@@ -23,21 +26,21 @@ _LOCK = "in-use.lock"
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which no other process uses."""
-    if fcntl is None:
+    if _locks is None:
         yield
         return
     with (folder / _LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _locks.flock(file, _locks.LOCK_EX)
         yield
 
 
 def abandoned(folder: Path) -> bool:
     """Whether nobody holds the lock of ``folder`` any more. One without a lock is not known."""
-    if fcntl is None:
+    if _locks is None:
         return False
     try:
         with (folder / _LOCK).open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks.flock(file, _locks.LOCK_EX | _locks.LOCK_NB)
     except OSError:  # held, or no such file
         return False
     return True

@@ -61,7 +61,7 @@ def _mapped(tensor: Tensor, folder: Path) -> Tensor:
         # the staging folder goes later.
         with contextlib.suppress(PermissionError):
             Path(name).unlink()
-    values = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
+    values: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
     return values.copy_(tensor)
 
 
