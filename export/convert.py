@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.prepare import Prepared
-from lora_fx.export.trace import Trace
+from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
+from lora_fx.export.source import place_of
+from lora_fx.export.trace import Trace, headline
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["ConversionError", "convert", "torch_export_context"]
 
-_RANDOM_OPS = {
-    "Bernoulli",
-    "Dropout",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
+_FAILED_NODE = re.compile(r"Error when translating node %(?P<name>\w+)")
 
 
 class ConversionError(ExportError):
@@ -50,14 +46,15 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
         ExportError: torch.onnx has no translation for something, or the graph is random.
     """
     twin, outputs = prepared.model.model, prepared.outputs
-    program = _translate(trace, len(outputs), opset)
-    _refuse_randomness(program, type(twin).__name__)
-    _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
+    refuse_train_mode(trace.program, prefix)
+    program = _translate(trace, len(outputs), opset)
+    refuse_randomness(program, prefix)
+    _repair_folded_dtypes(program)
     name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
     name_axes(program, trace.labels(), trace.symbols)
     strip_build_traces(program, prefix)
-    _stamp(program, trace, prepared.dtype, opset)
+    _stamp(program, trace, prepared, opset)
     return program
 
 
@@ -87,12 +84,35 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
                 output_names=[f"__lora_fx_output_{index}" for index in range(outputs)],
             )
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ConversionError(f"torch.onnx cannot convert the model: {cause}") from error
+        raise ConversionError(_failure(trace, error)) from error
     assert program is not None
     return program.model
+
+
+def _failure(trace: Trace, error: BaseException) -> str:
+    """What torch.onnx says, with the operation, the module and the line that it says it of."""
+    node: fx.Node | None = None
+    while True:
+        failed = _FAILED_NODE.search(str(error))
+        if failed is not None and node is None:
+            node = _decomposed(trace, failed["name"])
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    what = "the model" if node is None else str(place_of(node, FlatModel.PREFIX))
+    return (
+        f"torch.onnx cannot convert {what}: {headline(error)}. Compute it with other operations, or "
+        f"leave it out of what is exported"
+    )
+
+
+def _decomposed(trace: Trace, name: str) -> fx.Node | None:
+    # torch.onnx names a node of what it made of the program, which it does not give out.
+    for program in (trace.program, trace.program.run_decompositions()):
+        for node in program.graph.nodes:
+            if node.name == name and node.op == "call_function":
+                return node
+    return None
 
 
 def _repair_folded_dtypes(model: ir.Model) -> None:
@@ -112,18 +132,7 @@ def _repair_folded_dtypes(model: ir.Model) -> None:
                 value.type = ir.TensorType(wanted)
 
 
-def _refuse_randomness(model: ir.Model, owner: str) -> None:
-    for node in model.graph.all_nodes():
-        if node.op_type not in _RANDOM_OPS:
-            continue
-        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", owner)
-        raise ExportError(
-            f"the model is random in eval mode: {node.op_type} in {scope}. Was its graph captured "
-            f"in train mode, or does it call F.dropout without training=self.training?"
-        )
-
-
-def _stamp(model: ir.Model, trace: Trace, dtype: str, opset: int) -> None:
+def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> None:
     version = importlib.metadata.version("lora-fx")
     model.producer_name = "lora-fx"
     model.producer_version = version
@@ -131,7 +140,8 @@ def _stamp(model: ir.Model, trace: Trace, dtype: str, opset: int) -> None:
         {
             "lora_fx.version": version,
             "lora_fx.opset": str(opset),
-            "lora_fx.dtype": dtype,
+            "lora_fx.dtype": prepared.dtype,
             "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
+            **prepared.origin,
         }
     )

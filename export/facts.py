@@ -53,6 +53,7 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
             )
             for sizes, reason in skipped.items()
         },
+        "metadata": dict(model.metadata_props),
         "versions": _versions(),
     }
 

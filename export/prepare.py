@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
+from lora_fx.export.origin import origin_of
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
 
@@ -28,12 +29,14 @@ class Prepared:
         arguments: The call that is traced.
         outputs: Names of the outputs, in order.
         dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
+        origin: Metadata entries about the base model and its adapters.
     """
 
     model: FlatModel
     arguments: Arguments
     outputs: tuple[str, ...]
     dtype: str
+    origin: Mapping[str, str]
 
 
 def prepare(
@@ -53,14 +56,15 @@ def prepare(
     Raises:
         ExportError: The model cannot be copied, or does not run on the inputs.
     """
-    twin = exportable_twin(_merged(unwrapped(model), keep), dtype, keep)
+    model = unwrapped(model)
+    twin = exportable_twin(_merged(model, keep), dtype, keep)
     arguments = Arguments.of(twin, example_inputs)
     if dtype is not None:
         arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
     for name, value in arguments.baked.items():
         _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
     flat, arguments, outputs = _first_run(twin, arguments)
-    return Prepared(flat, arguments, tuple(outputs), dtype_name(twin))
+    return Prepared(flat, arguments, tuple(outputs), dtype_name(twin), origin_of(model))
 
 
 def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:

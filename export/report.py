@@ -54,6 +54,7 @@ class ExportReport:
         provider: Execution provider of the comparison, else "".
         reference: What the file was compared with, else "".
         seconds: Wall-clock seconds of each stage, in order.
+        metadata: What the file says of itself: version, base model, adapters and their configurations.
         versions: Version of each package that had a part in it.
     """
 
@@ -78,6 +79,7 @@ class ExportReport:
     provider: str
     reference: str
     seconds: Mapping[str, float]
+    metadata: Mapping[str, str]
     versions: Mapping[str, str]
 
     @property

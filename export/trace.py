@@ -19,6 +19,8 @@ from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel
+from lora_fx.export.source import Place
+from lora_fx.export.witness import Witness, watched
 
 __all__ = ["Axis", "Trace", "headline", "trace", "widen_batch"]
 
@@ -120,7 +122,7 @@ def trace(
         return None
     for attempt, (description, specs) in attempts:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), watched(model.model) as witness:
                 program = torch.export.export(
                     model, arguments.tensors, dynamic_shapes=(specs,), strict=False
                 )
@@ -130,7 +132,7 @@ def trace(
             continue
         for failure in failures:
             _log.warning("export with fewer dynamic axes: %s", failure)
-        found = _read(program, arguments, specs, labels, failures)
+        found = _read(program, arguments, specs, labels, failures, witness)
         return dataclasses.replace(found, description=description, attempt=attempt)
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({'; '.join(failures)})"
@@ -209,6 +211,7 @@ def _read(
     specs: Sequence[Mapping[int, Any]],
     labels: Sequence[Mapping[int, str]],
     failures: Sequence[str],
+    witness: Witness,
 ) -> Trace:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     shapes = [values[name].shape for name in program.graph_signature.user_inputs]
@@ -226,7 +229,7 @@ def _read(
         for axis, (size, dim) in enumerate(zip(tensor.shape, shape, strict=True)):
             symbol = str(dim)
             if symbol.isdigit():  # an int, or a SymInt that the model made constant
-                reason = _why_fixed(size, spec[axis], failures)
+                reason = _why_fixed(size, spec[axis], failures, witness.place(dim))
                 row.append(Axis(size, reason=reason))
                 continue
             if symbol not in symbols:
@@ -249,11 +252,12 @@ def _axis_name(name: str, axis: int, tensor: Tensor) -> str:
     return f"{name}_{axis}"
 
 
-def _why_fixed(size: int, spec: object, failures: Sequence[str]) -> str:
+def _why_fixed(size: int, spec: object, failures: Sequence[str], place: Place | None) -> str:
     if spec is not Dim.STATIC:
         if size == 1:
             return "the example has size 1 here, which torch.export takes for a constant"
-        return f"the model works with size {size} only"
+        because = "" if place is None else f": {place}"
+        return f"the model works with size {size} only{because}"
     if failures:
         return f"the export failed {'; '.join(failures)}"
     return "not in dynamic_shapes"

@@ -33,6 +33,7 @@ REPORT = ExportReport(
     provider="cpu",
     reference="the model in PyTorch",
     seconds={"capturing the model": 1.0, "writing the file": 0.5},
+    metadata={"lora_fx.version": "0.1.0"},
     versions={"torch": "2.13.0"},
 )
 
