@@ -89,29 +89,26 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     return program.model
 
 
-def _failure(trace: Trace, error: BaseException) -> str:
+def _failure(trace: Trace, error: Exception) -> str:
     """What torch.onnx says, with the operation, the module and the line that it says it of."""
-    node: fx.Node | None = None
-    while True:
-        failed = _FAILED_NODE.search(str(error))
-        if failed is not None and node is None:
-            node = _decomposed(trace, failed["name"])
-        if error.__cause__ is None:
-            break
-        error = error.__cause__
+    chain = [error]
+    while isinstance(chain[-1].__cause__, Exception):
+        chain.append(chain[-1].__cause__)
+    found = (_FAILED_NODE.search(str(one)) for one in chain)
+    node = next((_decomposed(trace, one["name"]) for one in found if one is not None), None)
     what = "the model" if node is None else str(place_of(node, FlatModel.PREFIX))
     return (
-        f"torch.onnx cannot convert {what}: {headline(error)}. Compute it with other operations, or "
-        f"leave it out of what is exported"
+        f"torch.onnx cannot convert {what}: {headline(chain[-1])}. Compute it with other operations, "
+        f"or leave it out of what is exported"
     )
 
 
 def _decomposed(trace: Trace, name: str) -> fx.Node | None:
     # torch.onnx names a node of what it made of the program, which it does not give out.
     for program in (trace.program, trace.program.run_decompositions()):
-        for node in program.graph.nodes:
-            if node.name == name and node.op == "call_function":
-                return node
+        found: list[fx.Node] = [node for node in program.graph.nodes if node.name == name]
+        if found:
+            return found[0]
     return None
 
 

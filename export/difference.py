@@ -54,7 +54,7 @@ def difference(
         return OutputParity(name, 0.0, 0.0, tolerance)
     apart = torch.where(same, 0.0, (left - right).abs())
     # inf or nan on one side only is no number to compare: it is wrong.
-    error = float(apart.nan_to_num(nan=torch.inf).max())
+    error = float(apart.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
     finite = torch.where(left.isfinite(), left.abs(), 0.0)
     scale = max(float(finite.max()), _SMALLEST_SCALE)
     return OutputParity(name, error, error / scale, tolerance)

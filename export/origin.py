@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import PurePath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from torch import nn
 
@@ -53,5 +52,5 @@ def _changed(config: LoraConfig) -> dict[str, object]:
 
 def _public(name: str) -> str:
     """The name of a model as it is; of a folder, no more than its own name."""
-    folder = os.path.isabs(name) or PureWindowsPath(name).is_absolute() or name[0] in ".~"
-    return (PureWindowsPath(name).name if "\\" in name else PurePath(name).name) if folder else name
+    path = PureWindowsPath(name) if "\\" in name else PurePosixPath(name)
+    return path.name if path.is_absolute() or name[0] in ".~" else name

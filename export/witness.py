@@ -58,7 +58,7 @@ def watched(model: nn.Module) -> Iterator[Witness]:
         witness.note(symbol, value)
         original(env, symbol, value, message)
 
-    ShapeEnv._set_replacement = replace  # type: ignore[method-assign]
+    ShapeEnv._set_replacement = replace  # type: ignore[assignment, method-assign]
     try:
         yield witness
     finally:
