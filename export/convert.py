@@ -16,11 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
+from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
+from lora_fx.export.repair import repaired
 from lora_fx.export.source import place_of
 from lora_fx.export.trace import Trace, headline
+from lora_fx.export.translations import translation_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -52,6 +55,7 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     refuse_randomness(program, prefix)
     _repair_folded_dtypes(program)
     name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
+    expand_grouped(program)
     name_axes(program, trace.labels(), trace.symbols)
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared, opset)
@@ -76,12 +80,13 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     try:
         with torch_export_context():
             program = torch.onnx.export(
-                trace.program,
+                repaired(trace.program),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
                 input_names=[f"__lora_fx_input_{index}" for index in range(count)],
                 output_names=[f"__lora_fx_output_{index}" for index in range(outputs)],
+                custom_translation_table=translation_table(trace.program),
             )
     except Exception as error:
         raise ConversionError(_failure(trace, error)) from error

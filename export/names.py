@@ -117,7 +117,8 @@ def strip_build_traces(model: ir.Model, prefix: str) -> None:
         value.metadata_props.clear()
         if value.const_value is not None:
             value.const_value.metadata_props.clear()
-            value.const_value.doc_string = None
+            if value.const_value.doc_string:  # those that are read from a proto cannot be set
+                value.const_value.doc_string = None
 
 
 def _weight_names(

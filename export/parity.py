@@ -210,7 +210,7 @@ def _compare(
                 f"output '{name}' has shape {list(got.shape)} in the exported file and "
                 f"{list(want.shape)} in PyTorch on {shapes}; nothing was written"
             )
-        # ONNX Runtime's CPU kernels may compute a half model in fp32, where nothing overflows.
+        # Where ONNX Runtime computes a half operation in fp32, nothing overflows inside it.
         for value in (got, narrow.get(name)):
             if narrow and value is not None and overflows(want, value, masks):
                 raise PrecisionError(_overflow(name, model.precision, shapes))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.passes._sharing import share_copy
@@ -35,7 +36,8 @@ def exportable_twin(
         keep: Takes each parameter that was cast, see ``Scratch.keep``.
 
     Returns:
-        The copy, in eval mode, without key-value caches.
+        The copy, in eval mode, without key-value caches, mixtures of experts as grouped
+        products.
 
     Raises:
         ExportError: The weights are on the meta device or on several, or a module holds
@@ -47,6 +49,8 @@ def exportable_twin(
         twin = share_copy(model)
     except CaptureError as error:
         raise ExportError(str(error)) from error
+    twin.eval()
+    _compute_parametrized(twin)
     if target is not None:
         _cast_parameters(twin, target, keep)
         _cast_buffers(twin, target)
@@ -54,7 +58,10 @@ def exportable_twin(
         config = vars(module).get("config")
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
-    return twin.eval()
+        if getattr(config, "_experts_implementation", None) is not None:
+            # The others loop over what the input chose, or copy a matrix for each row.
+            config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+    return twin
 
 
 def dtype_name(model: nn.Module) -> str:
@@ -90,6 +97,22 @@ def _check_devices(model: nn.Module) -> None:
     if len(devices) > 1:
         where = ", ".join(f"'{name}' on {device}" for device, name in devices.items())
         raise ExportError(f"the model is on several devices ({where}): move it to one first")
+
+
+def _compute_parametrized(twin: nn.Module) -> None:
+    """Make constants of weights that are computed from others (``torch.nn.utils.parametrize``)."""
+    for module in twin.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        # Not remove_parametrizations: it writes into the originals and edits the class, and both are the
+        # caller's.
+        names = list(module.parametrizations)  # type: ignore[arg-type]
+        with torch.no_grad():
+            values = {name: getattr(module, name).detach().clone() for name in names}
+        del module._modules["parametrizations"]
+        (module.__class__,) = type(module).__bases__
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _cast_parameters(

@@ -118,9 +118,7 @@ class HalfOnly(nn.Module):
 def test_a_model_that_runs_in_half_precision_only_is_compared_as_it_is(tmp_path: Path) -> None:
     report = export_onnx(HalfOnly().half(), tmp_path / "m.onnx", torch.randn(2, 4).half())
     assert report.verified
-    assert report.reference == (
-        "the model in PyTorch in float16, since it does not run in fp32"
-    )
+    assert report.reference == ("the model in PyTorch in float16, since it does not run in fp32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -13,85 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from tests.algebra import randomise
+from tests.mixtures import MODELS, SIZES, drawn
 from tests.numerics import assert_close, assert_same_bits
-from tests.zoo import seeded
 
 transformers = pytest.importorskip("transformers")
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
-
-
-def _model(config: Any) -> nn.Module:
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 or not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@seeded
-def mixtral() -> nn.Module:
-    return _model(transformers.MixtralConfig(**SIZES, num_local_experts=4, intermediate_size=16))
-
-
-@seeded
-def qwen3_moe() -> nn.Module:
-    return _model(
-        transformers.Qwen3MoeConfig(
-            **SIZES, num_experts=4, intermediate_size=24, moe_intermediate_size=12, head_dim=8
-        )
-    )
-
-
-@seeded
-def gpt_oss() -> nn.Module:
-    """Interleaved gate and up, stored [in, out], with biases."""
-    kinds = ["sliding_attention", "full_attention"]
-    return _model(
-        transformers.GptOssConfig(
-            **SIZES, num_local_experts=4, intermediate_size=12, head_dim=8, layer_types=kinds
-        )
-    )
-
-
-@seeded
-def deepseek_v3() -> nn.Module:
-    """Also shared experts, and a dense first layer."""
-    return _model(
-        transformers.DeepseekV3Config(
-            **SIZES,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=1,
-            intermediate_size=24,
-            moe_intermediate_size=12,
-            kv_lora_rank=8,
-            q_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=4,
-            v_head_dim=8,
-        )
-    )
-
-
-MODELS = {
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
-    "gpt_oss": gpt_oss,
-    "deepseek_v3": deepseek_v3,
-}
 IDS = torch.tensor([[5, 17, 3, 44, 9, 21, 30], [8, 2, 2, 51, 40, 7, 11]])
 CONFIG = lora_fx.LoraConfig(r=3, target_modules=["gate_up_proj", "down_proj"])
 
@@ -178,7 +104,7 @@ def test_no_tensor_of_the_size_of_an_expert_is_made(implementation):
         num_local_experts=8,
         experts_implementation=implementation,
     )
-    model = _model(config)
+    model = drawn(config)
     adapted = lora_fx.rewrite(model, CONFIG)
     ids = torch.tensor([[1, 2, 3, 4]])
     embedded = adapted.get_input_embeddings()(ids).requires_grad_()

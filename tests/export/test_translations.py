@@ -1,0 +1,101 @@
+"""Operations that torch.onnx does not translate by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import lora_fx
+from tests.numerics import assert_close
+
+
+class Attention(nn.Module):
+    """Of any number of axes."""
+
+    def __init__(self, causal: bool = False, scale: float | None = None) -> None:
+        super().__init__()
+        self.causal, self.scale = causal, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal, scale=self.scale
+        )
+
+
+@pytest.mark.parametrize("leading", [(2,), (2, 3, 2)], ids=["3 axes", "5 axes"])
+@pytest.mark.parametrize("kind", ["plain", "causal", "boolean", "added"])
+def test_attention(leading: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    q, k, v = (torch.randn(*leading, size, 4) for size in (5, 6, 6))
+    masks = {"boolean": torch.rand(5, 6) > 0.3, "added": torch.randn(*leading, 5, 6)}
+    if kind == "boolean":
+        masks[kind][:, 0] = True  # no row without a position: its softmax is arbitrary
+    given = (q, k, v, masks[kind]) if kind in masks else (q, k, v)
+    model = Attention(kind == "causal", 0.3 if kind == "added" else None)
+    path = tmp_path / "m.onnx"
+    lora_fx.export_onnx(model, path, given, verify=False)
+
+    (got,) = lora_fx.OnnxSession(path, "cpu").run(given).values()
+
+    assert_close(got, model(*given), 1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_rotary_embedding_with_complex_numbers(batch: int, tmp_path: Path) -> None:
+    class Rotary(nn.Module):
+        """As in Llama 4: angles as complex numbers, with an axis put in."""
+
+        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+            turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(-2).unsqueeze(0)
+            pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * turns).flatten(3)
+
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(5, 4)
+    path = tmp_path / "m.onnx"
+    report = lora_fx.export_onnx(Rotary(), path, (x, angles))
+
+    assert report.verified
+    given = (torch.randn(batch, 5, 3, 8), angles)
+    (got,) = lora_fx.OnnxSession(path, "cpu").run(given).values()
+    assert_close(got, Rotary()(*given), 1e-6)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_sums_over_truth(value: bool, tmp_path: Path) -> None:
+    class Truth(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.ops.aten._is_all_true(x), torch.ops.aten._is_any_true(x)
+
+    path = tmp_path / "m.onnx"
+    lora_fx.export_onnx(Truth(), path, torch.tensor([[True, False], [True, True]]))
+
+    mixed = torch.tensor([[True, False], [False, True]])
+    whole = torch.full((2, 2), value)
+    session = lora_fx.OnnxSession(path, "cpu")
+    assert [bool(one) for one in session.run([mixed]).values()] == [False, True]
+    assert [bool(one) for one in session.run([whole]).values()] == [value, value]
+
+
+def test_parametrized_weights_are_constants_and_the_model_keeps_its_own(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        parametrizations.orthogonal(nn.Linear(6, 6)),
+        parametrizations.weight_norm(nn.Linear(6, 8)),
+        nn.Linear(8, 4),
+    ).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    classes = [type(module) for module in model]
+
+    path = tmp_path / "m.onnx"
+    report = lora_fx.export_onnx(model, path, torch.randn(3, 6))
+
+    assert report.verified
+    assert report.nodes == 3
+    assert [type(module) for module in model] == classes
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    model(torch.randn(3, 6)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad is not None
