@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -11,7 +13,18 @@ from torch import Tensor
 from lora_fx.errors import ParityError
 from lora_fx.export.report import OutputParity
 
-__all__ = ["TOLERANCES", "Outputs", "PrecisionError", "difference", "overflows"]
+__all__ = [
+    "TOLERANCES",
+    "Outputs",
+    "PrecisionError",
+    "described",
+    "difference",
+    "judged",
+    "overflows",
+    "worse",
+]
+
+_log = logging.getLogger("lora_fx")
 
 Outputs: TypeAlias = list[tuple[str, Tensor]]
 
@@ -65,6 +78,73 @@ def overflows(want: Tensor, got: Tensor, masks: Sequence[Tensor]) -> bool:
     if not got.is_floating_point():
         return False
     return bool((want.isfinite() & ~_admitted(want, got, masks).isfinite()).any())
+
+
+def judged(
+    row: OutputParity,
+    precision: torch.dtype,
+    want: Tensor,
+    got: Tensor,
+    narrow: Tensor,
+    masks: Sequence[Tensor],
+    shapes: str,
+) -> OutputParity:
+    """Tell what half precision does to a model from what is wrong with its file.
+
+    ONNX Runtime's CPU provider computes half operations in fp32 and leaves out roundings between
+    them, so that PyTorch shows what a GPU will do.
+
+    Args:
+        row: How far the file is from the reference.
+        precision: fp16 or bf16.
+        want: The reference, in fp32.
+        got: What the file gave.
+        narrow: What PyTorch gave in ``precision``.
+        masks: As in ``difference``.
+        shapes: Those of the inputs, for the message.
+
+    Returns:
+        The row, with how far PyTorch is from the reference.
+
+    Raises:
+        PrecisionError: One of the two overflows, or both are further off than the tolerance.
+    """
+    short = "fp16" if precision is torch.float16 else "bf16"
+    if overflows(want, got, masks) or overflows(want, narrow, masks):
+        remedy = "bf16, which has the range of fp32, or fp32" if short == "fp16" else "fp32"
+        raise PrecisionError(
+            f"the model overflows in {short}: output '{row.name}' is not finite on {shapes}, where "
+            f"it is in fp32 (the largest {short} number is {torch.finfo(precision).max:.3g}); "
+            f"nothing was written. Export it as {remedy}"
+        )
+    own = difference(row.name, want, narrow, masks, precision)
+    if own.max_rel_error > own.tolerance:
+        words = (
+            f"{short} is too coarse for the model: on {shapes} output '{row.name}' of PyTorch in "
+            f"{short} differs from fp32 by {described(own)}"
+        )
+        if row.max_rel_error > row.tolerance:
+            raise PrecisionError(
+                f"{words}, that of the file by {described(row)}; nothing was written. Export it in "
+                f"another precision"
+            )
+        _log.warning("%s; the file is checked on a provider that rounds less often", words)
+    return dataclasses.replace(row, pytorch_rel_error=own.max_rel_error)
+
+
+def described(row: OutputParity) -> str:
+    """The differences of a row in words."""
+    return (
+        f"{row.max_abs_error:.2e} ({row.max_rel_error:.2e} of its largest value, allowed "
+        f"{row.tolerance:.0e})"
+    )
+
+
+def worse(one: OutputParity, other: OutputParity) -> OutputParity:
+    """The row of two shapes of one output."""
+    row = max(one, other, key=lambda entry: entry.max_rel_error)
+    narrow = [r.pytorch_rel_error for r in (one, other) if r.pytorch_rel_error is not None]
+    return dataclasses.replace(row, pytorch_rel_error=max(narrow, default=None))
 
 
 def _admitted(want: Tensor, got: Tensor, masks: Sequence[Tensor]) -> Tensor:

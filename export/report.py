@@ -19,12 +19,16 @@ class OutputParity:
         max_abs_error: Largest absolute difference.
         max_rel_error: That difference over the largest magnitude of the output.
         tolerance: What ``max_rel_error`` may be; 0 for outputs that must be equal.
+        pytorch_rel_error: For a half-precision file, how far PyTorch in that precision is from the
+            reference, else None. Where it is far over the tolerance, providers that round after
+            each operation will be, too.
     """
 
     name: str
     max_abs_error: float
     max_rel_error: float
     tolerance: float
+    pytorch_rel_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,12 @@ class ExportReport:
 
 
 def _parity_line(row: OutputParity) -> str:
+    narrow = ""
+    if row.pytorch_rel_error is not None:
+        narrow = f", PyTorch in this precision {row.pytorch_rel_error:.1e}"
     return (
         f"  parity {row.name}: max error {row.max_abs_error:.1e} absolute, "
-        f"{row.max_rel_error:.1e} relative (allowed {row.tolerance:.0e})"
+        f"{row.max_rel_error:.1e} relative (allowed {row.tolerance:.0e}{narrow})"
     )
 
 

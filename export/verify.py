@@ -61,11 +61,8 @@ def verify(
         ConversionError: ONNX Runtime refuses the file.
         ProviderError: There is no ONNX Runtime.
     """
-    # What makes a half model fast on the CPU is that it joins operations and computes in fp32 from one
-    # to the next. A GPU rounds after each one, and so does a file whose operations stay apart.
-    apart = large or prepared.dtype == "fp16"
     try:
-        session = OnnxSession(file, "cpu", low_memory=apart)
+        session = OnnxSession(file, "cpu", low_memory=large)
     except ProviderError:
         if prepared.dtype != "bf16":
             raise

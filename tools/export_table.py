@@ -71,17 +71,18 @@ def _ports(report: ExportReport) -> Table:
 
 
 def _parity(report: ExportReport) -> Table:
-    rows = (
-        (
-            row.name,
-            f"{row.max_abs_error:.1e}",
-            f"{row.max_rel_error:.1e}",
-            f"{row.tolerance:.0e}" if row.tolerance else "equal",
-        )
-        for row in report.parity
-    )
-    tried = f"parity on {len(report.shapes_tried)} shapes"
-    return _table((tried, "largest error", "relative", "allowed"), rows)
+    half = any(row.pytorch_rel_error is not None for row in report.parity)
+    headings = [f"parity on {len(report.shapes_tried)} shapes", "largest error", "relative"]
+    rows = []
+    for row in report.parity:
+        cells = [row.name, f"{row.max_abs_error:.1e}", f"{row.max_rel_error:.1e}"]
+        if half:
+            narrow = row.pytorch_rel_error
+            cells.append("" if narrow is None else f"{narrow:.1e}")
+        rows.append([*cells, f"{row.tolerance:.0e}" if row.tolerance else "equal"])
+    if half:
+        headings.append(f"PyTorch in {report.dtype}")
+    return _table((*headings, "allowed"), rows)
 
 
 def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
