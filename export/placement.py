@@ -45,12 +45,13 @@ class Staging:
         self.target = target
         self.folder = folder
         self.model = folder / target.name
-        self.data = folder / f"{target.name}.{secrets.token_hex(4)}.data"
+        # A digit first: onnx-ir would put the number of a file before what looks like a suffix.
+        token = f"{secrets.randbelow(10)}{secrets.token_hex(4)[1:]}"
+        self.data = folder / f"{target.name}.{token}.data"
 
     def written(self) -> list[Path]:
         """The files that are there: the model first, then its data."""
-        stem = self.data.name.removesuffix(".data")
-        return [self.model, *sorted(self.folder.glob(f"{glob.escape(stem)}*.data"))]
+        return [self.model, *sorted(self.folder.glob("*.data"))]
 
     def discard(self) -> None:
         """Delete what was written, so that it can be written anew."""

@@ -97,7 +97,7 @@ def test_a_precision_that_is_too_coarse_is_told_from_a_wrong_file(
     (tmp_path / "m.onnx").unlink()
 
     def rounding(self: OnnxSession, inputs: list[Tensor]) -> dict[str, Tensor]:
-        return {"output": deepcopy(model).half()(*inputs)}
+        return {"output": deepcopy(model).half()(*inputs).detach()}
 
     with monkeypatch.context() as patch:
         patch.setattr(OnnxSession, "run", rounding)
