@@ -12,7 +12,7 @@ from torch import nn
 from lora_fx.tools.bench.measure import Sample, interleaved, portion, ratio
 from lora_fx.tools.bench.memory import measure_memory
 from lora_fx.tools.bench.operations import count_operations
-from lora_fx.tools.bench.saved import saved_bytes
+from lora_fx.tools.bench.saved import saved_by, saved_bytes
 from lora_fx.tools.bench.sizes import Size
 
 KIB = 1024
@@ -37,6 +37,21 @@ def test_views_and_what_was_there_before_cost_nothing() -> None:
     assert measure_memory(lambda: before.view(2, -1).T[1:].add_(1)).peak == 0
 
 
+def test_a_new_storage_counts_at_the_address_of_one_that_was_there() -> None:
+    def peak(rounds: int) -> int:
+        given = [torch.ones(KIB) for _ in range(rounds)]
+
+        def step() -> None:
+            kept = []
+            while given:
+                given.pop().add_(1)
+                kept.append(torch.ones(KIB))
+
+        return measure_memory(step).peak
+
+    assert peak(50) == 50 * 4 * KIB
+
+
 def test_what_is_saved_for_backward_counts_until_it_is_used() -> None:
     layer = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
     x = torch.ones(128, 8)
@@ -56,6 +71,21 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
     model = nn.Sequential(layer, nn.Tanh(), nn.Linear(256, 8))
     assert saved_bytes(model, lambda: model(x)) == (4 * 8 + 4 * 256) * 4
     assert saved_bytes(model.requires_grad_(False), lambda: model(x)) == 0
+
+
+def test_what_is_let_go_of_before_the_forward_ends_is_not_kept() -> None:
+    layer = nn.Linear(8, 256)
+    x = torch.ones(4, 8)
+
+    def forward() -> torch.Tensor:
+        for _ in range(3):
+            constant = layer(x).exp().sum().detach()
+        return layer(x) * constant
+
+    # The input, for the gradient of W, and the constant, for that of the first factor.
+    assert saved_bytes(layer, forward) == 4 * 8 * 4 + 4
+    found = saved_by(layer, forward, lambda tensor: str(tensor.dim()))
+    assert found == {"2": 4 * 8 * 4, "0": 4}
 
 
 @pytest.mark.slow

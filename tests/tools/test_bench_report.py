@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -18,12 +21,15 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.bench import goals, profile_step, report
+from lora_fx.tools.bench import goals, hardware, profile_step, report, saved_step
 from lora_fx.tools.bench.chart import Bar, Group, bars
-from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches
-from lora_fx.tools.bench.measure import Sample
+from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT, Settings
+from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, launches, synchronizer
+from lora_fx.tools.bench.measure import Progress, Sample
 from lora_fx.tools.bench.memory import Memory
-from lora_fx.tools.bench.merge_time import Merged
+from lora_fx.tools.bench.merge_time import BOUND, OURS_INTO, Merged
+from lora_fx.tools.bench.merge_time import PEFT as PEFT_MERGE
+from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.steps import Measured, Step
 from lora_fx.tools.commands.app import ERROR_EXIT, app
@@ -108,30 +114,51 @@ def test_goals_are_judged_by_what_was_measured() -> None:
         row[0]: row for row in goals.rows({"llama_step": measured(times, saved, floor=1.06)})
     }
     # PEFT is 0.14 above the floor, and 0.04 is less than half of it.
-    assert by_name["O, Llama 4 × 512, p = 0"][-2:] == (
+    assert by_name["O, Llama 4 × 512, p = 0"][-3:] == (
         "1.10; with example inputs 1.20; PEFT 1.20; F 1.060",
         "yes",
+        "",
     )
-    assert by_name["O, Llama 4 × 512, p = 0.05"][-1] == "no, by 0.05"
-    assert by_name["saved, Llama 4 × 512, p = 0"][-1] == "no, by 2 MiB"
-    assert by_name["saved, Llama 4 × 512, p = 0.05"][-1] == "yes"
-    assert by_name["O, experts"][-2:] == ("not measured", "–")
+    assert by_name["O, Llama 4 × 512, p = 0.05"][-2:] == ("no, by 0.05", "profile_step")
+    assert by_name["saved, Llama 4 × 512, p = 0"][-2:] == ("no, by 2 MiB", "saved_step")
+    assert by_name["saved, Llama 4 × 512, p = 0.05"][-2:] == ("yes", "")
+    assert by_name["O, experts"][-3:] == ("not measured", "–", "")
     assert len(goals.rows({})) == len(goals.GOALS)
     assert {goal.section for goal in goals.GOALS} <= set(report.SECTIONS)
+    assert {goal.bound for goal in goals.GOALS} <= set(report.SECTIONS)
+
+
+def test_a_missed_goal_links_to_the_section_that_shows_why() -> None:
+    times = {f"{name}, p = {p}": 1.2 for name in (OURS, EXPORTED, PEFT) for p in ("0", "0.05")}
+    results = {"llama_step": measured({"frozen": 1.0, **times}, {}, floor=1.06)}
+    on_page = {name: report.SECTIONS[name] for name in ("llama_step", "profile_step")}
+    row = goals.rows(results, functools.partial(report.reference, on_page))[0]
+    assert row[-1] == "[Where the time of that step goes](#where-the-time-of-that-step-goes)"
+    row = goals.rows(results, functools.partial(report.reference, {}))[0]
+    assert row[-1] == "Where the time of that step goes"
+    link = report.reference(report.SECTIONS, "llama_step")
+    assert link.endswith("(#a-training-step-of-a-small-llama-all-linear-rank-16)")
+
+
+def test_columns_that_say_nothing_are_left_out() -> None:
+    columns, rows = report.without_empty(
+        ("a", "b", "c"), [("1", "–", ""), ("2", "", "–"), ("", "–", "–")]
+    )
+    assert (columns, rows) == (["a"], [["1"], ["2"], [""]])
 
 
 def test_a_merge_with_a_temporary_of_the_size_of_the_weight_misses_its_goal() -> None:
     one = Merged(Sample((0.4,) * 5), Memory(16 * MIB, 4 * MIB), 16 * MIB)
     peft = dataclasses.replace(one, sample=Sample((1.0,) * 5), memory=Memory(0, 16 * MIB))
-    found = {"lora-fx": one, "lora-fx, into=base": one, "PEFT merge_and_unload": peft}
+    found = {OURS: one, OURS_INTO: one, PEFT_MERGE: peft, BOUND: one}
 
     def verdicts(given: dict[str, Merged]) -> tuple[str, str]:
-        table = {row[0]: row[-1] for row in goals.rows({"merge_time": {"cpu, float32": given}})}
+        table = {row[0]: row[-2] for row in goals.rows({"merge_time": {"cpu, float32": given}})}
         return table["merge, 105M weights, fp32"], table["merge, memory"]
 
     assert verdicts(found) == ("yes", "yes")
     slow = dataclasses.replace(peft, sample=Sample((0.6,) * 5))
-    assert verdicts({**found, "lora-fx": slow, "lora-fx, into=base": peft}) == (
+    assert verdicts({**found, OURS: slow, OURS_INTO: peft}) == (
         "no, by 0.1 s",
         "no, by 16 MiB",
     )
@@ -148,6 +175,10 @@ def test_charts_can_be_read_on_light_and_dark_pages() -> None:
     for one in tree.findall("s:rect", space):
         assert float(one.get("x", 0)) + float(one.attrib["width"]) <= box[2]
     assert len(tree.findall("s:line[@class='line']", space)) == 1
+    # The line says what it is, and values stand over it.
+    assert [one.text for one in tree.findall("s:text[@class='mark']", space)] == ["F 1.10"]
+    order = [one.get("class") for one in tree]
+    assert order.index("ours") < order.index("line") < order.index("value")
     ET.fromstring(bars("empty", "", []))
 
 
@@ -155,15 +186,90 @@ def test_operations_are_sorted_by_what_they_do() -> None:
     square, thin = [[64, 64], [64, 64]], [[64, 64], [64, 16]]
     assert profile_step.group_of("aten::mm", square, 16) == "base products"
     assert profile_step.group_of("aten::addmm_", thin, 16) == "thin products"
+    assert profile_step.group_of("aten::mm", [[64, 100], [100, 48]], 16) == "thin products"
     assert profile_step.group_of("aten::bernoulli_", [], 16) == "random numbers"
     assert profile_step.group_of("aten::native_dropout", [], 16) == "random numbers"
     assert profile_step.group_of("aten::copy_", [], 16) == "copies, fills"
     assert profile_step.group_of("aten::mul", [], 16) == "element by element"
+    assert profile_step.group_of("aten::where", [], 16) == "element by element"
+    # Views, and operations that only call others, compute nothing.
+    for name in ("aten::t", "aten::view", "aten::linear", "aten::matmul", "aten::empty"):
+        assert profile_step.group_of(name, square, 16) == "between operations"
+
+
+def test_what_is_kept_is_sorted_by_shape_and_type() -> None:
+    rank = Settings().r
+    assert saved_step.kind_of(torch.ones(4, 40)) == saved_step.WIDE
+    assert saved_step.kind_of(torch.ones(4, rank)) == saved_step.THIN
+    # q, k and v share one product with their A's.
+    assert saved_step.kind_of(torch.ones(5, 3 * rank)) == saved_step.THIN
+    assert saved_step.kind_of(torch.ones(4, 40).bool()) == saved_step.MASKS
+    assert saved_step.kind_of(torch.ones(1, 4, 1)) == saved_step.OTHER
+
+
+def test_kernels_are_counted_without_named_ranges() -> None:
+    def event(device: str, named: bool = False) -> Any:
+        return types.SimpleNamespace(
+            device_type=getattr(DeviceType, device), is_user_annotation=named
+        )
+
+    assert launches([event("CUDA"), event("CPU"), event("CUDA", named=True), event("CUDA")]) == 2
+    with torch.profiler.profile() as profile:
+        torch.ones(2)
+    assert launches(profile.events() or ()) == 0
+
+
+def test_a_section_measures_at_every_place_as_one_piece_of_work() -> None:
+    where = [Place(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    told: list[tuple[int, int, str]] = []
+
+    def work(place: Place, tell: Progress | None) -> torch.dtype:
+        assert tell is not None
+        tell(1, 1, "a")
+        return place.dtype
+
+    found = at_each(where, work, lambda *given: told.append(given), "title")
+    assert found == {"cpu, float32": torch.float32, "cpu, bfloat16": torch.bfloat16}
+    assert told == [(1, 2, "title a"), (2, 2, "title a")]
+    assert [one.dtype for one in places(half=False) if not one.on_cuda] == [torch.float32]
+    assert str(places(half=True)[0]) == "cpu, float32"
 
 
 def test_what_only_a_gpu_has_is_left_out_without_one() -> None:
     assert kernel_launches(lambda: torch.ones(2), torch.device("cpu")) is None
     assert allocator_peak(lambda: torch.ones(2), torch.device("cpu")) is None
+
+
+def test_the_allocator_is_asked_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    sizes = {"memory_allocated": 100, "max_memory_allocated": 350}
+    for name in ("synchronize", "reset_peak_memory_stats", *sizes):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda _, name=name: asked.append(name) or sizes.get(name)
+        )
+    peak = allocator_peak(
+        lambda: asked.append("step"), torch.device("cuda"), lambda: asked.append("reset")
+    )
+    assert peak == 250
+    # What the first step leaves is let go of before anything counts.
+    before = ["step", "reset", "synchronize", "reset_peak_memory_stats", "memory_allocated"]
+    assert asked == [*before, "step", "synchronize", "max_memory_allocated"]
+
+
+def test_a_gpu_gets_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    hardware.computes_bf16.cache_clear()
+    try:
+        found = [str(place) for place in places(half=True)]
+    finally:
+        hardware.computes_bf16.cache_clear()
+    assert found[:2] == ["cpu, float32", "cuda, float32"]
+    assert found[-1] == "cuda, bfloat16"
+    assert synchronizer(torch.device("cpu")) is None
+    assert synchronizer(torch.device("cuda", 0)) is not None
+    assert isinstance(hardware.compiles(torch.device("cuda", 0)), bool)
 
 
 @pytest.mark.cuda

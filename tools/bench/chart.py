@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 
 __all__ = ["Bar", "Group", "bars"]
 
-_WIDTH = 760
-_LEFT = 270
+_WIDTH = 790
+_LEFT = 300
 _RIGHT = 70
 _ROW = 22
 _TOP = 66
@@ -23,6 +23,8 @@ text {{ font: 12px {_SANS}; fill: #1c2333; }}
 .title {{ font-size: 16px; font-weight: 650; }}
 .note, .axis {{ fill: #566079; }}
 .group {{ font-weight: 650; }}
+.value {{ stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round; paint-order: stroke; }}
+.mark {{ font-size: 11px; fill: #cb3a66; }}
 .grid {{ stroke: #e1e5ec; }}
 .line {{ stroke: #cb3a66; stroke-dasharray: 4 3; }}
 .ours {{ fill: #10917f; }}
@@ -32,6 +34,8 @@ text {{ font: 12px {_SANS}; fill: #1c2333; }}
   .page {{ fill: #12151c; }}
   text {{ fill: #e4e8f1; }}
   .note, .axis {{ fill: #a4aec3; }}
+  .value {{ stroke: #12151c; }}
+  .mark {{ fill: #ff7a9f; }}
   .grid {{ stroke: #2b3242; }}
   .line {{ stroke: #ff7a9f; }}
   .ours {{ fill: #2fbba6; }}
@@ -63,12 +67,14 @@ class Group:
     Attributes:
         heading: The text.
         bars: From the top.
-        line: A value that is marked across them (a floor), or None.
+        line: A value that is marked across them, or None.
+        mark: What it is; with its value it stands above the line.
     """
 
     heading: str
     bars: Sequence[Bar]
     line: float | None = None
+    mark: str = "F"
 
 
 def bars(title: str, note: str, groups: Sequence[Group]) -> str:
@@ -83,21 +89,27 @@ def bars(title: str, note: str, groups: Sequence[Group]) -> str:
     values += [group.line for group in groups if group.line is not None]
     step, most = _scale(max(values, default=1.0))
     unit = (_WIDTH - _LEFT - _RIGHT) / most
+    # In the order in which they are drawn: a line crosses bars, and values are written over it.
+    boxes: list[str] = []
     lines: list[str] = []
+    words: list[str] = []
     y = float(_TOP)
     for group in groups:
         if group.heading:
-            lines.append(
+            words.append(
                 f'<text class="group" x="16" y="{_n(y + 15)}">{escape(group.heading)}</text>'
             )
             y += _ROW
         start = y
         for bar in group.bars:
-            lines += _bar(bar, y, unit)
+            boxes.append(_box(bar, y, unit))
+            words += _words(bar, y, unit)
             y += _ROW
         if group.line is not None:
             x = _n(_LEFT + group.line * unit)
             lines.append(f'<line class="line" x1="{x}" x2="{x}" y1="{_n(start)}" y2="{_n(y)}"/>')
+            said = f"{escape(group.mark)} {_value(group.line)}"
+            words.append(f'<text class="mark" x="{x}" y="{_n(start - 5)}">{said}</text>')
     height = y + _FOOT + 8
     grid = []
     for place in range(round(most / step) + 1):
@@ -117,22 +129,31 @@ def bars(title: str, note: str, groups: Sequence[Group]) -> str:
             f'<text class="title" x="16" y="28">{escape(title)}</text>',
             f'<text class="note" x="16" y="48">{escape(note)}</text>',
             *grid,
+            *boxes,
             *lines,
+            *words,
             "</svg>",
             "",
         ]
     )
 
 
-def _bar(bar: Bar, y: float, unit: float) -> list[str]:
-    width = max(bar.value * unit, 0.0)
-    text = f"{bar.value:.2f}" if bar.value < 10 else f"{bar.value:.1f}"
-    place = f'x="{_LEFT}" y="{_n(y + 3)}" width="{_n(width)}" height="{_ROW - 6}"'
+def _box(bar: Bar, y: float, unit: float) -> str:
+    place = f'x="{_LEFT}" y="{_n(y + 3)}" width="{_n(bar.value * unit)}" height="{_ROW - 6}"'
+    return f'<rect class="{bar.kind}" {place} rx="2"/>'
+
+
+def _words(bar: Bar, y: float, unit: float) -> list[str]:
+    place = f'x="{_n(_LEFT + bar.value * unit + 6)}" y="{_n(y + 15)}"'
     return [
         f'<text x="{_LEFT - 8}" y="{_n(y + 15)}" text-anchor="end">{escape(bar.label)}</text>',
-        f'<rect class="{bar.kind}" {place} rx="2"/>',
-        f'<text x="{_n(_LEFT + width + 6)}" y="{_n(y + 15)}">{text}</text>',
+        f'<text class="value" {place}>{_value(bar.value)}</text>',
     ]
+
+
+def _value(value: float) -> str:
+    """With three digits or so."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def _scale(largest: float) -> tuple[float, float]:

@@ -28,12 +28,14 @@ __all__ = [
     "OURS",
     "PEERS",
     "PEFT",
+    "THIRD",
     "Settings",
     "targets_of",
 ]
 
 FROZEN = "frozen"
 AGAIN = "frozen again (A/A)"
+THIRD = "frozen a third time"
 OURS = "lora-fx"
 CANONICAL = "lora-fx, optimize=False"
 EXPORTED = "lora-fx, with example inputs"
@@ -127,6 +129,7 @@ NO_DROPOUT = (ChosenContraction.TITLE,)
 BUILDERS: Mapping[str, Builder] = {
     FROZEN: _frozen,
     AGAIN: _frozen,
+    THIRD: _frozen,
     OURS: _ours,
     CANONICAL: _canonical,
     EXPORTED: _exported,

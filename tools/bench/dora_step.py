@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import nn
 
 from lora_fx.tools.bench import llama_step
-from lora_fx.tools.bench.contenders import BUILDERS, FROZEN, OURS, PEFT, Settings
-from lora_fx.tools.bench.hardware import devices
-from lora_fx.tools.bench.measure import Progress, portion, ratio
+from lora_fx.tools.bench.contenders import AGAIN, BUILDERS, FROZEN, OURS, PEFT, Settings
+from lora_fx.tools.bench.measure import Progress, ratio
+from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import (
-    COLUMNS,
-    Measured,
-    case,
-    cells,
-    compare,
-    loss_of,
-    mebibytes,
-    name_of,
-)
+from lora_fx.tools.bench.step_table import COLUMNS, cells, mebibytes
+from lora_fx.tools.bench.steps import Measured, compare, loss_of, name_of
 
 __all__ = ["DORA", "LORA", "TITLE", "caption", "rows", "run"]
 
@@ -38,21 +29,21 @@ def run(
 ) -> dict[str, Measured]:
     """Results by device and dtype; contenders are called "lora-fx DoRA, p = 0" and the like."""
     workload = llama_step.workload(size)
-    results = {}
-    for index, device in enumerate(devices()):
-        base = workload.make().to(device)
-        inputs = workload.on(device, torch.float32)
-        models = _models(base)
-        results[case(device, torch.float32)] = compare(
+
+    def work(place: Place, tell: Progress | None) -> Measured:
+        models = _models(workload.make().to(place.device, place.dtype))
+        inputs = workload.on(place)
+        return compare(
             models,
             {name: loss_of(model, inputs) for name, model in models.items()},
             floor=None,
-            device=device,
+            device=place.device,
             repeats=repeats,
             seconds=_SECONDS,
-            progress=portion(progress, index, len(devices())),
+            progress=tell,
         )
-    return results
+
+    return at_each(places(half=size is Size.FULL), work, progress)
 
 
 def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -61,26 +52,30 @@ def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str,
     table = []
     for where, measured in results.items():
         for name, step in measured.steps.items():
-            plain = measured.steps[name.replace(DORA, LORA)]
-            saved = f"{step.saved / plain.saved:.2f}" if step.saved and plain.saved else "–"
-            time = f"{ratio(step.sample, plain.sample).median:.2f}"
-            more = (mebibytes(step.saved), time, saved)
-            table.append((where, *cells(measured, name), *more))
+            time = saved = ""
+            if DORA in name:
+                plain = measured.steps[name.replace(DORA, LORA)]
+                time = f"{ratio(step.sample, plain.sample).median:.2f}"
+                saved = f"{step.saved / plain.saved:.2f}" if step.saved and plain.saved else "–"
+            table.append((where, *cells(measured, name), mebibytes(step.saved), time, saved))
     return columns, table
 
 
 def caption() -> str:
     """What was measured."""
     return (
-        "The small Llama above, fp32, eager. Saved: bytes that autograd keeps between forward and backward, "
+        "The small Llama above, eager. Saved: bytes that autograd keeps between forward and backward, "
         "each storage once, parameters left out. PEFT's DoRA takes a second base product under dropout; here "
-        "the magnitude scales the product without."
+        "the magnitude scales the product without. The last two columns are beside plain LoRA of the "
+        "same library. What DoRA must do beyond LoRA is the norm of W + s·BA, a pass over every weight "
+        "(WAᵀ, another thin product, of the weight in the place of x), one over every output, and for "
+        "square layers the base product once more in the backward."
     )
 
 
 def _models(base: nn.Module) -> dict[str, nn.Module]:
     """The contenders of both libraries, by name, over the weights of one base."""
-    models = {FROZEN: BUILDERS[FROZEN](base, Settings())}
+    models = {name: BUILDERS[name](base, Settings()) for name in (FROZEN, AGAIN)}
     for dropout in _DROPOUTS:
         for library in (OURS, PEFT):
             for kind in (LORA, DORA):

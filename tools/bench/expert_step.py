@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.contenders import AGAIN, FROZEN, OURS, PEFT
-from lora_fx.tools.bench.hardware import devices
 from lora_fx.tools.bench.linears import shared_copy
-from lora_fx.tools.bench.measure import Progress, portion
+from lora_fx.tools.bench.measure import Progress
+from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import COLUMNS, Measured, case, cells, compare, mebibytes
+from lora_fx.tools.bench.step_table import COLUMNS, cells, mebibytes
+from lora_fx.tools.bench.steps import Measured, compare
 
 __all__ = ["TITLE", "caption", "rows", "run"]
 
@@ -45,23 +46,24 @@ def run(
 ) -> dict[str, Measured]:
     """Results by device and dtype."""
     tokens = (1, 32) if size is Size.TINY else _TOKENS
-    results = {}
-    for index, device in enumerate(devices()):
-        base = _mixtral(size).to(device)
+
+    def work(place: Place, tell: Progress | None) -> Measured:
+        base = _mixtral(size).to(place.device, place.dtype)
         models = {name: model.train() for name, model in _models(base).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            ids = torch.randint(0, base.config.vocab_size, tokens).to(device)
-        results[case(device, torch.float32)] = compare(
+            ids = torch.randint(0, base.config.vocab_size, tokens).to(place.device)
+        return compare(
             models,
             {name: _loss(model, ids) for name, model in models.items()},
             floor=None,
-            device=device,
+            device=place.device,
             repeats=repeats,
             seconds=_SECONDS,
-            progress=portion(progress, index, len(devices())),
+            progress=tell,
         )
-    return results
+
+    return at_each(places(half=size is Size.FULL), work, progress)
 
 
 def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -81,9 +83,9 @@ def caption() -> str:
     one = 2 * width * hidden * 4 / 2**20
     return (
         f"Mixtral shapes: {_SHAPE['num_hidden_layers']} layers, {experts} experts of width {width} and "
-        f"{hidden}, {_TOKENS[0]} x {_TOKENS[1]} tokens, fp32, grouped products. gate_up of one expert is "
-        f"{one:.1f} MiB, of all of them {one * experts:.1f} MiB. Peak: what a step allocates beyond the "
-        "weights."
+        f"{hidden}, {_TOKENS[0]} × {_TOKENS[1]} tokens, no dropout, grouped products. gate_up of one expert "
+        f"is {one:.1f} MiB in fp32, of all of them {one * experts:.1f} MiB. The gradient is taken down to "
+        "the embeddings in all contenders. Largest tensor: of all that an operation of the step makes."
     )
 
 

@@ -6,10 +6,11 @@ import functools
 import gc
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 __all__ = [
     "allocator_peak",
@@ -17,6 +18,7 @@ __all__ = [
     "computes_bf16",
     "devices",
     "kernel_launches",
+    "launches",
     "synchronizer",
 ]
 
@@ -46,17 +48,39 @@ def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None
         return None
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     step()
+    # What is still running when the profiler starts would be counted, too.
+    torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=kinds) as profile:
         step()
         torch.cuda.synchronize(device)
-    return len([event for event in profile.events() if event.device_type.name == "CUDA"])
+    return launches(profile.events() or ())
 
 
-def allocator_peak(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a step takes from CUDA's allocator beyond what was held before; None elsewhere."""
+def launches(events: Iterable[Any]) -> int:
+    """How many of a profiler's events are kernels, copies and fills on a GPU.
+
+    Ranges that somebody has named are repeated on the GPU's time line and start nothing.
+    """
+    return sum(
+        1 for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation
+    )
+
+
+def allocator_peak(
+    step: Callable[[], Any], device: torch.device, reset: Callable[[], Any] | None = None
+) -> int | None:
+    """Bytes that a step takes from CUDA's allocator beyond what was held before; None elsewhere.
+
+    Args:
+        step: Run twice: the first run takes what libraries keep for good (workspaces of cuBLAS).
+        device: Where.
+        reset: Lets go of what a step leaves (gradients), which would count as held before.
+    """
     if device.type != "cuda":
         return None
     step()
+    if reset is not None:
+        reset()
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -81,7 +105,7 @@ def computes_bf16(device: torch.device) -> bool:
 def compiles(device: torch.device) -> bool:
     """Whether inductor has what it needs: a C++ compiler for the CPU, Triton for CUDA."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return has_triton()
     return any(shutil.which(name) is not None for name in ("g++", "clang++", "c++"))
 
 

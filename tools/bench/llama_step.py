@@ -14,16 +14,18 @@ from lora_fx.tools.bench.contenders import (
     PEERS,
     PEFT,
 )
-from lora_fx.tools.bench.hardware import computes_bf16, devices
-from lora_fx.tools.bench.measure import Progress, portion
+from lora_fx.tools.bench.measure import Progress
+from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import COLUMNS, Measured, case, cells, measure
+from lora_fx.tools.bench.step_table import COLUMNS, cells
+from lora_fx.tools.bench.steps import Measured, measure
 from lora_fx.tools.bench.workloads import Workload, llama, llama_shape
 
 __all__ = ["TITLE", "caption", "charts", "rows", "run", "workload"]
 
 TITLE = "A training step of a small Llama, all-linear, rank 16"
 
+_LAYERS, _WIDTH, _INNER, _TOKENS = 4, 512, 1376, 512
 _DROPOUTS = (0.0, 0.05)
 _NAMES = (AGAIN, OURS, CANONICAL, EXPORTED, PEFT, *PEERS)
 _FEW_NAMES = (AGAIN, OURS, CANONICAL, PEFT, PEERS[0])
@@ -31,32 +33,29 @@ _SECONDS = 90.0
 
 
 def workload(size: Size) -> Workload:
-    """4 layers of width 512 on 512 tokens."""
+    """The model and its batch."""
     if size is Size.TINY:
         return llama("Llama 1 × 16", llama_shape(16, 32, 1, 2, 32), 8)
-    return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 512)
+    return llama(f"Llama {_LAYERS} × {_WIDTH}", llama_shape(_WIDTH, _INNER, _LAYERS, 8), _TOKENS)
 
 
 def run(
     *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
 ) -> dict[str, Measured]:
     """Results by device and dtype."""
-    cases = [(device, torch.float32) for device in devices()]
-    if size is Size.FULL:
-        cases += [(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
-    return {
-        case(device, dtype): measure(
+
+    def work(place: Place, tell: Progress | None) -> Measured:
+        return measure(
             workload(size),
-            _names(size, dtype),
+            _names(size, place.dtype),
             dropouts=_DROPOUTS,
-            device=device,
-            dtype=dtype,
+            place=place,
             repeats=repeats,
             seconds=_SECONDS,
-            progress=portion(progress, index, len(cases)),
+            progress=tell,
         )
-        for index, (device, dtype) in enumerate(cases)
-    }
+
+    return at_each(places(half=size is Size.FULL), work, progress)
 
 
 def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -70,20 +69,26 @@ def rows(results: dict[str, Measured]) -> tuple[tuple[str, ...], list[tuple[str,
 
 def caption() -> str:
     """What was measured."""
-    floor = (
-        "F, the floor of O, is 1 + 6·Σ T·r·(d + k) / 4·Σ T·d·k over the linear layers, the head in the "
-        "second sum only: what the thin products of the branches cost if a FLOP costs the same everywhere. "
-        "η is F / O."
-    )
-    return (
-        "Llama shapes: 4 layers of width 512 and 1376, 512 tokens, random weights, eager, forward and "
-        f"backward. O is the time beside that of the frozen step. {floor} PEFT keeps fp32 adapters beside "
-        "bf16 weights, and so does lora-fx; the plain ones have the weights' dtype. `lora-fx` is the "
-        "default, rewritten without inputs: regions. With example inputs the whole model is one "
-        "graph, where layers that read the same input can share it: the difference between the two rows is "
-        "what that adds. Saved: what autograd keeps between forward and backward. Peak: what is held at "
-        "once beyond what was there before. A/A is the frozen step under a second name: noise."
-    )
+    forced = 6 * _WIDTH**2 / (4 * _LAYERS * (4 * _WIDTH**2 + 3 * _WIDTH * _INNER))
+    return f"""Llama shapes: {_LAYERS} layers of width {_WIDTH} and {_INNER}, {_TOKENS} tokens, random
+weights, eager, forward and backward. PEFT keeps fp32 adapters beside bf16 weights, and so does lora-fx; those
+that are written out here have the weights' dtype. `lora-fx` is the default, rewritten without inputs:
+regions. With example inputs the whole model is one graph, where layers that read the same input can share it:
+the difference between the two rows is what that adds. A/A is the frozen step under a second name: noise.
+
+O is the time beside that of the frozen step, which takes the gradient down to the embeddings. An adapted
+model stops at its first adapters: the inputs of the first q, k and v need no gradient, {100 * forced:.1f} %
+of what the frozen step's linear layers compute. O of every contender is smaller by up to as much, and can be
+below F.
+
+F, the floor of O, is 1 + 6·Σ T·r·(d + k) / 4·Σ T·d·k over the linear layers, the head in the second sum only:
+what the thin products of the branches cost if a FLOP costs the same everywhere. Attention's own products, the
+norms and the loss are not in the second sum. The true floor is lower: F - 1 by the share of the frozen step
+that they take in the profile below. η is F / O.
+
+Saved is what autograd keeps between forward and backward. Peak is what is held at once beyond what was there
+before, counted tensor by tensor; the allocator's peak, on CUDA, has its rounding and what kernels take for
+themselves in it, too."""
 
 
 def charts(results: dict[str, Measured]) -> dict[str, str]:

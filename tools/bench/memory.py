@@ -46,12 +46,19 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for given in pytree.tree_leaves((args, kwargs)):
             if isinstance(given, torch.Tensor):
-                self._known.add(given.untyped_storage()._cdata)
+                self._meet(given.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for made in pytree.tree_leaves(out):
             if isinstance(made, torch.Tensor):
                 self._count(made.untyped_storage())
         return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        """It was there before. When it goes, a new one can take its address, and that one counts."""
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._known.discard, key)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

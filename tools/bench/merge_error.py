@@ -16,6 +16,7 @@ from torch import nn
 from lora_fx.api import merge, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.passes._rounding import rounded, ulp
+from lora_fx.tools.bench.contenders import OURS, PEFT
 from lora_fx.tools.bench.measure import Progress
 from lora_fx.tools.bench.sizes import Size
 
@@ -94,9 +95,9 @@ def _errors(dtype: torch.dtype, width: int) -> dict[str, MergeError]:
             weight = base.get_submodule(name).get_parameter("weight")
             exact.append(weight.double() + 8 / _RANK * (b.double() @ a.double()))
     merged = {
-        "lora-fx": merge(ours),
-        "PEFT": copy.deepcopy(theirs).merge_and_unload(),
-        "PEFT, safe_merge": theirs.merge_and_unload(safe_merge=True),
+        OURS: merge(ours),
+        PEFT: copy.deepcopy(theirs).merge_and_unload(),
+        f"{PEFT}, safe_merge": theirs.merge_and_unload(safe_merge=True),
     }
     return {name: _error(model, names, exact, dtype) for name, model in merged.items()}
 

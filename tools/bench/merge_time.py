@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.api import merge, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.hardware import devices, synchronizer
 from lora_fx.tools.bench.linears import shared_copy
-from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion
+from lora_fx.tools.bench.measure import Progress, Sample, interleaved
 from lora_fx.tools.bench.memory import Memory, measure_memory
+from lora_fx.tools.bench.places import Place, at_each
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import case
 
-__all__ = ["OURS", "OURS_INTO", "PEFT", "TITLE", "Merged", "caption", "rows", "run"]
+__all__ = ["BOUND", "OURS", "OURS_INTO", "PEFT", "TITLE", "Merged", "caption", "rows", "run"]
 
 TITLE = "Merging 105 million weights, rank 16"
 
@@ -28,7 +28,10 @@ OURS = "lora-fx"
 OURS_INTO = "lora-fx, into=base"
 PEFT = "PEFT merge_and_unload"
 
+BOUND = "addmm_ in the weight's dtype"
+
 _RANK = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SECONDS = 30.0
 
 
@@ -51,20 +54,15 @@ def run(
     *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
 ) -> dict[str, dict[str, Merged]]:
     """Results by device and dtype, then by contender."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    cases = [(device, dtype) for device in devices() for dtype in dtypes]
+    # Weights are merged in half types on every machine, however slow its products in them are.
+    where = [Place(device, dtype) for device in devices() for dtype in _DTYPES]
     if size is not Size.FULL:
-        cases = cases[:1] if size is Size.TINY else cases[:2]
-    return {
-        case(device, dtype): _measured(
-            device,
-            dtype,
-            _shape(size),
-            repeats,
-            portion(progress, index, len(cases), str(dtype).removeprefix("torch.")),
-        )
-        for index, (device, dtype) in enumerate(cases)
-    }
+        where = where[:1] if size is Size.TINY else where[:2]
+
+    def work(place: Place, tell: Progress | None) -> dict[str, Merged]:
+        return _measured(place, _shape(size), repeats, tell)
+
+    return at_each(where, work, progress)
 
 
 def rows(
@@ -99,8 +97,13 @@ def caption() -> str:
     return (
         f"{layers} linear layers of {width} × {width}; a weight is {width * width * 4 / 2**20:.0f} MiB in "
         "fp32 and half of that in the half types. `lora-fx` gives a new model and leaves the adapted one "
-        "as it is: its peak has the merged weights in it. `into=base` writes into a model that it is given, "
-        "as PEFT does with its own. Copies that are needed to merge again are not timed."
+        "as it is: its peak has the merged weights in it, and the largest tensor is a merged weight. "
+        "`into=base` changes a model that it is given, all of it or nothing: the merged weights are there "
+        "before the first is put in its place, where PEFT writes into its own model weight by weight. "
+        "lora-fx adds up in fp64, slice by slice, and rounds once. The last row is what bounds any merge: "
+        "one `addmm_` a weight and nothing else, with factors in its dtype: no check, no "
+        "new tensor, no fp64. "
+        "Copies that are needed to merge again are not timed."
     )
 
 
@@ -111,19 +114,15 @@ def _shape(size: Size) -> tuple[int, int]:
 
 
 def _measured(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    repeats: int,
-    progress: Progress | None,
+    place: Place, shape: tuple[int, int], repeats: int, progress: Progress | None
 ) -> dict[str, Merged]:
-    contenders = _contenders(device, dtype, shape)
-    weight = shape[1] ** 2 * dtype.itemsize
+    contenders = _contenders(place, shape)
+    weight = shape[1] ** 2 * place.dtype.itemsize
     timed = interleaved(
         contenders,
         repeats=repeats,
         seconds=_SECONDS,
-        synchronize=synchronizer(device),
+        synchronize=synchronizer(place.device),
         progress=progress,
     )
     return {
@@ -133,7 +132,7 @@ def _measured(
 
 
 def _contenders(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+    place: Place, shape: tuple[int, int]
 ) -> Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
     import peft
 
@@ -142,7 +141,7 @@ def _contenders(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in names))
-        base = base.to(device, dtype)
+        base = base.to(place.device, place.dtype)
         fields: dict[str, Any] = {"r": _RANK, "lora_alpha": _RANK, "target_modules": names}
         ours = rewrite(base, LoraConfig(**fields))
         theirs = peft.get_peft_model(shared_copy(base), peft.LoraConfig(**fields))
@@ -161,4 +160,21 @@ def _contenders(
             lambda: copy.deepcopy(theirs),
             lambda given: given.merge_and_unload(safe_merge=True),
         ),
+        BOUND: (lambda: _factors(theirs, names), _added),
     }
+
+
+def _factors(adapted: nn.Module, names: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A copy of each weight, with B and A in its dtype."""
+    found = []
+    for name in names:
+        layer: Any = adapted.get_submodule(f"base_model.model.{name}")
+        weight = layer.base_layer.weight.detach().clone()
+        a, b = (one["default"].weight.detach() for one in (layer.lora_A, layer.lora_B))
+        found.append((weight, b.to(weight.dtype), a.to(weight.dtype)))
+    return found
+
+
+def _added(given: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for weight, b, a in given:
+        weight.addmm_(b, a)

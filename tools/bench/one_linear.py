@@ -23,10 +23,10 @@ from lora_fx.tools.bench.contenders import (
     Settings,
 )
 from lora_fx.tools.bench.floor import linear_floor
-from lora_fx.tools.bench.hardware import computes_bf16, devices, kernel_launches, synchronizer
+from lora_fx.tools.bench.hardware import kernel_launches, synchronizer
 from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion, ratio
+from lora_fx.tools.bench.places import Place, places
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import case
 
 __all__ = ["TITLE", "Cell", "Shape", "caption", "charts", "rows", "run"]
 
@@ -35,8 +35,11 @@ TITLE = "One linear operation"
 _CORE = (OURS, PEFT)
 _ALL = (OURS, CANONICAL, PEFT, *PEERS)
 _RANK = 16
+_HALF_WIDTH = 2048
+"""The width that a CPU measures in bf16, too."""
+
 _DROPOUTS = (0.0, 0.05)
-_SECONDS = 60.0
+_SECONDS = 40.0
 _SMALLEST_RUN = 3e9
 """FLOPs of one timed run, at least: some 20 ms on two cores."""
 
@@ -71,22 +74,19 @@ Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None) -> Results:
     """Times and, on CUDA, kernel launches, by shape and contender."""
     cases = [
-        (device, dtype, d, tokens)
-        for device in devices()
-        for dtype, (d, tokens) in itertools.product(
-            (torch.float32, torch.bfloat16), itertools.product(*_grid(size))
-        )
-        if dtype is torch.float32
-        or (size is Size.FULL and computes_bf16(device) and (device.type == "cuda" or d == 2048))
+        (place, d, tokens)
+        for place in places(half=size is Size.FULL)
+        for d, tokens in itertools.product(*_grid(size))
+        if place.dtype is torch.float32 or place.on_cuda or d == _HALF_WIDTH
     ]
     return {
-        Shape(case(device, dtype), d, tokens): _measured(
-            _cells(size, d, tokens, device),
-            (device, dtype, d, tokens),
+        Shape(str(place), d, tokens): _measured(
+            _cells(size, d, tokens, place),
+            (place, d, tokens),
             repeats,
             portion(progress, index, len(cases), f"d={d}, T={tokens}"),
         )
-        for index, (device, dtype, d, tokens) in enumerate(cases)
+        for index, (place, d, tokens) in enumerate(cases)
     }
 
 
@@ -113,8 +113,11 @@ def caption() -> str:
         "d inputs and d outputs, T tokens, no bias, eager, without the wrapper of a whole model. O is "
         "the time beside that of the frozen layer with a gradient for its input, F is "
         "1 + 1.5·r·(d + k)/(d·k), and η = F / O in brackets. Others than lora-fx and PEFT are measured at "
-        "r = 16 and, on a CPU, not at the largest size. The contraction chosen by FLOPs is for p = 0 only. "
-        "On CUDA the kernel launches of a step stand behind η."
+        "r = 16 and, on a CPU, not at the largest size; a dash stands for what was not measured. The "
+        "contraction chosen by FLOPs is for p = 0 only: it builds W + s·BA where T is large, so that it "
+        f"can get below F. A CPU measures bf16 at d = {_HALF_WIDTH} only. F counts products: below it "
+        "there is also noise, which the column A/A shows. On CUDA the kernel launches of a step stand "
+        "behind η."
     )
 
 
@@ -150,8 +153,8 @@ def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ((768,), (128,)) if size is Size.QUICK else ((768, 2048, 4096), (128, 2048))
 
 
-def _cells(size: Size, d: int, tokens: int, device: torch.device) -> list[Cell]:
-    small = device.type == "cuda" or d * d * tokens < 4096 * 4096 * 2048
+def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
+    small = place.on_cuda or d * d * tokens < 4096 * 4096 * 2048
     found = [Cell(FROZEN), Cell(AGAIN)]
     for rank in (8, 16, 64) if size is Size.FULL else (16,):
         for dropout in _DROPOUTS:
@@ -162,11 +165,12 @@ def _cells(size: Size, d: int, tokens: int, device: torch.device) -> list[Cell]:
 
 def _measured(
     cells: list[Cell],
-    where: tuple[torch.device, torch.dtype, int, int],
+    where: tuple[Place, int, int],
     repeats: int,
     progress: Progress | None,
 ) -> dict[Cell, tuple[Sample, int | None]]:
-    device, dtype, d, tokens = where
+    place, d, tokens = where
+    device, dtype = place.device, place.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(d, d, bias=False)).to(device, dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Sequence
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,17 @@ from lora_fx.tools.bench import (
     profile_step,
     rewrite_scale,
     rewrite_time,
+    saved_step,
 )
 from lora_fx.tools.bench.measure import Progress, machine
 from lora_fx.tools.bench.sizes import Size
 
-__all__ = ["IMAGES", "SECTIONS", "run_benchmarks", "select", "write"]
+__all__ = ["IMAGES", "SECTIONS", "reference", "run_benchmarks", "select", "without_empty", "write"]
 
 _MODULES: tuple[Any, ...] = (
     llama_step,
     profile_step,
+    saved_step,
     compiled_step,
     one_linear,
     model_steps,
@@ -47,6 +52,7 @@ charts(results), in the order of the page."""
 IMAGES = "img"
 """The folder of the pictures, beside the page."""
 
+_NOTHING = ("", "–")
 _HEAD = """# Benchmarks
 
 Written by `make bench`; see `tools/bench/` for how each number is taken. Times are medians of
@@ -99,23 +105,37 @@ def run_benchmarks(
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = select(only)
+    began = time.monotonic()
     results = {
         name: section.run(
             repeats=repeats, size=size, progress=_within(progress, place, len(chosen), name)
         )
         for place, (name, section) in enumerate(chosen.items(), 1)
     }
+    minutes = (time.monotonic() - began) / 60
+    facts = {**machine(), "this run": f"{minutes:.1f} minutes, {repeats} counted turns at most"}
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    parts = [_HEAD + ("" if size is Size.FULL else _QUICK) + f"\n{listed}\n"]
+    met = _table(goals.columns, goals.rows(results, functools.partial(reference, chosen)))
+    parts.append(f"## Goals\n\n{met}\n")
     images: dict[str, str] = {}
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    parts = [_HEAD + ("" if size is Size.FULL else _QUICK) + f"\n{facts}\n"]
-    parts.append(f"## Goals\n\n{_table(goals.columns, goals.rows(results))}\n")
     for name, section in chosen.items():
         drawn = section.charts(results[name]) if hasattr(section, "charts") else {}
         images |= drawn
         shown = "".join(f"![{_alt(file)}]({IMAGES}/{file})\n\n" for file in drawn)
-        table = _table(*section.rows(results[name]))
+        table = _table(*without_empty(*section.rows(results[name])))
         parts.append(f"## {section.TITLE}\n\n{section.caption()}\n\n{shown}{table}\n")
     return "\n".join(parts), images
+
+
+def without_empty(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that say nothing in any row: those of a GPU where there is none."""
+    kept = [
+        place for place in range(len(columns)) if any(row[place] not in _NOTHING for row in rows)
+    ]
+    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def write(path: Path, page: str, images: dict[str, str]) -> None:
@@ -136,6 +156,15 @@ def _within(progress: Progress | None, place: int, count: int, name: str) -> Pro
         tell(done, total, f"{place}/{count} {name}: {what}"[:40])
 
     return advance
+
+
+def reference(chosen: Mapping[str, Any], name: str) -> str:
+    """A section's title, as a link if the section is on the page."""
+    title: str = SECTIONS[name].TITLE
+    if name not in chosen:
+        return title
+    anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    return f"[{title}](#{anchor})"
 
 
 def _alt(file: str) -> str:

@@ -16,34 +16,11 @@ from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, synchr
 from lora_fx.tools.bench.measure import Progress, Ratio, Sample, interleaved, ratio
 from lora_fx.tools.bench.memory import Memory, measure_memory
 from lora_fx.tools.bench.operations import count_operations
+from lora_fx.tools.bench.places import Place
 from lora_fx.tools.bench.saved import saved_bytes
 from lora_fx.tools.bench.workloads import Workload
 
-__all__ = [
-    "COLUMNS",
-    "Measured",
-    "Step",
-    "case",
-    "cells",
-    "compare",
-    "loss_of",
-    "measure",
-    "mebibytes",
-    "name_of",
-]
-
-COLUMNS = (
-    "contender",
-    "median (quartiles)",
-    "O (quartiles)",
-    "η",
-    "saved beyond frozen, MiB",
-    "peak MiB",
-    "ATen ops",
-    "kernel launches",
-    "allocator peak MiB",
-)
-"""Of the tables of steps; the last two are CUDA's."""
+__all__ = ["Measured", "Step", "compare", "loss_of", "measure", "name_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +66,6 @@ class Measured:
         return None if saved is None or frozen is None else saved - frozen
 
 
-def case(device: torch.device, dtype: torch.dtype) -> str:
-    """How a table names them."""
-    return f"{device.type}, {str(dtype).removeprefix('torch.')}"
-
-
 def name_of(contender: str, dropout: float) -> str:
     """How a table names a contender with dropout."""
     return f"{contender}, p = {dropout:g}"
@@ -104,8 +76,7 @@ def measure(
     names: Iterable[str],
     *,
     dropouts: Iterable[float],
-    device: torch.device,
-    dtype: torch.dtype,
+    place: Place,
     repeats: int,
     seconds: float = math.inf,
     progress: Progress | None = None,
@@ -118,8 +89,7 @@ def measure(
         workload: The model and the batch.
         names: Keys of :data:`lora_fx.tools.bench.contenders.BUILDERS`; the frozen model is added.
         dropouts: Each contender with adapters is measured with each.
-        device: Where.
-        dtype: Of the weights and the activations.
+        place: Where.
         repeats: Counted turns.
         seconds: As for :func:`lora_fx.tools.bench.measure.interleaved`.
         progress: Likewise.
@@ -127,8 +97,8 @@ def measure(
         wrap: What becomes of the contenders that have adapters (``torch.compile``); then only time is
             measured of them, since hooks and modes change what is compiled.
     """
-    base = workload.make().to(device, dtype)
-    inputs = workload.on(device, dtype)
+    base = workload.make().to(place.device, place.dtype)
+    inputs = workload.on(place)
     settings = dataclasses.replace(settings or Settings(), example_inputs=inputs)
     models = _models(base, names, dropouts, settings)
     wrapped = {
@@ -142,7 +112,7 @@ def measure(
         models,
         losses,
         floor=floor,
-        device=device,
+        device=place.device,
         repeats=repeats,
         seconds=seconds,
         progress=progress,
@@ -191,28 +161,6 @@ def compare(
     )
 
 
-def _efficiency(floor: float | None, overhead: float) -> str:
-    """η, F / O, as a table shows it."""
-    return "–" if floor is None else f"{100 * floor / overhead:.0f} %"
-
-
-def cells(measured: Measured, name: str) -> tuple[str, ...]:
-    """A row of :data:`COLUMNS`."""
-    step, overhead = measured.steps[name], measured.overhead(name)
-    plain = name.startswith(FROZEN)
-    return (
-        name,
-        str(step.sample),
-        "1" if name == FROZEN else str(overhead),
-        "" if plain else _efficiency(measured.floor, overhead.median),
-        mebibytes(measured.saved_beyond(name)),
-        mebibytes(step.memory.peak if step.memory else None),
-        _number(step.operations),
-        _number(step.launches),
-        mebibytes(step.allocated),
-    )
-
-
 def _models(
     base: nn.Module, names: Iterable[str], dropouts: Iterable[float], settings: Settings
 ) -> dict[str, nn.Module]:
@@ -236,14 +184,15 @@ def _counted(
         model.zero_grad()
         _backward(loss)(None)
 
-    memory = measure_memory(step)
+    held: list[Memory] = []
+    operations = count_operations(lambda: held.append(measure_memory(step)))
     return Step(
         sample,
         saved_bytes(model, loss),
-        memory,
-        count_operations(step),
+        held[0],
+        operations,
         kernel_launches(step, device),
-        allocator_peak(step, device),
+        allocator_peak(step, device, model.zero_grad),
     )
 
 
@@ -262,12 +211,3 @@ def _backward(loss: Callable[[], Tensor]) -> Callable[[Any], None]:
         torch.autograd.backward(loss())
 
     return step
-
-
-def mebibytes(value: int | None) -> str:
-    """A size as a table shows it, in MiB."""
-    return "–" if value is None else f"{value / 2**20:.1f}"
-
-
-def _number(value: int | None) -> str:
-    return "–" if value is None else str(value)

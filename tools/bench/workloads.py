@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.tools.bench.places import Place
 from lora_fx.tools.bench.sizes import Size
 
-__all__ = ["Workload", "bert", "gpt2", "llama", "llama_shape", "vit"]
+__all__ = ["Workload", "bert", "gpt2", "llama", "llama_block", "llama_shape", "vit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Workload:
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The batch on a device, numbers that are not whole in a dtype."""
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-            for name, value in self.inputs.items()
-        }
+    def on(self, place: Place) -> dict[str, Tensor]:
+        """The batch at a place: numbers that are not whole have its dtype. They are leaves."""
+        found = {}
+        for name, value in self.inputs.items():
+            dtype = place.dtype if value.is_floating_point() else value.dtype
+            moved = value.detach().to(place.device, dtype)
+            found[name] = moved.requires_grad_(value.requires_grad)
+        return found
 
 
 def llama_shape(
@@ -57,6 +60,21 @@ def llama(title: str, shape: Mapping[str, Any], tokens: int) -> Workload:
     ids = _ids(shape["vocab_size"], tokens)
     make = functools.partial(_make, "LlamaConfig", "LlamaForCausalLM", dict(shape))
     return Workload(title, make, {"input_ids": ids, "labels": ids})
+
+
+def llama_block(size: Size) -> Workload:
+    """One block of a Llama of 1.3B parameters, as in the middle of it: its input wants a gradient."""
+    tokens, hidden = (8, 16) if size is Size.TINY else (256, 2048)
+    if size is Size.TINY:
+        shape = llama_shape(hidden, 32, 1, 2, 32)
+    else:
+        shape = llama_shape(hidden, 5504, 1, 16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(1, tokens, hidden).requires_grad_()
+    make = functools.partial(_make, "LlamaConfig", "LlamaForCausalLM", shape)
+    inputs = {"inputs_embeds": x, "labels": _ids(shape["vocab_size"], tokens)}
+    return Workload(f"Llama block, 1 × {hidden}, {tokens} tokens", make, inputs)
 
 
 def gpt2(size: Size) -> Workload:

@@ -30,7 +30,7 @@ def bench(
         typer.Option(min=2, help="Counted runs of each contender; 10, and 3 with --quick."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Smaller shapes and few repeats: a minute or two.")
+        bool, typer.Option("--quick", help="Smaller shapes and few repeats: two minutes or so.")
     ] = False,
     out: Annotated[
         Path | None,
