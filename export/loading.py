@@ -48,6 +48,8 @@ def load(
         # Fusions beyond the basic ones join weights, and widen those in half precision.
         settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         settings.enable_cpu_mem_arena = False  # it keeps what was needed once
+        # By default all half weights are widened first, then each is used.
+        settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
         settings.add_session_config_entry("session.disable_prepacking", "1")
     if provider == "cuda":
         options = {"use_tf32": "0", **options}
