@@ -172,7 +172,9 @@ def merge(
     Args:
         model: A rewritten model; it is not changed.
         adapter_names: Which adapters; those that are active by default.
-        into: Fold into this model, of the original class, instead of into a copy of the base.
+        into: Fold into this model, of the original class, instead of into a copy of the base. Its weights
+            are written over slice by slice, so that no second ones are needed; one whose memory something
+            else sees (the model that was rewritten shares it with ``model``) gets a new parameter.
         return_report: Whether to measure every merged weight against fp64 and return the report,
             too.
         progress: Called with (done, total, site name) before each weight.

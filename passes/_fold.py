@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.passes._bounds import cannot_overflow
 from lora_fx.passes._change import add_change, wide_factors
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._own import own_value
-from lora_fx.passes._rounding import round_into
+from lora_fx.passes._rounding import round_into, rounding_memory
 from lora_fx.record import Record
 from lora_fx.types import PlannedSite
 
@@ -48,35 +49,33 @@ class Fold:
         """The adapter of every site."""
         return tuple(adapter for _, adapter in self.rows)
 
+    def check(self, old: torch.Tensor) -> None:
+        """Finds what :meth:`fold_into` cannot undo; nothing of the weight's size is made.
+
+        Raises:
+            MergeError: If the merged weight overflows.
+        """
+        if not self._cannot_overflow(old.dtype):
+            self._run(old, None)
+
     def folded(self, old: torch.Tensor) -> torch.Tensor:
         """The merged weight in the dtype of the old one; no second weight in fp64 is made.
 
         Raises:
             MergeError: If it overflows.
         """
-        wide = torch.float32 if old.device.type == "mps" else torch.float64
-        site = self.rows[0][0].site
-        axis, old = site.axis, old.reshape(site.applied_shape)
-        merged = torch.empty_like(old, memory_format=torch.contiguous_format)
-        features = old.shape[axis]
-        step = features if site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
-        step, size = min(step, features), old.numel() // max(1, features)
-        # Memory that is new to the process takes longer than what is computed in it.
-        memory = torch.empty(step * size, dtype=wide, device=old.device)
-        scratch = torch.empty(2 * step * size, dtype=torch.float32, device=old.device)
-        parts, finite = self._parts(wide, old.device), True
-        for start in range(0, features, step):
-            source = old.narrow(axis, start, min(step, features - start))
-            total = memory[: source.numel()].view(source.shape).copy_(source)
-            self._add(total, start, parts)
-            part = merged.narrow(axis, start, source.shape[axis])
-            round_into(part, total, scratch)
-            finite = finite and _is_finite(part)
-        if not finite and _is_finite(old):
-            raise MergeError(
-                f"{self.name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
-            )
-        return merged.reshape(site.weight_shape)
+        shape = self.rows[0][0].site.weight_shape
+        merged = torch.empty(shape, dtype=old.dtype, device=old.device)
+        self._run(old, merged, checked=self._cannot_overflow(old.dtype))
+        return merged
+
+    def fold_into(self, out: torch.Tensor) -> None:
+        """Writes the merged weight over the old one, which :meth:`check` has passed.
+
+        Args:
+            out: The old weight, contiguous.
+        """
+        self._run(out, out, checked=True)
 
     def exact(self, old: torch.Tensor) -> torch.Tensor:
         """The merged weight in fp64."""
@@ -84,6 +83,45 @@ class Fold:
         parts = self._parts(total.dtype, total.device)
         self._add(total.view(self.rows[0][0].site.applied_shape), 0, parts)
         return total
+
+    def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
+        """Goes through the slices of a weight: each depends on the same slice of the old one only.
+
+        Args:
+            old: The weight before.
+            out: Takes the merged weight; may be the old one. None if it is only checked.
+            checked: Whether it is known not to overflow.
+        """
+        wide = torch.float32 if old.device.type == "mps" else torch.float64
+        site = self.rows[0][0].site
+        axis, old = site.axis, old.reshape(site.applied_shape)
+        features = old.shape[axis]
+        step = features if site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
+        step, size = min(step, features), old.numel() // max(1, features)
+        # Memory that is new to the process takes longer than what is computed in it.
+        memory = torch.empty(step * size, dtype=wide, device=old.device)
+        scratch = rounding_memory(old.dtype, memory)
+        rehearsed = old.new_empty(0 if out is not None else step * size)
+        merged = None if out is None else out.view(site.applied_shape)
+        parts, finite = self._parts(wide, old.device), True
+        for start in range(0, features, step):
+            source = old.narrow(axis, start, min(step, features - start))
+            total = memory[: source.numel()].view(source.shape).copy_(source)
+            self._add(total, start, parts)
+            if merged is None:
+                part = rehearsed[: source.numel()].view(source.shape)
+            else:
+                part = merged.narrow(axis, start, source.shape[axis])
+            round_into(part, total, scratch)
+            finite = finite and (checked or _is_finite(part))
+        if not finite and _is_finite(old):
+            raise MergeError(
+                f"{self.name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
+            )
+
+    def _cannot_overflow(self, dtype: torch.dtype) -> bool:
+        """Whether that is known without a look at the weight."""
+        return not self._moved and cannot_overflow(self.model, self.rows, dtype)
 
     def _parts(self, dtype: torch.dtype, device: torch.device) -> list[_Part]:
         """A, ``s · B`` and the magnitude of every site."""

@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.passes._tokens import tokens_of
+from lora_fx.passes._tokens import put_tokens, tokens_of
 from lora_fx.record import Record
 from lora_fx.types import PlannedTokens
 
-__all__ = ["TokenWeight", "tied_tokens", "token_weights"]
+__all__ = ["TokenFold", "TokenWeight", "tied_tokens", "token_weights"]
 
 TokenWeight = list[tuple[PlannedTokens, str]]
 """Rows of one weight that are trained, and whose they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFold:
+    """All rows that are trained of one weight, used as :class:`lora_fx.passes._fold.Fold` is.
+
+    Attributes:
+        model: The rewritten model.
+        rows: The rows, each with the name of its adapter.
+    """
+
+    model: nn.Module
+    rows: tuple[tuple[PlannedTokens, str], ...]
+
+    @property
+    def name(self) -> str:
+        """FQN of the first site."""
+        return self.rows[0][0].name
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapter of every site."""
+        return tuple(adapter for _, adapter in self.rows)
+
+    def check(self, old: torch.Tensor) -> None:
+        """Nothing can fail: :func:`token_weights` has looked at the values."""
+
+    def folded(self, old: torch.Tensor) -> torch.Tensor:
+        """A copy of the weight with the rows in it."""
+        merged = old.clone()
+        self.fold_into(merged)
+        return merged
+
+    def fold_into(self, out: torch.Tensor) -> None:
+        """Writes the rows into the weight."""
+        for row, adapter in self.rows:
+            put_tokens(out, row, tokens_of(self.model, row, adapter))
+
+    def exact(self, old: torch.Tensor) -> torch.Tensor:
+        """The merged weight in fp64."""
+        return self.folded(old.double())
 
 
 def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,19 +12,67 @@ from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._own import own_value
 from lora_fx.record import Record
 
-__all__ = ["place_biases", "place_merged", "place_trained", "trained", "untie_config"]
+__all__ = [
+    "place_biases",
+    "place_merged",
+    "place_trained",
+    "trained",
+    "unshared",
+    "untie_config",
+]
 
 
-def place_merged(
-    result: nn.Module, merged: dict[str, torch.Tensor], tied: dict[str, str]
-) -> tuple[str, ...]:
-    """Puts the merged weights in and says which of them were tied to something, and are not now."""
-    places = Counter(
+def unshared(model: nn.Module) -> frozenset[str]:
+    """FQNs of the parameters that can be written over, since nothing else sees their memory.
+
+    Not one that is in several places, nor one whose storage other tensors have, too: those of the adapted
+    model that was made of this one, a ``state_dict`` that somebody keeps. Nor what is no plain tensor.
+    """
+    places = _places(model)
+    alone = _users(torch.empty(1))
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if places[id(parameter)] == 1
+        and type(parameter) is nn.Parameter
+        and parameter.layout is torch.strided
+        and parameter.is_contiguous()
+        and not parameter.is_inference()
+        and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
+        and _users(parameter) == alone
+    )
+
+
+def _users(tensor: torch.Tensor) -> int:
+    """How many objects hold the tensor's storage, the one that is asked among them."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def _places(model: nn.Module) -> Counter[int]:
+    """In how many places each parameter is, by its identity."""
+    return Counter(
         id(parameter)
-        for module in result.modules()
+        for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is not None
     )
+
+
+def place_merged(
+    result: nn.Module,
+    merged: Mapping[str, torch.Tensor],
+    tied: Mapping[str, str],
+    over: Collection[str] = (),
+) -> tuple[str, ...]:
+    """Puts the merged weights in and says which of them were tied to something, and are not now.
+
+    Args:
+        result: The model that they are put into.
+        merged: New tensors, by FQN.
+        tied: Weights that are one parameter with another one, by FQN.
+        over: Parameters that are written over.
+    """
+    places = _places(result)
     together = Counter(id(result.get_parameter(name)) for name in (*tied, *set(tied.values())))
     untied = tuple(
         name
@@ -33,23 +81,28 @@ def place_merged(
     )
     for name, weight in merged.items():
         if name not in tied:
-            _set_parameter(result, name, weight)
+            _set_parameter(result, name, weight, over)
     for name, to in tied.items():
         owner, _, key = name.rpartition(".")
         result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
     return untied
 
 
-def place_biases(result: nn.Module, biases: dict[str, torch.Tensor]) -> None:
+def place_biases(
+    result: nn.Module, biases: Mapping[str, torch.Tensor], over: Collection[str] = ()
+) -> None:
     """Puts the merged biases in; others that they shared a parameter with keep it."""
     for name, bias in biases.items():
-        _set_parameter(result, name, bias)
+        _set_parameter(result, name, bias, over)
 
 
-def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """A new parameter in the place of one that others may share."""
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
+    """The value in a parameter that is written over, or a new one in the place of one that others share."""
     owner, _, key = name.rpartition(".")
     old = model.get_parameter(name)
+    if name in over:
+        old.detach().copy_(value)
+        return
     model.get_submodule(owner)._parameters[key] = nn.Parameter(value, old.requires_grad)
 
 
@@ -66,14 +119,20 @@ def trained(
 
 
 def place_trained(
-    model: nn.Module, result: nn.Module, record: Record, names: Sequence[str]
+    model: nn.Module,
+    result: nn.Module,
+    record: Record,
+    names: Sequence[str],
+    over: Collection[str] = (),
 ) -> None:
     """Copies what was trained beside the factors: the model may be trained further."""
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in trained(model, record, names):
         if id(parameter) not in copies:
-            value = parameter.detach().to(result.get_parameter(name), copy=True)
-            _set_parameter(result, name, value)
+            value = parameter.detach()
+            if name not in over:
+                value = value.to(result.get_parameter(name), copy=True)
+            _set_parameter(result, name, value, over)
             copies[id(parameter)] = result.get_parameter(name)
         owner, _, key = name.rpartition(".")
         result.get_submodule(owner)._parameters[key] = copies[id(parameter)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["round_into", "rounded", "ulp"]
+__all__ = ["round_into", "rounded", "rounding_memory", "ulp"]
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,16 +26,15 @@ def round_into(
     Args:
         result: What is written.
         values: The values, of the same shape.
-        scratch: fp32 memory for two elements a value, for callers that round many slices: new memory
-            takes longer than the rounding itself.
+        scratch: :func:`rounding_memory`, for callers that round many slices: new memory takes longer than
+            the rounding itself.
     """
-    half = result.dtype in (torch.bfloat16, torch.float16)
-    if values.dtype != torch.float64 or not half or not values.numel():
+    if scratch is None:
+        scratch = rounding_memory(result.dtype, values)
+    if scratch is None or not values.numel():
         result.copy_(values)
         return
     size, values = values.numel(), values.reshape(-1)
-    if scratch is None:
-        scratch = torch.empty(2 * size, device=values.device)
     near, rest = scratch[:size], scratch[size : 2 * size].view(result.dtype)
     low, high = rest[:size], rest[size:]
     bits = near.copy_(values).view(torch.int32)
@@ -49,6 +48,18 @@ def round_into(
         groups = values.view(len(found), -1)[unsure]
         found[unsure] = _by_odd(groups).to(result.dtype).view(word).squeeze(1)
     result.copy_(low.view(result.shape))
+
+
+def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> torch.Tensor | None:
+    """What :func:`round_into` works in: two fp32 elements a value; None where it needs no memory.
+
+    Args:
+        dtype: What is rounded to.
+        values: The values, or as many as are rounded at a time.
+    """
+    if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return torch.empty(2 * values.numel(), device=values.device)
 
 
 def _by_odd(values: torch.Tensor) -> torch.Tensor:

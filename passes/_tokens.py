@@ -8,7 +8,7 @@ from torch import nn
 from lora_fx.ops import AdapterFactors, Holder, KeptIndices
 from lora_fx.types import PlannedTokens, join
 
-__all__ = ["add_tokens", "indices_name", "rows_name", "tokens_of", "with_tokens"]
+__all__ = ["add_tokens", "indices_name", "put_tokens", "rows_name", "tokens_of"]
 
 _HOLDER = "token_adapter"
 _ROWS = "trainable_tokens_delta"
@@ -58,10 +58,10 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
     holder.train(model.get_submodule(row.site.owner).training)
 
 
-def with_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> torch.Tensor:
-    """A copy of a weight with trained rows in their places, rounded to its dtype."""
+def put_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> None:
+    """Writes trained rows in their places into a weight, rounded to its dtype."""
     indices = torch.tensor(row.indices, device=weight.device)
-    return weight.detach().index_copy(0, indices, rows.detach().to(weight))
+    weight.index_copy_(0, indices, rows.detach().to(weight))
 
 
 def _made(model: nn.Module, fqn: str, kind: type[nn.Module]) -> nn.Module:

@@ -4,6 +4,7 @@ Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W 
 
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
+A model that is given is written over, where nothing else sees the memory of its weights.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from lora_fx.errors import MergeError
 from lora_fx.passes._change import merged_biases
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._fold import Fold
-from lora_fx.passes._merge_report import MergedSite, MergeReport, compared
-from lora_fx.passes._merge_tokens import TokenWeight, tied_tokens, token_weights
+from lora_fx.passes._fold_all import fold_all
+from lora_fx.passes._merge_report import MergedSite, MergeReport
+from lora_fx.passes._merge_tokens import TokenFold, tied_tokens, token_weights
 from lora_fx.passes._placing import (
     place_biases,
     place_merged,
     place_trained,
     trained,
+    unshared,
     untie_config,
 )
 from lora_fx.passes._region import is_region, original_class
 from lora_fx.passes._strip import stripped
-from lora_fx.passes._tokens import tokens_of, with_tokens
 from lora_fx.record import Record, record_of, require_record
 from lora_fx.types import PlannedSite
 
@@ -59,18 +61,21 @@ def merge(
     Args:
         model: A rewritten model; it is not changed.
         adapter_names: Which adapters; those that are active by default.
-        into: Fold into this model instead of a copy of the base: a model of the original class.
+        into: Fold into this model instead of a copy of the base: a model of the original class. Its
+            weights are written over slice by slice; one that shares its memory, as the model that was
+            rewritten does, gets a new parameter.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
-        keep: Given each merged weight, returns one of the same values to use: a caller that is short
-            of memory can put it elsewhere.
+        keep: Given each merged weight that is a new tensor, returns one of the same values to use in
+            its place: a caller that is short of memory can put it elsewhere.
 
     Returns:
         The merged model, and the report.
 
     Raises:
         MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit,
-            or a factor or a result is not finite. ``into`` is then as it was.
+            or a factor or a result is not finite. ``into`` is then as it was; an interruption, or an error
+            that ``progress`` raises, may leave some of its weights merged.
     """
     record = require_record(model, MergeError)
     names = _chosen(record, adapter_names)
@@ -88,36 +93,31 @@ def merge(
             rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
             _check_finite(model, row, name)
     own = dict(trained(model, record, names))
-    sites: list[MergedSite] = []
-    merged: dict[str, torch.Tensor] = {}
-    for done, (weight, several) in enumerate(rows.items()):
-        if progress is not None:
-            progress(done, len(rows), several[0][0].name)
-        old = _unadapted(result, weight, own)
-        fold = Fold(model, record, several)
-        merged[weight] = keep(fold.folded(old))
-        exact = fold.exact(old) if measure else None
-        sites.append(compared(fold.name, fold.adapters, old, merged[weight], exact))
-    for weight, replaced in tokens.items():
-        old = _unadapted(result, weight, own)
-        merged[weight] = _with_rows(model, old, replaced)
-        exact = _with_rows(model, old.double(), replaced) if measure else None
-        given = tuple(adapter for _, adapter in replaced)
-        sites.append(compared(replaced[0][0].name, given, old, merged[weight], exact))
     every = [pair for several in rows.values() for pair in several]
     biases = merged_biases(model, result, every, own)
-    # Only now, when nothing can fail any more: `into` is changed as a whole or not at all.
-    place_trained(model, result, record, names)
-    place_biases(result, biases)
+    changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
+    changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
+    over = frozenset() if into is None else _written_over(into, own)
+    # The last that can fail, before its first write: `into` is changed as a whole or not at all.
+    merged, sites = fold_all(
+        changes,
+        lambda weight: _unadapted(result, weight, own),
+        over=over - own.keys(),
+        measure=measure,
+        progress=progress,
+        keep=keep,
+    )
+    place_trained(model, result, record, names, over)
+    place_biases(result, biases, over)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     tied |= tied_tokens(tokens)
     # One end that is trained in full without the other is another weight.
     tied = {weight: to for weight, to in tied.items() if own.get(weight) is own.get(to)}
-    untied = place_merged(result, merged, tied)
+    untied = place_merged(result, merged, tied, over)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
     untie_config(result)
-    return result, MergeReport(tuple(sites), untied)
+    return result, MergeReport(sites, untied)
 
 
 def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -148,6 +148,12 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
     return names
 
 
+def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Parameters of a model that are written over. What was trained as one is one again, and new."""
+    ends = Counter(map(id, trained.values()))
+    return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
+
+
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
     present = factors_of(model, row, adapter).present
     if not all(torch.isfinite(factor).all() for factor in present):
@@ -160,13 +166,6 @@ def _unadapted(result: nn.Module, name: str, trained: Mapping[str, nn.Parameter]
     """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
     base = result.get_parameter(name).detach()
     return trained[name].detach().to(base) if name in trained else base
-
-
-def _with_rows(model: nn.Module, old: torch.Tensor, rows: TokenWeight) -> torch.Tensor:
-    """A weight with the rows that were trained each as a whole."""
-    for row, adapter in rows:
-        old = with_tokens(old, row, tokens_of(model, row, adapter))
-    return old
 
 
 def _stay_tied(

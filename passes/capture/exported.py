@@ -28,6 +28,7 @@ from lora_fx.passes.capture.conditions import (
     shape_conditions,
 )
 from lora_fx.passes.capture.inputs import named_inputs
+from lora_fx.passes.capture.masks import convert_masks
 from lora_fx.passes.capture.state import State, numbers_of
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
 from lora_fx.passes.capture.written_out import written_out
@@ -70,6 +71,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     )
     _name_placeholders(graph, inputs)
     unbake_modes(graph, model)
+    convert_masks(graph)
     device = torch.device("cpu")
     parameters = dict(model.named_parameters())
     reads = (n for n in graph.nodes if n.op == "get_attr" and n.target in parameters)

@@ -86,9 +86,13 @@ what the thin products of the branches cost if a FLOP costs the same everywhere.
 norms and the loss are not in the second sum. The true floor is lower: F - 1 by the share of the frozen step
 that they take in the profile below. η is F / O.
 
-Saved is what autograd keeps between forward and backward. Peak is what is held at once beyond what was there
-before, counted tensor by tensor; the allocator's peak, on CUDA, has its rounding and what kernels take for
-themselves in it, too."""
+Saved is what autograd keeps between forward and backward. In fp32 the 18.6 MiB are inputs that only
+gradients of A need, each kept once (17.7: those of down_proj, 2.7 a layer, and what norms give, 1.0 each;
+that of o_proj is attention's output), and x Aᵀ (0.9). To compute x Aᵀ again is a seventh thin product beside
+six and raises F by 0.011, so it is kept. With example inputs transformers gives attention a mask that it
+leaves out otherwise: {_TOKENS} × {_TOKENS} numbers, once for all layers, are 1.0 MiB more. Peak is what is
+held at once beyond what was there before, counted tensor by tensor; the allocator's peak, on CUDA, has its
+rounding and what kernels take for themselves in it, too."""
 
 
 def charts(results: dict[str, Measured]) -> dict[str, str]:

@@ -98,11 +98,10 @@ def caption() -> str:
         f"{layers} linear layers of {width} × {width}; a weight is {width * width * 4 / 2**20:.0f} MiB in "
         "fp32 and half of that in the half types. `lora-fx` gives a new model and leaves the adapted one "
         "as it is: its peak has the merged weights in it, and the largest tensor is a merged weight. "
-        "`into=base` changes a model that it is given, all of it or nothing: the merged weights are there "
-        "before the first is put in its place, where PEFT writes into its own model weight by weight. "
-        "lora-fx adds up in fp64, slice by slice, and rounds once. The last row is what bounds any merge: "
-        "one `addmm_` a weight and nothing else, with factors in its dtype: no check, no "
-        "new tensor, no fp64. "
+        "`into=base` writes over the weights of a model that it is given, as PEFT writes over its own, but "
+        "all of it or nothing: what can fail is found before the first write. lora-fx adds up in fp64, slice "
+        "by slice, and rounds once. The last row is what bounds any merge: one `addmm_` a weight and nothing "
+        "else, with factors in its dtype: no check, no new tensor, no fp64. "
         "Copies that are needed to merge again are not timed."
     )
 
