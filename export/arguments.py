@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 
-__all__ = ["Arguments", "FlatModel", "cast_floating", "named_outputs"]
+__all__ = ["Arguments", "Extra", "FlatModel", "cast_floating", "named_outputs"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,46 @@ class Arguments:
         return dataclasses.replace(self, tensors=tuple(tensors))
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that a flat model takes beside those of the call.
+
+    Attributes:
+        name: Its name in the file.
+        example: A value to trace with.
+        dims: What torch.export is told of each axis.
+        labels: What the file says of each axis.
+        named_axis: The axis whose symbol is what its label says; None if there is none.
+    """
+
+    name: str
+    example: Tensor
+    dims: Mapping[int, object]
+    labels: tuple[int | str, ...]
+    named_axis: int | None
+
+
 class FlatModel(nn.Module):
-    """A model that takes the tensors of a call one by one and returns a tuple of tensors."""
+    """A model that takes the tensors of a call one by one and returns a tuple of tensors.
+
+    Args:
+        model: The model. The FQN of a weight is ``PREFIX`` and its FQN in the model.
+        arguments: The call.
+        call: How the model is called: ``call(model, *args, **kwargs)``; by default its forward.
+    """
 
     PREFIX = "model."
 
-    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: Arguments,
+        call: Callable[..., object] = nn.Module.__call__,
+    ) -> None:
         super().__init__()
         self.model = model
         self.arguments = arguments
+        self.call = call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model with ``tensors`` in the slots of the example call."""
@@ -104,7 +135,19 @@ class FlatModel(nn.Module):
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """The outputs of the model with their names."""
         args, kwargs = self.arguments.fill(tensors)
-        return named_outputs(self.model(*args, **kwargs))
+        return named_outputs(self.run(self.call, *args, **kwargs))
+
+    def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        """Call the model in another way: ``call(model, *args, **kwargs)``."""
+        return call(self.model, *args, **kwargs)
+
+    def over(self, model: nn.Module) -> FlatModel:
+        """The same call of another model."""
+        return FlatModel(model, self.arguments, self.call).eval()
+
+    def extras(self) -> tuple[Extra, ...]:
+        """What it takes after the tensors of the call."""
+        return ()
 
 
 def named_outputs(value: object, name: str = "") -> list[tuple[str, Tensor]]:

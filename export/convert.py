@@ -18,6 +18,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
+from lora_fx.export.overridable import make_overridable
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
 from lora_fx.export.repair import repaired
@@ -54,11 +55,13 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     program = _translate(trace, len(outputs), opset)
     refuse_randomness(program, prefix)
     _repair_folded_dtypes(program)
-    name_values(program, trace.arguments.names, outputs, weight_aliases(twin), prefix)
+    name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
     expand_grouped(program)
-    name_axes(program, trace.labels(), trace.symbols)
+    name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared, opset)
+    if prepared.manifest is not None:
+        make_overridable(program, prepared.manifest)
     return program
 
 
@@ -76,7 +79,7 @@ def torch_export_context() -> Iterator[None]:
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     # Neutral names on the way: an output named like a parameter would give an invalid model.
-    count = len(trace.arguments.names)
+    count = len(trace.input_names)
     try:
         with torch_export_context():
             program = torch.onnx.export(
@@ -145,5 +148,6 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             "lora_fx.dtype": prepared.dtype,
             "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
             **prepared.origin,
+            **prepared.metadata,
         }
     )

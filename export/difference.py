@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,18 +14,15 @@ from lora_fx.export.report import OutputParity
 
 __all__ = [
     "TOLERANCES",
-    "Outputs",
+    "Compared",
     "PrecisionError",
     "described",
     "difference",
     "judged",
     "overflows",
-    "worse",
 ]
 
 _log = logging.getLogger("lora_fx")
-
-Outputs: TypeAlias = list[tuple[str, Tensor]]
 
 # Over the largest magnitude of the output. Half precision: twenty roundings to 11 and to 8 digits
 # (2⁻¹¹ and 2⁻⁸), what a deep network adds up when each operation rounds once. Single precision has
@@ -41,54 +37,60 @@ class PrecisionError(ParityError):
     """The model itself is not what it was in the precision that it is to be exported in."""
 
 
-def difference(
-    name: str, want: Tensor, got: Tensor, masks: Sequence[Tensor], precision: torch.dtype
-) -> OutputParity:
-    """Compare an output of the file with the reference.
+@dataclass(frozen=True)
+class Compared:
+    """One output of one call, twice.
 
-    Args:
+    Attributes:
         name: Of the output.
         want: The reference.
-        got: What the file gave, of the same shape.
-        masks: Attention masks, [batch, sequence]: positions that they do not admit count as equal.
-        precision: The coarsest dtype in which the file computes.
-
-    Returns:
-        The differences, with the tolerance of ``precision``; 0 for what is no floating number.
+        got: What is judged by it, of the same shape.
+        precision: The coarsest dtype in which ``got`` was computed.
+        valid: What of it counts, a mask that can be expanded to its shape; None for all.
     """
-    tolerance = TOLERANCES[precision] if want.is_floating_point() else 0.0
-    left, right = want.detach().double(), _admitted(want, got, masks).double()
+
+    name: str
+    want: Tensor
+    got: Tensor
+    precision: torch.dtype
+    valid: Tensor | None = None
+
+    @property
+    def admitted(self) -> Tensor:
+        """``got`` with ``want`` in the positions that do not count."""
+        if self.valid is None:
+            return self.got
+        return torch.where(self.valid.bool(), self.got, self.want.to(self.got.dtype))
+
+
+def difference(output: Compared) -> OutputParity:
+    """The differences, with the tolerance of the precision; 0 for what is no floating number."""
+    want, got = output.want, output.admitted
+    tolerance = TOLERANCES[output.precision] if want.is_floating_point() else 0.0
+    left, right = want.detach().double(), got.double()
     if got.is_floating_point():
         # The lowest number of a dtype, with which masks are filled, is not that of another one.
         limit = torch.finfo(got.dtype).max
         left = torch.where(left.isfinite(), left.clamp(-limit, limit), left)
     same = (left == right) | (left.isnan() & right.isnan())
     if bool(same.all()):
-        return OutputParity(name, 0.0, 0.0, tolerance)
+        return OutputParity(output.name, 0.0, 0.0, tolerance)
     apart = torch.where(same, 0.0, (left - right).abs())
     # inf or nan on one side only is no number to compare: it is wrong.
     error = float(apart.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
     finite = torch.where(left.isfinite(), left.abs(), 0.0)
     scale = max(float(finite.max()), _SMALLEST_SCALE)
-    return OutputParity(name, error, error / scale, tolerance)
+    return OutputParity(output.name, error, error / scale, tolerance)
 
 
-def overflows(want: Tensor, got: Tensor, masks: Sequence[Tensor]) -> bool:
-    """Whether ``got`` is inf or nan at an admitted position where ``want`` is a finite number."""
-    if not got.is_floating_point():
+def overflows(output: Compared) -> bool:
+    """Whether ``got`` is inf or nan at a position that counts where ``want`` is a finite number."""
+    if not output.got.is_floating_point():
         return False
-    return bool((want.isfinite() & ~_admitted(want, got, masks).isfinite()).any())
+    return bool((output.want.isfinite() & ~output.admitted.isfinite()).any())
 
 
-def judged(
-    row: OutputParity,
-    precision: torch.dtype,
-    want: Tensor,
-    got: Tensor,
-    narrow: Tensor,
-    masks: Sequence[Tensor],
-    shapes: str,
-) -> OutputParity:
+def judged(row: OutputParity, output: Compared, narrow: Tensor, shapes: str) -> OutputParity:
     """Tell what half precision does to a model from what is wrong with its file.
 
     ONNX Runtime's CPU provider computes half operations in fp32 and leaves out roundings between
@@ -96,11 +98,8 @@ def judged(
 
     Args:
         row: How far the file is from the reference.
-        precision: fp16 or bf16.
-        want: The reference, in fp32.
-        got: What the file gave.
-        narrow: What PyTorch gave in ``precision``.
-        masks: As in ``difference``.
+        output: The same in full; its precision is fp16 or bf16.
+        narrow: What PyTorch gave in that precision.
         shapes: Those of the inputs, for the message.
 
     Returns:
@@ -109,18 +108,20 @@ def judged(
     Raises:
         PrecisionError: One of the two overflows, or both are further off than the tolerance.
     """
+    name, precision = output.name, output.precision
     short = "fp16" if precision is torch.float16 else "bf16"
-    if overflows(want, got, masks) or overflows(want, narrow, masks):
+    pytorch = dataclasses.replace(output, got=narrow)
+    if overflows(output) or overflows(pytorch):
         remedy = "bf16, which has the range of fp32, or fp32" if short == "fp16" else "fp32"
         raise PrecisionError(
-            f"the model overflows in {short}: output '{row.name}' is not finite on {shapes}, where "
+            f"the model overflows in {short}: output '{name}' is not finite on {shapes}, where "
             f"it is in fp32 (the largest {short} number is {torch.finfo(precision).max:.3g}); "
             f"nothing was written. Export it as {remedy}"
         )
-    own = difference(row.name, want, narrow, masks, precision)
+    own = difference(pytorch)
     if own.max_rel_error > own.tolerance:
         words = (
-            f"{short} is too coarse for the model: on {shapes} output '{row.name}' of PyTorch in "
+            f"{short} is too coarse for the model: on {shapes} output '{name}' of PyTorch in "
             f"{short} differs from fp32 by {described(own)}"
         )
         if row.max_rel_error > row.tolerance:
@@ -138,19 +139,3 @@ def described(row: OutputParity) -> str:
         f"{row.max_abs_error:.2e} ({row.max_rel_error:.2e} of its largest value, allowed "
         f"{row.tolerance:.0e})"
     )
-
-
-def worse(one: OutputParity, other: OutputParity) -> OutputParity:
-    """The row of two shapes of one output."""
-    row = max(one, other, key=lambda entry: entry.max_rel_error)
-    narrow = [r.pytorch_rel_error for r in (one, other) if r.pytorch_rel_error is not None]
-    return dataclasses.replace(row, pytorch_rel_error=max(narrow, default=None))
-
-
-def _admitted(want: Tensor, got: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """``got`` with ``want`` in the positions that a mask leaves out."""
-    for mask in masks:
-        if want.shape[:2] == mask.shape:
-            outside = (mask == 0).reshape(*mask.shape, *[1] * (want.ndim - 2))
-            got = torch.where(outside, want.to(got.dtype), got)
-    return got

@@ -45,8 +45,10 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
         },
         "baked_arguments": dict(trace.arguments.baked),
         "verified": parity is not None,
+        "reference": parity.reference if parity else "",
         "parity": tuple(parity.rows.values()) if parity else (),
         "shapes_tried": tuple(dict(zip(names_of, sizes, strict=True)) for sizes in tried),
+        "values_tried": parity.note if parity else "",
         "shapes_skipped": {
             ", ".join(f"{name} {list(size)}" for name, size in zip(names_of, sizes, strict=True)): (
                 reason

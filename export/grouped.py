@@ -63,7 +63,7 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
         for part, matrix in zip(parts[:-1], known[weight], strict=True)
     ]
     count = tape.op("Shape", [parts[-1]], {"start": 0, "end": 1})
-    shape = tape.op("Concat", [count, _ints(tape, [width])], {"axis": 0})
+    shape = tape.op("Concat", [count, _size(tape, weight, 2)], {"axis": 0})
     nothing = tape.op("CastLike", [_constant(tape, 0.0), rows])
     rest = tape.op("Expand", [nothing, shape])
     joined = tape.op("Concat", [*products, rest], {"axis": 0})
@@ -113,6 +113,15 @@ def _matrices(tape: Any, weight: ir.Value, groups: int) -> list[ir.Value]:
         graph.register_initializer(matrix)
         matrices.append(matrix)
     return matrices
+
+
+def _size(tape: Any, value: ir.Value, axis: int) -> Any:
+    """A size as a tensor: a number, or, of a factor whose rank is not known, what it is then."""
+    assert value.shape is not None
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return _ints(tape, [size])
+    return tape.op("Shape", [value], {"start": axis, "end": axis + 1})
 
 
 def _ints(tape: Any, values: list[int]) -> Any:

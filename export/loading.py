@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.node_placement import RECORD_KEY
 from lora_fx.export.providers import PROVIDERS, check_provider, wheel_conflict
 
 __all__ = ["load", "reason_of"]
@@ -30,7 +31,7 @@ def load(
         runtime: The onnxruntime module.
         path: The ``.onnx`` file.
         provider: "cuda" or "cpu".
-        options: Of the provider. On CUDA, TF32 is off unless they say otherwise.
+        options: Of the provider.
         packed: Let ONNX Runtime make copies of weights that its kernels like better.
 
     Raises:
@@ -44,6 +45,7 @@ def load(
     name = PROVIDERS[provider]
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
+    settings.add_session_config_entry(RECORD_KEY, "1")
     if not packed:
         # Fusions beyond the basic ones join weights, and widen those in half precision.
         settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -51,8 +53,6 @@ def load(
         # By default all half weights are widened first, then each is used.
         settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    if provider == "cuda":
-        options = {"use_tf32": "0", **options}
     # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.
     wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]
     try:
@@ -60,7 +60,13 @@ def load(
         session = runtime.InferenceSession(str(path), settings, providers=wanted, enable_fallback=0)
     except Exception as error:
         reason = reason_of(error)
-        if type(error).__name__ in ("NotImplemented", "EPFail"):
+        kind = type(error).__name__
+        if options.get("enable_cuda_graph") == "1" and kind in ("Fail", "NotImplemented", "EPFail"):
+            raise ProviderError(
+                f"{path} cannot be captured as a CUDA graph: {reason}. That takes a model without control "
+                f"flow, all of it on the GPU: load it without cuda_graph"
+            ) from error
+        if kind in ("NotImplemented", "EPFail"):
             raise ProviderError(f"the {provider} provider cannot run {path}: {reason}") from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "

@@ -5,8 +5,8 @@ Nothing here imports onnx or ONNX Runtime before an export begins.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,27 +14,19 @@ from typing import Literal
 
 from torch import nn
 
-from lora_fx.errors import ExportError, ParityError
-from lora_fx.export.convert import ConversionError, convert, torch_export_context
-from lora_fx.export.difference import PrecisionError
-from lora_fx.export.facts import graph_facts
+from lora_fx.errors import ExportError
+from lora_fx.export.build import Options, build
 from lora_fx.export.placement import check_target, staging
-from lora_fx.export.prepare import prepare
+from lora_fx.export.prepare import prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
 from lora_fx.export.scratch import Scratch
 from lora_fx.export.stages import Stages
-from lora_fx.export.trace import headline, trace
+from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.twin import DTYPES
-from lora_fx.export.verify import Verdict
-from lora_fx.export.verify import verify as verify_file
-from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES, write
+from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 
-__all__ = ["BF16_OPSET", "DEFAULT_OPSET", "export_onnx"]
+__all__ = ["export_onnx"]
 
-_log = logging.getLogger("lora_fx")
-
-DEFAULT_OPSET = 20
-BF16_OPSET = 22  # the first in which convolutions and pooling take bf16
 _OPSETS = (18, 19, 20, 21, 22, 24)
 
 
@@ -43,7 +35,8 @@ def export_onnx(
     path: str | Path,
     example_inputs: object,
     *,
-    adapters: Literal["merge"] = "merge",
+    task: Literal["text-generation", "text2text-generation"] | None = None,
+    adapters: Literal["merge", "inputs"] = "merge",
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
@@ -59,12 +52,22 @@ def export_onnx(
     there before is still there. The model is not changed, its modes included.
 
     Args:
-        model: Any module. Adapters in it are merged first.
+        model: Any module. Adapters in it are merged first, or become inputs.
         path: The file to write.
         example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
             check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
             one is widened.
-        adapters: "merge".
+        task: What the file is for. None to export the model as it is called;
+            "text-generation" for a decoder with its key-value cache as inputs and outputs, which
+            ``OnnxSession.generate`` runs; "text2text-generation" for an encoder-decoder, whose
+            encoder goes into a second file ``STEM.xxxxxxxx.encoder.onnx``. The example is token
+            ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
+            ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
+            instead of the last one.
+        adapters: "merge" to fold adapters into the weights. "inputs" to keep them apart: the file is
+            the base model, and takes an adapter of any rank at every place where one of the model's is
+            (for a plain model: at every linear operation but the head). ``save_onnx_adapter`` writes
+            adapters for it, and ``OnnxSession`` runs them.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision; the tolerance is that of the dtype.
@@ -90,6 +93,12 @@ def export_onnx(
             cannot be captured or is random, a full disk.
     """
     _check_arguments(model, adapters, dtype, opset)
+    if task is not None:
+        find_task(task)
+        if dynamic_shapes is not None:
+            raise ExportError(
+                f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
+            )
     if not isinstance(path, str | os.PathLike):
         raise ExportError(f"path is a {type(path).__name__}: give the name of the file to write")
     target = Path(path)
@@ -98,68 +107,31 @@ def export_onnx(
     clock = Stages(progress)
 
     with staging(target) as stage:
-        scratch = Scratch(stage)
+        keep = Scratch(stage).keep
+        options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")
-        prepared = prepare(model, example_inputs, dtype, scratch.keep)
-        with torch_export_context():
-            traced = trace(prepared.model, prepared.arguments, dynamic_shapes)
-        if opset is None:
-            opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
-        failures: list[str] = []
-        while True:
-            assert traced is not None
-            try:
-                clock.start("converting to ONNX")
-                program = convert(traced, prepared, opset)
-                clock.start("writing the file")
-                files = write(program, stage, external_data_bytes, shard_bytes)
-                verdict = Verdict(reason="verify=False")
-                if verify:
-                    clock.start("comparing with PyTorch in ONNX Runtime")
-                    large = len(files) > 1
-                    verdict = verify_file(prepared, traced, stage.model, scratch.keep, large=large)
-                break
-            except PrecisionError:
-                raise
-            except (ConversionError, ParityError) as error:
-                # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
-                failures.append(f"{traced.description}: {headline(error)}")
-                stage.discard()
-                clock.start("capturing the model with fewer dynamic axes")
-                with torch_export_context():
-                    traced = trace(
-                        prepared.model,
-                        prepared.arguments,
-                        dynamic_shapes,
-                        failures,
-                        traced.attempt + 1,
-                    )
-                if traced is None:
-                    raise
-                _log.warning("export with fewer dynamic axes: %s", failures[-1])
+        preparing = prepare if adapters == "merge" else prepare_swappable
+        *beside, main = preparing(model, example_inputs, dtype, keep, task)
+        encoder: ExportReport | None = None
+        for prepared in beside:
+            place = stage.companion(prepared.name)
+            encoder = build(prepared, place, options)
+            main = main.beside(prepared.name, place.target.name)
+            clock.start("capturing the model")
+        report = build(main, stage, options, dynamic_shapes)
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
-    return ExportReport(
-        path=str(target),
-        files=files,
-        opset=opset,
-        dtype=prepared.dtype,
-        unverified_reason=verdict.reason,
-        provider=verdict.provider,
-        reference=verdict.reference,
-        seconds=clock.seconds,
-        **graph_facts(traced, program, verdict.parity),
-    )
+    return dataclasses.replace(report, task=task, seconds=clock.seconds, encoder=encoder)
 
 
 def _check_arguments(model: object, adapters: str, dtype: str | None, opset: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise ExportError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    if adapters != "merge":
+    if adapters not in ("merge", "inputs"):
         raise ExportError(
-            f"adapters={adapters!r} is not supported: only 'merge', which folds them into the "
-            f"weights"
+            f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, or "
+            f"'inputs', which keeps them swappable"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown: give one of {', '.join(DTYPES)} or None")

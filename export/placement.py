@@ -2,10 +2,11 @@
 
 A model with external data is several files, and no file system replaces two at once. The data files
 therefore get names of their own at every export: the model file names its data files, and replacing
-the model file, one atomic step, is what switches from the old set to the new one. A process that
-dies before it leaves the old model and its data; after it, the new ones. What it leaves beside them
-(a folder that nobody writes to any more, data that no model names) is cleared by the next export to
-the same name.
+the model file, one atomic step, is what switches from the old set to the new one. A companion, the
+encoder that belongs to a decoder, is named and switched in the same way, with data of its own. A
+process that dies before that step leaves the old model and what belongs to it; after it, the new
+ones. What it leaves beside them (a folder that nobody writes to any more, files that no model names)
+is cleared by the next export to the same name.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Staging:
         model: The model file to write, under the name it will have.
         data: The external data file to write, if there is to be one; several have
             ``-00001-of-00003`` before the suffix.
+        companions: What is moved along, before the model file.
     """
 
     def __init__(self, target: Path, folder: Path) -> None:
@@ -48,39 +50,57 @@ class Staging:
         # A digit first: onnx-ir would put the number of a file before what looks like a suffix.
         token = f"{secrets.randbelow(10)}{secrets.token_hex(4)[1:]}"
         self.data = folder / f"{target.name}.{token}.data"
+        self.companions: list[Staging] = []
+
+    def companion(self, name: str) -> Staging:
+        """A further model file that belongs to this one, ``STEM.xxxxxxxx.NAME.onnx`` beside it."""
+        file = f"{self.target.stem}.{secrets.token_hex(4)}.{name}{self.target.suffix}"
+        staged = Staging(self.target.with_name(file), self.folder)
+        self.companions.append(staged)
+        return staged
 
     def written(self) -> list[Path]:
-        """The files that are there: the model first, then its data."""
-        return [self.model, *sorted(self.folder.glob("*.data"))]
+        """The files of this model that are there: the model first, then its data."""
+        data = self.folder.glob(f"{glob.escape(self.data.stem)}*{self.data.suffix}")
+        return [self.model, *sorted(data)]
+
+    def belonging(self) -> list[Path]:
+        """All files that are there but the model: those of its companions, and its data."""
+        _, *data = self.written()
+        return [file for one in self.companions for file in one.written()] + data
+
+    def has_data(self) -> bool:
+        """Whether weights of this model or of a companion are in files of their own."""
+        return any(file.suffix == self.data.suffix for file in self.belonging())
 
     def discard(self) -> None:
-        """Delete what was written, so that it can be written anew."""
+        """Delete what was written of this model, so that it can be written anew."""
         for file in self.written():
             file.unlink(missing_ok=True)
 
     def commit(self, *, force: bool) -> None:
-        """Move what was written into place and delete the data that it replaces.
+        """Move what was written into place and delete the files beside it that it replaces.
 
         Raises:
             ExportError: The target came into being meanwhile, or cannot be written.
         """
         check_target(self.target, force=force)
-        stale = self._data_files()
+        stale = self._replaced()
         folder = self.target.parent
-        _, *data = self.written()
-        moved = [folder / file.name for file in data]
+        beside = self.belonging()
+        moved = [folder / file.name for file in beside]
         with write_errors(self.target):
             try:
                 # On the disk before anything refers to it: a crash of the machine soon after a
                 # move can otherwise leave a file of the right name and no content.
-                for file in (self.model, *data):
+                for file in (self.model, *beside):
                     _flush(file)
-                for file, place in zip(data, moved, strict=True):
+                for file, place in zip(beside, moved, strict=True):
                     file.replace(place)
                 _flush_folder(folder)
                 self.model.replace(self.target)
             except BaseException:
-                # Interrupts, too. Once the model has moved, the data belongs to it.
+                # Interrupts, too. Once the model has moved, the others belong to it.
                 if self.model.exists():
                     for place in moved:
                         place.unlink(missing_ok=True)
@@ -93,8 +113,12 @@ class Staging:
                 _log.warning("cannot delete %s, which no model uses any more: %s", path, error)
         _flush_folder(folder)
 
-    def _data_files(self) -> list[Path]:
-        ours = re.compile(re.escape(self.target.name) + r"\.[0-9a-f]{8}(-\d{5}-of-\d{5})?\.data")
+    def _replaced(self) -> list[Path]:
+        data = r"\.[0-9a-f]{8}(-\d{5}-of-\d{5})?\.data"
+        name, stem, suffix = map(
+            re.escape, (self.target.name, self.target.stem, self.target.suffix)
+        )
+        ours = re.compile(rf"{name}{data}|{stem}\.[0-9a-f]{{8}}\.[a-z]+{suffix}({data})?")
         return [path for path in self.target.parent.iterdir() if ours.fullmatch(path.name)]
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 
-__all__ = ["Port", "feed", "port_of", "unwrap"]
+__all__ = ["BF16", "CPU", "Device", "Port", "feed", "port_of", "to_runtime", "to_tensor", "unwrap"]
 
-_BF16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
+BF16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
 _DTYPES: dict[str, tuple[Any, torch.dtype]] = {
     "tensor(float)": (np.float32, torch.float32),
     "tensor(float16)": (np.float16, torch.float16),
@@ -26,6 +26,27 @@ _DTYPES: dict[str, tuple[Any, torch.dtype]] = {
     "tensor(uint8)": (np.uint8, torch.uint8),
     "tensor(bool)": (np.bool_, torch.bool),
 }
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a session runs.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        index: Which of several.
+    """
+
+    kind: str
+    index: int = 0
+
+    @property
+    def torch(self) -> torch.device:
+        """What PyTorch calls it."""
+        return torch.device(self.kind, self.index) if self.kind != "cpu" else torch.device("cpu")
+
+
+CPU = Device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,13 +73,14 @@ def port_of(value: Any) -> Port:
     return Port(value.name, dtype or value.type, tuple(value.shape))
 
 
-def feed(runtime: Any, port: Port, value: Any) -> Any:
-    """A value for an input, as ONNX Runtime takes it.
+def feed(runtime: Any, port: Port, value: Any, device: Device = CPU) -> Any:
+    """A value for an input, as ONNX Runtime takes it. What lies where the session runs is not copied.
 
     Args:
         runtime: The onnxruntime module.
         port: The input.
-        value: An array or tensor.
+        value: An array or tensor. It has to stay as it is until the run is over.
+        device: Where the session runs.
 
     Raises:
         ExportError: It is something else, or its dtype, rank or a fixed size does not fit.
@@ -79,26 +101,63 @@ def feed(runtime: Any, port: Port, value: Any) -> Any:
     )
     if not fits:
         raise ExportError(f"input '{port.name}' has shape {list(shape)}, the file takes {port}")
-    values = runtime.OrtValue
     if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        if value.dtype == torch.bfloat16:
-            raw = value.view(torch.uint16).numpy()
-            return values.ortvalue_from_numpy_with_onnx_type(raw, _BF16)
-        value = value.numpy()
-    elif dtype == "bfloat16":
-        return values.ortvalue_from_numpy_with_onnx_type(value.view(np.uint16), _BF16)
+        here = value.device.type != "cpu" and device.kind == value.device.type
+        return to_runtime(runtime, value.to(device.torch) if here else value.cpu())
+    values = runtime.OrtValue
+    if dtype == "bfloat16":
+        raw = np.ascontiguousarray(value).view(np.uint16)
+        return values.ortvalue_from_numpy_with_onnx_type(raw, BF16)
     return values.ortvalue_from_numpy(np.ascontiguousarray(value).reshape(shape))
 
 
 def unwrap(result: Any, device: torch.device | None) -> Any:
-    """A value of ONNX Runtime as a tensor on ``device``, or as an array where that is None."""
-    if result.element_type() != _BF16:
-        array = result.numpy()
-        return array if device is None else torch.from_numpy(array).to(device)
-    tensor = torch.utils.dlpack.from_dlpack(result._get_c_value()).cpu()
+    """A value of ONNX Runtime as a tensor on ``device``, or as an array where that is None.
+
+    It is copied only where it lies on another device.
+    """
+    if result.data_type() not in _DTYPES:
+        return result.numpy()  # strings: there are no tensors of them
+    tensor = to_tensor(result)
     if device is not None:
         return tensor.to(device)
+    tensor = tensor.cpu()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
     import ml_dtypes
 
     return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+
+
+def to_runtime(runtime: Any, tensor: Tensor) -> Any:
+    """A tensor as a value of ONNX Runtime, over the same memory where it is contiguous."""
+    tensor = tensor.detach().contiguous()
+    values = runtime.OrtValue
+    if tensor.device.type != "cpu":
+        return values.from_dlpack(_Bytes(tensor) if tensor.dtype == torch.bool else tensor)
+    if tensor.dtype == torch.bfloat16:
+        return values.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), BF16)
+    return values.ortvalue_from_numpy(tensor.numpy())
+
+
+def to_tensor(value: Any) -> Tensor:
+    """A value of ONNX Runtime as a tensor over the same memory.
+
+    Memory of ONNX Runtime's own lives as long as the tensor. What was made of an array or a tensor of
+    the CPU (:func:`to_runtime`) does not own its memory: keep the value itself for as long.
+    """
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
+    # ONNX Runtime hands bool over as bytes.
+    return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
+
+
+class _Bytes:
+    """A tensor of bool as ONNX Runtime takes it through DLPack: bytes that are said to be bool."""
+
+    dtype = torch.bool
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._bytes = tensor.view(torch.uint8)
+
+    def __dlpack__(self) -> Any:
+        return self._bytes.__dlpack__()

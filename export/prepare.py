@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
+from lora_fx.export.cases import Cases
+from lora_fx.export.casts import Casts
+from lora_fx.export.factor_model import FactorModel
+from lora_fx.export.manifest import Manifest
 from lora_fx.export.origin import origin_of
+from lora_fx.export.swappable import Swappable, base_of, swappable, with_adapter
+from lora_fx.export.tasks.part import Part
+from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
+from lora_fx.record import record_of
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "prepare_swappable"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -29,7 +40,15 @@ class Prepared:
         arguments: The call that is traced.
         outputs: Names of the outputs, in order.
         dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
-        origin: Metadata entries about the base model and its adapters.
+        origin: Metadata entries about the base model and the adapters that are merged into it.
+        dynamic_shapes: Input name to its dynamic axes where a task says so, else None.
+        name: What the file holds; "" for the one that a session opens.
+        cases: The calls on which the file is compared, None to draw them by axis.
+        metadata: What the file remembers of its task.
+        base: What the file computes by itself: ``model``, or the model without its adapters.
+        manifest: The adapter inputs; None for a model whose adapters are merged.
+        adapters: The adapters that the model has, by name: each makes a model in which it is active.
+        source: The rewritten model that has them.
     """
 
     model: FlatModel
@@ -37,6 +56,65 @@ class Prepared:
     outputs: tuple[str, ...]
     dtype: str
     origin: Mapping[str, str]
+    base: FlatModel
+    manifest: Manifest | None = None
+    adapters: Mapping[str, Callable[[], FlatModel]] = field(default_factory=dict)
+    source: nn.Module | None = None
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None
+    name: str = ""
+    cases: Cases | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def beside(self, name: str, file: str) -> Prepared:
+        """The same with ``file``, which holds ``name``, in its metadata."""
+        return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
+
+
+def prepare_swappable(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
+) -> tuple[Prepared, ...]:
+    """:func:`prepare` for files whose adapters are inputs.
+
+    Raises:
+        ExportError: As :func:`prepare`, and if an adapter trains something that has no factors.
+        NoMatchError: A plain model has no linear operation.
+    """
+    model = unwrapped(model)
+    casts = Casts(keep)  # one for all copies: they have the same weights
+    # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
+    made = swappable(model if record_of(model) else exportable_twin(model, None, casts))
+    bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
+    twin = exportable_twin(made.model, dtype, casts)
+    return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
+
+
+def _with_inputs(
+    base: Prepared,
+    model: nn.Module,
+    made: Swappable,
+    twin: nn.Module,
+    dtype: str | None,
+    casts: Casts,
+) -> Prepared:
+    call = base.model.call
+    flat = FactorModel(made, twin, base.arguments, call).eval()
+    record = record_of(model)
+
+    def active(name: str) -> FlatModel:
+        adapted = exportable_twin(with_adapter(model, name), dtype, casts)
+        return FlatModel(adapted, base.arguments, call).eval()
+
+    return dataclasses.replace(
+        base,
+        model=flat,
+        manifest=flat.manifest,
+        adapters={name: partial(active, name) for name in (record.adapters if record else ())},
+        source=model,
+    )
 
 
 def prepare(
@@ -44,7 +122,8 @@ def prepare(
     example_inputs: object,
     dtype: str | None,
     keep: Callable[[Tensor], Tensor],
-) -> Prepared:
+    task: str | None = None,
+) -> tuple[Prepared, ...]:
     """Merge, copy and cast a model, and run it once.
 
     Args:
@@ -52,19 +131,58 @@ def prepare(
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
         dtype: "fp32", "fp16", "bf16", or None to keep what it has.
         keep: Takes each weight that is made anew, see ``Scratch.keep``.
+        task: What it is exported for, None to export it as it is called.
+
+    Returns:
+        One for each file, that which a session opens last.
 
     Raises:
-        ExportError: The model cannot be copied, or does not run on the inputs.
+        ExportError: The model cannot be copied, does not run on the inputs, or does not do the task.
     """
     model = unwrapped(model)
-    twin = exportable_twin(_merged(model, keep), dtype, keep)
+    casts = Casts(keep)
+    merged = _prepared(_merged(model, keep), example_inputs, dtype, casts, task)
+    origin = origin_of(model)
+    return tuple(dataclasses.replace(one, origin=origin) for one in merged)
+
+
+def _prepared(
+    model: nn.Module, example_inputs: object, dtype: str | None, casts: Casts, task: str | None
+) -> tuple[Prepared, ...]:
+    """The files of a model without adapters."""
+    twin, origin = exportable_twin(model, dtype, casts), origin_of(model)
     arguments = Arguments.of(twin, example_inputs)
     if dtype is not None:
         arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
+    if task is not None:
+        parts = find_task(task)(twin, _by_name(arguments))
+        return tuple(_of_part(twin, part, origin) for part in parts)
     for name, value in arguments.baked.items():
         _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
-    flat, arguments, outputs = _first_run(twin, arguments)
-    return Prepared(flat, arguments, tuple(outputs), dtype_name(twin), origin_of(model))
+    flat, arguments, outputs = _first_run(FlatModel(twin, arguments))
+    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin), origin, flat),)
+
+
+def _by_name(arguments: Arguments) -> dict[str, Any]:
+    constants = {key: arguments.kwargs[key] for key in arguments.baked if key in arguments.kwargs}
+    return dict(zip(arguments.names, arguments.tensors, strict=True)) | constants
+
+
+def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared:
+    flat = FlatModel(twin, Arguments.of(twin, part.inputs), part.call)
+    flat, arguments, outputs = _first_run(flat)
+    return Prepared(
+        flat,
+        arguments,
+        tuple(outputs),
+        dtype_name(twin),
+        origin,
+        flat,
+        dynamic_shapes=part.dynamic_shapes,
+        name=part.name,
+        cases=part.cases,
+        metadata=part.metadata,
+    )
 
 
 def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -77,9 +195,9 @@ def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
     return merged
 
 
-def _first_run(twin: nn.Module, arguments: Arguments) -> tuple[FlatModel, Arguments, list[str]]:
+def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
     """Run once: on a widened batch if the model takes it, else on the examples as they are."""
-    flat = FlatModel(twin, arguments).eval()
+    arguments = flat.eval().arguments
     failure: Exception | None = None
     for candidate in (widen_batch(arguments), arguments):
         try:
@@ -94,5 +212,5 @@ def _first_run(twin: nn.Module, arguments: Arguments) -> tuple[FlatModel, Argume
         for name, tensor in zip(arguments.names, arguments.tensors, strict=True)
     )
     raise ExportError(
-        f"{type(twin).__name__} does not run on the example inputs ({given}): {failure}"
+        f"{type(flat.model).__name__} does not run on the example inputs ({given}): {failure}"
     ) from failure

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["ExportReport", "OutputParity"]
+__all__ = ["ExportReport", "OutputParity", "short", "worse", "worst_by_layer"]
+
+_Entry = TypeVar("_Entry")
+_LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ExportReport:
 
     Attributes:
         path: The file that was written.
-        files: Name to bytes of every file that was written: the model, and after it those of its
+        files: Name to bytes of every file of this model: the model, and after it those of its
             weights, if they are not inside. They all have to stay in one folder.
         opset: ONNX opset of the file.
         dtype: "fp32", "fp16", "bf16" or the torch name of what most weights are stored in.
@@ -54,12 +59,17 @@ class ExportReport:
         unverified_reason: Why not, else "".
         parity: The comparison, one row an output.
         shapes_tried: The input shapes on which it was made.
+        values_tried: What there is to say of the values on which it was made, "" for fresh ones.
         shapes_skipped: Shapes that PyTorch itself refused, with its words.
         provider: Execution provider of the comparison, else "".
         reference: What the file was compared with, else "".
         seconds: Wall-clock seconds of each stage, in order.
         metadata: What the file says of itself: version, base model, adapters and their configurations.
         versions: Version of each package that had a part in it.
+        task: What it was exported for, None if as the model is called.
+        encoder: Of the file with the encoder, which has to stay beside this one; None if there is
+            none.
+        swappable: Sites that take an adapter when the file is run; none if adapters were merged.
     """
 
     path: str
@@ -79,12 +89,16 @@ class ExportReport:
     unverified_reason: str
     parity: tuple[OutputParity, ...]
     shapes_tried: tuple[Mapping[str, tuple[int, ...]], ...]
+    values_tried: str
     shapes_skipped: Mapping[str, str]
     provider: str
     reference: str
     seconds: Mapping[str, float]
     metadata: Mapping[str, str]
     versions: Mapping[str, str]
+    task: str | None = None
+    encoder: ExportReport | None = None
+    swappable: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -99,12 +113,15 @@ class ExportReport:
     @property
     def max_abs_error(self) -> float:
         """Largest absolute difference over all outputs; 0 where nothing was compared."""
-        return max((row.max_abs_error for row in self.parity), default=0.0)
+        return max((row.max_abs_error for row in self._rows()), default=0.0)
 
     @property
     def max_rel_error(self) -> float:
         """Largest difference over all outputs, each over its output's largest magnitude."""
-        return max((row.max_rel_error for row in self.parity), default=0.0)
+        return max((row.max_rel_error for row in self._rows()), default=0.0)
+
+    def _rows(self) -> tuple[OutputParity, ...]:
+        return self.parity if self.encoder is None else (*self.encoder.parity, *self.parity)
 
     @property
     def total_seconds(self) -> float:
@@ -124,12 +141,19 @@ class ExportReport:
         lines = [head]
         if self.data_files:
             lines.append(f"  weights in {', '.join(self.data_files)}: keep them beside it")
-        lines += [f"  input  {name}{_axes(axes)}" for name, axes in self.inputs.items()]
-        lines += [f"  output {name}{_axes(axes)}" for name, axes in self.outputs.items()]
+        lines += [f"  input  {name}{_axes(axes)}" for name, axes in short(self.inputs).items()]
+        lines += [f"  output {name}{_axes(axes)}" for name, axes in short(self.outputs).items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
-        lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
+        if self.task is None:
+            # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+            lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        if self.swappable:
+            sites = len(self.swappable)
+            lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
         lines += self._parity_lines()
+        if self.encoder is not None:
+            lines.append(f"with the encoder beside it, {self.encoder}")
         return "\n".join(lines)
 
     def _parity_lines(self) -> list[str]:
@@ -137,9 +161,35 @@ class ExportReport:
             return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
         shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
         lines = [f"  checked on {self.provider} against {self.reference}, with {shapes}"]
-        lines.extend(map(_parity_line, self.parity))
+        if self.values_tried:
+            lines.append(f"  {self.values_tried}")
+        lines.extend(map(_parity_line, worst_by_layer(self.parity)))
         lines += [f"  not tried: {shape}: {why}" for shape, why in self.shapes_skipped.items()]
         return lines
+
+
+def short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """One entry for all layers of a cache, whose names differ in a number."""
+    found: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        found.setdefault(_LAYER.sub(r"\1.*.", name), entry)
+    return found
+
+
+def worse(one: OutputParity, other: OutputParity) -> OutputParity:
+    """The row of two comparisons of one output."""
+    row = max(one, other, key=lambda entry: entry.max_rel_error)
+    narrow = [r.pytorch_rel_error for r in (one, other) if r.pytorch_rel_error is not None]
+    return dataclasses.replace(row, pytorch_rel_error=max(narrow, default=None))
+
+
+def worst_by_layer(rows: Iterable[OutputParity]) -> list[OutputParity]:
+    """One row for all layers of a cache."""
+    worst: dict[str, OutputParity] = {}
+    for row in rows:
+        row = dataclasses.replace(row, name=_LAYER.sub(r"\1.*.", row.name))
+        worst[row.name] = worse(worst.get(row.name, row), row)
+    return list(worst.values())
 
 
 def _parity_line(row: OutputParity) -> str:
@@ -161,4 +211,4 @@ def _axes(axes: tuple[int | str, ...]) -> str:
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return ", ".join(f"{name} {list(shape)}" for name, shape in short(shapes).items())

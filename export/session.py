@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_fx.errors import ExportError
-from lora_fx.export.loading import load, reason_of
-from lora_fx.export.ports import Port, feed, port_of, unwrap
-from lora_fx.export.providers import import_onnxruntime
+from lora_fx.errors import ConfigError
+from lora_fx.export.adapter_file import values_of
+from lora_fx.export.adapter_store import AdapterChoice, AdapterStore
+from lora_fx.export.binding import bound_run, settle
+from lora_fx.export.calls import inputs_by_name
+from lora_fx.export.generating import Generates
+from lora_fx.export.loading import load
+from lora_fx.export.manifest import Manifest
+from lora_fx.export.node_placement import PlacementReport, read_placement, warn_of_work
+from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
+from lora_fx.export.providers import PROVIDERS, import_onnxruntime
+from lora_fx.export.static_run import StaticRunner
+from lora_fx.export.tasks.defaults import ENCODER_KEY
 
 __all__ = ["OnnxSession", "Port"]
 
 
-class OnnxSession:
+class OnnxSession(Generates):
     """An exported model, loaded and ready to run.
 
+    Threads may share it: each run has bindings of its own.
+
     Args:
-        path: The ``.onnx`` file; its external data has to lie beside it.
+        path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
+            lie beside it.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
-        provider_options: Options of ONNX Runtime's provider. On CUDA, TF32 is off unless they
-            say otherwise: PyTorch's own matrix products do not use it by default either.
+        provider_options: Options of ONNX Runtime's provider, as it takes them.
+        low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
+        tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
+            not by default either.
+        cuda_graph: Whether to capture a CUDA graph for each combination of input shapes and replay it:
+            for models that wait for launches more than for kernels. Runs are one at a time then.
+        max_rank: The highest rank of an adapter, or of a weighted sum. CUDA graphs need one where the
+            file takes adapters: every adapter runs at this rank.
+
+    Attributes:
+        inputs: What ``run`` takes.
+        outputs: What it gives.
+        metadata: What the file remembers of its export.
+        encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.
 
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
             no kernel for an operation of the file.
         ExportError: The file is missing, damaged or no ONNX model.
+        ConfigError: The arguments contradict each other.
     """
 
     def __init__(
@@ -40,26 +65,108 @@ class OnnxSession:
         *,
         provider_options: Mapping[str, str] | None = None,
         low_memory: bool = False,
+        tf32: bool = False,
+        cuda_graph: bool = False,
+        max_rank: int | None = None,
     ) -> None:
+        if cuda_graph and provider != "cuda":
+            raise ConfigError(f"cuda_graph=True is for provider='cuda', found {provider!r}")
+        if max_rank is not None and max_rank < 1:
+            raise ConfigError(f"max_rank is {max_rank}: give a whole number of at least 1, or None")
         self.path = Path(path)
         self._runtime = import_onnxruntime()
-        self._session = load(
-            self._runtime, self.path, provider, provider_options or {}, packed=not low_memory
-        )
+        options = dict(provider_options or {})
+        if provider == "cuda":
+            graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
+            options = {"use_tf32": str(int(tf32)), **graphs, **options}
+        self._session = load(self._runtime, self.path, provider, options, packed=not low_memory)
         self.provider: Literal["cuda", "cpu"] = provider
+        self._device = Device(provider, int(options.get("device_id", 0)))
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        manifest = Manifest.from_metadata(self.metadata)
+        self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(port_of(value) for value in self._session.get_outputs())
+        self.encoder: OnnxSession | None = None
+        if ENCODER_KEY in self.metadata:
+            beside = self.path.with_name(self.metadata[ENCODER_KEY])
+            self.encoder = OnnxSession(
+                beside,
+                provider,
+                provider_options=provider_options,
+                low_memory=low_memory,
+                tf32=tf32,
+                max_rank=max_rank,
+            )
+        self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
+        if provider == "cuda":
+            warn_of_work(self._session, PROVIDERS[provider], self.path.name)
 
     def __repr__(self) -> str:
         return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"
 
+    def placement(self) -> PlacementReport:
+        """Which provider runs which node.
+
+        Raises:
+            ExportError: This ONNX Runtime does not say.
+        """
+        return read_placement(self._session, PROVIDERS[self.provider])
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded."""
+        return self._store.names
+
+    def load_adapter(
+        self,
+        name: str,
+        source: nn.Module | str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Load an adapter onto the device. It runs when :meth:`run` is told so.
+
+        Args:
+            name: What to call it. One of this name that is there already is replaced; runs that have
+                begun end with that.
+            source: An ``.onnx_adapter`` file, an adapter folder of PEFT, a rewritten model, or values by
+                the names of the inputs.
+            adapter_name: Which adapter of a model; by default the only one, or the only active one.
+
+        Raises:
+            CheckpointError: It is missing or damaged, is for another model, has another dtype, lacks one
+                of two factors, or holds values that are not finite. The session is as it was.
+            ConfigError: The file takes no adapters, or an argument cannot mean anything.
+        """
+        manifest = self._store.manifest
+        values = values_of(source, adapter_name, manifest)
+        what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
+        for part in self._parts():
+            part._store.load(name, values, what)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            ConfigError: There is no adapter of this name.
+        """
+        for part in self._parts():
+            part._store.unload(name)
+
     def run(
-        self, inputs: Mapping[str, Any] | Sequence[Any] | Tensor | np.ndarray[Any, Any]
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any] | Tensor | np.ndarray[Any, Any],
+        *,
+        adapter: AdapterChoice = None,
     ) -> dict[str, Any]:
         """Run the model once.
 
         Args:
-            inputs: Arrays or tensors by name, or in the order of ``self.inputs``.
+            inputs: Arrays or tensors by name, or in the order of ``self.inputs``. What lies on the
+                session's device is not copied.
+            adapter: The name of a loaded adapter, a dict of names to weights, or None for the base
+                model. Weighted changes are added up exactly; the last few sums are kept.
 
         Returns:
             Outputs by name: tensors, on the device of the first one given, if any of the inputs is
@@ -67,53 +174,49 @@ class OnnxSession:
 
         Raises:
             ExportError: Names, dtypes, ranks or fixed sizes do not fit, or the model fails.
+            ConfigError: There is no such adapter, or a weight is no finite number.
         """
         given = self._by_name(inputs)
-        feeds = {port.name: feed(self._runtime, port, given[port.name]) for port in self.inputs}
-        results = self._execute(feeds)
+        feeds = {
+            port.name: feed(self._runtime, port, given[port.name], self._device)
+            for port in self.inputs
+        }
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        settle(tensors)
         device = tensors[0].device if tensors else None
+        stays = device is not None and device.type == self._device.kind
+        results = self._execute(feeds, adapter, self._device if stays else CPU)
         pairs = zip(self.outputs, results, strict=True)
         return {port.name: unwrap(result, device) for port, result in pairs}
 
-    def _execute(self, feeds: Mapping[str, Any]) -> list[Any]:
-        """From values of ONNX Runtime, by name, to values in the order of the outputs."""
-        try:
-            results: list[Any] = self._session.run_with_ort_values(None, dict(feeds))
-        except Exception as error:
-            shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
-            raise ExportError(f"ONNX Runtime failed on {shapes}: {reason_of(error)}") from error
-        return results
+    def _execute(
+        self,
+        feeds: Mapping[str, Any],
+        adapter: AdapterChoice = None,
+        device: Device = CPU,
+        host: Collection[str] = (),
+    ) -> list[Any]:
+        """From values of ONNX Runtime, by name, to values in the order of the outputs.
+
+        They lie on ``device``, those that ``host`` names on the CPU.
+        """
+        held = self._store.chosen(adapter)
+        if self._static is not None:
+            return self._static.run(feeds, held, device, host)
+        return bound_run(self._session, feeds, held.bound, self.outputs, device, host)
+
+    def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
+        if manifest is not None and max_rank is None:
+            raise ConfigError(
+                f"{self.path.name} takes adapters: with cuda_graph=True give max_rank, the highest rank that "
+                "one will have. A graph has fixed shapes, so that every adapter is filled up to that"
+            )
+        runtime, session = self._runtime, self._session
+        return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
+
+    def _parts(self) -> tuple[OnnxSession, ...]:
+        # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
+        return (self,) if self.encoder is None else (self, self.encoder)
 
     def _by_name(self, inputs: Any) -> dict[str, Any]:
-        names = [port.name for port in self.inputs]
-        if isinstance(inputs, (Tensor, np.ndarray)):
-            inputs = (inputs,)
-        if not isinstance(inputs, Mapping):
-            if not isinstance(inputs, Sequence):
-                raise ExportError(
-                    f"inputs are a {type(inputs).__name__}: give arrays or tensors, by name "
-                    f"({', '.join(names)}) or in this order"
-                )
-            if len(inputs) != len(names):
-                raise ExportError(
-                    f"{self.path.name} takes {len(names)} inputs ({', '.join(names)}), "
-                    f"{len(inputs)} were given"
-                )
-            inputs = dict(zip(names, inputs, strict=True))
-        missing = [name for name in names if name not in inputs]
-        unknown = [name for name in inputs if name not in names]
-        if missing or unknown:
-            raise ExportError(_names_message(self.path.name, names, missing, unknown))
-        return {name: inputs[name] for name in names}
-
-
-def _names_message(file: str, names: list[str], missing: list[str], unknown: list[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"lacks {', '.join(missing)}")
-    for name in unknown:
-        near = difflib.get_close_matches(str(name), names, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        parts.append(f"has '{name}', which is no input{hint}")
-    return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"
+        return inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)

@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+import lora_fx.experts  # noqa: F401  # registers the operator that is translated here
+
 __all__ = ["DOMAIN", "GROUPED_MATMUL", "translation_table"]
 
 DOMAIN = "lora_fx"
@@ -34,6 +36,7 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.aten.histc.default: _histc,
         torch.ops.aten._grouped_mm.default: _grouped_mm,
+        torch.ops.lora_fx.grouped_linear.default: _grouped_linear,
         torch.ops.aten._is_all_true.default: _is_all_true,
         torch.ops.aten._is_any_true.default: _is_any_true,
     }
@@ -49,6 +52,13 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
 
 def _grouped_mm_fallback(input: Any, weight: Any, offs: Any) -> Any:  # noqa: A002
     return _grouped(input, weight, offs)
+
+
+def _grouped_linear(x: Any, weight: Any, ends: Any) -> Any:
+    """The factors of experts, which are stored [E, out, in]."""
+    from onnxscript import opset18 as op
+
+    return _grouped(x, op.Transpose(weight, perm=[0, 2, 1]), ends)
 
 
 def _grouped_mm(

@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.casts import Casts
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.reference import Reference
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
+from lora_fx.export.verify_adapters import check_adapters
 
 __all__ = ["Verdict", "verify"]
 
@@ -30,13 +32,11 @@ class Verdict:
         parity: The comparison; None if there was none.
         provider: Execution provider of the comparison, else "".
         reason: Why there was none, else "".
-        reference: What the file was compared with, else "".
     """
 
     parity: Parity | None = None
     provider: str = ""
     reason: str = ""
-    reference: str = ""
 
 
 def verify(
@@ -77,6 +77,10 @@ def verify(
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
-    reference = Reference(prepared, keep)
-    parity = check_parity(reference, traced, session)
-    return Verdict(parity, session.provider, reference=reference.description)
+    casts = Casts(keep)  # one for all references: they have the same weights
+    check = check_adapters if prepared.manifest else _check_alone
+    return Verdict(check(prepared, traced, session, casts), session.provider)
+
+
+def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
+    return check_parity(Reference(prepared.model, casts), traced, session, prepared.cases)

@@ -56,6 +56,7 @@ from lora_fx.status import status
 from lora_fx.weighted import add_weighted_adapter
 
 if _TYPE_CHECKING:
+    from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.tools.visualize import visualize
@@ -100,6 +101,7 @@ __all__ = [
     "register_pattern",
     "rewrite",
     "save_adapter",
+    "save_onnx_adapter",
     "set_adapter",
     "status",
     "trainable_parameters",
@@ -109,6 +111,7 @@ __all__ = [
 _LAZY = {
     "OnnxSession": "lora_fx.export.session",
     "export_onnx": "lora_fx.export.onnx",
+    "save_onnx_adapter": "lora_fx.export.adapter_file",
     "visualize": "lora_fx.tools.visualize",
 }
 

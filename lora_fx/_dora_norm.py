@@ -38,14 +38,20 @@ def weight_norm(
         [out], detached, in fp32, or fp64 for an fp64 weight.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    up = b.detach().to(wide).reshape(groups, -1, b.shape[1])
-    own = up.new_zeros(up.shape[:2])
-    crossed, gram = torch.zeros_like(up), up.new_zeros(groups, up.shape[2], up.shape[2])
+    up = b.detach().to(wide)
+    # Three dimensions only for groups: what an operation costs by itself is much beside a small weight.
+    up = up.reshape(groups, -1, b.shape[1]) if groups > 1 else up.flatten(1)
+    sums: tuple[Tensor, ...] | None = None
     with _full_precision(weight):
         for matrix, down in _matrices(weight.detach(), a.detach().to(wide), layout, groups):
-            squares, products = _against(matrix, down)
-            own, crossed, gram = own + squares, crossed + products, gram + down @ down.mT
-        square = own + 2 * scale * (crossed * up).sum(2) + scale**2 * ((up @ gram) * up).sum(2)
+            products, squares = _against(matrix, down)
+            parts = (squares, products, down @ down.mT)
+            sums = parts if sums is None else tuple(map(torch.add, sums, parts))
+        assert sums is not None  # a kernel has a place
+        own, crossed, gram = sums
+        add_product = torch.addmm if groups == 1 else torch.baddbmm
+        mixed = add_product(crossed, up, gram, beta=2 * scale, alpha=scale**2)
+        square = own + (mixed * up).sum(-1)
     # Where B A takes all of W away, what is left of the three may be below zero.
     return square.clamp_min(0).sqrt().flatten()
 
@@ -53,44 +59,49 @@ def weight_norm(
 def _matrices(
     weight: Tensor, a: Tensor, layout: str, groups: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight and A as matrices for each group, [g, out/g, n] and [g, r/g, n]: views of the weight."""
+    """The weight and A as [out, n] and [r, n], or [g, out/g, n] and [g, r/g, n]: views of the weight."""
     if layout == "in_out" and weight.dim() == 2:
-        yield weight.T.unsqueeze(0), a.unsqueeze(0)
+        yield weight.T, a
     elif layout == "in_out":
-        kernels, downs = (torch.unflatten(t.flatten(2), 0, (groups, -1)) for t in (weight, a))
-        for place in range(kernels.shape[3]):
+        kernels, downs = weight.flatten(2), a.flatten(2)
+        if groups > 1:
+            kernels, downs = (torch.unflatten(t, 0, (groups, -1)) for t in (kernels, downs))
+        for place in range(kernels.shape[-1]):
             yield kernels[..., place].mT, downs[..., place]
     else:
-        # A weight may be stored with its channels last: it is read in the order in which it lies.
-        strides = weight.stride()
-        order = sorted(range(1, weight.dim()), key=lambda axis: -strides[axis])
-        matrix, down = (t.permute(0, *order).flatten(1) for t in (weight, a))
-        yield (
-            torch.unflatten(matrix, 0, (groups, -1)),
-            torch.unflatten(down, 0, (groups, -1)),
-        )
+        matrix, down = weight, a
+        if weight.dim() > 2:
+            # A weight may be stored with its channels last: it is read in the order in which it lies.
+            strides = weight.stride()
+            order = sorted(range(1, weight.dim()), key=lambda axis: -strides[axis])
+            matrix, down = (t.permute(0, *order).flatten(1) for t in (weight, a))
+        if groups > 1:
+            matrix, down = (torch.unflatten(t, 0, (groups, -1)) for t in (matrix, down))
+        yield matrix, down
 
 
 def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖W‖²`` and ``W Aᵀ`` by row; a half-precision weight is widened piece by piece."""
+    """``W Aᵀ`` and ``‖W‖²`` by row; a half-precision weight is widened piece by piece."""
     if matrix.dtype == down.dtype:
-        return _squares(matrix), matrix @ down.mT
+        return matrix @ down.mT, _squares(matrix)
     count = min(_PIECES, -(-matrix.numel() // _CHUNK))
-    squares, products = [], []
-    for piece in matrix.chunk(max(1, count), dim=1):
+    products, squares = [], []
+    for piece in matrix.chunk(max(1, count), dim=-2):
         wide = piece.to(down.dtype)
-        squares.append(_squares(wide))
         products.append(wide @ down.mT)
-    return torch.cat(squares, dim=1), torch.cat(products, dim=1)
+        squares.append(_squares(wide))
+    return torch.cat(products, dim=-2), torch.cat(squares, dim=-1)
 
 
 def _squares(matrix: Tensor) -> Tensor:
     """``Σ w²`` by row, in blocks: a kernel may add up a long row one by one, and lose its last digits."""
-    whole = matrix.shape[2] - matrix.shape[2] % _BLOCK
-    blocks = torch.unflatten(matrix[..., :whole], 2, (-1, _BLOCK))
-    rest: Tensor = torch.linalg.vector_norm(matrix[..., whole:], dim=2)
-    sums: Tensor = torch.linalg.vector_norm(blocks, dim=3)
-    return sums.square().sum(2) + rest.square()
+    whole = matrix.shape[-1] - matrix.shape[-1] % _BLOCK
+    rest: Tensor = torch.linalg.vector_norm(matrix[..., whole:], dim=-1).square()
+    if not whole:
+        return rest
+    blocks = torch.unflatten(matrix[..., :whole], -1, (-1, _BLOCK))
+    sums: Tensor = torch.linalg.vector_norm(blocks, dim=-1).square().sum(-1)
+    return sums + rest
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:

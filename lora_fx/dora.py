@@ -21,6 +21,7 @@ from lora_fx.errors import LoraFxError
 
 __all__ = [
     "applied_weight",
+    "divisible",
     "gain",
     "held",
     "recomputed",
@@ -65,10 +66,9 @@ def gain(
         [out], in fp32, or fp64 for an fp64 weight.
     """
     norm = weight_norm(applied_weight(weight, layout, view, rows), a, b, scale, layout, groups)
-    known = norm > 0
-    # Not a division by the norm itself: the gradient of what `where` leaves out would be NaN.
-    quotient = magnitude.flatten().to(norm.dtype) / torch.where(known, norm, 1)
-    return torch.where(known, quotient, 1)
+    # The gradient of what is divided by infinity is zero; what `where` leaves out of m / 0 would have NaN.
+    nothing = norm == 0
+    return magnitude.flatten().to(norm.dtype) / norm.masked_fill(nothing, torch.inf) + nothing
 
 
 def applied_weight(
@@ -96,13 +96,19 @@ def applied_weight(
 def held(gains: Tensor) -> Tensor:
     """The gains as :func:`rescaled` wants them to work from its output: constants, if it can divide by each.
 
-    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph), and where a gain
-    is near 0, the result is ``gains`` itself, and :func:`rescaled` keeps the base output.
+    Where it cannot, the result is ``gains`` itself, and :func:`rescaled` keeps the base output.
     """
-    if not gains.requires_grad or not torch.is_grad_enabled() or not _visible(gains):
+    if not gains.requires_grad or not torch.is_grad_enabled() or not divisible(gains):
         return gains
-    constant = gains.detach()
-    return gains if bool((constant.abs() < _SMALLEST).any()) else constant
+    return gains.detach()
+
+
+def divisible(gains: Tensor) -> bool:
+    """Whether an output can be divided by every gain: whether none is near 0.
+
+    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph) the answer is no.
+    """
+    return _visible(gains) and not bool((gains.detach().abs() < _SMALLEST).any())
 
 
 def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx._fused_calls import (
+    add_product,
+    apply,
+    autocast_dtype,
+    cast,
+    flat,
+    without_autocast,
+)
 from lora_fx.errors import LoraFxError
 from lora_fx.masks import draw, kept, unpacked
 
@@ -106,47 +114,20 @@ def _applied(
     tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     kind = x.device.type
-    autocast = _autocast(kind)
-    if autocast:
-        dtype = torch.get_autocast_dtype(kind)
-        x = _cast(x, dtype)
+    dtype = autocast_dtype(kind)
+    if dtype is not None:
+        x = cast(x, dtype)
         # Weights and biases; factors are cast inside, so that they are saved as they are.
         tensors = [
-            _cast(one, dtype) if one is not None and place % 4 < 2 else one
+            cast(one, dtype) if one is not None and place % 4 < 2 else one
             for place, one in enumerate(tensors)
         ]
     mask = None
     if dropout:
         mask = draw(x, dropout)
         options = tuple((scale * 256 / kept(dropout), rows) for scale, rows in options)
-    if not autocast:
-        return _apply(x, mask, options, *tensors)
-    with torch.autocast(kind, enabled=False):
-        return _apply(x, mask, options, *tensors)
-
-
-def _autocast(kind: str) -> bool:
-    # There is none on the meta device, and asking for it is an error.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does it, which leaves fp64 alone."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
-
-
-def _apply(*given: Any) -> tuple[Tensor, ...]:
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
-        return _plain(*given)
-    if not torch.is_grad_enabled():
-        return _LoraLinears.forward(*given)[:-1]
-    apply: Any = _LoraLinears.apply
-    if not compiling:
-        # The same without a look for default values at forward's signature, which takes longer than forward.
-        apply = super(torch.autograd.Function, _LoraLinears).apply
-    outputs: tuple[Tensor, ...] = apply(*given)[:-1]
-    return outputs
+    with without_autocast(kind):
+        return apply(_LoraLinears, _plain, (x, mask, options, *tensors))
 
 
 class _Operation(NamedTuple):
@@ -172,7 +153,6 @@ def _operations(options: Any, tensors: Sequence[Any]) -> list[_Operation]:
 def _plain(
     x: Tensor, mask: Tensor | None, options: Any, *tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The same with nothing in place, since vmap cannot write a batch into what has none."""
     masked = x if mask is None else x * unpacked(mask, x)
     outputs = []
     for one in _operations(options, tensors):
@@ -192,11 +172,11 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
         masked = x if mask is None else x * unpacked(mask, x)
-        down = _flat(masked) @ _joined(operations, x.dtype).T
+        down = flat(masked) @ _joined(operations, x.dtype).T
         outputs = []
         for one, its_down in _with_columns(operations, down):
             out = F.linear(x, one.weight, one.bias)
-            one.part(_flat(out)).addmm_(its_down, one.b.to(x.dtype).T, alpha=one.scale)
+            one.part(flat(out)).addmm_(its_down, one.b.to(x.dtype).T, alpha=one.scale)
             # It may be a view of a matrix, and autograd forbids to write into views that a function returns;
             # models do (nn.ReLU(inplace=True)).
             outputs.append(torch.ops.aten._unsafe_view.default(out, out.shape))
@@ -221,11 +201,7 @@ class _LoraLinears(torch.autograd.Function):
         known = next((grad for grad in grads if grad is not None), None)
         if known is None:
             return (None,) * len(ctx.needs_input_grad)
-        kind = known.device.type
-        if not _autocast(kind):
-            return _gradients(ctx, *grads)
-        # Who enters it for the backward alone would have products in its dtype added to others.
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(known.device.type):
             return _gradients(ctx, *grads)
 
 
@@ -239,7 +215,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # Differentiated twice, what is kept is no constant, and nothing may be written in place.
     again = torch.is_grad_enabled()
     like = known.new_empty(()).expand(ctx.shape) if x is None else x
-    factor = None if mask is None else _flat(unpacked(mask, like))
+    factor = None if mask is None else flat(unpacked(mask, like))
     joined = _joined(operations, known.dtype)
     masked = None
     if wants_a or (again and any(wants[3::4]) and wants_x):
@@ -252,17 +228,17 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             inner.append(known.new_zeros(known.numel() // known.shape[-1], one.a.shape[0]))
             continue
         of_weight, of_bias, _, of_b = wants[4 * place : 4 * place + 4]
-        grad = _flat(given)
+        grad = flat(given)
         mine = one.part(grad)
         inner.append((mine @ one.b.to(grad.dtype)).mul(one.scale))
         if of_weight:
-            results[4 * place] = grad.T @ _flat(x)
+            results[4 * place] = grad.T @ flat(x)
         if of_bias:
             results[4 * place + 1] = grad.sum(0)
         if of_b:
             results[4 * place + 3] = (mine.T @ its_down).mul(one.scale).to(one.b.dtype)
         if wants_x:
-            grad_x = _plus(grad_x, grad, one.weight, again)
+            grad_x = add_product(grad_x, grad, one.weight, again)
     every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
     if masked is not None and wants_a:
         grad_a = torch.split(every.T @ masked, [one.a.shape[0] for one in operations])
@@ -272,7 +248,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             for one, part, given, wanted in parts
         ]
     if grad_x is not None:
-        grad_x = _plus(grad_x, every, joined, again, factor).view(ctx.shape)
+        grad_x = add_product(grad_x, every, joined, again, factor).view(ctx.shape)
     return grad_x, None, None, *results
 
 
@@ -283,19 +259,7 @@ def _masked(x: Tensor | None, factor: Tensor | None) -> Tensor:
             "(create_graph=True), since its input is not kept: make A trainable, or rewrite with "
             "optimize=False"
         )
-    return _flat(x) if factor is None else _flat(x) * factor
-
-
-def _plus(
-    total: Tensor | None, left: Tensor, right: Tensor, again: bool, factor: Tensor | None = None
-) -> Tensor:
-    """``total + factor ∘ (left @ right)``; the total may be written into unless ``again``."""
-    if total is None:
-        return left @ right
-    if factor is not None:
-        product = left @ right
-        return torch.addcmul(total, product, factor) if again else total.addcmul_(product, factor)
-    return torch.addmm(total, left, right) if again else total.addmm_(left, right)
+    return flat(x) if factor is None else flat(x) * factor
 
 
 def _joined(operations: Sequence[_Operation], dtype: torch.dtype) -> Tensor:
@@ -316,7 +280,3 @@ def _with_columns(
         else:
             yield one, down.narrow(1, start, rank)
         start += rank
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])

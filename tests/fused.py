@@ -1,4 +1,4 @@
-"""The fused LoRA function beside the operations that it stands for, with one mask."""
+"""The fused functions, plain and DoRA, beside the operations that they stand for, with one mask."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx import dora
 from lora_fx.fused import lora_linear
+from lora_fx.fused_dora import dora_linear
 from lora_fx.masks import draw, kept, unpacked
 
-__all__ = ["Operands", "canonical", "errors", "fused", "gradients", "operands", "recovered"]
+__all__ = [
+    "Operands",
+    "canonical",
+    "errors",
+    "formula",
+    "fused",
+    "gradients",
+    "operands",
+    "recovered",
+    "with_gains",
+]
 
 SEED = 5
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Arguments of ``lora_linear``; every tensor that wants a gradient is a leaf.
+    """Arguments of ``lora_linear``, or with gains of ``dora_linear``; what wants a gradient is a leaf.
 
     ``mask`` is what the branch's input is multiplied with, scale included, under `dropout`.
     """
@@ -33,10 +45,13 @@ class Operands:
     dropout: float = 0.0
     rows: tuple[int, int] | None = None
     mask: Tensor | None = None
+    gains: Tensor | None = None
+    again: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        named = {"x": self.x, "weight": self.weight, "bias": self.bias, "a": self.a, "b": self.b}
+        names = ("x", "weight", "bias", "a", "b", "gains")
+        named = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -90,24 +105,69 @@ def recovered(given: Operands) -> Operands:
     return replace(given, mask=factor * (256 / kept(given.dropout)))
 
 
+def with_gains(given: Operands, again: bool, **options: Any) -> Operands:
+    """With a gain for each row of B, by default near 1, that wants a gradient."""
+    wide = torch.float64 if given.weight.dtype == torch.float64 else torch.float32
+    values = torch.Generator().manual_seed(3)
+    count = given.b.shape[0]
+    drawn = 1 + 0.2 * torch.randn(count, generator=values, dtype=torch.float64)
+    gains = options.get("gains", drawn).to(wide)
+    return replace(given, gains=gains.requires_grad_(), again=again)
+
+
 def fused(given: Operands) -> Tensor:
     torch.manual_seed(SEED)
-    return lora_linear(
-        *(given.x, given.weight, given.bias, given.a, given.b, given.scale),
-        dropout=given.dropout,
-        training=True,
-        rows=given.rows,
-    )
+    tensors = (given.x, given.weight, given.bias, given.a, given.b)
+    options = {"dropout": given.dropout, "training": True, "rows": given.rows}
+    if given.gains is None:
+        return lora_linear(*tensors, given.scale, **options)
+    return dora_linear(*tensors, given.scale, given.gains, given.again, **options)
 
 
 def canonical(given: Operands) -> Tensor:
     """What the graph computes without the pass."""
     out = F.linear(given.x, given.weight, given.bias)
     x = given.x if given.mask is None else given.x * given.mask.to(given.x.dtype)
-    branch = F.linear(F.linear(x, given.a.type_as(out)), given.b.type_as(out)) * given.scale
+    down = F.linear(x, given.a.type_as(out))
+    if given.gains is not None:
+        return _decomposed(given, out, down)
+    branch = F.linear(down, given.b.type_as(out)) * given.scale
+    return out + _padded(branch, given, out)
+
+
+def _decomposed(given: Operands, out: Tensor, down: Tensor) -> Tensor:
+    gains = given.gains
+    constant = gains if given.again or given.rows is not None else dora.held(gains)
+    steered = dora.steered(given.b, constant, given.scale).type_as(out)
     if given.rows is not None:
-        branch = F.pad(branch, (given.rows[0], out.shape[-1] - given.rows[1]))
-    return out + branch
+        up = _padded(F.linear(down, steered), given, out)
+        gains = _padded(gains, given, out, 1.0)
+        if given.bias is not None:
+            up = up + dora.shifted(given.bias, gains, out)
+        return dora.rescaled(out, None, up, gains)
+    shift = None if given.bias is None else dora.shifted(given.bias, constant, out)
+    up = F.linear(down, steered, shift)
+    if given.again:
+        return dora.recomputed(out, up, gains, given.x, given.weight, given.bias)
+    return dora.rescaled(out, None, up, gains, constant, given.bias)
+
+
+def formula(given: Operands) -> Tensor:
+    """What both stand for, without a term that another takes away: for fp64, and for bounds."""
+    if given.gains is None:
+        return canonical(given)
+    product = F.linear(given.x, given.weight)
+    x = given.x if given.mask is None else given.x * given.mask
+    branch = F.linear(F.linear(x, given.a), given.b) * given.scale
+    gains = _padded(given.gains, given, product, 1.0)
+    out = gains * (product + _padded(branch, given, product))
+    return out if given.bias is None else out + given.bias
+
+
+def _padded(part: Tensor, given: Operands, like: Tensor, value: float = 0.0) -> Tensor:
+    if given.rows is None:
+        return part
+    return F.pad(part, (given.rows[0], like.shape[-1] - given.rows[1]), value=value)
 
 
 def gradients(function: Any, given: Operands, cotangent: Tensor) -> dict[str, Tensor]:
@@ -135,9 +195,9 @@ def errors(
     cotangent = torch.randn(shape, generator=values, dtype=torch.float64).to(given.x.dtype)
     found = gradients(function, given, cotangent)
     double = given.mapped(lambda tensor: tensor.double())
-    exact = gradients(canonical, double, cotangent.double())
+    exact = gradients(formula, double, cotangent.double())
     absolute = replace(double.mapped(torch.abs), scale=abs(given.scale))
-    bound = gradients(canonical, absolute, cotangent.double().abs())
+    bound = gradients(formula, absolute, cotangent.double().abs())
     computed = computed or given.x.dtype
     epsilon = torch.finfo(computed).eps
     result = {}

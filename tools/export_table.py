@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.export.report import ExportReport
+from lora_fx.export.report import ExportReport, short, worst_by_layer
 
 __all__ = ["render"]
 
@@ -22,8 +22,9 @@ def render(report: ExportReport) -> RenderableType:
     Args:
         report: What ``export_onnx`` returned.
     """
-    parts = [_facts(report), _ports(report)]
-    if report.fixed_axes:
+    parts: list[RenderableType] = [_facts(report), _ports(report)]
+    # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+    if report.fixed_axes and report.task is None:
         rows = report.fixed_axes.items()
         parts.append(_table(("fixed axis", "because"), rows))
     if report.baked_arguments:
@@ -33,6 +34,8 @@ def render(report: ExportReport) -> RenderableType:
     if report.shapes_skipped:
         rows = report.shapes_skipped.items()
         parts.append(_table(("shape not tried", "because PyTorch says"), rows))
+    if report.encoder is not None:
+        parts += [Text("with the encoder beside it:", "dim"), render(report.encoder)]
     return Group(*parts)
 
 
@@ -45,12 +48,19 @@ def _facts(report: ExportReport) -> Table:
             "file" if name not in report.data_files else "weights", f"{name}  {_size(size)}"
         )
     table.add_row("written as", f"{report.dtype}, opset {report.opset}")
+    if report.task is not None:
+        table.add_row("task", report.task)
+    if report.swappable:
+        sites = len(report.swappable)
+        table.add_row("adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
     named = [f"{count} {op}" for op, count in list(report.operators.items())[:_OPERATORS]]
     more = ", …" if len(report.operators) > _OPERATORS else ""
     table.add_row("nodes", f"{report.nodes}: {', '.join(named)}{more}")
     table.add_row("tensors", str(report.initializers))
     if report.verified:
         table.add_row("checked", f"on {report.provider} against {report.reference}")
+        if report.values_tried:
+            table.add_row("values", Text(report.values_tried))
     else:
         table.add_row("checked", Text(f"NOT CHECKED: {report.unverified_reason}", "bold yellow"))
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
@@ -63,7 +73,7 @@ def _ports(report: ExportReport) -> Table:
     for heading in ("", "name", "axes", "at most"):
         table.add_column(heading)
     for kind, ports in (("input", report.inputs), ("output", report.outputs)):
-        for name, axes in ports.items():
+        for name, axes in short(ports).items():
             limits = {axis: report.axis_limits.get(str(axis)) for axis in axes}
             bounded = [f"{axis} {limit}" for axis, limit in limits.items() if limit is not None]
             table.add_row(kind, Text(name), ", ".join(map(str, axes)), ", ".join(bounded))
@@ -74,7 +84,7 @@ def _parity(report: ExportReport) -> Table:
     half = any(row.pytorch_rel_error is not None for row in report.parity)
     headings = [f"parity on {len(report.shapes_tried)} shapes", "largest error", "relative"]
     rows = []
-    for row in report.parity:
+    for row in worst_by_layer(report.parity):
         cells = [row.name, f"{row.max_abs_error:.1e}", f"{row.max_rel_error:.1e}"]
         if half:
             narrow = row.pytorch_rel_error

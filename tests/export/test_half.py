@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ParityError
-from lora_fx.export.difference import TOLERANCES, PrecisionError, difference, overflows
+from lora_fx.export.difference import TOLERANCES, Compared, PrecisionError, difference, overflows
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 
@@ -146,16 +147,18 @@ def test_tolerance_is_twenty_roundings_of_the_dtype(dtype: torch.dtype) -> None:
 def test_difference_and_overflow_look_at_admitted_positions_only() -> None:
     want = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     got = torch.tensor([[1.0, 2.0], [3.5, torch.inf]]).half()
-    everything, first_column = torch.ones(2, 2), torch.tensor([[1, 1], [1, 0]])
-    assert overflows(want, got, [everything])
-    assert not overflows(want, got, [first_column])
-    assert difference("y", want, got, [everything], torch.float16).max_abs_error == float("inf")
-    row = difference("y", want, got, [first_column], torch.float16)
+    everything = Compared("y", want, got, torch.float16)
+    first_column = replace(everything, valid=torch.tensor([[1, 1], [1, 0]]))
+    assert overflows(everything)
+    assert not overflows(first_column)
+    assert difference(everything).max_abs_error == float("inf")
+    row = difference(first_column)
     assert (row.max_abs_error, row.max_rel_error) == (0.5, 0.125)
-    assert not overflows(torch.tensor([torch.inf]), torch.tensor([torch.inf]), [])
+    infinite = torch.tensor([torch.inf])
+    assert not overflows(Compared("y", infinite, infinite, torch.float16))
     lowest = torch.tensor([torch.finfo(torch.float32).min])
     narrow = torch.tensor([torch.finfo(torch.float16).min]).half()
-    assert difference("y", lowest, narrow, [], torch.float16).max_abs_error == 0
+    assert difference(Compared("y", lowest, narrow, torch.float16)).max_abs_error == 0
 
 
 @pytest.mark.cuda

@@ -501,7 +501,7 @@ class Odd(nn.Module):
         (mlp(), torch.randn(2, 4), {"opset": 23}, "opset 23 is refused.*20, 22 or 24"),
         (mlp(), torch.randn(2, 4), {"opset": 11}, "opset 11 is not supported"),
         (mlp(), torch.randn(2, 4), {"dtype": "int4"}, "'int4' is unknown.*fp16"),
-        (mlp(), torch.randn(2, 4), {"adapters": "inputs"}, "'inputs' is not supported.*'merge'"),
+        (mlp(), torch.randn(2, 4), {"adapters": "keep"}, "'keep' is unknown.*'merge'.*'inputs'"),
         (mlp, torch.randn(2, 4), {}, "not a torch.nn.Module"),
         (mlp(), 3, {}, "example_inputs is a int"),
         (mlp(), {}, {}, "no tensor"),

@@ -92,7 +92,7 @@ def test_the_file_names_its_base_and_adapters_and_nothing_of_the_machine(tmp_pat
         "class": "transformers.models.llama.modeling_llama.LlamaForCausalLM",
         "name": "tiny-llama",
     }
-    adapters = json.loads(found["lora_fx.adapters"])
+    adapters = json.loads(found["lora_fx.merged"])
     assert list(adapters) == ["default"]
     assert adapters["default"] == {
         "r": 2,
@@ -123,4 +123,4 @@ def test_names_of_models_stay_and_folders_lose_their_path(name: str, public: str
     model.config = type("Config", (), {"_name_or_path": name})()  # type: ignore[assignment]
     entries = origin_of(model)
     assert json.loads(entries["lora_fx.base"]).get("name") == public
-    assert "lora_fx.adapters" not in entries
+    assert "lora_fx.merged" not in entries

@@ -29,6 +29,7 @@ REPORT = ExportReport(
     unverified_reason="",
     parity=(OutputParity("logits", 2.5e-6, 1e-7, 1e-4), OutputParity("ids", 0.0, 0.0, 0.0, 0.25)),
     shapes_tried=({"input_ids": (2, 7), "scale": (1,)}, {"input_ids": (3, 10), "scale": (1,)}),
+    values_tried="input_ids: rows of the example",
     shapes_skipped={"input_ids [1, 3]": "too short"},
     provider="cpu",
     reference="the model in PyTorch",
@@ -50,6 +51,7 @@ def test_text_says_what_was_written_and_how_it_was_checked() -> None:
         "checked on cpu against the model in PyTorch, with input_ids [2, 7], scale [1]; input_ids",
         "parity logits: max error 2.5e-06 absolute, 1.0e-07 relative (allowed 1e-04)",
         "(allowed 0e+00, PyTorch in this precision 2.5e-01)",
+        "  input_ids: rows of the example\n",
         "not tried: input_ids [1, 3]: too short",
     ):
         assert part in text

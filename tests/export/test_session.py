@@ -97,12 +97,10 @@ def test_wrong_inputs_are_named(session: OnnxSession, inputs: Any, message: str)
 def test_failure_inside_the_runtime_names_the_shapes(
     session: OnnxSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(names: object, feeds: object) -> None:
+    def fails() -> None:
         raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : out of memory")
 
-    monkeypatch.setattr(
-        session, "_session", SimpleNamespace(run_with_ort_values=fails), raising=True
-    )
+    monkeypatch.setattr(session, "_session", SimpleNamespace(io_binding=fails), raising=True)
     with pytest.raises(ExportError, match=r"features \[2, 4\], index \[2\]: out of memory"):
         session.run((FEATURES, INDEX))
 

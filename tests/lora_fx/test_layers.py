@@ -42,7 +42,9 @@ LAYERS = (
     "lora_fx._dora_norm",
     "lora_fx.dora",
     "lora_fx.masks",
+    "lora_fx._fused_calls",
     "lora_fx.fused",
+    "lora_fx.fused_dora",
     "lora_fx.passes",
     "lora_fx.pipeline",
     "lora_fx.optim",
@@ -141,6 +143,7 @@ PUBLIC = {
     "register_pattern",
     "rewrite",
     "save_adapter",
+    "save_onnx_adapter",
     "trainable_parameters",
     "visualize",
 }

@@ -12,7 +12,7 @@ from lora_fx import LoraConfig
 from lora_fx.masks import dropped, kept
 from tests.golden import check_golden, printed
 
-DORA = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.25, use_dora=True)
+UNFUSED = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.25, lora_bias=True)
 
 
 def targets(model: nn.Module) -> set:
@@ -23,7 +23,7 @@ def targets(model: nn.Module) -> set:
     ("layer", "options"),
     [
         (nn.Conv2d(2, 3, 3), {}),
-        (nn.Linear(4, 3), {"use_dora": True}),
+        (nn.Conv2d(2, 3, 3), {"use_dora": True}),
         (nn.Linear(4, 3), {"lora_bias": True}),
     ],
 )
@@ -85,7 +85,7 @@ def test_it_keeps_a_bit_an_element() -> None:
 
 
 def test_compilers_and_transforms() -> None:
-    model = lora_fx.rewrite(nn.Sequential(nn.Linear(4, 3)), DORA)
+    model = lora_fx.rewrite(nn.Sequential(nn.Linear(4, 3)), UNFUSED)
     x = torch.randn(5, 4)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(x).sum().backward()
@@ -94,5 +94,5 @@ def test_compilers_and_transforms() -> None:
 
 
 def test_golden() -> None:
-    graph = lora_fx.graphs(lora_fx.rewrite(nn.Sequential(nn.Linear(4, 3)), DORA))["0"]
+    graph = lora_fx.graphs(lora_fx.rewrite(nn.Sequential(nn.Linear(4, 3)), UNFUSED))["0"]
     check_golden("cheap_dropout", printed(graph))

@@ -75,7 +75,20 @@ def test_linear_forms_are_fused(form: Form) -> None:
         assert roles(model) <= {Role.FUSED, Role.FACTOR, Role.CAST}, roles(model)
 
 
-def test_a_part_of_a_fused_weight() -> None:
+@pytest.mark.parametrize("form", forms(*FUSED))
+def test_linear_forms_with_dora_are_fused_and_compute_what_they_did(form: Form) -> None:
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[form.site], use_dora=True)
+    fused, canonical = pair(form.model().double(), config)
+    if form.name in LEFT:
+        assert Role.FUSED not in roles(fused)
+    else:
+        expected = {Role.FUSED, Role.FACTOR, Role.CAST, Role.MAGNITUDE}
+        assert Role.FUSED in roles(fused) <= expected, roles(fused)
+    assert_close(run(fused, form.x(torch.float64)), run(canonical, form.x(torch.float64)))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA"])
+def test_a_part_of_a_fused_weight(dora: bool) -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -85,7 +98,9 @@ def test_a_part_of_a_fused_weight() -> None:
             q, k, v = self.qkv(x).chunk(3, -1)
             return q * k + v
 
-    fused, canonical = pair(Fused().double(), LoraConfig(r=2, target_modules=["qkv.v"]))
+    fused, canonical = pair(
+        Fused().double(), LoraConfig(r=2, target_modules=["qkv.v"], use_dora=dora)
+    )
     assert Role.FUSED in roles(fused)
     x = torch.randn(2, 4, dtype=torch.float64)
     assert_close(run(fused, x), run(canonical, x))
@@ -101,16 +116,33 @@ def test_half_precision_casts_the_factors_in_the_function() -> None:
     assert_close(found, exact, 3e-2)
 
 
+def test_parts_with_dora_beside_each_other_stay_since_each_scales_the_pure_output() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 9)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return q * k + v
+
+    config = LoraConfig(r=2, target_modules=["qkv.q", "qkv.v"], use_dora=True)
+    fused, canonical = pair(Fused().double(), config)
+    assert Role.FUSED not in roles(fused)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(run(fused, x), run(canonical, x))
+
+
 def test_what_it_does_not_know_stays() -> None:
-    for variant in ("use_dora", "lora_bias"):
-        config = LoraConfig(r=2, target_modules=["up"], **{variant: True})
-        assert Role.FUSED not in roles(lora_fx.rewrite(Block(), config))
+    config = LoraConfig(r=2, target_modules=["up"], lora_bias=True)
+    assert Role.FUSED not in roles(lora_fx.rewrite(Block(), config))
 
 
-def test_the_second_adapter_of_a_site_is_added_to_the_fused_first() -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA second"])
+def test_the_second_adapter_of_a_site_is_added_to_the_first(dora: bool) -> None:
     config = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
     fused, canonical = pair(Block().double(), config)
-    other = LoraConfig(r=3, target_modules=["up"])
+    other = LoraConfig(r=3, target_modules=["up"], use_dora=dora)
     for model in (fused, canonical):
         lora_fx.add_adapter(model, other, "other")
         lora_fx.set_adapter(model, ["default", "other"])
@@ -119,7 +151,9 @@ def test_the_second_adapter_of_a_site_is_added_to_the_fused_first() -> None:
                 if name.endswith(".other"):
                     torch.manual_seed(0)
                     parameter.normal_()
-    assert {Role.FUSED, Role.ADD} <= roles(fused)
+    # The second with DoRA scales the output without the first: that has to be there.
+    assert (Role.FUSED in roles(fused)) is not dora
+    assert Role.ADD in roles(fused)
     x = torch.randn(3, 6, dtype=torch.float64)
     assert_close(run(fused, x), run(canonical, x))
 
@@ -167,6 +201,11 @@ def test_a_model_may_write_into_the_output() -> None:
 def test_golden() -> None:
     captured = inserted(Block(), r=2, target_modules=["up"], lora_dropout=0.1)
     check_golden("fuse_linear", printed(Fuse()(captured).capture.regions["up"].graph))
+
+
+def test_golden_with_dora() -> None:
+    captured = inserted(Block(), r=2, target_modules=["up"], lora_dropout=0.1, use_dora=True)
+    check_golden("fuse_dora", printed(Fuse()(captured).capture.regions["up"].graph))
 
 
 def test_nothing_before_the_first_adapter_is_kept_or_differentiated() -> None:

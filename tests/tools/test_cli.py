@@ -104,8 +104,8 @@ def adapter(here: Path) -> Path:
 def test_every_command_has_a_help_text() -> None:
     overview = worked("--help")
     for command in COMMANDS:
-        assert command.__name__ in overview
-        assert "Usage" in worked(command.__name__, "--help")
+        assert command.__name__.replace("_", "-") in overview
+        assert "Usage" in worked(command.__name__.replace("_", "-"), "--help")
     assert lora_fx.__version__ in worked("--version")
 
 
@@ -300,6 +300,37 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     ):
         assert words in refused("run", "net.onnx", *args)
     assert "there is no file" in refused("run", "none.onnx")
+
+
+def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    text = worked("export", MODEL, "base.onnx", "--adapter", str(adapter), "--adapters", "inputs")
+    assert "adapters of any rank are inputs" in text
+    assert "'merge'" in refused("export", MODEL, "other.onnx", "--adapters", "both")
+    assert "kB" in worked("export-adapter", str(adapter), "a.onnx_adapter", "--base", "base.onnx")
+    assert "--force" in refused("export-adapter", str(adapter), "a.onnx_adapter")
+    worked("export-adapter", str(adapter), "b.onnx_adapter", "--model", MODEL)
+    assert "no file none.onnx" in refused(
+        "export-adapter", str(adapter), "c.onnx_adapter", "--base", "none.onnx"
+    )
+    x = np.ones((4, 8), np.float32)
+    np.save("x.npy", x)
+    found = {}
+    for name in ("none", "a.onnx_adapter", "b.onnx_adapter", str(adapter)):
+        chosen = () if name == "none" else ("--adapter", name)
+        worked("run", "base.onnx", "--input", "x=x.npy", "--output", "y.npz", "--force", *chosen)
+        (found[name],) = np.load("y.npz").values()
+    from cli_net_for_tests import net
+
+    base = net()[0]
+    with torch.no_grad():
+        alone = base.eval()(torch.from_numpy(x)).numpy()
+        want = lora_fx.load_adapter(base, adapter).eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found.pop("none"), alone, atol=1e-5)
+    assert np.abs(want - alone).max() > 1e-3
+    for got in found.values():
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    assert "there is no adapter at" in refused("run", "base.onnx", "--adapter", "gone")
 
 
 def test_a_model_without_inputs_cannot_be_exported(here: Path) -> None:

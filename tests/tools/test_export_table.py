@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from lora_fx.export.report import ExportReport
+from lora_fx.export.report import ExportReport, OutputParity
 from lora_fx.tools.export_table import render
 from tests.export.test_report import REPORT
 
@@ -35,8 +35,30 @@ def test_everything_that_matters_is_in_the_tables() -> None:
         "equal",
         "input_ids [1, 3]",
         "too short",
+        "input_ids: rows of the example",
     ):
         assert part in text, part
+
+
+def test_a_decoder_with_its_encoder_is_short() -> None:
+    layers = {f"past_key_values.{layer}.key": ("batch", 2, "past_length", 4) for layer in range(3)}
+    rows = tuple(OutputParity(f"present.{i}.key", 0.0, i * 1e-6, 1e-4) for i in range(3))
+    encoder = dataclasses.replace(REPORT, files={"m.0011aabb.encoder.onnx": 1000}, seconds={})
+    text = shown(
+        dataclasses.replace(
+            REPORT, task="text2text-generation", inputs=layers, parity=rows, encoder=encoder,
+            swappable=("q", "v"),
+        )
+    )  # fmt: skip
+    assert text.count("past_key_values") == 1
+    assert "past_key_values.*.key" in text
+    assert "present.*.key" in text
+    assert "2.0e-06" in text
+    assert "text2text-generation" in text
+    assert "of any rank are inputs, at 2 places" in text
+    before, beside = text.split("with the encoder beside it:")
+    assert "the example has size 1 here" not in before  # the task has fixed it
+    assert "m.0011aabb.encoder.onnx" in beside
 
 
 def test_half_precision_shows_what_pytorch_gives_in_it() -> None:

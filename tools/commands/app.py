@@ -14,6 +14,8 @@ from lora_fx.tools.commands.bench import bench
 from lora_fx.tools.commands.demo import demo
 from lora_fx.tools.commands.doctor import doctor
 from lora_fx.tools.commands.export import export
+from lora_fx.tools.commands.export_adapter import export_adapter
+from lora_fx.tools.commands.generate import generate
 from lora_fx.tools.commands.merge import merge
 from lora_fx.tools.commands.plan import plan
 from lora_fx.tools.commands.rewrite import rewrite
@@ -26,7 +28,20 @@ __all__ = ["COMMANDS", "ERROR_EXIT", "app"]
 ERROR_EXIT = 2
 """Exit code for every error of lora_fx, as typer's for a wrong command line."""
 
-COMMANDS = (plan, rewrite, merge, export, visualize, run, doctor, demo, bench, zoo)
+COMMANDS = (
+    plan,
+    rewrite,
+    merge,
+    export,
+    export_adapter,
+    visualize,
+    run,
+    generate,
+    doctor,
+    demo,
+    bench,
+    zoo,
+)
 
 
 class Commands(TyperGroup):

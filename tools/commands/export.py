@@ -20,8 +20,24 @@ def export(
     model: o.ModelName,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .onnx file.", show_default=False)],
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="An adapter folder to merge first.")
+        Path | None,
+        typer.Option("--adapter", help="An adapter folder: to merge, or to have the places of."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="text-generation (a decoder with its key-value cache) or text2text-generation (an "
+            "encoder-decoder): a file for `lora-fx generate`.",
+        ),
+    ] = None,
+    adapters: Annotated[
+        str,
+        typer.Option(
+            "--adapters",
+            help="merge, or inputs: the base model, which takes adapters as it is run.",
+        ),
+    ] = "merge",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as it is without it.")
     ] = None,
@@ -47,9 +63,20 @@ def export(
         with console.progress("reading the adapter"):
             base = load_adapter(base, adapter)
     kind: Any = dtype
+    purpose: Any = task
+    how: Any = adapters
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
-            base, out, inputs, dtype=kind, opset=opset, verify=verify, force=force, progress=begin
+            base,
+            out,
+            inputs,
+            task=purpose,
+            adapters=how,
+            dtype=kind,
+            opset=opset,
+            verify=verify,
+            force=force,
+            progress=begin,
         )
     if as_json:
         sys.stdout.write(report.to_json() + "\n")

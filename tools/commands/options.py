@@ -33,6 +33,7 @@ __all__ = [
     "capture_options",
     "config_from",
     "load",
+    "loaded_adapter",
     "refuse_existing",
 ]
 
@@ -207,3 +208,11 @@ def _read(source: Path) -> LoraConfig:
         return LoraConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def loaded_adapter(session: Any, adapter: Path | None) -> str | None:
+    """Loads an adapter file or folder into a session of ONNX Runtime; the name that it has there."""
+    if adapter is None:
+        return None
+    session.load_adapter(adapter.stem, adapter)
+    return adapter.stem

@@ -37,6 +37,10 @@ def run(
         list[str] | None,
         typer.Option("--size", help="axis=SIZE of a random input's dynamic axis. Repeat it."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="An .onnx_adapter file, or an adapter folder, to run with."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the outputs to this .npz file.")
     ] = None,
@@ -51,14 +55,17 @@ def run(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
+        chosen = o.loaded_adapter(session, adapter)
     feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
     seconds = []
     with console.progress("running") as advance:
-        results = session.run(feeds)  # allocations and kernels are chosen in the first run
+        results = session.run(
+            feeds, adapter=chosen
+        )  # allocations and kernels are chosen in the first run
         for done in range(repeat):
             advance(done, repeat, "")
             began = time.perf_counter()
-            results = session.run(feeds)
+            results = session.run(feeds, adapter=chosen)
             seconds.append(time.perf_counter() - began)
     screen = console.output()
     screen.print(_table("input", feeds))

@@ -1,0 +1,187 @@
+"""The adapter of a PyTorch model, or of a PEFT folder, as values for the inputs of a file.
+
+Scales are folded into B, and so are the gains of DoRA: a file has one product for A and one for B, and
+nothing to multiply them by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx import dora
+from lora_fx._checkpoint_files import read_tensors
+from lora_fx._checkpoint_forms import Dense
+from lora_fx._checkpoint_keys import Slot
+from lora_fx._checkpoint_starts import converted
+from lora_fx._checkpoint_state import without_prefix
+from lora_fx._checkpoint_tensors import gathered
+from lora_fx._config_starts import changes_base
+from lora_fx.adapters import adapter_record, the_adapter
+from lora_fx.config import LoraConfig
+from lora_fx.errors import CheckpointError
+from lora_fx.export.factor_model import flip, site_inputs
+from lora_fx.export.manifest import SUFFIXES, AdapterInput, Manifest, Role, SiteInputs
+from lora_fx.export.swappable import check_swappable
+from lora_fx.passes._factors import factor_names
+from lora_fx.passes.selection import scale_for
+from lora_fx.record import require_record
+from lora_fx.types import PlannedSite, join
+
+__all__ = ["values_of_folder", "values_of_model"]
+
+_WRAPPED = "base_layer"
+_ROLES: dict[str, Role] = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_B.bias": "bias",
+}
+_KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES))})")
+
+
+@torch.no_grad()
+def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """Values by the names of the inputs, in the dtype of the weights that they adapt.
+
+    Args:
+        model: A rewritten model.
+        adapter_name: Which adapter; by default the only one, or the only active one.
+
+    Raises:
+        ConfigError: The model has no such adapter, or several could be meant.
+        ExportError: The adapter trains something that has no factors.
+        CheckpointError: The model is on the meta device.
+    """
+    adapter = the_adapter(model, adapter_name)
+    record = adapter_record(model, adapter)
+    check_swappable(adapter, record)
+    own = {}
+    for row in record.sites:
+        for name in factor_names(row).present:
+            place = join(row.site.holder, name, adapter)
+            own[place] = Slot(place, place, model.get_parameter(place))
+    if any(slot.tensor.is_meta for slot in own.values()):
+        raise CheckpointError("the model is on the meta device: there are no values to write")
+    whole = converted(model, record, adapter, own)
+    tensors = {slot.name: gathered(slot.tensor) for slot in whole.slots.values()}
+    values: dict[str, Tensor] = {}
+    for row in whole.record.sites:
+        values |= _site_values(model, row, adapter, tensors)
+    return values
+
+
+def _site_values(
+    model: nn.Module, row: PlannedSite, adapter: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    names, site = factor_names(row), row.site
+    a, b = (tensors[join(site.holder, name, adapter)] for name in names.pair)
+    if row.tied:  # the embedding's factors, which change places
+        a, b = a.T, b.T
+    up = b.double() * row.scale
+    found = {"A": a.double(), "B": up}
+    if row.lora_bias:
+        found["bias"] = tensors[join(site.holder, names.bias, adapter)].double() * row.scale
+    if row.dora:
+        magnitude = tensors[join(site.holder, names.magnitude, adapter)].flatten()
+        # The base's own weight: a start that changed it is part of the factors here.
+        weight = require_record(model).originals.get(site.weight)
+        weight = gathered(model.get_parameter(site.weight) if weight is None else weight)
+        gains = dora.gain(
+            magnitude, weight, a, b, row.scale, site.layout, site.groups, site.view, site.rows
+        )
+        found["gain"] = gains.double()
+        found["B"] = up * found["gain"].view(-1, *(1 for _ in up.shape[1:]))
+    inputs = site_inputs(model, row).inputs()
+    return {one.name: _stored(one, found[one.role]) for one in inputs}
+
+
+def values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
+    """Values by the names of the inputs, in the dtype of the folder.
+
+    Args:
+        folder: An adapter folder of PEFT or lora_fx. Nothing else is needed where PEFT's names are those
+            of the sites.
+        manifest: What the file takes, if it is known.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or holds something that is no input of low
+            rank, or that depends on the base weights.
+        ConfigError: The adapter needs a feature that lora_fx does not have.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the local folder of a PEFT adapter")
+    config = LoraConfig.from_pretrained(folder)
+    tensors = without_prefix(read_tensors(folder)[0])
+    problems = [*_unfit(config)]
+    sites: dict[str, dict[Role, Tensor]] = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        if found is None or _WRAPPED in key.split("."):
+            problems.append(f"{key} is no factor of an operation")
+        else:
+            sites.setdefault(found["site"] or "", {})[_ROLES[found["kind"]]] = value
+    if not sites and not problems:
+        problems.append("it holds no tensor")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{folder} cannot be converted by itself: {'; '.join(problems[:5])}{more}. Load it onto its "
+            "model (lora_fx.load_adapter(model, folder)) and give that instead of the folder"
+        )
+    known = {site.name: site for site in manifest.sites} if manifest else {}
+    values: dict[str, Tensor] = {}
+    for name, parts in sites.items():
+        try:
+            values |= _folder_site(name, parts, scale_for(name, config), known.get(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+    return values
+
+
+def _unfit(config: LoraConfig) -> Iterator[str]:
+    """What makes a folder depend on its model."""
+    if config.use_dora:
+        yield "the norms of DoRA (use_dora) are those of the base weights"
+    if config.target_parameters:
+        yield "which operations read its parameters (target_parameters), only the model knows"
+    if changes_base(config.init_lora_weights):
+        yield f"its start (init_lora_weights={config.init_lora_weights!r}) changed the base weights"
+
+
+def _folder_site(
+    name: str, parts: dict[Role, Tensor], scale: float, known: SiteInputs | None
+) -> dict[str, Tensor]:
+    if not {"A", "B"} <= parts.keys():
+        lacks = "B" if "A" in parts else "A"
+        raise CheckpointError(f"{name} lacks its factor {lacks}: save the adapter again")
+    a = parts["A"]
+    conv = a.dim() > 2
+    if conv:
+        groups = known.groups if known else len(a) // max(1, parts["B"].shape[1])
+        if groups > 1 and (known is None or a.shape[1] != known.a[1]):
+            a = _grouped(name, a, groups)
+    values = {}
+    for role, value in {**parts, "A": a}.items():
+        # In double precision, so that the scale costs one rounding.
+        scaled = value if role == "A" else (value.double() * scale).to(value.dtype)
+        turned = scaled if conv or role == "bias" else scaled.T
+        values[join(name, SUFFIXES[role])] = turned.contiguous()
+    return values
+
+
+def _grouped(name: str, a: Tensor, groups: int) -> Tensor:
+    """A of a grouped convolution from PEFT's, which is dense."""
+    try:
+        return Dense(groups).decode(a)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}.lora_A.weight {error}") from error
+
+
+def _stored(one: AdapterInput, value: Tensor) -> Tensor:
+    return flip(one, value).to("cpu", getattr(torch, one.dtype)).contiguous()

@@ -1,0 +1,289 @@
+"""What an exported decoder says, token for token what ``model.generate`` says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx import export_onnx
+from lora_fx.export.session import OnnxSession
+from tests.export.tiny import LIMIT, VOCABULARY, Pair
+
+slow = pytest.mark.slow
+DECODERS = ["llama", "gemma", "gpt2", pytest.param("mistral", marks=slow)]
+DECODERS += [pytest.param("qwen3", marks=slow)]
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Three of them, padded on the left."""
+    ids = torch.randint(3, VOCABULARY, (3, 6))
+    mask = torch.ones_like(ids)
+    mask[1, :3], mask[2, :1] = 0, 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_greedy_tokens_are_those_of_generate(exported: Callable[[str], Pair], kind: str) -> None:
+    model, session = exported(kind)
+    ids, mask = prompts()
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=16, eos_token_id=VOCABULARY)
+    assert len(expected[:, 6:].unique()) > 5  # not one token over and over
+    got = session.generate(ids, mask, max_new_tokens=16, eos_token_id=[])
+    assert torch.equal(got, expected)
+    # Pad tokens are padding where there is no mask; and one prompt is a batch, too.
+    assert torch.equal(session.generate(ids, max_new_tokens=16, eos_token_id=[]), expected)
+    alone = session.generate(ids[1:2, 3:], max_new_tokens=16, eos_token_id=[])
+    assert torch.equal(alone, expected[1:2, 3:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 0},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
+        {"min_p": 0.1, "top_k": 0, "repetition_penalty": 1.7},
+    ],
+)
+def test_equal_seeds_draw_equal_tokens(
+    exported: Callable[[str], Pair], options: dict[str, Any]
+) -> None:
+    model, session = exported("llama")
+    ids, mask = prompts()
+    torch.manual_seed(5)
+    expected = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=True, **options
+    )
+    torch.manual_seed(5)
+    got = session.generate(ids, mask, max_new_tokens=12, do_sample=True, **options)
+    assert torch.equal(got, expected)
+    again = session.generate(
+        ids, mask, max_new_tokens=12, do_sample=True, generator=torch.Generator().manual_seed(5),
+        **options,
+    )  # fmt: skip
+    assert torch.equal(again, expected)
+
+
+def test_rows_that_end_early_are_padded(exported: Callable[[str], Pair]) -> None:
+    model, session = exported("llama")
+    ids, mask = prompts()
+    free = session.generate(ids, mask, max_new_tokens=10, eos_token_id=[])
+    ends = [int(free[0, 8]), int(free[1, 11])]
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=10, eos_token_id=ends)
+    got = session.generate(ids, mask, max_new_tokens=10, eos_token_id=ends)
+    assert torch.equal(got, expected)
+    assert bool((got[0, 9:] == 0).all())
+    # All have ended: no further step.
+    first = free[:, 6].unique().tolist()
+    short = session.generate(ids, mask, max_new_tokens=10, eos_token_id=first)
+    assert short.shape == (3, 7)
+    assert torch.equal(short, model.generate(ids, attention_mask=mask, eos_token_id=first))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_new_tokens": 4, "eos_token_id": list(range(3, 40))},
+        {"min_length": 9, "eos_token_id": list(range(3, 40))},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": list(range(20, 50)), "begin_suppress_tokens": list(range(50, 61))},
+        {"forced_eos_token_id": 7, "eos_token_id": 7},
+        {"repetition_penalty": 3.0},
+        {"max_length": 9},
+        {},
+    ],
+)
+def test_the_generation_config_counts(
+    exported: Callable[[str], Pair], options: dict[str, Any]
+) -> None:
+    model, session = exported("llama")
+    ids, mask = prompts()
+    if "max_length" not in options and options:
+        options = {"max_new_tokens": 12, **options}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    defaults = model.generation_config.to_dict() | options
+    assert torch.equal(session.generate(ids, mask, generation_config=defaults), expected)
+
+
+def test_a_forced_first_token_counts(exported: Callable[[str], Pair]) -> None:
+    model, session = exported("llama")
+    ids = torch.tensor([[4], [9]])
+    options = {"forced_bos_token_id": 17, "begin_suppress_tokens": list(range(40))}
+    expected = model.generate(ids, max_new_tokens=5, **options)
+    assert expected[:, 1].tolist() == [17, 17]
+    defaults = model.generation_config.to_dict() | options
+    got = session.generate(ids, max_new_tokens=5, generation_config=defaults)
+    assert torch.equal(got, expected)
+
+
+def test_processors_criteria_and_streamers_of_transformers_work(
+    exported: Callable[[str], Pair],
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, session = exported("llama")
+    ids, mask = prompts()
+    options = {
+        "logits_processor": transformers.LogitsProcessorList(
+            [transformers.NoRepeatNGramLogitsProcessor(1)]
+        ),
+        "stopping_criteria": transformers.StoppingCriteriaList(
+            [lambda ids, scores: ids[:, -1] > 50]
+        ),
+    }
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=14, **options)
+    heard: list[Tensor] = []
+
+    class Streamer:
+        def put(self, value: Tensor) -> None:
+            heard.append(value)
+
+        def end(self) -> None:
+            heard.append(torch.empty(0))
+
+    got = session.generate(ids, mask, max_new_tokens=14, streamer=Streamer(), **options)
+    assert torch.equal(got, expected)
+    assert torch.equal(heard[0], ids)
+    assert torch.equal(torch.stack(heard[1:-1], dim=1), got[:, 6:])
+    assert not len(heard[-1])
+
+
+def test_the_cache_is_not_copied_through_numpy(
+    exported: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session = exported("llama")
+    steps: list[dict[str, Any]] = []
+    run = session._execute
+
+    def watched(feeds: dict[str, Any], *args: Any, **options: Any) -> list[Any]:
+        results = run(feeds, *args, **options)
+        steps.append({"feeds": feeds, "results": results})
+        return results
+
+    monkeypatch.setattr(session, "_execute", watched)
+    session.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, eos_token_id=[])
+    assert [step["feeds"]["input_ids"].shape() for step in steps] == [[1, 3], [1, 1], [1, 1]]
+    names = [port.name for port in session.outputs]
+    for before, after in itertools.pairwise(steps):
+        for name, value in zip(names, before["results"], strict=True):
+            if name != "logits":
+                assert after["feeds"][name.replace("present", "past_key_values")] is value
+    assert all(step["results"][0].shape() == [1, 1, VOCABULARY] for step in steps)
+
+
+@pytest.mark.cuda
+def test_a_gpu_says_what_the_cpu_says(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("llama")
+    ids, mask = prompts()
+    on_gpu = OnnxSession(session.path, "cuda")
+    expected = session.generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(on_gpu.generate(ids.cuda(), mask.cuda(), max_new_tokens=12).cpu(), expected)
+
+
+def test_arrays_in_arrays_out(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("llama")
+    ids, mask = prompts()
+    expected = session.generate(ids, mask, max_new_tokens=3)
+    got = session.generate(ids.numpy().astype(np.int32), mask.numpy(), max_new_tokens=3)
+    assert isinstance(got, np.ndarray)
+    np.testing.assert_array_equal(got, expected.numpy())
+
+
+@pytest.mark.parametrize("kind", ["t5", pytest.param("whisper", marks=slow)])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_encoder_decoders(exported: Callable[[str], Pair], kind: str, sampled: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, session = exported(kind)
+    assert session.encoder is not None
+    inputs = {"input_features": torch.randn(3, 4, 16)}
+    if kind != "whisper":
+        inputs = {"input_ids": torch.randint(3, VOCABULARY, (3, 9))}
+        inputs["attention_mask"] = torch.ones(3, 9, dtype=torch.long)
+        inputs["attention_mask"][1, 5:] = 0
+    options = {"max_new_tokens": 14, "do_sample": sampled, "top_k": 12}
+    torch.manual_seed(2)
+    # Whisper's own generate draws only at a temperature, and cuts off what the decoder began with.
+    expected = transformers.GenerationMixin.generate(model, **inputs, **options)
+    torch.manual_seed(2)
+    got = session.generate(**inputs, **options)
+    assert torch.equal(got, expected)
+    assert len(expected[:, 1:].unique()) > 3
+    if kind == "whisper" and not sampled:
+        text = model.generate(**inputs, max_new_tokens=14)
+        assert torch.equal(got[:, 1 : 1 + text.shape[1]], text)
+
+
+def test_the_decoder_may_begin_with_more_tokens(exported: Callable[[str], Pair]) -> None:
+    model, session = exported("t5")
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 5))}
+    for begin in (torch.tensor([[3, 8, 9]] * 2), torch.tensor([[8, 9]] * 2)):
+        expected = model.generate(**inputs, decoder_input_ids=begin, max_new_tokens=5)
+        got = session.generate(**inputs, decoder_input_ids=begin, max_new_tokens=5)
+        assert torch.equal(got, expected)
+        assert got[:, 0].tolist() == [3, 3]
+
+
+IDS = torch.tensor([[4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ({}, {}, "takes input_ids: there are none"),
+        ({"input_ids": IDS[0]}, {}, r"'input_ids' is int64 of shape \[3\]"),
+        ({"input_ids": IDS.float()}, {}, "'input_ids' is float32"),
+        ({"input_ids": IDS[:, :0]}, {}, "at least one"),
+        ({"input_ids": [[1, 2]]}, {}, "'input_ids' is a list"),
+        ({"input_ids": IDS, "attention_mask": IDS[:, :2]}, {}, r"shape \[1, 2\].*\[1, 3\]"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]])},
+            {},
+            "row 0 .* ends with padding.*pad on the left",
+        ),
+        ({"input_ids": IDS, "atention_mask": IDS}, {}, "did you mean 'attention_mask'"),
+        ({"input_ids": IDS.repeat(1, LIMIT)}, {}, f"{3 * LIMIT} tokens.*{LIMIT} positions"),
+        ({"input_ids": IDS}, {"max_new_tokens": LIMIT}, f"max_new_tokens={LIMIT - 3} or less"),
+        ({"input_ids": IDS}, {"max_new_tokens": 0}, "max_new_tokens=0: give a whole number from 1"),
+        ({"input_ids": IDS}, {"temperature": 0.0}, "temperature=0.0: give a number above 0"),
+        ({"input_ids": IDS}, {"top_p": 1.5}, "top_p=1.5: give a probability"),
+        ({"input_ids": IDS}, {"top_k": -1}, "top_k=-1: give a whole number from 0"),
+        ({"input_ids": IDS}, {"eos_token_id": ["a"]}, "eos_token_id=.*number of a token"),
+        ({"input_ids": IDS}, {"generation_config": {"num_beams": 4}}, "asks for num_beams=4"),
+        ({"input_ids": IDS}, {"generation_config": {"max_length": 3}}, "leave no room"),
+        (
+            {"input_ids": IDS},
+            {"generation_config": {"typical_p": 0.5}, "do_sample": True},
+            "asks for typical_p=0.5",
+        ),
+    ],
+)
+def test_calls_that_mean_nothing_are_refused(
+    exported: Callable[[str], Pair], inputs: Any, options: dict[str, Any], message: str
+) -> None:
+    _, session = exported("llama")
+    with pytest.raises(ExportError, match=message):
+        session.generate(**inputs, **options)
+
+
+def test_calls_of_an_encoder_decoder_that_mean_nothing(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("t5")
+    with pytest.raises(ExportError, match="takes input_ids, attention_mask: there are none"):
+        session.generate()
+    with pytest.raises(ExportError, match="'decoder_input_ids' has 2 rows, 'input_ids' has 1"):
+        session.generate(IDS, decoder_input_ids=torch.tensor([[3], [3]]))
+    with pytest.raises(ExportError, match=r"pass decoder_input_ids"):
+        session.generate(IDS, generation_config={})
+
+
+def test_a_file_without_a_task_does_not_generate(tmp_path: Path) -> None:
+    export_onnx(nn.Linear(4, 2), tmp_path / "m.onnx", torch.randn(2, 4))
+    session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    with pytest.raises(ExportError, match=r"m\.onnx was not exported for text generation.*task="):
+        session.generate(IDS)

@@ -1,0 +1,55 @@
+"""Text with an adapter that is an input of the file: what the adapted model generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_fx
+from lora_fx.errors import ConfigError
+from lora_fx.export.onnx import export_onnx
+from lora_fx.export.session import OnnxSession
+from tests.export.tiny import VOCABULARY, example, generator
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "targets"),
+    [
+        ("llama", "text-generation", ["q_proj", "down_proj"]),
+        pytest.param("t5", "text2text-generation", ["q", "v", "wo"], marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_are_those_of_the_adapted_model(
+    tmp_path: Path, kind: str, task: Any, targets: list[str]
+) -> None:
+    base = generator(kind)
+    adapted: Any = {}
+    for name, rank in (("one", 2), ("two", 5)):
+        config = lora_fx.LoraConfig(
+            r=rank, target_modules=targets, init_lora_weights=False, seed=rank
+        )
+        adapted[name] = lora_fx.rewrite(base, config).eval()
+    file = tmp_path / "m.onnx"
+    report = export_onnx(adapted["one"], file, example(kind), task=task, adapters="inputs")
+    # Each cache was compared with an adapter, too.
+    assert {row.name for row in report.parity} >= {"logits", "logits with adapter 'default'"}
+    session = OnnxSession(file, "cpu")
+    for name, model in adapted.items():
+        session.load_adapter(name, model)
+    ids = torch.randint(3, VOCABULARY, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 10}
+    expected = {name: model.generate(ids, **options) for name, model in adapted.items()}
+    alone = base.generate(ids, **options)
+    assert not torch.equal(expected["one"], expected["two"])
+    assert not torch.equal(expected["one"], alone)
+    for name, tokens in expected.items():
+        assert torch.equal(session.generate(ids, adapter=name, **options), tokens)
+    assert torch.equal(session.generate(ids, **options), alone)
+    session.unload_adapter("one")
+    with pytest.raises(ConfigError, match="no adapter 'one'"):
+        session.generate(ids, adapter="one", **options)
