@@ -37,6 +37,7 @@ class OnnxSession(Generates):
             lie beside it.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them.
+        low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
         tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
             not by default either.
         cuda_graph: Whether to capture a CUDA graph for each combination of input shapes and replay it:
@@ -63,6 +64,7 @@ class OnnxSession(Generates):
         provider: Literal["cuda", "cpu"] = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
+        low_memory: bool = False,
         tf32: bool = False,
         cuda_graph: bool = False,
         max_rank: int | None = None,
@@ -77,7 +79,7 @@ class OnnxSession(Generates):
         if provider == "cuda":
             graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
-        self._session = load(self._runtime, self.path, provider, options)
+        self._session = load(self._runtime, self.path, provider, options, packed=not low_memory)
         self.provider: Literal["cuda", "cpu"] = provider
         self._device = Device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -89,7 +91,12 @@ class OnnxSession(Generates):
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])
             self.encoder = OnnxSession(
-                beside, provider, provider_options=provider_options, tf32=tf32, max_rank=max_rank
+                beside,
+                provider,
+                provider_options=provider_options,
+                low_memory=low_memory,
+                tf32=tf32,
+                max_rank=max_rank,
             )
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
         if provider == "cuda":

@@ -119,8 +119,7 @@ def test_missing_file_and_missing_external_data(tmp_path: Path) -> None:
         OnnxSession(tmp_path / "gone.onnx", "cpu")
     wide = nn.Linear(64, 64)
     report = export_onnx(wide, tmp_path / "m.onnx", torch.randn(2, 64), external_data_bytes=0)
-    assert report.data_file is not None
-    (tmp_path / report.data_file).unlink()
+    (tmp_path / report.data_files[0]).unlink()
     with pytest.raises(ExportError, match=r"m\.onnx cannot be loaded.*external data"):
         OnnxSession(tmp_path / "m.onnx", "cpu")
 
