@@ -97,7 +97,11 @@ class AdapterStore:
 
         Raises:
             CheckpointError: The values are no adapter of the file. What was held still is.
+            ConfigError: The name is none.
         """
+        given: object = name
+        if not isinstance(given, str) or not given:
+            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         check_values(self.manifest, values, what, self._max_rank)
         held = self._hold(values)
         with self._lock:
@@ -220,8 +224,13 @@ def _checked_weights(choice: Mapping[str, Any]) -> dict[str, float]:
         )
     weights = {}
     for name, weight in choice.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
+        # What NumPy and PyTorch take for a number is one, too.
+        number = not isinstance(weight, bool | str) and hasattr(weight, "__float__")
+        try:
+            value = float(weight) if number else math.nan
+        except (TypeError, ValueError, RuntimeError):  # of an array or a tensor with several
+            value = math.nan
+        if not math.isfinite(value):
             raise ConfigError(f"the weight of adapter {name!r} is {weight!r}: give a finite number")
-        weights[name] = float(weight)
+        weights[name] = value
     return weights

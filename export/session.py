@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class OnnxSession(Generates):
     ) -> None:
         if cuda_graph and provider != "cuda":
             raise ConfigError(f"cuda_graph=True is for provider='cuda', found {provider!r}")
+        if tf32 and provider != "cuda":
+            raise ConfigError(f"tf32=True is for provider='cuda', found {provider!r}")
         if max_rank is not None and max_rank < 1:
             raise ConfigError(f"max_rank is {max_rank}: give a whole number of at least 1, or None")
         self.path = Path(path)
@@ -104,6 +106,12 @@ class OnnxSession(Generates):
 
     def __repr__(self) -> str:
         return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            f"a session of {self.path.name} holds a loaded model and cannot be copied or pickled: open the "
+            "file again (OnnxSession(path)), or share the session, which threads may"
+        )
 
     def placement(self) -> PlacementReport:
         """Which provider runs which node.

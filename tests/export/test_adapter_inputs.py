@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
+import pickle
 import threading
 import weakref
 from pathlib import Path
@@ -408,6 +410,7 @@ def test_a_truncated_file(tmp_path: Path, session: OnnxSession, model: nn.Module
         ({"plain": math.inf}, "is inf"),
         ({"plain": "much"}, "is 'much': give a finite number"),
         ({"plain": True}, "is True"),
+        ({"plain": torch.ones(2)}, r"is tensor\(\[1., 1.\]\): give a finite"),
         (["plain"], "adapter is a list"),
     ],
 )
@@ -415,6 +418,24 @@ def test_choices_that_mean_nothing(session: OnnxSession, choice: Any, message: s
     with pytest.raises(ConfigError, match=message):
         session.run(ids(), adapter=choice)
     assert session.run(ids())["output"].isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.25), torch.tensor(0.25), np.array(0.25)])
+def test_weights_may_be_numbers_of_numpy_and_torch(session: OnnxSession, weight: Any) -> None:
+    want = session.run(ids(), adapter={"plain": 0.25})["output"]
+    assert torch.equal(session.run(ids(), adapter={"plain": weight})["output"], want)
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_names_are_texts(session: OnnxSession, model: nn.Module, name: Any) -> None:
+    with pytest.raises(ConfigError, match="give a text"):
+        session.load_adapter(name, model, adapter_name="plain")
+
+
+def test_a_session_is_not_copied(session: OnnxSession) -> None:
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match="open the file again"):
+            copied(session)
 
 
 def test_wrong_inputs_with_an_adapter(session: OnnxSession) -> None:
