@@ -53,7 +53,10 @@ class _Draw:
         self.trace = trace
         self.skipped = skipped
         self.generator = torch.Generator().manual_seed(0)
-        self.order = {symbol: index for index, symbol in enumerate(trace.symbols)}
+        # By name: axes of one name are one size to whoever reads the file, traced as one or not.
+        self.order = {
+            name: index for index, name in enumerate(dict.fromkeys(trace.symbols.values()))
+        }
         self.kept: list[str] = []  # inputs whose values are the example's
         self.note = ""
 
@@ -71,10 +74,10 @@ class _Draw:
         if result is None:
             self.keep_more()
             return self.accepted(resize)
-        for symbol in self.order:
-            bigger = self.run(self.sizes(chosen | {symbol}, resize, {}))
+        for name in self.order:
+            bigger = self.run(self.sizes(chosen | {name}, resize, {}))
             if bigger is not None:
-                chosen.add(symbol)
+                chosen.add(name)
                 result = bigger
         return result
 
@@ -97,10 +100,10 @@ class _Draw:
         )
         self.skipped.clear()
 
-    def sizes(self, symbols: set[str], resize: _Resize, offsets: Mapping[str, int]) -> Sizes:
+    def sizes(self, names: set[str], resize: _Resize, offsets: Mapping[str, int]) -> Sizes:
         return tuple(
             tuple(
-                resize(axis, offsets.get(axis.symbol, 0)) if axis.symbol in symbols else axis.size
+                resize(axis, offsets.get(axis.name, 0)) if axis.name in names else axis.size
                 for axis in axes
             )
             for axes in self.trace.axes
