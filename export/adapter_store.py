@@ -119,8 +119,8 @@ class AdapterStore:
             self._forget(name)
             del self._held[name]
 
-    def chosen(self, choice: AdapterChoice) -> HeldAdapter:
-        """What to run with.
+    def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
+        """What to run with: what was chosen before is that still, whatever has been loaded since.
 
         Raises:
             ConfigError: There is no such adapter, a weight is no finite number, or the weighted ranks do
@@ -128,6 +128,9 @@ class AdapterStore:
         """
         if choice is None:
             return _NONE
+        if isinstance(choice, HeldAdapter):
+            return choice
+        _ = self.manifest  # a file that takes no adapters says so
         if isinstance(choice, str):
             with self._lock:
                 return self._known(choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.export.adapter_file import values_of
-from lora_fx.export.adapter_store import AdapterChoice, AdapterStore
+from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.binding import bound_run, settle
 from lora_fx.export.calls import inputs_by_name
 from lora_fx.export.generating import Generates
@@ -86,6 +87,7 @@ class OnnxSession(Generates):
         self._device = Device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         manifest = Manifest.from_metadata(self.metadata)
+        self._swapping = threading.Lock()  # two files never have adapters of two loads
         self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(port_of(value) for value in self._session.get_outputs())
@@ -150,8 +152,9 @@ class OnnxSession(Generates):
         manifest = self._store.manifest
         values = values_of(source, adapter_name, manifest)
         what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
-        for part in self._parts():
-            part._store.load(name, values, what)
+        with self._swapping:
+            for part in self._parts():
+                part._store.load(name, values, what)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory.
@@ -159,8 +162,9 @@ class OnnxSession(Generates):
         Raises:
             ConfigError: There is no adapter of this name.
         """
-        for part in self._parts():
-            part._store.unload(name)
+        with self._swapping:
+            for part in self._parts():
+                part._store.unload(name)
 
     def run(
         self,
@@ -200,7 +204,7 @@ class OnnxSession(Generates):
     def _execute(
         self,
         feeds: Mapping[str, Any],
-        adapter: AdapterChoice = None,
+        adapter: AdapterChoice | HeldAdapter = None,
         device: Device = CPU,
         host: Collection[str] = (),
     ) -> list[Any]:
@@ -222,6 +226,11 @@ class OnnxSession(Generates):
             )
         runtime, session = self._runtime, self._session
         return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
+
+    def _chosen(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
+        """An adapter as every file of the model has it at this moment."""
+        with self._swapping:
+            return {part: part._store.chosen(adapter) for part in self._parts()}
 
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.

@@ -459,7 +459,7 @@ def test_a_merged_file_takes_no_adapter(tmp_path: Path, model: nn.Module) -> Non
         session.load_adapter("a", model, adapter_name="plain")
     with pytest.raises(ExportError, match=r"m\.onnx takes no adapters"):
         save_onnx_adapter(model, tmp_path / "a", adapter_name="plain", base=tmp_path / "m.onnx")
-    with pytest.raises(ConfigError, match="no adapter 'a': the session has none"):
+    with pytest.raises(ConfigError, match=r"m\.onnx takes no adapters.*adapters='inputs'"):
         session.run(torch.randn(2, 4), adapter="a")
 
 
