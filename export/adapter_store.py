@@ -140,7 +140,12 @@ class AdapterStore:
             if parts in self._sums:
                 self._sums.move_to_end(parts)
                 return self._sums[parts]
-        total = self._hold(weighted_sum(self.manifest, [(one.values, w) for one, w in parts]))
+        summed = weighted_sum(self.manifest, [(one.values, w) for one, w in parts])
+        if not all(bool(value.isfinite().all()) for value in summed.values()):
+            raise ConfigError(
+                f"the weights {dict(weights)} are too large: the weighted sum has values that are not finite"
+            )
+        total = self._hold(summed)
         self._check_room(weights, total)
         with self._lock:
             # An adapter that was unloaded meanwhile must not be kept alive by a sum.
@@ -231,7 +236,7 @@ def _checked_weights(choice: Mapping[str, Any]) -> dict[str, float]:
         number = not isinstance(weight, bool | str) and hasattr(weight, "__float__")
         try:
             value = float(weight) if number else math.nan
-        except (TypeError, ValueError, RuntimeError):  # of an array or a tensor with several
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # of several, or too large
             value = math.nan
         if not math.isfinite(value):
             raise ConfigError(f"the weight of adapter {name!r} is {weight!r}: give a finite number")

@@ -63,7 +63,7 @@ def generate(
         ExportError: See there.
     """
     remembered = _remembered(session)
-    defaults = remembered["defaults"] if generation_config is None else generation_config
+    defaults = remembered["defaults"] if generation_config is None else _fields(generation_config)
     settings = GenerationSettings.of(defaults, changes)
     given = {name: value for name, value in inputs.items() if value is not None}
     arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
@@ -102,6 +102,17 @@ def generate(
     if streamer is not None:
         streamer.end()
     return ids.numpy() if arrays else ids.to(device)
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    """The fields of a ``GenerationConfig`` of transformers, or of a dict of them."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ExportError(
+            f"generation_config is a {type(config).__name__}: give a GenerationConfig or a dict of its fields"
+        )
+    return config
 
 
 def _remembered(session: OnnxSession) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,9 @@ from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 __all__ = ["export_onnx"]
 
 _OPSETS = (18, 19, 20, 21, 22, 24)
+
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def export_onnx(
@@ -107,7 +111,8 @@ def export_onnx(
     _require_packages()
     clock = Stages(progress)
 
-    with staging(target) as stage:
+    # torch.export and torch.onnx keep what they are at in global state: one after the other.
+    with _ONE_AT_A_TIME, staging(target) as stage:
         keep = Scratch(stage).keep
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")

@@ -410,6 +410,8 @@ def test_a_truncated_file(tmp_path: Path, session: OnnxSession, model: nn.Module
         ({"plain": math.inf}, "is inf"),
         ({"plain": "much"}, "is 'much': give a finite number"),
         ({"plain": True}, "is True"),
+        ({"plain": 10**400}, "give a finite number"),
+        ({"plain": 1e300}, "too large: the weighted sum"),
         ({"plain": torch.ones(2)}, r"is tensor\(\[1., 1.\]\): give a finite"),
         (["plain"], "adapter is a list"),
     ],
@@ -424,6 +426,16 @@ def test_choices_that_mean_nothing(session: OnnxSession, choice: Any, message: s
 def test_weights_may_be_numbers_of_numpy_and_torch(session: OnnxSession, weight: Any) -> None:
     want = session.run(ids(), adapter={"plain": 0.25})["output"]
     assert torch.equal(session.run(ids(), adapter={"plain": weight})["output"], want)
+
+
+def test_values_by_name_are_copied(session: OnnxSession, model: nn.Module) -> None:
+    values = values_of_model(model, "plain")
+    session.load_adapter("own", values)
+    want = session.run(ids(), adapter="own")["output"].clone()
+    for value in values.values():
+        value.zero_()
+    assert torch.equal(session.run(ids(), adapter="own")["output"], want)
+    session.unload_adapter("own")
 
 
 @pytest.mark.parametrize("name", [None, 3, ""])
