@@ -83,7 +83,7 @@ def test_a_step_that_overflows_says_so(tmp_path: Path, weight: str) -> None:
     with torch.no_grad():
         model.get_parameter(weight).fill_(3e4)
         model.model.embed_tokens.weight.abs_()
-    with pytest.raises(PrecisionError, match="overflows in fp16: output 'logits'.*input_ids"):
+    with pytest.raises(PrecisionError, match=r"overflows in fp16: output 'logits'.*input_ids"):
         export_onnx(model, tmp_path / "m.onnx", IDS, task="text-generation", dtype="fp16")
     assert not list(tmp_path.iterdir())
 
