@@ -65,7 +65,9 @@ def placed(runtime: Any, tensor: Tensor, device: Device) -> Any:
     if device.kind == "cpu":
         return to_runtime(runtime, tensor)
     if torch.cuda.is_available():
-        return to_runtime(runtime, tensor.to(device.torch))
+        copy = tensor.to(device.torch)
+        settle([copy])
+        return to_runtime(runtime, copy)
     if tensor.dtype == torch.bfloat16:
         # numpy has no bf16, so that ONNX Runtime takes the bytes into a place of that type.
         place = runtime.OrtValue.ortvalue_from_shape_and_type(
@@ -78,7 +80,16 @@ def placed(runtime: Any, tensor: Tensor, device: Device) -> Any:
     return runtime.OrtValue.ortvalue_from_numpy(array, device.kind, device.index)
 
 
-def settle(values: Sequence[Any]) -> None:
-    """Wait for what PyTorch still computes on a GPU: ONNX Runtime has streams of its own."""
-    for device in {v.device for v in values if isinstance(v, Tensor) and v.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+def settle(values: Sequence[Any], device: Device = CPU) -> None:
+    """Wait for what PyTorch still computes on a GPU: ONNX Runtime has streams of its own.
+
+    Args:
+        values: What it may still write.
+        device: Where the session runs. Results that were handed out and let go of may still be read
+            there, and the next run takes their memory.
+    """
+    devices = {value.device for value in values if isinstance(value, Tensor) and value.is_cuda}
+    if device.kind == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices.add(device.torch)
+    for one in devices:
+        torch.cuda.current_stream(one).synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -74,7 +75,14 @@ def torch_export_context() -> Iterator[None]:
         # torch's own use of its own deprecated names, on every export.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnxscript")
-        yield
+        # Of empty lists that torchlib itself writes.
+        converting = logging.getLogger("onnx_ir._convenience")
+        level = converting.level
+        converting.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            converting.setLevel(level)
 
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:

@@ -120,7 +120,10 @@ def _tensor(name: str, value: object) -> Tensor:
         return torch.from_numpy(value)
     if isinstance(value, Tensor):
         return value.detach().cpu()
-    raise ExportError(f"'{name}' is a {type(value).__name__}: give a numpy array or a tensor")
+    raise ExportError(
+        f"'{name}' is a {type(value).__name__}, and inputs are numpy arrays or tensors. If it is a setting: "
+        "those that generate has no argument for go into generation_config={...}"
+    )
 
 
 def _tokens(name: str, value: Tensor) -> Tensor:
@@ -128,6 +131,11 @@ def _tokens(name: str, value: Tensor) -> Tensor:
         raise ExportError(
             f"'{name}' is {str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}: "
             f"give whole numbers of shape [batch, sequence], at least one of them"
+        )
+    if int(value.min()) < 0:
+        # ONNX counts them from the end, and would answer.
+        raise ExportError(
+            f"'{name}' holds {int(value.min())}, which is no token: are those the labels (-100)?"
         )
     return value.long()
 

@@ -23,6 +23,7 @@ from lora_fx.export.scratch import Scratch
 from lora_fx.export.stages import Stages
 from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.twin import DTYPES
+from lora_fx.export.values import refuse_nan
 from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 
 __all__ = ["export_onnx"]
@@ -110,6 +111,7 @@ def export_onnx(
         keep = Scratch(stage).keep
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")
+        refuse_nan(model)
         preparing = prepare if adapters == "merge" else prepare_swappable
         *beside, main = preparing(model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None

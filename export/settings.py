@@ -121,9 +121,9 @@ class GenerationSettings:
         ]
         if asked:
             raise ExportError(
-                f"the model's generation_config asks for {', '.join(asked)}, which generate does "
-                f"not do: the tokens would be others than those of model.generate. Pass "
-                f"generation_config={{...}} without it to have them all the same"
+                f"the generation_config (the model's, or the one that was passed) asks for "
+                f"{', '.join(asked)}, which generate does not do: the tokens would be others than those of "
+                f"model.generate. Pass generation_config={{...}} without it to have them all the same"
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         own = {name: value for name, value in values.items() if name in fields}

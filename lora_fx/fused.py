@@ -47,10 +47,11 @@ def lora_linear(
     """A linear operation with a LoRA branch (Hu et al. 2021, arXiv:2106.09685).
 
     Under autocast it computes in autocast's dtype (fp64 stays fp64, as in PyTorch), otherwise in that of
-    ``x``. Factors of another dtype are cast to it, and their gradients have their own. It can be
-    differentiated twice, compiled and checkpointed. Under the transforms of ``torch.func`` it runs as the
-    plain operations: all of them apply. Forward-mode differentiation outside of ``torch.func`` is an error.
-    Where A is frozen x is not kept.
+    ``x``. Factors of another dtype are cast to it, and so their gradients are computed in it, with its digits
+    and its range: fp16 without autocast needs a gradient scaler, as a model in fp16 does. It can be
+    differentiated twice, compiled and checkpointed. Under the transforms of ``torch.func``, and for nested
+    tensors, it runs as the plain operations. Forward-mode differentiation outside of ``torch.func`` is an
+    error. Where A is frozen x is not kept.
 
     Args:
         x: [..., in].
@@ -113,6 +114,8 @@ def _applied(
     options: tuple[tuple[float, _Rows | None], ...],
     tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
+    if x.is_nested:
+        return _nested(x, dropout, options, tensors)
     kind = x.device.type
     dtype = autocast_dtype(kind)
     if dtype is not None:
@@ -128,6 +131,20 @@ def _applied(
         options = tuple((scale * 256 / kept(dropout), rows) for scale, rows in options)
     with without_autocast(kind):
         return apply(_LoraLinears, _plain, (x, mask, options, *tensors))
+
+
+def _nested(
+    x: Tensor, dropout: float, options: Any, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The operations one by one: sequences of several lengths (``torch.nested``) have few others."""
+    masked = F.dropout(x, dropout) if dropout else x
+    outputs = []
+    for one in _operations(options, tensors):
+        branch = F.linear(F.linear(masked, one.a.to(x.dtype)), one.b.to(x.dtype) * one.scale)
+        if one.rows is not None:
+            branch = F.pad(branch, (one.rows[0], one.weight.shape[0] - one.rows[1]))
+        outputs.append(F.linear(x, one.weight, one.bias) + branch)
+    return tuple(outputs)
 
 
 class _Operation(NamedTuple):

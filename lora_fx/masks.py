@@ -14,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["draw", "dropped", "kept", "unpacked"]
+__all__ = ["FEW", "draw", "dropped", "kept", "unpacked"]
+
+# Elements below which a mask is drawn one by one: measured, with what reads it.
+FEW = 8192
 
 
 def kept(dropout: float) -> int:
     """How many of 256 elements a mask keeps on average.
 
     A mask compares random numbers of eight bits with a threshold, so that probabilities are multiples of
-    1/256: ``dropout`` is rounded to the nearest one that neither keeps nor drops everything. What is kept has
-    to be scaled by 256 / kept, so that the mean is exact.
+    1/256: ``dropout`` is rounded to the nearest one from 1/256 to 255/256, so that it neither keeps nor drops
+    everything (0.0001 becomes 0.0039). What is kept has to be scaled by 256 / kept, so that the mean is
+    exact.
 
     Args:
         dropout: A probability, above 0 and below 1.
@@ -74,10 +78,11 @@ def draw(x: Tensor, dropout: float) -> Tensor:
     Returns:
         On a CPU the bits of what is dropped [ceil(n / 8)], uint8. Elsewhere, and under a compiler, which both
         fuse a mask with what reads it, what is kept: bool in the shape of ``x``. The same under the
-        transforms of ``torch.func``, where each sample of a batch may have a mask of its own.
+        transforms of ``torch.func``, where each sample of a batch may have a mask of its own, and for small
+        tensors.
     """
     threshold = 256 - kept(dropout)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed() or _few(x):
         return torch.rand(x.shape, device=x.device) >= threshold / 256
     # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
     # probability 0.b7 b6 ... b0 in binary.
@@ -113,6 +118,11 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
     make = _rows if type(mask) is Tensor else _rows.__wrapped__
     rows = torch.index_select(make(x.dtype), 0, mask.int())
     return rows.flatten()[: x.numel()].view(x.shape)
+
+
+def _few(x: Tensor) -> bool:
+    """Whether a number for each element costs less than the calls that bits take."""
+    return x.numel() < FEW
 
 
 def _transformed() -> bool:

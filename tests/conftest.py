@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def packed_masks() -> Iterator[None]:
+    """Dropout masks as bits for small tensors too: what large ones have, on small numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_fx.masks.FEW", 0)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
+import pickle
 import threading
 import weakref
 from pathlib import Path
@@ -42,7 +44,15 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, model: nn.Module
 ) -> tuple[Path, ExportReport]:
     target = tmp_path_factory.mktemp("swap") / "net.onnx"
-    return target, export_onnx(model, target, ids(2, 7), adapters="inputs")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    active = lora_fx.active_adapters(model)
+    report = export_onnx(model.train(), target, ids(2, 7), adapters="inputs")
+    # Exported for inference, whatever its mode; and left as it was.
+    assert all(one.training for one in model.modules())
+    assert lora_fx.active_adapters(model) == active
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.eval()
+    return target, report
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +164,50 @@ def test_no_factor_is_turned_round_at_run_time_and_nothing_else_is_overridable(p
     assert shapes["fc.lora_A.weight"] == (12, 0)
     assert shapes["fc.lora_B.weight"] == (0, 8)
     assert shapes["grouped.lora_A.weight"] == (2, 4, 3)
+
+
+class Shared(nn.Module):
+    """A fused weight, and a head that is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.embed(ids)).chunk(3, -1)
+        return self.head(self.mix((q * k).tanh() + v))
+
+
+def test_parts_ties_and_starts_that_changed_the_base(tmp_path: Path) -> None:
+    base = Shared().eval()
+    tied = LoraConfig(r=2, target_modules=["embed", "head"], ensure_weight_tying=True)
+    model = lora_fx.rewrite(base, tied, adapter_name="tied")
+    targets = ["qkv.q", "qkv.v"]
+    lora_fx.add_adapter(model, LoraConfig(r=2, target_modules=targets, use_dora=True), "parts")
+    lora_fx.add_adapter(model, LoraConfig(r=3, target_modules=["qkv"]), "whole")
+    start = LoraConfig(r=2, target_modules=["mix"], init_lora_weights="pissa")
+    lora_fx.add_adapter(model, start, "pissa")
+    for name in lora_fx.adapter_names(model):
+        lora_fx.set_adapter(model, name)
+        with torch.no_grad():
+            for parameter in lora_fx.trainable_parameters(model):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    report = export_onnx(model.eval(), tmp_path / "m.onnx", ids(2, 4), adapters="inputs")
+    assert set(report.swappable) == {"embed", "head", "qkv", "qkv.q", "qkv.v", "mix"}
+    session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    torch.testing.assert_close(session.run(ids())["output"], base(ids()).detach(), **EXACT)
+    for name in lora_fx.adapter_names(model):
+        file = save_onnx_adapter(model, tmp_path / name, adapter_name=name)
+        session.load_adapter(name, file)
+        want = expected(model, [name], ids())
+        assert (want - base(ids())).abs().max() > 0.01
+        torch.testing.assert_close(session.run(ids(), adapter=name)["output"], want, **EXACT)
+    # What was taken out of the base at the start is in the file of the adapter.
+    assert read_adapter(tmp_path / "pissa")["mix.lora_A.weight"].shape == (8, 4)
 
 
 def test_experts_take_factors_of_their_own(tmp_path: Path) -> None:
@@ -356,6 +410,7 @@ def test_a_truncated_file(tmp_path: Path, session: OnnxSession, model: nn.Module
         ({"plain": math.inf}, "is inf"),
         ({"plain": "much"}, "is 'much': give a finite number"),
         ({"plain": True}, "is True"),
+        ({"plain": torch.ones(2)}, r"is tensor\(\[1., 1.\]\): give a finite"),
         (["plain"], "adapter is a list"),
     ],
 )
@@ -363,6 +418,24 @@ def test_choices_that_mean_nothing(session: OnnxSession, choice: Any, message: s
     with pytest.raises(ConfigError, match=message):
         session.run(ids(), adapter=choice)
     assert session.run(ids())["output"].isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.25), torch.tensor(0.25), np.array(0.25)])
+def test_weights_may_be_numbers_of_numpy_and_torch(session: OnnxSession, weight: Any) -> None:
+    want = session.run(ids(), adapter={"plain": 0.25})["output"]
+    assert torch.equal(session.run(ids(), adapter={"plain": weight})["output"], want)
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_names_are_texts(session: OnnxSession, model: nn.Module, name: Any) -> None:
+    with pytest.raises(ConfigError, match="give a text"):
+        session.load_adapter(name, model, adapter_name="plain")
+
+
+def test_a_session_is_not_copied(session: OnnxSession) -> None:
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match="open the file again"):
+            copied(session)
 
 
 def test_wrong_inputs_with_an_adapter(session: OnnxSession) -> None:
@@ -386,7 +459,7 @@ def test_a_merged_file_takes_no_adapter(tmp_path: Path, model: nn.Module) -> Non
         session.load_adapter("a", model, adapter_name="plain")
     with pytest.raises(ExportError, match=r"m\.onnx takes no adapters"):
         save_onnx_adapter(model, tmp_path / "a", adapter_name="plain", base=tmp_path / "m.onnx")
-    with pytest.raises(ConfigError, match="no adapter 'a': the session has none"):
+    with pytest.raises(ConfigError, match=r"m\.onnx takes no adapters.*adapters='inputs'"):
         session.run(torch.randn(2, 4), adapter="a")
 
 

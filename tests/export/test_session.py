@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ExportError, ProviderError
+from lora_fx.errors import ConfigError, ExportError, ProviderError
 from lora_fx.export import providers
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
@@ -92,6 +92,19 @@ FEATURES, INDEX = np.zeros((2, 4), np.float32), np.zeros(2, np.int64)
 def test_wrong_inputs_are_named(session: OnnxSession, inputs: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         session.run(inputs)
+
+
+@pytest.mark.parametrize("where", ["meta", "sparse"])
+def test_tensors_without_dense_values(session: OnnxSession, where: str) -> None:
+    x = torch.randn(2, 4)
+    given = x.to("meta") if where == "meta" else x.to_sparse()
+    with pytest.raises(ExportError, match="give a dense tensor"):
+        session.run([given, torch.tensor([1, 5])])
+
+
+def test_tf32_is_for_cuda(path: Path) -> None:
+    with pytest.raises(ConfigError, match="tf32=True is for provider='cuda'"):
+        OnnxSession(path, "cpu", tf32=True)
 
 
 def test_failure_inside_the_runtime_names_the_shapes(

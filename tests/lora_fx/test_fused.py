@@ -16,6 +16,8 @@ from lora_fx.fused import lora_linear
 from tests.fused import Operands, canonical, errors, fused, gradients, operands, recovered
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.usefixtures("packed_masks")
+
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
 

@@ -1,4 +1,4 @@
-"""Rewritten models under ``torch.compile`` where there is nothing to train, and under ``torch.func``."""
+"""Where the fused functions give way to plain operations: nothing to train, transforms, nested tensors."""
 
 from __future__ import annotations
 
@@ -75,3 +75,15 @@ def test_transforms_of_detached_parameters(options: dict[str, Any], transform: s
         pairs = [(got[name], want[name]) for name in want] if "grad" in transform else [(got, want)]
         for left, right in pairs:
             assert_close(left, right, 1e-12)
+
+
+@pytest.mark.parametrize("options", VARIANTS[:2], ids=str)
+def test_sequences_of_several_lengths(options: dict[str, Any]) -> None:
+    model = adapted(**options).train()
+    model[1] = nn.Identity()
+    parts = [torch.randn(count, 8, dtype=torch.float64) for count in (2, 3)]
+    out = model(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    out.values().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if not options:
+        assert_close(out.values(), model(torch.cat(parts)), 1e-12)

@@ -25,6 +25,8 @@ from tests.fused import Operands, canonical, errors, formula, fused, gradients, 
 from tests.lora_fx.test_fused import CHECKED, HALF, cases
 from tests.numerics import assert_close, assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("packed_masks")
+
 AGAIN = pytest.mark.parametrize("again", [True, False], ids=["again", "from the output"])
 FROZEN = ("weight", "bias")
 OPTIONS = pytest.mark.parametrize("options", CHECKED.values(), ids=CHECKED)

@@ -21,6 +21,8 @@ from tests.fused import SEED, Operands, canonical, errors, fused, gradients, ope
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual
 
+pytestmark = pytest.mark.usefixtures("packed_masks")
+
 HALF = (torch.bfloat16, torch.float16)
 OPTIONS = {
     "plain": {},

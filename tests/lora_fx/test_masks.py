@@ -20,6 +20,8 @@ from lora_fx import masks
 from lora_fx.masks import draw, kept, unpacked
 from tests.numerics import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("packed_masks")
+
 SIGMAS = 6
 COUNT = 1 << 21
 # Every power of two, both ends, both parities, and what people use.
@@ -231,3 +233,14 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     leaf = torch.ones(9, requires_grad=True)
     (leaf * unpacked(draw(leaf, 0.5), leaf)).sum().backward()
     assert leaf.grad is not None
+
+
+def test_a_few_elements_are_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "FEW", 65)
+    x = torch.empty(8, 8)
+    mask = draw(x, 0.25)
+    assert (mask.dtype, mask.shape) == (torch.bool, x.shape)
+    assert draw(torch.empty(65), 0.25).dtype == torch.uint8
+    torch.manual_seed(1)
+    values = torch.cat([draw(x, 0.25).flatten() for _ in range(1000)])
+    assert_mean(values, 0.75, 0.75 * 0.25)

@@ -12,6 +12,8 @@ from lora_fx import LoraConfig
 from lora_fx.masks import dropped, kept
 from tests.golden import check_golden, printed
 
+pytestmark = pytest.mark.usefixtures("packed_masks")
+
 UNFUSED = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.25, lora_bias=True)
 
 
