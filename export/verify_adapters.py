@@ -14,7 +14,9 @@ from lora_fx.export.adapter_check import cast_to
 from lora_fx.export.adapter_values import values_of_model
 from lora_fx.export.cases import Cases, Outputs
 from lora_fx.export.casts import Casts
+from lora_fx.export.difference import PrecisionError
 from lora_fx.export.factor_model import FactorModel, random_factors
+from lora_fx.export.manifest import Manifest
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.reference import Reference
@@ -36,6 +38,7 @@ def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession, cast
         casts: Makes the weights of the references of a half-precision file.
 
     Raises:
+        PrecisionError: The model, or an adapter, does not bear the precision of the file.
         ParityError: An output differs, with the adapter that it was with.
     """
     cases = prepared.cases
@@ -45,13 +48,28 @@ def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession, cast
     assert isinstance(prepared.model, FactorModel)
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
-        values = cast_to(manifest, values_of_model(prepared.source, name))
+        values = _in_range(name, manifest, values_of_model(prepared.source, name))
         model = Reference(active(), casts)
         _check(parity, f"adapter {name!r}", model, traced, session, values, cases)
     values = random_factors(manifest, _RANDOM_RANK)
     random = Reference(_Handed(prepared.model, values), casts)
     _check(parity, "a random adapter", random, traced, session, values, cases)
     return parity
+
+
+def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of an adapter in the dtypes of the file."""
+    values = cast_to(manifest, exact)
+    for name, value in values.items():
+        if bool(exact[name].isfinite().all()) and not bool(value.isfinite().all()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise PrecisionError(
+                f"adapter {adapter!r} overflows in {dtype}: {name}, with its scale, goes up to "
+                f"{float(exact[name].abs().max()):.3g} (the largest {dtype} number is "
+                f"{torch.finfo(value.dtype).max:.3g}); nothing was written. Export it in another "
+                f"precision"
+            )
+    return values
 
 
 def _check(

@@ -17,26 +17,40 @@ OLD, NEW = ("old", 2), ("new", 3)
 fork = pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 
 
-def write(stage: Staging, content: str, shards: int) -> None:
-    """A model that names its data files, with data that says whose it is."""
+def write(stage: Staging, content: str, shards: int, encoder: bool = False) -> None:
+    """A model that names its data files, and an encoder with its own; all say whose they are."""
     stem = stage.data.name.removesuffix(".data")
     data = [stage.folder / f"{stem}-{i:05d}-of-{shards:05d}.data" for i in range(1, shards + 1)]
     for file in data:
         file.write_text(content)
-    stage.model.write_text("\n".join([content, *(file.name for file in data)]))
+    names = [file.name for file in data]
+    if encoder:
+        beside = stage.companion("encoder")
+        write(beside, content, shards)
+        names.append(beside.model.name)
+    stage.model.write_text("\n".join([content, *names]))
 
 
-def export(target: Path, content: str, shards: int) -> None:
+def export(target: Path, content: str, shards: int, encoder: bool = False) -> None:
     with staging(target) as stage:
-        write(stage, content, shards)
+        write(stage, content, shards, encoder)
         stage.commit(force=True)
 
 
 def loaded(target: Path) -> tuple[str, int]:
     """Content and number of shards of a whole set; fails on any other."""
     content, *names = target.read_text().splitlines()
-    assert [target.with_name(name).read_text() for name in names] == [content] * len(names)
-    return content, len(names)
+    data = [name for name in names if name.endswith(".data")]
+    assert [target.with_name(name).read_text() for name in data] == [content] * len(data)
+    for encoder in set(names) - set(data):
+        assert loaded(target.with_name(encoder)) == (content, len(data))
+    return content, len(data)
+
+
+def named(target: Path) -> set[str]:
+    """The model and all files that it names, and that those name."""
+    names = target.read_text().splitlines()[1:] if target.suffix == ".onnx" else []
+    return {target.name}.union(*(named(target.with_name(name)) for name in names))
 
 
 def files(folder: Path) -> set[str]:
@@ -72,13 +86,13 @@ def steps(patch: Callable[[object, str, object], None], at: int, act: Callable[[
     patch(Path, "unlink", counted(Path.unlink))
 
 
-def deaths(target: Path, sign: int) -> Iterator[tuple[int, int]]:
+def deaths(target: Path, sign: int, encoder: bool) -> Iterator[tuple[int, int]]:
     """Exports in processes that die at step 1, 2, … until one gets through."""
     for at in range(1, 100):
         child = os.fork()
         if child == 0:
             steps(setattr, sign * at, lambda: os._exit(9))
-            export(target, *NEW)
+            export(target, *NEW, encoder)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -89,23 +103,26 @@ def deaths(target: Path, sign: int) -> Iterator[tuple[int, int]]:
 
 
 @fork
+@pytest.mark.parametrize("encoder", [False, True], ids=["alone", "with an encoder"])
 @pytest.mark.parametrize("sign", [1, -1], ids=["after", "before"])
 def test_a_process_that_dies_at_any_step_leaves_the_old_set_or_the_new(
-    target: Path, sign: int
+    target: Path, sign: int, encoder: bool
 ) -> None:
     outcomes = []
-    for _, code in deaths(target, sign):
+    export(target, *OLD, encoder)
+    for _, code in deaths(target, sign, encoder):
         outcomes.append(loaded(target))
         assert outcomes[-1] == NEW or code == 9
         # The next export is whole, and clears what the dead one left.
-        export(target, *OLD)
+        export(target, *OLD, encoder)
         assert loaded(target) == OLD
-        assert files(target.parent) == {target.name, *target.read_text().splitlines()[1:]}
+        assert files(target.parent) == named(target)
     # Four files and a folder are flushed, three moved, then the model; two old ones are deleted.
-    assert len(outcomes) > 10
+    # An encoder is four files more, and three old ones.
+    assert len(outcomes) > (20 if encoder else 10)
     switch = outcomes.index(NEW)
     assert outcomes == [OLD] * switch + [NEW] * (len(outcomes) - switch)
-    assert 7 <= switch < len(outcomes) - 1
+    assert (15 if encoder else 7) <= switch < len(outcomes) - 1
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +47,10 @@ class Fixing(nn.Module):
         return self.conv(image), self.positions(tokens), rest.reshape(2, -1)
 
 
-def test_an_axis_that_stays_fixed_names_what_fixed_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", ["merge", "inputs"])
+def test_an_axis_that_stays_fixed_names_what_fixed_it(tmp_path: Path, adapters: Any) -> None:
     example = (torch.randn(2, 3, 10, 12), torch.randn(2, 7, 4), torch.randn(2, 6))
-    report = export_onnx(Fixing(), tmp_path / "m.onnx", example)
+    report = export_onnx(Fixing(), tmp_path / "m.onnx", example, adapters=adapters)
     assert report.inputs["image"] == ("batch", 3, "height", "width")
     forward = Fixing.forward
     assert report.fixed_axes == {
@@ -71,16 +73,23 @@ class Decomposing(nn.Module):
 class Unsupported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.linear = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         self.spectrum = nn.Sequential(nn.Identity(), Decomposing())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
         return self.spectrum(x @ x.mT)
 
 
-def test_an_operation_without_translation_comes_with_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", ["merge", "inputs"])
+def test_an_operation_without_translation_comes_with_its_place(
+    tmp_path: Path, adapters: Any
+) -> None:
     (tmp_path / "m.onnx").write_bytes(b"old")
     with pytest.raises(ConversionError) as caught:
-        export_onnx(Unsupported(), tmp_path / "m.onnx", torch.randn(2, 4, 4), force=True)
+        export_onnx(
+            Unsupported(), tmp_path / "m.onnx", torch.randn(2, 4, 4), force=True, adapters=adapters
+        )
     message = str(caught.value)
     where = line(Decomposing.forward, "eigvalsh")
     assert f"cannot convert aten._linalg_eigh in 'spectrum.1' ({where})" in message

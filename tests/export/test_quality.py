@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.export.manifest import Manifest
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.origin import origin_of
 
@@ -104,6 +105,20 @@ def test_the_file_names_its_base_and_adapters_and_nothing_of_the_machine(tmp_pat
     }
     again = lora_fx.LoraConfig.from_dict(adapters["default"])
     assert again.rank_pattern == {"0.self_attn.q_proj": 4}
+    assert str(tmp_path).encode() not in (tmp_path / "m.onnx").read_bytes()
+
+
+def test_a_file_that_takes_adapters_names_its_base_alone(tmp_path: Path) -> None:
+    base = Mixed()
+    folder = str(tmp_path / "models" / "tiny")
+    base.config = type("Config", (), {"_name_or_path": folder})()  # type: ignore[assignment]
+    model, ids = adapted(base, target_modules=["linear"]), torch.randint(3, 20, (2, 6))
+    report = export_onnx(model, tmp_path / "m.onnx", ids, adapters="inputs", verify=False)
+    assert json.loads(report.metadata["lora_fx.base"])["name"] == "tiny"
+    assert "lora_fx.merged" not in report.metadata
+    manifest = Manifest.from_metadata(report.metadata)
+    assert manifest is not None
+    assert manifest.base == "Mixed (tiny)"
     assert str(tmp_path).encode() not in (tmp_path / "m.onnx").read_bytes()
 
 
