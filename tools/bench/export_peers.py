@@ -46,6 +46,15 @@ _FRESH = ((3, 7), (1, 33))
 _EXACT = 1e-4
 
 References = list[tuple[dict[str, Tensor], Tensor]]
+"""Inputs, and the output of PyTorch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What PyTorch computes: with the adapter, and without."""
+
+    adapted: References
+    base: References
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +66,14 @@ class Row:
         seconds: Of loading and exporting, and with lora-fx of the comparison with PyTorch.
         file: What was written.
         parity: The largest error beside the largest element, over inputs of two other shapes.
+        bare: That of a file which takes adapters, without one, beside the base; or why it does not run.
     """
 
     error: str = ""
     seconds: float | None = None
     file: File | None = None
     parity: float | None = None
+    bare: str = ""
 
     @property
     def outcome(self) -> str:
@@ -83,9 +94,9 @@ def run(
     contenders = _contenders()
     for model, kind in cases:
         with tempfile.TemporaryDirectory() as name:
-            references = _write(model, kind, Path(name))
+            expected = _write(model, kind, Path(name))
             for contender, work in contenders.items():
-                found[model.title, kind, contender] = work(model, Path(name), references)
+                found[model.title, kind, contender] = work(model, Path(name), expected)
                 if progress is not None:
                     progress(len(found), len(cases) * len(contenders), contender)
     return found
@@ -111,8 +122,9 @@ def rows(
             row.outcome.replace("|", r"\|"),
             "" if row.seconds is None else f"{row.seconds:.1f}",
             "" if row.file is None else f"{row.file.size / 1e6:.1f}",
-            "" if row.parity is None else f"{row.parity:.1e}",
             "" if row.file is None else str(row.file.nodes),
+            "" if row.parity is None else f"{row.parity:.1e}",
+            row.bare.replace("|", r"\|"),
         )
         for key, row in results.items()
     ]
@@ -121,20 +133,20 @@ def rows(
 def caption() -> str:
     """What was measured."""
     return (
-        f"One adapter folder that PEFT wrote, of rank {RANK} at every linear layer but the head, on a model "
-        "with random weights; with patterns, query or q has rank 4, value or v another alpha. The error is the "
-        "largest difference beside the largest element of the first output, on inputs of two shapes that are "
-        "not those of the export, run in one ONNX Runtime on the CPU; up to 1e-4 counts as equal. "
-        "Seconds are those of one export, from the folders to the file, without imports; lora-fx's include its "
-        "own comparison with PyTorch. Olive runs MergeAdapterWeights and OnnxConversion, or OnnxConversion and "
-        "ExtractAdapters with inputs, each with the dynamo exporter. optimum-onnx gets a model that PEFT "
-        "has merged, or one that transformers has loaded from the adapter's folder. Both run in "
-        "environments of their own, which `make bench-envs` installs."
+        f"One adapter folder that PEFT wrote, of rank {RANK} at every linear layer but the head, on a "
+        "model with random weights; with patterns, query or q has rank 4, value or v another alpha. The "
+        "error is the largest difference beside the largest element of the first output, on inputs of two "
+        "shapes that are not those of the export, run in one ONNX Runtime on the CPU; up to 1e-4 counts "
+        "as equal. Seconds are those of one export, from the folders to the file, without imports; those of "
+        "lora-fx include its comparison with PyTorch. Olive runs MergeAdapterWeights and OnnxConversion, "
+        "or OnnxConversion and ExtractAdapters with inputs, each with the dynamo exporter. optimum-onnx "
+        "gets a model that PEFT has merged, or one that transformers has loaded from the adapter's folder. "
+        "Both run in environments of their own, which `make bench-envs` installs."
     )
 
 
-def _contenders() -> dict[str, Callable[[Served, Path, References], Row]]:
-    found: dict[str, Callable[[Served, Path, References], Row]] = {}
+def _contenders() -> dict[str, Callable[[Served, Path, Expected], Row]]:
+    found: dict[str, Callable[[Served, Path, Expected], Row]] = {}
     for name, adapters in _OURS.items():
         found[name] = functools.partial(_ours, adapters)
     for name, (environment, script, how) in _PEERS.items():
@@ -143,7 +155,7 @@ def _contenders() -> dict[str, Callable[[Served, Path, References], Row]]:
 
 
 def _ours(
-    adapters: Literal["merge", "inputs"], model: Served, folder: Path, references: References
+    adapters: Literal["merge", "inputs"], model: Served, folder: Path, expected: Expected
 ) -> Row:
     path = folder / f"ours-{adapters}" / "model.onnx"
     path.parent.mkdir()
@@ -154,20 +166,23 @@ def _ours(
         export_onnx(adapted, path, model.inputs(), adapters=adapters)
         seconds = time.perf_counter() - began
         session = OnnxSession(path, "cpu")
-        chosen = None
-        if adapters == "inputs":
-            session.load_adapter("a", folder / "adapter")
-            chosen = "a"
         first = session.outputs[0].name
+        if adapters == "merge":
+            return _checked(path, seconds, expected, lambda given: session.run(given)[first])
+        session.load_adapter("a", folder / "adapter")
         return _checked(
-            path, seconds, references, lambda given: session.run(given, adapter=chosen)[first]
+            path,
+            seconds,
+            expected,
+            lambda given: session.run(given, adapter="a")[first],
+            lambda given: session.run(given)[first],
         )
     except LoraFxError as error:
         return Row(error=str(error).splitlines()[0])
 
 
 def _theirs(
-    environment: str, script: str, how: str, model: Served, folder: Path, references: References
+    environment: str, script: str, how: str, model: Served, folder: Path, expected: Expected
 ) -> Row:
     python = environment_of(environment)
     if python is None:
@@ -179,18 +194,29 @@ def _theirs(
         return Row(error=said.error)
     path = Path(said.file)
     try:
-        run = runner(path, Path(said.adapter) if said.adapter else None)
-        return _checked(path, said.seconds, references, run)
+        if not said.adapter:
+            return _checked(path, said.seconds, expected, runner(path))
+        with_adapter = runner(path, Path(said.adapter))
+        return _checked(path, said.seconds, expected, with_adapter, runner(path))
     except LoraFxError as error:
         reason = str(error).splitlines()[0].replace(f"{out}/", "")
         return Row(reason, said.seconds, describe(path))
 
 
-def _checked(path: Path, seconds: float, references: References, run: Runner) -> Row:
-    return Row("", seconds, describe(path), largest_error(run, references))
+def _checked(
+    path: Path, seconds: float, expected: Expected, run: Runner, bare: Runner | None = None
+) -> Row:
+    parity = largest_error(run, expected.adapted)
+    without = ""
+    if bare is not None:
+        try:
+            without = f"{largest_error(bare, expected.base):.1e}"
+        except LoraFxError as error:
+            without = str(error).splitlines()[0]
+    return Row("", seconds, describe(path), parity, without)
 
 
-def _write(model: Served, kind: str, folder: Path) -> References:
+def _write(model: Served, kind: str, folder: Path) -> Expected:
     """The folders of a base and an adapter, and what PyTorch computes with them."""
     import peft
 
@@ -202,7 +228,10 @@ def _write(model: Served, kind: str, folder: Path) -> References:
     randomise(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
     adapted.save_pretrained(folder / "adapter")
-    return list(_references(model, adapted.eval()))
+    adapted.eval()
+    with adapted.disable_adapter():
+        bare = list(_references(model, adapted))
+    return Expected(list(_references(model, adapted)), bare)
 
 
 def _fields(kind: str, layers: list[str]) -> dict[str, Any]:

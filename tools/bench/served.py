@@ -107,10 +107,10 @@ def served(size: Size) -> tuple[Served, ...]:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Factors as after training: B is not zero. The model itself is given back."""
+    """Factors as after a long training: ΔW about as large as W. The model itself is given back."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name or "lora_B" in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
     return model

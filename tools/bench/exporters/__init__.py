@@ -1,1 +1,1 @@
-"""Scripts that export with other libraries, each run in an environment that has them. Nothing imports them."""
+"""Scripts that export with other libraries, each run where those are installed. Nothing imports them."""

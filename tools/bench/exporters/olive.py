@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from typing import Any
 
 from olive.model import HfModelHandler
 from olive.passes.olive_pass import create_pass_from_dict
@@ -13,14 +14,15 @@ from olive.passes.pytorch.merge_adapter_weights import MergeAdapterWeights
 sys.excepthook = lambda kind, error, _: print(json.dumps({"error": f"{kind.__name__}: {error}"}))
 
 
-def passed(model, kind, folder, **options):
+def passed(model: Any, kind: Any, folder: str, **options: Any) -> Any:
+    """What a pass makes of a model, written into a folder of this name."""
     made = create_pass_from_dict(kind, options, disable_search=True)
     return made.run(model, f"{out}/{folder}")
 
 
 base, adapter, out, task, how = sys.argv[1:]
 began = time.perf_counter()
-model = HfModelHandler(model_path=base, task=task, adapter_path=adapter)
+model: Any = HfModelHandler(model_path=base, task=task, adapter_path=adapter)
 if how == "merge":
     model = passed(model, MergeAdapterWeights, "merged")
 model = passed(model, OnnxConversion, "onnx", target_opset=20, use_dynamo_exporter=True)
