@@ -70,7 +70,7 @@ def run(
 ) -> dict[tuple[str, str], Latency]:
     """Results by model and provider."""
     models = served(size)
-    found = {}
+    found: dict[tuple[str, str], Latency] = {}
     for index, model in enumerate(models):
         tell = portion(progress, index, len(models), model.title)
         with tempfile.TemporaryDirectory() as folder:
@@ -127,8 +127,8 @@ def caption() -> str:
         f"{RANK} at every linear operation but the head. The weighted pair has rank {2 * RANK}. A switch "
         f"is what a run takes more if another adapter ran before it, on {_SHORT} tokens, where a run "
         "is short: no session is loaded again, other values are bound. `load_adapter` reads a file, checks "
-        "it and puts it onto the device. F is 1 + Σ r·(d + k) / Σ d·k over the linear layers, the head in the "
-        "second sum only: what the thin products of one adapter cost if a FLOP costs the same everywhere. "
+        "it and puts it onto the device. F is 1 + Σ r·(d + k) / Σ d·k over the linear layers, the head in "
+        "the second sum only: what the thin products of one adapter cost if a FLOP costs the same everywhere. "
         "What is beyond it is the addition of each branch, a pass over its output, and fusions with what "
         "follows (a bias in GELU, in a layer norm) that ONNX Runtime does not find with it."
     )
@@ -183,7 +183,7 @@ def _measured(
     for index, batch in enumerate(batches):
         inputs = _placed(model.inputs(batch, tokens), provider)
         runs[batch] = interleaved(
-            {name: (lambda inputs=inputs: inputs, work) for name, work in chosen.items()},
+            {name: (functools.partial(_same, inputs), work) for name, work in chosen.items()},
             repeats=repeats,
             calls=4 // batch or 1,
             seconds=_SECONDS,
@@ -192,6 +192,10 @@ def _measured(
     short = _placed(model.inputs(1, _SHORT), provider)
     tell = portion(progress, len(batches), len(batches) + 1, "switching")
     return Latency(model.floor(), runs, _switching(swappable, short, folder, repeats, tell))
+
+
+def _same(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return inputs
 
 
 def _placed(inputs: dict[str, Tensor], provider: _Provider) -> dict[str, Tensor]:
