@@ -107,14 +107,8 @@ def rows(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table: columns and cells."""
     columns = (
-        "model",
-        "adapter",
-        "exporter",
-        "equal to PyTorch",
-        "seconds",
-        "MB",
-        "error",
-        "nodes",
+        *("model", "adapter", "exporter", "equal to PyTorch", "seconds", "MB", "nodes"),
+        *("error", "error without adapter"),
     )
     return columns, [
         (
