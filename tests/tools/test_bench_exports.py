@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -145,22 +146,24 @@ def test_adapters_are_no_rounding_error(tmp_path: Path) -> None:
         expected = export_peers._write(model, kind, folder)
         base = model.make()
 
-        def run(given: dict[str, Tensor], base: nn.Module = base) -> Tensor:
+        def run(given: dict[str, Tensor], model: nn.Module = base) -> Tensor:
             with torch.no_grad():
-                return base(**given)[0]
+                return model(**given)[0]
 
         assert largest_error(run, expected.base) < 1e-6
         assert largest_error(run, expected.adapted) > 20 * export_peers._EXACT
         # And lora-fx reads what PEFT wrote.
-        adapted = lora_fx.load_adapter(model.make(), folder / "adapter").eval()
-        assert largest_error(lambda given: adapted(**given)[0].detach(), expected.adapted) < 1e-5
+        adapted = lora_fx.load_adapter(base, folder / "adapter").eval()
+        assert largest_error(functools.partial(run, model=adapted), expected.adapted) < 1e-5
 
 
 def test_the_floor_of_a_run_is_counted_by_hand() -> None:
     [model] = served(Size.TINY)
-    thin = RANK * (4 * (16 + 16) + 2 * (16 + 64))
-    # The pooler is a linear layer as the others are.
-    assert model.floor() == pytest.approx(1 + (thin + RANK * 32) / (5 * 16 * 16 + 2 * 16 * 64))
+    thin, base = RANK * (4 * (16 + 16) + 2 * (16 + 64)), 4 * 16 * 16 + 2 * 16 * 64
+    # The pooler sees one of 16 tokens.
+    assert model.floor() == pytest.approx(
+        1 + (16 * thin + RANK * (16 + 16)) / (16 * base + 16 * 16)
+    )
 
 
 def test_an_export_that_is_not_equal_is_none() -> None:

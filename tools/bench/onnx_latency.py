@@ -129,8 +129,8 @@ def caption() -> str:
         "is short: no session is loaded again, other values are bound. `load_adapter` reads a file, checks "
         "it and puts it onto the device. F is 1 + Σ r·(d + k) / Σ d·k over the linear layers, the head in "
         "the second sum only: what the thin products of one adapter cost if a FLOP costs the same "
-        "everywhere. What is beyond it is the addition of each branch, a pass over its output, and fusions with what "
-        "follows (a bias in GELU, in a layer norm) that ONNX Runtime does not find with it."
+        "everywhere. What is beyond it is the addition of each branch, a pass over its output, and "
+        "fusions with what follows (a bias in GELU, in a layer norm) that ONNX Runtime does not find with it."
     )
 
 
