@@ -73,6 +73,9 @@ format: $(VENV)/.dev ## Format and mend what can be mended
 bench: $(VENV)/.dev ## Measure and write docs/benchmarks.md
 	$(BIN)/lora-fx bench $(ARGS)
 
+.PHONY: bench-envs
+bench-envs: .peers/.olive .peers/.optimum ## Install other exporters, each into .peers/, for make bench to compare with
+
 .PHONY: zoo
 zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARGS='--only swin')
 	$(BIN)/lora-fx zoo $(ARGS)
@@ -97,6 +100,15 @@ EXTRAS_zoo  := zoo
 
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+# Olive imports requests and onnxscript without asking for them.
+PEER_olive   := olive-ai onnxruntime onnxscript peft requests transformers
+PEER_optimum := optimum-onnx[onnxruntime] peft
+
+.peers/.%: | $(BIN)/python
+	$(BIN)/python -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet $(PEER_$*)
 	@touch $@
 
 $(BIN)/python:

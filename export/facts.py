@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.export.parity import Parity
@@ -12,7 +13,7 @@ from lora_fx.export.trace import Trace
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["graph_facts"]
+__all__ = ["graph_facts", "node_count"]
 
 _PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
@@ -58,6 +59,13 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
         "metadata": dict(model.metadata_props),
         "versions": _versions(),
     }
+
+
+def node_count(path: Path) -> int:
+    """How many nodes a file has, those inside of others included."""
+    import onnx_ir as ir
+
+    return sum(1 for _ in ir.load(path).graph.all_nodes())
 
 
 def _axes_of(value: ir.Value) -> tuple[int | str, ...]:

@@ -34,7 +34,7 @@ from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.steps import Measured, Step
 from lora_fx.tools.commands.app import ERROR_EXIT, app
 
-SLOW = {"compiled_step", "model_steps"}
+SLOW = {"compiled_step", "export_peers", "model_steps"}
 MIB = 2**20
 
 

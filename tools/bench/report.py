@@ -15,12 +15,14 @@ from lora_fx.tools.bench import (
     compiled_step,
     dora_step,
     expert_step,
+    export_peers,
     goals,
     llama_step,
     merge_error,
     merge_time,
     model_steps,
     one_linear,
+    onnx_latency,
     profile_step,
     rewrite_scale,
     rewrite_time,
@@ -44,6 +46,8 @@ _MODULES: tuple[Any, ...] = (
     rewrite_scale,
     merge_time,
     merge_error,
+    export_peers,
+    onnx_latency,
 )
 SECTIONS: dict[str, Any] = {one.__name__.rpartition(".")[2]: one for one in _MODULES}
 """By name: modules with TITLE, caption(), run(repeats, size, progress), rows(results) and, some of them,

@@ -32,6 +32,13 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller shapes and few repeats: two minutes or so.")
     ] = False,
+    peer_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="An environment of olive or optimum, for export_peers; .peers/NAME by default; repeatable.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -40,10 +47,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure rewrites, training steps and merges beside PEFT and others, and write the page."""
+    from lora_fx.tools.bench.environments import set_environments
     from lora_fx.tools.bench.report import run_benchmarks, select, write
     from lora_fx.tools.bench.sizes import Size
 
     select(only)
+    set_environments(peer_env or ())
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the benchmark needs {', '.join(missing)}: pip install 'lora-fx[bench]'")

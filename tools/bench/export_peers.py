@@ -1,0 +1,255 @@
+"""Exports of the same adapters by lora-fx, by PEFT and torch.onnx, by Olive and by optimum-onnx."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.checkpoint import load_adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.export.onnx import export_onnx
+from lora_fx.export.session import OnnxSession
+from lora_fx.tools.bench.environments import HERE, environment_of, exported
+from lora_fx.tools.bench.foreign import File, Runner, describe, largest_error, runner
+from lora_fx.tools.bench.measure import Progress
+from lora_fx.tools.bench.served import RANK, Served, randomise, served
+from lora_fx.tools.bench.sizes import Size
+
+__all__ = ["KINDS", "TITLE", "Row", "caption", "rows", "run"]
+
+TITLE = "Exports of the same adapters by others"
+
+KINDS = ("LoRA", "rank_pattern, alpha_pattern", "DoRA")
+"""The adapters."""
+
+_OURS: Mapping[str, Literal["merge", "inputs"]] = {
+    "lora-fx, merged": "merge",
+    "lora-fx, swappable": "inputs",
+}
+# Environment, script, and how the script goes about it.
+_PEERS = {
+    "PEFT merge + torch.onnx": (HERE, "torch_onnx", "merge"),
+    "Olive, merged": ("olive", "olive", "merge"),
+    "Olive, ExtractAdapters": ("olive", "olive", "inputs"),
+    "optimum-onnx, PEFT merge": ("optimum", "optimum", "merge"),
+    "optimum-onnx, adapter folder": ("optimum", "optimum", "folder"),
+}
+_FRESH = ((3, 7), (1, 33))
+_EXACT = 1e-4
+
+References = list[tuple[dict[str, Tensor], Tensor]]
+"""Inputs, and the output of PyTorch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What PyTorch computes: with the adapter, and without."""
+
+    adapted: References
+    base: References
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One export.
+
+    Attributes:
+        error: Why there is no file, or why it does not run; "" if it does.
+        seconds: Of loading and exporting, and with lora-fx of the comparison with PyTorch.
+        file: What was written.
+        parity: The largest error beside the largest element, over inputs of two other shapes.
+        bare: That of a file which takes adapters, without one, beside the base; or why it does not run.
+    """
+
+    error: str = ""
+    seconds: float | None = None
+    file: File | None = None
+    parity: float | None = None
+    bare: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """In words."""
+        if self.error or self.parity is None:
+            return self.error
+        return "yes" if self.parity <= _EXACT else "a file that computes something else"
+
+
+def run(
+    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
+) -> dict[tuple[str, str, str], Row]:
+    """Rows by model, adapter and contender. Each export runs once, however many repeats."""
+    cases = [(model, kind) for model in served(size) for kind in KINDS]
+    if size is not Size.FULL:
+        cases = cases[:1] if size is Size.TINY else cases[:2]
+    found: dict[tuple[str, str, str], Row] = {}
+    contenders = _contenders()
+    for model, kind in cases:
+        with tempfile.TemporaryDirectory() as name:
+            expected = _write(model, kind, Path(name))
+            for contender, work in contenders.items():
+                found[model.title, kind, contender] = work(model, Path(name), expected)
+                if progress is not None:
+                    progress(len(found), len(cases) * len(contenders), contender)
+    return found
+
+
+def rows(
+    results: dict[tuple[str, str, str], Row],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: columns and cells."""
+    columns = (
+        *("model", "adapter", "exporter", "equal to PyTorch", "seconds", "MB", "nodes"),
+        *("error", "error without adapter"),
+    )
+    return columns, [
+        (
+            *key,
+            row.outcome.replace("|", r"\|"),
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+            "" if row.file is None else f"{row.file.size / 1e6:.1f}",
+            "" if row.file is None else str(row.file.nodes),
+            "" if row.parity is None else f"{row.parity:.1e}",
+            row.bare.replace("|", r"\|"),
+        )
+        for key, row in results.items()
+    ]
+
+
+def caption() -> str:
+    """What was measured."""
+    return (
+        f"One adapter folder that PEFT wrote, of rank {RANK} at every linear layer but the head, on a "
+        "model with random weights; with patterns, query or q has rank 4, value or v another alpha. The "
+        "error is the largest difference beside the largest element of the first output, on inputs of two "
+        "shapes that are not those of the export, run in one ONNX Runtime on the CPU; up to 1e-4 counts "
+        "as equal. Seconds are those of one export, from the folders to the file, without imports; those of "
+        "lora-fx include its comparison with PyTorch. Olive runs MergeAdapterWeights and OnnxConversion, "
+        "or OnnxConversion and ExtractAdapters with inputs, each with the dynamo exporter. optimum-onnx "
+        "gets a model that PEFT has merged, or one that transformers has loaded from the adapter's folder. "
+        "Both run in environments of their own, which `make bench-envs` installs."
+    )
+
+
+def _contenders() -> dict[str, Callable[[Served, Path, Expected], Row]]:
+    found: dict[str, Callable[[Served, Path, Expected], Row]] = {}
+    for name, adapters in _OURS.items():
+        found[name] = functools.partial(_ours, adapters)
+    for name, (environment, script, how) in _PEERS.items():
+        found[name] = functools.partial(_theirs, environment, script, how)
+    return found
+
+
+def _ours(
+    adapters: Literal["merge", "inputs"], model: Served, folder: Path, expected: Expected
+) -> Row:
+    path = folder / f"ours-{adapters}" / "model.onnx"
+    path.parent.mkdir()
+    base = model.make()
+    began = time.perf_counter()
+    try:
+        adapted = load_adapter(base, folder / "adapter")
+        export_onnx(adapted, path, model.inputs(), adapters=adapters)
+        seconds = time.perf_counter() - began
+        session = OnnxSession(path, "cpu")
+        first = session.outputs[0].name
+        if adapters == "merge":
+            return _checked(path, seconds, expected, lambda given: session.run(given)[first])
+        session.load_adapter("a", folder / "adapter")
+        return _checked(
+            path,
+            seconds,
+            expected,
+            lambda given: session.run(given, adapter="a")[first],
+            lambda given: session.run(given)[first],
+        )
+    except LoraFxError as error:
+        return Row(error=str(error).splitlines()[0])
+
+
+def _theirs(
+    environment: str, script: str, how: str, model: Served, folder: Path, expected: Expected
+) -> Row:
+    python = environment_of(environment)
+    if python is None:
+        return Row(error="not installed: make bench-envs")
+    out = folder / f"{script}-{how}"
+    out.mkdir()
+    said = exported(python, script, (folder / "base", folder / "adapter", out, model.task, how))
+    if said.error:
+        return Row(error=said.error)
+    path = Path(said.file)
+    try:
+        if not said.adapter:
+            return _checked(path, said.seconds, expected, runner(path))
+        with_adapter = runner(path, Path(said.adapter))
+        return _checked(path, said.seconds, expected, with_adapter, runner(path))
+    except LoraFxError as error:
+        reason = str(error).splitlines()[0].replace(f"{out}/", "")
+        return Row(reason, said.seconds, describe(path))
+
+
+def _checked(
+    path: Path, seconds: float, expected: Expected, run: Runner, bare: Runner | None = None
+) -> Row:
+    parity = largest_error(run, expected.adapted)
+    without = ""
+    if bare is not None:
+        try:
+            without = f"{largest_error(bare, expected.base):.1e}"
+        except LoraFxError as error:
+            without = str(error).splitlines()[0]
+    return Row("", seconds, describe(path), parity, without)
+
+
+def _write(model: Served, kind: str, folder: Path) -> Expected:
+    """The folders of a base and an adapter, and what PyTorch computes with them."""
+    import peft
+
+    base: Any = model.make()
+    base.save_pretrained(folder / "base")
+    _write_tokenizer(folder / "base")
+    layers = model.layers(base)
+    adapted: Any = peft.get_peft_model(base, peft.LoraConfig(**_fields(kind, layers)))
+    randomise(adapted)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    adapted.save_pretrained(folder / "adapter")
+    adapted.eval()
+    with adapted.disable_adapter():
+        bare = list(_references(model, adapted))
+    return Expected(list(_references(model, adapted)), bare)
+
+
+def _fields(kind: str, layers: list[str]) -> dict[str, Any]:
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK}
+    if kind == "DoRA":
+        fields["use_dora"] = True
+    elif kind != "LoRA":
+        fields["rank_pattern"] = {name: 4 for name in names if name.startswith("q")}
+        fields["alpha_pattern"] = {name: RANK / 2 for name in names if name.startswith("v")}
+    return {**fields, "target_modules": layers}
+
+
+def _references(model: Served, adapted: nn.Module) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    for seed, (batch, tokens) in enumerate(_FRESH, 1):
+        inputs = model.inputs(batch, tokens, seed)
+        with torch.no_grad():
+            yield inputs, adapted(**inputs)[0]
+
+
+def _write_tokenizer(folder: Path) -> None:
+    # Olive copies one and gives up where there is none.
+    import tokenizers
+    import transformers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Scripts that export with other libraries, each run where those are installed. Nothing imports them."""
