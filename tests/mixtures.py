@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from tests.zoo import seeded
 
 transformers = pytest.importorskip("transformers")
 
-__all__ = ["MODELS", "SIZES", "deepseek_v3", "drawn", "gpt_oss", "mixtral", "qwen3_moe"]
+__all__ = ["IDS", "MODELS", "SIZES", "deepseek_v3", "drawn", "gpt_oss", "mixtral", "qwen3_moe"]
 
 SIZES = {
     "vocab_size": 60,
@@ -88,3 +89,4 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt_oss": gpt_oss,
     "deepseek_v3": deepseek_v3,
 }
+IDS = torch.tensor([[5, 17, 3, 44, 9, 21, 30], [8, 2, 2, 51, 40, 7, 11]])

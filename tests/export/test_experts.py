@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.export import build
-from tests.mixtures import MODELS  # which imports transformers, and its operation
+from tests.mixtures import IDS, MODELS  # which imports transformers, and its operation
 from tests.numerics import assert_close
 
 SLOW = pytest.mark.slow
-IDS = torch.tensor([[5, 17, 3, 44, 9, 21, 30], [8, 2, 2, 51, 40, 7, 11]])
 
 
 @pytest.mark.parametrize(

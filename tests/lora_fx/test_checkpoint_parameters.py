@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CheckpointError
+from tests import mixtures as models
 from tests.lora_fx.test_checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -26,7 +27,6 @@ from tests.lora_fx.test_checkpoint import (
     rewrite_file,
     run,
 )
-from tests.models import test_experts as models
 from tests.numerics import assert_close, assert_same_bits, relative_error
 from tests.zoo import seeded
 
@@ -38,7 +38,7 @@ PREFIX = "base_model.model."
 @seeded
 def llama4() -> nn.Module:
     """Experts [E, in, out] without ``is_transposed``: PEFT takes them for [E, out, in]."""
-    return models._model(
+    return models.drawn(
         transformers.Llama4TextConfig(
             **{**models.SIZES, "num_experts_per_tok": 1},
             num_local_experts=4,

@@ -12,13 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from tests.algebra import randomise
-from tests.mixtures import MODELS, SIZES, drawn
+from tests.mixtures import IDS, MODELS, SIZES, drawn
 from tests.numerics import assert_close, assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
-IDS = torch.tensor([[5, 17, 3, 44, 9, 21, 30], [8, 2, 2, 51, 40, 7, 11]])
 CONFIG = lora_fx.LoraConfig(r=3, target_modules=["gate_up_proj", "down_proj"])
 
 
