@@ -113,7 +113,8 @@ def values_of(
     if isinstance(source, nn.Module):
         values = values_of_model(unwrapped(source), adapter_name)
     elif isinstance(source, Mapping):
-        return {str(name): torch.as_tensor(value) for name, value in source.items()}
+        # Not what the caller may write into later.
+        return {str(name): torch.as_tensor(value).clone() for name, value in source.items()}
     elif not isinstance(source, str | os.PathLike):
         raise ConfigError(
             f"an adapter cannot be read from a {type(source).__name__}: give a rewritten model, an adapter "

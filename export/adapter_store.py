@@ -97,7 +97,11 @@ class AdapterStore:
 
         Raises:
             CheckpointError: The values are no adapter of the file. What was held still is.
+            ConfigError: The name is none.
         """
+        given: object = name
+        if not isinstance(given, str) or not given:
+            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         check_values(self.manifest, values, what, self._max_rank)
         held = self._hold(values)
         with self._lock:
@@ -115,8 +119,8 @@ class AdapterStore:
             self._forget(name)
             del self._held[name]
 
-    def chosen(self, choice: AdapterChoice) -> HeldAdapter:
-        """What to run with.
+    def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
+        """What to run with: what was chosen before is that still, whatever has been loaded since.
 
         Raises:
             ConfigError: There is no such adapter, a weight is no finite number, or the weighted ranks do
@@ -124,6 +128,9 @@ class AdapterStore:
         """
         if choice is None:
             return _NONE
+        if isinstance(choice, HeldAdapter):
+            return choice
+        _ = self.manifest  # a file that takes no adapters says so
         if isinstance(choice, str):
             with self._lock:
                 return self._known(choice)
@@ -133,7 +140,12 @@ class AdapterStore:
             if parts in self._sums:
                 self._sums.move_to_end(parts)
                 return self._sums[parts]
-        total = self._hold(weighted_sum(self.manifest, [(one.values, w) for one, w in parts]))
+        summed = weighted_sum(self.manifest, [(one.values, w) for one, w in parts])
+        if not all(bool(value.isfinite().all()) for value in summed.values()):
+            raise ConfigError(
+                f"the weights {dict(weights)} are too large: the weighted sum has values that are not finite"
+            )
+        total = self._hold(summed)
         self._check_room(weights, total)
         with self._lock:
             # An adapter that was unloaded meanwhile must not be kept alive by a sum.
@@ -220,8 +232,13 @@ def _checked_weights(choice: Mapping[str, Any]) -> dict[str, float]:
         )
     weights = {}
     for name, weight in choice.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
+        # What NumPy and PyTorch take for a number is one, too.
+        number = not isinstance(weight, bool | str) and hasattr(weight, "__float__")
+        try:
+            value = float(weight) if number else math.nan
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # of several, or too large
+            value = math.nan
+        if not math.isfinite(value):
             raise ConfigError(f"the weight of adapter {name!r} is {weight!r}: give a finite number")
-        weights[name] = float(weight)
+        weights[name] = value
     return weights

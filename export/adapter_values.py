@@ -160,7 +160,8 @@ def _folder_site(
     if not {"A", "B"} <= parts.keys():
         lacks = "B" if "A" in parts else "A"
         raise CheckpointError(f"{name} lacks its factor {lacks}: save the adapter again")
-    a = parts["A"]
+    a, b = parts["A"], parts["B"]
+    _check_pair(name, a, b)
     conv = a.dim() > 2
     if conv:
         groups = known.groups if known else len(a) // max(1, parts["B"].shape[1])
@@ -173,6 +174,15 @@ def _folder_site(
         turned = scaled if conv or role == "bias" else scaled.T
         values[join(name, SUFFIXES[role])] = turned.contiguous()
     return values
+
+
+def _check_pair(name: str, a: Tensor, b: Tensor) -> None:
+    fits = a.dim() == b.dim() >= 2 and (a.dim() > 2 or a.shape[0] == b.shape[1])
+    if not fits or not (a.is_floating_point() and b.is_floating_point()):
+        raise CheckpointError(
+            f"{name} has A {list(a.shape)} of {a.dtype} and B {list(b.shape)} of {b.dtype}: they are no pair "
+            "of factors [r, in] and [out, r]"
+        )
 
 
 def _grouped(name: str, a: Tensor, groups: int) -> Tensor:

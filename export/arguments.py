@@ -141,6 +141,10 @@ class FlatModel(nn.Module):
         """Call the model in another way: ``call(model, *args, **kwargs)``."""
         return call(self.model, *args, **kwargs)
 
+    def over(self, model: nn.Module) -> FlatModel:
+        """The same call of another model."""
+        return FlatModel(model, self.arguments, self.call).eval()
+
     def extras(self) -> tuple[Extra, ...]:
         """What it takes after the tensors of the call."""
         return ()

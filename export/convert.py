@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
@@ -18,8 +21,10 @@ from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.overridable import make_overridable
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
 from lora_fx.export.repair import repaired
-from lora_fx.export.trace import Trace
+from lora_fx.export.source import place_of
+from lora_fx.export.trace import Trace, headline
 from lora_fx.export.translations import translation_table
 
 if TYPE_CHECKING:
@@ -27,15 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConversionError", "convert", "torch_export_context"]
 
-_RANDOM_OPS = {
-    "Bernoulli",
-    "Dropout",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
+_FAILED_NODE = re.compile(r"Error when translating node %(?P<name>\w+)")
 
 
 class ConversionError(ExportError):
@@ -54,19 +51,18 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
         ExportError: torch.onnx has no translation for something, or the graph is random.
     """
     twin, outputs = prepared.model.model, prepared.outputs
-    manifest = prepared.manifest
-    program = _translate(trace, len(outputs), opset)
-    _refuse_randomness(program, type(twin).__name__)
-    _repair_folded_dtypes(program)
     prefix = FlatModel.PREFIX
+    refuse_train_mode(trace.program, prefix)
+    program = _translate(trace, len(outputs), opset)
+    refuse_randomness(program, prefix)
+    _repair_folded_dtypes(program)
     name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
     expand_grouped(program)
     name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
-    _stamp(program, trace, prepared.dtype, opset)
-    program.metadata_props.update(prepared.metadata)
-    if manifest is not None:
-        make_overridable(program, manifest)
+    _stamp(program, trace, prepared, opset)
+    if prepared.manifest is not None:
+        make_overridable(program, prepared.manifest)
     return program
 
 
@@ -79,7 +75,14 @@ def torch_export_context() -> Iterator[None]:
         # torch's own use of its own deprecated names, on every export.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnxscript")
-        yield
+        # Of empty lists that torchlib itself writes.
+        converting = logging.getLogger("onnx_ir._convenience")
+        level = converting.level
+        converting.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            converting.setLevel(level)
 
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
@@ -97,12 +100,32 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
                 custom_translation_table=translation_table(trace.program),
             )
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ConversionError(f"torch.onnx cannot convert the model: {cause}") from error
+        raise ConversionError(_failure(trace, error)) from error
     assert program is not None
     return program.model
+
+
+def _failure(trace: Trace, error: Exception) -> str:
+    """What torch.onnx says, with the operation, the module and the line that it says it of."""
+    chain = [error]
+    while isinstance(chain[-1].__cause__, Exception):
+        chain.append(chain[-1].__cause__)
+    found = (_FAILED_NODE.search(str(one)) for one in chain)
+    node = next((_decomposed(trace, one["name"]) for one in found if one is not None), None)
+    what = "the model" if node is None else str(place_of(node, FlatModel.PREFIX))
+    return (
+        f"torch.onnx cannot convert {what}: {headline(chain[-1])}. Compute it with other operations, "
+        f"or leave it out of what is exported"
+    )
+
+
+def _decomposed(trace: Trace, name: str) -> fx.Node | None:
+    # torch.onnx names a node of what it made of the program, which it does not give out.
+    for program in (trace.program, trace.program.run_decompositions()):
+        found: list[fx.Node] = [node for node in program.graph.nodes if node.name == name]
+        if found:
+            return found[0]
+    return None
 
 
 def _repair_folded_dtypes(model: ir.Model) -> None:
@@ -122,18 +145,7 @@ def _repair_folded_dtypes(model: ir.Model) -> None:
                 value.type = ir.TensorType(wanted)
 
 
-def _refuse_randomness(model: ir.Model, owner: str) -> None:
-    for node in model.graph.all_nodes():
-        if node.op_type not in _RANDOM_OPS:
-            continue
-        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", owner)
-        raise ExportError(
-            f"the model is random in eval mode: {node.op_type} in {scope}. Was its graph captured "
-            f"in train mode, or does it call F.dropout without training=self.training?"
-        )
-
-
-def _stamp(model: ir.Model, trace: Trace, dtype: str, opset: int) -> None:
+def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> None:
     version = importlib.metadata.version("lora-fx")
     model.producer_name = "lora-fx"
     model.producer_version = version
@@ -141,7 +153,9 @@ def _stamp(model: ir.Model, trace: Trace, dtype: str, opset: int) -> None:
         {
             "lora_fx.version": version,
             "lora_fx.opset": str(opset),
-            "lora_fx.dtype": dtype,
+            "lora_fx.dtype": prepared.dtype,
             "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
+            **prepared.origin,
+            **prepared.metadata,
         }
     )

@@ -52,7 +52,8 @@ class CachedDecoder:
                 "the session without it to generate"
             )
         self._session = session
-        self._adapter = adapter
+        # One for the whole text, also if another is loaded by its name meanwhile.
+        self._held = session._chosen(adapter)
         self._ports = {port.name: port for port in session.inputs}
         self._outputs = [port.name for port in session.outputs]
         self._kept = [name for name in self._outputs if name.startswith(_PRESENT)]
@@ -103,7 +104,7 @@ class CachedDecoder:
         return fixed
 
     def _run(self, session: OnnxSession, feeds: Mapping[str, Any]) -> list[Any]:
-        return session._execute(feeds, self._adapter, session._device, host=("logits",))
+        return session._execute(feeds, self._held[session], session._device, host=("logits",))
 
     def _value(self, port: Port, value: Tensor) -> Any:
         return feed(self._session._runtime, port, value, self._session._device)

@@ -1,7 +1,9 @@
 """Fresh inputs by axis, for a model of which no more is known than one call.
 
 Values in the example's range, at three kinds of shape: the example's, larger in every dynamic axis,
-and a batch of one with shorter sequences.
+and a batch of one with shorter sequences. Whole numbers can mean more than their range says (as many
+marker tokens as there are patches of an image): where a model refuses others, those of the example
+are used, in other rows.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ParityError
-from lora_fx.export.cases import Case, Checked, Sizes
-from lora_fx.export.trace import Axis, Trace
+from lora_fx.export.axes import Axis
+from lora_fx.export.cases import Case, Checked, Outputs, Sizes
+from lora_fx.export.trace import Trace
 
 __all__ = ["drawn_cases"]
 
-_Outputs: TypeAlias = list[tuple[str, Tensor]]
 _Resize: TypeAlias = Callable[[Axis, int], int]
 
 
 def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iterator[Case]:
     """Calls that PyTorch takes, with what it makes of them.
 
-    Where there is an attention mask, only positions that it admits count.
+    Where there is an attention mask, only positions that it admits count: what a model returns for
+    padding is arbitrary.
 
     Args:
         model: In eval mode.
@@ -39,7 +42,7 @@ def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iter
     draw = _Draw(model, trace, skipped)
     for resize in (_same, _larger, _smaller):
         inputs, expected = draw.accepted(resize)
-        yield Case(inputs, expected, _admitted(names, inputs, expected))
+        yield Case(inputs, expected, _admitted(names, inputs, expected), draw.note)
 
 
 class _Draw:
@@ -50,9 +53,14 @@ class _Draw:
         self.trace = trace
         self.skipped = skipped
         self.generator = torch.Generator().manual_seed(0)
-        self.order = {symbol: index for index, symbol in enumerate(trace.symbols)}
+        # By name: axes of one name are one size to whoever reads the file, traced as one or not.
+        self.order = {
+            name: index for index, name in enumerate(dict.fromkeys(trace.symbols.values()))
+        }
+        self.kept: list[str] = []  # inputs whose values are the example's
+        self.note = ""
 
-    def accepted(self, resize: _Resize) -> tuple[list[Tensor], _Outputs]:
+    def accepted(self, resize: _Resize) -> tuple[list[Tensor], Outputs]:
         """All dynamic axes resized, else one by one those that PyTorch lets be resized."""
         every = set(self.order)
         # Sizes that no other axis has show an axis that was taken for another; a model may still
@@ -64,32 +72,49 @@ class _Draw:
         chosen: set[str] = set()
         result = self.run(self.sizes(chosen, resize, {}))
         if result is None:
-            raise ParityError(
-                "PyTorch refuses fresh values at the shapes of the example: "
-                + "; ".join(self.skipped.values())
-            )
-        for symbol in self.order:
-            bigger = self.run(self.sizes(chosen | {symbol}, resize, {}))
+            self.keep_more()
+            return self.accepted(resize)
+        for name in self.order:
+            bigger = self.run(self.sizes(chosen | {name}, resize, {}))
             if bigger is not None:
-                chosen.add(symbol)
+                chosen.add(name)
                 result = bigger
         return result
 
-    def sizes(self, symbols: set[str], resize: _Resize, offsets: Mapping[str, int]) -> Sizes:
+    def keep_more(self) -> None:
+        """Use whole numbers of the example: first without the masks, then these, too."""
+        names, tensors = self.trace.arguments.names, self.trace.arguments.tensors
+        pairs = zip(names, tensors, strict=True)
+        whole = [name for name, tensor in pairs if not tensor.is_floating_point()]
+        reasons = "; ".join(dict.fromkeys(self.skipped.values()))
+        for kept in ([name for name in whole if "mask" not in name], whole):
+            if len(kept) > len(self.kept):
+                self.kept = kept
+                break
+        else:
+            raise ParityError(
+                f"PyTorch refuses fresh values at the shapes of the example: {reasons}"
+            )
+        self.note = (
+            f"{', '.join(kept)}: rows of the example, since PyTorch refuses fresh values: {reasons}"
+        )
+        self.skipped.clear()
+
+    def sizes(self, names: set[str], resize: _Resize, offsets: Mapping[str, int]) -> Sizes:
         return tuple(
             tuple(
-                resize(axis, offsets.get(axis.symbol, 0)) if axis.symbol in symbols else axis.size
+                resize(axis, offsets.get(axis.name, 0)) if axis.name in names else axis.size
                 for axis in axes
             )
             for axes in self.trace.axes
         )
 
-    def run(self, sizes: Sizes) -> tuple[list[Tensor], _Outputs] | None:
+    def run(self, sizes: Sizes) -> tuple[list[Tensor], Outputs] | None:
         if sizes in self.skipped:
             return None
         arguments = self.trace.arguments
         inputs = [
-            _fresh(name, tensor, size, self.generator)
+            self.drawn(name, tensor, size)
             for name, tensor, size in zip(arguments.names, arguments.tensors, sizes, strict=True)
         ]
         try:
@@ -98,6 +123,11 @@ class _Draw:
         except Exception as error:  # noqa: BLE001  # a model refuses a size in its own way
             self.skipped[sizes] = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return None
+
+    def drawn(self, name: str, like: Tensor, size: tuple[int, ...]) -> Tensor:
+        if name in self.kept:
+            return _rows(like, size)
+        return _fresh(name, like, size, self.generator)
 
 
 def _same(axis: Axis, offset: int) -> int:
@@ -123,6 +153,22 @@ def _fresh(name: str, like: Tensor, size: tuple[int, ...], generator: torch.Gene
     if fresh is None:
         fresh = _values(example, size, generator)
     return fresh.to(device=like.device, dtype=like.dtype)
+
+
+def _rows(example: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The rows of the example, moved by one, repeated for a larger batch.
+
+    Shorter ones lose their end, longer ones repeat their last entry: which is mostly text, where
+    markers come first.
+    """
+    if example.ndim == 0 or example.numel() == 0:
+        return example.new_zeros(size) if example.ndim else example
+    for axis, wanted in enumerate(size):
+        places = torch.arange(wanted, device=example.device)
+        have = example.shape[axis]
+        places = (places + 1) % have if axis == 0 else places.clamp(max=have - 1)
+        example = example.index_select(axis, places)
+    return example
 
 
 def _mask(example: Tensor, size: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
@@ -162,7 +208,7 @@ def _values(example: Tensor, size: tuple[int, ...], generator: torch.Generator) 
 
 
 def _admitted(
-    names: Sequence[str], inputs: Sequence[Tensor], expected: _Outputs
+    names: Sequence[str], inputs: Sequence[Tensor], expected: Outputs
 ) -> dict[str, Tensor]:
     """Of each output the positions that all attention masks admit."""
     valid: dict[str, Tensor] = {}

@@ -11,9 +11,9 @@ from torch.export import Dim
 
 from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.export.manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.origin import base_name
 from lora_fx.export.swappable import ADAPTER, Swappable
 from lora_fx.passes._factors import factor_names
-from lora_fx.passes._region import original_class
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite, join
 
@@ -42,8 +42,9 @@ class FactorModel(FlatModel):
         call: Callable[..., object] = nn.Module.__call__,
     ) -> None:
         super().__init__(model, arguments, call)
+        self._made = made
         self.manifest = Manifest(
-            _base_name(model), tuple(site_inputs(model, row) for row in made.rows)
+            base_name(model), tuple(site_inputs(model, row) for row in made.rows)
         )
         self.adapter_inputs = tuple(self.manifest.inputs.values())
         self.device = next(model.parameters()).device
@@ -66,6 +67,10 @@ class FactorModel(FlatModel):
         given = zip(self._places, self.adapter_inputs, factors, strict=True)
         values = {f"model.{name}": flip(one, tensor) for name, one, tensor in given}
         return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
+
+    def over(self, model: nn.Module) -> FactorModel:
+        """The same call of another copy of its model."""
+        return FactorModel(self._made, model, self.arguments, self.call).eval()
 
     def extras(self) -> tuple[Extra, ...]:
         """The adapter inputs as torch.export sees them.
@@ -167,11 +172,3 @@ def _parameters(row: PlannedSite) -> list[str]:
     names = factor_names(row)
     present = [name for name in (names.a, names.b, names.bias, names.magnitude) if name]
     return [join(row.site.holder, name, ADAPTER) for name in present]
-
-
-def _base_name(model: nn.Module) -> str:
-    """The class of a model, and what it was loaded from."""
-    kind = original_class(model).__name__
-    config = getattr(model, "config", None)
-    name = vars(model).get("name_or_path") or getattr(config, "_name_or_path", "")
-    return f"{kind} ({name})" if name else kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
     flat_axes = [axis for row in trace.axes for axis in row]
     tried = parity.tried if parity else []
     skipped = parity.skipped if parity else {}
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
     return {
-        "nodes": sum(1 for _ in model.graph.all_nodes()),
+        "nodes": operators.total(),
+        "operators": dict(operators.most_common()),
         "initializers": len(model.graph.initializers),
         "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
         "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},
@@ -43,14 +46,17 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
         },
         "baked_arguments": dict(trace.arguments.baked),
         "verified": parity is not None,
+        "reference": parity.reference if parity else "",
         "parity": tuple(parity.rows.values()) if parity else (),
         "shapes_tried": tuple(dict(zip(names_of, sizes, strict=True)) for sizes in tried),
+        "values_tried": parity.note if parity else "",
         "shapes_skipped": {
             ", ".join(f"{name} {list(size)}" for name, size in zip(names_of, sizes, strict=True)): (
                 reason
             )
             for sizes, reason in skipped.items()
         },
+        "metadata": dict(model.metadata_props),
         "versions": _versions(),
     }
 

@@ -58,7 +58,7 @@ class Generates:
             repetition_penalty: What the logits of tokens that were there are divided by.
             eos_token_id: The token or tokens that end a text; an empty list for none.
             pad_token_id: What follows in rows that end before others.
-            generation_config: Fields of a ``GenerationConfig`` in place of those in the file.
+            generation_config: A ``GenerationConfig``, or a dict of its fields, in place of that in the file.
             generator: For the draws. Without it they come from torch's own, as in transformers.
             logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to
                 scores; those of transformers are such.

@@ -63,7 +63,7 @@ def generate(
         ExportError: See there.
     """
     remembered = _remembered(session)
-    defaults = remembered["defaults"] if generation_config is None else generation_config
+    defaults = remembered["defaults"] if generation_config is None else _fields(generation_config)
     settings = GenerationSettings.of(defaults, changes)
     given = {name: value for name, value in inputs.items() if value is not None}
     arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
@@ -104,6 +104,17 @@ def generate(
     return ids.numpy() if arrays else ids.to(device)
 
 
+def _fields(config: Any) -> Mapping[str, Any]:
+    """The fields of a ``GenerationConfig`` of transformers, or of a dict of them."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ExportError(
+            f"generation_config is a {type(config).__name__}: give a GenerationConfig or a dict of its fields"
+        )
+    return config
+
+
 def _remembered(session: OnnxSession) -> dict[str, Any]:
     text = session.metadata.get(GENERATION_KEY)
     if text is None:
@@ -120,7 +131,10 @@ def _tensor(name: str, value: object) -> Tensor:
         return torch.from_numpy(value)
     if isinstance(value, Tensor):
         return value.detach().cpu()
-    raise ExportError(f"'{name}' is a {type(value).__name__}: give a numpy array or a tensor")
+    raise ExportError(
+        f"'{name}' is a {type(value).__name__}, and inputs are numpy arrays or tensors. If it is a setting: "
+        "those that generate has no argument for go into generation_config={...}"
+    )
 
 
 def _tokens(name: str, value: Tensor) -> Tensor:
@@ -128,6 +142,11 @@ def _tokens(name: str, value: Tensor) -> Tensor:
         raise ExportError(
             f"'{name}' is {str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}: "
             f"give whole numbers of shape [batch, sequence], at least one of them"
+        )
+    if int(value.min()) < 0:
+        # ONNX counts them from the end, and would answer.
+        raise ExportError(
+            f"'{name}' holds {int(value.min())}, which is no token: are those the labels (-100)?"
         )
     return value.long()
 

@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from lora_fx.errors import ExportError, ParityError
-from lora_fx.export.convert import ConversionError, convert, torch_export_context
-from lora_fx.export.facts import graph_facts
-from lora_fx.export.placement import Staging, check_target, staging
-from lora_fx.export.prepare import Prepared, prepare, prepare_swappable
+from lora_fx.errors import ExportError
+from lora_fx.export.build import Options, build
+from lora_fx.export.placement import check_target, staging
+from lora_fx.export.prepare import prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
+from lora_fx.export.scratch import Scratch
 from lora_fx.export.stages import Stages
 from lora_fx.export.tasks.registry import find_task
-from lora_fx.export.trace import headline, trace
 from lora_fx.export.twin import DTYPES
-from lora_fx.export.verify import Verdict
-from lora_fx.export.verify import verify as verify_file
-from lora_fx.export.write import EXTERNAL_DATA_BYTES, write
+from lora_fx.export.values import refuse_nan
+from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 
-__all__ = ["BF16_OPSET", "DEFAULT_OPSET", "export_onnx"]
+__all__ = ["export_onnx"]
 
-_log = logging.getLogger("lora_fx")
-
-DEFAULT_OPSET = 20
-BF16_OPSET = 22  # the first in which convolutions and pooling take bf16
 _OPSETS = (18, 19, 20, 21, 22, 24)
+
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def export_onnx(
@@ -53,6 +49,7 @@ def export_onnx(
     force: bool = False,
     progress: Callable[[str], None] | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write ``model`` as an ONNX file that was checked against PyTorch.
 
@@ -77,7 +74,8 @@ def export_onnx(
             (for a plain model: at every linear operation but the head). ``save_onnx_adapter`` writes
             adapters for it, and ``OnnxSession`` runs them.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
-            None to keep what it has.
+            None to keep what it has. A half-precision file is compared with the model in fp32, its
+            weights rounded to half precision; the tolerance is that of the dtype.
         dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
             is equal to the model, the first axis, or none; else input name to a mapping
             of axis to a name, all other axes being fixed.
@@ -86,7 +84,9 @@ def export_onnx(
             other shapes.
         force: Replace an existing file.
         progress: Called with the name of each stage as it begins.
-        external_data_bytes: Bytes of weights from which they are written to a second file.
+        external_data_bytes: Bytes of weights from which they are written to files of their
+            own, beside ``path``: 256 MiB by default.
+        shard_bytes: Bytes of one such file: 4 GB by default.
 
     Returns:
         What was written, which axes are dynamic and why others are not, and how close it is.
@@ -111,83 +111,25 @@ def export_onnx(
     _require_packages()
     clock = Stages(progress)
 
-    clock.start("capturing the model")
-    preparing = prepare if adapters == "merge" else prepare_swappable
-    *beside, main = preparing(model, example_inputs, dtype, task)
-    options = _Options(opset, verify, external_data_bytes, clock)
-    with staging(target) as stage:
+    # torch.export and torch.onnx keep what they are at in global state: one after the other.
+    with _ONE_AT_A_TIME, staging(target) as stage:
+        keep = Scratch(stage).keep
+        options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
+        clock.start("capturing the model")
+        refuse_nan(model)
+        preparing = prepare if adapters == "merge" else prepare_swappable
+        *beside, main = preparing(model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None
         for prepared in beside:
             place = stage.companion(prepared.name)
-            encoder = _write_part(prepared, None, place, options)
+            encoder = build(prepared, place, options)
             main = main.beside(prepared.name, place.target.name)
             clock.start("capturing the model")
-        report = _write_part(main, dynamic_shapes, stage, options)
+        report = build(main, stage, options, dynamic_shapes)
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
     return dataclasses.replace(report, task=task, seconds=clock.seconds, encoder=encoder)
-
-
-@dataclass(frozen=True)
-class _Options:
-    opset: int | None
-    verify: bool
-    external_data_bytes: int
-    clock: Stages
-
-
-def _write_part(
-    prepared: Prepared, dynamic_shapes: object, stage: Staging, options: _Options
-) -> ExportReport:
-    """Write one file into its staging folder and compare it there."""
-    clock, opset = options.clock, options.opset
-    if dynamic_shapes is None:
-        dynamic_shapes = prepared.dynamic_shapes
-    if opset is None:
-        opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
-    with torch_export_context():
-        traced = trace(prepared.model, prepared.arguments, dynamic_shapes)
-    failures: list[str] = []
-    while True:
-        assert traced is not None
-        try:
-            clock.start("converting to ONNX")
-            program = convert(traced, prepared, opset)
-            clock.start("writing the file")
-            size, external = write(program, stage, options.external_data_bytes)
-            verdict = Verdict(reason="verify=False")
-            if options.verify:
-                clock.start("comparing with PyTorch in ONNX Runtime")
-                verdict = verify_file(prepared, traced, stage.model)
-            break
-        except (ConversionError, ParityError) as error:
-            # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
-            failures.append(f"{traced.description}: {headline(error)}")
-            clock.start("capturing the model with fewer dynamic axes")
-            with torch_export_context():
-                traced = trace(
-                    prepared.model,
-                    prepared.arguments,
-                    dynamic_shapes,
-                    failures,
-                    traced.attempt + 1,
-                )
-            if traced is None:
-                raise
-            _log.warning("export with fewer dynamic axes: %s", failures[-1])
-    return ExportReport(
-        path=str(stage.target),
-        size_bytes=size,
-        data_file=stage.data.name if external else None,
-        opset=opset,
-        dtype=prepared.dtype,
-        unverified_reason=verdict.reason,
-        provider=verdict.provider,
-        seconds={},
-        swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
-        **graph_facts(traced, program, verdict.parity),
-    )
 
 
 def _check_arguments(model: object, adapters: str, dtype: str | None, opset: int | None) -> None:

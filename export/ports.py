@@ -89,6 +89,9 @@ def feed(runtime: Any, port: Port, value: Any, device: Device = CPU) -> Any:
         raise ExportError(
             f"input '{port.name}' is a {type(value).__name__}: give a numpy array or a tensor"
         )
+    if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+        kind = "has no values (meta)" if value.is_meta else f"is {value.layout}"
+        raise ExportError(f"input '{port.name}' {kind}: give a dense tensor on a device")
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != port.dtype:
         raise ExportError(

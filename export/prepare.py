@@ -10,13 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
 from lora_fx.export.cases import Cases
+from lora_fx.export.casts import Casts
 from lora_fx.export.factor_model import FactorModel
 from lora_fx.export.manifest import Manifest
+from lora_fx.export.origin import origin_of
 from lora_fx.export.swappable import Swappable, base_of, swappable, with_adapter
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.registry import find_task
@@ -38,6 +40,7 @@ class Prepared:
         arguments: The call that is traced.
         outputs: Names of the outputs, in order.
         dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
+        origin: Metadata entries about the base model and the adapters that are merged into it.
         dynamic_shapes: Input name to its dynamic axes where a task says so, else None.
         name: What the file holds; "" for the one that a session opens.
         cases: The calls on which the file is compared, None to draw them by axis.
@@ -52,6 +55,7 @@ class Prepared:
     arguments: Arguments
     outputs: tuple[str, ...]
     dtype: str
+    origin: Mapping[str, str]
     base: FlatModel
     manifest: Manifest | None = None
     adapters: Mapping[str, Callable[[], FlatModel]] = field(default_factory=dict)
@@ -67,7 +71,11 @@ class Prepared:
 
 
 def prepare_swappable(
-    model: nn.Module, example_inputs: object, dtype: str | None = None, task: str | None = None
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
 ) -> tuple[Prepared, ...]:
     """:func:`prepare` for files whose adapters are inputs.
 
@@ -76,22 +84,28 @@ def prepare_swappable(
         NoMatchError: A plain model has no linear operation.
     """
     model = unwrapped(model)
+    casts = Casts(keep)  # one for all copies: they have the same weights
     # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
-    made = swappable(model if record_of(model) else exportable_twin(model))
-    bases = prepare(base_of(model), example_inputs, dtype, task)
-    twin = exportable_twin(made.model, dtype)
-    return tuple(_with_inputs(base, model, made, twin, dtype) for base in bases)
+    made = swappable(model if record_of(model) else exportable_twin(model, None, casts))
+    bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
+    twin = exportable_twin(made.model, dtype, casts)
+    return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
 
 
 def _with_inputs(
-    base: Prepared, model: nn.Module, made: Swappable, twin: nn.Module, dtype: str | None
+    base: Prepared,
+    model: nn.Module,
+    made: Swappable,
+    twin: nn.Module,
+    dtype: str | None,
+    casts: Casts,
 ) -> Prepared:
     call = base.model.call
     flat = FactorModel(made, twin, base.arguments, call).eval()
     record = record_of(model)
 
     def active(name: str) -> FlatModel:
-        adapted = exportable_twin(with_adapter(model, name), dtype)
+        adapted = exportable_twin(with_adapter(model, name), dtype, casts)
         return FlatModel(adapted, base.arguments, call).eval()
 
     return dataclasses.replace(
@@ -104,7 +118,11 @@ def _with_inputs(
 
 
 def prepare(
-    model: nn.Module, example_inputs: object, dtype: str | None = None, task: str | None = None
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
 ) -> tuple[Prepared, ...]:
     """Merge, copy and cast a model, and run it once.
 
@@ -112,6 +130,7 @@ def prepare(
         model: Any module. It is not changed.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
         dtype: "fp32", "fp16", "bf16", or None to keep what it has.
+        keep: Takes each weight that is made anew, see ``Scratch.keep``.
         task: What it is exported for, None to export it as it is called.
 
     Returns:
@@ -120,17 +139,28 @@ def prepare(
     Raises:
         ExportError: The model cannot be copied, does not run on the inputs, or does not do the task.
     """
-    twin = exportable_twin(_merged(unwrapped(model)), dtype)
+    model = unwrapped(model)
+    casts = Casts(keep)
+    merged = _prepared(_merged(model, keep), example_inputs, dtype, casts, task)
+    origin = origin_of(model)
+    return tuple(dataclasses.replace(one, origin=origin) for one in merged)
+
+
+def _prepared(
+    model: nn.Module, example_inputs: object, dtype: str | None, casts: Casts, task: str | None
+) -> tuple[Prepared, ...]:
+    """The files of a model without adapters."""
+    twin, origin = exportable_twin(model, dtype, casts), origin_of(model)
     arguments = Arguments.of(twin, example_inputs)
     if dtype is not None:
         arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
     if task is not None:
         parts = find_task(task)(twin, _by_name(arguments))
-        return tuple(_prepared(twin, part) for part in parts)
+        return tuple(_of_part(twin, part, origin) for part in parts)
     for name, value in arguments.baked.items():
         _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
     flat, arguments, outputs = _first_run(FlatModel(twin, arguments))
-    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin), flat),)
+    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin), origin, flat),)
 
 
 def _by_name(arguments: Arguments) -> dict[str, Any]:
@@ -138,7 +168,7 @@ def _by_name(arguments: Arguments) -> dict[str, Any]:
     return dict(zip(arguments.names, arguments.tensors, strict=True)) | constants
 
 
-def _prepared(twin: nn.Module, part: Part) -> Prepared:
+def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared:
     flat = FlatModel(twin, Arguments.of(twin, part.inputs), part.call)
     flat, arguments, outputs = _first_run(flat)
     return Prepared(
@@ -146,6 +176,7 @@ def _prepared(twin: nn.Module, part: Part) -> Prepared:
         arguments,
         tuple(outputs),
         dtype_name(twin),
+        origin,
         flat,
         dynamic_shapes=part.dynamic_shapes,
         name=part.name,
@@ -154,12 +185,12 @@ def _prepared(twin: nn.Module, part: Part) -> Prepared:
     )
 
 
-def _merged(model: nn.Module) -> nn.Module:
+def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
     if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
         return model
     from lora_fx.passes.merge import merge
 
-    merged, report = merge(model)
+    merged, report = merge(model, keep=keep)
     _log.info("export: %s", report)
     return merged
 

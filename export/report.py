@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["ExportReport", "OutputParity"]
+__all__ = ["ExportReport", "OutputParity", "short", "worse", "worst_by_layer"]
 
 _Entry = TypeVar("_Entry")
 _LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
@@ -24,12 +24,16 @@ class OutputParity:
         max_abs_error: Largest absolute difference.
         max_rel_error: That difference over the largest magnitude of the output.
         tolerance: What ``max_rel_error`` may be; 0 for outputs that must be equal.
+        pytorch_rel_error: For a half-precision file, how far PyTorch in that precision is from the
+            reference, else None. Where it is far over the tolerance, providers that round after
+            each operation will be, too.
     """
 
     name: str
     max_abs_error: float
     max_rel_error: float
     tolerance: float
+    pytorch_rel_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ class ExportReport:
 
     Attributes:
         path: The file that was written.
-        size_bytes: Size of the file and its external data together.
-        data_file: Name of the external data file beside it, or None.
+        files: Name to bytes of every file of this model: the model, and after it those of its
+            weights, if they are not inside. They all have to stay in one folder.
         opset: ONNX opset of the file.
         dtype: "fp32", "fp16", "bf16" or the torch name of what most weights are stored in.
         nodes: Number of nodes of the graph.
+        operators: Operator to the number of its nodes, the most frequent first.
         initializers: Number of stored tensors.
         inputs: Input name to its axes: a name for a dynamic one, a size for a fixed one.
         outputs: The same for outputs.
@@ -54,9 +59,12 @@ class ExportReport:
         unverified_reason: Why not, else "".
         parity: The comparison, one row an output.
         shapes_tried: The input shapes on which it was made.
+        values_tried: What there is to say of the values on which it was made, "" for fresh ones.
         shapes_skipped: Shapes that PyTorch itself refused, with its words.
         provider: Execution provider of the comparison, else "".
+        reference: What the file was compared with, else "".
         seconds: Wall-clock seconds of each stage, in order.
+        metadata: What the file says of itself: version, base model, adapters and their configurations.
         versions: Version of each package that had a part in it.
         task: What it was exported for, None if as the model is called.
         encoder: Of the file with the encoder, which has to stay beside this one; None if there is
@@ -65,11 +73,11 @@ class ExportReport:
     """
 
     path: str
-    size_bytes: int
-    data_file: str | None
+    files: Mapping[str, int]
     opset: int
     dtype: str
     nodes: int
+    operators: Mapping[str, int]
     initializers: int
     inputs: Mapping[str, tuple[int | str, ...]]
     outputs: Mapping[str, tuple[int | str, ...]]
@@ -81,13 +89,26 @@ class ExportReport:
     unverified_reason: str
     parity: tuple[OutputParity, ...]
     shapes_tried: tuple[Mapping[str, tuple[int, ...]], ...]
+    values_tried: str
     shapes_skipped: Mapping[str, str]
     provider: str
+    reference: str
     seconds: Mapping[str, float]
+    metadata: Mapping[str, str]
     versions: Mapping[str, str]
     task: str | None = None
     encoder: ExportReport | None = None
     swappable: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(self.files.values())
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """Names of the files of the weights; none where they are in the model file."""
+        return tuple(self.files)[1:]
 
     @property
     def max_abs_error(self) -> float:
@@ -118,10 +139,10 @@ class ExportReport:
             f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
         )
         lines = [head]
-        if self.data_file:
-            lines.append(f"  weights in {self.data_file}, which has to stay beside it")
-        lines += [f"  input  {name}{_axes(axes)}" for name, axes in _short(self.inputs).items()]
-        lines += [f"  output {name}{_axes(axes)}" for name, axes in _short(self.outputs).items()]
+        if self.data_files:
+            lines.append(f"  weights in {', '.join(self.data_files)}: keep them beside it")
+        lines += [f"  input  {name}{_axes(axes)}" for name, axes in short(self.inputs).items()]
+        lines += [f"  output {name}{_axes(axes)}" for name, axes in short(self.outputs).items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
         if self.task is None:
             # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
@@ -139,33 +160,45 @@ class ExportReport:
         if not self.verified:
             return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
         shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
-        lines = [f"  checked on {self.provider} with {shapes}"]
-        lines.extend(map(_parity_line, _worst(self.parity)))
+        lines = [f"  checked on {self.provider} against {self.reference}, with {shapes}"]
+        if self.values_tried:
+            lines.append(f"  {self.values_tried}")
+        lines.extend(map(_parity_line, worst_by_layer(self.parity)))
         lines += [f"  not tried: {shape}: {why}" for shape, why in self.shapes_skipped.items()]
         return lines
 
 
-def _short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+def short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
     """One entry for all layers of a cache, whose names differ in a number."""
-    short: dict[str, _Entry] = {}
+    found: dict[str, _Entry] = {}
     for name, entry in entries.items():
-        short.setdefault(_LAYER.sub(r"\1.*.", name), entry)
-    return short
+        found.setdefault(_LAYER.sub(r"\1.*.", name), entry)
+    return found
 
 
-def _worst(rows: tuple[OutputParity, ...]) -> list[OutputParity]:
+def worse(one: OutputParity, other: OutputParity) -> OutputParity:
+    """The row of two comparisons of one output."""
+    row = max(one, other, key=lambda entry: entry.max_rel_error)
+    narrow = [r.pytorch_rel_error for r in (one, other) if r.pytorch_rel_error is not None]
+    return dataclasses.replace(row, pytorch_rel_error=max(narrow, default=None))
+
+
+def worst_by_layer(rows: Iterable[OutputParity]) -> list[OutputParity]:
+    """One row for all layers of a cache."""
     worst: dict[str, OutputParity] = {}
     for row in rows:
         row = dataclasses.replace(row, name=_LAYER.sub(r"\1.*.", row.name))
-        before = worst.get(row.name, row)
-        worst[row.name] = max(before, row, key=lambda one: one.max_rel_error)
+        worst[row.name] = worse(worst.get(row.name, row), row)
     return list(worst.values())
 
 
 def _parity_line(row: OutputParity) -> str:
+    narrow = ""
+    if row.pytorch_rel_error is not None:
+        narrow = f", PyTorch in this precision {row.pytorch_rel_error:.1e}"
     return (
         f"  parity {row.name}: max error {row.max_abs_error:.1e} absolute, "
-        f"{row.max_rel_error:.1e} relative (allowed {row.tolerance:.0e})"
+        f"{row.max_rel_error:.1e} relative (allowed {row.tolerance:.0e}{narrow})"
     )
 
 
@@ -178,4 +211,4 @@ def _axes(axes: tuple[int | str, ...]) -> str:
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in _short(shapes).items())
+    return ", ".join(f"{name} {list(shape)}" for name, shape in short(shapes).items())

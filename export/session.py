@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.export.adapter_file import values_of
-from lora_fx.export.adapter_store import AdapterChoice, AdapterStore
+from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.binding import bound_run, settle
 from lora_fx.export.calls import inputs_by_name
 from lora_fx.export.generating import Generates
@@ -37,6 +38,7 @@ class OnnxSession(Generates):
             lie beside it.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them.
+        low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
         tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
             not by default either.
         cuda_graph: Whether to capture a CUDA graph for each combination of input shapes and replay it:
@@ -63,12 +65,15 @@ class OnnxSession(Generates):
         provider: Literal["cuda", "cpu"] = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
+        low_memory: bool = False,
         tf32: bool = False,
         cuda_graph: bool = False,
         max_rank: int | None = None,
     ) -> None:
         if cuda_graph and provider != "cuda":
             raise ConfigError(f"cuda_graph=True is for provider='cuda', found {provider!r}")
+        if tf32 and provider != "cuda":
+            raise ConfigError(f"tf32=True is for provider='cuda', found {provider!r}")
         if max_rank is not None and max_rank < 1:
             raise ConfigError(f"max_rank is {max_rank}: give a whole number of at least 1, or None")
         self.path = Path(path)
@@ -77,11 +82,12 @@ class OnnxSession(Generates):
         if provider == "cuda":
             graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
-        self._session = load(self._runtime, self.path, provider, options)
+        self._session = load(self._runtime, self.path, provider, options, packed=not low_memory)
         self.provider: Literal["cuda", "cpu"] = provider
         self._device = Device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         manifest = Manifest.from_metadata(self.metadata)
+        self._swapping = threading.Lock()  # two files never have adapters of two loads
         self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(port_of(value) for value in self._session.get_outputs())
@@ -89,7 +95,12 @@ class OnnxSession(Generates):
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])
             self.encoder = OnnxSession(
-                beside, provider, provider_options=provider_options, tf32=tf32, max_rank=max_rank
+                beside,
+                provider,
+                provider_options=provider_options,
+                low_memory=low_memory,
+                tf32=tf32,
+                max_rank=max_rank,
             )
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
         if provider == "cuda":
@@ -97,6 +108,12 @@ class OnnxSession(Generates):
 
     def __repr__(self) -> str:
         return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            f"a session of {self.path.name} holds a loaded model and cannot be copied or pickled: open the "
+            "file again (OnnxSession(path)), or share the session, which threads may"
+        )
 
     def placement(self) -> PlacementReport:
         """Which provider runs which node.
@@ -135,8 +152,9 @@ class OnnxSession(Generates):
         manifest = self._store.manifest
         values = values_of(source, adapter_name, manifest)
         what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
-        for part in self._parts():
-            part._store.load(name, values, what)
+        with self._swapping:
+            for part in self._parts():
+                part._store.load(name, values, what)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory.
@@ -144,8 +162,9 @@ class OnnxSession(Generates):
         Raises:
             ConfigError: There is no adapter of this name.
         """
-        for part in self._parts():
-            part._store.unload(name)
+        with self._swapping:
+            for part in self._parts():
+                part._store.unload(name)
 
     def run(
         self,
@@ -185,7 +204,7 @@ class OnnxSession(Generates):
     def _execute(
         self,
         feeds: Mapping[str, Any],
-        adapter: AdapterChoice = None,
+        adapter: AdapterChoice | HeldAdapter = None,
         device: Device = CPU,
         host: Collection[str] = (),
     ) -> list[Any]:
@@ -207,6 +226,11 @@ class OnnxSession(Generates):
             )
         runtime, session = self._runtime, self._session
         return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
+
+    def _chosen(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
+        """An adapter as every file of the model has it at this moment."""
+        with self._swapping:
+            return {part: part._store.chosen(adapter) for part in self._parts()}
 
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +85,18 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("max_length", 1), ("top_k", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not _whole(value) or value < least):
                 raise ExportError(f"{name}={value!r}: give a whole number from {least}")
         for name in ("temperature", "repetition_penalty"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if not _real(value) or not value > 0:
                 raise ExportError(
                     f"{name}={getattr(self, name)!r}: give a number above 0 (the likeliest tokens "
                     f"are what do_sample=False takes)"
                 )
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            if value is not None and not (_real(value) and 0 <= value <= 1):
                 raise ExportError(f"{name}={value!r}: give a probability, from 0 to 1")
 
     @classmethod
@@ -121,9 +123,9 @@ class GenerationSettings:
         ]
         if asked:
             raise ExportError(
-                f"the model's generation_config asks for {', '.join(asked)}, which generate does "
-                f"not do: the tokens would be others than those of model.generate. Pass "
-                f"generation_config={{...}} without it to have them all the same"
+                f"the generation_config (the model's, or the one that was passed) asks for "
+                f"{', '.join(asked)}, which generate does not do: the tokens would be others than those of "
+                f"model.generate. Pass generation_config={{...}} without it to have them all the same"
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         own = {name: value for name, value in values.items() if name in fields}
@@ -166,7 +168,18 @@ class GenerationSettings:
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
-    tokens = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(token, int) for token in tokens):
+    tokens = (
+        tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    )
+    if not all(map(_whole, tokens)):
         raise ExportError(f"{name}={value!r}: give the number of a token, or a list of them")
-    return tokens
+    return tuple(map(int, tokens))
+
+
+def _whole(value: Any) -> bool:
+    """Whether something is a whole number, of NumPy too."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

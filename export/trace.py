@@ -14,39 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Extra, FlatModel
+from lora_fx.export.axes import Axis, axis_name, given_names
+from lora_fx.export.witness import Witness, watched
 
-__all__ = ["Axis", "Trace", "headline", "trace", "widen_batch"]
+__all__ = ["Trace", "headline", "trace", "widen_batch"]
 
 _log = logging.getLogger("lora_fx")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of one input.
-
-    Attributes:
-        size: Its size in the example.
-        name: Its name in the file if it is dynamic, else None.
-        symbol: What torch.export calls it if it is dynamic; equal symbols are equal sizes.
-        high: The largest size the model takes, None if there is no limit.
-        reason: Why it is fixed, "" if it is not.
-    """
-
-    size: int
-    name: str | None = None
-    symbol: str | None = None
-    high: int | None = None
-    reason: str = ""
-
-    @property
-    def label(self) -> int | str:
-        """What the file says: the name of a dynamic axis, the size of a fixed one."""
-        return self.size if self.name is None else self.name
 
 
 @dataclass(frozen=True)
@@ -105,6 +82,8 @@ def trace(
     dynamic_shapes: object = None,
     failed: Sequence[str] = (),
     first: int = 0,
+    *,
+    task: bool = False,
 ) -> Trace | None:
     """Export ``model`` with as many dynamic axes as it allows.
 
@@ -116,6 +95,7 @@ def trace(
             Axes that it leaves out are fixed; those that it names have to be dynamic.
         failed: What came of the ways that were tried already: reasons of the axes that stay fixed.
         first: Which way to try first.
+        task: Whether a task has made ``dynamic_shapes``, not the user.
 
     Returns:
         The first that works; None if ``first`` is beyond the last.
@@ -123,15 +103,15 @@ def trace(
     Raises:
         ExportError: torch.export cannot capture the model, with its reason.
     """
-    labels = _labels(dynamic_shapes, arguments)
+    labels = given_names(dynamic_shapes, arguments)
     extras = model.extras()
     failures = list(failed)
-    attempts = list(enumerate(_attempts(arguments, dynamic_shapes, labels)))[first:]
+    attempts = list(enumerate(_attempts(arguments, dynamic_shapes, labels, task=task)))[first:]
     if not attempts:
         return None
     for attempt, (description, specs) in attempts:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), watched(model.model) as witness:
                 program = torch.export.export(
                     model,
                     (*arguments.tensors, *(extra.example for extra in extras)),
@@ -144,7 +124,8 @@ def trace(
             continue
         for failure in failures:
             _log.warning("export with fewer dynamic axes: %s", failure)
-        found = _read(program, arguments, specs, labels, failures, extras)
+        fixed = _Fixed(failures, witness, task)
+        found = _read(program, arguments, specs, labels, extras, fixed)
         return dataclasses.replace(found, description=description, attempt=attempt)
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({'; '.join(failures)})"
@@ -152,7 +133,11 @@ def trace(
 
 
 def _attempts(
-    arguments: Arguments, dynamic_shapes: object, labels: Sequence[Mapping[int, Any]]
+    arguments: Arguments,
+    dynamic_shapes: object,
+    labels: Sequence[Mapping[int, Any]],
+    *,
+    task: bool,
 ) -> list[tuple[str, tuple[dict[int, Any], ...]]]:
     tensors = arguments.tensors
     if dynamic_shapes is not None:
@@ -161,7 +146,8 @@ def _attempts(
             {axis: Dim.DYNAMIC if axis in named else Dim.STATIC for axis in range(tensor.ndim)}
             for tensor, named in zip(tensors, labels, strict=True)
         )
-        return [("with the given dynamic_shapes", wanted)]
+        named = "the axes of the task" if task else "the given dynamic_shapes"
+        return [(f"with {named}", wanted)]
     every = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
     batch = tuple(
         {axis: Dim.STATIC if axis else Dim.AUTO for axis in range(tensor.ndim)}
@@ -175,46 +161,31 @@ def _attempts(
     ]
 
 
-def _labels(dynamic_shapes: object, arguments: Arguments) -> list[Mapping[int, str]]:
-    names = arguments.names
-    if dynamic_shapes is None:
-        return [{} for _ in names]
-    if isinstance(dynamic_shapes, Mapping):
-        unknown = [name for name in dynamic_shapes if name not in names]
-        if unknown:
-            raise ExportError(
-                f"dynamic_shapes names {', '.join(map(repr, unknown))}, but the inputs are "
-                f"{', '.join(names)}"
-            )
-        given = [dynamic_shapes.get(name) for name in names]
-    elif isinstance(dynamic_shapes, (tuple, list)) and len(dynamic_shapes) == len(names):
-        given = list(dynamic_shapes)
-    else:
-        raise ExportError(
-            f"dynamic_shapes has to be a dict by input name or a sequence of {len(names)} dicts, "
-            f"one for each of {', '.join(names)}"
-        )
-    pairs = zip(given, names, arguments.tensors, strict=True)
-    return [_label(spec, name, tensor) for spec, name, tensor in pairs]
+@dataclass(frozen=True)
+class _Fixed:
+    """Why axes are fixed.
 
+    Attributes:
+        failures: What came of the ways to trace with more dynamic axes.
+        witness: What became of those that were offered.
+        task: Whether a task has said which are dynamic.
+    """
 
-def _label(spec: object, name: str, tensor: Tensor) -> dict[int, str]:
-    if spec is not None and not isinstance(spec, (Mapping, list, tuple)):
-        raise ExportError(f"dynamic_shapes of '{name}' is {spec!r}: give a dict of axis to name")
-    entries = spec if isinstance(spec, Mapping) else dict(enumerate(spec or ()))
-    labels: dict[int, str] = {}
-    for axis, label in entries.items():
-        if not isinstance(axis, int) or not -tensor.ndim <= axis < tensor.ndim:
-            raise ExportError(
-                f"dynamic_shapes gives axis {axis!r} of '{name}', which has shape "
-                f"{list(tensor.shape)}"
-            )
-        if label is None or label is Dim.STATIC:
-            continue
-        axis %= tensor.ndim
-        own = label if isinstance(label, str) else getattr(label, "__name__", "")
-        labels[axis] = own or _axis_name(name, axis, tensor)
-    return labels
+    failures: Sequence[str]
+    witness: Witness
+    task: bool
+
+    def reason(self, size: int, dim: Any, spec: object) -> str:
+        """Of one axis: its size in the example and in the program, and what it was offered as."""
+        if spec is not Dim.STATIC:
+            if size == 1:
+                return "the example has size 1 here, which torch.export takes for a constant"
+            place = self.witness.place(dim)
+            because = "" if place is None else f": {place}"
+            return f"the model works with size {size} only{because}"
+        if self.failures:
+            return f"the export failed {'; '.join(self.failures)}"
+        return "not one that the task varies" if self.task else "not in dynamic_shapes"
 
 
 def _read(
@@ -222,8 +193,8 @@ def _read(
     arguments: Arguments,
     specs: Sequence[Mapping[int, Any]],
     labels: Sequence[Mapping[int, str]],
-    failures: Sequence[str],
     extras: tuple[Extra, ...],
+    fixed: _Fixed,
 ) -> Trace:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     shapes = [values[name].shape for name in program.graph_signature.user_inputs]
@@ -242,11 +213,10 @@ def _read(
         for axis, (size, dim) in enumerate(zip(tensor.shape, shape, strict=True)):
             symbol = str(dim)
             if symbol.isdigit():  # an int, or a SymInt that the model made constant
-                reason = _why_fixed(size, spec[axis], failures)
-                row.append(Axis(size, reason=reason))
+                row.append(Axis(size, reason=fixed.reason(size, dim, spec[axis])))
                 continue
             if symbol not in symbols:
-                wanted = label.get(axis) or _axis_name(name, axis, tensor)
+                wanted = label.get(axis) or axis_name(name, axis, tensor)
                 shared = axis in label or (axis == 0 and size == batch)
                 taken = wanted in symbols.values() and not shared
                 symbols[symbol] = f"{name}_{wanted}" if taken else wanted
@@ -258,26 +228,6 @@ def _read(
         if extra.named_axis is not None
     }
     return Trace(program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=others)
-
-
-def _axis_name(name: str, axis: int, tensor: Tensor) -> str:
-    if axis == 0:
-        return "batch"
-    if tensor.ndim == 4 and tensor.is_floating_point() and axis > 1:
-        return ("height", "width")[axis - 2]
-    if axis == 1 and tensor.ndim in (2, 3):
-        return "sequence"
-    return f"{name}_{axis}"
-
-
-def _why_fixed(size: int, spec: object, failures: Sequence[str]) -> str:
-    if spec is not Dim.STATIC:
-        if size == 1:
-            return "the example has size 1 here, which torch.export takes for a constant"
-        return f"the model works with size {size} only"
-    if failures:
-        return f"the export failed {'; '.join(failures)}"
-    return "not in dynamic_shapes"
 
 
 def headline(error: Exception) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
+from lora_fx.export.casts import Casts
 from lora_fx.passes._sharing import share_copy
 
 __all__ = ["DTYPES", "dtype_name", "exportable_twin", "unwrapped"]
@@ -23,12 +24,13 @@ _CASTABLE = (*DTYPES.values(), torch.float64)
 _KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
 
-def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
+def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Module:
     """Copy the modules of ``model``, share its parameters, and make the copy fit for export.
 
     Args:
         model: Any module.
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
+        casts: Makes the parameters that are cast.
 
     Returns:
         The copy, in eval mode, without key-value caches, mixtures of experts as grouped
@@ -47,7 +49,7 @@ def exportable_twin(model: nn.Module, dtype: str | None = None) -> nn.Module:
     twin.eval()
     _compute_parametrized(twin)
     if target is not None:
-        _cast_parameters(twin, target)
+        _cast_parameters(twin, target, casts)
         _cast_buffers(twin, target)
     for module in twin.modules():
         config = vars(module).get("config")
@@ -110,15 +112,12 @@ def _compute_parametrized(twin: nn.Module) -> None:
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-def _cast_parameters(twin: nn.Module, target: torch.dtype) -> None:
-    cast: dict[int, nn.Parameter] = {}  # a tied weight stays one parameter
+def _cast_parameters(twin: nn.Module, target: torch.dtype, casts: Casts) -> None:
     for module in twin.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dtype not in _CASTABLE or parameter.dtype == target:
                 continue
-            if id(parameter) not in cast:
-                cast[id(parameter)] = nn.Parameter(parameter.to(target), requires_grad=False)
-            module._parameters[name] = cast[id(parameter)]
+            module._parameters[name] = casts(parameter, target)
 
 
 def _cast_buffers(twin: nn.Module, target: torch.dtype) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.casts import Casts
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.reference import Reference
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
 from lora_fx.export.verify_adapters import check_adapters
@@ -34,13 +39,22 @@ class Verdict:
     reason: str = ""
 
 
-def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
+def verify(
+    prepared: Prepared,
+    traced: Trace,
+    file: Path,
+    keep: Callable[[Tensor], Tensor],
+    *,
+    large: bool = False,
+) -> Verdict:
     """Run a file and the model that it was made from on the same fresh inputs.
 
     Args:
         prepared: The model.
         traced: What the file was made from.
         file: The written file.
+        keep: Takes each weight of the reference that is made anew, see ``Scratch.keep``.
+        large: Leave the weights in the file, mapped into memory, although that is slower.
 
     Raises:
         ParityError: They differ.
@@ -48,7 +62,7 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
         ProviderError: There is no ONNX Runtime.
     """
     try:
-        session = OnnxSession(file, "cpu")
+        session = OnnxSession(file, "cpu", low_memory=large)
     except ProviderError:
         if prepared.dtype != "bf16":
             raise
@@ -63,9 +77,10 @@ def verify(prepared: Prepared, traced: Trace, file: Path) -> Verdict:
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
+    casts = Casts(keep)  # one for all references: they have the same weights
     check = check_adapters if prepared.manifest else _check_alone
-    return Verdict(check(prepared, traced, session), session.provider)
+    return Verdict(check(prepared, traced, session, casts), session.provider)
 
 
-def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession) -> Parity:
-    return check_parity(prepared.model, traced, session, prepared.cases)
+def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
+    return check_parity(Reference(prepared.model, casts), traced, session, prepared.cases)

@@ -6,15 +6,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lora_fx.errors import ParityError
 from lora_fx.export.adapter_check import cast_to
 from lora_fx.export.adapter_values import values_of_model
-from lora_fx.export.cases import Cases, Checked
+from lora_fx.export.cases import Cases, Outputs
+from lora_fx.export.casts import Casts
+from lora_fx.export.difference import PrecisionError
 from lora_fx.export.factor_model import FactorModel, random_factors
+from lora_fx.export.manifest import Manifest
 from lora_fx.export.parity import Parity, check_parity
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.reference import Reference
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
 
@@ -23,36 +28,54 @@ __all__ = ["check_adapters"]
 _RANDOM_RANK = 3
 
 
-def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession) -> Parity:
+def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
     """Compare the file with PyTorch: alone, with every adapter of the model, and with a random one.
 
     Args:
         prepared: The model.
         traced: What the file was made from.
         session: The file.
+        casts: Makes the weights of the references of a half-precision file.
 
     Raises:
+        PrecisionError: The model, or an adapter, does not bear the precision of the file.
         ParityError: An output differs, with the adapter that it was with.
     """
     cases = prepared.cases
-    parity = check_parity(prepared.base, traced, session, cases)
+    parity = check_parity(Reference(prepared.base, casts), traced, session, cases)
     manifest = prepared.manifest
     assert manifest is not None
     assert isinstance(prepared.model, FactorModel)
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
-        values = cast_to(manifest, values_of_model(prepared.source, name))
-        _check(parity, f"adapter {name!r}", active(), traced, session, values, cases)
+        values = _in_range(name, manifest, values_of_model(prepared.source, name))
+        model = Reference(active(), casts)
+        _check(parity, f"adapter {name!r}", model, traced, session, values, cases)
     values = random_factors(manifest, _RANDOM_RANK)
-    model = _Handed(prepared.model, values)
-    _check(parity, "a random adapter", model, traced, session, values, cases)
+    random = Reference(_Handed(prepared.model, values), casts)
+    _check(parity, "a random adapter", random, traced, session, values, cases)
     return parity
+
+
+def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of an adapter in the dtypes of the file."""
+    values = cast_to(manifest, exact)
+    for name, value in values.items():
+        if bool(exact[name].isfinite().all()) and not bool(value.isfinite().all()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise PrecisionError(
+                f"adapter {adapter!r} overflows in {dtype}: {name}, with its scale, goes up to "
+                f"{float(exact[name].abs().max()):.3g} (the largest {dtype} number is "
+                f"{torch.finfo(value.dtype).max:.3g}); nothing was written. Export it in another "
+                f"precision"
+            )
+    return values
 
 
 def _check(
     parity: Parity,
     what: str,
-    model: Checked,
+    model: Reference,
     traced: Trace,
     session: OnnxSession,
     values: Mapping[str, Tensor],
@@ -62,7 +85,7 @@ def _check(
     try:
         found = check_parity(model, traced, _With(session, what), cases)
     except ParityError as error:
-        raise ParityError(f"with {what}: {error}") from error
+        raise type(error)(f"with {what}: {error}") from error
     finally:
         session.unload_adapter(what)
     for name, row in found.rows.items():
@@ -82,15 +105,23 @@ class _With:
 
 
 class _Handed:
-    """A model that is handed the same factors at every call."""
+    """A model that is handed the same factors at every call, in the dtype of its weights."""
 
     def __init__(self, model: FactorModel, values: Mapping[str, Tensor]) -> None:
-        self._model = model
+        self._flat = model
+        self._values = values
         self.model = model.model
-        self._values = [values[one.name].to(model.device) for one in model.adapter_inputs]
+        self.arguments = model.arguments
+        inputs = model.adapter_inputs
+        self._factors = [
+            values[one.name].to(model.device, getattr(torch, one.dtype)) for one in inputs
+        ]
 
-    def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-        return self._model.named([*tensors, *self._values])
+    def over(self, model: nn.Module) -> _Handed:
+        return _Handed(self._flat.over(model), self._values)
+
+    def named(self, tensors: Sequence[Tensor]) -> Outputs:
+        return self._flat.named([*tensors, *self._factors])
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
-        return self._model.handed(self._values, call, *args, **kwargs)
+        return self._flat.handed(self._factors, call, *args, **kwargs)

@@ -166,8 +166,9 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
     record = record_of(model)
     if record is None:
         raise error(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has. "
-            "Of a wrapper like DistributedDataParallel give the model inside"
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has (those of "
+            "PEFT's own models are not meant: save_pretrained writes them). Of a wrapper like "
+            "DistributedDataParallel give the model inside"
         )
     return record
 

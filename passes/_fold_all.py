@@ -20,6 +20,7 @@ def fold_all(
     over: Collection[str],
     measure: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> tuple[dict[str, torch.Tensor], tuple[MergedSite, ...]]:
     """Folds weights. Everything that can fail is done before one of them is written over.
 
@@ -29,6 +30,7 @@ def fold_all(
         over: Those that are written over.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
+        keep: Given each new tensor, returns the one to use in its place.
 
     Returns:
         The merged weights that are new tensors, by FQN, and the row of each weight in the report.
@@ -51,7 +53,7 @@ def fold_all(
             before, new = old.clone() if measure else old, old
             change.fold_into(new)
         else:
-            before, new = old, change.folded(old)
+            before, new = old, keep(change.folded(old))
             merged[weight] = new
         sites[weight] = compared(change.name, change.adapters, before, new, exact)
     return merged, tuple(sites[weight] for weight in changes)

@@ -54,6 +54,7 @@ def merge(
     into: nn.Module | None = None,
     measure: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> tuple[nn.Module, MergeReport]:
     """Folds adapters into the weights.
 
@@ -65,6 +66,8 @@ def merge(
             rewritten does, gets a new parameter.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
+        keep: Given each merged weight that is a new tensor, returns one of the same values to use in
+            its place: a caller that is short of memory can put it elsewhere.
 
     Returns:
         The merged model, and the report.
@@ -102,6 +105,7 @@ def merge(
         over=over - own.keys(),
         measure=measure,
         progress=progress,
+        keep=keep,
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)

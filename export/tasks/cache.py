@@ -59,6 +59,13 @@ class CacheLayout:
             for index in self.keys
         }
 
+    def taken(self, past: Past) -> dict[int, dict[str, Tensor]]:
+        """``past`` as an input of the file: what was computed with more digits is rounded."""
+        return {
+            index: {kind: tensor.to(self.dtype) for kind, tensor in layer.items()}
+            for index, layer in past.items()
+        }
+
     def _zeros(self, batch: int, length: int, sizes: tuple[int, int]) -> Tensor:
         heads, width = sizes
         return torch.zeros(batch, heads, length, width, dtype=self.dtype, device=self.device)

@@ -217,7 +217,8 @@ def _cases(model: Checked, *, found: _Example) -> Iterator[Case]:
             mask = source["attention_mask"].clone()
             mask[-1, mask.shape[1] // 2 + 1 :] = 0
             source["attention_mask"] = mask
-        states = model.run(_crossed, **source)["present"]
+        present = model.run(_crossed, **source)["present"]
+        states = found.cross.taken({index: layer["encoder"] for index, layer in present.items()})
         ids = _drawn(whole, (batch, sum(lengths)), generator).to(found.own.device)
         ids[:, 0] = found.start
         own = found.own.zeros(batch, 0)
@@ -228,16 +229,17 @@ def _cases(model: Checked, *, found: _Example) -> Iterator[Case]:
             if found.masked:
                 inputs.append(source["attention_mask"])
             for index, layer in own.items():
-                inputs += [layer["key"], layer["value"], *states[index]["encoder"].values()]
+                inputs += [layer["key"], layer["value"], *states[index].values()]
             outputs = dict(model.named(inputs))
             begun = {"decoder_input_ids": ids[:, :total], "use_cache": False}
             plain = model.run(nn.Module.__call__, **source, **begun)
             outputs["logits"] = plain.logits[:, -1:]
             yield Case(inputs, list(outputs.items()))
-            own = {
+            given = {
                 index: {kind: outputs[f"present.{index}.decoder.{kind}"] for kind in layer}
                 for index, layer in own.items()
             }
+            own = found.own.taken(given)
             done = total
 
 

@@ -185,11 +185,12 @@ def _cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterator[Case]:
             valid = {name: seen[:, None, :, None] for name in found if name != "logits"}
             valid["logits"] = seen[:, done:][:, -keep:, None]
             yield Case(inputs, list(found.items()), valid)
-            past = {
-                index: {kind: found[f"present.{index}.{kind}"] for kind in ("key", "value")}
-                for index in layout.keys
-            }
+            past = layout.taken({index: _present(found, index) for index in layout.keys})
             done = total
+
+
+def _present(outputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {kind: outputs[f"present.{index}.{kind}"] for kind in ("key", "value")}
 
 
 def _plain(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

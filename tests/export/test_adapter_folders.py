@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_fx
@@ -141,6 +142,21 @@ def test_what_a_folder_cannot_say_alone(
     folder = tmp_path / "adapter"
     saved(Convs() if "target_parameters" in options else gpt2(), folder, r=2, **options)
     with pytest.raises(CheckpointError, match=f"{message}.*load_adapter"):
+        save_onnx_adapter(folder, tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("broken", ["rank", "whole numbers", "one axis"])
+def test_factors_that_are_no_pair(tmp_path: Path, broken: str) -> None:
+    folder = tmp_path / "adapter"
+    saved(gpt2(), folder, r=2, target_modules=["c_fc"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if "lora_A" in name)
+    value = tensors[key]
+    cut = {"rank": value[:1], "whole numbers": value.int(), "one axis": value[0]}[broken]
+    save_file({**tensors, key: cut.contiguous()}, file)
+    with pytest.raises(CheckpointError, match=r"c_fc has A .* and B .*no pair"):
         save_onnx_adapter(folder, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

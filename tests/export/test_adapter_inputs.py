@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
+import pickle
 import threading
 import weakref
 from pathlib import Path
@@ -408,6 +410,9 @@ def test_a_truncated_file(tmp_path: Path, session: OnnxSession, model: nn.Module
         ({"plain": math.inf}, "is inf"),
         ({"plain": "much"}, "is 'much': give a finite number"),
         ({"plain": True}, "is True"),
+        ({"plain": 10**400}, "give a finite number"),
+        ({"plain": 1e300}, "too large: the weighted sum"),
+        ({"plain": torch.ones(2)}, r"is tensor\(\[1., 1.\]\): give a finite"),
         (["plain"], "adapter is a list"),
     ],
 )
@@ -415,6 +420,34 @@ def test_choices_that_mean_nothing(session: OnnxSession, choice: Any, message: s
     with pytest.raises(ConfigError, match=message):
         session.run(ids(), adapter=choice)
     assert session.run(ids())["output"].isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.25), torch.tensor(0.25), np.array(0.25)])
+def test_weights_may_be_numbers_of_numpy_and_torch(session: OnnxSession, weight: Any) -> None:
+    want = session.run(ids(), adapter={"plain": 0.25})["output"]
+    assert torch.equal(session.run(ids(), adapter={"plain": weight})["output"], want)
+
+
+def test_values_by_name_are_copied(session: OnnxSession, model: nn.Module) -> None:
+    values = values_of_model(model, "plain")
+    session.load_adapter("own", values)
+    want = session.run(ids(), adapter="own")["output"].clone()
+    for value in values.values():
+        value.zero_()
+    assert torch.equal(session.run(ids(), adapter="own")["output"], want)
+    session.unload_adapter("own")
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_names_are_texts(session: OnnxSession, model: nn.Module, name: Any) -> None:
+    with pytest.raises(ConfigError, match="give a text"):
+        session.load_adapter(name, model, adapter_name="plain")
+
+
+def test_a_session_is_not_copied(session: OnnxSession) -> None:
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match="open the file again"):
+            copied(session)
 
 
 def test_wrong_inputs_with_an_adapter(session: OnnxSession) -> None:
@@ -438,7 +471,7 @@ def test_a_merged_file_takes_no_adapter(tmp_path: Path, model: nn.Module) -> Non
         session.load_adapter("a", model, adapter_name="plain")
     with pytest.raises(ExportError, match=r"m\.onnx takes no adapters"):
         save_onnx_adapter(model, tmp_path / "a", adapter_name="plain", base=tmp_path / "m.onnx")
-    with pytest.raises(ConfigError, match="no adapter 'a': the session has none"):
+    with pytest.raises(ConfigError, match=r"m\.onnx takes no adapters.*adapters='inputs'"):
         session.run(torch.randn(2, 4), adapter="a")
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.export import build
 from tests.mixtures import MODELS  # which imports transformers, and its operation
 from tests.numerics import assert_close
 
@@ -158,3 +162,28 @@ def test_unknown_grouped_product_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.errors.ExportError, match="grouped product is translated for"):
         lora_fx.export_onnx(Batched(), tmp_path / "m.onnx", torch.randn(3, 4, 8).bfloat16())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_weights_of_single_experts_are_no_copies(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = MODELS[name]().eval()
+    stacks = {n: p.detach().numpy() for n, p in base.named_parameters() if p.ndim == 3}
+    shared: dict[str, bool] = {}
+    original = build.write
+
+    def looking(model: ir.Model, *options: Any) -> dict[str, int]:
+        for value in model.graph.initializers.values():
+            stack, _, index = str(value.name).rpartition(".")
+            if stack in stacks and value.const_value is not None:
+                array = value.const_value.numpy()
+                shared[f"{stack}.{index}"] = np.shares_memory(array, stacks[stack][int(index)])
+        return original(model, *options)
+
+    monkeypatch.setattr(build, "write", looking)
+    lora_fx.export_onnx(
+        base, tmp_path / "m.onnx", {"input_ids": IDS}, external_data_bytes=0, verify=False
+    )
+    assert len(shared) == sum(len(stack) for stack in stacks.values())
+    assert all(shared.values())

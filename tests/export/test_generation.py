@@ -187,6 +187,17 @@ def test_a_gpu_says_what_the_cpu_says(exported: Callable[[str], Pair]) -> None:
     assert torch.equal(on_gpu.generate(ids.cuda(), mask.cuda(), max_new_tokens=12).cpu(), expected)
 
 
+def test_numbers_of_numpy_and_a_generation_config_of_transformers(
+    exported: Callable[[str], Pair],
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    _, session = exported("llama")
+    want = session.generate(IDS, max_new_tokens=4)
+    assert torch.equal(session.generate(IDS, max_new_tokens=np.int64(4)), want)
+    config = transformers.GenerationConfig(max_new_tokens=4)
+    assert torch.equal(session.generate(IDS, generation_config=config), want)
+
+
 def test_arrays_in_arrays_out(exported: Callable[[str], Pair]) -> None:
     _, session = exported("llama")
     ids, mask = prompts()
@@ -241,6 +252,8 @@ IDS = torch.tensor([[4, 5, 6]])
         ({"input_ids": IDS.float()}, {}, "'input_ids' is float32"),
         ({"input_ids": IDS[:, :0]}, {}, "at least one"),
         ({"input_ids": [[1, 2]]}, {}, "'input_ids' is a list"),
+        ({"input_ids": IDS - 100}, {}, "holds -.*labels"),
+        ({"input_ids": IDS}, {"num_beams": 4}, "'num_beams' is a int.*generation_config="),
         ({"input_ids": IDS, "attention_mask": IDS[:, :2]}, {}, r"shape \[1, 2\].*\[1, 3\]"),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]])},
@@ -253,6 +266,9 @@ IDS = torch.tensor([[4, 5, 6]])
         ({"input_ids": IDS}, {"max_new_tokens": 0}, "max_new_tokens=0: give a whole number from 1"),
         ({"input_ids": IDS}, {"temperature": 0.0}, "temperature=0.0: give a number above 0"),
         ({"input_ids": IDS}, {"top_p": 1.5}, "top_p=1.5: give a probability"),
+        ({"input_ids": IDS}, {"temperature": "1"}, "temperature='1': give a number"),
+        ({"input_ids": IDS}, {"max_new_tokens": True}, "max_new_tokens=True: give a whole"),
+        ({"input_ids": IDS}, {"generation_config": 3}, "generation_config is a int"),
         ({"input_ids": IDS}, {"top_k": -1}, "top_k=-1: give a whole number from 0"),
         ({"input_ids": IDS}, {"eos_token_id": ["a"]}, "eos_token_id=.*number of a token"),
         ({"input_ids": IDS}, {"generation_config": {"num_beams": 4}}, "asks for num_beams=4"),

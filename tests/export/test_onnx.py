@@ -320,24 +320,23 @@ def test_external_data_loads_runs_and_is_replaced_with_its_model(tmp_path: Path)
     path = tmp_path / "m.onnx"
     model = Tied()
     first = export_onnx(model, path, torch.randint(0, 50, (2, 6)), external_data_bytes=1000)
-    assert first.data_file is not None
-    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", first.data_file}
+    assert {file.name for file in tmp_path.iterdir()} == set(first.files)
     assert first.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert_same(path, model, torch.randint(0, 50, (3, 9)))
     moved = tmp_path / "elsewhere"
     moved.mkdir()
-    for file in (path, tmp_path / first.data_file):
+    for file in map(tmp_path.joinpath, first.files):
         (moved / file.name).write_bytes(file.read_bytes())
     assert_same(moved / "m.onnx", model, torch.randint(0, 50, (3, 9)))
 
     second = export_onnx(
         model, path, torch.randint(0, 50, (2, 6)), external_data_bytes=1000, force=True
     )
-    assert second.data_file != first.data_file
-    assert not (tmp_path / first.data_file).exists()
+    assert not set(second.data_files) & set(first.data_files)
+    assert not (tmp_path / first.data_files[0]).exists()
     assert_same(path, model, torch.randint(0, 50, (3, 9)))
     third = export_onnx(model, path, torch.randint(0, 50, (2, 6)), force=True)
-    assert third.data_file is None
+    assert third.data_files == ()
     assert [file for file in tmp_path.iterdir() if file.is_file()] == [path]
 
 

@@ -13,11 +13,11 @@ from lora_fx.export.report import ExportReport, OutputParity
 
 REPORT = ExportReport(
     path="out/m.onnx",
-    size_bytes=12_345_678,
-    data_file="m.onnx.0011aabb.data",
+    files={"m.onnx": 45_678, "m.onnx.0011aabb.data": 12_300_000},
     opset=20,
     dtype="fp32",
     nodes=123,
+    operators={"MatMul": 120, "Add": 3},
     initializers=38,
     inputs={"input_ids": ("batch", "sequence"), "scale": (1,)},
     outputs={"logits": ("batch", "sequence", 99)},
@@ -27,11 +27,14 @@ REPORT = ExportReport(
     baked_arguments={"factor": "3.0"},
     verified=True,
     unverified_reason="",
-    parity=(OutputParity("logits", 2.5e-6, 1e-7, 1e-4), OutputParity("ids", 0.0, 0.0, 0.0)),
+    parity=(OutputParity("logits", 2.5e-6, 1e-7, 1e-4), OutputParity("ids", 0.0, 0.0, 0.0, 0.25)),
     shapes_tried=({"input_ids": (2, 7), "scale": (1,)}, {"input_ids": (3, 10), "scale": (1,)}),
+    values_tried="input_ids: rows of the example",
     shapes_skipped={"input_ids [1, 3]": "too short"},
     provider="cpu",
+    reference="the model in PyTorch",
     seconds={"capturing the model": 1.0, "writing the file": 0.5},
+    metadata={"lora_fx.version": "0.1.0"},
     versions={"torch": "2.13.0"},
 )
 
@@ -45,8 +48,10 @@ def test_text_says_what_was_written_and_how_it_was_checked() -> None:
         "sequence is at most 64",
         "fixed: scale[0]: the example has size 1 here",
         "baked in: factor = 3.0",
-        "checked on cpu with input_ids [2, 7], scale [1]; input_ids [3, 10], scale [1]",
+        "checked on cpu against the model in PyTorch, with input_ids [2, 7], scale [1]; input_ids",
         "parity logits: max error 2.5e-06 absolute, 1.0e-07 relative (allowed 1e-04)",
+        "(allowed 0e+00, PyTorch in this precision 2.5e-01)",
+        "  input_ids: rows of the example\n",
         "not tried: input_ids [1, 3]: too short",
     ):
         assert part in text
@@ -55,7 +60,7 @@ def test_text_says_what_was_written_and_how_it_was_checked() -> None:
 
 def test_text_of_an_unchecked_export_says_so() -> None:
     report = dataclasses.replace(
-        REPORT, verified=False, unverified_reason="verify=False", parity=(), size_bytes=999
+        REPORT, verified=False, unverified_reason="verify=False", parity=(), files={"m.onnx": 999}
     )
     assert "NOT CHECKED against PyTorch: verify=False" in str(report)
     assert "1.0 kB" in str(report)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ExportError, ProviderError
+from lora_fx.errors import ConfigError, ExportError, ProviderError
 from lora_fx.export import providers
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
@@ -94,6 +94,19 @@ def test_wrong_inputs_are_named(session: OnnxSession, inputs: Any, message: str)
         session.run(inputs)
 
 
+@pytest.mark.parametrize("where", ["meta", "sparse"])
+def test_tensors_without_dense_values(session: OnnxSession, where: str) -> None:
+    x = torch.randn(2, 4)
+    given = x.to("meta") if where == "meta" else x.to_sparse()
+    with pytest.raises(ExportError, match="give a dense tensor"):
+        session.run([given, torch.tensor([1, 5])])
+
+
+def test_tf32_is_for_cuda(path: Path) -> None:
+    with pytest.raises(ConfigError, match="tf32=True is for provider='cuda'"):
+        OnnxSession(path, "cpu", tf32=True)
+
+
 def test_failure_inside_the_runtime_names_the_shapes(
     session: OnnxSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,8 +132,7 @@ def test_missing_file_and_missing_external_data(tmp_path: Path) -> None:
         OnnxSession(tmp_path / "gone.onnx", "cpu")
     wide = nn.Linear(64, 64)
     report = export_onnx(wide, tmp_path / "m.onnx", torch.randn(2, 64), external_data_bytes=0)
-    assert report.data_file is not None
-    (tmp_path / report.data_file).unlink()
+    (tmp_path / report.data_files[0]).unlink()
     with pytest.raises(ExportError, match=r"m\.onnx cannot be loaded.*external data"):
         OnnxSession(tmp_path / "m.onnx", "cpu")
 

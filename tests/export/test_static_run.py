@@ -295,9 +295,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What a session on CUDA asks ONNX Runtime for; it gets one on the CPU."""
     options: dict[str, str] = {}
 
-    def load(runtime: Any, path: Path, provider: str, given: dict[str, str]) -> Any:
+    def load(
+        runtime: Any, path: Path, provider: str, given: dict[str, str], *, packed: bool
+    ) -> Any:
         options.update(given)
-        return real(runtime, path, "cpu", {})
+        return real(runtime, path, "cpu", {}, packed=packed)
 
     real = loading.load
     monkeypatch.setattr("lora_fx.export.session.load", load)

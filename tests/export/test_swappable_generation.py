@@ -50,6 +50,19 @@ def test_tokens_are_those_of_the_adapted_model(
     for name, tokens in expected.items():
         assert torch.equal(session.generate(ids, adapter=name, **options), tokens)
     assert torch.equal(session.generate(ids, **options), alone)
+
+    class Swaps:
+        """Loads another adapter by the name that is running, in the middle of a text."""
+
+        def put(self, value: torch.Tensor) -> None:
+            session.load_adapter("one", adapted["two"])
+
+        def end(self) -> None:
+            session.unload_adapter("two")
+
+    swapped = session.generate(ids, adapter="one", streamer=Swaps(), **options)
+    assert torch.equal(swapped, expected["one"])
+    assert torch.equal(session.generate(ids, adapter="one", **options), expected["two"])
     session.unload_adapter("one")
     with pytest.raises(ConfigError, match="no adapter 'one'"):
         session.generate(ids, adapter="one", **options)

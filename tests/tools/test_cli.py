@@ -274,6 +274,9 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     pytest.importorskip("onnxruntime")
     assert "parity" in worked("export", MODEL, "net.onnx", "--adapter", str(adapter))
     assert "--force" in refused("export", MODEL, "net.onnx")
+    found = json.loads(worked("export", MODEL, "net.onnx", "--force", "--json"))
+    assert (found["path"], list(found["files"])) == ("net.onnx", ["net.onnx"])
+    worked("export", MODEL, "net.onnx", "--adapter", str(adapter), "--force")
     assert "fp32, fp16, bf16" in refused("export", MODEL, "other.onnx", "--dtype", "int3")
     text = worked("run", "net.onnx", "--repeat", "2", "--size", "batch=5")
     assert "5×8" in text

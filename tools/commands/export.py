@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,10 +46,12 @@ def export(
         bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch.")
     ] = True,
     force: o.Force = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
     """Write an ONNX file, which takes its place only after it was compared with PyTorch."""
     from lora_fx.checkpoint import load_adapter
     from lora_fx.export.onnx import export_onnx
+    from lora_fx.tools.export_table import render
 
     o.refuse_existing(out, force=force)
     loaded = o.load(model)
@@ -75,4 +78,7 @@ def export(
             force=force,
             progress=begin,
         )
-    console.output().print(str(report), highlight=False, soft_wrap=True, markup=False)
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+        return
+    console.output().print(render(report), highlight=False)

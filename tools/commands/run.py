@@ -18,6 +18,7 @@ from lora_fx.tools.commands import options as o
 
 __all__ = ["run"]
 
+_TOTAL = "total_length"
 _DYNAMIC = {0: 2}  # the size of a dynamic axis by its position
 _OTHERWISE = 8
 
@@ -124,6 +125,10 @@ def _feeds(ports: Any, files: dict[str, str], sizes: dict[str, str]) -> dict[str
                 f"({', '.join(sorted(axes)) or 'there are none'})"
             )
     chosen = {axis: int(size) for axis, size in sizes.items()}
+    if _TOTAL in axes:
+        # Of a file that generates: what it has read and what it reads.
+        read = (chosen.get(axis, _OTHERWISE) for axis in ("past_length", "sequence"))
+        chosen.setdefault(_TOTAL, sum(read))
     random = np.random.default_rng(0)
     return {
         port.name: _read(files[port.name]) if port.name in files else _drawn(port, chosen, random)

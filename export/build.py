@@ -1,0 +1,119 @@
+"""One file of an export: traced, converted, written beside its place and compared there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_fx.errors import ParityError
+from lora_fx.export.convert import ConversionError, convert, torch_export_context
+from lora_fx.export.difference import PrecisionError
+from lora_fx.export.facts import graph_facts
+from lora_fx.export.placement import Staging
+from lora_fx.export.prepare import Prepared
+from lora_fx.export.report import ExportReport
+from lora_fx.export.stages import Stages
+from lora_fx.export.trace import Trace, headline, trace
+from lora_fx.export.verify import Verdict
+from lora_fx.export.verify import verify as verify_file
+from lora_fx.export.write import write
+
+__all__ = ["BF16_OPSET", "DEFAULT_OPSET", "Options", "build"]
+
+_log = logging.getLogger("lora_fx")
+
+DEFAULT_OPSET = 20
+BF16_OPSET = 22  # the first in which convolutions and pooling take bf16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all files of an export.
+
+    Attributes:
+        opset: ONNX opset; None for that of the dtype.
+        verify: Whether to compare the file with PyTorch.
+        external_data_bytes: Bytes of weights from which they go into files of their own.
+        shard_bytes: Bytes of one such file.
+        keep: Takes each weight that is made anew, see ``Scratch.keep``.
+        clock: What says and times the stages.
+    """
+
+    opset: int | None
+    verify: bool
+    external_data_bytes: int
+    shard_bytes: int
+    keep: Callable[[Tensor], Tensor]
+    clock: Stages
+
+
+def build(
+    prepared: Prepared, stage: Staging, options: Options, dynamic_shapes: object = None
+) -> ExportReport:
+    """Write the file of a model into its staging folder.
+
+    Args:
+        prepared: The model.
+        stage: Where to. It is not moved into place.
+        options: What holds for all files.
+        dynamic_shapes: The user's; None for the task's, or for every axis that can be dynamic.
+
+    Returns:
+        The report of this file, without the stages and what the whole export knows.
+
+    Raises:
+        ParityError: The file computes something else.
+        ExportError: The model cannot be captured or converted, or the disk is full.
+    """
+    clock, opset = options.clock, options.opset
+    if opset is None:
+        opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
+    failures: list[str] = []
+    traced = _traced(prepared, dynamic_shapes, failures, 0)
+    while True:
+        assert traced is not None
+        try:
+            clock.start("converting to ONNX")
+            program = convert(traced, prepared, opset)
+            clock.start("writing the file")
+            files = write(program, stage, options.external_data_bytes, options.shard_bytes)
+            verdict = Verdict(reason="verify=False")
+            if options.verify:
+                clock.start("comparing with PyTorch in ONNX Runtime")
+                large = stage.has_data()
+                verdict = verify_file(prepared, traced, stage.model, options.keep, large=large)
+            break
+        except PrecisionError:
+            raise
+        except (ConversionError, ParityError) as error:
+            # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
+            failures.append(f"{traced.description}: {headline(error)}")
+            stage.discard()
+            clock.start("capturing the model with fewer dynamic axes")
+            traced = _traced(prepared, dynamic_shapes, failures, traced.attempt + 1)
+            if traced is None:
+                raise
+            _log.warning("export with fewer dynamic axes: %s", failures[-1])
+    return ExportReport(
+        path=str(stage.target),
+        files=files,
+        opset=opset,
+        dtype=prepared.dtype,
+        unverified_reason=verdict.reason,
+        provider=verdict.provider,
+        seconds={},
+        swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
+        **graph_facts(traced, program, verdict.parity),
+    )
+
+
+def _traced(
+    prepared: Prepared, dynamic_shapes: object, failures: list[str], attempt: int
+) -> Trace | None:
+    task = dynamic_shapes is None and prepared.dynamic_shapes is not None
+    wanted = prepared.dynamic_shapes if task else dynamic_shapes
+    with torch_export_context():
+        return trace(prepared.model, prepared.arguments, wanted, failures, attempt, task=task)
