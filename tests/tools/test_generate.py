@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _tokenizer().save_pretrained(place / "model")
     made = lora("export", f"hf:{place / 'model'}", place / "m.onnx", "--task", "text-generation")
     assert made.exit_code == 0, made.output
-    assert "past_key_values.*.key[batch, 2, past_length, 4]" in made.stdout
+    assert "past_key_values.*.key batch, 2, past_length, 4" in " ".join(made.stdout.split())
     assert "past_key_values.1" not in made.stdout
     return place
 
