@@ -194,6 +194,16 @@ def test_runs_and_switches_are_judged_by_the_worst() -> None:
     assert found["switch of adapters"][1] == "no, by 2 ms"
 
 
+def test_reasons_fit_into_a_cell() -> None:
+    assert export_peers._short("/a/b/x.onnx cannot be loaded", Path("/a/b")) == (
+        "x.onnx cannot be loaded"
+    )
+    text = export_peers._short("ONNX Runtime failed" + " on" * 100 + " W: {16,0}", Path("/a"))
+    assert text.startswith("ONNX Runtime failed on")
+    assert text.endswith("on W: {16,0}")
+    assert len(text) < 160
+
+
 def test_every_file_of_ours_has_to_be_equal() -> None:
     good, bad = Row("", 1.0, File(1, 1), 1e-7), Row("refused")
     found = {("m", "LoRA", "lora-fx, merged"): good, ("m", "LoRA", "Olive, merged"): bad}

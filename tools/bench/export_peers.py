@@ -44,6 +44,7 @@ _PEERS = {
 }
 _FRESH = ((3, 7), (1, 33))
 _EXACT = 1e-4
+_WIDTH = 150
 
 References = list[tuple[dict[str, Tensor], Tensor]]
 """Inputs, and the output of PyTorch."""
@@ -163,7 +164,7 @@ def _ours(
         first = session.outputs[0].name
         if adapters == "merge":
             return _checked(path, seconds, expected, lambda given: session.run(given)[first])
-        session.load_adapter("a", folder / "adapter")
+        session.load_adapter("a", adapted)
         return _checked(
             path,
             seconds,
@@ -172,7 +173,7 @@ def _ours(
             lambda given: session.run(given)[first],
         )
     except LoraFxError as error:
-        return Row(error=str(error).splitlines()[0])
+        return Row(error=_reason(error, folder))
 
 
 def _theirs(
@@ -185,7 +186,7 @@ def _theirs(
     out.mkdir()
     said = exported(python, script, (folder / "base", folder / "adapter", out, model.task, how))
     if said.error:
-        return Row(error=said.error)
+        return Row(error=_short(said.error, folder))
     path = Path(said.file)
     try:
         if not said.adapter:
@@ -193,8 +194,7 @@ def _theirs(
         with_adapter = runner(path, Path(said.adapter))
         return _checked(path, said.seconds, expected, with_adapter, runner(path))
     except LoraFxError as error:
-        reason = str(error).splitlines()[0].replace(f"{out}/", "")
-        return Row(reason, said.seconds, describe(path))
+        return Row(_reason(error, folder), said.seconds, describe(path))
 
 
 def _checked(
@@ -206,8 +206,18 @@ def _checked(
         try:
             without = f"{largest_error(bare, expected.base):.1e}"
         except LoraFxError as error:
-            without = str(error).splitlines()[0]
+            without = _reason(error, path.parent)
     return Row("", seconds, describe(path), parity, without)
+
+
+def _reason(error: LoraFxError, folder: Path) -> str:
+    return _short(str(error).splitlines()[0], folder)
+
+
+def _short(text: str, folder: Path) -> str:
+    """Short enough for a cell, the end being where ONNX Runtime says what is wrong."""
+    text = text.replace(f"{folder}/", "")
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH // 3]} … {text[-2 * _WIDTH // 3 :]}"
 
 
 def _write(model: Served, kind: str, folder: Path) -> Expected:
