@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "apply", "autocast_dtype", "cast", "flat", "without_autocast"]
+from lora_fx.masks import transformed
+
+__all__ = [
+    "add_product",
+    "apply",
+    "autocast_dtype",
+    "cast",
+    "flat",
+    "without_autocast",
+]
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -49,7 +58,7 @@ def apply(
         given: The arguments of both.
     """
     compiling = torch.compiler.is_compiling()
-    if _transformed():
+    if transformed():
         return plain(*given)
     if compiling and not _wanted(given):
         # Dynamo does not trace a function that has no gradient to compute.
@@ -62,12 +71,6 @@ def apply(
         base: Any = super(torch.autograd.Function, function)
         call = base.apply
     return tuple(call(*given)[:-1])
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active: also while Dynamo traces it."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _wanted(given: tuple[Any, ...]) -> bool:

@@ -136,15 +136,9 @@ def _applied(
 def _nested(
     x: Tensor, dropout: float, options: Any, tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """The operations one by one: sequences of several lengths (``torch.nested``) have few others."""
+    """For sequences of several lengths (``torch.nested``), which have few operations, and no mask of bits."""
     masked = F.dropout(x, dropout) if dropout else x
-    outputs = []
-    for one in _operations(options, tensors):
-        branch = F.linear(F.linear(masked, one.a.to(x.dtype)), one.b.to(x.dtype) * one.scale)
-        if one.rows is not None:
-            branch = F.pad(branch, (one.rows[0], one.weight.shape[0] - one.rows[1]))
-        outputs.append(F.linear(x, one.weight, one.bias) + branch)
-    return tuple(outputs)
+    return _one_by_one(x, masked, options, tensors)
 
 
 class _Operation(NamedTuple):
@@ -171,6 +165,12 @@ def _plain(
     x: Tensor, mask: Tensor | None, options: Any, *tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
     masked = x if mask is None else x * unpacked(mask, x)
+    return _one_by_one(x, masked, options, tensors)
+
+
+def _one_by_one(
+    x: Tensor, masked: Tensor, options: Any, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
     outputs = []
     for one in _operations(options, tensors):
         branch = F.linear(F.linear(masked, one.a.to(x.dtype)), one.b.to(x.dtype)) * one.scale

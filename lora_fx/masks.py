@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FEW", "draw", "dropped", "kept", "unpacked"]
+__all__ = ["FEW", "draw", "dropped", "kept", "transformed", "unpacked"]
 
 # Elements below which a mask is drawn one by one: measured, with what reads it.
 FEW = 8192
@@ -46,7 +46,7 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
     """
     if not training:
         return x
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed():
         return F.dropout(x, dropout)
     out: Tensor = _Dropped.apply(x, draw(x, dropout), 256 / kept(dropout))  # type: ignore[no-untyped-call]
     return out
@@ -82,7 +82,7 @@ def draw(x: Tensor, dropout: float) -> Tensor:
         tensors.
     """
     threshold = 256 - kept(dropout)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed() or _few(x):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed() or _few(x):
         return torch.rand(x.shape, device=x.device) >= threshold / 256
     # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
     # probability 0.b7 b6 ... b0 in binary.
@@ -125,8 +125,10 @@ def _few(x: Tensor) -> bool:
     return x.numel() < FEW
 
 
-def _transformed() -> bool:
-    return bool(torch._C._are_functorch_transforms_active())
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active: also while Dynamo traces it."""
+    return torch._C._are_functorch_transforms_active()
 
 
 @functools.cache
