@@ -24,6 +24,9 @@ def plan_text(plan: Any) -> str:
         f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
         f"parameters ({share:.4f} %)"
     )
+    formats = Counter(row.site.quantized for row in plan.sites if row.site.quantized)
+    for text, count in Counter(str(one) for one in formats.elements()).items():
+        lines.append(f"the base's weight in {text}: {count} site(s)")
     for name, count in (
         ("a trained magnitude (DoRA)", sum(row.dora for row in plan.sites)),
         ("a bias on B (lora_bias)", sum(row.lora_bias for row in plan.sites)),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_fx._dora_norm import weight_norm
 from lora_fx.errors import LoraFxError
+from lora_fx.quantized import dense, quantization_of
 
 __all__ = [
     "applied_weight",
@@ -85,7 +86,10 @@ def applied_weight(
         view: The shape in which it is applied, where that is not its own.
         rows: Which of its outputs (start, stop).
     """
-    weight = weight.detach()
+    stored = quantization_of(weight)
+    weight = dense(weight.detach() if stored is None else weight)
+    if stored is not None and layout == "in_out":
+        weight = weight.T
     if view is not None:
         weight = weight.reshape(view)
     if rows is None:

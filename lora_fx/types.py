@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from lora_fx._plan_text import plan_text
 from lora_fx.config import LoraConfig
+from lora_fx.quantized import Quantization
 
 __all__ = [
     "META_KEY",
@@ -223,6 +224,8 @@ class Site:
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
+        quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
+            those of its values.
     """
 
     name: str
@@ -243,6 +246,7 @@ class Site:
     part_of: str = ""
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
+    quantized: Quantization | None = None
 
     @property
     def owner(self) -> str:
@@ -589,7 +593,7 @@ class Plan:
             (
                 row.site.name,
                 row.site.pattern + (f" x{len(row.site.calls)}" if len(row.site.calls) > 1 else ""),
-                "x".join(str(size) for size in row.site.shape),
+                _stored(row.site),
                 str(row.rank),
                 f"{row.scale:g}",
                 f"{row.parameters:,}",
@@ -648,7 +652,15 @@ def _product(shape: Iterable[int]) -> int:
     return result
 
 
+def _stored(site: Site) -> str:
+    """The shape of the weight, and the format where it has one."""
+    shape = "x".join(str(size) for size in site.shape)
+    return shape if site.quantized is None else f"{shape} {site.quantized.scheme}"
+
+
 def _site_dict(row: PlannedSite) -> dict[str, Any]:
     site = dataclasses.asdict(row.site)
+    if row.site.quantized is not None:
+        site["quantized"]["dtype"] = str(row.site.quantized.dtype).removeprefix("torch.")
     rest = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
     return {**site, **rest}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from lora_fx.quantized import quantization_of
 
 __all__ = ["UNINITIALISED", "elements", "is_lazy", "is_matrix", "is_uninitialised"]
 
@@ -26,5 +30,8 @@ def is_matrix(parameter: nn.Parameter | None) -> bool:
 
 
 def elements(parameter: nn.Parameter) -> int:
-    """Number of elements; 0 where it is not known yet."""
-    return 0 if is_lazy(parameter) else parameter.numel()
+    """Number of elements, of values for a quantised weight; 0 where it is not known yet."""
+    if is_lazy(parameter):
+        return 0
+    stored = quantization_of(parameter)
+    return parameter.numel() if stored is None else math.prod(stored.shape)

@@ -7,6 +7,7 @@ import dataclasses
 from torch import nn
 
 from lora_fx.config import LoraConfig
+from lora_fx.passes._base_weight import base_dtype
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.selection import scale_of
 from lora_fx.types import PlannedSite
@@ -21,7 +22,7 @@ def at_rank(
     pattern, site = pattern_of(row.site), row.site
     more = pattern.factors(site, rank).numel - pattern.factors(site, row.rank).numel
     applied = row.flops // pattern.flops(site, row.rank)
-    itemsize = model.get_parameter(site.weight).element_size()
+    itemsize = base_dtype(model, site).itemsize
     return dataclasses.replace(
         row,
         rank=rank,

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes._lazy import is_lazy
+from lora_fx.passes._sharing_quantized import keep_exact, quantized_twin, share_states
 
 __all__ = ["check_model", "share_copy", "storage_of"]
 
@@ -42,12 +43,17 @@ def share_copy(model: nn.Module) -> nn.Module:
                 if is_lazy(parameter):
                     continue  # it has no storage to share, and copies itself
                 if parameter is not None and id(parameter) not in memo:
-                    memo[id(parameter)] = _frozen(parameter, own=renormalises)
+                    twin = quantized_twin(parameter, memo)
+                    memo[id(parameter)] = (
+                        twin if twin is not None else _frozen(parameter, own=renormalises)
+                    )
+            share_states(module, memo)
             for value in (*module.__dict__.values(), *module._buffers.values()):
                 _detach_results(value, memo)
         result = _copied(model, memo)
     for module in result.modules():
         _follow_closures(module.__dict__, memo)
+        keep_exact(module)
     for parameter in result.parameters():
         # A module that copies itself in its own way may have made new ones.
         parameter.requires_grad = False

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.ops import AdapterFactors, Holder, KeptTensors
+from lora_fx.passes._base_weight import base_weight
 from lora_fx.passes._factors import factor_names
 from lora_fx.passes._start_variants import initial_bias, initial_magnitude
 from lora_fx.passes._starts import Start
@@ -59,7 +60,7 @@ def place_variants(model: nn.Module, row: PlannedSite, adapter: str, config: Lor
     """Puts in the magnitude and the bias of B, where the site has them: a tied one has its own, too."""
     names, holder = factor_names(row), model.get_submodule(row.site.holder)
     a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
-    weight = model.get_parameter(row.site.weight)
+    weight = base_weight(model, row.site)
     if names.magnitude:
         _put(model, row.site, names.magnitude, adapter, initial_magnitude(row, weight, a, b))
     if names.bias:
@@ -91,7 +92,7 @@ def computed_starts(
     made: list[tuple[PlannedSite, Start]] = []
     for row in rows:
         name = row.site.weight
-        start = make(row, now.get(name, model.get_parameter(name).detach()))
+        start = make(row, now.get(name, base_weight(model, row.site)))
         if start.weight is not None:
             now[name] = start.weight
         made.append((row, dataclasses.replace(start, weight=None)))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix
 from lora_fx.passes._region import original_class
 from lora_fx.passes.patterns.sites import site_name
+from lora_fx.quantized import quantization_of
 from lora_fx.types import Rejection, join
 
 __all__ = ["unfit"]
@@ -31,7 +32,9 @@ def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
     for fqn, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        if original_class(module).__module__.startswith(_QUANTISED) and _holds_weights(module):
+        known = isinstance(module, nn.Linear) and quantization_of(module._parameters.get("weight"))
+        foreign = original_class(module).__module__.startswith(_QUANTISED)
+        if foreign and not known and _holds_weights(module):
             cls = original_class(module)
             reason = f"it is quantised ({cls.__module__}.{cls.__qualname__}): {_REMEDY}"
             yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
@@ -64,6 +67,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _reason(weight: torch.Tensor) -> str | None:
+    if quantization_of(weight) is not None:
+        return None
     if weight.layout is not torch.strided:
         kind = str(weight.layout).removeprefix("torch.")
         return f"its weight is sparse ({kind}), and B A is dense: use a dense weight (to_dense())"

@@ -16,6 +16,7 @@ from torch import nn
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
 from lora_fx.ops import AdapterFactors
+from lora_fx.passes._base_weight import base_dtype
 from lora_fx.passes._chosen import Choice, choices
 from lora_fx.passes._idle import idle_entries, idle_parameters, target_names
 from lora_fx.passes._lazy import elements
@@ -120,7 +121,7 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
     site, rank = choice.site, choice.rank(config)
     pattern = pattern_of(site)
-    itemsize = capture.model.get_parameter(site.weight).element_size()
+    itemsize = base_dtype(capture.model, site).itemsize
     dropout = 0.0 if site.family == "embedding" else float(config.lora_dropout)
     # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
     kept = 8 if site.family == "embedding" else site.in_features * itemsize

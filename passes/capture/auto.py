@@ -19,6 +19,7 @@ from lora_fx.passes.capture.check import check_unchanged, goes_past, watch_refer
 from lora_fx.passes.capture.inputs import describe, named_inputs
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
+from lora_fx.quantized import Quantization, quantization_of
 from lora_fx.types import Capture
 
 __all__ = ["Frontend", "capture"]
@@ -108,10 +109,15 @@ def _captured(
             "the model is captured or rewritten already: capture the original, which was not changed"
         )
     copy = share_copy(model)
+    stored = next((q for q in map(quantization_of, copy.parameters()) if q is not None), None)
+    if stored is not None and frontend == "export":
+        raise CaptureError(
+            f"the model has quantised weights ({stored}), which torch.export takes apart: use "
+            "frontend='auto' or 'regions'"
+        )
     traced = find_regions(copy)
-    regions, opaque = traced.regions, traced.opaque
     reason = _not_symbolic(traced)
-    if frontend == "symbolic" and "" not in regions:
+    if frontend == "symbolic" and "" not in traced.regions:
         raise CaptureError(
             f"{type(model).__name__} does not trace symbolically: {reason}. Use frontend='auto'"
         )
@@ -120,17 +126,10 @@ def _captured(
     if frontend == "regions":
         return traced
     notes = (f"not symbolic: {reason}",)
-    unseen = [fqn for fqn in opaque if _own_matrix(copy.get_submodule(fqn))]
-    if frontend == "auto" and unseen and example_inputs is not None:
-        # An export takes long: only where what nobody sees is more than a table or a token.
-        unseen = _multiplied(model, example_inputs, unseen)
-    if frontend == "auto" and (example_inputs is None or not unseen):
-        why = (
-            "there are no example_inputs"
-            if example_inputs is None
-            else "the regions see every weight"
-        )
-        return dataclasses.replace(traced, notes=(*notes, f"not export: {why}"))
+    if frontend == "auto":
+        why = _why_regions(model, traced, example_inputs, stored)
+        if why is not None:
+            return dataclasses.replace(traced, notes=(*notes, f"not export: {why}"))
     from lora_fx.passes.capture.exported import export_root
 
     try:
@@ -139,6 +138,21 @@ def _captured(
         if frontend == "export":
             raise
         return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
+
+
+def _why_regions(
+    model: nn.Module, traced: Capture, example_inputs: Any, stored: Quantization | None
+) -> str | None:
+    """Why the regions do without an export; None if one would see more."""
+    if example_inputs is None:
+        return "there are no example_inputs"
+    if stored is not None:
+        return f"its weights are quantised ({stored})"
+    unseen = [fqn for fqn in traced.opaque if _own_matrix(traced.model.get_submodule(fqn))]
+    # An export takes long: only where what nobody sees is more than a table or a token.
+    if not unseen or not _multiplied(model, example_inputs, unseen):
+        return "the regions see every weight"
+    return None
 
 
 def _multiplied(model: nn.Module, example_inputs: Any, modules: list[str]) -> list[str]:

@@ -14,8 +14,10 @@ from torch import fx, nn
 
 from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
 from lora_fx.passes._region import is_built_in
+from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
+from lora_fx.quantized import quantization_of
 from lora_fx.types import Capture, Region, join
 
 __all__ = ["find_regions"]
@@ -112,7 +114,7 @@ class _Graphs:
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
-        self._known[key] = graph
+        self._known[key] = make_opaque(graph, module)
         return graph
 
 
@@ -146,6 +148,9 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
     """
     seen = {} if seen is None else seen
     number = seen.setdefault(id(module), len(seen))
+    setup = setup_of(module)
+    if setup is not None:
+        return (type(module), number, setup)
 
     def tensors(named: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(
@@ -168,8 +173,8 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
     )
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return () if is_lazy(parameter) else tuple(parameter.shape)
+def _shape(parameter: nn.Parameter) -> tuple[Any, ...]:
+    return () if is_lazy(parameter) else (*parameter.shape, quantization_of(parameter))
 
 
 def _value(value: Any) -> Any:

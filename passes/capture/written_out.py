@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from lora_fx.attention import attend, causal_hint, zero_padding
 from lora_fx.passes._region import original_class
+from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
 from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
 from lora_fx.passes.capture.written_out_transformers import (
     experts_implementation,
@@ -182,6 +183,7 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
         WRITTEN_OUT.get(cls)
         or written_out_of_torchvision(cls)
         or written_out_of_transformers(module)
+        or written_out_of_bitsandbytes(module, cls)
     )
 
 

@@ -11,6 +11,7 @@ from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
 from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
+from lora_fx.passes.patterns.quantized import QuantizedPattern
 from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.types import Pattern
 
@@ -23,6 +24,7 @@ __all__ = [
     "GroupedPattern",
     "LinearPattern",
     "MatmulPattern",
+    "QuantizedPattern",
     "make_site",
     "pattern_of",
     "patterns",
@@ -33,6 +35,7 @@ __all__ = [
 _registry: tuple[Pattern, ...] = (
     GroupedPattern(),
     ExpertsPattern(),
+    QuantizedPattern(),
     LinearPattern(),
     MatmulPattern(),
     EinsumPattern(),

@@ -10,6 +10,7 @@ from torch import fx
 
 from lora_fx.passes._fx import target_of
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
+from lora_fx.quantized import quantization_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
 __all__ = ["computed", "itemised", "make_site", "not_floating", "part_names", "reject", "site_name"]
@@ -146,9 +147,16 @@ def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -
 
 
 def not_floating(region: Region, node: fx.Node, weight: fx.Node) -> Rejection | None:
-    """A refusal of a weight of integers; None for any other."""
+    """A refusal of a weight of integers, or of few bits; None for any other."""
     parameter = region.parameter(weight)
     assert parameter is not None
+    stored = quantization_of(parameter)
+    if stored is not None:
+        reason = (
+            f"its weight is quantised, {stored}, and this is no plain product with all of it: only x Wᵀ can "
+            "have an adapter then"
+        )
+        return reject(region, node, weight, reason)
     if parameter.dtype.is_floating_point:
         return None
     return reject(region, node, weight, f"its weight is {parameter.dtype}, not floating point")

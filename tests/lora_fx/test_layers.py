@@ -30,6 +30,7 @@ LAYERS = (
     "lora_fx._config_rules",
     "lora_fx.config",
     "lora_fx._plan_text",
+    "lora_fx.quantized",
     "lora_fx.types",
     "lora_fx._frozen",
     "lora_fx.record",

@@ -1,0 +1,34 @@
+"""The values of a site's weight, whatever it is stored in."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lora_fx.quantized import dense
+from lora_fx.types import Site
+
+__all__ = ["base_dtype", "base_weight"]
+
+
+def base_weight(model: nn.Module, site: Site, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight in the layout of the site: the parameter's own memory, or values made of few bits.
+
+    Args:
+        model: A model that has it.
+        site: Whose weight.
+        dtype: Of values that are made; a weight that is not quantised is taken as it is.
+    """
+    weight = model.get_parameter(site.weight)
+    if site.quantized is None:
+        return weight.detach()
+    # Not detached: the scales are attributes of the parameter.
+    values = dense(weight, dtype)
+    return values if site.layout == "out_in" else values.T
+
+
+def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
+    """What the values of a site's weight are."""
+    if site.quantized is not None:
+        return site.quantized.dtype
+    return model.get_parameter(site.weight).dtype

@@ -1,0 +1,62 @@
+"""Products with a weight that is stored in few bits: the operation is opaque, and the branch goes beside it.
+
+``y' = q(x) + s · (x Aᵀ) Bᵀ``, where q is the kernel of the library that the weight is of (QLoRA,
+arXiv:2305.14314). Nothing of the base is dequantised for the branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes.patterns.linear import LinearPattern
+from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.quantized import quantization_of, quantized_linear
+from lora_fx.types import BranchBuilder, Layout, Match, Region, Role, Site
+
+__all__ = ["QuantizedPattern"]
+
+_ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False layout='out_in'"
+
+
+class QuantizedPattern(LinearPattern):
+    """:func:`lora_fx.quantized.quantized_linear`, which capture writes where a weight is quantised."""
+
+    name = "quantized"
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """See :class:`lora_fx.types.Pattern`."""
+        if target_of(node) is not quantized_linear:
+            return None
+        named: dict[str, Any] = arguments(node, _ARGUMENTS)
+        weight: Any = named["weight"]
+        layout: Layout = named["layout"]
+        parameter = region.parameter(weight)
+        found = quantization_of(parameter)
+        if found is None:
+            return reject(region, node, weight, "its quantised weight is not initialised")
+        out_features, in_features = found.shape
+        site = make_site(
+            region,
+            pattern=self.name,
+            family="linear",
+            weight=weight,
+            bias=named["bias"],
+            x=named["x"],
+            output=node,
+            sizes=(in_features, out_features),
+            layout=layout,
+        )
+        shape = found.shape if layout == "out_in" else found.shape[::-1]
+        return dataclasses.replace(site, weight_shape=shape, quantized=found)
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """Two products beside the base one."""
+        x = build.dropped(arguments(node, _ARGUMENTS)["x"])
+        down = build.call(Role.DOWN, F.linear, x, build.a)
+        bias = () if build.bias is None else (build.bias,)
+        return build.call(Role.UP, F.linear, down, build.b, *bias)

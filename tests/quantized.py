@@ -1,0 +1,108 @@
+"""Models over quantised weights, as their libraries make them: what the tests of QLoRA begin with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+__all__ = ["IDS", "SCHEMES", "llama", "quantised"]
+
+IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    """A Llama with random weights, the same each time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+    )
+    return LlamaForCausalLM(config)
+
+
+def quantised(model: nn.Module, scheme: str) -> nn.Module:
+    """A copy with every linear layer but the head in one of :data:`SCHEMES`."""
+    result = copy.deepcopy(model)
+    names = [
+        n for n, m in result.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n
+    ]
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        layer = SCHEMES[scheme](result.get_submodule(name))
+        setattr(result.get_submodule(owner), leaf, layer)
+    return result
+
+
+def _four_bits(quant_type: str, double: bool) -> Callable[[nn.Linear], nn.Module]:
+    def make(old: nn.Linear) -> nn.Module:
+        import bitsandbytes as bnb
+
+        new = bnb.nn.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            quant_type=quant_type,
+            compress_statistics=double,
+        )
+        return _loaded(new, old)
+
+    return make
+
+
+def _eight_bits(old: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    new = bnb.nn.Linear8bitLt(
+        old.in_features, old.out_features, bias=old.bias is not None, has_fp16_weights=False
+    )
+    return _loaded(new, old)
+
+
+def _loaded(new: Any, old: nn.Linear) -> nn.Module:
+    new.load_state_dict(old.state_dict())
+    result: nn.Module = new.to("cpu").train(old.training)
+    return result
+
+
+def _torchao(bits: int) -> Callable[[nn.Linear], nn.Module]:
+    def make(old: nn.Linear) -> nn.Module:
+        from torchao.quantization import (
+            Int8WeightOnlyConfig,
+            IntxWeightOnlyConfig,
+            PerGroup,
+            quantize_,
+        )
+
+        four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        holder = nn.ModuleList([old])
+        quantize_(holder, Int8WeightOnlyConfig() if bits == 8 else four)
+        return holder[0]
+
+    return make
+
+
+def _torchao_nf4(old: nn.Linear) -> nn.Module:
+    from torchao.quantization import to_nf4
+
+    old.weight = nn.Parameter(to_nf4(old.weight.detach(), 64, 8), requires_grad=False)
+    return old
+
+
+SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": _four_bits("nf4", False),
+    "nf4 double": _four_bits("nf4", True),
+    "fp4": _four_bits("fp4", False),
+    "int8 bitsandbytes": _eight_bits,
+    "int8 torchao": _torchao(8),
+    "int4 torchao": _torchao(4),
+    "nf4 torchao": _torchao_nf4,
+}
