@@ -1,4 +1,4 @@
-"""Adapters over a base that its library has quantised: the operation stays theirs, the branch goes beside it."""
+"""Adapters over a base that its library has quantised: the operation stays, the branch goes beside it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ pytestmark = pytest.mark.parametrize("scheme", SCHEMES)
 
 def test_the_plan_shows_the_bits(scheme: str) -> None:
     plan = lora_fx.plan(quantised(llama(), scheme), lora_fx.LoraConfig(r=4))
-    assert len(plan.sites) == 14 and not plan.rejections
+    assert len(plan.sites) == 14
+    assert not plan.rejections
     stored = plan.sites[0].site.quantized
     assert stored is not None
-    assert stored.bits == BITS.get(scheme, 4) and stored.shape == (64, 64)
+    assert stored.bits == BITS.get(scheme, 4)
+    assert stored.shape == (64, 64)
     assert f"64x64 {scheme.split()[0]}" in str(plan)
     assert lora_fx.plan(llama(), lora_fx.LoraConfig(r=4)).base_parameters == plan.base_parameters
 
@@ -57,7 +59,8 @@ def test_gradients_are_those_over_the_dequantised_base(scheme: str, use_dora: bo
     found = dict(model.named_parameters())
     for name, parameter in reference.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
             torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -74,4 +77,5 @@ def test_nothing_dequantised_is_kept_for_the_backward(scheme: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(IDS)
-    assert floats and not [s for s in floats if s in shapes or s[::-1] in shapes]
+    assert floats
+    assert not [s for s in floats if s in shapes or s[::-1] in shapes]
