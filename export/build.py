@@ -72,6 +72,7 @@ def build(
     if opset is None:
         opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
     failures: list[str] = []
+    original, prepared = prepared, prepared.to_trace(options.keep)
     traced = _traced(prepared, dynamic_shapes, failures, 0)
     while True:
         assert traced is not None
@@ -84,7 +85,7 @@ def build(
             if options.verify:
                 clock.start("comparing with PyTorch in ONNX Runtime")
                 large = stage.has_data()
-                verdict = verify_file(prepared, traced, stage.model, options.keep, large=large)
+                verdict = verify_file(original, traced, stage.model, options.keep, large=large)
             break
         except PrecisionError:
             raise
