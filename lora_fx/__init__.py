@@ -46,6 +46,7 @@ from lora_fx.errors import (
     ParityError,
     PartialMatchError,
     ProviderError,
+    QuantizationError,
 )
 from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
@@ -76,6 +77,7 @@ __all__ = [
     "ParityError",
     "PartialMatchError",
     "ProviderError",
+    "QuantizationError",
     "__version__",
     "active_adapters",
     "adapter_ids",

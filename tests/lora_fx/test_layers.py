@@ -93,6 +93,7 @@ CONFINED = {
     "typer": "lora_fx.tools",
 }
 LOADED_WHEN_NEEDED = (
+    "bitsandbytes",
     "onnx",
     "onnx_ir",
     "onnxruntime",
@@ -100,6 +101,7 @@ LOADED_WHEN_NEEDED = (
     "peft",
     "rich",
     "timm",
+    "torchao",
     "torchvision",
     "transformers",
     "typer",
@@ -129,6 +131,7 @@ PUBLIC = {
     "ParityError",
     "PartialMatchError",
     "ProviderError",
+    "QuantizationError",
     "__version__",
     "capture",
     "correct_gradients",
