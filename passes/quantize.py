@@ -71,7 +71,7 @@ class Quantize:
     def _regions(self, capture: Capture) -> dict[str, Region]:
         work: dict[str, dict[str, Site]] = defaultdict(dict)
         for row in self.rows:
-            if not is_layer(capture.model, row.site):
+            if not _is_layer(capture.model, row.site):
                 for call in row.site.calls:
                     work[call.region][call.output] = row.site
         regions, known = dict(capture.regions), {}
@@ -129,7 +129,7 @@ class Quantize:
             )
         matrix = values if site.layout == "out_in" else values.T
         owner = model.get_submodule(site.owner)
-        layer = is_layer(model, site)
+        layer = _is_layer(model, site)
         owner._parameters[site.parameter] = stored(matrix, self.how)
         if self.how.library == "bitsandbytes":
             if layer:
@@ -137,7 +137,7 @@ class Quantize:
             loads_quantised(owner, site.parameter, saves=not layer)
 
 
-def is_layer(model: nn.Module, site: Site) -> bool:
+def _is_layer(model: nn.Module, site: Site) -> bool:
     """Whether an operation is all that an ``nn.Linear`` does, and nobody else applies its weight."""
     exact = original_class(model.get_submodule(site.owner)) is nn.Linear
     own = all(call.region == site.owner for call in site.calls)
