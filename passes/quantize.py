@@ -102,11 +102,12 @@ class Quantize:
         if site.layout == "in_out":
             options["layout"] = "in_out"
         bias: Any = seen.bias if own else None
-        operands = (seen.x, seen.view.source, *(() if bias is None else (bias,)))
+        operands: Any = (seen.x, seen.view.source, *(() if bias is None else (bias,)))
         with region.graph.inserting_before(node):
             made = region.graph.call_function(quantized_linear, operands, options)
             if not own:
-                made = region.graph.call_function(operator.add, (made, seen.bias))
+                added: Any = (made, seen.bias)
+                made = region.graph.call_function(operator.add, added)
         node.replace_all_uses_with(made)
         region.graph.erase_node(node)
         erase_unread(region.graph, seen.operand)
