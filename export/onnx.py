@@ -95,7 +95,8 @@ def export_onnx(
         ParityError: The file computes something else.
         ProviderError: ``verify=True`` without ONNX Runtime.
         ExportError: Anything else: arguments that mean nothing, an existing file, a model that
-            cannot be captured or is random, a full disk.
+            cannot be captured or is random, a folder that cannot be written to, a full disk (with
+            the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
     if task is not None:

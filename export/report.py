@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["ExportReport", "OutputParity", "short", "worse", "worst_by_layer"]
+__all__ = ["ExportReport", "OutputParity", "short", "size_text", "worse", "worst_by_layer"]
 
 _Entry = TypeVar("_Entry")
 _LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
@@ -135,7 +135,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         head = (
-            f"{self.path}: {_megabytes(self.size_bytes)}, opset {self.opset}, {self.dtype}, "
+            f"{self.path}: {size_text(self.size_bytes)}, opset {self.opset}, {self.dtype}, "
             f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
         )
         lines = [head]
@@ -202,7 +202,8 @@ def _parity_line(row: OutputParity) -> str:
     )
 
 
-def _megabytes(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes, for people."""
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 
