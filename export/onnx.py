@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export.ambient import without_ambient_autocast
 from lora_fx.export.build import Options, build
 from lora_fx.export.placement import check_target, staging
 from lora_fx.export.prepare import prepare, prepare_swappable
@@ -54,7 +55,8 @@ def export_onnx(
     """Write ``model`` as an ONNX file that was checked against PyTorch.
 
     The file appears at ``path`` only after the check; until then, and after any error, what was
-    there before is still there. The model is not changed, its modes included.
+    there before is still there. The model is not changed, its modes included. Autocast around the call
+    counts for nothing: ``dtype`` says what the file computes in.
 
     Args:
         model: Any module. Adapters in it are merged first, or become inputs.
@@ -113,7 +115,7 @@ def export_onnx(
     clock = Stages(progress)
 
     # torch.export and torch.onnx keep what they are at in global state: one after the other.
-    with _ONE_AT_A_TIME, staging(target) as stage:
+    with _ONE_AT_A_TIME, without_ambient_autocast(model), staging(target) as stage:
         keep = Scratch(stage).keep
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lora_fx
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
@@ -563,6 +564,35 @@ def test_rewritten_model_is_merged_first(use_dora: bool, tmp_path: Path) -> None
     assert model.training
     assert not any("lora" in name for name in initializers(tmp_path / "m.onnx"))
     assert_same(tmp_path / "m.onnx", model, torch.randint(0, 50, (3, 9)))
+
+
+@pytest.mark.parametrize("adapters", ["merge", "inputs"])
+@pytest.mark.parametrize(
+    "around",
+    [
+        pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="bf16"),
+        pytest.param(lambda: torch.autocast("cpu", torch.float16), id="fp16"),
+        pytest.param(torch.inference_mode, id="inference"),
+    ],
+)
+def test_modes_around_the_call_have_no_part_in_the_file(
+    tmp_path: Path, around: Callable[[], Any], adapters: Any
+) -> None:
+    model, x = lora_fx.rewrite(mlp(), lora_fx.LoraConfig(r=2)), torch.randn(2, 4)
+    with torch.no_grad():
+        for parameter in lora_fx.trainable_parameters(model):
+            parameter.normal_()
+    plain = export_onnx(model, tmp_path / "plain.onnx", x, adapters=adapters)
+    with around():
+        report = export_onnx(model, tmp_path / "m.onnx", x, adapters=adapters)
+    assert report.dtype == "fp32"
+    assert report.operators == plain.operators
+    assert report.max_rel_error < 1e-6
+    want, got = (
+        [entry.raw_data for entry in onnx.load(tmp_path / name).graph.initializer]
+        for name in ("plain.onnx", "m.onnx")
+    )
+    assert got == want
 
 
 def test_progress_names_each_stage_as_it_begins(tmp_path: Path) -> None:
