@@ -70,6 +70,7 @@ class ExportReport:
         encoder: Of the file with the encoder, which has to stay beside this one; None if there is
             none.
         swappable: Sites that take an adapter when the file is run; none if adapters were merged.
+        opset_reason: Why the file has its opset.
     """
 
     path: str
@@ -99,6 +100,7 @@ class ExportReport:
     task: str | None = None
     encoder: ExportReport | None = None
     swappable: tuple[str, ...] = ()
+    opset_reason: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -139,6 +141,8 @@ class ExportReport:
             f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
         )
         lines = [head]
+        if self.opset_reason:
+            lines.append(f"  opset {self.opset}: {self.opset_reason}")
         if self.data_files:
             lines.append(f"  weights in {', '.join(self.data_files)}: keep them beside it")
         lines += [f"  input  {name}{_axes(axes)}" for name, axes in short(self.inputs).items()]

@@ -22,7 +22,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession, save_onnx_adapter
-from lora_fx.errors import CheckpointError, ConfigError, ExportError
+from lora_fx.errors import CheckpointError, ConfigError, ExportError, NoMatchError
 from lora_fx.export.adapter_file import manifest_of_file, read_adapter
 from lora_fx.export.adapter_values import values_of_model
 from lora_fx.export.factor_model import random_factors
@@ -317,6 +317,20 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, model: nn.Mo
         save_onnx_adapter(model, target, adapter_name="biased")
     with pytest.raises(ExportError, match=r"cannot write .*a\.onnx_adapter: .*you may write to"):
         export_onnx(nn.Linear(2, 2), target, torch.randn(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.LayerNorm(4), r"\(the model has no linear"),
+        (nn.Linear(4, 4), r"\(weight: the output head"),
+    ],
+)
+def test_a_plain_model_without_a_place_says_what_to_do(
+    tmp_path: Path, model: nn.Module, reason: str
+) -> None:
+    with pytest.raises(NoMatchError, match=rf"no adapters.*{reason}.*rewrite.*first.*'merge'"):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4), adapters="inputs")
 
 
 def test_a_flipped_byte_is_refused_or_changes_one_value(tmp_path: Path) -> None:
