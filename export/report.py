@@ -71,6 +71,8 @@ class ExportReport:
             none.
         swappable: Sites that take an adapter when the file is run; none if adapters were merged.
         opset_reason: Why the file has its opset.
+        finite: Places where the model asks whether values are finite and does something else if they
+            are not: a file has no such branch, and does what is done with finite values.
     """
 
     path: str
@@ -101,6 +103,7 @@ class ExportReport:
     encoder: ExportReport | None = None
     swappable: tuple[str, ...] = ()
     opset_reason: str = ""
+    finite: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -152,6 +155,9 @@ class ExportReport:
             # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
             lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        if self.finite:
+            others = f" and {len(self.finite) - 1} more" if len(self.finite) > 1 else ""
+            lines.append(f"  values are taken to be finite, at {self.finite[0]}{others}")
         if self.swappable:
             sites = len(self.swappable)
             lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
