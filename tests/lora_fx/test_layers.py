@@ -44,6 +44,7 @@ LAYERS = (
     "lora_fx.dora",
     "lora_fx.masks",
     "lora_fx._fused_calls",
+    "lora_fx._fused_branch",
     "lora_fx.fused",
     "lora_fx.fused_dora",
     "lora_fx.passes",
