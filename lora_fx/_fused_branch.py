@@ -65,10 +65,12 @@ def applied(
     mask = None
     if dropout:
         mask = draw(x, dropout)
-        options = tuple((scale * 256 / kept(dropout), *rest) for scale, *rest in options)
-    given = (x, mask, dtype, options, *tensors)
+        more = 256 / kept(dropout)
+        options = tuple((scale * more, rows, kernel) for scale, rows, kernel in options)
     with without_autocast(x.device.type):
-        return _plain(*given) if plain else apply(_LoraLinears, _plain, given)
+        if plain:
+            return _plain(x, mask, dtype, options, *tensors)
+        return apply(_LoraLinears, _plain, (x, mask, dtype, options, *tensors))
 
 
 def _nested(
@@ -192,15 +194,15 @@ class _LoraLinears(torch.autograd.Function):
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of every argument of forward, from those of its outputs, some of which may be None."""
-    x, mask, down, *tensors = ctx.saved_tensors
+    as_it_came, mask, down, *tensors = ctx.saved_tensors
     operations, dtype = _operations(ctx.options, tensors), ctx.dtype
+    x: Any = None if as_it_came is None else as_it_came.to(dtype)
     wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
     wants_a = any(wants[2::4])
     known = next(grad for grad in grads if grad is not None)
     # Differentiated twice, what is kept is no constant, and nothing may be written in place.
     again = torch.is_grad_enabled()
     like = known.new_empty((), dtype=dtype).expand(ctx.shape)
-    x = None if x is None else x.to(dtype)
     factor = None if mask is None else flat(unpacked(mask, like))
     joined = _joined(operations, dtype)
     masked = None

@@ -46,6 +46,7 @@ LAYERS = (
     "lora_fx._fused_calls",
     "lora_fx._fused_branch",
     "lora_fx.fused",
+    "lora_fx.fused_quantized",
     "lora_fx.fused_dora",
     "lora_fx.passes",
     "lora_fx.pipeline",
