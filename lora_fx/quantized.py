@@ -84,6 +84,8 @@ def quantized_linear(
 ) -> Tensor:
     """``x Wᵀ + b`` by the kernel of the library that the weight is of; differentiable in x and b.
 
+    Under the transforms of ``torch.func`` it is a product with the values of the weight.
+
     Args:
         x: [..., in].
         weight: A quantised [out, in].
@@ -101,6 +103,10 @@ def quantized_linear(
     if bias is not None and bias.dtype != (compute_dtype or x.dtype):
         bias = bias.to(compute_dtype or x.dtype)
     name = type(_held(weight)).__name__
+    if torch._C._are_functorch_transforms_active():
+        # The kernels know nothing of transforms.
+        given = x if compute_dtype is None else x.to(compute_dtype)
+        return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
     if name == "Params4bit":
         given = x if compute_dtype is None else x.to(compute_dtype)
         return _four_bits(given, weight, bias).to(x.dtype)
