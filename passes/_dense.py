@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.passes._quantized_state import loads_quantised
+from lora_fx.passes._region import kept_graph
+from lora_fx.passes._strip import drop_graph
 from lora_fx.quantized import Quantization, dense, quantization_of
 from lora_fx.types import Layout, Site
 
@@ -136,6 +139,8 @@ def make_dense(
                 made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
             module._parameters[leaf] = made[id(weight)]
         make_plain(module)
+        if kept_graph(module) is not None and not left:
+            drop_graph(module)
     if left:
         _log.warning(
             "these weights are still quantised: only the code of their modules knows how they are read: %s",
@@ -152,8 +157,19 @@ def make_dense(
         )
 
 
+def _is_of_library(hook: Any) -> bool:
+    """Whether a hook is there for quantised weights: bitsandbytes', or those of ``lora_fx.quantize``."""
+    # torch wraps some.
+    found = str(getattr(getattr(hook, "hook", hook), "__module__", ""))
+    return found.startswith("bitsandbytes.") or found == loads_quantised.__module__
+
+
 def make_plain(module: nn.Module) -> None:
     """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
+    if not any(quantization_of(parameter) for parameter in module._parameters.values()):
+        for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
+            for key in [key for key, hook in hooks.items() if _is_of_library(hook)]:
+                del hooks[key]
     weight = module._parameters.get("weight")
     # bitsandbytes' layers may hold dense weights, too, in a class of their own.
     if type(weight) is not nn.Parameter or quantization_of(weight) is not None:
@@ -168,11 +184,6 @@ def make_plain(module: nn.Module) -> None:
         return
     for name in _OF_LAYERS:
         module.__dict__.pop(name, None)
-    hooks = module._load_state_dict_pre_hooks
-    for key, hook in list(hooks.items()):
-        # torch wraps them.
-        if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("bitsandbytes."):
-            del hooks[key]
     module.__class__ = plain
     bias = module._parameters.get("bias")
     # The layer cast it to what it was given.
