@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Quantization", "dense", "quantization_of", "quantized_linear"]
+__all__ = ["Quantization", "dense", "held", "quantization_of", "quantized_linear"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class Quantization:
 
 def quantization_of(weight: object) -> Quantization | None:
     """How a weight is stored; None if it is not quantised, or in a way that is not known here."""
-    described = _DESCRIBED.get(type(_held(weight)).__name__)
-    return None if described is None else described(_held(weight))
+    described = _DESCRIBED.get(type(held(weight)).__name__)
+    return None if described is None else described(held(weight))
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -67,9 +67,9 @@ def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     found = quantization_of(weight)
     if found is None:
         return weight if dtype is None else weight.to(dtype)
-    held, wanted = _held(weight), dtype or found.dtype
+    stored, wanted = held(weight), dtype or found.dtype
     # As its kernel has them, and rounded to the type of the result after that.
-    values = _VALUES[type(held).__name__](held, wanted)
+    values = _VALUES[type(stored).__name__](stored, wanted)
     return values.to(wanted)
 
 
@@ -102,7 +102,7 @@ def quantized_linear(
     """
     if bias is not None and bias.dtype != (compute_dtype or x.dtype):
         bias = bias.to(compute_dtype or x.dtype)
-    name = type(_held(weight)).__name__
+    name = type(held(weight)).__name__
     if torch._C._are_functorch_transforms_active():
         # The kernels know nothing of transforms.
         given = x if compute_dtype is None else x.to(compute_dtype)
@@ -248,7 +248,7 @@ _VALUES: dict[str, Callable[[Any, torch.dtype], Tensor]] = {
 }
 
 
-def _held(weight: Any) -> Any:
+def held(weight: Any) -> Any:
     """What a parameter holds: parameters of bitsandbytes are classes of their own, others wrap a tensor."""
     named = type(weight).__name__
     return (

@@ -31,6 +31,7 @@ LAYERS = (
     "lora_fx.config",
     "lora_fx._plan_text",
     "lora_fx.quantized",
+    "lora_fx.requantized",
     "lora_fx._quantized_pickle",
     "lora_fx._quantization_formats",
     "lora_fx.types",
@@ -82,6 +83,7 @@ LAYERS = (
     "lora_fx._weighted_sources",
     "lora_fx.weighted",
     "lora_fx.export",
+    "lora_fx._output_error",
     "lora_fx.api",
     "lora_fx.tools",
 )
