@@ -17,6 +17,7 @@ from typing import Literal
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export.ambient import without_ambient_autocast
 from lora_fx.export.build import Options, build
 from lora_fx.export.inline import over_quantised
 from lora_fx.export.placement import check_target, staging
@@ -56,7 +57,8 @@ def export_onnx(
     """Write ``model`` as an ONNX file that was checked against PyTorch.
 
     The file appears at ``path`` only after the check; until then, and after any error, what was
-    there before is still there. The model is not changed, its modes included.
+    there before is still there. The model is not changed, its modes included. Autocast around the call
+    counts for nothing: ``dtype`` says what the file computes in.
 
     Args:
         model: Any module. Adapters in it are merged first, or become inputs.
@@ -71,19 +73,22 @@ def export_onnx(
             ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
-        adapters: "merge" to fold adapters into the weights, which makes quantised ones dense. "inline" to
-            keep those that are active in the file, as products of their own beside the operations.
+        adapters: "merge" to fold adapters into the weights, which makes a quantised model dense. "inline"
+            to keep those that are active in the file, as products of their own beside the operations.
             "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
-            every place where one of the model's is (for a plain model: at every linear operation but the
-            head). ``save_onnx_adapter`` writes adapters for it, and ``OnnxSession`` runs them. None for
-            "inline" where an active adapter is at a quantised weight, else for "merge".
+            every place where one of the model's is (for a model without adapters: at every linear
+            operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
+            for it, and ``OnnxSession`` runs them. None for "inline" where an active adapter is at a
+            quantised weight, else for "merge".
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision; the tolerance is that of the dtype.
         dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
             is equal to the model, the first axis, or none; else input name to a mapping
             of axis to a name, all other axes being fixed.
-        opset: ONNX opset; by default 20, and 22 for bf16.
+        opset: ONNX opset, 18 to 22 or 24. None for the one that the providers run best: 20, and 22
+            for bf16, the first in which convolutions and pooling take it. 23 is refused: a file of it
+            has rotary embeddings that ONNX Runtime rejects for batches of more than one.
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: Replace an existing file.
@@ -98,8 +103,11 @@ def export_onnx(
     Raises:
         ParityError: The file computes something else.
         ProviderError: ``verify=True`` without ONNX Runtime.
+        NoMatchError: ``adapters="inputs"`` of a model that has neither adapters nor an operation to
+            adapt.
         ExportError: Anything else: arguments that mean nothing, an existing file, a model that
-            cannot be captured or is random, a full disk.
+            cannot be captured or is random, a folder that cannot be written to, a full disk (with
+            the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
     if task is not None:
@@ -116,7 +124,7 @@ def export_onnx(
     clock = Stages(progress)
 
     # torch.export and torch.onnx keep what they are at in global state: one after the other.
-    with _ONE_AT_A_TIME, staging(target) as stage:
+    with _ONE_AT_A_TIME, without_ambient_autocast(model), staging(target) as stage:
         keep = Scratch(stage).keep
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")

@@ -107,7 +107,8 @@ def prepare_swappable(
     model = unwrapped(model)
     casts = Casts(keep)  # one for all copies: they have the same weights
     # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
-    made = swappable(model if record_of(model) else exportable_twin(model, None, casts))
+    fit = model if record_of(model) else exportable_twin(model, None, casts, to_rewrite=True)
+    made = swappable(fit)
     bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
     twin = exportable_twin(made.model, dtype, casts)
     return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)

@@ -46,11 +46,13 @@ from lora_fx.errors import (
     ParityError,
     PartialMatchError,
     ProviderError,
+    QuantizationError,
 )
 from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.quantize import plan_quantization, quantize
 from lora_fx.state_dict import adapter_state_dict, load_adapter_state_dict
 from lora_fx.status import status
 from lora_fx.weighted import add_weighted_adapter
@@ -76,6 +78,7 @@ __all__ = [
     "ParityError",
     "PartialMatchError",
     "ProviderError",
+    "QuantizationError",
     "__version__",
     "active_adapters",
     "adapter_ids",
@@ -96,8 +99,10 @@ __all__ = [
     "merge",
     "parameter_groups",
     "plan",
+    "plan_quantization",
     "prepare_hotswap",
     "print_trainable_parameters",
+    "quantize",
     "register_pattern",
     "rewrite",
     "save_adapter",

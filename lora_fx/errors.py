@@ -17,6 +17,7 @@ __all__ = [
     "ParityError",
     "PartialMatchError",
     "ProviderError",
+    "QuantizationError",
 ]
 
 
@@ -58,3 +59,7 @@ class ParityError(ExportError):
 
 class ProviderError(ExportError):
     """The requested ONNX Runtime execution provider cannot be used."""
+
+
+class QuantizationError(LoraFxError, ValueError):
+    """A weight cannot be stored in few bits, or not in the format that was asked for."""

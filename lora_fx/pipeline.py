@@ -15,12 +15,13 @@ from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
-from lora_fx.passes._region import install
+from lora_fx.passes._region import install, kept_graph
 from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import run_reference
+from lora_fx.passes.capture.quantized import holds_quantised
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.cheap_dropout import CheapDropout
 from lora_fx.passes.find_head import find_head
@@ -148,6 +149,7 @@ def rewrite_model(
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
         matches=matches,
         notes=capture.notes,
+        kept=frozenset(name for name, module in model.named_modules() if kept_graph(module)),
     )
     record = Record(
         {}, (), capture.frontend, trainable, buffer_digests(capture.model), base, optimize=optimize
@@ -232,10 +234,11 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
 def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:
     """The regions that run their graph: what was written out does so only where an adapter is.
 
-    Elsewhere a layer keeps its own forward, with its fast paths.
+    Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantised weights.
     """
     calls = [f"{call.region}." for row in rows for call in row.site.calls]
     for region in capture.regions.values():
         adapted = any(name.startswith(f"{region.fqn}.") for name in calls)
-        if adapted or not region.fqn or written_out(region.module) is None:
+        plain = not region.fqn or written_out(region.module) is None
+        if adapted or plain or holds_quantised(region.module):
             yield region

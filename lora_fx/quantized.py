@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-__all__ = ["Quantization", "dense", "quantization_of", "quantized_linear"]
+__all__ = ["Quantization", "dense", "held", "quantization_of", "quantized_linear"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Quantization:
 
 def quantization_of(weight: object) -> Quantization | None:
     """How a weight is stored; None if it is not quantised, or in a way that is not known here."""
-    described = _DESCRIBED.get(type(_held(weight)).__name__)
-    return None if described is None else described(_held(weight))
+    described = _DESCRIBED.get(type(held(weight)).__name__)
+    return None if described is None else described(held(weight))
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -68,9 +68,9 @@ def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     found = quantization_of(weight)
     if found is None:
         return weight if dtype is None else weight.to(dtype)
-    held, wanted = _held(weight), dtype or found.dtype
+    stored, wanted = held(weight), dtype or found.dtype
     # As its kernel has them, and rounded to the type of the result after that.
-    values = _VALUES[type(held).__name__](held, wanted)
+    values = _VALUES[type(stored).__name__](stored, wanted)
     return values.to(wanted)
 
 
@@ -84,6 +84,8 @@ def quantized_linear(
     layout: str = "out_in",
 ) -> Tensor:
     """``x Wᵀ + b`` by the kernel of the library that the weight is of; differentiable in x and b.
+
+    Under the transforms of ``torch.func`` it is a product with the values of the weight.
 
     Args:
         x: [..., in].
@@ -105,7 +107,11 @@ def quantized_linear(
         return found
     if bias is not None and bias.dtype != (compute_dtype or x.dtype):
         bias = bias.to(compute_dtype or x.dtype)
-    name = type(_held(weight)).__name__
+    name = type(held(weight)).__name__
+    if torch._C._are_functorch_transforms_active():
+        # The kernels know nothing of transforms.
+        given = x if compute_dtype is None else x.to(compute_dtype)
+        return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
     if name == "Params4bit":
         given = x if compute_dtype is None else x.to(compute_dtype)
         return _four_bits(given, weight, bias).to(x.dtype)
@@ -253,7 +259,7 @@ _VALUES: dict[str, Callable[[Any, torch.dtype], Tensor]] = {
 }
 
 
-def _held(weight: Any) -> Any:
+def held(weight: Any) -> Any:
     """What a parameter holds: parameters of bitsandbytes are classes of their own, others wrap a tensor.
 
     An export has a module in the place of a parameter, whose ``held`` it is.

@@ -1,4 +1,4 @@
-"""Low-level reading of ``fx`` graphs: what would be ``node.args[1]`` elsewhere."""
+"""Low-level work on ``fx`` graphs: what would be ``node.args[1]`` elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["arguments", "target_of"]
+__all__ = ["arguments", "erase_unread", "target_of"]
 
 
 def target_of(node: fx.Node) -> Any:
@@ -40,3 +40,18 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
         else:
             result[name] = eval(default, {}) if default else None
     return result
+
+
+def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
+    """Takes out how an operand was made, node by node upwards, where nobody else reads it.
+
+    Args:
+        graph: It is edited.
+        operand: What an operation has read that is gone.
+    """
+    while not operand.users:
+        above = operand.all_input_nodes
+        graph.erase_node(operand)
+        if not above:
+            break
+        operand = above[0]

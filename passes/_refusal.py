@@ -35,7 +35,11 @@ _IN_WORDS = {
 
 
 def refusal(
-    base: type[nn.Module], conditions: list[str], namespace: Mapping[str, Any]
+    base: type[nn.Module],
+    conditions: list[str],
+    namespace: Mapping[str, Any],
+    *,
+    quantised: bool = False,
 ) -> Callable[..., Any]:
     """A stand-in for ``base.forward`` that says which condition a call fails.
 
@@ -43,7 +47,16 @@ def refusal(
         base: The module's own class.
         conditions: Expressions over the arguments and ``self``, one of which is true.
         namespace: Globals of the generated code.
+        quantised: Whether the graph is there for a quantised weight, not for an adapter.
     """
+    left, remedy = (
+        ("does not know its quantised weight", "name it in exclude of lora_fx.quantize")
+        if quantised
+        else (
+            "would leave its adapter out",
+            "pass example_inputs that look like this call to rewrite(), with frontend='export'",
+        )
+    )
 
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(base.forward).bind(self, *args, **kwargs)
@@ -52,8 +65,7 @@ def refusal(
         reason = next(_failed(conditions, dict(namespace), names), "it is another call")
         raise CaptureError(
             f"{base.__name__}.forward was captured for other calls than this one, and its own "
-            f"forward would leave its adapter out: {reason}. If the model is to be called so, pass "
-            "example_inputs that look like this call to rewrite(), with frontend='export'"
+            f"forward {left}: {reason}. If the model is to be called so, {remedy}"
         )
 
     return refuse

@@ -33,6 +33,7 @@ __all__ = [
     "install",
     "is_built_in",
     "is_region",
+    "kept_graph",
     "original_class",
     "regions_of",
     "uninstall",
@@ -44,6 +45,7 @@ CONSTANT = "_lora_fx_constant_"
 _GRAPH = "_lora_fx_graph"
 _BASE = "_lora_fx_base"
 _FALLBACK = "_lora_fx_fallback"
+_KEPT = "_lora_fx_kept"
 
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
     weakref.WeakValueDictionary()
@@ -81,18 +83,29 @@ def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
     return {name: getattr(type(module), _GRAPH) for name, module in regions_of(model)}
 
 
-def install(regions: Iterable[Region]) -> None:
+def kept_graph(module: nn.Module) -> tuple[fx.Graph, bool] | None:
+    """The graph that a module has instead of its forward for good, and whether that may stand in for it.
+
+    None for any other module, and for one that was captured or rewritten.
+    """
+    cls: Any = type(module)
+    return (getattr(cls, _GRAPH), getattr(cls, _FALLBACK)) if cls.__dict__.get(_KEPT) else None
+
+
+def install(regions: Iterable[Region], *, kept: bool = False) -> None:
     """Turns the module of every region into one that runs its graph.
 
     Args:
         regions: Modules and their graphs. A graph must not be edited afterwards.
+        kept: Whether the graph is what the module computes from now on, so that a capture takes it over:
+            the module's own code does not know how its weights are stored.
     """
     known: dict[tuple[type[nn.Module], int, bool], type[nn.Module]] = {}
     for region in regions:
         base = original_class(region.module)
         key = (base, id(region.graph), region.fallback)
         if key not in known:
-            known[key] = _region_class(base, region.graph, region.fallback)
+            known[key] = _region_class(base, region.graph, region.fallback, kept)
         object.__setattr__(region.module, "__class__", known[key])
 
 
@@ -114,7 +127,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return result
 
 
-def _region_class(base: type[nn.Module], graph: fx.Graph, fallback: bool) -> type[nn.Module]:
+def _region_class(
+    base: type[nn.Module], graph: fx.Graph, fallback: bool, kept: bool = False
+) -> type[nn.Module]:
     code = graph.python_code(root_module="self")
     codegen = graph._codegen
     constants = codegen.constants() if isinstance(codegen, GuardedCodeGen) else {}
@@ -126,13 +141,16 @@ def _region_class(base: type[nn.Module], graph: fx.Graph, fallback: bool) -> typ
         tuple(sorted((name, id(value)) for name, value in namespace.items())),
         tags,
         fallback,
+        kept,
         getattr(codegen, "reads", None),
     )
     known = _classes.get(key)
     if known is not None:
         return known
     conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
-    namespace[FALLBACK] = base.forward if fallback else refusal(base, conditions, dict(namespace))
+    namespace[FALLBACK] = (
+        base.forward if fallback else refusal(base, conditions, dict(namespace), quantised=kept)
+    )
     forward = _compile(code.src, namespace, base)
     original = base.forward
     forward.__doc__ = original.__doc__
@@ -148,6 +166,7 @@ def _region_class(base: type[nn.Module], graph: fx.Graph, fallback: bool) -> typ
             _GRAPH: graph,
             _BASE: base,
             _FALLBACK: fallback,
+            _KEPT: kept,
         },
     )
     _classes[key] = cls
@@ -180,9 +199,14 @@ class _Regional:
         reads = getattr(getattr(cls, _GRAPH)._codegen, "reads", ())
         goes = name in reads and _differs(self, name, value)
         if goes and not getattr(cls, _FALLBACK):
+            inside = (
+                "its quantised weight is known to that graph alone: set it before quantize()"
+                if getattr(cls, _KEPT)
+                else "its adapter is part of that graph: set it before rewrite()"
+            )
             raise CaptureError(
                 f"{name} of this {cls.__name__} was {getattr(self, name, 'not set')!r} when its forward "
-                "was captured, and its adapter is part of that graph: set it before rewrite()"
+                f"was captured, and {inside}"
             )
         super().__setattr__(name, value)
         if goes:
@@ -205,7 +229,8 @@ class _Regional:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The module's own class by name, and the graph beside it."""
         cls: Any = type(self)
-        base, graph = getattr(cls, _BASE), (freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK))
+        base = getattr(cls, _BASE)
+        graph = (freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK), getattr(cls, _KEPT))
         if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
             return _rebuild, (base, *graph), self.__getstate__()
         # It has a way of its own, as fx.GraphModule does.
@@ -235,11 +260,13 @@ def _differs(module: Any, name: str, value: Any) -> bool:
     return not (type(old) is type(value) and isinstance(value, _COMPARABLE) and old == value)
 
 
-def _rebuild(base: type[nn.Module], frozen: tuple[Any, ...], fallback: bool) -> nn.Module:
-    cls = _region_class(base, thaw(frozen), fallback)
+def _rebuild(
+    base: type[nn.Module], frozen: tuple[Any, ...], fallback: bool, kept: bool = False
+) -> nn.Module:
+    cls = _region_class(base, thaw(frozen), fallback, kept)
     return cls.__new__(cls)
 
 
-def _rebuild_over(plain: Any, frozen: tuple[Any, ...], fallback: bool) -> Any:
-    plain.__class__ = _region_class(type(plain), thaw(frozen), fallback)
+def _rebuild_over(plain: Any, frozen: tuple[Any, ...], fallback: bool, kept: bool = False) -> Any:
+    plain.__class__ = _region_class(type(plain), thaw(frozen), fallback, kept)
     return plain

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx._quantized_pickle import pickle_by_class
+
 __all__ = ["keep_exact", "quantized_twin", "share_states"]
 
 
@@ -25,6 +27,7 @@ def quantized_twin(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Paramete
     """
     if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
         return None
+    pickle_by_class(type(parameter))
     plain = parameter.detach().as_subclass(torch.Tensor)
     twin: Any = torch.Tensor._make_subclass(type(parameter), plain, False)
     twin.__dict__.update(parameter.__dict__)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._lazy import is_matrix
-from lora_fx.passes._region import is_built_in, is_region
+from lora_fx.passes._region import is_built_in, is_region, kept_graph
 from lora_fx.passes._sharing import check_model, share_copy
 from lora_fx.passes.capture.check import check_unchanged, goes_past, watch_reference
 from lora_fx.passes.capture.inputs import describe, named_inputs
@@ -104,7 +104,7 @@ def _captured(
     if frontend not in ("auto", "symbolic", "export", "regions"):
         raise ConfigError(f"frontend must be auto, symbolic, export or regions, found {frontend!r}")
     check_model(model)
-    if any(is_region(module) for module in model.modules()):
+    if any(is_region(module) and kept_graph(module) is None for module in model.modules()):
         raise CaptureError(
             "the model is captured or rewritten already: capture the original, which was not changed"
         )

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.passes._fx import erase_unread
 from lora_fx.passes._region import original_class
 from lora_fx.passes.patterns.product import Product, product_of
 from lora_fx.quantized import quantization_of, quantized_linear
 from lora_fx.types import Region
 
-__all__ = ["make_opaque", "setup_of", "written_out_of_bitsandbytes"]
+__all__ = ["holds_quantised", "make_opaque", "setup_of", "written_out_of_bitsandbytes"]
 
 fx.wrap("quantized_linear")
 
@@ -40,6 +41,12 @@ def written_out_of_bitsandbytes(
     if forward is None or found is not cls:
         return None
     return None if quantization_of(module._parameters.get("weight")) is None else forward
+
+
+def holds_quantised(module: nn.Module) -> bool:
+    """Whether a module below has a quantised weight: code that reads it past that module would be wrong."""
+    below = (p for child in module.children() for p in child.parameters())
+    return any(quantization_of(p) is not None for p in below)
 
 
 def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
@@ -104,15 +111,5 @@ def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
             made = graph.call_function(quantized_linear, operands)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
-        _erase_unread(graph, seen.operand)
+        erase_unread(graph, seen.operand)
     return graph
-
-
-def _erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
-    """Takes out how the weight was turned around, where nobody else looks at it so."""
-    while not operand.users:
-        above = operand.all_input_nodes
-        graph.erase_node(operand)
-        if not above:
-            break
-        operand = above[0]

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
-from lora_fx.passes._region import is_built_in
+from lora_fx.passes._region import is_built_in, kept_graph, uninstall
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
@@ -53,6 +53,9 @@ def find_regions(model: nn.Module) -> Capture:
     seen: set[nn.Module] = set()
     holders = _holders(model)
     graphs = _Graphs()
+    kept = {module: found for module in model.modules() if (found := kept_graph(module))}
+    for module in kept:
+        uninstall(module)
 
     def visit(module: nn.Module, fqn: str) -> None:
         if module in seen or module not in holders:
@@ -65,12 +68,14 @@ def find_regions(model: nn.Module) -> Capture:
             opaque[fqn] = UNINITIALISED
             return
         built_in = is_built_in(module)
-        if built_in and _sealed(module):
+        if module in kept:
+            regions[fqn] = Region(fqn, module, *kept[module])
+        elif built_in and _sealed(module):
             opaque[fqn] = (
                 f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
             )
             return
-        if not _container(module):
+        elif not _container(module):
             try:
                 # The forward of what is written out reads its children's weights, or calls what does.
                 own = written_out(module) is None or bool(written_conditions(module))

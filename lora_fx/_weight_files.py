@@ -1,0 +1,153 @@
+"""The weights of a model in safetensors, one file or shards with an index: read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import nn
+
+from lora_fx.errors import CheckpointError
+
+__all__ = ["WeightFiles"]
+
+_INDEX = ".safetensors.index.json"
+
+
+class WeightFiles:
+    """What is in the files of a folder; nothing of it is in memory.
+
+    A file is opened for each tensor and closed with it: as long as it is open, all pages that were ever read
+    count as memory of this process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the heads of the files.
+
+        Args:
+            path: A folder with ``model.safetensors``, or with shards and their index; or one such file.
+
+        Raises:
+            CheckpointError: If there are none, or one is damaged.
+        """
+        self.path = path
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for file, names in _listed(path).items():
+            try:
+                with safetensors.safe_open(file, "pt") as opened:
+                    found = opened.keys()
+                    for name in names or found:
+                        self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        self._files[name] = file
+            except (safetensors.SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{file} is missing, truncated or damaged ({error}); copy it again"
+                ) from error
+
+    def reader(self, model: nn.Module) -> Callable[[str], torch.Tensor]:
+        """Gives what reads a parameter or buffer of a model by its name, in the dtype that it has there.
+
+        Args:
+            model: Whose weights they are; a tied one may have any of its names in the files.
+
+        Returns:
+            A function of the name. The tensor is on the CPU and may lie in the mapped file: copy what is
+            to stay.
+
+        Raises:
+            CheckpointError: If a tensor is missing, has another shape, or belongs to nothing.
+        """
+        wanted = dict(_persistent(model))
+        names: dict[int, list[str]] = {}
+        for name, tensor in wanted.items():
+            names.setdefault(id(tensor), []).append(name)
+        stored = {
+            name: next((one for one in names[id(tensor)] if one in self._shapes), None)
+            for name, tensor in wanted.items()
+        }
+        missing = [name for name, found in stored.items() if found is None]
+        known = wanted.keys() | {name for name, _ in model.named_buffers()}
+        unexpected = sorted(self._shapes.keys() - known)
+        other = [
+            f"{name} is {self._shapes[found]} there and {tuple(wanted[name].shape)} in the model"
+            for name, found in stored.items()
+            if found is not None and self._shapes[found] != tuple(wanted[name].shape)
+        ]
+        if missing or unexpected or other:
+            words = [
+                *([f"without {_some(missing)}"] if missing else []),
+                *(
+                    [f"with {_some(unexpected)}, which the model does not have"]
+                    if unexpected
+                    else []
+                ),
+                *other[:3],
+            ]
+            raise CheckpointError(
+                f"{self.path} holds another model than this {type(model).__name__}: {'; '.join(words)}. "
+                "Make the model with the configuration that the weights were saved with. Where its own "
+                "loader gives weights other names, or joins them, load it by that, and leave weights= out"
+            )
+
+        def read(name: str) -> torch.Tensor:
+            key = stored[name]
+            assert key is not None
+            try:
+                with safetensors.safe_open(self._files[key], "pt") as opened:
+                    values: torch.Tensor = opened.get_tensor(key)
+            except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{key} cannot be read from {self._files[key]} ({error})"
+                ) from error
+            return values.to(wanted[name].dtype)
+
+        return read
+
+
+def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by each of their names, and the buffers that a state dict has."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield f"{fqn}.{key}" if fqn else key, buffer
+
+
+def _listed(path: Path) -> dict[Path, list[str]]:
+    """The files, each with the names that an index says are in it."""
+    if path.is_file():
+        return {path: []}
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist: give a folder with safetensors, or a file")
+    indices = sorted(path.glob(f"*{_INDEX}"))
+    files = sorted(path.glob("*.safetensors"))
+    preferred = [one for one in (*indices, *files) if one.name.startswith("model.safetensors")]
+    if preferred and preferred[0] in files:
+        return {preferred[0]: []}
+    if not indices and len(files) == 1:
+        return {files[0]: []}
+    if not indices:
+        found = f"{len(files)} files and no index" if files else "none"
+        raise CheckpointError(
+            f"{path} has to hold model.safetensors, or shards with an index; found {found}"
+        )
+    index = preferred[0] if preferred else indices[0]
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        result: dict[Path, list[str]] = {}
+        for name, file in where.items():
+            # A name of a file beside the index, not a way to somewhere else.
+            result.setdefault(path / Path(file).name, []).append(name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of shards ({error!r}); copy it again"
+        ) from error
+    return result
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
