@@ -147,7 +147,9 @@ def export_onnx(
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
-    return dataclasses.replace(report, task=task, seconds=clock.seconds, encoder=encoder)
+    return dataclasses.replace(
+        report, task=task, adapters=adapters, seconds=clock.seconds, encoder=encoder
+    )
 
 
 def _check_arguments(

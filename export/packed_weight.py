@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from lora_fx.export.packing import packed
 from lora_fx.export.quantized_weight import HeldWeight, StandIn
+from lora_fx.export.stored_format import StoredFormat
 
-__all__ = ["PackedWeight", "pack_quantized", "packed_weights"]
+__all__ = ["PackedWeight", "pack_quantized", "stored_formats"]
 
 
 class PackedWeight(StandIn):
@@ -83,9 +85,21 @@ def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor],
             module._modules[name] = known[id(child)]
 
 
-def packed_weights(model: nn.Module) -> list[PackedWeight]:
-    """The quantised weights of a model that is traced, each once."""
-    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+def stored_formats(model: nn.Module) -> tuple[StoredFormat, ...]:
+    """What :func:`pack_quantized` has made, one entry a form."""
+    found: dict[tuple[str, str, int], StoredFormat] = {}
+    for one in model.modules():
+        if not isinstance(one, PackedWeight):
+            continue
+        key = (one.stored.scheme, one.operator, one.block)
+        before = found.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
+        found[key] = dataclasses.replace(
+            before,
+            weights=before.weights + 1,
+            values=before.values + one.shape.numel(),
+            bytes=before.bytes + one.nbytes,
+        )
+    return tuple(found.values())
 
 
 def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
