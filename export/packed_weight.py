@@ -87,11 +87,12 @@ def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor],
 
 def stored_formats(model: nn.Module) -> tuple[StoredFormat, ...]:
     """What :func:`pack_quantized` has made, one entry a form."""
-    found: dict[tuple[str, str, int], StoredFormat] = {}
+    found: dict[tuple[str, str, int | None], StoredFormat] = {}
     for one in model.modules():
         if not isinstance(one, PackedWeight):
             continue
-        key = (one.stored.scheme, one.operator, one.block)
+        by_row = one.operator == "DequantizeLinear" and one.block == one.shape[1]
+        key = (one.stored.scheme, one.operator, None if by_row else one.block)
         before = found.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
         found[key] = dataclasses.replace(
             before,
