@@ -78,6 +78,7 @@ def build(
         opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
         why = _REASONS[opset]
     failures: list[str] = []
+    original, prepared = prepared, prepared.to_trace(options.keep)
     traced = _traced(prepared, dynamic_shapes, failures, 0)
     while True:
         assert traced is not None
@@ -90,7 +91,7 @@ def build(
             if options.verify:
                 clock.start("comparing with PyTorch in ONNX Runtime")
                 large = stage.has_data()
-                verdict = verify_file(prepared, traced, stage.model, options.keep, large=large)
+                verdict = verify_file(original, traced, stage.model, options.keep, large=large)
             break
         except PrecisionError:
             raise

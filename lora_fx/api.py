@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import fx, nn
 
 from lora_fx import pipeline
 from lora_fx._compiled import inside
+from lora_fx._output_error import output_error
 from lora_fx.config import LoraConfig
+from lora_fx.errors import MergeError
 from lora_fx.passes import merge as merging
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._region import graphs_of, install
@@ -146,6 +150,9 @@ def merge(
     *,
     adapter_names: Sequence[str] | str | None = ...,
     into: nn.Module | None = ...,
+    dtype: torch.dtype | None = ...,
+    requantize: bool = ...,
+    example_inputs: Any = ...,
     return_report: Literal[False] = ...,
     progress: Callable[[int, int, str], None] | None = ...,
 ) -> nn.Module: ...
@@ -155,6 +162,9 @@ def merge(
     *,
     adapter_names: Sequence[str] | str | None = ...,
     into: nn.Module | None = ...,
+    dtype: torch.dtype | None = ...,
+    requantize: bool = ...,
+    example_inputs: Any = ...,
     return_report: Literal[True],
     progress: Callable[[int, int, str], None] | None = ...,
 ) -> tuple[nn.Module, MergeReport]: ...
@@ -164,6 +174,9 @@ def merge(
     *,
     adapter_names: Sequence[str] | str | None = None,
     into: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+    example_inputs: Any = None,
     return_report: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> nn.Module | tuple[nn.Module, MergeReport]:
@@ -174,7 +187,16 @@ def merge(
         adapter_names: Which adapters; those that are active by default.
         into: Fold into this model, of the original class, instead of into a copy of the base. Its weights
             are written over slice by slice, so that no second ones are needed; one whose memory something
-            else sees (the model that was rewritten shares it with ``model``) gets a new parameter.
+            else sees (the model that was rewritten shares it with ``model``) gets a new parameter. For a
+            quantised base it is a dense model, and what the adapters change is added to its weights, not to
+            the quantised ones' values.
+        dtype: Of all parameters and buffers of the result, each rounded once. By default each weight keeps
+            its own, and one that was quantised has that of its values (for bitsandbytes' 8 bits, which
+            do not say, that of most of the model).
+        requantize: Whether merged weights that were quantised are quantised again, in the same format and
+            layers. By default the result is dense as a whole, also where no adapter was.
+        example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantising
+            again does to the outputs.
         return_report: Whether to measure every merged weight against fp64 and return the report,
             too.
         progress: Called with (done, total, site name) before each weight.
@@ -184,11 +206,26 @@ def merge(
         :class:`MergeReport` if asked for.
 
     Raises:
-        MergeError: If there is nothing to merge, or the result would not be finite.
+        MergeError: If there is nothing to merge, the result would not be finite, arguments exclude each
+            other, or a format cannot hold a merged weight (the message names it; a dense merge always can).
+        CaptureError: If the example inputs do not fit the model.
     """
+    if example_inputs is not None and not requantize:
+        raise MergeError(
+            "example_inputs measure what requantize=True loses: leave them out without it"
+        )
     merged, report = merging.merge(
-        model, adapter_names=adapter_names, into=into, measure=return_report, progress=progress
+        model,
+        adapter_names=adapter_names,
+        into=into,
+        dtype=dtype,
+        requantize=requantize,
+        measure=return_report,
+        progress=progress,
     )
+    if example_inputs is not None:
+        outputs = output_error(model, merged, example_inputs, adapter_names)
+        report = dataclasses.replace(report, outputs=outputs)
     return (merged, report) if return_report else merged
 
 

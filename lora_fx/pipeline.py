@@ -15,7 +15,7 @@ from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
-from lora_fx.passes._region import install
+from lora_fx.passes._region import install, kept_graph
 from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
@@ -149,6 +149,7 @@ def rewrite_model(
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
         matches=matches,
         notes=capture.notes,
+        kept=frozenset(name for name, module in model.named_modules() if kept_graph(module)),
     )
     record = Record(
         {}, (), capture.frontend, trainable, buffer_digests(capture.model), base, optimize=optimize

@@ -62,12 +62,15 @@ class Base:
         fallback: :attr:`lora_fx.types.Region.fallback` of each.
         matches: Every linear operation.
         notes: Notes of the capture.
+        kept: FQNs of the modules that ran their graph in the model that was rewritten, too: their own code
+            does not know how their weights are stored (:func:`lora_fx.quantize`).
     """
 
     graphs: Mapping[str, fx.Graph]
     fallback: Mapping[str, bool]
     matches: Matches
     notes: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         return self
@@ -78,7 +81,14 @@ class Base:
         places = {key: place for place, key in enumerate(distinct)}
         where = {fqn: places[id(graph)] for fqn, graph in self.graphs.items()}
         frozen = tuple(freeze(graph) for graph in distinct.values())
-        return _thawed, (frozen, where, dict(self.fallback), self.matches, self.notes)
+        return _thawed, (
+            frozen,
+            where,
+            dict(self.fallback),
+            self.matches,
+            self.notes,
+            self.kept,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,6 +189,8 @@ def _thawed(
     fallback: dict[str, bool],
     matches: Matches,
     notes: tuple[str, ...],
+    kept: frozenset[str] = frozenset(),
 ) -> Base:
     graphs = [thaw(one) for one in frozen]
-    return Base({fqn: graphs[place] for fqn, place in where.items()}, fallback, matches, notes)
+    named = {fqn: graphs[place] for fqn, place in where.items()}
+    return Base(named, fallback, matches, notes, kept)

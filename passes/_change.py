@@ -98,6 +98,7 @@ def merged_biases(
     result: nn.Module,
     rows: Iterable[tuple[PlannedSite, str]],
     trained: Mapping[str, nn.Parameter],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
     """The biases with ``s`` times those of B in them, by FQN; nothing is changed.
 
@@ -106,6 +107,7 @@ def merged_biases(
         result: The model that is merged into.
         rows: Sites and adapters; those without a bias on B are passed over.
         trained: What adapters train in full, by FQN: these values count there, not those of ``result``.
+        dtype: Of the biases; their own by default.
 
     Raises:
         MergeError: If a site has no bias that could take it.
@@ -131,7 +133,8 @@ def merged_biases(
         total = totals.setdefault(site.bias, source.to(wide, copy=True))
         total[start:stop] += row.scale * extra.detach().to(total)
     return {
-        name: rounded(total, result.get_parameter(name).dtype) for name, total in totals.items()
+        name: rounded(total, dtype or result.get_parameter(name).dtype)
+        for name, total in totals.items()
     }
 
 

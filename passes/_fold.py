@@ -58,15 +58,20 @@ class Fold:
         if not self._cannot_overflow(old.dtype):
             self._run(old, None)
 
-    def folded(self, old: torch.Tensor) -> torch.Tensor:
-        """The merged weight in the dtype of the old one; no second weight in fp64 is made.
+    def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The merged weight; no second weight in fp64 is made.
+
+        Args:
+            old: The weight before.
+            dtype: Of the result; that of the old one by default.
 
         Raises:
             MergeError: If it overflows.
         """
-        shape = self.rows[0][0].site.weight_shape
-        merged = torch.empty(shape, dtype=old.dtype, device=old.device)
-        self._run(old, merged, checked=self._cannot_overflow(old.dtype))
+        dtype, shape = dtype or old.dtype, self.rows[0][0].site.weight_shape
+        merged = torch.empty(shape, dtype=dtype, device=old.device)
+        wider = torch.finfo(dtype).max >= torch.finfo(old.dtype).max
+        self._run(old, merged, checked=wider and self._cannot_overflow(dtype))
         return merged
 
     def fold_into(self, out: torch.Tensor) -> None:
@@ -100,7 +105,8 @@ class Fold:
         step, size = min(step, features), old.numel() // max(1, features)
         # Memory that is new to the process takes longer than what is computed in it.
         memory = torch.empty(step * size, dtype=wide, device=old.device)
-        scratch = rounding_memory(old.dtype, memory)
+        dtype = old.dtype if out is None else out.dtype
+        scratch = rounding_memory(dtype, memory)
         rehearsed = old.new_empty(0 if out is not None else step * size)
         merged = None if out is None else out.view(site.applied_shape)
         parts, finite = self._parts(wide, old.device), True
@@ -116,7 +122,7 @@ class Fold:
             finite = finite and (checked or _is_finite(part))
         if not finite and _is_finite(old):
             raise MergeError(
-                f"{self.name}: the merged weight overflows {old.dtype}; merge in a wider dtype"
+                f"{self.name}: the merged weight overflows {dtype}; merge in a wider dtype"
             )
 
     def _cannot_overflow(self, dtype: torch.dtype) -> bool:

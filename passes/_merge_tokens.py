@@ -44,9 +44,9 @@ class TokenFold:
     def check(self, old: torch.Tensor) -> None:
         """Nothing can fail: :func:`token_weights` has looked at the values."""
 
-    def folded(self, old: torch.Tensor) -> torch.Tensor:
-        """A copy of the weight with the rows in it."""
-        merged = old.clone()
+    def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy of the weight with the rows in it, in another dtype if one is given."""
+        merged = old.to(dtype or old.dtype, copy=True)
         self.fold_into(merged)
         return merged
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._own import own_value
+from lora_fx.passes._requantize import renew_layer
+from lora_fx.quantized import quantization_of
 from lora_fx.record import Record
 
 __all__ = [
@@ -103,7 +105,12 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
     if name in over:
         old.detach().copy_(value)
         return
-    model.get_submodule(owner)._parameters[key] = nn.Parameter(value, old.requires_grad)
+    module = model.get_submodule(owner)
+    # One that was quantised again is a parameter of its library.
+    if not isinstance(value, nn.Parameter) or quantization_of(value) is None:
+        value = nn.Parameter(value, old.requires_grad)
+    module._parameters[key] = value
+    renew_layer(module)
 
 
 def trained(

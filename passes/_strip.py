@@ -6,26 +6,44 @@ from torch import nn
 
 from lora_fx.ops import AdapterModule
 from lora_fx.passes._own import place_base
-from lora_fx.passes._region import CONSTANT, uninstall
+from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._sharing import share_copy
 from lora_fx.record import Record
+from lora_fx.types import Region
 
-__all__ = ["stripped"]
+__all__ = ["drop_graph", "stripped"]
 
 
 def stripped(model: nn.Module, record: Record) -> nn.Module:
-    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was."""
+    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
+
+    Modules that ran a graph before the rewrite, over quantised weights, run it again.
+    """
     result = share_copy(model)
     for name in record.active:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
+    kept = {name: result.get_submodule(name) for name in record.base.kept}
     for module in list(result.modules()):
-        uninstall(module)
-        for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
-            del module._buffers[name]
+        if module in kept.values():
+            uninstall(module)
+        else:
+            drop_graph(module)
         for name, child in list(module.named_children()):
             if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
+    base = record.base
+    install(
+        (Region(name, one, base.graphs[name], base.fallback[name]) for name, one in kept.items()),
+        kept=True,
+    )
     return result
+
+
+def drop_graph(module: nn.Module) -> None:
+    """Has a module run its own forward, without what only its graph has read."""
+    uninstall(module)
+    for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
+        del module._buffers[name]

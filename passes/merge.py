@@ -5,6 +5,8 @@ Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W 
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others; a tied weight is untied first.
 A model that is given is written over, where nothing else sees the memory of its weights.
+
+A quantised weight is made dense, layer by layer, adapted or not; or it is stored in its format again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.passes._casting import cast_model, check_dtype
 from lora_fx.passes._change import merged_biases
+from lora_fx.passes._dense import (
+    Storage,
+    layouts_of,
+    make_dense,
+    quantized_weights,
+    values_of,
+)
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._fold import Fold
 from lora_fx.passes._fold_all import fold_all
@@ -52,6 +62,8 @@ def merge(
     *,
     adapter_names: Sequence[str] | str | None = None,
     into: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
     measure: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
@@ -63,7 +75,11 @@ def merge(
         adapter_names: Which adapters; those that are active by default.
         into: Fold into this model instead of a copy of the base: a model of the original class. Its
             weights are written over slice by slice; one that shares its memory, as the model that was
-            rewritten does, gets a new parameter.
+            rewritten does, gets a new parameter. Over a quantised base it is a dense model, and the change
+            is added to its weights.
+        dtype: Of everything in the result; by default each weight's own, or that of its quantised values.
+        requantize: Whether merged weights that were quantised are stored in the same format again; by
+            default everything that is quantised becomes dense.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Given each merged weight that is a new tensor, returns one of the same values to use in
@@ -73,12 +89,14 @@ def merge(
         The merged model, and the report.
 
     Raises:
-        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit,
-            or a factor or a result is not finite. ``into`` is then as it was; an interruption, or an error
-            that ``progress`` raises, may leave some of its weights merged.
+        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, arguments
+            exclude each other, a format cannot hold a merged weight, or a factor or a result is not finite.
+            ``into`` is then as it was; an interruption, or an error that ``progress`` raises, may leave some
+            of its weights merged.
     """
     record = require_record(model, MergeError)
     names = _chosen(record, adapter_names)
+    _check_storage(into, dtype, requantize)
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
@@ -94,15 +112,23 @@ def merge(
             _check_finite(model, row, name)
     own = dict(trained(model, record, names))
     every = [pair for several in rows.values() for pair in several]
-    biases = merged_biases(model, result, every, own)
+    biases = merged_biases(model, result, every, own, dtype)
     changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
     over = frozenset() if into is None else _written_over(into, own)
+    storage, stored = Storage(result, dtype), quantized_weights(result)
+    layouts = layouts_of(record.base.matches.sites)
+    again = {name: result.get_parameter(name) for name in stored if requantize}
+    dtypes = {name: storage.of(found) for name, found in stored.items()}
+    if dtype is not None:
+        dtypes |= dict.fromkeys(changes, dtype)
     # The last that can fail, before its first write: `into` is changed as a whole or not at all.
     merged, sites = fold_all(
         changes,
-        lambda weight: _unadapted(result, weight, own),
+        lambda weight: _unadapted(values_of(result, weight, layouts), weight, own),
         over=over - own.keys(),
+        dtypes=dtypes,
+        formats=again,
         measure=measure,
         progress=progress,
         keep=keep,
@@ -117,6 +143,10 @@ def merge(
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
     untie_config(result)
+    if stored and not requantize:
+        make_dense(result, storage, layouts, keep)
+    if dtype is not None:
+        cast_model(result, dtype, keep)
     return result, MergeReport(sites, untied)
 
 
@@ -162,9 +192,22 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         )
 
 
-def _unadapted(result: nn.Module, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
+def _check_storage(into: nn.Module | None, dtype: torch.dtype | None, requantize: bool) -> None:
+    check_dtype(dtype)
+    if requantize and (into is not None or dtype is not None):
+        other = "dtype" if into is None else "into"
+        raise MergeError(f"requantize=True keeps the formats of the base: leave out {other}")
+    if into is not None and dtype is not None:
+        raise MergeError("into keeps its dtype: leave out dtype, or cast that model before")
+    if into is not None and (stored := quantized_weights(into)):
+        raise MergeError(
+            f"into has quantised weights ({next(iter(stored))}): give a dense model, or leave it out and "
+            "merge with requantize=True"
+        )
+
+
+def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
     """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
-    base = result.get_parameter(name).detach()
     return trained[name].detach().to(base) if name in trained else base
 
 

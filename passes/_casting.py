@@ -1,0 +1,67 @@
+"""A merged model in another precision: what was not merged, and so has not been rounded yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError
+from lora_fx.passes._sharing import storage_of
+from lora_fx.quantized import quantization_of
+
+__all__ = ["cast_model", "check_dtype"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuses what is no dtype of weights.
+
+    Raises:
+        MergeError: If it is something else.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
+        raise MergeError(f"dtype is {dtype!r}; it is one of {known}")
+
+
+def cast_model(
+    model: nn.Module,
+    dtype: torch.dtype,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> None:
+    """Casts parameters and buffers, as ``nn.Module.to`` does; parameters are new, and tied ones stay tied.
+
+    Args:
+        model: A model that nobody else has, over weights that others may see.
+        dtype: What to cast to.
+        keep: Given each new weight, returns one of the same values to use in its place.
+
+    Raises:
+        MergeError: If a number overflows.
+    """
+    made: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], nn.Parameter] = {}
+    for fqn, module in model.named_modules():
+        for leaf, old in module._parameters.items():
+            if old is None or old.dtype == dtype or not old.is_floating_point():
+                continue
+            if quantization_of(old) is not None:
+                continue
+            key = (storage_of(old), old.storage_offset(), tuple(old.shape), old.stride())
+            if key not in made:
+                value = keep(_cast(old.detach(), dtype, f"{fqn}.{leaf}"))
+                made[key] = nn.Parameter(value, requires_grad=old.requires_grad)
+            module._parameters[leaf] = made[key]
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    cast = values.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(values.dtype).max
+    if narrower and bool((cast.isinf() & values.isfinite()).any()):
+        raise MergeError(f"{name} overflows {dtype}; merge in a wider dtype")
+    return cast

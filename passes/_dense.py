@@ -1,0 +1,224 @@
+"""Makes dense what a model holds in few bits, and takes what its libraries have put around that out of it.
+
+A layer of bitsandbytes becomes one of torch, of the same name and with the same hooks; it stays the same
+object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor of torchao
+stands for a dense one in any code, and a weight that only the graph read as quantised goes back into the
+layout in which the model's own code reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.passes._quantized_state import loads_quantised
+from lora_fx.passes._region import kept_graph
+from lora_fx.passes._strip import drop_graph
+from lora_fx.quantized import Quantization, dense, quantization_of
+from lora_fx.types import Layout, Site
+
+__all__ = ["Storage", "layouts_of", "make_dense", "make_plain", "quantized_weights", "values_of"]
+
+_log = logging.getLogger("lora_fx")
+
+_LAYERS: Mapping[str, type[nn.Module]] = {
+    "Linear4bit": nn.Linear,
+    "LinearFP4": nn.Linear,
+    "LinearNF4": nn.Linear,
+    "Linear8bitLt": nn.Linear,
+    "Embedding4bit": nn.Embedding,
+    "EmbeddingFP4": nn.Embedding,
+    "EmbeddingNF4": nn.Embedding,
+    "Embedding8bit": nn.Embedding,
+}
+_OF_LAYERS = (
+    "compute_dtype",
+    "compute_type_is_set",
+    "dtype",
+    "index",
+    "quant_state",
+    "quant_storage",
+    "state",
+    "support_avx512bf16_for_cpu",
+)
+# What transformers sets on a model that it has quantised, and accelerate.
+_OF_MODELS = (
+    "hf_quantizer",
+    "is_4bit_serializable",
+    "is_8bit_serializable",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_quantized",
+    "quantization_method",
+    "_is_quantized_training_enabled",
+)
+
+
+class Storage:
+    """What the weights of a merged model are stored in.
+
+    Args:
+        model: The model that is merged into; it is asked before anything in it is replaced.
+        dtype: Of everything; None leaves each weight what it is, or what its quantised values are.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._rest = _rest_of(model)
+
+    def of(self, found: Quantization) -> torch.dtype:
+        """The dtype of a weight that was quantised."""
+        if self.dtype is not None:
+            return self.dtype
+        # LLM.int8() does not know what its weight was made of: what its layer is used with does.
+        eight = found.library == "bitsandbytes" and found.bits == 8
+        return self._rest or found.dtype if eight else found.dtype
+
+
+def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
+    """Every weight that is stored in few bits, by each of its names."""
+    stored = (
+        (name, quantization_of(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    return {name: found for name, found in stored if found is not None}
+
+
+def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
+    """How the weights of sites were laid out before they were quantised, by FQN."""
+    return {site.weight: site.layout for site in sites if site.quantized is not None}
+
+
+def values_of(model: nn.Module, name: str, layouts: Mapping[str, Layout]) -> torch.Tensor:
+    """A weight as the model's own code reads it: its memory, or values that are made of few bits.
+
+    Args:
+        model: A model that has it.
+        name: Its FQN.
+        layouts: :func:`layouts_of`.
+    """
+    weight = model.get_parameter(name)
+    if quantization_of(weight) is None:
+        return weight.detach()
+    values = dense(weight)
+    return values if layouts.get(name, "out_in") == "out_in" else values.T
+
+
+def make_dense(
+    model: nn.Module,
+    storage: Storage,
+    layouts: Mapping[str, Layout],
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> None:
+    """Replaces what is quantised yet, weight by weight; the model is changed.
+
+    Args:
+        model: A model that nobody else has; the weights of adapted sites are dense in it already.
+        storage: What the new weights are stored in.
+        layouts: :func:`layouts_of`.
+        keep: Given each new weight, returns one of the same values to use in its place.
+    """
+    made: dict[int, nn.Parameter] = {}
+    left: list[str] = []
+    for fqn, module in list(model.named_modules()):
+        for leaf, weight in list(module._parameters.items()):
+            found = quantization_of(weight)
+            if weight is None or found is None:
+                continue
+            name = f"{fqn}.{leaf}" if fqn else leaf
+            if not _is_known(module, found, name, layouts):
+                left.append(name)
+                continue
+            if id(weight) not in made:
+                values = values_of(model, name, layouts).to(storage.of(found)).contiguous()
+                made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
+            module._parameters[leaf] = made[id(weight)]
+        make_plain(module)
+        if kept_graph(module) is not None and not left:
+            drop_graph(module)
+    if left:
+        _log.warning(
+            "these weights are still quantised: only the code of their modules knows how they are read: %s",
+            ", ".join(left),
+        )
+    else:
+        _forget(model)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) > 1 and storage.dtype is None:
+        _log.warning(
+            "the merged model has weights of %s: what was quantised has the dtype of its values. Layers of "
+            "torch want one dtype: merge(..., dtype=...) gives it to all",
+            " and ".join(sorted(map(str, dtypes))),
+        )
+
+
+def _is_of_library(hook: Any) -> bool:
+    """Whether a hook is there for quantised weights: bitsandbytes', or those of ``lora_fx.quantize``."""
+    # torch wraps some.
+    found = str(getattr(getattr(hook, "hook", hook), "__module__", ""))
+    return found.startswith("bitsandbytes.") or found == loads_quantised.__module__
+
+
+def make_plain(module: nn.Module) -> None:
+    """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
+    if not any(quantization_of(parameter) for parameter in module._parameters.values()):
+        for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
+            for key in [key for key, hook in hooks.items() if _is_of_library(hook)]:
+                del hooks[key]
+    weight = module._parameters.get("weight")
+    # bitsandbytes' layers may hold dense weights, too, in a class of their own.
+    if type(weight) is not nn.Parameter or quantization_of(weight) is not None:
+        return
+    plain = _plain_class(module)
+    if plain is None:
+        # How torchao says in a printed model what the weight is.
+        written = module.__dict__.get("extra_repr")
+        told = getattr(written, "__func__", None)
+        if getattr(getattr(told, "func", told), "__module__", "").startswith("torchao."):
+            del module.__dict__["extra_repr"]
+        return
+    for name in _OF_LAYERS:
+        module.__dict__.pop(name, None)
+    module.__class__ = plain
+    bias = module._parameters.get("bias")
+    # The layer cast it to what it was given.
+    if bias is not None and bias.dtype != weight.dtype:
+        cast = bias.detach().to(weight.dtype)
+        module._parameters["bias"] = nn.Parameter(cast, requires_grad=bias.requires_grad)
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module] | None:
+    # A subclass of somebody else's may compute something else.
+    found = getattr(sys.modules.get("bitsandbytes.nn.modules"), type(module).__qualname__, None)
+    return _LAYERS.get(type(module).__qualname__) if found is type(module) else None
+
+
+def _is_known(
+    module: nn.Module, found: Quantization, name: str, layouts: Mapping[str, Layout]
+) -> bool:
+    """Whether the code that reads a weight can read a dense one in its place."""
+    return found.library == "torchao" or name in layouts or _plain_class(module) is not None
+
+
+def _rest_of(model: nn.Module) -> torch.dtype | None:
+    """In which dtype most of a model is, but for what is quantised; None if nothing else is in it."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if quantization_of(parameter) is None and parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def _forget(model: nn.Module) -> None:
+    """Takes off what says to transformers that a model is quantised: it would write and load it so."""
+    for module in model.modules():
+        for name in _OF_MODELS:
+            module.__dict__.pop(name, None)
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config

@@ -1,0 +1,358 @@
+"""Merging over a quantised base: into a dense model, or into the same format again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import lora_fx
+from lora_fx.quantized import dense, quantization_of
+from tests.quantized import IDS, SCHEMES, llama, quantised
+
+LIBRARIES = ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]
+
+
+def adapted(scheme: str, base: nn.Module | None = None, **fields: Any) -> nn.Module:
+    fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, "r": 4} | fields
+    base = quantised(llama(1), scheme).train() if base is None else base
+    return lora_fx.rewrite(base, lora_fx.LoraConfig(**fields)).train()
+
+
+def oracle(model: nn.Module, name: str) -> torch.Tensor:
+    """``g ∘ (W + s·BA)`` in fp64, of the adapter ``default``; W alone where it is not."""
+    layer: Any = model.get_submodule(name)
+    weight: torch.Tensor = dense(layer.weight).double()
+    if not hasattr(layer, "lora_A"):
+        return weight
+    a, b = (f.default.detach().double() for f in (layer.lora_A, layer.lora_B))
+    turned: torch.Tensor = weight + 2.0 * (b @ a)
+    if not hasattr(layer, "lora_magnitude_vector"):
+        return turned
+    m = layer.lora_magnitude_vector.default.detach().double()
+    return turned * (m / turned.norm(dim=1))[:, None]
+
+
+def linears(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dense_weights_are_rounded_once(
+    scheme: str, use_dora: bool, dtype: torch.dtype | None
+) -> None:
+    model = adapted(scheme, lora_alpha=8, use_dora=use_dora)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(1.25)
+    expected = {name: oracle(model, name) for name in linears(model)}
+    merged, report = lora_fx.merge(model, dtype=dtype, return_report=True)
+    assert {p.dtype for p in merged.parameters()} == {dtype or torch.float32}
+    assert report.max_ulp <= 0.5 or dtype == torch.float64
+    for name, values in expected.items():
+        layer: Any = merged.get_submodule(name)
+        assert type(layer) is nn.Linear
+        assert type(layer.weight) is nn.Parameter
+        error = (layer.weight.detach().double() - values).abs()
+        # Half a unit in the last place; the norm of DoRA is summed in another order.
+        info = torch.finfo(dtype or torch.float32)
+        unit = info.eps * values.abs().clamp_min(info.smallest_normal)
+        assert bool((error <= unit / 2 + 1e-14 * values.abs().max()).all())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_dense_model_computes_what_the_adapted_one_does(scheme: str) -> None:
+    model = adapted(scheme)
+    before = {n: dense(p).detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = model(IDS).logits
+        found = lora_fx.merge(model).train()(IDS).logits
+        again = model(IDS).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert torch.equal(again, expected)
+    assert all(torch.equal(dense(p), before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8 bitsandbytes", "int8 torchao"])
+def test_a_dense_layer_is_torchs_own_with_hooks_and_modes(scheme: str) -> None:
+    base = quantised(llama(1), scheme)
+    calls: list[str] = []
+    base.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append("up"))
+    base.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append("down"))
+    base.model.layers[0].mlp.down_proj.eval()
+    merged = lora_fx.merge(adapted(scheme, base.train()))
+    merged(IDS)
+    assert calls == ["up", "down"]
+    plain = nn.Linear(3, 3)
+    for name in linears(merged):
+        layer = merged.get_submodule(name)
+        extra = set(vars(layer)) - set(vars(plain)) - {"_is_hf_initialized"}
+        assert not extra, extra
+        assert not layer._load_state_dict_pre_hooks
+        assert "bitsandbytes" not in repr(layer)
+    assert set(merged.state_dict()) == set(llama(1).state_dict())
+    llama(1).load_state_dict(merged.state_dict())
+
+
+def test_eight_bits_take_the_dtype_of_the_rest() -> None:
+    base = quantised(llama(1), "int8 bitsandbytes").to(torch.bfloat16)
+    merged = lora_fx.merge(adapted("", base))
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+def test_four_bits_have_the_dtype_of_their_values(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=how, dtype=torch.bfloat16
+    )
+    merged, report = lora_fx.merge(adapted("", base), return_report=True)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert report.max_ulp <= 0.5
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_requantised_weights_keep_their_format(scheme: str) -> None:
+    model = adapted(scheme, lora_alpha=8)
+    expected = {name: oracle(model, name) for name in linears(model)}
+    merged, report = lora_fx.merge(model, requantize=True, example_inputs=IDS, return_report=True)
+    rows = {row.name: row for row in report.sites}
+    assert len(rows) == 2
+    for name, values in expected.items():
+        layer: Any = merged.get_submodule(name)
+        old: Any = model.get_submodule(name)
+        assert type(layer) is type(quantised(llama(1), scheme).get_submodule(name))
+        assert quantization_of(layer.weight) == quantization_of(old.weight)
+        error = float((dense(layer.weight).double() - values).norm() / values.norm())
+        if name not in rows:
+            assert error == 0
+            continue
+        assert error == pytest.approx(rows[name].requantization_error, rel=1e-3)
+        bits = 8 if "int8" in scheme else 4
+        assert 0 < error < {8: 0.01, 4: 0.15}[bits]
+        assert rows[name].relative_change > 1
+    # The same as quantising the exact merged weights anew, which each library does in its own way.
+    anew = llama(1)
+    for name in rows:
+        anew.get_submodule(name).weight = nn.Parameter(expected[name].float())
+    for name in rows:
+        fresh = dense(quantised(anew, scheme).get_submodule(name).weight, torch.float32)
+        found = dense(merged.get_submodule(name).weight, torch.float32)
+        # bitsandbytes rounds to fp16 before it quantises to 8 bits, and this does not.
+        far = (fresh - found).abs() > 1e-6 * fresh.abs().max()
+        assert float(far.float().mean()) < (1.0 if scheme == "int8 bitsandbytes" else 1e-3)
+        assert float((fresh - found).norm() / fresh.norm()) < 0.005
+    with torch.no_grad():
+        adapted_outputs, base_outputs = (
+            m.eval()(IDS).logits
+            for m in (model, lora_fx.rewrite(quantised(llama(1), scheme), lora_fx.LoraConfig()))
+        )
+        found = merged.eval()(IDS).logits
+    assert report.outputs is not None
+    size = adapted_outputs.norm()
+    relative = float((found - adapted_outputs).norm() / size)
+    assert report.outputs.relative_error == pytest.approx(relative, rel=1e-3)
+    change = float((base_outputs - adapted_outputs).norm() / size)
+    assert report.outputs.relative_change == pytest.approx(change, rel=1e-3)
+    worst = f"{max(row.requantization_error for row in rows.values()):.2e}"
+    assert f"2 weight(s) merged, 2 quantised again, largest error {worst}" in str(report)
+
+
+def test_a_merge_of_several_dtypes_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama(1).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=how, dtype=torch.bfloat16
+    )
+    base.model.norm.float()
+    model = adapted("", base)
+    lora_fx.merge(model)
+    assert "weights of torch.bfloat16 and torch.float32" in caplog.text
+    caplog.clear()
+    merged = lora_fx.merge(model, dtype=torch.bfloat16)
+    assert not caplog.text
+    assert merged(IDS).logits.dtype == torch.bfloat16
+
+
+def test_requantised_double_scales_load_and_run(tmp_path: Path) -> None:
+    merged = lora_fx.merge(adapted("nf4 double"), requantize=True)
+    torch.save(merged.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    names = [n for n in state if "q_proj.weight." in n]
+    assert any("nested_absmax" in n for n in names)
+    copied = copy.deepcopy(merged)
+    with torch.no_grad():
+        assert torch.equal(copied(IDS).logits, merged(IDS).logits)
+
+
+def test_a_plain_weight_beside_quantised_ones_is_rounded_once() -> None:
+    model = adapted("nf4", target_modules=["q_proj", "lm_head"])
+    merged, report = lora_fx.merge(model, requantize=True, return_report=True)
+    head = next(row for row in report.sites if row.name == "lm_head")
+    assert not head.requantized
+    assert head.max_ulp <= 0.5
+    assert "1 quantised again" in str(report)
+    assert type(merged.lm_head.weight) is nn.Parameter
+
+
+def test_one_of_several_adapters_is_merged() -> None:
+    model = adapted("nf4", lora_alpha=8)
+    lora_fx.add_adapter(
+        model,
+        lora_fx.LoraConfig(r=2, lora_alpha=2, target_modules=["up_proj"], init_lora_weights=False),
+        "second",
+    )
+    name = "model.layers.0.mlp.up_proj"
+    layer: Any = model.get_submodule(name)
+    a, b = (f.second.detach().double() for f in (layer.lora_A, layer.lora_B))
+    expected = dense(layer.weight).double() + b @ a
+    merged = lora_fx.merge(model, adapter_names="second")
+    assert torch.equal(merged.get_submodule(name).weight, expected.float())
+    _, report = lora_fx.merge(
+        model, adapter_names="second", requantize=True, example_inputs=IDS, return_report=True
+    )
+    assert [row.adapters for row in report.sites] == [("second",)]
+    assert lora_fx.active_adapters(model) == ("default",)
+    lora_fx.set_adapter(model, "second")
+    with torch.no_grad():
+        wanted = model.eval()(IDS).logits
+        found = lora_fx.merge(model, requantize=True).eval()(IDS).logits
+    assert report.outputs.relative_error == pytest.approx(
+        float((wanted - found).norm() / wanted.norm()), rel=1e-3
+    )
+
+
+def test_into_a_dense_model_adds_to_its_weights() -> None:
+    model, into = adapted("nf4", lora_alpha=8), llama(1)
+    before = copy.deepcopy(into)
+    merged = lora_fx.merge(model, into=into)
+    assert merged is into
+    for name in linears(into):
+        layer: Any = model.get_submodule(name)
+        expected = before.get_submodule(name).weight.detach().double()
+        if hasattr(layer, "lora_A"):
+            a, b = (f.default.detach().double() for f in (layer.lora_A, layer.lora_B))
+            expected = expected + 2.0 * (b @ a)
+        torch.testing.assert_close(
+            into.get_submodule(name).weight.detach(), expected.float(), atol=1e-7, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"dtype": torch.float16, "requantize": True}, "leave out dtype"),
+        ({"into": llama(1), "requantize": True}, "leave out into"),
+        ({"into": llama(1), "dtype": torch.float16}, "into keeps its dtype"),
+        ({"example_inputs": IDS}, "requantize=True"),
+    ],
+)
+def test_arguments_that_exclude_each_other(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(lora_fx.MergeError, match=message):
+        lora_fx.merge(adapted("nf4"), **how)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8 torchao"])
+def test_a_quantised_model_is_nothing_to_merge_into(scheme: str) -> None:
+    into = quantised(llama(1), scheme)
+    with pytest.raises(lora_fx.MergeError, match=r"quantised weights.*requantize=True"):
+        lora_fx.merge(adapted(scheme), into=into)
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("scheme", LIBRARIES)
+def test_what_is_not_finite_is_refused(scheme: str, requantize: bool) -> None:
+    model = adapted(scheme)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_B.default[0, 0] = torch.inf
+    with pytest.raises(lora_fx.MergeError, match=r"q_proj.*not finite"):
+        lora_fx.merge(model, requantize=requantize)
+
+
+def test_a_format_that_cannot_hold_a_weight_names_the_dense_merge() -> None:
+    model = adapted("int4 torchao", quantised(llama(1).to(torch.float16), "int4 torchao"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_B.default.fill_(3e3)
+        model.model.layers[0].self_attn.q_proj.lora_A.default.fill_(3e3)
+    with pytest.raises(lora_fx.MergeError, match=r"q_proj.*cannot be quantised.*requantize=True"):
+        lora_fx.merge(model, requantize=True)
+    with pytest.raises(lora_fx.MergeError, match=r"q_proj.*overflows torch.float16.*wider dtype"):
+        lora_fx.merge(model)
+    assert torch.isfinite(next(lora_fx.merge(model, dtype=torch.float32).parameters())).all()
+
+
+def test_a_library_without_a_kernel_here_names_the_dense_merge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import bitsandbytes
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no kernel for this device")
+
+    model = adapted("nf4")
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", refuse)
+    with pytest.raises(lora_fx.MergeError, match=r"no kernel for this device.*dense then"):
+        lora_fx.merge(model, requantize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_dtype_casts_an_unquantised_model_once(dtype: torch.dtype) -> None:
+    base = llama(1)
+    base.lm_head.weight = base.model.embed_tokens.weight
+    model = adapted("", base, lora_alpha=8)
+    name = "model.layers.0.self_attn.q_proj"
+    layer: Any = model.get_submodule(name)
+    merged, report = lora_fx.merge(model, dtype=dtype, return_report=True)
+    a, b = (f.default.detach().double() for f in (layer.lora_A, layer.lora_B))
+    exact = layer.weight.detach().double() + 2.0 * (b @ a)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert report.max_ulp <= 0.5 or dtype == torch.float64
+    if dtype == torch.float64:
+        assert torch.equal(merged.get_submodule(name).weight, exact)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert {p.dtype for p in base.parameters()} == {torch.float32}
+    assert merged.lm_head.weight.untyped_storage().data_ptr() != base.lm_head.weight.data_ptr()
+
+
+def test_a_cast_that_overflows_is_refused() -> None:
+    base = llama(1)
+    with torch.no_grad():
+        base.model.norm.weight[0] = 1e6
+    with pytest.raises(lora_fx.MergeError, match=r"model.norm.weight overflows torch.float16"):
+        lora_fx.merge(adapted("", base), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("four", [True, False])
+def test_transformers_writes_and_loads_a_dense_merge_as_a_plain_model(
+    tmp_path: Path, four: bool
+) -> None:
+    llama(1).save_pretrained(tmp_path / "base")
+    how = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how)
+    model = adapted("", base)
+    merged = lora_fx.merge(model).eval()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not hasattr(again, "hf_quantizer")
+    assert not quantization_of(again.model.layers[0].self_attn.q_proj.weight)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, merged(IDS).logits)
+    assert base.is_quantized
+    assert model.is_quantized
+    assert hasattr(base.config, "quantization_config")
+    requantised = lora_fx.merge(model, requantize=True)
+    requantised.save_pretrained(tmp_path / "again")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    weights = [m.model.layers[0].self_attn.q_proj.weight for m in (loaded, requantised)]
+    assert torch.equal(weights[0].data, weights[1].data)
