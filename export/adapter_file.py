@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export.adapter_check import cast_to, check_values
 from lora_fx.export.adapter_values import values_of_folder, values_of_model
+from lora_fx.export.loading import reason_of
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.placement import check_target, staging, write_errors
 from lora_fx.export.ports import to_runtime, to_tensor
@@ -36,7 +39,8 @@ def save_onnx_adapter(
     """Write an adapter as an ``.onnx_adapter`` file, for exports with ``adapters="inputs"``.
 
     The file is whole or not there at all, also after an error. ONNX Runtime's own ``LoraAdapter`` reads
-    it, too.
+    it, too. The format has no place for a checksum: a truncated file is seen when it is loaded, and so
+    are values that are not finite, but a number that changed on its way is a number like others.
 
     Args:
         source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder is enough by itself
@@ -56,7 +60,8 @@ def save_onnx_adapter(
         CheckpointError: The folder is damaged or cannot be converted by itself, or the adapter is none
             for ``base``, or holds values that are not finite.
         ConfigError: An argument cannot mean anything, or the model has no such adapter.
-        ExportError: The file exists or cannot be written, or ``base`` takes no adapters.
+        ExportError: The file exists or cannot be written (with the bytes that it takes, if the disk is
+            full), or ``base`` takes no adapters.
         ProviderError: ONNX Runtime, which has the format, is not installed.
     """
     target = Path(path)
@@ -88,13 +93,20 @@ def save_onnx_adapter(
     form.set_adapter_version(_VERSION)
     form.set_model_version(_VERSION)
     form.set_parameters({name: to_runtime(runtime, value) for name, value in values.items()})
-    with staging(target) as stage, write_errors(target):
+    size = sum(value.nbytes for value in values.values())
+    with staging(target) as stage, write_errors(target, size):
         try:
             form.export_adapter(str(stage.model))
         except RuntimeError as error:
-            raise OSError(str(error)) from error
+            raise _write_error(error, stage.folder, size) from error
         stage.commit(force=force)
     return target
+
+
+def _write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
+    """ONNX Runtime does not say why it cannot write."""
+    full = shutil.disk_usage(folder).free < size
+    return OSError(errno.ENOSPC if full else errno.EIO, f"ONNX Runtime fails: {reason_of(error)}")
 
 
 def values_of(

@@ -26,7 +26,12 @@ __all__ = ["BF16_OPSET", "DEFAULT_OPSET", "Options", "build"]
 _log = logging.getLogger("lora_fx")
 
 DEFAULT_OPSET = 20
-BF16_OPSET = 22  # the first in which convolutions and pooling take bf16
+BF16_OPSET = 22
+
+_REASONS = {
+    DEFAULT_OPSET: "what both providers run in fp32 and fp16",
+    BF16_OPSET: "the first in which convolutions and pooling take bf16",
+}
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,12 @@ def build(
         ParityError: The file computes something else.
         ExportError: The model cannot be captured or converted, or the disk is full.
     """
-    clock, opset = options.clock, options.opset
+    clock, opset, why = options.clock, options.opset, "asked for"
     if opset is None:
         opset = BF16_OPSET if prepared.dtype == "bf16" else DEFAULT_OPSET
+        why = _REASONS[opset]
     failures: list[str] = []
+    original, prepared = prepared, prepared.to_trace(options.keep)
     traced = _traced(prepared, dynamic_shapes, failures, 0)
     while True:
         assert traced is not None
@@ -84,7 +91,7 @@ def build(
             if options.verify:
                 clock.start("comparing with PyTorch in ONNX Runtime")
                 large = stage.has_data()
-                verdict = verify_file(prepared, traced, stage.model, options.keep, large=large)
+                verdict = verify_file(original, traced, stage.model, options.keep, large=large)
             break
         except PrecisionError:
             raise
@@ -101,6 +108,7 @@ def build(
         path=str(stage.target),
         files=files,
         opset=opset,
+        opset_reason=why,
         dtype=prepared.dtype,
         unverified_reason=verdict.reason,
         provider=verdict.provider,

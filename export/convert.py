@@ -21,6 +21,7 @@ from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.overridable import make_overridable
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.quantized_nodes import expand_quantized
 from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
 from lora_fx.export.repair import repaired
 from lora_fx.export.source import place_of
@@ -58,6 +59,7 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     _repair_folded_dtypes(program)
     name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
     expand_grouped(program)
+    expand_quantized(program)
     name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     strip_build_traces(program, prefix)
     _stamp(program, trace, prepared, opset)

@@ -13,6 +13,7 @@ from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.export.manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.origin import base_name
 from lora_fx.export.swappable import ADAPTER, Swappable
+from lora_fx.export.twin import DTYPES, dtype_name
 from lora_fx.passes._factors import factor_names
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import PlannedSite, join
@@ -153,11 +154,14 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
     b: tuple[int | None, ...] = (shapes.b[0], None, *shapes.b[2:]) if conv else (None, shapes.b[0])
     if shapes.stacked:
         a, b = (shapes.a[0], shapes.a[2], None), (shapes.b[0], None, shapes.b[1])
-    dtype = str(model.get_parameter(site.weight).dtype).removeprefix("torch.")
+    if site.quantized is None:
+        dtype = model.get_parameter(site.weight).dtype
+    else:  # its values are in the dtype of what it is multiplied by
+        dtype = DTYPES.get(dtype_name(model), torch.float32)
     return SiteInputs(
         row.name,
         site.family,
-        dtype,
+        str(dtype).removeprefix("torch."),
         a,
         b,
         site.out_features,

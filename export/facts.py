@@ -45,6 +45,7 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
             if axis.name is None
         },
         "baked_arguments": dict(trace.arguments.baked),
+        "finite": trace.finite,
         "verified": parity is not None,
         "reference": parity.reference if parity else "",
         "parity": tuple(parity.rows.values()) if parity else (),

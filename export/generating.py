@@ -59,6 +59,8 @@ class Generates:
             eos_token_id: The token or tokens that end a text; an empty list for none.
             pad_token_id: What follows in rows that end before others.
             generation_config: A ``GenerationConfig``, or a dict of its fields, in place of that in the file.
+                What it asks for is done or refused: a field that is not done here, and is not at its
+                default, is an error that names it, and so is one that nobody knows.
             generator: For the draws. Without it they come from torch's own, as in transformers.
             logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to
                 scores; those of transformers are such.
@@ -74,7 +76,7 @@ class Generates:
 
         Raises:
             ExportError: The file is not for generation; inputs, settings or lengths do not fit; the
-                default settings ask for what is not done here, such as beams.
+                settings, the model's or the caller's, ask for what is not done here, such as beams.
         """
         changes = {
             "max_new_tokens": max_new_tokens,

@@ -64,7 +64,7 @@ def generate(
     """
     remembered = _remembered(session)
     defaults = remembered["defaults"] if generation_config is None else _fields(generation_config)
-    settings = GenerationSettings.of(defaults, changes)
+    settings = GenerationSettings.of(defaults, changes, remembered["defaults"])
     given = {name: value for name, value in inputs.items() if value is not None}
     arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
     tensors = {name: _tensor(name, value) for name, value in given.items()}

@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export.ambient import without_ambient_autocast
 from lora_fx.export.build import Options, build
 from lora_fx.export.placement import check_target, staging
 from lora_fx.export.prepare import prepare, prepare_swappable
@@ -54,7 +55,8 @@ def export_onnx(
     """Write ``model`` as an ONNX file that was checked against PyTorch.
 
     The file appears at ``path`` only after the check; until then, and after any error, what was
-    there before is still there. The model is not changed, its modes included.
+    there before is still there. The model is not changed, its modes included. Autocast around the call
+    counts for nothing: ``dtype`` says what the file computes in.
 
     Args:
         model: Any module. Adapters in it are merged first, or become inputs.
@@ -71,7 +73,8 @@ def export_onnx(
             instead of the last one.
         adapters: "merge" to fold adapters into the weights. "inputs" to keep them apart: the file is
             the base model, and takes an adapter of any rank at every place where one of the model's is
-            (for a plain model: at every linear operation but the head). ``save_onnx_adapter`` writes
+            (for a model without adapters: at every linear operation but the head; rewrite it to
+            choose others). ``save_onnx_adapter`` writes
             adapters for it, and ``OnnxSession`` runs them.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has. A half-precision file is compared with the model in fp32, its
@@ -79,7 +82,9 @@ def export_onnx(
         dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
             is equal to the model, the first axis, or none; else input name to a mapping
             of axis to a name, all other axes being fixed.
-        opset: ONNX opset; by default 20, and 22 for bf16.
+        opset: ONNX opset, 18 to 22 or 24. None for the one that the providers run best: 20, and 22
+            for bf16, the first in which convolutions and pooling take it. 23 is refused: a file of it
+            has rotary embeddings that ONNX Runtime rejects for batches of more than one.
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: Replace an existing file.
@@ -94,8 +99,11 @@ def export_onnx(
     Raises:
         ParityError: The file computes something else.
         ProviderError: ``verify=True`` without ONNX Runtime.
+        NoMatchError: ``adapters="inputs"`` of a model that has neither adapters nor an operation to
+            adapt.
         ExportError: Anything else: arguments that mean nothing, an existing file, a model that
-            cannot be captured or is random, a full disk.
+            cannot be captured or is random, a folder that cannot be written to, a full disk (with
+            the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
     if task is not None:
@@ -112,7 +120,7 @@ def export_onnx(
     clock = Stages(progress)
 
     # torch.export and torch.onnx keep what they are at in global state: one after the other.
-    with _ONE_AT_A_TIME, staging(target) as stage:
+    with _ONE_AT_A_TIME, without_ambient_autocast(model), staging(target) as stage:
         keep = Scratch(stage).keep
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")

@@ -29,8 +29,11 @@ def owned(folder: Path) -> Iterator[None]:
     if _locks is None:
         yield
         return
-    with (folder / _LOCK).open("w") as file:
+    # It gets its name when it is locked: under that name it is never free while its owner lives.
+    unnamed = folder / f"{_LOCK}.new"
+    with unnamed.open("w") as file:
         _locks.flock(file, _locks.LOCK_EX)
+        unnamed.rename(folder / _LOCK)
         yield
 
 

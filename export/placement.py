@@ -25,10 +25,13 @@ from pathlib import Path
 
 from lora_fx.errors import ExportError
 from lora_fx.export.ownership import abandoned, owned
+from lora_fx.export.report import size_text
 
 __all__ = ["Staging", "check_target", "staging", "write_errors"]
 
 _log = logging.getLogger("lora_fx")
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class Staging:
@@ -164,7 +167,7 @@ def write_errors(target: Path, size: int | None = None) -> Iterator[None]:
 
     Args:
         target: The file being written.
-        size: Bytes that it needs, for the message.
+        size: Bytes that it takes, for the message.
 
     Raises:
         ExportError: Chained from the ``OSError``.
@@ -175,8 +178,9 @@ def write_errors(target: Path, size: int | None = None) -> Iterator[None]:
         kept = "; the file that was there is untouched" if os.path.lexists(target) else ""
         if not _is_full(error):
             reason = error.strerror or str(error)
-            raise ExportError(f"cannot write {target}: {reason}{kept}") from error
-        need = f", {size / 1e6:.0f} MB are needed" if size else ""
+            remedy = "; choose a folder that you may write to" if error.errno in _DENIED else ""
+            raise ExportError(f"cannot write {target}: {reason}{kept}{remedy}") from error
+        need = f", which takes {size_text(size)}" if size else ""
         raise ExportError(
             f"the disk is full: cannot write {target}{need}{kept}; "
             f"free some space or write to another disk"

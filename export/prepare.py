@@ -19,6 +19,7 @@ from lora_fx.export.casts import Casts
 from lora_fx.export.factor_model import FactorModel
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.origin import origin_of
+from lora_fx.export.packed_weight import pack_quantized
 from lora_fx.export.swappable import Swappable, base_of, swappable, with_adapter
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.registry import find_task
@@ -68,6 +69,18 @@ class Prepared:
     def beside(self, name: str, file: str) -> Prepared:
         """The same with ``file``, which holds ``name``, in its metadata."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
+
+    def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
+        """The same with a model that torch.export and torch.onnx see through.
+
+        Args:
+            keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+
+        Raises:
+            ExportError: No operator has the values of a quantised weight.
+        """
+        dtype = DTYPES.get(self.dtype, torch.float32)
+        return dataclasses.replace(self, model=pack_quantized(self.model, dtype, keep))
 
 
 def prepare_swappable(

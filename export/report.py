@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["ExportReport", "OutputParity", "short", "worse", "worst_by_layer"]
+__all__ = ["ExportReport", "OutputParity", "short", "size_text", "worse", "worst_by_layer"]
 
 _Entry = TypeVar("_Entry")
 _LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
@@ -70,6 +70,9 @@ class ExportReport:
         encoder: Of the file with the encoder, which has to stay beside this one; None if there is
             none.
         swappable: Sites that take an adapter when the file is run; none if adapters were merged.
+        opset_reason: Why the file has its opset.
+        finite: Places where the model asks whether values are finite and does something else if they
+            are not: a file has no such branch, and does what is done with finite values.
     """
 
     path: str
@@ -99,6 +102,8 @@ class ExportReport:
     task: str | None = None
     encoder: ExportReport | None = None
     swappable: tuple[str, ...] = ()
+    opset_reason: str = ""
+    finite: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -135,10 +140,12 @@ class ExportReport:
 
     def __str__(self) -> str:
         head = (
-            f"{self.path}: {_megabytes(self.size_bytes)}, opset {self.opset}, {self.dtype}, "
+            f"{self.path}: {size_text(self.size_bytes)}, opset {self.opset}, {self.dtype}, "
             f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
         )
         lines = [head]
+        if self.opset_reason:
+            lines.append(f"  opset {self.opset}: {self.opset_reason}")
         if self.data_files:
             lines.append(f"  weights in {', '.join(self.data_files)}: keep them beside it")
         lines += [f"  input  {name}{_axes(axes)}" for name, axes in short(self.inputs).items()]
@@ -148,6 +155,9 @@ class ExportReport:
             # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
             lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
+        if self.finite:
+            others = f" and {len(self.finite) - 1} more" if len(self.finite) > 1 else ""
+            lines.append(f"  values are taken to be finite, at {self.finite[0]}{others}")
         if self.swappable:
             sites = len(self.swappable)
             lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
@@ -202,7 +212,8 @@ def _parity_line(row: OutputParity) -> str:
     )
 
 
-def _megabytes(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes, for people."""
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 

@@ -37,7 +37,7 @@ class OnnxSession(Generates):
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
             lie beside it.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
-        provider_options: Options of ONNX Runtime's provider, as it takes them.
+        provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
         low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
         tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
             not by default either.
@@ -74,6 +74,11 @@ class OnnxSession(Generates):
             raise ConfigError(f"cuda_graph=True is for provider='cuda', found {provider!r}")
         if tf32 and provider != "cuda":
             raise ConfigError(f"tf32=True is for provider='cuda', found {provider!r}")
+        if provider_options and provider == "cpu":
+            raise ConfigError(
+                f"provider_options has {', '.join(provider_options)}: ONNX Runtime's cpu provider has no "
+                "options, and ignores what it is given"
+            )
         if max_rank is not None and max_rank < 1:
             raise ConfigError(f"max_rank is {max_rank}: give a whole number of at least 1, or None")
         self.path = Path(path)

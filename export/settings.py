@@ -1,4 +1,4 @@
-"""How to generate: the model's own defaults, what a caller changes, and what is not done here."""
+"""How to generate: the model's own defaults, and what a caller changes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_fx.errors import ExportError
+from lora_fx.export.generation_keys import refuse_unsupported
 
 __all__ = ["GenerationSettings"]
-
-# Fields of a generation_config that change the tokens in a way that is not done here, and the
-# values with which they do not.
-_REFUSED: Mapping[str, tuple[object, ...]] = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "guidance_scale": (1, 1.0),
-    "sequence_bias": (),
-    "encoder_repetition_penalty": (1, 1.0),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "exponential_decay_length_penalty": (),
-    "stop_strings": (),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "max_time": (),
-}
-_REFUSED_IN_SAMPLING: Mapping[str, tuple[object, ...]] = {
-    "typical_p": (1, 1.0),
-    "epsilon_cutoff": (0, 0.0),
-    "eta_cutoff": (0, 0.0),
-    "top_h": (),
-}
 
 
 @dataclass(frozen=True)
@@ -100,34 +78,25 @@ class GenerationSettings:
                 raise ExportError(f"{name}={value!r}: give a probability, from 0 to 1")
 
     @classmethod
-    def of(cls, defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> GenerationSettings:
+    def of(
+        cls, defaults: Mapping[str, Any], changes: Mapping[str, Any], model: Mapping[str, Any]
+    ) -> GenerationSettings:
         """The settings of one call.
 
         Args:
             defaults: Fields of a ``GenerationConfig``, those of beam search, output and the like
                 among them.
             changes: What the caller gives; None leaves the default.
+            model: The model's own ``GenerationConfig``, as its file remembers it.
 
         Raises:
-            ExportError: A value means nothing, or ``defaults`` asks for what is not done here.
+            ExportError: A value means nothing, or ``defaults`` asks for what is not done here or has a
+                key that nobody knows.
         """
         values = {**defaults, **{k: v for k, v in changes.items() if v is not None}}
         values = {name: value for name, value in values.items() if value is not None}
-        refused = dict(_REFUSED)
-        if values.get("do_sample"):
-            refused.update(_REFUSED_IN_SAMPLING)
-        asked = [
-            f"{name}={values[name]!r}"
-            for name, neutral in refused.items()
-            if name in values and values[name] not in neutral
-        ]
-        if asked:
-            raise ExportError(
-                f"the generation_config (the model's, or the one that was passed) asks for "
-                f"{', '.join(asked)}, which generate does not do: the tokens would be others than those of "
-                f"model.generate. Pass generation_config={{...}} without it to have them all the same"
-            )
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        refuse_unsupported(values, fields, model)
         own = {name: value for name, value in values.items() if name in fields}
         for name, field in fields.items():
             if name in own and "tuple" in str(field.type):

@@ -14,7 +14,7 @@ from torch import fx, nn
 from lora_fx import dora
 from lora_fx._activation import base_capture, run_with
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, NoMatchError
 from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._factors import drop_factors
 from lora_fx.passes._fx import target_of
@@ -52,11 +52,12 @@ def swappable(model: nn.Module) -> Swappable:
 
     Raises:
         ExportError: An adapter trains something that has no factors.
-        NoMatchError, CaptureError: As :func:`lora_fx.rewrite`, for a plain model.
+        NoMatchError: A plain model has no operation to adapt, with what to do.
+        CaptureError: As :func:`lora_fx.rewrite`, for a plain model.
     """
     record = record_of(model)
     if record is None:
-        model = rewrite_model(model, LoraConfig(), optimize=False)
+        model = _rewritten(model)
         record = require_record(model)
     for name, adapter in record.adapters.items():
         check_swappable(name, adapter)
@@ -75,6 +76,18 @@ def swappable(model: nn.Module) -> Swappable:
     install(running(edit_graphs(capture, _with_given_gains).capture, rows))
     del twin.__dict__["_lora_fx"]  # it is no rewritten model any more: nobody switches its adapters
     return Swappable(twin, rows)
+
+
+def _rewritten(model: nn.Module) -> nn.Module:
+    try:
+        return rewrite_model(model, LoraConfig(), optimize=False)
+    except NoMatchError as error:
+        reason = str(error).split("\n", 1)[-1].strip()
+        raise NoMatchError(
+            "the model has no adapters, and adapters='inputs' then takes one at every linear operation but "
+            f"the head, of which there is none ({reason}): rewrite the model first, with what to adapt in "
+            "target_modules, or export it with adapters='merge'"
+        ) from error
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Extra, FlatModel
 from lora_fx.export.axes import Axis, axis_name, given_names
+from lora_fx.export.finite import FiniteValues
 from lora_fx.export.witness import Witness, watched
 
 __all__ = ["Trace", "headline", "trace", "widen_batch"]
@@ -39,6 +40,7 @@ class Trace:
         attempt: Its number among the ways that there are, from most to fewest dynamic axes.
         extras: What the program takes after the tensors of the call.
         extra_symbols: The same as ``symbols`` for the axes of those.
+        finite: Places with a branch that was traced as for finite values.
     """
 
     program: ExportedProgram
@@ -49,6 +51,7 @@ class Trace:
     attempt: int = 0
     extras: tuple[Extra, ...] = ()
     extra_symbols: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    finite: tuple[str, ...] = ()
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -111,7 +114,11 @@ def trace(
         return None
     for attempt, (description, specs) in attempts:
         try:
-            with torch.no_grad(), watched(model.model) as witness:
+            with (
+                torch.no_grad(),
+                watched(model.model) as witness,
+                FiniteValues(model.model) as values,
+            ):
                 program = torch.export.export(
                     model,
                     (*arguments.tensors, *(extra.example for extra in extras)),
@@ -126,7 +133,9 @@ def trace(
             _log.warning("export with fewer dynamic axes: %s", failure)
         fixed = _Fixed(failures, witness, task)
         found = _read(program, arguments, specs, labels, extras, fixed)
-        return dataclasses.replace(found, description=description, attempt=attempt)
+        return dataclasses.replace(
+            found, description=description, attempt=attempt, finite=tuple(values.places)
+        )
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({'; '.join(failures)})"
     ) from last

@@ -15,14 +15,17 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-import lora_fx.experts  # noqa: F401  # registers the operator that is translated here
+import lora_fx.experts
+import lora_fx.export.packed_weight  # noqa: F401  # both register operators that are translated here
 
-__all__ = ["DOMAIN", "GROUPED_MATMUL", "translation_table"]
+__all__ = ["DOMAIN", "GROUPED_MATMUL", "QUANTIZED_PRODUCT", "translation_table"]
 
 DOMAIN = "lora_fx"
 GROUPED_MATMUL = "GroupedMatMul"
+QUANTIZED_PRODUCT = "QuantizedProduct"
 
 _FLOAT, _INT32, _BOOL = 1, 6, 9  # of onnx.TensorProto
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
 def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -37,6 +40,7 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
         torch.ops.aten.histc.default: _histc,
         torch.ops.aten._grouped_mm.default: _grouped_mm,
         torch.ops.lora_fx.grouped_linear.default: _grouped_linear,
+        torch.ops.lora_fx.quantized_product.default: _quantized_product,
         torch.ops.aten._is_all_true.default: _is_all_true,
         torch.ops.aten._is_any_true.default: _is_any_true,
     }
@@ -87,12 +91,57 @@ def _grouped(rows: Any, matrices: Any, ends: Any) -> Any:
         1,
         inputs=[parameter("rows", "T"), parameter("matrices", "T"), parameter("ends", "I")],
         outputs=[parameter("products", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], ""),
-            ("I", ["tensor(int32)", "tensor(int64)"], ""),
-        ],
+        type_constraints=[("T", _FLOATS, ""), ("I", ["tensor(int32)", "tensor(int64)"], "")],
     )
     return values.Op(values.Opset(DOMAIN, 1), GROUPED_MATMUL, schema)(rows, matrices, ends)
+
+
+def _quantized_product(
+    x: Any,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    operator: str,
+    rows: int,
+    columns: int,
+    block: int,
+    scheme: str,
+) -> Any:
+    """A product with a quantised weight, which :mod:`lora_fx.export.quantized_nodes` takes apart."""
+    import onnx
+    from onnxscript import values
+
+    schemas = onnx.defs.OpSchema
+    parameter, attribute, kind = schemas.FormalParameter, schemas.Attribute, schemas.AttrType
+    codes_of, optional = ["tensor(uint8)", "tensor(int8)"], schemas.FormalParameterOption.Optional
+    schema = schemas(
+        QUANTIZED_PRODUCT,
+        DOMAIN,
+        1,
+        inputs=[
+            parameter("x", "T"),
+            parameter("codes", "C"),
+            parameter("scales", "S"),
+            parameter("zeros", "C", param_option=optional),
+        ],
+        outputs=[parameter("y", "T")],
+        type_constraints=[("T", _FLOATS, ""), ("S", _FLOATS, ""), ("C", codes_of, "")],
+        attributes=[
+            *(attribute(name, kind.STRING) for name in ("operator", "scheme")),
+            *(attribute(name, kind.INT) for name in ("rows", "columns", "block")),
+        ],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), QUANTIZED_PRODUCT, schema)(
+        x,
+        codes,
+        scales,
+        zeros,
+        operator=operator,
+        scheme=scheme,
+        rows=rows,
+        columns=columns,
+        block=block,
+    )
 
 
 def _axes(node: fx.Node) -> int:

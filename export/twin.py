@@ -6,13 +6,18 @@ module structure that shares the parameters, so that the argument is untouched a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.casts import Casts
+from lora_fx.export.quantized_weight import StandIn, hold_quantized
+from lora_fx.ops import AdapterModule
 from lora_fx.passes._sharing import share_copy
+from lora_fx.quantized import quantization_of
 
 __all__ = ["DTYPES", "dtype_name", "exportable_twin", "unwrapped"]
 
@@ -48,6 +53,7 @@ def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Mod
         raise ExportError(str(error)) from error
     twin.eval()
     _compute_parametrized(twin)
+    hold_quantized(twin)
     if target is not None:
         _cast_parameters(twin, target, casts)
         _cast_buffers(twin, target)
@@ -62,13 +68,28 @@ def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Mod
 
 
 def dtype_name(model: nn.Module) -> str:
-    """What most weights are stored in: a key of ``DTYPES``, or torch's name ("int8")."""
+    """What most weights are in: a key of ``DTYPES``, or torch's name ("int8").
+
+    Adapters do not count, nor do weights whose values are made when they are needed: these follow the others.
+    """
     counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
+    for parameter in _plain_parameters(model):
         counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     most = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
     names = {dtype: name for name, dtype in DTYPES.items()}
     return names.get(most, str(most).removeprefix("torch."))
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, AdapterModule):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in seen or quantization_of(parameter) is not None:
+                continue
+            seen.add(id(parameter))
+            yield parameter
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -114,6 +135,8 @@ def _compute_parametrized(twin: nn.Module) -> None:
 
 def _cast_parameters(twin: nn.Module, target: torch.dtype, casts: Casts) -> None:
     for module in twin.modules():
+        if isinstance(module, StandIn):
+            continue
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dtype not in _CASTABLE or parameter.dtype == target:
                 continue

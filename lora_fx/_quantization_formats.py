@@ -118,7 +118,7 @@ def storage(
     if format not in FORMATS:
         raise QuantizationError(f"there is no format {format!r}: use {', '.join(FORMATS)}")
     if FORMATS[format] == "torchao":
-        given = {"double": double, "compute_dtype": compute_dtype}
+        given: dict[str, object] = {"double": double, "compute_dtype": compute_dtype}
         if format == "int8":
             given["block_size"] = block_size
         for name, value in given.items():
@@ -197,7 +197,7 @@ def _torchao(values: Tensor, how: Storage) -> nn.Parameter:
     config: Any = Int8WeightOnlyConfig()
     if how.block_size is not None:
         groups = PerGroup(how.block_size)
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
     layer = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(values, requires_grad=False)
     quantize_(nn.ModuleList([layer]), config)

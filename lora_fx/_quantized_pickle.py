@@ -28,7 +28,7 @@ def pickle_by_class(cls: type[nn.Parameter]) -> None:
 
 def _reduced(parameter: Any) -> tuple[Any, ...]:
     plain = parameter.detach().as_subclass(torch.Tensor)
-    made = (plain, parameter.requires_grad, OrderedDict())
+    made: tuple[Any, ...] = (plain, parameter.requires_grad, OrderedDict())
     state = torch._utils._get_obj_state(parameter)  # type: ignore[no-untyped-call]
     return (
         torch._tensor._rebuild_from_type_v2,

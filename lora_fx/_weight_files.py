@@ -89,7 +89,8 @@ class WeightFiles:
             ]
             raise CheckpointError(
                 f"{self.path} holds another model than this {type(model).__name__}: {'; '.join(words)}. "
-                "Make the model with the configuration that the weights were saved with"
+                "Make the model with the configuration that the weights were saved with. Where its own "
+                "loader gives weights other names, or joins them, load it by that, and leave weights= out"
             )
 
         def read(name: str) -> torch.Tensor:

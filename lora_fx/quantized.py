@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 __all__ = ["Quantization", "dense", "held", "quantization_of", "quantized_linear"]
 
@@ -84,6 +85,8 @@ def quantized_linear(
 ) -> Tensor:
     """``x Wᵀ + b`` by the kernel of the library that the weight is of; differentiable in x and b.
 
+    Under the transforms of ``torch.func`` it is a product with the values of the weight.
+
     Args:
         x: [..., in].
         weight: A quantised [out, in].
@@ -98,9 +101,15 @@ def quantized_linear(
     Returns:
         [..., out], in the dtype of x.
     """
+    if not isinstance(weight, Tensor):  # it stands for one, and computes this by itself
+        return handle_torch_function(quantized_linear, (weight,), x, weight, bias)  # type: ignore[no-any-return]
     if bias is not None and bias.dtype != (compute_dtype or x.dtype):
         bias = bias.to(compute_dtype or x.dtype)
     name = type(held(weight)).__name__
+    if torch._C._are_functorch_transforms_active():
+        # The kernels know nothing of transforms.
+        given = x if compute_dtype is None else x.to(compute_dtype)
+        return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
     if name == "Params4bit":
         given = x if compute_dtype is None else x.to(compute_dtype)
         return _four_bits(given, weight, bias).to(x.dtype)
@@ -221,6 +230,12 @@ def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
     return found
 
 
+def _int8_values(weight: Any, dtype: torch.dtype) -> Tensor:
+    # Its scales are fp32 whatever it stands for.
+    found: Tensor = weight.dequantize(dtype)
+    return found
+
+
 def _nf4_values(weight: Any, dtype: torch.dtype) -> Tensor:
     found: Tensor = weight.get_original_weight()
     return found
@@ -237,7 +252,7 @@ _DESCRIBED: dict[str, Callable[[Any], Quantization | None]] = {
 _VALUES: dict[str, Callable[[Any, torch.dtype], Tensor]] = {
     "Params4bit": _four_bit_values,
     "Int8Params": _eight_bit_values,
-    "Int8Tensor": _dequantized,
+    "Int8Tensor": _int8_values,
     "IntxUnpackedToInt8Tensor": _dequantized,
     "Int4Tensor": _dequantized,
     "NF4Tensor": _nf4_values,
@@ -245,7 +260,11 @@ _VALUES: dict[str, Callable[[Any, torch.dtype], Tensor]] = {
 
 
 def held(weight: Any) -> Any:
-    """What a parameter holds: parameters of bitsandbytes are classes of their own, others wrap a tensor."""
+    """What a parameter holds: parameters of bitsandbytes are classes of their own, others wrap a tensor.
+
+    An export has a module in the place of a parameter, whose ``held`` it is.
+    """
+    weight = getattr(weight, "held", weight)
     named = type(weight).__name__
     return (
         weight if named in _DESCRIBED or not isinstance(weight, torch.nn.Parameter) else weight.data

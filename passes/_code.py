@@ -12,21 +12,25 @@ import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_fx.passes._lazy import is_matrix
-from lora_fx.passes._region import is_built_in
+from lora_fx.passes._region import is_built_in, original_class
 from lora_fx.types import join
 
-__all__ = ["weights_read"]
+__all__ = ["weights_asked", "weights_read"]
 
 # Asked of a weight, these do not depend on its values.
 _METADATA = frozenset(
     {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta"}
 ) | {*("size", "dim", "numel", "element_size", "is_floating_point", "stride", "data_ptr")}
+# Those that say how it is stored: another answer, another result.
+_STORED = frozenset(
+    {"dtype", "shape", "ndim", "size", "dim", "numel", "element_size", "stride"}
+) | {"is_floating_point"}
 _ABOUT_OBJECTS = ("isinstance", "hasattr", "getattr", "type", "id", "len")
 _ANY, _ANYWHERE = "*", "**"
 
@@ -46,7 +50,34 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
     if _without_code(module):
         return
     below = [(name, m) for name, m in module.named_modules() if name and not _without_code(m)]
-    forward = module.__dict__.get("forward", type(module).forward)
+    for fqn, owner, function in _reached(module, below, regions):
+        for path in _reads(function.__code__).used:
+            for name in _matrices(owner, path):
+                yield join(fqn, name), function.__qualname__
+
+
+def weights_asked(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The matrices of whose dtype or shape the code of a module, not of those below it, makes use.
+
+    Args:
+        module: Any module.
+
+    Yields:
+        As :func:`weights_read` does.
+    """
+    if _without_code(module):
+        return
+    for _, owner, function in _reached(module, [], frozenset()):
+        for path in _reads(function.__code__).asked:
+            for name in _matrices(owner, path):
+                yield name, function.__qualname__
+
+
+def _reached(
+    module: nn.Module, below: list[tuple[str, nn.Module]], regions: frozenset[nn.Module]
+) -> Iterator[tuple[str, nn.Module, FunctionType]]:
+    """The functions that a module's forward may call: its own, and those of the modules that are given."""
+    forward = module.__dict__.get("forward", original_class(module).forward)
     pending: list[tuple[str, nn.Module, Any]] = [("", module, forward)]
     done: set[tuple[str, str]] = set()
     while pending:
@@ -56,10 +87,8 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
         if not isinstance(function, FunctionType) or (fqn, function.__qualname__) in done:
             continue
         done.add((fqn, function.__qualname__))
-        names, paths = _reads(function.__code__)
-        for path in paths:
-            for name in _matrices(owner, path):
-                yield join(fqn, name), function.__qualname__
+        yield fqn, owner, function
+        names = _reads(function.__code__).names
         called = [(fqn, owner)] + (below if owner is module else [])
         for name, one in called:
             pending.extend(
@@ -83,19 +112,31 @@ def _methods(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(name for name in found if not name.startswith("__"))
 
 
+class _Reads(NamedTuple):
+    """The names in a function's code, and the attribute paths whose values it uses, or asks how stored."""
+
+    names: frozenset[str]
+    used: tuple[Path, ...]
+    asked: tuple[Path, ...]
+
+
 @functools.lru_cache(maxsize=4096)
-def _reads(code: CodeType) -> tuple[frozenset[str], tuple[Path, ...]]:
-    """The names in a function's code, and the attribute paths whose values it uses."""
-    names, paths = set(code.co_names), set(_paths(code))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            more_names, more_paths = _reads(constant)
-            names |= more_names
-            paths |= set(more_paths)
-    return frozenset(names), tuple(sorted(paths))
+def _reads(code: CodeType) -> _Reads:
+    found = set(_paths(code))
+    inner = [_reads(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    used, asked = (
+        {path for path, metadata in found if not metadata},
+        {path for path, metadata in found if metadata in _STORED},
+    )
+    return _Reads(
+        frozenset(code.co_names).union(*(one.names for one in inner)),
+        tuple(sorted(used.union(*(one.used for one in inner)))),
+        tuple(sorted(asked.union(*(one.asked for one in inner)))),
+    )
 
 
-def _paths(code: CodeType) -> Iterator[Path]:
+def _paths(code: CodeType) -> Iterator[tuple[Path, str]]:
+    """Attribute paths, each with what is asked of it; empty where its value is used."""
     skipped = ("CACHE", "EXTENDED_ARG", "PRECALL")
     listed = [i for i in dis.get_instructions(code) if i.opname not in skipped]
     root = code.co_varnames[0] if code.co_varnames and "self" in code.co_varnames[:1] else "self"
@@ -105,20 +146,20 @@ def _paths(code: CodeType) -> Iterator[Path]:
         name = (
             instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
         )
-        asked = at > 0 and listed[at - 1].argval in _ABOUT_OBJECTS
-        path, used = _followed(listed, at + 1)
-        if path and used and not asked:
-            yield path if name == root else (_ANYWHERE, *path[-1:])
+        about_object = at > 0 and listed[at - 1].argval in _ABOUT_OBJECTS
+        path, metadata = _followed(listed, at + 1)
+        if path and not about_object:
+            yield (path if name == root else (_ANYWHERE, *path[-1:])), metadata
 
 
-def _followed(listed: list[dis.Instruction], at: int) -> tuple[Path, bool]:
-    """The attributes that are read one after the other, and whether the last one's value is used."""
+def _followed(listed: list[dis.Instruction], at: int) -> tuple[Path, str]:
+    """The attributes that are read one after the other, and the metadata that the last one is asked for."""
     path: list[str] = []
     while at < len(listed):
         name, value = listed[at].opname, listed[at].argval
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
             if value in _METADATA:
-                return tuple(path), False
+                return tuple(path), value
             path.append(value)
         elif name.startswith("LOAD") and at + 1 < len(listed) and _subscripts(listed[at + 1]):
             path.append(_ANY)
@@ -126,7 +167,7 @@ def _followed(listed: list[dis.Instruction], at: int) -> tuple[Path, bool]:
         else:
             break
         at += 1
-    return tuple(path), True
+    return tuple(path), ""
 
 
 def _subscripts(instruction: dis.Instruction) -> bool:

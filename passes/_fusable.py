@@ -1,14 +1,14 @@
 """Reads the canonical branch of a linear operation by its tags, plain or DoRA.
 
 What is not read stays as it is: a bias on B, branches behind those of another adapter, weights on the left
-of a product, and whatever a pattern of one's own has written.
+of a product, DoRA beside a quantised weight, and whatever a pattern of one's own has written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,38 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx import dora
-from lora_fx.passes._fx import target_of
+from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._weights import weight_of
 from lora_fx.passes.patterns.product import Product, product_of
+from lora_fx.passes.patterns.quantized import ARGUMENTS
+from lora_fx.quantized import quantization_of, quantized_linear
 from lora_fx.types import META_KEY, Region, Role, Tag
 
-__all__ = ["Fusable", "fusable", "role_of"]
+__all__ = ["Base", "Fusable", "fusable", "role_of"]
 
 _LINEAR = (F.linear, torch._C._nn.linear)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A linear operation that a fused function can compute.
+
+    Attributes:
+        x: The node that it reads.
+        weight: The node of its weight, as it is multiplied with.
+        bias: The node of the bias, or None.
+        turned: Whether the weight is [in, out].
+        outputs: How many features it gives.
+        kernel: How a product with a quantised weight is computed: arguments of
+            :func:`lora_fx.fused_quantized.quantized_lora_linear`. None for any other.
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    bias: Any
+    turned: bool
+    outputs: int
+    kernel: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +55,7 @@ class Fusable:
     """A branch that can be fused with its operation.
 
     Attributes:
-        product: The operation.
+        operation: The operation.
         base: Its node.
         total: The sum of both.
         inner: The nodes between them: not those that read the factors, and not the gain.
@@ -44,7 +68,7 @@ class Fusable:
         again: Whether the base product is made again for the gradient of the gain.
     """
 
-    product: Product
+    operation: Base
     base: fx.Node
     total: fx.Node
     inner: tuple[fx.Node, ...]
@@ -71,10 +95,10 @@ def fusable(total: fx.Node, region: Region) -> Fusable | None:
     base = total.args[0]
     if not isinstance(base, fx.Node) or role_of(base) is not Role.BASE:
         return None
-    product = product_of(base, region)
-    if not isinstance(product, Product) or not _fits(product, region):
+    operation = _quantized(base, region) or _multiplied(base, region)
+    if operation is None:
         return None
-    found = read(total, product, _Chain())
+    found = read(total, operation, _Chain())
     if found is None or not _only_inside(base, (*found.inner, total)):
         return None
     return found
@@ -106,21 +130,23 @@ class _Chain:
         return tuple(sorted(self.passed, reverse=True))
 
 
-def _plain(total: fx.Node, product: Product, chain: _Chain) -> Fusable | None:
+def _plain(total: fx.Node, operation: Base, chain: _Chain) -> Fusable | None:
     """``base + pad(linear(linear(drop(x), A), B) · s)``."""
     padded = chain.step(total.args[1], Role.PAD, F.pad)
     scaled = chain.step(padded[0] if padded else total.args[1], Role.SCALE, operator.mul)
     if not scaled:
         return None
-    ends = _ends(scaled[0], product, chain, 2)
+    ends = _ends(scaled[0], operation, chain, 2)
     if ends is None:
         return None
-    rows = _rows(padded[1], product) if padded else None
-    return _made(total, product, chain, ends, _uncast(ends.b), scaled[1], rows)
+    rows = _rows(padded[1], operation) if padded else None
+    return _made(total, operation, chain, ends, _uncast(ends.b), scaled[1], rows)
 
 
-def _decomposed(total: fx.Node, product: Product, chain: _Chain) -> Fusable | None:
+def _decomposed(total: fx.Node, operation: Base, chain: _Chain) -> Fusable | None:
     """``rescaled(base, None, up, gain, ...)`` or ``recomputed(base, up, gain, ...)``."""
+    if operation.kernel is not None:
+        return None
     again = total.target is dora.recomputed
     given: tuple[Any, ...] = total.args
     up, gain = given[1:3] if again else given[2:4]
@@ -135,7 +161,7 @@ def _decomposed(total: fx.Node, product: Product, chain: _Chain) -> Fusable | No
     added = chain.step(up, Role.MAGNITUDE, operator.add)
     up, shift = added or (up, None)
     up = chain.skip(up, Role.PAD, F.pad) if padded else up
-    ends = _ends(up, product, chain, 2 if added or product.bias is None else 3)
+    ends = _ends(up, operation, chain, 2 if added or operation.bias is None else 3)
     if ends is None:
         return None
     shift = ends.shift if shift is None else shift
@@ -145,8 +171,8 @@ def _decomposed(total: fx.Node, product: Product, chain: _Chain) -> Fusable | No
         return None
     for constant in (steered[1], *shifted[1:2]):
         chain.step(constant, Role.MAGNITUDE, dora.held)
-    rows = _rows(padded[1], product) if padded else None
-    found = _made(total, product, chain, ends, steered[0], steered[2], rows)
+    rows = _rows(padded[1], operation) if padded else None
+    found = _made(total, operation, chain, ends, steered[0], steered[2], rows)
     return dataclasses.replace(found, gain=gain, again=again)
 
 
@@ -160,14 +186,14 @@ class _Ends:
     dropout: tuple[float, Any]
 
 
-def _ends(up: Any, product: Product, chain: _Chain, operands: int) -> _Ends | None:
+def _ends(up: Any, operation: Base, chain: _Chain, operands: int) -> _Ends | None:
     """``linear(linear(drop(x), A), B)``, and what the outer one adds if it has three operands."""
     outer = chain.step(up, Role.UP, *_LINEAR)
     inner = chain.step(outer[0], Role.DOWN, *_LINEAR) if len(outer) == operands else ()
     if len(inner) != 2:
         return None
     dropped = chain.step(inner[0], Role.DROPOUT, F.dropout)
-    if (dropped[0] if dropped else inner[0]) is not product.x:
+    if (dropped[0] if dropped else inner[0]) is not operation.x:
         return None
     dropout = (dropped[1], dropped[2]) if dropped else (0.0, False)
     return _Ends(inner[1], outer[1], outer[2] if operands == 3 else None, dropout)
@@ -175,7 +201,7 @@ def _ends(up: Any, product: Product, chain: _Chain, operands: int) -> _Ends | No
 
 def _made(
     total: fx.Node,
-    product: Product,
+    operation: Base,
     chain: _Chain,
     ends: _Ends,
     b: fx.Node,
@@ -184,14 +210,39 @@ def _made(
 ) -> Fusable:
     base: Any = total.args[0]
     a = _uncast(ends.a)
-    return Fusable(product, base, total, chain.inner, a, b, scale, ends.dropout, rows)
+    return Fusable(operation, base, total, chain.inner, a, b, scale, ends.dropout, rows)
 
 
-_READERS: dict[Any, Callable[[fx.Node, Product, _Chain], Fusable | None]] = {
+_READERS: dict[Any, Callable[[fx.Node, Base, _Chain], Fusable | None]] = {
     operator.add: _plain,
     dora.rescaled: _decomposed,
     dora.recomputed: _decomposed,
 }
+
+
+def _quantized(node: fx.Node, region: Region) -> Base | None:
+    """A product with a quantised weight."""
+    if target_of(node) is not quantized_linear:
+        return None
+    named: dict[str, Any] = arguments(node, ARGUMENTS)
+    found = quantization_of(region.parameter(named["weight"]))
+    if found is None:
+        return None
+    names = {"compute_dtype": None, "threshold": None, "training": "base_training"}
+    # What is as by default is not written.
+    kernel = {ours or name: named[name] for name, ours in names.items() if named[name]}
+    given = (named["x"], named["weight"], named["bias"])
+    return Base(*given, turned=False, outputs=found.shape[0], kernel=kernel)
+
+
+def _multiplied(node: fx.Node, region: Region) -> Base | None:
+    """A matrix product with a weight of numbers."""
+    product = product_of(node, region)
+    if not isinstance(product, Product) or not _fits(product, region):
+        return None
+    outputs = product.view.shape[0 if product.layout == "out_in" else 1]
+    turned = product.operand_layout == "in_out"
+    return Base(product.x, product.operand, product.bias, turned, outputs)
 
 
 def _fits(product: Product, region: Region) -> bool:
@@ -210,10 +261,9 @@ def _fits(product: Product, region: Region) -> bool:
     return source is not None and len(source.shape) == 1
 
 
-def _rows(padding: Any, product: Product) -> tuple[int, int]:
+def _rows(padding: Any, operation: Base) -> tuple[int, int]:
     """Which outputs are left where others are padded with zeros."""
-    axis = 0 if product.layout == "out_in" else 1
-    return padding[0], product.view.shape[axis] - padding[1]
+    return padding[0], operation.outputs - padding[1]
 
 
 def _only_inside(base: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:

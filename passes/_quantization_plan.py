@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -71,10 +73,36 @@ class QuantizationPlan:
     def __len__(self) -> int:
         return len(self.weights)
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """The weights in one line, and what is left, each reason once."""
         sizes = f"{_mib(self.dense_bytes)} become {_mib(self.bytes)}"
+        reasons = Counter(reason for _, reason in self.left)
+        first = {reason: name for name, reason in reversed(self.left)}
         lines = [f"{len(self.weights)} weights in {self.storage}: {sizes}"]
+        for reason, count in reasons.items():
+            more = f" and {count - 1} more" if count > 1 else ""
+            lines.append(f"  as it is: {first[reason]}{more}: {reason}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        return {
+            "format": self.storage.format,
+            "library": self.storage.library,
+            "block_size": self.storage.block_size,
+            "double": self.storage.double,
+            "bytes": self.bytes,
+            "dense_bytes": self.dense_bytes,
+            "weights": [
+                {"name": one.name, "shape": list(one.shape), "bytes": one.bytes}
+                for one in self.weights
+            ],
+            "left": [{"name": name, "reason": reason} for name, reason in self.left],
+        }
+
+    def __str__(self) -> str:
         width = max(len(one.name) for one in self.weights)
+        lines = [self.summary().splitlines()[0]]
         lines += [
             f"  {one.name:{width}}  {one.shape[0]}x{one.shape[1]}  {_mib(one.bytes)}"
             for one in self.weights

@@ -29,8 +29,8 @@ def loads_quantised(module: nn.Module, parameter: str, *, saves: bool) -> None:
         saves: Whether to write them, too: ``Linear4bit`` does that by itself.
     """
     if saves:
-        module.register_state_dict_post_hook(_Save(parameter))
-    module.register_load_state_dict_pre_hook(_Load(parameter))
+        module.register_state_dict_post_hook(_Save(parameter))  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_Load(parameter))  # type: ignore[no-untyped-call]
 
 
 class _Save:

@@ -1,7 +1,8 @@
 """Makes one node of a linear operation and its branch.
 
 It is :func:`lora_fx.fused.lora_linear`, or with DoRA :func:`lora_fx.fused_dora.dora_linear`, which reads the
-node of the gain. It comes after the branches; :mod:`lora_fx.passes._fusable` says which it takes.
+node of the gain, or over a quantised weight :func:`lora_fx.fused_quantized.quantized_lora_linear`. It comes
+after the branches; :mod:`lora_fx.passes._fusable` says which it takes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import fx
 
 from lora_fx.fused import lora_linear
 from lora_fx.fused_dora import dora_linear
+from lora_fx.fused_quantized import quantized_lora_linear
 from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._fusable import Fusable, fusable
 from lora_fx.passes._region import copy_graph
@@ -51,16 +53,16 @@ def _fused(written: bool, region: Region) -> fx.Graph | None:
 
 def _replace(graph: fx.Graph, branch: Fusable) -> None:
     tag = dataclasses.replace(branch.total.meta[META_KEY], role=Role.FUSED)
-    product = branch.product
+    base = branch.operation
     with graph.inserting_before(branch.total):
-        weight = product.operand
-        if product.operand_layout == "in_out":
+        weight = base.weight
+        if base.turned:
             weight = graph.call_function(torch.t, (weight,))
             weight.meta[META_KEY] = tag
         given: tuple[Any, ...] = (
-            product.x,
+            base.x,
             weight,
-            product.bias,
+            base.bias,
             branch.a,
             branch.b,
             branch.scale,
@@ -73,6 +75,8 @@ def _replace(graph: fx.Graph, branch: Fusable) -> None:
             options = {"dropout": branch.dropout[0], "training": branch.dropout[1]}
         if branch.rows is not None:
             options["rows"] = branch.rows
+        if base.kernel is not None:
+            function, options = quantized_lora_linear, {**options, **base.kernel}
         node = graph.call_function(function, given, options)
     node.meta[META_KEY] = tag
     branch.total.replace_all_uses_with(node)

@@ -6,17 +6,18 @@ Everything that looks and nothing that edits: what is left as it is has the reas
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from lora_fx._quantization_formats import Storage
 from lora_fx.config import LoraConfig
 from lora_fx.errors import QuantizationError
+from lora_fx.passes._code import weights_asked
 from lora_fx.passes._quantization_plan import PlannedWeight, QuantizationPlan
 from lora_fx.passes.selection import excluded, nearest_names, unmatched
 from lora_fx.quantized import quantization_of
-from lora_fx.types import Capture, Matches, Site
+from lora_fx.types import Capture, Matches, Site, join
 
 __all__ = ["plan_quantization"]
 
@@ -42,10 +43,11 @@ def plan_quantization(
     """
     _check_plain(capture.model)
     config = _exclusion(exclude)
+    asked = _asked(capture)
     left: dict[str, str] = {}
     rows: list[PlannedWeight] = []
     for site in matches.sites:
-        reason = f"exclude={exclude!r}" if excluded(site.name, config) else _left(site, how)
+        reason = f"exclude={exclude!r}" if excluded(site.name, config) else _left(site, how, asked)
         if reason is not None:
             left[site.name] = reason
             continue
@@ -84,11 +86,28 @@ def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
     return LoraConfig(exclude_modules=list(exclude))
 
 
-def _left(site: Site, how: Storage) -> str | None:
+def _asked(capture: Capture) -> dict[str, str]:
+    """Weights of whose dtype or shape code makes use, with the function that does."""
+    return {
+        join(fqn, weight): function
+        for fqn, module in capture.model.named_modules()
+        for weight, function in weights_asked(module)
+    }
+
+
+def _left(site: Site, how: Storage, asked: Mapping[str, str]) -> str | None:
     """Why a site's weight stays as it is; None if it need not."""
     if site.head:
         return "it is the output head"
-    return next(_objections(site, how), None)
+    reason = next(_objections(site, how), None)
+    # A tensor of torchao shows the dtype and the shape of its values.
+    shown = how.library == "torchao" and site.layout == "out_in"
+    if reason is None and site.weight in asked and not shown:
+        return (
+            f"{asked[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
+            "which it is stored"
+        )
+    return reason
 
 
 def _objections(site: Site, how: Storage) -> Iterator[str]:

@@ -71,7 +71,7 @@ class Quantize:
     def _regions(self, capture: Capture) -> dict[str, Region]:
         work: dict[str, dict[str, Site]] = defaultdict(dict)
         for row in self.rows:
-            if not is_layer(capture.model, row.site):
+            if not _is_layer(capture.model, row.site):
                 for call in row.site.calls:
                     work[call.region][call.output] = row.site
         regions, known = dict(capture.regions), {}
@@ -102,11 +102,12 @@ class Quantize:
         if site.layout == "in_out":
             options["layout"] = "in_out"
         bias: Any = seen.bias if own else None
-        operands = (seen.x, seen.view.source, *(() if bias is None else (bias,)))
+        operands: Any = (seen.x, seen.view.source, *(() if bias is None else (bias,)))
         with region.graph.inserting_before(node):
             made = region.graph.call_function(quantized_linear, operands, options)
             if not own:
-                made = region.graph.call_function(operator.add, (made, seen.bias))
+                added: Any = (made, seen.bias)
+                made = region.graph.call_function(operator.add, added)
         node.replace_all_uses_with(made)
         region.graph.erase_node(node)
         erase_unread(region.graph, seen.operand)
@@ -129,7 +130,7 @@ class Quantize:
             )
         matrix = values if site.layout == "out_in" else values.T
         owner = model.get_submodule(site.owner)
-        layer = is_layer(model, site)
+        layer = _is_layer(model, site)
         owner._parameters[site.parameter] = stored(matrix, self.how)
         if self.how.library == "bitsandbytes":
             if layer:
@@ -137,7 +138,7 @@ class Quantize:
             loads_quantised(owner, site.parameter, saves=not layer)
 
 
-def is_layer(model: nn.Module, site: Site) -> bool:
+def _is_layer(model: nn.Module, site: Site) -> bool:
     """Whether an operation is all that an ``nn.Linear`` does, and nobody else applies its weight."""
     exact = original_class(model.get_submodule(site.owner)) is nn.Linear
     own = all(call.region == site.owner for call in site.calls)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.export.report import ExportReport, short, worst_by_layer
+from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
 
 __all__ = ["render"]
 
@@ -45,7 +45,7 @@ def _facts(report: ExportReport) -> Table:
     table.add_column(overflow="fold")
     for name, size in report.files.items():
         table.add_row(
-            "file" if name not in report.data_files else "weights", f"{name}  {_size(size)}"
+            "file" if name not in report.data_files else "weights", f"{name}  {size_text(size)}"
         )
     table.add_row("written as", f"{report.dtype}, opset {report.opset}")
     if report.task is not None:
@@ -102,7 +102,3 @@ def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

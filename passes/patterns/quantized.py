@@ -18,9 +18,10 @@ from lora_fx.passes.patterns.sites import make_site, reject
 from lora_fx.quantized import quantization_of, quantized_linear
 from lora_fx.types import BranchBuilder, Layout, Match, Region, Role, Site
 
-__all__ = ["QuantizedPattern"]
+__all__ = ["ARGUMENTS", "QuantizedPattern"]
 
-_ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False layout='out_in'"
+ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False layout='out_in'"
+"""Those of :func:`lora_fx.quantized.quantized_linear`."""
 
 
 class QuantizedPattern(LinearPattern):
@@ -32,7 +33,7 @@ class QuantizedPattern(LinearPattern):
         """See :class:`lora_fx.types.Pattern`."""
         if target_of(node) is not quantized_linear:
             return None
-        named: dict[str, Any] = arguments(node, _ARGUMENTS)
+        named: dict[str, Any] = arguments(node, ARGUMENTS)
         weight: Any = named["weight"]
         layout: Layout = named["layout"]
         parameter = region.parameter(weight)
@@ -56,7 +57,7 @@ class QuantizedPattern(LinearPattern):
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """Two products beside the base one."""
-        x = build.dropped(arguments(node, _ARGUMENTS)["x"])
+        x = build.dropped(arguments(node, ARGUMENTS)["x"])
         down = build.call(Role.DOWN, F.linear, x, build.a)
         bias = () if build.bias is None else (build.bias,)
         return build.call(Role.UP, F.linear, down, build.b, *bias)

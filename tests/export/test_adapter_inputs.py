@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import pickle
+import shutil
 import threading
 import weakref
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession, save_onnx_adapter
-from lora_fx.errors import CheckpointError, ConfigError, ExportError
+from lora_fx.errors import CheckpointError, ConfigError, ExportError, NoMatchError
 from lora_fx.export.adapter_file import manifest_of_file, read_adapter
 from lora_fx.export.adapter_values import values_of_model
 from lora_fx.export.factor_model import random_factors
@@ -291,15 +292,65 @@ def test_a_file_is_written_whole_or_not_at_all(
     with pytest.raises(ExportError, match="exists: pass force=True"):
         save_onnx_adapter(model, target, adapter_name="biased")
 
-    def full(self: object, name: str) -> None:
+    def broken(self: object, name: str) -> None:
         Path(name).write_bytes(before[:10])
-        raise RuntimeError("No space left on device")
+        raise RuntimeError("lora.cc:151 Failed to write :4000 bytes\n")
 
-    monkeypatch.setattr(onnxruntime.AdapterFormat, "export_adapter", full)
-    with pytest.raises(ExportError, match=r"cannot write .*a\.onnx_adapter"):
+    monkeypatch.setattr(onnxruntime.AdapterFormat, "export_adapter", broken)
+    with pytest.raises(ExportError, match=r"write .*a\.onnx_adapter: ONNX .*4000 bytes; the file"):
+        save_onnx_adapter(model, target, adapter_name="biased", force=True)
+    # ONNX Runtime says the same of a full disk.
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(
+        ExportError, match=r"disk is full: cannot write .*a\.onnx_adapter, which takes \d+\.\d kB"
+    ):
         save_onnx_adapter(model, target, adapter_name="biased", force=True)
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, model: nn.Module) -> None:
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "a.onnx_adapter"
+    with pytest.raises(ExportError, match=r"cannot write .*a\.onnx_adapter: .*you may write to"):
+        save_onnx_adapter(model, target, adapter_name="biased")
+    with pytest.raises(ExportError, match=r"cannot write .*a\.onnx_adapter: .*you may write to"):
+        export_onnx(nn.Linear(2, 2), target, torch.randn(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.LayerNorm(4), r"\(the model has no linear"),
+        (nn.Linear(4, 4), r"\(weight: the output head"),
+    ],
+)
+def test_a_plain_model_without_a_place_says_what_to_do(
+    tmp_path: Path, model: nn.Module, reason: str
+) -> None:
+    with pytest.raises(NoMatchError, match=rf"no adapters.*{reason}.*rewrite.*first.*'merge'"):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4), adapters="inputs")
+
+
+def test_a_flipped_byte_is_refused_or_changes_one_value(tmp_path: Path) -> None:
+    model = lora_fx.rewrite(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter")
+    content, want = file.read_bytes(), read_adapter(file)
+    changed = 0
+    for place, byte in enumerate(content):
+        file.write_bytes(content[:place] + bytes([byte ^ 255]) + content[place + 1 :])
+        try:
+            got = read_adapter(file)
+        except CheckpointError:
+            continue
+        assert {name: value.shape for name, value in got.items()} == {
+            name: value.shape for name, value in want.items()
+        }
+        # The format has no checksum.
+        changed += (different := sum(int((got[name] != want[name]).sum()) for name in want))
+        assert different <= 1
+    assert changed == sum(value.nbytes for value in want.values())
 
 
 def test_a_broken_adapter_is_not_written(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
+from lora_fx.export.tasks.defaults import GENERATION_KEY
 from tests.export.tiny import LIMIT, VOCABULARY, Pair
 
 slow = pytest.mark.slow
@@ -278,6 +280,22 @@ IDS = torch.tensor([[4, 5, 6]])
             {"generation_config": {"typical_p": 0.5}, "do_sample": True},
             "asks for typical_p=0.5",
         ),
+        (
+            {"input_ids": IDS},
+            {"generation_config": {"output_scores": True, "penalty_alpha": 0.6}},
+            "asks for penalty_alpha=0.6, output_scores=True",
+        ),
+        ({"input_ids": IDS}, {"generation_config": {"length_penalty": 2.0}}, "length_penalty=2.0"),
+        (
+            {"input_ids": IDS},
+            {"generation_config": {"cache_implementation": "quantized"}},
+            "cache_implementation='quantized'",
+        ),
+        (
+            {"input_ids": IDS},
+            {"generation_config": {"temprature": 0.1, "colour": "red"}},
+            r"temprature=0.1 \(did you mean 'temperature'\?\), colour='red', which neither",
+        ),
     ],
 )
 def test_calls_that_mean_nothing_are_refused(
@@ -286,6 +304,34 @@ def test_calls_that_mean_nothing_are_refused(
     _, session = exported("llama")
     with pytest.raises(ExportError, match=message):
         session.generate(**inputs, **options)
+
+
+def test_every_key_of_transformers_is_done_or_refused_but_at_its_default(
+    exported: Callable[[str], Pair],
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    _, session = exported("llama")
+    want = session.generate(IDS, max_new_tokens=4)
+    config = transformers.GenerationConfig()
+    defaults = config._get_default_generation_params()
+    everything = config.to_dict() | defaults | {"max_length": None, "max_new_tokens": 4}
+    assert torch.equal(session.generate(IDS, generation_config=everything), want)
+    fast = {"use_cache": False, "cache_implementation": "static", "prefill_chunk_size": 2}
+    assert torch.equal(session.generate(IDS, generation_config=everything | fast), want)
+
+
+def test_what_the_model_itself_has_is_known(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("llama")
+    want = session.generate(IDS, max_new_tokens=4)
+    remembered = json.loads(session.metadata[GENERATION_KEY])
+    own = {"alignment_heads": [[1, 2]], "length_penalty": 0.8, **remembered["defaults"]}
+    other = OnnxSession(session.path, "cpu")
+    other.metadata[GENERATION_KEY] = json.dumps(remembered | {"defaults": own})
+    assert torch.equal(other.generate(IDS, max_new_tokens=4), want)
+    passed = own | {"alignment_heads": [(1, 2)], "max_new_tokens": 4}
+    assert torch.equal(other.generate(IDS, generation_config=passed), want)
+    with pytest.raises(ExportError, match="alignment_heads=3"):
+        other.generate(IDS, generation_config=own | {"alignment_heads": 3})
 
 
 def test_calls_of_an_encoder_decoder_that_mean_nothing(exported: Callable[[str], Pair]) -> None:

@@ -36,6 +36,7 @@ REPORT = ExportReport(
     seconds={"capturing the model": 1.0, "writing the file": 0.5},
     metadata={"lora_fx.version": "0.1.0"},
     versions={"torch": "2.13.0"},
+    opset_reason="asked for",
 )
 
 
@@ -43,6 +44,7 @@ def test_text_says_what_was_written_and_how_it_was_checked() -> None:
     text = str(REPORT)
     for part in (
         "out/m.onnx: 12.3 MB, opset 20, fp32, 123 nodes, 38 initializers, 1.5 s",
+        "opset 20: asked for",
         "m.onnx.0011aabb.data",
         "input_ids[batch, sequence]",
         "sequence is at most 64",

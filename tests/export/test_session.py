@@ -107,6 +107,18 @@ def test_tf32_is_for_cuda(path: Path) -> None:
         OnnxSession(path, "cpu", tf32=True)
 
 
+def test_options_that_the_cpu_provider_would_ignore_are_refused(path: Path) -> None:
+    assert OnnxSession(path, "cpu", provider_options={}).provider == "cpu"
+    with pytest.raises(
+        ConfigError, match=r"has use_arena, device_id: .*cpu provider has no options"
+    ):
+        OnnxSession(path, "cpu", provider_options={"use_arena": "0", "device_id": "1"})
+    # If this fails, ONNX Runtime has some by now.
+    options = [("CPUExecutionProvider", {"use_arena": "nonsense"})]
+    stock = onnxruntime.InferenceSession(str(path), providers=options)
+    assert stock.get_provider_options() == {"CPUExecutionProvider": {}}
+
+
 def test_failure_inside_the_runtime_names_the_shapes(
     session: OnnxSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as it is without it.")
     ] = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.")] = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="ONNX opset; by default 20, or 22 for bf16.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch.")
     ] = True,

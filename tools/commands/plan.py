@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from lora_fx.tools import console
 from lora_fx.tools.commands import options as o
+from lora_fx.tools.commands import quantizing as q
 
 __all__ = ["plan"]
 
@@ -26,6 +28,7 @@ def plan(
     bias: o.Bias = None,
     config: o.ConfigSource = None,
     strict: o.Strict = False,
+    quantize: q.Quantize = None,
     frontend: o.FrontendName = "auto",
     inputs: o.InputsName = None,
     every: Annotated[
@@ -50,11 +53,17 @@ def plan(
         bias=bias,
     )
     loaded = o.load(model, weights=inputs is not None)
+    stored = None if quantize is None else q.planned(loaded, quantize)
     how = o.capture_options(loaded, frontend, inputs)
     with console.progress("planning"):
         made = make_plan(loaded.model, chosen, strict=strict, **how)
     if as_json:
-        sys.stdout.write(made.to_json() + "\n")
+        shown = made.to_dict()
+        if stored is not None:
+            shown["quantization"] = stored.to_dict()
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
         return
     out = console.output()
+    if stored is not None:
+        out.print(stored.summary(), highlight=False, soft_wrap=True, markup=False)
     out.print(render(made, width=out.width, every=every), highlight=False)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from lora_fx.errors import ConfigError
 from lora_fx.tools import console
 from lora_fx.tools.commands import options as o
+from lora_fx.tools.commands import quantizing as q
 from lora_fx.types import META_KEY, Role
 
 __all__ = ["rewrite"]
@@ -35,6 +36,7 @@ def rewrite(
     bias: o.Bias = None,
     config: o.ConfigSource = None,
     strict: o.Strict = False,
+    quantize: q.Quantize = None,
     frontend: o.FrontendName = "auto",
     inputs: o.InputsName = None,
     region: Annotated[
@@ -69,7 +71,11 @@ def rewrite(
     )
     if out is not None:
         o.refuse_existing(out, force=force)
-    loaded = o.load(model, weights=inputs is not None)
+    loaded = (
+        o.load(model, weights=inputs is not None)
+        if quantize is None
+        else q.load_quantised(model, quantize, frontend=frontend)
+    )
     how = o.capture_options(loaded, frontend, inputs)
     with console.progress("rewriting"):
         rewritten = rewrite_model(loaded.model, chosen, strict=strict, **how)

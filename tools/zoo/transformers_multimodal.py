@@ -66,7 +66,11 @@ def _paligemma() -> Built:
         image_token_index=_IMAGE,
         projection_dim=16,
     )
-    return built(config, "PaliGemmaForConditionalGeneration", _with_image(4))
+    inputs = _with_image(4)
+    # As its processor gives them: the prompt is 0, what the model is to say 1. Without them, and
+    # without padding, its attention under SDPA is another one (docs/architecture.md, Parity).
+    inputs["token_type_ids"] = (torch.arange(8) > 5).long().expand(2, 8).contiguous()
+    return built(config, "PaliGemmaForConditionalGeneration", inputs)
 
 
 def _idefics3() -> Built:

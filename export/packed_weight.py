@@ -1,0 +1,129 @@
+"""What is traced in the place of a quantised weight: arrays, and one operator over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.export.arguments import FlatModel
+from lora_fx.export.packing import packed
+from lora_fx.export.quantized_weight import HeldWeight, StandIn
+from lora_fx.passes._sharing import share_copy
+
+__all__ = ["PackedWeight", "pack_quantized", "packed_weights"]
+
+
+class PackedWeight(StandIn):
+    """A quantised weight as ``weight.codes``, ``weight.scales`` and, where there are some, ``weight.zeros``.
+
+    Args:
+        weight: What it is made of.
+        dtype: Of the model. Scales are in it where they lose nothing but digits, else in fp32.
+        keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+
+    Attributes:
+        operator: Of ONNX, which reads it.
+        block: Values that share a scale there.
+    """
+
+    def __init__(
+        self, weight: HeldWeight, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(weight.where, weight.stored, weight.dtype)
+        found = packed(weight)
+        self.operator, self.block = found.operator, found.block
+        scales = found.scales
+        # DequantizeLinear makes values that are rounded after it: its scales may have all digits.
+        if found.operator != "DequantizeLinear" and _in_range(scales, dtype):
+            scales = scales.to(dtype)
+        self.codes = nn.Parameter(keep(found.codes), requires_grad=False)
+        self.scales = nn.Parameter(keep(scales), requires_grad=False)
+        zeros = None if found.zeros is None else nn.Parameter(found.zeros, requires_grad=False)
+        self.register_parameter("zeros", zeros)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See :class:`StandIn`: to be traced, not run."""
+        exact = self.operator == "DequantizeLinear"
+        product: Tensor = torch.ops.lora_fx.quantized_product(
+            x if exact else x.to(self.scales.dtype),
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.operator,
+            *self.stored.shape,
+            self.block,
+            self.stored.scheme,
+        )
+        return product.to(x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+
+def pack_quantized(
+    model: FlatModel, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
+) -> FlatModel:
+    """The same call over arrays in the place of quantised weights.
+
+    Args:
+        model: A flat model that is exported; it is not changed.
+        dtype: What most of its weights are in.
+        keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+
+    Returns:
+        A model that can be traced; ``model`` itself where nothing is quantised.
+
+    Raises:
+        ExportError: No operator has the values of a weight.
+    """
+    if not any(isinstance(module, HeldWeight) for module in model.modules()):
+        return model
+    twin = share_copy(model.model)
+    known: dict[int, PackedWeight] = {}
+    for module in list(twin.modules()):
+        for name, child in module._modules.items():
+            if not isinstance(child, HeldWeight):
+                continue
+            if id(child) not in known:
+                known[id(child)] = PackedWeight(child, dtype, keep)
+            module._modules[name] = known[id(child)]
+    return model.over(twin)
+
+
+def packed_weights(model: nn.Module) -> list[PackedWeight]:
+    """The quantised weights of a model that is traced, each once."""
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+
+
+def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether scales keep the leading digits of a dtype: none is too small for them, none too large."""
+    limits, sizes = torch.finfo(dtype), scales.abs()
+    normal = (sizes == 0) | ((sizes >= limits.tiny) & (sizes <= limits.max))
+    return bool(normal.all())
+
+
+_library = torch.library.Library("lora_fx", "FRAGMENT")
+_library.define(
+    "quantized_product(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str operator, int rows, "
+    "int columns, int block, str scheme) -> Tensor"
+)
+
+
+@torch.library.register_fake("lora_fx::quantized_product")
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    operator: str,
+    rows: int,
+    columns: int,
+    block: int,
+    scheme: str,
+) -> Tensor:
+    torch._check(x.shape[-1] == columns)
+    return x.new_empty((*x.shape[:-1], rows))
