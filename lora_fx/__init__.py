@@ -50,6 +50,7 @@ from lora_fx.errors import (
 )
 from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
+from lora_fx.loftq import replace_lora_weights_loftq
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
 from lora_fx.quantize import plan_quantization, quantize
@@ -104,6 +105,7 @@ __all__ = [
     "print_trainable_parameters",
     "quantize",
     "register_pattern",
+    "replace_lora_weights_loftq",
     "rewrite",
     "save_adapter",
     "save_onnx_adapter",
