@@ -126,7 +126,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.with_bias = weight, bias is not None
-        return F.linear(x, weight, bias)
+        # torchao's own function for nf4 computes this, too, and cannot be compiled as a whole.
+        nf4 = type(held(weight)).__name__ == "NF4Tensor"
+        return F.linear(x, dense(weight, x.dtype) if nf4 else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -231,8 +233,8 @@ def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _int8_values(weight: Any, dtype: torch.dtype) -> Tensor:
-    # Its scales are fp32 whatever it stands for.
-    found: Tensor = weight.dequantize(dtype)
+    # Its scales are fp32 whatever it stands for, and it knows nothing wider.
+    found: Tensor = weight.dequantize(torch.float32 if dtype == torch.float64 else dtype)
     return found
 
 
