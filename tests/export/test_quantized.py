@@ -83,6 +83,8 @@ def test_a_quantised_llama_is_what_its_library_computes(scheme: str, tmp_path: P
     assert report.quantized[0].weights == 7
     assert report.dtype == "fp32"
     assert report.verified
+    # LLM.int8() rounds the input of a product, too, once it does not train; a file has weights only.
+    assert "over the values of its quantised weights" in report.reference
     # What was given is as it was.
     assert [type(module) for module in model.modules()] == kinds
     with torch.no_grad():
