@@ -176,11 +176,6 @@ def make_plain(module: nn.Module) -> None:
         return
     plain = _plain_class(module)
     if plain is None:
-        # How torchao says in a printed model what the weight is.
-        written = module.__dict__.get("extra_repr")
-        told = getattr(written, "__func__", None)
-        if getattr(getattr(told, "func", told), "__module__", "").startswith("torchao."):
-            del module.__dict__["extra_repr"]
         return
     for name in _OF_LAYERS:
         module.__dict__.pop(name, None)
