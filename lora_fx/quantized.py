@@ -231,7 +231,7 @@ def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _int8_values(weight: Any, dtype: torch.dtype) -> Tensor:
-    # Its scales are fp32 whatever it stands for, and it knows no wider values.
+    # Its scales are fp32 whatever it stands for, and it knows nothing wider.
     found: Tensor = weight.dequantize(torch.float32 if dtype == torch.float64 else dtype)
     return found
 
