@@ -110,6 +110,7 @@ def build(
         opset=opset,
         opset_reason=why,
         dtype=prepared.dtype,
+        quantized=prepared.quantized,
         unverified_reason=verdict.reason,
         provider=verdict.provider,
         seconds={},

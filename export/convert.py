@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -161,3 +162,6 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             **prepared.metadata,
         }
     )
+    if prepared.quantized:
+        forms = [dataclasses.asdict(form) for form in prepared.quantized]
+        model.metadata_props["lora_fx.quantized"] = json.dumps(forms)

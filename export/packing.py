@@ -6,10 +6,10 @@ order, not made anew.
 - 4 bits of bitsandbytes are what ``com.microsoft::MatMulBnb4`` reads, once scales that are quantised
   themselves are undone. Its tables are those of bitsandbytes; the one of torchao's NF4 has four digits, so
   that no operator has its values.
-- whole numbers of 4 bits in blocks of torchao are ``com.microsoft::MatMulNBits``. Blocks there are powers of two
-  from 16 on: larger ones are divided, and share their scale.
-- 8 bits, and what does not fit there, are one ``DequantizeLinear`` for each row (or block, as a row of its own) before
-  the product. ``MatMulNBits`` of 8 bits takes 18 times as long on the CPU.
+- Whole numbers of 4 bits in blocks (torchao) are ``com.microsoft::MatMulNBits``. Blocks there are powers of
+  two from 16 on: larger ones are divided, and share their scale.
+- 8 bits, and what does not fit there, go through ``DequantizeLinear``, one scale for each row (or block, as a
+  row of its own). ``MatMulNBits`` of 8 bits takes 18 times as long on the CPU.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def packed(weight: HeldWeight) -> Packed:
     return found
 
 
-class _Unfit(Exception):  # noqa: N818  # it never leaves this module
+class _Unfit(Exception):  # it never leaves this module
     """No operator has these values."""
 
 
@@ -112,7 +112,7 @@ def _int8(weight: Any) -> Packed:
 
 
 def _intx(weight: Any) -> Packed:
-    return _whole_numbers(weight, 4 if weight.target_dtype == torch.int4 else 8)
+    return _whole_numbers(weight, 4 if str(weight.target_dtype) == "torch.int4" else 8)
 
 
 def _whole_numbers(weight: Any, bits: int) -> Packed:
@@ -120,7 +120,7 @@ def _whole_numbers(weight: Any, bits: int) -> Packed:
     codes, (rows, columns) = weight.qdata, weight.qdata.shape
     block = int(weight.block_size[-1])
     scales = _spread(weight.scale, rows).float()
-    zeros = _spread(weight.zero_point, rows)
+    zeros = None if weight.zero_point is None else _spread(weight.zero_point, rows)
     if zeros is not None and not bool((zeros == zeros.round()).all()):
         raise _Unfit
     size = next((size for size in _BLOCKS if block % size == 0), None)
@@ -153,9 +153,9 @@ def _pairs(codes: Tensor) -> Tensor:
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
-def _spread(value: Tensor | None, rows: int) -> Tensor | None:
+def _spread(value: Tensor, rows: int) -> Tensor:
     """What there is one of for each block, [rows, blocks]: a block may be several rows."""
-    return None if value is None else value.repeat_interleave(rows // value.shape[0], 0)
+    return value.repeat_interleave(rows // value.shape[0], 0)
 
 
 _PACKED = {

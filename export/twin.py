@@ -26,13 +26,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CASTABLE = (*DTYPES.values(), torch.float64)
 
 
-def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Module:
+def exportable_twin(
+    model: nn.Module, dtype: str | None, casts: Casts, *, to_rewrite: bool = False
+) -> nn.Module:
     """Copy the modules of ``model``, share its parameters, and make the copy fit for export.
 
     Args:
         model: Any module.
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
         casts: Makes the parameters that are cast.
+        to_rewrite: Whether quantised weights stay what their libraries make, which a rewrite knows.
 
     Returns:
         The copy, in eval mode, without key-value caches, mixtures of experts as grouped
@@ -50,7 +53,8 @@ def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Mod
         raise ExportError(str(error)) from error
     twin.eval()
     _compute_parametrized(twin)
-    hold_quantized(twin)
+    if not to_rewrite:
+        hold_quantized(twin)
     if target is not None:
         _cast_parameters(twin, target, casts)
         _cast_buffers(twin, target)

@@ -101,8 +101,10 @@ def quantized_linear(
     Returns:
         [..., out], in the dtype of x.
     """
-    if not isinstance(weight, Tensor):  # it stands for one, and computes this by itself
-        return handle_torch_function(quantized_linear, (weight,), x, weight, bias)  # type: ignore[no-any-return]
+    stood_for: Any = weight
+    if not isinstance(stood_for, Tensor):  # a module of an export, which computes this by itself
+        found: Tensor = handle_torch_function(quantized_linear, (weight,), x, weight, bias)
+        return found
     if bias is not None and bias.dtype != (compute_dtype or x.dtype):
         bias = bias.to(compute_dtype or x.dtype)
     name = type(held(weight)).__name__

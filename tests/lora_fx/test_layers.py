@@ -56,6 +56,7 @@ LAYERS = (
     "lora_fx._weight_files",
     "lora_fx.quantize",
     "lora_fx.optim",
+    "lora_fx.preparation",
     "lora_fx.status",
     "lora_fx._activation",
     "lora_fx.adapters",
@@ -118,6 +119,7 @@ LOADED_WHEN_NEEDED = (
 PUBLIC = {
     "status",
     "hotswap_adapter",
+    "prepare_for_kbit_training",
     "prepare_hotswap",
     "active_adapters",
     "adapter_ids",
