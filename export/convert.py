@@ -21,6 +21,7 @@ from lora_fx.export.arguments import FlatModel
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.overridable import make_overridable
+from lora_fx.export.packed_weight import stored_formats
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.quantized_nodes import expand_quantized
 from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
@@ -162,6 +163,7 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             **prepared.metadata,
         }
     )
-    if prepared.quantized:
-        forms = [dataclasses.asdict(form) for form in prepared.quantized]
-        model.metadata_props["lora_fx.quantized"] = json.dumps(forms)
+    forms = stored_formats(prepared.model.model, model.graph.initializers)
+    if forms:
+        described = json.dumps([dataclasses.asdict(form) for form in forms])
+        model.metadata_props["lora_fx.quantized"] = described
