@@ -86,10 +86,10 @@ def generate(
         streamer.put(ids)
     unread, unfinished = ids, torch.ones(len(ids), dtype=torch.bool)
     while bool(unfinished.any()) and ids.shape[1] < length:
-        if past := ids.shape[1] - unread.shape[1]:
-            if anew_after is not None and past <= anew_after < ids.shape[1]:
-                decoder.forget()
-                unread = ids
+        past = ids.shape[1] - unread.shape[1]
+        if past and anew_after is not None and past <= anew_after < ids.shape[1]:
+            decoder.forget()
+            unread = ids
         scores = decoder.step(unread, mask)
         for process in chain:
             scores = process(ids, scores)

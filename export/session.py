@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from torch import Tensor, nn
 
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.binding import bound_run, settle
@@ -99,6 +99,11 @@ class OnnxSession(Generates):
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])
+            if not beside.is_file():
+                raise ExportError(
+                    f"{self.path.name} is the decoder of a model whose encoder is {beside.name}, and that "
+                    f"is not in {beside.parent}: keep both files, and their data, in one folder"
+                )
             self.encoder = OnnxSession(
                 beside,
                 provider,

@@ -114,7 +114,7 @@ def check_swappable(name: str, adapter: AdapterRecord) -> None:
     if more:
         raise ExportError(
             f"the adapter {name!r} cannot be an input of a file: {'; '.join(more)}. Only factors can be "
-            "swapped: merge it, with adapters='merge'"
+            "swapped: merge it into a file of its own, with export_onnx(..., adapters='merge')"
         )
 
 

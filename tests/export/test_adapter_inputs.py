@@ -448,7 +448,10 @@ FC_A, FC_B = "fc.lora_A.weight", "fc.lora_B.weight"
             lambda v: v[FC_B].fill_(math.nan),
             "fc.lora_B.weight: it holds values that are not finite",
         ),
-        (lambda v: v.update({"fd.lora_A.weight": v[FC_A]}), "no such input .*nearest.*fc.lora_A"),
+        (
+            lambda v: v.update({"fd.lora_A.weight": v[FC_A]}),
+            "fd: the file takes no adapter there .*nearest.*fc.lora_A",
+        ),
         (lambda v: v.update({"fc.lora_B.bias": v[FC_A]}), "the file takes .*fc.lora_gain there"),
         (lambda v: v.clear(), "it holds no value"),
     ],

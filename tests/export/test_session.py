@@ -247,3 +247,15 @@ def test_bf16_goes_through_a_file(tmp_path: Path) -> None:
     assert torch.equal(session.run(x)["output"], x.reshape(-1))
     array = session.run(session.run(x)["output"].reshape(3, 4).contiguous())["output"]
     assert array.dtype == torch.bfloat16
+
+
+def test_bf16_on_a_cpu_says_what_it_takes(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2).bfloat16()
+    export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4).bfloat16(), verify=False)
+    with pytest.raises(ProviderError, match=r"bf16 needs provider='cuda'.*dtype='fp32' or 'fp16'"):
+        OnnxSession(tmp_path / "m.onnx", "cpu")
+
+
+def test_a_folder_is_no_file(path: Path) -> None:
+    with pytest.raises(ExportError, match=r"is a folder, which holds m\.onnx: give the file"):
+        OnnxSession(path.parent, "cpu")
