@@ -328,6 +328,20 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     assert "there is no file" in refused("run", "none.onnx")
 
 
+def test_random_inputs_have_the_sizes_of_given_ones(here: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    class Two(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    lora_fx.export_onnx(Two(), "two.onnx", (torch.randn(3, 4), torch.randn(3, 4)))
+    np.save("b.npy", np.ones((7, 5), np.float32))
+    assert "7×5" in worked("run", "two.onnx", "--input", "b=b.npy", "--repeat", "1")
+    words = "--size batch=3: b.npy has 7 there"
+    assert words in refused("run", "two.onnx", "--input", "b=b.npy", "--size", "batch=3")
+
+
 def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:
     pytest.importorskip("onnxruntime")
     text = worked("export", MODEL, "base.onnx", "--adapter", str(adapter), "--adapters", "inputs")
