@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import CheckpointError
-from lora_fx.export.manifest import AdapterInput, Manifest, Role, SiteInputs
+from lora_fx.export.manifest import SUFFIXES, AdapterInput, Manifest, Role, SiteInputs
 
 __all__ = ["cast_to", "check_values", "ranks_of"]
 
@@ -31,7 +31,7 @@ def check_values(
         CheckpointError: A value is no input of the file, has another shape or dtype, is not finite, or
             stands without its partner; a rank is above ``max_rank``; or there is no value at all.
     """
-    problems = list(_problems(manifest, values, max_rank))
+    problems = list(dict.fromkeys(_problems(manifest, values, max_rank)))
     if problems:
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
@@ -77,13 +77,31 @@ def _problems(
 
 
 def _unknown(name: str, manifest: Manifest) -> str:
-    site = next((one for one in manifest.sites if name.startswith(f"{one.name}.lora_")), None)
-    if site is not None:
-        has = ", ".join(one.name for one in site.inputs())
-        return f"{name}: the file takes {has} there. Export the model again with an adapter that has it"
+    """Of a value that the file has no input for: where it belongs, and how to get it there."""
     near = difflib.get_close_matches(name, manifest.inputs, 1)
     hint = f" (the nearest that there is: {near[0]})" if near else ""
-    return f"{name}: the file has no such input{hint}"
+    suffix = next((one for one in SUFFIXES.values() if name.endswith(f".{one}")), None)
+    if suffix is None:
+        return f"{name}: the file has no such input{hint}"
+    own = name.removesuffix(suffix).removesuffix(".")
+    sites = {one.name: one for one in manifest.sites}
+    again = "Export the model again with an adapter that has it"
+    if own in sites:
+        has = ", ".join(one.name for one in sites[own].inputs())
+        return f"{name}: the file takes {has} there. {again}"
+    parts = [site for site in sites if own and site.startswith(f"{own}.")]
+    if parts:
+        return (
+            f"{own}: the file takes its parts one by one ({', '.join(parts)}). If this is from a folder, "
+            "load that onto the model (lora_fx.load_adapter(model, folder)) and give the model"
+        )
+    whole = own.rpartition(".")[0]
+    if whole in sites:
+        return (
+            f"{own}: the file takes {whole} as a whole. Save the adapter (lora_fx.save_adapter) and give "
+            "its folder, which has it as a whole"
+        )
+    return f"{own}: the file takes no adapter there{hint}. {again}, if it is of this model"
 
 
 def _value_problems(one: AdapterInput, value: Tensor) -> Iterator[str]:

@@ -122,6 +122,11 @@ def values_of(
     Raises:
         CheckpointError, ConfigError, ExportError: As :func:`save_onnx_adapter`.
     """
+    if adapter_name is not None and not isinstance(source, nn.Module):
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} chooses among the adapters of a model, and this is a single "
+            "adapter: leave it out"
+        )
     if isinstance(source, nn.Module):
         values = values_of_model(unwrapped(source), adapter_name)
     elif isinstance(source, Mapping):

@@ -7,7 +7,7 @@ nothing to multiply them by.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -120,11 +120,14 @@ def values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str
         raise CheckpointError(f"{folder} is not a folder: give the local folder of a PEFT adapter")
     config = LoraConfig.from_pretrained(folder)
     tensors = without_prefix(read_tensors(folder)[0])
+    _refuse_trained_in_full(folder, config, tensors)
     problems = [*_unfit(config)]
     sites: dict[str, dict[Role, Tensor]] = {}
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
-        if found is None or _WRAPPED in key.split("."):
+        names = key.split(".")
+        # "in_lora" is what PEFT has no name for, and lora_fx calls so beside its operation.
+        if found is None or _WRAPPED in names or (found["site"] or "").endswith("_lora"):
             problems.append(f"{key} is no factor of an operation")
         else:
             sites.setdefault(found["site"] or "", {})[_ROLES[found["kind"]]] = value
@@ -134,7 +137,8 @@ def values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
             f"{folder} cannot be converted by itself: {'; '.join(problems[:5])}{more}. Load it onto its "
-            "model (lora_fx.load_adapter(model, folder)) and give that instead of the folder"
+            "model (lora_fx.load_adapter(model, folder)) and give that instead of the folder; on the command "
+            "line, name the model with --model"
         )
     known = {site.name: site for site in manifest.sites} if manifest else {}
     values: dict[str, Tensor] = {}
@@ -144,6 +148,28 @@ def values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
     return values
+
+
+def _refuse_trained_in_full(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """What no way leads into a file as an input, so that loading it onto the model is no advice."""
+    full = [key.replace(f".{_WRAPPED}", "") for key in tensors if "lora_" not in key]
+    if not full:
+        return
+    settings = {
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias != "none",
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    by = ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
+    more = f" and {len(full) - 5} more" if len(full) > 5 else ""
+    raise CheckpointError(
+        f"{folder} trains {', '.join(full[:5])}{more} in full ({by}), and only "
+        "factors can be inputs of a file. Merge it into a file of its own: export_onnx("
+        f"lora_fx.load_adapter(model, {str(folder)!r}), ..., adapters='merge'), or on the command line "
+        f"`lora-fx export MODEL FILE --adapter {folder}`"
+    )
 
 
 def _unfit(config: LoraConfig) -> Iterator[str]:

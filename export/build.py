@@ -12,11 +12,13 @@ from lora_fx.errors import ParityError
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.difference import PrecisionError
 from lora_fx.export.facts import graph_facts
+from lora_fx.export.failures import headline
+from lora_fx.export.packed_weight import stored_formats
 from lora_fx.export.placement import Staging
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import ExportReport
 from lora_fx.export.stages import Stages
-from lora_fx.export.trace import Trace, headline, trace
+from lora_fx.export.trace import Trace, trace
 from lora_fx.export.verify import Verdict
 from lora_fx.export.verify import verify as verify_file
 from lora_fx.export.write import write
@@ -110,7 +112,7 @@ def build(
         opset=opset,
         opset_reason=why,
         dtype=prepared.dtype,
-        quantized=prepared.quantized,
+        quantized=stored_formats(prepared.model.model, program.graph.initializers),
         unverified_reason=verdict.reason,
         provider=verdict.provider,
         seconds={},

@@ -1,4 +1,4 @@
-"""What a call of a file gives, by the names of its inputs."""
+"""What a call of a file gives: by the names of its inputs, and in sizes that go together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from lora_fx.errors import ExportError
+from lora_fx.export.ports import Port
 
-__all__ = ["inputs_by_name"]
+__all__ = ["AXIS_LIMITS_KEY", "check_axes", "inputs_by_name"]
+
+AXIS_LIMITS_KEY = "lora_fx.axis_limits"
+"""In the metadata: JSON of the largest size of each axis that has one."""
 
 
 def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, Any]:
@@ -43,6 +47,41 @@ def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, An
     if missing or unknown:
         raise ExportError(_message(file, names, missing, unknown))
     return {name: inputs[name] for name in names}
+
+
+def check_axes(
+    ports: Sequence[Port], given: Mapping[str, Any], limits: Mapping[str, int], file: str
+) -> None:
+    """Refuse sizes that the file does not take, which ONNX Runtime may answer with other values.
+
+    It takes memory of one value for another where their axes have one name.
+
+    Args:
+        ports: The inputs.
+        given: Arrays or tensors by name, of the right ranks.
+        limits: The largest size of an axis, by its name.
+        file: Its name, for messages.
+
+    Raises:
+        ExportError: Two axes of one name have two sizes, or an axis is too long.
+    """
+    seen: dict[str, tuple[int, str]] = {}
+    for port in ports:
+        for index, (axis, size) in enumerate(zip(port.shape, given[port.name].shape, strict=True)):
+            if not isinstance(axis, str):
+                continue
+            place = f"axis {index} of '{port.name}'"
+            known, where = seen.setdefault(axis, (size, place))
+            if size != known:
+                raise ExportError(
+                    f"{file} has one '{axis}' for {where} and {place}, and they have {known} and {size}: "
+                    "give both the same size"
+                )
+            if size > limits.get(axis, size):
+                raise ExportError(
+                    f"{place} has {size}, and the model takes at most {limits[axis]} ('{axis}'): give less, "
+                    "or cut it"
+                )
 
 
 def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,15 +17,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
+from lora_fx.export.calls import AXIS_LIMITS_KEY
+from lora_fx.export.failures import headline
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.overridable import make_overridable
+from lora_fx.export.packed_weight import stored_formats
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.quantized_nodes import expand_quantized
+from lora_fx.export.quiet import without_chatter
 from lora_fx.export.refusals import refuse_randomness, refuse_train_mode
 from lora_fx.export.repair import repaired
 from lora_fx.export.source import place_of
-from lora_fx.export.trace import Trace, headline
+from lora_fx.export.trace import Trace
 from lora_fx.export.translations import translation_table
 
 if TYPE_CHECKING:
@@ -74,18 +77,11 @@ def torch_export_context() -> Iterator[None]:
     """What ``trace`` and ``convert`` both have to run in."""
     # MATH: the attention of the other backends has strides that are gone once it is decomposed,
     # after which torch refuses views that it recorded itself (T5). The ONNX nodes are the same.
-    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]):
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]), without_chatter():
         # torch's own use of its own deprecated names, on every export.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnxscript")
-        # Of empty lists that torchlib itself writes.
-        converting = logging.getLogger("onnx_ir._convenience")
-        level = converting.level
-        converting.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            converting.setLevel(level)
+        yield
 
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
@@ -158,10 +154,12 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             "lora_fx.opset": str(opset),
             "lora_fx.dtype": prepared.dtype,
             "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
+            AXIS_LIMITS_KEY: json.dumps(trace.axis_limits()),
             **prepared.origin,
             **prepared.metadata,
         }
     )
-    if prepared.quantized:
-        forms = [dataclasses.asdict(form) for form in prepared.quantized]
-        model.metadata_props["lora_fx.quantized"] = json.dumps(forms)
+    forms = stored_formats(prepared.model.model, model.graph.initializers)
+    if forms:
+        described = json.dumps([dataclasses.asdict(form) for form in forms])
+        model.metadata_props["lora_fx.quantized"] = described

@@ -64,7 +64,8 @@ class CachedDecoder:
                 f"with task='text-generation' or task='text2text-generation'"
             )
         own = [port for port in cached if _CROSS not in port.name]
-        self._past = {port.name: self._value(port, _empty(port, batch)) for port in own}
+        self._nothing = {port.name: self._value(port, _empty(port, batch)) for port in own}
+        self._past = self._nothing
         self._fixed: dict[str, Any] = {}
         self._masked = "attention_mask" in self._ports
         if session.encoder is not None:
@@ -88,6 +89,10 @@ class CachedDecoder:
         self._past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in self._kept}
         logits: Tensor = unwrap(results["logits"], torch.device("cpu"))
         return logits[:, -1].float()
+
+    def forget(self) -> None:
+        """Go back to before the first token: the next step reads the whole text."""
+        self._past = self._nothing
 
     def _encoded(self, encoder: OnnxSession, source: Mapping[str, Tensor]) -> dict[str, Any]:
         names = [port.name for port in encoder.outputs]

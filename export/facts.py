@@ -22,7 +22,6 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
     """The fields of an ``ExportReport`` that say what is in the file and how it was checked."""
     names_of = trace.arguments.names
     axes = dict(zip(names_of, trace.axes, strict=True))
-    flat_axes = [axis for row in trace.axes for axis in row]
     tried = parity.tried if parity else []
     skipped = parity.skipped if parity else {}
     operators = Counter(node.op_type for node in model.graph.all_nodes())
@@ -33,11 +32,7 @@ def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[st
         "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
         "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},
         "dynamic_axes": trace.dynamic_axes(),
-        "axis_limits": {
-            axis.name: axis.high
-            for axis in flat_axes
-            if axis.name is not None and axis.high is not None
-        },
+        "axis_limits": trace.axis_limits(),
         "fixed_axes": {
             f"{name}[{index}]": axis.reason
             for name, row in axes.items()

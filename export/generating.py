@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Generates:
         repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-        generation_config: Mapping[str, Any] | None = None,
+        generation_config: Any = None,
         generator: torch.Generator | None = None,
         logits_processor: Sequence[Processor] = (),
         stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
@@ -58,9 +58,11 @@ class Generates:
             repetition_penalty: What the logits of tokens that were there are divided by.
             eos_token_id: The token or tokens that end a text; an empty list for none.
             pad_token_id: What follows in rows that end before others.
-            generation_config: A ``GenerationConfig``, or a dict of its fields, in place of that in the file.
-                What it asks for is done or refused: a field that is not done here, and is not at its
-                default, is an error that names it, and so is one that nobody knows.
+            generation_config: A ``GenerationConfig``, or a dict of its fields. What an object leaves None,
+                or a dict leaves out, is as in the file; None in a dict switches a setting off, as it does
+                among the arguments of ``model.generate``. The arguments here come before it. What it
+                asks for is done or refused: a field that is not done here, and is not at its default,
+                is an error that names it, and so is one that nobody knows.
             generator: For the draws. Without it they come from torch's own, as in transformers.
             logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to
                 scores; those of transformers are such.

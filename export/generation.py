@@ -39,7 +39,7 @@ def generate(
     inputs: Mapping[str, Any],
     changes: Mapping[str, Any],
     *,
-    generation_config: Mapping[str, Any] | None = None,
+    generation_config: Any = None,
     generator: torch.Generator | None = None,
     logits_processor: Sequence[Processor] = (),
     stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
@@ -52,7 +52,7 @@ def generate(
         session: A file of a task that generates text.
         inputs: What a tokenizer or a feature extractor gives, by name; None is left out.
         changes: Fields of ``GenerationSettings`` by name; None leaves the default.
-        generation_config: In place of the defaults that are in the file.
+        generation_config: What differs from the defaults that are in the file.
         generator: For the draws.
         logits_processor: Further ones.
         stopping_criteria: Further ones.
@@ -63,8 +63,8 @@ def generate(
         ExportError: See there.
     """
     remembered = _remembered(session)
-    defaults = remembered["defaults"] if generation_config is None else _fields(generation_config)
-    settings = GenerationSettings.of(defaults, changes, remembered["defaults"])
+    own = remembered["defaults"]
+    settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
     given = {name: value for name, value in inputs.items() if value is not None}
     arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
     tensors = {name: _tensor(name, value) for name, value in given.items()}
@@ -80,11 +80,16 @@ def generate(
     length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
     chain = processors(settings, ids, counted, length, logits_processor)
     decoder = CachedDecoder(session, len(ids), source, adapter)
+    anew_after = remembered.get("reads_anew_after")
 
     if streamer is not None:
         streamer.put(ids)
     unread, unfinished = ids, torch.ones(len(ids), dtype=torch.bool)
     while bool(unfinished.any()) and ids.shape[1] < length:
+        past = ids.shape[1] - unread.shape[1]
+        if past and anew_after is not None and past <= anew_after < ids.shape[1]:
+            decoder.forget()
+            unread = ids
         scores = decoder.step(unread, mask)
         for process in chain:
             scores = process(ids, scores)
@@ -104,15 +109,21 @@ def generate(
     return ids.numpy() if arrays else ids.to(device)
 
 
-def _fields(config: Any) -> Mapping[str, Any]:
-    """The fields of a ``GenerationConfig`` of transformers, or of a dict of them."""
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    if not isinstance(config, Mapping):
+def _fields(config: Any) -> dict[str, Any]:
+    """What a ``GenerationConfig`` of transformers, or a dict of its fields, changes.
+
+    As in transformers: what an object leaves None was not set, and what a caller gives by name counts
+    with None as well.
+    """
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not hasattr(config, "to_dict"):
         raise ExportError(
             f"generation_config is a {type(config).__name__}: give a GenerationConfig or a dict of its fields"
         )
-    return config
+    return {name: value for name, value in config.to_dict().items() if value is not None}
 
 
 def _remembered(session: OnnxSession) -> dict[str, Any]:

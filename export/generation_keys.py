@@ -99,26 +99,19 @@ def refuse_unsupported(
     refused = dict(_NEUTRAL)
     if values.get("do_sample"):
         refused.update(_NEUTRAL_IN_SAMPLING)
-    asked = [
-        f"{name}={values[name]!r}"
-        for name, neutral in refused.items()
-        if name in values and values[name] not in neutral
-    ]
     if values.get("cache_implementation") == "quantized":
-        asked.append("cache_implementation='quantized'")
+        refused["cache_implementation"] = ()
+    asked = [name for name in refused if name in values and values[name] not in refused[name]]
     own = _plain(model)
     extra = {name: value for name, value in values.items() if _plain(value) != own.get(name)}
-    asked += [
-        f"{name}={extra[name]!r}"
-        for name, neutral in _OF_BEAMS.items()
-        if name in extra and extra[name] not in neutral
-    ]
+    asked += [name for name in _OF_BEAMS if name in extra and extra[name] not in _OF_BEAMS[name]]
     if asked:
+        without = {name: next(iter({**refused, **_OF_BEAMS}[name]), None) for name in asked}
         raise ExportError(
             f"the generation_config (the model's, or the one that was passed) asks for "
-            f"{', '.join(asked)}, which generate does not do: what comes back would be other than "
-            f"what model.generate gives. Pass generation_config={{...}} without it to generate all "
-            f"the same"
+            f"{', '.join(f'{name}={values[name]!r}' for name in asked)}, which generate does not do: "
+            f"what comes back would be other than what model.generate gives. Pass "
+            f"generation_config={without} to generate all the same"
         )
     known = {*done, *_NEUTRAL, *_NEUTRAL_IN_SAMPLING, *_OF_BEAMS, *_WITHOUT_EFFECT}
     unknown = [name for name in extra if name not in known and not str(name).startswith("_")]

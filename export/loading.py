@@ -40,6 +40,9 @@ def load(
         ExportError: The file is missing, damaged or no ONNX model.
     """
     check_provider(runtime, provider)
+    if path.is_dir():
+        inside = ", ".join(sorted(one.name for one in path.glob("*.onnx"))) or "no .onnx file"
+        raise ExportError(f"{path} is a folder, which holds {inside}: give the file")
     if not path.is_file():
         raise ExportError(f"there is no file {path}: export a model to it first")
     name = PROVIDERS[provider]
@@ -67,7 +70,14 @@ def load(
                 f"flow, all of it on the GPU: load it without cuda_graph"
             ) from error
         if kind in ("NotImplemented", "EPFail"):
-            raise ProviderError(f"the {provider} provider cannot run {path}: {reason}") from error
+            bf16 = (
+                "bf16 needs provider='cuda'; for the CPU, export with dtype='fp32' or 'fp16'"
+                if provider == "cpu" and _has_bf16(path)
+                else ""
+            )
+            raise ProviderError(
+                f"the {provider} provider cannot run {path}: {bf16 or reason}"
+            ) from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
             f"external data beside it? Export it again if not"
@@ -80,6 +90,17 @@ def load(
         )
     session.disable_fallback()
     return session
+
+
+def _has_bf16(path: Path) -> bool:
+    """Whether a file has weights in bf16; False also where the onnx package is not there to look."""
+    try:
+        import onnx
+
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # noqa: BLE001  # the reason of ONNX Runtime is there without this
+        return False
+    return any(one.data_type == onnx.TensorProto.BFLOAT16 for one in graph.initializer)
 
 
 def reason_of(error: Exception) -> str:

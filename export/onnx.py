@@ -110,6 +110,12 @@ def export_onnx(
             the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
+    for name, size, least in (
+        ("external_data_bytes", external_data_bytes, 0),
+        ("shard_bytes", shard_bytes, 1),
+    ):
+        if not isinstance(size, int) or size < least:
+            raise ExportError(f"{name}={size!r}: give a number of bytes, {least} or more")
     if task is not None:
         find_task(task)
         if dynamic_shapes is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class PackedWeight(StandIn):
         # DequantizeLinear makes values that are rounded after it: its scales may have all digits.
         if found.operator != "DequantizeLinear" and _in_range(scales, dtype):
             scales = scales.to(dtype)
-        self.codes = nn.Parameter(keep(found.codes), requires_grad=False)
+        # Two codes a byte are new where the library has one; others lie where they lay.
+        codes = keep(found.codes) if found.operator == "MatMulNBits" else found.codes
+        self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(keep(scales), requires_grad=False)
         zeros = None if found.zeros is None else nn.Parameter(found.zeros, requires_grad=False)
         self.register_parameter("zeros", zeros)
@@ -85,13 +87,21 @@ def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor],
             module._modules[name] = known[id(child)]
 
 
-def stored_formats(model: nn.Module) -> tuple[StoredFormat, ...]:
-    """What :func:`pack_quantized` has made, one entry a form."""
-    found: dict[tuple[str, str, int], StoredFormat] = {}
-    for one in model.modules():
-        if not isinstance(one, PackedWeight):
+def stored_formats(model: nn.Module, names: Container[str]) -> tuple[StoredFormat, ...]:
+    """What of :func:`pack_quantized` is in a file, one entry a form.
+
+    Args:
+        model: The model that was traced: a file may have a part of it.
+        names: Those of the file's weights.
+    """
+    found: dict[tuple[str, str, int | None], StoredFormat] = {}
+    seen: set[PackedWeight] = set()
+    for name, one in model.named_modules(remove_duplicate=False):
+        if not isinstance(one, PackedWeight) or one in seen or f"{name}.codes" not in names:
             continue
-        key = (one.stored.scheme, one.operator, one.block)
+        seen.add(one)
+        by_row = one.operator == "DequantizeLinear" and one.block == one.shape[1]
+        key = (one.stored.scheme, one.operator, None if by_row else one.block)
         before = found.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
         found[key] = dataclasses.replace(
             before,

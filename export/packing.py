@@ -14,6 +14,7 @@ order, not made anew.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 from lora_fx.export.quantized_weight import DENSE_INSTEAD, HeldWeight
+from lora_fx.quantized import dense
 
 __all__ = ["Operator", "Packed", "packed"]
 
@@ -64,6 +66,13 @@ def packed(weight: HeldWeight) -> Packed:
         ExportError: There is none that has its values, or its scales are not finite.
     """
     held: Any = weight.held
+    if not _blocks_in_order(weight):
+        raise ExportError(
+            f"'{weight.where}' has rows of {weight.stored.shape[1]} values in blocks of "
+            f"{weight.stored.block_size}, whose scales bitsandbytes mixes up on this device: what PyTorch "
+            f"computes here is not what is stored. Quantise it with a block size that divides the rows, or "
+            f"move the model to CUDA"
+        )
     try:
         found = _PACKED[type(held).__name__](held)
     except (KeyError, _Unfit) as error:
@@ -98,6 +107,19 @@ def _four_bits(weight: Any) -> Packed:
         scales = dequantize_blockwise(scales, state.state2) + state.offset
     codes = weight.detach().as_subclass(torch.Tensor).contiguous().view(torch.uint8).flatten()
     return Packed("MatMulBnb4", codes, scales.float().flatten(), None, int(state.blocksize))
+
+
+def _blocks_in_order(weight: HeldWeight) -> bool:
+    """Whether values are made as they are stored: kernels of the CPU begin a block with each row."""
+    stored = weight.stored
+    held: Any = weight.held
+    state = getattr(held, "quant_state", None)
+    if state is None or stored.shape[1] % int(state.blocksize) == 0:
+        return True
+    flat = copy.copy(held)
+    flat.quant_state = copy.copy(state)
+    flat.quant_state.shape = torch.Size((1, stored.shape[0] * stored.shape[1]))
+    return torch.equal(dense(flat).flatten(), dense(held).flatten())
 
 
 def _int8_rows(weight: Any) -> Packed:

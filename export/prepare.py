@@ -20,9 +20,8 @@ from lora_fx.export.factor_model import FactorModel
 from lora_fx.export.inline import fix_gains, has_gains
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.origin import origin_of
-from lora_fx.export.packed_weight import pack_quantized, stored_formats
+from lora_fx.export.packed_weight import pack_quantized
 from lora_fx.export.quantized_weight import StandIn
-from lora_fx.export.stored_format import StoredFormat
 from lora_fx.export.swappable import Swappable, base_of, swappable, with_adapter
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.registry import find_task
@@ -54,7 +53,6 @@ class Prepared:
         manifest: The adapter inputs; None for a model whose adapters are merged.
         adapters: The adapters that the model has, by name: each makes a model in which it is active.
         source: The rewritten model that has them.
-        quantized: Weights that are traced in few bits.
     """
 
     model: FlatModel
@@ -70,7 +68,6 @@ class Prepared:
     name: str = ""
     cases: Cases | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    quantized: tuple[StoredFormat, ...] = ()
 
     def beside(self, name: str, file: str) -> Prepared:
         """The same with ``file``, which holds ``name``, in its metadata."""
@@ -91,9 +88,7 @@ class Prepared:
         twin = share_copy(model)
         fix_gains(twin)  # of the weights as their libraries have them
         pack_quantized(twin, DTYPES.get(self.dtype, torch.float32), keep)
-        return dataclasses.replace(
-            self, model=self.model.over(twin), quantized=stored_formats(twin)
-        )
+        return dataclasses.replace(self, model=self.model.over(twin))
 
 
 def prepare_swappable(

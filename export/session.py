@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -11,11 +12,11 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from torch import Tensor, nn
 
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.binding import bound_run, settle
-from lora_fx.export.calls import inputs_by_name
+from lora_fx.export.calls import AXIS_LIMITS_KEY, check_axes, inputs_by_name
 from lora_fx.export.generating import Generates
 from lora_fx.export.loading import load
 from lora_fx.export.manifest import Manifest
@@ -92,6 +93,7 @@ class OnnxSession(Generates):
         self._device = Device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         manifest = Manifest.from_metadata(self.metadata)
+        self._limits: dict[str, int] = json.loads(self.metadata.get(AXIS_LIMITS_KEY, "{}"))
         self._swapping = threading.Lock()  # two files never have adapters of two loads
         self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
@@ -99,6 +101,11 @@ class OnnxSession(Generates):
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])
+            if not beside.is_file():
+                raise ExportError(
+                    f"{self.path.name} is the decoder of a model whose encoder is {beside.name}, and that "
+                    f"is not in {beside.parent}: keep both files, and their data, in one folder"
+                )
             self.encoder = OnnxSession(
                 beside,
                 provider,
@@ -190,7 +197,8 @@ class OnnxSession(Generates):
             a tensor, else numpy arrays.
 
         Raises:
-            ExportError: Names, dtypes, ranks or fixed sizes do not fit, or the model fails.
+            ExportError: Names, dtypes, ranks or sizes do not fit (also those of two axes that have one
+                name), or the model fails.
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
         given = self._by_name(inputs)
@@ -198,6 +206,7 @@ class OnnxSession(Generates):
             port.name: feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
         }
+        check_axes(self.inputs, given, self._limits, self.path.name)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         settle(tensors)
         device = tensors[0].device if tensors else None

@@ -85,7 +85,7 @@ class GenerationSettings:
 
         Args:
             defaults: Fields of a ``GenerationConfig``, those of beam search, output and the like
-                among them.
+                among them; None is for a setting that is off.
             changes: What the caller gives; None leaves the default.
             model: The model's own ``GenerationConfig``, as its file remembers it.
 
@@ -94,6 +94,8 @@ class GenerationSettings:
                 key that nobody knows.
         """
         values = {**defaults, **{k: v for k, v in changes.items() if v is not None}}
+        if "top_k" in values and values["top_k"] is None:
+            values["top_k"] = 0  # the one setting that is on by itself
         values = {name: value for name, value in values.items() if value is not None}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         refuse_unsupported(values, fields, model)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["Place", "here", "inner_module", "op_name", "place_of", "user_line"]
+__all__ = ["Place", "fault_of", "here", "inner_module", "op_name", "place_of", "user_line"]
 
 # Lines in here are no lines of the user's; "<" begins the names of generated code.
 _NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
@@ -92,6 +92,24 @@ def here(modules: Mapping[int, str]) -> Place:
             break
         frame = frame.f_back
     return Place(op, module or "", line)
+
+
+def fault_of(error: BaseException, modules: Mapping[int, str]) -> Place:
+    """Where in the model an error was raised, read off its traceback.
+
+    Args:
+        error: What the caller has caught around the call of the model.
+        modules: ``id`` of every module to its FQN.
+    """
+    line, module = "", ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if not frame.f_code.co_filename.startswith(_NOT_THEIRS):
+            line = f"{Path(frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        module = modules.get(id(frame.f_locals.get("self")), module)
+        trace = trace.tb_next
+    return Place(module=module, line=line)
 
 
 def op_name(target: Any) -> str:

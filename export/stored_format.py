@@ -14,7 +14,7 @@ class StoredFormat:
     Attributes:
         scheme: ``nf4``, ``fp4``, ``int8`` or ``int4``.
         operator: What reads them: "MatMulBnb4" or "MatMulNBits" of ONNX Runtime, or "DequantizeLinear".
-        block_size: Values that share a scale.
+        block_size: Values that share a scale; None for one scale a row.
         weights: How many matrices.
         values: How many values they have together.
         bytes: What they take, scales included.
@@ -22,7 +22,7 @@ class StoredFormat:
 
     scheme: str
     operator: str
-    block_size: int
+    block_size: int | None
     weights: int
     values: int
     bytes: int
@@ -38,8 +38,10 @@ class StoredFormat:
         return self.bytes / (2 * self.values)
 
     def __str__(self) -> str:
+        blocks = "a scale a row" if self.block_size is None else f"blocks of {self.block_size}"
+        several = "s"[: self.weights > 1]
         return (
-            f"{self.weights} weights in {self.scheme}, blocks of {self.block_size}, for {self.operator}: "
+            f"{self.weights} weight{several} in {self.scheme}, {blocks}, for {self.operator}: "
             f"{size_text(self.bytes)}, {self.bits:.2f} bits a value, {self.of_fp16:.0%} of fp16"
         )
 

@@ -114,7 +114,7 @@ def check_swappable(name: str, adapter: AdapterRecord) -> None:
     if more:
         raise ExportError(
             f"the adapter {name!r} cannot be an input of a file: {'; '.join(more)}. Only factors can be "
-            "swapped: merge it, with adapters='merge'"
+            "swapped: merge it into a file of its own, with export_onnx(..., adapters='merge')"
         )
 
 
@@ -163,9 +163,14 @@ def _with_given_gains(region: Region) -> fx.Graph | None:
         given = node.args[0]
         assert isinstance(given, fx.Node)
         node.replace_all_uses_with(given)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(_stays)
     graph.lint()
     return graph
+
+
+def _stays(node: fx.Node) -> bool:
+    # fx asks the module of a call what it does, and a graph by itself has none: such a call stays.
+    return node.op == "call_module" or node.is_impure()
 
 
 def _calls(graph: fx.Graph, targets: Iterable[object]) -> list[fx.Node]:

@@ -8,6 +8,7 @@ stays fixed carries its reason.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from torch.export import Dim, ExportedProgram
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Extra, FlatModel
 from lora_fx.export.axes import Axis, axis_name, given_names
+from lora_fx.export.failures import reason_of_failure, together
 from lora_fx.export.finite import FiniteValues
 from lora_fx.export.witness import Witness, watched
 
-__all__ = ["Trace", "headline", "trace", "widen_batch"]
+__all__ = ["Trace", "trace", "widen_batch"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -68,6 +70,14 @@ class Trace:
         return {
             name: {index: axis.name for index, axis in enumerate(axes) if axis.name is not None}
             for name, axes in zip(self.arguments.names, self.axes, strict=True)
+        }
+
+    def axis_limits(self) -> dict[str, int]:
+        """Name of a dynamic axis to its largest size, where the model has one."""
+        return {
+            axis.name: axis.high
+            for axis in itertools.chain(*self.axes)
+            if axis.name is not None and axis.high is not None
         }
 
 
@@ -126,18 +136,19 @@ def trace(
                     strict=False,
                 )
         except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
-            failures.append(f"{description}: {headline(error)}")
+            reason = reason_of_failure(error, witness, arguments.names, arguments.tensors)
+            failures.append(f"{description}: {reason}")
             last = error
             continue
-        for failure in failures:
-            _log.warning("export with fewer dynamic axes: %s", failure)
+        if len(failures) > len(failed):  # who has those before has told of them
+            _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
         fixed = _Fixed(failures, witness, task)
         found = _read(program, arguments, specs, labels, extras, fixed)
         return dataclasses.replace(
             found, description=description, attempt=attempt, finite=tuple(values.places)
         )
     raise ExportError(
-        f"torch.export cannot capture {type(model.model).__name__} ({'; '.join(failures)})"
+        f"torch.export cannot capture {type(model.model).__name__} ({together(failures)})"
     ) from last
 
 
@@ -193,7 +204,7 @@ class _Fixed:
             because = "" if place is None else f": {place}"
             return f"the model works with size {size} only{because}"
         if self.failures:
-            return f"the export failed {'; '.join(self.failures)}"
+            return f"the export failed {together(self.failures)}"
         return "not one that the task varies" if self.task else "not in dynamic_shapes"
 
 
@@ -237,10 +248,3 @@ def _read(
         if extra.named_axis is not None
     }
     return Trace(program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=others)
-
-
-def headline(error: Exception) -> str:
-    """The first line of what an error says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -7,14 +7,14 @@ is watched: the place in the model is on the stack then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lora_fx.export.source import Place, here
+from lora_fx.export.source import Place, fault_of, here
 
 __all__ = ["Witness", "watched"]
 
@@ -26,6 +26,7 @@ class Witness:
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._places: dict[str, Place] = {}
         self._equal: dict[str, str] = {}
+        self._symbols: dict[str, str] = {}
 
     def place(self, dim: Any) -> Place | None:
         """Where an axis became a number; None if that is not known.
@@ -33,15 +34,26 @@ class Witness:
         Args:
             dim: Its size in the shape of a traced input.
         """
-        symbol = str(getattr(getattr(dim, "node", None), "_expr", ""))
+        return self._found(str(getattr(getattr(dim, "node", None), "_expr", "")))
+
+    def place_of(self, source: str) -> Place | None:
+        """The same for an axis as torch.export calls it."""
+        return self._found(self._symbols.get(source, ""))
+
+    def fault(self, error: BaseException) -> Place:
+        """Where in the model an error was raised."""
+        return fault_of(error, self._modules)
+
+    def _found(self, symbol: str) -> Place | None:
         seen: set[str] = set()
         while symbol not in self._places and symbol in self._equal and symbol not in seen:
             seen.add(symbol)
             symbol = self._equal[symbol]
         return self._places.get(symbol)
 
-    def note(self, symbol: object, value: Any) -> None:
-        """A symbol is replaced, by a number or by another symbol."""
+    def note(self, symbol: object, value: Any, sources: Iterable[Any] = ()) -> None:
+        """A symbol, of the axes ``sources``, is replaced by a number or by another symbol."""
+        self._symbols.update((source.name, str(symbol)) for source in sources)
         if getattr(value, "is_Integer", False):
             self._places.setdefault(str(symbol), here(self._modules))
         elif getattr(value, "is_Symbol", False):
@@ -55,7 +67,7 @@ def watched(model: nn.Module) -> Iterator[Witness]:
     original = ShapeEnv._set_replacement
 
     def replace(env: ShapeEnv, symbol: Any, value: Any, message: str) -> None:
-        witness.note(symbol, value)
+        witness.note(symbol, value, env.var_to_sources.get(symbol, ()))
         original(env, symbol, value, message)
 
     ShapeEnv._set_replacement = replace  # type: ignore[assignment, method-assign]

@@ -44,7 +44,7 @@ def refuse_quantized(
         if site.quantized is not None:
             raise ConfigError(
                 f"init_lora_weights={start!r} changes the base weight, and {site.weight} is stored as "
-                f"{site.quantized}. Rewrite the model before it is quantised, or use True and then "
+                f"{site.quantized}. Use it over the dense model, or use True here and then "
                 "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantising "
                 "lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
             )

@@ -17,18 +17,22 @@ ENCODER_KEY = "lora_fx.encoder"
 # Largest number of positions, by the names that configurations of decoders have for it.
 _LIMITS = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len")
 
+_READING_ANEW = ("phi3", "phimoe", "phi4_multimodal")
+
 
 def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
     """The metadata of the file of a decoder.
 
     ``lora_fx.generation`` is JSON: ``defaults`` has the fields of the model's ``generation_config``
     that are set, ``limit`` the number of positions that it has, prompt included, or null, and
-    ``prepends_start`` says whether a decoder's prompt has to begin with its first token.
+    ``prepends_start`` says whether a decoder's prompt has to begin with its first token, and
+    ``reads_anew_after`` is the length beyond which a cache is of no use any more, or null.
     """
     remembered = {
         "defaults": _defaults(model),
         "limit": position_limit(model),
         "prepends_start": not _starts_freely(model),
+        "reads_anew_after": _reads_anew_after(model),
     }
     return {TASK_KEY: task, GENERATION_KEY: json.dumps(remembered, sort_keys=True)}
 
@@ -44,6 +48,21 @@ def position_limit(model: nn.Module) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _reads_anew_after(model: nn.Module) -> int | None:
+    """Where transformers gives the cache up: its keys were turned by the frequencies of short texts.
+
+    Others than the Phi family go on with such keys under LongRoPE (2402.13753), in transformers and in
+    the file alike.
+    """
+    config: Any = model.config
+    decoder = config.get_text_config(decoder=True)
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    if config.model_type not in _READING_ANEW or rope.get("rope_type") != "longrope":
+        return None
+    length: int = decoder.original_max_position_embeddings
+    return length
 
 
 def _starts_freely(model: nn.Module) -> bool:

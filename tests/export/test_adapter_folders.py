@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import OnnxSession, save_onnx_adapter
-from lora_fx.errors import CheckpointError, ParityError
+from lora_fx.errors import CheckpointError, ConfigError, ParityError
 from lora_fx.export import verify_adapters
 from lora_fx.export.adapter_file import read_adapter
 from lora_fx.export.onnx import export_onnx
@@ -124,11 +124,6 @@ def test_dora_needs_the_model_and_a_file_with_gains(tmp_path: Path, base: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"target_modules": ["c_fc"], "modules_to_save": ["lm_head"]},
-            "lm_head.weight is no factor",
-        ),
-        ({"target_modules": ["c_fc"], "bias": "lora_only"}, r"c_fc\.base_layer\.bias is no factor"),
         ({"target_parameters": ["head.weight"]}, "target_parameters.*only the model knows"),
         (
             {"target_modules": ["c_fc"], "init_lora_weights": "pissa", "fan_in_fan_out": True},
@@ -144,6 +139,78 @@ def test_what_a_folder_cannot_say_alone(
     with pytest.raises(CheckpointError, match=f"{message}.*load_adapter"):
         save_onnx_adapter(folder, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight in full \(modules_to_save\)"),
+        ({"bias": "lora_only"}, r"c_fc\.bias in full \(bias\)"),
+    ],
+)
+def test_what_no_file_takes_says_to_merge(
+    tmp_path: Path, base: Path, options: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "adapter"
+    saved(gpt2(), folder, r=2, target_modules=["c_fc"], **options)
+    message += r".*adapters='merge'.*lora-fx export MODEL FILE --adapter"
+    with pytest.raises(CheckpointError, match=message):
+        save_onnx_adapter(folder, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=message):
+        OnnxSession(base, "cpu").load_adapter("a", folder)
+
+
+class Joined(nn.Module):
+    """A weight whose parts can be adapted one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(q * k + v)
+
+
+def test_a_place_that_the_file_has_not_says_what_to_do(tmp_path: Path) -> None:
+    model, x = Joined().eval(), torch.randn(2, 8)
+
+    def adapted(*targets: str) -> nn.Module:
+        config = lora_fx.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+        return lora_fx.rewrite(model, config).eval()
+
+    whole, parts = adapted("qkv"), adapted("qkv.q", "qkv.v")
+    sessions = []
+    for name, one in (("whole", whole), ("parts", parts)):
+        lora_fx.save_adapter(one, tmp_path / name)
+        export_onnx(one, tmp_path / f"{name}.onnx", x, adapters="inputs", verify=False)
+        sessions.append(OnnxSession(tmp_path / f"{name}.onnx", "cpu"))
+    of_whole, of_parts = sessions
+    with pytest.raises(
+        CheckpointError, match=r"qkv: the file takes its parts.*qkv\.q.*load_adapter"
+    ):
+        of_parts.load_adapter("a", tmp_path / "parts")
+    # And what it says does it.
+    of_parts.load_adapter("a", lora_fx.load_adapter(parts, tmp_path / "parts", adapter_name="again"),
+                          adapter_name="again")  # fmt: skip
+    with torch.no_grad():
+        want = parts(x)
+    torch.testing.assert_close(of_parts.run(x, adapter="a")["output"], want, **CLOSE)
+    with pytest.raises(CheckpointError, match=r"takes qkv as a whole.*save_adapter"):
+        of_whole.load_adapter("a", parts)
+    of_whole.load_adapter("a", tmp_path / "parts")
+    torch.testing.assert_close(of_whole.run(x, adapter="a")["output"], want, **CLOSE)
+    with pytest.raises(CheckpointError, match=r"head: the file takes no adapter.*Export the model"):
+        of_whole.load_adapter("a", adapted("head"))
+    for call in (
+        of_whole.load_adapter,
+        lambda _, *a, **k: save_onnx_adapter(*a, tmp_path / "f", **k),
+    ):
+        with pytest.raises(
+            ConfigError, match="adapter_name='b' chooses among the adapters of a model"
+        ):
+            call("a", tmp_path / "whole", adapter_name="b")
 
 
 @pytest.mark.parametrize("broken", ["rank", "whole numbers", "one axis"])
@@ -165,7 +232,9 @@ def test_an_adapter_for_another_model(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "adapter"
     saved(Convs(), folder, r=2, target_modules=["plain"])
     session = OnnxSession(base, "cpu")
-    with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel.*\n.*plain\.lora_A.*no such input"):
+    with pytest.raises(
+        CheckpointError, match=r"GPT2LMHeadModel.*\n.*plain: the file takes no adapter there"
+    ):
         session.load_adapter("other", folder)
     with pytest.raises(CheckpointError, match="no adapter for this file"):
         save_onnx_adapter(folder, tmp_path / "a", base=base)

@@ -211,6 +211,28 @@ def test_parts_ties_and_starts_that_changed_the_base(tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "pissa")["mix.lora_A.weight"].shape == (8, 4)
 
 
+@pytest.mark.parametrize("targets", [["a.q", "a.v"], None])
+def test_dora_inside_a_joined_attention_layer(tmp_path: Path, targets: list[str] | None) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.a(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=targets, use_dora=True)
+    model = trained(lora_fx.rewrite(Attends().eval(), config))
+    x = torch.randn(2, 3, 8)
+    export_onnx(model, tmp_path / "m.onnx", x, adapters="inputs")
+    session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    session.load_adapter("dora", model)
+    with torch.no_grad():
+        torch.testing.assert_close(session.run(x, adapter="dora")["output"], model(x), **EXACT)
+
+
 def test_experts_take_factors_of_their_own(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
@@ -426,7 +448,10 @@ FC_A, FC_B = "fc.lora_A.weight", "fc.lora_B.weight"
             lambda v: v[FC_B].fill_(math.nan),
             "fc.lora_B.weight: it holds values that are not finite",
         ),
-        (lambda v: v.update({"fd.lora_A.weight": v[FC_A]}), "no such input .*nearest.*fc.lora_A"),
+        (
+            lambda v: v.update({"fd.lora_A.weight": v[FC_A]}),
+            "fd: the file takes no adapter there .*nearest.*fc.lora_A",
+        ),
         (lambda v: v.update({"fc.lora_B.bias": v[FC_A]}), "the file takes .*fc.lora_gain there"),
         (lambda v: v.clear(), "it holds no value"),
     ],

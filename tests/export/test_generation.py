@@ -17,7 +17,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.tasks.defaults import GENERATION_KEY
-from tests.export.tiny import LIMIT, VOCABULARY, Pair
+from tests.export.tiny import LIMIT, SWITCH, VOCABULARY, Pair
 
 slow = pytest.mark.slow
 DECODERS = ["llama", "gemma", "gpt2", pytest.param("mistral", marks=slow)]
@@ -44,6 +44,23 @@ def test_greedy_tokens_are_those_of_generate(exported: Callable[[str], Pair], ki
     assert torch.equal(session.generate(ids, max_new_tokens=16, eos_token_id=[]), expected)
     alone = session.generate(ids[1:2, 3:], max_new_tokens=16, eos_token_id=[])
     assert torch.equal(alone, expected[1:2, 3:])
+
+
+@pytest.mark.parametrize("length", [6, SWITCH, SWITCH + 1])
+def test_a_text_that_outgrows_its_frequencies_is_read_anew(
+    exported: Callable[[str], Pair], length: int
+) -> None:
+    model, session = exported("phi3")
+    ids = torch.randint(3, VOCABULARY, (2, length))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    options = {"max_new_tokens": 16, "min_new_tokens": 16}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    got = session.generate(ids, mask, generation_config=options)
+    assert torch.equal(got, expected)
+    # Without a cache nothing is of another length: that is what it should be.
+    free = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(got, free)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +217,65 @@ def test_numbers_of_numpy_and_a_generation_config_of_transformers(
     assert torch.equal(session.generate(IDS, generation_config=config), want)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"min_new_tokens": 3}, {"do_sample": True, "top_k": 5}, {"repetition_penalty": 2.0}, {}],
+)
+def test_what_a_generation_config_leaves_out_is_the_models_own(
+    exported: Callable[[str], Pair], options: dict[str, Any]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, plain = exported("llama")
+    ids, mask = prompts()
+    free = plain.generate(ids, mask, max_new_tokens=10, eos_token_id=[])
+    own = {"eos_token_id": [int(free[0, 7]), int(free[1, 9])], "max_new_tokens": 9, "top_p": 0.9}
+    session = _with_defaults(plain, own)
+    before = model.generation_config
+    try:
+        model.generation_config = transformers.GenerationConfig(**{**before.to_dict(), **own})
+        for changed in (options, options | {"max_new_tokens": 6}):
+            config = transformers.GenerationConfig(**changed)
+            torch.manual_seed(3)
+            want = model.generate(ids, attention_mask=mask, generation_config=config)
+            for given in (config, changed):
+                torch.manual_seed(3)
+                got = session.generate(ids, mask, generation_config=given)
+                assert torch.equal(got, want)
+        # By name, None switches off what the model has.
+        off = {"eos_token_id": None, "top_k": None, "do_sample": True}
+        torch.manual_seed(3)
+        want = model.generate(ids, attention_mask=mask, **off)
+        torch.manual_seed(3)
+        assert torch.equal(session.generate(ids, mask, generation_config=off), want)
+        assert want.shape[1] == 6 + 9
+    finally:
+        model.generation_config = before
+
+
+def test_what_the_model_asks_for_and_is_not_done_can_be_switched_off(
+    exported: Callable[[str], Pair],
+) -> None:
+    _, plain = exported("llama")
+    session = _with_defaults(plain, {"num_beams": 4, "max_time": 3.0})
+    with pytest.raises(
+        ExportError, match=r"generation_config=\{'num_beams': 1, 'max_time': None\}"
+    ):
+        session.generate(IDS, max_new_tokens=4)
+    got = session.generate(
+        IDS, max_new_tokens=4, generation_config={"num_beams": 1, "max_time": None}
+    )
+    assert torch.equal(got, plain.generate(IDS, max_new_tokens=4))
+
+
+def _with_defaults(session: OnnxSession, more: dict[str, Any]) -> OnnxSession:
+    remembered = json.loads(session.metadata[GENERATION_KEY])
+    other = OnnxSession(session.path, "cpu")
+    other.metadata[GENERATION_KEY] = json.dumps(
+        remembered | {"defaults": remembered["defaults"] | more}
+    )
+    return other
+
+
 def test_arrays_in_arrays_out(exported: Callable[[str], Pair]) -> None:
     _, session = exported("llama")
     ids, mask = prompts()
@@ -341,7 +417,9 @@ def test_calls_of_an_encoder_decoder_that_mean_nothing(exported: Callable[[str],
     with pytest.raises(ExportError, match="'decoder_input_ids' has 2 rows, 'input_ids' has 1"):
         session.generate(IDS, decoder_input_ids=torch.tensor([[3], [3]]))
     with pytest.raises(ExportError, match=r"pass decoder_input_ids"):
-        session.generate(IDS, generation_config={})
+        session.generate(
+            IDS, generation_config={"decoder_start_token_id": None, "bos_token_id": None}
+        )
 
 
 def test_a_file_without_a_task_does_not_generate(tmp_path: Path) -> None:

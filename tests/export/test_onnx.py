@@ -502,6 +502,8 @@ class Odd(nn.Module):
     [
         (mlp(), torch.randn(2, 4), {"opset": 23}, "23 is refused.*rotary.*batches; use 20, 22 or 24"),
         (mlp(), torch.randn(2, 4), {"opset": 11}, "opset 11 is not supported"),
+        (mlp(), torch.randn(2, 4), {"external_data_bytes": -1}, "external_data_bytes=-1: give"),
+        (mlp(), torch.randn(2, 4), {"shard_bytes": 0}, "shard_bytes=0: give a number of bytes, 1"),
         (mlp(), torch.randn(2, 4), {"dtype": "int4"}, "'int4' is unknown.*fp16"),
         (mlp(), torch.randn(2, 4), {"adapters": "keep"}, "'keep' is unknown.*'merge'.*'inputs'"),
         (mlp, torch.randn(2, 4), {}, "not a torch.nn.Module"),

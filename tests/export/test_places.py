@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export import build
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.onnx import export_onnx
 
@@ -63,6 +64,69 @@ def test_an_axis_that_stays_fixed_names_what_fixed_it(tmp_path: Path, adapters: 
         "rest[0]": f"the model works with size 2 only: aten.reshape ({line(forward, 'reshape')})",
         "rest[1]": f"the model works with size 6 only: a condition ({line(forward, '== 6')})",
     }
+
+
+def test_an_axis_that_was_asked_for_and_is_fixed_names_what_fixed_it(tmp_path: Path) -> None:
+    example = (torch.randn(2, 3, 10, 12), torch.randn(2, 7, 4), torch.randn(2, 6))
+    place = line(Fixing.forward, "self.conv(")
+    message = (
+        r"the given dynamic_shapes: axis 1 of 'image' is fixed, the model works with size 3 only: "
+        rf"aten\.conv2d in 'conv' \({place}\)"
+    )
+    with pytest.raises(ExportError, match=message):
+        export_onnx(
+            Fixing(), tmp_path / "m.onnx", example, dynamic_shapes={"image": {1: "colours"}}
+        )
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_branch_on_values_is_named_once_and_no_graph_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    place = rf"a condition in '1' \({line(Branching.forward, 'x.sum()')}\) is data-dependent"
+    with pytest.raises(
+        ExportError, match=rf"every axis dynamic, .*with fixed axes: {place}"
+    ) as caught:
+        export_onnx(
+            nn.Sequential(nn.Linear(4, 4), Branching()), tmp_path / "m.onnx", torch.randn(2, 4)
+        )
+    assert str(caught.value).count("data-dependent") == 1
+    assert "def forward" not in capfd.readouterr().err
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+
+
+class OnlySmall(nn.Module):
+    """Takes neither a dynamic second axis, nor, at the conversion, a dynamic first one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and not isinstance(x.shape[1], int):
+            raise ValueError("no dynamic second axis")
+        return x + 1
+
+
+def test_a_way_that_failed_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = build.convert
+    calls = []
+
+    def late(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise ConversionError("not with a dynamic batch")
+        return convert(*args)
+
+    monkeypatch.setattr(build, "convert", late)
+    report = export_onnx(OnlySmall(), tmp_path / "m.onnx", torch.randn(2, 4))
+    assert report.inputs == {"x": (2, 4)}
+    said = "\n".join(one.getMessage() for one in caplog.records if one.levelname == "WARNING")
+    assert said.count("no dynamic second axis") == 1
+    assert said.count("not with a dynamic batch") == 1
+    assert line(OnlySmall.forward, "raise") in said
 
 
 class Decomposing(nn.Module):

@@ -247,3 +247,36 @@ def test_bf16_goes_through_a_file(tmp_path: Path) -> None:
     assert torch.equal(session.run(x)["output"], x.reshape(-1))
     array = session.run(session.run(x)["output"].reshape(3, 4).contiguous())["output"]
     assert array.dtype == torch.bfloat16
+
+
+def test_bf16_on_a_cpu_says_what_it_takes(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2).bfloat16()
+    export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4).bfloat16(), verify=False)
+    with pytest.raises(ProviderError, match=r"bf16 needs provider='cuda'.*dtype='fp32' or 'fp16'"):
+        OnnxSession(tmp_path / "m.onnx", "cpu")
+
+
+def test_a_folder_is_no_file(path: Path) -> None:
+    with pytest.raises(ExportError, match=r"is a folder, which holds m\.onnx: give the file"):
+        OnnxSession(path.parent, "cpu")
+
+
+def test_sizes_that_do_not_go_together_are_named(tmp_path: Path, session: OnnxSession) -> None:
+    message = r"m\.onnx has one 'batch' for axis 0 of 'features' and axis 0 of 'index', and they have 3 and 2"
+    with pytest.raises(ExportError, match=message):
+        session.run((torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)))
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.table[: x.shape[1]]
+
+    report = export_onnx(Positions(), tmp_path / "p.onnx", torch.randn(2, 5, 4))
+    assert report.axis_limits == {"sequence": 6}
+    limited = OnnxSession(tmp_path / "p.onnx", "cpu")
+    assert limited.run(torch.zeros(1, 6, 4))["output"].shape == (1, 6, 4)
+    with pytest.raises(ExportError, match=r"axis 1 of 'x' has 7, .* at most 6 \('sequence'\)"):
+        limited.run(torch.zeros(1, 7, 4))

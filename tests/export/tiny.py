@@ -14,6 +14,7 @@ Pair = tuple[Any, OnnxSession]
 
 VOCABULARY = 61
 LIMIT = 40
+SWITCH = 12  # the length beyond which the positions of "phi3" have other frequencies
 
 _SMALL = {
     "vocab_size": VOCABULARY,
@@ -72,6 +73,15 @@ def _built(kind: str) -> tuple[str, Any]:
             return "MistralForCausalLM", t.MistralConfig(**_SMALL, sliding_window=4)
         case "qwen3":
             return "Qwen3ForCausalLM", t.Qwen3Config(**_SMALL, head_dim=8)
+        case "phi3":
+            rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+            rope |= {"short_factor": [1.0, 1.0], "long_factor": [2.0, 5.0]}
+            config = t.Phi3Config(
+                **_SMALL,
+                original_max_position_embeddings=SWITCH,
+                rope_parameters=rope | {"original_max_position_embeddings": SWITCH},
+            )
+            return "Phi3ForCausalLM", config
         case "gemma":
             layers = ["sliding_attention", "full_attention"]
             config = t.Gemma3TextConfig(

@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lora_fx
 from lora_fx import LoraConfig, QuantizationError
@@ -344,6 +350,33 @@ def test_peft_takes_it_and_both_read_one_adapter(format_name: str, tmp_path: Any
     ours = lora_fx.load_adapter(base, tmp_path)
     torch.testing.assert_close(ids_of(ours), ids_of(theirs), atol=1e-6, rtol=0)
     assert (ids_of(ours) - ids_of(base)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_transformers_loads_what_it_writes_of_it(double: bool, tmp_path: Any) -> None:
+    model = llama(1).eval()
+    base = lora_fx.quantize(model, "nf4", double=double, exclude=["k_proj"])
+    base.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert not hasattr(model.config, "quantization_config")
+    for name, parameter in base.named_parameters():
+        assert torch.equal(dense(parameter), dense(loaded.get_parameter(name))), name
+    expected, found = ids_of(base), ids_of(lora_fx.rewrite(loaded, CONFIG).train())
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_on_a_gpu(format_name: str) -> None:
+    model = llama(1).eval()
+    base = lora_fx.quantize(model, format_name, device="cuda")
+    assert {p.device.type for p in base.parameters()} == {"cuda"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    adapted, ids = lora_fx.rewrite(base, CONFIG), IDS.cuda()
+    on_cpu = lora_fx.quantize(model, format_name)
+    torch.testing.assert_close(adapted(ids).logits.cpu(), ids_of(on_cpu), atol=5e-3, rtol=0)
+    adapted(ids).logits.square().mean().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
 
 
 # --- what is left as it is ----------------------------------------------------------------------------

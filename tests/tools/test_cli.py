@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import lora_fx
 from lora_fx.tools.commands.app import COMMANDS, app
+from tests.quantized import IDS, llama
 
 SOURCE = """
 import torch
@@ -244,6 +245,31 @@ def test_merge_writes_the_weights_of_the_merged_model(here: Path, adapter: Path)
     ]
 
 
+def test_merge_casts_and_quantises_again(here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    llama().save_pretrained(here / "dense")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(here / "dense", quantization_config=how)
+    base.save_pretrained(here / "nf4")
+    adapted = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, init_lora_weights=False))
+    lora_fx.save_adapter(adapted, here / "nf4-adapter")
+    text = worked("merge", "hf:nf4", "nf4-adapter", "again", "--requantize", "--all")
+    assert "14 quantised again" in text
+    assert "lost by quantising again" in text
+    assert load(here / "again").is_quantized
+    worked("merge", "hf:nf4", "nf4-adapter", "merged", "--dtype", "bf16")
+    merged = load(here / "merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        expected = adapted.eval()(IDS).logits
+        torch.testing.assert_close(merged.float()(IDS).logits, expected, atol=0.02, rtol=0)
+    assert "leave out dtype" in refused(
+        "merge", "hf:nf4", "nf4-adapter", "other", "--requantize", "--dtype", "bf16"
+    )
+    assert "fp32, fp16, bf16" in refused("merge", "hf:nf4", "nf4-adapter", "o", "--dtype", "int8")
+
+
 def test_merge_writes_a_folder_of_transformers(here: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -300,6 +326,20 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     ):
         assert words in refused("run", "net.onnx", *args)
     assert "there is no file" in refused("run", "none.onnx")
+
+
+def test_random_inputs_have_the_sizes_of_given_ones(here: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    class Two(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    lora_fx.export_onnx(Two(), "two.onnx", (torch.randn(3, 4), torch.randn(3, 4)))
+    np.save("b.npy", np.ones((7, 5), np.float32))
+    assert "7×5" in worked("run", "two.onnx", "--input", "b=b.npy", "--repeat", "1")
+    words = "--size batch=3: b.npy has 7 there"
+    assert words in refused("run", "two.onnx", "--input", "b=b.npy", "--size", "batch=3")
 
 
 def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:

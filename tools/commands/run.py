@@ -36,7 +36,9 @@ def run(
     ] = None,
     sizes: Annotated[
         list[str] | None,
-        typer.Option("--size", help="axis=SIZE of a random input's dynamic axis. Repeat it."),
+        typer.Option(
+            "--size", help="axis=SIZE of a dynamic axis, where no --input has it. Repeat it."
+        ),
     ] = None,
     adapter: Annotated[
         Path | None,
@@ -125,13 +127,24 @@ def _feeds(ports: Any, files: dict[str, str], sizes: dict[str, str]) -> dict[str
                 f"({', '.join(sorted(axes)) or 'there are none'})"
             )
     chosen = {axis: int(size) for axis, size in sizes.items()}
+    read = {name: _read(file) for name, file in files.items()}
+    for port in ports:
+        if port.name in read:
+            sizes_of = zip(port.shape, read[port.name].shape, strict=False)
+            known = {axis: size for axis, size in sizes_of if isinstance(axis, str)}
+            for axis in known.keys() & sizes.keys():
+                if known[axis] != int(sizes[axis]):
+                    raise ConfigError(
+                        f"--size {axis}={sizes[axis]}: {files[port.name]} has {known[axis]} there"
+                    )
+            chosen |= known
     if _TOTAL in axes:
         # Of a file that generates: what it has read and what it reads.
-        read = (chosen.get(axis, _OTHERWISE) for axis in ("past_length", "sequence"))
-        chosen.setdefault(_TOTAL, sum(read))
+        parts = (chosen.get(axis, _OTHERWISE) for axis in ("past_length", "sequence"))
+        chosen.setdefault(_TOTAL, sum(parts))
     random = np.random.default_rng(0)
     return {
-        port.name: _read(files[port.name]) if port.name in files else _drawn(port, chosen, random)
+        port.name: read[port.name] if port.name in read else _drawn(port, chosen, random)
         for port in ports
     }
 
