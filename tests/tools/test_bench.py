@@ -88,6 +88,61 @@ def test_what_is_let_go_of_before_the_forward_ends_is_not_kept() -> None:
     assert found == {"2": 4 * 8 * 4, "0": 4}
 
 
+def test_what_a_function_keeps_as_an_attribute_is_counted_once() -> None:
+    class Behind(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
+            ctx.kept = ([x], {"more": torch.ones(KIB)}, weight)
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return grad * 2, None
+
+    layer = nn.Linear(8, 256)
+    x = torch.ones(4, 8, requires_grad=True)
+    # x, of which there is one storage, and 4 KiB that no hook sees; the weight is a parameter.
+    assert saved_bytes(layer, lambda: Behind.apply(x, layer.weight.detach())) == 4 * 8 * 4 + 4 * KIB
+
+
+def test_scales_beside_a_quantised_weight_are_part_of_the_model() -> None:
+    from lora_fx.tools.bench.quantized_base import quantized_base
+
+    model = quantized_base(nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 2)))
+    x = torch.ones(4, 64, requires_grad=True)
+    # Nothing has a gradient but x: the functions of bitsandbytes hold the packed weights and their scales.
+    assert saved_bytes(model.requires_grad_(False), lambda: model(x)) == 0
+
+
+@pytest.mark.slow
+def test_adapters_over_nf4_keep_no_values_of_weights_and_less_than_peft() -> None:
+    pytest.importorskip("peft")
+    from lora_fx.tools.bench import quantized_step
+
+    found = quantized_step.run(repeats=2, size=Size.QUICK)["cpu, float32"]
+    assert set(found.dense.values()) == {0}
+    assert found.stored < found.plain / 7
+    plain, dropped, peft, their_dropped = (
+        found.measured.saved_beyond(name) or 0
+        for name in ("lora-fx, p = 0", "lora-fx, p = 0.05", "PEFT, p = 0", "PEFT, p = 0.05")
+    )
+    assert 0 < plain <= peft
+    # One bit of a mask for each element of 32.
+    assert plain < dropped < 1.1 * plain
+    assert their_dropped > 2 * peft
+
+
+@pytest.mark.slow
+def test_adapters_over_nf4_learn_what_those_over_fp32_do() -> None:
+    pytest.importorskip("peft")
+    from lora_fx.tools.bench import quantized_quality as quality
+
+    found = quality.run(repeats=2)["cpu, float32"]
+    assert found.lost(quality.NF4) <= 1
+    assert found.mean(quality.NF4) > found.mean("frozen, NF4")
+
+
 @pytest.mark.slow
 def test_dora_saves_little_more_than_lora_and_peft_much() -> None:
     pytest.importorskip("peft")

@@ -21,7 +21,15 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.bench import goals, hardware, profile_step, report, saved_step
+from lora_fx.tools.bench import (
+    goals,
+    hardware,
+    profile_step,
+    quantized_quality,
+    quantized_step,
+    report,
+    saved_step,
+)
 from lora_fx.tools.bench.chart import Bar, Group, bars
 from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT, Settings
 from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, launches, synchronizer
@@ -34,7 +42,7 @@ from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.steps import Measured, Step
 from lora_fx.tools.commands.app import ERROR_EXIT, app
 
-SLOW = {"compiled_step", "export_peers", "model_steps"}
+SLOW = {"compiled_step", "export_peers", "model_steps", "quantized_quality"}
 MIB = 2**20
 
 
@@ -126,6 +134,47 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert len(goals.rows({})) == len(goals.GOALS)
     assert {goal.section for goal in goals.GOALS} <= set(report.SECTIONS)
     assert {goal.bound for goal in goals.GOALS} <= set(report.SECTIONS)
+
+
+def test_goals_over_a_quantised_base_are_judged_within_turns_and_by_all_that_is_kept() -> None:
+    names = [f"{name}, p = {p}" for name in (OURS, PEFT) for p in ("0", "0.05")]
+    times = {"frozen": 1.0, **dict.fromkeys(names, 1.3), f"{OURS}, p = 0": 1.2}
+    saved = {"frozen": 10 * MIB, **dict.fromkeys(names, 30 * MIB)}
+
+    def verdicts(**changed: Any) -> dict[str, tuple[str, ...]]:
+        inner = measured(changed.get("times", times), changed.get("saved", saved), 1.06)
+        dense = {**dict.fromkeys(saved, 0), **changed.get("dense", {})}
+        step = quantized_step.Found(inner["cpu, float32"], dense, MIB, 7 * MIB)
+        right = {
+            quantized_quality.DENSE: (0.80, 0.82),
+            quantized_quality.NF4: changed.get("right", (0.80, 0.81)),
+            quantized_quality.THEIRS: (0.79, 0.80),
+        }
+        learnt = quantized_quality.Learnt(right, 5, 200)
+        found = {
+            "quantized_step": {"cpu, float32": step},
+            "quantized_quality": {"cpu, float32": learnt},
+        }
+        return {row[0]: row[-3:-1] for row in goals.rows(found) if "NF4" in row[0]}
+
+    found = verdicts()
+    assert {name: met for name, (_, met) in found.items()} == dict.fromkeys(
+        ["O, NF4 base, p = 0", "O, NF4 base, p = 0.05", "saved, NF4 base", "accuracy, NF4 base"],
+        "yes",
+    )
+    assert found["accuracy, NF4 base"][0] == "80.5 %; over fp32 81.0; PEFT over NF4 79.5"
+    assert found["saved, NF4 base"][0] == (
+        "20.0 MiB, of weights 0.0; p = 0.05 20.0; PEFT 20.0 and 20.0"
+    )
+    slow = verdicts(times={**times, f"{OURS}, p = 0.05": 1.43})
+    assert slow["O, NF4 base, p = 0.05"][1] == "no, by 0.1"
+    heavy = verdicts(dense={f"{OURS}, p = 0": 2 * MIB})
+    assert heavy["saved, NF4 base"][1] == "no, by 2 MiB"
+    more = verdicts(saved={**saved, f"{OURS}, p = 0.05": 31 * MIB})
+    assert more["saved, NF4 base"][1] == "no, by 1 MiB"
+    assert verdicts(right=(0.78, 0.80))["accuracy, NF4 base"][1] == "no, by 1 points"
+    empty = {"quantized_step": {}, "quantized_quality": {}}
+    assert {row[-2] for row in goals.rows(empty)} == {"–"}
 
 
 def test_a_missed_goal_links_to_the_section_that_shows_why() -> None:

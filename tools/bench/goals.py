@@ -6,13 +6,20 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_fx.tools.bench import dora_step, export_peers, merge_time, onnx_latency
+from lora_fx.tools.bench import (
+    dora_step,
+    export_peers,
+    merge_time,
+    onnx_latency,
+    quantized_goals,
+)
 from lora_fx.tools.bench.contenders import EXPORTED, FROZEN, OURS, PEFT
 from lora_fx.tools.bench.measure import ratio
 from lora_fx.tools.bench.one_linear import Cell, Shape
 from lora_fx.tools.bench.steps import Measured, name_of
+from lora_fx.tools.bench.verdict import Verdict
 
-__all__ = ["GOALS", "Goal", "Verdict", "columns", "rows"]
+__all__ = ["GOALS", "Goal", "columns", "rows"]
 
 _CPU = "cpu, float32"
 _HALF = "cpu, bfloat16"
@@ -24,29 +31,6 @@ columns = ("workload", "PEFT, when the goal was set", "goal", "measured", "met",
 
 Results = Mapping[str, Any]
 """What sections have found, by their name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """How a goal stands.
-
-    Attributes:
-        measured: The figures.
-        excess: What is measured less what is allowed, in the goal's unit: met if it is not positive.
-        unit: Of the excess.
-    """
-
-    measured: str
-    excess: float
-    unit: str = ""
-
-    @property
-    def met(self) -> bool:
-        """Whether the goal is reached."""
-        return self.excess <= 0
-
-    def __str__(self) -> str:
-        return "yes" if self.met else f"no, by {self.excess:.2g}{self.unit}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,12 +232,15 @@ def _switching(found: Mapping[tuple[str, str], onnx_latency.Latency]) -> Verdict
 
 _LLAMA = "Llama 4 × 512, p = "
 _HALF_OF_PEFTS = "at most half of PEFT's overhead above the floor F"
+_NO_WEIGHTS = "no dequantised weight, and no more than PEFT's"
+_NEAR_FP32 = "within 1 point of fp32"
 _ONE_ROUNDING = "one rounding: half a ulp"
 _NO_TEMPORARY = "no temporary of the size of W"
 _LINEAR = "linear in the number of nodes (time a node ≤ 1.25 times)"
 
 _STEP, _DORA, _SAVED, _PROFILE = "llama_step", "dora_step", "saved_step", "profile_step"
 _EXPORT, _RUN = "export_peers", "onnx_latency"
+_NF4, _LEARNT = "quantized_step", "quantized_quality"
 _MERGE, _SCALE, _ERROR, _ONE = "merge_time", "rewrite_scale", "merge_error", "one_linear"
 
 GOALS = (
@@ -264,6 +251,10 @@ GOALS = (
     Goal("saved, DoRA", "156 MiB", "≤ 25 MiB", _DORA, _SAVED, _dora_saved),
     Goal("O, DoRA", "1.5 × LoRA", "≤ 1.15 × LoRA", _DORA, _PROFILE, _dora_time),
     Goal("O, experts", "3.4", "≤ 1.25", "expert_step", "expert_step", _experts),
+    Goal("O, NF4 base, p = 0", "", "≤ PEFT's", _NF4, _NF4, quantized_goals.time(0)),
+    Goal("O, NF4 base, p = 0.05", "", "≤ PEFT's", _NF4, _NF4, quantized_goals.time(0.05)),
+    Goal("saved, NF4 base", "18.6 and 66.4 MiB", _NO_WEIGHTS, _NF4, _NF4, quantized_goals.saved),
+    Goal("accuracy, NF4 base", "", _NEAR_FP32, _LEARNT, _LEARNT, quantized_goals.quality),
     Goal("rewrite, Llama-7B, all-linear", "0.39 s", "≤ 0.25 s", _SCALE, _SCALE, _rewrite),
     Goal("rewrite, 7B to 70B", "", _LINEAR, _SCALE, _SCALE, _linear_growth),
     Goal("merge, 105M weights, fp32", "0.58 s", "≤ half of PEFT's", _MERGE, _MERGE, _merge(_CPU)),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from torch import nn
 
 from lora_fx.quantize import quantize
 
-__all__ = ["quantized_base"]
+__all__ = ["available", "quantized_base"]
+
+
+def available() -> bool:
+    """Whether bitsandbytes is there: it is not on every system that lora-fx runs on."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def quantized_base(model: nn.Module, scheme: str = "nf4") -> nn.Module:

