@@ -110,7 +110,7 @@ def export_onnx(
         ("external_data_bytes", external_data_bytes, 0),
         ("shard_bytes", shard_bytes, 1),
     ):
-        if not isinstance(size, int) or size < least:
+        if size < least:
             raise ExportError(f"{name}={size!r}: give a number of bytes, {least} or more")
     if task is not None:
         find_task(task)
