@@ -91,7 +91,9 @@ def _site_values(
         magnitude = tensors[join(site.holder, names.magnitude, adapter)].flatten()
         # The base's own weight: a start that changed it is part of the factors here.
         weight = require_record(model).originals.get(site.weight)
-        weight = gathered(model.get_parameter(site.weight) if weight is None else weight)
+        weight = model.get_parameter(site.weight) if weight is None else weight
+        if site.quantized is None:  # else it has scales beside it, and is no tensor to detach
+            weight = gathered(weight)
         gains = dora.gain(
             magnitude, weight, a, b, row.scale, site.layout, site.groups, site.view, site.rows
         )

@@ -13,6 +13,7 @@ from lora_fx.export.convert import ConversionError, convert, torch_export_contex
 from lora_fx.export.difference import PrecisionError
 from lora_fx.export.facts import graph_facts
 from lora_fx.export.failures import headline
+from lora_fx.export.packed_weight import stored_formats
 from lora_fx.export.placement import Staging
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import ExportReport
@@ -111,6 +112,7 @@ def build(
         opset=opset,
         opset_reason=why,
         dtype=prepared.dtype,
+        quantized=stored_formats(prepared.model.model, program.graph.initializers),
         unverified_reason=verdict.reason,
         provider=verdict.provider,
         seconds={},

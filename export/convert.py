@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -21,6 +22,7 @@ from lora_fx.export.failures import headline
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.overridable import make_overridable
+from lora_fx.export.packed_weight import stored_formats
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.quantized_nodes import expand_quantized
 from lora_fx.export.quiet import without_chatter
@@ -157,3 +159,7 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             **prepared.metadata,
         }
     )
+    forms = stored_formats(prepared.model.model, model.graph.initializers)
+    if forms:
+        described = json.dumps([dataclasses.asdict(form) for form in forms])
+        model.metadata_props["lora_fx.quantized"] = described

@@ -10,6 +10,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,14 @@ from torch import nn
 from lora_fx.errors import ExportError
 from lora_fx.export.ambient import without_ambient_autocast
 from lora_fx.export.build import Options, build
+from lora_fx.export.inline import over_quantised
 from lora_fx.export.placement import check_target, staging
 from lora_fx.export.prepare import prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
 from lora_fx.export.scratch import Scratch
 from lora_fx.export.stages import Stages
 from lora_fx.export.tasks.registry import find_task
-from lora_fx.export.twin import DTYPES
+from lora_fx.export.twin import DTYPES, unwrapped
 from lora_fx.export.values import refuse_nan
 from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 
@@ -42,7 +44,7 @@ def export_onnx(
     example_inputs: object,
     *,
     task: Literal["text-generation", "text2text-generation"] | None = None,
-    adapters: Literal["merge", "inputs"] = "merge",
+    adapters: Literal["merge", "inline", "inputs"] | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
@@ -72,11 +74,13 @@ def export_onnx(
             ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
-        adapters: "merge" to fold adapters into the weights. "inputs" to keep them apart: the file is
-            the base model, and takes an adapter of any rank at every place where one of the model's is
-            (for a model without adapters: at every linear operation but the head; rewrite it to
-            choose others). ``save_onnx_adapter`` writes
-            adapters for it, and ``OnnxSession`` runs them.
+        adapters: "merge" to fold adapters into the weights, which makes a quantised model dense. "inline"
+            to keep those that are active in the file, as products of their own beside the operations.
+            "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
+            every place where one of the model's is (for a model without adapters: at every linear
+            operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
+            for it, and ``OnnxSession`` runs them. None for "inline" where an active adapter is at a
+            quantised weight, else for "merge".
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision; the tolerance is that of the dtype.
@@ -132,7 +136,13 @@ def export_onnx(
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")
         refuse_nan(model)
-        preparing = prepare if adapters == "merge" else prepare_swappable
+        if adapters is None:
+            adapters = "inline" if over_quantised(unwrapped(model)) else "merge"
+        preparing = (
+            prepare_swappable
+            if adapters == "inputs"
+            else partial(prepare, merged=adapters == "merge")
+        )
         *beside, main = preparing(model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None
         for prepared in beside:
@@ -144,16 +154,20 @@ def export_onnx(
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
-    return dataclasses.replace(report, task=task, seconds=clock.seconds, encoder=encoder)
+    return dataclasses.replace(
+        report, task=task, adapters=adapters, seconds=clock.seconds, encoder=encoder
+    )
 
 
-def _check_arguments(model: object, adapters: str, dtype: str | None, opset: int | None) -> None:
+def _check_arguments(
+    model: object, adapters: str | None, dtype: str | None, opset: int | None
+) -> None:
     if not isinstance(model, nn.Module):
         raise ExportError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    if adapters not in ("merge", "inputs"):
+    if adapters not in ("merge", "inline", "inputs", None):
         raise ExportError(
-            f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, or "
-            f"'inputs', which keeps them swappable"
+            f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, 'inline', "
+            f"which keeps them beside, or 'inputs', which keeps them swappable"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown: give one of {', '.join(DTYPES)} or None")

@@ -16,16 +16,17 @@ __all__ = ["base_name", "origin_of"]
 _NAME = "base_model_name_or_path"
 
 
-def origin_of(model: nn.Module) -> dict[str, str]:
+def origin_of(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
     """Metadata entries about a model: nothing of the machine that it is on.
 
     Args:
         model: A rewritten model, or any other.
+        adapters: Where the active adapters are: "merged" into weights, or "inline" beside operations.
 
     Returns:
         ``lora_fx.base``: its class, and the name of its configuration if it has one, as JSON.
-        ``lora_fx.merged``, for a rewritten model: name to configuration of the adapters that are
-        active, as JSON, without the fields that have their default value.
+        ``lora_fx.merged`` or ``lora_fx.inline``, for a rewritten model: name to configuration of the
+        adapters that are active, as JSON, without the fields that have their default value.
     """
     kind = original_class(model)
     base = {"class": f"{kind.__module__}.{kind.__qualname__}"}
@@ -34,8 +35,8 @@ def origin_of(model: nn.Module) -> dict[str, str]:
     entries = {"lora_fx.base": json.dumps(base)}
     record = record_of(model)
     if record is not None:
-        adapters = {name: _changed(record.adapters[name].config) for name in record.active}
-        entries["lora_fx.merged"] = json.dumps(adapters)
+        active = {name: _changed(record.adapters[name].config) for name in record.active}
+        entries[f"lora_fx.{adapters}"] = json.dumps(active)
     return entries
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.export.arguments import FlatModel
 from lora_fx.export.packing import packed
 from lora_fx.export.quantized_weight import HeldWeight, StandIn
-from lora_fx.passes._sharing import share_copy
+from lora_fx.export.stored_format import StoredFormat
 
-__all__ = ["PackedWeight", "pack_quantized", "packed_weights"]
+__all__ = ["PackedWeight", "pack_quantized", "stored_formats"]
 
 
 class PackedWeight(StandIn):
@@ -38,7 +38,9 @@ class PackedWeight(StandIn):
         # DequantizeLinear makes values that are rounded after it: its scales may have all digits.
         if found.operator != "DequantizeLinear" and _in_range(scales, dtype):
             scales = scales.to(dtype)
-        self.codes = nn.Parameter(keep(found.codes), requires_grad=False)
+        # Two codes a byte are new where the library has one; others lie where they lay.
+        codes = keep(found.codes) if found.operator == "MatMulNBits" else found.codes
+        self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(keep(scales), requires_grad=False)
         zeros = None if found.zeros is None else nn.Parameter(found.zeros, requires_grad=False)
         self.register_parameter("zeros", zeros)
@@ -64,25 +66,17 @@ class PackedWeight(StandIn):
         return sum(parameter.nbytes for parameter in self.parameters())
 
 
-def pack_quantized(
-    model: FlatModel, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
-) -> FlatModel:
-    """The same call over arrays in the place of quantised weights.
+def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]) -> None:
+    """Puts arrays in the place of quantised weights.
 
     Args:
-        model: A flat model that is exported; it is not changed.
+        twin: A copy that is exported. It is changed.
         dtype: What most of its weights are in.
         keep: Takes each tensor that is made anew, see ``Scratch.keep``.
-
-    Returns:
-        A model that can be traced; ``model`` itself where nothing is quantised.
 
     Raises:
         ExportError: No operator has the values of a weight.
     """
-    if not any(isinstance(module, HeldWeight) for module in model.modules()):
-        return model
-    twin = share_copy(model.model)
     known: dict[int, PackedWeight] = {}
     for module in list(twin.modules()):
         for name, child in module._modules.items():
@@ -91,12 +85,31 @@ def pack_quantized(
             if id(child) not in known:
                 known[id(child)] = PackedWeight(child, dtype, keep)
             module._modules[name] = known[id(child)]
-    return model.over(twin)
 
 
-def packed_weights(model: nn.Module) -> list[PackedWeight]:
-    """The quantised weights of a model that is traced, each once."""
-    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+def stored_formats(model: nn.Module, names: Container[str]) -> tuple[StoredFormat, ...]:
+    """What of :func:`pack_quantized` is in a file, one entry a form.
+
+    Args:
+        model: The model that was traced: a file may have a part of it.
+        names: Those of the file's weights.
+    """
+    found: dict[tuple[str, str, int | None], StoredFormat] = {}
+    seen: set[PackedWeight] = set()
+    for name, one in model.named_modules(remove_duplicate=False):
+        if not isinstance(one, PackedWeight) or one in seen or f"{name}.codes" not in names:
+            continue
+        seen.add(one)
+        by_row = one.operator == "DequantizeLinear" and one.block == one.shape[1]
+        key = (one.stored.scheme, one.operator, None if by_row else one.block)
+        before = found.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
+        found[key] = dataclasses.replace(
+            before,
+            weights=before.weights + 1,
+            values=before.values + one.shape.numel(),
+            bytes=before.bytes + one.nbytes,
+        )
+    return tuple(found.values())
 
 
 def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
@@ -106,14 +119,14 @@ def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
     return bool(normal.all())
 
 
-_library = torch.library.Library("lora_fx", "FRAGMENT")
-_library.define(
-    "quantized_product(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str operator, int rows, "
-    "int columns, int block, str scheme) -> Tensor"
+torch.library.define(
+    "lora_fx::quantized_product",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str operator, int rows, "
+    "int columns, int block, str scheme) -> Tensor",
 )
 
 
-@torch.library.register_fake("lora_fx::quantized_product")
+@torch.library.register_fake("lora_fx::quantized_product")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     codes: Tensor,
@@ -125,5 +138,4 @@ def _(
     block: int,
     scheme: str,
 ) -> Tensor:
-    torch._check(x.shape[-1] == columns)
     return x.new_empty((*x.shape[:-1], rows))

@@ -6,14 +6,15 @@ order, not made anew.
 - 4 bits of bitsandbytes are what ``com.microsoft::MatMulBnb4`` reads, once scales that are quantised
   themselves are undone. Its tables are those of bitsandbytes; the one of torchao's NF4 has four digits, so
   that no operator has its values.
-- whole numbers of 4 bits in blocks of torchao are ``com.microsoft::MatMulNBits``. Blocks there are powers of two
-  from 16 on: larger ones are divided, and share their scale.
-- 8 bits, and what does not fit there, are one ``DequantizeLinear`` for each row (or block, as a row of its own) before
-  the product. ``MatMulNBits`` of 8 bits takes 18 times as long on the CPU.
+- Whole numbers of 4 bits in blocks (torchao) are ``com.microsoft::MatMulNBits``. Blocks there are powers of
+  two from 16 on: larger ones are divided, and share their scale.
+- 8 bits, and what does not fit there, go through ``DequantizeLinear``, one scale for each row (or block, as a
+  row of its own). ``MatMulNBits`` of 8 bits takes 18 times as long on the CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 from lora_fx.export.quantized_weight import DENSE_INSTEAD, HeldWeight
+from lora_fx.quantized import dense
 
 __all__ = ["Operator", "Packed", "packed"]
 
@@ -64,6 +66,13 @@ def packed(weight: HeldWeight) -> Packed:
         ExportError: There is none that has its values, or its scales are not finite.
     """
     held: Any = weight.held
+    if not _blocks_in_order(weight):
+        raise ExportError(
+            f"'{weight.where}' has rows of {weight.stored.shape[1]} values in blocks of "
+            f"{weight.stored.block_size}, whose scales bitsandbytes mixes up on this device: what PyTorch "
+            f"computes here is not what is stored. Quantise it with a block size that divides the rows, or "
+            f"move the model to CUDA"
+        )
     try:
         found = _PACKED[type(held).__name__](held)
     except (KeyError, _Unfit) as error:
@@ -78,7 +87,7 @@ def packed(weight: HeldWeight) -> Packed:
     return found
 
 
-class _Unfit(Exception):  # noqa: N818  # it never leaves this module
+class _Unfit(Exception):  # it never leaves this module
     """No operator has these values."""
 
 
@@ -100,6 +109,19 @@ def _four_bits(weight: Any) -> Packed:
     return Packed("MatMulBnb4", codes, scales.float().flatten(), None, int(state.blocksize))
 
 
+def _blocks_in_order(weight: HeldWeight) -> bool:
+    """Whether values are made as they are stored: kernels of the CPU begin a block with each row."""
+    stored = weight.stored
+    held: Any = weight.held
+    state = getattr(held, "quant_state", None)
+    if state is None or stored.shape[1] % int(state.blocksize) == 0:
+        return True
+    flat = copy.copy(held)
+    flat.quant_state = copy.copy(state)
+    flat.quant_state.shape = torch.Size((1, stored.shape[0] * stored.shape[1]))
+    return torch.equal(dense(flat).flatten(), dense(held).flatten())
+
+
 def _int8_rows(weight: Any) -> Packed:
     """LLM.int8(): the largest of a row is 127."""
     scales = weight.SCB if weight.SCB is not None else weight.row_scales
@@ -112,7 +134,7 @@ def _int8(weight: Any) -> Packed:
 
 
 def _intx(weight: Any) -> Packed:
-    return _whole_numbers(weight, 4 if weight.target_dtype == torch.int4 else 8)
+    return _whole_numbers(weight, 4 if str(weight.target_dtype) == "torch.int4" else 8)
 
 
 def _whole_numbers(weight: Any, bits: int) -> Packed:
@@ -120,7 +142,7 @@ def _whole_numbers(weight: Any, bits: int) -> Packed:
     codes, (rows, columns) = weight.qdata, weight.qdata.shape
     block = int(weight.block_size[-1])
     scales = _spread(weight.scale, rows).float()
-    zeros = _spread(weight.zero_point, rows)
+    zeros = None if weight.zero_point is None else _spread(weight.zero_point, rows)
     if zeros is not None and not bool((zeros == zeros.round()).all()):
         raise _Unfit
     size = next((size for size in _BLOCKS if block % size == 0), None)
@@ -153,9 +175,9 @@ def _pairs(codes: Tensor) -> Tensor:
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
-def _spread(value: Tensor | None, rows: int) -> Tensor | None:
+def _spread(value: Tensor, rows: int) -> Tensor:
     """What there is one of for each block, [rows, blocks]: a block may be several rows."""
-    return None if value is None else value.repeat_interleave(rows // value.shape[0], 0)
+    return value.repeat_interleave(rows // value.shape[0], 0)
 
 
 _PACKED = {

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from lora_fx.errors import ExportError
 from lora_fx.export.ownership import abandoned, owned
-from lora_fx.export.report import size_text
+from lora_fx.export.stored_format import size_text
 
 __all__ = ["Staging", "check_target", "staging", "write_errors"]
 

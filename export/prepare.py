@@ -17,14 +17,17 @@ from lora_fx.export.arguments import Arguments, FlatModel, cast_floating
 from lora_fx.export.cases import Cases
 from lora_fx.export.casts import Casts
 from lora_fx.export.factor_model import FactorModel
+from lora_fx.export.inline import fix_gains, has_gains
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.origin import origin_of
 from lora_fx.export.packed_weight import pack_quantized
+from lora_fx.export.quantized_weight import StandIn
 from lora_fx.export.swappable import Swappable, base_of, swappable, with_adapter
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
+from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.plan import foreign_factors
 from lora_fx.record import record_of
 
@@ -80,8 +83,13 @@ class Prepared:
         Raises:
             ExportError: No operator has the values of a quantised weight.
         """
-        dtype = DTYPES.get(self.dtype, torch.float32)
-        return dataclasses.replace(self, model=pack_quantized(self.model, dtype, keep))
+        model = self.model.model
+        if not has_gains(model) and not any(isinstance(m, StandIn) for m in model.modules()):
+            return self
+        twin = share_copy(model)
+        fix_gains(twin)  # of the weights as their libraries have them
+        pack_quantized(twin, DTYPES.get(self.dtype, torch.float32), keep)
+        return dataclasses.replace(self, model=self.model.over(twin))
 
 
 def prepare_swappable(
@@ -100,7 +108,8 @@ def prepare_swappable(
     model = unwrapped(model)
     casts = Casts(keep)  # one for all copies: they have the same weights
     # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
-    made = swappable(model if record_of(model) else exportable_twin(model, None, casts))
+    fit = model if record_of(model) else exportable_twin(model, None, casts, to_rewrite=True)
+    made = swappable(fit)
     bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
     twin = exportable_twin(made.model, dtype, casts)
     return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
@@ -137,6 +146,8 @@ def prepare(
     dtype: str | None,
     keep: Callable[[Tensor], Tensor],
     task: str | None = None,
+    *,
+    merged: bool = True,
 ) -> tuple[Prepared, ...]:
     """Merge, copy and cast a model, and run it once.
 
@@ -146,6 +157,7 @@ def prepare(
         dtype: "fp32", "fp16", "bf16", or None to keep what it has.
         keep: Takes each weight that is made anew, see ``Scratch.keep``.
         task: What it is exported for, None to export it as it is called.
+        merged: Whether to merge; else the branches of the active adapters stay beside their operations.
 
     Returns:
         One for each file, that which a session opens last.
@@ -155,9 +167,12 @@ def prepare(
     """
     model = unwrapped(model)
     casts = Casts(keep)
-    merged = _prepared(_merged(model, keep), example_inputs, dtype, casts, task)
-    origin = origin_of(model)
-    return tuple(dataclasses.replace(one, origin=origin) for one in merged)
+    whole = _merged(model, keep) if merged else model
+    origin = origin_of(model, "merged" if merged else "inline")
+    return tuple(
+        dataclasses.replace(one, origin=origin)
+        for one in _prepared(whole, example_inputs, dtype, casts, task)
+    )
 
 
 def _prepared(

@@ -3,9 +3,9 @@
 As with grouped products (:mod:`lora_fx.export.grouped`), a node of our own goes through torch.onnx, whose
 optimiser would make a dense constant of a ``DequantizeLinear`` over a small weight.
 
-``MatMulBnb4`` and ``MatMulNBits`` are ONNX Runtime's own. A dequantised weight is read by a Gemm, not by a MatMul:
-ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits (level 4 of
-``session.qdq_matmulnbits_accuracy_level``, the default), which is off by 6e-3.
+``MatMulBnb4`` and ``MatMulNBits`` are ONNX Runtime's own. A dequantised weight is read by a Gemm, not by a
+MatMul: ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits (level
+4 of ``session.qdq_matmulnbits_accuracy_level``, the default), which is off by 6e-3.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _dequantized(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     weight = tape.op("DequantizeLinear", _present(node)[1:], {"axis": 0})
     if _int(node, "block") != columns:
         weight = tape.op("Reshape", [weight, _ints(tape, [rows, columns])])
-    if x.dtype != node.inputs[2].dtype:  # type: ignore[union-attr]
+    if x.dtype != node.inputs[2].dtype:
         weight = tape.op("CastLike", [weight, x])
     assert x.shape is not None
     if len(x.shape) == 2:
@@ -115,11 +115,11 @@ def _sizes(node: ir.Node) -> dict[str, int]:
 
 
 def _int(node: ir.Node, name: str) -> int:
-    return node.attributes[name].as_int()
+    return int(node.attributes[name].as_int())
 
 
 def _text(node: ir.Node, name: str) -> str:
-    return node.attributes[name].as_string()
+    return str(node.attributes[name].as_string())
 
 
 def _ints(tape: ir.tape.Tape, values: list[int]) -> ir.Value:

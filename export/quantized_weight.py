@@ -26,7 +26,10 @@ from lora_fx.quantized import Quantization, dense, quantization_of, quantized_li
 
 __all__ = ["DENSE_INSTEAD", "HeldWeight", "StandIn", "hold_quantized"]
 
-DENSE_INSTEAD = "export a dense model instead: lora_fx.merge(model, dtype=torch.float32) makes one of a rewritten model"
+DENSE_INSTEAD = (
+    "export a dense model instead: lora_fx.merge(model, dtype=torch.float32) makes one of a rewritten "
+    "model"
+)
 
 
 class StandIn(nn.Module):
@@ -59,7 +62,7 @@ class StandIn(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def T(self) -> _Turned:  # noqa: N802  # a tensor's name for it
+    def T(self) -> _Turned:  # a tensor's name for it
         """The matrix as [in, out], for a product from the right."""
         return _Turned(self)
 
@@ -89,7 +92,8 @@ class StandIn(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(zip(("x", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
-        x, weight = named.get("x", named.get("input")), named.get("weight")
+        x: Any = named.get("x", named.get("input"))
+        weight = named.get("weight")
         if func in (F.linear, quantized_linear) and isinstance(weight, cls):
             return _sum(weight.product(x), named.get("bias"))
         raise _first(cls, (*args, *named.values())).refusal(_name(func))
@@ -132,6 +136,7 @@ class HeldWeight(StandIn):
         self.held = parameter
 
     def product(self, x: Tensor) -> Tensor:
+        """See :class:`StandIn`."""
         # Few bits in few digits would be rounded twice.
         return F.linear(x, dense(self.held, torch.float32).to(x.dtype))
 
@@ -180,8 +185,13 @@ def _in_full_precision(parameter: Any) -> nn.Parameter:
     if getattr(parameter, "quant_state", None) is not None:
         parameter.quant_state.dtype = torch.float32  # of the copy, which has a state of its own
         return parameter  # type: ignore[no-any-return]
-    if type(parameter.data).__name__ == "IntxUnpackedToInt8Tensor":
-        return nn.Parameter(parameter.detach().to(torch.float32), requires_grad=False)
+    held = parameter.detach()
+    kind = type(held)
+    if kind.__name__ == "IntxUnpackedToInt8Tensor":
+        return nn.Parameter(held.to(torch.float32), requires_grad=False)
+    if kind.__name__ == "Int8Tensor":  # its scales are fp32 in any case
+        wide = kind(held.qdata, held.scale, held.block_size, torch.float32, held.zero_point)
+        return nn.Parameter(wide, requires_grad=False)
     return parameter  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.arguments import cast_floating
 from lora_fx.export.cases import Checked, Outputs, Widenable
 from lora_fx.export.casts import Casts
+from lora_fx.export.quantized_weight import StandIn
 from lora_fx.passes._sharing import share_copy
 
 __all__ = ["Reference"]
@@ -41,9 +42,14 @@ class Reference:
 
     def __init__(self, exported: Widenable, casts: Casts) -> None:
         self._exported = exported
+        over = (
+            ", over the values of its quantised weights"
+            if any(isinstance(module, StandIn) for module in exported.model.modules())
+            else ""
+        )
         self._wide: Checked | None = None
         self.precision = _coarsest(exported)
-        self.description = "the model in PyTorch"
+        self.description = f"the model in PyTorch{over}"
         if self.precision not in _HALF:
             return
         rounded = str(self.precision).removeprefix("torch.")
@@ -58,10 +64,12 @@ class Reference:
             _log.warning(
                 "the model does not run in fp32, so that it is compared as it is: %s", error
             )
-            self.description = f"the model in PyTorch in {rounded}, since it does not run in fp32"
+            self.description = (
+                f"the model in PyTorch in {rounded}{over}, since it does not run in fp32"
+            )
             return
         self._wide = wide
-        self.description = f"the model in PyTorch in fp32, its weights rounded to {rounded}"
+        self.description = f"the model in PyTorch in fp32{over}, its weights rounded to {rounded}"
 
     @property
     def model(self) -> nn.Module:

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["ExportReport", "OutputParity", "short", "size_text", "worse", "worst_by_layer"]
+from lora_fx.export.stored_format import StoredFormat, size_text
+
+__all__ = [
+    "ExportReport",
+    "OutputParity",
+    "short",
+    "worse",
+    "worst_by_layer",
+]
 
 _Entry = TypeVar("_Entry")
 _LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
@@ -73,6 +81,8 @@ class ExportReport:
         opset_reason: Why the file has its opset.
         finite: Places where the model asks whether values are finite and does something else if they
             are not: a file has no such branch, and does what is done with finite values.
+        quantized: Weights that are stored in few bits, one entry a form; none if no weight is.
+        adapters: Where the adapters are: "merge", "inline" or "inputs", as ``export_onnx`` takes it.
     """
 
     path: str
@@ -104,6 +114,8 @@ class ExportReport:
     swappable: tuple[str, ...] = ()
     opset_reason: str = ""
     finite: tuple[str, ...] = ()
+    quantized: tuple[StoredFormat, ...] = ()
+    adapters: str = "merge"
 
     @property
     def size_bytes(self) -> int:
@@ -158,6 +170,9 @@ class ExportReport:
         if self.finite:
             others = f" and {len(self.finite) - 1} more" if len(self.finite) > 1 else ""
             lines.append(f"  values are taken to be finite, at {self.finite[0]}{others}")
+        lines += [f"  {form}" for form in self.quantized]
+        if self.adapters == "inline":
+            lines.append("  adapters stay beside the operations, as products of their own")
         if self.swappable:
             sites = len(self.swappable)
             lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
@@ -210,11 +225,6 @@ def _parity_line(row: OutputParity) -> str:
         f"  parity {row.name}: max error {row.max_abs_error:.1e} absolute, "
         f"{row.max_rel_error:.1e} relative (allowed {row.tolerance:.0e}{narrow})"
     )
-
-
-def size_text(size: int) -> str:
-    """Bytes, for people."""
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 
 def _axes(axes: tuple[int | str, ...]) -> str:

@@ -16,6 +16,7 @@ from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.casts import Casts
 from lora_fx.export.quantized_weight import StandIn, hold_quantized
 from lora_fx.ops import AdapterModule
+from lora_fx.passes._casting import KEPT_IN_FP32
 from lora_fx.passes._sharing import share_copy
 from lora_fx.quantized import quantization_of
 
@@ -24,18 +25,17 @@ __all__ = ["DTYPES", "dtype_name", "exportable_twin", "unwrapped"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CASTABLE = (*DTYPES.values(), torch.float64)
 
-# transformers computes rotary angles in fp32 whatever the model's dtype: it keeps these out of
-# half precision when it loads a model, since position * frequency has no digits to spare.
-_KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
-
-def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Module:
+def exportable_twin(
+    model: nn.Module, dtype: str | None, casts: Casts, *, to_rewrite: bool = False
+) -> nn.Module:
     """Copy the modules of ``model``, share its parameters, and make the copy fit for export.
 
     Args:
         model: Any module.
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
         casts: Makes the parameters that are cast.
+        to_rewrite: Whether quantised weights stay what their libraries make, which a rewrite knows.
 
     Returns:
         The copy, in eval mode, without key-value caches, mixtures of experts as grouped
@@ -53,7 +53,8 @@ def exportable_twin(model: nn.Module, dtype: str | None, casts: Casts) -> nn.Mod
         raise ExportError(str(error)) from error
     twin.eval()
     _compute_parametrized(twin)
-    hold_quantized(twin)
+    if not to_rewrite:
+        hold_quantized(twin)
     if target is not None:
         _cast_parameters(twin, target, casts)
         _cast_buffers(twin, target)
@@ -148,5 +149,5 @@ def _cast_buffers(twin: nn.Module, target: torch.dtype) -> None:
         for name, buffer in module._buffers.items():
             if buffer is None or buffer.dtype not in _CASTABLE:
                 continue
-            kept = name in _KEPT_IN_FP32
+            kept = name in KEPT_IN_FP32
             module._buffers[name] = buffer.to(torch.float32 if kept else target)

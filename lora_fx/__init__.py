@@ -50,8 +50,10 @@ from lora_fx.errors import (
 )
 from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
+from lora_fx.loftq import replace_lora_weights_loftq
 from lora_fx.optim import correct_gradients, parameter_groups
 from lora_fx.passes.patterns import register_pattern
+from lora_fx.preparation import prepare_for_kbit_training
 from lora_fx.quantize import plan_quantization, quantize
 from lora_fx.state_dict import adapter_state_dict, load_adapter_state_dict
 from lora_fx.status import status
@@ -100,10 +102,12 @@ __all__ = [
     "parameter_groups",
     "plan",
     "plan_quantization",
+    "prepare_for_kbit_training",
     "prepare_hotswap",
     "print_trainable_parameters",
     "quantize",
     "register_pattern",
+    "replace_lora_weights_loftq",
     "rewrite",
     "save_adapter",
     "save_onnx_adapter",

@@ -22,7 +22,7 @@ from lora_fx._checkpoint_tensors import write
 from lora_fx.adapters import note_start
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
-from lora_fx.passes._buffers import changed_buffers
+from lora_fx.passes._buffers import changed_buffers, persistent_buffers
 from lora_fx.passes._own import own_value
 from lora_fx.passes.selection import scale_for
 from lora_fx.record import AdapterRecord, record_of
@@ -117,7 +117,7 @@ def fitted(
     weights = {name for names in named.values() for name in names}
     layout = layout_of(model, record, weights)
     given = {name: own_value(model, adapter, name) for name in record.embeddings}
-    own = slots_of(model, record, adapter, layout, _persistent_buffers(model), given)
+    own = slots_of(model, record, adapter, layout, persistent_buffers(model), given)
     whole = converted(model, record, adapter, own)
     # As it is written, or with the model's own ranks: the start is in the model then.
     with_start = bool(whole.rows) and _written_so(whole, layout, rest)
@@ -178,8 +178,3 @@ def changed(model: nn.Module) -> list[str]:
     """Buffers of the base model that have other values than at the rewrite."""
     record: Any = record_of(model)
     return [name for name, _ in changed_buffers(model, record)] if record is not None else []
-
-
-def _persistent_buffers(model: nn.Module) -> list[str]:
-    state = model.state_dict(keep_vars=True)
-    return [name for name, _ in model.named_buffers() if name in state]

@@ -96,16 +96,27 @@ class WeightFiles:
         def read(name: str) -> torch.Tensor:
             key = stored[name]
             assert key is not None
-            try:
-                with safetensors.safe_open(self._files[key], "pt") as opened:
-                    values: torch.Tensor = opened.get_tensor(key)
-            except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{key} cannot be read from {self._files[key]} ({error})"
-                ) from error
-            return values.to(wanted[name].dtype)
+            return self._read(key).to(wanted[name].dtype)
 
         return read
+
+    def tensor(self, *names: str) -> torch.Tensor | None:
+        """One tensor as it is stored, by the first of these names that there is; None if there is none.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+        """
+        return next((self._read(name) for name in names if name in self._files), None)
+
+    def _read(self, key: str) -> torch.Tensor:
+        try:
+            with safetensors.safe_open(self._files[key], "pt") as opened:
+                values: torch.Tensor = opened.get_tensor(key)
+        except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{key} cannot be read from {self._files[key]} ({error})"
+            ) from error
+        return values
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import install, kept_graph
+from lora_fx.passes._trainability import mark_adapted
 from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
@@ -158,6 +159,7 @@ def rewrite_model(
     capture = run_passes(capture, branch_passes(record.adapters, optimize=optimize))
     install(running(capture, (*plan.sites, *plan.tokens)))
     result = capture.model
+    mark_adapted(result, adapted=True)
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # A call that no graph takes is refused where an adapter would be left out: better now than later.

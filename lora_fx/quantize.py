@@ -13,6 +13,7 @@ from lora_fx._quantization_formats import Storage, check_device, storage
 from lora_fx._weight_files import WeightFiles
 from lora_fx.errors import QuantizationError
 from lora_fx.passes._quantization_plan import QuantizationPlan
+from lora_fx.passes._quantized_config import say_quantised
 from lora_fx.passes._region import install
 from lora_fx.passes._sharing import check_model
 from lora_fx.passes.capture.auto import capture as capture_model
@@ -89,7 +90,8 @@ def quantize(
     Returns:
         A module of the model's own class, all of it frozen, for :func:`lora_fx.rewrite`. Layers that are
         ``nn.Linear`` are ``Linear4bit`` of bitsandbytes, or hold torchao's tensor; PEFT takes them for what
-        they are. Other operations are nodes of a graph (:func:`lora_fx.graphs`).
+        they are, and what ``save_pretrained`` writes of a model of transformers in 4 bits, it loads. Other
+        operations are nodes of a graph (:func:`lora_fx.graphs`).
 
     Raises:
         QuantizationError: If the model is quantised or rewritten already, there is nothing to quantise, a
@@ -114,9 +116,7 @@ def quantize(
     if any(t.device != target for t in (*result.parameters(), *result.buffers())):
         result.to(target)
     install(_kept(capture), kept=True)
-    if how.library == "bitsandbytes":
-        # What PEFT and transformers ask before they take a layer for one of bitsandbytes'.
-        result.__dict__["is_loaded_in_4bit"] = True
+    say_quantised(result, plan.weights, how)
     return result
 
 

@@ -101,8 +101,10 @@ def quantized_linear(
     Returns:
         [..., out], in the dtype of x.
     """
-    if not isinstance(weight, Tensor):  # it stands for one, and computes this by itself
-        return handle_torch_function(quantized_linear, (weight,), x, weight, bias)  # type: ignore[no-any-return]
+    stood_for: Any = weight
+    if not isinstance(stood_for, Tensor):  # a module of an export, which computes this by itself
+        found: Tensor = handle_torch_function(quantized_linear, (weight,), x, weight, bias)
+        return found
     if bias is not None and bias.dtype != (compute_dtype or x.dtype):
         bias = bias.to(compute_dtype or x.dtype)
     name = type(held(weight)).__name__
@@ -124,7 +126,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.with_bias = weight, bias is not None
-        return F.linear(x, weight, bias)
+        # torchao's own function for nf4 computes this, too, and cannot be compiled as a whole.
+        nf4 = type(held(weight)).__name__ == "NF4Tensor"
+        return F.linear(x, dense(weight, x.dtype) if nf4 else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:

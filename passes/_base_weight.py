@@ -8,7 +8,7 @@ from torch import nn
 from lora_fx.quantized import dense
 from lora_fx.types import Site
 
-__all__ = ["base_dtype", "base_weight"]
+__all__ = ["base_dtype", "base_like", "base_weight"]
 
 
 def base_weight(model: nn.Module, site: Site, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -25,6 +25,15 @@ def base_weight(model: nn.Module, site: Site, dtype: torch.dtype | None = None) 
     # Not detached: the scales are attributes of the parameter.
     values = dense(weight, dtype)
     return values if site.layout == "out_in" else values.T
+
+
+def base_like(model: nn.Module, site: Site) -> torch.Tensor:
+    """What :func:`base_weight` gives, for whoever asks nothing of its values: few bits stay few."""
+    weight = model.get_parameter(site.weight)
+    if site.quantized is None:
+        return weight.detach()
+    one = torch.empty((), dtype=site.quantized.dtype, device=weight.device)
+    return one.expand(site.weight_shape)
 
 
 def base_dtype(model: nn.Module, site: Site) -> torch.dtype:

@@ -9,18 +9,29 @@ import torch
 from torch import nn
 
 from lora_fx.record import Record
+from lora_fx.types import join
 
-__all__ = ["buffer_digests", "changed_buffers"]
+__all__ = ["buffer_digests", "changed_buffers", "persistent_buffers"]
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a state dict has, by FQN.
+
+    No state dict is made for it: quantised embeddings of bitsandbytes refuse that.
+    """
+    kept = {
+        join(fqn, key)
+        for fqn, module in model.named_modules(remove_duplicate=False)
+        for key in module._buffers
+        if key not in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def buffer_digests(model: nn.Module) -> dict[str, str]:
     """A fingerprint of every persistent buffer, by FQN."""
-    persistent = set(model.state_dict(keep_vars=True))
-    return {
-        name: _digest(buffer)
-        for name, buffer in model.named_buffers()
-        if name in persistent and buffer.device.type != "meta"
-    }
+    found = persistent_buffers(model).items()
+    return {name: _digest(buffer) for name, buffer in found if buffer.device.type != "meta"}
 
 
 def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,7 +11,11 @@ from lora_fx.errors import MergeError
 from lora_fx.passes._sharing import storage_of
 from lora_fx.quantized import quantization_of
 
-__all__ = ["cast_model", "check_dtype"]
+__all__ = ["KEPT_IN_FP32", "cast_model", "check_dtype"]
+
+# transformers computes rotary angles in fp32 whatever the model's dtype: it keeps these out of
+# half precision when it loads a model, since position * frequency has no digits to spare.
+KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -34,6 +38,8 @@ def cast_model(
 ) -> None:
     """Casts parameters and buffers, as ``nn.Module.to`` does; parameters are new, and tied ones stay tied.
 
+    Rotary frequencies stay in fp32, as transformers loads them.
+
     Args:
         model: A model that nobody else has, over weights that others may see.
         dtype: What to cast to.
@@ -55,7 +61,7 @@ def cast_model(
                 made[key] = nn.Parameter(value, requires_grad=old.requires_grad)
             module._parameters[leaf] = made[key]
         for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
+            if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
                 module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
 
 

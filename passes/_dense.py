@@ -22,7 +22,15 @@ from lora_fx.passes._strip import drop_graph
 from lora_fx.quantized import Quantization, dense, quantization_of
 from lora_fx.types import Layout, Site
 
-__all__ = ["Storage", "layouts_of", "make_dense", "make_plain", "quantized_weights", "values_of"]
+__all__ = [
+    "Storage",
+    "layouts_of",
+    "make_dense",
+    "make_plain",
+    "make_savable",
+    "quantized_weights",
+    "values_of",
+]
 
 _log = logging.getLogger("lora_fx")
 
@@ -176,11 +184,6 @@ def make_plain(module: nn.Module) -> None:
         return
     plain = _plain_class(module)
     if plain is None:
-        # How torchao says in a printed model what the weight is.
-        written = module.__dict__.get("extra_repr")
-        told = getattr(written, "__func__", None)
-        if getattr(getattr(told, "func", told), "__module__", "").startswith("torchao."):
-            del module.__dict__["extra_repr"]
         return
     for name in _OF_LAYERS:
         module.__dict__.pop(name, None)
@@ -212,6 +215,29 @@ def _rest_of(model: nn.Module) -> torch.dtype | None:
         if quantization_of(parameter) is None and parameter.is_floating_point():
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def make_savable(model: nn.Module) -> None:
+    """Lets transformers write a model that it has read quantised.
+
+    It undoes the conversions of a load as it saves, and refuses those that cannot be undone (5.24): the
+    values that they have made are in the model, and need nothing.
+
+    Args:
+        model: A model that nobody else has.
+    """
+    for module in model.modules():
+        conversions = module.__dict__.get("_weight_conversions")
+        if conversions:
+            module.__dict__["_weight_conversions"] = [c for c in conversions if _reverses(c)]
+
+
+def _reverses(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _forget(model: nn.Module) -> None:

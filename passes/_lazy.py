@@ -29,7 +29,7 @@ def is_matrix(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and not is_lazy(parameter) and parameter.dim() > 1
 
 
-def elements(parameter: nn.Parameter) -> int:
+def elements(parameter: Tensor) -> int:
     """Number of elements, of values for a quantised weight; 0 where it is not known yet."""
     if is_lazy(parameter):
         return 0

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-import linecache
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +20,7 @@ from torch import fx, nn
 
 from lora_fx._frozen import freeze, thaw
 from lora_fx.errors import CaptureError
+from lora_fx.passes._generated import generated
 from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region
@@ -50,7 +49,6 @@ _KEPT = "_lora_fx_kept"
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
     weakref.WeakValueDictionary()
 )
-_counter = itertools.count()
 _COMPARABLE = (bool, int, float, str, tuple)
 
 
@@ -151,7 +149,7 @@ def _region_class(
     namespace[FALLBACK] = (
         base.forward if fallback else refusal(base, conditions, dict(namespace), quantised=kept)
     )
-    forward = _compile(code.src, namespace, base)
+    forward = generated(code.src, namespace, base.__name__)
     original = base.forward
     forward.__doc__ = original.__doc__
     forward.__signature__ = inspect.signature(original)
@@ -171,17 +169,6 @@ def _region_class(
     )
     _classes[key] = cls
     return cls
-
-
-def _compile(source: str, namespace: dict[str, Any], base: type[nn.Module]) -> Any:
-    # Registered with linecache so that a traceback through generated code shows it.
-    filename = f"<lora_fx {base.__name__} {next(_counter)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    exec(compile(source, filename, "exec"), namespace)
-    forward = namespace["forward"]
-    # The text lives as long as the code that it explains.
-    weakref.finalize(forward, linecache.cache.pop, filename, None)
-    return forward
 
 
 class _Regional:

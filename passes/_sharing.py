@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes._lazy import is_lazy
-from lora_fx.passes._sharing_quantized import keep_exact, quantized_twin, share_states
+from lora_fx.passes._sharing_quantized import drop_repr, keep_exact, quantized_twin, share_states
 
 __all__ = ["check_model", "share_copy", "storage_of"]
 
@@ -54,6 +54,7 @@ def share_copy(model: nn.Module) -> nn.Module:
     for module in result.modules():
         _follow_closures(module.__dict__, memo)
         keep_exact(module)
+        drop_repr(module)
     for parameter in result.parameters():
         # A module that copies itself in its own way may have made new ones.
         parameter.requires_grad = False

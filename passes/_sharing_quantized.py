@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_fx._quantized_pickle import pickle_by_class
 
-__all__ = ["keep_exact", "quantized_twin", "share_states"]
+__all__ = ["drop_repr", "keep_exact", "quantized_twin", "share_states"]
 
 
 def quantized_twin(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
@@ -85,6 +85,13 @@ def keep_exact(module: nn.Module) -> None:
     """
     if getattr(module, "support_avx512bf16_for_cpu", False):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def drop_repr(module: nn.Module) -> None:
+    """Takes off how torchao prints a layer: a function of the layer copied from, which no pickle takes."""
+    told = getattr(module.__dict__.get("extra_repr"), "__func__", None)
+    if str(getattr(getattr(told, "func", told), "__module__", "")).startswith("torchao."):
+        del module.__dict__["extra_repr"]
 
 
 def _shallow(state: Any, memo: dict[int, Any]) -> Any:

@@ -42,7 +42,11 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
 
 def _reads_vectors(site: Site) -> bool:
     """Whether the inputs are the last dimension of what it reads, or the one before for a left factor."""
-    return not site.experts and {call.pattern for call in site.calls} <= {"linear", "matmul"}
+    return not site.experts and {call.pattern for call in site.calls} <= {
+        "linear",
+        "matmul",
+        "quantized",
+    }
 
 
 def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) -> str | None:

@@ -60,6 +60,8 @@ def place_variants(model: nn.Module, row: PlannedSite, adapter: str, config: Lor
     """Puts in the magnitude and the bias of B, where the site has them: a tied one has its own, too."""
     names, holder = factor_names(row), model.get_submodule(row.site.holder)
     a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
+    if not (names.magnitude or names.bias):
+        return
     weight = base_weight(model, row.site)
     if names.magnitude:
         _put(model, row.site, names.magnitude, adapter, initial_magnitude(row, weight, a, b))

@@ -8,6 +8,7 @@ from lora_fx.ops import AdapterModule
 from lora_fx.passes._own import place_base
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._sharing import share_copy
+from lora_fx.passes._trainability import mark_adapted
 from lora_fx.record import Record
 from lora_fx.types import Region
 
@@ -34,6 +35,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
                 del module._modules[name]
     for name, parameter in result.named_parameters():
         parameter.requires_grad = name in record.trainable
+    mark_adapted(result, adapted=False)
     base = record.base
     install(
         (Region(name, one, base.graphs[name], base.fallback[name]) for name, one in kept.items()),

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from lora_fx._config_starts import changes_base, needs_data
 from lora_fx.config import LoraConfig
-from lora_fx.passes._base_weight import base_weight
+from lora_fx.passes._base_weight import base_like, base_weight
 from lora_fx.passes._factors import factor_names
 from lora_fx.passes._start_place import factors_module, place_start, place_variants
 from lora_fx.passes._starts import initial_start
@@ -65,7 +66,8 @@ def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
 
 def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
     # What the parts of one weight change adds up: each sees the weight as the one before it left it.
-    weight = base_weight(model, row.site)
+    reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
+    weight = (base_weight if reads else base_like)(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
     place_variants(model, row, adapter, config)
 

@@ -25,6 +25,7 @@ from lora_fx.passes._dense import (
     Storage,
     layouts_of,
     make_dense,
+    make_savable,
     quantized_weights,
     values_of,
 )
@@ -143,6 +144,8 @@ def merge(
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
     untie_config(result)
+    if stored:
+        make_savable(result)
     if stored and not requantize:
         make_dense(result, storage, layouts, keep)
     if dtype is not None:

@@ -21,6 +21,7 @@ from lora_fx.passes._chosen import Choice, choices
 from lora_fx.passes._idle import idle_entries, idle_parameters, target_names
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._own import base_modules, base_parameters
+from lora_fx.passes._plan_quantized import refuse_quantized
 from lora_fx.passes._plan_tokens import planned_tokens
 from lora_fx.passes._refused import refusals
 from lora_fx.passes._sharing import storage_of
@@ -56,7 +57,8 @@ def make_plan(
             only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
-        ConfigError: If ``trainable_token_indices`` names what has no such rows.
+        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantised weight is
+            to be trained in full or changed by a start.
     """
     _refuse_adapters(capture.model)
     saved = tuple(_saved_modules(capture.model, config))
@@ -76,6 +78,7 @@ def make_plan(
             chosen.append(choice)
         else:
             skipped.append(Skipped(site, objection))
+    refuse_quantized(capture.model, config, saved, (choice.site for choice in chosen))
     rows = [_row(capture, choice, config) for choice in chosen]
     if config.ensure_weight_tying:
         rows, skipped = _keep_tied(capture, matches, config, rows, skipped)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.tools.demo_data import Corpus, collect
 from lora_fx.tools.demo_model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
 from lora_fx.tools.demo_report import DemoReport, DemoSettings, Listener
+from lora_fx.tools.demo_train import train
 
 __all__ = ["CONFIG", "run_demo"]
 
@@ -126,34 +126,8 @@ class _Demo:
             return rewrite(base, CONFIG)
 
     def _train(self, model: nn.Module, corpus: Corpus) -> None:
-        settings = self.settings
-        ids, labels = tokens(corpus.train, settings.max_length), corpus.labels(corpus.train)
-        optimizer = torch.optim.AdamW(
-            trainable_parameters(model), lr=settings.learning_rate, weight_decay=0.01
-        )
-        total = settings.epochs * -(-len(ids) // settings.batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, settings.learning_rate, total, pct_start=0.1, cycle_momentum=False
-        )
-        loss_of = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
-        shuffle = random.Random(settings.seed)
         with self._stage("train with LoRA") as advance:
-            model.train()
-            step = 0
-            for epoch in range(settings.epochs):
-                losses = []
-                for part in batches(ids, labels, settings.batch, shuffle):
-                    loss = loss_of(model(**part.inputs), part.labels)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    losses.append(float(loss.detach()))
-                    step += 1
-                    advance(step, total, f"loss {losses[-1]:.3f}")
-                mean = sum(losses) / len(losses)
-                self.listener.note(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.3f}")
-            model.eval()
+            train(model, corpus, self.settings, advance=advance, epoch_done=self.listener.note)
 
     def _save_and_reload(
         self, model: nn.Module, corpus: Corpus, held_out: list[Batch], expected: Tensor

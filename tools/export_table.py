@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
+from lora_fx.export.report import ExportReport, short, worst_by_layer
+from lora_fx.export.stored_format import size_text
 
 __all__ = ["render"]
 
@@ -50,6 +51,10 @@ def _facts(report: ExportReport) -> Table:
     table.add_row("written as", f"{report.dtype}, opset {report.opset}")
     if report.task is not None:
         table.add_row("task", report.task)
+    for form in report.quantized:
+        table.add_row("few bits", str(form))
+    if report.adapters == "inline":
+        table.add_row("adapters", "are products of their own beside the operations")
     if report.swappable:
         sites = len(report.swappable)
         table.add_row("adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}")

@@ -7,11 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError, MergeError
 
-__all__ = ["check_out", "write_merged"]
+__all__ = ["check_out", "dtype_of", "write_merged"]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What a folder of transformers holds besides the model, and the merged model needs as much.
 _COMPANIONS = (
@@ -25,6 +28,19 @@ _COMPANIONS = (
     "chat_template*",
     "*.model",
 )
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that is called so; None stays None.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype {name} is unknown: give one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def check_out(name: str, out: Path, *, force: bool) -> None:

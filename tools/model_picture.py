@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx, nn
 
 from lora_fx.passes._region import original_class
+from lora_fx.quantized import quantization_of
 from lora_fx.record import Record
-from lora_fx.tools.node_picture import adapters_of, dtype_name, measured
-from lora_fx.tools.picture import Box, Kind, Picture, elide, fold_label, human, times
+from lora_fx.tools.node_picture import adapters_of, dtype_name, measured, size_name
+from lora_fx.tools.picture import Box, Kind, Picture, elide, fold_label, human
 from lora_fx.tools.region_picture import RegionPainter, parameter_counts
 from lora_fx.tools.structure import Digests, children_of, label_of, runs
 from lora_fx.types import META_KEY, Region, join
@@ -145,7 +146,8 @@ class _Painter:
         caption = original_class(module).__name__
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() > 1:
-            caption = f"{caption} {times(tuple(weight.shape))}"
+            stored = "" if quantization_of(weight) is None else f" {dtype_name(weight)}"
+            caption = f"{caption} {size_name(weight)}{stored}"
         graph = self.graphs.get(id(module))
         if graph is None:
             return caption
@@ -180,7 +182,7 @@ def _facts(
     for name, tensor in module._parameters.items():
         if tensor is not None:
             trains = "trainable" if tensor.requires_grad else "frozen"
-            facts.append((name, f"{times(tuple(tensor.shape))} {dtype_name(tensor)}, {trains}"))
+            facts.append((name, f"{size_name(tensor)} {dtype_name(tensor)}, {trains}"))
     if trainable + frozen:
         facts.append(("parameters", f"{trainable:,} trainable, {frozen:,} frozen"))
     if sites:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
+from lora_fx.passes._lazy import elements
+from lora_fx.quantized import quantization_of
 from lora_fx.tools.picture import Kind, elide, times
 from lora_fx.tools.structure import target_name
 from lora_fx.types import META_KEY, Region, Role, Tag
@@ -19,6 +21,7 @@ __all__ = [
     "node_facts",
     "node_kind",
     "node_name",
+    "size_name",
     "tag_of",
 ]
 
@@ -66,8 +69,15 @@ def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, flo
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """``float32``."""
-    return str(tensor.dtype).removeprefix("torch.")
+    """``float32``, or the format of a quantised weight: ``nf4``."""
+    stored = quantization_of(tensor)
+    return str(tensor.dtype).removeprefix("torch.") if stored is None else stored.scheme
+
+
+def size_name(tensor: torch.Tensor) -> str:
+    """``128×64``: of the values, for a quantised weight."""
+    stored = quantization_of(tensor)
+    return times(tuple(tensor.shape) if stored is None else stored.shape)
 
 
 def node_kind(node: fx.Node) -> Kind:
@@ -105,7 +115,7 @@ def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> str:
     elif tensors:
         name, tensor = next(iter(tensors.items()))
         short = "" if tag is not None else f"{elide(name, 18)} "
-        caption = short + times(tuple(tensor.shape))
+        caption = short + size_name(tensor)
     if tag is not None and tag.adapter not in ("", "default"):
         caption = f"{caption} · {tag.adapter}" if caption else tag.adapter
     return caption
@@ -122,8 +132,8 @@ def node_facts(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> Iterable[t
         yield "call", elide(f"{node_name(node)}({arguments})", 160)
     for name, tensor in tensors.items():
         trains = "trainable" if tensor.requires_grad else "frozen"
-        size = f"{times(tuple(tensor.shape))} {dtype_name(tensor)}"
-        yield name, f"{size}, {tensor.numel():,} {trains}"
+        size = f"{size_name(tensor)} {dtype_name(tensor)}"
+        yield name, f"{size}, {elements(tensor):,} {trains}"
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         yield "gives", times(tuple(value.shape))

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import fx, nn
 
+from lora_fx.passes._lazy import elements
 from lora_fx.passes._region import original_class
 from lora_fx.tools.node_picture import (
     adapters_of,
@@ -41,8 +42,8 @@ class Painter(Protocol):
 def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
     """Trainable and frozen elements, those of a parameter that is met twice counted once."""
     unique = {id(p): p for p in parameters}.values()
-    trainable = sum(p.numel() for p in unique if p.requires_grad)
-    return trainable, sum(p.numel() for p in unique) - trainable
+    trainable = sum(elements(p) for p in unique if p.requires_grad)
+    return trainable, sum(elements(p) for p in unique) - trainable
 
 
 class RegionPainter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -349,10 +350,83 @@ def test_transformers_writes_and_loads_a_dense_merge_as_a_plain_model(
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, merged(IDS).logits)
     assert base.is_quantized
-    assert model.is_quantized
+    assert not model.is_quantized  # has adapters, says the Trainer
     assert hasattr(base.config, "quantization_config")
     requantised = lora_fx.merge(model, requantize=True)
+    assert requantised.is_quantized
     requantised.save_pretrained(tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     weights = [m.model.layers[0].self_attn.q_proj.weight for m in (loaded, requantised)]
     assert torch.equal(weights[0].data, weights[1].data)
+
+
+def in_storage(storage: torch.dtype) -> nn.Module:
+    """4 bits in bytes of another dtype, as FSDP wants them."""
+    import bitsandbytes as bnb
+
+    base = llama(1)
+    for name in linears(base):
+        old: Any = base.get_submodule(name)
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=False, quant_type="nf4", quant_storage=storage
+        )
+        new.load_state_dict(old.state_dict())
+        owner, _, leaf = name.rpartition(".")
+        setattr(base.get_submodule(owner), leaf, new.to("cpu"))
+    return base.train()
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bytes_of_another_dtype_are_no_numbers(storage: torch.dtype) -> None:
+    model = adapted("", in_storage(storage))
+    plain = adapted("", in_storage(torch.uint8))
+    merged = lora_fx.merge(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    again = lora_fx.merge(model, requantize=True)
+    other = lora_fx.merge(plain, requantize=True)
+    for name in linears(again):
+        weights: list[Any] = [m.get_submodule(name).weight for m in (again, other)]
+        assert weights[0].dtype == storage
+        assert torch.equal(*(dense(weight) for weight in weights))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, other(IDS).logits)
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_one_layer_at_a_time_is_dense(requantize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_fx.passes import _dense
+
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(weight: torch.Tensor, *args: Any) -> torch.Tensor:
+        nonlocal most
+        values = dense(weight, *args)
+        made.append(weakref.ref(values))
+        most = max(most, sum(one() is not None for one in made))
+        return values
+
+    model = adapted("nf4", quantised(llama(4), "nf4"), target_modules=None)
+    monkeypatch.setattr(_dense, "dense", counted)
+    # In another dtype, so that the result is none of the values that are made.
+    dtype = None if requantize else torch.bfloat16
+    lora_fx.merge(model, requantize=requantize, dtype=dtype)
+    assert len(made) == 28
+    # That of the weight before, until the next one is there.
+    assert most == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("scheme", ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao"])
+def test_it_merges_where_the_weights_are(scheme: str) -> None:
+    base = quantised(llama(1), scheme).to("cuda", torch.bfloat16)
+    model = adapted("", base)
+    merged = lora_fx.merge(model, dtype=torch.bfloat16).eval()
+    again, report = lora_fx.merge(
+        model, requantize=True, example_inputs=IDS.cuda(), return_report=True
+    )
+    assert {p.device.type for m in (merged, again) for p in m.parameters()} == {"cuda"}
+    assert 0 < report.requantization_error < 0.15
+    with torch.no_grad():
+        expected = model.eval()(IDS.cuda()).logits
+        torch.testing.assert_close(merged(IDS.cuda()).logits, expected, atol=0.05, rtol=0)

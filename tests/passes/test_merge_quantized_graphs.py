@@ -105,3 +105,31 @@ def test_convolutions_of_gpt2_go_back_into_their_layout(scheme: str) -> None:
         again = lora_fx.merge(model, requantize=True)
         error = (again(IDS).logits - model(IDS).logits).norm() / model(IDS).logits.norm()
         assert 0 < float(error) < 0.2
+
+
+@pytest.mark.parametrize("name", ["EmbeddingNF4", "EmbeddingFP4", "Embedding8bit"])
+def test_quantised_embeddings_become_dense_ones(name: str) -> None:
+    import bitsandbytes as bnb
+
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            plain = nn.Embedding(97, 64)
+            self.table = getattr(bnb.nn, name)(97, 64)
+            self.table.load_state_dict(plain.state_dict())
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            """[n, t] to [n, t, 64]."""
+            result: Tensor = self.fc(self.table(ids))
+            return result
+
+    base = Lookup().to("cpu")
+    config = lora_fx.LoraConfig(r=4, init_lora_weights=False, target_modules=["fc"])
+    model = lora_fx.rewrite(base, config)
+    merged = lora_fx.merge(model)
+    assert type(merged.table) is nn.Embedding
+    assert type(lora_fx.merge(model, requantize=True).table) is type(base.table)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS), model(IDS), atol=1e-6, rtol=0)

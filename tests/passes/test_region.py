@@ -382,3 +382,16 @@ def test_a_container_that_grows_or_is_cut_runs_as_it_is_now():
     blocks.blocks.append(nn.Sigmoid())
     ids = torch.tensor([[1, 2]])
     assert torch.isfinite(blocks(ids)).all()
+
+
+def test_fx_forgets_the_code_of_regions_that_are_gone() -> None:
+    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    gc.collect()
+    before = set(wrapped)
+    for width in (8, 12):
+        encoder = nn.TransformerEncoderLayer(width, 2, 16)
+        lora_fx.rewrite(encoder, lora_fx.LoraConfig(r=2))
+    assert set(wrapped) - before
+    del encoder
+    gc.collect()
+    assert set(wrapped) <= before

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 import lora_fx
 from lora_fx.tools.commands.app import COMMANDS, app
 from lora_fx.tools.commands.spelling import as_options
+from tests.quantized import IDS, llama
 
 SOURCE = """
 import torch
@@ -244,6 +245,31 @@ def test_merge_writes_the_weights_of_the_merged_model(here: Path, adapter: Path)
     assert sorted(path.name for path in here.iterdir() if "merged" in path.name) == [
         "merged.safetensors"
     ]
+
+
+def test_merge_casts_and_quantises_again(here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    llama().save_pretrained(here / "dense")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(here / "dense", quantization_config=how)
+    base.save_pretrained(here / "nf4")
+    adapted = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, init_lora_weights=False))
+    lora_fx.save_adapter(adapted, here / "nf4-adapter")
+    text = worked("merge", "hf:nf4", "nf4-adapter", "again", "--requantize", "--all")
+    assert "14 quantised again" in text
+    assert "lost by quantising again" in text
+    assert load(here / "again").is_quantized
+    worked("merge", "hf:nf4", "nf4-adapter", "merged", "--dtype", "bf16")
+    merged = load(here / "merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        expected = adapted.eval()(IDS).logits
+        torch.testing.assert_close(merged.float()(IDS).logits, expected, atol=0.02, rtol=0)
+    assert "leave out dtype" in refused(
+        "merge", "hf:nf4", "nf4-adapter", "other", "--requantize", "--dtype", "bf16"
+    )
+    assert "fp32, fp16, bf16" in refused("merge", "hf:nf4", "nf4-adapter", "o", "--dtype", "int8")
 
 
 def test_merge_writes_a_folder_of_transformers(here: Path) -> None:

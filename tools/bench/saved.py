@@ -1,10 +1,15 @@
-"""Bytes that a step keeps for its backward: what saved-tensor hooks see, each storage once."""
+"""Bytes that a step keeps for its backward, each storage once.
+
+It is what saved-tensor hooks see, and what functions keep as attributes behind autograd's back, as those of
+bitsandbytes do.
+"""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +22,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Runs a forward and counts what autograd keeps when it is done, without the model's parameters.
 
     Args:
-        model: Whose parameters do not count: they are there anyway, frozen or not.
-        forward: Gives something that keeps the graph alive.
+        model: Whose parameters and their scales do not count: they are there anyway, frozen or not.
+        forward: Gives the tensor that the backward starts from.
     """
     return sum(saved_by(model, forward, lambda tensor: "").values())
 
@@ -30,10 +35,10 @@ def saved_by(
 
     Args:
         model: Whose parameters do not count.
-        forward: Gives something that keeps the graph alive.
+        forward: Gives the tensor that the backward starts from.
         kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
     """
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    own = {tensor.untyped_storage()._cdata for tensor in _belonging(model)}
     seen: dict[int, tuple[str, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -49,8 +54,48 @@ def saved_by(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()
+    for tensor in _attributes(kept):
+        pack(tensor)
     found: dict[str, int] = collections.defaultdict(int)
     for name, size in seen.values():
         found[name] += size
     del kept
     return dict(found)
+
+
+def _belonging(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, and what a library keeps beside one that it has quantised."""
+    for parameter in model.parameters():
+        yield parameter
+        yield from _tensors(vars(parameter))
+    for module in model.modules():
+        yield from _tensors(vars(module).get("state"))
+
+
+def _attributes(result: Any) -> Iterator[Tensor]:
+    """What the nodes of a graph hold that were written in Python."""
+    waiting, seen = [getattr(result, "grad_fn", None)], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [above for above, _ in node.next_functions]
+        yield from _tensors(getattr(node, "__dict__", None))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, in what it holds, and in the fields of records."""
+    inner: Sequence[Any] = ()
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        inner = [*value.values()]
+    elif isinstance(value, list | tuple):
+        inner = value
+    elif dataclasses.is_dataclass(value):
+        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif type(value).__name__ == "QuantState":
+        inner = [*vars(value).values()]
+    for one in inner:
+        yield from _tensors(one)

@@ -32,12 +32,13 @@ def export(
         ),
     ] = None,
     adapters: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--adapters",
-            help="merge, or inputs: the base model, which takes adapters as it is run.",
+            help="merge; inline: beside the operations, as it is over quantised weights without this "
+            "option; or inputs: the base model, which takes adapters as it is run.",
         ),
-    ] = "merge",
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as it is without it.")
     ] = None,

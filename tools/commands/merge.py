@@ -26,20 +26,37 @@ def merge(
             show_default=False,
         ),
     ],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as it is without it.")
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Quantise merged weights of a quantised model again."),
+    ] = False,
     every: Annotated[bool, typer.Option("--all", help="The error of every weight.")] = False,
     force: o.Force = False,
 ) -> None:
-    """Fold an adapter into a model's weights, and say how exact the result is."""
+    """Fold an adapter into a model's weights, and say how exact the result is.
+
+    A quantised model becomes a dense one.
+    """
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
-    from lora_fx.tools.merged_files import check_out, write_merged
+    from lora_fx.tools.merged_files import check_out, dtype_of, write_merged
 
     check_out(model, out, force=force)
+    wanted = dtype_of(dtype)
     loaded = o.load(model)
     with console.progress("reading the adapter"):
         adapted = load_adapter(loaded.model, adapter)
     with console.progress("merging") as advance:
-        merged, report = merge_model(adapted, return_report=True, progress=advance)
+        merged, report = merge_model(
+            adapted,
+            dtype=wanted,
+            requantize=requantize,
+            return_report=True,
+            progress=advance,
+        )
     with console.progress("writing"):
         write_merged(merged, out, folder=loaded.folder)
     lines = str(report).splitlines()

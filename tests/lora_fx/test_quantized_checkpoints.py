@@ -1,0 +1,112 @@
+"""Adapter folders over quantised bases: read by PEFT over the same base, and PEFT's read here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from tests.quantized import IDS, SCHEMES, llama, quantised
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*TorchaoLoraLinear was instantiated"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+]
+
+
+def base_of(scheme: str, layers: int = 1) -> nn.Module:
+    """What transformers would have loaded: PEFT asks the model what its layers are."""
+    base = quantised(llama(layers), scheme).train()
+    if "torchao" not in scheme:
+        bits = 8 if "int8" in scheme else 4
+        base.__dict__[f"is_loaded_in_{bits}bit"] = True
+    for module in base.modules():
+        # A kernel of the CPU that rounds to bfloat16, and repacks the weights in place.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def trained(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS).logits
+    return result
+
+
+def printed(model: Any, printing: Any) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        printing(model)
+    return out.getvalue()
+
+
+# PEFT has no DoRA over torchao.
+@pytest.mark.parametrize(
+    ("scheme", "use_dora"),
+    [*((scheme, False) for scheme in SCHEMES), ("nf4", True), ("int8 bitsandbytes", True)],
+)
+def test_peft_computes_what_was_trained_here(scheme: str, use_dora: bool, tmp_path: Path) -> None:
+    base = base_of(scheme)
+    config = lora_fx.LoraConfig(r=4, lora_alpha=8, use_dora=use_dora)
+    model = trained(lora_fx.rewrite(base, config).train())
+    assert float((outputs(model) - outputs(base)).abs().max()) > 0.05
+    lora_fx.save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA"
+    assert written["init_lora_weights"] is True
+    theirs = peft.PeftModel.from_pretrained(base_of(scheme), tmp_path, is_trainable=True).train()
+    layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
+    if "torchao" not in scheme:
+        assert type(layer).__module__ == "peft.tuners.lora.bnb"
+    torch.testing.assert_close(outputs(theirs), outputs(model), atol=1e-5, rtol=0)
+    again = lora_fx.load_adapter(base_of(scheme), tmp_path).train()
+    assert torch.equal(outputs(again), outputs(model))
+    here = printed(model, lora_fx.print_trainable_parameters)
+    assert here == printed(theirs, lambda one: one.print_trainable_parameters())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_peft_trained_computes_the_same_here(scheme: str, tmp_path: Path) -> None:
+    how = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    theirs = trained(peft.get_peft_model(base_of(scheme), how).train())
+    theirs.save_pretrained(tmp_path)
+    base = base_of(scheme)
+    model = lora_fx.load_adapter(base, tmp_path).train()
+    assert float((outputs(model) - outputs(base)).abs().max()) > 0.05
+    torch.testing.assert_close(outputs(model), outputs(theirs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
+def test_a_folder_of_a_model_quantised_here_runs_in_peft(kind: str, tmp_path: Path) -> None:
+    base = lora_fx.quantize(llama(1), kind).train()
+    model = trained(lora_fx.rewrite(base, lora_fx.LoraConfig(r=4)).train())
+    lora_fx.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(lora_fx.quantize(llama(1), kind), tmp_path).train()
+    torch.testing.assert_close(outputs(theirs), outputs(model), atol=1e-3, rtol=0)
+    torch.testing.assert_close(outputs(theirs), outputs(model), atol=1e-5, rtol=0)
+
+
+def test_in_eval_mode_peft_may_run_a_kernel_that_rounds(tmp_path: Path) -> None:
+    base = quantised(llama(1), "nf4")
+    base.__dict__["is_loaded_in_4bit"] = True
+    model = trained(lora_fx.rewrite(base, lora_fx.LoraConfig(r=4)).train()).eval()
+    lora_fx.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(quantised(llama(1), "nf4"), tmp_path).eval()
+    # Where the processor has that kernel, bitsandbytes rounds x and the scales to bfloat16 in it.
+    torch.testing.assert_close(outputs(theirs), outputs(model), atol=0.02, rtol=0)

@@ -1,0 +1,25 @@
+"""Models over a quantised base, and PEFT's adapters over them, as the sections about QLoRA build them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora_fx.quantize import quantize
+
+__all__ = ["quantized_base"]
+
+
+def quantized_base(model: nn.Module, scheme: str = "nf4") -> nn.Module:
+    """A copy with every linear layer but the head in NF4: both libraries take it as their base.
+
+    Args:
+        model: Any model of ``nn.Linear``.
+        scheme: A format of :func:`lora_fx.quantize`.
+    """
+    base: Any = quantize(model, scheme).train(model.training)
+    # What transformers says of a model that it has quantised: PEFT asks for it.
+    base.is_loaded_in_4bit = True
+    result: nn.Module = base
+    return result
