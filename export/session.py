@@ -25,7 +25,7 @@ from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
 from lora_fx.export.providers import PROVIDERS, import_onnxruntime
 from lora_fx.export.session_settings import check_arguments, session_settings
 from lora_fx.export.static_run import StaticRunner
-from lora_fx.export.tasks.defaults import ENCODER_KEY
+from lora_fx.export.tasks.defaults import ENCODER_KEY, TASK_KEY
 
 __all__ = ["OnnxSession", "Port"]
 
@@ -202,7 +202,8 @@ class OnnxSession(Generates):
             port.name: feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
         }
-        check_axes(self.inputs, given, self._limits, self.path.name)
+        generates = TASK_KEY in self.metadata
+        check_axes(self.inputs, given, self._limits, self.path.name, task=generates)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         settle(tensors)
         device = tensors[0].device if tensors else None
