@@ -61,7 +61,8 @@ def export_onnx(
     counts for nothing: ``dtype`` says what the file computes in.
 
     Args:
-        model: Any module. Adapters in it are merged first, or become inputs.
+        model: Any module. Adapters of lora_fx in it are merged first, or become inputs; those of PEFT and
+            others stay products of their own in the file, with a warning in the log.
         path: The file to write.
         example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
             check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
