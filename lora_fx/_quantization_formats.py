@@ -21,7 +21,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -53,12 +53,22 @@ class Storage:
         block_size: Values that share a scale; None for one scale a row.
         double: Whether the scales are quantised, too.
         compute_dtype: In which the product is computed; None for that of its input.
+        chosen: Whether the block size was asked for: otherwise a smaller one does where it does not divide.
     """
 
     format: str
     block_size: int | None
     double: bool = False
     compute_dtype: torch.dtype | None = None
+    chosen: bool = False
+
+    def fitted(self, shape: Sequence[int]) -> Storage:
+        """The same, with blocks that divide the rows of a matrix [out, in] if the size was not asked for."""
+        smallest = _BLOCKS[0]
+        divides = not self.block_size or not shape[1] % self.block_size
+        if self.chosen or divides or shape[1] % smallest:
+            return self
+        return dataclasses.replace(self, block_size=smallest)
 
     @property
     def library(self) -> str:
@@ -77,27 +87,30 @@ class Storage:
             dtype: Of its values: scales of ``int4`` have it.
         """
         rows, columns = shape
-        values = rows * columns
+        values, block = rows * columns, self.fitted(shape).block_size
         if self.library == "bitsandbytes":
-            assert self.block_size is not None
-            scales = math.ceil(values / self.block_size)
+            assert block is not None
+            scales = math.ceil(values / block)
             # The code has 16 floats, that of the scales 256; 256 of those share a scale in their turn.
             held = 4 * (math.ceil(scales / 256) + 256 + 1) + scales if self.double else 4 * scales
             return math.ceil(values / 2) + held + 16 * 4
-        if self.block_size is None:
+        if block is None:
             return values + rows * (4 + 1)
-        return values + values // self.block_size * (dtype.itemsize + 1)
+        return values + values // block * (dtype.itemsize + 1)
 
     def objection(self, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
         """Why a matrix [out, in] cannot be stored so, with what could be done; None if it can."""
         if dtype not in _FLOATS:
             return f"its weight is {dtype}, and {self.library} takes 16 and 32 bits: model.float() first"
-        if self.library == "torchao" and self.block_size and shape[1] % self.block_size:
-            fitting = [b for b in (16, *_BLOCKS) if shape[1] % b == 0]
+        # Blocks of bitsandbytes run on from row to row, but its CPU kernel (0.50) reads other blocks' scales then.
+        block = self.fitted(shape).block_size
+        if block and shape[1] % block:
+            sizes = _BLOCKS if self.library == "bitsandbytes" else (16, *_BLOCKS)
+            fitting = [b for b in sizes if shape[1] % b == 0]
             other = f"block_size={fitting[-1]} does, or " if fitting else ""
             return (
-                f"blocks of {self.block_size} do not divide its rows of {shape[1]} values: {other}"
-                "'nf4', whose blocks run on from row to row"
+                f"blocks of {block} do not divide its rows of {shape[1]} values: {other}"
+                "'int8', which has one scale a row"
             )
         return None
 
@@ -128,14 +141,14 @@ def storage(
         size = None if format == "int8" else block_size or 32
         if size is not None and (size < 2 or size & (size - 1)):
             raise QuantizationError(f"block_size={size}: it has to be a power of two, as 32 or 128")
-        made = Storage(format, size)
+        made = Storage(format, size, chosen=block_size is not None)
     else:
         size = block_size or 64
         if size not in _BLOCKS:
             raise QuantizationError(
                 f"block_size={size}: bitsandbytes takes {', '.join(map(str, _BLOCKS))}"
             )
-        made = Storage(format, size, double is not False, compute_dtype)
+        made = Storage(format, size, double is not False, compute_dtype, block_size is not None)
     _imported(made)
     return made
 
@@ -164,7 +177,7 @@ def stored(values: Tensor, how: Storage) -> nn.Parameter:
         how: The format.
     """
     values = values.detach().contiguous()
-    return _STORED[how.library](values, how)
+    return _STORED[how.library](values, how.fitted(values.shape))
 
 
 def _four_bits(values: Tensor, how: Storage) -> nn.Parameter:
