@@ -50,7 +50,12 @@ def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, An
 
 
 def check_axes(
-    ports: Sequence[Port], given: Mapping[str, Any], limits: Mapping[str, int], file: str
+    ports: Sequence[Port],
+    given: Mapping[str, Any],
+    limits: Mapping[str, int],
+    file: str,
+    *,
+    task: bool = False,
 ) -> None:
     """Refuse sizes that the file does not take, which ONNX Runtime may answer with other values.
 
@@ -61,6 +66,7 @@ def check_axes(
         given: Arrays or tensors by name, of the right ranks.
         limits: The largest size of an axis, by its name.
         file: Its name, for messages.
+        task: Whether the axes are those of a decoder with its cache.
 
     Raises:
         ExportError: Two axes of one name have two sizes, or an axis is too long.
@@ -82,6 +88,16 @@ def check_axes(
                     f"{place} has {size}, and the model takes at most {limits[axis]} ('{axis}'): give less, "
                     "or cut it"
                 )
+    if task and "total_length" in seen:
+        (total, where), past, new = (
+            seen["total_length"],
+            seen["past_length"][0],
+            seen["sequence"][0],
+        )
+        if total != past + new:
+            raise ExportError(
+                f"{where} has {total}, and it covers the past and the new tokens: {past} + {new}"
+            )
 
 
 def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[str]) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import ExportError, ProviderError
-from lora_fx.export.node_placement import RECORD_KEY
 from lora_fx.export.providers import PROVIDERS, check_provider, wheel_conflict
 
 __all__ = ["load", "reason_of"]
@@ -22,8 +21,7 @@ def load(
     path: Path,
     provider: str,
     options: Mapping[str, str],
-    *,
-    packed: bool = True,
+    settings: Any,
 ) -> Any:
     """A session of ONNX Runtime.
 
@@ -32,7 +30,7 @@ def load(
         path: The ``.onnx`` file.
         provider: "cuda" or "cpu".
         options: Of the provider.
-        packed: Let ONNX Runtime make copies of weights that its kernels like better.
+        settings: ``SessionOptions``, see ``session_settings``.
 
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
@@ -46,16 +44,6 @@ def load(
     if not path.is_file():
         raise ExportError(f"there is no file {path}: export a model to it first")
     name = PROVIDERS[provider]
-    settings = runtime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry(RECORD_KEY, "1")
-    if not packed:
-        # Fusions beyond the basic ones join weights, and widen those in half precision.
-        settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        settings.enable_cpu_mem_arena = False  # it keeps what was needed once
-        # By default all half weights are widened first, then each is used.
-        settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
-        settings.add_session_config_entry("session.disable_prepacking", "1")
     # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.
     wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]
     try:

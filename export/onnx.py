@@ -61,7 +61,8 @@ def export_onnx(
     counts for nothing: ``dtype`` says what the file computes in.
 
     Args:
-        model: Any module. Adapters in it are merged first, or become inputs.
+        model: Any module. Adapters of lora_fx in it are merged first, or become inputs; those of PEFT and
+            others stay products of their own in the file, with a warning in the log.
         path: The file to write.
         example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
             check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
@@ -110,10 +111,11 @@ def export_onnx(
             the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
-    for name, size, least in (
+    sizes: tuple[tuple[str, object, int], ...] = (
         ("external_data_bytes", external_data_bytes, 0),
         ("shard_bytes", shard_bytes, 1),
-    ):
+    )
+    for name, size, least in sizes:
         if not isinstance(size, int) or size < least:
             raise ExportError(f"{name}={size!r}: give a number of bytes, {least} or more")
     if task is not None:

@@ -28,6 +28,7 @@ from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
 from lora_fx.passes._sharing import share_copy
+from lora_fx.passes.plan import foreign_factors
 from lora_fx.record import record_of
 
 __all__ = ["Prepared", "prepare", "prepare_swappable"]
@@ -215,6 +216,13 @@ def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared
 
 def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
     if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
+        if (name := next(foreign_factors(model), None)) is not None:
+            _log.warning(
+                "export: the adapters of another library in the model, such as that at %s, are not merged: "
+                "they stay products of their own in the file. For PEFT, export what merge_and_unload() "
+                "gives, or the base model with its adapter from lora_fx.load_adapter",
+                name or "its root",
+            )
         return model
     from lora_fx.passes.merge import merge
 

@@ -23,8 +23,9 @@ from lora_fx.export.manifest import Manifest
 from lora_fx.export.node_placement import PlacementReport, read_placement, warn_of_work
 from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
 from lora_fx.export.providers import PROVIDERS, import_onnxruntime
+from lora_fx.export.session_settings import check_arguments, session_settings
 from lora_fx.export.static_run import StaticRunner
-from lora_fx.export.tasks.defaults import ENCODER_KEY
+from lora_fx.export.tasks.defaults import ENCODER_KEY, TASK_KEY
 
 __all__ = ["OnnxSession", "Port"]
 
@@ -39,6 +40,8 @@ class OnnxSession(Generates):
             lie beside it.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
+        session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. The session
+            adds to it what it needs, so give each its own where they differ.
         low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
         tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
             not by default either.
@@ -66,29 +69,21 @@ class OnnxSession(Generates):
         provider: Literal["cuda", "cpu"] = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
+        session_options: Any = None,
         low_memory: bool = False,
         tf32: bool = False,
         cuda_graph: bool = False,
         max_rank: int | None = None,
     ) -> None:
-        if cuda_graph and provider != "cuda":
-            raise ConfigError(f"cuda_graph=True is for provider='cuda', found {provider!r}")
-        if tf32 and provider != "cuda":
-            raise ConfigError(f"tf32=True is for provider='cuda', found {provider!r}")
-        if provider_options and provider == "cpu":
-            raise ConfigError(
-                f"provider_options has {', '.join(provider_options)}: ONNX Runtime's cpu provider has no "
-                "options, and ignores what it is given"
-            )
-        if max_rank is not None and max_rank < 1:
-            raise ConfigError(f"max_rank is {max_rank}: give a whole number of at least 1, or None")
+        check_arguments(provider, provider_options, max_rank, tf32=tf32, cuda_graph=cuda_graph)
         self.path = Path(path)
         self._runtime = import_onnxruntime()
         options = dict(provider_options or {})
         if provider == "cuda":
             graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
-        self._session = load(self._runtime, self.path, provider, options, packed=not low_memory)
+        settings = session_settings(self._runtime, session_options, low_memory=low_memory)
+        self._session = load(self._runtime, self.path, provider, options, settings)
         self.provider: Literal["cuda", "cpu"] = provider
         self._device = Device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -110,6 +105,7 @@ class OnnxSession(Generates):
                 beside,
                 provider,
                 provider_options=provider_options,
+                session_options=session_options,
                 low_memory=low_memory,
                 tf32=tf32,
                 max_rank=max_rank,
@@ -206,7 +202,8 @@ class OnnxSession(Generates):
             port.name: feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
         }
-        check_axes(self.inputs, given, self._limits, self.path.name)
+        generates = TASK_KEY in self.metadata
+        check_axes(self.inputs, given, self._limits, self.path.name, task=generates)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         settle(tensors)
         device = tensors[0].device if tensors else None

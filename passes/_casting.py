@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._sharing import storage_of
 from lora_fx.quantized import quantization_of
 
@@ -53,7 +54,7 @@ def cast_model(
         for leaf, old in module._parameters.items():
             if old is None or old.dtype == dtype or not old.is_floating_point():
                 continue
-            if quantization_of(old) is not None:
+            if quantization_of(old) is not None or is_lazy(old):
                 continue
             key = (storage_of(old), old.storage_offset(), tuple(old.shape), old.stride())
             if key not in made:

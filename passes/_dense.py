@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.passes._lazy import elements
 from lora_fx.passes._quantized_state import loads_quantised
 from lora_fx.passes._region import kept_graph
 from lora_fx.passes._strip import drop_graph
@@ -213,7 +214,7 @@ def _rest_of(model: nn.Module) -> torch.dtype | None:
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if quantization_of(parameter) is None and parameter.is_floating_point():
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + elements(parameter)
     return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 

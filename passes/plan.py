@@ -36,7 +36,7 @@ from lora_fx.passes.selection import (
 )
 from lora_fx.types import Capture, Matches, Plan, PlannedSite, Site, Skipped
 
-__all__ = ["make_plan"]
+__all__ = ["foreign_factors", "make_plan"]
 
 _TIED = Verdict(True, "tied to an embedding that is adapted")
 
@@ -177,16 +177,22 @@ def _keep_tied(
     return kept, [one for one in skipped if one.site.name not in tied]
 
 
-def _refuse_adapters(model: nn.Module) -> None:
+def foreign_factors(model: nn.Module) -> Iterator[str]:
+    """FQNs of the modules that hold LoRA factors of another library (PEFT, loralib)."""
     for name, module in base_modules(model):
         # Not hasattr: a module may answer to every name.
         own = (*module.named_children(), *module.named_parameters(recurse=False))
         theirs = {key for key, value in own if not isinstance(value, AdapterFactors)}
         if {"lora_A", "lora_embedding_A"} & theirs:
-            raise CaptureError(
-                f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
-                "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
-            )
+            yield name
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name in foreign_factors(model):
+        raise CaptureError(
+            f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
+            "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
+        )
 
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:

@@ -290,3 +290,17 @@ def test_a_file_that_ignores_its_adapters_is_not_written(
     with pytest.raises(ParityError, match="with a random adapter: output 'output'"):
         export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4), adapters="inputs")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_peft_are_no_secret_in_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrapped = saved(Convs(), tmp_path / "adapter", r=2, target_modules=["head"])
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    export_onnx(wrapped, tmp_path / "m.onnx", ids)
+    assert "such as that at base_model.model.head, are not merged" in caplog.text
+    got = OnnxSession(tmp_path / "m.onnx", "cpu").run(ids)["output"]
+    torch.testing.assert_close(got, wrapped(ids).detach(), **CLOSE)
+    caplog.clear()
+    export_onnx(wrapped.merge_and_unload(), tmp_path / "m.onnx", ids, force=True)
+    assert "not merged" not in caplog.text

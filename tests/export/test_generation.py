@@ -422,6 +422,17 @@ def test_calls_of_an_encoder_decoder_that_mean_nothing(exported: Callable[[str],
         )
 
 
+def test_a_mask_covers_past_and_new_tokens(exported: Callable[[str], Pair]) -> None:
+    _, session = exported("llama")
+    past = {p.name: torch.zeros(1, 2, 2, 4) for p in session.inputs if "past" in p.name}
+    session.run({"input_ids": IDS, "attention_mask": torch.ones(1, 5, dtype=torch.long), **past})
+    for length in (3, 6):
+        mask = torch.ones(1, length, dtype=torch.long)
+        message = rf"axis 1 of 'attention_mask' has {length}, .* 2 \+ 3"
+        with pytest.raises(ExportError, match=message):
+            session.run({"input_ids": IDS, "attention_mask": mask, **past})
+
+
 def test_a_file_without_a_task_does_not_generate(tmp_path: Path) -> None:
     export_onnx(nn.Linear(4, 2), tmp_path / "m.onnx", torch.randn(2, 4))
     session = OnnxSession(tmp_path / "m.onnx", "cpu")

@@ -280,3 +280,15 @@ def test_sizes_that_do_not_go_together_are_named(tmp_path: Path, session: OnnxSe
     assert limited.run(torch.zeros(1, 6, 4))["output"].shape == (1, 6, 4)
     with pytest.raises(ExportError, match=r"axis 1 of 'x' has 7, .* at most 6 \('sequence'\)"):
         limited.run(torch.zeros(1, 7, 4))
+
+
+def test_options_of_the_session_are_those_that_were_given(path: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = OnnxSession(path, "cpu", session_options=options)
+    assert session._session.get_session_options().intra_op_num_threads == 1
+    assert (tmp_path / "optimized.onnx").is_file()
+    assert session.placement().nodes  # what the session itself asks for is there as well
+    with pytest.raises(ConfigError, match="session_options is a dict: give an onnxruntime"):
+        OnnxSession(path, "cpu", session_options={"intra_op_num_threads": 1})

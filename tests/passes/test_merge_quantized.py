@@ -326,6 +326,15 @@ def test_a_dtype_casts_an_unquantised_model_once(dtype: torch.dtype) -> None:
     assert merged.lm_head.weight.untyped_storage().data_ptr() != base.lm_head.weight.data_ptr()
 
 
+def test_a_cast_leaves_layers_that_have_not_run() -> None:
+    base = nn.ModuleDict({"fc": nn.Linear(8, 8), "later": nn.LazyLinear(8)})
+    base.forward = base["fc"].forward
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, target_modules=["fc"]))
+    merged: Any = lora_fx.merge(model, dtype=torch.bfloat16)
+    assert merged["fc"].weight.dtype == torch.bfloat16
+    assert isinstance(merged["later"].weight, nn.UninitializedParameter)
+
+
 def test_a_cast_that_overflows_is_refused() -> None:
     base = llama(1)
     with torch.no_grad():

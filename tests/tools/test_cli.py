@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 
 pytest.importorskip("typer")
 
+import typer
 from typer.testing import CliRunner, Result
 
 import lora_fx
 from lora_fx.tools.commands.app import COMMANDS, app
+from lora_fx.tools.commands.spelling import as_options
 from tests.quantized import IDS, llama
 
 SOURCE = """
@@ -326,6 +328,23 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     ):
         assert words in refused("run", "net.onnx", *args)
     assert "there is no file" in refused("run", "none.onnx")
+
+
+def test_errors_name_options(here: Path, adapter: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    worked("export", MODEL, "net.onnx", "--adapter", str(adapter))
+    text = refused("run", "net.onnx", "--adapter", str(adapter))
+    assert "--adapters inputs" in text
+    assert "adapters='inputs'" not in text
+    assert "with --task text-generation" in refused("generate", "net.onnx", "--ids", "1 2")
+    commands = typer.main.get_command(app).commands.values()
+    for message, spelt in (
+        ("verify=False, force=True", "--no-verify, force=True"),
+        ("give max_new_tokens=4 or r=2", "give --max-new-tokens 4 or --r 2"),
+        ("call f(x, dtype='fp16'), g(dtype='fp16')", "call f(x, dtype='fp16'), g(dtype='fp16')"),
+        ("no such thing=True or dtype=x", "no such thing=True or dtype=x"),
+    ):
+        assert as_options(message, commands) == spelt
 
 
 def test_random_inputs_have_the_sizes_of_given_ones(here: Path) -> None:

@@ -16,6 +16,7 @@ from lora_fx.export.facts import node_count
 from lora_fx.export.loading import load
 from lora_fx.export.ports import feed, port_of, to_tensor
 from lora_fx.export.providers import import_onnxruntime
+from lora_fx.export.session_settings import session_settings
 
 __all__ = ["File", "Runner", "describe", "largest_error", "runner"]
 
@@ -55,7 +56,7 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
         ExportError: It cannot be loaded; and, from a run, it fails or takes something else.
     """
     runtime = import_onnxruntime()
-    session = load(runtime, path, "cpu", {})
+    session = load(runtime, path, "cpu", {}, session_settings(runtime, None, low_memory=False))
     ports = [port_of(value) for value in session.get_inputs()]
     outputs = [port_of(value) for value in session.get_outputs()][:1]
     held = runtime.AdapterFormat.read_adapter(str(adapter)) if adapter is not None else None

@@ -20,6 +20,7 @@ from lora_fx.tools.commands.merge import merge
 from lora_fx.tools.commands.plan import plan
 from lora_fx.tools.commands.rewrite import rewrite
 from lora_fx.tools.commands.run import run
+from lora_fx.tools.commands.spelling import as_options
 from lora_fx.tools.commands.visualize import visualize
 from lora_fx.tools.commands.zoo import zoo
 
@@ -60,7 +61,7 @@ class Commands(TyperGroup):
         except LoraFxError as error:
             if ctx.params.get("debug"):
                 raise
-            console.say_error(str(error))
+            console.say_error(as_options(str(error), self.commands.values()))
             raise typer.Exit(ERROR_EXIT) from error
 
 
