@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, QuantizationError, prepare_for_kbit_training
@@ -203,3 +203,19 @@ def test_a_prepared_model_can_be_copied_and_saved() -> None:
     first, *others = (list(grads(one).values()) for one in models)
     for other in others:
         assert_same_bits(other, first)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint")
+def test_operations_that_are_no_layers_are_prepared_as_well() -> None:
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=97, n_positions=32, **none)
+    torch.manual_seed(0)
+    base = lora_fx.quantize(GPT2LMHeadModel(config).bfloat16(), "nf4")
+    adapter = LoraConfig(r=4, init_lora_weights=False)
+    models = [
+        lora_fx.rewrite(prepare_for_kbit_training(base, checkpoints), adapter).train()
+        for checkpoints in (True, False)
+    ]
+    found, expected = (grads(one) for one in models)
+    assert len(expected) == 16
+    assert_same_bits(list(found.values()), list(expected.values()))
