@@ -295,11 +295,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What a session on CUDA asks ONNX Runtime for; it gets one on the CPU."""
     options: dict[str, str] = {}
 
-    def load(
-        runtime: Any, path: Path, provider: str, given: dict[str, str], *, packed: bool
-    ) -> Any:
+    def load(runtime: Any, path: Path, provider: str, given: dict[str, str], settings: Any) -> Any:
         options.update(given)
-        return real(runtime, path, "cpu", {}, packed=packed)
+        return real(runtime, path, "cpu", {}, settings)
 
     real = loading.load
     monkeypatch.setattr("lora_fx.export.session.load", load)

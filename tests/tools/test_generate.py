@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None:
         (("--input", "x"), "write name=FILE.npy"),
         (("--input", "x=none.npy"), "not a readable .npy"),
         (("--ids", "1", "--input", f"features={tmp_path / 'x.npy'}"), "not 'features'"),
-        (("--ids", "1", "--temperature", "0"), "temperature=0.0"),
+        (("--ids", "1", "--temperature", "0"), "--temperature 0.0"),
     ):
         made = lora("generate", file, *args)
         assert made.exit_code == 2

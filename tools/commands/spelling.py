@@ -9,7 +9,9 @@ from typing import Any
 __all__ = ["as_options"]
 
 # Not inside a call, which is Python as a whole.
-_ARGUMENT = re.compile(r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+\b)")
+_ARGUMENT = re.compile(
+    r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+(?:\.\d+)?\b)"
+)
 
 
 def as_options(message: str, commands: Iterable[Any]) -> str:
