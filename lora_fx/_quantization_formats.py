@@ -102,7 +102,7 @@ class Storage:
         """Why a matrix [out, in] cannot be stored so, with what could be done; None if it can."""
         if dtype not in _FLOATS:
             return f"its weight is {dtype}, and {self.library} takes 16 and 32 bits: model.float() first"
-        # Blocks of bitsandbytes run on from row to row, but its CPU kernel (0.50) reads other blocks' scales then.
+        # Blocks of bitsandbytes run on from row to row, but its CPU kernel (0.50) takes other blocks' scales.
         block = self.fitted(shape).block_size
         if block and shape[1] % block:
             sizes = _BLOCKS if self.library == "bitsandbytes" else (16, *_BLOCKS)

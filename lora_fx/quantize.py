@@ -77,8 +77,8 @@ def quantize(
             each row) or ``int4`` (torchao: blocks of 32 values of a row; the values have 4 bits and take 8).
         exclude: Operations to leave as they are, by the rules of ``exclude_modules``: a list of names or
             their ends, or a regular expression for whole names.
-        block_size: Values of a row that share a scale; for ``nf4`` and ``fp4`` without it, 32 for rows that 64
-            does not divide.
+        block_size: Values of a row that share a scale; for ``nf4`` and ``fp4`` without it, 32 for rows
+            that 64 does not divide.
         double: For ``nf4`` and ``fp4``: whether the scales are quantised, too, which saves 0.37 bits a value.
             By default they are, as in QLoRA and ``Linear4bit``; ``BitsAndBytesConfig`` has it off.
         compute_dtype: For ``nf4`` and ``fp4``: in which dtype the product is computed; by default that of

@@ -30,6 +30,7 @@ LAYERS = (
     "lora_fx._config_rules",
     "lora_fx.config",
     "lora_fx._plan_text",
+    "lora_fx._quantized_weights",
     "lora_fx.quantized",
     "lora_fx.requantized",
     "lora_fx._quantized_pickle",
