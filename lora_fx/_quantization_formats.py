@@ -148,6 +148,11 @@ def storage(
             raise QuantizationError(
                 f"block_size={size}: bitsandbytes takes {', '.join(map(str, _BLOCKS))}"
             )
+        if compute_dtype is not None and compute_dtype not in _FLOATS:
+            raise QuantizationError(
+                f"compute_dtype={compute_dtype!r}: bitsandbytes computes in "
+                f"{', '.join(map(str, _FLOATS))}, as lora_fx.quantize(..., compute_dtype=torch.bfloat16)"
+            )
         made = Storage(format, size, double is not False, compute_dtype, block_size is not None)
     _imported(made)
     return made

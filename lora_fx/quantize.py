@@ -74,15 +74,16 @@ def quantize(
     Args:
         model: Any module. It is not touched; the result shares the weights that stay as they are.
         format: ``nf4`` or ``fp4`` (bitsandbytes: blocks of 64 values, 4 bits), ``int8`` (torchao: a scale for
-            each row) or ``int4`` (torchao: blocks of 32 values of a row; the values have 4 bits and take 8).
+            each row) or ``int4`` (torchao: blocks of 32 values of a row; the values have 4 bits and take 8,
+            and its tensors refuse fp64: ``.to(torch.float64)`` is an AssertionError of torchao).
         exclude: Operations to leave as they are, by the rules of ``exclude_modules``: a list of names or
             their ends, or a regular expression for whole names.
         block_size: Values of a row that share a scale; for ``nf4`` and ``fp4`` without it, 32 for rows
             that 64 does not divide.
         double: For ``nf4`` and ``fp4``: whether the scales are quantised, too, which saves 0.37 bits a value.
             By default they are, as in QLoRA and ``Linear4bit``; ``BitsAndBytesConfig`` has it off.
-        compute_dtype: For ``nf4`` and ``fp4``: in which dtype the product is computed; by default that of
-            its input.
+        compute_dtype: For ``nf4`` and ``fp4``: in which dtype the product is computed, fp16, bf16 or fp32; by
+            default that of its input.
         device: Where to store; by default where the weights lie, for those of files on the CPU.
         weights: A folder with ``model.safetensors``, or its shards and their index, or one such file. The
             model is on the meta device; everything is taken from the files, in the dtypes of the model.

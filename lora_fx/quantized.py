@@ -29,6 +29,9 @@ from lora_fx._quantized_weights import (
 
 __all__ = ["Quantization", "dense", "held", "quantization_of", "quantized_linear"]
 
+_OF_FOUR_BITS = (torch.float16, torch.bfloat16, torch.float32)
+"""What bitsandbytes' kernels compute in: in others they return other numbers, and no error."""
+
 
 def quantization_of(weight: object) -> Quantization | None:
     """How a weight is stored; None if it is not quantised, or in a way that is not known here."""
@@ -70,7 +73,7 @@ def quantized_linear(
         weight: A quantised [out, in].
         bias: [out].
         compute_dtype: In which the product is computed, for 4 bits (``bnb_4bit_compute_dtype`` of
-            bitsandbytes); x's by default.
+            bitsandbytes); x's by default. In fp64 it is a product with the values.
         threshold: Of LLM.int8() (arXiv:2208.07339): features of x with larger elements are multiplied in half
             precision.
         training: Whether the model trains, which LLM.int8() asks: on the CPU it then dequantises.
@@ -92,27 +95,47 @@ def quantized_linear(
         return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
     if name == "Params4bit":
         given = x if compute_dtype is None else x.to(compute_dtype)
+        if given.dtype not in _OF_FOUR_BITS:
+            return _opaque(given, weight, bias).to(x.dtype)
         return _four_bits(given, weight, bias).to(x.dtype)
     if name == "Int8Params":
         return _eight_bits(x, weight, bias, threshold, training)
+    return _opaque(x, weight, bias)
+
+
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Product(torch.autograd.Function):
-    """The product of a tensor subclass, opaque to autograd: some keep their dequantised values for it."""
+    """The product of a tensor subclass, or with values: opaque to autograd, which would keep the values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.with_bias = weight, bias is not None
-        # torchao's own function for nf4 computes this, too, and cannot be compiled as a whole.
-        nf4 = type(held(weight)).__name__ == "NF4Tensor"
-        return F.linear(x, dense(weight, x.dtype) if nf4 else weight, bias)
+        by_values = _by_values(held(weight), x.dtype)
+        out = F.linear(x, dense(weight, x.dtype) if by_values else weight, bias)
+        # Some kernels return a view, into which a branch could not be added in place: it was made
+        # without gradients.
+        found: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
+        return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         to_x = grad @ dense(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
         wanted = ctx.with_bias and ctx.needs_input_grad[2]
         return to_x, None, grad.flatten(0, -2).sum(0) if wanted else None
+
+
+def _by_values(stored: Any, dtype: torch.dtype) -> bool:
+    """Whether there is no kernel for a weight and an input of a dtype."""
+    name = type(stored).__name__
+    # torchao's own function for nf4 computes this, too, and cannot be compiled as a whole. Params4bit comes
+    # here with a dtype that its kernel lacks.
+    if name in ("NF4Tensor", "Params4bit"):
+        return True
+    # ``model.half()`` leaves its scales as they are, and its product wants one dtype.
+    return name == "IntxUnpackedToInt8Tensor" and stored.dtype != dtype
 
 
 def _four_bits(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:

@@ -498,6 +498,8 @@ def test_quantising_twice() -> None:
         ("nf4", {"block_size": 256}, "block_size=64 does, or 'int8'"),
         ("int8", {"double": True}, "'nf4' does"),
         ("int4", {"compute_dtype": torch.float16}, "'nf4' does"),
+        ("nf4", {"compute_dtype": torch.float64}, "computes in torch.float32, torch.float16"),
+        ("nf4", {"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16': .*torch.bfloat16"),
         ("nf4", {"device": "meta"}, "device='cpu' does"),
         ("nf4", {"device": "no"}, "device='cpu' can"),
         ("nf4", {"exclude": r".*"}, "nothing to quantise"),

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import lora_fx
-from lora_fx.quantized import dense, quantization_of
+from lora_fx.quantized import dense, quantization_of, quantized_linear
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|enable|disable|gradient)_checkpointing")
@@ -111,6 +111,66 @@ def test_half_precision_casts_what_is_not_quantised(scheme: str) -> None:
     assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if ".lora_" in n)
     found.float().square().mean().backward()
     assert all(p.grad is not None for p in lora_fx.trainable_parameters(model))
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "int4 torchao"])
+def test_double_precision_computes_the_same(scheme: str) -> None:
+    model = adapted(quantised(llama(1), scheme))
+    expected = step(model, input_ids=IDS, labels=IDS)
+    found = step(model.to(torch.float64), input_ids=IDS, labels=IDS)
+    assert {g.dtype for n, g in found.items() if n != "loss"} == {torch.float64}
+    assert_same({n: g.float() for n, g in found.items()}, expected)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4 torchao"])
+def test_double_precision_keeps_no_values(scheme: str) -> None:
+    base = quantised(Loss(), scheme)
+    model = adapted(base, target_modules=["fc", "out"]).to(torch.float64)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(tuple(t.shape)) or t if t.is_floating_point() else t, lambda t: t
+    ):
+        model(torch.randn(3, 64).double())
+    assert kept
+    assert not {(64, 128), (128, 64)} & set(kept)
+
+
+def test_bitsandbytes_computes_in_double_precision_if_told_so() -> None:
+    weight = quantised(nn.ModuleList([nn.Linear(64, 32)]), "nf4").get_parameter("0.weight")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).double()
+    exact = x @ dense(weight, torch.float64).T
+    for given in (x, x.float()):
+        found = quantized_linear(given, weight, compute_dtype=torch.float64)
+        assert found.dtype == given.dtype
+        torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_half_is_the_same_as_a_cast(scheme: str) -> None:
+    model = adapted(quantised(llama(1), scheme))
+    expected = step(model, input_ids=IDS, labels=IDS)
+    found = step(model.half(), input_ids=IDS, labels=IDS)
+    for name, value in expected.items():
+        assert float((found[name] - value).norm() / value.norm()) < 0.02, name
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_adapters_of_samples_have_gradients(scheme: str, optimize: bool) -> None:
+    config = lora_fx.LoraConfig(r=4, init_lora_weights=False)
+    model: Any = lora_fx.rewrite(quantised(llama(1), scheme), config, optimize=optimize).train()
+    lora_fx.add_adapter(model, config, "b")
+    expected = {}
+    for row, name in enumerate(("b", "default")):
+        lora_fx.set_adapter(model, name)
+        expected[row] = model(IDS[row : row + 1]).logits
+    lora_fx.set_adapter(model, ["default", "b"])
+    with lora_fx.adapter_ids(model, ["b", "default"]):
+        found = model(IDS).logits
+    found.square().mean().backward()
+    for row, value in expected.items():
+        torch.testing.assert_close(found[row : row + 1], value, atol=1e-5, rtol=1e-4)
+    assert all(p.grad.abs().max() > 0 for p in lora_fx.trainable_parameters(model))
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8 bitsandbytes", "int8 torchao", "int4 torchao"])
