@@ -191,8 +191,9 @@ def merge(
             quantised base it is a dense model, and what the adapters change is added to its weights, not to
             the quantised ones' values.
         dtype: Of all parameters and buffers of the result, each rounded once. By default each weight keeps
-            its own, and one that was quantised has that of its values (for bitsandbytes' 8 bits, which
-            do not say, that of most of the model).
+            its own. Where a quantised base becomes dense, all parameters get the widest dtype that one
+            which is not quantised has (that of the quantised values, if there is none): the model computes
+            in it, and the merged one runs where ``model`` did.
         requantize: Whether merged weights that were quantised are quantised again, in the same format and
             layers. By default the result is dense as a whole, also where no adapter was.
         example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantising

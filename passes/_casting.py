@@ -12,13 +12,13 @@ from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._sharing import storage_of
 from lora_fx.quantized import quantization_of
 
-__all__ = ["KEPT_IN_FP32", "cast_model", "check_dtype"]
+__all__ = ["DTYPES", "KEPT_IN_FP32", "cast_model", "check_dtype"]
 
 # transformers computes rotary angles in fp32 whatever the model's dtype: it keeps these out of
 # half precision when it loads a model, since position * frequency has no digits to spare.
 KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_dtype(dtype: object) -> None:
@@ -27,8 +27,8 @@ def check_dtype(dtype: object) -> None:
     Raises:
         MergeError: If it is something else.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        known = ", ".join(map(str, _DTYPES))
+    if dtype is not None and dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
         raise MergeError(f"dtype is {dtype!r}; it is one of {known}")
 
 
@@ -36,6 +36,8 @@ def cast_model(
     model: nn.Module,
     dtype: torch.dtype,
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    *,
+    buffers: bool = True,
 ) -> None:
     """Casts parameters and buffers, as ``nn.Module.to`` does; parameters are new, and tied ones stay tied.
 
@@ -45,6 +47,7 @@ def cast_model(
         model: A model that nobody else has, over weights that others may see.
         dtype: What to cast to.
         keep: Given each new weight, returns one of the same values to use in its place.
+        buffers: Whether buffers are cast, too.
 
     Raises:
         MergeError: If a number overflows.
@@ -61,7 +64,7 @@ def cast_model(
                 value = keep(_cast(old.detach(), dtype, f"{fqn}.{leaf}"))
                 made[key] = nn.Parameter(value, requires_grad=old.requires_grad)
             module._parameters[leaf] = made[key]
-        for leaf, buffer in module._buffers.items():
+        for leaf, buffer in module._buffers.items() if buffers else ():
             if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
                 module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
 

@@ -8,6 +8,7 @@ layout in which the model's own code reads it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.passes._lazy import elements
+from lora_fx.passes._casting import DTYPES
 from lora_fx.passes._quantized_state import loads_quantised
 from lora_fx.passes._region import kept_graph
 from lora_fx.passes._strip import drop_graph
@@ -24,7 +25,7 @@ from lora_fx.quantized import Quantization, dense, quantization_of
 from lora_fx.types import Layout, Site
 
 __all__ = [
-    "Storage",
+    "dtype_of_all",
     "layouts_of",
     "make_dense",
     "make_plain",
@@ -68,25 +69,22 @@ _OF_MODELS = (
 )
 
 
-class Storage:
-    """What the weights of a merged model are stored in.
+def dtype_of_all(model: nn.Module) -> torch.dtype | None:
+    """In which dtype a dense model runs wherever one over quantised weights did; None if none is quantised.
 
-    Args:
-        model: The model that is merged into; it is asked before anything in it is replaced.
-        dtype: Of everything; None leaves each weight what it is, or what its quantised values are.
+    The weights that are not quantised say what it computes in, whatever the quantised ones stand for: the
+    widest of them, and among several dtypes one that holds all. Without any, the values of the quantised
+    ones say it.
     """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype
-        self._rest = _rest_of(model)
-
-    def of(self, found: Quantization) -> torch.dtype:
-        """The dtype of a weight that was quantised."""
-        if self.dtype is not None:
-            return self.dtype
-        # LLM.int8() does not know what its weight was made of: what its layer is used with does.
-        eight = found.library == "bitsandbytes" and found.bits == 8
-        return self._rest or found.dtype if eight else found.dtype
+    stored = quantized_weights(model)
+    if not stored:
+        return None
+    plain = {
+        parameter.dtype
+        for parameter in model.parameters()
+        if quantization_of(parameter) is None and parameter.dtype in DTYPES
+    }
+    return functools.reduce(torch.promote_types, plain or {one.dtype for one in stored.values()})
 
 
 def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
@@ -120,7 +118,7 @@ def values_of(model: nn.Module, name: str, layouts: Mapping[str, Layout]) -> tor
 
 def make_dense(
     model: nn.Module,
-    storage: Storage,
+    dtype: torch.dtype,
     layouts: Mapping[str, Layout],
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> None:
@@ -128,7 +126,7 @@ def make_dense(
 
     Args:
         model: A model that nobody else has; the weights of adapted sites are dense in it already.
-        storage: What the new weights are stored in.
+        dtype: Of the new weights.
         layouts: :func:`layouts_of`.
         keep: Given each new weight, returns one of the same values to use in its place.
     """
@@ -144,7 +142,7 @@ def make_dense(
                 left.append(name)
                 continue
             if id(weight) not in made:
-                values = values_of(model, name, layouts).to(storage.of(found)).contiguous()
+                values = values_of(model, name, layouts).to(dtype).contiguous()
                 made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
             module._parameters[leaf] = made[id(weight)]
         make_plain(module)
@@ -157,13 +155,6 @@ def make_dense(
         )
     else:
         _forget(model)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(dtypes) > 1 and storage.dtype is None:
-        _log.warning(
-            "the merged model has weights of %s: what was quantised has the dtype of its values. Layers of "
-            "torch want one dtype: merge(..., dtype=...) gives it to all",
-            " and ".join(sorted(map(str, dtypes))),
-        )
 
 
 def _is_of_library(hook: Any) -> bool:
@@ -207,15 +198,6 @@ def _is_known(
 ) -> bool:
     """Whether the code that reads a weight can read a dense one in its place."""
     return found.library == "torchao" or name in layouts or _plain_class(module) is not None
-
-
-def _rest_of(model: nn.Module) -> torch.dtype | None:
-    """In which dtype most of a model is, but for what is quantised; None if nothing else is in it."""
-    sizes: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        if quantization_of(parameter) is None and parameter.is_floating_point():
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + elements(parameter)
-    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def make_savable(model: nn.Module) -> None:

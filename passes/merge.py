@@ -22,7 +22,7 @@ from lora_fx.errors import MergeError
 from lora_fx.passes._casting import cast_model, check_dtype
 from lora_fx.passes._change import merged_biases
 from lora_fx.passes._dense import (
-    Storage,
+    dtype_of_all,
     layouts_of,
     make_dense,
     make_savable,
@@ -78,7 +78,8 @@ def merge(
             weights are written over slice by slice; one that shares its memory, as the model that was
             rewritten does, gets a new parameter. Over a quantised base it is a dense model, and the change
             is added to its weights.
-        dtype: Of everything in the result; by default each weight's own, or that of its quantised values.
+        dtype: Of everything in the result; by default each weight's own. Over a quantised base that becomes
+            dense all parameters have :func:`dtype_of_all`.
         requantize: Whether merged weights that were quantised are stored in the same format again; by
             default everything that is quantised becomes dense.
         measure: Whether to compare every merged element with fp64.
@@ -101,6 +102,11 @@ def merge(
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
+    if requantize and not quantized_weights(result):
+        raise MergeError(
+            "requantize=True stores merged weights in the format that they had, and the base is not "
+            "quantised: leave it out, and quantise the merged model (lora_fx.quantize)"
+        )
     tokens = token_weights(model, record, names)
     rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
     tied: dict[str, str] = {}
@@ -113,16 +119,17 @@ def merge(
             _check_finite(model, row, name)
     own = dict(trained(model, record, names))
     every = [pair for several in rows.values() for pair in several]
-    biases = merged_biases(model, result, every, own, dtype)
+    common = dtype or (None if requantize else dtype_of_all(result))
+    biases = merged_biases(model, result, every, own, common)
     changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
     over = frozenset() if into is None else _written_over(into, own)
-    storage, stored = Storage(result, dtype), quantized_weights(result)
+    stored = quantized_weights(result)
     layouts = layouts_of(record.base.matches.sites)
     again = {name: result.get_parameter(name) for name in stored if requantize}
-    dtypes = {name: storage.of(found) for name, found in stored.items()}
-    if dtype is not None:
-        dtypes |= dict.fromkeys(changes, dtype)
+    dtypes = {name: found.dtype for name, found in stored.items()}
+    if common is not None:
+        dtypes |= dict.fromkeys(changes, common)
     # The last that can fail, before its first write: `into` is changed as a whole or not at all.
     merged, sites = fold_all(
         changes,
@@ -146,10 +153,10 @@ def merge(
     untie_config(result)
     if stored:
         make_savable(result)
-    if stored and not requantize:
-        make_dense(result, storage, layouts, keep)
-    if dtype is not None:
-        cast_model(result, dtype, keep)
+    if common is not None:
+        if stored:
+            make_dense(result, common, layouts, keep)
+        cast_model(result, common, keep, buffers=dtype is not None)
     return result, MergeReport(sites, untied)
 
 

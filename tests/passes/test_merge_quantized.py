@@ -167,22 +167,53 @@ def test_requantised_weights_keep_their_format(scheme: str) -> None:
     assert f"2 weight(s) merged, 2 quantised again, largest error {worst}" in str(report)
 
 
-def test_a_merge_of_several_dtypes_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("scheme", LIBRARIES)
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        ("kbit", torch.float32),
+        ("norms", torch.float32),
+        ("cast", torch.bfloat16),
+        ("halves", torch.float32),
+    ],
+)
+def test_a_dense_merge_runs_where_the_adapted_model_did(
+    scheme: str, how: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
-    llama(1).save_pretrained(tmp_path)
-    how = BitsAndBytesConfig(load_in_4bit=True)
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=how, dtype=torch.bfloat16
-    )
-    base.model.norm.float()
-    model = adapted("", base)
-    lora_fx.merge(model)
-    assert "weights of torch.bfloat16 and torch.float32" in caplog.text
-    caplog.clear()
-    merged = lora_fx.merge(model, dtype=torch.bfloat16)
-    assert not caplog.text
-    assert merged(IDS).logits.dtype == torch.bfloat16
+    base: Any = quantised(llama(1) if how == "cast" else llama(1).bfloat16(), scheme).train()
+    if how == "kbit":
+        base = lora_fx.prepare_for_kbit_training(base)
+    elif how == "norms":
+        base.model.norm.float()
+        base.lm_head.float()
+    elif how == "halves":
+        base.model.layers[0].input_layernorm.half()
+        base.lm_head.float()
+        base.model.norm.float()
+    model: Any = adapted("", base)
+    if how == "cast":
+        model.to(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(IDS).logits.float()
+    # A preparation leaves what is beside torchao's tensors in half precision.
+    wanted = torch.bfloat16 if how == "kbit" and "torchao" in scheme else dtype
+    merged = lora_fx.merge(model)
+    assert {p.dtype for p in merged.parameters()} == {wanted}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits.float(), expected, atol=0.03, rtol=0)
+    assert not [r for r in caplog.records if r.name.startswith("lora_fx")]
+    assert merged.model.rotary_emb.inv_freq.dtype == model.model.rotary_emb.inv_freq.dtype
+
+
+def test_a_base_of_quantised_weights_alone_has_the_dtype_of_their_values() -> None:
+    base = quantised(nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16(), "int4 torchao")
+    merged = lora_fx.merge(adapted("", base, target_modules=["0"]))
+    assert merged.get_parameter("0.weight").dtype == torch.bfloat16
+
+
+def test_there_is_no_format_to_quantise_a_dense_base_in_again() -> None:
+    with pytest.raises(lora_fx.MergeError, match=r"base is not quantised.*lora_fx\.quantize"):
+        lora_fx.merge(adapted("", llama(1)), requantize=True)
 
 
 def test_requantised_double_scales_load_and_run(tmp_path: Path) -> None:

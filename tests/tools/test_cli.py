@@ -270,6 +270,8 @@ def test_merge_casts_and_quantises_again(here: Path) -> None:
         "merge", "hf:nf4", "nf4-adapter", "other", "--requantize", "--dtype", "bf16"
     )
     assert "fp32, fp16, bf16" in refused("merge", "hf:nf4", "nf4-adapter", "o", "--dtype", "int8")
+    dense = ("merge", "hf:dense", "nf4-adapter", "other", "--requantize")
+    assert "base is not quantised" in " ".join(refused(*dense).split())
 
 
 def test_merge_writes_a_folder_of_transformers(here: Path) -> None:
