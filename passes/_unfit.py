@@ -36,12 +36,32 @@ def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
         foreign = original_class(module).__module__.startswith(_QUANTISED)
         if foreign and not known and _holds_weights(module):
             cls = original_class(module)
-            reason = f"it is quantised ({cls.__module__}.{cls.__qualname__}): {_REMEDY}"
+            named = f"{cls.__module__}.{cls.__qualname__}"
+            reason = _unfinished(module, named) or f"it is quantised ({named}): {_REMEDY}"
             yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
             continue
         for name, reason in (*_tensors(module), *_parametrised(module), *_hooked(module)):
             weight = join(fqn, name)
             yield weight, Rejection(site_name(weight), reason, fqn)
+
+
+def _unfinished(module: nn.Module, named: str) -> str | None:
+    """What a linear layer of bitsandbytes lacks whose weight is not in few bits, though it has the class."""
+    weight: Any = module._parameters.get("weight")
+    if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
+        return None
+    # Packed numbers may lie in a parameter of any dtype.
+    if getattr(weight, "bnb_quantized", False):
+        return None
+    if getattr(weight, "has_fp16_weights", False):
+        return (
+            f"its weight is not quantised ({named} with has_fp16_weights=True): make the layer with "
+            "has_fp16_weights=False and move it to a device, or use nn.Linear"
+        )
+    return (
+        f"it is not quantised yet ({named}): move the model to a device first, which quantises it "
+        '(model.to("cpu"))'
+    )
 
 
 def _holds_weights(module: nn.Module) -> bool:

@@ -269,3 +269,32 @@ def test_a_mask_of_integers_is_no_weight() -> None:
     model = Around(linear())
     model.register_buffer("position_ids", torch.arange(6).view(2, 3))
     assert not lora_fx.plan(model, LoraConfig()).rejections
+
+
+def of_bitsandbytes(kind: str) -> nn.Linear:
+    bnb = pytest.importorskip("bitsandbytes")
+    if kind == "4 bits":
+        layer: nn.Linear = bnb.nn.Linear4bit(64, 64)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=kind == "16 bits")
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
+def test_bitsandbytes_quantises_as_a_layer_is_moved(kind: str) -> None:
+    model = nn.Sequential(of_bitsandbytes(kind), nn.Linear(64, 64), nn.Linear(64, 2))
+    (found,) = lora_fx.plan(model, LoraConfig(r=2)).rejections
+    assert found.name == "0"
+    assert "it is not quantised yet (bitsandbytes.nn.modules.Linear" in found.reason
+    assert 'model.to("cpu")' in found.reason
+    plan = lora_fx.plan(model.to("cpu"), LoraConfig(r=2))
+    assert [row.name for row in plan] == ["0", "1"]
+    assert not plan.rejections
+
+
+def test_bitsandbytes_can_hold_weights_of_16_bits() -> None:
+    for moved in (False, True):
+        layer = of_bitsandbytes("16 bits")
+        model = nn.Sequential(layer.to("cpu") if moved else layer, nn.Linear(64, 2))
+        with pytest.raises(NoMatchError, match="make the layer with has_fp16_weights=False"):
+            lora_fx.plan(model, LoraConfig(target_modules=["0"]))
