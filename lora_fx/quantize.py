@@ -95,9 +95,9 @@ def quantize(
         operations are nodes of a graph (:func:`lora_fx.graphs`).
 
     Raises:
-        QuantizationError: If the model is quantised or rewritten already, there is nothing to quantise, a
-            weight does not fit the format, has no values or infinite ones, or the format does not run
-            on the device or its library is missing. Each names what does work.
+        QuantizationError: If an argument means nothing, the model is quantised or rewritten already, there is
+            nothing to quantise, a weight does not fit the format, has no values or infinite ones, or the format
+            does not run on the device or its library is missing. Each names what does work.
         CheckpointError: If the files are damaged, or belong to another model.
         CaptureError: If the model cannot be captured.
     """
@@ -160,9 +160,15 @@ def _usable(device: torch.device | str | int) -> torch.device:
         target = torch.device(device)
         # With the number that the tensors on it will name.
         found = torch.empty(0, device=target).device
-    except (RuntimeError, AssertionError) as error:
+    except TypeError as error:
         raise QuantizationError(
-            f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}): device='cpu' can"
+            f"device={device!r}: it is a torch.device or the name of one, as 'cpu' or 'cuda:0'"
+        ) from error
+    except (RuntimeError, AssertionError) as error:
+        # A backend that is not built in goes on for a page.
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise QuantizationError(
+            f"device={str(device)!r} cannot be used ({reason}): device='cpu' can"
         ) from error
     if found.type == "meta":
         raise QuantizationError("device='meta' holds no values: device='cpu' does")

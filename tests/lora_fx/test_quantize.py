@@ -472,8 +472,10 @@ def test_exclude_goes_by_the_rules_of_exclude_modules(exclude: Any) -> None:
 
 def test_an_entry_of_exclude_that_names_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lora_fx"):
-        lora_fx.plan_quantization(llama(), "nf4", exclude=["up_prj"])
+        lora_fx.plan_quantization(llama(), "nf4", exclude=["up_prj", "nope"])
     assert "'up_prj'; nearest: 'up_proj'" in caplog.text
+    assert "'nope'; operations end in: " in caplog.text
+    assert "'q_proj', " in caplog.text.partition("operations end in")[2]
 
 
 # --- what is refused ----------------------------------------------------------------------------------
@@ -500,6 +502,16 @@ def test_quantising_twice() -> None:
         ("int4", {"compute_dtype": torch.float16}, "'nf4' does"),
         ("nf4", {"device": "meta"}, "device='cpu' does"),
         ("nf4", {"device": "no"}, "device='cpu' can"),
+        ("nf4", {"device": 3.5}, "the name of one, as 'cpu'"),
+        ("nf4", {"block_size": 64.0}, "block_size=64.0: it is a whole number"),
+        ("int4", {"block_size": "64"}, "block_size='64': it is a whole number"),
+        ("int4", {"block_size": True}, "block_size=True: it is a whole number"),
+        ("nf4", {"block_size": 0}, "block_size=0: bitsandbytes takes 32, 64"),
+        ("int4", {"block_size": 0}, "power of two"),
+        ("nf4", {"double": "x"}, "double='x': it is True or False"),
+        ("nf4", {"exclude": 3}, "^exclude: found 3; give a list"),
+        ("nf4", {"exclude": [3]}, "^exclude: found 3; every entry"),
+        ("nf4", {"exclude": "("}, r"^exclude: found '\('; it is not a regular expression"),
         ("nf4", {"exclude": r".*"}, "nothing to quantise"),
     ],
 )
@@ -508,6 +520,15 @@ def test_what_means_nothing_names_what_does(
 ) -> None:
     with pytest.raises(QuantizationError, match=words):
         lora_fx.quantize(llama(1), format_name, **options)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is MPS")
+def test_a_backend_that_is_not_there_is_said_in_a_line() -> None:
+    with pytest.raises(
+        QuantizationError, match=r"device='mps' cannot be used .*device='cpu' can"
+    ) as found:
+        lora_fx.quantize(llama(1), "int8", device="mps")
+    assert len(str(found.value)) < 250
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
