@@ -128,7 +128,7 @@ def storage(
         QuantizationError: If the format is none, an argument means nothing for it, or its library is
             missing.
     """
-    if not isinstance(format, str) or format not in FORMATS:
+    if format not in list(FORMATS):  # a list: what cannot be hashed is no format either
         raise QuantizationError(f"there is no format {format!r}: use {', '.join(FORMATS)}")
     _check_arguments(block_size, double)
     if FORMATS[format] == "torchao":

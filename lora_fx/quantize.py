@@ -96,8 +96,8 @@ def quantize(
 
     Raises:
         QuantizationError: If an argument means nothing, the model is quantised or rewritten already, there is
-            nothing to quantise, a weight does not fit the format, has no values or infinite ones, or the format
-            does not run on the device or its library is missing. Each names what does work.
+            nothing to quantise, a weight does not fit the format, has no values or infinite ones, or the
+            format does not run on the device or its library is missing. Each names what does work.
         CheckpointError: If the files are damaged, or belong to another model.
         CaptureError: If the model cannot be captured.
     """

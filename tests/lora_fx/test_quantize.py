@@ -353,6 +353,30 @@ def test_a_state_dict_in_another_format_is_refused() -> None:
         lora_fx.quantize(llama(1), "nf4").load_state_dict(llama(1).state_dict())
 
 
+@pytest.mark.parametrize("make", [lambda: llama(1), gpt2])
+@pytest.mark.parametrize(("format_name", "other"), [("int8", "int4"), ("int4", "int8")])
+def test_torchaos_tensors_refuse_what_they_cannot_copy(
+    make: Callable[[], nn.Module], format_name: str, other: str, tmp_path: Any
+) -> None:
+    model, twin = (lora_fx.quantize(make(), format_name) for _ in range(2))
+    expected = ids_of(model)
+    for state, words in (
+        (make().state_dict(), f"is stored as {format_name} .* here and has its values there"),
+        (lora_fx.quantize(make(), other).state_dict(), rf"as {other} \(torchao.*lora_fx.quantize"),
+    ):
+        with pytest.raises(RuntimeError, match=words) as found:
+            model.load_state_dict(state)
+        assert "Missing" not in str(found.value)
+        assert "copying" not in str(found.value)
+        assert torch.equal(ids_of(model), expected)
+    torch.save(twin.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    model.load_state_dict(state)
+    assert torch.equal(ids_of(model), expected)
+    merged = lora_fx.merge(lora_fx.rewrite(model, CONFIG))
+    merged.load_state_dict(make().state_dict())
+
+
 @pytest.mark.parametrize("format_name", ["nf4", "int8", "int4"])
 def test_peft_takes_it_and_both_read_one_adapter(format_name: str, tmp_path: Any) -> None:
     base = lora_fx.quantize(llama().eval(), format_name)
@@ -493,6 +517,7 @@ def test_quantising_twice() -> None:
     ("format_name", "options", "words"),
     [
         ("nf5", {}, "use nf4, fp4, int8, int4"),
+        (["nf4"], {}, "use nf4, fp4, int8, int4"),
         ("nf4", {"block_size": 48}, "bitsandbytes takes 32, 64"),
         ("int4", {"block_size": 48}, "power of two"),
         ("int4", {"block_size": 256}, "block_size=64 does, or 'int8'"),
@@ -516,7 +541,7 @@ def test_quantising_twice() -> None:
     ],
 )
 def test_what_means_nothing_names_what_does(
-    format_name: str, options: dict[str, Any], words: str
+    format_name: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(QuantizationError, match=words):
         lora_fx.quantize(llama(1), format_name, **options)
