@@ -90,9 +90,14 @@ def quantize(
 
     Returns:
         A module of the model's own class, all of it frozen, for :func:`lora_fx.rewrite`. Layers that are
-        ``nn.Linear`` are ``Linear4bit`` of bitsandbytes, or hold torchao's tensor; PEFT takes them for what
-        they are, and what ``save_pretrained`` writes of a model of transformers in 4 bits, it loads. Other
-        operations are nodes of a graph (:func:`lora_fx.graphs`).
+        ``nn.Linear`` are ``Linear4bit`` of bitsandbytes, or hold torchao's tensor, and PEFT takes them for
+        what they are. Other operations (Conv1D of GPT-2, ``F.linear`` with a parameter) are nodes of a graph
+        (:func:`lora_fx.graphs`), which lora_fx alone reads: PEFT cannot adapt them.
+
+        ``torch.save(result.state_dict())`` keeps any of them, for a model that is quantised likewise.
+        ``from_pretrained`` of transformers loads what ``save_pretrained`` writes of ``nf4`` and ``fp4`` if
+        all that is quantised are layers; otherwise a line in the log says so. On ``int8`` and ``int4``
+        ``save_pretrained`` fails: it cannot write torchao's tensors.
 
     Raises:
         QuantizationError: If an argument means nothing, the model is quantised or rewritten already, there is

@@ -403,6 +403,20 @@ def test_transformers_loads_what_it_writes_of_it(double: bool, tmp_path: Any) ->
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_what_transformers_cannot_load_is_said(
+    caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    with caplog.at_level(logging.WARNING, "lora_fx"):
+        lora_fx.quantize(llama(1), "nf4")
+        assert "from_pretrained" not in caplog.text
+        base = lora_fx.quantize(gpt2(), "nf4")
+    assert "from_pretrained cannot load what save_pretrained writes of this GPT2LM" in caplog.text
+    assert not hasattr(base.config, "quantization_config")
+    base.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_on_a_gpu(format_name: str) -> None:
