@@ -255,7 +255,7 @@ GOALS = (
     Goal("O, NF4 base, p = 0", "1.10", _AS_PEFT, _NF4, _NF4, quantized_goals.time(0)),
     Goal("O, NF4 base, p = 0.05", "1.28", _AS_PEFT, _NF4, _NF4, quantized_goals.time(0.05)),
     Goal("saved, NF4 base", "14.0 and 49.8 MiB", _NO_WEIGHTS, _NF4, _NF4, quantized_goals.saved),
-    Goal("accuracy, NF4 base", "", _NEAR_FP32, _LEARNT, _LEARNT, quantized_goals.quality),
+    Goal("accuracy, NF4 base", "72.3 %", _NEAR_FP32, _LEARNT, _LEARNT, quantized_goals.quality),
     Goal("rewrite, Llama-7B, all-linear", "0.39 s", "≤ 0.25 s", _SCALE, _SCALE, _rewrite),
     Goal("rewrite, 7B to 70B", "", _LINEAR, _SCALE, _SCALE, _linear_growth),
     Goal("merge, 105M weights, fp32", "0.58 s", "≤ half of PEFT's", _MERGE, _MERGE, _merge(_CPU)),
