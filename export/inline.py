@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lora_fx import dora
 from lora_fx.ops import AdapterFactors
-from lora_fx.passes._fx import target_of
+from lora_fx.passes._fx import erase_dead, target_of
 from lora_fx.passes._region import copy_graph, graphs_of, install
 from lora_fx.record import record_of
 from lora_fx.types import Region
@@ -80,7 +80,7 @@ def _with_constants(graph: fx.Graph) -> fx.Graph:
     for node in _gains(graph):
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.get_attr(_target(node)))
-    graph.eliminate_dead_code()
+    erase_dead(graph)
     graph.lint()
     return graph
 

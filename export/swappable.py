@@ -17,7 +17,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import ExportError, NoMatchError
 from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._factors import drop_factors
-from lora_fx.passes._fx import target_of
+from lora_fx.passes._fx import erase_dead, target_of
 from lora_fx.passes._region import copy_graph, install
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes._strip import stripped
@@ -163,14 +163,9 @@ def _with_given_gains(region: Region) -> fx.Graph | None:
         given = node.args[0]
         assert isinstance(given, fx.Node)
         node.replace_all_uses_with(given)
-    graph.eliminate_dead_code(_stays)
+    erase_dead(graph)
     graph.lint()
     return graph
-
-
-def _stays(node: fx.Node) -> bool:
-    # fx asks the module of a call what it does, and a graph by itself has none: such a call stays.
-    return node.op == "call_module" or node.is_impure()
 
 
 def _calls(graph: fx.Graph, targets: Iterable[object]) -> list[fx.Node]:

@@ -128,8 +128,9 @@ def storage(
         QuantizationError: If the format is none, an argument means nothing for it, or its library is
             missing.
     """
-    if format not in FORMATS:
+    if format not in list(FORMATS):  # a list: what cannot be hashed is no format either
         raise QuantizationError(f"there is no format {format!r}: use {', '.join(FORMATS)}")
+    _check_arguments(block_size, double)
     if FORMATS[format] == "torchao":
         given: dict[str, object] = {"double": double, "compute_dtype": compute_dtype}
         if format == "int8":
@@ -138,12 +139,12 @@ def storage(
             if value is not None:
                 fits = "'nf4', 'fp4' and 'int4' take it" if name == "block_size" else "'nf4' does"
                 raise QuantizationError(f"{name}={value} means nothing for {format!r}: {fits}")
-        size = None if format == "int8" else block_size or 32
+        size = None if format == "int8" else 32 if block_size is None else block_size
         if size is not None and (size < 2 or size & (size - 1)):
             raise QuantizationError(f"block_size={size}: it has to be a power of two, as 32 or 128")
         made = Storage(format, size, chosen=block_size is not None)
     else:
-        size = block_size or 64
+        size = 64 if block_size is None else block_size
         if size not in _BLOCKS:
             raise QuantizationError(
                 f"block_size={size}: bitsandbytes takes {', '.join(map(str, _BLOCKS))}"
@@ -156,6 +157,18 @@ def storage(
         made = Storage(format, size, double is not False, compute_dtype, block_size is not None)
     _imported(made)
     return made
+
+
+def _check_arguments(block_size: object, double: object) -> None:
+    # bool is a subclass of int, and True no number of values.
+    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int)):
+        raise QuantizationError(
+            f"block_size={block_size!r}: it is a whole number of values that share a scale, as 32 or 64"
+        )
+    if double is not None and not isinstance(double, bool):
+        raise QuantizationError(
+            f"double={double!r}: it is True or False, or None for what the format has by default"
+        )
 
 
 def check_device(how: Storage, device: torch.device) -> None:

@@ -35,13 +35,16 @@ class WeightFiles:
         """
         self.path = path
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         for file, names in _listed(path).items():
             try:
                 with safetensors.safe_open(file, "pt") as opened:
                     found = opened.keys()
                     for name in names or found:
-                        self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        head = opened.get_slice(name)
+                        self._shapes[name] = tuple(head.get_shape())
+                        self._dtypes[name] = str(head.get_dtype())
                         self._files[name] = file
             except (safetensors.SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(
@@ -59,7 +62,8 @@ class WeightFiles:
             to stay.
 
         Raises:
-            CheckpointError: If a tensor is missing, has another shape, or belongs to nothing.
+            CheckpointError: If a tensor is missing, has another shape, or belongs to nothing, or a weight
+                is of whole numbers.
         """
         wanted = dict(_persistent(model))
         names: dict[int, list[str]] = {}
@@ -76,6 +80,13 @@ class WeightFiles:
             f"{name} is {self._shapes[found]} there and {tuple(wanted[name].shape)} in the model"
             for name, found in stored.items()
             if found is not None and self._shapes[found] != tuple(wanted[name].shape)
+        ]
+        other += [
+            f"{name} is of whole numbers there, {self._dtypes[found]}, and {wanted[name].dtype} in the model"
+            for name, found in stored.items()
+            if found is not None and wanted[name].is_floating_point()
+            # Their names for integers of all widths and for truth values.
+            if self._dtypes[found].startswith(("I", "U", "BOOL"))
         ]
         if missing or unexpected or other:
             words = [

@@ -91,14 +91,19 @@ def quantize(
 
     Returns:
         A module of the model's own class, all of it frozen, for :func:`lora_fx.rewrite`. Layers that are
-        ``nn.Linear`` are ``Linear4bit`` of bitsandbytes, or hold torchao's tensor; PEFT takes them for what
-        they are, and what ``save_pretrained`` writes of a model of transformers in 4 bits, it loads. Other
-        operations are nodes of a graph (:func:`lora_fx.graphs`).
+        ``nn.Linear`` are ``Linear4bit`` of bitsandbytes, or hold torchao's tensor, and PEFT takes them for
+        what they are. Other operations (Conv1D of GPT-2, ``F.linear`` with a parameter) are nodes of a graph
+        (:func:`lora_fx.graphs`), which lora_fx alone reads: PEFT cannot adapt them.
+
+        ``torch.save(result.state_dict())`` keeps any of them, for a model that is quantised likewise.
+        ``from_pretrained`` of transformers loads what ``save_pretrained`` writes of ``nf4`` and ``fp4`` if
+        all that is quantised are layers; otherwise a line in the log says so. On ``int8`` and ``int4``
+        ``save_pretrained`` fails: it cannot write torchao's tensors.
 
     Raises:
-        QuantizationError: If the model is quantised or rewritten already, there is nothing to quantise, a
-            weight does not fit the format, has no values or infinite ones, or the format does not run
-            on the device or its library is missing. Each names what does work.
+        QuantizationError: If an argument means nothing, the model is quantised or rewritten already, there is
+            nothing to quantise, a weight does not fit the format, has no values or infinite ones, or the
+            format does not run on the device or its library is missing. Each names what does work.
         CheckpointError: If the files are damaged, or belong to another model.
         CaptureError: If the model cannot be captured.
     """
@@ -161,9 +166,15 @@ def _usable(device: torch.device | str | int) -> torch.device:
         target = torch.device(device)
         # With the number that the tensors on it will name.
         found = torch.empty(0, device=target).device
-    except (RuntimeError, AssertionError) as error:
+    except TypeError as error:
         raise QuantizationError(
-            f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}): device='cpu' can"
+            f"device={device!r}: it is a torch.device or the name of one, as 'cpu' or 'cuda:0'"
+        ) from error
+    except (RuntimeError, AssertionError) as error:
+        # A backend that is not built in goes on for a page.
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise QuantizationError(
+            f"device={str(device)!r} cannot be used ({reason}): device='cpu' can"
         ) from error
     if found.type == "meta":
         raise QuantizationError("device='meta' holds no values: device='cpu' does")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["arguments", "erase_unread", "target_of"]
+__all__ = ["arguments", "erase_dead", "erase_unread", "target_of"]
 
 
 def target_of(node: fx.Node) -> Any:
@@ -55,3 +55,17 @@ def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
         if not above:
             break
         operand = above[0]
+
+
+def erase_dead(graph: fx.Graph) -> None:
+    """Takes out what nobody reads of a graph that may call modules.
+
+    Args:
+        graph: It is edited. Calls of modules stay.
+    """
+    graph.eliminate_dead_code(_stays)
+
+
+def _stays(node: fx.Node) -> bool:
+    # fx asks the module of a call what it does, and a graph by itself has none: such a call stays.
+    return node.op == "call_module" or node.is_impure()

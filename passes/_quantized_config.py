@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +15,15 @@ from lora_fx.quantized import quantization_of
 
 __all__ = ["say_quantised"]
 
+_log = logging.getLogger("lora_fx")
+
 
 def say_quantised(model: nn.Module, rows: Sequence[PlannedWeight], how: Storage) -> None:
     """Sets what others ask before they take a model for one of bitsandbytes'; nothing for other libraries.
 
     A model of transformers whose weights are all in layers gets a configuration with which
-    ``from_pretrained`` loads what ``save_pretrained`` writes of it.
+    ``from_pretrained`` loads what ``save_pretrained`` writes of it. Of any other a line in the log says that
+    it does not.
 
     Args:
         model: A quantised model that nobody else has, its configuration neither.
@@ -33,7 +37,18 @@ def say_quantised(model: nn.Module, rows: Sequence[PlannedWeight], how: Storage)
     if library is None or not isinstance(model, library.PreTrainedModel):
         return
     layers = sys.modules["bitsandbytes"].nn.Linear4bit
-    if not all(isinstance(model.get_submodule(row.site.owner), layers) for row in rows):
+    others = [
+        row.name for row in rows if not isinstance(model.get_submodule(row.site.owner), layers)
+    ]
+    if others:
+        _log.warning(
+            "from_pretrained cannot load what save_pretrained writes of this %s: %s%s no layers of "
+            "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is quantised "
+            "likewise",
+            type(model).__name__,
+            ", ".join(others[:3]),
+            f" and {len(others) - 3} more are" if len(others) > 3 else " are",
+        )
         return
     model.config.quantization_config = library.BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,9 +1,10 @@
-"""State dicts of weights that bitsandbytes has stored in 4 bits.
+"""State dicts of weights that are stored in few bits.
 
-Its ``Linear4bit`` writes the scales of its weight beside it, and no module of PyTorch reads them back:
-``model.load_state_dict(model.state_dict())`` fails on them. A parameter anywhere else would be written
-without its scales, and read without a word. The hooks here write and read all of it, in bitsandbytes' own
-keys.
+``Linear4bit`` of bitsandbytes writes the scales of its weight beside it, and no module of PyTorch reads
+them back: ``model.load_state_dict(model.state_dict())`` fails on them. A parameter anywhere else would be
+written without its scales, and read without a word. The hooks here write and read all of it, in
+bitsandbytes' own keys. A tensor of torchao has its scales with it, and takes the values of its like only:
+anything else is refused in words.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["loads_quantised"]
+from lora_fx.quantized import Quantization, quantization_of
+
+__all__ = ["checks_format", "loads_quantised"]
 
 _PACKED = "quant_state.bitsandbytes__"
+_REMEDY = (
+    "quantise the model that the state dict is of with lora_fx.quantize, or load it before this one is "
+    "quantised"
+)
 
 
 def loads_quantised(module: nn.Module, parameter: str, *, saves: bool) -> None:
@@ -31,6 +38,16 @@ def loads_quantised(module: nn.Module, parameter: str, *, saves: bool) -> None:
     if saves:
         module.register_state_dict_post_hook(_Save(parameter))  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(_Load(parameter))  # type: ignore[no-untyped-call]
+
+
+def checks_format(module: nn.Module, parameter: str) -> None:
+    """Has a module refuse state dicts in which a parameter of torchao has another format.
+
+    Args:
+        module: Whose parameter it is.
+        parameter: Its name there.
+    """
+    module.register_load_state_dict_pre_hook(_Check(parameter))  # type: ignore[no-untyped-call]
 
 
 class _Save:
@@ -77,9 +94,7 @@ class _Load:
             del state[key]
         if not any(_PACKED in key for key in found):
             errors.append(
-                f"{name} is stored in {own.quant_type} here and comes without its scales: quantise the "
-                "model that the state dict is of with lora_fx.quantize, or load it before this one is "
-                "quantised"
+                f"{name} is stored in {own.quant_type} here and comes without its scales: {_REMEDY}"
             )
             del state[name]
             return
@@ -96,6 +111,41 @@ class _Load:
             if own.state2 is not None:
                 own.offset.copy_(scales.offset)
                 own.state2.absmax.copy_(scales.state2.absmax)
+
+
+class _Check:
+    """Looks at how a weight of a state dict is stored."""
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Mapping[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        name = f"{prefix}{self.parameter}"
+        weight = module._parameters.get(self.parameter)
+        own = quantization_of(weight)
+        if own is None or name not in state:
+            return
+        found = quantization_of(state[name])
+        if found is not None and _format(found) == _format(own):
+            return
+        there = "has its values there" if found is None else f"as {found} in the state dict"
+        errors.append(f"{name} is stored as {own} here and {there}: {_REMEDY}")
+        # So that nothing else is said of it: it is not missing, and copying it changes nothing.
+        state[name] = weight
+
+
+def _format(found: Quantization) -> tuple[Any, ...]:
+    return found.library, found.scheme, found.block_size
 
 
 def _way(scales: Any) -> tuple[Any, ...]:

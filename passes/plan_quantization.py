@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_fx._quantization_formats import Storage
 from lora_fx.config import LoraConfig
-from lora_fx.errors import QuantizationError
+from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.passes._code import weights_asked
 from lora_fx.passes._quantization_plan import PlannedWeight, QuantizationPlan
 from lora_fx.passes.selection import excluded, nearest_names, unmatched
@@ -38,8 +38,8 @@ def plan_quantization(
         exclude: Operations that are left as they are, by the rules of ``exclude_modules``.
 
     Raises:
-        QuantizationError: If the model is quantised already, a weight does not fit the format, or there is
-            nothing to quantise.
+        QuantizationError: If the model is quantised already, ``exclude`` is no list of names and no regular
+            expression, a weight does not fit the format, or there is nothing to quantise.
     """
     _check_plain(capture.model)
     config = _exclusion(exclude)
@@ -81,9 +81,12 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
-    if exclude is None or isinstance(exclude, str):
+    try:
         return LoraConfig(exclude_modules=exclude)
-    return LoraConfig(exclude_modules=list(exclude))
+    except ConfigError as error:
+        # It names the field that has the same rules, which nobody has set.
+        told = str(error).partition(": ")[2]
+        raise QuantizationError(f"exclude: {told}") from error
 
 
 def _asked(capture: Capture) -> dict[str, str]:
@@ -131,7 +134,12 @@ def _objections(site: Site, how: Storage) -> Iterator[str]:
 def _warn_of_idle(matches: Matches, config: LoraConfig) -> None:
     names = [site.name for site in matches.sites] + [one.name for one in matches.rejections]
     for entry in unmatched(names, config).excludes:
-        near = ", ".join(map(repr, nearest_names(entry, names)))
+        near = nearest_names(entry, names)
+        # Nothing looks like it: what names look like.
+        some = near or tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))[:5]
         _log.warning(
-            "exclude names no operation with %r%s", entry, f"; nearest: {near}" if near else ""
+            "exclude names no operation with %r; %s: %s",
+            entry,
+            "nearest" if near else "operations end in",
+            ", ".join(map(repr, some)),
         )

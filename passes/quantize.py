@@ -23,7 +23,7 @@ from lora_fx._quantization_formats import Storage, stored
 from lora_fx.errors import QuantizationError
 from lora_fx.passes._fx import erase_unread
 from lora_fx.passes._quantization_plan import PlannedWeight
-from lora_fx.passes._quantized_state import loads_quantised
+from lora_fx.passes._quantized_state import checks_format, loads_quantised
 from lora_fx.passes._region import copy_graph, original_class
 from lora_fx.passes._sharing_quantized import keep_exact
 from lora_fx.passes.patterns.product import Product, product_of
@@ -136,6 +136,8 @@ class Quantize:
             if layer:
                 _become_layer(owner, self.how)
             loads_quantised(owner, site.parameter, saves=not layer)
+        else:
+            checks_format(owner, site.parameter)
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:

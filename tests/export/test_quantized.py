@@ -155,6 +155,32 @@ class Headed(nn.Module):
         return self.head(self.body(x))
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("format_name", ["nf4", None])
+def test_inline_dora_inside_a_joined_attention_layer(
+    format_name: str | None, tmp_path: Path
+) -> None:
+    model = Attends().eval()
+    base = model if format_name is None else lora_fx.quantize(model, format_name)
+    config = lora_fx.LoraConfig(r=2, use_dora=True, init_lora_weights=False)
+    adapted = lora_fx.rewrite(base, config)
+    x = torch.randn(2, 3, 32)
+    _, session = exported(adapted, tmp_path, x, adapters="inline")
+    with torch.no_grad():
+        assert close(only(session.run(x)), adapted(x))
+        assert not close(adapted(x), base(x))
+
+
 def test_a_merge_makes_the_weights_dense(tmp_path: Path) -> None:
     model = lora_fx.rewrite(
         quantised(Mlp(), "nf4"), lora_fx.LoraConfig(r=4, init_lora_weights=False)

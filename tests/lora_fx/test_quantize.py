@@ -353,6 +353,30 @@ def test_a_state_dict_in_another_format_is_refused() -> None:
         lora_fx.quantize(llama(1), "nf4").load_state_dict(llama(1).state_dict())
 
 
+@pytest.mark.parametrize("make", [lambda: llama(1), gpt2])
+@pytest.mark.parametrize(("format_name", "other"), [("int8", "int4"), ("int4", "int8")])
+def test_torchaos_tensors_refuse_what_they_cannot_copy(
+    make: Callable[[], nn.Module], format_name: str, other: str, tmp_path: Any
+) -> None:
+    model, twin = (lora_fx.quantize(make(), format_name) for _ in range(2))
+    expected = ids_of(model)
+    for state, words in (
+        (make().state_dict(), f"is stored as {format_name} .* here and has its values there"),
+        (lora_fx.quantize(make(), other).state_dict(), rf"as {other} \(torchao.*lora_fx.quantize"),
+    ):
+        with pytest.raises(RuntimeError, match=words) as found:
+            model.load_state_dict(state)
+        assert "Missing" not in str(found.value)
+        assert "copying" not in str(found.value)
+        assert torch.equal(ids_of(model), expected)
+    torch.save(twin.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    model.load_state_dict(state)
+    assert torch.equal(ids_of(model), expected)
+    merged = lora_fx.merge(lora_fx.rewrite(model, CONFIG))
+    merged.load_state_dict(make().state_dict())
+
+
 @pytest.mark.parametrize("format_name", ["nf4", "int8", "int4"])
 def test_peft_takes_it_and_both_read_one_adapter(format_name: str, tmp_path: Any) -> None:
     base = lora_fx.quantize(llama().eval(), format_name)
@@ -377,6 +401,20 @@ def test_transformers_loads_what_it_writes_of_it(double: bool, tmp_path: Any) ->
         assert torch.equal(dense(parameter), dense(loaded.get_parameter(name))), name
     expected, found = ids_of(base), ids_of(lora_fx.rewrite(loaded, CONFIG).train())
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_what_transformers_cannot_load_is_said(
+    caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    with caplog.at_level(logging.WARNING, "lora_fx"):
+        lora_fx.quantize(llama(1), "nf4")
+        assert "from_pretrained" not in caplog.text
+        base = lora_fx.quantize(gpt2(), "nf4")
+    assert "from_pretrained cannot load what save_pretrained writes of this GPT2LM" in caplog.text
+    assert not hasattr(base.config, "quantization_config")
+    base.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.cuda
@@ -472,8 +510,10 @@ def test_exclude_goes_by_the_rules_of_exclude_modules(exclude: Any) -> None:
 
 def test_an_entry_of_exclude_that_names_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lora_fx"):
-        lora_fx.plan_quantization(llama(), "nf4", exclude=["up_prj"])
+        lora_fx.plan_quantization(llama(), "nf4", exclude=["up_prj", "nope"])
     assert "'up_prj'; nearest: 'up_proj'" in caplog.text
+    assert "'nope'; operations end in: " in caplog.text
+    assert "'q_proj', " in caplog.text.partition("operations end in")[2]
 
 
 # --- what is refused ----------------------------------------------------------------------------------
@@ -491,6 +531,7 @@ def test_quantising_twice() -> None:
     ("format_name", "options", "words"),
     [
         ("nf5", {}, "use nf4, fp4, int8, int4"),
+        (["nf4"], {}, "use nf4, fp4, int8, int4"),
         ("nf4", {"block_size": 48}, "bitsandbytes takes 32, 64"),
         ("int4", {"block_size": 48}, "power of two"),
         ("int4", {"block_size": 256}, "block_size=64 does, or 'int8'"),
@@ -502,14 +543,33 @@ def test_quantising_twice() -> None:
         ("nf4", {"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16': .*torch.bfloat16"),
         ("nf4", {"device": "meta"}, "device='cpu' does"),
         ("nf4", {"device": "no"}, "device='cpu' can"),
+        ("nf4", {"device": 3.5}, "the name of one, as 'cpu'"),
+        ("nf4", {"block_size": 64.0}, "block_size=64.0: it is a whole number"),
+        ("int4", {"block_size": "64"}, "block_size='64': it is a whole number"),
+        ("int4", {"block_size": True}, "block_size=True: it is a whole number"),
+        ("nf4", {"block_size": 0}, "block_size=0: bitsandbytes takes 32, 64"),
+        ("int4", {"block_size": 0}, "power of two"),
+        ("nf4", {"double": "x"}, "double='x': it is True or False"),
+        ("nf4", {"exclude": 3}, "^exclude: found 3; give a list"),
+        ("nf4", {"exclude": [3]}, "^exclude: found 3; every entry"),
+        ("nf4", {"exclude": "("}, r"^exclude: found '\('; it is not a regular expression"),
         ("nf4", {"exclude": r".*"}, "nothing to quantise"),
     ],
 )
 def test_what_means_nothing_names_what_does(
-    format_name: str, options: dict[str, Any], words: str
+    format_name: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(QuantizationError, match=words):
         lora_fx.quantize(llama(1), format_name, **options)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is MPS")
+def test_a_backend_that_is_not_there_is_said_in_a_line() -> None:
+    with pytest.raises(
+        QuantizationError, match=r"device='mps' cannot be used .*device='cpu' can"
+    ) as found:
+        lora_fx.quantize(llama(1), "int8", device="mps")
+    assert len(str(found.value)) < 250
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")

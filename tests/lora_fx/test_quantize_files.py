@@ -154,6 +154,10 @@ def set_to(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
             set_to("model.norm.weight", torch.ones(3)),
             r"model.norm.weight is \(3,\) there and \(64,\)",
         ),
+        (
+            set_to("model.norm.weight", torch.ones(64, dtype=torch.int32)),
+            "model.norm.weight is of whole numbers there, I32, and torch.float32 in the model",
+        ),
     ],
 )
 def test_files_of_another_model(folder: Path, change: Any, words: str) -> None:

@@ -13,6 +13,7 @@ from click.testing import Result
 from transformers import ViTConfig, ViTModel
 from typer.testing import CliRunner
 
+import lora_fx
 from lora_fx.tools.commands.app import app
 from tests.quantized import llama
 
@@ -80,3 +81,11 @@ def test_bad_input_is_one_message(folder: str, args: tuple[str, ...], words: str
     shown = lora("rewrite", folder, *args, code=2)
     assert words in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("command", ["plan", "rewrite"])
+def test_a_folder_that_is_quantised_already_is_refused(command: str, tmp_path: Path) -> None:
+    lora_fx.quantize(llama(1), "nf4").save_pretrained(tmp_path)
+    name = f"hf:{tmp_path}"
+    assert "is quantised already" in lora(command, name, "--quantize", "int8", code=2)
+    assert "q_proj" in lora("plan", name)

@@ -125,7 +125,8 @@ def caption() -> str:
 weights, eager, forward and backward. The linear layers but the head are `Linear4bit` of bitsandbytes: NF4,
 the scales quantised, too. All contenders run over the same weights. O is beside the frozen quantised step,
 which makes the values of every weight twice; F is that of the model before it was quantised, so that the true
-floor is lower.
+floor is lower. In bf16 both have fp32 adapters; PEFT casts x to fp32 for them and keeps that, here A and B
+are cast.
 
 Saved is what a step keeps between forward and backward: what saved-tensor hooks see, and what functions hold
 as attributes, as those of bitsandbytes do. Of it weights: what has the shape of a weight and is no whole

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.tools import console
 from lora_fx.tools.commands import options as o
 from lora_fx.tools.models import LoadedModel
@@ -30,9 +30,20 @@ Quantize = Annotated[
 
 
 def planned(loaded: LoadedModel, format_name: str) -> Any:
-    """What would be stored in few bits: a :class:`lora_fx.passes._quantization_plan.QuantizationPlan`."""
+    """What would be stored in few bits: a :class:`lora_fx.passes._quantization_plan.QuantizationPlan`.
+
+    Raises:
+        QuantizationError: If the model is quantised already. One of a folder is made without its weights, so
+            that only its configuration says so.
+    """
     from lora_fx.quantize import plan_quantization
 
+    how = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
+    if how is not None:
+        raise QuantizationError(
+            f"{loaded.name} is quantised already, as quantization_config in its config.json says: leave "
+            "--quantize out, or give the folder that it was made of"
+        )
     with console.progress("planning"):
         return plan_quantization(loaded.model, format_name)
 
