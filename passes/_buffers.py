@@ -22,7 +22,8 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     kept = {
         join(fqn, key)
         for fqn, module in model.named_modules(remove_duplicate=False)
-        for key in module._buffers
+        # A script module has them in something that says its keys by no iteration.
+        for key in module._buffers.keys()  # noqa: SIM118
         if key not in module._non_persistent_buffers_set
     }
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
