@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -80,5 +81,8 @@ def run_rank(rank: int, folder: str) -> None:
         found[way] = gradients(model)
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
+    # What holds the group has to go before it: its threads abort the process otherwise, now and then.
+    del model
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
