@@ -5,6 +5,7 @@ By class of what a parameter holds. Neither library is imported: whoever has suc
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
@@ -69,7 +70,10 @@ def _describe_eight_bits(weight: Any) -> Quantization | None:
 
 
 def _four_bit_values(weight: Any, dtype: torch.dtype) -> Tensor:
-    found: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+    # As the kernel has them for inputs of that type: in fp32 they are not rounded to the weight's own first.
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32 if dtype == torch.float64 else dtype
+    found: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, state)
     return found
 
 

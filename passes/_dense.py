@@ -68,6 +68,8 @@ _OF_MODELS = (
     "_is_quantized_training_enabled",
 )
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def dtype_of_all(model: nn.Module) -> torch.dtype | None:
     """In which dtype a dense model runs wherever one over quantised weights did; None if none is quantised.
@@ -101,18 +103,23 @@ def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
     return {site.weight: site.layout for site in sites if site.quantized is not None}
 
 
-def values_of(model: nn.Module, name: str, layouts: Mapping[str, Layout]) -> torch.Tensor:
+def values_of(
+    model: nn.Module, name: str, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """A weight as the model's own code reads it: its memory, or values that are made of few bits.
 
     Args:
         model: A model that has it.
         name: Its FQN.
         layouts: :func:`layouts_of`.
+        dtype: In which the model will compute with them. For fp32 and fp64, values are made in fp32, as the
+            kernels have them for such inputs; else in the weight's own, so that they are rounded once.
     """
     weight = model.get_parameter(name)
-    if quantization_of(weight) is None:
+    stored = quantization_of(weight)
+    if stored is None:
         return weight.detach()
-    values = dense(weight)
+    values = dense(weight, torch.float32 if dtype in _WIDE else stored.dtype)
     return values if layouts.get(name, "out_in") == "out_in" else values.T
 
 
@@ -142,7 +149,7 @@ def make_dense(
                 left.append(name)
                 continue
             if id(weight) not in made:
-                values = values_of(model, name, layouts).to(dtype).contiguous()
+                values = values_of(model, name, layouts, dtype).to(dtype).contiguous()
                 made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
             module._parameters[leaf] = made[id(weight)]
         make_plain(module)

@@ -133,7 +133,9 @@ def merge(
     # The last that can fail, before its first write: `into` is changed as a whole or not at all.
     merged, sites = fold_all(
         changes,
-        lambda weight: _unadapted(values_of(result, weight, layouts), weight, own),
+        lambda weight: _unadapted(
+            values_of(result, weight, layouts, dtypes.get(weight)), weight, own
+        ),
         over=over - own.keys(),
         dtypes=dtypes,
         formats=again,

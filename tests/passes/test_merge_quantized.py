@@ -472,3 +472,12 @@ def test_it_merges_where_the_weights_are(scheme: str) -> None:
     with torch.no_grad():
         expected = model.eval()(IDS.cuda()).logits
         torch.testing.assert_close(merged(IDS.cuda()).logits, expected, atol=0.05, rtol=0)
+
+
+def test_a_base_in_half_precision_is_merged_as_it_computes_after_its_preparation() -> None:
+    # Everything else is fp32 then: the kernel does not round the values to bf16 before it multiplies.
+    prepared = lora_fx.prepare_for_kbit_training(lora_fx.quantize(llama().bfloat16(), "nf4"))
+    config = lora_fx.LoraConfig(r=4, init_lora_weights=False)
+    model = lora_fx.rewrite(prepared, config).eval()
+    merged = lora_fx.merge(model)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=5e-6, rtol=0)
