@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import lora_fx
-import lora_fx.fused
+from lora_fx import _fused_branch
 from lora_fx.masks import kept
 from lora_fx.tools.demo_data import collect
 from lora_fx.tools.demo_model import Batch, SentenceClassifier, batches, tokens
@@ -145,7 +145,7 @@ def test_a_mask_that_is_not_scaled_is_seen(
     task: Task, found: dict[str, Curves], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison has the power to find such an error."""
-    monkeypatch.setattr(lora_fx.fused, "kept", lambda _: 256)
+    monkeypatch.setattr(_fused_branch, "kept", lambda _: 256)
     assert kept(0.5) == 128
     wrong = task.curves("fused")
     assert differs(wrong.last, found["canonical"].last) or differs(
