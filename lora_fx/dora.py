@@ -86,10 +86,10 @@ def applied_weight(
         view: The shape in which it is applied, where that is not its own.
         rows: Which of its outputs (start, stop).
     """
-    stored = quantization_of(weight)
-    weight = dense(weight.detach() if stored is None else weight)
-    if stored is not None and layout == "in_out":
-        weight = weight.T
+    if quantization_of(weight) is None:
+        weight = weight.detach()
+    else:
+        weight = dense(weight) if layout == "out_in" else dense(weight).T
     if view is not None:
         weight = weight.reshape(view)
     if rows is None:

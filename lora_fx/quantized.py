@@ -35,8 +35,9 @@ _OF_FOUR_BITS = (torch.float16, torch.bfloat16, torch.float32)
 
 def quantization_of(weight: object) -> Quantization | None:
     """How a weight is stored; None if it is not quantised, or in a way that is not known here."""
-    described = DESCRIBED.get(type(held(weight)).__name__)
-    return None if described is None else described(held(weight))
+    stored = held(weight)
+    described = DESCRIBED.get(type(stored).__name__)
+    return None if described is None else described(stored)
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,15 +87,13 @@ def quantized_linear(
     if not isinstance(stood_for, Tensor):  # a module of an export, which computes this by itself
         found: Tensor = handle_torch_function(quantized_linear, (weight,), x, weight, bias)
         return found
-    if bias is not None and bias.dtype != (compute_dtype or x.dtype):
-        bias = bias.to(compute_dtype or x.dtype)
-    name = type(held(weight)).__name__
+    given = x if compute_dtype is None else x.to(compute_dtype)
+    bias = None if bias is None else bias.to(given.dtype)
     if torch._C._are_functorch_transforms_active():
         # The kernels know nothing of transforms.
-        given = x if compute_dtype is None else x.to(compute_dtype)
         return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
+    name = type(held(weight)).__name__
     if name == "Params4bit":
-        given = x if compute_dtype is None else x.to(compute_dtype)
         if given.dtype not in _OF_FOUR_BITS:
             return _opaque(given, weight, bias).to(x.dtype)
         return _four_bits(given, weight, bias).to(x.dtype)

@@ -11,19 +11,13 @@ from lora_fx.types import Site
 __all__ = ["base_dtype", "base_like", "base_weight"]
 
 
-def base_weight(model: nn.Module, site: Site, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight in the layout of the site: the parameter's own memory, or values made of few bits.
-
-    Args:
-        model: A model that has it.
-        site: Whose weight.
-        dtype: Of values that are made; a weight that is not quantised is taken as it is.
-    """
+def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
+    """The weight in the layout of the site: the parameter's own memory, or values made of few bits."""
     weight = model.get_parameter(site.weight)
     if site.quantized is None:
         return weight.detach()
     # Not detached: the scales are attributes of the parameter.
-    values = dense(weight, dtype)
+    values = dense(weight)
     return values if site.layout == "out_in" else values.T
 
 
