@@ -19,7 +19,9 @@ __all__ = [
     "KeptIndices",
     "KeptTensors",
     "check_adapter_name",
+    "class_of",
     "count_batch",
+    "differs",
     "in_place",
     "needs_modules",
     "wants_cache",
@@ -147,3 +149,40 @@ def in_place(operation: str, left: Any, right: Any) -> Any:
         right: What stands on the right.
     """
     return getattr(operator, operation)(left, right)
+
+
+def class_of(value: object) -> type:
+    """The class of an object; of a module that runs a graph its own class.
+
+    Args:
+        value: Any object.
+    """
+    cls = type(value)
+    found: type = cls.__dict__.get("_lora_fx_base", cls)
+    return found
+
+
+def differs(found: object, expected: object) -> bool:
+    """Whether two values are told apart: by type, by value, and for containers by what is in them.
+
+    ``0.0`` differs from ``-0.0``, ``1`` from ``True`` and from ``1.0``; ``nan`` is like itself.
+
+    Args:
+        found: What is there now.
+        expected: What was there before.
+    """
+    if found is expected:
+        return False
+    if type(found) is not type(expected):
+        return True
+    if isinstance(expected, float):
+        return repr(found) != repr(expected)
+    if isinstance(expected, dict):
+        assert isinstance(found, dict)
+        return list(found) != list(expected) or any(
+            differs(found[key], value) for key, value in expected.items()
+        )
+    if isinstance(expected, list | tuple):
+        assert isinstance(found, list | tuple)
+        return len(found) != len(expected) or any(map(differs, found, expected))
+    return bool(found != expected)

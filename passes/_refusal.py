@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, KeysView, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes._reads import Read, conditions_of
 from lora_fx.passes._signature import NEEDS_MODULES, WANTS_CACHE
 
 __all__ = ["refusal"]
@@ -37,6 +39,7 @@ _IN_WORDS = {
 def refusal(
     base: type[nn.Module],
     conditions: list[str],
+    reads: tuple[Read, ...],
     namespace: Mapping[str, Any],
     *,
     quantised: bool = False,
@@ -45,7 +48,8 @@ def refusal(
 
     Args:
         base: The module's own class.
-        conditions: Expressions over the arguments and ``self``, one of which is true.
+        conditions: Expressions over the arguments and ``self``.
+        reads: What the graph takes for granted. Of these and the conditions one is not as it was.
         namespace: Globals of the generated code.
         quantised: Whether the graph is there for a quantised weight, not for an adapter.
     """
@@ -62,13 +66,27 @@ def refusal(
         bound = inspect.signature(base.forward).bind(self, *args, **kwargs)
         bound.apply_defaults()
         names = {**bound.arguments, "self": self}
-        reason = next(_failed(conditions, dict(namespace), names), "it is another call")
+        failed = itertools.chain(
+            _failed(conditions, dict(namespace), names), _changed(reads, dict(namespace), self)
+        )
+        reason = next(failed, "it is another call")
         raise CaptureError(
             f"{base.__name__}.forward was captured for other calls than this one, and its own "
             f"forward {left}: {reason}. If the model is to be called so, {remedy}"
         )
 
     return refuse
+
+
+def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) -> Iterator[str]:
+    for read, condition in conditions_of(reads):
+        try:
+            changed = eval(condition, known, {"self": module})
+        except (AttributeError, LookupError, TypeError):
+            yield read.words("nothing")
+            continue
+        if changed:
+            yield read.words(_shown(read.found(module)))
 
 
 def _failed(conditions: list[str], known: dict[str, Any], names: dict[str, Any]) -> Iterator[str]:

@@ -20,7 +20,9 @@ from torch import fx, nn
 
 from lora_fx._frozen import freeze, thaw
 from lora_fx.errors import CaptureError
+from lora_fx.ops import differs
 from lora_fx.passes._generated import generated
+from lora_fx.passes._reads import Path, Read
 from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region
@@ -49,7 +51,6 @@ _KEPT = "_lora_fx_kept"
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
     weakref.WeakValueDictionary()
 )
-_COMPARABLE = (bool, int, float, str, tuple)
 
 
 def is_region(module: nn.Module) -> bool:
@@ -140,14 +141,16 @@ def _region_class(
         tags,
         fallback,
         kept,
-        getattr(codegen, "reads", None),
     )
     known = _classes.get(key)
     if known is not None:
         return known
     conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
+    reads = codegen.reads if isinstance(codegen, GuardedCodeGen) else ()
     namespace[FALLBACK] = (
-        base.forward if fallback else refusal(base, conditions, dict(namespace), quantised=kept)
+        base.forward
+        if fallback
+        else refusal(base, conditions, reads, dict(namespace), quantised=kept)
     )
     forward = generated(code.src, namespace, base.__name__)
     original = base.forward
@@ -181,23 +184,20 @@ class _Regional:
         """Keeps from the module's own class that it has a subclass: it may register them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute. If the graph was made for another value, it is the graph that goes."""
+        """Sets an attribute; refuses at once what the next call would refuse."""
         cls: Any = type(self)
-        reads = getattr(getattr(cls, _GRAPH)._codegen, "reads", ())
-        goes = name in reads and _differs(self, name, value)
-        if goes and not getattr(cls, _FALLBACK):
-            inside = (
-                "its quantised weight is known to that graph alone: set it before quantize()"
-                if getattr(cls, _KEPT)
-                else "its adapter is part of that graph: set it before rewrite()"
-            )
-            raise CaptureError(
-                f"{name} of this {cls.__name__} was {getattr(self, name, 'not set')!r} when its forward "
-                f"was captured, and {inside}"
-            )
+        for read in () if getattr(cls, _FALLBACK) else _reads_of(cls, name):
+            if read.kind in ("value", "contents") and differs(value, read.expected):
+                inside = (
+                    "its quantised weight is known to that graph alone: set it before quantize()"
+                    if getattr(cls, _KEPT)
+                    else "its adapter is part of that graph: set it before rewrite()"
+                )
+                raise CaptureError(
+                    f"{name} of this {cls.__name__} was {read.expected!r} when its forward was captured, "
+                    f"and {inside}"
+                )
         super().__setattr__(name, value)
-        if goes:
-            self.__class__ = getattr(cls, _BASE)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A region of the same class."""
@@ -236,15 +236,10 @@ def _state_of(module: Any) -> Any:
     )
 
 
-def _differs(module: Any, name: str, value: Any) -> bool:
-    """Whether the new value of an attribute would make another graph."""
-    old = getattr(module, name, copy)
-    for read_at_run_time in (nn.Module, torch.Tensor):
-        if isinstance(old, read_at_run_time) and isinstance(value, read_at_run_time):
-            return False
-    if name == "training" or old is value:
-        return False
-    return not (type(old) is type(value) and isinstance(value, _COMPARABLE) and old == value)
+def _reads_of(cls: Any, name: str) -> Iterator[Read]:
+    """What the graph of a region took for granted about an attribute."""
+    path = Path().attribute(name)
+    return (one for one in getattr(getattr(cls, _GRAPH)._codegen, "reads", ()) if one.path == path)
 
 
 def _rebuild(

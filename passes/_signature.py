@@ -17,11 +17,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import types
 from typing import Any
 
 from torch import fx
 
 from lora_fx.ops import needs_modules, wants_cache
+from lora_fx.passes._reads import Read, conditions_of, constants_of
 
 __all__ = [
     "FALLBACK",
@@ -31,6 +33,7 @@ __all__ = [
     "Parameter",
     "attribute",
     "parameters_of",
+    "wrapped_forward",
 ]
 
 FALLBACK = "_lora_fx_fallback"
@@ -86,7 +89,9 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
         The parameters in order. ``*args`` and ``**kwargs`` are fixed to empty.
     """
     result = []
-    for index, p in enumerate(inspect.signature(forward).parameters.values()):
+    own = wrapped_forward(forward)
+    signature = inspect.signature(own, follow_wrapped=False)
+    for index, p in enumerate(signature.parameters.values()):
         if index == 0:
             continue
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
@@ -99,6 +104,27 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
             value, traced = (fixed[p.name], False) if p.name in fixed else (None, True)
         result.append(Parameter(p.name, int(p.kind), traced, value, p.default))
     return tuple(result)
+
+
+def wrapped_forward(forward: Any) -> Any:
+    """The function that says what a ``forward`` takes.
+
+    A decorator that takes ``*args`` and ``**kwargs`` and nothing by name hands them on, as far as one sees
+    from outside. Any other one has parameters and defaults of its own, which may not be those of the
+    function that it wraps.
+
+    Args:
+        forward: The unbound method.
+    """
+    while isinstance(forward, types.FunctionType) and "__wrapped__" in vars(forward):
+        if "__signature__" in vars(forward):
+            break
+        parameters = list(inspect.signature(forward, follow_wrapped=False).parameters.values())
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if len(named) > 1 or len(named) == len(parameters) or (named and named[0] is not parameters[0]):
+            break
+        forward = forward.__wrapped__
+    return forward
 
 
 def attribute(target: str) -> str:
@@ -117,7 +143,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
             ``torch.nn`` that is one operation makes do without.
         extra: More expressions that are true where the graph does not apply; asked last.
-        reads: Names of attributes whose values went into the graph.
+        reads: What the trace read, and took for granted; asked last of all.
     """
 
     def __init__(
@@ -125,7 +151,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         parameters: tuple[Parameter, ...],
         check_none: bool = True,
         conditions: tuple[str, ...] = (),
-        reads: frozenset[str] = frozenset(),
+        reads: tuple[Read, ...] = (),
     ) -> None:
         super().__init__()
         self.parameters = parameters
@@ -136,7 +162,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
         head = f"def {self._func_name}({', '.join(['self', *self._declared()])}){maybe_return_annotation}:"
-        conditions = self.conditions()
+        conditions = [*self.conditions(), *(test for _, test in conditions_of(self.reads))]
         if not conditions:
             return head
         call = ", ".join(["self", *self._passed()])
@@ -156,6 +182,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
             for name, helper in _HELPERS.items()
             if any(name in condition for condition in conditions)
         }
+        found |= constants_of(self.reads)
         for p in self.parameters:
             if p.default is not inspect.Parameter.empty and not _literal(p.default):
                 found[f"_default_{p.name}"] = p.default

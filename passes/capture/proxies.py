@@ -1,34 +1,25 @@
-"""Traced values that notice when code asks them something that only a tensor can answer.
+"""Stand-ins for what is known only when the graph runs.
 
-``torch.fx`` answers on behalf of its proxy: ``isinstance(x, Tensor)`` is False, ``hasattr(x, "y")`` is
-True, ``x += 1`` leaves the caller's tensor alone. The graph would then be that of another model.
+Operations on them are recorded. A question that a stand-in cannot answer (how long it is, what number,
+which text) ends the trace with the reason.
 """
 
 from __future__ import annotations
 
-import dis
 import math
 import operator
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import fx
 
 from lora_fx.ops import in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import FrameType
-
     from lora_fx.passes.capture.symbolic import Recorder
 
-__all__ = ["ISINSTANCE", "ModeProxy", "TracedValue"]
+__all__ = ["ModeProxy", "TracedValue", "attribute_of", "holds_traced"]
 
-ISINSTANCE = "its forward asks for the type of a traced value with isinstance"
-
-# Code that asks for types on behalf of whoever called it.
-_BETWEEN = ("abc", "collections", "typing", "_weakrefset", "torch")
 _IN_PLACE = (
     "iadd",
     "isub",
@@ -49,7 +40,6 @@ _ABOUT_SHAPE: dict[str, Callable[..., Any]] = {
     "dim": len,
     "numel": math.prod,
 }
-_ATTRIBUTE_ACCESS = {dis.opmap[n] for n in dis.opmap if n in ("LOAD_ATTR", "LOAD_METHOD")}
 
 
 class TracedValue(fx.Proxy):
@@ -57,34 +47,11 @@ class TracedValue(fx.Proxy):
 
     tracer: Recorder
 
-    @property  # type: ignore[misc]  # a question, not a value
-    def __class__(self) -> type:
-        frame = _asking(sys._getframe(1))
-        if frame is None:
-            return type(self)
-        if frame.f_code.co_name == "__setattr__":
-            name = frame.f_locals.get("name", "an attribute")
-            self.tracer.refuse(f"its forward writes to self.{name}")
-        return self.tracer.refuse(ISINSTANCE)
-
     def __getattr__(self, name: str) -> Any:
-        frame = sys._getframe(1)
-        opcode = frame.f_code.co_code[frame.f_lasti]
-        if opcode not in _ATTRIBUTE_ACCESS and not _records(frame):
-            self.tracer.refuse(
-                f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
-            )
-        shape = self.tracer.known_shape(self) if name in ("shape", "ndim") else None
-        if shape is not None:
-            return shape if name == "shape" else len(shape)
-        return _Attribute(self, name)
+        return attribute_of(self, name)
 
     def __iter__(self) -> Iterator[Any]:
-        # As in fx: `a, b = x` takes two. Written anew because fx leaves its frame in a cycle.
-        code, at = sys._getframe(1).f_code.co_code, sys._getframe(1).f_lasti
-        if code[at] != dis.opmap["UNPACK_SEQUENCE"]:
-            self.tracer.refuse("its forward iterates over a traced value")
-        return (operator.getitem(cast("Any", self), i) for i in range(code[at + 1]))
+        return self.tracer.refuse("its forward iterates over a traced value")
 
     def __len__(self) -> int:
         shape = self.tracer.known_shape(self)
@@ -105,6 +72,9 @@ class TracedValue(fx.Proxy):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.tracer.refuse("its forward copies a traced value")
+
+    def __format__(self, spec: str) -> str:
+        return self.tracer.refuse("its forward turns a traced value into a text")
 
     def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -151,24 +121,30 @@ class ModeProxy(TracedValue):
         return found
 
 
-def _asking(frame: FrameType | None) -> FrameType | None:
-    """The frame that asks for a type, or None if it is the recorder's own business."""
-    first = frame
-    while frame is not None:
-        if _records(frame):
-            return None
-        name = frame.f_globals.get("__name__", "")
-        if frame.f_code.co_name == "__setattr__":
-            return frame
-        if name.partition(".")[0] not in _BETWEEN:
-            return frame
-        frame = frame.f_back
-    return first
+def attribute_of(value: TracedValue, name: str) -> Any:
+    """``value.name``, whatever attributes the stand-in has itself."""
+    recorder: Recorder = value.__dict__["tracer"]
+    if name.startswith("__"):
+        recorder.refuse(
+            f"its forward asks for the type or the identity of a traced value ({name}; see isinstance)"
+        )
+    shape = recorder.known_shape(value) if name in ("shape", "ndim") else None
+    if shape is not None:
+        return shape if name == "shape" else len(shape)
+    return _Attribute(value, name)
 
 
-def _records(frame: FrameType) -> bool:
-    name: str = frame.f_globals.get("__name__", "")
-    return name.startswith(("torch.fx.", "lora_fx.")) or name == "torch.fx"
+def holds_traced(value: Any) -> bool:
+    """Whether a value is traced, or a container that holds one that is."""
+    if isinstance(value, TracedValue):
+        return True
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(holds_traced, value))
+    if isinstance(value, dict):
+        return any(map(holds_traced, value.values()))
+    if isinstance(value, slice):
+        return any(map(holds_traced, (value.start, value.stop, value.step)))
+    return False
 
 
 def _in_place(name: str) -> Callable[[TracedValue, Any], fx.Proxy]:

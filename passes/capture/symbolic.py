@@ -2,32 +2,32 @@
 
 Child modules stay calls: hooks, wrapping policies and checkpointing go on working, and a child that does
 not trace costs only its own graph. ``torch.fx`` is happy to record a graph that means something else than
-the code did. Whatever of that kind can be noticed is refused: questions about a traced value that only a
-tensor can answer (:mod:`.proxies`), modes and constants (:mod:`.eager`), and side effects
-(:mod:`.state`). ``self.training`` becomes a read, so that ``train()`` and ``eval()`` keep their meaning.
+the code did. So the code does not run as it is: every operation that it executes is recorded, computed or
+refused by a rule (:mod:`.interpret`), and whatever it read on the way becomes a guard of the graph
+(:mod:`lora_fx.passes._reads`). ``self.training`` becomes a read of the graph itself, so that ``train()`` and
+``eval()`` keep their meaning. Nothing outside of the trace is patched, and the module is not written to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import keyword
 import re
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from types import CodeType
+from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
 from lora_fx.passes._lazy import is_lazy
-from lora_fx.passes._signature import GuardedCodeGen, Parameter, attribute, parameters_of
-from lora_fx.passes.capture.eager import Eager, forbidden, user_code
-from lora_fx.passes.capture.proxies import ModeProxy, TracedValue
-from lora_fx.passes.capture.state import State
+from lora_fx.passes._reads import Path, Read
+from lora_fx.passes._signature import GuardedCodeGen, Parameter, parameters_of, wrapped_forward
+from lora_fx.passes.capture.eager import Eager
+from lora_fx.passes.capture.instrument import instrumented
+from lora_fx.passes.capture.interpret import Frame
+from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
 
 __all__ = ["Recorder", "Untraceable", "trace"]
 
@@ -71,42 +71,27 @@ def trace(
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on the instance")
-    parameters = parameters_of(forward or type(module).forward, fixed)
+    own = type(module).forward
+    parameters = parameters_of(forward or own, fixed)
     _check_parameters(parameters)
-    before = State(module, (p.default for p in parameters))
-    recorder = Recorder(parameters, forward)
+    recorder = Recorder(module, parameters, forward or own, check_none=check_none)
+    if forward is None:
+        recorder.target = wrapped_forward(own)
     try:
-        graph = recorder.record(module)
+        graph = recorder.record()
     except Exception as error:
         words = str(error) if isinstance(error, Untraceable) else _words(error)
         failure = Untraceable(recorder.refused or words)
-        failure.begun = getattr(recorder, "graph", None)
+        failure.begun = recorder.graph
         raise failure from error
-    finally:
-        changed = before.restore()
-    if recorder.refused or changed:
-        raise Untraceable(recorder.refused or changed)
-    if recorder.values_alive():
-        raise Untraceable("its forward keeps a traced value where other code finds it")
-    # The forward itself, too, where a wrong answer kept it from recording anything.
-    code = getattr(inspect.unwrap(forward or type(module).forward), "__code__", None)
-    reason = forbidden(recorder.seen | ({code} if isinstance(code, CodeType) else set()))
-    if reason:
-        raise Untraceable(reason)
+    if recorder.refused:
+        failure = Untraceable(recorder.refused)
+        failure.begun = graph
+        raise failure
     _check_names(parameters, graph)
-    reads = frozenset(name for code in recorder.seen for name in code.co_names)
-    sizes = (*conditions, *_sizes(module, graph))
-    graph.set_codegen(GuardedCodeGen(parameters, check_none, sizes, reads))
+    reads = tuple(recorder.reads.values())
+    graph.set_codegen(GuardedCodeGen(parameters, check_none, conditions, reads))
     return graph
-
-
-def _sizes(module: nn.Module, graph: fx.Graph) -> Iterator[str]:
-    """Conditions that are true when something was appended to a container that the graph goes through."""
-    targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    for name in dict.fromkeys(target.rpartition(".")[0] for target in targets):
-        container = module.get_submodule(name)
-        if isinstance(container, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            yield f"len({attribute(name)}) != {len(container)}"
 
 
 def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
@@ -134,22 +119,56 @@ class Recorder(fx.Tracer):
     """Records one module's forward.
 
     Attributes:
-        refused: The first reason not to go on. Code that is traced may catch the exception.
-        seen: Code that traced operations come from.
+        refused: The first reason why the graph does not stand for the code. Code that is traced may catch
+            the exception.
+        reads: What the code has read, by where and how it is compared.
+        codes: Code that was rewritten.
+        leaves: Functions that are recorded as one node.
+        settled: Containers of which all that is in them is in ``reads``.
+        target: The function that has the parameters, if decorators call it.
+        entering: Whether the code that runs is still that of decorators of the forward.
+        depth: How many functions run within functions.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(
-        self, parameters: tuple[Parameter, ...], forward: Callable[..., Any] | None = None
+        self,
+        module: nn.Module,
+        parameters: tuple[Parameter, ...],
+        forward: Callable[..., Any],
+        *,
+        check_none: bool = True,
     ) -> None:
         super().__init__()
+        self.root = module
+        self.graph = fx.Graph(tracer_cls=type(self))
         self.refused: str | None = None
-        self.seen: set[CodeType] = set()
-        self._parameters = parameters
+        self.reads: dict[tuple[Path, str], Read] = {}
+        self.codes: set[CodeType] = set()
+        self.leaves: set[Any] = set()
+        self.settled: set[int] = set()
+        self.target: Any = forward
+        self.entering = False
+        self.depth = 0
         self._forward = forward
-        self._values: list[weakref.ref[fx.Proxy]] = []
-        self._modes = _modes()
+        self._parameters = parameters
+        self._check_none = check_none
+        self.submodule_paths = {one: name for name, one in module.named_modules()}
+        self.root_module_name = module._get_name()
+        self.tensor_attrs: Any = {
+            value: f"{name}.{key}" if name else key
+            for one, name in self.submodule_paths.items()
+            for key, value in one.__dict__.items()
+            if isinstance(value, torch.Tensor)
+        }
+        self._paths: dict[int, tuple[Any, Path | None]] = {}
+        self._rewritten: dict[FunctionType, FunctionType] = {}
+        self._tensors: dict[int, str] | None = None
+        self._known: dict[str, TracedValue] = {}
+        self._passed: tuple[Any, dict[str, Any]] = ((), {})
+
+    # --- refusals
 
     def refuse(self, reason: str) -> NoReturn:
         """Ends the trace.
@@ -160,70 +179,14 @@ class Recorder(fx.Tracer):
         self.refused = self.refused or reason
         raise Untraceable(reason)
 
-    def record(self, module: nn.Module) -> fx.Graph:
-        """The graph of ``module.forward``."""
-        with contextlib.ExitStack() as stack:
-            # Whatever the caller's modes are, those of the trace have to be known.
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.amp.autocast("cpu", enabled=False))
-            self._modes = _modes()
-            stack.enter_context(self._reading_modes(module))
-            stack.enter_context(self._calling_children(module))
-            stack.enter_context(Eager(self))
-            return self.trace(module)
+    def refuse_softly(self, reason: str) -> None:
+        """Gives the graph up, and goes on: what is recorded still says what the code does."""
+        self.refused = self.refused or reason
 
-    def values_alive(self) -> bool:
-        """Whether somebody still holds on to a traced value."""
-        return any(value() is not None for value in self._values)
+    # --- the trace
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every child stays a call."""
-        return True
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """A call of a child."""
-        if m is self.root:
-            self.refuse("its forward calls the module itself")
-        return super().call_module(m, forward, args, kwargs)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A value that notices questions."""
-        value = TracedValue(node, self)
-        # fx itself keeps the reads of parameters, in a cycle.
-        if node.op != "get_attr":
-            self._values.append(weakref.ref(value))
-        return value
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer becomes a read. A buffer is read anew each time: it may be replaced."""
-        buffer = isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter)
-        return super().getattr(attr, attr_val, {} if buffer else parameter_proxy_cache)
-
-    def known_shape(self, value: fx.Proxy) -> torch.Size | None:
-        """The shape of a parameter, which does not depend on the input; None for any other value."""
-        node = value.__dict__.get("node")
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        # Not by getattr, which gives traced values during a trace.
-        *path, key = str(node.target).split(".")
-        owner: nn.Module | None = self.root
-        for atom in path:
-            owner = owner._modules.get(atom) if owner is not None else None
-        found = None if owner is None else owner._parameters.get(key)
-        return None if found is None or is_lazy(found) else found.shape
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """Control flow on a traced value."""
-        what = "self.training"
-        if not isinstance(obj, ModeProxy):
-            what = "a value that is known only when it runs"
-        self.refuse(f"its forward branches on {what}")
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """Placeholders for what is traced, fixed values for the rest."""
+    def record(self) -> fx.Graph:
+        """The graph of the module's forward."""
         positional: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
         for p in self._parameters:
@@ -234,11 +197,157 @@ class Recorder(fx.Tracer):
                 positional.append(value)
             else:
                 keywords[p.name] = value
+        self._passed = (tuple(positional), keywords)
+        self.entering = self.target is not self._forward
+        frame = Frame(self, _outermost, None)
+        # Whatever the caller's modes are, those of the trace have to be known.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.amp.autocast("cpu", enabled=False),
+            Eager(self),
+        ):
+            result = frame.call(self._forward, *positional, **keywords)
+            if self.entering:
+                self.refuse("a decorator of its forward calls something else")
+            self.create_node("output", "output", (self.create_arg(result),), {})
+        return self.graph
 
-        def run(*args: Any) -> Any:
-            return (self._forward or root_fn)(*args, **keywords)
+    def enter(self, function: FunctionType, args: Any, kwargs: Any) -> None:
+        """Notes that a function is called: decorators end where the forward itself begins."""
+        if not self.entering or function is not self.target:
+            return
+        same = len(args) == len(self._passed[0]) and kwargs.keys() == self._passed[1].keys()
+        if not (
+            same
+            and all(a is b for a, b in zip(args, self._passed[0], strict=True))
+            and all(kwargs[name] is value for name, value in self._passed[1].items())
+        ):
+            self.refuse("a decorator of its forward changes what was passed")
+        self.entering = False
 
-        return run, positional
+    def rewritten(self, function: FunctionType, path: Path | None) -> FunctionType:
+        """A function whose operations are recorded.
+
+        Raises:
+            SourceError: If its source is not known.
+        """
+        if function not in self._rewritten:
+            frame = Frame(self, function, path)
+            self._rewritten[function] = instrumented(function, frame, self.codes)
+        return self._rewritten[function]
+
+    # --- where values come from
+
+    def remember(self, value: Any, path: Path | None) -> None:
+        """Keeps where an object was read first."""
+        if path is not None:
+            self._paths.setdefault(id(value), (value, path))
+
+    def path_of(self, value: Any) -> Path | None:
+        """Where an object was read; None if nobody knows."""
+        if isinstance(value, nn.Module):
+            name = self.submodule_paths.get(value)
+            if name is None:
+                return None
+            return Path(steps=tuple(("attribute", atom) for atom in name.split(".") if atom))
+        found = self._paths.get(id(value))
+        return None if found is None else found[1]
+
+    def is_fixed(self, value: Any) -> bool:
+        """Whether a value is that of a parameter which is no input of the graph."""
+        return any(not p.traced and p.value is value for p in self._parameters)
+
+    def read(self, read: Read) -> None:
+        """Notes what was read."""
+        self.reads.setdefault((read.path, read.kind), read)
+
+    def owned(self, tensor: torch.Tensor) -> TracedValue | None:
+        """The read of a parameter or buffer of the module; None for any other tensor."""
+        if self._tensors is None:
+            named = (*self.root.named_parameters(), *self.root.named_buffers())
+            self._tensors = {id(one): name for name, one in named}
+        name = self._tensors.get(id(tensor))
+        if name is None:
+            return None
+        # A buffer is read anew each time: it may be replaced.
+        if not isinstance(tensor, nn.Parameter):
+            return self.create_proxy("get_attr", name, (), {})  # type: ignore[return-value]
+        if name not in self._known:
+            self._known[name] = self.create_proxy("get_attr", name, (), {})  # type: ignore[assignment]
+        return self._known[name]
+
+    def mode_of(self, module: nn.Module) -> TracedValue:
+        """``module.training``, which the graph reads itself."""
+        name = self.submodule_paths.get(module)
+        if name is None:
+            self.refuse("its forward asks for the mode of a module that is no part of it")
+        target = f"{name}.training" if name else "training"
+        if target not in self._known:
+            self._known[target] = ModeProxy(self, target)
+        return self._known[target]
+
+    def known_shape(self, value: fx.Proxy) -> torch.Size | None:
+        """The shape of a parameter, which does not depend on the input; None for any other value."""
+        node = value.__dict__.get("node")
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        path = _path_to(str(node.target))
+        owner: nn.Module | None = self.root
+        *above, (_, key) = path.steps
+        for _, atom in above:
+            owner = owner._modules.get(atom) if owner is not None else None
+        found = None if owner is None else owner._parameters.get(key)
+        if found is None or is_lazy(found):
+            return None
+        self.read(Read(path, "shape", found.shape))
+        return found.shape
+
+    def is_none(self, value: TracedValue) -> bool:
+        """Whether a traced value is None, where that can be said: the guard of the graph sees to it."""
+        node = value.__dict__.get("node")
+        if isinstance(node, fx.Node):
+            if node.op == "placeholder" and self._check_none:
+                return False
+            if node.op == "get_attr":
+                self.read(Read(_path_to(str(node.target)), "present", None))
+                return False
+            module = getattr(node.target, "__module__", None) or ""
+            computed = module.partition(".")[0] in ("torch", "_operator", "lora_fx", "")
+            if node.op == "call_function" and computed and not _is_part(node.target):
+                return False
+        return self.refuse("its forward asks whether a part of a value is None")
+
+    def wraps(self, names: dict[str, Any], name: str) -> bool:
+        """Whether ``fx.wrap`` was told that a function is one node."""
+        return (id(names), name) in fx._symbolic_trace._wrapped_fns_to_patch
+
+    # --- nodes
+
+    def call_leaf(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """A call of a function that is one node."""
+        if not (holds_traced(args) or holds_traced(kwargs)):
+            return function(*args, **kwargs)
+        result = self.create_proxy("call_function", function, args, kwargs)
+        result.node.meta["is_wrapped"] = True
+        return result
+
+    def call_child(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call of a child."""
+        if module is self.root:
+            self.refuse("its forward calls the module itself")
+        return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value that refuses questions."""
+        return TracedValue(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Control flow on a traced value."""
+        what = "self.training"
+        if not isinstance(obj, ModeProxy):
+            what = "a value that is known only when it runs"
+        self.refuse(f"its forward branches on {what}")
 
     def create_node(
         self,
@@ -250,11 +359,6 @@ class Recorder(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """A node, without type annotation: generated code does not need to know the name."""
-        if _modes() != self._modes:
-            self.refuse(
-                "its forward switches gradients or autocast on or off, which a graph would lose"
-            )
-        user_code(sys._getframe(1), Recorder.record.__code__, self.seen)
         # A child, or a parameter, named "self" would take the place of the module in generated code.
         return super().create_node(
             kind, target, args, kwargs, name or ("self_" if target == "self" else None)
@@ -262,69 +366,30 @@ class Recorder(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Refuses constants that a graph would hold, and containers that it would not rebuild."""
-        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and not self._owned(a):
-            self.refuse("its forward makes a tensor that does not depend on its input")
+        if isinstance(a, torch.Tensor):
+            owned = self.owned(a)
+            if owned is not None:
+                return owned.node
+            if a not in self.tensor_attrs:
+                self.refuse("its forward makes a tensor that does not depend on its input")
         if isinstance(a, list) and type(a) not in (list, fx.immutable_collections.immutable_list):
             self.refuse(f"a {type(a).__name__} would become a plain list")
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
-            return self._dict_class(a)
+            self.refuse(f"a {type(a).__name__} would become a plain dict")
         return super().create_arg(a)
 
-    def _dict_class(self, value: dict[str, Any]) -> fx.Node:
-        """A ModelOutput of transformers, or the like, as a call of its class."""
-        if not dataclasses.is_dataclass(type(value)):
-            self.refuse(f"a {type(value).__name__} would become a plain dict")
-        made = {key: self.create_arg(item) for key, item in value.items()}
-        return self.create_node("call_function", type(value), (), made)
 
-    def _owned(self, tensor: torch.Tensor) -> bool:
-        return tensor in self.tensor_attrs or any(tensor is b for b in self.root.buffers())
-
-    @contextlib.contextmanager
-    def _reading_modes(self, module: nn.Module) -> Iterator[None]:
-        """Makes ``training`` of the module and of those below it a read."""
-        saved: list[tuple[nn.Module, bool, ModeProxy]] = []
-        for name, owner in module.named_modules():
-            if isinstance(owner.__dict__.get("training"), bool):
-                value = ModeProxy(self, f"{name}.training" if name else "training")
-                saved.append((owner, owner.training, value))
-                owner.__dict__["training"] = value
-        try:
-            yield
-        finally:
-            switched = False
-            for owner, training, value in saved:
-                switched = switched or owner.__dict__.get("training") is not value
-                owner.__dict__["training"] = training
-        if switched:
-            self.refuse("its forward calls train() or eval()")
-
-    @contextlib.contextmanager
-    def _calling_children(self, module: nn.Module) -> Iterator[None]:
-        """Makes calls of children whose class has a ``__call__`` of its own a call like any other."""
-        owners = {
-            cls
-            for child in module.modules()
-            for cls in type(child).__mro__
-            if "__call__" in cls.__dict__ and cls is not nn.Module and issubclass(cls, nn.Module)
-        }
-        saved = {cls: cls.__dict__["__call__"] for cls in owners}
-
-        def call(child: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.call_module(child, child.forward, args, kwargs)
-
-        for cls in owners:
-            cls.__call__ = call  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for cls, original in saved.items():
-                cls.__call__ = original  # type: ignore[method-assign]
+def _outermost() -> None:
+    """Stands for whoever calls the forward."""
 
 
-def _modes() -> tuple[bool, ...]:
-    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+def _path_to(target: str) -> Path:
+    return Path(steps=tuple(("attribute", atom) for atom in target.split(".")))
+
+
+def _is_part(target: Any) -> bool:
+    """Whether a function takes something out of a value, which may be None."""
+    return target is getattr or getattr(target, "__name__", "") in ("getitem", "getattr")
 
 
 def _words(error: Exception) -> str:

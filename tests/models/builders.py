@@ -163,7 +163,7 @@ def branches_on_a_buffer(self, x):
     return self.fc(x) if self.scale.sum() > 0 else self.other(x)
 
 
-@hazard("branches on a value")
+@hazard("catches exceptions")
 def branches_inside_try(self, x):
     try:
         flag = bool(x.sum() > 0)
@@ -172,7 +172,7 @@ def branches_inside_try(self, x):
     return self.fc(x) if flag else self.other(x)
 
 
-@hazard("isinstance")
+@hazard("catches exceptions")
 def asks_inside_try(self, x):
     try:
         known = isinstance(x, torch.Tensor)
@@ -196,24 +196,24 @@ def sorts(self, x):
     return self.fc(max(x, x + 1, key=lambda v: v.sum()))
 
 
-@hazard("copies")
+@hazard("type or the identity")
 def copies(self, x):
     y = copy.copy(x)
     y.add_(1)
     return self.fc(x)
 
 
-@hazard("type or the identity of x")
+@hazard("type or the identity of a traced value")
 def asks_type(self, x):
     return self.fc(x) if type(x) is torch.Tensor else x
 
 
-@hazard("type or the identity of x")
+@hazard("type or the identity of a traced value")
 def asks_type_in(self, x):
     return self.fc(x[0]) if type(x) in (list, tuple) else self.fc(x)
 
 
-@hazard("type or the identity of y")
+@hazard("type or the identity of a traced value")
 def asks_identity(self, x):
     y = x.view(-1, 4)
     return self.fc(x) if x is y else self.other(y)
@@ -327,7 +327,7 @@ def asks_the_autocast_mode(self, x):
     return self.fc(x) if torch.is_autocast_enabled() else self.other(x)
 
 
-@hazard("isinstance")
+@hazard("autograd function")
 def own_autograd_function(self, x):
     return self.fc(Twice.apply(x))
 
@@ -353,11 +353,6 @@ def computes_with_a_plain_tensor(self, x):
 @hazard("computes without its input")
 def reads_the_value_of_a_plain_tensor(self, x):
     return self.fc(x) * float(self.plain[0])
-
-
-@hazard("computes without its input \\(dtype\\)")
-def asks_the_dtype_of_a_parameter(self, x):
-    return self.fc(x.to(next(self.parameters()).dtype))
 
 
 @hazard("does not depend on its input")
@@ -437,7 +432,7 @@ def mutable_default(self, x, seen=[]):  # noqa: B006  the hazard itself
     return self.fc(x)
 
 
-@hazard("writes to self|not installed")
+@hazard("looks at what _modules of a module holds")
 def makes_a_layer_on_the_way(self, x):
     if "late" not in self._modules:
         self.late = nn.ReLU()
@@ -570,6 +565,11 @@ def reads_the_weight_of_a_child(self, x):
 @faithful
 def casts_to_the_dtype_of_a_weight(self, x):
     return self.fc(x.to(self.fc.weight.dtype))
+
+
+@faithful
+def casts_to_the_dtype_of_the_first_parameter(self, x):
+    return self.fc(x.to(next(self.parameters()).dtype))
 
 
 @faithful

@@ -1,0 +1,779 @@
+"""Rewrites the code of a function so that every operation it executes goes through a recorder.
+
+``torch.fx`` runs a forward on stand-ins and records the operations that reach them. Whatever Python does
+without asking the stand-in (``x is y``, ``type(x)``, ``try``, a read of a global) happens once, during the
+trace, and never again. So the forward is not run as it is: its source is parsed, and every operation
+becomes a call of a method of the recorder, which records it, computes it, or refuses it
+(:mod:`.interpret` has the rules). Only what is executed is asked about: an f-string in a ``raise`` that is
+not reached does not count. AutoGraph of TensorFlow rewrites functions in the same way.
+
+The source has to be that of the code. A file may have been edited since it was imported, or another tool
+may have rewritten the code (pytest does it to ``assert``), so the source is compiled and compared with
+the bytecode before it is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+__all__ = ["RECORDER", "SourceError", "instrumented"]
+
+RECORDER = "_lora_fx_recorder"
+"""The name under which rewritten code finds the recorder."""
+
+_IN_PLACE = {
+    ast.Add: "iadd",
+    ast.Sub: "isub",
+    ast.Mult: "imul",
+    ast.MatMult: "imatmul",
+    ast.Div: "itruediv",
+    ast.FloorDiv: "ifloordiv",
+    ast.Mod: "imod",
+    ast.Pow: "ipow",
+    ast.BitAnd: "iand",
+    ast.BitOr: "ior",
+    ast.BitXor: "ixor",
+    ast.LShift: "ilshift",
+    ast.RShift: "irshift",
+}
+_BINARY = {
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.MatMult: "matmul",
+    ast.Div: "truediv",
+    ast.FloorDiv: "floordiv",
+    ast.Mod: "mod",
+    ast.Pow: "pow",
+    ast.BitAnd: "and_",
+    ast.BitOr: "or_",
+    ast.BitXor: "xor",
+    ast.LShift: "lshift",
+    ast.RShift: "rshift",
+}
+_UNARY = {ast.USub: "neg", ast.UAdd: "pos", ast.Invert: "invert"}
+_COMPARE = {
+    ast.Eq: "eq",
+    ast.NotEq: "ne",
+    ast.Lt: "lt",
+    ast.LtE: "le",
+    ast.Gt: "gt",
+    ast.GtE: "ge",
+    ast.Is: "is",
+    ast.IsNot: "is not",
+    ast.In: "in",
+    ast.NotIn: "not in",
+}
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class SourceError(Exception):
+    """Why there is no source to rewrite; the message completes "its forward ..."."""
+
+
+def instrumented(function: FunctionType, recorder: Any, codes: set[CodeType]) -> FunctionType:
+    """The function, with every operation as a call of the recorder.
+
+    Args:
+        function: A Python function. It is not touched.
+        recorder: What the rewritten code calls.
+        codes: Gets the code objects that were made for it, those of inner functions too.
+
+    Returns:
+        A function with the same globals, closure and defaults.
+
+    Raises:
+        SourceError: If there is no source, or it is not that of the code.
+    """
+    code = _rewritten(function.__code__, function.__qualname__)
+    if isinstance(code, str):
+        raise SourceError(code)
+    codes.update(_nested(code))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    closure = tuple(
+        _cell(recorder) if name == RECORDER else cells[name] for name in code.co_freevars
+    )
+    result = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    return result
+
+
+def _cell(value: Any) -> Any:
+    return (lambda: value).__closure__[0]  # type: ignore[index]
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+@functools.lru_cache(maxsize=2048)
+def _rewritten(code: CodeType, qualname: str) -> CodeType | str:
+    """The rewritten code, or why there is none."""
+    found = _tree_of(code, qualname)
+    if isinstance(found, str):
+        return found
+    tree, scope = found
+    made = _compiled(_Rewriter(code, scope).rewrite(tree), code, scope, (), recorded=True)
+    assert made is not None
+    return made
+
+
+# --- finding the source -----------------------------------------------------------------------------
+
+
+def _tree_of(code: CodeType, qualname: str) -> Any:
+    if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        return "is asynchronous"
+    lines = linecache.getlines(code.co_filename)
+    if not lines:
+        return f"has no source that can be read ({code.co_name}, {code.co_filename})"
+    for tree in _candidates(lines, code):
+        owner = qualname.split(".")[-2:-1]
+        scope = owner[0] if owner and owner[0] != "<locals>" and _mangles(tree) else ""
+        for imported in _importable(tree, lines):
+            made = _compiled(tree, code, scope, imported)
+            if made is not None and _same(made, code):
+                return tree, scope
+    return f"is not what its source says ({code.co_name}, {code.co_filename})"
+
+
+def _candidates(lines: list[str], code: CodeType) -> Iterator[Any]:
+    """Functions in a source that may be that of the code: of the same name, on the same line."""
+    first = code.co_firstlineno
+    if code.co_name != "<lambda>":
+        try:
+            block = "".join(inspect.getblock(lines[first - 1 :]))
+            # Not dedented: that would change what is in strings of several lines.
+            indented = block[:1].isspace()
+            tree = ast.parse(f"if True:\n{block}" if indented else block)
+        except (SyntaxError, IndexError):
+            tree = None
+        if tree is not None:
+            ast.increment_lineno(tree, first - 1 - indented)
+            body: Any = tree.body[0].body if indented else tree.body  # type: ignore[attr-defined]
+            found = body[0] if body else None
+            if isinstance(found, ast.FunctionDef) and found.name == code.co_name:
+                yield found
+                return
+    try:
+        whole = _parsed("".join(lines))
+    except SyntaxError:
+        return
+    for node in ast.walk(whole):
+        lambdas = code.co_name == "<lambda>" and isinstance(node, ast.Lambda)
+        named = isinstance(node, ast.FunctionDef) and node.name == code.co_name
+        if (lambdas or named) and first in (node.lineno, *_decorated(node)):
+            yield node
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def _decorated(node: Any) -> list[int]:
+    return [one.lineno for one in getattr(node, "decorator_list", ())]
+
+
+def _importable(tree: ast.AST, lines: list[str]) -> Iterator[Iterable[str]]:
+    """What the module may import of the names on which the function calls methods.
+
+    Python compiles ``name.method()`` in another way where the module imports ``name``.
+    """
+    called = {
+        node.func.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+    }
+    yield called
+    if called:
+        yield ()
+    if len(called) > 1:
+        try:
+            whole = _parsed("".join(lines))
+        except SyntaxError:
+            return
+        yield called & set(_bound(whole, only_imports=True))
+
+
+def _compiled(
+    tree: Any, code: CodeType, scope: str, imported: Iterable[str], *, recorded: bool = False
+) -> Any:
+    """The code of a function in the scopes in which it was written, or None.
+
+    Args:
+        tree: The function.
+        code: The code whose free names it has.
+        scope: The class in which private names are spelled out; empty for none.
+        imported: Names that the module imports.
+        recorded: Whether the function calls the recorder.
+    """
+    is_lambda = isinstance(tree, ast.Lambda)
+    if is_lambda:
+        body: list[ast.stmt] = [ast.Expr(tree)]
+    else:
+        bare = ast.FunctionDef(**{**dict(ast.iter_fields(tree)), "decorator_list": []})
+        bare.returns = None
+        body = [ast.copy_location(bare, tree)]
+    free = [name for name in code.co_freevars if name.isidentifier()]
+    if scope:
+        body = [_class(scope, body)]
+        free = [name for name in free if name != "__class__"]
+    if recorded:
+        free.append(RECORDER)
+    made = _function("_lora_fx_factory", free, [*body, ast.Return(ast.Constant(None))])
+    imports: list[ast.stmt] = [ast.Import([ast.alias(name)]) for name in sorted(imported)]
+    module = ast.fix_missing_locations(ast.Module([*imports, made], []))
+    flags = code.co_flags & _FUTURES
+    try:
+        outer = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return None
+    return next((one for one in _nested(outer) if one.co_name == code.co_name), None)
+
+
+_FUTURES = 0
+for _name in __import__("__future__").all_feature_names:
+    _FUTURES |= getattr(__import__("__future__"), _name).compiler_flag
+
+
+def _mangles(tree: ast.AST) -> bool:
+    """Whether names in it mean something else within a class: ``self.__name``."""
+    for node in ast.walk(tree):
+        for name in (getattr(node, "attr", ""), getattr(node, "id", ""), getattr(node, "arg", "")):
+            if isinstance(name, str) and name.startswith("__") and not name.endswith("__"):
+                return True
+    return False
+
+
+def _class(name: str, body: list[ast.stmt]) -> ast.ClassDef:
+    more: Any = {"type_params": []} if "type_params" in ast.ClassDef._fields else {}
+    return ast.ClassDef(name=name, bases=[], keywords=[], body=body, decorator_list=[], **more)
+
+
+def _function(name: str, parameters: Iterable[str], body: list[ast.stmt]) -> ast.FunctionDef:
+    more: Any = {"type_params": []} if "type_params" in ast.FunctionDef._fields else {}
+    arguments = ast.arguments(
+        posonlyargs=[],
+        args=[ast.arg(one) for one in parameters],
+        kwonlyargs=[],
+        kw_defaults=[],
+        defaults=[],
+    )
+    return ast.FunctionDef(name=name, args=arguments, body=body, decorator_list=[], **more)
+
+
+def _same(made: CodeType, code: CodeType) -> bool:
+    """Whether two code objects do the same: all but names of files, lines and annotations."""
+    if (
+        made.co_code != code.co_code
+        or made.co_names != code.co_names
+        or made.co_varnames != code.co_varnames
+        or made.co_freevars != code.co_freevars
+        or made.co_cellvars != code.co_cellvars
+        or made.co_exceptiontable != code.co_exceptiontable
+        or len(made.co_consts) != len(code.co_consts)
+    ):
+        return False
+    for mine, its in zip(made.co_consts, code.co_consts, strict=True):
+        if isinstance(mine, CodeType) and isinstance(its, CodeType):
+            if not _same(mine, its):
+                return False
+        elif type(mine) is not type(its) or repr(mine) != repr(its):
+            # A qualified name, which MAKE_FUNCTION of old versions takes from the stack.
+            if not (isinstance(mine, str) and "<locals>" in mine + str(its)):
+                return False
+    return True
+
+
+# --- rewriting --------------------------------------------------------------------------------------
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Puts a call of the recorder in the place of every operation."""
+
+    def __init__(self, code: CodeType, owner: str) -> None:
+        self._free = frozenset(code.co_freevars)
+        self._owner = owner.lstrip("_")
+        self._scopes: list[set[str]] = []
+        self._outer: list[set[str]] = []  # names that a scope declares to be another one's
+        self._first: list[str | None] = []  # the first parameter of each function
+        self._count = 0
+
+    def rewrite(self, tree: Any) -> Any:
+        """A rewritten copy of a function or lambda."""
+        return self._rewrite_scope(_copied(tree))
+
+    # --- scopes
+
+    def _rewrite_scope(self, node: Any) -> Any:
+        arguments = node.args
+        named = [*arguments.posonlyargs, *arguments.args]
+        every = [*named, *arguments.kwonlyargs]
+        every += [one for one in (arguments.vararg, arguments.kwarg) if one is not None]
+        outer = set(_declared_elsewhere(node))
+        bound = ({one.arg for one in every} | set(_bound(node))) - outer
+        # Defaults and decorators belong to the scope around.
+        if self._scopes:
+            arguments.defaults = [self.visit(one) for one in arguments.defaults]
+            arguments.kw_defaults = [
+                None if one is None else self.visit(one) for one in arguments.kw_defaults
+            ]
+        for one in every:
+            one.annotation = None
+        self._scopes.append(bound)
+        self._outer.append(outer)
+        self._first.append(named[0].arg if named else None)
+        try:
+            if isinstance(node, ast.Lambda):
+                node.body = self.visit(node.body)
+                return node
+            node.returns = None
+            node.body = self._block(node.body)
+            if len(self._scopes) == 1:
+                node.body = [*self._entered(arguments), *node.body]
+            return node
+        finally:
+            self._scopes.pop()
+            self._outer.pop()
+            self._first.pop()
+
+    def _entered(self, arguments: ast.arguments) -> list[ast.stmt]:
+        """Tells the recorder of ``*args`` and ``**kwargs``."""
+        found = [one.arg for one in (arguments.vararg, arguments.kwarg) if one is not None]
+        return [_assign(_stored(name), self._call("variadic", _loaded(name))) for name in found]
+
+    def _block(self, statements: list[Any]) -> list[Any]:
+        result: list[Any] = []
+        for one in statements:
+            new = self.visit(one)
+            result.extend(new if isinstance(new, list) else [new])
+        return result or [ast.Pass()]
+
+    def _local(self, name: str) -> bool:
+        return any(name in scope for scope in self._scopes)
+
+    # --- expressions
+
+    def visit_Name(self, node: ast.Name) -> Any:  # noqa: D102, N802  ast names it
+        if not isinstance(node.ctx, ast.Load) or self._local(node.id) or node.id == RECORDER:
+            return node
+        kind = "free" if node.id in self._free else "global_"
+        return self._call(kind, ast.Constant(node.id), node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> Any:  # noqa: D102, N802
+        if not isinstance(node.ctx, ast.Load):
+            return node
+        return self._call("attribute", self.visit(node.value), self._spelled(node.attr))
+
+    def _spelled(self, name: str) -> ast.Constant:
+        """The name of an attribute as Python spells it within a class."""
+        private = name.startswith("__") and not name.endswith("__")
+        return ast.Constant(f"_{self._owner}{name}" if private and self._owner else name)
+
+    def visit_Subscript(self, node: ast.Subscript) -> Any:  # noqa: D102, N802
+        return self._call("item", self.visit(node.value), self._index(node.slice))
+
+    def _index(self, node: Any) -> Any:
+        if isinstance(node, ast.Slice):
+            ends = [
+                ast.Constant(None) if one is None else self.visit(one)
+                for one in (node.lower, node.upper, node.step)
+            ]
+            return self._call("slice", *ends)
+        if isinstance(node, ast.Tuple):
+            return ast.Tuple([self._index(one) for one in node.elts], ast.Load())
+        return self.visit(node)
+
+    def visit_Call(self, node: ast.Call) -> Any:  # noqa: D102, N802
+        if (
+            isinstance(node.func, ast.Name)
+            and node.func.id == "super"
+            and not node.args
+            and not node.keywords
+            and not self._local("super")
+        ):
+            first = self._first[0]
+            if len(self._first) != 1 or first is None:
+                return self._refused("calls super() in an inner function")
+            return self._call("super_", _loaded("__class__"), _loaded(first))
+        args = [
+            ast.Starred(self._call("spread", self.visit(one.value)), ast.Load())
+            if isinstance(one, ast.Starred)
+            else self.visit(one)
+            for one in node.args
+        ]
+        keywords = [
+            ast.keyword(one.arg, self.visit(one.value))
+            if one.arg is not None
+            else ast.keyword(None, self._call("spread", self.visit(one.value)))
+            for one in node.keywords
+        ]
+        called = self._call("call", self.visit(node.func), *args)
+        called.keywords = keywords
+        return called
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:  # noqa: D102, N802
+        name = ast.Constant(_BINARY[type(node.op)])
+        return self._call("binary", name, self.visit(node.left), self.visit(node.right))
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:  # noqa: D102, N802
+        value = self.visit(node.operand)
+        if isinstance(node.op, ast.Not):
+            return ast.UnaryOp(ast.Not(), self._call("truth", value))
+        if isinstance(node.operand, ast.Constant):
+            return ast.UnaryOp(node.op, value)
+        return self._call("unary", ast.Constant(_UNARY[type(node.op)]), value)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> Any:  # noqa: D102, N802
+        values = [self.visit(one) for one in node.values]
+        asked = [self._call("truth", one) for one in values[:-1]]
+        return ast.BoolOp(node.op, [*asked, values[-1]])
+
+    def visit_Compare(self, node: ast.Compare) -> Any:  # noqa: D102, N802
+        left, parts = self.visit(node.left), []
+        for place, (op, right) in enumerate(zip(node.ops, node.comparators, strict=True)):
+            value = self.visit(right)
+            following = value
+            if place + 1 < len(node.ops):
+                name = self._temporary()
+                value, following = ast.NamedExpr(_stored(name), value), _loaded(name)
+            parts.append(self._call("compare", ast.Constant(_COMPARE[type(op)]), left, value))
+            left = following
+        if len(parts) == 1:
+            return parts[0]
+        asked = [self._call("truth", one) for one in parts[:-1]]
+        return ast.BoolOp(ast.And(), [*asked, parts[-1]])
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:  # noqa: D102, N802
+        test = self._call("truth", self.visit(node.test))
+        return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> Any:  # noqa: D102, N802
+        spec = node.format_spec
+        if isinstance(spec, ast.JoinedStr):
+            spec = ast.JoinedStr([self.visit(one) for one in spec.values])
+        return ast.FormattedValue(self._call("part", self.visit(node.value)), node.conversion, spec)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:  # noqa: D102, N802
+        parts = [self.visit(one) for one in node.values]
+        return self._call("joined", ast.JoinedStr(parts))
+
+    def visit_Starred(self, node: ast.Starred) -> Any:  # noqa: D102, N802
+        if not isinstance(node.ctx, ast.Load):
+            return node
+        return ast.Starred(self._call("iterate", self.visit(node.value)), ast.Load())
+
+    def visit_Dict(self, node: ast.Dict) -> Any:  # noqa: D102, N802
+        keys = [None if one is None else self._call("key", self.visit(one)) for one in node.keys]
+        values = [
+            self._call("spread", self.visit(value)) if key is None else self.visit(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        ]
+        return ast.Dict(keys, values)
+
+    def visit_Lambda(self, node: ast.Lambda) -> Any:  # noqa: D102, N802
+        return self._rewrite_scope(node)
+
+    def visit_Await(self, node: ast.Await) -> Any:  # noqa: D102, N802
+        return self._refused("waits for something")
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> Any:  # noqa: D102, N802
+        return ast.NamedExpr(node.target, self.visit(node.value))
+
+    def _comprehension(self, node: Any) -> Any:
+        bound: set[str] = set()
+        generators = []
+        for place, one in enumerate(node.generators):
+            if one.is_async:
+                return self._refused("waits for something")
+            # The first iterable belongs to the scope around.
+            source = self.visit(one.iter) if place == 0 else None
+            if place == 0:
+                self._scopes.append(bound)
+            bound.update(_names(one.target))
+            source = self.visit(one.iter) if source is None else source
+            tests = [self._call("truth", self.visit(test)) for test in one.ifs]
+            made = ast.comprehension(one.target, self._call("iterate", source), tests, 0)
+            generators.append(made)
+        fields = {
+            name: self.visit(getattr(node, name))
+            for name in ("elt", "key", "value")
+            if hasattr(node, name)
+        }
+        if "key" in fields:
+            fields["key"] = self._call("key", fields["key"])
+        self._scopes.pop()
+        return type(node)(**fields, generators=generators)
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
+
+    # --- statements
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:  # noqa: D102, N802
+        if node.decorator_list:
+            return _statement(self._refused("decorates an inner function"))
+        return self._rewrite_scope(node)
+
+    def visit_Assign(self, node: ast.Assign) -> Any:  # noqa: D102, N802
+        value = self.visit(node.value)
+        if len(node.targets) == 1:
+            return self._stored(node.targets[0], value)
+        name = self._temporary()
+        made: list[Any] = [_assign(_stored(name), value)]
+        for target in node.targets:
+            made.extend(self._stored(target, _loaded(name)))
+        return made
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:  # noqa: D102, N802
+        return [] if node.value is None else self._stored(node.target, self.visit(node.value))
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:  # noqa: D102, N802
+        name = ast.Constant(_IN_PLACE[type(node.op)])
+        value = self.visit(node.value)
+        if isinstance(node.target, ast.Name):
+            left = self.visit_Name(ast.Name(node.target.id, ast.Load()))
+            return self._stored(node.target, self._call("in_place", name, left, value))
+        holder = self._temporary()
+        made: list[Any] = [_assign(_stored(holder), self.visit(node.target.value))]
+        if isinstance(node.target, ast.Attribute):
+            key = self._spelled(node.target.attr)
+            read, write = "attribute", "set_attribute"
+        else:
+            place = self._temporary()
+            made.append(_assign(_stored(place), self._index(node.target.slice)))
+            key, read, write = _loaded(place), "item", "set_item"  # type: ignore[assignment]
+        old = self._call(read, _loaded(holder), key)
+        new = self._call("in_place", name, old, value)
+        return [*made, _statement(self._call(write, _loaded(holder), key, new))]
+
+    def _stored(self, target: Any, value: Any) -> list[Any]:
+        if isinstance(target, ast.Name):
+            if any(target.id in scope for scope in self._outer[-1:]) and not any(
+                target.id in scope for scope in self._scopes[:-1]
+            ):
+                made = self._call("write", ast.Constant(target.id), value)
+                return [_statement(made)]
+            return [_assign(_stored(target.id), value)]
+        if isinstance(target, ast.Attribute):
+            holder = self.visit(target.value)
+            name = self._spelled(target.attr)
+            return [_statement(self._call("set_attribute", holder, name, value))]
+        if isinstance(target, ast.Subscript):
+            holder, key = self.visit(target.value), self._index(target.slice)
+            return [_statement(self._call("set_item", holder, key, value))]
+        if isinstance(target, ast.Starred):
+            return self._stored(target.value, value)
+        names = [self._temporary() for _ in target.elts]
+        stars = [place for place, one in enumerate(target.elts) if isinstance(one, ast.Starred)]
+        unpacked = self._call(
+            "unpack",
+            value,
+            ast.Constant(len(target.elts)),
+            ast.Constant(stars[0] if stars else None),
+        )
+        made: list[Any] = [
+            _assign(ast.Tuple([_stored(name) for name in names], ast.Store()), unpacked)
+        ]
+        for one, name in zip(target.elts, names, strict=True):
+            made.extend(self._stored(one, _loaded(name)))
+        return made
+
+    def visit_Delete(self, node: ast.Delete) -> Any:  # noqa: D102, N802
+        made: list[Any] = []
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                made.append(ast.Delete([target]))
+            else:
+                what = getattr(target, "attr", "an item")
+                made.append(_statement(self._refused(f"deletes {what}")))
+        return made
+
+    def visit_For(self, node: ast.For) -> Any:  # noqa: D102, N802
+        source = self._call("iterate", self.visit(node.iter))
+        body = self._block(node.body)
+        target: Any = node.target
+        if not isinstance(target, ast.Name):
+            name = self._temporary()
+            body = [*self._stored(target, _loaded(name)), *body]
+            target = _stored(name)
+        orelse = self._block(node.orelse) if node.orelse else []
+        return ast.For(target, source, body, orelse)
+
+    def visit_While(self, node: ast.While) -> Any:  # noqa: D102, N802
+        test = self._call("truth", self.visit(node.test))
+        orelse = self._block(node.orelse) if node.orelse else []
+        return ast.While(test, self._block(node.body), orelse)
+
+    def visit_If(self, node: ast.If) -> Any:  # noqa: D102, N802
+        test = self._call("truth", self.visit(node.test))
+        orelse = self._block(node.orelse) if node.orelse else []
+        return ast.If(test, self._block(node.body), orelse)
+
+    def visit_Assert(self, node: ast.Assert) -> Any:  # noqa: D102, N802
+        test = self._call("truth", self.visit(node.test))
+        return ast.Assert(test, None if node.msg is None else self.visit(node.msg))
+
+    def visit_With(self, node: ast.With) -> Any:  # noqa: D102, N802
+        made: list[Any] = []
+        for one in node.items:
+            entered = self._call("enter", self.visit(one.context_expr))
+            if one.optional_vars is None:
+                made.append(_statement(entered))
+            else:
+                made.extend(self._stored(one.optional_vars, entered))
+        return [*made, *self._block(node.body)]
+
+    def visit_Try(self, node: ast.Try) -> Any:  # noqa: D102, N802
+        return [_statement(self._call("caught")), *self._block([*node.body, *node.orelse, *node.finalbody])]
+
+    visit_TryStar = visit_Try
+
+    def visit_Match(self, node: Any) -> Any:  # noqa: D102, N802
+        subject = self._call("subject", self.visit(node.subject))
+        cases = []
+        for case in node.cases:
+            if not all(map(_plain_pattern, ast.walk(case.pattern))):
+                return _statement(self._refused("matches the structure of a value"))
+            guard = None
+            if case.guard is not None:
+                guard = self._call("truth", self.visit(case.guard))
+            cases.append(ast.match_case(case.pattern, guard, self._block(case.body)))
+        return ast.Match(subject, cases)
+
+    def _unknown(self, node: ast.AST) -> Any:
+        return _statement(self._refused(f"has a statement that is not known ({type(node).__name__})"))
+
+    visit_AsyncFor = visit_AsyncWith = visit_AsyncFunctionDef = visit_ClassDef = _unknown
+    visit_TypeAlias = _unknown
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Visits what is below; a node that is not known is refused when it runs."""
+        if isinstance(node, ast.expr) and not isinstance(node, _PLAIN_EXPRESSIONS):
+            return self._refused(f"has an expression that is not known ({type(node).__name__})")
+        return super().generic_visit(node)
+
+    # --- nodes
+
+    def _call(self, method: str, *args: Any) -> ast.Call:
+        return ast.Call(ast.Attribute(_loaded(RECORDER), method, ast.Load()), list(args), [])
+
+    def _refused(self, what: str) -> ast.Call:
+        return self._call("refuse_here", ast.Constant(what))
+
+    def _temporary(self) -> str:
+        self._count += 1
+        name = f"_lora_fx_{self._count}"
+        # A walrus in a comprehension binds in the function around it.
+        self._scopes[0].add(name)
+        return name
+
+
+_PLAIN_EXPRESSIONS = (
+    ast.Constant,
+    ast.List,
+    ast.Set,
+    ast.Tuple,
+    ast.Yield,
+    ast.YieldFrom,
+)
+
+
+def _plain_pattern(node: ast.AST) -> bool:
+    """Whether a pattern, or a part of one, compares with literals and looks at nothing else."""
+    return isinstance(
+        node,
+        ast.MatchValue
+        | ast.MatchSingleton
+        | ast.MatchOr
+        | ast.MatchAs
+        | ast.Constant
+        | ast.UnaryOp
+        | ast.USub,
+    )
+
+
+def _copied(node: Any) -> Any:
+    """A copy of a tree: the original may be looked at again."""
+    if isinstance(node, list):
+        return [_copied(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return node
+    made = type(node)(**{name: _copied(value) for name, value in ast.iter_fields(node)})
+    return ast.copy_location(made, node)
+
+
+def _names(target: Any) -> Iterator[str]:
+    return (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
+
+
+def _bound(scope: Any, *, only_imports: bool = False) -> Iterator[str]:
+    """The names that a function, or a module, binds itself."""
+    pending = [scope.body] if isinstance(scope, ast.Lambda) else list(scope.body)
+    while pending:
+        node = pending.pop()
+        if only_imports and not isinstance(node, ast.Import | ast.ImportFrom):
+            if isinstance(node, ast.stmt) and not isinstance(node, (*_SCOPES, ast.ClassDef)):
+                pending.extend(ast.iter_child_nodes(node))
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+            continue
+        elif isinstance(node, ast.Lambda):
+            continue
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((one.asname or one.name).partition(".")[0] for one in node.names)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.name
+        elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
+            yield node.name
+        if isinstance(node, _COMPREHENSIONS):
+            # Targets are its own; a walrus in it binds here.
+            pending.extend(
+                one for one in ast.walk(node) if isinstance(one, ast.NamedExpr) and one is not node
+            )
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def _declared_elsewhere(scope: Any) -> Iterator[str]:
+    """The names that a function declares ``global`` or ``nonlocal``."""
+    pending = [] if isinstance(scope, ast.Lambda) else list(scope.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            yield from node.names
+        if not isinstance(node, (*_SCOPES, ast.ClassDef)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def _loaded(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def _stored(name: str) -> ast.Name:
+    return ast.Name(name, ast.Store())
+
+
+def _assign(target: ast.expr, value: ast.expr) -> ast.Assign:
+    return ast.Assign([target], value)
+
+
+def _statement(value: ast.expr) -> ast.Expr:
+    return ast.Expr(value)

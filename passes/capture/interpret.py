@@ -1,0 +1,1159 @@
+"""What each operation of traced Python code means: recorded, computed, or refused.
+
+The code of a forward, and of every function that it reaches, is rewritten (:mod:`.instrument`) so that it
+calls the methods of a :class:`Frame`. The rule is an allowlist. An operation on a traced value is recorded
+where the graph does the same when it runs. An operation on values that are known is computed at once, and
+every value that was read to get there is noted as a :class:`~lora_fx.passes._reads.Read`, which guards the
+graph. Everything else ends the trace with the reason, and the module keeps its own forward.
+
+Some refusals go on recording (``refuse_softly``): the graph is thrown away, but what was recorded says how
+the code cuts up the outputs of its layers (:attr:`lora_fx.types.Capture.begun`).
+"""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import functools
+import itertools
+import math
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from lora_fx.passes._reads import (
+    CONTAINERS,
+    SIMPLE,
+    ModuleRoot,
+    ObjectRoot,
+    Path,
+    Read,
+    is_constant,
+)
+from lora_fx.passes.capture.instrument import SourceError, instrumented
+from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, attribute_of, holds_traced
+
+if TYPE_CHECKING:
+    from lora_fx.passes.capture.symbolic import Recorder
+
+__all__ = ["Frame", "PassedKeywords", "PassedValues"]
+
+_DEPTH = 40  # calls within calls; a trace that goes deeper does not end
+_LIBRARIES = ("torch", "lora_fx")
+_PLAIN = (
+    *SIMPLE,
+    *CONTAINERS,
+    range,
+    slice,
+    type(...),
+    type(NotImplemented),
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.finfo,
+    torch.iinfo,
+)
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_READERS = frozenset({"get", "items", "keys", "values", "index", "count", "copy", "__getitem__"})
+_HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_MISSING = object()
+_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+_FUNCTIONS: Any = torch.zeros.__self__  # what holds the functions of PyTorch that make tensors
+_IN_WORDS: dict[Any, str] = {
+    torch.no_grad: "switches gradients on or off, which a graph would lose",
+    torch.enable_grad: "switches gradients on or off, which a graph would lose",
+    torch.set_grad_enabled: "switches gradients on or off, which a graph would lose",
+    torch.inference_mode: "switches gradients on or off, which a graph would lose",
+    torch.autocast: "asks PyTorch for autocast, which may be another when the graph runs",
+    torch.is_grad_enabled: "asks PyTorch for the grad mode, which may be another when the graph runs",
+    torch.is_inference_mode_enabled: "asks PyTorch for the grad mode, which may be another when the graph "
+    "runs",
+    torch.is_autocast_enabled: "asks PyTorch for autocast, which may be another when the graph runs",
+    nn.Module.train: "calls train() or eval()",
+    nn.Module.eval: "calls train() or eval()",
+}
+# Answers that do not change between a trace and a call without a compiler.
+_ALWAYS_FALSE = (torch.jit.is_scripting, torch.jit.is_tracing)
+_PURE = frozenset(
+    {
+        abs, all, any, bin, callable, chr, divmod, format, hex, len, max, min, oct, ord, pow, repr,
+        round, sorted, sum,
+        *(one for one in vars(math).values() if isinstance(one, BuiltinFunctionType)),
+        *(one for one in vars(operator).values() if isinstance(one, BuiltinFunctionType)),
+    }
+)  # fmt: skip
+_CLASSES = frozenset(
+    {
+        bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, range, slice, object,
+        torch.Size, torch.device, torch.dtype,
+    }
+)  # fmt: skip
+
+
+class PassedValues(tuple[Any, ...]):
+    """``*args`` of a decorator: it may hand them on, and ask nothing of them."""
+
+
+class PassedKeywords(dict[str, Any]):
+    """``**kwargs`` of a decorator."""
+
+
+class TracedText(str):
+    """A text with traced values in it: a message, and nothing that a graph could hold."""
+
+
+class _FirstOf(list[Any]):
+    """``self.parameters()``: the first of them may be asked for."""
+
+
+class Frame:
+    """One function whose rewritten code runs; its methods are what the code calls."""
+
+    def __init__(self, recorder: Recorder, function: FunctionType, path: Path | None) -> None:
+        """Prepares.
+
+        Args:
+            recorder: Where nodes, reads and refusals go.
+            function: The function, as it is.
+            path: Where it was read; None for one that was made on the way.
+        """
+        self.recorder = recorder
+        self.function = function
+        self.path = path
+        module = function.__globals__.get("__name__", "")
+        self.library = module.partition(".")[0] in _LIBRARIES
+        self._traced_text = False
+
+    # --- names --------------------------------------------------------------------------------------
+
+    def global_(self, name: str, value: Any) -> Any:
+        """A read of a global or builtin name."""
+        names = self.function.__globals__
+        if name not in names:
+            return value
+        if self.recorder.wraps(names, name):
+            self.recorder.leaves.add(value)
+            return value
+        module = names.get("__name__", "")
+        known = sys.modules.get(module)
+        if known is not None and vars(known) is names:
+            path = Path(ModuleRoot(module)).attribute(name)
+        else:
+            path = Path(ObjectRoot(names)).item(name)
+        return self.noted(value, path, trusted=self.library)
+
+    def free(self, name: str, value: Any) -> Any:
+        """A read of a variable of an outer function."""
+        place = self.function.__code__.co_freevars.index(name)
+        assert self.function.__closure__ is not None
+        path = Path(ObjectRoot(self.function.__closure__[place])).attribute("cell_contents")
+        # What a decorator wraps is found there, and stays.
+        trusted = self.library or isinstance(value, FunctionType | type)
+        return self.noted(value, path, trusted=trusted)
+
+    def write(self, name: str, value: Any) -> None:
+        """A write to a name of another scope."""
+        self.recorder.refuse(f"its forward writes to {name}, which is not its own")
+
+    def variadic(self, value: Any) -> Any:
+        """``*args`` or ``**kwargs`` as a function gets them."""
+        if not self.recorder.entering:
+            return value
+        return PassedKeywords(value) if isinstance(value, dict) else PassedValues(value)
+
+    def super_(self, cls: type, instance: Any) -> Any:
+        """``super()``."""
+        return super(cls, instance)
+
+    # --- attributes and items -----------------------------------------------------------------------
+
+    def attribute(self, value: Any, name: str) -> Any:
+        """``value.name``."""
+        recorder = self.recorder
+        if isinstance(value, TracedValue):
+            return attribute_of(value, name)
+        if isinstance(value, PassedValues | PassedKeywords):
+            return recorder.refuse("a decorator of its forward looks at what was passed")
+        if isinstance(value, torch.Tensor):
+            owned = recorder.owned(value)
+            if owned is not None:
+                return attribute_of(owned, name)
+            return getattr(value, name)
+        if isinstance(value, nn.Module):
+            return self._of_module(value, name)
+        if type(value) in _PLAIN or isinstance(value, enum.Enum | super | BuiltinFunctionType):
+            return getattr(value, name)
+        if isinstance(value, (_FirstOf, *_VIEWS)):
+            return recorder.refuse("its forward goes through its parameters")
+        if isinstance(value, types.ModuleType):
+            path = Path(ModuleRoot(value.__name__)).attribute(name)
+            root = value.__name__.partition(".")[0]
+            trusted = self.library or root in _LIBRARIES or root in sys.stdlib_module_names
+            return self.noted(getattr(value, name), path, trusted=trusted)
+        if isinstance(value, type):
+            path = recorder.path_of(value) or Path(ObjectRoot(value))
+            library = value.__module__.partition(".")[0] in _LIBRARIES
+            return self.noted(getattr(value, name), path.attribute(name), trusted=library)
+        if isinstance(value, FunctionType | MethodType | types.MethodWrapperType):
+            return getattr(value, name)
+        if _is_context(type(value)):
+            # It was made on the way, and does nothing before it is entered.
+            return getattr(value, name)
+        return self._of_object(value, name)
+
+    def _of_module(self, module: nn.Module, name: str) -> Any:
+        recorder = self.recorder
+        path = recorder.path_of(module)
+        if name == "training":
+            return recorder.mode_of(module)
+        own = vars(module)
+        if name in ("__dict__", "_parameters", "_buffers", "_modules"):
+            recorder.refuse_softly(f"its forward looks at what {name} of a module holds")
+            return own if name == "__dict__" else own[name]
+        for kind in ("_parameters", "_buffers"):
+            if name in own[kind]:
+                tensor = own[kind][name]
+                if tensor is None:
+                    return self._noted_at(None, path, name)
+                found = recorder.owned(tensor)
+                return tensor if found is None else found
+        if name in own["_modules"]:
+            child = own["_modules"][name]
+            return self._noted_at(None, path, name) if child is None else child
+        return self._looked_up(module, name, path, nn.Module)
+
+    def _of_object(self, value: Any, name: str) -> Any:
+        path = self.recorder.path_of(value)
+        if path is None:
+            what = type(value).__name__
+            self.recorder.refuse_softly(
+                f"its forward reads {name} of a {what} that is made on the way or comes from elsewhere"
+            )
+        return self._looked_up(value, name, path, object)
+
+    def _looked_up(
+        self, value: Any, name: str, path: Path | None, base: type, *, generic: bool = False
+    ) -> Any:
+        """An attribute as Python looks it up, its own hooks in Python included."""
+        cls = type(value)
+        hook = _in_mro(cls, "__getattribute__", base)
+        if isinstance(hook, FunctionType) and not generic:
+            return self._invoke(hook, path_in(cls, "__getattribute__"), (value, name), {})
+        static = _in_mro(cls, name, None)
+        if isinstance(static, property):
+            if static.fget is None:
+                return getattr(value, name)
+            return self._invoke(static.fget, None, (value,), {})
+        own = getattr(value, "__dict__", {})
+        if isinstance(static, functools.cached_property) and name not in own:
+            return self.recorder.refuse(f"its forward writes to self.{name}")
+        if isinstance(static, types.MemberDescriptorType | types.GetSetDescriptorType):
+            return self._noted_at(getattr(value, name), path, name)
+        if static is not _MISSING and hasattr(type(static), "__set__"):
+            return self.recorder.refuse(
+                f"its forward reads {name}, which a {type(static).__name__} computes"
+            )
+        if name in own:
+            return self._noted_at(own[name], path, name)
+        if isinstance(static, FunctionType):
+            self.recorder.remember(static, path_in(cls, name))
+            return MethodType(static, value)
+        if static is not _MISSING:
+            found = getattr(value, name)
+            if isinstance(static, staticmethod | classmethod):
+                return found
+            return self._noted_at(found, path, name)
+        hook = _in_mro(cls, "__getattr__", base)
+        if isinstance(hook, FunctionType):
+            return self._invoke(hook, path_in(cls, "__getattr__"), (value, name), {})
+        raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+
+    def _noted_at(self, value: Any, path: Path | None, name: str) -> Any:
+        return value if path is None else self.noted(value, path.attribute(name))
+
+    def item(self, value: Any, key: Any) -> Any:
+        """``value[key]``."""
+        recorder = self.recorder
+        self._check_passed(value)
+        if isinstance(value, TracedValue):
+            return value[key]
+        if holds_traced(key):
+            recorder.refuse("its forward looks something up by a traced value")
+        if isinstance(value, nn.Module) and _holds(value):
+            return self._item_of_holder(value, key)
+        if isinstance(value, torch.Tensor):
+            found = recorder.owned(value)
+            return value[key] if found is None else found[key]
+        if type(value) in _PLAIN or isinstance(value, tuple | type):
+            found = value[key]
+            path = recorder.path_of(value)
+            if path is None or isinstance(key, slice):
+                return found
+            return self.noted(found, path.item(key))
+        method = _in_mro(type(value), "__getitem__", None)
+        if isinstance(method, FunctionType):
+            return self._invoke(method, path_in(type(value), "__getitem__"), (value, key), {})
+        if isinstance(value, dict | list):
+            path = recorder.path_of(value)
+            if path is not None:
+                return self.noted(value[key], path.item(key))
+        return recorder.refuse(f"its forward reads an item of a {type(value).__name__}")
+
+    def _item_of_holder(self, holder: Any, key: Any) -> Any:
+        self._note_length(holder)
+        if isinstance(holder, nn.ModuleDict):
+            return holder._modules[key]
+        if isinstance(holder, nn.ParameterList | nn.ParameterDict):
+            return self.attribute(holder, str(range(len(holder))[key]) if isinstance(key, int) else key)
+        children = list(holder._modules.values())
+        return children[key]
+
+    def slice(self, start: Any, stop: Any, step: Any) -> slice:
+        """``start:stop:step``."""
+        return slice(start, stop, step)
+
+    def set_attribute(self, value: Any, name: str, new: Any) -> None:
+        """``value.name = new``."""
+        if isinstance(value, nn.Module):
+            at = self.recorder.path_of(value)
+            place = f"{at}.{name}" if at is not None else name
+            self.recorder.refuse(f"its forward writes to {place}, an attribute of a module ({name})")
+        self.recorder.refuse(f"its forward writes to an attribute ({name})")
+
+    def set_item(self, value: Any, key: Any, new: Any) -> None:
+        """``value[key] = new``."""
+        recorder = self.recorder
+        if isinstance(value, TracedValue):
+            value[key] = new
+            return
+        if isinstance(value, torch.Tensor):
+            found = recorder.owned(value)
+            if found is not None:
+                found[key] = new
+                return
+        self._check_own(value)
+        if holds_traced(key):
+            recorder.refuse("its forward looks something up by a traced value")
+        value[key] = new
+
+    def _check_own(self, value: Any) -> None:
+        """Refuses to change a container that was there before."""
+        path = self.recorder.path_of(value)
+        if path is not None or type(value) not in (list, dict, set):
+            where = f"changes what is in {path}" if path is not None else "changes an object"
+            self.recorder.refuse(f"its forward {where}")
+
+    # --- reads --------------------------------------------------------------------------------------
+
+    def noted(self, value: Any, path: Path, *, trusted: bool = False) -> Any:
+        """What a read gives: noted with where it comes from.
+
+        Args:
+            value: What was read.
+            path: Where.
+            trusted: Whether functions and classes found there stay what they are.
+        """
+        recorder = self.recorder
+        if isinstance(value, TracedValue | nn.Module):
+            return value
+        if isinstance(value, torch.Tensor):
+            found = recorder.owned(value)
+            return value if found is None else found
+        if isinstance(value, types.ModuleType):
+            return value
+        if isinstance(value, np.ndarray | np.generic):
+            recorder.refuse_softly(f"its forward reads {path}, a NumPy array that may change")
+            return value
+        if type(value) in SIMPLE:
+            recorder.read(Read(path, "value", value))
+        elif isinstance(value, enum.Enum | torch.dtype | torch.layout | torch.memory_format):
+            recorder.read(Read(path, "identity", value))
+        elif isinstance(value, torch.device):
+            recorder.read(Read(path, "value", value))
+        elif type(value) in CONTAINERS or type(value) is torch.Size:
+            self._note_container(value, path)
+        elif isinstance(value, BuiltinFunctionType) and _random(value):
+            self._note_method(value, path)
+        elif isinstance(value, FunctionType | BuiltinFunctionType | type | types.MethodDescriptorType):
+            recorder.remember(value, path)
+            if not trusted:
+                recorder.read(Read(path, "identity", value))
+        elif isinstance(value, MethodType):
+            if not (trusted or isinstance(value.__self__, type)):
+                self._note_method(value, path)
+        elif type(value).__module__ == "builtins" or isinstance(value, Iterator):
+            self._note_builtin(value, path)
+        elif not trusted or not callable(value):
+            recorder.remember(value, path)
+            recorder.read(Read(path, "class", type(value)))
+        return value
+
+    def _note_method(self, value: Any, path: Path) -> None:
+        if "random" in type(value.__self__).__module__:
+            self.recorder.refuse("its forward draws random numbers that the graph would keep")
+        if not isinstance(value.__self__, nn.Module) or self.recorder.path_of(value.__self__) is None:
+            self.recorder.refuse_softly(f"its forward reads {path}, a method of another object")
+
+    def _note_builtin(self, value: Any, path: Path) -> None:
+        if type(value) in (range, slice, type(...), object) or value in (NotImplemented,):
+            self.recorder.read(Read(path, "identity", value))
+            return
+        self.recorder.refuse_softly(f"its forward reads {path}, a {type(value).__name__} that may change")
+
+    def _note_container(self, value: Any, path: Path) -> None:
+        recorder = self.recorder
+        recorder.remember(value, path)
+        if is_constant(value):
+            frozen = value if isinstance(value, tuple | frozenset) else _frozen(value)
+            recorder.read(Read(path, "contents", frozen))
+            recorder.settled.add(id(value))
+        elif type(value) in (set, frozenset):
+            recorder.refuse_softly(f"its forward reads {path}, a set of objects")
+        else:
+            recorder.read(Read(path, "length", len(value)))
+
+    def _note_class(self, module: nn.Module) -> None:
+        path = self.recorder.path_of(module)
+        if path is not None and path.steps:
+            self.recorder.read(Read(path, "class", type(module)))
+
+    def _note_length(self, holder: nn.Module) -> None:
+        path = self.recorder.path_of(holder)
+        if path is not None and len(holder._modules or holder._parameters):
+            self.recorder.read(Read(path, "length", len(holder)))  # type: ignore[arg-type]
+
+    # --- operators ----------------------------------------------------------------------------------
+
+    def binary(self, name: str, left: Any, right: Any) -> Any:
+        """An operator of two operands."""
+        left, right = self._operand(left), self._operand(right)
+        if name == "mod" and isinstance(left, str | bytes):
+            self.text(right)
+        return getattr(operator, name)(left, right)
+
+    def unary(self, name: str, value: Any) -> Any:
+        """An operator of one operand."""
+        return getattr(operator, name)(self._operand(value))
+
+    def in_place(self, name: str, left: Any, right: Any) -> Any:
+        """``left += right`` and the like."""
+        left, right = self._operand(left), self._operand(right)
+        if not isinstance(left, TracedValue) and type(left) in (list, dict, set):
+            self._check_own(left)
+            right = self.iterate(right) if name == "iadd" else right
+        return getattr(operator, name)(left, right)
+
+    def _operand(self, value: Any) -> Any:
+        self._check_passed(value)
+        if isinstance(value, TracedValue):
+            return value
+        if isinstance(value, torch.Tensor):
+            found = self.recorder.owned(value)
+            return value if found is None else found
+        if type(value) in _PLAIN or isinstance(value, enum.Enum | type | tuple | np.generic):
+            return value
+        self.recorder.refuse_softly(f"its forward computes with a {type(value).__name__}")
+        return value
+
+    def compare(self, name: str, left: Any, right: Any) -> Any:
+        """A comparison of two values."""
+        recorder = self.recorder
+        self._check_passed(left, right)
+        if name in ("is", "is not"):
+            same = self._same(left, right)
+            return same if name == "is" else not same
+        if name in ("in", "not in"):
+            found = self._contains(right, left)
+            return found if name == "in" else not found
+        if isinstance(left, TracedValue) or isinstance(right, TracedValue):
+            if holds_traced(left) and holds_traced(right) and not (
+                isinstance(left, TracedValue) and isinstance(right, TracedValue)
+            ):
+                recorder.refuse("its forward compares containers of traced values")
+            return getattr(operator, name)(left, right)
+        if holds_traced(left) or holds_traced(right):
+            recorder.refuse("its forward compares containers of traced values")
+        left, right = self._comparable(left), self._comparable(right)
+        return getattr(operator, name)(left, right)
+
+    def _comparable(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            found = self.recorder.owned(value)
+            return value if found is None else found
+        known = type(value) in _PLAIN or isinstance(value, enum.Enum | type | np.generic)
+        if not known and not (isinstance(value, FunctionType | BuiltinFunctionType | tuple)):
+            self.recorder.refuse_softly(f"its forward compares a {type(value).__name__}")
+        return value
+
+    def _same(self, left: Any, right: Any) -> bool:
+        recorder = self.recorder
+        for value, other in ((left, right), (right, left)):
+            if isinstance(value, TracedValue):
+                if other is None:
+                    return recorder.is_none(value)
+                return recorder.refuse(
+                    "its forward asks for the type or the identity of a traced value (is)"
+                )
+        for value in (left, right):
+            if isinstance(value, enum.Enum | type | FunctionType | BuiltinFunctionType | torch.dtype):
+                return left is right
+            if value is None or isinstance(value, bool) or value in (..., NotImplemented):
+                return left is right
+        for value in (left, right):
+            path = recorder.path_of(value)
+            if type(value) is object or recorder.is_fixed(value):
+                continue  # the guard compares it by identity anyway
+            if isinstance(value, nn.Module) or path is None:
+                recorder.refuse_softly("its forward compares objects by identity")
+            else:
+                recorder.read(Read(path, "identity", value))
+        return left is right
+
+    def _contains(self, container: Any, value: Any) -> Any:
+        if isinstance(container, TracedValue):
+            return value in container
+        if holds_traced(value) or holds_traced(container):
+            self.recorder.refuse("its forward looks for something by a traced value (in)")
+        if isinstance(container, nn.Module) and _holds(container):
+            self._note_length(container)
+            return value in container  # type: ignore[operator]
+        method = _in_mro(type(container), "__contains__", None)
+        if isinstance(method, FunctionType):
+            return self._invoke(method, None, (container, value), {})
+        if type(container) not in _PLAIN and not isinstance(container, (*_VIEWS, tuple)):
+            self.recorder.refuse_softly(f"its forward looks into a {type(container).__name__}")
+        if not (type(container) is str or self._settled(container)):
+            self.iterate(container)
+            if isinstance(container, dict):
+                path = self.recorder.path_of(container)
+                if path is not None:
+                    self.recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
+        return value in container
+
+    def _settled(self, container: Any) -> bool:
+        return self.recorder.path_of(container) is None or id(container) in self.recorder.settled
+
+    def truth(self, value: Any) -> Any:
+        """A value whose truth decides: Python asks it next."""
+        recorder = self.recorder
+        self._check_passed(value)
+        if isinstance(value, TracedValue):
+            return recorder.to_bool(value)
+        if isinstance(value, torch.Tensor):
+            found = recorder.owned(value)
+            return value if found is None else recorder.to_bool(found)
+        if isinstance(value, nn.Module):
+            if _holds(value):
+                self._note_length(value)
+            elif _in_mro(type(value), "__len__", nn.Module) is not _MISSING:
+                recorder.refuse_softly("its forward asks for the truth of a module")
+            return value
+        known = type(value) in _PLAIN or isinstance(value, enum.Enum | type | FunctionType | tuple)
+        if not known and not isinstance(value, MethodType | BuiltinFunctionType | np.generic):
+            for name in ("__bool__", "__len__"):
+                if _in_mro(type(value), name, None) is not _MISSING:
+                    recorder.refuse_softly(f"its forward asks for the truth of a {type(value).__name__}")
+        return value
+
+    def text(self, value: Any) -> Any:
+        """A value that becomes part of a text."""
+        self._check_passed(value)
+        if holds_traced(value) or isinstance(value, TracedText):
+            self.recorder.refuse("its forward turns a traced value into a text")
+        if not (is_constant(value, 10**6) or isinstance(value, type | FunctionType)):
+            self.recorder.refuse_softly(f"its forward turns a {type(value).__name__} into a text")
+        return value
+
+    def part(self, value: Any) -> Any:
+        """A value in an f-string."""
+        if holds_traced(value) or isinstance(value, TracedText):
+            self._traced_text = True
+            return "..."
+        return self.text(value)
+
+    def joined(self, text: str) -> str:
+        """An f-string."""
+        traced, self._traced_text = self._traced_text, False
+        return TracedText(text) if traced else text
+
+    def key(self, value: Any) -> Any:
+        """A key of a dict that is made."""
+        if holds_traced(value):
+            self.recorder.refuse("its forward makes a key of a traced value")
+        return value
+
+    def subject(self, value: Any) -> Any:
+        """What a ``match`` statement compares with literals."""
+        if holds_traced(value) or not is_constant(value):
+            self.recorder.refuse("its forward matches the structure of a value")
+        return value
+
+    def enter(self, value: Any) -> Any:
+        """A context manager."""
+        reason = _IN_WORDS.get(type(value)) or "enters a context manager, which a graph would lose"
+        self.recorder.refuse_softly(f"its forward {reason}")
+
+    def caught(self) -> None:
+        """A ``try`` that is entered."""
+        self.recorder.refuse_softly(
+            "its forward catches exceptions (try), and a trace does not know which there will be"
+        )
+
+    def refuse_here(self, what: str) -> Any:
+        """Code that is not known to be recorded."""
+        return self.recorder.refuse(f"its forward {what}")
+
+    def refuse_softly(self, what: str) -> None:
+        """As :meth:`refuse_here`, and goes on."""
+        self.recorder.refuse_softly(f"its forward {what}")
+
+    # --- iteration ----------------------------------------------------------------------------------
+
+    def iterate(self, value: Any) -> Any:
+        """Something to iterate over."""
+        recorder = self.recorder
+        self._check_passed(value)
+        if isinstance(value, TracedValue):
+            return iter(value)
+        if isinstance(value, _FirstOf):
+            return recorder.refuse("its forward goes through its parameters")
+        if isinstance(value, torch.Tensor):
+            found = recorder.owned(value)
+            return iter(value if found is None else found)
+        if isinstance(value, nn.Module) and _holds(value):
+            self._note_length(value)
+            if isinstance(value, nn.ParameterList):
+                return [self.attribute(value, str(i)) for i in range(len(value))]
+            return list(value._modules) if isinstance(value, nn.ModuleDict) else list(
+                value._modules.values()
+            )
+        path = recorder.path_of(value)
+        if path is not None and type(value) in CONTAINERS and id(value) not in recorder.settled:
+            if isinstance(value, dict):
+                recorder.refuse_softly(f"its forward goes through {path}, a dict of objects")
+                return value
+            return [self.noted(one, path.item(place)) for place, one in enumerate(value)]
+        method = _in_mro(type(value), "__iter__", None)
+        if isinstance(method, FunctionType):
+            return self._invoke(method, path_in(type(value), "__iter__"), (value,), {})
+        if path is not None and type(value) not in CONTAINERS and not isinstance(value, tuple):
+            recorder.refuse_softly(f"its forward goes through {path}, a {type(value).__name__}")
+        return value
+
+    def spread(self, value: Any) -> Any:
+        """What ``*`` or ``**`` spreads into a call."""
+        if isinstance(value, PassedValues | PassedKeywords):
+            return value
+        if isinstance(value, dict):
+            path = self.recorder.path_of(value)
+            if path is None or id(value) in self.recorder.settled:
+                return value
+            return {k: self.noted(v, path.item(k)) for k, v in value.items()}
+        return self.iterate(value)
+
+    def unpack(self, value: Any, count: int, star: int | None) -> Any:
+        """``a, b = value``, with a starred target or without."""
+        self._check_passed(value)
+        if isinstance(value, TracedValue) and star is None:
+            return tuple(value[place] for place in range(count))
+        items = list(self.iterate(value))
+        if star is None:
+            if len(items) != count:
+                raise ValueError(f"cannot unpack {len(items)} values into {count}")
+            return tuple(items)
+        behind = count - star - 1
+        if len(items) < count - 1:
+            raise ValueError(f"cannot unpack {len(items)} values into {count - 1} and more")
+        end = len(items) - behind
+        return (*items[:star], items[star:end], *items[end:])
+
+    def _check_passed(self, *values: Any) -> None:
+        if any(isinstance(value, PassedValues | PassedKeywords) for value in values):
+            self.recorder.refuse("a decorator of its forward looks at what was passed")
+
+    # --- calls --------------------------------------------------------------------------------------
+
+    def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)``."""
+        recorder = self.recorder
+        self._check_passed(function, *args, *kwargs.values())
+        if any(isinstance(one, TracedText) for one in (*args, *kwargs.values())):
+            if function is torch._assert:
+                return recorder.create_proxy("call_function", function, (args[0], str(args[1])), {})
+            if not (isinstance(function, type) and issubclass(function, BaseException)):
+                recorder.refuse("its forward turns a traced value into a text")
+        if isinstance(function, TracedValue):
+            if "_name" not in function.__dict__:
+                recorder.refuse("its forward calls a traced value")
+            return function(*args, **kwargs)
+        if isinstance(function, nn.Module):
+            return recorder.call_child(function, args, kwargs)
+        if isinstance(function, MethodType):
+            method = function.__func__
+            if method is _APPLY:
+                recorder.refuse(f"its forward calls an autograd function ({_name(function.__self__)})")
+            if method in _MODULE_METHODS and isinstance(function.__self__, nn.Module):
+                return _MODULE_METHODS[method](self, function.__self__, *args, **kwargs)
+            return self.call(method, function.__self__, *args, **kwargs)
+        reason = _IN_WORDS.get(function) if _hashable(function) else None
+        if reason is not None and not isinstance(function, type):
+            recorder.refuse(f"its forward {reason}")
+        if isinstance(function, FunctionType):
+            return self._call_function(function, args, kwargs)
+        if isinstance(function, type):
+            return self._call_class(function, args, kwargs)
+        if isinstance(function, functools.partial):
+            if recorder.path_of(function) is not None:
+                for name in ("func", "args", "keywords"):
+                    value = getattr(function, name)
+                    path = recorder.path_of(function)
+                    assert path is not None
+                    self.noted(value, path.attribute(name))
+            return self.call(function.func, *function.args, *args, **{**function.keywords, **kwargs})
+        if isinstance(function, functools._lru_cache_wrapper):
+            return self.call(function.__wrapped__, *args, **kwargs)
+        if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            return function(*args, **kwargs)
+        if _of_torch(function) or getattr(function, "__self__", None) is _FUNCTIONS:
+            # Those that make tensors of nothing are not overridable, and refused by the mode.
+            return function(*self._tensors(args), **kwargs)
+        special = _BUILTINS.get(function) if _hashable(function) else None
+        if special is not None:
+            return special(self, *args, **kwargs)
+        if isinstance(function, BuiltinFunctionType | types.MethodWrapperType):
+            return self._call_builtin(function, args, kwargs)
+        method = _in_mro(type(function), "__call__", None)
+        if isinstance(method, FunctionType) and not isinstance(function, torch.jit.ScriptFunction):
+            return self._invoke(method, path_in(type(function), "__call__"), (function, *args), kwargs)
+        return recorder.refuse(f"its forward calls {_name(function)}, which cannot be looked into")
+
+    def _tensors(self, args: Any) -> Any:
+        """Parameters that code got hold of in some other way than by their names, as reads."""
+        found = []
+        for one in args:
+            owned = self.recorder.owned(one) if isinstance(one, torch.Tensor) else None
+            found.append(one if owned is None else owned)
+        return tuple(found)
+
+    def _call_function(self, function: FunctionType, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        if function.__code__ in recorder.codes:
+            return function(*args, **kwargs)  # made by rewritten code, and so rewritten itself
+        if function in recorder.leaves:
+            return recorder.call_leaf(function, args, kwargs)
+        if function in _ALWAYS_FALSE:
+            return False
+        if _is_leaf(function):
+            return function(*self._tensors(args), **kwargs)
+        return self._invoke(function, recorder.path_of(function), args, kwargs)
+
+    def _invoke(self, function: Any, path: Path | None, args: Any, kwargs: Any) -> Any:
+        """Runs a Python function, rewritten."""
+        recorder = self.recorder
+        if not isinstance(function, FunctionType):
+            return self.call(function, *args, **kwargs)
+        recorder.enter(function, args, kwargs)
+        if recorder.depth >= _DEPTH:
+            recorder.refuse("its forward calls functions within functions without an end")
+        try:
+            made = recorder.rewritten(function, path)
+        except SourceError as error:
+            return recorder.refuse(f"its forward cannot be read: {function.__qualname__} {error}")
+        recorder.depth += 1
+        try:
+            return made(*args, **kwargs)
+        finally:
+            recorder.depth -= 1
+
+    def _call_class(self, cls: type, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        special = _BUILTINS.get(cls)
+        if special is not None:
+            return special(self, *args, **kwargs)
+        if cls in (torch.finfo, torch.iinfo) and holds_traced(args):
+            return recorder.create_proxy("call_function", cls, args, kwargs)
+        if cls in _CLASSES or cls in (torch.finfo, torch.iinfo):
+            if cls in (tuple, list, set, frozenset) and args:
+                args = (self.iterate(args[0]), *args[1:])
+            elif cls is dict and args:
+                args = (self.spread(args[0]), *args[1:])
+            elif cls in (str, bytes):
+                self.text(args)
+            return cls(*args, **kwargs)
+        if issubclass(cls, BaseException) or _is_context(cls):
+            return cls(*args, **kwargs)
+        if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+            return cls(*args, **kwargs)
+        if "__dataclass_fields__" in vars(cls) and not issubclass(cls, nn.Module):
+            return recorder.create_proxy("call_function", cls, args, kwargs)
+        own = (_in_mro(cls, name, None) for name in ("__init__", "__new__"))
+        if issubclass(cls, list | dict) and not any(isinstance(one, FunctionType) for one in own):
+            return cls(*args, **kwargs)
+        return recorder.refuse(f"its forward makes an object ({cls.__qualname__})")
+
+    def _call_builtin(self, function: Any, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        owner = getattr(function, "__self__", None)
+        name = function.__name__
+        if isinstance(function, types.MethodWrapperType):
+            if name == "__getattribute__" and len(args) == 1:
+                base = nn.Module if isinstance(owner, nn.Module) else object
+                return self._looked_up(owner, args[0], recorder.path_of(owner), base, generic=True)
+            return recorder.refuse(f"its forward calls {name}, which cannot be looked into")
+        if owner is None or isinstance(owner, types.ModuleType):
+            if function in _PURE:
+                if holds_traced(args) and function.__module__ == "math":
+                    return recorder.create_proxy("call_function", function, args, kwargs)
+                return function(*args, **kwargs)
+            return recorder.refuse(f"its forward calls {_name(function)}, which cannot be looked into")
+        if type(owner) is str or isinstance(owner, str):
+            self.text(args)
+            return function(*args, **kwargs)
+        if type(owner) in (list, dict, set, tuple, frozenset, torch.Size, range):
+            return self._call_method_of_container(function, owner, name, args, kwargs)
+        if type(owner) in _PLAIN:
+            return function(*args, **kwargs)
+        drawn = "random" in f"{type(owner).__module__}.{type(owner).__name__}".lower()
+        what = "draws random numbers that the graph would keep" if drawn else f"calls {_name(function)}"
+        return recorder.refuse(f"its forward {what}")
+
+    def _call_method_of_container(
+        self, function: Any, owner: Any, name: str, args: Any, kwargs: Any
+    ) -> Any:
+        path = self.recorder.path_of(owner)
+        if name not in _READERS and path is not None:
+            where = f"changes what is in {path}"
+            if holds_traced(args):
+                where += ", and keeps a traced value where other code finds it"
+            self.recorder.refuse(f"its forward {where}")
+        if isinstance(owner, dict) and args and holds_traced(args[0]):
+            self.recorder.refuse("its forward looks something up by a traced value")
+        if name in ("index", "count", "remove") and (holds_traced(args) or holds_traced(owner)):
+            self.recorder.refuse("its forward looks for something by a traced value")
+        if name == "extend" and args:
+            args = (self.iterate(args[0]),)
+        if path is None or id(owner) in self.recorder.settled:
+            return function(*args, **kwargs)
+        if isinstance(owner, dict) and name == "get":
+            if args[0] in owner:
+                return self.noted(owner[args[0]], path.item(args[0]))
+            self.recorder.refuse_softly(f"its forward asks whether {args[0]!r} is in {path}")
+            return function(*args, **kwargs)
+        if name in ("index", "count", "copy"):
+            self.iterate(owner)
+        if name in ("items", "values", "keys"):
+            self.recorder.refuse_softly(f"its forward goes through {path}, a dict of objects")
+        return function(*args, **kwargs)
+
+
+def path_in(cls: type, name: str) -> Path:
+    """Where a class keeps a function, or a class above it."""
+    return Path(ObjectRoot(cls)).attribute(name)
+
+
+def _in_mro(cls: type, name: str, base: type | None) -> Any:
+    """What a class, or one above it and below ``base``, has under a name."""
+    for one in cls.__mro__:
+        if one is base:
+            break
+        if name in one.__dict__:
+            return one.__dict__[name]
+    return _MISSING
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's containers, as far as its items go."""
+    return any(
+        isinstance(module, one) and type(module).__getitem__ is one.__getitem__  # type: ignore[attr-defined]
+        for one in _HOLDERS
+    )
+
+
+def _random(function: Any) -> bool:
+    return "random" in type(function.__self__).__module__
+
+
+def _frozen(value: Any) -> Any:
+    """A copy of a container of simple values: its owner may change it."""
+    if isinstance(value, dict):
+        return {k: _frozen(v) for k, v in value.items()}
+    return type(value)(map(_frozen, value)) if type(value) in CONTAINERS else value
+
+
+def _is_context(cls: type) -> bool:
+    """Whether objects of a class only wait to be entered, which is refused then."""
+    return cls.__module__ == "contextlib" or issubclass(cls, torch.utils._contextlib._DecoratorContextManager)
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _name(function: Any) -> str:
+    module = getattr(function, "__module__", None) or ""
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    return f"{module}.{name}" if module not in ("", "builtins") else str(name)
+
+
+@functools.cache
+def _overridable() -> frozenset[Any]:
+    return frozenset(torch.overrides.get_testing_overrides())
+
+
+def _of_torch(function: Any) -> bool:
+    """Whether a function of C hands itself to stand-ins that it is called with."""
+    return not isinstance(function, type) and _hashable(function) and function in _overridable()
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_leaf(function: FunctionType) -> bool:
+    """Whether a Python function of PyTorch hands itself to stand-ins that it is called with."""
+    if (function.__module__ or "").partition(".")[0] != "torch":
+        return False
+    return function in _overridable() or "handle_torch_function" in function.__code__.co_names
+
+
+# --- builtins that have a meaning of their own ------------------------------------------------------
+
+
+def _isinstance(frame: Frame, value: Any, kinds: Any) -> bool:
+    frame._check_passed(value)
+    if isinstance(value, TracedValue):
+        frame.recorder.refuse_softly(
+            "its forward asks for the type of a traced value with isinstance"
+        )
+        return True
+    if isinstance(value, nn.Module):
+        frame._note_class(value)
+    return builtins.isinstance(value, kinds)
+
+
+def _getattr(frame: Frame, value: Any, name: str, default: Any = _MISSING) -> Any:
+    if isinstance(value, TracedValue) and default is not _MISSING:
+        frame.recorder.refuse(
+            f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
+        )
+    if default is _MISSING:
+        return frame.attribute(value, name)
+    try:
+        return frame.attribute(value, name)
+    except AttributeError:
+        _note_missing(frame, value, name)
+        return default
+
+
+def _hasattr(frame: Frame, value: Any, name: str) -> bool:
+    if isinstance(value, TracedValue):
+        frame.recorder.refuse(
+            f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
+        )
+    try:
+        frame.attribute(value, name)
+    except AttributeError:
+        _note_missing(frame, value, name)
+        return False
+    return True
+
+
+def _note_missing(frame: Frame, value: Any, name: str) -> None:
+    path = frame.recorder.path_of(value)
+    if path is not None:
+        frame.recorder.read(Read(path.attribute(name), "missing", None))
+
+
+def _type(frame: Frame, value: Any) -> type:
+    if isinstance(value, TracedValue):
+        frame.recorder.refuse(
+            "its forward asks for the type or the identity of a traced value (type)"
+        )
+    if isinstance(value, nn.Module):
+        frame._note_class(value)
+    return builtins.type(value)
+
+
+def _len(frame: Frame, value: Any) -> int:
+    if isinstance(value, nn.Module) and _holds(value):
+        frame._note_length(value)
+        return len(value)  # type: ignore[arg-type]
+    if isinstance(value, TracedValue):
+        return len(value)
+    if isinstance(value, torch.Tensor):
+        found = frame.recorder.owned(value)
+        return len(value if found is None else found)
+    method = _in_mro(type(value), "__len__", None)
+    if isinstance(method, FunctionType):
+        return int(frame._invoke(method, None, (value,), {}))
+    return len(value)
+
+
+def _next(frame: Frame, iterator: Any, *default: Any) -> Any:
+    if isinstance(iterator, _FirstOf):
+        if not iterator:
+            return next(iter(()), *default)
+        first = iterator[0]
+        owned = frame.recorder.owned(first) if isinstance(first, torch.Tensor) else None
+        return first if owned is None else owned
+    if frame.recorder.path_of(iterator) is not None:
+        frame.recorder.refuse("its forward uses up an iterator")
+    return next(iterator, *default)
+
+
+def _iter(frame: Frame, value: Any) -> Any:
+    return value if isinstance(value, _FirstOf) else builtins.iter(frame.iterate(value))
+
+
+def _enumerate(frame: Frame, value: Any, start: int = 0) -> Any:
+    return enumerate(frame.iterate(value), start)
+
+
+def _zip(frame: Frame, *values: Any, strict: bool = False) -> Any:
+    return zip(*map(frame.iterate, values), strict=strict)
+
+
+def _reversed(frame: Frame, value: Any) -> Any:
+    return reversed(list(frame.iterate(value)))
+
+
+def _map(frame: Frame, function: Any, *values: Any) -> Any:
+    return (frame.call(function, *one) for one in zip(*map(frame.iterate, values), strict=False))
+
+
+def _filter(frame: Frame, function: Any, values: Any) -> Any:
+    keep = (lambda one: one) if function is None else functools.partial(frame.call, function)
+    return (one for one in frame.iterate(values) if frame.truth(keep(one)))
+
+
+def _reduce(frame: Frame, function: Any, values: Any, *first: Any) -> Any:
+    return functools.reduce(functools.partial(frame.call, function), frame.iterate(values), *first)
+
+
+def _ordered(which: Callable[..., Any]) -> Callable[..., Any]:
+    def run(frame: Frame, *values: Any, key: Any = None, **options: Any) -> Any:
+        given = values if len(values) > 1 else (frame.iterate(values[0]),)
+        asked = None if key is None else functools.partial(frame.call, key)
+        return which(*given, key=asked, **options)
+
+    return run
+
+
+def _over_iterable(which: Callable[..., Any]) -> Callable[..., Any]:
+    def run(frame: Frame, values: Any, *rest: Any, **options: Any) -> Any:
+        return which(frame.iterate(values), *rest, **options)
+
+    return run
+
+
+def _asked_each(which: Callable[..., Any]) -> Callable[..., Any]:
+    def run(frame: Frame, values: Any) -> Any:
+        return which(frame.truth(one) for one in frame.iterate(values))
+
+    return run
+
+
+def _refused(what: str) -> Callable[..., Any]:
+    def run(frame: Frame, *_: Any, **__: Any) -> Any:
+        return frame.recorder.refuse(f"its forward {what}")
+
+    return run
+
+
+def _super(frame: Frame, *args: Any) -> Any:
+    return builtins.super(*args)
+
+
+def _setattr(frame: Frame, value: Any, name: str, new: Any) -> None:
+    frame.set_attribute(value, name, new)
+
+
+def _first_of(which: Callable[..., Any]) -> Callable[..., Any]:
+    def run(frame: Frame, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _FirstOf(which(module, *args, **kwargs))
+
+    return run
+
+
+def _children(which: Callable[..., Any]) -> Callable[..., Any]:
+    def run(frame: Frame, module: nn.Module) -> Any:
+        path = frame.recorder.path_of(module)
+        if path is not None:
+            frame.recorder.read(Read(path.attribute("_modules"), "length", len(module._modules)))
+        return list(which(module))
+
+    return run
+
+
+def _get_submodule(frame: Frame, module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name)
+
+
+def _get_tensor(frame: Frame, module: nn.Module, name: str) -> Any:
+    owner, _, key = name.rpartition(".")
+    return frame.attribute(module.get_submodule(owner), key)
+
+
+_BUILTINS: dict[Any, Callable[..., Any]] = {
+    isinstance: _isinstance,
+    getattr: _getattr,
+    hasattr: _hasattr,
+    setattr: _setattr,
+    type: _type,
+    len: _len,
+    next: _next,
+    iter: _iter,
+    enumerate: _enumerate,
+    zip: _zip,
+    reversed: _reversed,
+    map: _map,
+    filter: _filter,
+    functools.reduce: _reduce,
+    sorted: _ordered(sorted),
+    min: _ordered(min),
+    max: _ordered(max),
+    sum: _over_iterable(sum),
+    all: _asked_each(all),
+    any: _asked_each(any),
+    itertools.chain: lambda frame, *values: itertools.chain(*map(frame.iterate, values)),
+    itertools.islice: _over_iterable(itertools.islice),
+    itertools.pairwise: _over_iterable(itertools.pairwise),
+    itertools.product: lambda frame, *values, repeat=1: itertools.product(
+        *map(frame.iterate, values), repeat=repeat
+    ),
+    itertools.repeat: lambda frame, *values: itertools.repeat(*values),
+    super: _super,
+    id: _refused("asks for the type or the identity of a value (id)"),
+    hash: _refused("asks for the identity of a value (hash)"),
+    vars: _refused("looks at all attributes of an object (vars)"),
+    dir: _refused("looks at all attributes of an object (dir)"),
+    globals: _refused("looks at all globals (globals)"),
+    locals: _refused("looks at all variables (locals)"),
+    print: _refused("prints"),
+    issubclass: lambda frame, cls, kinds: issubclass(cls, kinds),
+    math.prod: _over_iterable(math.prod),
+}
+_MODULE_METHODS: dict[Any, Callable[..., Any]] = {
+    nn.Module.parameters: _first_of(nn.Module.parameters),
+    nn.Module.named_parameters: _first_of(nn.Module.named_parameters),
+    nn.Module.buffers: _first_of(nn.Module.buffers),
+    nn.Module.named_buffers: _first_of(nn.Module.named_buffers),
+    nn.Module.children: _children(nn.Module.children),
+    nn.Module.named_children: _children(nn.Module.named_children),
+    nn.Module.get_submodule: _get_submodule,
+    nn.Module.get_parameter: _get_tensor,
+    nn.Module.get_buffer: _get_tensor,
+    nn.Module.state_dict: _refused("goes through its parameters (state_dict)"),
+    nn.Module.modules: _refused("goes through its modules"),
+    nn.Module.named_modules: _refused("goes through its modules"),
+}
