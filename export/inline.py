@@ -18,7 +18,7 @@ from lora_fx.ops import AdapterFactors
 from lora_fx.passes._fx import erase_dead, target_of
 from lora_fx.passes._region import copy_graph, graphs_of, install
 from lora_fx.record import record_of
-from lora_fx.types import Region
+from lora_fx.types import Region, module_of
 
 __all__ = ["fix_gains", "has_gains", "over_quantised"]
 
@@ -51,18 +51,19 @@ def fix_gains(model: nn.Module) -> None:
 
 def _fixed(model: nn.Module) -> Iterator[Region]:
     edited: dict[int, fx.Graph] = {}
-    for fqn, graph in graphs_of(model).items():
-        gains = _gains(graph)
-        if not gains:
+    graphs = graphs_of(model)
+    holding = {module_of(key) for key, graph in graphs.items() if _gains(graph)}
+    for key, graph in graphs.items():
+        if module_of(key) not in holding:
             continue
-        module = model.get_submodule(fqn)
-        for node in gains:
+        module = model.get_submodule(module_of(key))
+        for node in _gains(graph):
             path, _, adapter = _target(node).rpartition(".")
             _factors(module, path).add(adapter, _value(module, node))
         if id(graph) not in edited:
             edited[id(graph)] = _with_constants(graph)
         # Its own forward would leave the adapter out.
-        yield Region(fqn, module, edited[id(graph)], fallback=False)
+        yield Region.at(key, module, edited[id(graph)], fallback=False)
 
 
 def _factors(module: nn.Module, path: str) -> AdapterFactors:

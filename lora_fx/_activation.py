@@ -19,7 +19,7 @@ from lora_fx.passes.select_rows import ROWS, check_rows
 from lora_fx.pipeline import branch_passes, run_passes, running
 from lora_fx.record import Choice, Record, require_record
 from lora_fx.samples import SampleRows
-from lora_fx.types import Capture, PlannedSite, PlannedTokens, Region
+from lora_fx.types import Capture, PlannedSite, PlannedTokens, module_of
 
 __all__ = [
     "base_capture",
@@ -41,11 +41,12 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     regions = {}
-    for fqn, graph in record.base.graphs.items():
+    for key, graph in record.base.graphs.items():
+        fqn = module_of(key)
         module = modules.get(fqn)
         if module is None or not (is_region(module) or (fqn and written_out(module))):
             continue
-        regions[fqn] = Region(fqn, module, graph, record.base.fallback[fqn])
+        regions[key] = record.base.region(key, module, record.frontend)
     return Capture(model, regions, record.frontend, record.base.notes)
 
 
@@ -115,7 +116,7 @@ def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens])
     """
     for row in rows:
         if not any(call.region in capture.regions for call in row.site.calls):
-            region = row.site.calls[0].region or "the model"
+            region = module_of(row.site.calls[0].region) or "the model"
             raise CaptureError(
                 f"{row.name}: the graph of {region} has been taken off since the rewrite, because an "
                 "attribute that it was made for was set, or the module was replaced: rewrite the original "
@@ -200,8 +201,8 @@ def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:
     edited = run_passes(capture, passes)
     regions = tuple(running(edited, places))
     take_out(model, record)
-    for fqn in capture.regions.keys() - {region.fqn for region in regions}:
-        uninstall(capture.regions[fqn].module)
+    for key in capture.regions.keys() - {region.key for region in regions}:
+        uninstall(capture.regions[key].module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
     record = dataclasses.replace(record, active=names, per_sample=per_sample)

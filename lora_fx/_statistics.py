@@ -36,7 +36,7 @@ def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...],
     Layers that are written out, and would apply weights where nothing sees it, run their graphs.
     """
     capture = base_capture(model, record)
-    seen = {region.fqn: region for region in observed(capture, rows, see)}
+    seen = {region.key: region for region in observed(capture, rows, see)}
     capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
     install(running(capture, rows))
 

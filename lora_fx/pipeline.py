@@ -36,7 +36,16 @@ from lora_fx.passes.share_inputs import ShareInputs
 from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
 from lora_fx.record import AdapterRecord, Base, Record, record_of
-from lora_fx.types import Capture, Matches, Pass, Plan, PlannedSite, PlannedTokens, Region
+from lora_fx.types import (
+    Capture,
+    Matches,
+    Pass,
+    Plan,
+    PlannedSite,
+    PlannedTokens,
+    Region,
+    module_of,
+)
 
 __all__ = [
     "added",
@@ -238,7 +247,7 @@ def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> It
 
     Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantised weights.
     """
-    calls = [f"{call.region}." for row in rows for call in row.site.calls]
+    calls = [f"{module_of(call.region)}." for row in rows for call in row.site.calls]
     for region in capture.regions.values():
         adapted = any(name.startswith(f"{region.fqn}.") for name in calls)
         plain = not region.fqn or written_out(region.module) is None

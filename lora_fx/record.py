@@ -12,7 +12,7 @@ from torch import fx, nn
 from lora_fx._frozen import freeze, thaw
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.types import Matches, PlannedSite, PlannedTokens
+from lora_fx.types import Matches, PlannedSite, PlannedTokens, Region
 
 __all__ = ["AdapterRecord", "Base", "Choice", "Record", "record_of", "require_record"]
 
@@ -58,7 +58,7 @@ class Base:
     changes, so that copies of a model share it.
 
     Attributes:
-        graphs: The graph of every region by FQN, parents first. Equal layers share one.
+        graphs: The graph of every region by key, parents first. Equal layers share one.
         fallback: :attr:`lora_fx.types.Region.fallback` of each.
         matches: Every linear operation.
         notes: Notes of the capture.
@@ -71,6 +71,19 @@ class Base:
     matches: Matches
     notes: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
+
+    def region(self, key: str, module: nn.Module, frontend: str) -> Region:
+        """One of the regions, on a module of a rewritten model.
+
+        Args:
+            key: Its key.
+            module: The module.
+            frontend: The front-end of the capture.
+        """
+        overlay = frontend == "export" and not key
+        return Region.at(
+            key, module, self.graphs[key], fallback=self.fallback[key], overlay=overlay
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         return self

@@ -45,6 +45,7 @@ __all__ = [
     "Skipped",
     "Tag",
     "join",
+    "module_of",
     "relative",
 ]
 
@@ -63,6 +64,11 @@ def join(*parts: str) -> str:
 def relative(name: str, region: str) -> str:
     """A fully qualified name as it is inside a region: what :func:`join` puts before it is taken off."""
     return name[len(region) + 1 :] if region else name
+
+
+def module_of(key: str) -> str:
+    """The FQN of the module whose region has a key."""
+    return key.partition("(")[0]
 
 
 class Role(StrEnum):
@@ -108,12 +114,45 @@ class Region:
         graph: What its ``forward`` computes. Names in it are relative to ``module``.
         fallback: Whether the module's own forward may stand in for the graph when it is called in
             a way that the graph was not made for. False if that would leave out an adapter.
+        form: Which calls the graph is for: the optional arguments that are given, as in ``mask``; empty for
+            calls that give none. A module whose code reads weights itself has a graph for each form.
+        overlay: Whether the graph was not traced from the module's own forward, which calls the modules
+            below and their regions.
     """
 
     fqn: str
     module: nn.Module
     graph: fx.Graph
     fallback: bool = True
+    form: str = ""
+    overlay: bool = False
+
+    @classmethod
+    def at(cls, key: str, module: nn.Module, graph: fx.Graph, **options: Any) -> Region:
+        """The region of a key.
+
+        Args:
+            key: The key.
+            module: The module.
+            graph: The graph.
+            options: The other fields.
+        """
+        fqn, _, form = key.partition("(")
+        return cls(fqn, module, graph, form=form.removesuffix(")"), **options)
+
+    @property
+    def key(self) -> str:
+        """Its name among the regions of a capture: the FQN, and the form in parentheses."""
+        return f"{self.fqn}({self.form})" if self.form else self.fqn
+
+    def falls_back(self, sites: Iterable[Site]) -> bool:
+        """Whether the own forward may still stand in where branches of some sites are put into the graph.
+
+        It was traced, so that it applies the weight itself, without the branch. Over regions it calls the
+        modules, whose regions have the branch, too.
+        """
+        below = all(any(call.region != self.key for call in site.calls) for site in sites)
+        return self.fallback and self.overlay and below
 
     def tensor(self, node: object) -> torch.Tensor | None:
         """The tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
@@ -141,7 +180,7 @@ class Capture:
     Attributes:
         model: A copy of the captured model that shares its parameters' storage. Its classes are the
             user's own: the graphs are beside it, in ``regions``.
-        regions: The regions by FQN, parents before children.
+        regions: The regions by key, parents before children.
         frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
         notes: Why the other front-ends were not used.
         opaque: Modules that have parameters but no graph, with the reason.
@@ -174,7 +213,7 @@ class Call:
     """One place where a site's weight is applied.
 
     Attributes:
-        region: FQN of the region.
+        region: Key of the region (:attr:`Region.key`).
         input, output: Names of nodes in its graph.
         pattern: Name of the pattern that found it.
         cast: Whether the weight is cast before it is applied.

@@ -55,7 +55,7 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
             name = join(region.fqn, str(node.target))
             for user in _consumers(node, region):
                 result[name].append(
-                    Read(region.fqn, user.name, itemised(target_of(user) or user.target))
+                    Read(region.key, user.name, itemised(target_of(user) or user.target))
                 )
     return result
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import itertools
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +37,7 @@ _IN_WORDS = {
 
 def refusal(
     base: type[nn.Module],
-    conditions: list[str],
-    reads: tuple[Read, ...],
-    namespace: Mapping[str, Any],
+    guards: Sequence[tuple[list[str], tuple[Read, ...], dict[str, Any]]],
     *,
     quantised: bool = False,
 ) -> Callable[..., Any]:
@@ -48,9 +45,8 @@ def refusal(
 
     Args:
         base: The module's own class.
-        conditions: Expressions over the arguments and ``self``.
-        reads: What the graph takes for granted. Of these and the conditions one is not as it was.
-        namespace: Globals of the generated code.
+        guards: Of each graph: expressions over the arguments and ``self`` that are true where it does not
+            apply, what it takes for granted, and the globals of its code.
         quantised: Whether the graph is there for a quantised weight, not for an adapter.
     """
     left, remedy = (
@@ -66,16 +62,26 @@ def refusal(
         bound = inspect.signature(base.forward).bind(self, *args, **kwargs)
         bound.apply_defaults()
         names = {**bound.arguments, "self": self}
-        failed = itertools.chain(
-            _failed(conditions, dict(namespace), names), _changed(reads, dict(namespace), self)
-        )
-        reason = next(failed, "it is another call")
+        reasons = [_reasons(self, names, *guard) for guard in guards]
+        # What the graph that comes closest asks for.
+        closest = min((found for found in reasons if found), key=len, default=[])
+        reason = closest[0] if closest else "it is another call"
         raise CaptureError(
             f"{base.__name__}.forward was captured for other calls than this one, and its own "
             f"forward {left}: {reason}. If the model is to be called so, {remedy}"
         )
 
     return refuse
+
+
+def _reasons(
+    module: nn.Module,
+    names: dict[str, Any],
+    conditions: list[str],
+    reads: tuple[Read, ...],
+    known: dict[str, Any],
+) -> list[str]:
+    return [*_failed(conditions, dict(known), dict(names)), *_changed(reads, dict(known), module)]
 
 
 def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) -> Iterator[str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ CONSTANT = "_lora_fx_constant_"
 """Prefix of buffers that a graph needs and the model does not have."""
 
 _GRAPH = "_lora_fx_graph"
+_FORMS = "_lora_fx_forms"
 _BASE = "_lora_fx_base"
 _FALLBACK = "_lora_fx_fallback"
 _KEPT = "_lora_fx_kept"
@@ -78,17 +80,21 @@ def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
-    """The graph of every region of a captured or rewritten model, by FQN (``""`` is the root)."""
-    return {name: getattr(type(module), _GRAPH) for name, module in regions_of(model)}
+    """The graphs of all regions of a captured or rewritten model, by key (``""`` is the root)."""
+    return {
+        Region(name, module, graph, form=form).key: graph
+        for name, module in regions_of(model)
+        for form, graph in getattr(type(module), _FORMS).items()
+    }
 
 
-def kept_graph(module: nn.Module) -> tuple[fx.Graph, bool] | None:
-    """The graph that a module has instead of its forward for good, and whether that may stand in for it.
+def kept_graph(module: nn.Module) -> tuple[Mapping[str, fx.Graph], bool] | None:
+    """The graphs that a module has instead of its forward for good, and whether that may stand in for them.
 
-    None for any other module, and for one that was captured or rewritten.
+    By the form of the call. None for any other module, and for one that was captured or rewritten.
     """
     cls: Any = type(module)
-    return (getattr(cls, _GRAPH), getattr(cls, _FALLBACK)) if cls.__dict__.get(_KEPT) else None
+    return (getattr(cls, _FORMS), getattr(cls, _FALLBACK)) if cls.__dict__.get(_KEPT) else None
 
 
 def install(regions: Iterable[Region], *, kept: bool = False) -> None:
@@ -99,13 +105,18 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
         kept: Whether the graph is what the module computes from now on, so that a capture takes it over:
             the module's own code does not know how its weights are stored.
     """
-    known: dict[tuple[type[nn.Module], int, bool], type[nn.Module]] = {}
+    known: dict[Any, type[nn.Module]] = {}
+    modules: dict[nn.Module, list[Region]] = {}
     for region in regions:
-        base = original_class(region.module)
-        key = (base, id(region.graph), region.fallback)
+        modules.setdefault(region.module, []).append(region)
+    for module, forms in modules.items():
+        base = original_class(module)
+        fallback = all(region.fallback for region in forms)
+        key = (base, *((region.form, id(region.graph)) for region in forms), fallback)
         if key not in known:
-            known[key] = _region_class(base, region.graph, region.fallback, kept)
-        object.__setattr__(region.module, "__class__", known[key])
+            graphs = {region.form: region.graph for region in forms}
+            known[key] = _region_class(base, graphs, fallback, kept)
+        object.__setattr__(module, "__class__", known[key])
 
 
 def uninstall(module: nn.Module) -> None:
@@ -127,35 +138,25 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _region_class(
-    base: type[nn.Module], graph: fx.Graph, fallback: bool, kept: bool = False
+    base: type[nn.Module], graphs: Mapping[str, fx.Graph], fallback: bool, kept: bool = False
 ) -> type[nn.Module]:
-    code = graph.python_code(root_module="self")
-    codegen = graph._codegen
-    constants = codegen.constants() if isinstance(codegen, GuardedCodeGen) else {}
-    namespace: dict[str, Any] = {**code.globals, **constants}
-    tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
-    key = (
-        base,
-        code.src,
-        tuple(sorted((name, id(value)) for name, value in namespace.items())),
-        tags,
-        fallback,
-        kept,
-    )
+    """The class of a module that runs graphs: one for each form of a call, the first that applies."""
+    forms = [_Form(graph) for graph in graphs.values()]
+    key = (base, *(form.key for form in forms), *graphs, fallback, kept)
     known = _classes.get(key)
     if known is not None:
         return known
-    conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
-    reads = codegen.reads if isinstance(codegen, GuardedCodeGen) else ()
-    namespace[FALLBACK] = (
-        base.forward
-        if fallback
-        else refusal(base, conditions, reads, dict(namespace), quantised=kept)
-    )
-    forward = generated(code.src, namespace, base.__name__)
+    forward: Any = base.forward
+    if not fallback:
+        guards = [(form.conditions, form.reads, dict(form.namespace)) for form in forms]
+        forward = refusal(base, guards, quantised=kept)
     original = base.forward
-    forward.__doc__ = original.__doc__
-    forward.__signature__ = inspect.signature(original)
+    for form in reversed(forms):
+        # A call that a graph does not apply to goes on to the next one.
+        form.namespace[FALLBACK] = forward
+        forward = generated(form.source, form.namespace, base.__name__)
+        forward.__doc__ = original.__doc__
+        forward.__signature__ = inspect.signature(original)
     cls = type(
         base.__name__,
         (_Regional, base),
@@ -164,7 +165,8 @@ def _region_class(
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "forward": forward,
-            _GRAPH: graph,
+            _GRAPH: next(iter(graphs.values())),
+            _FORMS: types.MappingProxyType(dict(graphs)),
             _BASE: base,
             _FALLBACK: fallback,
             _KEPT: kept,
@@ -172,6 +174,25 @@ def _region_class(
     )
     _classes[key] = cls
     return cls
+
+
+class _Form:
+    """What a graph becomes in a class: source, globals, and what tells it from others."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        code = graph.python_code(root_module="self")
+        codegen = graph._codegen
+        guarded = isinstance(codegen, GuardedCodeGen)
+        self.source = code.src
+        self.namespace: dict[str, Any] = {
+            **code.globals,
+            **(codegen.constants() if isinstance(codegen, GuardedCodeGen) else {}),
+        }
+        self.conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
+        self.reads = codegen.reads if isinstance(codegen, GuardedCodeGen) else ()
+        tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
+        names = tuple(sorted((name, id(value)) for name, value in self.namespace.items()))
+        self.key = (code.src, names, tags, guarded)
 
 
 class _Regional:
@@ -217,7 +238,8 @@ class _Regional:
         """The module's own class by name, and the graph beside it."""
         cls: Any = type(self)
         base = getattr(cls, _BASE)
-        graph = (freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK), getattr(cls, _KEPT))
+        frozen = {form: freeze(graph) for form, graph in getattr(cls, _FORMS).items()}
+        graph = (frozen, getattr(cls, _FALLBACK), getattr(cls, _KEPT))
         if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
             return _rebuild, (base, *graph), self.__getstate__()
         # It has a way of its own, as fx.GraphModule does.
@@ -239,16 +261,21 @@ def _state_of(module: Any) -> Any:
 def _reads_of(cls: Any, name: str) -> Iterator[Read]:
     """What the graph of a region took for granted about an attribute."""
     path = Path().attribute(name)
-    return (one for one in getattr(getattr(cls, _GRAPH)._codegen, "reads", ()) if one.path == path)
+    for graph in getattr(cls, _FORMS).values():
+        yield from (one for one in getattr(graph._codegen, "reads", ()) if one.path == path)
 
 
 def _rebuild(
-    base: type[nn.Module], frozen: tuple[Any, ...], fallback: bool, kept: bool = False
+    base: type[nn.Module], frozen: Mapping[str, Any], fallback: bool, kept: bool = False
 ) -> nn.Module:
-    cls = _region_class(base, thaw(frozen), fallback, kept)
+    cls = _region_class(base, _thawed(frozen), fallback, kept)
     return cls.__new__(cls)
 
 
-def _rebuild_over(plain: Any, frozen: tuple[Any, ...], fallback: bool, kept: bool = False) -> Any:
-    plain.__class__ = _region_class(type(plain), thaw(frozen), fallback, kept)
+def _rebuild_over(plain: Any, frozen: Mapping[str, Any], fallback: bool, kept: bool = False) -> Any:
+    plain.__class__ = _region_class(type(plain), _thawed(frozen), fallback, kept)
     return plain
+
+
+def _thawed(frozen: Mapping[str, Any]) -> dict[str, fx.Graph]:
+    return {form: thaw(graph) for form, graph in frozen.items()}

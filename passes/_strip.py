@@ -10,7 +10,7 @@ from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._sharing import share_copy
 from lora_fx.passes._trainability import mark_adapted
 from lora_fx.record import Record
-from lora_fx.types import Region
+from lora_fx.types import module_of
 
 __all__ = ["drop_graph", "stripped"]
 
@@ -38,7 +38,11 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     mark_adapted(result, adapted=False)
     base = record.base
     install(
-        (Region(name, one, base.graphs[name], base.fallback[name]) for name, one in kept.items()),
+        (
+            base.region(key, kept[module_of(key)], record.frontend)
+            for key in base.graphs
+            if module_of(key) in kept
+        ),
         kept=True,
     )
     return result

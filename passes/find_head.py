@@ -111,7 +111,7 @@ def _descend(
     for node in _leaves(region.graph):
         current: fx.Node | str | None = node
         while isinstance(current, fx.Node):
-            weight = outputs.get((region.fqn, current.name))
+            weight = outputs.get((region.key, current.name))
             if weight is not None:
                 yield weight
                 break

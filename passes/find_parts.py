@@ -21,7 +21,7 @@ from torch import fx
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._weights import CHUNKS, splits
 from lora_fx.passes.patterns.sites import part_names
-from lora_fx.types import Capture, Matches, Site
+from lora_fx.types import Capture, Matches, Site, join, module_of
 
 __all__ = ["find_parts"]
 
@@ -76,7 +76,7 @@ def _callers(capture: Capture) -> dict[int, list[fx.Node]]:
     for fqn, graph in {**capture.begun, **graphs}.items():
         for node in graph.nodes:
             if node.op == "call_module":
-                module = modules.get(f"{fqn}.{node.target}" if fqn else str(node.target))
+                module = modules.get(join(module_of(fqn), str(node.target)))
                 found[id(module)].append(node)
     return found
 

@@ -58,16 +58,15 @@ class Insert:
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
         written = writes_in_place(capture)
-        for fqn, work in _by_region(rows, capture.regions).items():
-            region = regions[fqn]
+        for name, work in _by_region(rows, capture.regions).items():
+            region = regions[name]
             jobs = tuple(self._job(capture, region, row, index, written) for row, index in work)
             # Equal layers share their graph before the pass, and after it.
             key = (id(region.graph), jobs)
             if key not in known:
                 known[key] = self._edited(region, jobs)
-            # The module's own forward stands in only if every adapter is in a module below it, too.
-            safe = all(any(call.region != fqn for call in row.site.calls) for row, _ in work)
-            regions[fqn] = Region(fqn, region.module, known[key], region.fallback and safe)
+            safe = region.falls_back(row.site for row, _ in work)
+            regions[name] = dataclasses.replace(region, graph=known[key], fallback=safe)
         return PassResult(dataclasses.replace(capture, regions=regions), True)
 
     def _job(
@@ -101,7 +100,7 @@ class Insert:
     def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
         graph = copy_graph(region.graph)
         nodes = {node.name: node for node in graph.nodes}
-        edited = Region(region.fqn, region.module, graph)
+        edited = dataclasses.replace(region, graph=graph)
         items: dict[str, fx.Node] = {}
         for job in jobs:
             wiring = job.wiring
@@ -151,8 +150,9 @@ def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
     """Whether the adapter's branch is in the graph already."""
     for call in row.site.calls:
         if call.region in capture.regions:
-            tag = _tag(relative(row.site.place, call.region), adapter, Role.ADD)
-            graph = capture.regions[call.region].graph
+            region = capture.regions[call.region]
+            tag = _tag(relative(row.site.place, region.fqn), adapter, Role.ADD)
+            graph = region.graph
             return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
     return False
 

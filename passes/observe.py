@@ -35,15 +35,14 @@ def observed(capture: Capture, rows: Iterable[PlannedSite], see: See) -> Iterato
         for call in row.site.calls:
             if call.region in capture.regions:
                 work[call.region].append((row, call))
-    for fqn, several in work.items():
-        region = capture.regions[fqn]
+    for key, several in work.items():
+        region = capture.regions[key]
         graph = copy_graph(region.graph)
         nodes = {node.name: node for node in graph.nodes}
         for row, call in several:
             _show(graph, nodes[call.input], nodes[call.output], _observer(row, call, see))
-        # The module's own forward would show nothing, unless it calls modules that do.
-        safe = all(any(one.region != fqn for one in row.site.calls) for row, _ in several)
-        yield dataclasses.replace(region, graph=graph, fallback=region.fallback and safe)
+        safe = region.falls_back(row.site for row, _ in several)
+        yield dataclasses.replace(region, graph=graph, fallback=safe)
 
 
 def _show(

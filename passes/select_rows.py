@@ -71,7 +71,7 @@ def _edited(region: Region) -> fx.Graph | None:
     if not any(_adapter_of(node) for node in region.graph.nodes):
         return None
     graph = copy_graph(region.graph)
-    work = _Work(Region(region.fqn, region.module, graph, region.fallback))
+    work = _Work(dataclasses.replace(region, graph=graph))
     for node in list(graph.nodes):
         tag = node.meta.get(META_KEY)
         if not isinstance(tag, Tag) or not tag.adapter:

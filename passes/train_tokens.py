@@ -52,14 +52,13 @@ class TrainTokens:
         """Edits the graphs that apply one of the weights, once."""
         regions, changed = dict(capture.regions), False
         for row in self.rows:
-            # The module's own forward stands in only where another graph below it has the rows, too.
             for call in row.site.calls:
                 region = regions.get(call.region)
                 if region is None or _done(region, _tag(row, region, self.adapter)):
                     continue
-                below = any(other.region != call.region for other in row.site.calls)
                 graph = copy_graph(region.graph)
-                edited = Region(region.fqn, region.module, graph, region.fallback and below)
+                safe = region.falls_back([row.site])
+                edited = dataclasses.replace(region, graph=graph, fallback=safe)
                 for one in row.site.calls:
                     if one.region == call.region:
                         _Edit(capture, edited, row, one, self.adapter).apply()

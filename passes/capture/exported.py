@@ -89,7 +89,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         node.meta.clear()
     graph.set_codegen(GuardedCodeGen(call_parameters(model, inputs), conditions=tuple(conditions)))
     graph.lint()
-    regions = {"": Region("", model, graph), **{k: v for k, v in capture.regions.items() if k}}
+    below = {key: region for key, region in capture.regions.items() if region.fqn}
+    regions = {"": Region("", model, graph, overlay=True), **below}
     # The modules that do not trace stay listed: calls that go past the graph go through them.
     return dataclasses.replace(capture, regions=regions, frontend="export")
 

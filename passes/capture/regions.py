@@ -7,6 +7,8 @@ alone.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import fx, nn
 
 from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
 from lora_fx.passes._region import is_built_in, kept_graph, uninstall
+from lora_fx.passes._signature import parameters_of
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
@@ -69,7 +72,10 @@ def find_regions(model: nn.Module) -> Capture:
             return
         built_in = is_built_in(module)
         if module in kept:
-            regions[fqn] = Region(fqn, module, *kept[module])
+            forms, own = kept[module]
+            for form, graph in forms.items():
+                region = Region(fqn, module, graph, own, form)
+                regions[region.key] = region
         elif built_in and _sealed(module):
             opaque[fqn] = (
                 f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
@@ -79,7 +85,9 @@ def find_regions(model: nn.Module) -> Capture:
             try:
                 # The forward of what is written out reads its children's weights, or calls what does.
                 own = written_out(module) is None or bool(written_conditions(module))
-                regions[fqn] = Region(fqn, module, graphs.of(module), fallback=own)
+                for form, graph in graphs.of(module).items():
+                    region = Region(fqn, module, graph, own, form)
+                    regions[region.key] = region
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
                 if reason.begun is not None:
@@ -95,15 +103,17 @@ class _Graphs:
     """Traces modules; those that agree in all that a trace depends on get the same graph."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, fx.Graph] = {}
+        self._known: dict[Any, dict[str, fx.Graph]] = {}
         self._failed: dict[Any, Untraceable] = {}
 
-    def of(self, module: nn.Module) -> fx.Graph:
-        """The module's graph.
+    def of(self, module: nn.Module) -> dict[str, fx.Graph]:
+        """The module's graphs by form (:attr:`lora_fx.types.Region.form`).
 
         Raises:
             Untraceable: With the reason in words.
         """
+        if "forward" in module.__dict__:
+            raise Untraceable("its forward was replaced on the instance")
         key, kind = _structure(module), _kind(module)
         if key in self._known:
             return self._known[key]
@@ -112,15 +122,37 @@ class _Graphs:
         try:
             forward = written_out(module)
             if forward is None:
-                graph = trace(module, check_none=not is_built_in(module))
+                found = {"": trace(module, check_none=not is_built_in(module))}
+                if not is_built_in(module):
+                    found.update(_other_forms(module, found[""]))
             else:
                 more = written_conditions(module)
-                graph = trace(module, {}, check_none=False, forward=forward, conditions=more)
+                found = {"": trace(module, {}, check_none=False, forward=forward, conditions=more)}
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
-        self._known[key] = make_opaque(graph, module)
-        return graph
+        self._known[key] = {form: make_opaque(graph, module) for form, graph in found.items()}
+        return self._known[key]
+
+
+def _other_forms(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, fx.Graph]]:
+    """Graphs of calls that give optional arguments, for a module whose code reads weights itself.
+
+    The graph alone then has the branches of adapters, and the module's own forward cannot stand in.
+    """
+    region = Region("", module, graph)
+    if not any(is_matrix(region.parameter(node)) for node in graph.nodes):
+        return
+    given = [p for p in parameters_of(type(module).forward) if not p.variadic and not p.traced]
+    optional = [p.name for p in given if p.value is None]
+    most = len(optional) if len(optional) <= _MOST_OPTIONAL else 1
+    for count in range(1, most + 1):
+        for names in itertools.combinations(optional, count):
+            fixed = {p.name: p.value for p in given if p.name not in names}
+            try:
+                yield ", ".join(names), trace(module, fixed)
+            except Untraceable:
+                continue  # such a call is refused where an adapter would be left out
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:
@@ -140,6 +172,7 @@ def _holders(model: nn.Module) -> set[nn.Module]:
     return found
 
 
+_MOST_OPTIONAL = 3  # of which all combinations are traced
 _OWN = frozenset(nn.Module().__dict__)
 _SIMPLE = (bool, int, float, str, type(None))
 
