@@ -81,7 +81,14 @@ def _reasons(
     reads: tuple[Read, ...],
     known: dict[str, Any],
 ) -> list[str]:
-    return [*_failed(conditions, dict(known), dict(names)), *_changed(reads, dict(known), module)]
+    found = []
+    try:
+        for reason in _failed(conditions, dict(known), dict(names)):
+            found.append(reason)
+    except (AttributeError, LookupError, TypeError):
+        # A condition that only makes sense where those before it hold: the guard does not come to it.
+        return found
+    return [*found, *_changed(reads, dict(known), module)]
 
 
 def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import inspect
 import math
@@ -16,7 +17,8 @@ from lora_fx.passes._region import install, is_region
 from lora_fx.passes._signature import parameters_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.types import Region
-from tests.numerics import assert_same_bits
+from tests.algebra import randomise
+from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
 
 MISSING = object()
@@ -199,24 +201,40 @@ def test_a_call_that_would_leave_the_adapter_out_raises():
     model = lora_fx.rewrite(nn.Sequential(OwnWeight(), nn.Linear(4, 4)), lora_fx.LoraConfig(r=2))
     assert model(X).shape == (2, 4)
     with pytest.raises(CaptureError, match=r"OwnWeight.*example_inputs"):
-        model[0](X, M)
-    with pytest.raises(CaptureError, match=r"OwnWeight.*example_inputs"):
         model[0](None)
 
 
+@pytest.mark.parametrize("call", [{}, {"mask": M}, {"shift": M}, {"mask": M, "shift": M}])
+def test_each_form_of_a_call_has_a_graph_where_the_code_reads_weights(call):
+    class Forms(OwnWeight):
+        def forward(self, x, mask=None, shift=None):
+            y = super().forward(x, mask)
+            return y if shift is None else y + shift @ self.kernel
+
+    original = Forms().double()
+    config = lora_fx.LoraConfig(r=2, target_modules=["kernel"])
+    model = randomise(lora_fx.rewrite(original, config))
+    assert {"", "(mask)", "(shift)", "(mask, shift)"} == set(lora_fx.graphs(model))
+    call = {name: value.double() for name, value in call.items()}
+    found, merged = model(X.double(), **call), lora_fx.merge(model)(X.double(), **call)
+    assert not torch.equal(found, original(X.double(), **call))
+    assert_close(found, merged, 1e-12)
+    assert_same_bits(copy.deepcopy(model)(X.double(), **call), found)
+
+
 class Kernel(OwnWeight):
-    def forward(self, x, mask=None, *more, scale=1.0, **extra):
-        return super().forward(x, mask) * scale
+    def forward(self, x, mask="no", *more, scale=1.0, **extra):
+        return super().forward(x, None if mask == "no" else mask) * scale
 
 
 @pytest.mark.parametrize(
     ("args", "kwargs", "words"),
     [
-        ((X, M), {}, r"expected mask is None, found a tensor float32\[4\]"),
+        ((X, M), {}, r"expected type\(mask\) is str, found Tensor"),
         ((None,), {}, "x has to be given, found None"),
         ((X,), {"scale": 2.0}, "expected scale == 1.0, found 2.0"),
         ((X,), {"scale": 1}, "expected type\\(scale\\) is float, found int"),
-        ((X, None, 3), {}, r"captured without \*more, found 1 of them"),
+        ((X, "no", 3), {}, r"captured without \*more, found 1 of them"),
         ((X,), {"b": 1, "a": 1}, r"captured without \*\*extra, found \['a', 'b'\]"),
     ],
 )
