@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import keyword
 import operator
 import re
@@ -18,12 +19,14 @@ __all__ = [
     "Holder",
     "KeptIndices",
     "KeptTensors",
+    "Seen",
     "check_adapter_name",
     "class_of",
     "count_batch",
     "differs",
     "in_place",
     "needs_modules",
+    "tree_differs",
     "wants_cache",
 ]
 
@@ -151,6 +154,44 @@ def in_place(operation: str, left: Any, right: Any) -> Any:
     return getattr(operator, operation)(left, right)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """What a trace saw of an object, and of those below it.
+
+    Attributes:
+        cls: Its class.
+        attributes: Names and values of what was read.
+        missing: Names of attributes that it did not have.
+        below: The modules and objects in it, by name.
+    """
+
+    cls: type
+    attributes: tuple[tuple[str, Any], ...]
+    missing: tuple[str, ...]
+    below: tuple[tuple[str, Seen], ...]
+
+
+def tree_differs(value: Any, seen: Seen) -> bool:
+    """Whether an object is not as a trace saw it.
+
+    Args:
+        value: The object.
+        seen: What the trace saw.
+    """
+    if class_of(value) is not seen.cls:
+        return True
+    for name, expected in seen.attributes:
+        if differs(getattr(value, name, seen), expected):
+            return True
+    for name in seen.missing:
+        if hasattr(value, name):
+            return True
+    for name, inner in seen.below:
+        if tree_differs(getattr(value, name, None), inner):
+            return True
+    return False
+
+
 def class_of(value: object) -> type:
     """The class of an object; of a module that runs a graph its own class.
 
@@ -158,7 +199,7 @@ def class_of(value: object) -> type:
         value: Any object.
     """
     cls = type(value)
-    found: type = cls.__dict__.get("_lora_fx_base", cls)
+    found: type = getattr(cls, "_lora_fx_base", cls)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.ops import class_of, differs
+from lora_fx.ops import Seen, class_of, differs, tree_differs
 
 __all__ = [
     "CONTAINERS",
@@ -29,6 +29,7 @@ __all__ = [
     "Read",
     "conditions_of",
     "constants_of",
+    "frozen",
     "is_constant",
 ]
 
@@ -140,8 +141,8 @@ class Read:
     Attributes:
         path: Where.
         kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
-            there), ``length``, ``shape`` (of a tensor), ``present`` (it is not None) or ``missing`` (there was no such
-            attribute).
+            there), ``length``, ``shape`` (of a tensor), ``present`` (it is not None), ``missing`` (there was no such
+            attribute) or ``tree`` (an object and all below it, :class:`lora_fx.ops.Seen`).
         expected: What the trace saw.
     """
 
@@ -168,6 +169,8 @@ class Read:
             return f"{here}.shape != {tuple(self.expected)!r}"
         if self.kind == "class":
             return f"{_CLASS}({here}) is not {constant}"
+        if self.kind == "tree":
+            return f"{_TREE}({here}, {constant})"
         if self.kind == "identity" or self.expected is None or isinstance(self.expected, bool):
             return f"{here} is not {constant if self.kind == 'identity' else self.expected}"
         if self.needs_constant or self.kind == "contents":
@@ -193,9 +196,20 @@ class Read:
     @property
     def needs_constant(self) -> bool:
         """Whether what is expected has no literal form, or none that tells it from others."""
-        if self.kind in ("class", "identity"):
+        if self.kind in ("class", "identity", "tree"):
             return True
         return self.kind in ("value", "contents") and not _literal(self.expected)
+
+    def changes(self, module: Any) -> Iterator[Read]:
+        """This read, or those of a tree that would give something else now.
+
+        Args:
+            module: The module that the path may start at.
+        """
+        if self.kind != "tree":
+            yield self
+            return
+        yield from _changes(module, self.path, self.expected)
 
     def words(self, found: str) -> str:
         """What to tell the caller of a graph that was made for something else.
@@ -220,6 +234,21 @@ class Read:
 
 _DIFFERS = "_lora_fx_differs"
 _CLASS = "_lora_fx_class_of"
+_TREE = "_lora_fx_tree_differs"
+
+
+def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
+    if class_of(value) is not seen.cls:
+        yield Read(path, "class", seen.cls)
+        return
+    for name, expected in seen.attributes:
+        if differs(getattr(value, name, seen), expected):
+            yield Read(path.attribute(name), "value", expected)
+    for name in seen.missing:
+        if hasattr(value, name):
+            yield Read(path.attribute(name), "missing", None)
+    for name, inner in seen.below:
+        yield from _changes(getattr(value, name, None), path.attribute(name), inner)
 
 
 def conditions_of(reads: Iterable[Read]) -> Iterator[tuple[Read, str]]:
@@ -240,7 +269,7 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
         if read.needs_constant:
             found[f"_lora_fx_value_{place}"] = read.expected
     text = " ".join(condition for _, condition in conditions_of(reads))
-    for name, helper in ((_DIFFERS, differs), (_CLASS, class_of)):
+    for name, helper in ((_DIFFERS, differs), (_CLASS, class_of), (_TREE, tree_differs)):
         if name in text:
             found[name] = helper
     return found
@@ -251,6 +280,13 @@ def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:
     for read in reads:
         found.setdefault(read.path.root, f"_lora_fx_root_{len(found)}")
     return found
+
+
+def frozen(value: Any) -> Any:
+    """A copy of a container of simple values, which its owner may change; any other value as it is."""
+    if type(value) is dict:
+        return {key: frozen(item) for key, item in value.items()}
+    return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value
 
 
 def is_constant(value: Any, most: int = _MOST) -> bool:

@@ -98,8 +98,8 @@ def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) 
         except (AttributeError, LookupError, TypeError):
             yield read.words("nothing")
             continue
-        if changed:
-            yield read.words(_shown(read.found(module)))
+        for one in read.changes(module) if changed else ():
+            yield one.words(_shown(one.found(module)))
 
 
 def _failed(conditions: list[str], known: dict[str, Any], names: dict[str, Any]) -> Iterator[str]:

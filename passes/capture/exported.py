@@ -29,6 +29,7 @@ from lora_fx.passes.capture.conditions import (
 )
 from lora_fx.passes.capture.inputs import named_inputs
 from lora_fx.passes.capture.masks import convert_masks
+from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.state import State, numbers_of
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
 from lora_fx.passes.capture.written_out import written_out
@@ -55,7 +56,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     written = [r for r in capture.regions.values() if written_out(r.module)]
     install(written)
     try:
-        program = _exported(model, _prepared(inputs), dynamic_shapes)
+        program, notes = _exported(model, _prepared(inputs), dynamic_shapes)
     finally:
         for region in written:
             uninstall(region.module)
@@ -73,11 +74,11 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     unbake_modes(graph, model)
     convert_masks(graph)
     device = torch.device("cpu")
-    parameters = dict(model.named_parameters())
-    reads = (n for n in graph.nodes if n.op == "get_attr" and n.target in parameters)
-    reference = next(reads, None)
+    named = dict(model.named_parameters())
+    found = (n for n in graph.nodes if n.op == "get_attr" and n.target in named)
+    reference = next(found, None)
     if reference is not None:
-        tensor = parameters[str(reference.target)]
+        tensor = named[str(reference.target)]
         device = tensor.device
         unbake_devices(graph, reference, device)
         conditions.append(f"{attribute(str(reference.target))}.dtype != {tensor.dtype}")
@@ -87,7 +88,9 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.extend(output_conditions(model))
     for node in graph.nodes:
         node.meta.clear()
-    graph.set_codegen(GuardedCodeGen(call_parameters(model, inputs), conditions=tuple(conditions)))
+    reads = (*noted_globals(model), notes.read)
+    parameters = call_parameters(model, inputs)
+    graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
     below = {key: region for key, region in capture.regions.items() if region.fqn}
     regions = {"": Region("", model, graph, overlay=True), **below}
@@ -105,7 +108,9 @@ def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+def _exported(
+    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, Notes]:
     if dynamic_shapes is None:
         dynamic_shapes = {
             k: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None
@@ -114,8 +119,8 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with _watched(model, inputs):
-            return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
+        with _watched(model, inputs) as notes:
+            return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes), notes
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         hint = (
@@ -132,7 +137,7 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[Notes]:
     """Exports a forward that leaves nothing behind and has a name for every argument.
 
     What it writes into Python objects (``config.problem_type``) is part of no capture and is put back.
@@ -143,9 +148,11 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     """
     before, numbers, own = State(model), numbers_of(model), model.forward
     changed: dict[str, int | float] = {}
+    notes = Notes(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        result = own(*args, **kwargs)
+        with notes.taken():
+            result = own(*args, **kwargs)
         # Here, since torch.export puts attributes back by itself.
         now = numbers_of(model)
         changed.update((k, now[k]) for k, v in numbers.items() if now.get(k, v) != v)
@@ -158,7 +165,7 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     forward.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     model.__dict__["forward"] = forward
     try:
-        yield
+        yield notes
     finally:
         before.restore()
     for name, value in changed.items():

@@ -35,6 +35,7 @@ from lora_fx.passes._reads import (
     ObjectRoot,
     Path,
     Read,
+    frozen,
     is_constant,
 )
 from lora_fx.passes.capture.instrument import SourceError, instrumented
@@ -413,8 +414,7 @@ class Frame:
         recorder = self.recorder
         recorder.remember(value, path)
         if is_constant(value):
-            frozen = value if isinstance(value, tuple | frozenset) else _frozen(value)
-            recorder.read(Read(path, "contents", frozen))
+            recorder.read(Read(path, "contents", frozen(value)))
             recorder.settled.add(id(value))
         elif type(value) in (set, frozenset):
             recorder.refuse_softly(f"its forward reads {path}, a set of objects")
@@ -880,13 +880,6 @@ def _holds(module: nn.Module) -> bool:
 
 def _random(function: Any) -> bool:
     return "random" in type(function.__self__).__module__
-
-
-def _frozen(value: Any) -> Any:
-    """A copy of a container of simple values: its owner may change it."""
-    if isinstance(value, dict):
-        return {k: _frozen(v) for k, v in value.items()}
-    return type(value)(map(_frozen, value)) if type(value) in CONTAINERS else value
 
 
 def _is_context(cls: type) -> bool:
