@@ -65,7 +65,12 @@ def refusal(
         reasons = [_reasons(self, names, *guard) for guard in guards]
         # What the graph that comes closest asks for.
         closest = min((found for found in reasons if found), key=len, default=[])
-        reason = closest[0] if closest else "it is another call"
+        reason, changed = closest[0] if closest else ("it is another call", False)
+        if changed:
+            raise CaptureError(
+                f"the graph of this {base.__name__} holds for what its code has read when it was captured, "
+                f"and its own forward {left}: {reason}. Put it back, or make that change before rewrite()"
+            )
         raise CaptureError(
             f"{base.__name__}.forward was captured for other calls than this one, and its own "
             f"forward {left}: {reason}. If the model is to be called so, {remedy}"
@@ -80,15 +85,16 @@ def _reasons(
     conditions: list[str],
     reads: tuple[Read, ...],
     known: dict[str, Any],
-) -> list[str]:
-    found = []
+) -> list[tuple[str, bool]]:
+    """Why a graph does not apply, each with whether something has changed since the capture."""
+    found: list[tuple[str, bool]] = []
     try:
         for reason in _failed(conditions, dict(known), dict(names)):
-            found.append(reason)
+            found.append((reason, False))
     except (AttributeError, LookupError, TypeError):
         # A condition that only makes sense where those before it hold: the guard does not come to it.
         return found
-    return [*found, *_changed(reads, dict(known), module)]
+    return [*found, *((reason, True) for reason in _changed(reads, dict(known), module))]
 
 
 def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) -> Iterator[str]:

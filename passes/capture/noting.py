@@ -169,11 +169,12 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
     costs a comparison.
     """
     pending: list[Any] = [class_of(module).forward for module in model.modules()]
-    methods = {class_of(module) for module in model.modules()}
+    methods = {cls for module in model.modules() for cls in class_of(module).__mro__}
     done: set[CodeType] = set()
     reads: dict[Path, Read] = {}
     while pending:
         found = pending.pop()
+        found = found.fget if isinstance(found, property) else found
         function = inspect.unwrap(getattr(found, "__func__", found))
         if not isinstance(function, FunctionType) or _of_library(function):
             continue
@@ -190,7 +191,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
             value
             for cls in methods
             for name in names
-            if isinstance(value := getattr(cls, name, None), FunctionType)
+            if (value := cls.__dict__.get(name)) is not None
         )
     yield from reads.values()
 
