@@ -8,6 +8,7 @@ import operator
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -163,12 +164,15 @@ class Seen:
         attributes: Names and values of what was read.
         missing: Names of attributes that it did not have.
         below: The modules and objects in it, by name.
+        parameters: The names of a module's own parameters and buffers, with their shapes; None for one that
+            is None.
     """
 
     cls: type
     attributes: tuple[tuple[str, Any], ...]
     missing: tuple[str, ...]
     below: tuple[tuple[str, Seen], ...]
+    parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
 
 
 def tree_differs(value: Any, seen: Seen) -> bool:
@@ -186,10 +190,20 @@ def tree_differs(value: Any, seen: Seen) -> bool:
     for name in seen.missing:
         if hasattr(value, name):
             return True
+    for name, shape in seen.parameters:
+        if _shape_of(value, name) != shape:
+            return True
     for name, inner in seen.below:
         if tree_differs(getattr(value, name, None), inner):
             return True
     return False
+
+
+def _shape_of(module: Any, name: str) -> Any:
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
+    return None if tensor is None else tensor.shape
 
 
 def class_of(value: object) -> type:
@@ -218,6 +232,9 @@ def differs(found: object, expected: object) -> bool:
         return True
     if isinstance(expected, float):
         return repr(found) != repr(expected)
+    if isinstance(expected, np.ndarray):
+        assert isinstance(found, np.ndarray)
+        return found.shape != expected.shape or found.tobytes() != expected.tobytes()
     if isinstance(expected, dict):
         assert isinstance(found, dict)
         return list(found) != list(expected) or any(

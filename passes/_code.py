@@ -32,6 +32,8 @@ _STORED = frozenset(
     {"dtype", "shape", "ndim", "size", "dim", "numel", "element_size", "stride"}
 ) | {"is_floating_point"}
 _ABOUT_OBJECTS = ("isinstance", "hasattr", "getattr", "type", "id", "len")
+# What gives all of a module's tensors, one after the other.
+_WALKS = frozenset({"parameters", "named_parameters", "state_dict", "_parameters"})
 _ANY, _ANYWHERE = "*", "**"
 
 Path = tuple[str, ...]
@@ -51,8 +53,12 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
         return
     below = [(name, m) for name, m in module.named_modules() if name and not _without_code(m)]
     for fqn, owner, function in _reached(module, below, regions):
-        for path in _reads(function.__code__).used:
+        reads = _reads(function.__code__)
+        for path in reads.used:
             for name in _matrices(owner, path):
+                yield join(fqn, name), function.__qualname__
+        for name, parameter in owner.named_parameters() if reads.walks else ():
+            if is_matrix(parameter):
                 yield join(fqn, name), function.__qualname__
 
 
@@ -113,11 +119,19 @@ def _methods(cls: type[nn.Module]) -> frozenset[str]:
 
 
 class _Reads(NamedTuple):
-    """The names in a function's code, and the attribute paths whose values it uses, or asks how stored."""
+    """What a function's code reads.
+
+    Attributes:
+        names: The names in it.
+        used: The attribute paths whose values it uses.
+        asked: Those that it asks how they are stored.
+        walks: Whether it goes through all parameters of a module, beyond the first.
+    """
 
     names: frozenset[str]
     used: tuple[Path, ...]
     asked: tuple[Path, ...]
+    walks: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,13 +146,29 @@ def _reads(code: CodeType) -> _Reads:
         frozenset(code.co_names).union(*(one.names for one in inner)),
         tuple(sorted(used.union(*(one.used for one in inner)))),
         tuple(sorted(asked.union(*(one.asked for one in inner)))),
+        _walks(code) or any(one.walks for one in inner),
     )
+
+
+def _walks(code: CodeType) -> bool:
+    listed = _listed(code)
+    for at, instruction in enumerate(listed):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in _WALKS:
+            # next(self.parameters()), and next(p.dtype for p in self.parameters()), take the first.
+            before = [one.argval for one in listed[max(0, at - 5) : at]]
+            if "next" not in before:
+                return True
+    return False
+
+
+def _listed(code: CodeType) -> list[dis.Instruction]:
+    skipped = ("CACHE", "EXTENDED_ARG", "PRECALL")
+    return [one for one in dis.get_instructions(code) if one.opname not in skipped]
 
 
 def _paths(code: CodeType) -> Iterator[tuple[Path, str]]:
     """Attribute paths, each with what is asked of it; empty where its value is used."""
-    skipped = ("CACHE", "EXTENDED_ARG", "PRECALL")
-    listed = [i for i in dis.get_instructions(code) if i.opname not in skipped]
+    listed = _listed(code)
     root = code.co_varnames[0] if code.co_varnames and "self" in code.co_varnames[:1] else "self"
     for at, instruction in enumerate(listed):
         if "LOAD_FAST" not in instruction.opname and instruction.opname != "LOAD_DEREF":

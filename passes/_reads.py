@@ -21,6 +21,7 @@ from lora_fx.ops import Seen, class_of, differs, tree_differs
 
 __all__ = [
     "CONTAINERS",
+    "MOST",
     "SELF",
     "SIMPLE",
     "ModuleRoot",
@@ -40,7 +41,8 @@ CONTAINERS = (tuple, list, dict, set, frozenset)
 """Exact types of containers that are compared by what is in them."""
 
 _BY_IDENTITY = (torch.dtype, torch.layout, torch.memory_format, type(...), type(NotImplemented))
-_MOST = 256  # a container of more values takes too long to compare at each call
+MOST = 256
+"""How many values are compared at each call; more would take too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +249,14 @@ def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
     for name in seen.missing:
         if hasattr(value, name):
             yield Read(path.attribute(name), "missing", None)
+    for name, shape in seen.parameters:
+        here = path.attribute(name)
+        if shape is None:
+            yield from (Read(here, "value", None),) if getattr(value, name, None) is not None else ()
+        elif getattr(value, name, None) is None:
+            yield Read(here, "present", None)
+        elif getattr(value, name).shape != shape:
+            yield Read(here, "shape", shape)
     for name, inner in seen.below:
         yield from _changes(getattr(value, name, None), path.attribute(name), inner)
 
@@ -289,7 +299,7 @@ def frozen(value: Any) -> Any:
     return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value
 
 
-def is_constant(value: Any, most: int = _MOST) -> bool:
+def is_constant(value: Any, most: int = MOST) -> bool:
     """Whether a value is simple, or a container of simple values that is short enough to be compared."""
     return _size(value) <= most
 

@@ -52,17 +52,37 @@ def capture(
             call = named_inputs(model, example_inputs)
         check_unchanged(model, result, call)
     except CaptureError as error:
-        if frontend != "auto" or result.frontend != "export":
+        if frontend != "auto":
             raise
-        # What export froze cannot be seen before it runs: the regions freeze nothing.
-        _log.warning("not captured by export: %s", error)
-        notes = (*result.notes, f"not export: {error}")
-        result = dataclasses.replace(_captured(model, None, "regions", None), notes=notes)
-        check_unchanged(model, result, example_inputs)
-        return result
+        # What a trace has fixed cannot be seen before it runs.
+        _log.warning("not captured by %s: %s", result.frontend, error)
+        notes = (*result.notes, f"not {result.frontend}: {error}")
+        return _that_holds(model, result, example_inputs, notes)
     if frontend == "auto" and result.frontend != "export":
         return _for_that_call(model, result, example_inputs, dynamic_shapes)
     return result
+
+
+def _that_holds(
+    model: nn.Module, result: Capture, example_inputs: Any, notes: tuple[str, ...]
+) -> Capture:
+    """The regions, or where they compute something else, too, those of PyTorch's own layers alone."""
+    traced = _captured(model, None, "regions", None)
+    if result.frontend == "export":
+        try:
+            check_unchanged(model, traced, example_inputs)
+        except CaptureError as error:
+            notes = (*notes, f"not regions: {error}")
+        else:
+            return dataclasses.replace(traced, notes=notes)
+    layers = {key: one for key, one in traced.regions.items() if is_built_in(one.module)}
+    reason = "a graph in the model computes something else than the original on the example inputs"
+    opaque = {one.fqn: reason for one in traced.regions.values() if one.key not in layers}
+    traced = dataclasses.replace(
+        traced, regions=layers, opaque={**traced.opaque, **opaque}, notes=notes
+    )
+    check_unchanged(model, traced, example_inputs)
+    return traced
 
 
 def _for_that_call(

@@ -39,7 +39,16 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     """
     reference = run_reference(model, example_inputs)
     runs = _runnable(capture.model, capture.regions.values())
-    difference = _difference(reference, _run(runs, example_inputs))
+    try:
+        found = _run(runs, example_inputs)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the captured model ({capture.frontend}) fails where the original runs ({type(error).__name__}: "
+            f"{error}). Try another frontend, and please report this"
+        ) from error
+    difference = _difference(reference, found)
     if difference > _TOLERANCE:
         raise CaptureError(
             f"the captured model ({capture.frontend}) computes something else than the original: "

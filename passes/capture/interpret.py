@@ -762,6 +762,7 @@ class Frame:
         if not isinstance(function, FunctionType):
             return self.call(function, *args, **kwargs)
         recorder.enter(function, args, kwargs)
+        self._note_defaults(function)
         if recorder.depth >= _DEPTH:
             recorder.refuse("its forward calls functions within functions without an end")
         try:
@@ -773,6 +774,14 @@ class Frame:
             return made(*args, **kwargs)
         finally:
             recorder.depth -= 1
+
+    def _note_defaults(self, function: FunctionType) -> None:
+        if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+            return
+        for name in ("__defaults__", "__kwdefaults__"):
+            value = getattr(function, name)
+            if value and function is not self.recorder.target:
+                self.noted(value, Path(ObjectRoot(function)).attribute(name))
 
     def _call_class(self, cls: type, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
@@ -789,7 +798,7 @@ class Frame:
             elif cls in (str, bytes):
                 self.text(args)
             return cls(*args, **kwargs)
-        if issubclass(cls, BaseException) or _is_context(cls):
+        if issubclass(cls, BaseException) or _is_context(cls) or cls is functools.partial:
             return cls(*args, **kwargs)
         if issubclass(cls, tuple) and hasattr(cls, "_fields"):
             return cls(*args, **kwargs)
@@ -811,6 +820,8 @@ class Frame:
             return recorder.refuse(f"its forward calls {name}, which cannot be looked into")
         if owner is None or isinstance(owner, types.ModuleType):
             if function in _PURE:
+                if function in (callable, format, repr):
+                    self.text(args)
                 if holds_traced(args) and function.__module__ == "math":
                     return recorder.create_proxy("call_function", function, args, kwargs)
                 return function(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Notes what the code of a whole model reads of its modules and their settings while ``torch.export`` runs it.
 
-An export runs the code as it is, so that no rule sees its reads. Instead, each module of the copy, and each
-plain object that one of them holds, has for that time a class whose attribute access takes notes. What
+An export runs the code as it is, so that no rule sees its reads. Instead, the classes of its modules, and of
+the plain objects that they hold, have for that time an attribute access that takes notes of those objects and
+of no others. What
 functions read of globals and of variables around them is read off their code. It all becomes one
 :class:`~lora_fx.passes._reads.Read` of the kind ``tree``, which guards the graph.
 """
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.errors import CaptureError
 from lora_fx.ops import Seen, class_of, differs
-from lora_fx.passes._reads import ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
+from lora_fx.passes._reads import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
 
 __all__ = ["Notes", "noted_globals"]
 
@@ -49,117 +53,150 @@ class Notes:
         self._model = model
         self._reads: dict[int, dict[str, Any]] = {}
         self._objects: dict[int, dict[str, Any]] = {}
-        self._swapped: list[tuple[Any, type]] = []
-        self._classes: dict[type, type] = {}
+        self._watched: dict[int, Any] = {}
+        self._classes: dict[type, dict[str, Any]] = {}
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Takes notes in between."""
-        for module in self._model.modules():
-            self._swap(module)
+        """Takes notes in between, of this model and of nobody else's."""
+        self._watched = {id(module): module for module in self._model.modules()}
         try:
+            for cls in {nn.Module, *map(type, self._watched.values())}:
+                if cls is nn.Module or _own_access(cls):
+                    self._watch_class(cls)
             yield
         finally:
-            for value, cls in self._swapped:
-                object.__setattr__(value, "__class__", cls)
+            for cls, members in self._classes.items():
+                for name, member in members.items():
+                    if member is _MISSING:
+                        delattr(cls, name)
+                    else:
+                        setattr(cls, name, member)
+            self._classes.clear()
             self._drop_written()
-            self._swapped.clear()
-
-    def _drop_written(self) -> None:
-        """Forgets what the code itself has set since: the next call finds what this one has left."""
-        for value, _ in self._swapped:
-            reads = self._reads.get(id(value), {})
-            for name in [n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)]:
-                del reads[name]
 
     @property
     def read(self) -> Read:
         """What was read, as one guard."""
         return Read(Path(), "tree", self._seen(self._model, set()))
 
+    def _watch_class(self, cls: type) -> None:
+        """Has the attribute access of a class take notes of the objects that are watched.
+
+        Raises:
+            TypeError: For a class of C.
+        """
+        if cls in self._classes:
+            return
+        access, hook = cls.__getattribute__, getattr(cls, "__getattr__", None)
+
+        def read(this: Any, name: str) -> Any:
+            value = access(this, name)
+            if id(this) in self._watched and not isinstance(value, MethodType):
+                self._note(this, name, value)
+            return value
+
+        def looked_for(this: Any, name: str) -> Any:
+            assert hook is not None
+            try:
+                value = hook(this, name)
+            except AttributeError:
+                if id(this) in self._watched:
+                    self._note(this, name, _MISSING)
+                raise
+            if id(this) in self._watched:
+                self._note(this, name, value)
+            return value
+
+        members: dict[str, Any] = {"__getattribute__": read}
+        if hook is not None:
+            members["__getattr__"] = looked_for
+        kept = {name: cls.__dict__.get(name, _MISSING) for name in members}
+        for name, member in members.items():
+            setattr(cls, name, member)
+        self._classes[cls] = kept
+
+    def _watch(self, value: Any) -> None:
+        """Watches a plain object; one whose class is of C is noted as a whole."""
+        self._watched[id(value)] = value
+        try:
+            self._watch_class(type(value))
+        except TypeError:
+            self._note_all(value)
+
+    def _note_all(self, value: Any) -> None:
+        slots = (getattr(cls, "__slots__", ()) for cls in type(value).__mro__)
+        named = [n for several in slots for n in ((several,) if isinstance(several, str) else several)]
+        for name in (*getattr(value, "__dict__", ()), *named):
+            if not name.startswith("__") and hasattr(value, name):
+                self._note(value, name, getattr(value, name))
+
+    def _note(self, owner: Any, name: str, value: Any) -> None:
+        if name == "__dict__" and not isinstance(owner, nn.Module):
+            for key, one in list(value.items()):
+                self._note(owner, key, one)
+        if name in _OWN or name.startswith(("__", "_lora_fx")):
+            return
+        known = self._reads.setdefault(id(owner), {})
+        if value is _MISSING:
+            # PyTorch looks for many a private name that is hardly ever there.
+            if not name.startswith("_"):
+                known.setdefault(name, value)
+        elif isinstance(value, np.ndarray):
+            if value.size > MOST:
+                raise CaptureError(
+                    f"its forward reads {name} of a {type(owner).__name__}, a NumPy array of {value.size} "
+                    "values that may change: make it a buffer"
+                )
+            known.setdefault(name, value.copy())
+        elif is_constant(value) or isinstance(value, np.generic):
+            known.setdefault(name, frozen(value))
+        elif not isinstance(value, _NEVER) and not callable(value):
+            held = self._objects.setdefault(id(owner), {})
+            if name not in held and _is_plain(value):
+                held[name] = value
+                if id(value) not in self._watched:
+                    self._watch(value)
+
+    def _drop_written(self) -> None:
+        """Forgets what the code itself has set since: the next call finds what this one has left."""
+        for value in self._watched.values():
+            reads = self._reads.get(id(value), {})
+            for name in [n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)]:
+                del reads[name]
+
     def _seen(self, value: Any, done: set[int]) -> Seen:
         done.add(id(value))
-        attributes, missing, below = [], [], []
-        for name, found in self._reads.get(id(value), {}).items():
-            if found is _MISSING:
-                missing.append(name)
-            else:
-                attributes.append((name, found))
+        found = self._reads.get(id(value), {})
+        missing = tuple(name for name, one in found.items() if one is _MISSING)
+        attributes = [(name, one) for name, one in found.items() if one is not _MISSING]
         held = self._objects.get(id(value), {})
-        children = value._modules if isinstance(value, nn.Module) else {}
+        children, parameters = {}, ()
+        if isinstance(value, nn.Module):
+            children = value._modules
+            own = {**value._parameters, **value._buffers}
+            parameters = tuple(
+                (name, None if one is None else tuple(one.shape)) for name, one in own.items()
+            )
+        below = []
         for name, child in (*held.items(), *children.items()):
             if child is None:
                 attributes.append((name, None))
             elif id(child) not in done:
                 below.append((name, self._seen(child, done)))
-        return Seen(class_of(value), tuple(attributes), tuple(missing), tuple(below))
-
-    def _swap(self, value: Any) -> None:
-        cls = type(value)
-        try:
-            if cls not in self._classes:
-                self._classes[cls] = _noting(cls, self)
-            object.__setattr__(value, "__class__", self._classes[cls])
-        except TypeError:
-            return  # its layout is fixed: an object of C, or one with slots
-        self._swapped.append((value, cls))
-
-    def note(self, owner: Any, name: str, value: Any) -> None:
-        """Notes one read."""
-        if name in _OWN or name.startswith("_lora_fx"):
-            return
-        if value is _MISSING:
-            # PyTorch looks for many a private name that is hardly ever there.
-            if not name.startswith("_"):
-                self._reads.setdefault(id(owner), {}).setdefault(name, value)
-        elif is_constant(value):
-            self._reads.setdefault(id(owner), {}).setdefault(name, frozen(value))
-        elif not isinstance(value, _NEVER) and hasattr(value, "__dict__") and not callable(value):
-            known = self._objects.setdefault(id(owner), {})
-            if name not in known:
-                known[name] = value
-                if not isinstance(value, _Noting):
-                    self._swap(value)
+        return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
 
 
-class _Noting:
-    """Attribute access that takes notes."""
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Keeps from the class that it has a subclass: it may register them."""
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if not name.startswith("__") and not isinstance(value, MethodType):
-            notes: Notes = object.__getattribute__(self, "_lora_fx_notes")
-            notes.note(self, name, value)
-        return value
+def _own_access(cls: type) -> bool:
+    """Whether a class looks attributes up in a way of its own, which may not come to that of PyTorch."""
+    return cls.__getattribute__ is not object.__getattribute__ or (
+        cls.__getattr__ is not nn.Module.__getattr__  # type: ignore[attr-defined]
+    )
 
 
-def _noting(cls: type, notes: Notes) -> type:
-    """A class like another one, which takes notes."""
-    members: dict[str, Any] = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "_lora_fx_notes": notes,
-        "_lora_fx_base": getattr(cls, "_lora_fx_base", cls),
-    }
-    hook = getattr(cls, "__getattr__", None)
-    if hook is not None:
-
-        def found(self: Any, name: str) -> Any:
-            try:
-                value = hook(self, name)
-            except AttributeError:
-                if not name.startswith("__"):
-                    notes.note(self, name, _MISSING)
-                raise
-            if value is None:
-                notes.note(self, name, value)
-            return value
-
-        members["__getattr__"] = found
-    return type(cls.__name__, (_Noting, cls), members)
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an object with attributes."""
+    return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 
 def noted_globals(model: nn.Module) -> Iterator[Read]:
@@ -184,19 +221,22 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
         for path, value in _named(function):
             if isinstance(value, FunctionType | MethodType):
                 pending.append(value)
+            elif isinstance(value, type) and not _of_library(value):
+                methods.update(value.__mro__)
             elif is_constant(value) and path is not None:
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
         names = {name for code in _codes(function.__code__) for name in code.co_names}
-        pending.extend(
-            value
-            for cls in methods
-            for name in names
-            if (value := cls.__dict__.get(name)) is not None
-        )
+        for cls, name in itertools.product(tuple(methods), names):
+            value = cls.__dict__.get(name)
+            if is_constant(value) and value is not None and not _of_library(cls):
+                path = Path(ObjectRoot(cls)).attribute(name)
+                reads.setdefault(path, Read(path, "contents", frozen(value)))
+            elif value is not None:
+                pending.append(value)
     yield from reads.values()
 
 
-def _of_library(function: FunctionType) -> bool:
+def _of_library(function: Any) -> bool:
     return (function.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
@@ -217,6 +257,8 @@ def _named(function: FunctionType) -> Iterator[tuple[Path | None, Any]]:
                 root = ModuleRoot(module) if importable else None
                 path = None if root is None else Path(root).attribute(name)
                 yield path, function.__globals__[name]
+    for name in ("__defaults__", "__kwdefaults__"):
+        yield Path(ObjectRoot(function)).attribute(name), getattr(function, name) or None
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # the variable has no value yet
             path = Path(ObjectRoot(cell)).attribute("cell_contents")
