@@ -41,7 +41,7 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     regions = {}
-    for key, graph in record.base.graphs.items():
+    for key in record.base.graphs:
         fqn = module_of(key)
         module = modules.get(fqn)
         if module is None or not (is_region(module) or (fqn and written_out(module))):

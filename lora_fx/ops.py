@@ -193,10 +193,7 @@ def tree_differs(value: Any, seen: Seen) -> bool:
     for name, shape in seen.parameters:
         if _shape_of(value, name) != shape:
             return True
-    for name, inner in seen.below:
-        if tree_differs(getattr(value, name, None), inner):
-            return True
-    return False
+    return any(tree_differs(getattr(value, name, None), inner) for name, inner in seen.below)
 
 
 def _shape_of(module: Any, name: str) -> Any:

@@ -143,8 +143,8 @@ class Read:
     Attributes:
         path: Where.
         kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
-            there), ``length``, ``shape`` (of a tensor), ``present`` (it is not None), ``missing`` (there was no such
-            attribute) or ``tree`` (an object and all below it, :class:`lora_fx.ops.Seen`).
+            there), ``length``, ``shape`` (of a tensor), ``present`` (it is not None), ``missing`` (there was
+            no such attribute) or ``tree`` (an object and all below it, :class:`lora_fx.ops.Seen`).
         expected: What the trace saw.
     """
 
@@ -252,7 +252,9 @@ def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
     for name, shape in seen.parameters:
         here = path.attribute(name)
         if shape is None:
-            yield from (Read(here, "value", None),) if getattr(value, name, None) is not None else ()
+            yield from (
+                (Read(here, "value", None),) if getattr(value, name, None) is not None else ()
+            )
         elif getattr(value, name, None) is None:
             yield Read(here, "present", None)
         elif getattr(value, name).shape != shape:
@@ -279,10 +281,8 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
         if read.needs_constant:
             found[f"_lora_fx_value_{place}"] = read.expected
     text = " ".join(condition for _, condition in conditions_of(reads))
-    for name, helper in ((_DIFFERS, differs), (_CLASS, class_of), (_TREE, tree_differs)):
-        if name in text:
-            found[name] = helper
-    return found
+    helpers = {_DIFFERS: differs, _CLASS: class_of, _TREE: tree_differs}
+    return found | {name: helper for name, helper in helpers.items() if name in text}
 
 
 def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:

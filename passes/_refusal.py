@@ -89,8 +89,7 @@ def _reasons(
     """Why a graph does not apply, each with whether something has changed since the capture."""
     found: list[tuple[str, bool]] = []
     try:
-        for reason in _failed(conditions, dict(known), dict(names)):
-            found.append((reason, False))
+        found.extend((reason, False) for reason in _failed(conditions, dict(known), dict(names)))
     except (AttributeError, LookupError, TypeError):
         # A condition that only makes sense where those before it hold: the guard does not come to it.
         return found

@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from lora_fx._frozen import freeze, thaw

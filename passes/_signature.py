@@ -121,7 +121,11 @@ def wrapped_forward(forward: Any) -> Any:
             break
         parameters = list(inspect.signature(forward, follow_wrapped=False).parameters.values())
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if len(named) > 1 or len(named) == len(parameters) or (named and named[0] is not parameters[0]):
+        if (
+            len(named) > 1
+            or len(named) == len(parameters)
+            or (named and named[0] is not parameters[0])
+        ):
             break
         forward = forward.__wrapped__
     return forward

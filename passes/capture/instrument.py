@@ -294,9 +294,7 @@ def _same(made: CodeType, code: CodeType) -> bool:
             if not _same(mine, its):
                 return False
         elif type(mine) is not type(its) or repr(mine) != repr(its):
-            # A qualified name, which MAKE_FUNCTION of old versions takes from the stack.
-            if not (isinstance(mine, str) and "<locals>" in mine + str(its)):
-                return False
+            return False
     return True
 
 
@@ -369,13 +367,13 @@ class _Rewriter(ast.NodeTransformer):
 
     # --- expressions
 
-    def visit_Name(self, node: ast.Name) -> Any:  # noqa: D102, N802  ast names it
+    def visit_Name(self, node: ast.Name) -> Any:
         if not isinstance(node.ctx, ast.Load) or self._local(node.id) or node.id == RECORDER:
             return node
         kind = "free" if node.id in self._free else "global_"
         return self._call(kind, ast.Constant(node.id), node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> Any:  # noqa: D102, N802
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
         if not isinstance(node.ctx, ast.Load):
             return node
         return self._call("attribute", self.visit(node.value), self._spelled(node.attr))
@@ -385,7 +383,7 @@ class _Rewriter(ast.NodeTransformer):
         private = name.startswith("__") and not name.endswith("__")
         return ast.Constant(f"_{self._owner}{name}" if private and self._owner else name)
 
-    def visit_Subscript(self, node: ast.Subscript) -> Any:  # noqa: D102, N802
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
         return self._call("item", self.visit(node.value), self._index(node.slice))
 
     def _index(self, node: Any) -> Any:
@@ -399,7 +397,7 @@ class _Rewriter(ast.NodeTransformer):
             return ast.Tuple([self._index(one) for one in node.elts], ast.Load())
         return self.visit(node)
 
-    def visit_Call(self, node: ast.Call) -> Any:  # noqa: D102, N802
+    def visit_Call(self, node: ast.Call) -> Any:
         if (
             isinstance(node.func, ast.Name)
             and node.func.id == "super"
@@ -427,11 +425,11 @@ class _Rewriter(ast.NodeTransformer):
         called.keywords = keywords
         return called
 
-    def visit_BinOp(self, node: ast.BinOp) -> Any:  # noqa: D102, N802
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
         name = ast.Constant(_BINARY[type(node.op)])
         return self._call("binary", name, self.visit(node.left), self.visit(node.right))
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:  # noqa: D102, N802
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
         value = self.visit(node.operand)
         if isinstance(node.op, ast.Not):
             return ast.UnaryOp(ast.Not(), self._call("truth", value))
@@ -439,12 +437,12 @@ class _Rewriter(ast.NodeTransformer):
             return ast.UnaryOp(node.op, value)
         return self._call("unary", ast.Constant(_UNARY[type(node.op)]), value)
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> Any:  # noqa: D102, N802
+    def visit_BoolOp(self, node: ast.BoolOp) -> Any:
         values = [self.visit(one) for one in node.values]
         asked = [self._call("truth", one) for one in values[:-1]]
         return ast.BoolOp(node.op, [*asked, values[-1]])
 
-    def visit_Compare(self, node: ast.Compare) -> Any:  # noqa: D102, N802
+    def visit_Compare(self, node: ast.Compare) -> Any:
         left, parts = self.visit(node.left), []
         for place, (op, right) in enumerate(zip(node.ops, node.comparators, strict=True)):
             value = self.visit(right)
@@ -459,26 +457,26 @@ class _Rewriter(ast.NodeTransformer):
         asked = [self._call("truth", one) for one in parts[:-1]]
         return ast.BoolOp(ast.And(), [*asked, parts[-1]])
 
-    def visit_IfExp(self, node: ast.IfExp) -> Any:  # noqa: D102, N802
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
         test = self._call("truth", self.visit(node.test))
         return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
 
-    def visit_FormattedValue(self, node: ast.FormattedValue) -> Any:  # noqa: D102, N802
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> Any:
         spec = node.format_spec
         if isinstance(spec, ast.JoinedStr):
             spec = ast.JoinedStr([self.visit(one) for one in spec.values])
         return ast.FormattedValue(self._call("part", self.visit(node.value)), node.conversion, spec)
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:  # noqa: D102, N802
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
         parts = [self.visit(one) for one in node.values]
         return self._call("joined", ast.JoinedStr(parts))
 
-    def visit_Starred(self, node: ast.Starred) -> Any:  # noqa: D102, N802
+    def visit_Starred(self, node: ast.Starred) -> Any:
         if not isinstance(node.ctx, ast.Load):
             return node
         return ast.Starred(self._call("iterate", self.visit(node.value)), ast.Load())
 
-    def visit_Dict(self, node: ast.Dict) -> Any:  # noqa: D102, N802
+    def visit_Dict(self, node: ast.Dict) -> Any:
         keys = [None if one is None else self._call("key", self.visit(one)) for one in node.keys]
         values = [
             self._call("spread", self.visit(value)) if key is None else self.visit(value)
@@ -486,13 +484,13 @@ class _Rewriter(ast.NodeTransformer):
         ]
         return ast.Dict(keys, values)
 
-    def visit_Lambda(self, node: ast.Lambda) -> Any:  # noqa: D102, N802
+    def visit_Lambda(self, node: ast.Lambda) -> Any:
         return self._rewrite_scope(node)
 
-    def visit_Await(self, node: ast.Await) -> Any:  # noqa: D102, N802
+    def visit_Await(self, node: ast.Await) -> Any:
         return self._refused("waits for something")
 
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> Any:  # noqa: D102, N802
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> Any:
         return ast.NamedExpr(node.target, self.visit(node.value))
 
     def _comprehension(self, node: Any) -> Any:
@@ -524,12 +522,12 @@ class _Rewriter(ast.NodeTransformer):
 
     # --- statements
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:  # noqa: D102, N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         if node.decorator_list:
             return _statement(self._refused("decorates an inner function"))
         return self._rewrite_scope(node)
 
-    def visit_Assign(self, node: ast.Assign) -> Any:  # noqa: D102, N802
+    def visit_Assign(self, node: ast.Assign) -> Any:
         value = self.visit(node.value)
         if len(node.targets) == 1:
             return self._stored(node.targets[0], value)
@@ -539,10 +537,10 @@ class _Rewriter(ast.NodeTransformer):
             made.extend(self._stored(target, _loaded(name)))
         return made
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:  # noqa: D102, N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         return [] if node.value is None else self._stored(node.target, self.visit(node.value))
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> Any:  # noqa: D102, N802
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         name = ast.Constant(_IN_PLACE[type(node.op)])
         value = self.visit(node.value)
         if isinstance(node.target, ast.Name):
@@ -593,7 +591,7 @@ class _Rewriter(ast.NodeTransformer):
             made.extend(self._stored(one, _loaded(name)))
         return made
 
-    def visit_Delete(self, node: ast.Delete) -> Any:  # noqa: D102, N802
+    def visit_Delete(self, node: ast.Delete) -> Any:
         made: list[Any] = []
         for target in node.targets:
             if isinstance(target, ast.Name):
@@ -603,7 +601,7 @@ class _Rewriter(ast.NodeTransformer):
                 made.append(_statement(self._refused(f"deletes {what}")))
         return made
 
-    def visit_For(self, node: ast.For) -> Any:  # noqa: D102, N802
+    def visit_For(self, node: ast.For) -> Any:
         source = self._call("iterate", self.visit(node.iter))
         body = self._block(node.body)
         target: Any = node.target
@@ -614,21 +612,21 @@ class _Rewriter(ast.NodeTransformer):
         orelse = self._block(node.orelse) if node.orelse else []
         return ast.For(target, source, body, orelse)
 
-    def visit_While(self, node: ast.While) -> Any:  # noqa: D102, N802
+    def visit_While(self, node: ast.While) -> Any:
         test = self._call("truth", self.visit(node.test))
         orelse = self._block(node.orelse) if node.orelse else []
         return ast.While(test, self._block(node.body), orelse)
 
-    def visit_If(self, node: ast.If) -> Any:  # noqa: D102, N802
+    def visit_If(self, node: ast.If) -> Any:
         test = self._call("truth", self.visit(node.test))
         orelse = self._block(node.orelse) if node.orelse else []
         return ast.If(test, self._block(node.body), orelse)
 
-    def visit_Assert(self, node: ast.Assert) -> Any:  # noqa: D102, N802
+    def visit_Assert(self, node: ast.Assert) -> Any:
         test = self._call("truth", self.visit(node.test))
         return ast.Assert(test, None if node.msg is None else self.visit(node.msg))
 
-    def visit_With(self, node: ast.With) -> Any:  # noqa: D102, N802
+    def visit_With(self, node: ast.With) -> Any:
         made: list[Any] = []
         for one in node.items:
             entered = self._call("enter", self.visit(one.context_expr))
@@ -638,12 +636,15 @@ class _Rewriter(ast.NodeTransformer):
                 made.extend(self._stored(one.optional_vars, entered))
         return [*made, *self._block(node.body)]
 
-    def visit_Try(self, node: ast.Try) -> Any:  # noqa: D102, N802
-        return [_statement(self._call("caught")), *self._block([*node.body, *node.orelse, *node.finalbody])]
+    def visit_Try(self, node: ast.Try) -> Any:
+        return [
+            _statement(self._call("caught")),
+            *self._block([*node.body, *node.orelse, *node.finalbody]),
+        ]
 
     visit_TryStar = visit_Try
 
-    def visit_Match(self, node: Any) -> Any:  # noqa: D102, N802
+    def visit_Match(self, node: Any) -> Any:
         subject = self._call("subject", self.visit(node.subject))
         cases = []
         for case in node.cases:
@@ -656,7 +657,9 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Match(subject, cases)
 
     def _unknown(self, node: ast.AST) -> Any:
-        return _statement(self._refused(f"has a statement that is not known ({type(node).__name__})"))
+        return _statement(
+            self._refused(f"has a statement that is not known ({type(node).__name__})")
+        )
 
     visit_AsyncFor = visit_AsyncWith = visit_AsyncFunctionDef = visit_ClassDef = _unknown
     visit_TypeAlias = _unknown
@@ -739,9 +742,9 @@ def _bound(scope: Any, *, only_imports: bool = False) -> Iterator[str]:
             continue
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from ((one.asname or one.name).partition(".")[0] for one in node.names)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            yield node.name
-        elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
+        elif (isinstance(node, ast.ExceptHandler) and node.name) or (
+            isinstance(node, ast.MatchAs | ast.MatchStar) and node.name
+        ):
             yield node.name
         if isinstance(node, _COMPREHENSIONS):
             # Targets are its own; a walrus in it binds here.

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.passes._reads import (
     CONTAINERS,
@@ -38,8 +38,8 @@ from lora_fx.passes._reads import (
     frozen,
     is_constant,
 )
-from lora_fx.passes.capture.instrument import SourceError, instrumented
-from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, attribute_of, holds_traced
+from lora_fx.passes.capture.instrument import SourceError
+from lora_fx.passes.capture.proxies import TracedValue, attribute_of, holds_traced
 
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder
@@ -66,6 +66,7 @@ _PLAIN = (
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 _READERS = frozenset({"get", "items", "keys", "values", "index", "count", "copy", "__getitem__"})
 _HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_CALLED = (FunctionType, BuiltinFunctionType, MethodType, type, types.MethodDescriptorType)
 _MISSING = object()
 _APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 _FUNCTIONS: Any = torch.zeros.__self__  # what holds the functions of PyTorch that make tensors
@@ -314,7 +315,9 @@ class Frame:
         if isinstance(holder, nn.ModuleDict):
             return holder._modules[key]
         if isinstance(holder, nn.ParameterList | nn.ParameterDict):
-            return self.attribute(holder, str(range(len(holder))[key]) if isinstance(key, int) else key)
+            return self.attribute(
+                holder, str(range(len(holder))[key]) if isinstance(key, int) else key
+            )
         children = list(holder._modules.values())
         return children[key]
 
@@ -327,7 +330,9 @@ class Frame:
         if isinstance(value, nn.Module):
             at = self.recorder.path_of(value)
             place = f"{at}.{name}" if at is not None else name
-            self.recorder.refuse(f"its forward writes to {place}, an attribute of a module ({name})")
+            self.recorder.refuse(
+                f"its forward writes to {place}, an attribute of a module ({name})"
+            )
         self.recorder.refuse(f"its forward writes to an attribute ({name})")
 
     def set_item(self, value: Any, key: Any, new: Any) -> None:
@@ -364,51 +369,54 @@ class Frame:
             trusted: Whether functions and classes found there stay what they are.
         """
         recorder = self.recorder
-        if isinstance(value, TracedValue | nn.Module):
+        if isinstance(value, TracedValue | nn.Module | types.ModuleType):
             return value
         if isinstance(value, torch.Tensor):
             found = recorder.owned(value)
             return value if found is None else found
-        if isinstance(value, types.ModuleType):
-            return value
-        if isinstance(value, np.ndarray | np.generic):
-            recorder.refuse_softly(f"its forward reads {path}, a NumPy array that may change")
-            return value
-        if type(value) in SIMPLE:
-            recorder.read(Read(path, "value", value))
-        elif isinstance(value, enum.Enum | torch.dtype | torch.layout | torch.memory_format):
-            recorder.read(Read(path, "identity", value))
-        elif isinstance(value, torch.device):
-            recorder.read(Read(path, "value", value))
+        kind = _compared_by(value)
+        if kind is not None:
+            recorder.read(Read(path, kind, value))
         elif type(value) in CONTAINERS or type(value) is torch.Size:
             self._note_container(value, path)
-        elif isinstance(value, BuiltinFunctionType) and _random(value):
-            self._note_method(value, path)
-        elif isinstance(value, FunctionType | BuiltinFunctionType | type | types.MethodDescriptorType):
-            recorder.remember(value, path)
-            if not trusted:
-                recorder.read(Read(path, "identity", value))
-        elif isinstance(value, MethodType):
-            if not (trusted or isinstance(value.__self__, type)):
+        elif isinstance(value, _CALLED):
+            self._note_called(value, path, trusted)
+        else:
+            self._note_object(value, path, trusted)
+        return value
+
+    def _note_called(self, value: Any, path: Path, trusted: bool) -> None:
+        if isinstance(value, MethodType) and isinstance(value.__self__, type):
+            return
+        if isinstance(value, MethodType) or _random(value):
+            if not trusted or _random(value):
                 self._note_method(value, path)
+            return
+        self.recorder.remember(value, path)
+        if not trusted:
+            self.recorder.read(Read(path, "identity", value))
+
+    def _note_object(self, value: Any, path: Path, trusted: bool) -> None:
+        recorder = self.recorder
+        if isinstance(value, np.ndarray | np.generic):
+            recorder.refuse_softly(f"its forward reads {path}, a NumPy array that may change")
+        elif type(value) in (range, slice, object):
+            recorder.read(Read(path, "identity", value))
         elif type(value).__module__ == "builtins" or isinstance(value, Iterator):
-            self._note_builtin(value, path)
-        elif not trusted or not callable(value):
+            what = type(value).__name__
+            recorder.refuse_softly(f"its forward reads {path}, a {what} that may change")
+        elif not (trusted and callable(value)):
             recorder.remember(value, path)
             recorder.read(Read(path, "class", type(value)))
-        return value
 
     def _note_method(self, value: Any, path: Path) -> None:
         if "random" in type(value.__self__).__module__:
             self.recorder.refuse("its forward draws random numbers that the graph would keep")
-        if not isinstance(value.__self__, nn.Module) or self.recorder.path_of(value.__self__) is None:
+        if (
+            not isinstance(value.__self__, nn.Module)
+            or self.recorder.path_of(value.__self__) is None
+        ):
             self.recorder.refuse_softly(f"its forward reads {path}, a method of another object")
-
-    def _note_builtin(self, value: Any, path: Path) -> None:
-        if type(value) in (range, slice, type(...), object) or value in (NotImplemented,):
-            self.recorder.read(Read(path, "identity", value))
-            return
-        self.recorder.refuse_softly(f"its forward reads {path}, a {type(value).__name__} that may change")
 
     def _note_container(self, value: Any, path: Path) -> None:
         recorder = self.recorder
@@ -475,8 +483,10 @@ class Frame:
             found = self._contains(right, left)
             return found if name == "in" else not found
         if isinstance(left, TracedValue) or isinstance(right, TracedValue):
-            if holds_traced(left) and holds_traced(right) and not (
-                isinstance(left, TracedValue) and isinstance(right, TracedValue)
+            if (
+                holds_traced(left)
+                and holds_traced(right)
+                and not (isinstance(left, TracedValue) and isinstance(right, TracedValue))
             ):
                 recorder.refuse("its forward compares containers of traced values")
             return getattr(operator, name)(left, right)
@@ -504,7 +514,9 @@ class Frame:
                     "its forward asks for the type or the identity of a traced value (is)"
                 )
         for value in (left, right):
-            if isinstance(value, enum.Enum | type | FunctionType | BuiltinFunctionType | torch.dtype):
+            if isinstance(
+                value, enum.Enum | type | FunctionType | BuiltinFunctionType | torch.dtype
+            ):
                 return left is right
             if value is None or isinstance(value, bool) or value in (..., NotImplemented):
                 return left is right
@@ -561,7 +573,9 @@ class Frame:
         if not known and not isinstance(value, MethodType | BuiltinFunctionType | np.generic):
             for name in ("__bool__", "__len__"):
                 if _in_mro(type(value), name, None) is not _MISSING:
-                    recorder.refuse_softly(f"its forward asks for the truth of a {type(value).__name__}")
+                    recorder.refuse_softly(
+                        f"its forward asks for the truth of a {type(value).__name__}"
+                    )
         return value
 
     def text(self, value: Any) -> Any:
@@ -633,8 +647,10 @@ class Frame:
             self._note_length(value)
             if isinstance(value, nn.ParameterList):
                 return [self.attribute(value, str(i)) for i in range(len(value))]
-            return list(value._modules) if isinstance(value, nn.ModuleDict) else list(
-                value._modules.values()
+            return (
+                list(value._modules)
+                if isinstance(value, nn.ModuleDict)
+                else list(value._modules.values())
             )
         path = recorder.path_of(value)
         if path is not None and type(value) in CONTAINERS and id(value) not in recorder.settled:
@@ -684,47 +700,54 @@ class Frame:
 
     def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``."""
-        recorder = self.recorder
         self._check_passed(function, *args, *kwargs.values())
-        if any(isinstance(one, TracedText) for one in (*args, *kwargs.values())):
-            if function is torch._assert:
-                return recorder.create_proxy("call_function", function, (args[0], str(args[1])), {})
-            if not (isinstance(function, type) and issubclass(function, BaseException)):
-                recorder.refuse("its forward turns a traced value into a text")
-        if isinstance(function, TracedValue):
-            if "_name" not in function.__dict__:
-                recorder.refuse("its forward calls a traced value")
-            return function(*args, **kwargs)
-        if isinstance(function, nn.Module):
-            return recorder.call_child(function, args, kwargs)
-        if isinstance(function, MethodType):
-            method = function.__func__
-            if method is _APPLY:
-                recorder.refuse(f"its forward calls an autograd function ({_name(function.__self__)})")
-            if method in _MODULE_METHODS and isinstance(function.__self__, nn.Module):
-                return _MODULE_METHODS[method](self, function.__self__, *args, **kwargs)
-            return self.call(method, function.__self__, *args, **kwargs)
+        if function is torch._assert:
+            return self.recorder.create_proxy(
+                "call_function", function, (args[0], str(args[1])), {}
+            )
+        message = isinstance(function, type) and issubclass(function, BaseException)
+        if not message and any(isinstance(one, TracedText) for one in (*args, *kwargs.values())):
+            self.recorder.refuse("its forward turns a traced value into a text")
         reason = _IN_WORDS.get(function) if _hashable(function) else None
         if reason is not None and not isinstance(function, type):
-            recorder.refuse(f"its forward {reason}")
-        if isinstance(function, FunctionType):
-            return self._call_function(function, args, kwargs)
-        if isinstance(function, type):
-            return self._call_class(function, args, kwargs)
-        if isinstance(function, functools.partial):
-            if recorder.path_of(function) is not None:
-                for name in ("func", "args", "keywords"):
-                    value = getattr(function, name)
-                    path = recorder.path_of(function)
-                    assert path is not None
-                    self.noted(value, path.attribute(name))
-            return self.call(function.func, *function.args, *args, **{**function.keywords, **kwargs})
-        if isinstance(function, functools._lru_cache_wrapper):
-            return self.call(function.__wrapped__, *args, **kwargs)
-        if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            return function(*args, **kwargs)
+            self.recorder.refuse(f"its forward {reason}")
+        for kinds, handle in _CALLS:
+            if isinstance(function, kinds):
+                return handle(self, function, args, kwargs)
+        return self._call_other(function, args, kwargs)
+
+    def _call_traced(self, function: Any, args: Any, kwargs: Any) -> Any:
+        if "_name" not in function.__dict__:
+            self.recorder.refuse("its forward calls a traced value")
+        return function(*args, **kwargs)
+
+    def _call_child(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.recorder.call_child(module, args, kwargs)
+
+    def _call_bound(self, method: MethodType, args: Any, kwargs: Any) -> Any:
+        function, owner = method.__func__, method.__self__
+        if function is _APPLY:
+            self.recorder.refuse(f"its forward calls an autograd function ({_name(owner)})")
+        if function in _MODULE_METHODS and isinstance(owner, nn.Module):
+            return _MODULE_METHODS[function](self, owner, *args, **kwargs)
+        return self.call(function, owner, *args, **kwargs)
+
+    def _call_partial(self, function: Any, args: Any, kwargs: Any) -> Any:
+        path = self.recorder.path_of(function)
+        for name in ("func", "args", "keywords") if path is not None else ():
+            assert path is not None
+            self.noted(getattr(function, name), path.attribute(name))
+        return self.call(function.func, *function.args, *args, **{**function.keywords, **kwargs})
+
+    def _call_cached(self, function: Any, args: Any, kwargs: Any) -> Any:
+        return self.call(function.__wrapped__, *args, **kwargs)
+
+    def _call_operator(self, function: Any, args: Any, kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    def _call_other(self, function: Any, args: Any, kwargs: Any) -> Any:
+        # Those that make tensors of nothing are not overridable, and refused by the mode.
         if _of_torch(function) or getattr(function, "__self__", None) is _FUNCTIONS:
-            # Those that make tensors of nothing are not overridable, and refused by the mode.
             return function(*self._tensors(args), **kwargs)
         special = _BUILTINS.get(function) if _hashable(function) else None
         if special is not None:
@@ -733,8 +756,11 @@ class Frame:
             return self._call_builtin(function, args, kwargs)
         method = _in_mro(type(function), "__call__", None)
         if isinstance(method, FunctionType) and not isinstance(function, torch.jit.ScriptFunction):
-            return self._invoke(method, path_in(type(function), "__call__"), (function, *args), kwargs)
-        return recorder.refuse(f"its forward calls {_name(function)}, which cannot be looked into")
+            path = path_in(type(function), "__call__")
+            return self._invoke(method, path, (function, *args), kwargs)
+        return self.recorder.refuse(
+            f"its forward calls {_name(function)}, which cannot be looked into"
+        )
 
     def _tensors(self, args: Any) -> Any:
         """Parameters that code got hold of in some other way than by their names, as reads."""
@@ -825,7 +851,9 @@ class Frame:
                 if holds_traced(args) and function.__module__ == "math":
                     return recorder.create_proxy("call_function", function, args, kwargs)
                 return function(*args, **kwargs)
-            return recorder.refuse(f"its forward calls {_name(function)}, which cannot be looked into")
+            return recorder.refuse(
+                f"its forward calls {_name(function)}, which cannot be looked into"
+            )
         if type(owner) is str or isinstance(owner, str):
             self.text(args)
             return function(*args, **kwargs)
@@ -834,7 +862,11 @@ class Frame:
         if type(owner) in _PLAIN:
             return function(*args, **kwargs)
         drawn = "random" in f"{type(owner).__module__}.{type(owner).__name__}".lower()
-        what = "draws random numbers that the graph would keep" if drawn else f"calls {_name(function)}"
+        what = (
+            "draws random numbers that the graph would keep"
+            if drawn
+            else f"calls {_name(function)}"
+        )
         return recorder.refuse(f"its forward {what}")
 
     def _call_method_of_container(
@@ -866,6 +898,27 @@ class Frame:
         return function(*args, **kwargs)
 
 
+_CALLS: tuple[tuple[Any, Callable[..., Any]], ...] = (
+    (TracedValue, Frame._call_traced),
+    (nn.Module, Frame._call_child),
+    (MethodType, Frame._call_bound),
+    (FunctionType, Frame._call_function),
+    (type, Frame._call_class),
+    (functools.partial, Frame._call_partial),
+    (functools._lru_cache_wrapper, Frame._call_cached),
+    ((torch._ops.OpOverload, torch._ops.OpOverloadPacket), Frame._call_operator),
+)
+
+
+def _compared_by(value: Any) -> str | None:
+    """How a simple value is compared; None for any other."""
+    if type(value) in SIMPLE or isinstance(value, torch.device):
+        return "value"
+    by_identity = enum.Enum | torch.dtype | torch.layout | torch.memory_format
+    constants = (type(...), type(NotImplemented))
+    return "identity" if isinstance(value, by_identity) or type(value) in constants else None
+
+
 def path_in(cls: type, name: str) -> Path:
     """Where a class keeps a function, or a class above it."""
     return Path(ObjectRoot(cls)).attribute(name)
@@ -890,12 +943,15 @@ def _holds(module: nn.Module) -> bool:
 
 
 def _random(function: Any) -> bool:
-    return "random" in type(function.__self__).__module__
+    """Whether a function is a method of a random generator."""
+    return "random" in type(getattr(function, "__self__", None)).__module__
 
 
 def _is_context(cls: type) -> bool:
     """Whether objects of a class only wait to be entered, which is refused then."""
-    return cls.__module__ == "contextlib" or issubclass(cls, torch.utils._contextlib._DecoratorContextManager)
+    return cls.__module__ == "contextlib" or issubclass(
+        cls, torch.utils._contextlib._DecoratorContextManager
+    )
 
 
 def _hashable(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Notes what the code of a whole model reads of its modules and their settings while ``torch.export`` runs it.
+"""Notes what the code of a model reads of its modules and their settings while ``torch.export`` runs it.
 
 An export runs the code as it is, so that no rule sees its reads. Instead, the classes of its modules, and of
 the plain objects that they hold, have for that time an attribute access that takes notes of those objects and
@@ -126,7 +126,9 @@ class Notes:
 
     def _note_all(self, value: Any) -> None:
         slots = (getattr(cls, "__slots__", ()) for cls in type(value).__mro__)
-        named = [n for several in slots for n in ((several,) if isinstance(several, str) else several)]
+        named = [
+            n for several in slots for n in ((several,) if isinstance(several, str) else several)
+        ]
         for name in (*getattr(value, "__dict__", ()), *named):
             if not name.startswith("__") and hasattr(value, name):
                 self._note(value, name, getattr(value, name))
@@ -162,7 +164,9 @@ class Notes:
         """Forgets what the code itself has set since: the next call finds what this one has left."""
         for value in self._watched.values():
             reads = self._reads.get(id(value), {})
-            for name in [n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)]:
+            for name in [
+                n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)
+            ]:
                 del reads[name]
 
     def _seen(self, value: Any, done: set[int]) -> Seen:
@@ -263,4 +267,3 @@ def _named(function: FunctionType) -> Iterator[tuple[Path | None, Any]]:
         with contextlib.suppress(ValueError):  # the variable has no value yet
             path = Path(ObjectRoot(cell)).attribute("cell_contents")
             yield path, cell.cell_contents
-

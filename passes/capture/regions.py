@@ -8,7 +8,7 @@ alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,34 +60,26 @@ def find_regions(model: nn.Module) -> Capture:
     for module in kept:
         uninstall(module)
 
+    def add(module: nn.Module, fqn: str, forms: Mapping[str, fx.Graph], own: bool) -> None:
+        for form, graph in forms.items():
+            region = Region(fqn, module, graph, own, form)
+            regions[region.key] = region
+
     def visit(module: nn.Module, fqn: str) -> None:
         if module in seen or module not in holders:
             return
         seen.add(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            opaque[fqn] = "it is a TorchScript module: use the module that it was made from"
+        sealed = None if module in kept else _why_sealed(module)
+        if sealed is not None:
+            opaque[fqn] = sealed
             return
-        if is_uninitialised(module):
-            opaque[fqn] = UNINITIALISED
-            return
-        built_in = is_built_in(module)
         if module in kept:
-            forms, own = kept[module]
-            for form, graph in forms.items():
-                region = Region(fqn, module, graph, own, form)
-                regions[region.key] = region
-        elif built_in and _sealed(module):
-            opaque[fqn] = (
-                f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
-            )
-            return
+            add(module, fqn, *kept[module])
         elif not _container(module):
             try:
                 # The forward of what is written out reads its children's weights, or calls what does.
                 own = written_out(module) is None or bool(written_conditions(module))
-                for form, graph in graphs.of(module).items():
-                    region = Region(fqn, module, graph, own, form)
-                    regions[region.key] = region
+                add(module, fqn, graphs.of(module), own)
             except Untraceable as reason:
                 opaque[fqn] = str(reason)
                 if reason.begun is not None:
@@ -236,6 +228,17 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     )
     children = tuple((name, type(child)) for name, child in module._modules.items())
     return (type(module), tuple(module._parameters), tuple(switches), children)
+
+
+def _why_sealed(module: nn.Module) -> str | None:
+    """Why nothing in a module can be looked at; None for most."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module: use the module that it was made from"
+    if is_uninitialised(module):
+        return UNINITIALISED
+    if is_built_in(module) and _sealed(module):
+        return f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
+    return None
 
 
 def _sealed(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ refused by a rule (:mod:`.interpret`), and whatever it read on the way becomes a
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import keyword
 import re

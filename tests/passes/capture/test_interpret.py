@@ -205,7 +205,7 @@ READS = {
     "class method": (lambda self: self.of_class(), lambda m: setattr(Base, "kind", 5.0)),
     "default": (lambda self: self.scaled(1.0), _default),
     "closure": (lambda self: READ_CLOSURE(), CHANGE_CLOSURE),
-    "function": (lambda self: read_of(self), lambda m: setattr(m, "factor", 5.0)),
+    "function": (read_of, lambda m: setattr(m, "factor", 5.0)),
     "child": (lambda self: self.norm.eps * 1e5, lambda m: setattr(m.norm, "eps", 5.0)),
     "string": (lambda self: 2.0 if self.mode == "loud" else 3.0, lambda m: setattr(m, "mode", "")),
     "text": (lambda self: float(f"{len(self.mode)}"), lambda m: setattr(m, "mode", "")),
@@ -474,7 +474,7 @@ def chains(self, x):
 
 
 def comprehends(self, x):
-    found = {name: value for name, value in zip("ab", (x, x + 1), strict=True)}
+    found = {name: value * 1 for name, value in zip("ab", (x, x + 1), strict=True)}
     parts = [y * n for y in found.values() for n in (1, 2) if n != 1]
     return self.fc(sum(y for y in parts))
 
@@ -585,7 +585,7 @@ def test_a_private_name_is_that_of_the_class():
 
 def test_code_without_a_source_has_no_graph():
     names = {"nn": nn, "Base": Base}
-    exec("class Made(Base):\n    def forward(self, x):\n        return x @ self.kernel\n", names)  # noqa: S102
+    exec("class Made(Base):\n    def forward(self, x):\n        return x @ self.kernel\n", names)
     with pytest.raises(Untraceable, match="has no source that can be read"):
         trace(names["Made"]())
     adapted = lora_fx.rewrite(nn.Sequential(names["Made"](), nn.Linear(4, 4)), lora_fx.LoraConfig())
