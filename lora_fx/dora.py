@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx._dora_norm import weight_norm
+from lora_fx._lazy_copy import lazy_copy
 from lora_fx.errors import LoraFxError
+from lora_fx.masks import transformed
 from lora_fx.quantized import dense, quantization_of
 
 __all__ = [
@@ -110,7 +112,8 @@ def held(gains: Tensor) -> Tensor:
 def divisible(gains: Tensor) -> bool:
     """Whether an output can be divided by every gain: whether none is near 0.
 
-    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph) the answer is no.
+    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph, a transform of
+    ``torch.func``) the answer is no.
     """
     return _visible(gains) and not bool((gains.detach().abs() < _SMALLEST).any())
 
@@ -164,7 +167,8 @@ def rescaled(
     """``total + (g - 1) ∘ base + up``, which is ``g ∘ base + up`` for the first adapter.
 
     The gradient of g is a sum over ``base``. That is kept for it, or, if ``constant`` is :func:`held`, worked
-    out from the result, which costs nothing where the next layer keeps its input: most activations do.
+    out from the result: a lazy copy of it, which costs nothing where the next layer keeps its input, as most
+    activations do, and nobody writes into it.
 
     Args:
         total: The base output with the adapters before this one.
@@ -207,7 +211,10 @@ def recomputed(
 
 def _visible(tensor: Tensor) -> bool:
     """Whether Python may look at values, and save what it likes."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or transformed() or tensor.is_meta:
+        return False
+    # A fake tensor has no values; what other subclasses do with them is their own.
+    if type(tensor) is not Tensor:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -241,7 +248,7 @@ class _FromOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, up: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
         out = _combined(base, up, gains)
-        ctx.save_for_backward(out, gains, bias)
+        ctx.save_for_backward(lazy_copy(out), gains, bias)
         return out
 
     @staticmethod

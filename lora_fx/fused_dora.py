@@ -23,6 +23,7 @@ from lora_fx._fused_calls import (
     flat,
     without_autocast,
 )
+from lora_fx._lazy_copy import lazy_copy
 from lora_fx.dora import divisible
 from lora_fx.errors import LoraFxError
 from lora_fx.masks import draw, kept, unpacked
@@ -170,7 +171,7 @@ class _DoraLinear(torch.autograd.Function):
             x if wants.a or wants.weight or again else None,
             mask if wants.x or wants.a or wants.gains else None,
             down if wants.b or again else None,
-            out if divides else None,
+            lazy_copy(out) if divides else None,
             weight,
             bias if divides else None,
             a,

@@ -44,7 +44,6 @@ class Wiring:
         transposed: Whether the factors are stored transposed.
         padding: How many output features of the base operation come before and after those of the
             branch; None if it has them all.
-        written: Whether the model may write into what the operation gives: then no backward may rely on it.
     """
 
     site: Site
@@ -59,7 +58,6 @@ class Wiring:
     cast: bool = False
     transposed: bool = False
     padding: tuple[int, int] | None = None
-    written: bool = False
 
 
 def running_total(base: fx.Node) -> fx.Node:
@@ -188,7 +186,7 @@ class Branch:
 
     @property
     def _from_output(self) -> bool:
-        return self._first and not self._again and not self._wiring.written
+        return self._first and not self._again
 
     @property
     def _first(self) -> bool:
@@ -197,8 +195,7 @@ class Branch:
     @property
     def _again(self) -> bool:
         """Whether the base product is made again for the gradient of the magnitude."""
-        site = self._wiring.site
-        again = makes_base_again(site, self._wiring.written)
+        again = makes_base_again(self._wiring.site)
         return self._first and again and target_of(self._base) in _LINEAR
 
     @property
