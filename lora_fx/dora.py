@@ -183,9 +183,14 @@ def rescaled(
     """
     up = up.to(total.dtype)
     if base is not None:
-        return torch.addcmul(total + up, base, (gains - 1).to(total.dtype))
+        return _with_product(total + up, base, (gains - 1).to(total.dtype))
     if constant is None or constant.requires_grad or not gains.requires_grad:
         return _combined(total, up, gains)
+    if total.is_nested:
+        out = _combined(total, up, constant)
+        product = (out if bias is None else out - bias).detach()
+        # Nothing is added but a gradient.
+        return _with_product(out, product, ((gains - constant) / constant).to(out.dtype))
     result: Tensor = _FromOutput.apply(total, up, gains, bias)  # type: ignore[no-untyped-call]
     return result
 
@@ -203,7 +208,7 @@ def recomputed(
     It costs one more product, and no memory: the branch keeps ``x`` anyway.
     """
     up = up.to(base.dtype)
-    if not gains.requires_grad or not _visible(gains):
+    if not gains.requires_grad or not _visible(gains) or base.is_nested:
         return _combined(base, up, gains)
     result: Tensor = _FromInput.apply(base, up, gains, x, weight, bias)  # type: ignore[no-untyped-call]
     return result
@@ -221,9 +226,21 @@ def _visible(tensor: Tensor) -> bool:
 
 def _combined(base: Tensor, up: Tensor, gains: Tensor) -> Tensor:
     if gains.dtype == base.dtype:
-        return torch.addcmul(up, base, gains)
+        return _with_product(up, base, gains)
     # A gain near 1 would lose its digits in a half type; what it has more or less than 1 does not.
-    return torch.addcmul(base + up, base, (gains - 1).to(base.dtype))
+    return _with_product(base + up, base, (gains - 1).to(base.dtype))
+
+
+def _with_product(total: Tensor, base: Tensor, vector: Tensor) -> Tensor:
+    """``total + base ∘ vector``."""
+    if not base.is_nested:
+        return torch.addcmul(total, base, vector)
+    if base.layout is not torch.jagged:
+        raise LoraFxError(
+            "DoRA scales the output features of an operation, and a nested tensor of layout torch.strided "
+            "has no product with a vector: make it with layout=torch.jagged"
+        )
+    return total + base * vector
 
 
 def _scaled(grad: Tensor, gains: Tensor) -> Tensor:

@@ -76,6 +76,9 @@ def dora_linear(
         LoraFxError: In a second backward pass, where x was not kept and the first one was differentiated for
             a gradient that needs it.
     """
+    if x.is_nested:
+        masked = F.dropout(x, dropout) if dropout and training else x
+        return _nested(x, masked, weight, bias, a, b, _Options(scale, rows, True), gains)
     kind = x.device.type
     dtype = autocast_dtype(kind)
     if dtype is not None:
@@ -130,6 +133,30 @@ def _plain(
     if options.rows is not None:
         change = F.pad(change, (options.rows[0], weight.shape[0] - options.rows[1]))
     return (base + change,)
+
+
+def _nested(
+    x: Tensor,
+    masked: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    options: _Options,
+    gains: Tensor,
+) -> Tensor:
+    """For sequences of several lengths (``torch.nested``), which know products and sums, and few others.
+
+    What scales outputs scales rows of what is multiplied with, which are few beside the tokens.
+    """
+    out = F.linear(x, weight, bias)
+    turned = options.steered(b, gains, out.dtype)
+    change = (options.own(weight) * (gains - 1)[:, None]).to(weight.dtype)
+    if options.rows is not None:
+        rest = (0, 0, options.rows[0], weight.shape[0] - options.rows[1])
+        turned, change = F.pad(turned, rest), F.pad(change, rest)
+    up = F.linear(F.linear(masked, a.to(out.dtype)), turned)
+    return out + (F.linear(x, change) + up)
 
 
 class _DoraLinear(torch.autograd.Function):

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.errors import ConfigError
@@ -18,10 +19,12 @@ __all__ = [
     "Holder",
     "KeptIndices",
     "KeptTensors",
+    "cast_like",
     "check_adapter_name",
     "count_batch",
     "in_place",
     "needs_modules",
+    "pad_features",
     "wants_cache",
 ]
 
@@ -93,6 +96,29 @@ def check_adapter_name(name: object) -> None:
         )
     if hasattr(AdapterFactors, name) or name in _TAKEN:
         raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
+
+
+def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A factor in the dtype of an output.
+
+    ``type_as`` would also want the layout of a nested tensor, which a factor cannot have.
+    """
+    return factor.to(like.dtype)
+
+
+def pad_features(part: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """Zeros for the output features that a part of an operation does not have.
+
+    Args:
+        part: [..., n].
+        before: How many come before it.
+        after: How many come after it.
+    """
+    if not part.is_nested:
+        return F.pad(part, (before, after))
+    # What is nested cannot be padded, and can be multiplied.
+    own = torch.eye(part.size(-1), dtype=part.dtype, device=part.device)
+    return F.linear(part, F.pad(own, (0, 0, before, after)))
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx import dora
+from lora_fx.ops import cast_like, pad_features
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._variants import makes_base_again
 from lora_fx.types import META_KEY, Call, Role, Site, Tag
@@ -169,7 +170,7 @@ class Branch:
     def _padded(self, up: fx.Node) -> fx.Node:
         if self._wiring.padding is None:
             return up
-        return self.call(Role.PAD, F.pad, up, self._wiring.padding)
+        return self.call(Role.PAD, pad_features, up, *self._wiring.padding)
 
     # --- DoRA -------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class Branch:
         factor, scale = self._turned(self._wiring.b), self._wiring.scale
         factor = self.call(Role.SCALE, dora.steered, factor, self._constant, scale)
         if self._wiring.cast:
-            factor = self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+            factor = self.call(Role.CAST, cast_like, factor, self._base)
         return factor
 
     def _rescaled(self, up: fx.Node) -> fx.Node:
@@ -278,7 +279,7 @@ class Branch:
         factor = self._once(name, lambda: self._make(Role.FACTOR, "get_attr", name))
         if self._wiring.cast:
             # The factors are small: they follow the activation, never the other way round.
-            factor = self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+            factor = self.call(Role.CAST, cast_like, factor, self._base)
         if self._wiring.transposed and name != self._wiring.bias:
             factor = self.call(Role.FACTOR, torch.t, factor)
         return factor

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from tests.algebra import randomise, scale_of
-from tests.dora import directed, magnitude_of
+from tests.dora import adapted_weight, magnitude_of, randomise_magnitudes, steer
 from tests.numerics import assert_close
-from tests.zoo import FORMS, Form, seeded
+from tests.zoo import FORMS, Form, sample, seeded
 
 # --- what programs are made of ----------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def write_whole_view(y: Tensor) -> Tensor:
 def keep_view(y: Tensor) -> Tensor:
     view = y[..., 1:]
     y.mul_(2.0)
-    return y * view.sum()
+    return y + torch.tanh(view.sum())
 
 
 def write_out(y: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def gelu(y: Tensor) -> Tensor:
     return F.gelu(y)
 
 
-def square(y: Tensor) -> Tensor:
-    return y * y
+def product(y: Tensor) -> Tensor:
+    return y * torch.tanh(y)
 
 
 def data_multiply(y: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def array(y: Tensor) -> Tensor:
     return y
 
 
-PURE = (tanh, gelu, square)
+PURE = (tanh, gelu, product)
 RECORDED = (add, multiply, add_itself, relu, set_all, set_some, copy, write_view, keep_view)
 RECORDED += (write_whole_view, write_out)
 HIDDEN = (data_multiply, data_set, data_of_view, unrecorded, unrecorded_out, detached, array)
@@ -193,27 +193,7 @@ def adapted_model(program: Program, base: nn.Module, use_dora: bool, optimize: b
         r=2 * form.groups, lora_alpha=3, target_modules=[form.site], use_dora=use_dora
     )
     adapted = randomise(lora_fx.rewrite(base, config, optimize=optimize))
-    if use_dora:
-        m = magnitude_of(form, adapted)
-        own = [p.detach() for p in form.factors(adapted)]
-        ones = torch.ones_like(m).requires_grad_()
-        turned = decomposed(form, base, adapted, *own)
-        # Σ W² / ‖W‖ by feature is the norm.
-        unit = decomposed(form, base, adapted, *own, ones)
-        (norms,) = torch.autograd.grad((turned * unit).sum(), ones)
-        gains = torch.linspace(0.6, 1.5, m.numel(), dtype=m.dtype)
-        gains[m.numel() // 2] *= -1
-        with torch.no_grad():
-            m.copy_(norms * gains.view_as(m))
-    return adapted
-
-
-def decomposed(form: Form, base: nn.Module, adapted: nn.Module, a: Tensor, b: Tensor, *m: Tensor) -> Tensor:
-    """The adapted weight, of LoRA or with a magnitude of DoRA."""
-    old = base.get_parameter(f"op.{form.weight}").detach()
-    delta = form.delta(a, b)
-    weight = old.reshape(delta.shape) + scale_of(adapted) * delta
-    return (directed(form, weight, *m) if m else weight).reshape(old.shape)
+    return steer(form, base, adapted) if use_dora else adapted
 
 
 def run(
@@ -253,8 +233,8 @@ def exactly(program: Program, base: nn.Module, adapted: nn.Module, use_dora: boo
         leaves = (*leaves, magnitude_of(form, adapted).detach().clone().requires_grad_())
 
     def call(x: Tensor) -> Tensor:
-        weight = decomposed(form, base, adapted, *leaves)
-        return torch.func.functional_call(base, {f"op.{form.weight}": weight}, (x,))
+        weight = adapted_weight(form, base, scale_of(adapted), *leaves)
+        return torch.func.functional_call(base, weight, (x,))
 
     return run(program, base.op, call, leaves)
 
@@ -319,6 +299,39 @@ def test_who_writes_into_an_output_gets_the_gradients_of_the_program(
     named = {form.name: form for form in FIELD}
     for form in (named["nn.Linear"], SQUARE, named["conv2d"], named["nn.Embedding"]):
         check(Program(form, (step, gelu), traced=traced), use_dora, optimize)
+
+
+class Cut(nn.Module):
+    """One weight for two, of which one is adapted; both are written into."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.qk, self.step = nn.Linear(5, 12), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.step(self.qk(x)).chunk(2, -1)
+        return q * k
+
+
+@WAYS
+@pytest.mark.parametrize("step", [add, set_some, data_multiply, unrecorded], ids=lambda s: s.__name__)
+def test_a_part_of_what_an_operation_gives(step: Step, use_dora: bool, optimize: bool) -> None:
+    base = seeded(lambda: Cut(step))().double()
+    config = lora_fx.LoraConfig(r=2, target_modules=["qk.0_6"], use_dora=use_dora)
+    adapted = randomise_magnitudes(randomise(lora_fx.rewrite(base, config, optimize=optimize)))
+    own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    a, b, *m = leaves = [p.detach().requires_grad_() for p in own.values()]
+    weight = base.qk.weight.detach()
+    part = weight[:6] + scale_of(adapted) * b @ a
+    if m:
+        part = (m[0] / part.detach().norm(dim=1))[:, None] * part
+    x = sample(3, 5, dtype=torch.float64)
+    exact = torch.func.functional_call(base, {"qk.weight": torch.cat((part, weight[6:]))}, (x,))
+    found = adapted(x)
+    assert_close(found, exact)
+    found.square().sum().backward()
+    exact.square().sum().backward()
+    assert_close([p.grad for p in own.values()], [leaf.grad for leaf in leaves], 1e-11)
 
 
 @st.composite
