@@ -68,6 +68,7 @@ LAYERS = (
     "lora_fx._checkpoint_forms",
     "lora_fx._checkpoint_layout",
     "lora_fx._checkpoint_keys",
+    "lora_fx._checkpoint_grouped",
     "lora_fx._checkpoint_embeddings",
     "lora_fx._checkpoint_joined",
     "lora_fx._checkpoint_settings",

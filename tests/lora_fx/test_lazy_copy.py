@@ -61,7 +61,13 @@ def test_readers_leave_the_memory_shared() -> None:
     y = torch.randn(8, 8)
     copy = lazy_copy(y)
     leaf = y.requires_grad_()
-    read = (F.gelu(leaf), leaf * leaf, F.linear(leaf, torch.randn(3, 8)), leaf.softmax(-1), leaf[1:])
+    read = (
+        F.gelu(leaf),
+        leaf * leaf,
+        F.linear(leaf, torch.randn(3, 8)),
+        leaf.softmax(-1),
+        leaf[1:],
+    )
     sum(out.sum() for out in read).backward()
     assert address(copy) == address(y)
 

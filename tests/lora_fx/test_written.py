@@ -273,11 +273,14 @@ def check(
 FIELD = [
     form
     for form in FORMS
-    if not form.kind.startswith("experts") and form.name != "conv1d unbatched"
+    if not form.kind.startswith("experts")
+    and form.name != "conv1d unbatched"
     # PyTorch drops or scales the gradient of rows of W; here it is that of A.
     and (form.kind != "embedding" or form.name == "nn.Embedding")
 ]
-SQUARE = Form("square", lambda: nn.Linear(5, 5), lambda: torch.randn(3, 5), "weight", "out_in", "linear")
+SQUARE = Form(
+    "square", lambda: nn.Linear(5, 5), lambda: torch.randn(3, 5), "weight", "out_in", "linear"
+)
 MODES = {
     "grad": contextlib.nullcontext,
     "no grad": torch.no_grad,
@@ -314,7 +317,9 @@ class Cut(nn.Module):
 
 
 @WAYS
-@pytest.mark.parametrize("step", [add, set_some, data_multiply, unrecorded], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "step", [add, set_some, data_multiply, unrecorded], ids=lambda s: s.__name__
+)
 def test_a_part_of_what_an_operation_gives(step: Step, use_dora: bool, optimize: bool) -> None:
     base = seeded(lambda: Cut(step))().double()
     config = lora_fx.LoraConfig(r=2, target_modules=["qk.0_6"], use_dora=use_dora)
