@@ -1,9 +1,9 @@
 """A copy of a tensor that takes no memory until somebody writes.
 
 What an operation gives belongs to its caller, who may write into it: in place, through ``.data``, under
-``no_grad``, from NumPy, from a kernel of their own. Version counters see only some of that. So a backward that
-reads an output needs one that nobody else can reach, and a plain copy would take its memory twice, since the
-next operation mostly keeps the same output for its own backward.
+``no_grad``, from NumPy, from a kernel of their own. Version counters see only some of that. So a backward
+that reads an output needs one that nobody else can reach, and a plain copy would take its memory twice, since
+the next operation mostly keeps the same output for its own backward.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The gain and the branch go into the output in place. For the backward pass it ke
 ([tokens, r]), the gain ([out]) and, under dropout, one bit for each element of x: what
 :mod:`lora_fx.fused` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``, which comes
 from elsewhere, as in :mod:`lora_fx.dora`: the product is made again, or the output, which the next layer
-often keeps anyway, is divided by the gain.
+often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller can write into.
 """
 
 from __future__ import annotations

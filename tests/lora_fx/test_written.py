@@ -1,4 +1,4 @@
-"""Programs that write into what an adapted operation gives: in place, through ``.data``, behind autograd's back.
+"""Programs that write into what an adapted operation gives, in place or behind autograd's back.
 
 The oracle is the same program over the same layer with the adapted weight in the place of its own.
 """
