@@ -362,3 +362,23 @@ def test_any_program_that_writes_computes_what_the_adapted_weight_would(
     program: Program, mode: str, use_dora: bool, optimize: bool
 ) -> None:
     check(program, use_dora, optimize, MODES[mode])
+
+
+STRIDES: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.randn(5, 3).T,
+    "sequence first": lambda: torch.randn(3, 2, 5).transpose(0, 1),
+    "features first": lambda: torch.randn(5, 2, 3).permute(1, 2, 0),
+    "expanded": lambda: torch.randn(1, 3, 5).expand(4, 3, 5),
+    "every other": lambda: torch.randn(3, 10)[:, ::2],
+    "channels last": lambda: torch.randn(2, 5, 3, 3).permute(0, 2, 3, 1),
+}
+
+
+@WAYS
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("inputs", STRIDES.values(), ids=STRIDES)
+def test_branches_are_added_however_the_input_lies_in_memory(
+    inputs: Callable[[], Tensor], bias: bool, use_dora: bool, optimize: bool
+) -> None:
+    form = Form("", lambda: nn.Linear(5, 7, bias), inputs, "weight", "out_in", "linear")
+    check(Program(form, (data_multiply, gelu)), use_dora, optimize)
