@@ -75,9 +75,9 @@ class _Kept(NamedTuple):
 
 def _address(storage: torch.UntypedStorage) -> int:
     """Where the memory of a storage is; ``data_ptr`` may make a copy, since its caller could write there."""
-    return torch._C._data_address(
-        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    )
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    address: int = torch._C._data_address(whole)  # type: ignore[attr-defined]
+    return address
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
