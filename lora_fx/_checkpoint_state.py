@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_fx._checkpoint_embeddings import SaveEmbeddings, saved_embeddings
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
+from lora_fx._checkpoint_grouped import from_peft, to_peft
 from lora_fx._checkpoint_joined import Joined, joined_of
 from lora_fx._checkpoint_keys import PREFIX, Slot, slots_of
 from lora_fx._checkpoint_layout import Layout, layout_of
@@ -80,11 +81,12 @@ def stored(
     ends = saved_embeddings(model, record, adapter, origin, embeddings)
     slots = slots_of(model, record, adapter, layout, changed(model), ends)
     whole = converted(model, record, adapter, slots)
-    record, slots = whole.record, whole.slots
+    before, record, slots = record, whole.record, whole.slots
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
     tensors = {key: slot.encoded() for key, slot in slots.items() if not slot.alias}
+    to_peft(model, before, adapter, slots, tensors)
     targets = targets_of(record, layout)
     joined = joined_of(layout, record)
     for one in joined:
@@ -121,7 +123,7 @@ def fitted(
     whole = converted(model, record, adapter, own)
     # As it is written, or with the model's own ranks: the start is in the model then.
     with_start = bool(whole.rows) and _written_so(whole, layout, rest)
-    slots = dict(own)
+    before, slots = record, dict(own)
     if with_start:
         record, slots = whole.record, dict(whole.slots)
     problems: list[str] = []
@@ -137,6 +139,7 @@ def fitted(
             del slots[key]
         settled |= {member.row.name for member in one.members} if there else set()
     values, wrong = values_for(slots, rest)
+    values = from_peft(model, before, adapter, values, with_start)
     problems += wrong
     if with_start:
         values, wrong = whole.parted(own, values)

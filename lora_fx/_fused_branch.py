@@ -141,10 +141,11 @@ def _one_by_one(
     for one in _operations(options, tensors):
         out = one.base(x)
         down = F.linear(masked, one.a.to(masked.dtype)).to(out.dtype)
-        branch = F.linear(down, one.b.to(out.dtype)) * one.scale
+        up = one.b.to(out.dtype)
         if one.rows is not None:
-            branch = F.pad(branch, (one.rows[0], out.shape[-1] - one.rows[1]))
-        outputs.append(out + branch)
+            # Rows of zeros, and not columns of the output: a nested one cannot be padded.
+            up = F.pad(up, (0, 0, one.rows[0], out.shape[-1] - one.rows[1]))
+        outputs.append(out + F.linear(down, up) * one.scale)
     return tuple(outputs)
 
 

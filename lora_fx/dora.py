@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx._dora_norm import weight_norm
+from lora_fx._lazy_copy import lazy_copy
 from lora_fx.errors import LoraFxError
+from lora_fx.masks import transformed
 from lora_fx.quantized import dense, quantization_of
 
 __all__ = [
@@ -110,7 +112,8 @@ def held(gains: Tensor) -> Tensor:
 def divisible(gains: Tensor) -> bool:
     """Whether an output can be divided by every gain: whether none is near 0.
 
-    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph) the answer is no.
+    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph, a transform of
+    ``torch.func``) the answer is no.
     """
     return _visible(gains) and not bool((gains.detach().abs() < _SMALLEST).any())
 
@@ -164,7 +167,8 @@ def rescaled(
     """``total + (g - 1) ∘ base + up``, which is ``g ∘ base + up`` for the first adapter.
 
     The gradient of g is a sum over ``base``. That is kept for it, or, if ``constant`` is :func:`held`, worked
-    out from the result, which costs nothing where the next layer keeps its input: most activations do.
+    out from the result: a lazy copy of it, which costs nothing where the next layer keeps its input, as most
+    activations do, and nobody writes into it.
 
     Args:
         total: The base output with the adapters before this one.
@@ -179,9 +183,14 @@ def rescaled(
     """
     up = up.to(total.dtype)
     if base is not None:
-        return torch.addcmul(total + up, base, (gains - 1).to(total.dtype))
+        return _with_product(total + up, base, (gains - 1).to(total.dtype))
     if constant is None or constant.requires_grad or not gains.requires_grad:
         return _combined(total, up, gains)
+    if total.is_nested:
+        out = _combined(total, up, constant)
+        product = (out if bias is None else out - bias).detach()
+        # Nothing is added but a gradient.
+        return _with_product(out, product, ((gains - constant) / constant).to(out.dtype))
     result: Tensor = _FromOutput.apply(total, up, gains, bias)  # type: ignore[no-untyped-call]
     return result
 
@@ -199,7 +208,7 @@ def recomputed(
     It costs one more product, and no memory: the branch keeps ``x`` anyway.
     """
     up = up.to(base.dtype)
-    if not gains.requires_grad or not _visible(gains):
+    if not gains.requires_grad or not _visible(gains) or base.is_nested:
         return _combined(base, up, gains)
     result: Tensor = _FromInput.apply(base, up, gains, x, weight, bias)  # type: ignore[no-untyped-call]
     return result
@@ -207,16 +216,31 @@ def recomputed(
 
 def _visible(tensor: Tensor) -> bool:
     """Whether Python may look at values, and save what it likes."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or transformed() or tensor.is_meta:
+        return False
+    # A fake tensor has no values; what other subclasses do with them is their own.
+    if type(tensor) is not Tensor:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _combined(base: Tensor, up: Tensor, gains: Tensor) -> Tensor:
     if gains.dtype == base.dtype:
-        return torch.addcmul(up, base, gains)
+        return _with_product(up, base, gains)
     # A gain near 1 would lose its digits in a half type; what it has more or less than 1 does not.
-    return torch.addcmul(base + up, base, (gains - 1).to(base.dtype))
+    return _with_product(base + up, base, (gains - 1).to(base.dtype))
+
+
+def _with_product(total: Tensor, base: Tensor, vector: Tensor) -> Tensor:
+    """``total + base ∘ vector``."""
+    if not base.is_nested:
+        return torch.addcmul(total, base, vector)
+    if base.layout is not torch.jagged:
+        raise LoraFxError(
+            "DoRA scales the output features of an operation, and a nested tensor of layout torch.strided "
+            "has no product with a vector: make it with layout=torch.jagged"
+        )
+    return total + base * vector
 
 
 def _scaled(grad: Tensor, gains: Tensor) -> Tensor:
@@ -241,7 +265,7 @@ class _FromOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, up: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
         out = _combined(base, up, gains)
-        ctx.save_for_backward(out, gains, bias)
+        ctx.save_for_backward(lazy_copy(out), gains, bias)
         return out
 
     @staticmethod

@@ -4,7 +4,7 @@ The gain and the branch go into the output in place. For the backward pass it ke
 ([tokens, r]), the gain ([out]) and, under dropout, one bit for each element of x: what
 :mod:`lora_fx.fused` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``, which comes
 from elsewhere, as in :mod:`lora_fx.dora`: the product is made again, or the output, which the next layer
-often keeps anyway, is divided by the gain.
+often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller can write into.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lora_fx._fused_calls import (
     flat,
     without_autocast,
 )
+from lora_fx._lazy_copy import lazy_copy
 from lora_fx.dora import divisible
 from lora_fx.errors import LoraFxError
 from lora_fx.masks import draw, kept, unpacked
@@ -75,6 +76,9 @@ def dora_linear(
         LoraFxError: In a second backward pass, where x was not kept and the first one was differentiated for
             a gradient that needs it.
     """
+    if x.is_nested:
+        masked = F.dropout(x, dropout) if dropout and training else x
+        return _nested(x, masked, weight, bias, a, b, _Options(scale, rows, True), gains)
     kind = x.device.type
     dtype = autocast_dtype(kind)
     if dtype is not None:
@@ -131,6 +135,30 @@ def _plain(
     return (base + change,)
 
 
+def _nested(
+    x: Tensor,
+    masked: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    options: _Options,
+    gains: Tensor,
+) -> Tensor:
+    """For sequences of several lengths (``torch.nested``), which know products and sums, and few others.
+
+    What scales outputs scales rows of what is multiplied with, which are few beside the tokens.
+    """
+    out = F.linear(x, weight, bias)
+    turned = options.steered(b, gains, out.dtype)
+    change = (options.own(weight) * (gains - 1)[:, None]).to(weight.dtype)
+    if options.rows is not None:
+        rest = (0, 0, options.rows[0], weight.shape[0] - options.rows[1])
+        turned, change = F.pad(turned, rest), F.pad(change, rest)
+    up = F.linear(F.linear(masked, a.to(out.dtype)), turned)
+    return out + (F.linear(x, change) + up)
+
+
 class _DoraLinear(torch.autograd.Function):
     """Its last output is the product with A: what is kept for the backward has to be an output."""
 
@@ -170,7 +198,7 @@ class _DoraLinear(torch.autograd.Function):
             x if wants.a or wants.weight or again else None,
             mask if wants.x or wants.a or wants.gains else None,
             down if wants.b or again else None,
-            out if divides else None,
+            lazy_copy(out) if divides else None,
             weight,
             bias if divides else None,
             a,

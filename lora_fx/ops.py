@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.errors import ConfigError
@@ -21,12 +22,14 @@ __all__ = [
     "KeptIndices",
     "KeptTensors",
     "Seen",
+    "cast_like",
     "check_adapter_name",
     "class_of",
     "count_batch",
     "differs",
     "in_place",
     "needs_modules",
+    "pad_features",
     "tree_differs",
     "wants_cache",
 ]
@@ -99,6 +102,29 @@ def check_adapter_name(name: object) -> None:
         )
     if hasattr(AdapterFactors, name) or name in _TAKEN:
         raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
+
+
+def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A factor in the dtype of an output.
+
+    ``type_as`` would also want the layout of a nested tensor, which a factor cannot have.
+    """
+    return factor.to(like.dtype)
+
+
+def pad_features(part: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """Zeros for the output features that a part of an operation does not have.
+
+    Args:
+        part: [..., n].
+        before: How many come before it.
+        after: How many come after it.
+    """
+    if not part.is_nested:
+        return F.pad(part, (before, after))
+    # What is nested cannot be padded, and can be multiplied.
+    own = torch.eye(part.size(-1), dtype=part.dtype, device=part.device)
+    return F.linear(part, F.pad(own, (0, 0, before, after)))
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:

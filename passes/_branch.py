@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx import dora
+from lora_fx.ops import cast_like, pad_features
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._variants import makes_base_again
 from lora_fx.types import META_KEY, Call, Role, Site, Tag
@@ -44,7 +45,6 @@ class Wiring:
         transposed: Whether the factors are stored transposed.
         padding: How many output features of the base operation come before and after those of the
             branch; None if it has them all.
-        written: Whether the model may write into what the operation gives: then no backward may rely on it.
     """
 
     site: Site
@@ -59,7 +59,6 @@ class Wiring:
     cast: bool = False
     transposed: bool = False
     padding: tuple[int, int] | None = None
-    written: bool = False
 
 
 def running_total(base: fx.Node) -> fx.Node:
@@ -171,7 +170,7 @@ class Branch:
     def _padded(self, up: fx.Node) -> fx.Node:
         if self._wiring.padding is None:
             return up
-        return self.call(Role.PAD, F.pad, up, self._wiring.padding)
+        return self.call(Role.PAD, pad_features, up, *self._wiring.padding)
 
     # --- DoRA -------------------------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ class Branch:
 
     @property
     def _from_output(self) -> bool:
-        return self._first and not self._again and not self._wiring.written
+        return self._first and not self._again
 
     @property
     def _first(self) -> bool:
@@ -197,8 +196,7 @@ class Branch:
     @property
     def _again(self) -> bool:
         """Whether the base product is made again for the gradient of the magnitude."""
-        site = self._wiring.site
-        again = makes_base_again(site, self._wiring.written)
+        again = makes_base_again(self._wiring.site)
         return self._first and again and target_of(self._base) in _LINEAR
 
     @property
@@ -226,7 +224,7 @@ class Branch:
         factor, scale = self._turned(self._wiring.b), self._wiring.scale
         factor = self.call(Role.SCALE, dora.steered, factor, self._constant, scale)
         if self._wiring.cast:
-            factor = self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+            factor = self.call(Role.CAST, cast_like, factor, self._base)
         return factor
 
     def _rescaled(self, up: fx.Node) -> fx.Node:
@@ -281,7 +279,7 @@ class Branch:
         factor = self._once(name, lambda: self._make(Role.FACTOR, "get_attr", name))
         if self._wiring.cast:
             # The factors are small: they follow the activation, never the other way round.
-            factor = self._make(Role.CAST, "call_method", "type_as", factor, self._base)
+            factor = self.call(Role.CAST, cast_like, factor, self._base)
         if self._wiring.transposed and name != self._wiring.bias:
             factor = self.call(Role.FACTOR, torch.t, factor)
         return factor

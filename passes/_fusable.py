@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx import dora
+from lora_fx.ops import cast_like, pad_features
 from lora_fx.passes._fx import arguments, target_of
 from lora_fx.passes._weights import weight_of
 from lora_fx.passes.patterns.product import Product, product_of
@@ -132,14 +133,14 @@ class _Chain:
 
 def _plain(total: fx.Node, operation: Base, chain: _Chain) -> Fusable | None:
     """``base + pad(linear(linear(drop(x), A), B) · s)``."""
-    padded = chain.step(total.args[1], Role.PAD, F.pad)
+    padded = chain.step(total.args[1], Role.PAD, pad_features)
     scaled = chain.step(padded[0] if padded else total.args[1], Role.SCALE, operator.mul)
     if not scaled:
         return None
     ends = _ends(scaled[0], operation, chain, 2)
     if ends is None:
         return None
-    rows = _rows(padded[1], operation) if padded else None
+    rows = _rows(padded[1:], operation) if padded else None
     return _made(total, operation, chain, ends, _uncast(ends.b), scaled[1], rows)
 
 
@@ -160,7 +161,7 @@ def _decomposed(total: fx.Node, operation: Base, chain: _Chain) -> Fusable | Non
     # The bias less its gain is added to the branch, or by the product with B itself.
     added = chain.step(up, Role.MAGNITUDE, operator.add)
     up, shift = added or (up, None)
-    up = chain.skip(up, Role.PAD, F.pad) if padded else up
+    up = chain.skip(up, Role.PAD, pad_features) if padded else up
     ends = _ends(up, operation, chain, 2 if added or operation.bias is None else 3)
     if ends is None:
         return None
@@ -261,7 +262,7 @@ def _fits(product: Product, region: Region) -> bool:
     return source is not None and len(source.shape) == 1
 
 
-def _rows(padding: Any, operation: Base) -> tuple[int, int]:
+def _rows(padding: Sequence[int], operation: Base) -> tuple[int, int]:
     """Which outputs are left where others are padded with zeros."""
     return padding[0], operation.outputs - padding[1]
 
@@ -273,7 +274,7 @@ def _only_inside(base: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:
 
 def _uncast(factor: fx.Node) -> fx.Node:
     """The factor in its own dtype: the function casts by itself."""
-    if role_of(factor) is Role.CAST and factor.target == "type_as":
+    if role_of(factor) is Role.CAST and target_of(factor) is cast_like:
         (factor, _) = factor.args  # type: ignore[assignment]
     return factor
 

@@ -26,7 +26,7 @@ class Costs:
     saved: int = 0
 
 
-def makes_base_again(site: Site, written: bool = False) -> bool:
+def makes_base_again(site: Site) -> bool:
     """Whether the base product is made again for the gradient of a magnitude.
 
     What a layer that widens gives is nearly always kept by the next one (an activation), and what one gives
@@ -34,10 +34,9 @@ def makes_base_again(site: Site, written: bool = False) -> bool:
 
     Args:
         site: The site.
-        written: Whether the model may write into the output, so that it cannot be kept.
     """
     square = site.in_features == site.out_features
-    return site.pattern == "linear" and (square or written) and not site.part_of
+    return site.pattern == "linear" and square and not site.part_of
 
 
 def variant_costs(site: Site, config: LoraConfig) -> Costs:

@@ -8,7 +8,6 @@ after the branches; :mod:`lora_fx.passes._fusable` says which it takes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,6 @@ from lora_fx.fused_quantized import quantized_lora_linear
 from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._fusable import Fusable, fusable
 from lora_fx.passes._region import copy_graph
-from lora_fx.passes._writers import writes_in_place
 from lora_fx.types import META_KEY, Capture, PassResult, Region, Role, Tag
 
 __all__ = ["Fuse"]
@@ -34,10 +32,10 @@ class Fuse:
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph that has branches."""
-        return edit_graphs(capture, functools.partial(_fused, writes_in_place(capture)))
+        return edit_graphs(capture, _fused)
 
 
-def _fused(written: bool, region: Region) -> fx.Graph | None:
+def _fused(region: Region) -> fx.Graph | None:
     """The graph with every branch fused that can be; None if there is none."""
     if not any(_tag(node) for node in region.graph.nodes):
         return None
@@ -45,8 +43,7 @@ def _fused(written: bool, region: Region) -> fx.Graph | None:
     copied = dataclasses.replace(region, graph=graph)
     found = [one for node in graph.nodes if (one := fusable(node, copied)) is not None]
     for one in found:
-        # What the model may write into cannot be kept for the gradient of a gain.
-        _replace(graph, dataclasses.replace(one, again=one.again or written))
+        _replace(graph, one)
     graph.lint()
     return graph if found else None
 

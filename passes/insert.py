@@ -19,7 +19,6 @@ from torch import fx
 from lora_fx.passes._branch import Branch, Wiring
 from lora_fx.passes._factors import adapter_dtype, factor_names
 from lora_fx.passes._region import copy_graph
-from lora_fx.passes._writers import writes_in_place
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import (
     META_KEY,
@@ -57,10 +56,9 @@ class Insert:
             return PassResult(capture, False)
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
-        written = writes_in_place(capture)
         for name, work in _by_region(rows, capture.regions).items():
             region = regions[name]
-            jobs = tuple(self._job(capture, region, row, index, written) for row, index in work)
+            jobs = tuple(self._job(capture, region, row, index) for row, index in work)
             # Equal layers share their graph before the pass, and after it.
             key = (id(region.graph), jobs)
             if key not in known:
@@ -69,9 +67,7 @@ class Insert:
             regions[name] = dataclasses.replace(region, graph=known[key], fallback=safe)
         return PassResult(dataclasses.replace(capture, regions=regions), True)
 
-    def _job(
-        self, capture: Capture, region: Region, row: PlannedSite, index: int, written: bool
-    ) -> _Job:
+    def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
         site, call = row.site, row.site.calls[index]
         weight = capture.model.get_parameter(site.weight)
         names = factor_names(row)
@@ -93,7 +89,6 @@ class Insert:
             cast=adapter_dtype(weight) != weight.dtype or call.cast,
             transposed=bool(row.tied),
             padding=_padding(site),
-            written=written,
         )
         return _Job(relative(site.place, region.fqn), wiring)
 

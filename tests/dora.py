@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tests.algebra import scale_of
 from tests.zoo import Form
 
-__all__ = ["directed", "explicit_dora", "magnitude_of", "randomise_magnitudes"]
+__all__ = [
+    "adapted_weight",
+    "directed",
+    "explicit_dora",
+    "magnitude_of",
+    "randomise_magnitudes",
+    "steer",
+]
 
 
 def magnitude_of(form: Form, model: nn.Module) -> nn.Parameter:
@@ -49,6 +57,23 @@ def _scaled(turned: torch.Tensor, m: torch.Tensor, axis: int) -> torch.Tensor:
     return m.view(shape) / norm * turned
 
 
+def adapted_weight(
+    form: Form,
+    model: nn.Module,
+    scale: float,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    m: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The weight of the plain `model` with an adapter, of DoRA if it has a magnitude, by its name."""
+    name = f"op.{form.weight}"
+    old = model.get_parameter(name).detach()
+    delta = form.delta(a, b)
+    weight = old.reshape(delta.shape) + scale * delta
+    weight = weight if m is None else directed(form, weight, m)
+    return {name: weight.reshape(old.shape)}
+
+
 def explicit_dora(
     form: Form,
     model: nn.Module,
@@ -59,8 +84,21 @@ def explicit_dora(
     x: torch.Tensor,
 ) -> torch.Tensor:
     """The output of the plain `model` with the decomposed weight."""
-    name = f"op.{form.weight}"
-    old = model.get_parameter(name).detach()
-    delta = form.delta(a, b)
-    weight = directed(form, old.reshape(delta.shape) + scale * delta, m).reshape(old.shape)
-    return torch.func.functional_call(model, {name: weight}, (x,))
+    weight = adapted_weight(form, model, scale, a, b, m)
+    return torch.func.functional_call(model, weight, (x,))
+
+
+def steer(form: Form, model: nn.Module, adapted: nn.Module) -> nn.Module:
+    """Magnitudes whose gains are about 1, and one of the other sign: none is near 0."""
+    m = magnitude_of(form, adapted)
+    a, b = (factor.detach() for factor in form.factors(adapted))
+    ones = torch.ones_like(m).requires_grad_()
+    (name,) = turned = adapted_weight(form, model, scale_of(adapted), a, b)
+    unit = adapted_weight(form, model, scale_of(adapted), a, b, ones)
+    # Σ W² / ‖W‖ by feature is the norm.
+    (norms,) = torch.autograd.grad((turned[name] * unit[name]).sum(), ones)
+    gains = torch.linspace(0.6, 1.5, m.numel(), dtype=m.dtype)
+    gains[m.numel() // 2] *= -1
+    with torch.no_grad():
+        m.copy_(norms * gains.view_as(m))
+    return adapted

@@ -7,14 +7,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import func, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.masks import dropped
 from lora_fx.types import META_KEY, Tag
 from tests.algebra import adapt, randomise, scale_of
-from tests.dora import directed, explicit_dora, magnitude_of, randomise_magnitudes
+from tests.dora import (
+    adapted_weight,
+    directed,
+    explicit_dora,
+    magnitude_of,
+    randomise_magnitudes,
+    steer,
+)
 from tests.numerics import assert_close, assert_same_bits, ulp_error
 from tests.zoo import FORMS, Form, Tied, sample, seeded
 
@@ -352,6 +359,123 @@ def test_every_node_of_a_branch_is_tagged() -> None:
             for node in graph.nodes:
                 if node.name not in plain:
                     assert isinstance(node.meta.get(META_KEY), Tag), (form.name, node)
+
+
+# --- transforms, and sequences of several lengths -------------------------------------------------
+
+
+def losses(form: Form, use_dora: bool, optimize: bool):
+    """A loss of the trained tensors and x, of the adapted model and of the plain one; and both arguments."""
+    model = form.model().double()
+    config = lora_fx.LoraConfig(
+        r=2 * form.groups, target_modules=[form.site], use_dora=use_dora, lora_alpha=4
+    )
+    adapted = randomise(lora_fx.rewrite(model, config, optimize=optimize))
+    own = [*form.factors(adapted)]
+    if use_dora:
+        own.append(magnitude_of(form, steer(form, model, adapted)))
+    order = [name for one in own for name, p in adapted.named_parameters() if p is one]
+    trained = {name: adapted.get_parameter(name).detach() for name in order}
+
+    def loss(values: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(adapted, values, (x,)).square().sum()
+
+    def exact(values: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        weight = adapted_weight(form, model, scale_of(adapted), *(values[name] for name in order))
+        return torch.func.functional_call(model, weight, (x,)).square().sum()
+
+    return loss, exact, trained, form.x(torch.float64)
+
+
+ONE_OF_EACH = list({form.pattern: form for form in reversed(EVERY_LOOKUP)}.values())
+TRANSFORMS = {
+    "grad": lambda f, p, x: func.grad(f)(p, x),
+    "of each sample": lambda f, p, x: func.vmap(func.grad(f), (None, 0))(
+        p, torch.stack((x, x.flip(0)))
+    ),
+    "of each model": lambda f, p, x: func.vmap(func.grad(f), (0, None))(
+        {name: torch.stack((one, 1.1 * one)) for name, one in p.items()}, x
+    ),
+    "jvp": lambda f, p, x: func.jvp(
+        lambda q: f(q, x), (p,), ({name: torch.cos(one) for name, one in p.items()},)
+    ),
+    "second": lambda f, p, x: func.jacfwd(func.grad(f))(p, x),
+}
+
+
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=lambda form: form.name)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_torch_func(form: Form, transform) -> None:
+    for use_dora, optimize in ((True, True), (True, False), (False, False)):
+        loss, exact, trained, x = losses(form, use_dora, optimize)
+        found, expected = transform(loss, trained, x), transform(exact, trained, x)
+        assert_close(found, expected, 1e-11)
+
+
+def test_transforms_of_a_second_adapter() -> None:
+    model, x = stack().double(), sample(3, 6, dtype=torch.float64)
+    adapted = with_dora(model)
+    lora_fx.add_adapter(adapted, lora_fx.LoraConfig(target_modules=".*", use_dora=True), "second")
+    lora_fx.set_adapter(adapted, ["default", "second"])
+    randomise_magnitudes(randomise(adapted))
+    trained = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(adapted, values, (x,)).square().sum()
+
+    found = func.grad(loss)(trained)
+    assert any("second" in name for name in found)
+    adapted(x).square().sum().backward()
+    assert_close(found, {name: adapted.get_parameter(name).grad for name in found}, 1e-12)
+
+
+class Parts(nn.Module):
+    """Sequences through layers that narrow, keep and widen, and a weight for two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.square = nn.Linear(6, 8), nn.Linear(8, 8, bias=False)
+        self.qk, self.narrow = nn.Linear(8, 10), nn.Linear(5, 3)
+
+    def forward(self, x):
+        q, k = self.qk(F.gelu(self.square(F.gelu(self.wide(x))))).chunk(2, -1)
+        return self.narrow(F.gelu(q) * k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("optimize", [True, False], ids=["fused", "canonical"])
+@pytest.mark.parametrize("use_dora", [True, False], ids=["DoRA", "LoRA"])
+def test_a_nested_tensor_gives_what_its_sequences_give(
+    dtype: torch.dtype, optimize: bool, use_dora: bool
+) -> None:
+    model = seeded(Parts)().to(dtype)
+    config = lora_fx.LoraConfig(
+        r=2, target_modules=["wide", "square", "qk.0_5", "narrow"], use_dora=use_dora
+    )
+    adapted = randomise_magnitudes(randomise(lora_fx.rewrite(model, config, optimize=optimize)))
+    parts = [sample(3, 6, dtype=dtype), sample(5, 6, dtype=dtype)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    found = gradients(adapted, lambda: torch.cat(adapted(x).unbind()))
+    exact = gradients(adapted, lambda: torch.cat([adapted(part) for part in parts]))
+    assert_close(adapted(x).unbind(), [adapted(part) for part in parts])
+    if dtype == torch.float64:
+        assert_close(found, exact)
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
+def test_a_nested_tensor_of_the_strided_layout_is_right_or_refused() -> None:
+    model = stack().double()
+    parts = [sample(3, 6, dtype=torch.float64), sample(5, 6, dtype=torch.float64)]
+    x = torch.nested.nested_tensor(parts)
+    fused = with_dora(model)
+    found = gradients(fused, lambda: torch.cat(fused(x).unbind()))
+    exact = gradients(fused, lambda: torch.cat([fused(part) for part in parts]))
+    assert_close(found, exact)
+    canonical = lora_fx.rewrite(
+        model, lora_fx.LoraConfig(target_modules=".*", use_dora=True), optimize=False
+    )
+    with pytest.raises(lora_fx.LoraFxError, match=r"layout=torch\.jagged"):
+        canonical(x)
 
 
 # --- what cannot have it --------------------------------------------------------------------------

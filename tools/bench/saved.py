@@ -1,4 +1,4 @@
-"""Bytes that a step keeps for its backward, each storage once.
+"""Bytes that a step keeps for its backward, all memory once.
 
 It is what saved-tensor hooks see, and what functions keep as attributes behind autograd's back, as those of
 bitsandbytes do.
@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,15 @@ def saved_by(
         kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
     """
     own = {tensor.untyped_storage()._cdata for tensor in _belonging(model)}
-    seen: dict[int, tuple[str, int]] = {}
+    seen: dict[int, _Kept] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in own and key not in seen:
-            seen[key] = (kind(tensor), storage.nbytes())
             # What is let go of before the forward ends (a result that is detached) is not kept, and
             # another storage can take its address.
+            seen[key] = _Kept(kind(tensor), weakref.ref(storage))
             weakref.finalize(storage, seen.pop, key)
         # A node that keeps its own result as it is would keep itself, too, for ever.
         return tensor.detach()
@@ -56,11 +56,28 @@ def saved_by(
         kept = forward()
     for tensor in _attributes(kept):
         pack(tensor)
+    # Storages that copy on write are several, and have one memory until somebody writes.
+    memory: dict[int, tuple[str, int]] = {}
+    for one in tuple(seen.values()):
+        if (storage := one.storage()) is not None:
+            memory.setdefault(_address(storage), (one.kind, storage.nbytes()))
     found: dict[str, int] = collections.defaultdict(int)
-    for name, size in seen.values():
+    for name, size in memory.values():
         found[name] += size
     del kept
     return dict(found)
+
+
+class _Kept(NamedTuple):
+    kind: str
+    storage: weakref.ref[torch.UntypedStorage]
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """Where the memory of a storage is; ``data_ptr`` may make a copy, since its caller could write there."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    address: int = torch._C._data_address(whole)  # type: ignore[attr-defined]
+    return address
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
