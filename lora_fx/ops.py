@@ -27,7 +27,7 @@ __all__ = [
 
 
 # Attributes of instances: of modules, and of lora_fx.samples.SampleRows.
-_TAKEN = ("training", "samples", "repeats")
+_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs")
 
 
 class AdapterModule(nn.Module):
