@@ -363,10 +363,11 @@ def _accumulated(
     x, more = (_full(reader, named[one], count) for one in ("self", source))
     dim, index = named["dim"] % named["self"].dim(), named["index"]
     if name == "index_add":
-        return [x.clone().index_reduce_(dim + 1, index, more, "amin")]
-    index = index.expand(count, *index.shape)
-    if index.shape != more.shape:
+        index = index.reshape([-1 if axis == dim else 1 for axis in range(more.dim() - 1)])
+        index = index.expand(more.shape[1:])
+    if index.shape != more.shape[1:]:
         return _everything(reader, func, named, outs)
+    index = index.expand(more.shape)
     return [x.scatter_reduce(dim + 1, index, more, "amin")]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx._owner_rules import _batch_normalized, rule_of, tensors_in, union
@@ -21,7 +22,7 @@ from lora_fx.errors import ConfigError
 
 __all__ = ["Follower", "caller"]
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_READS = frozenset(("numpy", "tolist", "__array__", "__dlpack__", "data_ptr"))
 _PURGE_AFTER = 1000
 # What these ask of a batch's values decides about masks, and about when to stop.
 _ASK_OF_MASKS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
@@ -72,8 +73,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         self._presumed_at: list[str] = []
         self._shadows: dict[int, _Shadow] = {}
         self._calls = 0
-        for tensor in _own_tensors(model):
-            self._known(tensor)
+        self._reads = _Reads(self)
 
     # --- what is known of tensors ---------------------------------------------------------------------
 
@@ -82,18 +82,17 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         if not isinstance(tensor, Tensor):
             return None
         shadow = self._shadow(tensor)
-        if shadow is None:
-            shadow = self.enter(tensor)
-        if shadow.sets is None:
+        if shadow is None or shadow.sets is None:
             return None
         view = self._view(shadow, tensor)
         return view if bool((view != self.empty).any()) else None
 
     def write(self, tensor: Tensor, sets: Tensor | None) -> None:
         """Says what the samples of each element are, up to broadcasting."""
-        shadow = self._shadow(tensor) or self._known(tensor)
-        if sets is None and shadow.sets is None:
+        shadow = self._shadow(tensor)
+        if sets is None and (shadow is None or shadow.sets is None):
             return
+        shadow = shadow or self._new(tensor)
         if shadow.sets is None:
             self._open(shadow, tensor)
         view = self._view(shadow, tensor)
@@ -106,47 +105,41 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         sets = sets.to(view.device)
         view.copy_(sets.reshape(len(sets), *[1] * (view.dim() - sets.dim()), *sets.shape[1:]))
 
-    def enter(self, tensor: Tensor) -> _Shadow:
-        """Takes a tensor from outside for one of the batch if its first axis has the batch's size."""
-        known = self._shadow(tensor)
-        shadow = known or self._known(tensor)
+    def enter(self, tensor: Tensor) -> None:
+        """Takes an argument of the call for one of the batch if its first axis has the batch's size."""
         rows = tensor.shape[0] if tensor.dim() else 0
         if rows not in (self.samples, self.samples * self.repeats) or not tensor.stride(0):
-            return shadow
+            return
         numbers = torch.arange(self.samples, device=tensor.device, dtype=self.dtype)
         numbers = numbers.repeat_interleave(rows // self.samples)
         sets = torch.stack([numbers, -numbers])
         self.write(tensor, sets.reshape(2, rows, *[1] * (tensor.dim() - 1)))
-        return shadow
 
     def placed(self) -> None:
         """Notes that values of the batch decide where an element lies."""
         self.by_values = True
 
     def _shadow(self, tensor: Tensor) -> _Shadow | None:
-        key = self._storage(tensor)._cdata
+        key = _key(tensor)
         found = self._shadows.get(key)
         if found is not None and found.alive.expired():  # type: ignore[no-untyped-call]  # of torch
             del self._shadows[key]
             return None
         return found
 
-    def _known(self, tensor: Tensor) -> _Shadow:
-        storage = self._storage(tensor)
-        return self._shadows.setdefault(storage._cdata, _Shadow(storage))
-
-    def _storage(self, tensor: Tensor) -> Any:
-        try:
-            return tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+    def _new(self, tensor: Tensor) -> _Shadow:
+        """A shadow for a tensor that has samples."""
+        if not _key(tensor):
             self._refuse(
-                f"a tensor of layout {tensor.layout}, type {type(tensor).__name__}, cannot be followed"
+                f"a tensor of type {type(tensor).__name__} and layout {tensor.layout} cannot be followed"
             )
+        shadow = self._shadows[_key(tensor)] = _Shadow(tensor.untyped_storage())
+        return shadow
 
     def _open(self, shadow: _Shadow, tensor: Tensor) -> None:
         """Makes room for the samples of a storage, or of the part of it that a large one's tensor spans."""
         shadow.size = tensor.element_size()
-        total = self._storage(tensor).nbytes() // shadow.size
+        total = tensor.untyped_storage().nbytes() // shadow.size
         spanned = 1 + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
@@ -169,7 +162,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             sets = shadow.sets = sets.repeat_interleave(parts, 1)
             shadow.start, shadow.size = shadow.start * parts, size
         parts = size // shadow.size
-        total = self._storage(tensor).nbytes() // shadow.size
+        total = tensor.untyped_storage().nbytes() // shadow.size
         shape, stride = list(tensor.shape), [one * parts for one in tensor.stride()]
         if parts > 1:
             shape, stride = [*shape, parts], [*stride, 1]
@@ -197,9 +190,6 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """Runs the operator, and works out whose its results are."""
         kwargs = kwargs or {}
         given = list(tensors_in((*args, *kwargs.values())))
-        for one in given:
-            if self._shadow(one) is None:
-                self.enter(one)
         result = func(*args, **kwargs)
         try:
             self._note(func, args, kwargs, given, result)
@@ -222,8 +212,6 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         outs = list(tensors_in(result if isinstance(result, list | tuple) else [result]))
         name = func.overloadpacket.__name__
         if not any((known := self._shadow(one)) and known.sets is not None for one in given):
-            for one in outs:
-                self._known(one)
             return
         schema = func._schema
         named = {one.name: one.default_value for one in schema.arguments}
@@ -238,11 +226,11 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             if one.alias_info is not None and one.alias_info.is_write
             for tensor in tensors_in(named[one.name])
         ]
-        into = {self._storage(one)._cdata for one in written}
-        of = {self._storage(one)._cdata for one in given}
+        into = {_key(one) for one in written}
+        of = {_key(one) for one in given}
         rule = rule_of(func)
-        views = [(key := self._storage(one)._cdata) in of and key not in into for one in outs]
-        if all(views) and not written:
+        views = [(key := _key(one)) in of and key not in into for one in outs]
+        if (all(views) and not written) or torch.Tag.inplace_view in func.tags:
             return
         with torch.no_grad():
             try:
@@ -259,10 +247,26 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 if not view:
                     self.write(out, self._settled(sets, str(func)))
             if rule is not _batch_normalized:
-                done = {self._storage(one)._cdata for one in outs}
+                done = {_key(one) for one in outs}
                 for one in written:
-                    if self._storage(one)._cdata not in done:
+                    if _key(one) not in done:
                         self.write(one, self._settled(self._union(given), str(func)))
+
+    def __enter__(self) -> Any:
+        """Begins to follow."""
+        self._reads.__enter__()  # type: ignore[no-untyped-call]  # of torch
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Ends it."""
+        super().__exit__(*error)
+        self._reads.__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
+
+    def asked(self, tensors: Sequence[Tensor]) -> None:
+        """Notes that values were read past all operators."""
+        with _off(self):
+            if any(self.read(one) is not None for one in tensors):
+                self.by_values = True
 
     def _union(self, tensors: Iterable[Tensor]) -> Tensor | None:
         found = [self.read(one) for one in tensors]
@@ -350,6 +354,11 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             owned = None if sets is None else sets[0] != self.empty
             if owned is not None and bool(owned.all()):
                 return
+            if self.by_values:
+                self._refuse(
+                    f"{self._fqn(weight)}: its input has no samples on the first axis, or they were read as numbers "
+                    "before, which nobody can follow"
+                )
             self._presumed_at.append(self._fqn(weight))
             numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
             numbers = numbers.repeat_interleave(total.shape[0] // self.samples)
@@ -411,8 +420,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         ]
         if where == [0]:
             return "has the samples on its first axis, but not one after the other"
-        places = " and ".join(map(str, where)) or "no axis"
-        return f"does not begin with the {self.samples} samples of adapter_ids: they lie on {places}"
+        places = " and ".join(map(str, where)) or "none"
+        return f"does not begin with the {self.samples} samples of adapter_ids: they lie on axis {places}"
 
     def _fqn(self, weight: str) -> str:
         return caller(self.model, weight)
@@ -438,6 +447,22 @@ def caller(model: nn.Module, weight: str) -> str:
     return ".".join(part for part in (found or "", weight) if part)
 
 
+class _Reads(TorchFunctionMode):  # type: ignore[no-untyped-call]  # of torch
+    """Sees values that become something else than tensors, of which operators know nothing."""
+
+    def __init__(self, follower: Follower) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self._follower = follower
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Runs the function."""
+        if getattr(func, "__name__", "") in _READS:
+            self._follower.asked(list(tensors_in(args)))
+        return func(*args, **(kwargs or {}))
+
+
 class _off:
     """Operators that are not the model's: they run past the follower."""
 
@@ -451,25 +476,13 @@ class _off:
         self._guard.__exit__(*error)
 
 
+def _key(tensor: Tensor) -> int:
+    """What names a tensor's storage while something holds it; 0 for a tensor that has none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
 def _mixed(sets: Tensor, empty: int) -> Tensor:
     return (sets[0] != empty) & (sets[0] != -sets[1])
-
-
-def _own_tensors(model: nn.Module) -> Iterable[Tensor]:
-    """Parameters, buffers, and tensors that are attributes of modules: no part of a batch."""
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None:
-                yield value
-                yield from _inside(value)
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                yield from tensors_in(list(value.values()) if isinstance(value, dict) else value)
-
-
-def _inside(value: Any, depth: int = 2) -> Iterable[Tensor]:
-    """Tensors among the attributes of a parameter: how it is quantized, for instance."""
-    for one in getattr(value, "__dict__", {}).values():
-        yield from tensors_in(one)
-        if depth and not isinstance(one, Tensor | nn.Module | type):
-            yield from _inside(one, depth - 1)

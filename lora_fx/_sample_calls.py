@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_fx._owners import Follower
 from lora_fx.errors import ConfigError
-from lora_fx.samples import CLOSED, FOLDED, FOLLOWED, TRUSTED, SampleRows, follow, unfollow
+from lora_fx.samples import CLOSED, FOLDED, FOLLOWED, TRUSTED, SampleRows, follow, in_backward, unfollow
 
 __all__ = ["unwatch_calls", "watch_calls"]
 
@@ -34,7 +35,7 @@ def watch_calls(model: nn.Module, table: SampleRows) -> None:
     """
     for name, module in _entered(model):
         entry = _Entry(name, model, table)
-        module.register_forward_pre_hook(entry, with_kwargs=True)
+        module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
         module.register_forward_hook(_Exit(entry), with_kwargs=True, always_call=True)
 
 
@@ -83,9 +84,11 @@ class _Entry:
         if self.depth:
             self.depth += 1
             return
-        if table.state != CLOSED or not table.samples:
+        if table.state != CLOSED or not table.samples or in_backward():
             return
         self.depth = 1
+        if not torch.compiler.is_compiling():
+            table.call = self
         if table.alike:
             table.state = FOLDED
             return
@@ -122,6 +125,15 @@ class _Entry:
         table.state = FOLLOWED
         follower.__enter__()  # type: ignore[no-untyped-call]  # of torch
 
+    def abandon(self) -> None:
+        """Ends a call that was never closed: what ended it was no error."""
+        follower, self.follower = self.follower, None
+        self.depth, self.table.state = 0, CLOSED
+        if follower is not None:
+            unfollow()
+            if _get_current_dispatch_mode() is follower:
+                follower.__exit__(None, None, None)
+
     def close(self, results: Any) -> None:
         """Closes the call, and notes what was seen of it.
 
@@ -135,6 +147,8 @@ class _Entry:
             return
         follower, self.follower = self.follower, None
         self.table.state = CLOSED
+        if not torch.compiler.is_compiling():
+            self.table.call = None
         if follower is None:
             return
         follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
@@ -147,12 +161,13 @@ class _Entry:
 
     def _check_callers(self, module: nn.Module) -> None:
         """Refuses a call by another method of the model: what that did to the batch before was not seen."""
-        inside = {id(one) for one in self.model.modules()}
+        inside: set[int] = set()
         frame = sys._getframe(2)
         while frame is not None:
             owner = frame.f_locals.get("self")
-            if owner is not module and id(owner) in inside:
-                if not str(frame.f_globals.get("__name__")).startswith(_GENERATION):
+            if owner is not module and isinstance(owner, nn.Module):
+                inside = inside or {id(one) for one in self.model.modules()}
+                if id(owner) in inside and not str(frame.f_globals.get("__name__")).startswith(_GENERATION):
                     self.depth = 0
                     raise ConfigError(
                         f"adapter_ids: {type(owner).__name__}.{frame.f_code.co_name} calls {self.name!r} by itself, "

@@ -7,6 +7,7 @@ gather): the work is that of one adapter on the whole batch, however many there 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lora_fx._owners import Follower
 from lora_fx.errors import ConfigError
 from lora_fx.ops import AdapterModule
 
-__all__ = ["CLOSED", "FOLDED", "FOLLOWED", "TRUSTED", "SampleRows", "add_rows", "follow", "put_rows", "select_rows", "unfollow"]
+__all__ = ["CLOSED", "FOLDED", "FOLLOWED", "TRUSTED", "SampleRows", "add_rows", "follow", "in_backward", "put_rows", "select_rows", "unfollow"]
 
 CLOSED, TRUSTED, FOLDED, FOLLOWED = range(4)
 """What is known of the call that is running: there is none; one whose sites have the samples as their rows;
@@ -34,6 +35,7 @@ class SampleRows(AdapterModule):
         alike: Whether all samples have the same adapter, so that it does not matter which row is whose.
         state: What is known of the call that is running.
         proofs: The forms of call that were followed and have the samples as their rows.
+        call: What is to be told if the call that is running ends otherwise than by a return or an error.
     """
 
     samples: int
@@ -44,6 +46,7 @@ class SampleRows(AdapterModule):
         self.samples, self.repeats, self.alike = 0, 1, True
         self.state = CLOSED
         self.proofs: set[object] = set()
+        self.call: Any = None
         for name in adapters:
             empty = torch.empty(0, dtype=torch.long, device=device)
             self.register_buffer(name, empty, persistent=False)
@@ -56,11 +59,18 @@ class SampleRows(AdapterModule):
             rows: For each adapter the indices of its samples, [n]; none for one that is left out.
             repeats: How many times in a row the batch may have each sample.
         """
+        if self.call is not None:
+            self.call.abandon()
+            self.call = None
         self.samples, self.repeats = samples, repeats
         self.alike = not rows or any(len(one) == samples for one in rows.values())
         for name, old in self._buffers.items():
             assert old is not None
             self._buffers[name] = rows.get(name, old[:0]).to(old.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no call, and may become another model: nothing is known of its calls."""
+        return {**self.__dict__, "state": CLOSED, "proofs": set(), "call": None}
 
 
 def follow(follower: Follower) -> None:
@@ -151,7 +161,7 @@ def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -
             "the adapters are chosen for each sample, and nobody has said which: call the model inside "
             "`with lora_fx.adapter_ids(model, [...]):`"
         )
-    if state == CLOSED and not _in_backward():
+    if state == CLOSED and not in_backward():
         raise ConfigError(
             "a part of the model was called by itself, so that nobody has seen which rows of its input are "
             "whose: inside adapter_ids call the model, or one of the modules that it consists of"
@@ -171,7 +181,7 @@ def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -
     return (rows[:, None] * tokens + inner).flatten()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether a checkpoint computes a part of a call again, whose rows were known when it ran first."""
     if torch.compiler.is_compiling():
         return False
