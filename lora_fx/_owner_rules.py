@@ -197,7 +197,10 @@ def _attention(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> 
         _over(reader.read(named["value"]), [1, 2, 3]),
         _over(reader.read(mask), [-1]),
     )
-    return [met, *[_all(met)] * (len(outs) - 1)]
+    batch = len(outs[0])
+    # Beside the output are sums that the backward needs, of the same samples, and states of generators.
+    rest = [_leading(met, out.dim()) if out.dim() > 1 and len(out) == batch else None for out in outs[1:]]
+    return [met, *rest]
 
 
 def _embedded(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -336,10 +336,10 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 if exact:
                     return
                 self._refuse(f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} " + self._not_rows(sets))
-            by_row = sets[:2].reshape(2, self.samples, -1).amin(2)
+            by_row = self._by_sample(sets[:2])
             if sets[2:].numel():
                 # Rows that an earlier site has taken for those of samples.
-                by_row = torch.minimum(by_row, sets[2:].reshape(2, self.samples, -1).amin(2))
+                by_row = torch.minimum(by_row, self._by_sample(sets[2:]))
             numbers = torch.arange(self.samples, device=by_row.device, dtype=self.dtype)
             has = (by_row != self.empty).any(0)
             fits = (by_row[0] == numbers) & (by_row[1] == -numbers)
@@ -351,8 +351,12 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """Takes the rows of a site's output for those of the samples, also where its input had none."""
         with _off(self), torch.no_grad():
             sets = self.read(total)
-            owned = None if sets is None else sets[0] != self.empty
-            if owned is not None and bool(owned.all()):
+            numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
+            numbers = numbers.repeat_interleave(total.shape[0] // self.samples)
+            rows = torch.stack([numbers, -numbers]).reshape(2, -1, *[1] * (total.dim() - 1))
+            if sets is not None and bool((self._by_sample(sets[:2]) != self.empty).all()):
+                # Elements that all samples share, class tokens for instance, lie among those of a sample.
+                self.write(total, torch.minimum(sets[:2], rows))
                 return
             if self.by_values:
                 self._refuse(
@@ -360,14 +364,15 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                     "before, which nobody can follow"
                 )
             self._presumed_at.append(self._fqn(weight))
-            numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
-            numbers = numbers.repeat_interleave(total.shape[0] // self.samples)
-            rows = torch.stack([numbers, -numbers]).reshape(2, -1, *[1] * (total.dim() - 1))
             rows = rows.expand(2, *total.shape)
             none = torch.full_like(rows, self.empty)
             own = none if sets is None else sets[:2]
-            taken = rows if owned is None else torch.where(owned, none, rows)
+            taken = rows if sets is None else torch.where(sets[0] != self.empty, none, rows)
             self.write(total, torch.cat([own, taken]))
+
+    def _by_sample(self, sets: Tensor) -> Tensor:
+        """What the rows of each sample have, [channels, samples]."""
+        return sets.reshape(len(sets), self.samples, -1).amin(2)
 
     def check_results(self, results: Any) -> None:
         """Refuses results that mix samples, or that nobody has shown to be those of samples.
