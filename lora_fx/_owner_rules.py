@@ -89,7 +89,9 @@ def _leading(sets: Tensor | None, dims: int) -> Tensor | None:
 # --- families of operators ----------------------------------------------------------------------------
 
 
-def _everything(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
+def _everything(
+    reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]
+) -> list[Tensor | None]:
     """Each result may be computed from everything."""
     met = union(*(_all(reader.read(one)) for one in tensors_in(list(named.values()))))
     return [met] * len(outs)
@@ -113,7 +115,9 @@ def _same(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[
     return [sets, *[None] * (len(outs) - 1)]
 
 
-def _reduced(reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _reduced(
+    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     sets = reader.read(named["self"])
     dims = named.get("dim")
     if sets is None or dims is None or dims == []:
@@ -170,7 +174,9 @@ def _each_first(*names: str) -> Rule:
     return rule
 
 
-def _normalized(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
+def _normalized(
+    reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]
+) -> list[Tensor | None]:
     count = len(named["normalized_shape"])
     met = union(
         _over(reader.read(named["input"]), list(range(-count, 0))),
@@ -199,7 +205,10 @@ def _attention(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> 
     )
     batch = len(outs[0])
     # Beside the output are sums that the backward needs, of the same samples, and states of generators.
-    rest = [_leading(met, out.dim()) if out.dim() > 1 and len(out) == batch else None for out in outs[1:]]
+    rest = [
+        _leading(met, out.dim()) if out.dim() > 1 and len(out) == batch else None
+        for out in outs[1:]
+    ]
     return [met, *rest]
 
 
@@ -209,7 +218,9 @@ def _embedded(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> l
     return [met] * len(outs)
 
 
-def _recurrent(reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _recurrent(
+    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     """A layer of [time, sample, feature], or [sample, time, feature], and states [.., sample, feature]."""
     if named.get("batch_sizes"):
         return _everything(reader, func, named, outs)
@@ -360,7 +371,9 @@ def _accumulated(
     name = func.overloadpacket.__name__.removesuffix("_")
     source = "source" if name == "index_add" else "src"
     count = _channels(reader, named, ("self", source))
-    _note_placed(reader, named[source], {named["dim"] % max(1, named["self"].dim()): named["index"]})
+    _note_placed(
+        reader, named[source], {named["dim"] % max(1, named["self"].dim()): named["index"]}
+    )
     if not count or not named["self"].dim():
         return _everything(reader, func, named, outs)
     x, more = (_full(reader, named[one], count) for one in ("self", source))
@@ -374,7 +387,9 @@ def _accumulated(
     return [x.scatter_reduce(dim + 1, index, more, "amin")]
 
 
-def _put(reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _put(
+    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     """``x[i, j] = values``."""
     if named.get("accumulate"):
         return _everything(reader, func, named, outs)
@@ -487,7 +502,9 @@ _RULES |= dict.fromkeys(
     "repeat roll flip pixel_shuffle pixel_unshuffle unfold_copy expand_copy channel_shuffle".split(),
     _moved("self"),
 )
-_RULES |= dict.fromkeys(("slice_scatter", "select_scatter", "diagonal_scatter"), _moved("self", "src"))
+_RULES |= dict.fromkeys(
+    ("slice_scatter", "select_scatter", "diagonal_scatter"), _moved("self", "src")
+)
 _RULES |= dict.fromkeys(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
     "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm".split(),
@@ -515,7 +532,9 @@ _RULES |= dict.fromkeys(
     _nothing,
 )
 # In place, with numbers for parameters.
-_FILLED = frozenset("fill_ bernoulli_ uniform_ normal_ random_ exponential_ cauchy_ log_normal_".split())
+_FILLED = frozenset(
+    "fill_ bernoulli_ uniform_ normal_ random_ exponential_ cauchy_ log_normal_".split()
+)
 _REDUCTIONS = frozenset(
     "sum mean amax amin any all prod var std argmax argmin max min logsumexp norm linalg_vector_norm "
     "var_mean std_mean nansum".split()

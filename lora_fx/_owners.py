@@ -277,7 +277,9 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         if all(self.read(one) is None for one in given):
             return
         frame = sys._getframe(2)
-        while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lora_fx")):
+        while frame is not None and frame.f_globals.get("__name__", "").startswith(
+            ("torch.", "lora_fx")
+        ):
             frame = frame.f_back
         if frame is None or frame.f_globals.get("__name__") not in _ASK_OF_MASKS:
             self.by_values = True
@@ -330,12 +332,18 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         with _off(self):
             sets = self.read(x)
             if not rows or rows % self.samples:
-                self._refuse(f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} " + self._not_rows(sets))
+                self._refuse(
+                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} "
+                    + self._not_rows(sets)
+                )
             exact = rows in (self.samples, self.samples * self.repeats)
             if sets is None:
                 if exact:
                     return
-                self._refuse(f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} " + self._not_rows(sets))
+                self._refuse(
+                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} "
+                    + self._not_rows(sets)
+                )
             by_row = self._by_sample(sets[:2])
             if sets[2:].numel():
                 # Rows that an earlier site has taken for those of samples.
@@ -344,7 +352,10 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             has = (by_row != self.empty).any(0)
             fits = (by_row[0] == numbers) & (by_row[1] == -numbers)
             if not bool((fits | ~has).all()):
-                self._refuse(f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} " + self._not_rows(sets))
+                self._refuse(
+                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} "
+                    + self._not_rows(sets)
+                )
             self.folded = self.folded or not exact
 
     def presume(self, total: Tensor, weight: str) -> None:
@@ -459,9 +470,7 @@ class _Reads(TorchFunctionMode):  # type: ignore[no-untyped-call]  # of torch
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self._follower = follower
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the function."""
         if getattr(func, "__name__", "") in _READS:
             self._follower.asked(list(tensors_in(args)))

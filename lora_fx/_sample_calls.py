@@ -16,7 +16,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_fx._owners import Follower
 from lora_fx.errors import ConfigError
-from lora_fx.samples import CLOSED, FOLDED, FOLLOWED, TRUSTED, SampleRows, follow, in_backward, unfollow
+from lora_fx.samples import (
+    CLOSED,
+    FOLDED,
+    FOLLOWED,
+    TRUSTED,
+    SampleRows,
+    follow,
+    in_backward,
+    unfollow,
+)
 
 __all__ = ["unwatch_calls", "watch_calls"]
 
@@ -167,7 +176,9 @@ class _Entry:
             owner = frame.f_locals.get("self")
             if owner is not module and isinstance(owner, nn.Module):
                 inside = inside or {id(one) for one in self.model.modules()}
-                if id(owner) in inside and not str(frame.f_globals.get("__name__")).startswith(_GENERATION):
+                if id(owner) in inside and not str(frame.f_globals.get("__name__")).startswith(
+                    _GENERATION
+                ):
                     self.depth = 0
                     raise ConfigError(
                         f"adapter_ids: {type(owner).__name__}.{frame.f_code.co_name} calls {self.name!r} by itself, "

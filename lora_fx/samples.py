@@ -16,7 +16,19 @@ from lora_fx._owners import Follower
 from lora_fx.errors import ConfigError
 from lora_fx.ops import AdapterModule
 
-__all__ = ["CLOSED", "FOLDED", "FOLLOWED", "TRUSTED", "SampleRows", "add_rows", "follow", "in_backward", "put_rows", "select_rows", "unfollow"]
+__all__ = [
+    "CLOSED",
+    "FOLDED",
+    "FOLLOWED",
+    "TRUSTED",
+    "SampleRows",
+    "add_rows",
+    "follow",
+    "in_backward",
+    "put_rows",
+    "select_rows",
+    "unfollow",
+]
 
 CLOSED, TRUSTED, FOLDED, FOLLOWED = range(4)
 """What is known of the call that is running: there is none; one whose sites have the samples as their rows;

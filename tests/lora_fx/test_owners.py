@@ -186,7 +186,9 @@ RIGHT: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any], torch.Tensor
     ),
     "complex numbers": (
         lambda s, x: s.fc(
-            torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], 4, 2)) * 1j).flatten(-2)
+            torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], 4, 2)) * 1j).flatten(
+                -2
+            )
         ),
         {},
         tokens(),
@@ -353,7 +355,9 @@ def test_attention(length: int) -> None:
 
     for run in (inside, straight):
         check_right(Program(run, fc=nn.MultiheadAttention(8, 2, batch_first=True)), tokens(length))
-    message = rf"fc\.in_proj_weight\[0:8\]: an input of shape \({length}, 4, 8\) .* they lie on axis 1"
+    message = (
+        rf"fc\.in_proj_weight\[0:8\]: an input of shape \({length}, 4, 8\) .* they lie on axis 1"
+    )
     check_refused(Program(inside, fc=nn.MultiheadAttention(8, 2)), tokens(length), message)
     # The caller says that the first axis has the samples, and the layer attends along it.
     check_refused(Program(straight, fc=nn.MultiheadAttention(8, 2)), tokens(length), MANY)
