@@ -1,8 +1,8 @@
 """Says to which samples of a batch the results of an operator belong, given that of its arguments.
 
-The samples that an element was computed from are an interval: the least number and the negated greatest, so that
-the union of two is their elementwise minimum, for both. Nothing at all is ``(EMPTY, EMPTY)``. The intervals of a
-tensor of shape ``[...]`` are one of shape ``[channels, ...]``, and reductions, products and broadcasts of the
+The samples that an element was computed from are an interval: the least number and the negated greatest, so
+that the union of two is their elementwise minimum, for both. Nothing at all is ``(EMPTY, EMPTY)``. The
+intervals of a tensor of shape ``[...]`` are one of shape ``[channels, ...]``, and reductions, products and broadcasts of the
 tensor are minima of that.
 
 A rule may give more samples than there are, never fewer. So an operator that has none gives each result the
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Reader", "rule_of", "tensors_in", "union"]
+__all__ = ["Reader", "batch_normalized", "rule_of", "tensors_in", "union"]
 
 
 class Reader(Protocol):
@@ -186,7 +186,7 @@ def _normalized(
     return [met] * len(outs)
 
 
-def _batch_normalized(
+def batch_normalized(
     reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """In training the statistics are of the whole batch; the elements are still those of their samples."""
@@ -489,55 +489,161 @@ _RULES: dict[str, Rule] = {
     "int8_scaled_mm": _rows("A"),
 }
 _RULES |= dict.fromkeys(
-    "_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort topk _fft_r2c _fft_c2r "
-    "_fft_c2c".split(),
+    [
+        "_softmax",
+        "_log_softmax",
+        "cumsum",
+        "cumprod",
+        "logcumsumexp",
+        "cummax",
+        "cummin",
+        "sort",
+        "topk",
+        "_fft_r2c",
+        "_fft_c2r",
+        "_fft_c2c",
+    ],
     _along,
 )
 _RULES |= dict.fromkeys(
-    "clone contiguous _to_copy detach alias lift_fresh _unsafe_view _reshape_alias view_copy "
-    "_conj_physical".split(),
+    [
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "_unsafe_view",
+        "_reshape_alias",
+        "view_copy",
+        "_conj_physical",
+    ],
     _same,
 )
 _RULES |= dict.fromkeys(
-    "repeat roll flip pixel_shuffle pixel_unshuffle unfold_copy expand_copy channel_shuffle".split(),
+    [
+        "repeat",
+        "roll",
+        "flip",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "unfold_copy",
+        "expand_copy",
+        "channel_shuffle",
+    ],
     _moved("self"),
 )
 _RULES |= dict.fromkeys(
     ("slice_scatter", "select_scatter", "diagonal_scatter"), _moved("self", "src")
 )
 _RULES |= dict.fromkeys(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm".split(),
-    _batch_normalized,
+    [
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_with_update",
+        "_batch_norm_no_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    ],
+    batch_normalized,
 )
 _RULES |= dict.fromkeys(
-    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable".split(),
+    [
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    ],
     _attention,
 )
 _RULES |= dict.fromkeys(
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
-    "max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d im2col col2im".split(),
+    [
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_linear1d",
+        "upsample_trilinear3d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
+        "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d",
+        "reflection_pad1d",
+        "reflection_pad2d",
+        "reflection_pad3d",
+        "replication_pad1d",
+        "replication_pad2d",
+        "replication_pad3d",
+        "im2col",
+        "col2im",
+    ],
     _each_first("self"),
 )
 _RULES["grid_sampler_2d"] = _RULES["grid_sampler_3d"] = _each_first("input", "grid")
 _RULES |= dict.fromkeys(
-    "zero zeros_like ones_like empty_like full_like "
-    "rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_empty_strided".split(),
+    [
+        "zero",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_empty_strided",
+    ],
     _nothing,
 )
 # In place, with numbers for parameters.
 _FILLED = frozenset(
-    "fill_ bernoulli_ uniform_ normal_ random_ exponential_ cauchy_ log_normal_".split()
+    [
+        "fill_",
+        "bernoulli_",
+        "uniform_",
+        "normal_",
+        "random_",
+        "exponential_",
+        "cauchy_",
+        "log_normal_",
+    ]
 )
 _REDUCTIONS = frozenset(
-    "sum mean amax amin any all prod var std argmax argmin max min logsumexp norm linalg_vector_norm "
-    "var_mean std_mean nansum".split()
+    [
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "any",
+        "all",
+        "prod",
+        "var",
+        "std",
+        "argmax",
+        "argmin",
+        "max",
+        "min",
+        "logsumexp",
+        "norm",
+        "linalg_vector_norm",
+        "var_mean",
+        "std_mean",
+        "nansum",
+    ]
 )
 
 

@@ -1,7 +1,7 @@
 """Follows which sample of a batch each element of a tensor was computed from, while a model runs.
 
-Below autograd every operator of a call is seen, whatever code it comes from. Beside each storage lies another one
-with the samples of its elements, so that views and writes need no rule: they have the geometry of the tensor.
+Below autograd every operator of a call is seen, whatever code it comes from. Beside each storage lies another
+one with the samples of its elements, so that views and writes need no rule: they have the geometry of the tensor.
 What an operator makes of them is in :mod:`lora_fx._owner_rules`.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lora_fx._owner_rules import _batch_normalized, rule_of, tensors_in, union
+from lora_fx._owner_rules import batch_normalized, rule_of, tensors_in, union
 from lora_fx.errors import ConfigError
 
 __all__ = ["Follower", "caller"]
@@ -48,8 +49,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Follows the samples of one call.
 
     Two things are known of an element: the samples that it was computed from, and those that a site has taken
-    its row for although it was computed from none (learned queries, positions). The second is a presumption: it
-    stands if such an element only ever meets elements of that sample, and ends the call otherwise.
+    its row for although it was computed from none (learned queries, positions). The second is a presumption:
+    it stands if such an element only ever meets elements of that sample, and ends the call otherwise.
 
     Attributes:
         samples: Number of samples.
@@ -140,13 +141,14 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """Makes room for the samples of a storage, or of the part of it that a large one's tensor spans."""
         shadow.size = tensor.element_size()
         total = tensor.untyped_storage().nbytes() // shadow.size
+        start = int(tensor.storage_offset())
         spanned = 1 + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
         if not tensor.numel():
             spanned = 0
         if total > 4 * spanned + 1024:
-            shadow.start, total = tensor.storage_offset(), spanned
+            shadow.start, total = start, spanned
         channels = 4 if self._presumed_at else 2
         shape = (channels, total)
         shadow.sets = torch.full(shape, self.empty, dtype=self.dtype, device=tensor.device)
@@ -237,16 +239,15 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 found = rule(self, func, named, outs)
             except ConfigError:
                 raise
-            except Exception:
-                # An operator of another form than its rule knows.
-                rule, found = None, [self._union(given)] * len(outs)
+            except Exception:  # noqa: BLE001  an operator of another form than its rule knows
+                found = [self._union(given)] * len(outs)
             if written and not outs:
                 outs, views = written, [False] * len(written)
                 found = [self._union(given)] * len(written)
             for out, view, sets in zip(outs, views, found, strict=True):
                 if not view:
                     self.write(out, self._settled(sets, str(func)))
-            if rule is not _batch_normalized:
+            if rule is not batch_normalized:
                 done = {_key(one) for one in outs}
                 for one in written:
                     if _key(one) not in done:
@@ -255,16 +256,16 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def __enter__(self) -> Any:
         """Begins to follow."""
         self._reads.__enter__()  # type: ignore[no-untyped-call]  # of torch
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]  # of torch
 
     def __exit__(self, *error: Any) -> None:
         """Ends it."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
         self._reads.__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
 
     def asked(self, tensors: Sequence[Tensor]) -> None:
         """Notes that values were read past all operators."""
-        with _off(self):
+        with _disable_current_modes():
             if any(self.read(one) is not None for one in tensors):
                 self.by_values = True
 
@@ -276,7 +277,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """Notes a question about values of the batch, whose answer may decide what is computed."""
         if all(self.read(one) is None for one in given):
             return
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_globals.get("__name__", "").startswith(
             ("torch.", "lora_fx")
         ):
@@ -296,16 +297,15 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         presumed, owned = sets[2] != self.empty, sets[0] != self.empty
         wrong = presumed & ((taken != last) | (owned & ((low != taken) | (high != taken))))
         if bool(wrong.any()):
-            places = ", ".join(dict.fromkeys(self._presumed_at))
             self._refuse(
-                f"{places}: its input has no samples of its own on the first axis (positions or queries that "
+                f"{self._presuming()}: its input has no samples of its own on the first axis (positions or queries that "
                 f"all samples share), and its output meets other samples in {name}"
             )
         confirmed = presumed & owned
         return torch.cat([sets[:2], sets[2:].masked_fill(confirmed, self.empty)])
 
     def _purge(self) -> None:
-        dead = [key for key, one in self._shadows.items() if one.alive.expired()]  # type: ignore[no-untyped-call]
+        dead = [key for key, one in self._shadows.items() if one.alive.expired()]
         for key in dead:
             del self._shadows[key]
 
@@ -328,39 +328,34 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             raise
 
     def _check_site(self, x: Tensor, weight: str) -> None:
-        rows = x.shape[0] if x.dim() else 0
-        with _off(self):
+        with _disable_current_modes():
             sets = self.read(x)
-            if not rows or rows % self.samples:
+            if not self._has_rows(x, sets):
                 self._refuse(
-                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} "
-                    + self._not_rows(sets)
+                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} {self._not_rows(sets)}"
                 )
-            exact = rows in (self.samples, self.samples * self.repeats)
-            if sets is None:
-                if exact:
-                    return
-                self._refuse(
-                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} "
-                    + self._not_rows(sets)
-                )
-            by_row = self._by_sample(sets[:2])
-            if sets[2:].numel():
-                # Rows that an earlier site has taken for those of samples.
-                by_row = torch.minimum(by_row, self._by_sample(sets[2:]))
-            numbers = torch.arange(self.samples, device=by_row.device, dtype=self.dtype)
-            has = (by_row != self.empty).any(0)
-            fits = (by_row[0] == numbers) & (by_row[1] == -numbers)
-            if not bool((fits | ~has).all()):
-                self._refuse(
-                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} "
-                    + self._not_rows(sets)
-                )
-            self.folded = self.folded or not exact
+        self.folded = self.folded or not self._exact(x)
+
+    def _exact(self, x: Tensor) -> bool:
+        return x.shape[0] in (self.samples, self.samples * self.repeats)
+
+    def _has_rows(self, x: Tensor, sets: Tensor | None) -> bool:
+        """Whether the rows of an activation are those of sample after sample, as far as they have any."""
+        if not x.dim() or not x.shape[0] or x.shape[0] % self.samples:
+            return False
+        if sets is None:
+            return self._exact(x)
+        by_row = self._by_sample(sets[:2])
+        if len(sets) == 4:
+            # Rows that an earlier site has taken for those of samples.
+            by_row = torch.minimum(by_row, self._by_sample(sets[2:]))
+        numbers = torch.arange(self.samples, device=by_row.device, dtype=self.dtype)
+        fits = (by_row[0] == numbers) & (by_row[1] == -numbers)
+        return bool((fits | (by_row == self.empty).all(0)).all())
 
     def presume(self, total: Tensor, weight: str) -> None:
         """Takes the rows of a site's output for those of the samples, also where its input had none."""
-        with _off(self), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad():
             sets = self.read(total)
             numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
             numbers = numbers.repeat_interleave(total.shape[0] // self.samples)
@@ -371,8 +366,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 return
             if self.by_values:
                 self._refuse(
-                    f"{self._fqn(weight)}: its input has no samples on the first axis, or they were read as numbers "
-                    "before, which nobody can follow"
+                    f"{self._fqn(weight)}: its input has no samples on the first axis, or they were read as "
+                    "numbers before, which nobody can follow"
                 )
             self._presumed_at.append(self._fqn(weight))
             rows = rows.expand(2, *total.shape)
@@ -401,8 +396,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 continue
             if bool((sets[2:] != self.empty).any()):
                 self._refuse(
-                    f"{', '.join(dict.fromkeys(self._presumed_at))}: its input has no samples of its own on the first "
-                    "axis (positions or queries that all samples share), and nothing shows that the rows of "
+                    f"{self._presuming()}: its input has no samples of its own on the first axis "
+                    "(positions or queries that all samples share), and nothing shows that the rows of "
                     f"its output are samples: a result of shape {tuple(one.shape)} has met none"
                 )
             if one.numel() > 1 and bool(_mixed(sets, self.empty).any()) and not self._pairs(sets):
@@ -436,16 +431,20 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         ]
         if where == [0]:
             return "has the samples on its first axis, but not one after the other"
-        places = " and ".join(map(str, where)) or "none"
-        return f"does not begin with the {self.samples} samples of adapter_ids: they lie on axis {places}"
+        axes = " and ".join(map(str, where))
+        places = f"on axis {axes}" if where else "on none of its axes: it belongs to one of them"
+        return f"does not begin with the {self.samples} samples of adapter_ids: they lie {places}"
+
+    def _presuming(self) -> str:
+        return ", ".join(dict.fromkeys(self._presumed_at))
 
     def _fqn(self, weight: str) -> str:
         return caller(self.model, weight)
 
     def _refuse(self, what: str) -> NoReturn:
         error = ConfigError(
-            f"{what}. adapter_ids needs the samples as the first axis, one after the other, of every input of a "
-            "site: give one adapter for each sample of this batch, or repeats=, where generate() repeats each "
+            f"{what}. adapter_ids needs the samples on the first axis of what each adapted operation reads, one "
+            "after the other: give one adapter for each sample of this batch, or repeats=, where generate() repeats each "
             "sample (num_beams, num_return_sequences), or choose one adapter for the whole batch"
         )
         self.error = self.error or error
@@ -455,8 +454,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 def caller(model: nn.Module, weight: str) -> str:
     """The FQN of a weight, by its name in the innermost module of the model that is running."""
     names = {id(module): name for name, module in model.named_modules()}
-    frame = sys._getframe(1)
-    found = None
+    frame: FrameType | None = sys._getframe(1)
+    found: str | None = None
     while frame is not None and found is None:
         found = names.get(id(frame.f_locals.get("self")))
         frame = frame.f_back
@@ -475,19 +474,6 @@ class _Reads(TorchFunctionMode):  # type: ignore[no-untyped-call]  # of torch
         if getattr(func, "__name__", "") in _READS:
             self._follower.asked(list(tensors_in(args)))
         return func(*args, **(kwargs or {}))
-
-
-class _off:
-    """Operators that are not the model's: they run past the follower."""
-
-    def __init__(self, follower: Follower) -> None:
-        self._guard = torch.utils._python_dispatch._disable_current_modes()
-
-    def __enter__(self) -> None:
-        self._guard.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._guard.__exit__(*error)
 
 
 def _key(tensor: Tensor) -> int:

@@ -1,13 +1,14 @@
-"""Decides, for each call of a model whose samples have different adapters, whether its rows are known to be theirs.
+"""Decides, for each call with an adapter for each sample, whether it is known which rows are whose.
 
-A call of a form that nobody has seen is followed (:mod:`lora_fx._owners`) while it runs, and refused where a site
-reads rows that are not those of the samples. Calls of the same form run as they are then.
+A call of a form that nobody has seen is followed (:mod:`lora_fx._owners`) while it runs, and refused where a
+site reads rows that are not those of the samples. Calls of the same form run as they are then.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class _Entry:
         self.name, self.model, self.table = name, model, table
         self.depth = 0
         self.follower: Follower | None = None
-        self.key: object = None
+        self.keys: tuple[object, object] = (None, None)
         self.failing: BaseException | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -121,18 +122,22 @@ class _Entry:
         if why:
             self.depth = 0
             raise ConfigError(
-                f"adapter_ids: nobody has seen yet which axis of such a batch is that of the samples, and {why}: "
-                "call the model itself once before, with a batch of this form, inside adapter_ids"
+                f"adapter_ids: nobody has seen yet which axis of such a batch is that of the samples, "
+                f"and {why}: call the model itself once before, with a batch of this form, inside adapter_ids"
             )
         table = self.table
-        follower = Follower(self.model, table.samples, table.repeats)
-        for one in tensors:
-            follower.enter(one)
-        self.follower, self.key = follower, (key, exact)
+        try:
+            follower = Follower(self.model, table.samples, table.repeats)
+            for one in tensors:
+                follower.enter(one)
+        except BaseException:
+            self.depth = 0
+            raise
+        self.follower, self.keys = follower, (key, exact)
         self.failing = sys.exc_info()[1]
         follow(follower)
         table.state = FOLLOWED
-        follower.__enter__()  # type: ignore[no-untyped-call]  # of torch
+        follower.__enter__()
 
     def abandon(self) -> None:
         """Ends a call that was never closed: what ended it was no error."""
@@ -160,18 +165,18 @@ class _Entry:
             self.table.call = None
         if follower is None:
             return
-        follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
+        follower.__exit__(None, None, None)
         unfollow()
         if sys.exc_info()[1] is not self.failing:
             return
         follower.check_results(_tensors(results))
         if not follower.by_values:
-            self.table.proofs.add(self.key[1] if follower.folded else self.key[0])
+            self.table.proofs.add(self.keys[1 if follower.folded else 0])
 
     def _check_callers(self, module: nn.Module) -> None:
         """Refuses a call by another method of the model: what that did to the batch before was not seen."""
         inside: set[int] = set()
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             owner = frame.f_locals.get("self")
             if owner is not module and isinstance(owner, nn.Module):
@@ -181,9 +186,9 @@ class _Entry:
                 ):
                     self.depth = 0
                     raise ConfigError(
-                        f"adapter_ids: {type(owner).__name__}.{frame.f_code.co_name} calls {self.name!r} by itself, "
-                        "and what it has done to the samples before was not seen: call the model, or that "
-                        "module, or choose one adapter for the whole batch"
+                        f"adapter_ids: {type(owner).__name__}.{frame.f_code.co_name} calls {self.name!r} "
+                        "by itself, and what it has done to the samples before was not seen: call the model, or "
+                        "that module, or choose one adapter for the whole batch"
                     )
             frame = frame.f_back
 
@@ -202,8 +207,8 @@ class _Exit:
 def _form(value: Any, table: SampleRows, exact: bool) -> Any:
     """What of a call's arguments may decide which axis is that of the samples.
 
-    A size counts by whether it is the batch's. Sizes themselves count only where a site has several rows for each
-    sample.
+    A size counts by whether it is the batch's. Sizes themselves count only where a site has several rows for
+    each sample.
     """
     if isinstance(value, Tensor):
         sizes = tuple(value.shape)
@@ -246,7 +251,7 @@ def _unseen(tensors: list[Tensor]) -> str:
     """Why a call cannot be followed, or nothing."""
     if torch.compiler.is_compiling():
         return "a compiler sees no values"
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return "torch.jit.trace sees one batch only"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func hides axes"

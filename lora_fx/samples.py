@@ -197,4 +197,4 @@ def in_backward() -> bool:
     """Whether a checkpoint computes a part of a call again, whose rows were known when it ran first."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -32,7 +32,7 @@ def follows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             super().__init__(model, samples, repeats)
 
     monkeypatch.setattr(sample_calls, "Follower", Counted)
-    yield seen
+    return seen
 
 
 def prepared(base: nn.Module, **config: Any) -> nn.Module:
@@ -218,7 +218,7 @@ def test_where_a_call_cannot_be_followed() -> None:
     wanted = expected(base, model, x)
 
     def mapped() -> torch.Tensor:
-        return torch.vmap(lambda one: model(one))(x[None])[0]
+        return torch.vmap(model)(x[None])[0]
 
     def differentiated() -> torch.Tensor:
         return torch.func.jvp(model, (x,), (x,))[0]
