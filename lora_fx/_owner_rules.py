@@ -2,8 +2,8 @@
 
 The samples that an element was computed from are an interval: the least number and the negated greatest, so
 that the union of two is their elementwise minimum, for both. Nothing at all is ``(EMPTY, EMPTY)``. The
-intervals of a tensor of shape ``[...]`` are one of shape ``[channels, ...]``, and reductions, products and broadcasts of the
-tensor are minima of that.
+intervals of a tensor of shape ``[...]`` are one of shape ``[channels, ...]``, and reductions, products and
+broadcasts of the tensor are minima of that.
 
 A rule may give more samples than there are, never fewer. So an operator that has none gives each result the
 samples of all its arguments.

@@ -1,8 +1,8 @@
 """Follows which sample of a batch each element of a tensor was computed from, while a model runs.
 
 Below autograd every operator of a call is seen, whatever code it comes from. Beside each storage lies another
-one with the samples of its elements, so that views and writes need no rule: they have the geometry of the tensor.
-What an operator makes of them is in :mod:`lora_fx._owner_rules`.
+one with the samples of its elements, so that views and writes need no rule: they have the geometry of the
+tensor. What an operator makes of them is in :mod:`lora_fx._owner_rules`.
 """
 
 from __future__ import annotations
@@ -298,16 +298,16 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         wrong = presumed & ((taken != last) | (owned & ((low != taken) | (high != taken))))
         if bool(wrong.any()):
             self._refuse(
-                f"{self._presuming()}: its input has no samples of its own on the first axis (positions or queries that "
-                f"all samples share), and its output meets other samples in {name}"
+                f"{self._presuming()}: its input has no samples of its own on the first axis (positions or "
+                f"queries that all samples share), and its output meets other samples in {name}"
             )
         confirmed = presumed & owned
         return torch.cat([sets[:2], sets[2:].masked_fill(confirmed, self.empty)])
 
     def _purge(self) -> None:
-        dead = [key for key, one in self._shadows.items() if one.alive.expired()]
-        for key in dead:
-            del self._shadows[key]
+        for key, one in list(self._shadows.items()):
+            if one.alive.expired():  # type: ignore[no-untyped-call]  # of torch
+                del self._shadows[key]
 
     # --- sites and results -----------------------------------------------------------------------------
 
@@ -443,9 +443,9 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _refuse(self, what: str) -> NoReturn:
         error = ConfigError(
-            f"{what}. adapter_ids needs the samples on the first axis of what each adapted operation reads, one "
-            "after the other: give one adapter for each sample of this batch, or repeats=, where generate() repeats each "
-            "sample (num_beams, num_return_sequences), or choose one adapter for the whole batch"
+            f"{what}. adapter_ids needs the samples on the first axis of what an adapted operation reads, "
+            "one after the other: give one adapter for each sample of this batch, or repeats=, where generate() "
+            "repeats each sample (num_beams, num_return_sequences), or choose one adapter for the whole batch"
         )
         self.error = self.error or error
         raise error
@@ -462,11 +462,11 @@ def caller(model: nn.Module, weight: str) -> str:
     return ".".join(part for part in (found or "", weight) if part)
 
 
-class _Reads(TorchFunctionMode):  # type: ignore[no-untyped-call]  # of torch
+class _Reads(TorchFunctionMode):
     """Sees values that become something else than tensors, of which operators know nothing."""
 
     def __init__(self, follower: Follower) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        super().__init__()
         self._follower = follower
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

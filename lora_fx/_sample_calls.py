@@ -187,8 +187,8 @@ class _Entry:
                     self.depth = 0
                     raise ConfigError(
                         f"adapter_ids: {type(owner).__name__}.{frame.f_code.co_name} calls {self.name!r} "
-                        "by itself, and what it has done to the samples before was not seen: call the model, or "
-                        "that module, or choose one adapter for the whole batch"
+                        "by itself, and what it has done to the samples before was not seen: call the model, "
+                        "or that module, or choose one adapter for the whole batch"
                     )
             frame = frame.f_back
 
