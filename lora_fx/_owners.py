@@ -86,6 +86,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         if shadow is None or shadow.sets is None:
             return None
         view = self._view(shadow, tensor)
+        if view.numel() and int(view[(0,) * view.dim()]) != self.empty:
+            return view
         return view if bool((view != self.empty).any()) else None
 
     def write(self, tensor: Tensor, sets: Tensor | None) -> None:
@@ -444,8 +446,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _refuse(self, what: str) -> NoReturn:
         error = ConfigError(
             f"{what}. adapter_ids needs the samples on the first axis of what an adapted operation reads, "
-            "one after the other: give one adapter for each sample of this batch, or repeats=, where generate() "
-            "repeats each sample (num_beams, num_return_sequences), or choose one adapter for the whole batch"
+            "one after the other: give one adapter for each sample of this batch, or repeats=, where "
+            "generate() repeats each sample (num_beams, num_return_sequences), or choose one adapter for the whole batch"
         )
         self.error = self.error or error
         raise error
