@@ -484,6 +484,7 @@ _RULES: dict[str, Rule] = {
     "unique_dim": _data_dependent,
     "unique_consecutive": _data_dependent,
     # bitsandbytes
+    "gemm_4bit": _rows("A"),
     "gemv_4bit": _rows("A"),
     "int8_linear_matmul": _rows("A"),
     "int8_scaled_mm": _rows("A"),

@@ -447,7 +447,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         error = ConfigError(
             f"{what}. adapter_ids needs the samples on the first axis of what an adapted operation reads, "
             "one after the other: give one adapter for each sample of this batch, or repeats=, where "
-            "generate() repeats each sample (num_beams, num_return_sequences), or choose one adapter for the whole batch"
+            "generate() repeats each sample (num_beams, num_return_sequences), or choose one adapter for the "
+            "whole batch"
         )
         self.error = self.error or error
         raise error
