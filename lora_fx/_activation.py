@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from lora_fx._sample_calls import unwatch_calls, watch_calls
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._own import place_base, place_own
 from lora_fx.passes._region import install, is_region, uninstall
@@ -212,6 +213,7 @@ def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:
 
 def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
     """Puts the one table of samples beside the factors of every site, or takes it away."""
+    unwatch_calls(model)
     for module in model.modules():
         module._modules.pop(ROWS, None)
     if names:
@@ -219,6 +221,7 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
         table = SampleRows(names, device)
         for row in rows:
             model.get_submodule(row.site.holder).add_module(ROWS, table)
+        watch_calls(model, table)
 
 
 def take_out(model: nn.Module, record: Record) -> None:

@@ -267,7 +267,9 @@ def adapter_ids(
     which, unless :func:`disable_adapter` is around it; what :func:`set_adapter` chooses counts afterwards.
 
     Args:
-        model: A rewritten model whose activations have the samples as their first dimension.
+        model: A rewritten model whose arguments have the samples as their first dimension, and whose
+            activations have them there, one after the other. The first call of each form is followed to see
+            that; later ones cost nothing.
         ids: The name of an adapter for each sample; None for the base model.
         repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
             ``num_return_sequences``, whichever is larger. A batch of so many times the samples is
@@ -276,7 +278,9 @@ def adapter_ids(
     Raises:
         ConfigError: If there is no such adapter, one has something in the place of a parameter of the
             base, or a site whose rows are not samples; and when the model is called, if the batch has
-            another number of samples.
+            another number of samples, a site reads rows that are not seen to be those of sample after
+            sample (positions, sequence first, a batch that is doubled inside), samples are mixed, or a call
+            of a new form cannot be followed (by a compiler): call the model itself once before.
     """
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")

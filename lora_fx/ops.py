@@ -36,7 +36,7 @@ __all__ = [
 
 
 # Attributes of instances: of modules, and of lora_fx.samples.SampleRows.
-_TAKEN = ("training", "samples", "repeats")
+_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "call")
 
 
 class AdapterModule(nn.Module):

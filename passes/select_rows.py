@@ -137,9 +137,11 @@ class _Work:
                 rows = graph.get_attr(join(holder, tag.adapter))
                 samples = graph.get_attr(join(holder, "samples"))
                 repeats = graph.get_attr(join(holder, "repeats"))
-                call = graph.call_function(function, (args[0], rows, *args[1:], samples, repeats))
+                state = graph.get_attr(join(holder, "state"))
+                known = (samples, repeats, state, tag.weight)
+                call = graph.call_function(function, (args[0], rows, *args[1:], *known))
             role = Role.ROWS if function is select_rows else Role.ADD
-            for one in (rows, samples, repeats, call):
+            for one in (rows, samples, repeats, state, call):
                 one.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             call.meta[META_KEY] = Tag(tag.weight, role, tag.adapter)
             self._made[key] = call
