@@ -43,12 +43,16 @@ def _fused(written: bool, region: Region) -> fx.Graph | None:
         return None
     graph = copy_graph(region.graph)
     copied = dataclasses.replace(region, graph=graph)
-    found = [one for node in graph.nodes if (one := fusable(node, copied)) is not None]
-    for one in found:
-        # What the model may write into cannot be kept for the gradient of a gain.
-        _replace(graph, dataclasses.replace(one, again=one.again or written))
+    fused = False
+    # One after the other, as values flow: what one operation gives may be what the next one reads.
+    for node in list(graph.nodes):
+        found = fusable(node, copied)
+        if found is not None:
+            # What the model may write into cannot be kept for the gradient of a gain.
+            _replace(graph, dataclasses.replace(found, again=found.again or written))
+            fused = True
     graph.lint()
-    return graph if found else None
+    return graph if fused else None
 
 
 def _replace(graph: fx.Graph, branch: Fusable) -> None:
