@@ -33,7 +33,10 @@ def matrix_shape(site: Site) -> tuple[int, int, int]:
 
 def part_of(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """What of a weight is the site's, as it is applied: a view where the weight can be viewed so."""
-    applied = weight.reshape(site.applied_shape)
+    return _rows_of(site, site.applied(weight))
+
+
+def _rows_of(site: Site, applied: torch.Tensor) -> torch.Tensor:
     if site.rows is None:
         return applied
     return applied.narrow(site.axis, site.rows[0], site.rows[1] - site.rows[0])
@@ -62,7 +65,8 @@ def subtracted(
     row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
     """``W - s · B A`` as a new tensor, rounded once; rows that are not the site's are as they were."""
-    changed = weight.detach().clone(memory_format=torch.contiguous_format)
-    part = part_of(row.site, changed)
-    part.copy_(wide(part) - pattern_of(row.site).delta(row.site, wide(a), wide(b)) * row.scale)
-    return changed
+    site = row.site
+    changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
+    part = _rows_of(site, changed)
+    part.copy_(wide(part) - pattern_of(site).delta(site, wide(a), wide(b)) * row.scale)
+    return site.stored(changed).contiguous()

@@ -43,6 +43,7 @@ class WeightView:
         source: The ``get_attr`` node of the parameter.
         shape: As which shape it is read, before rows are cut and matrices transposed.
         viewed: Whether that is another shape than the parameter's own.
+        order: How its dimensions are permuted before it is read so; None for not at all.
         transposed: Whether the last two dimensions are swapped.
         rows: Which of its rows (start, stop); None for all.
         indexed: Whether ``index`` says which of the matrices along the first of three dimensions.
@@ -53,6 +54,7 @@ class WeightView:
     source: fx.Node
     shape: tuple[int, ...]
     viewed: bool = False
+    order: tuple[int, ...] | None = None
     transposed: bool = False
     rows: tuple[int, int] | None = None
     indexed: bool = False

@@ -144,7 +144,7 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
 
 def _way(site: Site) -> tuple[object, ...]:
     """What applications of one weight have to agree in to share their factors."""
-    return (site.family, site.layout, site.view, site.experts, site.groups)
+    return (site.family, site.layout, site.view, site.order, site.experts, site.groups)
 
 
 def _returns_cache(capture: Capture) -> bool:

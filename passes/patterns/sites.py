@@ -109,6 +109,7 @@ def make_site(
         experts=experts,
         rows=rows,
         view=view.shape if view.viewed else None,
+        order=view.order,
     )
 
 
