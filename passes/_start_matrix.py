@@ -14,7 +14,7 @@ import torch
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import Factors, PlannedSite, Site
 
-__all__ = ["as_factors", "as_matrices", "matrix_shape", "part_of", "subtracted", "wide"]
+__all__ = ["as_factors", "as_matrices", "matrix_shape", "part_of", "replaced", "subtracted", "wide"]
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,8 +65,13 @@ def subtracted(
     row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
     """``W - s · B A`` as a new tensor, rounded once; rows that are not the site's are as they were."""
-    site = row.site
+    part = wide(part_of(row.site, weight.detach()))
+    delta = pattern_of(row.site).delta(row.site, wide(a), wide(b))
+    return replaced(row.site, weight, part - delta * row.scale)
+
+
+def replaced(site: Site, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A weight as a new tensor, with other values of what :func:`part_of` gives."""
     changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
-    part = _rows_of(site, changed)
-    part.copy_(wide(part) - pattern_of(site).delta(site, wide(a), wide(b)) * row.scale)
+    _rows_of(site, changed).copy_(part)
     return site.stored(changed).contiguous()
