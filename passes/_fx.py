@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["arguments", "erase_dead", "erase_unread", "known_arguments", "target_of", "unknown_arguments"]
+__all__ = [
+    "arguments",
+    "erase_dead",
+    "erase_unread",
+    "known_arguments",
+    "target_of",
+    "unknown_arguments",
+]
 
 
 def target_of(node: fx.Node) -> Any:

@@ -158,7 +158,7 @@ def _order(node: fx.Node, dims: int) -> tuple[int, ...] | None:
 
 
 def _shaped(node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that an operation makes of another; None if PyTorch refuses, or if it makes something else."""
+    """The shape that an operation makes of another; None if PyTorch refuses, or it makes none."""
     if len(node.all_input_nodes) != 1:
         return None
     tensor = torch.empty(shape, device="meta")

@@ -4,8 +4,8 @@ The letters of the parameter are of three kinds: summed (in x and not in the out
 and not in x) and shared (in both). With some summed and some kept it is a linear operation from the first
 to the second, ``y = Σᵢ x[… i …] W[o, i]``, and shared letters count experts, which have a matrix each. The
 branch is two einsums with a letter r of its own: ``Σᵢ x[… i …] A[r, i]``, which has r where the output has o,
-and then ``Σᵣ … B[o, r]``. Several kept letters are one dimension of B, in the order of the weight, and several
-summed ones are one of A, wherever they lie in the weight.
+and then ``Σᵣ … B[o, r]``. Several kept letters are one dimension of B, in the order of the weight, and
+several summed ones are one of A, wherever they lie in the weight.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class EinsumPattern:
         if order == tuple(range(len(stored))):
             order = None
         if order is not None and seen.view.viewed:
-            reason = f"einsum {stored!r} permutes a view of its weight: store the weight in that shape"
+            reason = (
+                f"einsum {stored!r} permutes a view of its weight: store the weight in that shape"
+            )
             return reject(region, node, seen.view.source, reason)
         count, *matrix = (math.prod(sizes[i] for i in group) for group in (shared, kept, summed))
         shape = (*((count,) if shared else ()), *(matrix if out_in else matrix[::-1]))

@@ -7,7 +7,6 @@ one expert, for the expert of each row, for all at once, or for rows sorted by e
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -26,7 +26,7 @@ _ADDMM = (
 _MATMUL = (
     *(operator.matmul, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
     *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.mv, torch.Tensor.mv),
-    *(_aten.mm.default, _aten.matmul.default, _aten.bmm.default, _aten.mv.default),
+    *(torch.sparse.mm, _aten.mm.default, _aten.matmul.default, _aten.bmm.default, _aten.mv.default),
 )
 _LINEAR_NAMES = "input weight bias=None"
 _ADDMM_NAMES = "input|self mat1|batch1 mat2|batch2 * beta=1 alpha=1"

@@ -204,8 +204,8 @@ def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
         region,
         node,
         source,
-        f"{what} is called with {', '.join(passed)}, of which lora_fx does not know what it does to the product: "
-        "call it without",
+        f"{what} is called with {', '.join(passed)}, and nothing says what that does to the product: call it "
+        "without",
     )
 
 
