@@ -3,8 +3,8 @@
 Their own ``forward`` branches on how it is called and has fast paths in C++ that read the weights past every
 adapter. What is here computes the same from operations that can be seen: one projection each for q, k and
 v, the attention between them (:func:`lora_fx.attention.attend`), one projection out. A transposed convolution
-takes the size of its output from its caller. Each function has the signature of the ``forward`` that it stands
-for, and its graph holds for every call.
+takes the size of its output from its caller. Each function has the signature of the ``forward`` that it
+stands for, and its graph holds for every call.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 __all__ = ["EmbeddingPattern", "lookup"]
 
 # A gradient that is sparse is that of the weight, which is frozen.
-_FUNCTIONAL = "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False"
+_FUNCTIONAL = (
+    "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False "
+    "sparse=False"
+)
 _ATEN = "weight input|indices padding_idx=-1 scale_grad_by_freq=False sparse=False"
 
 
