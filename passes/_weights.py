@@ -31,6 +31,7 @@ _SPLITS: tuple[Any, ...] = (
     torch.split,
     torch.Tensor.split,
     _aten.split.Tensor,
+    _aten.split.sizes,
     _aten.split_with_sizes.default,
 )
 
@@ -295,17 +296,21 @@ _TARGETS: dict[_Step, tuple[Any, ...]] = {
         *(torch.transpose, _T.transpose, torch.permute, _T.permute),
         *(torch.swapaxes, _T.swapaxes, torch.swapdims, _T.swapdims),
         *(torch.movedim, _T.movedim, torch.moveaxis, _T.moveaxis),
-        *(_aten.t.default, _aten.transpose.int, _aten.permute.default),
+        *(_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.adjoint.default),
+        *(_aten.numpy_T.default, _aten.mT.default, _aten.mH.default, _aten.matrix_H.default),
+        *(_aten.swapaxes.default, _aten.swapdims.default, _aten.movedim.int),
+        *(_aten.movedim.intlist, _aten.moveaxis.int, _aten.moveaxis.intlist),
     ),
     _reshape: (
         *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten),
         *(_T.squeeze, torch.squeeze, _T.unflatten, torch.unflatten),
         *(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default),
         *(_aten.flatten.using_ints, _aten.squeeze.default, _aten.squeeze.dim),
+        *(_aten.squeeze.dims, _aten.unflatten.int),
     ),
     _getitem: (operator.getitem,),
     _slice: (_aten.slice.Tensor,),
-    _narrow: (torch.narrow, _T.narrow),
+    _narrow: (torch.narrow, _T.narrow, _aten.narrow.default),
     _select: (
         *(torch.select, _T.select, _aten.select.int),
         *(torch.index_select, _T.index_select, _aten.index_select.default),

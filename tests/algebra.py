@@ -177,7 +177,7 @@ class Letters:
 def dense_weights(
     model: nn.Module, adapted: nn.Module, letters: Mapping[str, Letters]
 ) -> dict[str, torch.Tensor]:
-    """``W + s·BA`` of every adapted weight of the plain `model`, differentiable in the factors of `adapted`."""
+    """``W + s·BA`` of every adapted weight of `model`, differentiable in the factors of `adapted`."""
     weights = {name: model.get_parameter(name).detach() for name in letters}
     for adapter, entry in adapted._lora_fx.adapters.items():
         for row in entry.sites:

@@ -41,7 +41,7 @@ WAYS: dict[str, tuple[Letters, Any]] = {
 }
 
 
-def step(way: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def step(way: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:  # noqa: C901  a table of code
     if way == "x @ w":
         return x @ w
     if way == "x @ w.T":
@@ -121,16 +121,29 @@ def cases(draw: st.DrawFn) -> Case:
 OPTIONS = st.sampled_from([{}, {"use_dora": True}, {"lora_dropout": 0.4}, {"optimize": False}])
 
 
-@given(case=cases(), options=OPTIONS, export=st.booleans(), second=st.booleans())
+@given(case=cases(), options=OPTIONS, second=st.booleans())
 def test_a_program_of_products_is_that_of_the_dense_weights(
-    case: Case, options: dict[str, Any], export: bool, second: bool
+    case: Case, options: dict[str, Any], second: bool
 ) -> None:
+    check(case, options, second)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["", "DoRA"])
+def test_every_way_is_one_of_an_exported_graph_too(options: dict[str, Any]) -> None:
+    ways = [way for way in WAYS if way != "one expert" or not options]
+    steps = [(way, number, number % 3 == 0) for number, way in enumerate(ways)]
+    shapes = [WAYS[way][1](4, 4) for way in ways]
+    check(Case(steps, shapes, (3, 4)), options, second=not options, frontend="export")
+
+
+def check(case: Case, options: dict[str, Any], second: bool, **more: Any) -> None:
     model = seeded(Program)(case.steps, case.shapes)
     x = sample(*case.x, dtype=torch.float64)
-    more = {"optimize": False} if "optimize" in options else {}
-    if export:
-        more |= {"frontend": "export", "example_inputs": (x,)}
-    kept = {name: value for name, value in options.items() if name != "optimize"}
+    if more:
+        more["example_inputs"] = (x,)
+    kept = dict(options)
+    if kept.pop("optimize", True) is False:
+        more["optimize"] = False
     if any(way == "one expert" for way, *_ in case.steps):
         kept.pop("use_dora", None)
     targets = list(case.letters)
@@ -145,13 +158,9 @@ def test_a_program_of_products_is_that_of_the_dense_weights(
 class Applied(nn.Module):
     """One operation on a parameter `k`, whatever it is."""
 
-    def __init__(self, function: Any, *shape: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
         self.k = nn.Parameter(torch.randn(*shape).double() / 2)
-        self.function = function
-
-    def forward(self, *args: Any) -> torch.Tensor:
-        raise NotImplementedError
 
 
 class RightMatmul(Applied):
@@ -219,7 +228,7 @@ INNER_LAST = {LeftMatmul, LeftBmm, Mv, RightTransposed, Linear}
 def test_every_rank_of_input_and_weight(
     build: type[Applied], shape: tuple[int, ...], x: tuple[int, ...]
 ) -> None:
-    model, value = seeded(build)(None, *shape), sample(*x, dtype=torch.float64)
+    model, value = seeded(build)(*shape), sample(*x, dtype=torch.float64)
     try:
         model(value)
     except RuntimeError:
@@ -277,12 +286,19 @@ class OldAddmm(Applied):
 
 @pytest.mark.parametrize(
     ("build", "passed"),
-    [(MatmulOut, "out"), (MmOut, "out"), (AddmmOut, "out"), (BmmOut, "out"), (MmInto, "#3"), (OldAddmm, "#4, #5")],
-)  # fmt: skip
+    [
+        (MatmulOut, "out"),
+        (MmOut, "out"),
+        (AddmmOut, "out"),
+        (BmmOut, "out"),
+        (MmInto, "#3"),
+        (OldAddmm, "#4, #5"),
+    ],
+)
 def test_an_argument_that_nobody_knows_refuses_the_operation(
     build: type[Applied], passed: str
 ) -> None:
-    model = build(None, *((3, 4, 4) if build is BmmOut else (4, 4)))
+    model = build(*((3, 4, 4) if build is BmmOut else (4, 4)))
     assert f"is called with {passed}, and nothing says what that does" in refusal(model)
 
 
@@ -292,7 +308,7 @@ class OutOfNone(Applied):
 
 
 def test_none_is_what_an_argument_is_by_default() -> None:
-    model, x = seeded(OutOfNone)(None, 4, 4), sample(3, 4, dtype=torch.float64)
+    model, x = seeded(OutOfNone)(4, 4), sample(3, 4, dtype=torch.float64)
     adapted = algebra.randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["k"])))
     algebra.check_dense(model, adapted, {"k": Letters("io", "o", "i")}, x)
 
@@ -335,7 +351,7 @@ class TransposedByTheInput(Applied):
 def test_a_view_that_is_no_matrix_of_the_weight_is_refused(
     build: type[Applied], reason: str
 ) -> None:
-    assert reason in refusal(build(None, *((4, 4, 4) if build is Bilinear else (4, 4))))
+    assert reason in refusal(build(*((4, 4, 4) if build is Bilinear else (4, 4))))
 
 
 class Rows(Applied):
@@ -351,7 +367,7 @@ class Halves(Applied):
 
 @pytest.mark.parametrize("build", [Rows, Halves])
 def test_rows_are_cut_by_keyword_and_counted_from_the_end(build: type[Applied]) -> None:
-    model, x = seeded(build)(None, 4, 5), sample(3, 5, dtype=torch.float64)
+    model, x = seeded(build)(4, 5), sample(3, 5, dtype=torch.float64)
     config = LoraConfig(r=2, target_modules=["k", "k.0_2", "k.2_4"])
     adapted = algebra.randomise(lora_fx.rewrite(model, config))
     merged = lora_fx.merge(adapted)
@@ -361,49 +377,29 @@ def test_rows_are_cut_by_keyword_and_counted_from_the_end(build: type[Applied]) 
     assert torch.equal(merged.k[:untouched], model.k[:untouched])
 
 
-class SparseInput(Applied):
+class Mm(Applied):
     def forward(self, x):
-        return self.function(x, self.k)
+        return torch.mm(x, self.k)
 
 
-SPARSE = {
-    "linear": (F.linear, Letters("oi", "o", "i")),
-    "mm": (torch.mm, Letters("io", "o", "i")),
-    "sparse.mm": (torch.sparse.mm, Letters("io", "o", "i")),
-}
+class SparseMm(Applied):
+    def forward(self, x):
+        return torch.sparse.mm(x, self.k)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("build", [Linear, Mm, SparseMm])
 @pytest.mark.parametrize("optimize", [True, False])
-def test_a_sparse_input(name: str, layout: Any, options: dict[str, Any], optimize: bool) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.k = nn.Parameter(torch.randn(5, 5).double())
-
-        if name == "linear":
-
-            def forward(self, x):
-                return F.linear(x, self.k)
-
-        elif name == "mm":
-
-            def forward(self, x):
-                return torch.mm(x, self.k)
-
-        else:
-
-            def forward(self, x):
-                return torch.sparse.mm(x, self.k)
-
-    model = seeded(Model)()
+def test_a_sparse_input(
+    build: type[Applied], layout: Any, options: dict[str, Any], optimize: bool
+) -> None:
+    model = seeded(build)(5, 5)
     x = F.relu(sample(4, 5, dtype=torch.float64)).to_sparse(layout=layout)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["k"], **options)
     adapted = algebra.randomise(lora_fx.rewrite(model, config, optimize=optimize))
-    letters = {"k": SPARSE[name][1]}
+    letters = {"k": Letters("oi" if build is Linear else "io", "o", "i")}
     weights = algebra.dense_weights(model, adapted, letters)
     exact = torch.func.functional_call(model, weights, (x,))
     adapted.eval()
@@ -420,6 +416,6 @@ def test_a_sparse_input(name: str, layout: Any, options: dict[str, Any], optimiz
 
 
 def test_a_sparse_weight_is_refused() -> None:
-    model = RightMatmul(None, 4, 4)
+    model = RightMatmul(4, 4)
     model.k = nn.Parameter(model.k.detach().to_sparse(), requires_grad=False)
     assert "its weight is sparse (sparse_coo)" in refusal(model)
