@@ -276,7 +276,7 @@ def test_layers_one_after_the_other_in_an_exported_graph() -> None:
 
 
 def test_a_chain_over_quantized_weights() -> None:
-    model, x = lora_fx.quantize(seeded(Chain)(64), compute_dtype=torch.float32), sample(3, 64)
+    model, x = lora_fx.quantize(seeded(Chain)(64), "nf4"), sample(3, 64)
     config = LoraConfig(r=2, target_modules=["u", "v"])
     adapted = algebra.randomise(lora_fx.rewrite(model, config), 0.05)
     (graph,) = lora_fx.graphs(adapted).values()

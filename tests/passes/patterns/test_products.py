@@ -231,7 +231,7 @@ def test_every_rank_of_input_and_weight(
     model, value = seeded(build)(*shape), sample(*x, dtype=torch.float64)
     try:
         model(value)
-    except RuntimeError:
+    except (IndexError, RuntimeError):
         pytest.skip("PyTorch has no such product")
     matrix = "oi" if build in INNER_LAST else "io"
     letters = {"k": Letters(("e" if len(shape) == 3 else "") + matrix, "o", "i")}
@@ -320,7 +320,7 @@ class Bilinear(Applied):
 
 class CastToNumbers(Applied):
     def forward(self, x):
-        return x @ self.k.to(torch.int64).to(x.dtype)
+        return x @ self.k.to(torch.int64).double()
 
 
 class ReadAsBytes(Applied):
