@@ -94,9 +94,8 @@ def _site_values(
         weight = model.get_parameter(site.weight) if weight is None else weight
         if site.quantized is None:  # else it has scales beside it, and is no tensor to detach
             weight = gathered(weight)
-        gains = dora.gain(
-            magnitude, weight, a, b, row.scale, site.layout, site.groups, site.view, site.rows
-        )
+        shape = (site.layout, site.groups, site.view, site.rows, site.order)
+        gains = dora.gain(magnitude, weight, a, b, row.scale, *shape)
         found["gain"] = gains.double()
         found["B"] = up * found["gain"].view(-1, *(1 for _ in up.shape[1:]))
     inputs = site_inputs(model, row).inputs()

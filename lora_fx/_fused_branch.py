@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_fx._fused_calls import add_product, apply, flat, without_autocast
 from lora_fx.errors import LoraFxError
-from lora_fx.masks import draw, kept, unpacked
+from lora_fx.masks import draw, kept, masked, unpacked
 
 __all__ = ["Kernel", "Rows", "applied"]
 
@@ -129,9 +129,9 @@ def _operations(options: Any, tensors: Sequence[Any]) -> list[_Operation]:
 def _plain(
     x: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Any, *tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
-    masked = x.to(dtype)
-    masked = masked if mask is None else masked * unpacked(mask, masked)
-    return _one_by_one(x, masked, options, tensors)
+    own = x.to(dtype)
+    own = own if mask is None else masked(own, mask)
+    return _one_by_one(x, own, options, tensors)
 
 
 def _one_by_one(

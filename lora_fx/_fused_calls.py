@@ -54,11 +54,12 @@ def apply(
     Args:
         function: It has ``setup_context``.
         plain: The same outputs of plain operations, with nothing in place: under the transforms of
-            ``torch.func``, since vmap cannot write a batch into what has none.
-        given: The arguments of both.
+            ``torch.func``, since vmap cannot write a batch into what has none, and for a sparse x, which has
+            few operations.
+        given: The arguments of both, x before all others.
     """
     compiling = torch.compiler.is_compiling()
-    if transformed():
+    if transformed() or given[0].layout is not torch.strided:
         return plain(*given)
     if compiling and not _wanted(given):
         # Dynamo does not trace a function that has no gradient to compute.

@@ -48,6 +48,7 @@ def gain(
     groups: int = 1,
     view: Sequence[int] | None = None,
     rows: tuple[int, int] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Tensor:
     """``g = m / ‖W + s·BA‖``, differentiable in m only.
 
@@ -64,11 +65,13 @@ def gain(
         groups: Of a convolution.
         view: The shape in which the weight is applied, where that is not its own.
         rows: Which of its outputs (start, stop).
+        order: How the weight's dimensions are permuted before it is viewed.
 
     Returns:
         [out], in fp32, or fp64 for an fp64 weight.
     """
-    norm = weight_norm(applied_weight(weight, layout, view, rows), a, b, scale, layout, groups)
+    applied = applied_weight(weight, layout, view, rows, order)
+    norm = weight_norm(applied, a, b, scale, layout, groups)
     # The gradient of what is divided by infinity is zero; what `where` leaves out of m / 0 would have NaN.
     nothing = norm == 0
     return magnitude.flatten().to(norm.dtype) / norm.masked_fill(nothing, torch.inf) + nothing
@@ -79,6 +82,7 @@ def applied_weight(
     layout: str = "out_in",
     view: Sequence[int] | None = None,
     rows: tuple[int, int] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Tensor:
     """The weight as it is applied: a view, or a copy where it is not contiguous and viewed otherwise.
 
@@ -87,11 +91,14 @@ def applied_weight(
         layout: Which of its axes has the outputs.
         view: The shape in which it is applied, where that is not its own.
         rows: Which of its outputs (start, stop).
+        order: How its dimensions are permuted before it is viewed; None for not at all.
     """
     if quantization_of(weight) is None:
         weight = weight.detach()
     else:
         weight = dense(weight) if layout == "out_in" else dense(weight).T
+    if order is not None:
+        weight = weight.permute(tuple(order))
     if view is not None:
         weight = weight.reshape(view)
     if rows is None:

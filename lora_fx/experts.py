@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "as_before",
+    "as_matrix",
     "grouped_linear",
     "grouped_mm",
     "repeated",
@@ -24,6 +26,27 @@ __all__ = [
 ]
 
 _ALIGNMENT = 16  # bytes: what the grouped kernels of PyTorch want strides to be multiples of
+
+
+def as_matrix(x: Tensor, column: bool) -> Tensor:
+    """A vector as a matrix of one row, or one column; anything else as it is.
+
+    Args:
+        x: What is multiplied with several matrices.
+        column: Whether it is the right operand.
+    """
+    return x if x.dim() > 1 else x.unsqueeze(-1 if column else 0)
+
+
+def as_before(out: Tensor, x: Tensor, column: bool) -> Tensor:
+    """A product without the dimension that :func:`as_matrix` has given to its operand.
+
+    Args:
+        out: The product.
+        x: The operand as it was before.
+        column: Whether it was the right one.
+    """
+    return out if x.dim() > 1 else out.squeeze(-1 if column else -2)
 
 
 def sorted_by_expert(

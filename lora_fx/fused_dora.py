@@ -26,7 +26,7 @@ from lora_fx._fused_calls import (
 from lora_fx._lazy_copy import lazy_copy
 from lora_fx.dora import divisible
 from lora_fx.errors import LoraFxError
-from lora_fx.masks import draw, kept, unpacked
+from lora_fx.masks import draw, kept, masked, unpacked
 
 __all__ = ["dora_linear"]
 
@@ -123,10 +123,10 @@ def _plain(
     b: Tensor,
     gains: Tensor,
 ) -> tuple[Tensor, ...]:
-    masked = x if mask is None else x * unpacked(mask, x)
+    own = x if mask is None else masked(x, mask)
     base = F.linear(x, weight, bias)
     mine = base if options.rows is None else base[..., options.rows[0] : options.rows[1]]
-    up = F.linear(F.linear(masked, a.to(x.dtype)), options.steered(b, gains, x.dtype))
+    up = F.linear(F.linear(own, a.to(x.dtype)), options.steered(b, gains, x.dtype))
     if bias is not None:
         up = up + ((1 - gains) * options.own(bias)).to(x.dtype)
     change = torch.addcmul(up, mine, (gains - 1).to(x.dtype))

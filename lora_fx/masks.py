@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FEW", "draw", "dropped", "kept", "transformed", "unpacked"]
+__all__ = ["FEW", "draw", "dropped", "kept", "masked", "transformed", "unpacked"]
 
 # Elements below which a mask is drawn one by one: measured, with what reads it.
 FEW = 8192
@@ -46,6 +46,8 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
     """
     if not training:
         return x
+    if x.layout is not torch.strided:
+        return masked(x, draw(x, dropout)) * (256 / kept(dropout))
     if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed():
         return F.dropout(x, dropout)
     out: Tensor = _Dropped.apply(x, draw(x, dropout), 256 / kept(dropout))  # type: ignore[no-untyped-call]
@@ -118,6 +120,14 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
     make = _rows if type(mask) is Tensor else _rows.__wrapped__
     rows = torch.index_select(make(x.dtype), 0, mask.int())
     return rows.flatten()[: x.numel()].view(x.shape)
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` without what a mask drops, not scaled: of a sparse tensor, numbers that it holds."""
+    if x.layout not in (torch.strided, torch.sparse_coo):
+        # What else is sparse has no product with a dense tensor, or not on every device.
+        x = x.to_sparse_coo()
+    return x * unpacked(mask, x)
 
 
 def _few(x: Tensor) -> bool:

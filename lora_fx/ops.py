@@ -6,6 +6,8 @@ import dataclasses
 import keyword
 import operator
 import re
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ __all__ = [
     "differs",
     "in_place",
     "needs_modules",
+    "output_padding",
     "pad_features",
     "tree_differs",
     "wants_cache",
@@ -267,3 +270,35 @@ def differs(found: object, expected: object) -> bool:
         assert isinstance(found, list | tuple)
         return len(found) != len(expected) or any(map(differs, found, expected))
     return bool(found != expected)
+
+
+def output_padding(
+    x: torch.Tensor,
+    output_size: Sequence[int] | None,
+    default: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+) -> Sequence[int]:
+    """What a transposed convolution adds to its output, so that it has the size that a call asks for.
+
+    Args:
+        x: The input.
+        output_size: The size, with or without the dimensions before the spatial ones; or None.
+        default: What the layer adds if no size is asked for.
+        stride: Of the layer; what follows, too.
+        padding: Likewise.
+        kernel_size: Likewise.
+        dilation: Likewise.
+
+    Raises:
+        ValueError: PyTorch's own, for a size that the layer cannot give.
+    """
+    if output_size is None:
+        return default
+    layer: Any = SimpleNamespace(output_padding=default)
+    geometry: tuple[Any, ...] = (stride, padding, kernel_size, len(kernel_size), dilation)
+    size: Any = output_size
+    found: Sequence[int] = nn.ConvTranspose2d._output_padding(layer, x, size, *geometry)
+    return found

@@ -258,6 +258,7 @@ class Site:
         rows: Which rows of the weight it is (start, stop), for a weight that is applied in parts;
             None for all of them.
         view: The shape in which it is applied, where that is not the weight's own.
+        order: How the dimensions of the weight are permuted before it is viewed so; None for not at all.
         parts: What its output is cut into, by name, with the rows (start, stop) that make it.
         part_of: Name of the site of which this is such a part: the operation applies the whole weight.
         tied_to: FQNs of other parameters over the same storage.
@@ -281,6 +282,7 @@ class Site:
     experts: int | None = None
     rows: tuple[int, int] | None = None
     view: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
     parts: tuple[tuple[str, tuple[int, int]], ...] = ()
     part_of: str = ""
     tied_to: tuple[str, ...] = ()
@@ -323,7 +325,7 @@ class Site:
     def divisible(self) -> bool:
         """Whether some of its output features can have an adapter of their own."""
         plain = self.family == "linear" and self.rows is None and self.experts is None
-        return plain and not any(call.left for call in self.calls)
+        return plain and all(call.axes == (-1,) for call in self.calls)
 
     def part(self, name: str, rows: tuple[int, int]) -> Site:
         """The site of some of the output features.
@@ -345,6 +347,19 @@ class Site:
     def applied_shape(self) -> tuple[int, ...]:
         """Shape in which the weight is applied: its own, or that of a view of it."""
         return self.view or self.weight_shape
+
+    def applied(self, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape as it is applied: a view, or a copy where there is no such view."""
+        permuted = weight if self.order is None else weight.permute(self.order)
+        return permuted.reshape(self.applied_shape)
+
+    def stored(self, applied: torch.Tensor) -> torch.Tensor:
+        """What :meth:`applied` gives, back in the weight's shape."""
+        if self.order is None:
+            return applied.reshape(self.weight_shape)
+        order = self.order
+        permuted = applied.reshape([self.weight_shape[axis] for axis in order])
+        return permuted.permute(sorted(range(len(order)), key=order.__getitem__))
 
     @property
     def axis(self) -> int:

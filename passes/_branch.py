@@ -218,6 +218,7 @@ class Branch:
             site.groups,
             site.view,
             site.rows,
+            *(() if site.order is None else (site.order,)),
         )
 
     def _steered(self) -> fx.Node:

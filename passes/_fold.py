@@ -84,10 +84,10 @@ class Fold:
 
     def exact(self, old: torch.Tensor) -> torch.Tensor:
         """The merged weight in fp64."""
-        total = old.to(torch.float64, copy=True)
-        parts = self._parts(total.dtype, total.device)
-        self._add(total.view(self.rows[0][0].site.applied_shape), 0, parts)
-        return total
+        site = self.rows[0][0].site
+        total = site.applied(old).to(torch.float64, copy=True)
+        self._add(total, 0, self._parts(total.dtype, total.device))
+        return site.stored(total)
 
     def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
         """Goes through the slices of a weight: each depends on the same slice of the old one only.
@@ -99,7 +99,7 @@ class Fold:
         """
         wide = torch.float32 if old.device.type == "mps" else torch.float64
         site = self.rows[0][0].site
-        axis, old = site.axis, old.reshape(site.applied_shape)
+        axis, old = site.axis, site.applied(old)
         features = old.shape[axis]
         step = features if site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
         step, size = min(step, features), old.numel() // max(1, features)
@@ -108,7 +108,10 @@ class Fold:
         dtype = old.dtype if out is None else out.dtype
         scratch = rounding_memory(dtype, memory)
         rehearsed = old.new_empty(0 if out is not None else step * size)
-        merged = None if out is None else out.view(site.applied_shape)
+        merged = out
+        if out is not None:
+            # Dimensions that are permuted and joined have memory of their own until they are put back.
+            merged = out.view(old.shape) if site.order is None else out.new_empty(old.shape)
         parts, finite = self._parts(wide, old.device), True
         for start in range(0, features, step):
             source = old.narrow(axis, start, min(step, features - start))
@@ -120,6 +123,8 @@ class Fold:
                 part = merged.narrow(axis, start, source.shape[axis])
             round_into(part, total, scratch)
             finite = finite and (checked or _is_finite(part))
+        if out is not None and merged is not None and site.order is not None:
+            out.copy_(site.stored(merged))
         if not finite and _is_finite(old):
             raise MergeError(
                 f"{self.name}: the merged weight overflows {dtype}; merge in a wider dtype"
@@ -178,7 +183,7 @@ class Fold:
         for adapter in adapters:
             moved = own_value(self.model, adapter, site.weight).detach()
             for value, sign in ((moved, 1), (self.record.originals[site.weight], -1)):
-                applied = value.reshape(site.applied_shape)
+                applied = site.applied(value)
                 part = applied.narrow(site.axis, start, total.shape[site.axis])
                 total.add_(part.to(total), alpha=sign)
 

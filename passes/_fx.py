@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["arguments", "erase_dead", "erase_unread", "target_of"]
+__all__ = [
+    "arguments",
+    "erase_dead",
+    "erase_unread",
+    "known_arguments",
+    "target_of",
+    "unknown_arguments",
+]
 
 
 def target_of(node: fx.Node) -> Any:
@@ -25,21 +32,55 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
     Args:
         node: A ``call_function`` or ``call_method`` node.
         names: The parameters in order, separated by spaces, each with ``=default`` if it has one
-            (a Python literal).
+            (a Python literal). ``input|self`` is one parameter with several names, the first of which
+            counts here; what comes after ``*`` is passed by keyword only.
 
     Returns:
         Every parameter's value; a missing one without a default is None.
     """
     result: dict[str, Any] = {}
-    for index, declared in enumerate(names.split()):
-        name, _, default = declared.partition("=")
-        if index < len(node.args):
-            result[name] = node.args[index]
-        elif name in node.kwargs:
-            result[name] = node.kwargs[name]
+    positional, keyword = _declared(names)
+    for index, declared in enumerate([*positional, *keyword]):
+        known, _, default = declared.partition("=")
+        several = known.split("|")
+        passed = [name for name in several if name in node.kwargs]
+        if index < len(node.args) and index < len(positional):
+            result[several[0]] = node.args[index]
+        elif passed:
+            result[several[0]] = node.kwargs[passed[0]]
         else:
-            result[name] = eval(default, {}) if default else None
+            result[several[0]] = eval(default, {}) if default else None
     return result
+
+
+def known_arguments(node: fx.Node, names: str) -> dict[str, Any] | None:
+    """What :func:`arguments` gives, or None where the node passes something that is not among the names.
+
+    Whoever asks what a node computes may not pass over an argument that it does not know (``out=``).
+    """
+    return None if unknown_arguments(node, names) else arguments(node, names)
+
+
+def unknown_arguments(node: fx.Node, names: str) -> list[str]:
+    """What a node passes that is not among these parameters, by name or as ``#3`` by its place.
+
+    Args:
+        node: As for :func:`arguments`.
+        names: Likewise. None is what an optional argument is by default, whatever its name.
+    """
+    positional, keyword = _declared(names)
+    declared = [one.partition("=")[0].split("|") for one in (*positional, *keyword)]
+    known = {name for several in declared for name in several}
+    extra = enumerate(node.args[len(positional) :], len(positional) + 1)
+    return [
+        *(f"#{place}" for place, value in extra if value is not None),
+        *(name for name, value in node.kwargs.items() if name not in known and value is not None),
+    ]
+
+
+def _declared(names: str) -> tuple[list[str], list[str]]:
+    positional, _, keyword = names.partition("*")
+    return positional.split(), keyword.split()
 
 
 def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:

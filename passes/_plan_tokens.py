@@ -67,9 +67,10 @@ def _has_rows(site: Site) -> bool:
     if site.rows is not None or site.experts or site.view or any(c.left for c in site.calls):
         return False
     if site.family == "embedding":
-        return True
-    written = all(call.pattern != "einsum" for call in site.calls)
-    return site.family == "linear" and site.layout == "out_in" and written
+        return all(call.pattern == "embedding" for call in site.calls)
+    # A registered pattern may do more than a product, and an einsum has its outputs anywhere.
+    known = all(call.pattern in ("linear", "matmul", "quantized") for call in site.calls)
+    return site.family == "linear" and site.layout == "out_in" and known
 
 
 def _input_embedding(model: nn.Module, matches: Matches) -> str:

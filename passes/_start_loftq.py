@@ -17,7 +17,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from lora_fx.passes._start_matrix import as_matrices, part_of, wide
+from lora_fx.passes._start_matrix import as_matrices, part_of, replaced, wide
 from lora_fx.types import PlannedSite
 
 __all__ = ["levels", "loftq", "quantised"]
@@ -40,9 +40,7 @@ def loftq(
         iterations: How often both steps are done.
     """
     site = row.site
-    changed = weight.detach().clone(memory_format=torch.contiguous_format)
-    part = part_of(site, changed)
-    exact = wide(part).clone()
+    exact = wide(part_of(site, weight.detach())).clone()
     matrices = as_matrices(site, exact)
     kept = exact
     for _ in range(iterations):
@@ -52,8 +50,7 @@ def loftq(
         a, b = root[:, :, None] * vh[:, : row.rank], u[:, :, : row.rank] * root[:, None, :]
         product = b @ a if site.layout == "out_in" else (b @ a).mT
         kept = exact - product.reshape(exact.shape)
-    part.copy_(values)
-    return a, b, changed
+    return a, b, replaced(site, weight, values)
 
 
 def quantised(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import Factors, PlannedSite, Site
 
-__all__ = ["as_factors", "as_matrices", "matrix_shape", "part_of", "subtracted", "wide"]
+__all__ = ["as_factors", "as_matrices", "matrix_shape", "part_of", "replaced", "subtracted", "wide"]
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,10 @@ def matrix_shape(site: Site) -> tuple[int, int, int]:
 
 def part_of(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """What of a weight is the site's, as it is applied: a view where the weight can be viewed so."""
-    applied = weight.reshape(site.applied_shape)
+    return _rows_of(site, site.applied(weight))
+
+
+def _rows_of(site: Site, applied: torch.Tensor) -> torch.Tensor:
     if site.rows is None:
         return applied
     return applied.narrow(site.axis, site.rows[0], site.rows[1] - site.rows[0])
@@ -62,7 +65,13 @@ def subtracted(
     row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
     """``W - s · B A`` as a new tensor, rounded once; rows that are not the site's are as they were."""
-    changed = weight.detach().clone(memory_format=torch.contiguous_format)
-    part = part_of(row.site, changed)
-    part.copy_(wide(part) - pattern_of(row.site).delta(row.site, wide(a), wide(b)) * row.scale)
-    return changed
+    part = wide(part_of(row.site, weight.detach()))
+    delta = pattern_of(row.site).delta(row.site, wide(a), wide(b))
+    return replaced(row.site, weight, part - delta * row.scale)
+
+
+def replaced(site: Site, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A weight as a new tensor, with other values of what :func:`part_of` gives."""
+    changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
+    _rows_of(site, changed).copy_(part)
+    return site.stored(changed).contiguous()

@@ -39,7 +39,7 @@ def initial_magnitude(
         return torch.empty(shape, dtype=dtype, device="meta")
     if row.tied:
         a, b = a.T, b.T
-    applied = dora.applied_weight(weight, site.layout, site.view, site.rows)
+    applied = dora.applied_weight(weight, site.layout, site.view, site.rows, site.order)
     norm = dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
     return norm.reshape(shape).to(dtype)
 

@@ -65,10 +65,13 @@ def _reason(site: Site, config: LoraConfig) -> str | None:
             "a weight with a matrix for each expert has no magnitude (as in PEFT): leave it out, or set "
             "use_dora=False"
         )
-    if config.use_dora and not all(call.axes for call in site.calls):
+    if (config.use_dora or config.lora_bias) and not all(call.axes for call in site.calls):
+        what, field = "DoRA scales", "use_dora"
+        if config.lora_bias:
+            what, field = "a bias on B adds to", "lora_bias"
         return (
-            "DoRA scales each output feature, and nothing says where they are (an ellipsis in the equation "
-            "comes after them): write the dimensions out, or set use_dora=False"
+            f"{what} each output feature, and nothing says where they are (an ellipsis in the equation "
+            f"comes after them): write the dimensions out, or set {field}=False"
         )
     if config.lora_bias and site.experts:
         return (

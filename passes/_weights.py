@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._fx import arguments, known_arguments, target_of
 from lora_fx.types import Region
 
-__all__ = ["CHUNKS", "WeightView", "constant_of", "splits", "weight_of"]
+__all__ = ["CHUNKS", "SPLIT", "WeightView", "constant_of", "splits", "weight_of"]
 
 _aten = torch.ops.aten
 CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
 """What cuts a tensor into a number of parts; the other splits say how long each is."""
+
+SPLIT = "input|self|tensor size|split_size_or_sections|split_size|split_sizes|chunks dim=0"
+"""The arguments of all of these, as :func:`lora_fx.passes._fx.arguments` takes them."""
 
 _SPLITS: tuple[Any, ...] = (
     *CHUNKS,
     torch.split,
     torch.Tensor.split,
     _aten.split.Tensor,
+    _aten.split.sizes,
     _aten.split_with_sizes.default,
 )
 
@@ -40,6 +44,7 @@ class WeightView:
         source: The ``get_attr`` node of the parameter.
         shape: As which shape it is read, before rows are cut and matrices transposed.
         viewed: Whether that is another shape than the parameter's own.
+        order: How its dimensions are permuted before it is read so; None for not at all.
         transposed: Whether the last two dimensions are swapped.
         rows: Which of its rows (start, stop); None for all.
         indexed: Whether ``index`` says which of the matrices along the first of three dimensions.
@@ -50,6 +55,7 @@ class WeightView:
     source: fx.Node
     shape: tuple[int, ...]
     viewed: bool = False
+    order: tuple[int, ...] | None = None
     transposed: bool = False
     rows: tuple[int, int] | None = None
     indexed: bool = False
@@ -76,7 +82,10 @@ def weight_of(node: object, region: Region) -> WeightView | None:
     parameter = region.parameter(node)
     if parameter is not None:
         return WeightView(node, tuple(parameter.shape))
-    target, first = target_of(node), node.args[0] if node.args else None
+    target = target_of(node)
+    if target is None:
+        return None
+    first = arguments(node, "input|self")["input"]
     if target is operator.getitem and isinstance(first, fx.Node) and splits(first):
         return _split(first, node.args[1], region)
     step = _STEPS.get(target)
@@ -111,7 +120,13 @@ def constant_of(node: object, region: Region) -> fx.Node | None:
 # --- one step each: what a node makes of the view that it is given, or None -----------------------------
 
 
-def _cast(node: fx.Node, inner: WeightView) -> WeightView:
+def _cast(node: fx.Node, inner: WeightView) -> WeightView | None:
+    given = (*node.args[1:], *node.kwargs.values())
+    dtypes = [one for one in given if isinstance(one, torch.dtype)]
+    # `type` may also be told the name or the class of a tensor.
+    unsaid = target_of(node) is _T.type and not dtypes
+    if unsaid or not all(dtype.is_floating_point for dtype in dtypes):
+        return None
     return dataclasses.replace(inner, cast=True)
 
 
@@ -122,38 +137,39 @@ def _same(node: fx.Node, inner: WeightView) -> WeightView:
 def _getattr(node: fx.Node, inner: WeightView) -> WeightView | None:
     if node.args[1] == "data":
         return inner
-    swaps = node.args[1] == "mT" or (node.args[1] == "T" and inner.dim == 2)
+    square = node.args[1] in ("T", "H") and inner.dim == 2
+    return _permuted(node, inner) if square or node.args[1] in ("mT", "mH") else None
+
+
+def _permuted(node: fx.Node, inner: WeightView) -> WeightView | None:
+    """The last two dimensions swapped, or nothing: PyTorch itself says which goes where."""
+    # With a tensor of indices the number of dimensions is not known: what holds for all of these does.
+    several = (2, 3, 4) if inner.dim is None else (inner.dim,)
+    orders = [(_order(node, dims), tuple(range(dims))) for dims in several]
+    if all(order == before for order, before in orders):
+        return inner
+    swaps = all(order == (*before[:-2], *before[:-3:-1]) for order, before in orders)
     return _swapped(inner) if swaps else None
 
 
-def _t(node: fx.Node, inner: WeightView) -> WeightView | None:
-    return _swapped(inner) if inner.dim == 2 else None
+def _order(node: fx.Node, dims: int) -> tuple[int, ...] | None:
+    """Where the dimensions of its result come from; None if an operation does more than permute."""
+    shape = _shaped(node, tuple(range(dims)))
+    return shape if shape is not None and sorted(shape) == list(range(dims)) else None
 
 
-def _transpose(node: fx.Node, inner: WeightView) -> WeightView | None:
-    named = arguments(node, "input dim0 dim1")
-    return _swapped_dims(inner, (named["dim0"], named["dim1"]))
-
-
-def _permute(node: fx.Node, inner: WeightView) -> WeightView | None:
-    rest: tuple[Any, ...] = node.args[1:]
-    order = rest[0] if isinstance(rest[0], list | tuple) else rest
-    if inner.dim is None or not all(isinstance(d, int) for d in order):
+def _shaped(node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that an operation makes of another; None if PyTorch refuses, or it makes none."""
+    if len(node.all_input_nodes) != 1:
         return None
-    wanted = (*range(inner.dim - 2), inner.dim - 1, inner.dim - 2)
-    return _swapped(inner) if tuple(d % inner.dim for d in order) == wanted else None
-
-
-def _swapped_dims(inner: WeightView, dims: tuple[Any, Any]) -> WeightView | None:
-    if not all(isinstance(d, int) for d in dims):
+    tensor = torch.empty(shape, device="meta")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: tensor)
+    try:
+        found = target_of(node)(*args, **kwargs)
+    except (IndexError, RuntimeError, TypeError):
         return None
-    # With a tensor of indices the number of dimensions is not known: counted from the end it does not matter.
-    last = {-1, -2} if inner.dim is None else {inner.dim - 1, inner.dim - 2}
-    return (
-        _swapped(inner)
-        if {d if inner.dim is None else d % inner.dim for d in dims} == last
-        else None
-    )
+    same = isinstance(found, torch.Tensor) and found.dtype == tensor.dtype
+    return tuple(found.shape) if same else None
 
 
 def _swapped(inner: WeightView) -> WeightView | None:
@@ -163,16 +179,12 @@ def _swapped(inner: WeightView) -> WeightView | None:
 
 
 def _reshape(node: fx.Node, inner: WeightView) -> WeightView | None:
-    """The shape that a view of the parameter has, from PyTorch itself."""
+    """The shape that a view of the parameter has."""
     whole = dataclasses.replace(inner, cast=False, viewed=False)
-    if whole != WeightView(inner.source, inner.shape) or len(node.all_input_nodes) > 1:
+    if whole != WeightView(inner.source, inner.shape):
         return None
-    target, rest = target_of(node), node.args[1:]
-    try:
-        shape = tuple(target(torch.empty(inner.shape, device="meta"), *rest, **node.kwargs).shape)
-    except (RuntimeError, TypeError):
-        return None
-    if len(shape) < 2:
+    shape = _shaped(node, inner.shape)
+    if shape is None or len(shape) < 2:
         return None
     return dataclasses.replace(inner, shape=shape, viewed=inner.viewed or shape != inner.shape)
 
@@ -193,34 +205,40 @@ def _getitem(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 
 def _slice(node: fx.Node, inner: WeightView) -> WeightView | None:
-    named = arguments(node, "input dim=0 start=None end=None step=1")
-    if named["dim"] or named["step"] != 1:
+    named = known_arguments(node, "input|self dim=0 start=None end=None step=1")
+    if named is None or not _is_first(named["dim"], inner) or named["step"] != 1:
         return None
     return _rows(inner, named["start"], named["end"])
 
 
 def _narrow(node: fx.Node, inner: WeightView) -> WeightView | None:
-    named = arguments(node, "input dim start length")
-    if named["dim"] != 0 or not all(isinstance(named[k], int) for k in ("start", "length")):
+    named = known_arguments(node, "input|self dim start length")
+    if named is None or not _is_first(named["dim"], inner):
         return None
-    return _rows(inner, named["start"], named["start"] + named["length"])
+    start, length = named["start"], named["length"]
+    if not (isinstance(start, int) and isinstance(length, int)):
+        return None
+    start += inner.shape[0] if start < 0 else 0
+    return _rows(inner, start, start + length)
 
 
 def _select(node: fx.Node, inner: WeightView) -> WeightView | None:
-    named = arguments(node, "input dim index")
-    return _indexed(inner, named["index"]) if named["dim"] == 0 else None
+    named = known_arguments(node, "input|self dim index")
+    if named is None or not _is_first(named["dim"], inner):
+        return None
+    return _indexed(inner, named["index"])
 
 
 def _gather(node: fx.Node, inner: WeightView) -> WeightView | None:
-    indices = node.args[1]
+    indices = arguments(node, "input|self indices")["indices"]
     if not isinstance(indices, list | tuple) or len(indices) != 1:
         return None
     return _indexed(inner, indices[0])
 
 
-def _index_select(node: fx.Node, inner: WeightView) -> WeightView | None:
-    named = arguments(node, "input dim index")
-    return _indexed(inner, named["index"]) if named["dim"] == 0 else None
+def _is_first(dim: object, inner: WeightView) -> bool:
+    """Whether a number means the first dimension of a weight."""
+    return isinstance(dim, int) and inner.dim is not None and dim in (0, -inner.dim)
 
 
 def _indexed(inner: WeightView, index: object) -> WeightView | None:
@@ -244,14 +262,17 @@ def _rows(inner: WeightView, start: Any, stop: Any) -> WeightView | None:
 
 def _split(cut: fx.Node, index: Any, region: Region) -> WeightView | None:
     """One part of a weight that is cut into several."""
-    inner = weight_of(cut.args[0], region)
-    size = arguments(cut, "input size dim=0")
-    plain = isinstance(size["size"], int | list | tuple) and isinstance(index, int)
-    if inner is None or size["dim"] != 0 or not plain:
+    named = known_arguments(cut, SPLIT)
+    inner = None if named is None else weight_of(named["input"], region)
+    if named is None or inner is None or not _is_first(named["dim"], inner):
+        return None
+    size = named["size"]
+    sizes = size if isinstance(size, list | tuple) else (size,)
+    if not isinstance(index, int) or not all(isinstance(one, int) for one in sizes):
         return None
     function = torch.chunk if target_of(cut) in CHUNKS else torch.split
     ends = [0]
-    for part in function(torch.empty(inner.shape[0], device="meta"), size["size"]):
+    for part in function(torch.empty(inner.shape[0], device="meta"), size):
         ends.append(ends[-1] + len(part))
     index %= len(ends) - 1
     return _rows(inner, ends[index], ends[index + 1])
@@ -270,23 +291,30 @@ _TARGETS: dict[_Step, tuple[Any, ...]] = {
         _aten.alias.default,
     ),
     _getattr: (getattr,),
-    _t: (torch.t, _T.t, _aten.t.default),
-    _transpose: (
-        *(torch.transpose, _T.transpose, torch.swapaxes, _T.swapaxes),
-        _aten.transpose.int,
+    _permuted: (
+        *(torch.t, _T.t, torch.adjoint, _T.adjoint),
+        *(torch.transpose, _T.transpose, torch.permute, _T.permute),
+        *(torch.swapaxes, _T.swapaxes, torch.swapdims, _T.swapdims),
+        *(torch.movedim, _T.movedim, torch.moveaxis, _T.moveaxis),
+        *(_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.adjoint.default),
+        *(_aten.numpy_T.default, _aten.mT.default, _aten.mH.default, _aten.matrix_H.default),
+        *(_aten.swapaxes.default, _aten.swapdims.default, _aten.movedim.int),
+        *(_aten.movedim.intlist, _aten.moveaxis.int, _aten.moveaxis.intlist),
     ),
-    _permute: (torch.permute, _T.permute, _aten.permute.default),
     _reshape: (
         *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten),
         *(_T.squeeze, torch.squeeze, _T.unflatten, torch.unflatten),
         *(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default),
         *(_aten.flatten.using_ints, _aten.squeeze.default, _aten.squeeze.dim),
+        *(_aten.squeeze.dims, _aten.unflatten.int),
     ),
     _getitem: (operator.getitem,),
     _slice: (_aten.slice.Tensor,),
-    _narrow: (torch.narrow, _T.narrow),
-    _select: (torch.select, _T.select, _aten.select.int),
+    _narrow: (torch.narrow, _T.narrow, _aten.narrow.default),
+    _select: (
+        *(torch.select, _T.select, _aten.select.int),
+        *(torch.index_select, _T.index_select, _aten.index_select.default),
+    ),
     _gather: (_aten.index.Tensor,),
-    _index_select: (torch.index_select, _T.index_select, _aten.index_select.default),
 }
 _STEPS = {target: step for step, targets in _TARGETS.items() for target in targets}

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from lora_fx.passes._fx import arguments, target_of
-from lora_fx.passes._weights import CHUNKS, splits
+from lora_fx.passes._weights import CHUNKS, SPLIT, splits
 from lora_fx.passes.patterns.sites import part_names
 from lora_fx.types import Capture, Matches, Site, join, module_of
 
@@ -108,7 +108,7 @@ def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
 def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
     target = target_of(user)
     if splits(user):
-        named = arguments(user, "input size dim=0")
+        named = arguments(user, SPLIT)
         how = named["size"]
         numbers = how if isinstance(how, list | tuple) else (how,)
         if named["dim"] in _LAST and all(isinstance(number, int) for number in numbers):
@@ -121,11 +121,11 @@ def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
         if isinstance(index, tuple) and index[:-1] == (Ellipsis,):
             yield from _sliced(index[-1], size)
     elif target is _aten.slice.Tensor:
-        named = arguments(user, "input dim=0 start=None end=None step=1")
+        named = arguments(user, "input|self dim=0 start=None end=None step=1")
         if named["dim"] in _LAST:
             yield from _sliced(slice(named["start"], named["end"], named["step"]), size)
     elif target in _NARROW:
-        named = arguments(user, "input dim start length")
+        named = arguments(user, "input|self dim start length")
         start, length = named["start"], named["length"]
         if named["dim"] in _LAST and isinstance(start, int) and isinstance(length, int):
             yield start, start + length
@@ -181,7 +181,7 @@ def _taken_apart(node: fx.Node, axis: int, dims: int) -> bool:
         target = target_of(user)
         rest: tuple[Any, ...] = user.args[1:]
         if target in _UNBIND or splits(user):
-            names = "input dim=0" if target in _UNBIND else "input size dim=0"
+            names = "input dim=0" if target in _UNBIND else SPLIT
             if arguments(user, names)["dim"] in (axis, axis - dims):
                 return True
         elif target is operator.getitem:

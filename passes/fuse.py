@@ -41,11 +41,15 @@ def _fused(region: Region) -> fx.Graph | None:
         return None
     graph = copy_graph(region.graph)
     copied = dataclasses.replace(region, graph=graph)
-    found = [one for node in graph.nodes if (one := fusable(node, copied)) is not None]
-    for one in found:
-        _replace(graph, one)
+    fused = False
+    # One after the other, as values flow: what one operation gives may be what the next one reads.
+    for node in list(graph.nodes):
+        found = fusable(node, copied)
+        if found is not None:
+            _replace(graph, found)
+            fused = True
     graph.lint()
-    return graph if found else None
+    return graph if fused else None
 
 
 def _replace(graph: fx.Graph, branch: Fusable) -> None:

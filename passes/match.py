@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._readers import Read, nameless, no_product, read_by_code, readers
 from lora_fx.passes._region import is_built_in
@@ -88,7 +89,15 @@ def _check_opaque(
 
 def _ask(node: fx.Node, region: Region) -> Match:
     for pattern in patterns():
-        seen = pattern.match(node, region)
+        try:
+            seen = pattern.match(node, region)
+        except LoraFxError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the pattern {pattern.name!r} failed on node {node.name!r} of {region.fqn or '(root)'}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if seen is not None:
             return seen
     return None
@@ -135,7 +144,7 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
 
 def _way(site: Site) -> tuple[object, ...]:
     """What applications of one weight have to agree in to share their factors."""
-    return (site.family, site.layout, site.view, site.experts)
+    return (site.family, site.layout, site.view, site.order, site.experts, site.groups)
 
 
 def _returns_cache(capture: Capture) -> bool:

@@ -56,7 +56,7 @@ def _observer(row: PlannedSite, call: Call, see: See) -> Callable[[torch.Tensor]
     def observer(x: torch.Tensor) -> None:
         value = x.detach()
         # With the weight on the left the inputs are columns.
-        vectors = value.mT if call.left else value
+        vectors = value.mT if call.left and value.dim() > 1 else value
         see(row, vectors.reshape(-1, vectors.shape[-1]))
 
     return observer

@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.passes._factors import adapter_dtype
+from lora_fx.passes._fx import arguments
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes._tokens import indices_name, rows_name
 from lora_fx.passes.patterns.embedding import lookup
+from lora_fx.passes.patterns.product import Product, product_of
+from lora_fx.passes.patterns.quantized import ARGUMENTS
 from lora_fx.types import (
     META_KEY,
     Call,
@@ -79,7 +82,8 @@ class _Edit:
         self._row, self._region = row, region
         self._tag = _tag(row, region, adapter)
         nodes = {node.name: node for node in region.graph.nodes}
-        self._x, self._base = nodes[call.input], nodes[call.output]
+        self._base = nodes[call.output]
+        self._x = self._read_now()
         self._next = self._base.next
         self._made: set[fx.Node] = set()
         self._names = {
@@ -116,6 +120,17 @@ class _Edit:
 
     def _typed(self, node: fx.Node) -> fx.Node:
         return self._make("call_method", "type_as", node, self._base) if self._cast else node
+
+    def _read_now(self) -> fx.Node:
+        """What the operation reads: in front of it there may be a branch, which its call does not know."""
+        base = self._base
+        if self._row.lookup:
+            return lookup(base)[0]
+        product = product_of(base, self._region)
+        if isinstance(product, Product):
+            return product.x
+        x: fx.Node = arguments(base, ARGUMENTS)["x"]
+        return x
 
     def _read(self, what: str) -> fx.Node:
         return self._make("get_attr", self._names[what])

@@ -7,6 +7,8 @@ place of its weight by `torch.func.functional_call`, and autograd through that.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +19,15 @@ from tests.numerics import assert_close, assert_same_bits, relative_error, ulp_e
 from tests.zoo import Form, seeded
 
 __all__ = [
+    "Letters",
     "adapt",
     "check_adapted",
+    "check_dense",
     "check_gradients",
     "check_merged",
     "check_merged_half",
     "check_untouched",
+    "dense_weights",
     "explicit",
     "randomise",
 ]
@@ -134,3 +139,82 @@ def check_merged_half(form: Form, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     assert ulp_error(found, exact) <= 0.5
     assert report.max_ulp <= 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """What the dimensions of a weight are for, a letter each, as einsum has it.
+
+    Attributes:
+        weight: All of them, as the weight is stored.
+        kept: The outputs.
+        summed: The inputs. What is neither counts experts.
+    """
+
+    weight: str
+    kept: str
+    summed: str
+
+    def delta(self, a: torch.Tensor, b: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """``B A`` in the weight's shape, by einsum."""
+        sizes = dict(zip(self.weight, shape, strict=True))
+        kept = [letter for letter in self.weight if letter in self.kept]
+        summed = [letter for letter in self.weight if letter in self.summed]
+        shared = [letter for letter in self.weight if letter not in self.kept + self.summed]
+        before = [sizes[letter] for letter in shared]
+        down = a.reshape(*before, -1, *(sizes[letter] for letter in summed))
+        up = b.reshape(*before, *(sizes[letter] for letter in kept), -1)
+        left, right = "".join([*shared, *kept, "z"]), "".join([*shared, "z", *summed])
+        return torch.einsum(f"{left},{right}->{self.weight}", up, down)
+
+    def scaled(self, weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+        """DoRA: every output's weights with that magnitude."""
+        axes = [axis for axis, letter in enumerate(self.weight) if letter in self.summed]
+        norm = weight.detach().square().sum(axes, keepdim=True).sqrt()
+        return weight * magnitude.reshape(norm.shape) / norm
+
+
+def dense_weights(
+    model: nn.Module, adapted: nn.Module, letters: Mapping[str, Letters]
+) -> dict[str, torch.Tensor]:
+    """``W + s·BA`` of every adapted weight of `model`, differentiable in the factors of `adapted`."""
+    weights = {name: model.get_parameter(name).detach() for name in letters}
+    for adapter, entry in adapted._lora_fx.adapters.items():
+        for row in entry.sites:
+            name = row.site.weight
+            holder = adapted.get_submodule(row.site.holder)
+            a, b = (holder.get_parameter(f"lora_{letter}.{adapter}") for letter in "AB")
+            delta = letters[name].delta(a, b, weights[name].shape)
+            weights[name] = weights[name] + row.scale * delta
+            if row.dora:
+                magnitude = holder.get_parameter(f"lora_magnitude_vector.{adapter}")
+                weights[name] = letters[name].scaled(weights[name], magnitude)
+    return weights
+
+
+def check_dense(
+    model: nn.Module,
+    adapted: nn.Module,
+    letters: Mapping[str, Letters],
+    x: torch.Tensor,
+    tolerance: float = 1e-10,
+) -> None:
+    """Outputs, gradients and the merged model are those of the dense weights in the plain model."""
+    weights = dense_weights(model, adapted, letters)
+    exact_x, found_x = (x.clone().requires_grad_() for _ in range(2))
+    exact = torch.func.functional_call(model, weights, (exact_x,))
+    found = adapted(found_x)
+    assert found.shape == exact.shape
+    assert_close(found, exact, tolerance)
+    cotangent = seeded(torch.randn_like)(exact)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert trained
+    assert_close(
+        torch.autograd.grad(found, [*trained, found_x], cotangent),
+        torch.autograd.grad(exact, [*trained, exact_x], cotangent),
+        tolerance,
+    )
+    merged = lora_fx.merge(adapted)
+    for name, weight in weights.items():
+        assert_close(merged.get_parameter(name), weight, tolerance)
+    assert_close(merged(x), exact, tolerance)

@@ -208,6 +208,9 @@ def _shape(parameter: nn.Parameter) -> tuple[Any, ...]:
 
 
 def _value(value: Any) -> Any:
+    if isinstance(value, float):
+        # 0.0 == -0.0, and what divides by them tells them apart.
+        return (type(value), value.hex())
     if isinstance(value, _SIMPLE):
         return (type(value), value)
     if isinstance(value, tuple | list):

@@ -2,8 +2,9 @@
 
 Their own ``forward`` branches on how it is called and has fast paths in C++ that read the weights past every
 adapter. What is here computes the same from operations that can be seen: one projection each for q, k and
-v, the attention between them (:func:`lora_fx.attention.attend`), one projection out. Each function has the
-signature of the ``forward`` that it stands for, and its graph holds for every call.
+v, the attention between them (:func:`lora_fx.attention.attend`), one projection out. A transposed convolution
+takes the size of its output from its caller. Each function has the signature of the ``forward`` that it
+stands for, and its graph holds for every call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.attention import attend, causal_hint, zero_padding
+from lora_fx.ops import output_padding
 from lora_fx.passes._region import original_class
 from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
 from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
@@ -28,6 +30,7 @@ __all__ = ["WRITTEN_OUT", "written_conditions", "written_out"]
 
 fx.wrap("attend")
 fx.wrap("causal_hint")
+fx.wrap("output_padding")
 fx.wrap("zero_padding")
 
 
@@ -166,6 +169,36 @@ def _decoder(
     return x if self.norm is None else self.norm(x)
 
 
+_CONVOLUTIONS: dict[int, Any] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+def _conv_transpose(self: Any, input: torch.Tensor, output_size: Any = None) -> Any:  # noqa: A002  as torch has it
+    geometry = (self.stride, self.padding, self.kernel_size, self.dilation)
+    added = output_padding(input, output_size, self.output_padding, *geometry)
+    convolution = _CONVOLUTIONS[len(self.kernel_size)]
+    operands = (input, self.weight, self.bias)
+    options = (self.stride, self.padding, added, self.groups, self.dilation)
+    # A call would want the numbers of a padding that is not known before the graph runs.
+    tracer: fx.Tracer = input.tracer  # type: ignore[attr-defined]
+    return tracer.create_proxy("call_function", convolution, (*operands, *options), {})
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORWARDS = frozenset(cls.forward for cls in _TRANSPOSED)
+_OUTPUT_PADDING = nn.ConvTranspose2d._output_padding
+
+
+def _written_out_convolution(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """What computes as a transposed convolution of torch, also as a subclass that changes none of it."""
+    if not issubclass(cls, _TRANSPOSED) or cls.forward not in _FORWARDS:
+        return None
+    return _conv_transpose if cls._output_padding is _OUTPUT_PADDING else None
+
+
 WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
     nn.MultiheadAttention: _attention,
     nn.TransformerEncoderLayer: _encoder_layer,
@@ -181,6 +214,7 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
     cls = original_class(module)
     return (
         WRITTEN_OUT.get(cls)
+        or _written_out_convolution(cls)
         or written_out_of_torchvision(cls)
         or written_out_of_transformers(module)
         or written_out_of_bitsandbytes(module, cls)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._fx import arguments, known_arguments, target_of
 from lora_fx.passes._weights import weight_of
-from lora_fx.passes.patterns.sites import computed, make_site, reject
+from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["ConvTransposePattern"]
@@ -53,12 +53,17 @@ class ConvTransposePattern:
         """See :class:`lora_fx.types.Pattern`."""
         if target_of(node) not in _FUNCTIONS[self.dims]:
             return None
-        named = arguments(node, _SIGNATURE)
+        named = known_arguments(node, _SIGNATURE)
+        if named is None:
+            return unknown(region, node, _SIGNATURE)
         found = weight_of(named["weight"], region)
         if found is None or not found.plain:
             return computed(region, node, named["weight"])
         parameter = region.parameter(found.source)
         assert parameter is not None
+        if parameter.dim() != self.dims + 2:
+            reason = f"its weight has {parameter.dim()} dimensions; that of {self.name} has {self.dims + 2}"
+            return reject(region, node, found.source, reason)
         groups = named["groups"]
         if not isinstance(groups, int):
             return reject(region, node, found.source, "its number of groups depends on the input")

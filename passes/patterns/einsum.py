@@ -2,9 +2,10 @@
 
 The letters of the parameter are of three kinds: summed (in x and not in the output), kept (in the output
 and not in x) and shared (in both). With some summed and some kept it is a linear operation from the first
-to the second, ``y = Σᵢ x[… i …] W[o, i]``, and a shared letter counts experts, which have a matrix each. The
+to the second, ``y = Σᵢ x[… i …] W[o, i]``, and shared letters count experts, which have a matrix each. The
 branch is two einsums with a letter r of its own: ``Σᵢ x[… i …] A[r, i]``, which has r where the output has o,
-and then ``Σᵣ … B[o, r]``.
+and then ``Σᵣ … B[o, r]``. Several kept letters are one dimension of B, in the order of the weight, and
+several summed ones are one of A, wherever they lie in the weight.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.passes._fx import target_of
+from lora_fx.passes._fx import target_of, unknown_arguments
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
-from lora_fx.passes.patterns.sites import make_site, not_floating, reject
+from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["EinsumPattern"]
 
 _EINSUM = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
+_NAMES = "equation operands second"  # aten takes the operands in a list
 _MATRIX, _EXPERTS = LinearPattern(), ExpertsPattern()
 
 
@@ -53,14 +55,7 @@ class _Seen:
         summed = "".join(letter for letter in weight if letter in x and letter not in out)
         once = all(x.count(i) == 1 for i in summed) and all(out.count(o) == 1 for o in kept)
         known = len(set(weight)) == len(weight) == len(shared + kept + summed)
-        # Kept and summed letters side by side make the two sides of a matrix.
-        beside = weight in (shared + kept + summed, shared + summed + kept)
-        fits = len(shared) == 0 or (len(shared) == len(kept) == len(summed) == 1)
-        return (
-            (shared, kept, summed)
-            if once and known and beside and fits and kept and summed
-            else None
-        )
+        return (shared, kept, summed) if once and known and kept and summed else None
 
 
 class EinsumPattern:
@@ -71,8 +66,8 @@ class EinsumPattern:
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.types.Pattern`."""
         seen = _see(node, region)
-        if seen is None:
-            return None
+        if not isinstance(seen, _Seen):
+            return seen
         parameter = region.parameter(seen.view.source)
         assert parameter is not None
         if refused := not_floating(region, node, seen.view.source):
@@ -87,13 +82,22 @@ class EinsumPattern:
             )
         shared, kept, summed = seen.letters
         sizes = _sizes(seen)
-        out_in = seen.terms[1].endswith(summed)
-        matrix = [math.prod(sizes[letter] for letter in group) for group in (kept, summed)]
-        shape = (*(sizes[letter] for letter in shared), *(matrix if out_in else matrix[::-1]))
         # A transposed parameter has its letters in the order in which it is stored.
-        view = dataclasses.replace(
-            seen.view, shape=shape, viewed=seen.view.viewed or shape != tuple(parameter.shape)
-        )
+        stored = seen.terms[1]
+        out_in = stored != shared + summed + kept
+        # Letters that do not lie side by side are brought together first.
+        order = tuple(map(stored.index, shared + kept + summed)) if out_in else None
+        if order == tuple(range(len(stored))):
+            order = None
+        if order is not None and seen.view.viewed:
+            reason = (
+                f"einsum {stored!r} permutes a view of its weight: store the weight in that shape"
+            )
+            return reject(region, node, seen.view.source, reason)
+        count, *matrix = (math.prod(sizes[i] for i in group) for group in (shared, kept, summed))
+        shape = (*((count,) if shared else ()), *(matrix if out_in else matrix[::-1]))
+        viewed = seen.view.viewed or order is not None or shape != tuple(parameter.shape)
+        view = dataclasses.replace(seen.view, shape=shape, viewed=viewed, order=order)
         return make_site(
             region,
             pattern=self.name,
@@ -104,7 +108,7 @@ class EinsumPattern:
             output=node,
             sizes=(matrix[1], matrix[0]),
             layout="out_in" if out_in else "in_out",
-            experts=sizes[shared] if shared else None,
+            experts=count if shared else None,
             axes=_axes(kept, seen.terms[2]),
             out_sizes=tuple(sizes[letter] for letter in kept),
         )
@@ -124,7 +128,7 @@ class EinsumPattern:
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """Two einsums, through a letter that the equation does not use."""
         seen = _see(node, region)
-        assert seen is not None
+        assert isinstance(seen, _Seen)
         assert seen.letters is not None
         shared, kept, summed = seen.letters
         sizes = _sizes(seen)
@@ -132,6 +136,7 @@ class EinsumPattern:
         rank = next(letter for letter in string.ascii_letters if letter not in "".join(seen.terms))
         between = "".join(rank if o == kept[0] else "" if o in kept else o for o in out)
         a = _unflattened(build, build.a, -1, [sizes[letter] for letter in summed])
+        a = _unflattened(build, a, 0, [sizes[letter] for letter in shared])
         down = build.call(
             Role.DOWN,
             torch.einsum,
@@ -140,6 +145,7 @@ class EinsumPattern:
             a,
         )
         b = _unflattened(build, build.b, -2, [sizes[letter] for letter in kept])
+        b = _unflattened(build, b, 0, [sizes[letter] for letter in shared])
         return build.call(Role.UP, torch.einsum, f"{between},{shared}{kept}{rank}->{out}", down, b)
 
 
@@ -160,12 +166,12 @@ def _axes(kept: str, out: str) -> tuple[int, ...]:
 
 
 def _unflattened(build: BranchBuilder, factor: fx.Node, axis: int, sizes: list[int]) -> fx.Node:
-    if len(sizes) == 1:
+    if len(sizes) < 2:
         return factor
     return build.call(Role.FACTOR, torch.unflatten, factor, axis, sizes)
 
 
-def _see(node: fx.Node, region: Region) -> _Seen | None:
+def _see(node: fx.Node, region: Region) -> _Seen | Match:
     if target_of(node) not in _EINSUM or not node.args or not isinstance(node.args[0], str):
         return None
     operands: list[Any] = list(node.args[1:])
@@ -175,6 +181,8 @@ def _see(node: fx.Node, region: Region) -> _Seen | None:
     terms = inputs.split(",")
     if len(operands) != 2 or len(terms) != 2:
         return None
+    if unknown_arguments(node, _NAMES):
+        return unknown(region, node, _NAMES)
     if not arrow:
         out = _implicit(terms)
     for x, weight in ((0, 1), (1, 0)):

@@ -11,15 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._fx import arguments, known_arguments, target_of
 from lora_fx.passes._weights import weight_of
-from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.passes.patterns.sites import make_site, reject, unknown
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["EmbeddingPattern", "lookup"]
 
-_FUNCTIONAL = "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False"
-_ATEN = "weight input padding_idx=-1 scale_grad_by_freq=False"
+# A gradient that is sparse is that of the weight, which is frozen.
+_FUNCTIONAL = (
+    "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False "
+    "sparse=False"
+)
+_ATEN = "weight input|indices padding_idx=-1 scale_grad_by_freq=False sparse=False"
 
 
 def lookup(node: fx.Node) -> tuple[fx.Node, int | None, bool]:
@@ -40,13 +44,16 @@ class EmbeddingPattern:
         """See :class:`lora_fx.types.Pattern`."""
         target = target_of(node)
         if target is F.embedding_bag:
-            found = weight_of(node.args[1], region) if len(node.args) > 1 else None
+            found = weight_of(arguments(node, "input weight")["weight"], region)
             return reject(
                 region, node, found.source if found else None, "embedding bags have no adapter yet"
             )
         if target not in (F.embedding, torch.ops.aten.embedding.default):
             return None
-        named = arguments(node, _FUNCTIONAL if target is F.embedding else _ATEN)
+        names = _FUNCTIONAL if target is F.embedding else _ATEN
+        named = known_arguments(node, names)
+        if named is None:
+            return unknown(region, node, names)
         found = weight_of(named["weight"], region)
         if found is None or not found.plain or not isinstance(named["input"], fx.Node):
             return None
@@ -56,6 +63,9 @@ class EmbeddingPattern:
             )
         parameter = region.parameter(found.source)
         assert parameter is not None
+        if parameter.dim() != 2:
+            reason = f"its weight has {parameter.dim()} dimensions; a table of embeddings has 2"
+            return reject(region, node, found.source, reason)
         vocabulary, width = parameter.shape
         return make_site(
             region,

@@ -7,17 +7,16 @@ one expert, for the expert of each row, for all at once, or for rows sorted by e
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from lora_fx import experts
-from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._fx import arguments, known_arguments, target_of
 from lora_fx.passes._weights import WeightView
 from lora_fx.passes.patterns.product import Product, applied, product_of
-from lora_fx.passes.patterns.sites import make_site, not_floating, reject
+from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
 from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["ExpertsPattern", "GroupedPattern"]
@@ -25,6 +24,7 @@ __all__ = ["ExpertsPattern", "GroupedPattern"]
 _GROUPED = (experts.grouped_mm, torch._grouped_mm, torch.ops.aten._grouped_mm.default) + (
     (F.grouped_mm,) if hasattr(F, "grouped_mm") else ()
 )
+_GROUPED_ARGUMENTS = "x|mat_a|input|self weight|mat_b|mat2 offs|ends bias"
 _GROUPED_NAMES = ("transformers.grouped_mm_fallback.default", "transformers.grouped_mm_fallback")
 
 
@@ -69,11 +69,12 @@ class ExpertsPattern:
         seen = self._see(node, region)
         assert isinstance(seen, Product)
         x = build.dropped(seen.x)
-        if seen.left:
-            down = build.call(Role.DOWN, torch.matmul, _read(build, "a", seen.view), x)
-            return build.call(Role.UP, torch.matmul, _read(build, "b", seen.view), down)
-        down = build.call(Role.DOWN, torch.matmul, x, _transposed(build, "a", seen.view))
-        return build.call(Role.UP, torch.matmul, down, _transposed(build, "b", seen.view))
+        if isinstance(seen.view.index, int):
+            return _products(seen, x, build)
+        # A vector has a product with each of the matrices, which a second product takes for one matrix.
+        matrix = build.call(Role.DOWN, experts.as_matrix, x, seen.left)
+        up = _products(seen, matrix, build)
+        return build.call(Role.UP, experts.as_before, up, seen.x, seen.left)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``B[e] A[e]`` for each expert that there are rows of."""
@@ -97,7 +98,7 @@ class GroupedPattern(ExpertsPattern):
         """Two grouped products."""
         seen = self._see(node, region)
         assert isinstance(seen, Product)
-        ends = _grouped_arguments(node)["offs"]
+        ends = arguments(node, _GROUPED_ARGUMENTS)["offs"]
         if ends is None:
             # A batch for each expert.
             return super().branch(site, node, region, build)
@@ -108,7 +109,9 @@ class GroupedPattern(ExpertsPattern):
         target = target_of(node)
         if target not in _GROUPED and str(target) not in _GROUPED_NAMES:
             return None
-        named = _grouped_arguments(node)
+        named = known_arguments(node, _GROUPED_ARGUMENTS)
+        if named is None:
+            return unknown(region, node, _GROUPED_ARGUMENTS)
         found = applied(node, region, named["x"], named["weight"], "in_out")
         if isinstance(found, Product) and (named["bias"] is not None or found.view.indexed):
             return reject(
@@ -117,13 +120,12 @@ class GroupedPattern(ExpertsPattern):
         return found
 
 
-def _grouped_arguments(node: fx.Node) -> dict[str, Any]:
-    """Whatever the operator calls its operands."""
-    named = arguments(node, "x weight offs bias")
-    for ours, theirs in (("x", "mat_a input self"), ("weight", "mat_b mat2"), ("offs", "ends")):
-        for name in theirs.split():
-            named[ours] = node.kwargs.get(name, named[ours])
-    return named
+def _products(seen: Product, x: fx.Node, build: BranchBuilder) -> fx.Node:
+    if seen.left:
+        down = build.call(Role.DOWN, torch.matmul, _read(build, "a", seen.view), x)
+        return build.call(Role.UP, torch.matmul, _read(build, "b", seen.view), down)
+    down = build.call(Role.DOWN, torch.matmul, x, _transposed(build, "a", seen.view))
+    return build.call(Role.UP, torch.matmul, down, _transposed(build, "b", seen.view))
 
 
 def _read(build: BranchBuilder, letter: str, view: WeightView) -> fx.Node:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._fx import known_arguments, target_of
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
-from lora_fx.passes.patterns.sites import computed, reject
+from lora_fx.passes.patterns.sites import computed, reject, unknown
 from lora_fx.types import Layout, Match, Region
 
 __all__ = ["Product", "applied", "product_of"]
@@ -25,9 +25,12 @@ _ADDMM = (
 )
 _MATMUL = (
     *(operator.matmul, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
-    *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm),
-    *(_aten.mm.default, _aten.matmul.default, _aten.bmm.default),
+    *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.mv, torch.Tensor.mv),
+    *(torch.sparse.mm, _aten.mm.default, _aten.matmul.default, _aten.bmm.default, _aten.mv.default),
 )
+_LINEAR_NAMES = "input weight bias=None"
+_ADDMM_NAMES = "input|self mat1|batch1 mat2|batch2 * beta=1 alpha=1"
+_MATMUL_NAMES = "input|self other|mat2|tensor2|vec"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +62,28 @@ def product_of(node: fx.Node, region: Region) -> Product | Match:
     """The matrix product with a weight that a node is; a refusal, or None if it is something else."""
     target = target_of(node)
     if target in _LINEAR:
-        named = arguments(node, "input weight bias=None")
+        named = known_arguments(node, _LINEAR_NAMES)
+        if named is None:
+            return unknown(region, node, _LINEAR_NAMES)
         return applied(
             node, region, named["input"], named["weight"], "out_in", named["bias"], "linear"
         )
     if target in _ADDMM:
-        named = arguments(node, "input mat1 mat2")
-        left, bias = named["mat1"], named["input"]
-        # `baddbmm` calls its operands `batch1` and `batch2`.
-        left, right = (named[k] or node.kwargs.get(f"batch{k[-1]}") for k in ("mat1", "mat2"))
+        named = known_arguments(node, _ADDMM_NAMES)
+        if named is None:
+            return unknown(region, node, _ADDMM_NAMES)
+        left, right, bias = named["mat1"], named["mat2"], named["input"]
     elif target in _MATMUL:
-        named = arguments(node, "input other")
-        # `mm` and `bmm` call their second operand `mat2`.
-        left, right, bias = named["input"], named["other"] or node.kwargs.get("mat2"), None
+        named = known_arguments(node, _MATMUL_NAMES)
+        if named is None:
+            return unknown(region, node, _MATMUL_NAMES)
+        left, right, bias = named["input"], named["other"], None
     else:
         return None
     found = applied(node, region, left, right, "in_out", bias)
     if found is None:
         found = applied(node, region, right, left, "out_in", bias, left=True)
-    if isinstance(found, Product) and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
+    if isinstance(found, Product) and any(named.get(k, 1) != 1 for k in ("alpha", "beta")):
         what = getattr(target, "__name__", str(target)).partition(".")[0]
         return reject(region, node, found.view.source, f"{what} with alpha or beta other than 1")
     return found

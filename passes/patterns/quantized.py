@@ -12,9 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, target_of
+from lora_fx.passes._fx import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.linear import LinearPattern
-from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.passes.patterns.sites import make_site, reject, unknown
 from lora_fx.quantized import quantization_of, quantized_linear
 from lora_fx.types import BranchBuilder, Layout, Match, Region, Role, Site
 
@@ -33,7 +33,9 @@ class QuantizedPattern(LinearPattern):
         """See :class:`lora_fx.types.Pattern`."""
         if target_of(node) is not quantized_linear:
             return None
-        named: dict[str, Any] = arguments(node, ARGUMENTS)
+        named = known_arguments(node, ARGUMENTS)
+        if named is None:
+            return unknown(region, node, ARGUMENTS)
         weight: Any = named["weight"]
         layout: Layout = named["layout"]
         parameter = region.parameter(weight)

@@ -8,12 +8,21 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.passes._fx import target_of
+from lora_fx.passes._fx import target_of, unknown_arguments
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.quantized import quantization_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
 
-__all__ = ["computed", "itemised", "make_site", "not_floating", "part_names", "reject", "site_name"]
+__all__ = [
+    "computed",
+    "itemised",
+    "make_site",
+    "not_floating",
+    "part_names",
+    "reject",
+    "site_name",
+    "unknown",
+]
 
 
 # What the parts of a fused weight are called, where its name says what it is fused of.
@@ -100,6 +109,7 @@ def make_site(
         experts=experts,
         rows=rows,
         view=view.shape if view.viewed else None,
+        order=view.order,
     )
 
 
@@ -170,6 +180,32 @@ def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
     how = itemised(target_of(weight) or weight.target)
     return reject(
         region, node, source, f"the weight is computed from it ({how}) before it is applied"
+    )
+
+
+def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
+    """A refusal of an operation that is called with an argument that nobody here knows.
+
+    Args:
+        region: Where it was seen.
+        node: The operation.
+        names: The arguments that are known, as in :func:`lora_fx.passes._fx.arguments`.
+
+    Returns:
+        None if all are known, or if no parameter is among what it reads.
+    """
+    passed = unknown_arguments(node, names)
+    sources = [constant_of(read, region) for read in node.all_input_nodes] if passed else []
+    source = next((one for one in sources if one is not None), None)
+    if source is None:
+        return None
+    what = itemised(target_of(node)).partition(".")[0]
+    return reject(
+        region,
+        node,
+        source,
+        f"{what} is called with {', '.join(passed)}, and nothing says what that does to the product: call it "
+        "without",
     )
 
 

@@ -6,18 +6,24 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import LoraConfig
+from lora_fx import LoraConfig, quantized
+from lora_fx.fused import lora_linear
+from lora_fx.fused_dora import dora_linear
+from lora_fx.fused_quantized import quantized_lora_linear
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.pipeline import plan_capture
 from lora_fx.types import META_KEY, Capture, Role
+from tests import algebra
+from tests.algebra import Letters
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
-from tests.zoo import FORMS, Block, Form, Residual, forms
+from tests.zoo import FORMS, Block, Form, Residual, forms, sample, seeded
 
 # A weight on the left of a product.
 LEFT = {"W @ x", "W @ x, vector", "W.mT @ x", "addmm, left", "bmm, weight left"}
@@ -225,3 +231,59 @@ def test_nothing_before_the_first_adapter_is_kept_or_differentiated() -> None:
     # x and x Aᵀ of the last layer, and what the GELU behind it reads.
     assert sorted(kept) == [(5, 2), (5, 8), (5, 8)]
     assert out.requires_grad
+
+
+class Chain(nn.Module):
+    """Products one after the other in one graph, and one that comes twice."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.u, self.v = (nn.Parameter(torch.randn(width, width) / 2) for _ in range(2))
+
+    def forward(self, x):
+        return F.linear(F.linear(x @ self.u, self.v), self.v)
+
+
+CHAIN = {"u": Letters("io", "o", "i"), "v": Letters("oi", "o", "i")}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
+def test_what_one_fused_operation_gives_is_what_the_next_one_reads(options) -> None:
+    model, x = seeded(Chain)().double(), sample(3, 6, dtype=torch.float64)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["u", "v"], **options)
+    adapted = algebra.randomise(lora_fx.rewrite(model, config)).eval()
+    (graph,) = lora_fx.graphs(adapted).values()
+    fused = [n for n in graph.nodes if n.target in (lora_linear, dora_linear)]
+    assert len(fused) == 3
+    algebra.check_dense(model, adapted, CHAIN, x)
+
+
+def test_a_chain_with_two_adapters() -> None:
+    model, x = seeded(Chain)().double(), sample(3, 6, dtype=torch.float64)
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["u", "v"]))
+    lora_fx.add_adapter(adapted, LoraConfig(r=3, target_modules=["v"]), "second")
+    lora_fx.set_adapter(adapted, ["default", "second"])
+    algebra.check_dense(model, algebra.randomise(adapted), CHAIN, x)
+
+
+def test_layers_one_after_the_other_in_an_exported_graph() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5)))().double()
+    x = sample(3, 6, dtype=torch.float64)
+    config = LoraConfig(r=2, target_modules=["0", "1"])
+    adapted = lora_fx.rewrite(model, config, frontend="export", example_inputs=(x,))
+    letters = {f"{name}.weight": Letters("oi", "o", "i") for name in "01"}
+    algebra.check_dense(model, algebra.randomise(adapted), letters, x)
+
+
+def test_a_chain_over_quantized_weights() -> None:
+    model, x = lora_fx.quantize(seeded(Chain)(64), "nf4"), sample(3, 64)
+    config = LoraConfig(r=2, target_modules=["u", "v"])
+    adapted = algebra.randomise(lora_fx.rewrite(model, config), 0.05)
+    (graph,) = lora_fx.graphs(adapted).values()
+    assert sum(node.target is quantized_lora_linear for node in graph.nodes) == 3
+    dense = seeded(Chain)(64)
+    for name in CHAIN:
+        values = quantized.dense(model.get_parameter(name))
+        dense.get_parameter(name).data = values.T if name == "u" else values
+    weights = algebra.dense_weights(dense, adapted, CHAIN)
+    assert_close(adapted(x), torch.func.functional_call(dense, weights, (x,)), 1e-3)

@@ -471,3 +471,38 @@ def test_rows_that_are_not_finite_are_not_merged() -> None:
         model.model.embed_tokens.token_adapter.trainable_tokens_delta.default.fill_(torch.nan)
     with pytest.raises(MergeError, match=r"model\.embed_tokens: adapter 'default' has rows"):
         lora_fx.merge(model)
+
+
+def test_a_head_reads_the_adapted_layer_before_it_in_an_exported_graph() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(16, 6)
+            self.fc = nn.Linear(6, 6)
+            self.head = nn.Linear(6, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.fc(self.words(ids)))
+
+    torch.manual_seed(0)
+    model = Stack().double()
+    rows = {"words": [1, 2], "head": [3, 4]}
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["fc"], trainable_token_indices=rows)
+    adapted = lora_fx.rewrite(model, config, frontend="export", example_inputs=(IDS,))
+    shaken(adapted)
+    trained = {
+        name: parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    weights = {"fc.weight": model.fc.weight + 1.5 * (
+        adapted.fc.lora_B.default @ adapted.fc.lora_A.default
+    )}  # fmt: skip
+    for name, indices in rows.items():
+        (values,) = (value for key, value in trained.items() if key.startswith(f"{name}."))
+        weights[f"{name}.weight"] = model.get_parameter(f"{name}.weight").index_copy(
+            0, torch.tensor(indices), values
+        )
+    exact = torch.func.functional_call(model, weights, (IDS,))
+    assert_close(adapted(IDS), exact)
+    assert_close(lora_fx.merge(adapted)(IDS), exact)

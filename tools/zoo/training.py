@@ -94,7 +94,7 @@ def _gradient_error(
     site = planned.site
     if site.groups > 1 or "transpose" in site.pattern or site.experts or b.grad is None:
         return 0.0
-    weight = weight.reshape(site.applied_shape)
+    weight = site.applied(weight)
     if weight.dim() > 2 and not site.pattern.startswith("conv"):
         return 0.0
     weight = weight if site.layout == "out_in" else weight.T

@@ -14,7 +14,7 @@ from lora_fx.passes.capture.regions import find_regions
 from tests import zoo
 from tests.golden import check_golden, printed
 from tests.models import builders
-from tests.numerics import assert_same_bits
+from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample, seeded
 
 
@@ -263,3 +263,38 @@ def test_regions_are_installed_where_they_are_found():
     captured = lora_fx.capture(seeded(zoo.Residual)(), frontend="regions")
     found = {name for name, module in captured.model.named_modules() if is_region(module)}
     assert found == set(captured.regions)
+
+
+class Signed(nn.Module):
+    """What it adds depends on the sign of zero, or on the type of a number."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.value = value
+
+    def forward(self, x):
+        value = self.value[0] if isinstance(self.value, tuple) else self.value
+        more = 1.0 if isinstance(value, bool) else 2.0 if isinstance(value, int) else 3.0
+        return self.fc(x) + torch.atan2(x * 0, x.abs() * value) + more
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [(0.0, -0.0), (1, True), (1, 1.0), ((0.0,), (-0.0,)), (float("inf"), float("-inf"))],
+    ids=str,
+)
+def test_modules_that_differ_in_a_number_that_is_equal_have_graphs_of_their_own(pair) -> None:
+    model = seeded(lambda: nn.Sequential(*map(Signed, pair)))().double()
+    x = sample(3, 4, dtype=torch.float64).abs() + 1
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+    assert_close(lora_fx.rewrite(model, config)(x), model(x))
+
+
+def test_modules_that_agree_in_a_number_that_is_none_share_their_graph() -> None:
+    class Nan(Signed):
+        def forward(self, x):
+            return self.fc(x) * 2
+
+    regions, _ = found(nn.Sequential(Nan(float("nan")), Nan(float("nan"))))
+    assert regions["0"].graph is regions["1"].graph

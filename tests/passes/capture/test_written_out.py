@@ -219,3 +219,62 @@ def test_a_subclass_is_not_taken_for_what_it_may_not_be() -> None:
     model = nn.ModuleDict({"attn": Twice(8, 2), "fc": nn.Linear(8, 8)})
     plan = lora_fx.plan(model, LoraConfig(target_modules=["fc"]))
     assert [row.name for row in plan] == ["fc"]
+
+
+class UpTo(nn.ConvTranspose2d):
+    """A subclass that changes nothing."""
+
+
+class UpSampled(nn.Module):
+    """Comes back to the size that it began with, as decoders do."""
+
+    def __init__(self, layer: type[nn.Module], spatial: bool, groups: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(4, 4, 3, 2, 1)
+        self.up = layer(4, 6, 3, 2, 1, groups=groups)
+        self.spatial = spatial
+
+    def forward(self, x):
+        size = x.size()[2:] if self.spatial else x.shape
+        return self.up(self.down(x), output_size=size)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA"])
+@pytest.mark.parametrize("spatial", [True, False])
+@pytest.mark.parametrize(("layer", "groups"), [(nn.ConvTranspose2d, 1), (UpTo, 2)])
+def test_a_transposed_convolution_gives_the_size_that_it_is_asked_for(
+    layer, groups, spatial, dora
+) -> None:
+    model = UpSampled(layer, spatial, groups).double()
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["up"], use_dora=dora)
+    adapted = randomise(lora_fx.rewrite(model, config))
+    a, b = (adapted.up.get_submodule(f"lora_{letter}").default for letter in "AB")
+    parts = zip(b.chunk(groups), a.chunk(groups), strict=True)
+    delta = torch.cat([torch.einsum("or,ri...->io...", up.flatten(1), down) for up, down in parts])
+    weight = model.up.weight + 1.5 * delta
+    if dora:
+        norm = weight.unflatten(0, (groups, -1)).square().sum((1, 3, 4)).sqrt()
+        gain = adapted.up.lora_magnitude_vector.default.view(groups, -1) / norm
+        weight = weight * gain[:, :, None, None].repeat_interleave(4 // groups, 0)
+    for size in ((8, 8), (7, 8), (9, 6)):
+        x = torch.randn(2, 4, *size, dtype=torch.float64)
+        exact = torch.func.functional_call(model, {"up.weight": weight}, (x,))
+        assert exact.shape[2:] == size
+        same([adapted(x), lora_fx.merge(adapted)(x)], [exact, exact], 1e-11)
+    # Without a size, as always, and with one that it cannot give: PyTorch's own error.
+    y = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    same([adapted.up(y)], [lora_fx.merge(adapted).up(y)], 1e-11)
+    with pytest.raises(ValueError, match="requested an output size of"):
+        adapted.up(y, output_size=(30, 30))
+
+
+def test_a_transposed_convolution_of_its_own_is_not_written_out() -> None:
+    class Padded(nn.ConvTranspose2d):
+        def _output_padding(self, *args, **kwargs):
+            return [1, 1]
+
+    model = nn.Sequential(Padded(4, 6, 3, 2)).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    adapted = randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["0"])))
+    assert adapted(x).shape == model(x).shape
+    same([adapted(x)], [lora_fx.merge(adapted)(x)], 1e-11)

@@ -151,11 +151,6 @@ class IntegerExperts(nn.Module):
         return x @ self.kernel
 
 
-class ManyOfManyExperts(Kernel):
-    def forward(self, x):
-        return torch.einsum("bthd,hkdl->btkl", x, self.kernel)
-
-
 class TwoShapes(Kernel):
     """One weight, applied as one matrix and as two."""
 
@@ -228,7 +223,6 @@ class Integers(nn.Module):
         (lambda: Moved(2, 4, 4), "kernel", "computed from it (permute)"),
         (lambda: ViewedByTheInput(4, 4), "kernel", "its only use is by matmul"),
         (IntegerExperts, "kernel", "torch.int8, not floating point"),
-        (lambda: ManyOfManyExperts(2, 3, 4, 5), "kernel", "does not take its weight for a matrix"),
         (lambda: TwoShapes(2, 4, 4), "kernel", "applied in two ways"),
         (ScaledAddmm, "kernel", "alpha or beta other than 1"),
         (Buffer, "kernel", "its weight is a buffer"),
