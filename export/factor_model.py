@@ -81,7 +81,7 @@ class FactorModel(FlatModel):
         found = []
         for index, site in enumerate(self.manifest.sites):
             rank = f"lora_rank_{index}"
-            dim = Dim(rank, min=0)
+            dim = Dim(rank, min=1)
             for one in site.inputs():
                 # A of a grouped convolution has the rank of all groups, B that of one.
                 times = site.groups // one.multiple

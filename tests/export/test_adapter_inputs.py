@@ -162,8 +162,8 @@ def test_no_factor_is_turned_round_at_run_time_and_nothing_else_is_overridable(p
     # As in a merged export, weights are stored as they are multiplied.
     shapes = {value.name: tuple(value.dims) for value in graph.initializer}
     assert shapes["fc.weight"] == (12, 8)
-    assert shapes["fc.lora_A.weight"] == (12, 0)
-    assert shapes["fc.lora_B.weight"] == (0, 8)
+    assert shapes["fc.lora_A.weight"] == (12, 1)
+    assert shapes["fc.lora_B.weight"] == (1, 8)
     assert shapes["grouped.lora_A.weight"] == (2, 4, 3)
 
 
