@@ -56,6 +56,15 @@ THEN: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 }
 
 
+def answer(session: OnnxSession, x: Tensor) -> Tensor | ExportError:
+    """The output, or the error that a call raises."""
+    try:
+        output: Tensor = session.run(x)["output"]
+    except ExportError as error:
+        return error
+    return output
+
+
 @pytest.mark.parametrize("what", THEN)
 def test_no_call_with_an_empty_axis_reaches_onnx_runtime(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,14 +76,22 @@ def test_no_call_with_an_empty_axis_reaches_onnx_runtime(
     run = session_module.bound_run
     monkeypatch.setattr(session_module, "bound_run", lambda *a: ran.append(a) or run(*a))
     right = 0
-    for shape in ((0, 5, 6), (3, 0, 6), (0, 0, 6), (1, 5, 6), (3, 2, 6), (1, 1, 6), (2, 4, 6), (2, 5, 6)):
+    for shape in (
+        (0, 5, 6),
+        (3, 0, 6),
+        (0, 0, 6),
+        (1, 5, 6),
+        (3, 2, 6),
+        (1, 1, 6),
+        (2, 4, 6),
+        (2, 5, 6),
+    ):
         x = torch.randn(shape)
         ran.clear()
-        try:
-            got = session.run(x)["output"]
-        except ExportError as error:
+        got = answer(session, x)
+        if isinstance(got, ExportError):
             # A fixed axis, or no empty output: said before anything runs.
-            assert "has shape" in str(error) or isinstance(error, EmptyAxisError)
+            assert "has shape" in str(got) or isinstance(got, EmptyAxisError)
             assert not ran
             continue
         assert bool(ran) <= (0 not in shape)
@@ -108,10 +125,15 @@ def test_shapes_whose_inside_is_empty_are_not_compared_but_named(tmp_path: Path)
     model = Applied(THEN["inner-over-sequence"]).eval()
     report = export_onnx(model, tmp_path / "m.onnx", torch.randn(3, 5, 6))
     assert report.inputs == {"x": ("batch", "sequence", 6)}
-    assert any("inside the model has size 0 (sequence - 2)" in why for why in report.skipped.values())
+    assert any(
+        "inside the model has size 0 (sequence - 2)" in why
+        for why in report.shapes_skipped.values()
+    )
     session = OnnxSession(tmp_path / "m.onnx", "cpu")
     assert json.loads(session.metadata[INNER_SIZES_KEY]) == ["sequence - 2"]
-    with pytest.raises(EmptyAxisError, match=r"size 0 \(sequence - 2\) on x \[1, 2, 6\].*output.*6, 6"):
+    with pytest.raises(
+        EmptyAxisError, match=r"size 0 \(sequence - 2\) on x \[1, 2, 6\].*output.*6, 6"
+    ):
         session.run(torch.randn(1, 2, 6))
 
 
