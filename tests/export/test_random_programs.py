@@ -175,7 +175,9 @@ def drawn(
 
 def rewritten(program: Program, rank: int) -> nn.Module:
     """With a trained adapter at every weight."""
-    config = LoraConfig(r=2 * rank, lora_alpha=2 * rank * SCALE, target_modules=list(program.weights()))
+    config = LoraConfig(
+        r=2 * rank, lora_alpha=2 * rank * SCALE, target_modules=list(program.weights())
+    )
     # optimize=False: what is exported is the same, and fusing is tested elsewhere.
     model = lora_fx.rewrite(program, config, optimize=False).eval()
     with torch.no_grad():
@@ -245,15 +247,11 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def test_every_kind_of_operation() -> None:
-    check_program(tuple((kind, 0, True) for kind in KINDS), 0, 1)
-
-
 def test_every_kind_of_operation_used_twice() -> None:
     check_program(tuple((kind, use, True) for kind in KINDS for use in (0, 1)), 1, 2)
 
 
-@settings(max_examples=4, derandomize=True, **OPTIONS)
+@settings(max_examples=2, derandomize=True, **OPTIONS)
 @given(STEPS, st.integers(0, 99), st.integers(1, 3))
 def test_random_programs(steps: tuple[tuple[str, int, bool], ...], seed: int, rank: int) -> None:
     check_program(steps, seed, rank)
