@@ -42,7 +42,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction 
     ast.Div: lambda a, b: a / b,
     ast.FloorDiv: lambda a, b: a // b,
     ast.Mod: lambda a, b: a % b,
-    ast.Pow: lambda a, b: a**b if b.denominator == 1 and 0 <= b <= 8 else _unknown(),
+    ast.Pow: lambda a, b: _power(a, b),
 }
 _FUNCTIONS: Mapping[str, Callable[..., Fraction | int]] = {
     "floor": math.floor,
@@ -139,10 +139,10 @@ def empty_outputs(
             if size == 0 and not fine:
                 empty = empty or f"axis {axis} of '{port.name}' has size 0"
     for text in inner:
-        size = size_of(text, sizes)
-        if size is not None and size <= 0:
+        inside = size_of(text, sizes)
+        if inside is not None and inside <= 0:
             given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            empty = empty or f"an axis inside the model has size {size} ({text}) on {given}"
+            empty = empty or f"an axis inside the model has size {inside} ({text}) on {given}"
     if not empty:
         return None
     found = []
@@ -181,8 +181,10 @@ def size_of(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
     return int(value) if value.denominator == 1 else None
 
 
-def _unknown() -> Fraction:
-    raise ValueError("no size is such a power")
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent not in range(9):  # a file may ask for a number that no memory holds
+        raise ValueError(f"no size is a power of {exponent}")
+    return base ** int(exponent)
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
