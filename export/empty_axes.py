@@ -35,6 +35,12 @@ INNER_SIZES_KEY = "lora_fx.inner_sizes"
 MAY_BE_EMPTY = "past_length"
 """The one axis that is compared with PyTorch at size 0, in the files of decoders: a prefill has no past."""
 
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent not in range(9):  # a file may ask for a number that no memory holds
+        raise ValueError(f"no size is a power of {exponent}")
+    return base ** int(exponent)
+
+
 _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -42,7 +48,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction 
     ast.Div: lambda a, b: a / b,
     ast.FloorDiv: lambda a, b: a // b,
     ast.Mod: lambda a, b: a % b,
-    ast.Pow: lambda a, b: _power(a, b),
+    ast.Pow: _power,
 }
 _FUNCTIONS: Mapping[str, Callable[..., Fraction | int]] = {
     "floor": math.floor,
@@ -179,12 +185,6 @@ def size_of(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
     except (SyntaxError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
     return int(value) if value.denominator == 1 else None
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent not in range(9):  # a file may ask for a number that no memory holds
-        raise ValueError(f"no size is a power of {exponent}")
-    return base ** int(exponent)
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
