@@ -35,6 +35,7 @@ INNER_SIZES_KEY = "lora_fx.inner_sizes"
 MAY_BE_EMPTY = "past_length"
 """The one axis that is compared with PyTorch at size 0, in the files of decoders: a prefill has no past."""
 
+
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent not in range(9):  # a file may ask for a number that no memory holds
         raise ValueError(f"no size is a power of {exponent}")
