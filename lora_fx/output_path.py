@@ -37,9 +37,9 @@ def output_file(
         raise error(f"{given} is a folder: give the name of the file to write in it, as {example}")
     if target.suffix.lower() not in suffixes:
         known = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
-        has = f"ends in {target.suffix}" if target.suffix else "has no suffix"
+        has = f"the suffix {target.suffix}" if target.suffix else "no suffix"
         raise error(
-            f"{given} {has}, and the file that is written there has {known}: call it "
+            f"{given} has {has}, and the file that is written there has {known}: call it "
             f"{target.with_suffix(suffixes[0])}, say"
         )
     return target
