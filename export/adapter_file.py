@@ -21,6 +21,7 @@ from lora_fx.export.placement import check_target, staging, write_errors
 from lora_fx.export.ports import to_runtime, to_tensor
 from lora_fx.export.providers import import_onnxruntime
 from lora_fx.export.twin import DTYPES, unwrapped
+from lora_fx.output_path import output_file
 
 __all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of"]
 
@@ -46,7 +47,7 @@ def save_onnx_adapter(
         source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder is enough by itself
             but for what depends on the base weights: DoRA, adapted parameters and attention layers, and
             starts that changed the base. Load those onto the model and give that.
-        path: The file to write.
+        path: The file to write, with the suffix ``.onnx_adapter``.
         adapter_name: Which adapter of a model; by default the only one, or the only active one.
         base: The ``.onnx`` file that the adapter is for: it is checked against that, and has its dtypes.
         dtype: "fp32", "fp16" or "bf16", where there is no ``base``; by default that of the weights that a
@@ -62,9 +63,10 @@ def save_onnx_adapter(
         ConfigError: An argument cannot mean anything, or the model has no such adapter.
         ExportError: The file exists or cannot be written (with the bytes that it takes, if the disk is
             full), or ``base`` takes no adapters.
+        OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ONNX Runtime, which has the format, is not installed.
     """
-    target = Path(path)
+    target = output_file(path, (".onnx_adapter",))
     if base is not None and dtype is not None:
         raise ConfigError(
             "base and dtype were both given: the file of base says which dtype it takes"

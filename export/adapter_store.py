@@ -32,16 +32,14 @@ class HeldAdapter:
 
     Attributes:
         values: On the CPU, by the names of the inputs.
-        bound: The same where the session runs, as ONNX Runtime has them.
+        bound: The same where the session runs, as ONNX Runtime has them, and of a file whose defaults have
+            rank 0 those of its other inputs.
         ranks: Site to rank.
     """
 
     values: Mapping[str, Tensor]
     bound: Mapping[str, Any]
     ranks: Mapping[str, int]
-
-
-_NONE = HeldAdapter({}, {}, {})
 
 
 class AdapterStore:
@@ -69,6 +67,7 @@ class AdapterStore:
         self._file = file
         self._max_rank = max_rank
         self._lock = threading.Lock()
+        self._none = self._no_adapter()
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
 
@@ -127,7 +126,7 @@ class AdapterStore:
                 not fit into the room for them.
         """
         if choice is None:
-            return _NONE
+            return self._none
         if isinstance(choice, HeldAdapter):
             return choice
         _ = self.manifest  # a file that takes no adapters says so
@@ -156,10 +155,19 @@ class AdapterStore:
                     self._sums.popitem(last=False)
         return total
 
+    def _no_adapter(self) -> HeldAdapter:
+        """What runs where there is no adapter: the defaults of the file, unless they have rank 0."""
+        if self._manifest is None or self._manifest.runs_alone:
+            return HeldAdapter({}, {}, {})
+        return HeldAdapter({}, self._placed(self._manifest.no_adapter()), {})
+
     def _hold(self, values: Mapping[str, Tensor]) -> HeldAdapter:
         own = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        bound = {name: placed(self._runtime, value, self._device) for name, value in own.items()}
+        bound = {**self._none.bound, **self._placed(own)}
         return HeldAdapter(own, bound, ranks_of(self.manifest, own))
+
+    def _placed(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: placed(self._runtime, one, self._device) for name, one in values.items()}
 
     def _known(self, name: str) -> HeldAdapter:
         if name not in self._held:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.calls import AXIS_LIMITS_KEY
+from lora_fx.export.empty_axes import INNER_SIZES_KEY, inner_sizes
 from lora_fx.export.failures import headline
 from lora_fx.export.grouped import expand_grouped
 from lora_fx.export.names import name_axes, name_values, strip_build_traces, weight_aliases
@@ -155,6 +156,7 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             "lora_fx.dtype": prepared.dtype,
             "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
             AXIS_LIMITS_KEY: json.dumps(trace.axis_limits()),
+            INNER_SIZES_KEY: json.dumps(inner_sizes(model)),
             **prepared.origin,
             **prepared.metadata,
         }

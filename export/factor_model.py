@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from lora_fx import dora
 from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
-from lora_fx.export.manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.manifest import AdapterInput, Manifest, Role, SiteInputs
 from lora_fx.export.origin import base_name
 from lora_fx.export.swappable import ADAPTER, Swappable
 from lora_fx.export.twin import DTYPES, dtype_name
 from lora_fx.passes._factors import factor_names
+from lora_fx.passes._sharing import share_copy
+from lora_fx.passes.merge import merge
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.record import Record
 from lora_fx.types import PlannedSite, join
 
 __all__ = ["FactorModel", "flip", "random_factors", "site_inputs"]
@@ -69,6 +74,55 @@ class FactorModel(FlatModel):
         values = {f"model.{name}": flip(one, tensor) for name, one, tensor in given}
         return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
 
+    @torch.no_grad()
+    def merged(self, factors: Sequence[Tensor], keep: Callable[[Tensor], Tensor]) -> FlatModel:
+        """The same call of the model with values for the adapter inputs folded into its weights.
+
+        Nothing of what runs in the file is in it: no branch, no graph, no product of low rank. The values of
+        :meth:`loose_biases` are left out.
+
+        Args:
+            factors: The values, in the order of the inputs.
+            keep: Takes each folded weight, see ``Scratch.keep``.
+
+        Raises:
+            MergeError: Something cannot be folded.
+        """
+        twin = share_copy(self.model)
+        values = dict(zip((one.name for one in self.adapter_inputs), factors, strict=True))
+        for row, site in zip(self._made.rows, self.manifest.sites, strict=True):
+            given = {one.role: flip(one, values[one.name]) for one in site.inputs()}
+            if row.dora:
+                given |= _as_dora(twin, row, given)
+            for name, one in zip(_parameters(row), site.inputs(), strict=True):
+                owner, _, leaf = name.rpartition(".")
+                value = nn.Parameter(given[one.role], requires_grad=False)
+                twin.get_submodule(owner)._parameters[leaf] = value
+        twin.__dict__["_lora_fx"] = self._foldable()
+        dense, _ = merge(twin, adapter_names=ADAPTER, keep=keep)
+        return FlatModel(dense, self.arguments, self.call).eval()
+
+    def loose_biases(self) -> set[str]:
+        """Inputs that are a bias on B of an operation without a bias: no weight can take them."""
+        return {
+            one.name
+            for row, site in zip(self._made.rows, self.manifest.sites, strict=True)
+            for one in site.inputs()
+            if one.role == "bias" and row.site.bias is None
+        }
+
+    def _foldable(self) -> Record:
+        """The record, without biases that no weight can take."""
+        record = self._made.record
+        adapter = record.adapters[ADAPTER]
+        rows = tuple(
+            row if row.site.bias else dataclasses.replace(row, lora_bias=False)
+            for row in adapter.sites
+        )
+        return dataclasses.replace(
+            record, adapters={ADAPTER: dataclasses.replace(adapter, sites=rows)}
+        )
+
     def over(self, model: nn.Module) -> FactorModel:
         """The same call of another copy of its model."""
         return FactorModel(self._made, model, self.arguments, self.call).eval()
@@ -81,7 +135,7 @@ class FactorModel(FlatModel):
         found = []
         for index, site in enumerate(self.manifest.sites):
             rank = f"lora_rank_{index}"
-            dim = Dim(rank, min=0)
+            dim = Dim(rank, min=1)
             for one in site.inputs():
                 # A of a grouped convolution has the rank of all groups, B that of one.
                 times = site.groups // one.multiple
@@ -169,6 +223,20 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
         bias=row.lora_bias,
         gain=row.dora,
     )
+
+
+def _as_dora(
+    model: nn.Module, row: PlannedSite, given: Mapping[Role, Tensor]
+) -> dict[Role, Tensor]:
+    """B and the magnitude that a site has whose gain, and whose B with the gain in it, are these."""
+    site, gain = row.site, given["gain"]
+    b = given["B"] / gain.view(-1, *(1 for _ in given["B"].shape[1:])).to(given["B"])
+    weight = model.get_parameter(site.weight)
+    ones = torch.ones_like(gain)
+    inverse = dora.gain(
+        ones, weight, given["A"], b, 1.0, site.layout, site.groups, site.view, site.rows
+    )
+    return {"B": b, "gain": gain / inverse.to(gain)}
 
 
 def _parameters(row: PlannedSite) -> list[str]:

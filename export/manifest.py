@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lora_fx.errors import ExportError
 
 __all__ = ["MANIFEST_KEY", "SUFFIXES", "AdapterInput", "Manifest", "Role", "SiteInputs"]
@@ -117,13 +120,13 @@ class SiteInputs:
             yield self._input("gain", (self.out_features,))
 
     @property
-    def default_rank(self) -> int:
-        """The rank of what stands for no adapter: 0, but a convolution without channels is none.
+    def least_rank(self) -> int:
+        """The lowest rank that an adapter has here, and that of the zeros which stand for no adapter.
 
-        The CPU provider runs one; that every provider does is not known. So those are zeros of the
-        least rank that there is.
+        It is never 0. ONNX Runtime does not promise a product over nothing: its Einsum ends the process, its
+        MatMul with the weight on the left gives back whatever was in memory.
         """
-        return self.groups if self.family == "conv" else 0
+        return self.groups
 
     def _input(self, role: Role, shape: tuple[int | None, ...], multiple: int = 1) -> AdapterInput:
         name = f"{self.name}.{SUFFIXES[role]}" if self.name else SUFFIXES[role]
@@ -141,20 +144,39 @@ class Manifest:
     Attributes:
         base: What the file was made from: the class of the model, and its name if it has one.
         sites: In the order of the model.
+        runs_alone: Whether the defaults in the file are zeros of :attr:`SiteInputs.least_rank`. Earlier
+            versions of lora_fx wrote defaults of rank 0, which nobody should run.
     """
 
     base: str
     sites: tuple[SiteInputs, ...]
+    runs_alone: bool = True
 
     @property
     def inputs(self) -> dict[str, AdapterInput]:
         """Every adapter input by name."""
         return {one.name: one for site in self.sites for one in site.inputs()}
 
+    def no_adapter(self) -> dict[str, Tensor]:
+        """Values that change nothing, by the names of the inputs: zeros of the least rank, gains of 1."""
+        return {
+            one.name: torch.full(
+                one.sized(site.least_rank), one.neutral, dtype=getattr(torch, one.dtype)
+            )
+            for site in self.sites
+            for one in site.inputs()
+        }
+
     def to_json(self) -> str:
         """What the metadata of the file hold."""
         sites = [dataclasses.asdict(site) for site in self.sites]
-        return json.dumps({"format": _FORMAT, "base": self.base, "sites": sites})
+        data = {
+            "format": _FORMAT,
+            "base": self.base,
+            "runs_alone": self.runs_alone,
+            "sites": sites,
+        }
+        return json.dumps(data)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Manifest | None:
@@ -177,7 +199,7 @@ class Manifest:
                 SiteInputs(**{**site, "a": tuple(site["a"]), "b": tuple(site["b"])})
                 for site in data["sites"]
             )
-            return cls(data["base"], sites)
+            return cls(data["base"], sites, bool(data.get("runs_alone", False)))
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(
                 f"the metadata {MANIFEST_KEY} of the file are damaged ({error}): export it again"

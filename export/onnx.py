@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +28,7 @@ from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.twin import DTYPES, unwrapped
 from lora_fx.export.values import refuse_nan
 from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
+from lora_fx.output_path import output_file
 
 __all__ = ["export_onnx"]
 
@@ -63,7 +63,7 @@ def export_onnx(
     Args:
         model: Any module. Adapters of lora_fx in it are merged first, or become inputs; those of PEFT and
             others stay products of their own in the file, with a warning in the log.
-        path: The file to write.
+        path: The file to write, with the suffix ``.onnx``.
         example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
             check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
             one is widened.
@@ -103,6 +103,7 @@ def export_onnx(
 
     Raises:
         ParityError: The file computes something else.
+        OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ``verify=True`` without ONNX Runtime.
         NoMatchError: ``adapters="inputs"`` of a model that has neither adapters nor an operation to
             adapt.
@@ -124,9 +125,7 @@ def export_onnx(
             raise ExportError(
                 f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
             )
-    if not isinstance(path, str | os.PathLike):
-        raise ExportError(f"path is a {type(path).__name__}: give the name of the file to write")
-    target = Path(path)
+    target = output_file(path, (".onnx",))
     check_target(target, force=force)
     _require_packages()
     clock = Stages(progress)

@@ -17,8 +17,9 @@ __all__ = ["make_overridable"]
 def make_overridable(model: ir.Model, manifest: Manifest) -> None:
     """Give every adapter input a default, so that the file alone is the base model.
 
-    The default has rank 0: a product with it is zero and costs next to nothing. Only these inputs are
-    initializers: what is both is no constant to an optimizer, and the weights have to stay that.
+    The default is zeros of rank 1 (a gain of 1), see :attr:`SiteInputs.least_rank`: a product with them is
+    zero and costs next to nothing. Only these inputs are initializers: what is both is no constant to an
+    optimizer, and the weights have to stay that.
 
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
@@ -32,7 +33,7 @@ def make_overridable(model: ir.Model, manifest: Manifest) -> None:
             value = inputs[one.name]
             dtype = value.dtype
             assert dtype is not None
-            neutral = np.full(one.sized(site.default_rank), one.neutral, dtype.numpy())
+            neutral = np.full(one.sized(site.least_rank), one.neutral, dtype.numpy())
             value.const_value = ir.tensor(neutral, dtype=dtype, name=one.name)
             model.graph.register_initializer(value)
             _feed_as_stored(value)

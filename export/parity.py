@@ -14,6 +14,7 @@ from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.cases import Case, Cases, Runner, Sizes
 from lora_fx.export.difference import Compared, described, difference, judged
 from lora_fx.export.draws import drawn_cases
+from lora_fx.export.empty_axes import EmptyAxisError
 from lora_fx.export.reference import Reference
 from lora_fx.export.report import OutputParity, worse
 from lora_fx.export.trace import Trace
@@ -59,10 +60,17 @@ def check_parity(
     parity = Parity(model.description)
     for case in drawn_cases(model, trace, parity.skipped) if cases is None else cases(model):
         sizes = tuple(tuple(tensor.shape) for tensor in case.inputs)
-        if sizes not in parity.tried:
+        if sizes in parity.tried:
+            continue
+        try:
             _compare(parity, model, trace, sizes, case, session)
-            parity.tried.append(sizes)
-            parity.note = case.note or parity.note
+        except EmptyAxisError as error:  # so the session refuses such calls
+            parity.skipped[sizes] = str(error)
+            continue
+        parity.tried.append(sizes)
+        parity.note = case.note or parity.note
+    if not parity.tried:
+        raise ParityError(f"there is no call to compare: {next(iter(parity.skipped.values()), '')}")
     return parity
 
 
@@ -73,6 +81,8 @@ def _compare(
     shapes = ", ".join(f"{name} {list(size)}" for name, size in zip(names, sizes, strict=True))
     try:
         actual = session.run(list(case.inputs))
+    except EmptyAxisError:
+        raise
     except ExportError as error:
         raise ParityError(
             f"PyTorch runs on {shapes}, ONNX Runtime does not: {error}. Fix that axis with "

@@ -126,7 +126,7 @@ class Staging:
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that is a folder, or that exists unless ``force`` is given.
+    """Refuse a target that has become a folder, or that exists unless ``force`` is given.
 
     Raises:
         ExportError: With the path and the remedy.

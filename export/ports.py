@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,18 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 
-__all__ = ["BF16", "CPU", "Device", "Port", "feed", "port_of", "to_runtime", "to_tensor", "unwrap"]
+__all__ = [
+    "BF16",
+    "CPU",
+    "Device",
+    "Port",
+    "empty_value",
+    "feed",
+    "port_of",
+    "to_runtime",
+    "to_tensor",
+    "unwrap",
+]
 
 BF16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
 _DTYPES: dict[str, tuple[Any, torch.dtype]] = {
@@ -141,6 +153,15 @@ def to_runtime(runtime: Any, tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         return values.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), BF16)
     return values.ortvalue_from_numpy(tensor.numpy())
+
+
+def empty_value(runtime: Any, port: Port, shape: Sequence[int], device: Device) -> Any:
+    """A value of ONNX Runtime without an element, for an output."""
+    bf16 = port.dtype == "bfloat16"
+    element = BF16 if bf16 else getattr(np, "bool_" if port.dtype == "bool" else port.dtype)
+    return runtime.OrtValue.ortvalue_from_shape_and_type(
+        list(shape), element, device.kind, device.index
+    )
 
 
 def to_tensor(value: Any) -> Tensor:

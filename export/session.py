@@ -17,11 +17,12 @@ from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.binding import bound_run, settle
 from lora_fx.export.calls import AXIS_LIMITS_KEY, check_axes, inputs_by_name
+from lora_fx.export.empty_axes import INNER_SIZES_KEY, empty_outputs
 from lora_fx.export.generating import Generates
 from lora_fx.export.loading import load
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.node_placement import PlacementReport, read_placement, warn_of_work
-from lora_fx.export.ports import CPU, Device, Port, feed, port_of, unwrap
+from lora_fx.export.ports import CPU, Device, Port, empty_value, feed, port_of, unwrap
 from lora_fx.export.providers import PROVIDERS, import_onnxruntime
 from lora_fx.export.session_settings import check_arguments, session_settings
 from lora_fx.export.static_run import StaticRunner
@@ -89,6 +90,7 @@ class OnnxSession(Generates):
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         manifest = Manifest.from_metadata(self.metadata)
         self._limits: dict[str, int] = json.loads(self.metadata.get(AXIS_LIMITS_KEY, "{}"))
+        self._inner_sizes: list[str] = json.loads(self.metadata.get(INNER_SIZES_KEY, "[]"))
         self._swapping = threading.Lock()  # two files never have adapters of two loads
         self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
         self.inputs = tuple(port_of(value) for value in self._session.get_inputs())
@@ -194,7 +196,8 @@ class OnnxSession(Generates):
 
         Raises:
             ExportError: Names, dtypes, ranks or sizes do not fit (also those of two axes that have one
-                name), or the model fails.
+                name), an axis has size 0 and the outputs would have elements all the same, or the model
+                fails.
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
         given = self._by_name(inputs)
@@ -224,6 +227,20 @@ class OnnxSession(Generates):
         They lie on ``device``, those that ``host`` names on the CPU.
         """
         held = self._store.chosen(adapter)
+        shapes = {name: value.shape() for name, value in feeds.items()}
+        nothing = empty_outputs(
+            self.inputs,
+            self.outputs,
+            shapes,
+            self.path.name,
+            inner=self._inner_sizes,
+            task=TASK_KEY in self.metadata,
+        )
+        if nothing is not None:
+            return [
+                empty_value(self._runtime, port, shape, CPU if port.name in host else device)
+                for port, shape in zip(self.outputs, nothing, strict=True)
+            ]
         settle((), self._device)
         if self._static is not None:
             return self._static.run(feeds, held, device, host)

@@ -38,10 +38,12 @@ class Swappable:
     Attributes:
         model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
         rows: Where the adapter is.
+        record: What is known of the copy, which does not carry it.
     """
 
     model: nn.Module
     rows: tuple[PlannedSite, ...]
+    record: Record
 
 
 def swappable(model: nn.Module) -> Swappable:
@@ -75,7 +77,7 @@ def swappable(model: nn.Module) -> Swappable:
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
     install(running(edit_graphs(capture, _with_given_gains).capture, rows))
     del twin.__dict__["_lora_fx"]  # it is no rewritten model any more: nobody switches its adapters
-    return Swappable(twin, rows)
+    return Swappable(twin, rows, bare)
 
 
 def _rewritten(model: nn.Module) -> nn.Module:

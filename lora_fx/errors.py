@@ -14,6 +14,7 @@ __all__ = [
     "LoraFxError",
     "MergeError",
     "NoMatchError",
+    "OutputPathError",
     "ParityError",
     "PartialMatchError",
     "ProviderError",
@@ -51,6 +52,10 @@ class MergeError(LoraFxError, RuntimeError):
 
 class ExportError(LoraFxError, RuntimeError):
     """A model could not be exported."""
+
+
+class OutputPathError(ExportError, ValueError):
+    """A path to write to names a folder, or a file of another kind."""
 
 
 class ParityError(ExportError):

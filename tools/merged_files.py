@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError, MergeError
+from lora_fx.output_path import output_file
 
 __all__ = ["check_out", "dtype_of", "write_merged"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")
 
 # What a folder of transformers holds besides the model, and the merged model needs as much.
 _COMPANIONS = (
@@ -43,28 +46,34 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def check_out(name: str, out: Path, *, force: bool) -> None:
+def check_out(name: str, given: str | Path, *, force: bool) -> Path:
     """Stops before the work is done where the result could not be written.
 
     Args:
         name: The model's name.
-        out: Where to.
+        given: Where to.
         force: Whether something may be there already.
+
+    Returns:
+        The path.
 
     Raises:
         ConfigError: With what to give instead.
     """
+    out = Path(given)
     folder = name.startswith("hf:")
-    if not folder and out.suffix != ".safetensors":
-        raise ConfigError(f"cannot write {out}: the weights of {name} go into a .safetensors file")
-    if out.exists() and (folder is out.is_file()):
-        kind = "a file, and the model is written as a folder" if folder else "a folder"
-        raise ConfigError(f"cannot write {out}: it is {kind}")
+    if not folder:
+        output_file(given, (".safetensors",), ConfigError)
+    elif out.is_file() or out.suffix.lower() in _FILES:
+        raise ConfigError(
+            f"cannot write {out}: it is a file, or named like one, and {name} is written as a folder"
+        )
     used = out.exists() and (not folder or any(out.iterdir()))
     if used and not force:
         raise ConfigError(f"{out} exists: give another name, or --force to write over it")
     if folder and out.exists() and out.resolve() == Path(name[3:]).expanduser().resolve():
         raise ConfigError(f"{out} is the model that is merged: give another folder")
+    return out
 
 
 def write_merged(model: nn.Module, out: Path, *, folder: Path | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_fx.api import capture
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.output_path import output_file
 from lora_fx.passes._region import graphs_of
 from lora_fx.tools.dot import to_dot
 from lora_fx.tools.graphml import to_graphml
@@ -63,19 +64,14 @@ def visualize(
         ConfigError: The suffix is none of these, the folder does not exist, or the file does.
         LoraFxError: The file could not be written; one that was there is still there.
     """
-    if not isinstance(path, str | os.PathLike):
+    if isinstance(path, nn.Module):
         raise ConfigError(
             f"path is a {type(path).__name__}: give the model first, then a file name"
         )
-    target = Path(path)
-    write = FORMATS.get(target.suffix.lower())
-    if write is None:
-        known = ", ".join(FORMATS)
-        raise ConfigError(f"cannot draw into {target}: use one of the suffixes {known}")
+    target = output_file(path, tuple(FORMATS), ConfigError)
+    write = FORMATS[target.suffix.lower()]
     if not target.parent.is_dir():
         raise ConfigError(f"cannot write {target}: there is no folder {target.parent}; create it")
-    if target.is_dir():
-        raise ConfigError(f"cannot write {target}: it is a folder; name a file")
     if target.exists() and not force:
         raise ConfigError(
             f"{target} exists: pass force=True to write over it, or choose another name"

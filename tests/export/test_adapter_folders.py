@@ -106,7 +106,7 @@ def test_dora_needs_the_model_and_a_file_with_gains(tmp_path: Path, base: Path) 
     folder = tmp_path / "dora"
     wrapped = saved(gpt2(), folder, r=2, use_dora=True, target_modules=["c_fc"])
     with pytest.raises(CheckpointError, match=r"cannot be converted by itself.*norms of DoRA"):
-        save_onnx_adapter(folder, tmp_path / "a")
+        save_onnx_adapter(folder, tmp_path / "a.onnx_adapter")
     model = lora_fx.load_adapter(gpt2(), folder)
     with pytest.raises(CheckpointError, match=r"c_fc\.lora_gain.*Export the model again"):
         OnnxSession(base, "cpu").load_adapter("a", model)
@@ -137,7 +137,7 @@ def test_what_a_folder_cannot_say_alone(
     folder = tmp_path / "adapter"
     saved(Convs() if "target_parameters" in options else gpt2(), folder, r=2, **options)
     with pytest.raises(CheckpointError, match=f"{message}.*load_adapter"):
-        save_onnx_adapter(folder, tmp_path / "a")
+        save_onnx_adapter(folder, tmp_path / "a.onnx_adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -155,7 +155,7 @@ def test_what_no_file_takes_says_to_merge(
     saved(gpt2(), folder, r=2, target_modules=["c_fc"], **options)
     message += r".*adapters='merge'.*lora-fx export MODEL FILE --adapter"
     with pytest.raises(CheckpointError, match=message):
-        save_onnx_adapter(folder, tmp_path / "a")
+        save_onnx_adapter(folder, tmp_path / "a.onnx_adapter")
     with pytest.raises(CheckpointError, match=message):
         OnnxSession(base, "cpu").load_adapter("a", folder)
 
@@ -205,7 +205,7 @@ def test_a_place_that_the_file_has_not_says_what_to_do(tmp_path: Path) -> None:
         of_whole.load_adapter("a", adapted("head"))
     for call in (
         of_whole.load_adapter,
-        lambda _, *a, **k: save_onnx_adapter(*a, tmp_path / "f", **k),
+        lambda _, *a, **k: save_onnx_adapter(*a, tmp_path / "f.onnx_adapter", **k),
     ):
         with pytest.raises(
             ConfigError, match="adapter_name='b' chooses among the adapters of a model"
@@ -224,7 +224,7 @@ def test_factors_that_are_no_pair(tmp_path: Path, broken: str) -> None:
     cut = {"rank": value[:1], "whole numbers": value.int(), "one axis": value[0]}[broken]
     save_file({**tensors, key: cut.contiguous()}, file)
     with pytest.raises(CheckpointError, match=r"c_fc has A .* and B .*no pair"):
-        save_onnx_adapter(folder, tmp_path / "a")
+        save_onnx_adapter(folder, tmp_path / "a.onnx_adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -237,7 +237,7 @@ def test_an_adapter_for_another_model(tmp_path: Path, base: Path) -> None:
     ):
         session.load_adapter("other", folder)
     with pytest.raises(CheckpointError, match="no adapter for this file"):
-        save_onnx_adapter(folder, tmp_path / "a", base=base)
+        save_onnx_adapter(folder, tmp_path / "a.onnx_adapter", base=base)
     wide = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=2, n_positions=16)
     )
@@ -287,7 +287,7 @@ def test_a_file_that_ignores_its_adapters_is_not_written(
         verify_adapters._With, "run", lambda self, inputs: self._session.run(inputs)
     )
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-    with pytest.raises(ParityError, match="with a random adapter: output 'output'"):
+    with pytest.raises(ParityError, match="with a random adapter of rank 3: output 'output'"):
         export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4), adapters="inputs")
     assert not list(tmp_path.iterdir())
 

@@ -91,7 +91,8 @@ def test_the_export_is_compared_alone_with_each_adapter_and_with_a_random_one(
     assert rows == [
         "output",
         *(f"output with adapter {name!r}" for name in NAMES),
-        "output with a random adapter",
+        "output with a random adapter of rank 3",
+        "output with a random adapter of rank 1",
     ]
     assert report.max_rel_error < 1e-5
     assert set(report.swappable) == {
@@ -162,8 +163,8 @@ def test_no_factor_is_turned_round_at_run_time_and_nothing_else_is_overridable(p
     # As in a merged export, weights are stored as they are multiplied.
     shapes = {value.name: tuple(value.dims) for value in graph.initializer}
     assert shapes["fc.weight"] == (12, 8)
-    assert shapes["fc.lora_A.weight"] == (12, 0)
-    assert shapes["fc.lora_B.weight"] == (0, 8)
+    assert shapes["fc.lora_A.weight"] == (12, 1)
+    assert shapes["fc.lora_B.weight"] == (1, 8)
     assert shapes["grouped.lora_A.weight"] == (2, 4, 3)
 
 
@@ -202,13 +203,13 @@ def test_parts_ties_and_starts_that_changed_the_base(tmp_path: Path) -> None:
     session = OnnxSession(tmp_path / "m.onnx", "cpu")
     torch.testing.assert_close(session.run(ids())["output"], base(ids()).detach(), **EXACT)
     for name in lora_fx.adapter_names(model):
-        file = save_onnx_adapter(model, tmp_path / name, adapter_name=name)
+        file = save_onnx_adapter(model, tmp_path / f"{name}.onnx_adapter", adapter_name=name)
         session.load_adapter(name, file)
         want = expected(model, [name], ids())
         assert (want - base(ids())).abs().max() > 0.01
         torch.testing.assert_close(session.run(ids(), adapter=name)["output"], want, **EXACT)
     # What was taken out of the base at the start is in the file of the adapter.
-    assert read_adapter(tmp_path / "pissa")["mix.lora_A.weight"].shape == (8, 4)
+    assert read_adapter(tmp_path / "pissa.onnx_adapter")["mix.lora_A.weight"].shape == (8, 4)
 
 
 @pytest.mark.parametrize("targets", [["a.q", "a.v"], None])
@@ -392,7 +393,7 @@ def test_a_broken_adapter_is_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_values_go_through_a_file(tmp_path: Path, model: nn.Module, dtype: Any) -> None:
-    file = save_onnx_adapter(model, tmp_path / "a", adapter_name="dora", dtype=dtype)
+    file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", adapter_name="dora", dtype=dtype)
     values, wide = read_adapter(file), values_of_model(model, "dora")
     assert values.keys() == wide.keys()
     for name, value in values.items():
@@ -469,7 +470,7 @@ def test_what_does_not_fit_is_named_and_the_session_goes_on(
 
 
 def test_a_truncated_file(tmp_path: Path, session: OnnxSession, model: nn.Module) -> None:
-    whole = save_onnx_adapter(model, tmp_path / "a", adapter_name="dora").read_bytes()
+    whole = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", adapter_name="dora").read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 100):
         (tmp_path / "a").write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="truncated, damaged or no"):
@@ -546,7 +547,9 @@ def test_a_merged_file_takes_no_adapter(tmp_path: Path, model: nn.Module) -> Non
     with pytest.raises(ConfigError, match=r"m\.onnx takes no adapters.*adapters='inputs'"):
         session.load_adapter("a", model, adapter_name="plain")
     with pytest.raises(ExportError, match=r"m\.onnx takes no adapters"):
-        save_onnx_adapter(model, tmp_path / "a", adapter_name="plain", base=tmp_path / "m.onnx")
+        save_onnx_adapter(
+            model, tmp_path / "a.onnx_adapter", adapter_name="plain", base=tmp_path / "m.onnx"
+        )
     with pytest.raises(ConfigError, match=r"m\.onnx takes no adapters.*adapters='inputs'"):
         session.run(torch.randn(2, 4), adapter="a")
 
@@ -565,7 +568,7 @@ def test_what_has_no_factors_is_refused_by_name(tmp_path: Path, options: Any, me
     model = lora_fx.rewrite(Net(), LoraConfig(r=2, target_modules=["fc"], **options))
     for write in (
         lambda: export_onnx(model, tmp_path / "m.onnx", ids(), adapters="inputs"),
-        lambda: save_onnx_adapter(model, tmp_path / "a"),
+        lambda: save_onnx_adapter(model, tmp_path / "a.onnx_adapter"),
     ):
         with pytest.raises(ExportError, match=f"'default' cannot be an input.*{message}.*merge"):
             write()

@@ -62,7 +62,12 @@ def test_a_cache_and_adapters_are_judged_in_fp32_with_one_set_of_weights(
     )
     assert report.dtype == "fp16"
     assert report.reference == WIDE
-    suffixes = ("", " with adapter 'one'", " with adapter 'two'", " with a random adapter")
+    suffixes = (
+        "",
+        " with adapter 'one'",
+        " with adapter 'two'",
+        *(f" with a random adapter of rank {rank}" for rank in (3, 1)),
+    )
     outputs = ("logits", "present.0.key", "present.0.value")
     assert {row.name for row in report.parity} == {f"{o}{s}" for s in suffixes for o in outputs}
     for row in report.parity:

@@ -24,6 +24,7 @@ FOLDERS = {
 }
 LAYERS = (
     "lora_fx.errors",
+    "lora_fx.output_path",
     "lora_fx._config_starts",
     "lora_fx._config_fields",
     "lora_fx._config_foreign",
@@ -145,6 +146,7 @@ PUBLIC = {
     "MergeError",
     "NoMatchError",
     "OnnxSession",
+    "OutputPathError",
     "ParityError",
     "PartialMatchError",
     "ProviderError",

@@ -228,6 +228,29 @@ def test_visualize(here: Path) -> None:
     assert "suffix" in refused("visualize", MODEL, "net.bmp")
 
 
+@pytest.mark.parametrize(
+    ("command", "suffix"),
+    [
+        (("export", MODEL), ".onnx"),
+        (("export-adapter", "adapter"), ".onnx_adapter"),
+        (("visualize", MODEL), ".svg"),
+        (("merge", MODEL, "adapter"), ".safetensors"),
+        (("rewrite", MODEL, "--out"), ".svg"),
+        (("run", "m.onnx", "--output"), ".npz"),
+    ],
+)
+def test_a_folder_or_another_kind_of_file_is_refused(
+    here: Path, adapter: Path, command: tuple[str, ...], suffix: str
+) -> None:
+    (here / "folder").mkdir()
+    before = sorted(here.rglob("*"))
+    for path in ("folder", "new/", f"new{suffix}/"):
+        assert "is a folder: give the name of the file" in " ".join(refused(*command, path).split())
+    for path in ("net.pt", "net"):
+        assert f"{suffix}" in refused(*command, path)
+    assert sorted(here.rglob("*")) == before
+
+
 def test_merge_writes_the_weights_of_the_merged_model(here: Path, adapter: Path) -> None:
     from cli_net_for_tests import net
 

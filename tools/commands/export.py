@@ -18,7 +18,7 @@ _STAGES = 5  # of export_onnx
 
 def export(
     model: o.ModelName,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .onnx file.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The .onnx file.", show_default=False)],
     adapter: Annotated[
         Path | None,
         typer.Option("--adapter", help="An adapter folder: to merge, or to have the places of."),
@@ -56,7 +56,7 @@ def export(
     from lora_fx.export.onnx import export_onnx
     from lora_fx.tools.export_table import render
 
-    o.refuse_existing(out, force=force)
+    path = o.file_to_write(out, (".onnx",), force=force)
     loaded = o.load(model)
     inputs = loaded.inputs()
     base: Any = loaded.model
@@ -71,7 +71,7 @@ def export(
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
             base,
-            out,
+            path,
             inputs,
             task=purpose,
             adapters=how,

@@ -18,7 +18,7 @@ def export_adapter(
         Path, typer.Argument(metavar="DIR", help="An adapter folder.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The .onnx_adapter file.", show_default=False)
+        str, typer.Argument(metavar="OUT", help="The .onnx_adapter file.", show_default=False)
     ],
     base: Annotated[
         Path | None,
@@ -39,7 +39,7 @@ def export_adapter(
     from lora_fx.checkpoint import load_adapter
     from lora_fx.export.adapter_file import save_onnx_adapter
 
-    o.refuse_existing(out, force=force)
+    path = o.file_to_write(out, (".onnx_adapter",), force=force)
     source: Any = folder
     if model is not None:
         loaded: Any = o.load(model).model
@@ -47,7 +47,7 @@ def export_adapter(
             source = load_adapter(loaded, folder)
     kind: Any = dtype
     with console.progress("writing the adapter"):
-        written = save_onnx_adapter(source, out, base=base, dtype=kind, force=force)
+        written = save_onnx_adapter(source, path, base=base, dtype=kind, force=force)
     size = written.stat().st_size
     console.output().print(
         f"{written}: {size / 1e3:.1f} kB", highlight=False, soft_wrap=True, markup=False

@@ -19,7 +19,7 @@ def merge(
         Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)
     ],
     out: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="OUT",
             help="For hf: models a folder, for others a .safetensors file of the state dict.",
@@ -44,7 +44,7 @@ def merge(
     from lora_fx.checkpoint import load_adapter
     from lora_fx.tools.merged_files import check_out, dtype_of, write_merged
 
-    check_out(model, out, force=force)
+    path = check_out(model, out, force=force)
     wanted = dtype_of(dtype)
     loaded = o.load(model)
     with console.progress("reading the adapter"):
@@ -58,10 +58,10 @@ def merge(
             progress=advance,
         )
     with console.progress("writing"):
-        write_merged(merged, out, folder=loaded.folder)
+        write_merged(merged, path, folder=loaded.folder)
     lines = str(report).splitlines()
     shown = lines if every else [lines[0], *(line for line in lines if "untied" in line)]
     screen = console.output()
     for line in shown:
         screen.print(line, highlight=False, soft_wrap=True)
-    screen.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    screen.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from lora_fx.config import ALL_LINEAR, LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.output_path import output_file
 from lora_fx.tools import console
 from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
 
@@ -32,9 +34,9 @@ __all__ = [
     "Targets",
     "capture_options",
     "config_from",
+    "file_to_write",
     "load",
     "loaded_adapter",
-    "refuse_existing",
 ]
 
 _PANEL = "What to adapt"
@@ -179,14 +181,21 @@ def load(name: str, *, weights: bool = True) -> LoadedModel:
         return load_model(name, weights=weights)
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Stops before the work is done, not after it.
+def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
+    """The path of a file that a command writes: it stops before the work is done, not after it.
+
+    Args:
+        given: As it was typed: a Path would not keep the separator at its end.
+        suffixes: Those that the file may have.
+        force: Whether something may be there already.
 
     Raises:
-        ConfigError: Something is there already.
+        ConfigError: It is a folder or has another suffix, or something is there already.
     """
+    path = output_file(given, suffixes, ConfigError)
     if path.exists() and not force:
         raise ConfigError(f"{path} exists: give another name, or --force to write over it")
+    return path
 
 
 def _split(names: list[str] | None) -> list[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,7 +46,7 @@ def rewrite(
         bool, typer.Option("--graph", help="With --region: the nodes of the graph, not the code.")
     ] = False,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--out", help="Write all graphs: .html .svg .dot .graphml .json or .txt."),
     ] = None,
     force: o.Force = False,
@@ -55,7 +54,7 @@ def rewrite(
     """Rewrite a model and look at the result: its regions, their code, or a picture of them."""
     from lora_fx.api import graphs
     from lora_fx.api import rewrite as rewrite_model
-    from lora_fx.tools.visualize import visualize
+    from lora_fx.tools.visualize import FORMATS, visualize
 
     chosen = o.config_from(
         config,
@@ -69,8 +68,7 @@ def rewrite(
         rslora=rslora,
         bias=bias,
     )
-    if out is not None:
-        o.refuse_existing(out, force=force)
+    file = None if out is None else o.file_to_write(out, (*FORMATS, _TEXT), force=force)
     loaded = (
         o.load(model, weights=inputs is not None)
         if quantize is None
@@ -83,16 +81,16 @@ def rewrite(
     screen = console.output()
     if region is not None:
         _print_region(screen, found, region, as_graph=graph)
-    elif out is None:
+    elif file is None:
         screen.print(_table(rewritten, found))
         screen.print("--region NAME prints the code of one, --out FILE.html draws all", style="dim")
-    if out is None:
+    if file is None:
         return
-    if out.suffix == _TEXT:
-        out.write_text("\n".join(map(_as_text, found.items())), encoding="utf-8")
+    if file.suffix.lower() == _TEXT:
+        file.write_text("\n".join(map(_as_text, found.items())), encoding="utf-8")
     else:
-        visualize(rewritten, out, force=force)
-    screen.print(f"wrote {out}", highlight=False, soft_wrap=True)
+        visualize(rewritten, file, force=force)
+    screen.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 
 def _print_region(screen: Any, found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:

@@ -45,7 +45,7 @@ def run(
         typer.Option("--adapter", help="An .onnx_adapter file, or an adapter folder, to run with."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Write the outputs to this .npz file.")
+        str | None, typer.Option("--output", help="Write the outputs to this .npz file.")
     ] = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs that are timed.")] = 10,
     force: o.Force = False,
@@ -53,8 +53,7 @@ def run(
     """Run an ONNX file on the device that is asked for, and show what comes out."""
     from lora_fx.export.session import OnnxSession
 
-    if output is not None:
-        _check_output(output, force)
+    written = None if output is None else _output_file(output, force=force)
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
@@ -79,17 +78,16 @@ def run(
         f"{1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f})",
         highlight=False,
     )
-    if output is not None:
-        _write(output, results)
-        screen.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    if written is not None:
+        _write(written, results)
+        screen.print(f"wrote {written}", highlight=False, soft_wrap=True)
 
 
-def _check_output(output: Path, force: bool) -> None:
-    if output.suffix != ".npz":
-        raise ConfigError(f"cannot write {output}: the outputs go into an .npz file")
+def _output_file(given: str, *, force: bool) -> Path:
+    output = o.file_to_write(given, (".npz",), force=force)
     if not output.parent.is_dir():
         raise ConfigError(f"cannot write {output}: there is no folder {output.parent}")
-    o.refuse_existing(output, force=force)
+    return output
 
 
 def _write(output: Path, results: dict[str, Any]) -> None:

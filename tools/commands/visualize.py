@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,7 @@ __all__ = ["visualize"]
 def visualize(
     model: o.ModelName,
     path: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="PATH",
             help="The file: .html to explore, .svg, .dot, .graphml, .json.",
@@ -47,6 +46,7 @@ def visualize(
     """Draw the rewritten model: nested modules, equal blocks folded, adapters in colour."""
     from lora_fx.api import capture, rewrite
     from lora_fx.api import plan as make_plan
+    from lora_fx.tools.visualize import FORMATS
     from lora_fx.tools.visualize import visualize as draw
 
     chosen = o.config_from(
@@ -61,17 +61,17 @@ def visualize(
         rslora=rslora,
         bias=bias,
     )
-    o.refuse_existing(path, force=force)
+    file = o.file_to_write(path, tuple(FORMATS), force=force)
     loaded = o.load(model, weights=inputs is not None)
     how = o.capture_options(loaded, frontend, inputs)
     with console.progress("drawing"):
         if base:
             plain = frontend == "auto" and inputs is None
             seen = loaded.model if plain else capture(loaded.model, **how)
-            written = draw(seen, path, force=force)
+            written = draw(seen, file, force=force)
         elif as_plan:
-            written = draw(make_plan(loaded.model, chosen, strict=strict, **how), path, force=force)
+            written = draw(make_plan(loaded.model, chosen, strict=strict, **how), file, force=force)
         else:
-            written = draw(rewrite(loaded.model, chosen, strict=strict, **how), path, force=force)
+            written = draw(rewrite(loaded.model, chosen, strict=strict, **how), file, force=force)
     size = written.stat().st_size / 1e3
     console.output().print(f"wrote {written} ({size:,.0f} kB)", highlight=False, soft_wrap=True)
