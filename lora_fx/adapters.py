@@ -302,7 +302,7 @@ def _inside_block(model: nn.Module, block: Choice) -> Iterator[None]:
     try:
         yield
     finally:
-        with without_wrappers(model) as inner:
+        with without_wrappers(model, leaving=True) as inner:
             leave(inner, block)
 
 

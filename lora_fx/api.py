@@ -15,6 +15,7 @@ from lora_fx._output_error import output_error
 from lora_fx.config import LoraConfig
 from lora_fx.errors import MergeError
 from lora_fx.passes import merge as merging
+from lora_fx.passes._by_hand import claim_unfrozen, protect
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._region import graphs_of, install
 from lora_fx.passes.capture.auto import Frontend
@@ -60,6 +61,7 @@ def capture(
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
     install(result.regions.values())
+    protect(result.model)
     return result
 
 
@@ -231,7 +233,12 @@ def merge(
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to give to an optimizer."""
+    """The parameters to give to an optimizer.
+
+    Those of the base that were unfrozen by hand get storage of their own here, so that the model that was
+    rewritten is not trained with them; elsewhere they get it with their first gradient.
+    """
+    claim_unfrozen(model)
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 

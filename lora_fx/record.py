@@ -128,6 +128,8 @@ class Record:
         optimize: Whether branches are fused with their operations.
         chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
         blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
+        by_hand: FQNs of the base's parameters that were trained although no adapter trains them
+            (:mod:`lora_fx.passes._by_hand`).
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -141,6 +143,7 @@ class Record:
     optimize: bool = True
     chosen: Choice | None = None
     blocks: tuple[Choice, ...] = ()
+    by_hand: frozenset[str] = frozenset()
 
     @property
     def choice(self) -> Choice:

@@ -18,6 +18,7 @@ from lora_fx.passes._sharing import storage_of
 from lora_fx.types import join
 
 __all__ = [
+    "KEPT",
     "base_modules",
     "base_parameters",
     "in_adapter",
@@ -27,7 +28,8 @@ __all__ = [
     "put_back",
 ]
 
-_PREFIX = "lora_own_"
+KEPT = "lora_own_"
+"""What is before the name of a parameter in that of the module that has adapters' values of it."""
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,7 +58,7 @@ def in_adapter(model: nn.Module, name: str) -> bool:
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
     """What an adapter has in the place of a parameter, wherever it is now."""
     owner, leaf = _owner(model, name)
-    beside = owner._modules.get(_PREFIX + leaf)
+    beside = owner._modules.get(KEPT + leaf)
     if beside is not None and adapter in beside._parameters:
         return beside.get_parameter(adapter)
     return owner.get_parameter(leaf)
@@ -65,11 +67,11 @@ def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
 def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     """Puts what an adapter has beside the base into it."""
     for _, owner, leaf in _places(model, names):
-        beside = owner._modules[_PREFIX + leaf]
+        beside = owner._modules[KEPT + leaf]
         assert isinstance(beside, KeptTensors)
         owner._parameters[leaf] = beside._parameters.pop(adapter)
         if not beside._parameters:
-            del owner._modules[_PREFIX + leaf]
+            del owner._modules[KEPT + leaf]
 
 
 def place_base(
@@ -113,9 +115,9 @@ def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
 
 
 def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
-    if _PREFIX + leaf not in owner._modules:
-        owner.add_module(_PREFIX + leaf, KeptTensors().train(owner.training))
-    beside = owner.get_submodule(_PREFIX + leaf)
+    if KEPT + leaf not in owner._modules:
+        owner.add_module(KEPT + leaf, KeptTensors().train(owner.training))
+    beside = owner.get_submodule(KEPT + leaf)
     assert isinstance(beside, KeptTensors)
     return beside
 

@@ -47,5 +47,6 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 def drop_graph(module: nn.Module) -> None:
     """Has a module run its own forward, without what only its graph has read."""
     uninstall(module)
-    for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
+    # A script module has its buffers in something that says their names by no iteration.
+    for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118
         del module._buffers[name]
