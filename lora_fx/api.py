@@ -154,6 +154,7 @@ def merge(
     into: nn.Module | None = ...,
     dtype: torch.dtype | None = ...,
     requantize: bool = ...,
+    own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[False] = ...,
     progress: Callable[[int, int, str], None] | None = ...,
@@ -166,6 +167,7 @@ def merge(
     into: nn.Module | None = ...,
     dtype: torch.dtype | None = ...,
     requantize: bool = ...,
+    own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[True],
     progress: Callable[[int, int, str], None] | None = ...,
@@ -178,11 +180,16 @@ def merge(
     into: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
+    own: bool = False,
     example_inputs: Any = None,
     return_report: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> nn.Module | tuple[nn.Module, MergeReport]:
     """Folds trained adapters into the weights.
+
+    What is not folded is shared with the model that was rewritten, and copied only if that is asked for. So
+    that nobody trains both at once, parameters that are shared are frozen; those of the result's own want a
+    gradient where they did in the original. To train the result on, pass ``own=True``.
 
     Args:
         model: A rewritten model; it is not changed.
@@ -198,6 +205,8 @@ def merge(
             in it, and the merged one runs where ``model`` did.
         requantize: Whether merged weights that were quantised are quantised again, in the same format and
             layers. By default the result is dense as a whole, also where no adapter was.
+        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and wants
+            gradients where the original did.
         example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantising
             again does to the outputs.
         return_report: Whether to measure every merged weight against fp64 and return the report,
@@ -211,7 +220,8 @@ def merge(
     Raises:
         MergeError: If there is nothing to merge, the result would not be finite, arguments exclude each
             other, or a format cannot hold a merged weight (the message names it; a dense merge always can).
-        CaptureError: If the example inputs do not fit the model.
+        CaptureError: If the example inputs do not fit the model, or a layer that has an adapter was deleted
+            or replaced after the rewrite.
     """
     if example_inputs is not None and not requantize:
         raise MergeError(
@@ -223,6 +233,7 @@ def merge(
         into=into,
         dtype=dtype,
         requantize=requantize,
+        own=own,
         measure=return_report,
         progress=progress,
     )

@@ -32,7 +32,8 @@ class AdapterRecord:
         initialized: Whether it has the start that its configuration names; False for one that waits for
             data.
         tokens: Rows of embeddings that it trains.
-        embeddings: Those of ``own`` that came with its folder: weights of embeddings and heads, not trained.
+        given: Those of ``own`` that came with its folder and that it does not train: weights of embeddings
+            and heads, and what was trained by hand.
     """
 
     config: LoraConfig
@@ -42,7 +43,7 @@ class AdapterRecord:
     own: tuple[str, ...] = ()
     initialized: bool = True
     tokens: tuple[PlannedTokens, ...] = ()
-    embeddings: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     @property
     def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:

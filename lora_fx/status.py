@@ -98,7 +98,7 @@ def status(model: nn.Module) -> ModelStatus:
 
 
 def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -> AdapterStatus:
-    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     trained: dict[int, nn.Parameter] = {id(p): p for p in adapter_parameters(model, name)}
     for own in adapter.own:
         if own not in weights:

@@ -27,6 +27,7 @@ from lora_fx.quantized import quantization_of
 from lora_fx.record import Record, record_of
 
 __all__ = [
+    "claim",
     "claim_unfrozen",
     "is_guarded",
     "note_by_hand",
@@ -62,12 +63,19 @@ def is_guarded(parameter: torch.Tensor) -> bool:
     return any(isinstance(hook, _Guard) for hook in hooks.values())
 
 
+def claim(parameter: torch.Tensor) -> None:
+    """Gives a parameter storage of its own, before it is written into; nothing if nobody else sees its own."""
+    hooks = getattr(parameter, "_backward_hooks", None) or {}
+    for hook in list(hooks.values()):
+        if isinstance(hook, _Guard):
+            hook(None)
+
+
 def claim_unfrozen(model: nn.Module) -> None:
     """Gives storage of its own to what has been unfrozen by hand, before it has a gradient."""
     for parameter in _distinct(model):
-        for hook in (parameter._backward_hooks or {}).values() if parameter.requires_grad else ():
-            if isinstance(hook, _Guard):
-                hook(None)
+        if parameter.requires_grad:
+            claim(parameter)
 
 
 def note_by_hand(model: nn.Module) -> None:
@@ -104,7 +112,7 @@ def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]
     """Weights that an initialisation has put in the place of the base's, and that want a gradient; whose they are."""
     for adapter in record.active:
         entry = record.adapters[adapter]
-        weights = {row.site.weight for row in entry.sites} - set(entry.embeddings)
+        weights = {row.site.weight for row in entry.sites} - set(entry.given)
         for name in entry.own:
             if name in weights and model.get_parameter(name).requires_grad:
                 yield name, adapter

@@ -81,6 +81,5 @@ def _has(modules: dict[str, nn.Module], name: str) -> bool:
     module = modules.get(owner)
     if module is None:
         return False
-    held = module._parameters.get(leaf)
-    # A weight that is computed (torch.nn.utils.parametrize) is an attribute of the module.
-    return held is not None or leaf in module._buffers or hasattr(module, leaf)
+    # Also a weight that is computed (torch.nn.utils.parametrize).
+    return getattr(module, leaf, None) is not None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_fx.ops import AdapterModule, KeptTensors
-from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._sharing import memory_of
 from lora_fx.types import join
 
 __all__ = [
@@ -88,17 +88,18 @@ def place_base(
         model: A rewritten model.
         adapter: The adapter.
         names: FQNs of what it has there.
-        originals: The base's values. What shares its storage is one parameter again.
+        originals: The base's values. What shares its memory is one parameter again.
         keep: Whether the adapter's values are kept.
     """
     names = set(names)
-    live = {storage_of(p): p for n, p in base_parameters(model).items() if n not in names}
+    live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
         old, original = owner.get_parameter(leaf), originals[name]
-        if storage_of(original) not in live:
+        memory = memory_of(original)
+        if memory not in live:
             value = original.detach().to(old.device, old.dtype)
-            live[storage_of(original)] = nn.Parameter(value, requires_grad=False)
-        owner._parameters[leaf] = live[storage_of(original)]
+            live[memory] = nn.Parameter(value, requires_grad=False)
+        owner._parameters[leaf] = live[memory]
         if keep:
             _beside(owner, leaf).add(adapter, old)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_fx.ops import AdapterModule
+from lora_fx.passes._by_hand import trained_by_hand
 from lora_fx.passes._own import place_base
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._sharing import share_copy
@@ -20,6 +21,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 
     Modules that ran a graph before the rewrite, over quantised weights, run it again.
     """
+    by_hand = trained_by_hand(model, record)
     result = share_copy(model)
     for name in record.active:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
@@ -34,7 +36,9 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
-        parameter.requires_grad = name in record.trainable
+        # What somebody has put into the model since was not there before.
+        new = name in by_hand and by_hand[name].requires_grad
+        parameter.requires_grad = name in record.trainable or new
     mark_adapted(result, adapted=False)
     base = record.base
     install(
