@@ -4,6 +4,9 @@ A rewritten model shares the storage of its frozen parameters with the model tha
 unfreezes one would train that model, too: an optimizer writes in place. So each frozen parameter has a hook that
 autograd calls with its gradient. At the first one the parameter gets storage of its own and stays the same object,
 which an optimizer may hold already. A parameter that nobody unfreezes costs nothing: its hook is never called.
+A state dict that has other values for it is loaded into storage of its own, too.
+
+What writes into a frozen parameter without a gradient or a state dict (``nn.init``, ``p.data.copy_``) nobody sees.
 
 What was trained so is noted in the record, so that it is merged and saved also after it was frozen again.
 """
@@ -12,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +26,6 @@ from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._own import base_modules, base_parameters
 from lora_fx.passes._region import is_region
 from lora_fx.passes._sharing import storage_of
-from lora_fx.passes.capture.written_out import written_out
 from lora_fx.quantized import quantization_of
 from lora_fx.record import Record, record_of
 
@@ -35,6 +38,7 @@ __all__ = [
     "replaced_modules",
     "trained_by_hand",
     "trained_starts",
+    "unprotect",
 ]
 
 # Storages are copied from an address that every dtype can begin at.
@@ -55,6 +59,16 @@ def protect(model: nn.Module) -> None:
         parameter.requires_grad_(True)
         parameter.register_hook(_Guard(parameter, root))
         parameter.requires_grad_(False)
+    for _, module in base_modules(model):
+        if not isinstance(module, torch.jit.ScriptModule) and not any(_load_hooks(module)):
+            module.register_load_state_dict_pre_hook(_claim_loaded)  # type: ignore[no-untyped-call]
+
+
+def unprotect(model: nn.Module) -> None:
+    """Takes off what :func:`protect` has put on modules, of a copy: none of its parameters has a hook."""
+    for module in model.modules():
+        for key in list(_load_hooks(module)):
+            del module._load_state_dict_pre_hooks[key]
 
 
 def is_guarded(parameter: torch.Tensor) -> bool:
@@ -123,7 +137,7 @@ def replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
     if not any(is_guarded(parameter) for parameter in _distinct(model)):
         return  # it is a copy, in which nothing tells what is new
     for fqn, module in base_modules(model):
-        if fqn in record.base.graphs and not (is_region(module) or written_out(module)):
+        if fqn in record.base.graphs and not is_region(module):
             held = [p for p in module.parameters() if type(p) is nn.Parameter]
             if held and not any(is_guarded(p) or p.is_meta for p in held):
                 yield fqn
@@ -153,6 +167,30 @@ class _Guard:
             members = {id(one) for one in group}
             names = frozenset(name for name, one in there.items() if id(one) in members)
             root.__dict__["_lora_fx"] = dataclasses.replace(record, by_hand=record.by_hand | names)
+
+
+def _load_hooks(module: nn.Module) -> Iterator[int]:
+    """Keys of the hook in a module."""
+    for key, hook in module._load_state_dict_pre_hooks.items():
+        # torch wraps it.
+        if getattr(hook, "hook", hook) is _claim_loaded:
+            yield key
+
+
+def _claim_loaded(
+    module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+) -> None:
+    """Before a module is loaded: what a state dict has other values for gets storage of its own."""
+    if metadata.get("assign_to_params_buffers"):
+        return  # nothing is written: parameters are exchanged
+    for name, parameter in module._parameters.items():
+        value = state.get(prefix + name)
+        if parameter is None or not isinstance(value, torch.Tensor) or not is_guarded(parameter):
+            continue
+        if parameter.is_meta or value.is_meta or parameter.shape != value.shape:
+            continue
+        if not torch.equal(parameter, value.to(parameter.device, parameter.dtype)):
+            claim(parameter)
 
 
 def _distinct(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_fx.ops import AdapterModule
-from lora_fx.passes._by_hand import trained_by_hand
+from lora_fx.passes._by_hand import trained_by_hand, unprotect
 from lora_fx.passes._own import place_base
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._sharing import share_copy
@@ -26,6 +26,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     for name in record.active:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
+    unprotect(result)
     kept = {name: result.get_submodule(name) for name in record.base.kept}
     for module in list(result.modules()):
         if module in kept.values():
