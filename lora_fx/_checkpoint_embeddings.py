@@ -3,9 +3,9 @@
 Who adds tokens resizes both ends of a transformers model, and the rows that are new are in no checkpoint of
 the base. PEFT therefore writes these weights where they were resized, or adapted (``save_embedding_layers``),
 and so does this. What somebody has trained although no adapter trains it is written under the same names,
-and the metadata of the file says which that is: anything else that differs from the model's belongs to another
-base. Read, what differs is the adapter's own, in the place of the base's and frozen: the model that was given
-stays as it is.
+and the metadata of the file says which that is: anything else that differs from the model's belongs to
+another base. Read, what differs is the adapter's own, in the place of the base's and frozen: the model that
+was given stays as it is.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def saved_embeddings(
     return values | {name: own_value(model, adapter, name) for name in given}
 
 
-def saved_by_hand(
-    model: nn.Module, record: AdapterRecord, adapter: str
-) -> dict[str, torch.Tensor]:
+def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict[str, torch.Tensor]:
     """What was trained by hand and is to be saved beside an adapter, by FQN.
 
     Args:
@@ -103,8 +101,9 @@ def saved_by_hand(
         if owner == adapter:
             raise CheckpointError(
                 f"{name} was unfrozen by hand, and the start of adapter {adapter!r} "
-                f"(init_lora_weights={record.config.init_lora_weights!r}) has changed it before, so that a folder "
-                "has no place for it: name its module in modules_to_save, or merge the adapter and save the model"
+                f"(init_lora_weights={record.config.init_lora_weights!r}) has changed it before, so that a "
+                "folder has no place for it: name its module in modules_to_save, or merge the adapter and "
+                "save the model"
             )
     found = trained_by_hand(model, known)
     return {name: value for name, value in found.items() if name not in record.own}

@@ -77,7 +77,7 @@ def stored(
         embeddings: Whether the weights of the embedding and the head are stored as well.
 
     Raises:
-        CheckpointError: If the model is on the meta device, or there is no place for what was trained by hand.
+        CheckpointError: If the model is on the meta device, or what was trained by hand has no place.
         ConfigError: If ``embeddings`` cannot mean anything.
     """
     layout = layout_of(model, record)

@@ -1,4 +1,4 @@
-"""What the verbs for rewritten models share: the way past torch.compile's wrappers, and what they find inside.
+"""What the verbs for rewritten models share: the way past torch.compile's wrappers, and a look at the model.
 
 A wrapper passes attributes on and keeps modules, buffers and a ``__dict__`` of its own: what reads through it
 seems to work, and what writes changes the wrapper. So a verb works on the module inside.

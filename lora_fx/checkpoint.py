@@ -102,8 +102,8 @@ def save_adapter(
         )
     if found.by_hand:
         _log.warning(
-            "%s: these parameters are trained, and no adapter trains them: they are saved beside it, in full. "
-            "modules_to_save makes them part of an adapter: %s",
+            "%s: these parameters are trained, and no adapter trains them: they are saved beside it, in "
+            "full. modules_to_save makes them part of an adapter: %s",
             folder,
             _some(found.by_hand),
         )

@@ -87,7 +87,8 @@ class ModelStatus:
             shown = ", ".join(self.by_hand[:_SHOWN])
             more = len(self.by_hand) - _SHOWN
             lines.append(
-                f"trained by hand, beside the adapters: {shown}" + (f" and {more} more" if more > 0 else "")
+                f"trained by hand, beside the adapters: {shown}"
+                + (f" and {more} more" if more > 0 else "")
             )
         return "\n".join(lines)
 

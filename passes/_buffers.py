@@ -37,7 +37,7 @@ def buffer_digests(model: nn.Module) -> dict[str, str]:
 
 
 def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:
-    """The persistent buffers that are not what they were at the rewrite, or in a module that was not there."""
+    """The persistent buffers that are not what they were at the rewrite, or whose module is new."""
     buffers = dict(model.named_buffers())
     new = tuple(f"{name}." for name in replaced_modules(model, record))
     for name, digest in buffer_digests(model).items():

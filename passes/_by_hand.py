@@ -1,12 +1,13 @@
-"""Parameters of the base that somebody trains by hand: unfrozen in a rewritten model, or in a module put there.
+"""Parameters of the base that somebody trains by hand: unfrozen after the rewrite, or of a new module.
 
-A rewritten model shares the storage of its frozen parameters with the model that was given to ``rewrite``. Who
-unfreezes one would train that model, too: an optimizer writes in place. So each frozen parameter has a hook that
-autograd calls with its gradient. At the first one the parameter gets storage of its own and stays the same object,
-which an optimizer may hold already. A parameter that nobody unfreezes costs nothing: its hook is never called.
-A state dict that has other values for it is loaded into storage of its own, too.
+A rewritten model shares the storage of its frozen parameters with the model that was given to ``rewrite``.
+Who unfreezes one would train that model, too: an optimizer writes in place. So each frozen parameter has a
+hook that autograd calls with its gradient. At the first one the parameter gets storage of its own and stays
+the same object, which an optimizer may hold already. A parameter that nobody unfreezes costs nothing: its
+hook is never called. A state dict that has other values for it is loaded into storage of its own, too.
 
-What writes into a frozen parameter without a gradient or a state dict (``nn.init``, ``p.data.copy_``) nobody sees.
+What writes into a frozen parameter without a gradient or a state dict (``nn.init``, ``p.data.copy_``) nobody
+sees.
 
 What was trained so is noted in the record, so that it is merged and saved also after it was frozen again.
 """
@@ -78,7 +79,7 @@ def is_guarded(parameter: torch.Tensor) -> bool:
 
 
 def claim(parameter: torch.Tensor) -> None:
-    """Gives a parameter storage of its own, before it is written into; nothing if nobody else sees its own."""
+    """Gives a parameter storage of its own, before it is written into; nothing if it has that."""
     hooks = getattr(parameter, "_backward_hooks", None) or {}
     for hook in list(hooks.values()):
         if isinstance(hook, _Guard):
@@ -93,7 +94,7 @@ def claim_unfrozen(model: nn.Module) -> None:
 
 
 def note_by_hand(model: nn.Module) -> None:
-    """Notes in the record of a rewritten model what is trained by hand now, so that it is known later, too."""
+    """Notes in the record of a rewritten model what is trained by hand now, so that it stays known."""
     record = record_of(model)
     if record is None:
         return
@@ -103,7 +104,7 @@ def note_by_hand(model: nn.Module) -> None:
 
 
 def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]:
-    """The parameters of the base that are, or were, trained and that no adapter trains, by each of their names.
+    """The base's parameters that are, or were, trained and that no adapter trains, by each of their names.
 
     Those of a module that somebody has put in the place of one of the base are among them.
 
@@ -123,7 +124,7 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
 
 
 def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    """Weights that an initialisation has put in the place of the base's, and that want a gradient; whose they are."""
+    """Weights that want a gradient where an initialisation has put them, and the adapter of each."""
     for adapter in record.active:
         entry = record.adapters[adapter]
         weights = {row.site.weight for row in entry.sites} - set(entry.given)
@@ -133,7 +134,7 @@ def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]
 
 
 def replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
-    """FQNs of the modules that stand where there was a region, and are none of the model that was rewritten."""
+    """FQNs of the modules that were put where there was a region at the rewrite."""
     if not any(is_guarded(parameter) for parameter in _distinct(model)):
         return  # it is a copy, in which nothing tells what is new
     for fqn, module in base_modules(model):
@@ -264,5 +265,3 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     last = start + sum((size - 1) * stride for size, stride in steps)
     end = last + 1 if tensor.numel() else start
     return start * tensor.element_size(), end * tensor.element_size()
-
-

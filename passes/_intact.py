@@ -62,9 +62,7 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
             yield f"{fqn}: it is not there, and its quantised weight is known to its graph alone"
 
 
-def _lost_at_site(
-    modules: dict[str, nn.Module], row: PlannedSite, adapter: str
-) -> Iterator[str]:
+def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str) -> Iterator[str]:
     site = row.site
     if not _has(modules, site.weight):
         yield f"{row.name}: its weight {site.weight} is not there"

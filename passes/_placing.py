@@ -162,7 +162,7 @@ def place_trained(
 
 
 def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[str, ...]:
-    """Freezes what a merged model shares with the adapted one, whose base others have, too; says what that is.
+    """Freezes what a merged model shares with the adapted one, whose base others have, and says what that is.
 
     An optimizer writes in place: it would train the user's own model.
 

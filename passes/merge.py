@@ -168,12 +168,15 @@ def merge(
         if stored:
             make_dense(result, common, layouts, keep)
         cast_model(result, common, keep, buffers=dtype is not None)
-    if into is not None:
-        return result, MergeReport(sites, untied)
+    shared: tuple[str, ...] = ()
     if own:
-        return copy_shared(result, model, record), MergeReport(sites, untied)
-    shared = freeze_shared(result, model, record)
-    _log.info("merge: %d parameter(s) are shared with the model that was rewritten, and frozen", len(shared))
+        result = copy_shared(result, model, record)
+    elif into is None:
+        shared = freeze_shared(result, model, record)
+        _log.info(
+            "merge: %d parameter(s) shared with the model that was rewritten, and frozen",
+            len(shared),
+        )
     return result, MergeReport(sites, untied, shared=shared)
 
 
