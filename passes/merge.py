@@ -117,15 +117,7 @@ def merge(
             "quantised: leave it out, and quantise the merged model (lora_fx.quantize)"
         )
     tokens = token_weights(model, record, names)
-    rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
-    tied: dict[str, str] = {}
-    for name in names:
-        weights = {row.name: row.site.weight for row in record.adapters[name].sites}
-        for row in record.adapters[name].sites:
-            if row.tied:
-                tied[row.site.weight] = weights[row.tied]
-            rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
-            _check_finite(model, row, name)
+    rows, tied = _sites_by_weight(model, record, names)
     full = dict(trained(model, record, names))
     every = [pair for several in rows.values() for pair in several]
     common = dtype or (None if requantize else dtype_of_all(result))
@@ -206,6 +198,22 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
                 f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
             )
     return names
+
+
+def _sites_by_weight(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> tuple[dict[str, tuple[tuple[PlannedSite, str], ...]], dict[str, str]]:
+    """What is folded into each weight, and the weights that have the factors of another one."""
+    rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
+    tied: dict[str, str] = {}
+    for name in names:
+        weights = {row.name: row.site.weight for row in record.adapters[name].sites}
+        for row in record.adapters[name].sites:
+            if row.tied:
+                tied[row.site.weight] = weights[row.tied]
+            rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
+            _check_finite(model, row, name)
+    return rows, tied
 
 
 def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
