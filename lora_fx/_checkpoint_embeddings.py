@@ -23,7 +23,7 @@ from lora_fx._activation import put_in, take_out
 from lora_fx._checkpoint_keys import base_name
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.passes._by_hand import trained_by_hand, trained_starts
-from lora_fx.passes._own import base_modules, base_parameters, own_value, place_base
+from lora_fx.passes._own import base_modules, base_parameters, own_value, place_base, put_back
 from lora_fx.passes._sharing import memory_of
 from lora_fx.record import AdapterRecord, require_record
 from lora_fx.types import join
@@ -162,13 +162,17 @@ def given_values(
 
 
 def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tensor]) -> None:
-    """Puts such weights into a model as the adapter's own, also where they are tied to one of them."""
+    """Puts such weights into a model as the adapter's own, also where they are tied to one of them.
+
+    Raises:
+        CheckpointError: If one is in a module that is scripted; nothing was changed.
+    """
     if not values:
         return
     record = require_record(model)
     take_out(model, record)
+    before = base_parameters(model)
     try:
-        before = base_parameters(model)
         own, originals = [], dict(record.originals)
         new: dict[object, nn.Parameter] = {}
         # First those that the folder has, then what is tied to one of them.
@@ -183,7 +187,13 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
                 new.setdefault(memory_of(old), parameter)
             if parameter is not None:
                 owner, _, leaf = name.rpartition(".")
-                model.get_submodule(owner)._parameters[leaf] = parameter
+                module = model.get_submodule(owner)
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise CheckpointError(
+                        f"{name} is in a TorchScript module, whose parameters cannot be exchanged: copy the "
+                        "tensor into the model first, or put the module that it was scripted from into it"
+                    )
+                module._parameters[leaf] = parameter
                 own.append(name)
                 originals[name] = old.detach()
         place_base(model, adapter, own, originals)
@@ -192,6 +202,9 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
         adapters = {**record.adapters, adapter: entry}
         record = dataclasses.replace(record, adapters=adapters, originals=originals)
         model.__dict__["_lora_fx"] = record
+    except BaseException:
+        put_back(model, before)
+        raise
     finally:
         put_in(model, record)
 
