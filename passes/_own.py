@@ -23,6 +23,7 @@ __all__ = [
     "base_parameters",
     "in_adapter",
     "own_value",
+    "parameter_of",
     "place_base",
     "place_own",
     "put_back",
@@ -62,6 +63,17 @@ def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
     if beside is not None and adapter in beside._parameters:
         return beside.get_parameter(adapter)
     return owner.get_parameter(leaf)
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """As ``get_parameter``, which sees none in a module that is scripted; None if there is none."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        held = model.get_submodule(owner)._parameters
+    except AttributeError:
+        return None
+    # What holds those of a module that is scripted has no get().
+    return held[leaf] if leaf in held else None  # noqa: SIM401
 
 
 def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from lora_fx.passes._buffers import changed_buffers
 from lora_fx.passes._by_hand import trained_by_hand
 from lora_fx.passes._lazy import is_lazy
-from lora_fx.passes._own import own_value
+from lora_fx.passes._own import own_value, parameter_of
 from lora_fx.passes._requantize import renew_layer
 from lora_fx.passes._sharing import memory_of, storage_of
 from lora_fx.quantized import quantization_of
@@ -218,9 +218,7 @@ def _has_no_storage(parameter: nn.Parameter) -> bool:
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """As ``get_parameter``, which sees none in a module that is scripted."""
-    owner, _, key = name.rpartition(".")
-    found = model.get_submodule(owner)._parameters[key]
+    found = parameter_of(model, name)
     assert found is not None
     return found
 

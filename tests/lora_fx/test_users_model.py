@@ -18,7 +18,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import ConfigError, LoraFxError
 from tests.numerics import assert_close
 from tests.zoo import Residual, Tied
 
@@ -107,6 +107,12 @@ def base_names(model: nn.Module) -> list[str]:
     ]
 
 
+def an_adapter(users: Users, draw: Callable) -> str:
+    if not users.adapters:
+        raise ConfigError("there is none left")
+    return draw(st.sampled_from(users.adapters))
+
+
 def unfreeze(users: Users, draw: Callable) -> None:
     names = base_names(users.adapted)
     for name in draw(st.lists(st.sampled_from(names), max_size=3)):
@@ -147,7 +153,7 @@ def add(users: Users, draw: Callable) -> None:
 
 
 def choose(users: Users, draw: Callable) -> None:
-    names = draw(st.lists(st.sampled_from(users.adapters), unique=True, max_size=2))
+    names = draw(st.lists(st.sampled_from([*users.adapters, "none"]), unique=True, max_size=2))
     lora_fx.set_adapter(users.adapted, names)
 
 
@@ -158,11 +164,11 @@ def disable(users: Users, draw: Callable) -> None:
 
 
 def delete(users: Users, draw: Callable) -> None:
-    lora_fx.delete_adapter(users.adapted, draw(st.sampled_from(users.adapters)))
+    lora_fx.delete_adapter(users.adapted, an_adapter(users, draw))
 
 
 def combine(users: Users, draw: Callable) -> None:
-    names = draw(st.lists(st.sampled_from(users.adapters), unique=True, min_size=1, max_size=2))
+    names = list(dict.fromkeys(an_adapter(users, draw) for _ in range(2)))
     lora_fx.add_weighted_adapter(
         users.adapted, names, [0.5] * len(names), users.name(), combination_type="cat"
     )
@@ -170,7 +176,7 @@ def combine(users: Users, draw: Callable) -> None:
 
 def save(users: Users, draw: Callable) -> None:
     folder = users.folder / f"saved_{len(users.saved)}"
-    lora_fx.save_adapter(users.adapted, folder, draw(st.sampled_from(users.adapters)))
+    lora_fx.save_adapter(users.adapted, folder, an_adapter(users, draw))
     users.saved.append(next(folder.rglob("adapter_config.json")).parent)
 
 
@@ -187,7 +193,7 @@ def load_beside(users: Users, draw: Callable) -> None:
 
 def swap(users: Users, draw: Callable) -> None:
     if users.saved:
-        name = draw(st.sampled_from(users.adapters))
+        name = an_adapter(users, draw)
         lora_fx.hotswap_adapter(users.adapted, draw(st.sampled_from(users.saved)), name)
 
 
