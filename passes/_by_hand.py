@@ -58,7 +58,7 @@ def protect(model: nn.Module) -> None:
             continue
         # Autograd takes hooks of what wants a gradient only, and keeps them afterwards.
         parameter.requires_grad_(True)
-        parameter.register_hook(_Guard(parameter, root))
+        parameter.register_hook(_Guard(parameter, root))  # type: ignore[no-untyped-call]
         parameter.requires_grad_(False)
     for _, module in base_modules(model):
         if not isinstance(module, torch.jit.ScriptModule) and not any(_load_hooks(module)):
@@ -241,8 +241,8 @@ def _give_storage(group: list[nn.Parameter]) -> None:
             return
         low, high = _span(group)
         low -= low % _ALIGNED
-        bytes_of = torch.empty(0, dtype=torch.uint8, device=group[0].device)
-        whole = bytes_of.set_(group[0].untyped_storage(), low, (high - low,)).clone()
+        old = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+        whole = old.set_(group[0].untyped_storage(), low, (high - low,), (1,)).clone()
         for one in group:
             place = (_extent(one)[0] - low) // one.element_size()
             view = torch.empty(0, dtype=one.dtype, device=one.device)
@@ -260,8 +260,8 @@ def _span(group: Iterable[torch.Tensor]) -> tuple[int, int]:
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """First and last byte of a tensor in its storage, the last one excluded."""
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = start + sum((size - 1) * stride for size, stride in steps)
+    last = start + sum((int(size) - 1) * int(stride) for size, stride in steps)
     end = last + 1 if tensor.numel() else start
     return start * tensor.element_size(), end * tensor.element_size()

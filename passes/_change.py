@@ -89,13 +89,13 @@ def sliced_factors(
     a, b = (f.detach().to(device, torch.float64) for f in factors_of(model, row, adapter).pair)
     if row.tied:
         a, b = a.T, b.T
-    found = slices_of(a, row.rank), []
+    down, up = slices_of(a, row.rank), list[torch.Tensor]()
     for part in two_products(b, row.scale):
         slices = slices_of(part, row.rank)
-        if found[0] is None or slices is None:
+        if down is None or slices is None:
             return None
-        found[1].extend(slices)
-    return found
+        up += slices
+    return None if down is None else (down, up)
 
 
 def exact_terms(row: PlannedSite, slices: _Slices, shape: torch.Size) -> Iterator[torch.Tensor]:

@@ -237,8 +237,8 @@ class Fold:
         """Everything that is added to a slice of the weight, in terms that are exact."""
         site = self.rows[0][0].site
         for value, sign in self._moves(self._moved):
-            part = value.narrow(site.axis, start, total.shape[site.axis])
-            yield Term(sign * part.to(total))
+            moved = value.narrow(site.axis, start, total.shape[site.axis])
+            yield Term(sign * moved.to(total))
         for row, _, part, low, high in self._here(total, start, parts):
             assert part.slices is not None
             shape = total.narrow(row.site.axis, low, high - low).shape
