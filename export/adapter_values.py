@@ -6,6 +6,7 @@ nothing to multiply them by.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from lora_fx.errors import CheckpointError
 from lora_fx.export.factor_model import flip, site_inputs
 from lora_fx.export.manifest import SUFFIXES, AdapterInput, Manifest, Role, SiteInputs
 from lora_fx.export.swappable import check_swappable
+from lora_fx.passes._by_hand import trained_by_hand
 from lora_fx.passes._factors import factor_names
 from lora_fx.passes.selection import scale_for
 from lora_fx.record import require_record
@@ -42,6 +44,7 @@ _ROLES: dict[str, Role] = {
     "lora_embedding_B": "B",
     "lora_B.bias": "bias",
 }
+_log = logging.getLogger("lora_fx")
 _KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES))})")
 
 
@@ -61,6 +64,13 @@ def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[s
     adapter = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter)
     check_swappable(adapter, record)
+    if by_hand := tuple(trained_by_hand(model, require_record(model))):
+        more = f" and {len(by_hand) - 5} more" if len(by_hand) > 5 else ""
+        _log.warning(
+            "adapter %r: trained by hand beside it, and only in a file that is exported from this model: %s",
+            adapter,
+            ", ".join(by_hand[:5]) + more,
+        )
     own = {}
     for row in record.sites:
         for name in factor_names(row).present:

@@ -29,6 +29,8 @@ from lora_fx.export.twin import DTYPES, unwrapped
 from lora_fx.export.values import refuse_nan
 from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 from lora_fx.output_path import output_file
+from lora_fx.passes._intact import check_intact
+from lora_fx.record import record_of
 
 __all__ = ["export_onnx"]
 
@@ -102,6 +104,7 @@ def export_onnx(
         What was written, which axes are dynamic and why others are not, and how close it is.
 
     Raises:
+        CaptureError: A layer that has an adapter was deleted or replaced after the rewrite.
         ParityError: The file computes something else.
         OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ``verify=True`` without ONNX Runtime.
@@ -164,6 +167,9 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ExportError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    record = record_of(unwrapped(model))
+    if record is not None:
+        check_intact(unwrapped(model), record)
     if adapters not in ("merge", "inline", "inputs", None):
         raise ExportError(
             f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, 'inline', "

@@ -132,7 +132,7 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
     yield from (
         f"rows of {row.name} are trained (trainable_token_indices)" for row in adapter.tokens
     )
-    yield from (f"{name} came with its folder" for name in adapter.embeddings)
+    yield from (f"{name} came with its folder" for name in adapter.given)
     if not adapter.initialized:
         yield f"it waits for data (init_lora_weights={start!r}): lora_fx.initialize gives it some"
 

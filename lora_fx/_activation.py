@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_fx._sample_calls import unwatch_calls, watch_calls
 from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.passes._intact import check_intact
 from lora_fx.passes._own import place_base, place_own
 from lora_fx.passes._region import install, is_region, uninstall
 from lora_fx.passes.capture.written_out import written_out
@@ -192,6 +193,7 @@ def _assign(model: nn.Module, wanted: Choice) -> None:
 
 def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:
     """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
+    check_intact(model, require_record(model))
     names, per_sample = wanted.names, wanted.per_sample
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
@@ -215,7 +217,9 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
     """Puts the one table of samples beside the factors of every site, or takes it away."""
     unwatch_calls(model)
     for module in model.modules():
-        module._modules.pop(ROWS, None)
+        # A script module has its children in something that gives none of them up.
+        if ROWS in module._modules:
+            del module._modules[ROWS]
     if names:
         device = next(model.parameters()).device
         table = SampleRows(names, device)

@@ -1,16 +1,18 @@
-"""Weights of embeddings and heads in an adapter's folder: for a vocabulary that is not the base's.
+"""Weights of the base in an adapter's folder: of embeddings and heads, and what was trained by hand.
 
 Who adds tokens resizes both ends of a transformers model, and the rows that are new are in no checkpoint of
 the base. PEFT therefore writes these weights where they were resized, or adapted (``save_embedding_layers``),
-and so does this. Read, what differs from the model's is the adapter's own, in the place of the base's and
-frozen: the model that was given stays as it is.
+and so does this. What somebody has trained although no adapter trains it is written under the same names,
+and the metadata of the file says which that is: anything else that differs from the model's belongs to
+another base. Read, what differs is the adapter's own, in the place of the base's and frozen: the model that
+was given stays as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +21,25 @@ from torch import nn
 
 from lora_fx._activation import put_in, take_out
 from lora_fx._checkpoint_keys import base_name
-from lora_fx.errors import ConfigError
-from lora_fx.passes._own import base_modules, base_parameters, own_value, place_base
-from lora_fx.passes._sharing import storage_of
+from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.passes._by_hand import trained_by_hand, trained_starts
+from lora_fx.passes._own import base_modules, base_parameters, own_value, place_base, put_back
+from lora_fx.passes._sharing import memory_of
 from lora_fx.record import AdapterRecord, require_record
 from lora_fx.types import join
 
-__all__ = ["SaveEmbeddings", "given_embeddings", "place_given", "saved_embeddings"]
+__all__ = [
+    "SaveEmbeddings",
+    "by_hand_in",
+    "given_values",
+    "note_of_by_hand",
+    "place_given",
+    "saved_by_hand",
+    "saved_embeddings",
+]
+
+NOTE = "lora_fx.by_hand"
+"""Key of the file's metadata with the FQNs of what was trained by hand."""
 
 SaveEmbeddings = bool | Literal["auto"]
 """Whether the weights of both ends are saved; ``"auto"`` where they were resized, adapted, or given."""
@@ -58,30 +72,81 @@ def saved_embeddings(
     holders = {row.site.owner for row in record.sites} & set(ends)
     adapted = [name for name in ends if name in holders and name.rpartition(".")[2] in _ADAPTED]
     chosen: Iterable[str] = ends if how else ()
-    if how == "auto" and not record.embeddings and not _resized(model, origin):
+    if how == "auto" and not record.given and not _resized(model, origin):
         # PEFT leaves the other end out also where both were resized, and so loses it.
         chosen = () if record.tokens else adapted
     originals = require_record(model).originals
     values: dict[str, torch.Tensor] = {}
     for name in _parameters(model, chosen):
-        if name in record.embeddings:
-            values[name] = own_value(model, adapter, name)
-        else:
-            values[name] = originals.get(name, model.get_parameter(name))
-    return values
+        values[name] = originals.get(name, model.get_parameter(name))
+    left_out = set() if how else set(_parameters(model, ends))
+    given = [name for name in record.given if name not in left_out]
+    return values | {name: own_value(model, adapter, name) for name in given}
 
 
-def given_embeddings(
-    model: nn.Module, record: AdapterRecord, tensors: Mapping[str, torch.Tensor]
+def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict[str, torch.Tensor]:
+    """What was trained by hand and is to be saved beside an adapter, by FQN.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+
+    Raises:
+        CheckpointError: If a weight is trained that the adapter's initialisation has put in the place of the
+            base's: a folder is written for the base as it was.
+    """
+    known = require_record(model)
+    for name, owner in trained_starts(model, known):
+        if owner == adapter:
+            raise CheckpointError(
+                f"{name} was unfrozen by hand, and the start of adapter {adapter!r} "
+                f"(init_lora_weights={record.config.init_lora_weights!r}) has changed it before, so that a "
+                "folder has no place for it: name its module in modules_to_save, or merge the adapter and "
+                "save the model"
+            )
+    found = trained_by_hand(model, known)
+    return {name: value for name, value in found.items() if name not in record.own}
+
+
+def note_of_by_hand(names: Collection[str]) -> dict[str, str]:
+    """The metadata of a file that holds such parameters."""
+    return {NOTE: json.dumps(sorted(names))} if names else {}
+
+
+def by_hand_in(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Reads what :func:`note_of_by_hand` wrote.
+
+    Raises:
+        CheckpointError: If the note is not one that lora_fx wrote.
+    """
+    text = metadata.get(NOTE, "[]")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"the metadata {NOTE!r} of the file is damaged ({text[:60]!r}); save the adapter again"
+        )
+    return frozenset(names)
+
+
+def given_values(
+    model: nn.Module,
+    record: AdapterRecord,
+    tensors: Mapping[str, torch.Tensor],
+    by_hand: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    """What of a folder are other weights of the ends of a model than it has, by FQN.
+    """What of a folder are other weights than the model has, and meant to be, by FQN.
 
     Args:
         model: A rewritten model, with an adapter that is new.
         record: The adapter's record.
         tensors: By key, without the prefix.
+        by_hand: FQNs of what was trained by hand.
     """
-    ends = set(_parameters(model, _ends(model)))
+    ends = {*_parameters(model, _ends(model)), *by_hand}
     base = {**dict(base_parameters(model)), **require_record(model).originals}
     found = {}
     for key, value in tensors.items():
@@ -97,35 +162,49 @@ def given_embeddings(
 
 
 def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tensor]) -> None:
-    """Puts such weights into a model as the adapter's own, also where they are tied to one of them."""
+    """Puts such weights into a model as the adapter's own, also where they are tied to one of them.
+
+    Raises:
+        CheckpointError: If one is in a module that is scripted; nothing was changed.
+    """
     if not values:
         return
     record = require_record(model)
     take_out(model, record)
+    before = base_parameters(model)
     try:
-        before = base_parameters(model)
         own, originals = [], dict(record.originals)
         new: dict[object, nn.Parameter] = {}
         # First those that the folder has, then what is tied to one of them.
-        ends = _parameters(model, _ends(model))
-        for name in sorted(ends, key=lambda end: end not in values):
+        tied = {memory_of(before[name]) for name in values}
+        names = [name for name, old in before.items() if memory_of(old) in tied]
+        for name in sorted(names, key=lambda end: end not in values):
             old = before[name]
-            parameter = new.get(storage_of(old))
+            parameter = new.get(memory_of(old))
             value = values.get(name)
             if value is not None and (parameter is None or not torch.equal(parameter, value)):
                 parameter = nn.Parameter(value.clone(), requires_grad=False)
-                new.setdefault(storage_of(old), parameter)
+                new.setdefault(memory_of(old), parameter)
             if parameter is not None:
                 owner, _, leaf = name.rpartition(".")
-                model.get_submodule(owner)._parameters[leaf] = parameter
+                module = model.get_submodule(owner)
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise CheckpointError(
+                        f"{name} is in a TorchScript module, whose parameters cannot be exchanged: copy the "
+                        "tensor into the model first, or put the module that it was scripted from into it"
+                    )
+                module._parameters[leaf] = parameter
                 own.append(name)
                 originals[name] = old.detach()
         place_base(model, adapter, own, originals)
         entry = record.adapters[adapter]
-        entry = dataclasses.replace(entry, own=(*entry.own, *own), embeddings=tuple(own))
+        entry = dataclasses.replace(entry, own=(*entry.own, *own), given=tuple(own))
         adapters = {**record.adapters, adapter: entry}
         record = dataclasses.replace(record, adapters=adapters, originals=originals)
         model.__dict__["_lora_fx"] = record
+    except BaseException:
+        put_back(model, before)
+        raise
     finally:
         put_in(model, record)
 

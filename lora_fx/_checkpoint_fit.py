@@ -10,6 +10,7 @@ from torch import nn
 from lora_fx._checkpoint_keys import Slot, base_name
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
+from lora_fx.passes._own import parameter_of
 from lora_fx.passes.selection import scale_for
 from lora_fx.record import AdapterRecord
 
@@ -87,7 +88,9 @@ def leftover(
     if name is None:
         yield f"unexpected: {key} {list(value.shape)}"
         return
-    own = model.get_parameter(name).detach()
+    found = parameter_of(model, name)
+    assert found is not None
+    own = found.detach()
     if own.shape != value.shape:
         yield _shapes(key, value, own.shape)
     elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):

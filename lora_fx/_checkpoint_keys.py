@@ -37,7 +37,7 @@ from lora_fx._checkpoint_forms import PLAIN, Dense, Form, StackedDown, StackedUp
 from lora_fx._checkpoint_layout import WRAPPER, Layout
 from lora_fx._checkpoint_tensors import for_file, gathered
 from lora_fx.passes._factors import FactorNames, SiteFactors, factor_names, factors_of
-from lora_fx.passes._own import in_adapter, own_value
+from lora_fx.passes._own import in_adapter, own_value, parameter_of
 from lora_fx.passes._tokens import rows_name, tokens_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.record import AdapterRecord
@@ -142,13 +142,7 @@ def _saved_values(
 def base_name(key: str, model: nn.Module) -> str | None:
     """FQN of the parameter of the base model that a key names, wrapped by PEFT or not; or None."""
     bare = join(*(atom for atom in key.split(".") if atom != WRAPPER))
-    for name in (key, bare):
-        try:
-            model.get_parameter(name)
-        except AttributeError:
-            continue
-        return name
-    return None
+    return next((name for name in (key, bare) if parameter_of(model, name) is not None), None)
 
 
 def _base_slots(

@@ -183,7 +183,7 @@ def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> Non
 def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
     """What is wrong with loading a folder onto a model that has the adapter already: its base."""
     ours, theirs = record.config, config
-    own = set(record.own) - set(record.embeddings)
+    own = set(record.own) - set(record.given)
     changed = bool({row.site.weight for row in record.sites} & own)
     if not changed and not changes_base(theirs.init_lora_weights):
         return []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx._checkpoint_embeddings import SaveEmbeddings, saved_embeddings
+from lora_fx._checkpoint_embeddings import SaveEmbeddings, saved_by_hand, saved_embeddings
 from lora_fx._checkpoint_fit import leftover, other_scales, values_for
 from lora_fx._checkpoint_grouped import from_peft, to_peft
 from lora_fx._checkpoint_joined import Joined, joined_of
@@ -24,6 +24,7 @@ from lora_fx.adapters import note_start
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CheckpointError
 from lora_fx.passes._buffers import changed_buffers, persistent_buffers
+from lora_fx.passes._by_hand import claim
 from lora_fx.passes._own import own_value
 from lora_fx.passes.selection import scale_for
 from lora_fx.record import AdapterRecord, record_of
@@ -50,12 +51,16 @@ class Stored:
         targets: What PEFT adapts, with its ranks and alphas.
         joined: The targets that are made of several sites.
         own: Sites for which PEFT has no name.
+        by_hand: FQNs of the base's parameters among the tensors that were trained by hand.
+        given: Those that came with the adapter's folder.
     """
 
     tensors: dict[str, torch.Tensor]
     targets: list[Target]
     joined: list[Joined]
     own: list[str]
+    by_hand: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
 
 def stored(
@@ -73,13 +78,14 @@ def stored(
         embeddings: Whether the weights of the embedding and the head are stored as well.
 
     Raises:
-        CheckpointError: If the model is on the meta device.
+        CheckpointError: If the model is on the meta device, or what was trained by hand has no place.
         ConfigError: If ``embeddings`` cannot mean anything.
     """
     layout = layout_of(model, record)
     origin = record.config.base_model_name_or_path or origin_of(model)
     ends = saved_embeddings(model, record, adapter, origin, embeddings)
-    slots = slots_of(model, record, adapter, layout, changed(model), ends)
+    by_hand = saved_by_hand(model, record, adapter)
+    slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
     whole = converted(model, record, adapter, slots)
     before, record, slots = record, whole.record, whole.slots
     for slot in slots.values():
@@ -95,7 +101,7 @@ def stored(
         rank = one.packed(tensors)
         targets.append(Target(one.name, rank, one.alpha(rank), one.name in layout.weights))
     own = [row.name for row in record.sites if not row.tied and not layout.place(row.site)]
-    return Stored(tensors, targets, joined, own)
+    return Stored(tensors, targets, joined, own, tuple(by_hand), record.given)
 
 
 def fitted(
@@ -118,7 +124,8 @@ def fitted(
     named = wrapped_parameters(model, config) if config else {}
     weights = {name for names in named.values() for name in names}
     layout = layout_of(model, record, weights)
-    given = {name: own_value(model, adapter, name) for name in record.embeddings}
+    given = saved_by_hand(model, record, adapter)
+    given |= {name: own_value(model, adapter, name) for name in record.given}
     own = slots_of(model, record, adapter, layout, persistent_buffers(model), given)
     whole = converted(model, record, adapter, own)
     # As it is written, or with the model's own ranks: the start is in the model then.
@@ -166,6 +173,7 @@ def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Te
 def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
     """Writes what :func:`fitted` has found; an adapter that waited for data has its values now."""
     for slot, value in values:
+        claim(slot.tensor)
         write(slot.tensor, value)
     note_start(model, adapter)
 

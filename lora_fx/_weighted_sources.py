@@ -91,10 +91,10 @@ def _check_source(source: Source) -> None:
             f"adapter {source.name!r} cannot be combined: it trains biases of the base "
             f"(bias={config.bias!r}), and one adapter at most can"
         )
-    if source.record.embeddings:
+    if source.record.given:
         raise ConfigError(
             f"adapter {source.name!r} cannot be combined: its folder had other values of "
-            f"{', '.join(source.record.embeddings)} than the model: give the model those first"
+            f"{', '.join(source.record.given)} than the model: give the model those first"
         )
     changed = {row.site.weight for row in source.record.sites} & set(source.record.own)
     if changed:

@@ -306,7 +306,7 @@ def _inside_block(model: nn.Module, block: Choice) -> Iterator[None]:
     try:
         yield
     finally:
-        with without_wrappers(model) as inner:
+        with without_wrappers(model, leaving=True) as inner:
             leave(inner, block)
 
 
@@ -321,7 +321,7 @@ def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
     # A weight that an initialisation has changed, or that came with a folder, is its own and frozen.
-    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     for own in adapter.own:
         value = own_value(model, name, own)
         value.requires_grad_(own not in weights and value.is_floating_point())

@@ -15,6 +15,7 @@ from lora_fx._output_error import output_error
 from lora_fx.config import LoraConfig
 from lora_fx.errors import MergeError
 from lora_fx.passes import merge as merging
+from lora_fx.passes._by_hand import claim_unfrozen, protect
 from lora_fx.passes._lazy import elements
 from lora_fx.passes._region import graphs_of, install
 from lora_fx.passes.capture.auto import Frontend
@@ -60,6 +61,7 @@ def capture(
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
     install(result.regions.values())
+    protect(result.model)
     return result
 
 
@@ -152,6 +154,7 @@ def merge(
     into: nn.Module | None = ...,
     dtype: torch.dtype | None = ...,
     requantize: bool = ...,
+    own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[False] = ...,
     progress: Callable[[int, int, str], None] | None = ...,
@@ -164,6 +167,7 @@ def merge(
     into: nn.Module | None = ...,
     dtype: torch.dtype | None = ...,
     requantize: bool = ...,
+    own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[True],
     progress: Callable[[int, int, str], None] | None = ...,
@@ -176,11 +180,16 @@ def merge(
     into: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
+    own: bool = False,
     example_inputs: Any = None,
     return_report: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> nn.Module | tuple[nn.Module, MergeReport]:
     """Folds trained adapters into the weights.
+
+    What is not folded is shared with the model that was rewritten, and copied only if that is asked for. So
+    that nobody trains both at once, parameters that are shared are frozen; those of the result's own want a
+    gradient where they did in the original. To train the result on, pass ``own=True``.
 
     Args:
         model: A rewritten model; it is not changed.
@@ -196,6 +205,8 @@ def merge(
             in it, and the merged one runs where ``model`` did.
         requantize: Whether merged weights that were quantised are quantised again, in the same format and
             layers. By default the result is dense as a whole, also where no adapter was.
+        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and wants
+            gradients where the original did.
         example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantising
             again does to the outputs.
         return_report: Whether to measure every merged weight against fp64 and return the report,
@@ -209,7 +220,8 @@ def merge(
     Raises:
         MergeError: If there is nothing to merge, the result would not be finite, arguments exclude each
             other, or a format cannot hold a merged weight (the message names it; a dense merge always can).
-        CaptureError: If the example inputs do not fit the model.
+        CaptureError: If the example inputs do not fit the model, or a layer that has an adapter was deleted
+            or replaced after the rewrite.
     """
     if example_inputs is not None and not requantize:
         raise MergeError(
@@ -221,6 +233,7 @@ def merge(
         into=into,
         dtype=dtype,
         requantize=requantize,
+        own=own,
         measure=return_report,
         progress=progress,
     )
@@ -231,7 +244,12 @@ def merge(
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to give to an optimizer."""
+    """The parameters to give to an optimizer.
+
+    Those of the base that were unfrozen by hand get storage of their own here, so that the model that was
+    rewritten is not trained with them; elsewhere they get it with their first gradient.
+    """
+    claim_unfrozen(model)
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx._checkpoint_embeddings import SaveEmbeddings, given_embeddings, place_given
+from lora_fx._checkpoint_embeddings import (
+    SaveEmbeddings,
+    by_hand_in,
+    given_values,
+    note_of_by_hand,
+    place_given,
+)
 from lora_fx._checkpoint_files import read_tensors, write_folder
 from lora_fx._checkpoint_keys import PREFIX
 from lora_fx._checkpoint_settings import with_targets, written_config
@@ -55,6 +61,10 @@ def save_adapter(
     full. An adapter whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
     base as it was, of twice the rank; one of LoftQ says so, and the base is quantised again on loading.
 
+    Parameters of the base that were unfrozen by hand, and those of a module that was put in the place of one
+    of the base, are written under their own names, with a warning: PEFT and :func:`load_adapter` read them.
+    ``modules_to_save`` is the way to have them trained as part of an adapter.
+
     Args:
         model: A rewritten model.
         directory: Where to; made if it is not there. An adapter that is not called "default" goes
@@ -90,6 +100,13 @@ def save_adapter(
             folder,
             ", ".join(found.own),
         )
+    if found.by_hand:
+        _log.warning(
+            "%s: these parameters are trained, and no adapter trains them: they are saved beside it, in "
+            "full. modules_to_save makes them part of an adapter: %s",
+            folder,
+            _some(found.by_hand),
+        )
     if config.lora_dropout != record.config.lora_dropout:
         _log.warning(
             "%s: PEFT allows no dropout where it adapts a parameter (%s): lora_dropout=%g was left out of "
@@ -99,6 +116,7 @@ def save_adapter(
             record.config.lora_dropout,
         )
     values, notes = found.tensors, note_of(found.joined)
+    notes |= note_of_by_hand({*found.by_hand, *found.given})
     if vllm:
         # One rank for all is none of the parts: the whole is read as one adapter again.
         (values, config), notes = for_vllm(found, record, config), {}
@@ -171,7 +189,7 @@ def load_adapter(
         if not known:
             repeat_start(target, adapter_name, config)
             record = adapter_record(target, adapter_name)
-            given = given_embeddings(target, record, tensors)
+            given = given_values(target, record, tensors, by_hand_in(metadata))
             if given:
                 _log.warning(
                     "%s: the folder has other values of %s than the model: they come and go with the adapter",
@@ -275,8 +293,9 @@ def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
     )
 
 
-def _some(names: Mapping[str, object]) -> str:
-    return ", ".join(sorted(names)[:5]) or "none"
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(sorted(names)[:5]) or "none") + more
 
 
 def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:

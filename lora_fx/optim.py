@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_fx._compiled import inside, without_wrappers
 from lora_fx.errors import ConfigError
+from lora_fx.passes._by_hand import claim_unfrozen
 from lora_fx.passes._factors import factors_of
 from lora_fx.record import Record, require_record
 from lora_fx.types import PlannedSite
@@ -104,6 +105,7 @@ def parameter_groups(
         )
     for a in frozen:
         a.requires_grad_(False)
+    claim_unfrozen(model)
     rates = {
         "lora_A": lr,
         "lora_B": fast,

@@ -14,6 +14,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
 from lora_fx.passes._buffers import buffer_digests
+from lora_fx.passes._by_hand import protect
 from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import install, kept_graph
 from lora_fx.passes._trainability import mark_adapted
@@ -170,6 +171,7 @@ def rewrite_model(
     result = capture.model
     mark_adapted(result, adapted=True)
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
+    protect(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # A call that no graph takes is refused where an adapter would be left out: better now than later.
         run_reference(result, example_inputs)

@@ -32,7 +32,8 @@ class AdapterRecord:
         initialized: Whether it has the start that its configuration names; False for one that waits for
             data.
         tokens: Rows of embeddings that it trains.
-        embeddings: Those of ``own`` that came with its folder: weights of embeddings and heads, not trained.
+        given: Those of ``own`` that came with its folder and that it does not train: weights of embeddings
+            and heads, and what was trained by hand.
     """
 
     config: LoraConfig
@@ -42,7 +43,7 @@ class AdapterRecord:
     own: tuple[str, ...] = ()
     initialized: bool = True
     tokens: tuple[PlannedTokens, ...] = ()
-    embeddings: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     @property
     def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
@@ -141,6 +142,8 @@ class Record:
         optimize: Whether branches are fused with their operations.
         chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
         blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
+        by_hand: FQNs of the base's parameters that were trained although no adapter trains them
+            (:mod:`lora_fx.passes._by_hand`).
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -154,6 +157,7 @@ class Record:
     optimize: bool = True
     chosen: Choice | None = None
     blocks: tuple[Choice, ...] = ()
+    by_hand: frozenset[str] = frozenset()
 
     @property
     def choice(self) -> Choice:

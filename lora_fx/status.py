@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from lora_fx._compiled import inside
+from lora_fx.passes._by_hand import trained_by_hand
 from lora_fx.passes._factors import adapter_parameters
 from lora_fx.passes._own import own_value
 from lora_fx.record import AdapterRecord, require_record
 
 __all__ = ["AdapterStatus", "ModelStatus", "status"]
+
+_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +68,13 @@ class ModelStatus:
     Attributes:
         adapters: One for each.
         per_sample: Whether each sample of a batch has one of the active ones.
+        by_hand: FQNs of the base's parameters that are trained, or were, though no adapter trains them: they
+            are merged and saved with whichever adapter is.
     """
 
     adapters: tuple[AdapterStatus, ...]
     per_sample: bool
+    by_hand: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[AdapterStatus]:
         return iter(self.adapters)
@@ -77,6 +83,13 @@ class ModelStatus:
         lines = [str(adapter) for adapter in self.adapters] or ["no adapter"]
         if self.per_sample:
             lines.append("each sample of a batch has one of the active adapters, or none")
+        if self.by_hand:
+            shown = ", ".join(self.by_hand[:_SHOWN])
+            more = len(self.by_hand) - _SHOWN
+            lines.append(
+                f"trained by hand, beside the adapters: {shown}"
+                + (f" and {more} more" if more > 0 else "")
+            )
         return "\n".join(lines)
 
 
@@ -94,11 +107,12 @@ def status(model: nn.Module) -> ModelStatus:
             for name, adapter in record.adapters.items()
         ),
         record.per_sample,
+        tuple(trained_by_hand(model, record)),
     )
 
 
 def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -> AdapterStatus:
-    weights = {row.site.weight for row in adapter.sites} | set(adapter.embeddings)
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     trained: dict[int, nn.Parameter] = {id(p): p for p in adapter_parameters(model, name)}
     for own in adapter.own:
         if own not in weights:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lora_fx.passes._by_hand import replaced_modules
 from lora_fx.record import Record
 from lora_fx.types import join
 
@@ -36,10 +37,11 @@ def buffer_digests(model: nn.Module) -> dict[str, str]:
 
 
 def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:
-    """The persistent buffers that are not what they were at the rewrite."""
+    """The persistent buffers that are not what they were at the rewrite, or whose module is new."""
     buffers = dict(model.named_buffers())
+    new = tuple(f"{name}." for name in replaced_modules(model, record))
     for name, digest in buffer_digests(model).items():
-        if record.buffers.get(name, digest) != digest:
+        if name.startswith(new) or record.buffers.get(name, digest) != digest:
             yield name, buffers[name]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.passes._lazy import is_lazy
-from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._sharing import memory_of
 from lora_fx.quantized import quantization_of
 
 __all__ = ["DTYPES", "KEPT_IN_FP32", "cast_model", "check_dtype"]
@@ -52,14 +52,14 @@ def cast_model(
     Raises:
         MergeError: If a number overflows.
     """
-    made: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], nn.Parameter] = {}
+    made: dict[tuple[object, ...], nn.Parameter] = {}
     for fqn, module in model.named_modules():
         for leaf, old in module._parameters.items():
             if old is None or old.dtype == dtype or not old.is_floating_point():
                 continue
             if quantization_of(old) is not None or is_lazy(old):
                 continue
-            key = (storage_of(old), old.storage_offset(), tuple(old.shape), old.stride())
+            key = memory_of(old)
             if key not in made:
                 value = keep(_cast(old.detach(), dtype, f"{fqn}.{leaf}"))
                 made[key] = nn.Parameter(value, requires_grad=old.requires_grad)

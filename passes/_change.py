@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.passes._exact import Term, slices_of, sum_exactly, two_products
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._rounding import rounded
 from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 from lora_fx.types import PlannedSite, Site
 
-__all__ = ["add_change", "delta_weight", "merged_biases", "wide_factors"]
+__all__ = [
+    "add_change",
+    "delta_weight",
+    "exact_terms",
+    "merged_biases",
+    "sliced_factors",
+    "wide_factors",
+]
 
 # Patterns may replace what ΔW is: these are the plain products.
 _PRODUCTS = (LinearPattern.delta, EmbeddingPattern.delta)
+# Those of lora_fx add up as many products as the rank is.
+_OURS = "lora_fx.passes.patterns."
 
 
 def delta_weight(
@@ -57,6 +67,51 @@ def wide_factors(
     return a, b * row.scale
 
 
+_Slices = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+def sliced_factors(
+    model: nn.Module, row: PlannedSite, adapter: str, device: torch.device
+) -> _Slices | None:
+    """A and ``s · B`` in fp64, as slices whose products are exact.
+
+    Args:
+        model: The rewritten model.
+        row: The site.
+        adapter: The adapter's name.
+        device: Where they are wanted.
+
+    Returns:
+        None if numbers are too large for that, or ΔW is what somebody's own pattern says.
+    """
+    if not type(pattern_of(row.site)).delta.__module__.startswith(_OURS):
+        return None
+    a, b = (f.detach().to(device, torch.float64) for f in factors_of(model, row, adapter).pair)
+    if row.tied:
+        a, b = a.T, b.T
+    down, up = slices_of(a, row.rank), list[torch.Tensor]()
+    for part in two_products(b, row.scale):
+        slices = slices_of(part, row.rank)
+        if down is None or slices is None:
+            return None
+        up += slices
+    return None if down is None else (down, up)
+
+
+def exact_terms(row: PlannedSite, slices: _Slices, shape: torch.Size) -> Iterator[torch.Tensor]:
+    """``s·BA`` as tensors whose sum it is.
+
+    Args:
+        row: The site.
+        slices: Of A and ``s · B``, for some part of the weight.
+        shape: Of that part.
+    """
+    pattern = pattern_of(row.site)
+    for a in slices[0]:
+        for b in slices[1]:
+            yield pattern.delta(row.site, a, b).reshape(shape)
+
+
 def add_change(
     total: torch.Tensor,
     row: PlannedSite,
@@ -64,6 +119,7 @@ def add_change(
     b: torch.Tensor,
     magnitude: torch.Tensor | None = None,
     base: torch.Tensor | None = None,
+    slices: _Slices | None = None,
 ) -> None:
     """Adds ``ΔW``: ``s·BA``, or with DoRA ``g ∘ (W + s·BA) - W``, ``g = m / ‖W + s·BA‖``.
 
@@ -74,6 +130,7 @@ def add_change(
         b: ``s · B`` for that part.
         magnitude: m of DoRA for that part.
         base: What the unadapted weight has there, which DoRA needs.
+        slices: Of A and ``s · B`` for that part, where ``W + s·BA`` is to be rounded once.
     """
     pattern, site = pattern_of(row.site), row.site
     if magnitude is None and type(pattern).delta in _PRODUCTS:
@@ -81,16 +138,25 @@ def add_change(
         transposed = type(pattern).delta is EmbeddingPattern.delta or site.layout != "out_in"
         (total.mT if transposed else total).addmm_(b, a)
         return
-    delta = pattern.delta(site, a, b).reshape(total.shape)
     if magnitude is None:
-        total.add_(delta)
+        total.add_(pattern.delta(site, a, b).reshape(total.shape))
         return
     assert base is not None
-    turned = base + delta
+    turned = base.clone()
+    if slices is None:
+        turned += pattern.delta(site, a, b).reshape(total.shape)
+    else:
+        shape = turned.shape
+        sum_exactly(turned, lambda: (Term(values) for values in exact_terms(row, slices, shape)))
     norm = _norm(turned, site)
     # As in the forward: weights that are all zero have no direction, and stay.
     gain = torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1), 1)
-    total.add_(turned * _along(gain, turned, site) - base)
+    turned = turned * _along(gain, turned, site)
+    # What is in the place of the weight loses nothing to a difference.
+    if total.data_ptr() == base.data_ptr():
+        total.copy_(turned)
+    else:
+        total.add_(turned - base)
 
 
 def merged_biases(
@@ -112,7 +178,7 @@ def merged_biases(
     Raises:
         MergeError: If a site has no bias that could take it.
     """
-    totals: dict[str, torch.Tensor] = {}
+    terms: dict[str, list[Term]] = {}
     for row, adapter in rows:
         extra, site = factors_of(model, row, adapter).bias, row.site
         if extra is None:
@@ -130,12 +196,19 @@ def merged_biases(
                 f"[{site.out_features}]: what they are together is no bias of that shape"
             )
         wide = torch.float32 if source.device.type == "mps" else torch.float64
-        total = totals.setdefault(site.bias, source.to(wide, copy=True))
-        total[start:stop] += row.scale * extra.detach().to(total)
-    return {
-        name: rounded(total, dtype or result.get_parameter(name).dtype)
-        for name, total in totals.items()
-    }
+        terms.setdefault(site.bias, [Term(source.to(wide, copy=True))]).extend(
+            Term(values, start=start)
+            for values in two_products(extra.detach().to(source.device, wide), row.scale)
+        )
+    merged = {}
+    for name, (first, *rest) in terms.items():
+        if first.values.dtype is torch.float64:
+            sum_exactly(first.values, lambda rest=rest: iter(rest))  # type: ignore[misc]
+        else:
+            for term in rest:
+                term.within(first.values).add_(term.values)
+        merged[name] = rounded(first.values, dtype or result.get_parameter(name).dtype)
+    return merged
 
 
 def _norm(weight: torch.Tensor, site: Site) -> torch.Tensor:

@@ -1,16 +1,23 @@
-"""Folds what adapters have at one weight into it: accumulated in fp64, slice by slice, and rounded once."""
+"""Folds what adapters have at one weight into it: accumulated in fp64, slice by slice, and rounded once.
+
+A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes._exact`). With DoRA it is that
+sum times a gain, whose norm and division round, too: that leaves a few units in the last place.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.passes._bounds import cannot_overflow
-from lora_fx.passes._change import add_change, wide_factors
+from lora_fx.passes._change import add_change, exact_terms, sliced_factors, wide_factors
+from lora_fx.passes._exact import Term, sum_exactly
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._own import own_value
 from lora_fx.passes._rounding import round_into, rounding_memory
@@ -22,7 +29,36 @@ __all__ = ["Fold"]
 # Elements of a weight that are widened to fp64 at a time: what is done to them stays in a core's cache.
 _CHUNK = 1 << 18
 
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+class _Part(NamedTuple):
+    """What a site adds.
+
+    Attributes:
+        a, b: A and ``s · B``.
+        magnitude: m of DoRA.
+        slices: A and ``s · B`` in slices whose products are exact; None where nothing is summed exactly.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None
+    slices: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+    def rows(self, first: int, last: int, *, experts: bool) -> _Part:
+        """That of some output features, or experts."""
+        sliced = self.slices
+        if sliced is not None:
+            a, b = sliced
+            sliced = (
+                [one[first:last] for one in a] if experts else a,
+                [one[first:last] for one in b],
+            )
+        return _Part(
+            self.a[first:last] if experts else self.a,
+            self.b[first:last],
+            None if self.magnitude is None else self.magnitude[first:last],
+            sliced,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +118,17 @@ class Fold:
         """
         self._run(out, out, checked=True)
 
-    def exact(self, old: torch.Tensor) -> torch.Tensor:
-        """The merged weight in fp64."""
+    def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The merged weight in fp64.
+
+        Args:
+            old: The weight before.
+            dtype: What it is compared with or stored in; that of the old one by default.
+        """
         site = self.rows[0][0].site
         total = site.applied(old).to(torch.float64, copy=True)
-        self._add(total, 0, self._parts(total.dtype, total.device))
+        parts = self._parts(total.dtype, total.device, exactly=(dtype or old.dtype) is total.dtype)
+        self._add(total, 0, parts)
         return site.stored(total)
 
     def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
@@ -112,7 +154,8 @@ class Fold:
         if out is not None:
             # Dimensions that are permuted and joined have memory of their own until they are put back.
             merged = out.view(old.shape) if site.order is None else out.new_empty(old.shape)
-        parts, finite = self._parts(wide, old.device), True
+        parts = self._parts(wide, old.device, exactly=dtype is torch.float64)
+        finite = True
         for start in range(0, features, step):
             source = old.narrow(axis, start, min(step, features - start))
             total = memory[: source.numel()].view(source.shape).copy_(source)
@@ -134,41 +177,79 @@ class Fold:
         """Whether that is known without a look at the weight."""
         return not self._moved and cannot_overflow(self.model, self.rows, dtype)
 
-    def _parts(self, dtype: torch.dtype, device: torch.device) -> list[_Part]:
-        """A, ``s · B`` and the magnitude of every site."""
+    def _parts(
+        self, dtype: torch.dtype, device: torch.device, *, exactly: bool = False
+    ) -> list[_Part]:
+        """What every site adds.
+
+        Args:
+            dtype: In which it is computed.
+            device: Where.
+            exactly: Whether sums are to be rounded once only.
+        """
         parts: list[_Part] = []
         for row, adapter in self.rows:
             a, b = wide_factors(self.model, row, adapter, dtype, device)
             magnitude = factors_of(self.model, row, adapter).magnitude
             m = None if magnitude is None else magnitude.detach().flatten().to(device, dtype)
-            parts.append((a, b, m))
+            sliced = sliced_factors(self.model, row, adapter, device) if exactly else None
+            parts.append(_Part(a, b, m, sliced))
         return parts
 
     def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
         """Adds everything to a slice of the weight that begins at ``start``."""
-        several = any(row.dora for row, _ in self.rows) and len(self.rows) > 1
+        plain = not any(row.dora for row, _ in self.rows)
+        if plain and all(part.slices is not None for part in parts):
+            sum_exactly(total, lambda: self._terms(total, start, parts))
+            return
+        several = not plain and len(self.rows) > 1
         moved = self._moved
         before = total.clone() if several and len(moved) > 1 else total
         self._add_moves(total, start, moved)
         # What DoRA adds depends on the unadapted weight, whatever else is added to it.
         base = total.clone() if several else total
-        for (row, adapter), (a, b, m) in zip(self.rows, parts, strict=True):
-            axis = row.site.axis
-            first, last = row.site.rows or (0, row.site.applied_shape[axis])
-            low, high = max(first, start), min(last, start + total.shape[axis])
-            if low >= high:
-                continue
+        for row, adapter, part, low, high in self._here(total, start, parts):
             seen = base
             if row.dora and adapter in moved and len(moved) > 1:
                 # Never active together: each was trained on the base that its own start has left.
                 seen = before.clone()
                 self._add_moves(seen, start, (adapter,))
-            here = (axis, low - start, high - low)
+            here = (row.site.axis, low, high - low)
+            add_change(
+                total.narrow(*here),
+                row,
+                part.a,
+                part.b,
+                part.magnitude,
+                seen.narrow(*here),
+                part.slices,
+            )
+
+    def _here(
+        self, total: torch.Tensor, start: int, parts: list[_Part]
+    ) -> Iterator[tuple[PlannedSite, str, _Part, int, int]]:
+        """The sites in a slice of the weight: what they add there, and where in the slice."""
+        for (row, adapter), part in zip(self.rows, parts, strict=True):
+            axis = row.site.axis
+            first, last = row.site.rows or (0, row.site.applied_shape[axis])
+            low, high = max(first, start), min(last, start + total.shape[axis])
+            if low >= high:
+                continue
             if row.site.groups == 1:
-                outputs = slice(low - first, high - first)
-                a, b = a[outputs] if row.site.experts else a, b[outputs]
-                m = None if m is None else m[outputs]
-            add_change(total.narrow(*here), row, a, b, m, seen.narrow(*here))
+                part = part.rows(low - first, high - first, experts=row.site.experts is not None)
+            yield row, adapter, part, low - start, high - start
+
+    def _terms(self, total: torch.Tensor, start: int, parts: list[_Part]) -> Iterator[Term]:
+        """Everything that is added to a slice of the weight, in terms that are exact."""
+        site = self.rows[0][0].site
+        for value, sign in self._moves(self._moved):
+            moved = value.narrow(site.axis, start, total.shape[site.axis])
+            yield Term(sign * moved.to(total))
+        for row, _, part, low, high in self._here(total, start, parts):
+            assert part.slices is not None
+            shape = total.narrow(row.site.axis, low, high - low).shape
+            for values in exact_terms(row, part.slices, shape):
+                yield Term(values, row.site.axis, low)
 
     @property
     def _moved(self) -> tuple[str, ...]:
@@ -180,12 +261,17 @@ class Fold:
     def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
         """Adds what initialisations did to the weight itself."""
         site = self.rows[0][0].site
+        for value, sign in self._moves(adapters):
+            part = value.narrow(site.axis, start, total.shape[site.axis])
+            total.add_(part.to(total), alpha=sign)
+
+    def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
+        """The weight as initialisations have left it, and what to take off for each: the base's own."""
+        site = self.rows[0][0].site
         for adapter in adapters:
             moved = own_value(self.model, adapter, site.weight).detach()
-            for value, sign in ((moved, 1), (self.record.originals[site.weight], -1)):
-                applied = site.applied(value)
-                part = applied.narrow(site.axis, start, total.shape[site.axis])
-                total.add_(part.to(total), alpha=sign)
+            yield site.applied(moved), 1
+            yield site.applied(self.record.originals[site.weight]), -1
 
 
 def _is_finite(values: torch.Tensor) -> bool:

@@ -60,7 +60,7 @@ def fold_all(
         if weight in formats and isinstance(change, Fold):
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight])
             continue
-        exact = change.exact(old) if measure else None
+        exact = change.exact(old, dtypes.get(weight)) if measure else None
         if weight in over:
             before, new = old.clone() if measure else old, old
             change.fold_into(new)

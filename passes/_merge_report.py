@@ -68,11 +68,13 @@ class MergeReport:
         sites: One row a weight.
         untied: FQNs that shared their storage with another parameter and do not any more.
         outputs: What quantising again does to the outputs; None if that was not measured.
+        shared: FQNs of the parameters that are shared with the model that was rewritten, and frozen.
     """
 
     sites: tuple[MergedSite, ...]
     untied: tuple[str, ...] = ()
     outputs: OutputError | None = None
+    shared: tuple[str, ...] = ()
 
     @property
     def max_ulp(self) -> float:
@@ -97,6 +99,10 @@ class MergeReport:
         lines += [] if self.outputs is None else [str(self.outputs)]
         lines += [_line(site) for site in self.sites]
         lines += [f"  untied: {name}" for name in self.untied]
+        if self.shared:
+            lines.append(
+                f"{len(self.shared)} parameter(s) shared with the base, and frozen: own=True copies them"
+            )
         return "\n".join(lines)
 
 

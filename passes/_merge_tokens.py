@@ -55,8 +55,8 @@ class TokenFold:
         for row, adapter in self.rows:
             put_tokens(out, row, tokens_of(self.model, row, adapter))
 
-    def exact(self, old: torch.Tensor) -> torch.Tensor:
-        """The merged weight in fp64."""
+    def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The merged weight in fp64, in whatever dtype it is stored."""
         return self.folded(old.double())
 
 

@@ -14,20 +14,23 @@ import torch
 from torch import nn
 
 from lora_fx.ops import AdapterModule, KeptTensors
-from lora_fx.passes._sharing import storage_of
+from lora_fx.passes._sharing import memory_of
 from lora_fx.types import join
 
 __all__ = [
+    "KEPT",
     "base_modules",
     "base_parameters",
     "in_adapter",
     "own_value",
+    "parameter_of",
     "place_base",
     "place_own",
     "put_back",
 ]
 
-_PREFIX = "lora_own_"
+KEPT = "lora_own_"
+"""What is before the name of a parameter in that of the module that has adapters' values of it."""
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,20 +59,31 @@ def in_adapter(model: nn.Module, name: str) -> bool:
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
     """What an adapter has in the place of a parameter, wherever it is now."""
     owner, leaf = _owner(model, name)
-    beside = owner._modules.get(_PREFIX + leaf)
+    beside = owner._modules.get(KEPT + leaf)
     if beside is not None and adapter in beside._parameters:
         return beside.get_parameter(adapter)
     return owner.get_parameter(leaf)
 
 
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """As ``get_parameter``, which sees none in a module that is scripted; None if there is none."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        held = model.get_submodule(owner)._parameters
+    except AttributeError:
+        return None
+    # What holds those of a module that is scripted has no get().
+    return held[leaf] if leaf in held else None  # noqa: SIM401
+
+
 def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     """Puts what an adapter has beside the base into it."""
     for _, owner, leaf in _places(model, names):
-        beside = owner._modules[_PREFIX + leaf]
+        beside = owner._modules[KEPT + leaf]
         assert isinstance(beside, KeptTensors)
         owner._parameters[leaf] = beside._parameters.pop(adapter)
         if not beside._parameters:
-            del owner._modules[_PREFIX + leaf]
+            del owner._modules[KEPT + leaf]
 
 
 def place_base(
@@ -86,17 +100,18 @@ def place_base(
         model: A rewritten model.
         adapter: The adapter.
         names: FQNs of what it has there.
-        originals: The base's values. What shares its storage is one parameter again.
+        originals: The base's values. What shares its memory is one parameter again.
         keep: Whether the adapter's values are kept.
     """
     names = set(names)
-    live = {storage_of(p): p for n, p in base_parameters(model).items() if n not in names}
+    live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
         old, original = owner.get_parameter(leaf), originals[name]
-        if storage_of(original) not in live:
+        memory = memory_of(original)
+        if memory not in live:
             value = original.detach().to(old.device, old.dtype)
-            live[storage_of(original)] = nn.Parameter(value, requires_grad=False)
-        owner._parameters[leaf] = live[storage_of(original)]
+            live[memory] = nn.Parameter(value, requires_grad=False)
+        owner._parameters[leaf] = live[memory]
         if keep:
             _beside(owner, leaf).add(adapter, old)
 
@@ -113,9 +128,9 @@ def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
 
 
 def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
-    if _PREFIX + leaf not in owner._modules:
-        owner.add_module(_PREFIX + leaf, KeptTensors().train(owner.training))
-    beside = owner.get_submodule(_PREFIX + leaf)
+    if KEPT + leaf not in owner._modules:
+        owner.add_module(KEPT + leaf, KeptTensors().train(owner.training))
+    beside = owner.get_submodule(KEPT + leaf)
     assert isinstance(beside, KeptTensors)
     return beside
 

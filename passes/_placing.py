@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -9,12 +10,17 @@ import torch
 from torch import nn
 
 from lora_fx.passes._buffers import changed_buffers
-from lora_fx.passes._own import own_value
+from lora_fx.passes._by_hand import trained_by_hand
+from lora_fx.passes._lazy import is_lazy
+from lora_fx.passes._own import own_value, parameter_of
 from lora_fx.passes._requantize import renew_layer
+from lora_fx.passes._sharing import memory_of, storage_of
 from lora_fx.quantized import quantization_of
 from lora_fx.record import Record
 
 __all__ = [
+    "copy_shared",
+    "freeze_shared",
     "place_biases",
     "place_merged",
     "place_trained",
@@ -101,11 +107,13 @@ def place_biases(
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
     """The value in a parameter that is written over, or a new one in the place of one that others share."""
     owner, _, key = name.rpartition(".")
-    old = model.get_parameter(name)
-    if name in over:
+    module = model.get_submodule(owner)
+    old = module._parameters[key]
+    assert old is not None
+    # What is scripted is copied with its memory, and none of its parameters can be exchanged.
+    if name in over or isinstance(module, torch.jit.ScriptModule):
         old.detach().copy_(value)
         return
-    module = model.get_submodule(owner)
     # One that was quantised again is a parameter of its library.
     if not isinstance(value, nn.Parameter) or quantization_of(value) is None:
         value = nn.Parameter(value, old.requires_grad)
@@ -116,13 +124,14 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
 def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What was trained beside the factors, under each of its names."""
+    """What was trained beside the factors, under each of its names: by adapters, and by hand."""
     for name in names:
         adapter = record.adapters[name]
         weights = {row.site.weight for row in adapter.sites}
         for own in adapter.own:
             if own not in weights:
                 yield own, own_value(model, name, own)
+    yield from trained_by_hand(model, record).items()
 
 
 def place_trained(
@@ -137,16 +146,81 @@ def place_trained(
     for name, parameter in trained(model, record, names):
         if id(parameter) not in copies:
             value = parameter.detach()
+            old = _parameter(result, name)
             if name not in over:
-                value = value.to(result.get_parameter(name), copy=True)
+                value = value.to(old, copy=True)
             _set_parameter(result, name, value, over)
-            copies[id(parameter)] = result.get_parameter(name)
+            copies[id(parameter)] = _parameter(result, name)
         owner, _, key = name.rpartition(".")
-        result.get_submodule(owner)._parameters[key] = copies[id(parameter)]
+        module = result.get_submodule(owner)
+        if not isinstance(module, torch.jit.ScriptModule):
+            module._parameters[key] = copies[id(parameter)]
     buffers = dict(result.named_buffers())
     for name, buffer in changed_buffers(model, record):
         if name in buffers:
             buffers[name].copy_(buffer)
+
+
+def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[str, ...]:
+    """Freezes what a merged model shares with the adapted one, whose base others have, and says what that is.
+
+    An optimizer writes in place: it would train the user's own model.
+
+    Args:
+        result: The merged model.
+        model: The rewritten model.
+        record: Its record.
+    """
+    shared = tuple(_shared(result, model, record))
+    for name in shared:
+        _parameter(result, name).requires_grad_(False)
+    return shared
+
+
+def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Module:
+    """Gives a merged model storage of its own for all that it shares; what is tied stays tied.
+
+    Args:
+        result: The merged model; it is changed.
+        model: The rewritten model.
+        record: Its record.
+
+    Returns:
+        The merged model; a copy of it where something is quantised, since its scales are shared, too.
+    """
+    if any(quantization_of(parameter) is not None for parameter in result.parameters()):
+        return copy.deepcopy(result)
+    shared = {id(_parameter(result, name)) for name in _shared(result, model, record)}
+    made: dict[tuple[object, ...], nn.Parameter] = {}
+    for module in result.modules():
+        for key, old in module._parameters.items():
+            if old is None or id(old) not in shared:
+                continue
+            memory = memory_of(old)
+            if memory not in made:
+                made[memory] = nn.Parameter(old.detach().clone(), old.requires_grad)
+                made[memory].__dict__.update(old.__dict__)
+            module._parameters[key] = made[memory]
+    return result
+
+
+def _shared(result: nn.Module, model: nn.Module, record: Record) -> Iterator[str]:
+    """FQNs of the parameters of a merged model whose memory the adapted one, or its base, has, too."""
+    seen = {storage_of(one) for one in (*model.parameters(), *record.originals.values())}
+    for name, parameter in result.named_parameters():
+        if storage_of(parameter) in seen or _has_no_storage(parameter):
+            yield name
+
+
+def _has_no_storage(parameter: nn.Parameter) -> bool:
+    """Whether it is sparse: its parts are shared, and nothing tells."""
+    return not is_lazy(parameter) and parameter.layout is not torch.strided
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    found = parameter_of(model, name)
+    assert found is not None
+    return found
 
 
 def untie_config(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._sharing_quantized import drop_repr, keep_exact, quantized_twin, share_states
 
-__all__ = ["check_model", "share_copy", "storage_of"]
+__all__ = ["check_model", "memory_of", "share_copy", "storage_of"]
 
 
 def share_copy(model: nn.Module) -> nn.Module:
@@ -168,3 +168,10 @@ def storage_of(tensor: torch.Tensor) -> int:
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return id(tensor)
     return int(tensor.untyped_storage()._cdata)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What two tensors that are tied have in common: not only a storage, but the same place in it."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided:
+        return (id(tensor),)
+    return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

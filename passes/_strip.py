@@ -6,6 +6,7 @@ from torch import nn
 
 from lora_fx._sample_calls import unwatch_calls
 from lora_fx.ops import AdapterModule
+from lora_fx.passes._by_hand import trained_by_hand, unprotect
 from lora_fx.passes._own import place_base
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._sharing import share_copy
@@ -21,11 +22,13 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 
     Modules that ran a graph before the rewrite, over quantised weights, run it again.
     """
+    by_hand = trained_by_hand(model, record)
     result = share_copy(model)
     for name in record.active:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     unwatch_calls(result)
+    unprotect(result)
     kept = {name: result.get_submodule(name) for name in record.base.kept}
     for module in list(result.modules()):
         if module in kept.values():
@@ -36,7 +39,9 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
-        parameter.requires_grad = name in record.trainable
+        # What somebody has put into the model since was not there before.
+        new = name in by_hand and by_hand[name].requires_grad
+        parameter.requires_grad = name in record.trainable or new
     mark_adapted(result, adapted=False)
     base = record.base
     install(
@@ -53,5 +58,6 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 def drop_graph(module: nn.Module) -> None:
     """Has a module run its own forward, without what only its graph has read."""
     uninstall(module)
-    for name in [name for name in module._buffers if name.startswith(CONSTANT)]:
+    # A script module has its buffers in something that says their names by no iteration.
+    for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118
         del module._buffers[name]

@@ -3,7 +3,8 @@
 Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
 
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
-its own where something was folded or trained and shares all others; a tied weight is untied first.
+its own where something was folded or trained and shares all others, which are frozen: an optimizer would
+write into the user's own model. A tied weight is untied first.
 A model that is given is written over, where nothing else sees the memory of its weights.
 
 A quantised weight is made dense, layer by layer, adapted or not; or it is stored in its format again.
@@ -32,9 +33,12 @@ from lora_fx.passes._dense import (
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._fold import Fold
 from lora_fx.passes._fold_all import fold_all
+from lora_fx.passes._intact import check_intact
 from lora_fx.passes._merge_report import MergedSite, MergeReport
 from lora_fx.passes._merge_tokens import TokenFold, tied_tokens, token_weights
 from lora_fx.passes._placing import (
+    copy_shared,
+    freeze_shared,
     place_biases,
     place_merged,
     place_trained,
@@ -65,6 +69,7 @@ def merge(
     into: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
+    own: bool = False,
     measure: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
@@ -82,6 +87,8 @@ def merge(
             dense all parameters have :func:`dtype_of_all`.
         requantize: Whether merged weights that were quantised are stored in the same format again; by
             default everything that is quantised becomes dense.
+        own: Whether the result has storage of its own for everything, and ``requires_grad`` of the original.
+            By default what is not folded is shared and frozen.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Given each merged weight that is a new tensor, returns one of the same values to use in
@@ -91,14 +98,16 @@ def merge(
         The merged model, and the report.
 
     Raises:
+        CaptureError: If a layer that has an adapter was deleted or replaced.
         MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, arguments
             exclude each other, a format cannot hold a merged weight, or a factor or a result is not finite.
             ``into`` is then as it was; an interruption, or an error that ``progress`` raises, may leave some
             of its weights merged.
     """
     record = require_record(model, MergeError)
+    check_intact(model, record)
     names = _chosen(record, adapter_names)
-    _check_storage(into, dtype, requantize)
+    _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
@@ -108,22 +117,14 @@ def merge(
             "quantised: leave it out, and quantise the merged model (lora_fx.quantize)"
         )
     tokens = token_weights(model, record, names)
-    rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
-    tied: dict[str, str] = {}
-    for name in names:
-        weights = {row.name: row.site.weight for row in record.adapters[name].sites}
-        for row in record.adapters[name].sites:
-            if row.tied:
-                tied[row.site.weight] = weights[row.tied]
-            rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
-            _check_finite(model, row, name)
-    own = dict(trained(model, record, names))
+    rows, tied = _sites_by_weight(model, record, names)
+    full = dict(trained(model, record, names))
     every = [pair for several in rows.values() for pair in several]
     common = dtype or (None if requantize else dtype_of_all(result))
-    biases = merged_biases(model, result, every, own, common)
+    biases = merged_biases(model, result, every, full, common)
     changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
-    over = frozenset() if into is None else _written_over(into, own)
+    over = frozenset() if into is None else _written_over(into, full)
     stored = quantized_weights(result)
     layouts = layouts_of(record.base.matches.sites)
     again = {name: result.get_parameter(name) for name in stored if requantize}
@@ -134,9 +135,9 @@ def merge(
     merged, sites = fold_all(
         changes,
         lambda weight: _unadapted(
-            values_of(result, weight, layouts, dtypes.get(weight)), weight, own
+            values_of(result, weight, layouts, dtypes.get(weight)), weight, full
         ),
-        over=over - own.keys(),
+        over=over - full.keys(),
         dtypes=dtypes,
         formats=again,
         measure=measure,
@@ -148,7 +149,7 @@ def merge(
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     tied |= tied_tokens(tokens)
     # One end that is trained in full without the other is another weight.
-    tied = {weight: to for weight, to in tied.items() if own.get(weight) is own.get(to)}
+    tied = {weight: to for weight, to in tied.items() if full.get(weight) is full.get(to)}
     untied = place_merged(result, merged, tied, over)
     if untied:
         _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
@@ -159,7 +160,16 @@ def merge(
         if stored:
             make_dense(result, common, layouts, keep)
         cast_model(result, common, keep, buffers=dtype is not None)
-    return result, MergeReport(sites, untied)
+    shared: tuple[str, ...] = ()
+    if own:
+        result = copy_shared(result, model, record)
+    elif into is None:
+        shared = freeze_shared(result, model, record)
+        _log.info(
+            "merge: %d parameter(s) shared with the model that was rewritten, and frozen",
+            len(shared),
+        )
+    return result, MergeReport(sites, untied, shared=shared)
 
 
 def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -190,6 +200,22 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
     return names
 
 
+def _sites_by_weight(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> tuple[dict[str, tuple[tuple[PlannedSite, str], ...]], dict[str, str]]:
+    """What is folded into each weight, and the weights that have the factors of another one."""
+    rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
+    tied: dict[str, str] = {}
+    for name in names:
+        weights = {row.name: row.site.weight for row in record.adapters[name].sites}
+        for row in record.adapters[name].sites:
+            if row.tied:
+                tied[row.site.weight] = weights[row.tied]
+            rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
+            _check_finite(model, row, name)
+    return rows, tied
+
+
 def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
     """Parameters of a model that are written over. What was trained as one is one again, and new."""
     ends = Counter(map(id, trained.values()))
@@ -204,8 +230,12 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         )
 
 
-def _check_storage(into: nn.Module | None, dtype: torch.dtype | None, requantize: bool) -> None:
+def _check_storage(
+    into: nn.Module | None, dtype: torch.dtype | None, requantize: bool, own: bool
+) -> None:
     check_dtype(dtype)
+    if into is not None and own:
+        raise MergeError("into is a model of its own already: leave out own")
     if requantize and (into is not None or dtype is not None):
         other = "dtype" if into is None else "into"
         raise MergeError(f"requantize=True keeps the formats of the base: leave out {other}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from lora_fx.config import LoraConfig
-from lora_fx.errors import CaptureError, NoMatchError, PartialMatchError
+from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
 from lora_fx.ops import AdapterFactors
 from lora_fx.passes._base_weight import base_dtype
 from lora_fx.passes._chosen import Choice, choices
@@ -57,8 +58,8 @@ def make_plan(
             only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
-        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantised weight is
-            to be trained in full or changed by a start.
+        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantised weight or a
+            scripted module is to be trained in full or changed by a start.
     """
     _refuse_adapters(capture.model)
     saved = tuple(_saved_modules(capture.model, config))
@@ -83,6 +84,7 @@ def make_plan(
     if config.ensure_weight_tying:
         rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
     biases = tuple(_biases(capture.model, config, rows, saved))
+    _refuse_scripted(capture.model, saved, biases)
     plan = Plan(
         sites=tuple(rows),
         skipped=tuple(skipped),
@@ -227,6 +229,20 @@ def _biases(
         every = config.bias == "all" and name.rpartition(".")[2] == "bias"
         if not inside and (every or (config.bias == "lora_only" and name in wanted)):
             yield name
+
+
+def _refuse_scripted(model: nn.Module, saved: Iterable[str], biases: Iterable[str]) -> None:
+    """Refuses to train what is scripted: no parameter of a TorchScript module can be exchanged."""
+    scripted = [n for n, one in base_modules(model) if isinstance(one, torch.jit.ScriptModule)]
+    inside = tuple(f"{name}." for name in scripted)
+    named = [(f"modules_to_save: {name}", f"{name}.") for name in saved]
+    named += [(f"bias: {name}", name) for name in biases]
+    for entry, name in named:
+        if name.startswith(inside) or any(one.startswith(name) for one in inside):
+            raise ConfigError(
+                f"{entry} is, or holds, a TorchScript module, whose parameters cannot be exchanged: leave it "
+                "out of the configuration, or put the module that it was scripted from into the model"
+            )
 
 
 def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

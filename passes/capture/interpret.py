@@ -748,7 +748,11 @@ class Frame:
     def _call_other(self, function: Any, args: Any, kwargs: Any) -> Any:
         # Those that make tensors of nothing are not overridable, and refused by the mode.
         if _of_torch(function) or getattr(function, "__self__", None) is _FUNCTIONS:
-            return function(*self._tensors(args), **kwargs)
+            args = self._tensors(args)
+            if _is_function(function) and (holds_traced(args) or holds_traced(kwargs)):
+                # Not by a call: that would want to see numbers where the graph has traced ones.
+                return self.recorder.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
         special = _BUILTINS.get(function) if _hashable(function) else None
         if special is not None:
             return special(self, *args, **kwargs)
@@ -976,6 +980,11 @@ def _overridable() -> frozenset[Any]:
 def _of_torch(function: Any) -> bool:
     """Whether a function of C hands itself to stand-ins that it is called with."""
     return not isinstance(function, type) and _hashable(function) and function in _overridable()
+
+
+def _is_function(function: Any) -> bool:
+    """Whether a function of C that is overridable is no method or property of a tensor."""
+    return _of_torch(function) and not torch.overrides.is_tensor_method_or_property(function)
 
 
 @functools.lru_cache(maxsize=4096)

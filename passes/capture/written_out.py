@@ -181,10 +181,7 @@ def _conv_transpose(self: Any, input: torch.Tensor, output_size: Any = None) -> 
     added = output_padding(input, output_size, self.output_padding, *geometry)
     convolution = _CONVOLUTIONS[len(self.kernel_size)]
     operands = (input, self.weight, self.bias)
-    options = (self.stride, self.padding, added, self.groups, self.dilation)
-    # A call would want the numbers of a padding that is not known before the graph runs.
-    tracer: fx.Tracer = input.tracer  # type: ignore[attr-defined]
-    return tracer.create_proxy("call_function", convolution, (*operands, *options), {})
+    return convolution(*operands, self.stride, self.padding, added, self.groups, self.dilation)
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

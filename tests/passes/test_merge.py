@@ -54,7 +54,7 @@ def test_the_result_is_the_users_own() -> None:
     model.blocks[0].eval()
     model.norm.requires_grad_(False)
     changed = adapted(model, lora_dropout=0.1)
-    merged = lora_fx.merge(changed)
+    merged = lora_fx.merge(changed, own=True)
     assert merged.state_dict().keys() == model.state_dict().keys()
     for (name, found), (other, own) in zip(
         merged.named_modules(), model.named_modules(), strict=True
@@ -72,6 +72,44 @@ def test_the_result_is_the_users_own() -> None:
     assert lora_fx.plan(merged, LoraConfig()).sites
 
 
+def everything_of(model: nn.Module) -> list[object]:
+    """All that can be reached from a model's modules and parameters: attributes, hooks, classes."""
+    found: list[object] = []
+    for module in model.modules():
+        found += [type(module), *type(module).__mro__, *vars(module).values()]
+        for value in vars(module).values():
+            if isinstance(value, dict):
+                found += [*value.keys(), *value.values()]
+    for tensor in (*model.parameters(), *model.buffers()):
+        found += [type(tensor), *vars(tensor).values(), *(tensor._backward_hooks or {}).values()]
+    return [getattr(one, "hook", one) for one in found]
+
+
+@pytest.mark.parametrize("options", [{}, {"own": True}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
+def test_nothing_of_lora_fx_is_left(frontend: str, options) -> None:
+    model = Residual()
+    config = LoraConfig(
+        r=2, bias="all", modules_to_save=["head"], trainable_token_indices={"embed": [1]}
+    )
+    changed = randomise(lora_fx.rewrite(model, config, (IDS,), frontend=frontend))
+    lora_fx.add_adapter(changed, LoraConfig(r=2, use_dora=True), "other")
+    changed.norm.requires_grad_(True)
+    changed.norm.weight.grad = None
+    changed(IDS).sum().backward()
+
+    def ours(one: object) -> bool:
+        kind = one if isinstance(one, type) else type(one)
+        origin = f"{kind.__module__} {getattr(one, '__module__', '')}"
+        return "lora_fx" in origin or (isinstance(one, str) and "lora" in one)
+
+    assert any(map(ours, everything_of(changed)))
+    assert not [one for one in everything_of(lora_fx.merge(changed, **options)) if ours(one)]
+    target = copy.deepcopy(model)
+    lora_fx.merge(changed, into=target)
+    assert not [one for one in everything_of(target) if ours(one)]
+
+
 def test_neither_the_adapted_model_nor_the_base_changes() -> None:
     model = Residual().double()
     changed = adapted(model)
@@ -87,6 +125,81 @@ def test_what_is_not_folded_is_shared() -> None:
     merged = lora_fx.merge(adapted(model, target_modules=["up"]))
     assert merged.head.weight.data_ptr() == model.head.weight.data_ptr()
     assert merged.blocks[0].up.weight.data_ptr() != model.blocks[0].up.weight.data_ptr()
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS).square().mean().backward()
+        optimizer.step()
+
+
+def test_what_is_shared_is_frozen_and_what_is_not_is_as_it_was() -> None:
+    model = Residual()
+    model.blocks[0].requires_grad_(False)
+    changed = adapted(model, target_modules=["up"], modules_to_save=["head"])
+    merged, report = lora_fx.merge(changed, return_report=True)
+    own = {"blocks.1.up.weight", "head.weight", "head.bias"}
+    assert {name for name, p in merged.named_parameters() if p.requires_grad} == own
+    shared = {
+        name
+        for name, p in merged.named_parameters()
+        if p.data_ptr() == model.get_parameter(name).data_ptr()
+    }
+    assert set(report.shared) == shared
+    assert shared == {n for n, _ in model.named_parameters()} - own - {"blocks.0.up.weight"}
+    assert f"{len(shared)} parameter(s) shared with the base, and frozen" in str(report)
+
+
+def test_training_the_merged_model_does_not_train_the_users() -> None:
+    model = Residual()
+    changed = adapted(model, target_modules=["up"])
+    before, running = copy.deepcopy(model.state_dict()), changed(IDS)
+    merged = lora_fx.merge(changed)
+    train(merged)
+    assert not torch.equal(merged(IDS), running)
+    assert_same_bits(model.state_dict(), before)
+    assert_same_bits(changed(IDS), running)
+
+
+@pytest.mark.parametrize("build", [seeded(Residual), seeded(Tied), seeded(Shared)])
+def test_a_model_of_its_own_shares_nothing_and_is_trained_as_the_original(build) -> None:
+    model = build()
+    list(model.parameters())[-1].requires_grad_(False)
+    changed = adapted(model, target_modules="all-linear")
+    before = copy.deepcopy(model.state_dict())
+    merged, report = lora_fx.merge(changed, own=True, return_report=True)
+    assert not report.shared
+    for name, parameter in model.named_parameters():
+        found = merged.get_parameter(name)
+        assert found.requires_grad == parameter.requires_grad, name
+        assert found.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr(), name
+    assert_same_bits(merged.state_dict(), lora_fx.merge(changed).state_dict())
+    # What is tied and was not folded stays tied.
+    places = len(list(merged.named_parameters(remove_duplicate=False)))
+    ties = places - len(list(merged.parameters()))
+    plain = lora_fx.merge(changed)
+    assert ties == places - len(list(plain.parameters()))
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.add_(1.0)
+    assert_same_bits(model.state_dict(), before)
+
+
+def test_a_dtype_of_its_own_shares_nothing() -> None:
+    model = Residual()
+    merged, report = lora_fx.merge(adapted(model), dtype=torch.float64, return_report=True)
+    assert not report.shared
+    assert [p.requires_grad for p in merged.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+
+
+def test_own_is_what_into_is_already() -> None:
+    changed = adapted(Mlp())
+    with pytest.raises(MergeError, match="leave out own"):
+        lora_fx.merge(changed, into=Mlp(), own=True)
 
 
 def test_training_on_does_not_reach_the_merged_model() -> None:

@@ -481,3 +481,26 @@ def test_a_base_in_half_precision_is_merged_as_it_computes_after_its_preparation
     model = lora_fx.rewrite(prepared, config).eval()
     merged = lora_fx.merge(model)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", LIBRARIES)
+def test_a_model_of_its_own_in_the_same_format(scheme: str) -> None:
+    """With what its library keeps beside the weights, too."""
+    base = quantised(llama(1), scheme).train()
+    model = adapted(scheme, base)
+    with torch.no_grad():
+        expected = base(IDS).logits
+    merged = lora_fx.merge(model, requantize=True, own=True)
+    with torch.no_grad():
+        shared = lora_fx.merge(model, requantize=True).train()(IDS).logits
+        assert torch.equal(merged.train()(IDS).logits, shared)
+        for parameter in merged.parameters():
+            for part in (parameter, *vars(parameter).values()):
+                absmax = getattr(part, "absmax", None)
+                for tensor in (part, absmax):
+                    if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point():
+                        tensor.add_(1.0)
+        assert not torch.equal(merged(IDS).logits, shared)
+        assert torch.equal(base(IDS).logits, expected)
+    addresses = {p.data_ptr() for p in base.parameters()}
+    assert not addresses & {p.data_ptr() for p in merged.parameters() if p.data_ptr()}
