@@ -109,19 +109,19 @@ _MODELS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
         "swin_transformer",
         "swin_tiny_patch4_window7_224",
         56,
-        {"img_size": 56, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4)},
+        {"img_size": 56, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
     ),
     (
         "swin_transformer_v2",
         "swinv2_tiny_window8_256",
         64,
-        {"img_size": 64, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4)},
+        {"img_size": 64, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
     ),
     (
         "swin_transformer_v2_cr",
         "swinv2_cr_tiny_224",
         64,
-        {"img_size": 64, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4},
+        {"img_size": 64, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4},
     ),
     (
         "tiny_vit",

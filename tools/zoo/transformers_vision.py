@@ -21,7 +21,7 @@ _STAGES: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 2,
     "embed_dim": 8,
-    "depths": [1, 1],
+    "depths": [2, 1],  # every second layer of a stage shifts its windows
     "num_heads": [2, 2],
     "window_size": 4,
 }
