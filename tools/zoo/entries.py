@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images"]
+__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images", "wake"]
 
 Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
 """Keyword or positional arguments of one call."""
@@ -56,7 +56,7 @@ class Entry:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model, inputs = self.make()
-            _wake(model)
+            _scale_up(wake(model))
             _settle_statistics(model, inputs)
         return model.eval(), inputs
 
@@ -76,40 +76,48 @@ def images(size: int = 32, channels: int = 3, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, channels, size, size)
 
 
-def _wake(model: nn.Module) -> None:
-    """Draws whatever is the same everywhere: behind a zero no adapter has an effect.
+def wake(model: nn.Module) -> nn.Module:
+    """Draws whatever is the same everywhere, in place: behind a zero no adapter has an effect.
 
     Layer scales, the last norm of a residual branch, heads and gates start at zero or nearly so; a bias of
     zeros, and a norm's gain of ones, could be lost without a sign of it.
+
+    Returns:
+        The model.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            wanted = 1 / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
             if parameter.numel() == 1:
                 parameter.copy_(torch.where(parameter == 0.0, 0.5, parameter))
             elif float(parameter.min()) == float(parameter.max()):
-                _vary(parameter, name.rpartition(".")[2], wanted)
-            elif parameter.dim() > 1:
-                _scale_up(parameter, wanted)
-            elif "bias" not in name and float(parameter.abs().max()) < _SMALL_SCALE:
-                parameter.mul_(0.5 / float(parameter.abs().max()))
+                _vary(parameter, name.rpartition(".")[2])
+            elif parameter.dim() == 1 and "bias" not in name:
+                largest = float(parameter.abs().max())
+                parameter.mul_(0.5 / largest if largest < _SMALL_SCALE else 1.0)
+    return model
 
 
-def _scale_up(parameter: nn.Parameter, wanted: float) -> None:
-    spread = float(parameter.std())
-    if spread < wanted / 2:
-        parameter.mul_(wanted / spread)
+def _scale_up(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point() and parameter.numel() > 1:
+                wanted, spread = _usual_spread(parameter), float(parameter.std())
+                parameter.mul_(wanted / spread if 0.0 < spread < wanted / 2 else 1.0)
 
 
-def _vary(parameter: nn.Parameter, name: str, wanted: float) -> None:
+def _usual_spread(parameter: nn.Parameter) -> float:
+    return 1 / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
+
+
+def _vary(parameter: nn.Parameter, name: str) -> None:
     """Draws a parameter that is the same everywhere: matrices, biases, and scales around a value."""
     value = float(parameter.flatten()[0])
     if value == 0.0 and "bias" in name:
-        parameter.normal_(0.0, _VARIATION)
+        parameter.normal_(0.0, _VARIATION / 2)
     elif value == 0.0 and parameter.dim() > 1:
-        parameter.normal_(0.0, wanted)
+        parameter.normal_(0.0, _usual_spread(parameter))
     else:
         parameter.fill_(value if abs(value) >= _SMALL_SCALE else 0.5)
         parameter.mul_(1 + _VARIATION * torch.randn_like(parameter).clamp(-2, 2))

@@ -167,5 +167,6 @@ def _of_export(stages: Mapping[str, V]) -> dict[str, V]:
 
 def scrubbed(text: str) -> str:
     """A text without the folders of the machine; it may end, or be cut, within a path."""
+    text = re.sub(r"\s*(?:File )?\"/[^\"\s;]*(?=$|;)", "", text)  # without its second quote: cut
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/(?=[\w.])", "", text)
-    return re.sub(r"\s*(?:File )?\"?(?<![\w.])/[\w./+-]*(?=$|;)", "", text)
+    return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
