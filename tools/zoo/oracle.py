@@ -31,6 +31,7 @@ Run: TypeAlias = "Callable[[nn.Module], tuple[Any, torch.Tensor]]"
 """Calls a model: its output, and a loss of it. It makes the same random draws each time."""
 
 _SHARE = 0.05  # of a weight's spread: enough to be seen, too little to send a token elsewhere
+_ROUNDINGS = 64  # of the largest gradient: what may be left of terms that cancel each other
 _FAINT = 1e-6  # what changes no other gradient
 
 
@@ -240,12 +241,14 @@ def _compare(
         for factor, most in zip(place.pair, largest, strict=True):
             wanted = expected.get(id(factor))
             size = _largest(wanted)
-            reached = reached or size > eps * most
+            reached = reached or size > _ROUNDINGS * eps * most
             silent = silent and _largest(factor.grad) == 0.0
             wanted = torch.zeros_like(factor) if wanted is None else wanted
             found = torch.zeros_like(factor) if factor.grad is None else factor.grad
             # What is left where large terms cancel each other is rounding, and compared as such.
-            scale = max(size, verdict.tolerance * most, torch.finfo(torch.float64).tiny)
+            scale = max(
+                size, _ROUNDINGS * verdict.tolerance * most, torch.finfo(torch.float64).tiny
+            )
             worst = max(worst, _largest(found.double() - wanted.double()) / scale)
         (verdict.judged if reached else verdict.unreached).append(name)
         verdict.errors[name] = worst
