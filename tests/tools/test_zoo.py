@@ -372,7 +372,6 @@ def test_nothing_stays_asleep():
     assert values.pop("gate").item() == 0.5
     for name, value in values.items():
         assert value.std() > 1e-2, name
-        assert value.abs().max() > 1e-1, name
     for name in ("scale", "faint", "norm.weight"):
         assert values[name].min() > 0.2, name
 

@@ -78,7 +78,7 @@ _MODELS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("nextvit", "nextvit_small", 64, {}),
     ("nfnet", "nf_regnet_b0", 32, {}),
     ("pit", "pit_ti_224", 64, {"img_size": 64}),
-    ("pvt_v2", "pvt_v2_b0", 32, {}),
+    ("pvt_v2", "pvt_v2_b0", 64, {}),
     ("rdnet", "rdnet_tiny", 32, {}),
     ("regnet", "regnetx_002", 32, {}),
     ("repghost", "repghostnet_050", 32, {}),
