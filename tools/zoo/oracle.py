@@ -71,14 +71,14 @@ class Verdict:
         return not self.passed_by and not self.stray and self.output_error <= self.tolerance
 
 
-class Narrowest(TorchDispatchMode):
+class Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Sees in which floating-point type a model computes at its narrowest.
 
     A model in fp64 may have fp32 written into it: what it rounds to is no mistake of an adapter.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.dtype = torch.float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +162,7 @@ def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
     """A copy of the original with ``W' = W + s·BA``, which only these weights want a gradient of."""
     oracle = copy.deepcopy(original)
     for parameter in oracle.parameters():
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad_(False)
     with torch.no_grad():
         for place in _places(adapted):
             site = place.row.site
