@@ -412,6 +412,7 @@ def test_a_crash_and_a_hang_cost_one_row_each():
     options = runner.Options(jobs=2, timeout=120, onnx=False, find=dying, preload=())
     dead, alive = runner.run_jobs([dying("dies"), dying("lives")], options)
     assert dead.errors == {"build": "Crash: the process ended with 3"}
+    assert dead.dates.keys() == alive.dates.keys() == {"adaption"}
     assert not alive.errors
     assert alive.merged
     (hung,) = runner.run_jobs([dying("hangs")], dataclasses.replace(options, timeout=1))

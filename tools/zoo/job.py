@@ -79,14 +79,14 @@ class _Job:
 
     def run(self, *, onnx: bool) -> None:
         """Every stage; the row then says that none is going on."""
+        today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+        self.row.dates = dict.fromkeys(PARTS if onnx else PARTS[:1], today)
         built = self.stage("build", self.build)
         if built is not None:
             model, reached = built
             before = numbers.fingerprint(model)
             self.work_on(model, reached, onnx=onnx)
             self.row.argument = numbers.what_changed(before, numbers.fingerprint(model))
-        today = dt.datetime.now(tz=dt.UTC).date().isoformat()
-        self.row.dates = dict.fromkeys(PARTS if onnx else PARTS[:1], today)
         self.row.stage = ""
 
     def build(self) -> tuple[nn.Module, Reached]:
