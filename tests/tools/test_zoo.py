@@ -320,7 +320,46 @@ def test_fp32_within_fp64_counts_as_fp32():
     assert narrowest == torch.float32
     assert in_fp64(Twice(), (x,))[2] == torch.float64
     assert in_fp64(Blocks(), (x,)) is None
+    assert torch.equal(Overflows()(x).isfinite(), torch.ones(3, 4, dtype=torch.bool))
+    assert in_fp64(Overflows(), (x,)) is None
     assert oracle.tolerance_of(torch.float64) == pytest.approx(1.5e-8, rel=0.01)
+
+
+class Overflows(Rounds):
+    """Masks with the least number of its dtype, twice: fp32 is wide enough for that, as fp64 is not."""
+
+    def forward(self, x):
+        least = torch.finfo(x.dtype).min
+        return self.fc(x) + (torch.full_like(x, least, dtype=torch.float64) * 2 * 0).to(x.dtype)
+
+
+class Unused(Rounds):
+    """Drops what its layer computes."""
+
+    def forward(self, x):
+        return x + 0 * self.fc(x).detach().sum()
+
+
+class Breaks(Rounds):
+    """Has a finite output and no finite gradient."""
+
+    def forward(self, x):
+        return self.fc(x * 0 + 1).sub(self.fc(x * 0 + 1)).abs().sqrt()
+
+
+def test_what_is_not_finite_is_no_agreement():
+    with pytest.raises(ValueError, match="gradient at fc is not finite"):
+        verdict_on(Breaks)
+
+
+def test_nothing_judged_is_not_right():
+    verdict = verdict_on(Unused)
+    assert (verdict.judged, verdict.unreached) == ([], ["fc"])
+    row = Row("a", "a", judged=0, oracle_error=0.0, tolerance=1e-8)
+    assert not row.right
+    assert "a: none of its sites has an effect, so that nothing was judged" in report.exceptions(
+        [row]
+    )
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,9 @@ def judge(original: nn.Module, adapted: nn.Module, run: Run, dtype: torch.dtype)
 
     Returns:
         What differs.
+
+    Raises:
+        ValueError: The oracle's gradients are not finite: nothing can be said.
     """
     verdict = _verdict(original, adapted, run, dtype, _SHARE)
     if verdict.passed_by:
@@ -241,6 +244,8 @@ def _compare(
         for factor, most in zip(place.pair, largest, strict=True):
             wanted = expected.get(id(factor))
             size = _largest(wanted)
+            if not math.isfinite(size):
+                raise ValueError(f"the oracle's gradient at {name} is not finite")
             reached = reached or size > _ROUNDINGS * eps * most
             silent = silent and _largest(factor.grad) == 0.0
             wanted = torch.zeros_like(factor) if wanted is None else wanted

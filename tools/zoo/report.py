@@ -166,6 +166,8 @@ def _exceptions(row: Row) -> Iterator[str]:
     ):
         if names:
             yield f"{what}: {_some(names)}"
+    if row.judged == 0:
+        yield "none of its sites has an effect, so that nothing was judged"
     if row.oracle_error is not None and row.oracle_error > row.tolerance:
         yield f"outputs differ from the dense oracle's by {row.oracle_error:.1e}"
     if row.losses is not None and not row.losses[1] < row.losses[0]:

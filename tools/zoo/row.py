@@ -129,7 +129,13 @@ class Row:
     @property
     def right(self) -> bool:
         """Whether the rewritten model is the dense oracle, at every site and nowhere else."""
-        if self.oracle_error is None or self.passed_by or self.stray or self.regions_passed_by:
+        if (
+            not self.judged
+            or self.oracle_error is None
+            or self.passed_by
+            or self.stray
+            or self.regions_passed_by
+        ):
             return False
         return self.oracle_error <= self.tolerance
 

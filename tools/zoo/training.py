@@ -65,14 +65,17 @@ def judge_sites(
 def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.dtype] | None:
     """A copy of a model and of its inputs in fp64, and the narrowest dtype that it computes in.
 
-    None for a model that has fp32 written into it in such a way that it does not run.
+    None for a model that has fp32 written into it in such a way that it does not run, or that gives what
+    is not finite: a mask that is the least number of fp32 is another one in fp64.
     """
     exact, doubled = copy.deepcopy(model).double(), in_double(inputs)
     try:
         torch.manual_seed(0)
         with torch.no_grad(), Narrowest() as seen:
-            call(exact, doubled)
+            output = call(exact, doubled)
     except (RuntimeError, TypeError, ValueError):
+        return None
+    if not all(bool(found.isfinite().all()) for found in floats(output)):
         return None
     return exact, doubled, seen.dtype
 
