@@ -119,7 +119,7 @@ _LOOKERS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
         "PVT v2",
         "PvtV2",
         "ForImageClassification",
-        32,
+        64,
         {
             "hidden_sizes": [8, 8, 16, 16],
             "depths": [1, 1, 1, 1],
