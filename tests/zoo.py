@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_fx.tools.zoo.entries import wake
 from tests.views import EXPERTS, VIEWS
 
 __all__ = [
@@ -576,7 +577,7 @@ def tiny_llama(**changes: Any) -> tuple[nn.Module, Inputs]:
             **changes,
         }
     )
-    return LlamaForCausalLM(config).eval(), {"input_ids": _ids_of(40)}
+    return wake(LlamaForCausalLM(config)).eval(), {"input_ids": _ids_of(40)}
 
 
 @seeded
@@ -595,7 +596,7 @@ def tiny_gpt2(**changes: Any) -> tuple[nn.Module, Inputs]:
             **changes,
         }
     )
-    return GPT2LMHeadModel(config).eval(), {"input_ids": _ids_of(40)}
+    return wake(GPT2LMHeadModel(config)).eval(), {"input_ids": _ids_of(40)}
 
 
 @seeded
@@ -617,7 +618,10 @@ def tiny_bert(**changes: Any) -> tuple[nn.Module, Inputs]:
     ids = _ids_of(40)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    return BertForSequenceClassification(config).eval(), {"input_ids": ids, "attention_mask": mask}
+    return wake(BertForSequenceClassification(config)).eval(), {
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
 
 
 @seeded
@@ -637,7 +641,7 @@ def tiny_t5(**changes: Any) -> tuple[nn.Module, Inputs]:
         }
     )
     inputs = {"input_ids": _ids_of(40), "decoder_input_ids": _ids_of(40, 4)}
-    return T5ForConditionalGeneration(config).eval(), inputs
+    return wake(T5ForConditionalGeneration(config)).eval(), inputs
 
 
 @seeded
@@ -667,7 +671,7 @@ def tiny_whisper(**changes: Any) -> tuple[nn.Module, Inputs]:
         }
     )
     inputs = {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": _ids_of(40, 4)}
-    return WhisperForConditionalGeneration(config).eval(), inputs
+    return wake(WhisperForConditionalGeneration(config)).eval(), inputs
 
 
 @seeded
@@ -686,7 +690,9 @@ def tiny_vit(**changes: Any) -> tuple[nn.Module, Inputs]:
             **changes,
         }
     )
-    return ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    return wake(ViTForImageClassification(config)).eval(), {
+        "pixel_values": torch.randn(2, 3, 16, 16)
+    }
 
 
 @seeded
@@ -704,7 +710,7 @@ def tiny_clip() -> tuple[nn.Module, Inputs]:
     vision = {**sides, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     inputs = {"input_ids": _ids_of(40), "pixel_values": torch.randn(2, 3, 16, 16)}
-    return CLIPModel(config).eval(), inputs
+    return wake(CLIPModel(config)).eval(), inputs
 
 
 @seeded
@@ -724,7 +730,7 @@ def tiny_mixtral(**changes: Any) -> tuple[nn.Module, Inputs]:
             **changes,
         }
     )
-    return MixtralForCausalLM(config).eval(), {"input_ids": _ids_of(40)}
+    return wake(MixtralForCausalLM(config)).eval(), {"input_ids": _ids_of(40)}
 
 
 TRANSFORMERS: Mapping[str, Callable[[], tuple[nn.Module, Inputs]]] = {
@@ -739,20 +745,11 @@ TRANSFORMERS: Mapping[str, Callable[[], tuple[nn.Module, Inputs]]] = {
 }
 
 
-def _awake(model: nn.Module) -> nn.Module:
-    """Gives values to matrices that start at zero: heads whose output would say nothing."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta and not parameter.any():
-                parameter.normal_(0.0, 0.02)
-    return model
-
-
 @seeded
 def timm_model(name: str, size: int = 64, **options: Any) -> tuple[nn.Module, torch.Tensor]:
     import timm
 
-    model = _awake(timm.create_model(name, pretrained=False, num_classes=5, **options))
+    model = wake(timm.create_model(name, pretrained=False, num_classes=5, **options))
     return model.eval(), torch.randn(2, 3, size, size)
 
 
@@ -760,7 +757,7 @@ def timm_model(name: str, size: int = 64, **options: Any) -> tuple[nn.Module, to
 def torchvision_model(name: str, size: int = 64, **options: Any) -> tuple[nn.Module, torch.Tensor]:
     import torchvision
 
-    model = _awake(torchvision.models.get_model(name, weights=None, num_classes=5, **options))
+    model = wake(torchvision.models.get_model(name, weights=None, num_classes=5, **options))
     return model.eval(), torch.randn(2, 3, size, size)
 
 
@@ -787,10 +784,7 @@ def torchvision_swin(
             **options,
         }
     )
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval(), torch.randn(2, 3, size, size)
+    return wake(model).eval(), torch.randn(2, 3, size, size)
 
 
 @seeded
@@ -808,7 +802,7 @@ def torchvision_swin3d(**options: Any) -> tuple[nn.Module, torch.Tensor]:
             **options,
         }
     )
-    return model.eval(), torch.randn(1, 3, 10, 32, 32)
+    return wake(model).eval(), torch.randn(1, 3, 10, 32, 32)
 
 
 TIMM: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
@@ -824,7 +818,7 @@ TIMM: Mapping[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
         "swin_tiny_patch4_window7_224",
         56,
         img_size=56,
-        depths=(1, 1),
+        depths=(2, 1),  # the second layer of a stage shifts its windows
         num_heads=(2, 4),
         embed_dim=16,
     ),

@@ -11,6 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
+from lora_fx.tools.zoo import oracle
+from lora_fx.tools.zoo.entries import wake
+from lora_fx.tools.zoo.training import in_fp64
 from tests.algebra import randomise
 from tests.mixtures import IDS, MODELS, SIZES, drawn
 from tests.numerics import assert_close, assert_same_bits
@@ -49,6 +52,25 @@ def test_a_rewrite_changes_no_bit_and_a_merge_keeps_what_was_learnt(name, implem
         assert type(merged) is type(model)
         assert_close(merged(IDS).logits, found, 1e-5)
     assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_site_is_the_dense_oracle(name, implementation):
+    """Routers, attention and experts, beside the original with W' = W + s·BA in it."""
+    model = wake(built(name, implementation))
+    exact = in_fp64(model, (IDS,))
+    original, inputs, narrowest = exact or (model, (IDS,), torch.float32)
+    adapted = lora_fx.rewrite(original, lora_fx.LoraConfig(r=3))
+
+    def call(either):
+        output = either(*inputs, labels=IDS)
+        return (output.logits, output.loss), output.loss
+
+    verdict = oracle.judge(original, adapted.eval(), call, narrowest)
+    assert verdict.right, verdict
+    assert not verdict.unreached
+    assert exact is not None or implementation == "grouped_mm"  # whose kernel has no fp64
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools import console
-from lora_fx.tools.zoo.row import Row
+from lora_fx.tools.zoo.row import PARTS, Row
 
 __all__ = ["zoo"]
 
@@ -36,56 +37,78 @@ def zoo(
         Path | None,
         typer.Option(help=f"The page to write; {_DEFAULT} if the whole zoo runs, else none."),
     ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Write the rows as JSON, too, each as it is done.")
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep all rows in this file, JSON: rows of models that do not run stay, and without "
+            "exports what it knows of them. zoo.json beside the page by default."
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Take the rows that --results holds already.")
+        bool, typer.Option("--resume", help="Leave out models that --rows has all asked parts of.")
     ] = False,
+    since: Annotated[
+        str, typer.Option(help="With --resume: only if they are of this day (2026-11-30) or later.")
+    ] = "",
 ) -> None:
     """Rewrite, train, merge and export every model of the zoo, and write the page."""
-    from lora_fx.tools.zoo.registry import select
+    from lora_fx.tools.zoo.registry import ENTRIES, select
     from lora_fx.tools.zoo.report import exceptions, page, summary, table
     from lora_fx.tools.zoo.runner import Options, run_jobs
 
-    if resume and results is None:
-        raise ConfigError("--resume goes on from a file of rows: name it with --results")
     entries = select(only, group)
     needed = {entry.name.partition("/")[0] for entry in entries} & set(_NEEDED)
     missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     if missing:
         raise ConfigError(f"the zoo needs {', '.join(missing)}: pip install 'lora-fx[zoo]'")
+    target = out or (_DEFAULT if only is None and group is None else None)
+    store = rows or (target.with_suffix(".json") if target is not None else None)
+    if resume and store is None:
+        raise ConfigError("--resume goes on from a file of rows: name it with --rows")
     log = console.error_console()
-    done = _read(results) if resume and results is not None else {}
+    known = {} if store is None else _read(store)
+    asked = PARTS if onnx else PARTS[:1]
+
+    def is_done(row: Row) -> bool:
+        return resume and all(row.dates.get(part, "") >= (since or "0") for part in asked)
 
     def tell(row: Row) -> None:
         problems = "; ".join(exceptions([row])) or f"{row.name}: as it should be"
         log.print(f"{problems} ({row.total_seconds:.1f} s)", markup=False, highlight=False)
-        done[row.name] = row
-        if results is not None:
-            found = [dataclasses.asdict(one) for one in done.values()]
-            results.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        if not onnx and row.name in known:
+            row = row.with_export_of(known[row.name])
+        known[row.name] = row
+        if store is not None:
+            _write(store, [known[entry.name] for entry in ENTRIES if entry.name in known])
 
-    left = [entry for entry in entries if entry.name not in done]
+    left = [one for one in entries if one.name not in known or not is_done(known[one.name])]
     with console.progress("zoo", log) as advance:
         run_jobs(left, Options(jobs, timeout, onnx), advance, tell)
-    rows = [done[entry.name] for entry in entries]
-    whole = only is None and group is None and onnx
-    target = out or (_DEFAULT if whole else None)
+    chosen = [known[entry.name] for entry in entries]
     screen = console.output()
-    lines = [*table(rows), "", *exceptions(rows), "", *summary(rows)]
+    lines = [*table(chosen), "", *exceptions(chosen), "", *summary(chosen)]
     screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(rows), encoding="utf-8")
+        every = [known[entry.name] for entry in ENTRIES if entry.name in known]
+        target.write_text(page(every), encoding="utf-8")
         screen.print(f"written to {target}")
 
 
-def _read(results: Path) -> dict[str, Row]:
+def _write(store: Path, rows: Sequence[Row]) -> None:
+    """A row a line, so that a difference of two files says which models changed."""
+    lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    new = store.with_name(f".{store.name}.new")
+    new.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    new.replace(store)
+
+
+def _read(store: Path) -> dict[str, Row]:
     try:
-        found = [Row(**values) for values in json.loads(results.read_text(encoding="utf-8"))]
+        found = [Row(**values) for values in json.loads(store.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return {}
     except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{results} does not hold rows of this zoo: {error}") from error
+        raise ConfigError(f"{store} does not hold rows of this zoo: {error}") from error
     return {row.name: row for row in found}

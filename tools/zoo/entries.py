@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images"]
+__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images", "wake"]
 
 Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
 """Keyword or positional arguments of one call."""
@@ -24,6 +24,7 @@ Built: TypeAlias = "tuple[nn.Module, Inputs]"
 
 _SEED = 1234
 _SMALL_SCALE = 0.1  # below it a scale that is the same everywhere (LayerScale) hides its branch
+_VARIATION = 0.2  # of what is drawn in the place of a value that is the same everywhere
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Entry:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model, inputs = self.make()
-            _wake(model)
+            _scale_up(wake(model))
             _settle_statistics(model, inputs)
         return model.eval(), inputs
 
@@ -75,29 +76,51 @@ def images(size: int = 32, channels: int = 3, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, channels, size, size)
 
 
-def _wake(model: nn.Module) -> None:
+def wake(model: nn.Module) -> nn.Module:
+    """Draws whatever is the same everywhere, in place: behind a zero no adapter has an effect.
+
+    Layer scales, the last norm of a residual branch, heads and gates start at zero or nearly so; a bias of
+    zeros, and a norm's gain of ones, could be lost without a sign of it.
+
+    Returns:
+        The model.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            if parameter.dim() > 1:
-                _scale_up(parameter)
-            elif "bias" not in name.rpartition(".")[2] and _is_faint(parameter):
-                parameter.fill_(0.5)
+            if parameter.numel() == 1:
+                parameter.copy_(torch.where(parameter == 0.0, 0.5, parameter))
+            elif float(parameter.min()) == float(parameter.max()):
+                _vary(parameter, name.rpartition(".")[2])
+            elif parameter.dim() == 1 and "bias" not in name:
+                largest = float(parameter.abs().max())
+                parameter.mul_(0.5 / largest if largest < _SMALL_SCALE else 1.0)
+    return model
 
 
-def _scale_up(parameter: nn.Parameter) -> None:
-    wanted = 1 / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
-    spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
-    if not bool(parameter.any()):
-        parameter.normal_(0.0, wanted)
-    elif 0.0 < spread < wanted / 2:
-        parameter.mul_(wanted / spread)
+def _scale_up(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point() and parameter.numel() > 1:
+                wanted, spread = _usual_spread(parameter), float(parameter.std())
+                parameter.mul_(wanted / spread if 0.0 < spread < wanted / 2 else 1.0)
 
 
-def _is_faint(parameter: nn.Parameter) -> bool:
-    largest = float(parameter.abs().max())
-    return largest < _SMALL_SCALE if parameter.numel() > 1 else largest == 0.0
+def _usual_spread(parameter: nn.Parameter) -> float:
+    return 1 / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
+
+
+def _vary(parameter: nn.Parameter, name: str) -> None:
+    """Draws a parameter that is the same everywhere: matrices, biases, and scales around a value."""
+    value = float(parameter.flatten()[0])
+    if value == 0.0 and "bias" in name:
+        parameter.normal_(0.0, _VARIATION / 2)
+    elif value == 0.0 and parameter.dim() > 1:
+        parameter.normal_(0.0, _usual_spread(parameter))
+    else:
+        parameter.fill_(value if abs(value) >= _SMALL_SCALE else 0.5)
+        parameter.mul_(1 + _VARIATION * torch.randn_like(parameter).clamp(-2, 2))
 
 
 def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime as dt
 import logging
 import re
 import tempfile
@@ -27,8 +28,8 @@ from lora_fx.passes.capture.watch import count_weights
 from lora_fx.tools.zoo import numbers
 from lora_fx.tools.zoo.counter import unseen
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
-from lora_fx.tools.zoo.row import MERGE_TOLERANCE, Row
-from lora_fx.tools.zoo.training import Reached, check_gradients, train
+from lora_fx.tools.zoo.row import MERGE_TOLERANCE, PARTS, Row, scrubbed
+from lora_fx.tools.zoo.training import Reached, judge_sites, train
 from lora_fx.types import Plan
 
 __all__ = ["run_job"]
@@ -78,6 +79,8 @@ class _Job:
 
     def run(self, *, onnx: bool) -> None:
         """Every stage; the row then says that none is going on."""
+        today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+        self.row.dates = dict.fromkeys(PARTS if onnx else PARTS[:1], today)
         built = self.stage("build", self.build)
         if built is not None:
             model, reached = built
@@ -101,7 +104,9 @@ class _Job:
         adapted = self.stage("rewrite", lambda: rewrite(model, self.config, inputs))
         if adapted is not None:
             self.stage("outputs", lambda: self.compare(model, adapted, reached))
-            self.stage("gradients", lambda: check_gradients(entry, model, adapted, reached, row))
+            self.stage("oracle", lambda: self.judge(model, reached))
+            if row.frontend == "export":
+                self.stage("regions", lambda: self.judge_regions(model, reached))
             row.losses = self.stage("training", lambda: train(entry, adapted, reached))
             merged = self.stage("merge", lambda: self.merge(model, adapted, inputs))
         if onnx:
@@ -133,6 +138,24 @@ class _Job:
             # Batch norm over two values makes a rounding as large as it likes: look again in fp64.
             exact = _where_fp64_runs(lambda: _train_error(model, adapted, inputs, double=True))
             self.row.train_error = self.row.train_error if exact is None else exact
+
+    def judge(self, model: nn.Module, reached: Reached) -> None:
+        row = self.row
+        verdict, dtype = judge_sites(self.entry, model, reached, self.config)
+        row.judged, row.unreached = len(verdict.judged), verdict.unreached
+        row.passed_by, row.stray = verdict.passed_by, verdict.stray
+        row.oracle_error, row.tolerance = verdict.output_error, verdict.tolerance
+        row.gradient_worst = verdict.worst
+        row.gradient_error = verdict.errors.get(verdict.worst, 0.0)
+        row.dtype = str(dtype).removeprefix("torch.")
+
+    def judge_regions(self, model: nn.Module, reached: Reached) -> None:
+        """The same for the layers beneath a graph of the whole model, which other calls go to."""
+        verdict, _ = judge_sites(self.entry, model, reached, self.config, examples=False)
+        self.row.regions_judged = len(verdict.judged) + len(verdict.unreached)
+        self.row.regions_passed_by = verdict.passed_by
+        if verdict.stray or (verdict.output_error > verdict.tolerance and not verdict.passed_by):
+            self.row.regions_passed_by["the outputs"] = f"off by {verdict.output_error:.0e}"
 
     def merge(self, model: nn.Module, adapted: nn.Module, inputs: Inputs) -> nn.Module:
         row, merged = self.row, merge(adapted.eval()).eval()
@@ -194,7 +217,7 @@ def _one_line(error: BaseException) -> str:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = re.sub(r"0x[0-9a-f]{6,}", "0x...", re.sub(r"\s+", " ", text)).strip()
-    return f"{type(error).__name__}: {text}"[:_LINE]
+    return f"{type(error).__name__}: {scrubbed(text)}"[:_LINE]
 
 
 @contextlib.contextmanager

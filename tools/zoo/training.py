@@ -1,26 +1,25 @@
-"""Gradients and twenty steps: every adapter learns, and nothing else does."""
+"""The verdict on every site, and twenty steps: each adapter learns, and nothing else does."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.api import trainable_parameters
-from lora_fx.record import Record
+from lora_fx.api import rewrite, trainable_parameters
+from lora_fx.config import LoraConfig
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
-from lora_fx.tools.zoo.numbers import floats
-from lora_fx.tools.zoo.row import Row
-from lora_fx.types import PlannedSite, Site
+from lora_fx.tools.zoo.numbers import floats, in_double
+from lora_fx.tools.zoo.oracle import Narrowest, Verdict, judge
 
-__all__ = ["STEPS", "Reached", "check_gradients", "train"]
+__all__ = ["STEPS", "Reached", "in_fp64", "judge_sites", "train"]
 
 STEPS = 20
 _RATES = (5e-3, 5e-4, 5e-5)
-_SMALLEST = 1e-7  # a gradient below it is compared with this instead
 
 
 @dataclass(frozen=True)
@@ -36,72 +35,49 @@ class Reached:
     reference: Any
 
 
-def check_gradients(
-    entry: Entry, model: nn.Module, adapted: nn.Module, built: Reached, row: Row
-) -> None:
-    """One backward pass in eval mode, so that no layer is left out by chance; fills the row.
+def judge_sites(
+    entry: Entry, model: nn.Module, reached: Reached, config: LoraConfig, *, examples: bool = True
+) -> tuple[Verdict, torch.dtype]:
+    """Compares every site with the dense oracle, in fp64 where the model runs in it.
+
+    In eval mode, so that no layer is left out by chance. The model is rewritten anew, since a graph of
+    the whole model is one for the dtype that it was made with.
 
     Args:
         entry: The model's entry.
         model: The original; it is copied.
-        adapted: The rewritten model, untrained.
-        built: The call and the original's result.
-        row: Gets ``stray``, ``missing``, ``unreached``, ``infinite`` and ``gradient_error``.
+        reached: The call and the original's result.
+        config: What it is rewritten with.
+        examples: Whether ``rewrite`` gets the inputs of the call, too.
+
+    Returns:
+        What differs, and the dtype in which it was looked at.
     """
-    adapted.eval().zero_grad()
-    _loss(entry, adapted, built).backward()  # type: ignore[no-untyped-call]
-    for name, parameter in adapted.named_parameters():
-        if not _is_factor(name):
-            if parameter.requires_grad or parameter.grad is not None:
-                row.stray.append(name)
-        elif parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            row.infinite.append(name)
-    full = copy.deepcopy(model).requires_grad_(requires_grad=True)
-    _loss(entry, full, built).backward()  # type: ignore[no-untyped-call]
-    for planned in _sites(adapted):
-        site = planned.site
-        weight = full.get_parameter(site.weight).grad
-        a, b = _factors(adapted, site)
-        if b.grad is None or a.grad is None:
-            # No gradient in the original either: the call does not come to it, or drops its result.
-            (row.unreached if weight is None else row.missing).append(site.name)
-        elif weight is not None and not site.tied_to:
-            error = _gradient_error(planned, weight, a, b)
-            if error > row.gradient_error:
-                row.gradient_error, row.gradient_worst = error, site.name
-    adapted.zero_grad()
+    exact = in_fp64(model, reached.inputs)
+    dtype = torch.float32 if exact is None else torch.float64
+    original, inputs, narrowest = exact or (model, reached.inputs, dtype)
+    adapted = rewrite(original, config, inputs if examples else None).eval()
+    here = dataclasses.replace(reached, inputs=inputs)
+    verdict = judge(original, adapted, lambda m: _output_and_loss(entry, m, here), narrowest)
+    return verdict, dtype
 
 
-def _sites(adapted: nn.Module) -> tuple[PlannedSite, ...]:
-    record: Record = vars(adapted)["_lora_fx"]
-    return tuple(planned for adapter in record.adapters.values() for planned in adapter.sites)
+def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.dtype] | None:
+    """A copy of a model and of its inputs in fp64, and the narrowest dtype that it computes in.
 
-
-def _factors(adapted: nn.Module, site: Site) -> tuple[nn.Parameter, nn.Parameter]:
-    holder = adapted.get_submodule(site.holder)
-    prefix = "lora_" if hasattr(holder, "lora_A") else "lora_embedding_"
-    a, b = (getattr(holder, prefix + letter).default for letter in "AB")
-    return a, b
-
-
-def _gradient_error(
-    planned: PlannedSite, weight: torch.Tensor, a: nn.Parameter, b: nn.Parameter
-) -> float:
-    """Beside the chain rule: at B = 0 the gradient of B is s·(dL/dW)·Aᵀ, over all uses of W.
-
-    0 for weights whose layout is another one: grouped and transposed convolutions, experts.
+    None for a model that has fp32 written into it in such a way that it does not run, or that gives what
+    is not finite: a mask that is the least number of fp32 is another one in fp64.
     """
-    site = planned.site
-    if site.groups > 1 or "transpose" in site.pattern or site.experts or b.grad is None:
-        return 0.0
-    weight = site.applied(weight)
-    if weight.dim() > 2 and not site.pattern.startswith("conv"):
-        return 0.0
-    weight = weight if site.layout == "out_in" else weight.T
-    weight = weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
-    expected = planned.scale * weight.flatten(1).double() @ a.detach().flatten(1).double().T
-    scale = max(float(expected.abs().max()), _SMALLEST)
-    return float((b.grad.flatten(1).double() - expected).abs().max()) / scale
+    exact, doubled = copy.deepcopy(model).double(), in_double(inputs)
+    try:
+        torch.manual_seed(0)
+        with torch.no_grad(), Narrowest() as seen:
+            output = call(exact, doubled)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not all(bool(found.isfinite().all()) for found in floats(output)):
+        return None
+    return exact, doubled, seen.dtype
 
 
 def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
@@ -141,10 +117,14 @@ def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, floa
 
 
 def _loss(entry: Entry, model: nn.Module, built: Reached) -> torch.Tensor:
+    return _output_and_loss(entry, model, built)[1]
+
+
+def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
     output = call(model, built.inputs)
     if entry.loss is not None:
-        return entry.loss(output)
+        return output, entry.loss(output)
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(())
     for found, start in zip(floats(output), floats(built.reference), strict=True):
@@ -152,11 +132,8 @@ def _loss(entry: Entry, model: nn.Module, built: Reached) -> torch.Tensor:
         if not found.requires_grad or not bool(start.isfinite().all()):
             continue
         # Away from where the model starts, by as much as its outputs vary.
-        start = start.float()
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        start = start.to(found)
         spread = (start.std() if start.numel() > 1 else start.abs()).clamp_min(1e-3)
-        total = total + ((found.float() - start) / spread - noise).square().mean()
-    return total
-
-
-def _is_factor(name: str) -> bool:
-    return ".lora_" in f".{name}"
+        total = total + ((found - start) / spread - noise).square().mean()
+    return output, total

@@ -21,7 +21,7 @@ _STAGES: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 2,
     "embed_dim": 8,
-    "depths": [1, 1],
+    "depths": [2, 1],  # every second layer of a stage shifts its windows
     "num_heads": [2, 2],
     "window_size": 4,
 }
@@ -77,7 +77,14 @@ _LOOKERS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("I-JEPA", "IJepa", "ForImageClassification", 16, _PATCHES),
     ("YOLOS", "Yolos", "ForObjectDetection", 16, {**_PATCHES, "image_size": [16, 16]}),
     ("Swin", "Swin", "ForImageClassification", 32, _STAGES),
-    ("Swin v2", "Swinv2", "ForImageClassification", 32, _STAGES),
+    (
+        "Swin v2",
+        "Swinv2",
+        "ForImageClassification",
+        16,
+        # One stage: a graph of the whole model with shifted windows takes long to make.
+        {**_STAGES, "image_size": 16, "depths": [2], "num_heads": [2]},
+    ),
     ("Hiera", "Hiera", "ForImageClassification", 32, _HIERA),
     ("ConvNeXt", "ConvNext", "ForImageClassification", 32, _CONVNEXT),
     ("ConvNeXt v2", "ConvNextV2", "ForImageClassification", 32, _CONVNEXT),
@@ -112,7 +119,7 @@ _LOOKERS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
         "PVT v2",
         "PvtV2",
         "ForImageClassification",
-        32,
+        64,
         {
             "hidden_sizes": [8, 8, 16, 16],
             "depths": [1, 1, 1, 1],
