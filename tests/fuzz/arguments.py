@@ -172,7 +172,7 @@ DECORATORS = {
     ),
     "no wraps": (
         "def twice(f):\n    def inner(self, x, *args, **kwargs):\n"
-        "        return f(self, x * 2, *args, **kwargs)\n    return inner"
+        "        return f(self, x, *args, **kwargs) * 2\n    return inner"
     ),
     "looks at len(args)": (
         "def twice(f):\n    @functools.wraps(f)\n    def inner(*args, **kwargs):\n"

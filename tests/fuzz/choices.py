@@ -113,7 +113,7 @@ class Drawn(Choices):
 
 
 def shrunk(
-    log: Sequence[int], still: Callable[[Sequence[int]], Sequence[int] | None], tries: int = 300
+    log: Sequence[int], still: Callable[[Sequence[int]], Sequence[int] | None], tries: int = 600
 ) -> list[int]:
     """The smallest list that can be found by leaving out and lowering choices.
 
@@ -142,11 +142,10 @@ def _order(log: Sequence[int]) -> tuple[int, int, Sequence[int]]:
 
 
 def _smaller(log: list[int]) -> Iterator[list[int]]:
-    width = max(len(log) // 2, 1)
-    while width:
-        for start in range(0, len(log), width):
+    halves = [len(log) >> shift for shift in range(1, 6) if len(log) >> shift > 12]
+    for width in (*halves, *range(12, 0, -1)):
+        for start in range(0, len(log) - width + 1, max(width // 4, 1)):
             yield log[:start] + log[start + width :]
-        width //= 2
     for place, value in enumerate(log):
         if value:
             yield [*log[:place], 0, *log[place + 1 :]]

@@ -37,7 +37,7 @@ FEATURES: dict[str, str] = {
     "config/not optimized": "",
     "targets/default": "",
     "targets/all-linear": "",
-    "targets/regex": "",
+    "targets/everything": "",
     "frontend/auto": "",
     "frontend/regions": "",
     "frontend/symbolic": "",

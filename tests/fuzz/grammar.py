@@ -33,9 +33,9 @@ def write_program(choices: Choices) -> Program:
         # There is something to adapt in every program.
         root.add(f"x = {root.linear()}(x)")
     _finish(root)
-    for number in range(choices.count(1, 2)):
+    for _ in range(choices.count(1, 2)):
         first = "ids(2, 3)" if tokens else f"x(2, 3, {width})"
-        source.calls.append(_call(choices, first, given, number))
+        source.calls.append(_call(choices, first, given))
     return _adapted(choices, source)
 
 
@@ -112,7 +112,10 @@ def _fill(s: Scope, most: int) -> list[list[str]]:
     names = [name for name, (weight, _) in _MOVES.items() for _ in range(weight)]
     if s.depth == 2:
         names = [name for name in names if name != "block"]
-    for _ in range(c.count(1, most)):
+    for number in range(most):
+        # A question before each, and not a number before all: leaving out one shrinks a program.
+        if number and not c.pick([False, True, True]):
+            break
         if c.has("move/argument", 4) and not s.arguments:
             given.append(add_argument(s))
         else:
@@ -136,7 +139,7 @@ def _fitting(c: Choices, given: list[list[str]]) -> list[list[str]]:
     ]
 
 
-def _call(c: Choices, first: str, given: list[list[str]], number: int) -> str:
+def _call(c: Choices, first: str, given: list[list[str]]) -> str:
     parts = [first]
     keywords = []
     for options in given:
@@ -214,9 +217,9 @@ def _config(c: Choices, first: bool) -> dict[str, Any]:
         "lora_bias": {"lora_bias": True},
         "dropout": {"lora_dropout": 0.25},
     }[kind]
-    targets = c.feature("targets", ["default"] * 4 + ["all-linear", "regex"])
+    targets = c.feature("targets", ["everything"] * 4 + ["default", "default", "all-linear"])
     if targets == "all-linear":
         config["target_modules"] = "all-linear"
-    elif targets == "regex":
-        config["target_modules"] = r".*\d"
+    elif targets == "everything":
+        config["target_modules"] = ".*"
     return config

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
 import itertools
 import logging
@@ -161,7 +162,8 @@ class _Run:
                 cast = next(iter(model.parameters())).dtype
                 for method, args, kwargs in self._calls(leaves=True):
                     args, kwargs = _as(cast, (args, kwargs))
-                    output = getattr(model, method)(*args, **kwargs)
+                    with torch.set_grad_enabled(self.module.GRAD):
+                        output = _entry(model, method)(*args, **kwargs)
                     if self.module.GRAD:
                         _backward(output)
             outputs = self._outputs(self._build(), grad=False)
@@ -177,10 +179,7 @@ class _Run:
         plain = self._base()
         if program.quantize:
             self.values = _dequantized(plain)
-        example = None
-        if program.example:
-            _, args, kwargs = self._calls()[0]
-            example = kwargs if kwargs and not args else args
+        example = self._example()
         with self._stage("rewrite"):
             config = lora_fx.LoraConfig(**program.configs[0])
             self.adapted = lora_fx.rewrite(
@@ -246,10 +245,20 @@ class _Run:
         self.active = active
 
     def _example(self) -> Any:
-        if not self.program.example:
-            return None
+        return self._first() if self.program.example else None
+
+    def _first(self) -> Any:
+        """The first call's arguments as example inputs: a tuple, or a dict where some are keywords."""
         _, args, kwargs = self._calls()[0]
-        return kwargs if kwargs and not args else args
+        if not kwargs:
+            return args
+        named = inspect.signature(self.module.Net.forward).bind(None, *args, **kwargs).arguments
+        flat = dict(itertools.islice(named.items(), 1, None))
+        for name, value in list(flat.items()):
+            if value is kwargs or value == kwargs:
+                del flat[name]
+                flat.update(kwargs)
+        return None if "args" in flat else flat
 
     def _do_change(self, _: str) -> None:
         self.changed = True
@@ -293,7 +302,7 @@ class _Run:
 
     def _do_export(self, how: str) -> None:
         _, args, kwargs = self._calls()[0]
-        example = kwargs if kwargs and not args else args
+        example = self._first()
         with self._stage("export"), contextlib.redirect_stderr(io.StringIO()):
             path = self.folder / "model.onnx"
             lora_fx.export_onnx(self.adapted, path, example, adapters=how or None)  # type: ignore[arg-type]
@@ -333,8 +342,8 @@ class _Run:
         for number, (method, args, kwargs) in enumerate(calls):
             _, exact_args, exact_kwargs = _as(torch.float64, doubles[number])
             with torch.set_grad_enabled(trained):
-                expected = _try(getattr(oracle.model, method), exact_args, exact_kwargs)
-                found = _try(getattr(model, method), args, kwargs)
+                expected = _try(_entry(oracle.model, method), exact_args, exact_kwargs)
+                found = _try(_entry(model, method), args, kwargs)
             if isinstance(expected, Exception):
                 if isinstance(found, (type(expected), lora_fx.LoraFxError)):
                     raise _Ended("equal", "", "")
@@ -396,14 +405,14 @@ class _Run:
         with torch.no_grad():
             for method, args, kwargs in _as(torch.float64, self._calls()):
                 with mode or contextlib.nullcontext():
-                    result = _try(getattr(oracle.model, method), args, kwargs)
+                    result = _try(_entry(oracle.model, method), args, kwargs)
                 outputs.append([] if isinstance(result, Exception) else pytree.tree_leaves(result))
         return outputs
 
     def _outputs(self, model: nn.Module, grad: bool) -> list[list[Any]]:
         with torch.set_grad_enabled(grad):
             return [
-                pytree.tree_leaves(getattr(model, method)(*args, **kwargs))
+                pytree.tree_leaves(_entry(model, method)(*args, **kwargs))
                 for method, args, kwargs in self._calls()
             ]
 
@@ -449,6 +458,11 @@ def _try(function: Any, args: Any, kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except Exception as exc:  # noqa: BLE001  it is handed on, and judged by whoever called
         return exc
+
+
+def _entry(model: nn.Module, method: str) -> Any:
+    """What a caller calls: the model itself, with its hooks, or another method of it."""
+    return model if method == "forward" else getattr(model, method)
 
 
 def _is_float(value: object) -> bool:

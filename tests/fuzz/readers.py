@@ -58,7 +58,7 @@ CALLERS = {
     "a bound method": ("self.{n} = {m}.forward", "x = self.{n}(x)"),
     "an object": ("self.{n} = Holder({m})", "x = self.{n}.one(x)"),
     "an object that calls": ("self.{n} = Holder({m})", "x = self.{n}.apply(x)"),
-    "a registry": ("register({m})", "x = REGISTRY[-1](x)"),
+    "a registry": ("self.{n} = register({m})", "x = REGISTRY[self.{n}](x)"),
     "a child that is handed it": ("self.{n} = Handed({m})", "x = self.{n}(x)"),
     "a child that reads it": ("self.{n} = Reads({m})", "x = self.{n}(x)"),
     "a child that hides it": ("self.{n} = Hides({m})", "x = self.{n}(x)"),
@@ -85,7 +85,7 @@ _BEFORE = {
         "class Holder:\n    def __init__(self, one):\n        self.one = one\n\n"
         "    def apply(self, x):\n        return F.linear(x, self.one.weight)"
     ),
-    "REGISTRY": "REGISTRY = []\n\n\ndef register(layer):\n    REGISTRY.append(layer)",
+    "REGISTRY": "REGISTRY = []\n\n\ndef register(layer):\n    REGISTRY.append(layer)\n    return len(REGISTRY) - 1",
     "Handed(": (
         "class Handed(nn.Module):\n    def __init__(self, one):\n        super().__init__()\n"
         "        self.one = one\n\n    def forward(self, x):\n        return self.one(x)"
@@ -178,8 +178,9 @@ def add_hook(s: Scope) -> None:
     where = c.pick(["layer", "class"]) if "weight" not in hook else "layer"
     late = c.has("change/a hook", 3)
     target = module.removeprefix("self.") if where == "layer" else ""
-    path = ".".join(part for part in ("m", s.path[:-1] if s.path else "", target) if part)
-    (s.source.changes if late else s.source.setup).append(f"{path}.{hook}")
+    path = ".".join(part for part in (s.path[:-1], target) if part)
+    owner = f'm.get_submodule("{path}")' if path else "m"
+    (s.source.changes if late else s.source.setup).append(f"{owner}.{hook}")
 
 
 WRITES = {

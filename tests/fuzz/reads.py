@@ -241,7 +241,7 @@ def add_read(s: Scope) -> None:
         s.member(place.member.format(**values))
     _add_use(s, use, place.read.format(**values), value)
     if place.change and c.has("change/what was read", 3):
-        owner = "m" if not s.path else f"m.{s.path[:-1]}"
+        owner = f'm.get_submodule("{s.path[:-1]}")' if s.path else "m"
         s.source.changes += place.change.format(**values, m=owner).splitlines()
 
 
