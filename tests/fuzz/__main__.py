@@ -8,12 +8,15 @@ Each program is named SEED:NUMBER and comes back with ``--only SEED:NUMBER``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import re
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.fuzz.choices import Repeated, Seeded, shrunk
 from tests.fuzz.features import OFF
@@ -131,6 +134,9 @@ def _run(options: argparse.Namespace, off: frozenset[str], table: Table) -> None
                 outcome = one.judge(program)
                 with lock:
                     table.add(name, program, outcome)
+                    if options.log:
+                        with options.log.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps([name, dataclasses.asdict(outcome)]) + "\n")
                     if outcome.failed and options.verbose:
                         print(_banner(name), program, outcome, sep="\n", flush=True)
 
@@ -185,6 +191,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--without", nargs="*", default=[], help="features to leave out")
     parser.add_argument("--only", help="run this program alone, by its name SEED:NUMBER")
     parser.add_argument("--shrink", action="store_true", help="make the programs that fail smaller")
+    parser.add_argument("--log", type=Path, help="append each outcome to this file, as JSON")
     parser.add_argument("--verbose", action="store_true", help="print every program that fails")
     return parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from tests.fuzz.features import FEATURES
 
-__all__ = ["Choices", "Drawn", "Repeated", "Seeded", "shrunk"]
+__all__ = ["Alone", "Choices", "Drawn", "Repeated", "Seeded", "shrunk"]
 
 T = TypeVar("T")
 
@@ -79,6 +79,30 @@ class Seeded(Choices):
 
     def index(self, size: int) -> int:
         return self._random.randrange(size)
+
+
+class Alone(Seeded):
+    """A program with one feature and, else, the simplest ones; what is no feature comes from the seed."""
+
+    def __init__(self, wanted: str, seed: str, extra: frozenset[str] = frozenset()) -> None:
+        super().__init__(seed)
+        self._wanted, self._extra = wanted, extra
+        group = wanted.partition("/")[0]
+        self._move = {"use": "read", "change": "read", "argument": "", "decorator": ""}.get(group, group)
+
+    def feature(self, group: str, names: Sequence[str]) -> str:
+        chosen = next((name for name in names if f"{group}/{name}" == self._wanted), names[0])
+        if group == "move" and self._move in names and f"move/{self._move}" not in self.features:
+            chosen = self._move
+        self.features.append(f"{group}/{chosen}")
+        return chosen
+
+    def has(self, feature: str, one_in: int) -> bool:
+        group = self._wanted.partition("/")[0]
+        if feature in (self._wanted, f"move/{group}") or feature in self._extra:
+            self.features.append(feature)
+            return True
+        return False
 
 
 class Repeated(Choices):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.fuzz.source import Scope, Source
 __all__ = ["write_program"]
 
 _WIDTHS = (4, 6, 8)
+_TENSOR = re.compile(r"\bx\(2, 3, (\d+)\)")
 
 
 def write_program(choices: Choices) -> Program:
@@ -64,7 +66,7 @@ def _block(s: Scope) -> None:
         )
     if how == "inherited":
         s.source.classes.append(f"class {name}({name}Base):\n    pass")
-    extra = "".join(f", {c.pick(one)}" for one in _fitting(c, given))
+    extra = "".join(f", {c.pick(one)}" for one in _fitting(given))
     call = f"(x{extra})"
     if several:
         s.init.append(f"self.{attribute} = nn.ModuleList([{name}() for _ in range(2)])")
@@ -132,11 +134,10 @@ def _finish(s: Scope) -> None:
     s.source.classes.append(text)
 
 
-def _fitting(c: Choices, given: list[list[str]]) -> list[list[str]]:
-    """What a parent may write for its child's arguments: no tensors of the caller's."""
-    return [
-        fixed for options in given if any(fixed := [o.replace("x(2, 3, 1)", "x").replace("x(2, 3, ", "x * (") for o in options if o])
-    ]
+def _fitting(given: list[list[str]]) -> list[list[str]]:
+    """What a parent may write for its child's arguments: its own x where calls give a tensor."""
+    parts = [[_TENSOR.sub(r"x[..., :1].expand(2, 3, \1)", one) for one in options if one] for options in given]
+    return [options for options in parts if options]
 
 
 def _call(c: Choices, first: str, given: list[list[str]]) -> str:
@@ -177,19 +178,19 @@ def _adapted(c: Choices, source: Source) -> Program:
             actions += ["disable", "call"]
         if c.has("action/merge at the end", 6):
             actions.append("merge")
-    frontend = c.feature("frontend", ["auto", "auto", "regions", "symbolic", "export"])
+    frontend = c.feature("frontend", ["auto"] * 5 + ["regions", "symbolic", "export"])
     example = frontend == "export" or c.has("frontend/example inputs", 3)
     optimize = not c.has("config/not optimized", 4)
     dtype = c.feature("dtype", ["float64"] * 12 + ["float32"] * 2 + ["bfloat16"])
     quantize = ""
     if dtype == "float32" and c.has("quantized/base", 3):
         quantize = c.feature("quantized", ["nf4", "int8"])
-    if c.has("action/export", 40):
-        dtype = "float32"
-        actions.append("export")
-    elif c.has("action/export inputs", 40):
-        dtype = "float32"
-        actions.append("export inputs")
+    # A file takes seconds, and only what can be differentiated is known to export.
+    if source.grad and not quantize:
+        for how in ("export", "export inputs"):
+            if c.has(f"action/{how}", 120):
+                dtype = "float32"
+                actions.append(how)
     if copied:
         before.append("copy")
     if pickled:

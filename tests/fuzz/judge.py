@@ -22,6 +22,7 @@ import io
 import itertools
 import logging
 import pickle
+import re
 import sys
 import tempfile
 import traceback
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lora_fx
+from lora_fx.record import require_record
 from tests.fuzz.oracle import Adapter, Dense, adapters_of, randomize
 from tests.fuzz.program import Outcome, Program
 from tests.fuzz.rounding import FACTOR, SAMPLES, Noise
@@ -119,6 +121,8 @@ class _Run:
         """Every action in turn."""
         before = self._check_valid()
         plain = self._rewrite()
+        if self.program.quantize:
+            before = self._outputs(self._base(), grad=False)
         self.oracle = self._fresh_oracle()
         for action in self.program.actions:
             name, _, argument = action.partition(" ")
@@ -189,7 +193,7 @@ class _Run:
                 frontend=program.frontend,  # type: ignore[arg-type]
                 optimize=program.optimize,
             ).eval()
-            self.rejected = len(lora_fx.plan(plain, config, example, frontend=program.frontend).rejections)  # type: ignore[arg-type]
+            self.rejected = len(require_record(self.adapted).base.matches.rejections)
             for name, options in zip(_NAMES[1:], program.configs[1:], strict=False):
                 lora_fx.add_adapter(self.adapted, lora_fx.LoraConfig(**options), name)
         self._find_adapters()
@@ -441,7 +445,10 @@ class _Run:
 
 
 def _ended(stage: str, exc: Exception) -> _Ended:
-    kind = "refused" if isinstance(exc, lora_fx.LoraFxError) else "raw"
+    # A pass that fails is an exception that nobody foresaw, whatever its type.
+    unforeseen = re.match(r"pass '[\w-]+' failed: ", str(exc)) is not None
+    foreseen = isinstance(exc, lora_fx.LoraFxError) and not unforeseen
+    kind = "refused" if foreseen else "raw"
     return _Ended(kind, stage, _told(exc))
 
 

@@ -86,6 +86,7 @@ class Dense:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.double()
+        _untie(model)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         self._base = {id(p): p.detach().clone() for p in model.parameters()}
@@ -154,20 +155,38 @@ class Dense:
             shaped = m.view([-1 if dim == axis else 1 for dim in range(turned.dim())])
             delta = shaped / norm * turned - part
         if site.rows is not None:
-            after = applied.shape[axis] - rows[1]
-            padding = [0] * (2 * applied.dim())
-            place = 2 * (applied.dim() - 1 - axis)
-            padding[place], padding[place + 1] = rows[0], after
-            delta = torch.nn.functional.pad(delta, padding)
+            delta = _within(delta, rows, 0 if site.layout == "out_in" else 1, applied.shape)
         yield weight, delta.reshape(base.shape)
         if adapter.bias is not None and _only_bias(site):
             assert site.bias is not None
-            yield self.model.get_parameter(site.bias), scale * self._leaf(adapter.bias)
+            bias = self.model.get_parameter(site.bias)
+            shift = scale * self._leaf(adapter.bias)
+            yield bias, _within(shift, site.rows or (0, len(shift)), 0, bias.shape)
 
     def _leaf(self, factor: nn.Parameter) -> Tensor:
         leaf = factor.detach().double().clone().requires_grad_()
         self._leaves[leaf] = factor
         return leaf
+
+
+def _untie(model: nn.Module) -> None:
+    """Gives each name of a shared parameter one of its own: adapters are a name's, not a storage's."""
+    seen: dict[int, tuple[int, str]] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            first = seen.setdefault(id(parameter), (id(module), name))
+            if first != (id(module), name):
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+
+
+def _within(part: Tensor, rows: tuple[int, int], axis: int, shape: torch.Size) -> Tensor:
+    """Some rows as all of them, with zeros for the others."""
+    padding = [0] * (2 * part.dim())
+    place = 2 * (part.dim() - 1 - axis)
+    padding[place], padding[place + 1] = rows[0], shape[axis] - rows[1]
+    return torch.nn.functional.pad(part, padding)
 
 
 def product(site: Site, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:

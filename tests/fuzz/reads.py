@@ -148,8 +148,8 @@ PLACES = {
         "self.{n}.k",
         "self.{n} = Answers({{'k': {v}}})",
         "class Answers:\n    def __init__(self, values):\n        self.values = values\n"
-        "    def __getattr__(self, name):\n        if name == 'values':\n            raise AttributeError\n"
-        "        return self.values[name]",
+        "    def __getattr__(self, name):\n        if name.startswith('_') or name == 'values':\n"
+        "            raise AttributeError(name)\n        return self.values[name]",
         change="{m}.{n}.values['k'] = {o}",
     ),
     "child": Place(
@@ -202,7 +202,7 @@ USES = {
     "isinstance": "if isinstance({r}, float):\n{a}\nelse:\n{b}",
     "type": "if type({r}) is int:\n{a}\nelse:\n{b}",
     "match": "match {r}:\n    case {v}:\n{aa}\n    case _:\n{bb}",
-    "f-string": 'x = x * {{f"{v}": 2.0}}.get(f"{{{r}}}", 3.0)',
+    "f-string": 'x = x * {{"{v}": 2.0}}.get(f"""{{{r}}}""", 3.0)',
     "str": 'x = x * (2.0 if str({r}) == "{v}" else 3.0)',
     "lookup": "x = x * {{{v}: 2.0}}.get({r}, 3.0)",
     "try": "try:\n    x = x * {{{v}: 2.0}}[{r}]\nexcept KeyError:\n{a}",
@@ -219,8 +219,8 @@ USES = {
     "which layer": 'x = getattr(self, "{l.name}" if {r} == {v} else "{k.name}")(x)',
 }
 
-_NUMBERS = [("0.5", "2.0"), ("2", "3"), ("1", "2"), ("0.0", "-1.0"), ("True", "False")]
-_ANY = [*_NUMBERS, ('"a"', '"b"'), ("None", "0.5")]
+_NUMBERS = [("0.5", "2.0"), ("2", "3"), ("1", "2"), ("0.0", "-1.0")]
+_ANY = [*_NUMBERS, ("True", "False"), ('"a"', '"b"'), ("None", "0.5"), ("1", "1.0"), ("1", "True")]
 _COMPARISONS = {"if", "if not", "truth", "in", "is None", "isinstance", "type", "ternary", "with a layer", "which layer", "match", "lookup", "str"}
 
 
