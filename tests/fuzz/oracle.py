@@ -90,6 +90,7 @@ class Dense:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         self._base = {id(p): p.detach().clone() for p in model.parameters()}
+        self._padding = _without_padding(model)
         self._leaves: dict[Tensor, nn.Parameter] = {}
         self._written: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -105,6 +106,7 @@ class Dense:
         """Puts ``W + Σ ΔW`` of some adapters, of none if there are none, in the place of the weights."""
         changed = {id(p): (p, self._base[id(p)]) for p in self.model.parameters()}
         self._leaves = {}
+        self._padded: list[tuple[Tensor, int]] = []
         for adapter in active:
             for owner, delta in self._deltas(adapter):
                 parameter, value = changed[id(owner)]
@@ -131,6 +133,8 @@ class Dense:
             results = (None,) * len(leaves)
         for leaf, result in zip(leaves, results, strict=True):
             found[self._leaves[leaf]] = torch.zeros_like(leaf) if result is None else result
+        for leaf, index in self._padded:
+            found[self._leaves[leaf]][:, index] = 0.0
         for parameter in self.model.parameters():
             parameter.grad = None
         return found
@@ -140,6 +144,8 @@ class Dense:
         site, scale = adapter.planned.site, adapter.planned.scale
         a, b = self._leaf(adapter.a), self._leaf(adapter.b)
         weight = self.model.get_parameter(site.weight)
+        if site.family == "embedding" and id(weight) in self._padding:
+            self._padded.append((a, self._padding[id(weight)]))
         base = self._base[id(weight)]
         applied = base.reshape(site.view or base.shape)
         axis = 0 if site.layout == "out_in" else 1
@@ -167,6 +173,20 @@ class Dense:
         leaf = factor.detach().double().clone().requires_grad_()
         self._leaves[leaf] = factor
         return leaf
+
+
+def _without_padding(model: nn.Module) -> dict[int, int]:
+    """Takes ``padding_idx`` off the embeddings; it by the weight.
+
+    It is no part of the function, but leaves a row out of the gradient. PEFT leaves that row out of A's,
+    where it is a column, and not out of B's.
+    """
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            found[id(module.weight)] = module.padding_idx
+            module.padding_idx = None
+    return found
 
 
 def _untie(model: nn.Module) -> None:
