@@ -69,6 +69,14 @@ class Choices:
         self.features.append(feature)
         return True
 
+    def may(self, feature: str) -> bool:
+        """Whether a feature is on; it is used then."""
+        if feature not in FEATURES:
+            raise KeyError(f"{feature} is not in the table of features")
+        if feature not in self.off:
+            self.features.append(feature)
+        return feature not in self.off
+
 
 class Seeded(Choices):
     """Choices by a pseudo-random generator."""

@@ -181,6 +181,8 @@ def _adapted(c: Choices, source: Source) -> Program:
     frontend = c.feature("frontend", ["auto"] * 5 + ["regions", "symbolic", "export"])
     example = frontend == "export" or c.has("frontend/example inputs", 3)
     optimize = not c.has("config/not optimized", 4)
+    if optimize and (frontend == "export" or any(f.startswith(_RAW) for f in c.features)):
+        optimize = c.may("combination/products in one graph, fused")
     dtype = c.feature("dtype", ["float64"] * 12 + ["float32"] * 2 + ["bfloat16"])
     quantize = ""
     if dtype == "float32" and c.has("quantized/base", 3):
@@ -206,6 +208,10 @@ def _adapted(c: Choices, source: Source) -> Program:
         (*before, *actions),
         tuple(dict.fromkeys(c.features)),
     )
+
+
+_RAW = ("product/", "reader/", "layer/Parameter", "caller/a child that", "caller/a tie of")
+"""What puts several products into one graph."""
 
 
 def _config(c: Choices, first: bool) -> dict[str, Any]:
