@@ -85,16 +85,20 @@ class Table:
         lines = ["", "what came of them"]
         lines += [f"  {count:6d}  {label}" for label, count in self._stages.most_common()]
         lines += ["", f"  {self._adapted} programs with adapters, at {self._sites} places"]
-        lines += [f"  {self._partial} of the equal ones with operations that are listed as rejected"]
+        lines += [
+            f"  {self._partial} of the equal ones with operations that are listed as rejected"
+        ]
         lines += ["", "refused, by reason"]
-        lines += [f"  {count:6d}  {reason[:200]}" for reason, count in self._reasons.most_common(40)]
+        lines += [
+            f"  {count:6d}  {reason[:200]}" for reason, count in self._reasons.most_common(40)
+        ]
         if self.failures:
             lines += ["", "FAILURES, by what they failed with"]
         for cause, names in sorted(self.failures.items(), key=lambda item: -len(item[1])):
             lines.append(f"  {len(names):6d}  {cause[:300]}")
             lines.append(f"          {', '.join(names[:6])}")
             lines.append(f"          {', '.join(self._suspects(cause, len(names)))}")
-        kinds = ("equal", "refused", "silent", "raw", "dead", "invalid")
+        kinds = ("equal", "refused", "silent", "raw", "dead", "unstable", "invalid")
         counts = ", ".join(f"{self._kinds[kind]} {kind}" for kind in kinds)
         return "\n".join([*lines, "", f"{self.total} programs: {counts}"])
 
@@ -105,7 +109,9 @@ class Table:
             for name, found in self._blame[cause].items()
             if found * 2 >= count
         }
-        return [name for name, one in sorted(lift.items(), key=lambda item: -item[1])[:5] if one > 1.5]
+        return [
+            name for name, one in sorted(lift.items(), key=lambda item: -item[1])[:5] if one > 1.5
+        ]
 
 
 def general(detail: str) -> str:

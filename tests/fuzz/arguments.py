@@ -54,9 +54,7 @@ ARGUMENTS = {
     "required tensor in a product": Argument("{n}", "x = x + {l}({n})", ("x(2, 3, {D})",)),
     "tensor as an operand of in": Argument("{n}", "x = x * 2 if {n} in (1, 2) else x", ("1", "3")),
     "optional number": Argument("{n}=1.0", "x = x * {n}", _NUMBER),
-    "optional number, compared": Argument(
-        "{n}=1.0", "if {n} > 1:\n{a}\nelse:\n{b}", _NUMBER
-    ),
+    "optional number, compared": Argument("{n}=1.0", "if {n} > 1:\n{a}\nelse:\n{b}", _NUMBER),
     "optional number, is None": Argument(
         "{n}=None", "if {n} is not None:\n    x = x * {n}", _NUMBER
     ),
@@ -71,9 +69,7 @@ ARGUMENTS = {
         "{n}", 'if "a" == {n}:\n{a}\nelse:\n{b}', _MODE
     ),
     "required string, in": Argument("{n}", 'if {n} in ("a", "c"):\n{a}\nelse:\n{b}', _MODE),
-    "required string, in a dict": Argument(
-        "{n}", 'x = x * {{"a": 2.0, "b": 3.0}}[{n}]', _MODE
-    ),
+    "required string, in a dict": Argument("{n}", 'x = x * {{"a": 2.0, "b": 3.0}}[{n}]', _MODE),
     "required string, get": Argument("{n}", 'x = x * {{"a": 2.0}}.get({n}, 3.0)', _MODE),
     "required string, heads": Argument("{n}", "x = self.{h}[{n}](x)", _MODE),
     "required string, getattr": Argument("{n}", 'x = getattr(self, "{h}_" + {n})(x)', _MODE),
@@ -82,9 +78,7 @@ ARGUMENTS = {
     ),
     "required string, f-string": Argument("{n}", 'x = x * (2 if f"{{{n}}}" == "a" else 3)', _MODE),
     "required string, str": Argument("{n}", 'x = x * (2 if str({n}) == "a" else 3)', _MODE),
-    "required string, method": Argument(
-        "{n}", 'x = x * (2 if {n}.startswith("a") else 3)', _MODE
-    ),
+    "required string, method": Argument("{n}", 'x = x * (2 if {n}.startswith("a") else 3)', _MODE),
     "required string, hash": Argument("{n}", 'x = x * (2 if hash({n}) == hash("a") else 3)', _MODE),
     "required string, try": Argument(
         "{n}", 'try:\n    x = x * {{"a": 2.0}}[{n}]\nexcept KeyError:\n{a}', _MODE
@@ -93,13 +87,17 @@ ARGUMENTS = {
     "required flag, is": Argument("{n}", "if {n} is True:\n{a}\nelse:\n{b}", _FLAG),
     "required flag, times": Argument("{n}", "x = x * (1 + {n})", _FLAG),
     "required flag, and": Argument("{n}", "x = x * (({n} and 2.0) or 3.0)", _FLAG),
-    "required enum": Argument("{n}", "if {n} == Kind.ONE:\n{a}\nelse:\n{b}", ("Kind.ONE", "Kind.TWO")),
+    "required enum": Argument(
+        "{n}", "if {n} == Kind.ONE:\n{a}\nelse:\n{b}", ("Kind.ONE", "Kind.TWO")
+    ),
     "required enum, is": Argument(
         "{n}", "if {n} is Kind.ONE:\n{a}\nelse:\n{b}", ("Kind.ONE", "Kind.TWO")
     ),
     "required number": Argument("{n}", "x = x * {n}", ("2.0", "3")),
     "required number, range": Argument("{n}", "for _ in range({n}):\n{a}", ("1", "2")),
-    "required number, int": Argument("{n}", "x = x[:, int({n}):].mean(1, keepdim=True) + x", ("1", "2")),
+    "required number, int": Argument(
+        "{n}", "x = x[:, int({n}):].mean(1, keepdim=True) + x", ("1", "2")
+    ),
     "required number, index": Argument("{n}", "x = x + x[:, {n}].unsqueeze(1)", ("1", "2")),
     "required dict": Argument(
         "{n}", 'x = x * {n}["k"] if "k" in {n} else x', ('{{"k": 2.0}}', '{{"j": 2.0}}')
@@ -161,7 +159,8 @@ def add_argument(s: Scope) -> list[str]:
     s.add(*text.format(**values).splitlines())
     keyword = not kind.declared.startswith("*") and c.has("call/by keyword", 3)
     return [
-        f"{name}={one}" if keyword and one and "=" not in one.split("(")[0] else one for one in given
+        f"{name}={one}" if keyword and one and "=" not in one.split("(")[0] else one
+        for one in given
     ]
 
 

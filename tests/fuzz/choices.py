@@ -96,7 +96,9 @@ class Alone(Seeded):
         super().__init__(seed)
         self._wanted, self._extra = wanted, extra
         group = wanted.partition("/")[0]
-        self._move = {"use": "read", "change": "read", "argument": "", "decorator": ""}.get(group, group)
+        self._move = {"use": "read", "change": "read", "argument": "", "decorator": ""}.get(
+            group, group
+        )
 
     def feature(self, group: str, names: Sequence[str]) -> str:
         chosen = next((name for name in names if f"{group}/{name}" == self._wanted), names[0])

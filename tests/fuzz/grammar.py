@@ -50,7 +50,9 @@ def _block(s: Scope) -> None:
     how = c.feature("block", ["once", "twice", "a list", "two names", "a subclass", "inherited"])
     name, attribute = s.fresh("Block"), s.fresh("block")
     several = how == "a list"
-    child = Scope(s.source, name, f"{s.path}{attribute}.{'0.' if several else ''}", s.width, s.depth + 1)
+    child = Scope(
+        s.source, name, f"{s.path}{attribute}.{'0.' if several else ''}", s.width, s.depth + 1
+    )
     given = _fill(child, most=2)
     if child.width != s.width:
         child.add(f"x = {child.linear(s.width)}(x)")
@@ -136,7 +138,10 @@ def _finish(s: Scope) -> None:
 
 def _fitting(given: list[list[str]]) -> list[list[str]]:
     """What a parent may write for its child's arguments: its own x where calls give a tensor."""
-    parts = [[_TENSOR.sub(r"x[..., :1].expand(2, 3, \1)", one) for one in options if one] for options in given]
+    parts = [
+        [_TENSOR.sub(r"x[..., :1].expand(2, 3, \1)", one) for one in options if one]
+        for options in given
+    ]
     return [options for options in parts if options]
 
 
@@ -180,9 +185,14 @@ def _adapted(c: Choices, source: Source) -> Program:
             actions.append("merge")
     frontend = c.feature("frontend", ["auto"] * 5 + ["regions", "symbolic", "export"])
     example = frontend == "export" or c.has("frontend/example inputs", 3)
+    if source.stateful and example:
+        example = c.may("combination/state and example inputs")
+        frontend = frontend if example else "auto"
     optimize = not c.has("config/not optimized", 4)
     if optimize and (frontend == "export" or any(f.startswith(_RAW) for f in c.features)):
         optimize = c.may("combination/products in one graph, fused")
+        if not optimize and "reload" in before:
+            before.remove("reload")
     dtype = c.feature("dtype", ["float64"] * 12 + ["float32"] * 2 + ["bfloat16"])
     quantize = ""
     if dtype == "float32" and c.has("quantized/base", 3):

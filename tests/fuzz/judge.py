@@ -72,6 +72,8 @@ def judge(program: Program) -> Outcome:
                 run.all()
         except _Ended as end:
             sites, rejected = (run.sites, run.rejected) if run else (0, 0)
+            if end.kind == "silent" and run and run.unstable():
+                return Outcome("unstable", end.stage, end.detail, sites, rejected)
             return Outcome(end.kind, end.stage, end.detail, sites, rejected)
         return Outcome("equal", "", "", run.sites, run.rejected)
 
@@ -224,7 +226,9 @@ class _Run:
 
     def _do_call(self, _: str) -> None:
         exact = self._fresh_oracle if self._unit else None
-        self._compare("call" if not self.changed else "call after change", self.adapted, self.oracle, exact)
+        self._compare(
+            "call" if not self.changed else "call after change", self.adapted, self.oracle, exact
+        )
 
     def _do_merge(self, how: str) -> None:
         with self._stage("merge"):
@@ -325,6 +329,36 @@ class _Run:
         for a, b in zip(_tensors(found), _tensors(exact), strict=True):
             self._check("exported", a, b, 1e-4 * float(b.abs().max().clamp_min(1e-3)))
 
+    def unstable(self) -> bool:
+        """Whether the oracle itself loses all digits: weights moved by 1e-13 move its results by 1e-8."""
+        try:
+            results = [self._sensitive(moved) for moved in (0.0, 1e-13)]
+        except Exception:  # noqa: BLE001  then nothing excuses the difference
+            return False
+        return any(
+            float((a - b).abs().max()) > _limit(a) / 10
+            for a, b in zip(*results, strict=True)
+            if a.numel()
+        )
+
+    def _sensitive(self, moved: float) -> list[Tensor]:
+        """What the oracle computes, and its gradients, with the weights moved a little."""
+        oracle = self._fresh_oracle()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in oracle.model.parameters():
+                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.mul_(1 + moved * (2 * noise - 1))
+        found: list[Tensor] = []
+        for method, args, kwargs in _as(torch.float64, self._calls(leaves=True)):
+            with torch.set_grad_enabled(self.module.GRAD):
+                output = _entry(oracle.model, method)(*args, **kwargs)
+            found += [x.detach() for x in _tensors(output)]
+            if self.module.GRAD:
+                _backward(output)
+        found += [p.grad for p in oracle.model.parameters() if p.grad is not None]
+        return found
+
     # --- comparing -------------------------------------------------------------------------------
 
     @property
@@ -342,7 +376,7 @@ class _Run:
         trained = trained and self.module.GRAD and not self._unit
         calls = self._calls(leaves=trained)
         bounds = self._bounds(fresh) if self._unit else None
-        doubles = self._calls(leaves=True)
+        doubles = self._calls(leaves=trained)
         for number, (method, args, kwargs) in enumerate(calls):
             _, exact_args, exact_kwargs = _as(torch.float64, doubles[number])
             with torch.set_grad_enabled(trained):
@@ -356,7 +390,9 @@ class _Run:
                 raise _ended(stage, found)
             self._outputs_agree(stage, found, expected, bounds and bounds[number])
             if trained:
-                self._gradients_agree(stage, oracle, found, expected, (args, kwargs), (exact_args, exact_kwargs))
+                self._gradients_agree(
+                    stage, oracle, found, expected, (args, kwargs), (exact_args, exact_kwargs)
+                )
 
     def _outputs_agree(self, stage: str, found: Any, expected: Any, bounds: Any) -> None:
         left, right = pytree.tree_leaves(found), pytree.tree_leaves(expected)
@@ -385,7 +421,9 @@ class _Run:
                 continue
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             what = f"gradient of {name} of {adapter.planned.name}"
-            self._check(f"backward of {stage}", grad, exact[p].reshape(grad.shape), _limit(exact[p]), what)
+            self._check(
+                f"backward of {stage}", grad, exact[p].reshape(grad.shape), _limit(exact[p]), what
+            )
         for a, b in zip(_tensors(inputs), _tensors(exact_inputs), strict=True):
             if a.requires_grad and b.requires_grad:
                 left = torch.zeros_like(a) if a.grad is None else a.grad
@@ -420,11 +458,17 @@ class _Run:
                 for method, args, kwargs in self._calls()
             ]
 
-    def _check(self, stage: str, found: Any, exact: Tensor, limit: float, what: str = "output") -> None:
+    def _check(
+        self, stage: str, found: Any, exact: Tensor, limit: float, what: str = "output"
+    ) -> None:
         if not isinstance(found, Tensor):
             raise _Ended("silent", stage, f"{what}: {type(found).__name__} instead of a tensor")
         if found.shape != exact.shape:
-            raise _Ended("silent", stage, f"{what}: shape {tuple(found.shape)} instead of {tuple(exact.shape)}")
+            raise _Ended(
+                "silent",
+                stage,
+                f"{what}: shape {tuple(found.shape)} instead of {tuple(exact.shape)}",
+            )
         if not exact.is_floating_point() or not exact.numel():
             if not torch.equal(found, exact):
                 raise _Ended("silent", stage, f"{what}: other values")
@@ -432,7 +476,9 @@ class _Run:
         error = float((found.detach().double() - exact.detach().double()).abs().max())
         if not error <= limit:
             scale = float(exact.detach().abs().max())
-            raise _Ended("silent", stage, f"{what}: error {error:.3g} of {scale:.3g}, allowed {limit:.3g}")
+            raise _Ended(
+                "silent", stage, f"{what}: error {error:.3g} of {scale:.3g}, allowed {limit:.3g}"
+            )
 
     @contextlib.contextmanager
     def _stage(self, stage: str) -> Iterator[None]:

@@ -63,8 +63,10 @@ def randomize(adapters: Iterable[Adapter], generator: torch.Generator) -> None:
     """Gives factors values as after some training, so that each adapter changes what its layer gives."""
     with torch.no_grad():
         for adapter in adapters:
+            # s·BA of about the size of W: chains of layers then neither grow nor vanish.
+            size = 0.4 / adapter.planned.scale**0.5
             for factor in (adapter.a, adapter.b):
-                factor.copy_(torch.randn(factor.shape, generator=generator) * 0.4)
+                factor.copy_(torch.randn(factor.shape, generator=generator) * size)
             if adapter.magnitude is not None:
                 factor = torch.rand(adapter.magnitude.shape, generator=generator)
                 adapter.magnitude.mul_((factor + 0.5).to(adapter.magnitude))

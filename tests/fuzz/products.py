@@ -94,12 +94,18 @@ PRODUCTS = {
     "vector @ experts": Spelling("3, D, D", "x = x + torch.matmul(x[0, 0], {w})", same=True),
     "experts @ vector": Spelling("3, D, D", "x = x + torch.matmul({w}, x[0, 0])", same=True),
     "some rows": Spelling("E + 2, D", "x = F.linear(x, {w}[:-2])"),
-    "rows in two products": Spelling("2 * E, D", "x = F.linear(x, {w}[:{E}]) + F.linear(x.tanh(), {w}[{E}:])"),
+    "rows in two products": Spelling(
+        "2 * E, D", "x = F.linear(x, {w}[:{E}]) + F.linear(x.tanh(), {w}[{E}:])"
+    ),
     "some columns": Spelling("D, E + 2", "x = x @ {w}[:, 2:]"),
     "some inputs": Spelling("E, D + 2", "x = F.linear(x, {w}[:, :-2])"),
     "every other row": Spelling("2 * E, D", "x = F.linear(x, {w}[::2])"),
-    "chunk": Spelling("2 * E, D", "a, b = {w}.chunk(2)\nx = F.linear(x, a) * F.linear(x, b).sigmoid()"),
-    "split": Spelling("2 * E, D", "a, b = torch.split({w}, [{E}, {E}])\nx = F.linear(x, b) - F.linear(x, a)"),
+    "chunk": Spelling(
+        "2 * E, D", "a, b = {w}.chunk(2)\nx = F.linear(x, a) * F.linear(x, b).sigmoid()"
+    ),
+    "split": Spelling(
+        "2 * E, D", "a, b = torch.split({w}, [{E}, {E}])\nx = F.linear(x, b) - F.linear(x, a)"
+    ),
     "narrow": Spelling("E + 1, D", "x = F.linear(x, {w}.narrow(0, 1, {E}))"),
     "view of a vector": Spelling("E * D,", "x = F.linear(x, {w}.view({E}, {D}))"),
     "view of heads": Spelling("2, E // 2, D", "x = F.linear(x, {w}.view(-1, {D}))"),
@@ -121,13 +127,17 @@ PRODUCTS = {
     "product of weights": Spelling("D, D", "x = x @ ({w} @ {w2})", same=True),
     "stacked weights": Spelling("E // 2, D", "x = F.linear(x, torch.cat([{w}, {w2}]))"),
     "gated weight": Spelling(_IN_OUT, "x = x @ (torch.softmax({w}, -1) + {w})"),
-    "multi_dot": Spelling("D, D", "x = torch.linalg.multi_dot([x.flatten(0, 1), {w}, {w2}]).view(2, 3, -1)", same=True),
+    "multi_dot": Spelling(
+        "D, D", "x = torch.linalg.multi_dot([x.flatten(0, 1), {w}, {w2}]).view(2, 3, -1)", same=True
+    ),
     "multiply and sum": Spelling(_IN_OUT, "x = (x.unsqueeze(-1) * {w}).sum(-2)"),
     "F.bilinear": Spelling("E, D, D", "x = F.bilinear(x, x.tanh(), {w})"),
     "F.conv1d": Spelling("E, D, 3", "x = F.conv1d(x.mT, {w}, padding=1).mT"),
     "F.conv1d grouped": Spelling("E, D // 2, 1", "x = F.conv1d(x.mT, {w}, {v}, groups=2).mT"),
     "F.conv_transpose1d": Spelling("D, E, 3", "x = F.conv_transpose1d(x.mT, {w}, padding=1).mT"),
-    "F.conv2d": Spelling("E, D, 1, 3", "x = F.conv2d(x.mT.unsqueeze(2), {w}, padding=(0, 1)).squeeze(2).mT"),
+    "F.conv2d": Spelling(
+        "E, D, 1, 3", "x = F.conv2d(x.mT.unsqueeze(2), {w}, padding=(0, 1)).squeeze(2).mT"
+    ),
     "F.embedding": Spelling("9, D", "x = x + F.embedding(torch.tensor([0, 3, 3]), {w})", same=True),
     "indexed": Spelling("9, D", "x = x + {w}[torch.tensor([1, 1, 4])]", same=True),
     "out": Spelling(
@@ -197,9 +207,18 @@ LAYERS = {
         'nn.Conv1d({D}, {E}, 3, padding=1, padding_mode="circular")',
         "x = {m}(x.mT).mT",
     ),
-    "Conv2d": ("nn.Conv2d({D}, {E}, (1, 3), padding=(0, 1))", "x = {m}(x.mT.unsqueeze(2)).squeeze(2).mT"),
-    "Conv2d grouped": ("nn.Conv2d({D}, {E}, 1, groups=2)", "x = {m}(x.mT.unsqueeze(2)).squeeze(2).mT"),
-    "Conv2d depthwise": ("nn.Conv2d({D}, {D}, 1, groups={D})", "x = {m}(x.mT.unsqueeze(2)).squeeze(2).mT"),
+    "Conv2d": (
+        "nn.Conv2d({D}, {E}, (1, 3), padding=(0, 1))",
+        "x = {m}(x.mT.unsqueeze(2)).squeeze(2).mT",
+    ),
+    "Conv2d grouped": (
+        "nn.Conv2d({D}, {E}, 1, groups=2)",
+        "x = {m}(x.mT.unsqueeze(2)).squeeze(2).mT",
+    ),
+    "Conv2d depthwise": (
+        "nn.Conv2d({D}, {D}, 1, groups={D})",
+        "x = {m}(x.mT.unsqueeze(2)).squeeze(2).mT",
+    ),
     "ConvTranspose1d": ("nn.ConvTranspose1d({D}, {E}, 3, padding=1)", "x = {m}(x.mT).mT"),
     "ConvTranspose1d grouped": ("nn.ConvTranspose1d({D}, {E}, 1, groups=2)", "x = {m}(x.mT).mT"),
     "ConvTranspose1d to a size": (
@@ -207,7 +226,10 @@ LAYERS = {
         "x = {m}(x.mT, output_size=(3,)).mT",
     ),
     "Embedding": ("nn.Embedding(7, {D})", "x = x + {m}(torch.tensor([2, 0, 2]))"),
-    "Embedding with padding": ("nn.Embedding(7, {D}, padding_idx=2)", "x = x + {m}(torch.tensor([2, 0, 2]))"),
+    "Embedding with padding": (
+        "nn.Embedding(7, {D}, padding_idx=2)",
+        "x = x + {m}(torch.tensor([2, 0, 2]))",
+    ),
     "Embedding of positions": ("nn.Embedding(7, {D})", "x = x + {m}(torch.arange(x.shape[1]))"),
     "EmbeddingBag": ("nn.EmbeddingBag(7, {D})", "x = x + {m}(torch.tensor([[2, 0, 2]]))"),
     "Bilinear": ("nn.Bilinear({D}, {D}, {E})", "x = {m}(x, x.tanh())"),
@@ -225,8 +247,14 @@ LAYERS = {
     ),
     "LSTM": ("nn.LSTM({D}, {E}, batch_first=True)", "x, _ = {m}(x)"),
     "GRUCell": ("nn.GRUCell({D}, {E})", "x = {m}(x.flatten(0, 1)).view(2, 3, -1)"),
-    "Sequential": ("nn.Sequential(nn.Linear({D}, {D}), nn.GELU(), nn.Linear({D}, {E}))", "x = {m}(x)"),
-    "Sequential of Linears": ("nn.Sequential(nn.Linear({D}, {D}), nn.Linear({D}, {E}))", "x = {m}(x)"),
+    "Sequential": (
+        "nn.Sequential(nn.Linear({D}, {D}), nn.GELU(), nn.Linear({D}, {E}))",
+        "x = {m}(x)",
+    ),
+    "Sequential of Linears": (
+        "nn.Sequential(nn.Linear({D}, {D}), nn.Linear({D}, {E}))",
+        "x = {m}(x)",
+    ),
     "Sequential, sliced": (
         "nn.Sequential(nn.Linear({D}, {E}), nn.Tanh(), nn.Linear(1, 1))",
         "x = {m}[:-1](x)",
@@ -265,7 +293,6 @@ LAYERS = {
     "checkpoint": ("nn.Linear({D}, {E})", "x = checkpoint({m}, x, use_reentrant=False)"),
     "vmap": ("nn.Linear({D}, {E})", "x = torch.vmap({m})(x)"),
 }
-
 
 
 def add_layer(s: Scope) -> None:

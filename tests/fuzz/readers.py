@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from tests.fuzz.source import Scope
 
-__all__ = ["CALLERS", "HOOKS", "READERS", "WRITES", "add_caller", "add_hook", "add_reader", "add_write"]
+__all__ = [
+    "CALLERS",
+    "HOOKS",
+    "READERS",
+    "WRITES",
+    "add_caller",
+    "add_hook",
+    "add_reader",
+    "add_write",
+]
 
 READERS = {
     "the parent": "x = F.linear(x, {m}.weight)",
@@ -120,7 +129,9 @@ def add_reader(s: Scope) -> None:
     if name == "a method":
         s.member("def {p}(self, x):\n    return F.linear(x, {m}.weight)".format(**values))
     if name == "a partial":
-        s.init.append("self.part_{name} = functools.partial(F.linear, weight={m}.weight)".format(**values))
+        s.init.append(
+            "self.part_{name} = functools.partial(F.linear, weight={m}.weight)".format(**values)
+        )
     if name == "a closure over the weight":
         s.init.append("self.close_{name} = lambda x, w={m}.weight: F.linear(x, w)".format(**values))
     if name == "a list of weights":

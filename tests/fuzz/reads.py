@@ -35,9 +35,7 @@ class Place:
 PLACES = {
     "attribute": Place("self.{n}", "self.{n} = {v}", change="{m}.{n} = {o}"),
     "getattr": Place('getattr(self, "{n}")', "self.{n} = {v}", change="{m}.{n} = {o}"),
-    "getattr with a default": Place(
-        'getattr(self, "{n}", {v})', "", change="{m}.{n} = {o}"
-    ),
+    "getattr with a default": Place('getattr(self, "{n}", {v})', "", change="{m}.{n} = {o}"),
     "vars": Place('vars(self)["{n}"]', "self.{n} = {v}", change="{m}.{n} = {o}"),
     "config": Place(
         "self.{n}.k",
@@ -85,9 +83,7 @@ PLACES = {
         before="{n} = {v}",
         change='globals()["{n}"] = {o}',
     ),
-    "global dict": Place(
-        '{n}["a"]', before='{n} = {{"a": {v}}}', change='{n}["a"] = {o}'
-    ),
+    "global dict": Place('{n}["a"]', before='{n} = {{"a": {v}}}', change='{n}["a"] = {o}'),
     "class attribute": Place("self.{n}", member="{n} = {v}", change="{C}.{n} = {o}"),
     "default": Place(
         "take_{n}()",
@@ -221,7 +217,21 @@ USES = {
 
 _NUMBERS = [("0.5", "2.0"), ("2", "3"), ("1", "2"), ("0.0", "-1.0")]
 _ANY = [*_NUMBERS, ("True", "False"), ('"a"', '"b"'), ("None", "0.5"), ("1", "1.0"), ("1", "True")]
-_COMPARISONS = {"if", "if not", "truth", "in", "is None", "isinstance", "type", "ternary", "with a layer", "which layer", "match", "lookup", "str"}
+_COMPARISONS = {
+    "if",
+    "if not",
+    "truth",
+    "in",
+    "is None",
+    "isinstance",
+    "type",
+    "ternary",
+    "with a layer",
+    "which layer",
+    "match",
+    "lookup",
+    "str",
+}
 
 
 def add_read(s: Scope) -> None:

@@ -29,9 +29,7 @@ class Noise(TorchDispatchMode):
         self._unit = unit
         self._generator = torch.Generator().manual_seed(seed)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A view or a write needs the tensor itself. Its values are moved where they are used.
         schema = func._schema
         aliases = any(argument.alias_info is not None for argument in schema.arguments)

@@ -69,7 +69,10 @@ def test_a_right_program_is_equal(dtype: str, config: dict[str, object]) -> None
 
 
 def test_several_adapters_are_added_up() -> None:
-    configs = ({"r": 2, "target_modules": ".*"}, {"r": 4, "use_dora": True, "target_modules": ["fc"]})
+    configs = (
+        {"r": 2, "target_modules": ".*"},
+        {"r": 4, "use_dora": True, "target_modules": ["fc"]},
+    )
     actions = ("call", "switch second", "call", "switch default,second", "call", "merge", "disable")
     outcome = judge(program(configs=configs, actions=actions))
     assert outcome.kind == "equal", str(outcome)
@@ -124,9 +127,7 @@ def _spoil_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         (_spoil_argument, "purity"),
     ],
 )
-def test_a_wrong_number_is_seen(
-    monkeypatch: pytest.MonkeyPatch, spoil: object, stage: str
-) -> None:
+def test_a_wrong_number_is_seen(monkeypatch: pytest.MonkeyPatch, spoil: object, stage: str) -> None:
     spoil(monkeypatch)  # type: ignore[operator]
     actions = ("merge", "call") if stage == "merged" else ("call",)
     outcome = judge(program(actions=actions))
