@@ -120,8 +120,7 @@ def general(detail: str) -> str:
     text = re.sub(r"\[fuzzed_\d+\.py:\d+\]", "[program]", text)
     text = re.sub(r"'[^']*'", "'…'", text)
     text = re.sub(r"[a-z_]+\d+[a-z_0-9.]*", "N", text)
-    text = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", text)
-    return text
+    return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", text)
 
 
 def _run(options: argparse.Namespace, off: frozenset[str], table: Table) -> None:

@@ -13,7 +13,7 @@ FEATURES: dict[str, str] = {
     "move/block": "",
     "move/again": "",
     "move/write": "",
-    "move/reader": "W1: in a module without a graph, or in a call past the graph, a reader passes the adapter by",
+    "move/reader": "W1: in a module without a graph a reader passes the adapter by",
     "move/caller": "",
     "move/state": "",
     "move/hook": "",

@@ -163,36 +163,17 @@ def _call(c: Choices, first: str, given: list[list[str]]) -> str:
 
 
 def _adapted(c: Choices, source: Source) -> Program:
-    several = c.has("adapters/several", 6)
-    configs = [_config(c, first=True)]
-    actions = ["call"]
-    if source.changes:
-        actions += ["change", "call"]
-    if several:
-        configs.append(_config(c, first=False))
-        actions += ["switch second", "call", "switch default,second", "call"]
-    before = []
-    if c.has("action/merge", 2):
-        before.append("merge")
-    if c.has("action/reload", 4):
-        before.append("reload")
-    copied = c.has("action/copy", 8)
-    pickled = c.has("action/pickle", 12)
-    if not source.stateful:
-        if c.has("action/disable", 4):
-            actions += ["disable", "call"]
-        if c.has("action/merge at the end", 6):
-            actions.append("merge")
-    frontend = c.feature("frontend", ["auto"] * 5 + ["regions", "symbolic", "export"])
-    example = frontend == "export" or c.has("frontend/example inputs", 3)
-    if source.stateful and example:
-        example = c.may("combination/state and example inputs")
-        frontend = frontend if example else "auto"
+    configs = [_config(c)]
+    if c.has("adapters/several", 6):
+        configs.append(_config(c))
+    actions = _actions(c, source, len(configs) > 1)
+    frontend, example = _capture(c, source)
     optimize = not c.has("config/not optimized", 4)
     if optimize and (frontend == "export" or any(f.startswith(_RAW) for f in c.features)):
         optimize = c.may("combination/products in one graph, fused")
-        if not optimize and "reload" in before:
-            before.remove("reload")
+        if not optimize and "reload" in actions:
+            # What is loaded is fused in any case.
+            actions.remove("reload")
     dtype = c.feature("dtype", ["float64"] * 12 + ["float32"] * 2 + ["bfloat16"])
     quantize = ""
     if dtype == "float32" and c.has("quantized/base", 3):
@@ -203,10 +184,7 @@ def _adapted(c: Choices, source: Source) -> Program:
             if c.has(f"action/{how}", 120):
                 dtype = "float32"
                 actions.append(how)
-    if copied:
-        before.append("copy")
-    if pickled:
-        before.append("pickle")
+    features = tuple(dict.fromkeys(c.features))
     return Program(
         str(source),
         tuple(configs),
@@ -215,16 +193,45 @@ def _adapted(c: Choices, source: Source) -> Program:
         optimize,
         dtype,
         quantize,
-        (*before, *actions),
-        tuple(dict.fromkeys(c.features)),
+        tuple(actions),
+        features,
     )
+
+
+def _actions(c: Choices, source: Source, several: bool) -> list[str]:
+    """What is done with the adapted model. Merges come before calls that leave something behind."""
+    actions = [
+        name
+        for name, one_in in (("merge", 2), ("reload", 4), ("copy", 8), ("pickle", 12))
+        if c.has(f"action/{name}", one_in)
+    ]
+    actions.append("call")
+    if source.changes:
+        actions += ["change", "call"]
+    if several:
+        actions += ["switch second", "call", "switch default,second", "call"]
+    if not source.stateful:
+        if c.has("action/disable", 4):
+            actions += ["disable", "call"]
+        if c.has("action/merge at the end", 6):
+            actions.append("merge")
+    return actions
+
+
+def _capture(c: Choices, source: Source) -> tuple[str, bool]:
+    """The front-end, and whether there are example inputs."""
+    frontend = c.feature("frontend", ["auto"] * 5 + ["regions", "symbolic", "export"])
+    example = frontend == "export" or c.has("frontend/example inputs", 3)
+    if source.stateful and example and not c.may("combination/state and example inputs"):
+        return "auto", False
+    return frontend, example
 
 
 _RAW = ("product/", "reader/", "layer/Parameter", "caller/a child that", "caller/a tie of")
 """What puts several products into one graph."""
 
 
-def _config(c: Choices, first: bool) -> dict[str, Any]:
+def _config(c: Choices) -> dict[str, Any]:
     config: dict[str, Any] = {"r": c.pick([2, 4, 2]), "lora_alpha": c.pick([3, 8])}
     kind = c.feature("config", ["plain"] * 6 + ["rslora", "dora", "dora", "lora_bias", "dropout"])
     config |= {

@@ -63,9 +63,9 @@ class Outcome:
 
     Attributes:
         kind: ``equal``, ``refused``, ``silent`` (other numbers), ``raw`` (another exception than a
-            ``LoraFxError``), ``dead`` (the process ended or hung), ``unstable``: other numbers where the original loses
-            all digits by itself, or ``invalid``: the program fails without lora_fx, which is a mistake of
-            the grammar.
+            ``LoraFxError``), ``dead`` (the process ended or hung), ``unstable`` (other
+            numbers where the original loses all digits by itself), or ``invalid``: the program fails
+            without lora_fx, which is a mistake of the grammar.
         stage: Where it ended: ``rewrite``, ``call``, ``merge``, ...
         detail: The error, or the numbers.
         sites: How many operations were adapted.

@@ -94,7 +94,10 @@ _BEFORE = {
         "class Holder:\n    def __init__(self, one):\n        self.one = one\n\n"
         "    def apply(self, x):\n        return F.linear(x, self.one.weight)"
     ),
-    "REGISTRY": "REGISTRY = []\n\n\ndef register(layer):\n    REGISTRY.append(layer)\n    return len(REGISTRY) - 1",
+    "REGISTRY": (
+        "REGISTRY = []\n\n\ndef register(layer):\n    REGISTRY.append(layer)\n"
+        "    return len(REGISTRY) - 1"
+    ),
     "Handed(": (
         "class Handed(nn.Module):\n    def __init__(self, one):\n        super().__init__()\n"
         "        self.one = one\n\n    def forward(self, x):\n        return self.one(x)"
@@ -182,7 +185,8 @@ def add_hook(s: Scope) -> None:
     c = s.choices
     hook = HOOKS[c.feature("hook", list(HOOKS))]
     s.source.before(
-        "class Seen:\n    count = 0\n\n    def hook(self, module, args, out):\n        self.count += 1\n\n\nSEEN = Seen()"
+        "class Seen:\n    count = 0\n\n    def hook(self, module, args, out):\n"
+        "        self.count += 1\n\n\nSEEN = Seen()"
     )
     module = s.linear()
     s.add(f"x = {module}(x)")
@@ -213,11 +217,17 @@ WRITES = {
     "masked_fill_": "x = {m}(x)\nx.masked_fill_(torch.eye(3, {D}, dtype=torch.bool), 0.25)",
     "copy_": "y = torch.zeros(2, 3, {D}, dtype=x.dtype)\ny.copy_({m}(x))\nx = y",
     "zero_ of a copy": "x = {m}(x)\ny = x.clone()\ny.zero_()\nx = x + y",
-    "index_add_": "y = torch.zeros(2, 3, {D}, dtype=x.dtype)\ny.index_add_(1, torch.tensor([0, 2, 0]), {m}(x))\nx = y",
+    "index_add_": (
+        "y = torch.zeros(2, 3, {D}, dtype=x.dtype)\n"
+        "y.index_add_(1, torch.tensor([0, 2, 0]), {m}(x))\nx = y"
+    ),
     "data": "x = {m}(x)\nx.data.mul_(2)",
     "detach": "x = {m}(x)\nx.detach().mul_(2)",
     "the input": "x = x * 1\ny = {m}(x)\nx = x * 2 + y",
-    "out= of add": "with torch.no_grad():\n    y = torch.empty_like(x)\n    torch.add(x, 1, out=y)\nx = {m}(x) + y",
+    "out= of add": (
+        "with torch.no_grad():\n    y = torch.empty_like(x)\n    torch.add(x, 1, out=y)\n"
+        "x = {m}(x) + y"
+    ),
     "squeeze_": "x = {m}(x).unsqueeze_(0).squeeze_(0)",
     "transpose_": "x = {m}(x).transpose_(1, 2).transpose_(1, 2)",
     "dropout in place": "x = F.dropout({m}(x), 0.5, self.training, inplace=True)",
