@@ -303,7 +303,7 @@ STATES = {
     "NumPy generator": ("self.{n} = np.random.default_rng(0)", "x = x * float(self.{n}.random())"),
     "torch generator": (
         "self.{n} = torch.Generator().manual_seed(0)",
-        "x = x * torch.rand((), generator=self.{n}, dtype=x.dtype)",
+        "x = x * torch.rand((), generator=self.{n}, dtype=torch.float64).to(x.dtype)",
     ),
     "buffer": (
         'self.register_buffer("{n}", torch.zeros(()))',
