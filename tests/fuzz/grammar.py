@@ -169,7 +169,8 @@ def _adapted(c: Choices, source: Source) -> Program:
     actions = _actions(c, source, len(configs) > 1)
     frontend, example = _capture(c, source)
     optimize = not c.has("config/not optimized", 4)
-    if optimize and (frontend == "export" or any(f.startswith(_RAW) for f in c.features)):
+    whole = frontend == "export" or (frontend == "auto" and example)
+    if optimize and (whole or any(feature.startswith(_RAW) for feature in c.features)):
         optimize = c.may("combination/products in one graph, fused")
         if not optimize and "reload" in actions:
             # What is loaded is fused in any case.

@@ -73,7 +73,7 @@ class Source:
             "    def x(*shape):",
             "        return torch.randn(*shape, generator=g, dtype=torch.float64)",
             "    def ids(*shape):",
-            "        return torch.randint(0, 7, shape, generator=g)",
+            "        return torch.randint(0, 6, shape, generator=g)",
             "    return [",
             *(f"        {call}," for call in self.calls),
             "    ]",
