@@ -1,0 +1,342 @@
+"""What a forward reads besides tensors: where a value is kept, what it decides, and how it changes later."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tests.fuzz.source import Scope
+
+__all__ = ["PLACES", "STATES", "USES", "add_read", "add_state"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a value is kept.
+
+    ``{n}`` is a name of its own, ``{v}`` the value, ``{o}`` the one that it is changed to, ``{C}`` the class.
+
+    Attributes:
+        read: How ``forward`` reads it.
+        init: Statements of ``__init__``.
+        before: What stands before the class.
+        member: What stands in the class.
+        change: A statement on ``{m}``, the module that has it.
+        number: Whether only numbers can be kept so.
+    """
+
+    read: str
+    init: str = ""
+    before: str = ""
+    member: str = ""
+    change: str = ""
+    number: bool = False
+
+
+PLACES = {
+    "attribute": Place("self.{n}", "self.{n} = {v}", change="{m}.{n} = {o}"),
+    "getattr": Place('getattr(self, "{n}")', "self.{n} = {v}", change="{m}.{n} = {o}"),
+    "getattr with a default": Place('getattr(self, "{n}", {v})', "", change="{m}.{n} = {o}"),
+    "vars": Place('vars(self)["{n}"]', "self.{n} = {v}", change="{m}.{n} = {o}"),
+    "config": Place(
+        "self.{n}.k",
+        "self.{n} = Config()\nself.{n}.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.k = {o}",
+    ),
+    "config, replaced": Place(
+        "self.{n}.k",
+        "self.{n} = Settings({v})",
+        "@dataclasses.dataclass\nclass Settings:\n    k: object = None",
+        change="{m}.{n} = Settings({o})",
+    ),
+    "frozen dataclass": Place(
+        "self.{n}.k",
+        "self.{n} = Frozen({v})",
+        "@dataclasses.dataclass(frozen=True)\nclass Frozen:\n    k: object = None",
+        change="{m}.{n} = dataclasses.replace({m}.{n}, k={o})",
+    ),
+    "slots": Place(
+        "self.{n}.k",
+        "self.{n} = Slotted()\nself.{n}.k = {v}",
+        'class Slotted:\n    __slots__ = ("k",)',
+        change="{m}.{n}.k = {o}",
+    ),
+    "nested config": Place(
+        "self.{n}.inner.k",
+        "self.{n} = Config()\nself.{n}.inner = Config()\nself.{n}.inner.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.inner.k = {o}",
+    ),
+    "dict": Place('self.{n}["a"]', 'self.{n} = {{"a": {v}}}', change='{m}.{n}["a"] = {o}'),
+    "dict.get": Place(
+        'self.{n}.get("a", {v})', 'self.{n} = {{"b": 0}}', change='{m}.{n}["a"] = {o}'
+    ),
+    "nested dict": Place(
+        'self.{n}["a"]["b"]',
+        'self.{n} = {{"a": {{"b": {v}}}}}',
+        change='{m}.{n}["a"]["b"] = {o}',
+    ),
+    "list": Place("self.{n}[0]", "self.{n} = [{v}, 0]", change="{m}.{n}[0] = {o}"),
+    "tuple": Place("self.{n}[-1]", "self.{n} = (0, {v})", change="{m}.{n} = (0, {o})"),
+    "global": Place(
+        "{n}",
+        before="{n} = {v}",
+        change='globals()["{n}"] = {o}',
+    ),
+    "global dict": Place('{n}["a"]', before='{n} = {{"a": {v}}}', change='{n}["a"] = {o}'),
+    "class attribute": Place("self.{n}", member="{n} = {v}", change="{C}.{n} = {o}"),
+    "default": Place(
+        "take_{n}()",
+        before="def take_{n}(value={v}):\n    return value",
+        change="take_{n}.__defaults__ = ({o},)",
+    ),
+    "closure": Place(
+        "self.{n}()",
+        "self.{n} = keep({v})",
+        "def keep(value):\n    def kept():\n        return value\n    return kept",
+        change="{m}.{n} = keep({o})",
+    ),
+    "closure over a list": Place(
+        "self.{n}()",
+        "self.cell_{n} = [{v}]\nself.{n} = keep(self.cell_{n}, 0)",
+        "def keep(values, place):\n    def kept():\n        return values[place]\n    return kept",
+        change="{m}.cell_{n}[0] = {o}",
+    ),
+    "partial": Place(
+        "self.{n}()",
+        "self.{n} = functools.partial(identity, {v})",
+        "def identity(value):\n    return value",
+        change="{m}.{n} = functools.partial(identity, {o})",
+    ),
+    "property": Place(
+        "self.{n}",
+        "self._{n} = {v}",
+        member="@property\ndef {n}(self):\n    return self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "method": Place(
+        "self.{n}()",
+        "self._{n} = {v}",
+        member="def {n}(self):\n    return self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "static method": Place(
+        "self.{n}({v})",
+        member="@staticmethod\ndef {n}(value):\n    return value",
+    ),
+    "class method": Place(
+        "self.{n}()",
+        member="kept_{n} = {v}\n\n@classmethod\ndef {n}(cls):\n    return cls.kept_{n}",
+        change="{C}.kept_{n} = {o}",
+    ),
+    "cached property": Place(
+        "self.{n}",
+        "self._{n} = {v}",
+        member="@functools.cached_property\ndef {n}(self):\n    return self._{n}",
+    ),
+    "helper": Place(
+        "read_{n}(self)",
+        "self.{n} = {v}",
+        "def read_{n}(module):\n    return module.{n}",
+        change="{m}.{n} = {o}",
+    ),
+    "__getattr__ of an object": Place(
+        "self.{n}.k",
+        "self.{n} = Answers({{'k': {v}}})",
+        "class Answers:\n    def __init__(self, values):\n        self.values = values\n"
+        "    def __getattr__(self, name):\n        if name.startswith('_') or name == 'values':\n"
+        "            raise AttributeError(name)\n        return self.values[name]",
+        change="{m}.{n}.values['k'] = {o}",
+    ),
+    "child": Place(
+        "self.{n}.k",
+        "self.{n} = nn.Identity()\nself.{n}.k = {v}",
+        change="{m}.{n}.k = {o}",
+    ),
+    "child, replaced": Place(
+        "self.{n}.k",
+        "self.{n} = nn.Identity()\nself.{n}.k = {v}",
+        change="{m}.{n} = nn.Identity()\n{m}.{n}.k = {o}",
+    ),
+    "NumPy array": Place(
+        "self.{n}[0]", "self.{n} = np.array([{v}])", change="{m}.{n}[0] = {o}", number=True
+    ),
+    "NumPy number": Place(
+        "self.{n}", "self.{n} = np.float64({v})", change="{m}.{n} = np.float64({o})", number=True
+    ),
+    "tensor": Place(
+        "self.{n}",
+        "self.{n} = torch.tensor(float({v}), dtype=torch.float64)",
+        change="{m}.{n} = torch.tensor(float({o}), dtype=torch.float64)",
+        number=True,
+    ),
+    "buffer": Place(
+        "self.{n}",
+        'self.register_buffer("{n}", torch.tensor(float({v})))',
+        change="{m}.{n}.fill_({o})",
+        number=True,
+    ),
+    "buffer's item": Place(
+        "self.{n}.item()",
+        'self.register_buffer("{n}", torch.tensor(float({v})))',
+        change="{m}.{n}.fill_({o})",
+        number=True,
+    ),
+}
+
+USES = {
+    "times": "x = x * {r}",
+    "in a call": "x = torch.add(x, x, alpha={r})",
+    "clamp": "x = x.clamp(min=-{r})",
+    "if": "if {r} == {v}:\n{a}\nelse:\n{b}",
+    "if not": "if not {r} == {v}:\n{b}\nelse:\n{a}",
+    "greater": "if {r} > 1:\n{a}\nelse:\n{b}",
+    "truth": "if {r}:\n{a}",
+    "or": "x = x * ({r} or 3.0)",
+    "in": "if {r} in ({v}, 5):\n{a}\nelse:\n{b}",
+    "is None": "if {r} is None:\n{a}\nelse:\n{b}",
+    "isinstance": "if isinstance({r}, float):\n{a}\nelse:\n{b}",
+    "type": "if type({r}) is int:\n{a}\nelse:\n{b}",
+    "match": "match {r}:\n    case {v}:\n{aa}\n    case _:\n{bb}",
+    "f-string": 'x = x * {{"{v}": 2.0}}.get(f"""{{{r}}}""", 3.0)',
+    "str": 'x = x * (2.0 if str({r}) == "{v}" else 3.0)',
+    "lookup": "x = x * {{{v}: 2.0}}.get({r}, 3.0)",
+    "try": "try:\n    x = x * {{{v}: 2.0}}[{r}]\nexcept KeyError:\n{a}",
+    "hash": "x = x * (hash({r}) % 7 + 1)",
+    "range": "for _ in range(int({r})):\n    x = x + 0.5",
+    "while": "i = 0\nwhile i < {r}:\n    x = x.tanh()\n    i += 1",
+    "assert": "assert {r} is not None\nx = x * 2",
+    "walrus": "if (k := {r}) == {v}:\n    x = x * k\nelse:\n    x = x / 3",
+    "lambda": "x = (lambda t: t * {r})(x)",
+    "comprehension": "x = sum([x * k for k in ({r}, 1)])",
+    "max": "x = x * max({r}, 1)",
+    "ternary": "x = x * 2 if {r} == {v} else x / 3",
+    "with a layer": "x = {l}(x) if {r} == {v} else {k}(x)",
+    "which layer": 'x = getattr(self, "{l.name}" if {r} == {v} else "{k.name}")(x)',
+}
+
+_NUMBERS = [("0.5", "2.0"), ("2", "3"), ("1", "2"), ("0.0", "-1.0")]
+_ANY = [*_NUMBERS, ("True", "False"), ('"a"', '"b"'), ("None", "0.5"), ("1", "1.0"), ("1", "True")]
+_COMPARISONS = {
+    "if",
+    "if not",
+    "truth",
+    "in",
+    "is None",
+    "isinstance",
+    "type",
+    "ternary",
+    "with a layer",
+    "which layer",
+    "match",
+    "lookup",
+    "str",
+}
+
+
+def add_read(s: Scope) -> None:
+    """A value that decides something, and maybe another one later."""
+    c = s.choices
+    place = PLACES[c.feature("read", list(PLACES))]
+    use = c.feature("use", list(USES))
+    free = use in _COMPARISONS and not place.number
+    value, other = c.pick(_ANY if free else _NUMBERS)
+    values = {"n": s.fresh("k"), "v": value, "o": other, "C": s.name}
+    if place.init:
+        s.init += place.init.format(**values).splitlines()
+    if place.before:
+        text = place.before.format(**values)
+        s.source.before(text)
+    if place.member:
+        s.member(place.member.format(**values))
+    _add_use(s, use, place.read.format(**values), value)
+    if place.change and c.has("change/what was read", 3):
+        owner = f'm.get_submodule("{s.path[:-1]}")' if s.path else "m"
+        s.source.changes += place.change.format(**values, m=owner).splitlines()
+
+
+def _add_use(s: Scope, use: str, read: str, value: str) -> None:
+    text = USES[use]
+    values: dict[str, object] = {"r": read, "v": value}
+    if "{a}" in text or "{aa}" in text:
+        one = s.statement()
+        values["a"], values["aa"] = _block(one, 4), _block(one, 8)
+    if "{b}" in text or "{bb}" in text:
+        two = s.statement()
+        values["b"], values["bb"] = _block(two, 4), _block(two, 8)
+    if "{l" in text:
+        values["l"], values["k"] = _Layer(s.linear()), _Layer(s.linear())
+    if value.startswith('"') and use == "str":
+        values["v"] = value.strip('"')
+    s.add(*text.format(**values).splitlines())
+
+
+class _Layer:
+    """A layer, and its name alone."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.name = text, text.removeprefix("self.")
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __format__(self, spec: str) -> str:
+        return format(self.text, spec)
+
+
+def _block(lines: list[str], width: int) -> str:
+    return "\n".join(" " * width + line for line in lines)
+
+
+STATES = {
+    "counter": ("self.{n} = 0", "self.{n} += 1\nx = x * self.{n}"),
+    "counter that decides": ("self.{n} = 0", "self.{n} += 1\nif self.{n} > 1:\n    x = x * 3"),
+    "counter behind": ("self.{n} = 0", "x = x + self.{n}\nself.{n} = self.{n} + 1"),
+    "counter of an object": (
+        "self.{n} = Config()\nself.{n}.k = 0",
+        "self.{n}.k += 1\nx = x * self.{n}.k",
+    ),
+    "counter in a dict": ('self.{n} = {{"a": 0}}', 'self.{n}["a"] += 1\nx = x * self.{n}["a"]'),
+    "list": ("self.{n} = []", "self.{n}.append(1)\nx = x * len(self.{n})"),
+    "iterator": ("self.{n} = iter([1.0, 2.0, 3.0, 4.0] * 5)", "x = x * next(self.{n})"),
+    "random": ("self.{n} = random.Random(0)", "x = x * self.{n}.random()"),
+    "NumPy generator": ("self.{n} = np.random.default_rng(0)", "x = x * float(self.{n}.random())"),
+    "torch generator": (
+        "self.{n} = torch.Generator().manual_seed(0)",
+        "x = x * torch.rand((), generator=self.{n}, dtype=torch.float64).to(x.dtype)",
+    ),
+    "buffer": (
+        'self.register_buffer("{n}", torch.zeros(()))',
+        "self.{n} += 1\nx = x * self.{n}",
+    ),
+    "buffer, replaced": (
+        'self.register_buffer("{n}", torch.ones(()))',
+        "self.{n} = self.{n} * 2\nx = x * self.{n}",
+    ),
+    "cache": (
+        "self.{n} = None",
+        "if self.{n} is None:\n    self.{n} = x.detach().mean()\nx = x * (1 + self.{n})",
+    ),
+    "cached call": (
+        "self.{n} = {{}}",
+        "if 1 not in self.{n}:\n    self.{n}[1] = 2.0\n    x = x * 3\nx = x * self.{n}[1]",
+    ),
+    "global counter": ("self.{n} = 0", "self.{n} = count(self.{n})\nx = x * self.{n}"),
+    "output kept": ("self.{n} = None", "self.{n} = x.detach()\nx = x * 2"),
+    "output of the last call": (
+        "self.{n} = 0.0",
+        "y = x.detach()\nx = x + self.{n}\nself.{n} = y",
+    ),
+}
+
+
+def add_state(s: Scope) -> None:
+    """Something that a call leaves behind for the next."""
+    init, text = STATES[s.choices.feature("state", list(STATES))]
+    values = {"n": s.fresh("n")}
+    s.source.before("class Config:\n    pass")
+    if "count(" in text:
+        s.source.before("def count(value):\n    return value + 1")
+    s.init += init.format(**values).splitlines()
+    s.source.stateful = True
+    s.add(*text.format(**values).splitlines())
