@@ -170,13 +170,13 @@ def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
         for place in _places(adapted):
             site = place.row.site
             weight = oracle.get_parameter(site.weight)
-            total = weight.reshape(site.applied_shape).clone()
+            total = site.applied(weight).clone()
             _part(total, site).add_(place.change(*place.pair).to(total))
             if site.tied_to:
                 # The adapter is on this use of a tied weight, and on no other.
                 weight = nn.Parameter(weight.detach().clone())
                 setattr(oracle.get_submodule(site.owner), site.parameter, weight)
-            weight.copy_(total.reshape(weight.shape))
+            weight.copy_(site.stored(total))
     for place in _places(adapted):
         oracle.get_parameter(place.row.site.weight).requires_grad_()
     return oracle
@@ -223,7 +223,7 @@ def _chain_rule(oracle: nn.Module, adapted: nn.Module) -> dict[int, torch.Tensor
             continue
         a, b = (leaves.setdefault(id(p), p.detach().clone().requires_grad_()) for p in place.pair)
         changes.append(place.change(a, b))
-        applied = _part(gradient.reshape(site.applied_shape), site)
+        applied = _part(site.applied(gradient), site)
         gradients.append(applied.to(changes[-1]))
     if changes:
         torch.autograd.backward(changes, gradients)
