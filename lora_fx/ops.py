@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import keyword
 import operator
 import re
@@ -18,17 +19,20 @@ from torch import nn
 from lora_fx.errors import ConfigError
 
 __all__ = [
+    "OMITTED",
     "AdapterFactors",
     "AdapterModule",
     "Holder",
     "KeptIndices",
     "KeptTensors",
+    "Omitted",
     "Seen",
     "cast_like",
     "check_adapter_name",
     "class_of",
     "count_batch",
     "differs",
+    "given",
     "in_place",
     "needs_modules",
     "output_padding",
@@ -182,6 +186,25 @@ def in_place(operation: str, left: Any, right: Any) -> Any:
         right: What stands on the right.
     """
     return getattr(operator, operation)(left, right)
+
+
+class Omitted(enum.Enum):
+    """The default of an argument that tells whether it was given."""
+
+    OMITTED = "omitted"
+
+
+OMITTED = Omitted.OMITTED
+"""What an argument is that was not given, where a decorator looks whether it was."""
+
+
+def given(**named: Any) -> dict[str, Any]:
+    """The arguments that were given.
+
+    Args:
+        named: Arguments by name.
+    """
+    return {name: value for name, value in named.items() if value is not OMITTED}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ _STORED = frozenset(
 ) | {"is_floating_point"}
 _ABOUT_OBJECTS = ("isinstance", "hasattr", "getattr", "type", "id", "len")
 # What gives all of a module's tensors, one after the other.
-_WALKS = frozenset({"parameters", "named_parameters", "state_dict", "_parameters"})
+_WALKS = frozenset({"parameters", "named_parameters", "state_dict"})
 _ANY, _ANYWHERE = "*", "**"
 
 Path = tuple[str, ...]
@@ -153,7 +153,8 @@ def _reads(code: CodeType) -> _Reads:
 def _walks(code: CodeType) -> bool:
     listed = _listed(code)
     for at, instruction in enumerate(listed):
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in _WALKS:
+        method = instruction.opname == "LOAD_METHOD" or "NULL|self" in instruction.argrepr
+        if method and instruction.argval in _WALKS:
             # next(self.parameters()), and next(p.dtype for p in self.parameters()), take the first.
             before = [one.argval for one in listed[max(0, at - 5) : at]]
             if "next" not in before:

@@ -143,8 +143,9 @@ class Read:
     Attributes:
         path: Where.
         kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
-            there), ``length``, ``shape`` (of a tensor), ``present`` (it is not None), ``missing`` (there was
-            no such attribute) or ``tree`` (an object and all below it, :class:`lora_fx.ops.Seen`).
+            there), ``length``, ``keys`` and ``holds`` (of a dict, the second with a key), ``shape`` (of a
+            tensor), ``present`` (it is not None), ``missing`` (there was no such attribute) or ``tree`` (an
+            object and all below it, :class:`lora_fx.ops.Seen`).
         expected: What the trace saw.
     """
 
@@ -167,6 +168,11 @@ class Read:
             return f"{here} is None"
         if self.kind == "length":
             return f"len({here}) != {self.expected}"
+        if self.kind == "keys":
+            return f"list({here}) != {self.expected!r}"
+        if self.kind == "holds":
+            key, held = self.expected
+            return f"({key!r} in {here}) is not {held}"
         if self.kind == "shape":
             return f"{here}.shape != {tuple(self.expected)!r}"
         if self.kind == "class":
@@ -191,8 +197,10 @@ class Read:
             value = value[key] if kind == "item" else getattr(value, key)
         if self.kind == "class":
             return class_of(value)
-        if self.kind == "length":
-            return len(value)
+        if self.kind in ("length", "keys", "holds"):
+            return {"length": len, "keys": list}.get(
+                self.kind, lambda one: self.expected[0] in one
+            )(value)
         return tuple(value.shape) if self.kind == "shape" else value
 
     @property
@@ -221,6 +229,9 @@ class Read:
         """
         if self.kind == "missing":
             return f"{self.path} did not exist when its forward was captured"
+        if self.kind == "holds":
+            key, held = self.expected
+            return f"{self.path} had {'a' if held else 'no'} {key!r} when its forward was captured"
         if self.kind == "present":
             return f"{self.path} was there when its forward was captured, found None"
         expected = self.expected
@@ -228,7 +239,9 @@ class Read:
             return f"{self.path} was a {expected.__qualname__} when its forward was captured, found {found}"
         if self.kind == "identity":
             expected = getattr(expected, "__qualname__", None) or repr(expected)
-        what = {"length": "the length of ", "shape": "the shape of "}.get(self.kind, "")
+        what = {"length": "the length of ", "shape": "the shape of ", "keys": "the keys of "}.get(
+            self.kind, ""
+        )
         value = repr(tuple(expected)) if self.kind == "shape" else expected
         value = value if isinstance(value, str) and self.kind == "identity" else repr(value)
         return f"{what}{self.path} was {value} when its forward was captured, found {found}"

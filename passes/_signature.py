@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.ops import needs_modules, wants_cache
+from lora_fx.ops import OMITTED, given, needs_modules, wants_cache
 from lora_fx.passes._reads import Read, conditions_of, constants_of
 
 __all__ = [
@@ -47,6 +47,7 @@ WANTS_CACHE = "_lora_fx_wants_cache"
 
 _HELPERS = {NEEDS_MODULES: needs_modules, WANTS_CACHE: wants_cache}
 _SIMPLE = (type(None), bool, int, float, str)
+_OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Parameter:
         within: Name of the ``**kwargs`` that takes it, for one that the signature does not name.
         test: An expression that is true where the graph does not apply; by default one that follows
             from the rest.
+        omitted: Whether the graph holds only where nothing is given for it, not the default either: a
+            decorator looks whether there is something.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Parameter:
     default: Any = inspect.Parameter.empty
     within: str = ""
     test: str = ""
+    omitted: bool = False
 
     @property
     def variadic(self) -> bool:
@@ -187,7 +191,11 @@ class GuardedCodeGen(fx.graph.CodeGen):
             if any(name in condition for condition in conditions)
         }
         found |= constants_of(self.reads)
+        if any(p.omitted for p in self.parameters):
+            found |= {_OMITTED: OMITTED, _GIVEN: given}
         for p in self.parameters:
+            if p.omitted:
+                continue
             if p.default is not inspect.Parameter.empty and not _literal(p.default):
                 found[f"_default_{p.name}"] = p.default
             if not p.traced and not p.variadic and not _literal(p.value):
@@ -233,6 +241,8 @@ class GuardedCodeGen(fx.graph.CodeGen):
                 continue
             if p.kind == inspect.Parameter.VAR_POSITIONAL:
                 passed.append(f"*{p.name}")
+            elif p.omitted:
+                passed.append(f"**{_GIVEN}({p.name}={p.name})")
             elif p.kind == inspect.Parameter.VAR_KEYWORD:
                 passed.append(f"**{p.name}")
             elif p.kind == inspect.Parameter.POSITIONAL_ONLY or (
@@ -252,6 +262,8 @@ def _literal(value: Any) -> bool:
 def _default(p: Parameter) -> str:
     if p.default is inspect.Parameter.empty:
         return ""
+    if p.omitted:
+        return f"={_OMITTED}"
     return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"
 
 
@@ -264,6 +276,8 @@ def _variadic_condition(p: Parameter, within: set[str]) -> str:
 def _condition(p: Parameter) -> str:
     # What **kwargs holds gets a name where it is looked at first.
     name = f"({p.name} := {p.within}[{p.name!r}])" if p.within else p.name
+    if p.omitted:
+        return f"{name} is not {_OMITTED}"
     if p.traced:
         # A trace takes every "is not None" branch: a None has to go to the module's own forward.
         return f"{name} is None"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import enum
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -68,6 +69,18 @@ _READERS = frozenset({"get", "items", "keys", "values", "index", "count", "copy"
 _HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALLED = (FunctionType, BuiltinFunctionType, MethodType, type, types.MethodDescriptorType)
 _MISSING = object()
+_ANSWERING = (
+    enum.Enum,
+    super,
+    BuiltinFunctionType,
+    FunctionType,
+    MethodType,
+    types.MethodWrapperType,
+    # What is made of a function, which stays what it is.
+    types.MappingProxyType,
+    inspect.Signature,
+    inspect.Parameter,
+)
 _APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 _FUNCTIONS: Any = torch.zeros.__self__  # what holds the functions of PyTorch that make tensors
 _IN_WORDS: dict[Any, str] = {
@@ -106,7 +119,7 @@ class PassedValues(tuple[Any, ...]):
 
 
 class PassedKeywords(dict[str, Any]):
-    """``**kwargs`` of a decorator."""
+    """``**kwargs`` of a decorator: it may ask for a name that was not given, and hand the rest on."""
 
 
 class TracedText(str):
@@ -184,6 +197,8 @@ class Frame:
         if isinstance(value, TracedValue):
             return attribute_of(value, name)
         if isinstance(value, PassedValues | PassedKeywords):
+            if isinstance(value, PassedKeywords) and name in ("get", "pop"):
+                return functools.partial(self._asked, value)
             return recorder.refuse("a decorator of its forward looks at what was passed")
         if isinstance(value, torch.Tensor):
             owned = recorder.owned(value)
@@ -192,7 +207,7 @@ class Frame:
             return getattr(value, name)
         if isinstance(value, nn.Module):
             return self._of_module(value, name)
-        if type(value) in _PLAIN or isinstance(value, enum.Enum | super | BuiltinFunctionType):
+        if _answers(value):
             return getattr(value, name)
         if isinstance(value, (_FirstOf, *_VIEWS)):
             return recorder.refuse("its forward goes through its parameters")
@@ -205,11 +220,6 @@ class Frame:
             path = recorder.path_of(value) or Path(ObjectRoot(value))
             library = value.__module__.partition(".")[0] in _LIBRARIES
             return self.noted(getattr(value, name), path.attribute(name), trusted=library)
-        if isinstance(value, FunctionType | MethodType | types.MethodWrapperType):
-            return getattr(value, name)
-        if _is_context(type(value)):
-            # It was made on the way, and does nothing before it is entered.
-            return getattr(value, name)
         return self._of_object(value, name)
 
     def _of_module(self, module: nn.Module, name: str) -> Any:
@@ -475,11 +485,15 @@ class Frame:
     def compare(self, name: str, left: Any, right: Any) -> Any:
         """A comparison of two values."""
         recorder = self.recorder
-        self._check_passed(left, right)
+        if name not in ("in", "not in"):
+            self._check_passed(left, right)
         if name in ("is", "is not"):
             same = self._same(left, right)
             return same if name == "is" else not same
         if name in ("in", "not in"):
+            if isinstance(right, PassedKeywords) and isinstance(left, str):
+                return self._asked(right, left, name == "not in")
+            self._check_passed(left, right)
             found = self._contains(right, left)
             return found if name == "in" else not found
         if isinstance(left, TracedValue) or isinstance(right, TracedValue):
@@ -543,13 +557,30 @@ class Frame:
             return self._invoke(method, None, (container, value), {})
         if type(container) not in _PLAIN and not isinstance(container, (*_VIEWS, tuple)):
             self.recorder.refuse_softly(f"its forward looks into a {type(container).__name__}")
-        if not (type(container) is str or self._settled(container)):
-            self.iterate(container)
-            if isinstance(container, dict):
-                path = self.recorder.path_of(container)
-                if path is not None:
-                    self.recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
+        if type(container) is str or self._settled(container):
+            return value in container
+        if isinstance(container, dict):
+            return self._holds_key(container, value)
+        self.iterate(container)
         return value in container
+
+    def _holds_key(self, holder: dict[Any, Any], key: Any) -> bool:
+        """Whether a dict that was there before has a key."""
+        path = self.recorder.path_of(holder)
+        assert path is not None
+        if type(key) not in (str, int, bool, type(None)):
+            self.recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
+        self.recorder.read(Read(path, "holds", (key, key in holder)))
+        return key in holder
+
+    def _entries(self, holder: dict[Any, Any], path: Path) -> dict[Any, Any]:
+        """What a dict holds that was there before, all of it noted."""
+        keys = list(holder)
+        if not is_constant(keys):
+            self.recorder.refuse_softly(f"its forward goes through {path}, a dict of objects")
+            return holder
+        self.recorder.read(Read(path, "keys", keys))
+        return {key: self.noted(value, path.item(key)) for key, value in holder.items()}
 
     def _settled(self, container: Any) -> bool:
         return self.recorder.path_of(container) is None or id(container) in self.recorder.settled
@@ -655,8 +686,7 @@ class Frame:
         path = recorder.path_of(value)
         if path is not None and type(value) in CONTAINERS and id(value) not in recorder.settled:
             if isinstance(value, dict):
-                recorder.refuse_softly(f"its forward goes through {path}, a dict of objects")
-                return value
+                return self._entries(value, path)
             return [self.noted(one, path.item(place)) for place, one in enumerate(value)]
         method = _in_mro(type(value), "__iter__", None)
         if isinstance(method, FunctionType):
@@ -673,7 +703,7 @@ class Frame:
             path = self.recorder.path_of(value)
             if path is None or id(value) in self.recorder.settled:
                 return value
-            return {k: self.noted(v, path.item(k)) for k, v in value.items()}
+            return self._entries(value, path)
         return self.iterate(value)
 
     def unpack(self, value: Any, count: int, star: int | None) -> Any:
@@ -691,6 +721,13 @@ class Frame:
             raise ValueError(f"cannot unpack {len(items)} values into {count - 1} and more")
         end = len(items) - behind
         return (*items[:star], items[star:end], *items[end:])
+
+    def _asked(self, passed: PassedKeywords, name: str, default: Any = None) -> Any:
+        """What a decorator finds under a name in its ``**kwargs``: nothing, as long as nothing is given."""
+        if name in passed:
+            self.recorder.refuse("a decorator of its forward looks at what was passed")
+        self.recorder.omitted.add(name)
+        return default
 
     def _check_passed(self, *values: Any) -> None:
         if any(isinstance(value, PassedValues | PassedKeywords) for value in values):
@@ -733,6 +770,8 @@ class Frame:
         return self.call(function, owner, *args, **kwargs)
 
     def _call_partial(self, function: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(function.func, "__func__", None) is Frame._asked:
+            return function(*args, **kwargs)
         path = self.recorder.path_of(function)
         for name in ("func", "args", "keywords") if path is not None else ():
             assert path is not None
@@ -782,6 +821,8 @@ class Frame:
             return recorder.call_leaf(function, args, kwargs)
         if function in _ALWAYS_FALSE:
             return False
+        if function in _BUILTINS:
+            return _BUILTINS[function](self, *args, **kwargs)
         if _is_leaf(function):
             return function(*self._tensors(args), **kwargs)
         return self._invoke(function, recorder.path_of(function), args, kwargs)
@@ -861,6 +902,8 @@ class Frame:
         if type(owner) is str or isinstance(owner, str):
             self.text(args)
             return function(*args, **kwargs)
+        if isinstance(owner, types.MappingProxyType):
+            return function(*args, **kwargs)
         if type(owner) in (list, dict, set, tuple, frozenset, torch.Size, range):
             return self._call_method_of_container(function, owner, name, args, kwargs)
         if type(owner) in _PLAIN:
@@ -893,12 +936,12 @@ class Frame:
         if isinstance(owner, dict) and name == "get":
             if args[0] in owner:
                 return self.noted(owner[args[0]], path.item(args[0]))
-            self.recorder.refuse_softly(f"its forward asks whether {args[0]!r} is in {path}")
+            self._holds_key(owner, args[0])
             return function(*args, **kwargs)
         if name in ("index", "count", "copy"):
             self.iterate(owner)
         if name in ("items", "values", "keys"):
-            self.recorder.refuse_softly(f"its forward goes through {path}, a dict of objects")
+            return getattr(self._entries(owner, path), name)()
         return function(*args, **kwargs)
 
 
@@ -912,6 +955,12 @@ _CALLS: tuple[tuple[Any, Callable[..., Any]], ...] = (
     (functools._lru_cache_wrapper, Frame._call_cached),
     ((torch._ops.OpOverload, torch._ops.OpOverloadPacket), Frame._call_operator),
 )
+
+
+def _answers(value: Any) -> bool:
+    """Whether what an object says of itself is the same each time, or nothing comes of it."""
+    # A context manager was made on the way, and does nothing before it is entered.
+    return type(value) in _PLAIN or isinstance(value, _ANSWERING) or _is_context(type(value))
 
 
 def _compared_by(value: Any) -> str | None:
@@ -1211,6 +1260,7 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
     print: _refused("prints"),
     issubclass: lambda frame, cls, kinds: issubclass(cls, kinds),
     math.prod: _over_iterable(math.prod),
+    inspect.signature: lambda frame, function, **options: inspect.signature(function, **options),
 }
 _MODULE_METHODS: dict[Any, Callable[..., Any]] = {
     nn.Module.parameters: _first_of(nn.Module.parameters),

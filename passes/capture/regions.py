@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
 from lora_fx.passes._region import is_built_in, kept_graph, uninstall
-from lora_fx.passes._signature import parameters_of
+from lora_fx.passes._signature import Parameter, parameters_of
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.capture.written_out import written_conditions, written_out
@@ -136,15 +136,26 @@ def _other_forms(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, fx.G
     if not any(is_matrix(region.parameter(node)) for node in graph.nodes):
         return
     given = [p for p in parameters_of(type(module).forward) if not p.variadic and not p.traced]
-    optional = [p.name for p in given if p.value is None]
+    others = {p.name: _alternatives(p) for p in given}
+    optional = [p for p in given if others[p.name]]
     most = len(optional) if len(optional) <= _MOST_OPTIONAL else 1
     for count in range(1, most + 1):
-        for names in itertools.combinations(optional, count):
-            fixed = {p.name: p.value for p in given if p.name not in names}
-            try:
-                yield ", ".join(names), trace(module, fixed)
-            except Untraceable:
-                continue  # such a call is refused where an adapter would be left out
+        for several in itertools.combinations(optional, count):
+            for values in itertools.product(*(others[p.name] for p in several)):
+                chosen = {p.name: value for p, value in zip(several, values, strict=True)}
+                named = ", ".join(n if v is _GIVEN else f"{n}={v}" for n, v in chosen.items())
+                fixed = {p.name: chosen.get(p.name, p.value) for p in given}
+                try:
+                    yield named, trace(module, {n: v for n, v in fixed.items() if v is not _GIVEN})
+                except Untraceable:
+                    continue  # such a call is refused where an adapter would be left out
+
+
+def _alternatives(p: Parameter) -> tuple[Any, ...]:
+    """What else callers give for an optional argument: something for nothing, the other truth or none."""
+    if p.value is None:
+        return (_GIVEN,)
+    return (not p.value, None) if isinstance(p.value, bool) else ()
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:
@@ -164,6 +175,7 @@ def _holders(model: nn.Module) -> set[nn.Module]:
     return found
 
 
+_GIVEN = object()
 _MOST_OPTIONAL = 3  # of which all combinations are traced
 _OWN = frozenset(nn.Module().__dict__)
 _SIMPLE = (bool, int, float, str, type(None))

@@ -10,6 +10,7 @@ refused by a rule (:mod:`.interpret`), and whatever it read on the way becomes a
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import keyword
 import re
@@ -89,6 +90,12 @@ def trace(
         raise failure
     _check_names(parameters, graph)
     reads = tuple(recorder.reads.values())
+    if any(p.traced and p.name in recorder.omitted for p in parameters):
+        raise Untraceable("a decorator of its forward looks for an argument that the caller gives")
+    parameters = tuple(
+        dataclasses.replace(p, omitted=True) if p.name in recorder.omitted else p
+        for p in parameters
+    )
     graph.set_codegen(GuardedCodeGen(parameters, check_none, conditions, reads))
     return graph
 
@@ -125,6 +132,7 @@ class Recorder(fx.Tracer):
         leaves: Functions that are recorded as one node.
         settled: Containers of which all that is in them is in ``reads``.
         target: The function that has the parameters, if decorators call it.
+        omitted: Names that a decorator has looked for among the arguments, and not found.
         entering: Whether the code that runs is still that of decorators of the forward.
         depth: How many functions run within functions.
     """
@@ -143,10 +151,11 @@ class Recorder(fx.Tracer):
         self.root = module
         self.graph = fx.Graph(tracer_cls=type(self))
         self.refused: str | None = None
-        self.reads: dict[tuple[Path, str], Read] = {}
+        self.reads: dict[tuple[Path, str, Any], Read] = {}
         self.codes: set[CodeType] = set()
         self.leaves: set[Any] = set()
         self.settled: set[int] = set()
+        self.omitted: set[str] = set()
         self.target: Any = forward
         self.entering = False
         self.depth = 0
@@ -188,16 +197,16 @@ class Recorder(fx.Tracer):
         """The graph of the module's forward."""
         positional: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
-        for p in self._parameters:
-            if p.variadic:
-                continue
+        self.entering = self.target is not self._forward
+        for place, p in enumerate(self._parameters, start=1):
+            if p.variadic or (self.entering and not p.traced and p.value is p.default):
+                continue  # a decorator may look for it: a caller who wants the default gives nothing
             value = self.create_proxy("placeholder", p.name, (), {}) if p.traced else p.value
-            if p.kind != inspect.Parameter.KEYWORD_ONLY:
+            if p.kind != inspect.Parameter.KEYWORD_ONLY and len(positional) == place:
                 positional.append(value)
             else:
                 keywords[p.name] = value
         self._passed = (tuple(positional), keywords)
-        self.entering = self.target is not self._forward
         frame = Frame(self, _outermost, None)
         # Whatever the caller's modes are, those of the trace have to be known.
         with (
@@ -259,7 +268,8 @@ class Recorder(fx.Tracer):
 
     def read(self, read: Read) -> None:
         """Notes what was read."""
-        self.reads.setdefault((read.path, read.kind), read)
+        key = read.expected[0] if read.kind == "holds" else None
+        self.reads.setdefault((read.path, read.kind, key), read)
 
     def owned(self, tensor: torch.Tensor) -> TracedValue | None:
         """The read of a parameter or buffer of the module; None for any other tensor."""
