@@ -192,15 +192,17 @@ class Read:
         Args:
             module: The module that the path may start at.
         """
-        value = module if self.path.root is SELF else self.path.root.resolve()
+        value: Any = module if self.path.root is SELF else self.path.root.resolve()
         for kind, key in self.path.steps:
             value = value[key] if kind == "item" else getattr(value, key)
         if self.kind == "class":
             return class_of(value)
-        if self.kind in ("length", "keys", "holds"):
-            return {"length": len, "keys": list}.get(
-                self.kind, lambda one: self.expected[0] in one
-            )(value)
+        if self.kind == "length":
+            return len(value)
+        if self.kind == "keys":
+            return list(value)
+        if self.kind == "holds":
+            return self.expected[0] in value
         return tuple(value.shape) if self.kind == "shape" else value
 
     @property

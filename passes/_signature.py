@@ -131,7 +131,7 @@ def wrapped_forward(forward: Any) -> Any:
             or (named and named[0] is not parameters[0])
         ):
             break
-        forward = forward.__wrapped__
+        forward = vars(forward)["__wrapped__"]
     return forward
 
 

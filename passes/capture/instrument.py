@@ -126,7 +126,7 @@ def _rewritten(code: CodeType, qualname: str) -> CodeType | str:
         return found
     tree, scope = found
     made = _compiled(_Rewriter(code, scope).rewrite(tree), code, scope, (), recorded=True)
-    assert made is not None
+    assert isinstance(made, CodeType)
     return made
 
 
@@ -172,6 +172,8 @@ def _candidates(lines: list[str], code: CodeType) -> Iterator[Any]:
     except SyntaxError:
         return
     for node in ast.walk(whole):
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            continue
         lambdas = code.co_name == "<lambda>" and isinstance(node, ast.Lambda)
         named = isinstance(node, ast.FunctionDef) and node.name == code.co_name
         if (lambdas or named) and first in (node.lineno, *_decorated(node)):
@@ -477,7 +479,9 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Starred(self._call("iterate", self.visit(node.value)), ast.Load())
 
     def visit_Dict(self, node: ast.Dict) -> Any:
-        keys = [None if one is None else self._call("key", self.visit(one)) for one in node.keys]
+        keys: list[ast.expr | None] = [
+            None if one is None else self._call("key", self.visit(one)) for one in node.keys
+        ]
         values = [
             self._call("spread", self.visit(value)) if key is None else self.visit(value)
             for key, value in zip(node.keys, node.values, strict=True)
@@ -505,7 +509,7 @@ class _Rewriter(ast.NodeTransformer):
                 self._scopes.append(bound)
             bound.update(_names(one.target))
             source = self.visit(one.iter) if source is None else source
-            tests = [self._call("truth", self.visit(test)) for test in one.ifs]
+            tests: list[ast.expr] = [self._call("truth", self.visit(test)) for test in one.ifs]
             made = ast.comprehension(one.target, self._call("iterate", source), tests, 0)
             generators.append(made)
         fields = {
@@ -564,13 +568,13 @@ class _Rewriter(ast.NodeTransformer):
             if any(target.id in scope for scope in self._outer[-1:]) and not any(
                 target.id in scope for scope in self._scopes[:-1]
             ):
-                made = self._call("write", ast.Constant(target.id), value)
-                return [_statement(made)]
+                written = self._call("write", ast.Constant(target.id), value)
+                return [_statement(written)]
             return [_assign(_stored(target.id), value)]
         if isinstance(target, ast.Attribute):
             holder = self.visit(target.value)
-            name = self._spelled(target.attr)
-            return [_statement(self._call("set_attribute", holder, name, value))]
+            spelled = self._spelled(target.attr)
+            return [_statement(self._call("set_attribute", holder, spelled, value))]
         if isinstance(target, ast.Subscript):
             holder, key = self.visit(target.value), self._index(target.slice)
             return [_statement(self._call("set_item", holder, key, value))]
@@ -642,7 +646,7 @@ class _Rewriter(ast.NodeTransformer):
             *self._block([*node.body, *node.orelse, *node.finalbody]),
         ]
 
-    visit_TryStar = visit_Try
+    visit_TryStar = visit_Try  # type: ignore[assignment]  # the same to a trace
 
     def visit_Match(self, node: Any) -> Any:
         subject = self._call("subject", self.visit(node.subject))
@@ -748,9 +752,7 @@ def _bound(scope: Any, *, only_imports: bool = False) -> Iterator[str]:
             yield node.name
         if isinstance(node, _COMPREHENSIONS):
             # Targets are its own; a walrus in it binds here.
-            pending.extend(
-                one for one in ast.walk(node) if isinstance(one, ast.NamedExpr) and one is not node
-            )
+            pending.extend(one for one in ast.walk(node) if isinstance(one, ast.NamedExpr))
             continue
         pending.extend(ast.iter_child_nodes(node))
 

@@ -64,7 +64,7 @@ _PLAIN = (
     torch.finfo,
     torch.iinfo,
 )
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _READERS = frozenset({"get", "items", "keys", "values", "index", "count", "copy", "__getitem__"})
 _HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALLED = (FunctionType, BuiltinFunctionType, MethodType, type, types.MethodDescriptorType)
@@ -82,7 +82,9 @@ _ANSWERING = (
     inspect.Parameter,
 )
 _APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-_FUNCTIONS: Any = torch.zeros.__self__  # what holds the functions of PyTorch that make tensors
+_FUNCTIONS: Any = vars(torch)[
+    "zeros"
+].__self__  # what holds the functions of PyTorch that make tensors
 _IN_WORDS: dict[Any, str] = {
     torch.no_grad: "switches gradients on or off, which a graph would lose",
     torch.enable_grad: "switches gradients on or off, which a graph would lose",
@@ -97,7 +99,7 @@ _IN_WORDS: dict[Any, str] = {
     nn.Module.eval: "calls train() or eval()",
 }
 # Answers that do not change between a trace and a call without a compiler.
-_ALWAYS_FALSE = (torch.jit.is_scripting, torch.jit.is_tracing)
+_ALWAYS_FALSE: tuple[Any, ...] = (vars(torch.jit)["is_scripting"], vars(torch.jit)["is_tracing"])
 _PURE = frozenset(
     {
         abs, all, any, bin, callable, chr, divmod, format, hex, len, max, min, oct, ord, pow, repr,
@@ -990,8 +992,7 @@ def _in_mro(cls: type, name: str, base: type | None) -> Any:
 def _holds(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's containers, as far as its items go."""
     return any(
-        isinstance(module, one) and type(module).__getitem__ is one.__getitem__  # type: ignore[attr-defined]
-        for one in _HOLDERS
+        isinstance(module, one) and type(module).__getitem__ is one.__getitem__ for one in _HOLDERS
     )
 
 
@@ -1150,7 +1151,7 @@ def _map(frame: Frame, function: Any, *values: Any) -> Any:
 
 
 def _filter(frame: Frame, function: Any, values: Any) -> Any:
-    keep = (lambda one: one) if function is None else functools.partial(frame.call, function)
+    keep: Any = functools.partial(frame.call, function) if function else lambda one: one
     return (one for one in frame.iterate(values) if frame.truth(keep(one)))
 
 

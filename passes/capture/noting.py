@@ -88,7 +88,8 @@ class Notes:
         """
         if cls in self._classes:
             return
-        access, hook = cls.__getattribute__, getattr(cls, "__getattr__", None)
+        access: Any = cls.__getattribute__
+        hook = getattr(cls, "__getattr__", None)
 
         def read(this: Any, name: str) -> Any:
             value = access(this, name)
@@ -175,7 +176,8 @@ class Notes:
         missing = tuple(name for name, one in found.items() if one is _MISSING)
         attributes = [(name, one) for name, one in found.items() if one is not _MISSING]
         held = self._objects.get(id(value), {})
-        children, parameters = {}, ()
+        children: dict[str, Any] = {}
+        parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
         if isinstance(value, nn.Module):
             children = value._modules
             own = {**value._parameters, **value._buffers}
@@ -191,10 +193,12 @@ class Notes:
         return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
 
 
-def _own_access(cls: type) -> bool:
+def _own_access(cls: Any) -> bool:
     """Whether a class looks attributes up in a way of its own, which may not come to that of PyTorch."""
-    return cls.__getattribute__ is not object.__getattribute__ or (
-        cls.__getattr__ is not nn.Module.__getattr__  # type: ignore[attr-defined]
+    usual: Any = nn.Module
+    return bool(
+        cls.__getattribute__ is not object.__getattribute__
+        or cls.__getattr__ is not usual.__getattr__
     )
 
 
@@ -209,14 +213,16 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
     What its functions name, and those that they name, is looked at, not what they execute: a guard too many
     costs a comparison.
     """
-    pending: list[Any] = [class_of(module).forward for module in model.modules()]
-    methods = {cls for module in model.modules() for cls in class_of(module).__mro__}
+    classes: set[Any] = {class_of(module) for module in model.modules()}
+    pending: list[Any] = [cls.forward for cls in classes]
+    methods = {above for cls in classes for above in cls.__mro__}
     done: set[CodeType] = set()
     reads: dict[Path, Read] = {}
     while pending:
         found = pending.pop()
         found = found.fget if isinstance(found, property) else found
-        function = inspect.unwrap(getattr(found, "__func__", found))
+        named: Any = getattr(found, "__func__", found)
+        function = inspect.unwrap(named)
         if not isinstance(function, FunctionType) or _of_library(function):
             continue
         if function.__code__ in done:

@@ -53,6 +53,9 @@ class TracedValue(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         return self.tracer.refuse("its forward iterates over a traced value")
 
+    def __getitem__(self, key: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+
     def __len__(self) -> int:
         shape = self.tracer.known_shape(self)
         if shape:

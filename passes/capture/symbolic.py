@@ -162,8 +162,10 @@ class Recorder(fx.Tracer):
         self._forward = forward
         self._parameters = parameters
         self._check_none = check_none
-        self.submodule_paths = {one: name for name, one in module.named_modules()}
-        self.root_module_name = module._get_name()
+        self.submodule_paths: dict[nn.Module, str] = {
+            one: name for name, one in module.named_modules()
+        }
+        self.root_module_name = type(module).__name__
         self.tensor_attrs: Any = {
             value: f"{name}.{key}" if name else key
             for one, name in self.submodule_paths.items()
@@ -207,7 +209,8 @@ class Recorder(fx.Tracer):
             else:
                 keywords[p.name] = value
         self._passed = (tuple(positional), keywords)
-        frame = Frame(self, _outermost, None)
+        outermost: Any = _outermost
+        frame = Frame(self, outermost, None)
         # Whatever the caller's modes are, those of the trace have to be known.
         with (
             torch.inference_mode(False),
