@@ -126,7 +126,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` without what a mask drops, not scaled: of a sparse tensor, numbers that it holds."""
     if x.layout not in (torch.strided, torch.sparse_coo):
         # What else is sparse has no product with a dense tensor, or not on every device.
-        x = x.to_sparse_coo()  # type: ignore[no-untyped-call]  # of torch
+        x = x.to_sparse(layout=torch.sparse_coo)
     return x * unpacked(mask, x)
 
 

@@ -135,8 +135,6 @@ def _same(node: fx.Node, inner: WeightView) -> WeightView:
 
 
 def _getattr(node: fx.Node, inner: WeightView) -> WeightView | None:
-    if node.args[1] == "data":
-        return inner
     square = node.args[1] in ("T", "H") and inner.dim == 2
     return _permuted(node, inner) if square or node.args[1] in ("mT", "mH") else None
 
@@ -286,8 +284,8 @@ _TARGETS: dict[_Step, tuple[Any, ...]] = {
         *(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
     ),
     _same: (
-        *(_T.contiguous, _T.clone, torch.clone, _T.detach, torch.detach),
-        *(_aten.contiguous.default, _aten.clone.default, _aten.detach.default),
+        *(_T.contiguous, _T.clone, torch.clone),
+        *(_aten.contiguous.default, _aten.clone.default),
         _aten.alias.default,
     ),
     _getattr: (getattr,),

@@ -172,12 +172,18 @@ def not_floating(region: Region, node: fx.Node, weight: fx.Node) -> Rejection | 
     return reject(region, node, weight, f"its weight is {parameter.dtype}, not floating point")
 
 
+_CUTS = frozenset({"detach", "detach_", "detach.default"})
+
+
 def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
     """A refusal where the weight is made of a parameter before it is applied; None if it is not."""
     source = constant_of(weight, region)
     if source is None:
         return None
     how = itemised(target_of(weight) or weight.target)
+    if how in _CUTS or (how == "getattr" and weight.args[1] == "data"):
+        reason = "the code cuts its gradient (detach, .data): an adapter would have none"
+        return reject(region, node, source, reason)
     return reject(
         region, node, source, f"the weight is computed from it ({how}) before it is applied"
     )

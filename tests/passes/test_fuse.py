@@ -241,7 +241,7 @@ class Chain(nn.Module):
         self.u, self.v = (nn.Parameter(torch.randn(width, width) / 2) for _ in range(2))
 
     def forward(self, x):
-        return F.linear(F.linear(x @ self.u, self.v), self.v)
+        return torch.tanh(F.linear(F.linear(x @ self.u, self.v), self.v))
 
 
 CHAIN = {"u": Letters("io", "o", "i"), "v": Letters("oi", "o", "i")}
@@ -275,15 +275,26 @@ def test_layers_one_after_the_other_in_an_exported_graph() -> None:
     algebra.check_dense(model, algebra.randomise(adapted), letters, x)
 
 
+class Longer(nn.Module):
+    """Its last product is the head, which is not quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v, self.w = (nn.Parameter(torch.randn(64, 64) / 8) for _ in range(3))
+
+    def forward(self, x):
+        return F.linear(F.linear(x @ self.u, self.v), self.w)
+
+
 def test_a_chain_over_quantized_weights() -> None:
-    model, x = lora_fx.quantize(seeded(Chain)(64), "nf4"), sample(3, 64)
-    config = LoraConfig(r=2, target_modules=["u", "v"])
+    model, dense, x = lora_fx.quantize(seeded(Longer)(), "nf4"), seeded(Longer)(), sample(3, 64)
+    config = LoraConfig(r=2, target_modules=["u", "v", "w"])
     adapted = algebra.randomise(lora_fx.rewrite(model, config), 0.05)
     (graph,) = lora_fx.graphs(adapted).values()
-    assert sum(node.target is quantized_lora_linear for node in graph.nodes) == 3
-    dense = seeded(Chain)(64)
-    for name in CHAIN:
-        values = quantized.dense(model.get_parameter(name))
-        dense.get_parameter(name).data = values.T if name == "u" else values
-    weights = algebra.dense_weights(dense, adapted, CHAIN)
-    assert_close(adapted(x), torch.func.functional_call(dense, weights, (x,)), 1e-3)
+    fused = [n.target for n in graph.nodes if n.target in (quantized_lora_linear, lora_linear)]
+    assert fused == [quantized_lora_linear, quantized_lora_linear, lora_linear]
+    dense.u.data = quantized.dense(model.u).T
+    dense.v.data = quantized.dense(model.v)
+    letters = {"u": CHAIN["u"], "v": CHAIN["v"], "w": CHAIN["v"]}
+    weights = algebra.dense_weights(dense, adapted, letters)
+    assert_close(adapted(x), torch.func.functional_call(dense, weights, (x,)), 1e-4)
