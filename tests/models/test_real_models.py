@@ -114,9 +114,6 @@ def test_every_site_is_the_dense_oracle(name, frontend):
     assert exact is not None or name == "mixtral"  # its grouped products are in fp32
 
 
-@pytest.mark.xfail(
-    strict=True, reason="its own forward reads the weight of qkv, and is taken for others"
-)
 def test_shifted_windows_of_timm_without_example_inputs():
     model, x = zoo.timm_model(
         "swinv2_tiny_window8_256", img_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 4)

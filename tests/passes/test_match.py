@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx.passes._sharing import share_copy
 from lora_fx.passes.capture.auto import capture
+from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.match import match
 from lora_fx.types import Matches
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close
-from tests.zoo import Mlp, Residual, Shared, Tied
+from tests.zoo import Mlp, Residual, Shared, Tied, sample
 
 
 def matched(model: nn.Module) -> Matches:
@@ -276,3 +278,62 @@ def test_golden() -> None:
         for site in found.sites
     )
     check_golden("match_tied", f"{graphs}\n{sites}\n")
+
+
+class Cuts(nn.Module):
+    """Applies weights whose gradient it has cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.a = nn.Parameter(torch.randn(4, 4))
+        self.b = nn.Parameter(torch.randn(4, 4))
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.linear(x, self.layer.weight.detach()) @ self.a.data
+        return self.fc(x @ self.b.T.detach())
+
+
+def test_a_weight_whose_gradient_is_cut_has_no_adapter():
+    """The adapter would be in every output, and in no gradient."""
+    plan = lora_fx.plan(Cuts(), lora_fx.LoraConfig(r=2, target_modules=["fc"]))
+    assert [row.name for row in plan.sites] == ["fc"]
+    assert {"layer", "a", "b"} <= {one.name for one in plan.rejections}
+
+
+class Walks(nn.Module):
+    """Goes through its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.other = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.other(self.fc(x)) * sum(p.square().sum() for p in self.parameters())
+
+
+class TakesTheFirst(Walks):
+    def forward(self, x):
+        x = x.to(next(self.parameters()).dtype)
+        return self.other(self.fc(x)) if x.sum() < 1e9 else x
+
+
+def test_nothing_is_adapted_where_code_goes_through_the_parameters():
+    """It would find the factors among them."""
+    matches = match(find_regions(share_copy(Walks())))
+    assert matches.sites == ()
+    assert all("is also read by Walks.forward" in one.reason for one in matches.rejections)
+    found = match(find_regions(share_copy(TakesTheFirst())))
+    assert {site.name for site in found.sites} == {"fc", "other"}
+
+
+def test_a_forward_that_was_replaced_on_one_layer_leaves_the_others_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    own = model[0].forward
+    model[0].forward = lambda x: own(x) * 2
+    plan = lora_fx.plan(model, lora_fx.LoraConfig(r=2, target_modules=["1", "2"]))
+    assert [row.name for row in plan.sites] == ["1", "2"]
+    reasons = {one.name: one.reason for one in plan.rejections}
+    assert "replaced on the instance" in reasons["0"]

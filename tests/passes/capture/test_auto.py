@@ -161,3 +161,33 @@ def test_auto_exports_only_for_what_is_multiplied_out_of_sight(multiplied, monke
     monkeypatch.setattr(exported, "export_root", lambda *a: asked.append(a) or a[0])
     lora_fx.capture(Token(multiplied), torch.randn(2, 4))
     assert bool(asked) == multiplied
+
+
+@pytest.mark.parametrize("wrong", ["value", "error"])
+def test_a_wrong_graph_costs_the_graphs_and_not_the_rewrite(wrong, monkeypatch):
+    """No trace is known to be wrong; if one were, the example inputs would show it."""
+    from lora_fx.passes.capture import regions
+
+    original = regions.trace
+
+    def trace(module, *args, **options):
+        graph = original(module, *args, **options)
+        if isinstance(module, zoo.Block):
+            last = next(node for node in reversed(graph.nodes) if node.op == "output")
+            with graph.inserting_before(last):
+                name = "neg" if wrong == "value" else "no_such_method"
+                last.args = (graph.call_method(name, (last.args[0],)),)
+        return graph
+
+    monkeypatch.setattr(regions, "trace", trace)
+    model = seeded(zoo.Residual)().eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(CaptureError, match="symbolic"):
+        lora_fx.capture(model, ids, frontend="symbolic")
+    captured = lora_fx.capture(model, ids)
+    assert captured.frontend == "regions"
+    assert {"blocks.0.up", "head"} <= captured.regions.keys()
+    assert "blocks.0" in captured.opaque
+    assert any("symbolic" in note for note in captured.notes)
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2), ids)
+    assert_same_bits(adapted.eval()(ids), model.requires_grad_(False)(ids))
