@@ -446,6 +446,29 @@ def test_an_adapter_trains_what_it_has_of_its_own(tmp_path: Path, caplog) -> Non
     assert not caplog.text
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}])
+def test_an_adapter_takes_over_what_is_frozen_again(trained, options) -> None:
+    """Its value is that of the base then; as long as it is trained by hand, it is in somebody's optimizer."""
+    _, changed = trained
+    changed.head.requires_grad_()
+    config = LoraConfig(r=2, target_modules=["up"], **options)
+    state = state_of(changed)
+    with pytest.raises(
+        ConfigError, match=r"head\.(weight|bias) was unfrozen by hand.*freeze it first"
+    ):
+        lora_fx.add_adapter(changed, config, "other")
+    assert_same_bits(changed.state_dict(), state)
+    changed.head.requires_grad_(False)
+    lora_fx.add_adapter(changed, config, "other")
+    running = changed(IDS)
+    lora_fx.set_adapter(changed, "other")
+    assert_same_bits(changed.head.bias, state["head.bias"])
+    steps(changed)
+    assert not torch.equal(changed.head.bias, state["head.bias"])
+    lora_fx.set_adapter(changed, "default")
+    assert_same_bits(changed(IDS), running)
+
+
 # --- modules that are put in -----------------------------------------------------------------------
 
 
