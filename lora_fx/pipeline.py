@@ -246,8 +246,8 @@ def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
         if parameter.requires_grad and (name in plan.biases or name.startswith(inside)):
             raise ConfigError(
                 f"{name} was unfrozen by hand, and the adapter is to have its own value of it "
-                "(modules_to_save, bias): freeze it first, with requires_grad_(False). The adapter starts with "
-                "what it is then"
+                "(modules_to_save, bias): freeze it first, with requires_grad_(False). The adapter starts "
+                "with what it is then"
             )
 
 
