@@ -583,3 +583,19 @@ def test_the_record_of_a_copy_knows_it(trained) -> None:
     _, changed = trained
     for twin in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
         assert record_of(twin).by_hand == frozenset(BY_HAND)
+
+
+def test_what_is_no_number_yet_is_left_alone() -> None:
+    """A lazy layer has no storage, and what was made under inference mode cannot be trained."""
+    base = nn.ModuleDict({"fc": nn.Linear(6, 6), "later": nn.LazyLinear(8)})
+    with torch.inference_mode():
+        base["inferred"] = nn.Linear(6, 6)
+    base.forward = base["fc"].forward
+    changed = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["fc"]))
+    assert _by_hand.is_guarded(changed["fc"].weight)
+    assert not _by_hand.is_guarded(changed["later"].weight)
+    changed["fc"].requires_grad_()
+    before = base["fc"].weight.detach().clone()
+    steps(changed, lambda one: one["fc"](torch.ones(2, 6)))
+    assert_same_bits(base["fc"].weight, before)
+    assert lora_fx.status(changed).by_hand == ("fc.weight", "fc.bias")
