@@ -118,7 +118,9 @@ def rewrite(
 
     Returns:
         A module of the model's own class, ready to train: the base frozen and shared with the
-        argument, the adapters trainable, the outputs those of the argument.
+        argument, the adapters trainable, the outputs those of the argument. A parameter of the base that
+        somebody unfreezes by hand gets storage of its own with its first gradient, so that the argument is
+        not trained, and is merged and saved beside the adapters; ``modules_to_save`` makes it part of one.
 
     Raises:
         ConfigError: If an argument cannot mean anything, or the model is rewritten already.

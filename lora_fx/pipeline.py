@@ -219,8 +219,12 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
 
     Returns:
         The record with the adapter, which is not active yet: no graph is changed.
+
+    Raises:
+        ConfigError: If it would have its own value of a parameter that is trained by hand.
     """
     before = base_parameters(capture.model)
+    _check_frozen(before, plan)
     run_passes(
         capture,
         [AddFactors(plan, adapter_name), AddTokens(plan.tokens, adapter_name), Unfreeze(plan)],
@@ -242,6 +246,18 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
         adapters={**record.adapters, adapter_name: adapter},
         originals={**record.originals, **originals},
     )
+
+
+def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+    """Refuses to train as part of an adapter what is trained by hand: an optimizer has the base's own."""
+    inside = tuple(f"{name}." for name in plan.saved_modules)
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and (name in plan.biases or name.startswith(inside)):
+            raise ConfigError(
+                f"{name} was unfrozen by hand, and the adapter is to have its own value of it "
+                "(modules_to_save, bias): freeze it first, with requires_grad_(False). The adapter starts "
+                "with what it is then"
+            )
 
 
 def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:

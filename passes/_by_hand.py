@@ -208,9 +208,9 @@ def _distinct(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _can_train(parameter: nn.Parameter) -> bool:
     return (
-        (parameter.is_floating_point() or parameter.is_complex())
+        not is_lazy(parameter)
+        and (parameter.is_floating_point() or parameter.is_complex())
         and not parameter.is_inference()
-        and not is_lazy(parameter)
         and quantization_of(parameter) is None
     )
 

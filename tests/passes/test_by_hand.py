@@ -446,6 +446,29 @@ def test_an_adapter_trains_what_it_has_of_its_own(tmp_path: Path, caplog) -> Non
     assert not caplog.text
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}])
+def test_an_adapter_takes_over_what_is_frozen_again(trained, options) -> None:
+    """Its value is that of the base then; as long as it is trained by hand, it is in somebody's optimizer."""
+    _, changed = trained
+    changed.head.requires_grad_()
+    config = LoraConfig(r=2, target_modules=["up"], **options)
+    state = state_of(changed)
+    with pytest.raises(
+        ConfigError, match=r"head\.(weight|bias) was unfrozen by hand.*freeze it first"
+    ):
+        lora_fx.add_adapter(changed, config, "other")
+    assert_same_bits(changed.state_dict(), state)
+    changed.head.requires_grad_(False)
+    lora_fx.add_adapter(changed, config, "other")
+    running = changed(IDS)
+    lora_fx.set_adapter(changed, "other")
+    assert_same_bits(changed.head.bias, state["head.bias"])
+    steps(changed)
+    assert not torch.equal(changed.head.bias, state["head.bias"])
+    lora_fx.set_adapter(changed, "default")
+    assert_same_bits(changed(IDS), running)
+
+
 # --- modules that are put in -----------------------------------------------------------------------
 
 
@@ -560,3 +583,19 @@ def test_the_record_of_a_copy_knows_it(trained) -> None:
     _, changed = trained
     for twin in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
         assert record_of(twin).by_hand == frozenset(BY_HAND)
+
+
+def test_what_is_no_number_yet_is_left_alone() -> None:
+    """A lazy layer has no storage, and what was made under inference mode cannot be trained."""
+    base = nn.ModuleDict({"fc": nn.Linear(6, 6), "later": nn.LazyLinear(8)})
+    with torch.inference_mode():
+        base["inferred"] = nn.Linear(6, 6)
+    base.forward = base["fc"].forward
+    changed = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["fc"]))
+    assert _by_hand.is_guarded(changed["fc"].weight)
+    assert not _by_hand.is_guarded(changed["later"].weight)
+    changed["fc"].requires_grad_()
+    before = base["fc"].weight.detach().clone()
+    steps(changed, lambda one: one["fc"](torch.ones(2, 6)))
+    assert_same_bits(base["fc"].weight, before)
+    assert lora_fx.status(changed).by_hand == ("fc.weight", "fc.bias")
