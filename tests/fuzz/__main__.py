@@ -18,8 +18,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.fuzz.choices import Repeated, Seeded, shrunk
-from tests.fuzz.features import OFF
+from tests.fuzz.choices import Alone, Repeated, Seeded, shrunk
+from tests.fuzz.features import FEATURES, OFF
 from tests.fuzz.grammar import write_program
 from tests.fuzz.program import Outcome, Program
 from tests.fuzz.worker import Worker, worker
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     off |= frozenset(options.without)
     if options.only:
         return _show(options.only, off, options.shrink)
+    if options.each:
+        return _each(options.each, options.group)
     start = time.monotonic()
     table = Table()
     _run(options, off, table)
@@ -152,6 +154,23 @@ def _run(options: argparse.Namespace, off: frozenset[str], table: Table) -> None
         thread.join()
 
 
+def _each(count: int, groups: Sequence[str]) -> int:
+    """Runs programs of one feature each, on or off, and prints what is not equal."""
+    failed = 0
+    with worker() as one:
+        for feature in FEATURES:
+            if groups and feature.partition("/")[0] not in groups:
+                continue
+            for number in range(count):
+                # What is read is also changed: a value that never changes tells nothing.
+                extra = frozenset({"change/what was read"}) if number else frozenset()
+                outcome = one.judge(write_program(Alone(feature, str(number), extra)))
+                failed += outcome.failed
+                if outcome.kind != "equal":
+                    print(f"{feature} {number}: {str(outcome).splitlines()[0][:200]}", flush=True)
+    return int(failed > 0)
+
+
 def _show(name: str, off: frozenset[str], shrink: bool) -> int:
     choices = Seeded(name, off)
     program = write_program(choices)
@@ -195,6 +214,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all-features", action="store_true", help="those that are off, too")
     parser.add_argument("--without", nargs="*", default=[], help="features to leave out")
     parser.add_argument("--only", help="run this program alone, by its name SEED:NUMBER")
+    parser.add_argument("--each", type=int, default=0, help="programs of each feature alone")
+    parser.add_argument("--group", nargs="*", default=[], help="with --each: of these groups")
     parser.add_argument("--shrink", action="store_true", help="make the programs that fail smaller")
     parser.add_argument("--log", type=Path, help="append each outcome to this file, as JSON")
     parser.add_argument("--verbose", action="store_true", help="print every program that fails")

@@ -170,11 +170,13 @@ def _adapted(c: Choices, source: Source) -> Program:
     frontend, example = _capture(c, source)
     optimize = not c.has("config/not optimized", 4)
     whole = frontend == "export" or (frontend == "auto" and example)
-    if optimize and (whole or any(feature.startswith(_RAW) for feature in c.features)):
-        optimize = c.may("combination/products in one graph, fused")
-        if not optimize and "reload" in actions:
-            # What is loaded is fused in any case.
-            actions.remove("reload")
+    if whole or any(feature.startswith(_RAW) for feature in c.features):
+        # What is loaded is fused in any case.
+        fused = (optimize or "reload" in actions) and c.may(
+            "combination/products in one graph, fused"
+        )
+        optimize = optimize and fused
+        actions = [name for name in actions if fused or name != "reload"]
     dtype = c.feature("dtype", ["float64"] * 12 + ["float32"] * 2 + ["bfloat16"])
     quantize = ""
     if dtype == "float32" and c.has("quantized/base", 3):

@@ -98,8 +98,8 @@ PLACES = {
     ),
     "closure over a list": Place(
         "self.{n}()",
-        "self.cell_{n} = [{v}]\nself.{n} = keep(self.cell_{n}, 0)",
-        "def keep(values, place):\n    def kept():\n        return values[place]\n    return kept",
+        "self.cell_{n} = [{v}]\nself.{n} = keep_place(self.cell_{n}, 0)",
+        "def keep_place(values, place):\n    def kept():\n        return values[place]\n    return kept",
         change="{m}.cell_{n}[0] = {o}",
     ),
     "partial": Place(

@@ -54,7 +54,11 @@ class Worker:
             line = ""
         if not line:
             return self._ended(hung=line is None)
-        return Outcome(**json.loads(line))
+        outcome = Outcome(**json.loads(line))
+        if outcome.failed:
+            # It may have left the process in a state that the next program would be blamed for.
+            self.close()
+        return outcome
 
     def close(self) -> None:
         """Ends the process."""
