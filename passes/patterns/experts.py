@@ -36,7 +36,9 @@ class ExpertsPattern:
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.types.Pattern`."""
         seen = self._see(node, region)
-        if not isinstance(seen, Product) or len(seen.view.shape) != 3:
+        if not isinstance(seen, Product):
+            return seen
+        if len(seen.view.shape) != 3:
             return None
         view = seen.view
         if refused := not_floating(region, node, view.source):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.passes._fx import target_of, unknown_arguments
+from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._weights import WeightView, constant_of, weight_of
 from lora_fx.quantized import quantization_of
 from lora_fx.types import Call, Layout, Region, Rejection, Site, join
@@ -201,8 +202,7 @@ def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
         None if all are known, or if no parameter is among what it reads.
     """
     passed = unknown_arguments(node, names)
-    sources = [constant_of(read, region) for read in node.all_input_nodes] if passed else []
-    source = next((one for one in sources if one is not None), None)
+    source = _weight_read(node, region) if passed else None
     if source is None:
         return None
     what = itemised(target_of(node)).partition(".")[0]
@@ -213,6 +213,16 @@ def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
         f"{what} is called with {', '.join(passed)}, and nothing says what that does to the product: call it "
         "without",
     )
+
+
+def _weight_read(node: fx.Node, region: Region) -> fx.Node | None:
+    """The matrix among what an operation reads."""
+    for read in node.all_input_nodes:
+        view = weight_of(read, region)
+        source = constant_of(read, region) if view is None else view.source
+        if is_matrix(region.parameter(source)):
+            return source
+    return None
 
 
 def itemised(value: Any) -> str:

@@ -146,7 +146,7 @@ def test_a_bias_on_b_is_added_where_the_outputs_are() -> None:
     x = sample(2, 5, 4, dtype=torch.float64)
     weights = algebra.dense_weights(model, adapted, {"kernel": Letters("hde", "he", "d")})
     scale = algebra.scale_of(adapted)
-    bias = scale * adapted.kernel_lora.lora_B_bias.default.view(2, 1, 3)
+    bias = scale * adapted.kernel_lora.lora_bias.default.view(2, 1, 3)
     exact = torch.tanh(torch.einsum("bsd,hde->bhse", x, weights["kernel"]) + bias)
     assert_close(adapted(x), exact)
 

@@ -10,12 +10,15 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.passes import patterns as registry
+from lora_fx.passes.capture.auto import capture
+from lora_fx.passes.match import match
 from lora_fx.passes.patterns import pattern_of, patterns
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site
 from lora_fx.types import Pattern, Role
 from tests import algebra
 from tests.numerics import assert_close, assert_same_bits
+from tests.zoo import FORMS, Form
 
 
 @torch.fx.wrap
@@ -143,3 +146,30 @@ def test_a_site_of_a_pattern_that_is_not_here_says_what_to_do(gained: Pattern) -
     stranger = dataclasses.replace(row.site, pattern="from-another-process")
     with pytest.raises(lora_fx.ConfigError, match="register_pattern"):
         pattern_of(stranger)
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, id=form.name) for form in FORMS])
+def test_no_form_is_recognised_with_an_argument_that_its_pattern_does_not_know(form: Form) -> None:
+    captured = capture(form.model())
+    (site,) = match(captured).sites
+    for call in site.calls:
+        graph = captured.regions[call.region].graph
+        (node,) = (one for one in graph.nodes if one.name == call.output)
+        node.kwargs = {**node.kwargs, "weird": 1}
+    found = match(captured)
+    assert not found.sites
+    (rejection,) = found.rejections
+    assert rejection.name == site.name
+    assert "is called with weird" in rejection.reason
+
+
+def test_a_pattern_that_fails_is_named_with_the_node(gained: Pattern) -> None:
+    class Broken(GainedPattern):
+        name = "broken"
+
+        def match(self, node, region):
+            return node.args[7]
+
+    lora_fx.register_pattern(Broken())
+    with pytest.raises(lora_fx.CaptureError, match="the pattern 'broken' failed on node"):
+        lora_fx.plan(model(), lora_fx.LoraConfig(r=2))
