@@ -156,12 +156,12 @@ class Dense:
         delta = scale * product(site, a, b, part.shape)
         if adapter.magnitude is not None:
             turned = part + delta
-            axis = _feature_axis(site)
-            others = [dim for dim in range(turned.dim()) if dim != axis]
-            norm = turned.detach().square().sum(others, keepdim=True).sqrt()
             m = self._leaf(adapter.magnitude).flatten()
-            shaped = m.view([-1 if dim == axis else 1 for dim in range(turned.dim())])
-            delta = shaped / norm * turned - part
+            # A grouped transposed convolution has the features of each group side by side.
+            groups = site.groups if "transpose" in site.pattern else 1
+            pairs = zip(turned.chunk(groups), m.chunk(groups), strict=True)
+            directed = [_directed(one, size, _feature_axis(site)) for one, size in pairs]
+            delta = torch.cat(directed) - part
         if site.rows is not None:
             delta = _within(delta, rows, 0 if site.layout == "out_in" else 1, applied.shape)
         yield weight, delta.reshape(base.shape)
@@ -201,6 +201,13 @@ def _untie(model: nn.Module) -> None:
             first = seen.setdefault(id(parameter), (id(module), name))
             if first != (id(module), name):
                 module._parameters[name] = nn.Parameter(parameter.detach().clone())
+
+
+def _directed(turned: Tensor, m: Tensor, axis: int) -> Tensor:
+    """``m / ‖turned‖ ∘ turned`` for each entry of an axis; the norm is a constant."""
+    others = [dim for dim in range(turned.dim()) if dim != axis]
+    norm = turned.detach().square().sum(others, keepdim=True).sqrt()
+    return m.view([-1 if dim == axis else 1 for dim in range(turned.dim())]) / norm * turned
 
 
 def _within(part: Tensor, rows: tuple[int, int], axis: int, shape: torch.Size) -> Tensor:
