@@ -16,7 +16,7 @@ from lora_fx.passes.match import match
 from lora_fx.types import Matches
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close
-from tests.zoo import Mlp, Residual, Shared, Tied, sample
+from tests.zoo import Mlp, Residual, Shared, Tied
 
 
 def matched(model: nn.Module) -> Matches:
