@@ -57,7 +57,9 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
         for path in reads.used:
             for name in _matrices(owner, path):
                 yield join(fqn, name), function.__qualname__
-        for name, parameter in owner.named_parameters() if reads.walks else ():
+        # Wrappers of PyTorch go through them to compare devices.
+        walks = reads.walks and not function.__module__.startswith("torch.")
+        for name, parameter in owner.named_parameters() if walks else ():
             if is_matrix(parameter):
                 yield join(fqn, name), function.__qualname__
 

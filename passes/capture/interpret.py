@@ -145,7 +145,7 @@ class Frame:
         """
         self.recorder = recorder
         self.function = function
-        self.path = path
+        self.place = path or Path(ObjectRoot(function))
         module = function.__globals__.get("__name__", "")
         self.library = module.partition(".")[0] in _LIBRARIES
         self._traced_text = False
@@ -170,11 +170,13 @@ class Frame:
 
     def free(self, name: str, value: Any) -> Any:
         """A read of a variable of an outer function."""
+        if self.library:
+            return value
         place = self.function.__code__.co_freevars.index(name)
-        assert self.function.__closure__ is not None
-        path = Path(ObjectRoot(self.function.__closure__[place])).attribute("cell_contents")
+        # By way of the function: a cell cannot be pickled.
+        path = self.place.attribute("__closure__").item(place).attribute("cell_contents")
         # What a decorator wraps is found there, and stays.
-        trusted = self.library or isinstance(value, FunctionType | type)
+        trusted = isinstance(value, FunctionType | type)
         return self.noted(value, path, trusted=trusted)
 
     def write(self, name: str, value: Any) -> None:
@@ -854,7 +856,8 @@ class Frame:
         for name in ("__defaults__", "__kwdefaults__"):
             value = getattr(function, name)
             if value and function is not self.recorder.target:
-                self.noted(value, Path(ObjectRoot(function)).attribute(name))
+                place = self.recorder.path_of(function) or Path(ObjectRoot(function))
+                self.noted(value, place.attribute(name))
 
     def _call_class(self, cls: type, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder

@@ -26,7 +26,7 @@ from lora_fx.passes._reads import Path, Read
 from lora_fx.passes._signature import GuardedCodeGen, Parameter, parameters_of, wrapped_forward
 from lora_fx.passes.capture.eager import Eager
 from lora_fx.passes.capture.instrument import instrumented
-from lora_fx.passes.capture.interpret import Frame
+from lora_fx.passes.capture.interpret import Frame, path_in
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
 
 __all__ = ["Recorder", "Untraceable", "trace"]
@@ -209,6 +209,7 @@ class Recorder(fx.Tracer):
             else:
                 keywords[p.name] = value
         self._passed = (tuple(positional), keywords)
+        self.remember(self._forward, path_in(type(self.root), "forward"))
         outermost: Any = _outermost
         frame = Frame(self, outermost, None)
         # Whatever the caller's modes are, those of the trace have to be known.

@@ -87,7 +87,7 @@ def wake(model: nn.Module) -> nn.Module:
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point() or not parameter.numel():
+            if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.numel() == 1:
                 parameter.copy_(torch.where(parameter == 0.0, 0.5, parameter))

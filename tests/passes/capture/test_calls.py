@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import CaptureError, LoraConfig
+from lora_fx import LoraConfig
 from tests.algebra import randomise
 from tests.numerics import assert_close, assert_same_bits
 
@@ -51,32 +51,51 @@ class Both(nn.Module):
         return self.child(x, True) + self.child(x, flag=False)
 
 
-def test_an_argument_that_the_trace_left_out_makes_auto_export() -> None:
-    model, x = Masked(), torch.randn(2, 5, 8)
-    mask = torch.zeros(5, 8, dtype=torch.bool)
-    mask[1] = True
-    plan = lora_fx.plan(model, CONFIG, (x, mask))
+class Scaled(Masked):
+    """An argument of which nobody can know what else it may be."""
+
+    def forward(self, x, scale=1.0):
+        return super().forward(x * scale)
+
+
+def test_an_argument_that_the_trace_has_fixed_makes_auto_export() -> None:
+    model, x = Scaled(), torch.randn(2, 5, 8)
+    plan = lora_fx.plan(model, CONFIG, (x, 2.0))
     assert plan.frontend == "export"
-    assert any("expected mask is None" in note for note in plan.notes)
-    adapted = randomise(lora_fx.rewrite(model, CONFIG, (x, mask)))
-    assert_close(lora_fx.merge(adapted)(x, mask), adapted(x, mask), 1e-5)
+    assert any("expected scale == 1.0" in note for note in plan.notes)
+    adapted = randomise(lora_fx.rewrite(model, CONFIG, (x, 2.0)))
+    assert_close(lora_fx.merge(adapted)(x, 2.0), adapted(x, 2.0), 1e-5)
     assert lora_fx.plan(model, CONFIG, x).frontend == "symbolic"
 
 
-def test_the_branch_that_the_call_takes_is_the_one_that_is_adapted() -> None:
-    plan = lora_fx.plan(
-        Flagged(), LoraConfig(r=2, target_modules=["w", "v"]), (torch.randn(2, 8), True)
-    )
-    assert [row.name for row in plan] == ["w"]
+def test_an_argument_that_the_trace_left_out_has_a_graph_of_its_own() -> None:
+    model, x = Masked(), torch.randn(2, 5, 8)
+    mask = torch.zeros(5, 8, dtype=torch.bool)
+    mask[1] = True
+    assert lora_fx.plan(model, CONFIG, (x, mask)).frontend == "symbolic"
+    for inputs in (None, x, (x, mask)):
+        adapted = randomise(lora_fx.rewrite(model, CONFIG, inputs))
+        assert_close(lora_fx.merge(adapted)(x, mask), adapted(x, mask), 1e-5)
+        assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
 
 
-def test_two_ways_of_calling_one_module_are_both_seen_by_an_export() -> None:
+def test_the_weights_of_every_branch_are_adapted() -> None:
+    model, x = Flagged(), torch.randn(2, 8)
+    config = LoraConfig(r=2, target_modules=["w", "v"])
+    assert {row.name for row in lora_fx.plan(model, config, (x, True))} == {"w", "v"}
+    adapted = randomise(lora_fx.rewrite(model, config))
+    merged = lora_fx.merge(adapted)
+    for flag in (False, True):
+        assert not torch.equal(adapted(x, flag), model(x, flag))
+        assert_close(merged(x, flag), adapted(x, flag), 1e-5)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "regions", "export"])
+def test_two_ways_of_calling_one_module_are_both_seen(frontend) -> None:
     model, x = Both(), torch.randn(2, 8)
     config = LoraConfig(r=2, target_modules=["w", "v"])
-    adapted = randomise(lora_fx.rewrite(model, config, x))
+    adapted = randomise(lora_fx.rewrite(model, config, x, frontend=frontend))
     assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
-    with pytest.raises(CaptureError, match="expected flag is False"):
-        lora_fx.rewrite(model, config, x, frontend="regions")
 
 
 class Batches(nn.Module):
