@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx import watch
 from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
@@ -161,6 +162,7 @@ def rewrite_model(
     result = capture.model
     mark_adapted(result, adapted=True)
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
+    watch.arm(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # A call that no graph takes is refused where an adapter would be left out: better now than later.
         run_reference(result, example_inputs)

@@ -24,6 +24,7 @@ from lora_fx.passes._generated import generated
 from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region
+from lora_fx.watch import BASE, GRAPH, disarm, entry, left_graph
 
 __all__ = [
     "CONSTANT",
@@ -41,8 +42,7 @@ __all__ = [
 CONSTANT = "_lora_fx_constant_"
 """Prefix of buffers that a graph needs and the model does not have."""
 
-_GRAPH = "_lora_fx_graph"
-_BASE = "_lora_fx_base"
+_GRAPH, _BASE = GRAPH, BASE
 _FALLBACK = "_lora_fx_fallback"
 _KEPT = "_lora_fx_kept"
 
@@ -58,9 +58,9 @@ def is_region(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, also where it is a region."""
-    cls = type(module)
-    return getattr(cls, _BASE) if is_region(module) else cls
+    """The module's own class, also where it is a region, or watched."""
+    found: type[nn.Module] = type(module).__dict__.get(_BASE, type(module))
+    return found
 
 
 def is_built_in(module: nn.Module) -> bool:
@@ -108,7 +108,8 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Gives a region its own class back."""
+    """Gives a region its own class back, and any module that is watched."""
+    disarm(module)
     if is_region(module):
         # Not by the module's own __setattr__, which may keep watch over this attribute, too.
         object.__setattr__(module, "__class__", original_class(module))
@@ -147,7 +148,9 @@ def _region_class(
         return known
     conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
     namespace[FALLBACK] = (
-        base.forward if fallback else refusal(base, conditions, dict(namespace), quantised=kept)
+        entry("fallback", base.forward)
+        if fallback
+        else refusal(base, conditions, dict(namespace), quantised=kept)
     )
     forward = generated(code.src, namespace, base.__name__)
     original = base.forward
@@ -198,6 +201,7 @@ class _Regional:
         super().__setattr__(name, value)
         if goes:
             self.__class__ = getattr(cls, _BASE)
+            left_graph(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A region of the same class."""

@@ -40,6 +40,7 @@ LAYERS = (
     "lora_fx.record",
     "lora_fx._compiled",
     "lora_fx.ops",
+    "lora_fx.watch",
     "lora_fx.attention",
     "lora_fx.windows",
     "lora_fx.experts",
