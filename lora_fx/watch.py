@@ -208,11 +208,13 @@ def left_graph(module: nn.Module) -> None:
 
 def _at_or_above(owners: set[str]) -> set[str]:
     """FQNs of modules, and of those that they are in."""
-    return {
-        owner[:end]
-        for owner in owners
-        for end in (*(i for i, letter in enumerate(owner) if letter == "."), len(owner))
-    }
+    found = set(owners)
+    for owner in owners:
+        above = owner.rpartition(".")[0]
+        while above and above not in found:
+            found.add(above)
+            above = above.rpartition(".")[0]
+    return found
 
 
 # --- the ways in --------------------------------------------------------------------------------------
