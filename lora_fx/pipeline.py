@@ -14,6 +14,7 @@ from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
+from lora_fx.oracle import check_rewritten
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._own import base_parameters
 from lora_fx.passes._region import install, kept_graph
@@ -22,7 +23,6 @@ from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.check import run_reference
 from lora_fx.passes.capture.quantized import holds_quantised
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.cheap_dropout import CheapDropout
@@ -164,8 +164,8 @@ def rewrite_model(
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     watch.arm(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
-        # A call that no graph takes is refused where an adapter would be left out: better now than later.
-        run_reference(result, example_inputs)
+        # What would be refused or wrong when it is called: better now than later.
+        check_rewritten(result, example_inputs)
     return result
 
 

@@ -12,6 +12,7 @@ from lora_fx._compiled import inside
 from lora_fx.passes._factors import adapter_parameters
 from lora_fx.passes._own import own_value
 from lora_fx.record import AdapterRecord, require_record
+from lora_fx.watch import is_checked
 
 __all__ = ["AdapterStatus", "ModelStatus", "status"]
 
@@ -65,10 +66,14 @@ class ModelStatus:
     Attributes:
         adapters: One for each.
         per_sample: Whether each sample of a batch has one of the active ones.
+        unchecked: Whether no eager call has shown yet that nothing reads adapted weights past the active
+            adapters: nothing has run, or a compiler or an export alone. The next eager call, or
+            :func:`lora_fx.check`, shows it.
     """
 
     adapters: tuple[AdapterStatus, ...]
     per_sample: bool
+    unchecked: bool = False
 
     def __iter__(self) -> Iterator[AdapterStatus]:
         return iter(self.adapters)
@@ -77,6 +82,10 @@ class ModelStatus:
         lines = [str(adapter) for adapter in self.adapters] or ["no adapter"]
         if self.per_sample:
             lines.append("each sample of a batch has one of the active adapters, or none")
+        if self.unchecked:
+            lines.append(
+                "unchecked: no eager call of the model with these adapters has been watched yet"
+            )
         return "\n".join(lines)
 
 
@@ -94,6 +103,7 @@ def status(model: nn.Module) -> ModelStatus:
             for name, adapter in record.adapters.items()
         ),
         record.per_sample,
+        not is_checked(model),
     )
 
 

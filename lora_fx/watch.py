@@ -14,6 +14,7 @@ what they run stays pending, as does what runs without real values (:func:`_blin
 from __future__ import annotations
 
 import bisect
+import contextlib
 import copy
 import copyreg
 import functools
@@ -48,6 +49,7 @@ __all__ = [
     "is_checked",
     "left_graph",
     "mark_checked",
+    "reading",
     "watched_class",
 ]
 
@@ -100,6 +102,7 @@ class _Model:
         checked: The settings under which a call of the whole model was watched to its end.
         derived: Values that are computed from adapted weights and outlive the call, by storage, with the
             names of the weights.
+        read: Takes the names of weights that are read beside their branch, if somebody wants them.
     """
 
     def __init__(self) -> None:
@@ -108,6 +111,7 @@ class _Model:
         self.settings: list[tuple[Any, ...]] = []
         self.checked: set[tuple[int, int]] = set()
         self.derived: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
+        self.read: set[str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
         return _Model()
@@ -182,6 +186,22 @@ def arm_again() -> None:
     global _epoch
     with _lock:
         _epoch += 1
+
+
+@contextlib.contextmanager
+def reading(model: nn.Module) -> Iterator[set[str]]:
+    """Gives the names of the weights that are read in the graphs that hold their branches, as it happens.
+
+    Args:
+        model: A rewritten model, of which nothing has been watched yet.
+    """
+    found: set[str] = set()
+    state: _Model = model.__dict__[STATE].model
+    state.read = found
+    try:
+        yield found
+    finally:
+        state.read = None
 
 
 def is_checked(model: nn.Module) -> bool:
@@ -331,7 +351,8 @@ def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
             return True
         wrapper = sys.modules["torch._dynamo"].OptimizedModule
         compiled = (
-            isinstance(one, wrapper) or "_compiled_call_impl" in one.__dict__ for one in root.modules()
+            isinstance(one, wrapper) or "_compiled_call_impl" in one.__dict__
+            for one in root.modules()
         )
         return any(compiled)
     return False
@@ -447,7 +468,11 @@ def _methods(cls: type) -> frozenset[str]:
             continue
         for name, value in one.__dict__.items():
             plain = isinstance(value, FunctionType) and not name.startswith("_")
-            if plain and not inspect.isgeneratorfunction(value) and not inspect.iscoroutinefunction(value):
+            if (
+                plain
+                and not inspect.isgeneratorfunction(value)
+                and not inspect.iscoroutinefunction(value)
+            ):
                 found.add(name)
     return _public.setdefault(cls, frozenset(found - {"forward"}))
 
@@ -480,7 +505,9 @@ def _weights(model: _Model) -> list[_Weight]:
     record = record_of(root)
     assert root is not None
     found: dict[tuple[int, int], _Weight] = {}
-    for row in (row for name in record.active for row in record.adapters[name].places) if record else ():
+    for row in (
+        (row for name in record.active for row in record.adapters[name].places) if record else ()
+    ):
         site = row.site
         try:
             weight = root.get_parameter(site.weight)
@@ -513,7 +540,9 @@ def _parts(value: Any) -> Iterator[torch.Tensor]:
 def _span(tensor: torch.Tensor) -> int:
     if tensor.layout is not torch.strided or not tensor.numel():
         return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return (last + 1) * tensor.element_size()
 
 
@@ -606,7 +635,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         found: frozenset[str],
     ) -> bool:
         """Whether an operator brings a weight together with anything else."""
-        others = [t for t, origin in zip(given, origins, strict=True) if not origin and t.numel() > 1]
+        others = [
+            t for t, origin in zip(given, origins, strict=True) if not origin and t.numel() > 1
+        ]
         if kind == "move":
             lookup = any(self._named[name][0].site.family == "embedding" for name in found)
             return lookup and _name(func) in _LOOKUPS and bool(others) and bool(origins[0])
@@ -628,6 +659,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         reader = _reader(sys._getframe(2))
         for name in sorted(found):
             if any(reader.holds(weight) for weight in self._named[name]):
+                if self.model.read is not None:
+                    self.model.read.add(name)
                 continue
             weight, where = self._named[name][0], reader.words()
             self.error = self.error or CaptureError(
@@ -731,7 +764,9 @@ def _kind(func: Any) -> str:
         return "product"
     if name in _ASKS or name.startswith("_foreach"):
         return "ask"
-    views = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+    views = any(
+        one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns
+    )
     if name in _MOVES or views or torch.Tag.view_copy in func.tags:
         return "move"
     if torch.Tag.reduction in func.tags:
@@ -822,15 +857,19 @@ def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
 def _reader(frame: FrameType | None) -> _Reader:
     between: set[CodeType] = set()
     owners: list[nn.Module] = []
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(_GENERATED):
-            break
-        root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if root not in _LIBRARIES and root not in sys.stdlib_module_names:
-            break
+    code: FrameType | None = None
+    root = ""
+    while frame is not None and not frame.f_code.co_filename.startswith(_GENERATED):
+        name = str(frame.f_globals.get("__name__", ""))
+        # The wrappers of methods are as good as not there.
+        root = name.partition(".")[0] if name != __name__ else "torch"
+        if code is None and root not in _LIBRARIES and root not in sys.stdlib_module_names:
+            code = frame
         between.add(frame.f_code)
         owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and frame.f_code.co_name == "forward":
+        if code is None and isinstance(owner, nn.Module) and frame.f_code.co_name == "forward":
             owners.append(owner)
         frame = frame.f_back
-    return _Reader(frame, frozenset(between), tuple(owners))
+    # What a function of lora_fx calls, which a graph calls, is a part of that operation.
+    inside = frame is not None and root == "lora_fx"
+    return _Reader(frame if code is None or inside else code, frozenset(between), tuple(owners))

@@ -64,7 +64,9 @@ class _Following:
         self._memo = memo
         self._originals = originals
         self._copies = {id(one) for key, one in memo.items() if key != id(memo)}
-        self._none: dict[int, Any] = {}  # they reach nothing of the original; held, so that ids stay theirs
+        self._none: dict[
+            int, Any
+        ] = {}  # they reach nothing of the original; held, so that ids stay theirs
         self._done: dict[int, Any] = {}
         self._made: dict[int, Any] = {}
 
