@@ -24,7 +24,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, FunctionType
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +83,23 @@ _ASKS = frozenset(
     "randn_like zeros_like".split()
 )
 
-_epoch = 0
-_active = 0
+
+class _Now:
+    """What is so in the whole process.
+
+    Attributes:
+        epoch: Counted up when everything is to be watched again.
+        active: Number of watches that run.
+    """
+
+    __slots__ = ("active", "epoch")
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.active = 0
+
+
+_now = _Now()
 _lock = threading.Lock()
 _local = threading.local()
 _public: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -183,9 +198,8 @@ def disarm(module: nn.Module) -> None:
 
 def arm_again() -> None:
     """Has everything watched again: a module has another forward now, or a hook."""
-    global _epoch
     with _lock:
-        _epoch += 1
+        _now.epoch += 1
 
 
 @contextlib.contextmanager
@@ -209,14 +223,14 @@ def is_checked(model: nn.Module) -> bool:
     record, known = record_of(model), model.__dict__.get(STATE)
     if record is not None and not record.active:
         return True
-    return known is not None and (_epoch, known.model.setting) in known.model.checked
+    return known is not None and (_now.epoch, known.model.setting) in known.model.checked
 
 
 def mark_checked(model: nn.Module) -> None:
     """Notes that a model was compared with the dense one."""
     known = model.__dict__.get(STATE)
     if known is not None:
-        known.model.checked.add((_epoch, known.model.setting))
+        known.model.checked.add((_now.epoch, known.model.setting))
 
 
 def left_graph(module: nn.Module) -> None:
@@ -260,13 +274,13 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             name,
             self.training,
             torch.is_grad_enabled(),
-            _epoch,
+            _now.epoch,
             entries.model.setting,
             *[value if value.__class__ is bool else value.__class__ for value in args],
             *kwargs,
             *[value if value.__class__ is bool else value.__class__ for value in kwargs.values()],
         )
-        if _active or key not in entries.done:
+        if _now.active or key not in entries.done:
             return _first(self, entries, key, function, args, kwargs)
         return function(self, *args, **kwargs)
 
@@ -301,7 +315,7 @@ def _first(
     result = _watched(_Watch(entries.model, weights), function, module, args, kwargs)
     entries.done.add(key)
     if module is entries.model.root():
-        entries.model.checked.add((_epoch, entries.model.setting))
+        entries.model.checked.add((_now.epoch, entries.model.setting))
     return result
 
 
@@ -312,17 +326,16 @@ def _watched(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    global _active
     outer = getattr(_local, "watch", None)
     _local.watch = watch
     with _lock:
-        _active += 1
+        _now.active += 1
     try:
         with watch:
             result = function(module, *args, **kwargs)
     finally:
         with _lock:
-            _active -= 1
+            _now.active -= 1
         _local.watch = outer
         watch.forget()
     if watch.error is not None:  # code of the model has caught it
@@ -384,7 +397,9 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
         return known
     methods = {name: getattr(cls, name) for name in _methods(cls)}
     if whole:
-        methods |= {"__call__": cls.__call__, "forward": cls.forward}
+        methods["__call__"] = cls.__call__
+        if not _knows_itself(cls.forward):
+            methods["forward"] = cls.forward
     made = type(
         cls.__name__,
         (_Watched, cls),
@@ -417,6 +432,22 @@ def _watch(module: nn.Module, *, whole: bool) -> None:
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
     object.__setattr__(module, "__class__", watched_class(cls, whole))
+
+
+def _knows_itself(function: Any) -> bool:
+    """Whether a forward is in its own closure.
+
+    It may ask whether the class has it: layers of transformers checkpoint their activations only then.
+    """
+    cells = getattr(function, "__closure__", None) or ()
+    return any(cell.cell_contents is function for cell in cells if _is_full(cell))
+
+
+def _is_full(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # the name has no value yet
+        return False
 
 
 def _pickles_plainly(cls: type) -> bool:

@@ -1,4 +1,4 @@
-"""Whatever reads an adapted weight past its adapter is an error at the first call, or agrees with W + s·BA."""
+"""What reads an adapted weight past its adapter is an error at the first call, or agrees with W + s·BA."""
 
 from __future__ import annotations
 
@@ -522,7 +522,7 @@ def test_threads_do_not_watch_for_each_other(x):
     for thread in threads:
         thread.join()
     assert not failures
-    assert watch._active == 0
+    assert watch._now.active == 0
 
 
 def test_a_replica_with_weights_of_its_own_is_not_watched(x):
