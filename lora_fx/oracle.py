@@ -81,10 +81,8 @@ class CheckReport:
     no_effect: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.sites} site(s): the outputs are those of the dense weights "
-            f"(relative difference {self.error:.2g}, tolerance {self.tolerance:.2g})"
-        ]
+        numbers = f"relative difference {self.error:.2g}, tolerance {self.tolerance:.2g}"
+        lines = [f"{self.sites} site(s): the outputs are those of the dense weights ({numbers})"]
         for words, names in (
             ("did not run", self.not_run),
             ("got no gradient", self.no_gradient),

@@ -69,18 +69,25 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 # Values as they were, in other places. Views, and what PyTorch tags as a copy of one, are known by that.
 _MOVES = frozenset(
-    "_reshape_copy _to_copy _unsafe_index _unsafe_view as_strided_scatter cat clone constant_pad_nd "
-    "contiguous copy diagonal_scatter flip gather index index_put index_select lift_fresh masked_scatter "
-    "masked_select native_dropout pin_memory repeat roll rot90 scatter select_scatter set slice_scatter "
-    "sort stack take tril triu".split()
+    {
+        *("_reshape_copy", "_to_copy", "_unsafe_index", "_unsafe_view", "as_strided_scatter"),
+        *("cat", "clone", "constant_pad_nd", "contiguous", "copy", "diagonal_scatter", "flip"),
+        *("gather", "index", "index_put", "index_select", "lift_fresh", "masked_scatter"),
+        *("masked_select", "native_dropout", "pin_memory", "repeat", "roll", "rot90"),
+        *("scatter", "select_scatter", "set", "slice_scatter", "sort", "stack", "take", "tril"),
+        "triu",
+    }
 )
 # Of these, those that look rows up: what an embedding does.
-_LOOKUPS = frozenset("_unsafe_index gather index index_select take".split())
+_LOOKUPS = frozenset({"_unsafe_index", "gather", "index", "index_select", "take"})
 # Their results depend on the form of what they are given, or are a number that stands for all of it.
 _ASKS = frozenset(
-    "_local_scalar_dense bernoulli count_nonzero empty_like equal full_like histc is_same_size logsumexp "
-    "new_empty new_empty_strided new_full new_ones new_zeros nonzero ones_like rand_like randint_like "
-    "randn_like zeros_like".split()
+    {
+        *("_local_scalar_dense", "bernoulli", "count_nonzero", "empty_like", "equal"),
+        *("full_like", "histc", "is_same_size", "logsumexp", "new_empty", "new_empty_strided"),
+        *("new_full", "new_ones", "new_zeros", "nonzero", "ones_like", "rand_like"),
+        *("randint_like", "randn_like", "zeros_like"),
+    }
 )
 
 
@@ -695,8 +702,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 continue
             weight, where = self._named[name][0], reader.words()
             self.error = self.error or CaptureError(
-                f"{weight.site.name}: its weight {weight.site.weight} is read by {_name(func)} {where}, outside "
-                "of the graph that holds its adapter, which would be left out there. Call the layer instead of "
+                f"{weight.site.name}: its weight {weight.site.weight} is read by {_name(func)} {where}, "
+                "outside of the graph that holds its adapter, which would be left out there. Call the layer "
+                "instead of "
                 "reading its weight (code that holds on to a layer of the original model has to be given "
                 f"the one of the rewritten model), or name {weight.site.name!r} in exclude_modules"
             )

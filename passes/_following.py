@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ class _Following:
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
         made = types.FunctionType(
-            value.__code__, value.__globals__, value.__name__, None, cells if cells else None
+            value.__code__, value.__globals__, value.__name__, None, cells or None
         )
         # One that calls itself is in its own closure.
         self._made[id(value)] = (value, made)
@@ -207,38 +207,54 @@ def _held(value: Any) -> Iterable[Any]:
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value holds, each with what leads there."""
-    if isinstance(value, types.FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield f" -> {value.__qualname__} (its {name})", _content(cell)[0]
-        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        for item in (*defaults, *value.__dict__.values()):
-            yield f" -> {value.__qualname__} (a default or an attribute)", item
-    elif isinstance(value, types.MethodType):
+    for kind, held in _WAYS:
+        if isinstance(value, kind):
+            yield from held(value)
+            return
+    for key, item in (*_attributes(value).items(), *_slots(value)):
+        yield f".{key}", item
+
+
+def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        yield f" -> {value.__qualname__} (its {name})", _content(cell)[0]
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    for item in (*defaults, *value.__dict__.values()):
+        yield f" -> {value.__qualname__} (a default or an attribute)", item
+
+
+def _of_method(value: types.MethodType) -> Iterator[tuple[str, Any]]:
+    yield ".__self__", value.__self__
+    yield ".__func__", value.__func__
+
+
+def _of_builtin(value: types.BuiltinMethodType) -> Iterator[tuple[str, Any]]:
+    if isinstance(value.__self__, nn.Module | torch.Tensor):
         yield ".__self__", value.__self__
-        yield ".__func__", value.__func__
-    elif isinstance(value, types.BuiltinMethodType):
-        if isinstance(value.__self__, nn.Module | torch.Tensor):
-            yield ".__self__", value.__self__
-    elif isinstance(value, functools.partial):
-        for item in (value.func, *value.args, *value.keywords.values()):
-            yield " (a partial)", item
-    elif isinstance(value, weakref.ReferenceType):
-        yield "()", value()
-    elif isinstance(value, _CACHED):
-        yield ".__wrapped__", value.__wrapped__
-    elif isinstance(value, _KEYED):
-        for key, item in value.items():
-            yield f"[{key!r}]" if isinstance(key, str | int) else "[...]", item
-            if not isinstance(key, str):
-                yield " (a key)", key
-    elif isinstance(value, _SEQUENCES):
-        for place, item in enumerate(value):
-            yield f"[{place}]", item
-    else:
-        for key, item in _attributes(value).items():
-            yield f".{key}", item
-        for key, item in _slots(value):
-            yield f".{key}", item
+
+
+def _of_partial(value: functools.partial[Any]) -> Iterator[tuple[str, Any]]:
+    for item in (value.func, *value.args, *value.keywords.values()):
+        yield " (a partial)", item
+
+
+def _of_mapping(value: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        yield f"[{key!r}]" if isinstance(key, str | int) else "[...]", item
+        if not isinstance(key, str):
+            yield " (a key)", key
+
+
+_WAYS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
+    (types.FunctionType, _of_function),
+    (types.MethodType, _of_method),
+    (types.BuiltinMethodType, _of_builtin),
+    (functools.partial, _of_partial),
+    (weakref.ReferenceType, lambda value: [("()", value())]),
+    (_CACHED, lambda value: [(".__wrapped__", value.__wrapped__)]),
+    (_KEYED, _of_mapping),
+    (_SEQUENCES, lambda value: ((f"[{place}]", item) for place, item in enumerate(value))),
+)
 
 
 def _attributes(value: Any) -> dict[str, Any]:

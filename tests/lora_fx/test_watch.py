@@ -214,7 +214,11 @@ def test_a_reader_is_right_or_refused(cls, training, x):
         model = adapted(cls)
         found = model.train(training)(x)
     except lora_fx.LoraFxError as error:
-        assert "fc" in str(error)
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert "fc" in refused
         return
     exact = dense(cls, model).train(training)(x)
     assert_close(found, exact)
@@ -290,7 +294,7 @@ def test_hooks_are_watched_when_they_are_registered_later(x):
 def test_the_original_in_a_closure_made_later_is_seen(x):
     original = build(Plain)
     model = lora_fx.rewrite(original, CONFIG)
-    model.product = lambda x: original.fc(x)
+    model.product = original.fc.forward
     with pytest.raises(CaptureError, match="fc"):
         model(x)
 

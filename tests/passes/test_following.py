@@ -1,3 +1,4 @@
+# ruff: noqa: PLW0108  a function around a layer is what is tested
 """Functions, partials and objects that hold a layer hold the copy's in a copy, or the copy is refused."""
 
 from __future__ import annotations
