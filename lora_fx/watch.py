@@ -42,6 +42,7 @@ __all__ = [
     "BASE",
     "GRAPH",
     "STATE",
+    "Hooked",
     "arm",
     "arm_again",
     "disarm",
@@ -462,11 +463,8 @@ def _pickles_plainly(cls: type) -> bool:
     return ways == (object.__reduce__, object.__reduce_ex__, None)
 
 
-class _Watched:
-    """What the class of a watched module adds to the one that it is made of, besides entries."""
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Keeps from the module's own class that it has a subclass: it may register them."""
+class Hooked:
+    """Has hooks watched that are registered later."""
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
@@ -477,6 +475,13 @@ class _Watched:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
         return super().register_forward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Watched(Hooked):
+    """What the class of a watched module adds to the one that it is made of, besides entries."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keeps from the module's own class that it has a subclass: it may register them."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """As the class that it is made of, and watched again."""
@@ -564,19 +569,20 @@ def _weights(model: _Model) -> list[_Weight]:
 
 
 def _parts(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors with memory of which a tensor is made: those inside a subclass that wraps some."""
+    """The strided tensors of which a tensor is made: those inside a subclass that wraps some."""
     if not isinstance(value, torch.Tensor):
         return
     flatten = getattr(type(value), "__tensor_flatten__", None)
     if flatten is None:
-        yield value
+        if value.layout is torch.strided and not value.is_nested:
+            yield value
         return
     for name in flatten(value)[0]:
         yield from _parts(getattr(value, name))
 
 
 def _span(tensor: torch.Tensor) -> int:
-    if tensor.layout is not torch.strided or not tensor.numel():
+    if not tensor.numel():
         return 0
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
@@ -716,7 +722,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """The weights that a tensor holds values of, or of which it is computed."""
         found: frozenset[str] = frozenset()
         for part in _parts(tensor):
-            if part.layout is not torch.strided or part.device.type == "meta":
+            if part.device.type == "meta":
                 continue
             start = part.data_ptr()
             place = bisect.bisect_right(self._starts, start) - 1
@@ -734,7 +740,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _note_derived(self, tensor: torch.Tensor, found: frozenset[str]) -> None:
         for part in _parts(tensor):
-            if part.layout is torch.strided and not self._inside(part):
+            if not self._inside(part):
                 storage = part.untyped_storage()
                 before = self._derived.get(storage._cdata)
                 self._clean.pop(storage._cdata, None)
@@ -751,36 +757,27 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _note_clean(self, result: Any) -> None:
         for tensor in _tensors((result,)):
             for part in _parts(tensor):
-                if part.layout is torch.strided:
-                    storage = part.untyped_storage()
-                    if storage._cdata not in self._clean:
-                        self._clean[storage._cdata] = StorageWeakRef(storage)
+                storage = part.untyped_storage()
+                if storage._cdata not in self._clean:
+                    self._clean[storage._cdata] = StorageWeakRef(storage)
 
     def _becomes_data(self, func: Any, given: list[torch.Tensor]) -> None:
         """What data are written into is data."""
-        if func._schema.is_mutable and given and given[0].layout is torch.strided:
-            self._clean.pop(given[0].untyped_storage()._cdata, None)
+        if func._schema.is_mutable:
+            for part in _parts(given[0]) if given else ():
+                self._clean.pop(part.untyped_storage()._cdata, None)
 
     def _is_clean(self, tensor: torch.Tensor) -> bool:
         """Whether a value was made in this call of no data."""
-        if tensor.layout is not torch.strided:
-            return False
-        return any(
-            part.layout is torch.strided and part.untyped_storage()._cdata in self._clean
-            for part in _parts(tensor)
-        )
+        return any(part.untyped_storage()._cdata in self._clean for part in _parts(tensor))
 
     def _of_model(self, tensor: torch.Tensor) -> bool:
         """Whether it is a parameter or a buffer: a gain, or a mask."""
         root = self.model.root()
-        if root is None or tensor.layout is not torch.strided:
-            return False
-        storage = tensor.untyped_storage()._cdata
-        values = (*root.parameters(), *root.buffers())
+        storages = {part.untyped_storage()._cdata for part in _parts(tensor)}
+        values = (*root.parameters(), *root.buffers()) if root is not None else ()
         return any(
-            value.layout is torch.strided and value.untyped_storage()._cdata == storage
-            for whole in values
-            for value in _parts(whole)
+            part.untyped_storage()._cdata in storages for value in values for part in _parts(value)
         )
 
 

@@ -24,7 +24,7 @@ from lora_fx.passes._generated import generated
 from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region
-from lora_fx.watch import BASE, GRAPH, disarm, entry, left_graph
+from lora_fx.watch import BASE, GRAPH, Hooked, disarm, entry, left_graph
 
 __all__ = [
     "CONSTANT",
@@ -174,7 +174,7 @@ def _region_class(
     return cls
 
 
-class _Regional:
+class _Regional(Hooked):
     """What a region's class adds to the module's own class, besides ``forward``.
 
     It has no ``__slots__``: Python would see another layout and refuse to change the class.
