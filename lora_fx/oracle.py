@@ -26,6 +26,7 @@ from lora_fx.passes._change import delta_weight
 from lora_fx.passes._factors import factor_names, factors_of
 from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._sharing import share_copy
+from lora_fx.passes._tokens import rows_name, tokens_of
 from lora_fx.passes.capture.check import run_once
 from lora_fx.passes.merge import merge
 from lora_fx.quantized import quantization_of
@@ -58,6 +59,10 @@ _CHOICES: Mapping[str, int] = {
     "sort": 1,
     "topk": 1,
 }
+
+
+# By site and adapter: modules that hold its parameters, their names in them, and what was there.
+_Places = dict[tuple[str, str], list[tuple[nn.Module, str, nn.Parameter]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +164,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     rows = [(row, name) for name in record.active for row in record.adapters[name].sites]
     adapted = share_copy(model)
     _own_zeros(adapted)
-    start = _randomize(adapted, rows)
+    start = _randomize(adapted, rows) | _randomize_tokens(adapted, record)
     dense = merge(adapted)[0]
     _check_merge(adapted, dense, rows, record)
     choices = _Choices()
@@ -178,7 +183,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     if not error <= tolerance:
         with torch.no_grad():
             error, tolerance = _look_again(
-                adapted, dense, rows, start, example_inputs, (found, expected), tolerance
+                adapted, dense, start, example_inputs, (found, expected), tolerance
             )
     watch.mark_checked(model)
     return _report(adapted, rows, read, found, error, tolerance)
@@ -231,16 +236,14 @@ def _own_zeros(model: nn.Module) -> None:
             module._parameters[name] = made[id(old)]
 
 
-def _randomize(
-    model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]
-) -> dict[tuple[str, str], list[tuple[nn.Module, str, nn.Parameter]]]:
+def _randomize(model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]) -> _Places:
     """Gives every site factors of its own whose product is a fraction of the weight.
 
     Returns:
         By site and adapter: where the factors that there were have to go back to.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    before: dict[tuple[str, str], list[tuple[nn.Module, str, nn.Parameter]]] = {}
+    before: _Places = {}
     made: dict[int, nn.Parameter] = {}
     for row, adapter in rows:
         holder, names = model.get_submodule(row.site.holder), factor_names(row)
@@ -259,6 +262,21 @@ def _randomize(
                     requires_grad=False,
                 )
             part._parameters[adapter] = made[id(old)]
+    return before
+
+
+def _randomize_tokens(model: nn.Module, record: Record) -> _Places:
+    """Moves the rows of embeddings that adapters train; returns as :func:`_randomize` does."""
+    generator = torch.Generator().manual_seed(_SEED)
+    before: _Places = {}
+    for adapter in record.active:
+        for row in record.adapters[adapter].tokens:
+            old = tokens_of(model, row, adapter)
+            noise = torch.randn(old.shape, generator=generator).to(old)
+            values = old.detach() + _CHANGE * max(_size(old), 1e-2) * noise
+            part = model.get_submodule(rows_name(row, adapter).rpartition(".")[0])
+            part._parameters[adapter] = nn.Parameter(values, requires_grad=False)
+            before[row.name, adapter] = [(part, adapter, old)]
     return before
 
 
@@ -317,8 +335,7 @@ def _check_merge(
 def _look_again(
     adapted: nn.Module,
     dense: nn.Module,
-    rows: Sequence[tuple[PlannedSite, str]],
-    start: Mapping[tuple[str, str], list[tuple[nn.Module, str, nn.Parameter]]],
+    start: _Places,
     example_inputs: Any,
     outputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     tolerance: float,
@@ -346,7 +363,7 @@ def _look_again(
     tolerance = max(tolerance, 30 * rounded)
     if error <= tolerance:
         return error, tolerance
-    blamed = _blamed(adapted, rows, start, example_inputs, tolerance)
+    blamed = _blamed(adapted, start, example_inputs, tolerance)
     where = f" with an adapter on {_listed(blamed)}" if blamed else ""
     raise CaptureError(
         f"the adapted model does not compute what its dense weights W + s · BA compute{where}: relative "
@@ -357,19 +374,21 @@ def _look_again(
 
 def _blamed(
     adapted: nn.Module,
-    rows: Sequence[tuple[PlannedSite, str]],
-    start: Mapping[tuple[str, str], list[tuple[nn.Module, str, nn.Parameter]]],
+    start: _Places,
     example_inputs: Any,
     tolerance: float,
 ) -> list[str]:
     """The sites each of which makes a difference alone."""
-    if len(rows) > _BLAMED:
+    if len(start) > _BLAMED:
         return []
-    random = {key: [(m, n, m._parameters[n]) for m, n, _ in held] for key, held in start.items()}
+    random = {
+        key: [(module, leaf, module.get_parameter(leaf)) for module, leaf, _ in held]
+        for key, held in start.items()
+    }
     found = []
-    for row, name in rows:
+    for alone in start:
         for key, held in start.items():
-            for module, leaf, value in random[key] if key == (row.name, name) else held:
+            for module, leaf, value in random[key] if key == alone else held:
                 module._parameters[leaf] = value
         choices = _Choices()
         with choices:
@@ -377,7 +396,7 @@ def _blamed(
         with choices.replayed():
             outputs = _floats(run_once(adapted, example_inputs))
         if not _difference(outputs, expected) <= tolerance / 10:
-            found.append(row.name)
+            found.append(alone[0])
     return found
 
 

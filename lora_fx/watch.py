@@ -359,7 +359,7 @@ def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
     # A replica of DataParallel has weights of its own, which are not those of the model.
     if root is None or not any(module is one for one in root.modules()):
         return True
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return True
     if torch._C._current_graph_task_id() != -1:
         return True  # a checkpoint makes it again in a backward pass
@@ -459,8 +459,9 @@ def _is_full(cell: CellType) -> bool:
 
 
 def _pickles_plainly(cls: type) -> bool:
-    ways = (cls.__reduce__, cls.__reduce_ex__, getattr(cls, "__deepcopy__", None))
-    return ways == (object.__reduce__, object.__reduce_ex__, None)
+    made_by_itself = hasattr(cls, "__deepcopy__") or hasattr(cls, "__getnewargs__")
+    ways: tuple[Any, Any] = (cls.__reduce__, cls.__reduce_ex__)
+    return not made_by_itself and ways == (object.__reduce__, object.__reduce_ex__)
 
 
 class Hooked:
@@ -486,7 +487,8 @@ class _Watched(Hooked):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """As the class that it is made of, and watched again."""
         cls: Any = type(self)
-        make, made_of, *state = super().__reduce_ex__(protocol)
+        made: Any = super().__reduce_ex__(protocol)
+        make, made_of, *state = made
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
             make, made_of = object.__new__, (cls.__dict__[_MADE],)
         return (_remade, (cls.__dict__["_lora_fx_whole"], make, *made_of), *state)
@@ -546,11 +548,10 @@ def _weights(model: _Model) -> list[_Weight]:
     """The adapted weights by address; none where there are no values to watch."""
     root = model.root()
     record = record_of(root)
-    assert root is not None
+    if root is None or record is None:
+        return []
     found: dict[tuple[int, int], _Weight] = {}
-    for row in (
-        (row for name in record.active for row in record.adapters[name].places) if record else ()
-    ):
+    for row in (row for name in record.active for row in record.adapters[name].places):
         site = row.site
         try:
             weight = root.get_parameter(site.weight)
@@ -623,7 +624,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def forget(self) -> None:
         """Keeps of what it has learnt what outlives the call."""
         self._clean.clear()
-        for storage in [s for s, (held, _) in self._derived.items() if held.expired()]:
+        for storage in [s for s, (held, _) in self._derived.items() if _is_gone(held)]:
             del self._derived[storage]
 
     def __torch_dispatch__(
@@ -745,7 +746,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 before = self._derived.get(storage._cdata)
                 self._clean.pop(storage._cdata, None)
                 self._derived[storage._cdata] = (
-                    before[0] if before else StorageWeakRef(storage),
+                    before[0] if before else _weakly(storage),
                     found | before[1] if before else found,
                 )
 
@@ -759,7 +760,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             for part in _parts(tensor):
                 storage = part.untyped_storage()
                 if storage._cdata not in self._clean:
-                    self._clean[storage._cdata] = StorageWeakRef(storage)
+                    self._clean[storage._cdata] = _weakly(storage)
 
     def _becomes_data(self, func: Any, given: list[torch.Tensor]) -> None:
         """What data are written into is data."""
@@ -779,6 +780,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         return any(
             part.untyped_storage()._cdata in storages for value in values for part in _parts(value)
         )
+
+
+def _weakly(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # of torch
+
+
+def _is_gone(held: StorageWeakRef) -> bool:
+    return bool(held.expired())  # type: ignore[no-untyped-call]  # of torch
 
 
 def _has_values(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -201,7 +201,7 @@ class _Regional(Hooked):
         super().__setattr__(name, value)
         if goes:
             self.__class__ = getattr(cls, _BASE)
-            left_graph(self)
+            left_graph(cast(nn.Module, self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A region of the same class."""

@@ -172,7 +172,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _hold(self, tensor: torch.Tensor) -> None:
         if tensor.layout is torch.strided and storage_of(tensor) not in self._held:
-            self._held[storage_of(tensor)] = StorageWeakRef(tensor.untyped_storage())
+            held = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # of torch
+            self._held[storage_of(tensor)] = held
         elif tensor.layout is not torch.strided:
             self._named.append(tensor)  # it is known by its own address
 

@@ -82,6 +82,39 @@ def test_nothing_of_the_run_is_left(x):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, ids):
+        if ids.sum() > 1e9:
+            return ids
+        return self.fc(self.embed(ids))
+
+
+@pytest.mark.parametrize(
+    "options", [{"trainable_token_indices": {"embed": [1, 2]}}, {"target_modules": ["embed"]}]
+)
+def test_embeddings_and_rows_of_them(options, monkeypatch):
+    ids = torch.tensor([[1, 2, 3]])
+    config = lora_fx.LoraConfig(**{"r": 2, "target_modules": ["fc"], **options})
+    model = lora_fx.rewrite(build(Words), config, ids)
+    assert lora_fx.check(model, ids).not_run == ()
+    # A merge that forgets is seen: what was moved has an effect.
+    whole = oracle.merge
+
+    def forgetful(adapted):
+        result, report = whole(adapted)
+        result.embed.weight = build(Words).embed.weight
+        return result, report
+
+    monkeypatch.setattr(oracle, "merge", forgetful)
+    monkeypatch.setattr(oracle, "_check_merge", lambda *_: None)
+    with pytest.raises(CaptureError, match="embed"):
+        lora_fx.check(model, ids)
+
+
 class Idle(nn.Module):
     """Layers that are never called, detached, thrown away, and behind a gate that starts at zero."""
 
