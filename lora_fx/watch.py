@@ -657,12 +657,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         found = frozenset().union(*origins)
         if kind != "ask" and self._meets(func, kind, given, origins, found):
             self._check(func, found)
-            result = func(*args, **kwargs)
-            # It holds a branch, so that it is data from now on; a weight that was cast is none.
-            if kind not in ("move", "pointwise"):
-                return result
-        else:
-            result = func(*args, **kwargs)
+            return func(
+                *args, **kwargs
+            )  # it holds the branch, or is on the way to it: data from now on
+        result = func(*args, **kwargs)
         written = [given[0]] if func._schema.is_mutable and given else []
         for tensor in (*_tensors((result,)), *written):
             if kind in ("ask", "reduce") or not _has_values(tensor):
