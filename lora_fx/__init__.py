@@ -53,6 +53,7 @@ from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.initialize import initialize
 from lora_fx.loftq import replace_lora_weights_loftq
 from lora_fx.optim import correct_gradients, parameter_groups
+from lora_fx.oracle import CheckReport, check
 from lora_fx.passes.patterns import register_pattern
 from lora_fx.preparation import prepare_for_kbit_training
 from lora_fx.quantize import plan_quantization, quantize
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CheckReport",
     "CheckpointError",
     "ConfigError",
     "ExportError",
@@ -91,6 +93,7 @@ __all__ = [
     "add_adapter",
     "add_weighted_adapter",
     "capture",
+    "check",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from lora_fx import watch
 from lora_fx._sample_calls import unwatch_calls, watch_calls
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._intact import check_intact
@@ -211,6 +212,7 @@ def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
     put_in(model, record)
     model.__dict__["_lora_fx"] = record
+    watch.arm(model)
 
 
 def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:

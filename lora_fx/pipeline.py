@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx import watch
 from lora_fx._config_starts import needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.ops import check_adapter_name
+from lora_fx.oracle import check_rewritten
 from lora_fx.passes._buffers import buffer_digests
 from lora_fx.passes._by_hand import protect
 from lora_fx.passes._own import base_parameters
@@ -22,7 +24,6 @@ from lora_fx.passes.add_factors import AddFactors
 from lora_fx.passes.add_tokens import AddTokens
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.check import run_reference
 from lora_fx.passes.capture.quantized import holds_quantised
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.passes.cheap_dropout import CheapDropout
@@ -172,9 +173,10 @@ def rewrite_model(
     mark_adapted(result, adapted=True)
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     protect(result)
+    watch.arm(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
-        # A call that no graph takes is refused where an adapter would be left out: better now than later.
-        run_reference(result, example_inputs)
+        # What would be refused or wrong when it is called: better now than later.
+        check_rewritten(result, example_inputs)
     return result
 
 

@@ -13,6 +13,7 @@ from lora_fx.passes._by_hand import trained_by_hand
 from lora_fx.passes._factors import adapter_parameters
 from lora_fx.passes._own import own_value
 from lora_fx.record import AdapterRecord, require_record
+from lora_fx.watch import is_checked
 
 __all__ = ["AdapterStatus", "ModelStatus", "status"]
 
@@ -70,11 +71,15 @@ class ModelStatus:
         per_sample: Whether each sample of a batch has one of the active ones.
         by_hand: FQNs of the base's parameters that are trained, or were, though no adapter trains them: they
             are merged and saved with whichever adapter is.
+        unchecked: Whether no eager call has shown yet that nothing reads adapted weights past the active
+            adapters: nothing has run, or a compiler or an export alone. The next eager call, or
+            :func:`lora_fx.check`, shows it.
     """
 
     adapters: tuple[AdapterStatus, ...]
     per_sample: bool
     by_hand: tuple[str, ...] = ()
+    unchecked: bool = False
 
     def __iter__(self) -> Iterator[AdapterStatus]:
         return iter(self.adapters)
@@ -89,6 +94,10 @@ class ModelStatus:
             lines.append(
                 f"trained by hand, beside the adapters: {shown}"
                 + (f" and {more} more" if more > 0 else "")
+            )
+        if self.unchecked:
+            lines.append(
+                "unchecked: no eager call of the model with these adapters has been watched yet"
             )
         return "\n".join(lines)
 
@@ -108,6 +117,7 @@ def status(model: nn.Module) -> ModelStatus:
         ),
         record.per_sample,
         tuple(trained_by_hand(model, record)),
+        not is_checked(model),
     )
 
 

@@ -26,6 +26,7 @@ from lora_fx.passes._reads import Path, Read
 from lora_fx.passes._refusal import refusal
 from lora_fx.passes._signature import FALLBACK, GuardedCodeGen
 from lora_fx.types import META_KEY, Region
+from lora_fx.watch import BASE, CODES, GRAPH, Hooked, disarm, entry
 
 __all__ = [
     "CONSTANT",
@@ -43,9 +44,8 @@ __all__ = [
 CONSTANT = "_lora_fx_constant_"
 """Prefix of buffers that a graph needs and the model does not have."""
 
-_GRAPH = "_lora_fx_graph"
+_GRAPH, _BASE = GRAPH, BASE
 _FORMS = "_lora_fx_forms"
-_BASE = "_lora_fx_base"
 _FALLBACK = "_lora_fx_fallback"
 _KEPT = "_lora_fx_kept"
 
@@ -60,9 +60,9 @@ def is_region(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, also where it is a region."""
-    cls = type(module)
-    return getattr(cls, _BASE) if is_region(module) else cls
+    """The module's own class, also where it is a region, or watched."""
+    found: type[nn.Module] = type(module).__dict__.get(_BASE, type(module))
+    return found
 
 
 def is_built_in(module: nn.Module) -> bool:
@@ -119,7 +119,8 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Gives a region its own class back."""
+    """Gives a region its own class back, and any module that is watched."""
+    disarm(module)
     if is_region(module):
         # Not by the module's own __setattr__, which may keep watch over this attribute, too.
         object.__setattr__(module, "__class__", original_class(module))
@@ -145,17 +146,19 @@ def _region_class(
     known = _classes.get(key)
     if known is not None:
         return known
-    forward: Any = base.forward
+    forward: Any = entry("fallback", base.forward)
     if not fallback:
         guards = [(form.conditions, form.reads, dict(form.namespace)) for form in forms]
         forward = refusal(base, guards, quantised=kept)
     original = base.forward
-    for form in reversed(forms):
+    codes: dict[types.CodeType, fx.Graph] = {}
+    for form, graph in reversed([*zip(forms, graphs.values(), strict=True)]):
         # A call that a graph does not apply to goes on to the next one.
         form.namespace[FALLBACK] = forward
         forward = generated(form.source, form.namespace, base.__name__)
         forward.__doc__ = original.__doc__
         forward.__signature__ = inspect.signature(original)
+        codes[forward.__code__] = graph
     cls = type(
         base.__name__,
         (_Regional, base),
@@ -165,6 +168,7 @@ def _region_class(
             "__doc__": base.__doc__,
             "forward": forward,
             _GRAPH: next(iter(graphs.values())),
+            CODES: codes,
             _FORMS: types.MappingProxyType(dict(graphs)),
             _BASE: base,
             _FALLBACK: fallback,
@@ -194,7 +198,7 @@ class _Form:
         self.key = (code.src, names, tags, guarded)
 
 
-class _Regional:
+class _Regional(Hooked):
     """What a region's class adds to the module's own class, besides ``forward``.
 
     It has no ``__slots__``: Python would see another layout and refuse to change the class.

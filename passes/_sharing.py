@@ -8,13 +8,13 @@ billion parameters is not held twice.
 from __future__ import annotations
 
 import copy
-import types
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes._following import follow
 from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._sharing_quantized import drop_repr, keep_exact, quantized_twin, share_states
 
@@ -32,7 +32,7 @@ def share_copy(model: nn.Module) -> nn.Module:
         of their own.
 
     Raises:
-        CaptureError: If the model cannot be copied.
+        CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
     """
     memo: dict[int, Any] = {}
     # Tensors made under inference mode could not be trained on.
@@ -51,8 +51,8 @@ def share_copy(model: nn.Module) -> nn.Module:
             for value in (*module.__dict__.values(), *module._buffers.values()):
                 _detach_results(value, memo)
         result = _copied(model, memo)
+    follow(result, memo, (*model.modules(), *model.parameters()))
     for module in result.modules():
-        _follow_closures(module.__dict__, memo)
         keep_exact(module)
         drop_repr(module)
     for parameter in result.parameters():
@@ -120,47 +120,6 @@ def _detach_results(value: Any, memo: dict[int, Any]) -> None:
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             _detach_results(item, memo)
-
-
-def _follow_closures(attributes: dict[str, Any], memo: dict[int, Any]) -> None:
-    """Functions are not copied: one that holds a module in its closure would run the original."""
-    for name, value in list(attributes.items()):
-        if isinstance(value, types.FunctionType):
-            attributes[name] = _followed(value, memo)
-        elif isinstance(value, dict) and name.endswith("_hooks"):
-            _follow_closures(value, memo)
-
-
-def _followed(value: Any, memo: dict[int, Any]) -> Any:
-    """The copy of what a closure holds; the thing itself where nothing in it was copied."""
-    if isinstance(value, nn.Module):
-        return memo.get(id(value), value)
-    if isinstance(value, types.MethodType):
-        owner = _followed(value.__self__, memo)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if not isinstance(value, types.FunctionType) or not value.__closure__:
-        return value
-    held = [_content(cell) for cell in value.__closure__]
-    found = [_followed(one, memo) for one in held]
-    if all(new is old for new, old in zip(found, held, strict=True)):
-        return value
-    cells = (
-        cell if new is old else types.CellType(new)
-        for cell, old, new in zip(value.__closure__, held, found, strict=True)
-    )
-    result = types.FunctionType(
-        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
-    )
-    result.__dict__.update(value.__dict__)
-    result.__kwdefaults__ = value.__kwdefaults__
-    return result
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty: the name has no value yet
-        return None
 
 
 def storage_of(tensor: torch.Tensor) -> int:

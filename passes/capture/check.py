@@ -21,7 +21,7 @@ from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.watch import Count, count_weights
 from lora_fx.types import Capture, Region
 
-__all__ = ["check_unchanged", "goes_past", "run_reference", "watch_reference"]
+__all__ = ["check_unchanged", "goes_past", "run_once", "run_reference", "watch_reference"]
 
 _T = TypeVar("_T")
 _log = logging.getLogger("lora_fx")
@@ -101,6 +101,17 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
     return _reference(model, example_inputs, _run)
 
 
+def run_once(model: nn.Module, example_inputs: Any) -> Any:
+    """The output of the model itself in eval mode, with gradients where the caller has them on.
+
+    Every run begins with the same random numbers and uses none up.
+
+    Raises:
+        CaptureError: If the inputs do not fit the model.
+    """
+    return _in_words(_called, model, example_inputs)
+
+
 def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
     """What the model multiplies with its data on the example inputs; a copy over its weights runs.
 
@@ -118,9 +129,12 @@ def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
 
 def _reference(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], _T]) -> _T:
     normalise(example_inputs)
-    runs = share_copy(model)
+    return _in_words(run, share_copy(model), example_inputs)
+
+
+def _in_words(run: Callable[[nn.Module, Any], _T], model: nn.Module, example_inputs: Any) -> _T:
     try:
-        return run(runs, example_inputs)
+        return run(model, example_inputs)
     except CaptureError:
         raise
     except Exception as error:
@@ -137,10 +151,14 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
     """The output in eval mode; every run begins with the same random numbers and uses none up."""
+    with torch.no_grad():
+        return _called(model, example_inputs)
+
+
+def _called(model: nn.Module, example_inputs: Any) -> Any:
     # A forward may write into what it is given: tensors, and caches more so.
     args, kwargs = pytree.tree_map(_own, normalise(example_inputs))
-    forked = torch.random.fork_rng(devices=_devices(model))
-    with torch.no_grad(), forked, _without_fast_path():
+    with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
         return model.eval()(*args, **kwargs)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.direct: set[frozenset[str]] = set()
         self.computed: set[frozenset[str]] = set()
-        self._alive: list[torch.Tensor] = []  # a storage's address is its name while it lives
+        # An address is not given to another storage while there is a weak reference to the first.
+        self._held: dict[int, StorageWeakRef] = {}
+        self._named: list[torch.Tensor] = []
         self._data = {storage_of(tensor) for tensor in _tensors(inputs)}
         names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -155,7 +158,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _becomes_data(self, result: Any) -> None:
         for tensor in _tensors((result,)):
-            self._alive.append(tensor)
+            self._hold(tensor)
             if storage_of(tensor) not in self._parameters:
                 self._origin.pop(storage_of(tensor), None)
                 self._data.add(storage_of(tensor))
@@ -163,9 +166,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _becomes(self, result: Any, origins: list[_Origin], direct: bool) -> None:
         merged = _Origin(frozenset().union(*(o.names for o in origins)), direct)
         for tensor in _tensors((result,)):
-            self._alive.append(tensor)
+            self._hold(tensor)
             # A view has the storage, and with it the origin, of what it is a view of.
             self._origin.setdefault(storage_of(tensor), merged)
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        if tensor.layout is torch.strided and storage_of(tensor) not in self._held:
+            held = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # of torch
+            self._held[storage_of(tensor)] = held
+        elif tensor.layout is not torch.strided:
+            self._named.append(tensor)  # it is known by its own address
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

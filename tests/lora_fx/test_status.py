@@ -31,6 +31,7 @@ def test_every_adapter_has_a_line() -> None:
             f"b: not active, frozen, 2 site(s) of rank 8, {b.parameters:,} parameters, float32 on cpu, "
             "trains head in full, trains 2 bias(es)"
         ),
+        "unchecked: no eager call of the model with these adapters has been watched yet",
     ]
     lora_fx.set_adapter(model, "b")
     assert b.parameters == sum(p.numel() for p in lora_fx.trainable_parameters(model))

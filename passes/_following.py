@@ -1,0 +1,294 @@
+"""What the attributes of a copied model hold on to beyond its modules, made that of the copy.
+
+``copy.deepcopy`` copies containers and objects, and no functions: a closure, a default argument or a weak
+reference to a layer goes on meaning the layer of the original, wherever it is stored. Here they are followed
+into lists, dicts and objects and made anew. What can be neither copied nor made anew is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import CaptureError
+
+__all__ = ["follow"]
+
+_ATOMS = (
+    *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator),
+)
+_KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
+_SEQUENCES = (*_LISTED, *_FIXED, set)
+_CACHED = type(functools.lru_cache(lambda: None))
+# Objects of these are no part of a model, and lead everywhere.
+_APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}) - {
+    *("types", "collections", "argparse")
+}
+
+
+def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
+    """Makes whatever the copy of a model reaches that of the copy.
+
+    Args:
+        result: The copy. It is changed.
+        memo: What ``copy.deepcopy`` noted for it: copies by the id of what they are copies of.
+        originals: Modules and parameters of the model that was copied.
+
+    Raises:
+        CaptureError: If something of the original is still reached. Globals of modules and attributes of
+            classes are not looked at.
+    """
+    following = _Following(memo, {id(one): one for one in originals})
+    following.within(result)
+    path = following.path(result)
+    if path is not None:
+        raise CaptureError(
+            f"the model cannot be copied as a whole: {path} holds a module or a parameter in a way that "
+            "copy.deepcopy does not follow, so that the copy would go on using the original's. Keep it in "
+            "an attribute, a list or a dict of the module, or give its class a __deepcopy__"
+        )
+
+
+class _Following:
+    def __init__(self, memo: dict[int, Any], originals: dict[int, Any]) -> None:
+        self._memo = memo
+        self._originals = originals
+        self._copies = {id(one) for key, one in memo.items() if key != id(memo)}
+        self._none: dict[
+            int, Any
+        ] = {}  # they reach nothing of the original; held, so that ids stay theirs
+        self._done: dict[int, Any] = {}
+        self._made: dict[int, Any] = {}
+
+    def reaches(self, value: Any) -> bool:
+        """Whether a value leads to something of the original."""
+        originals, none = self._originals, self._none
+        seen: dict[int, Any] = {id(value): value}
+        pending = [value]
+        while pending:
+            for child in _held(pending.pop()):
+                key = id(child)
+                if key in originals:
+                    return True
+                if key not in seen and not isinstance(child, _ATOMS):
+                    seen[key] = child
+                    if key not in none:
+                        pending.append(child)
+        none.update(seen)
+        return False
+
+    def path(self, value: Any) -> str | None:
+        """Where something of the original is, or None."""
+        if not self.reaches(value):
+            return None
+        seen: dict[int, Any] = {id(value): value}
+        pending: deque[tuple[str, Any]] = deque([("the model", value)])
+        while pending:
+            path, one = pending.popleft()
+            for label, child in _children(one):
+                if id(child) in self._originals:
+                    return path + label
+                if id(child) not in seen:
+                    seen[id(child)] = child
+                    pending.append((path + label, child))
+        return None
+
+    def within(self, value: Any) -> None:
+        """Puts what belongs to the copy into a value that belongs to it."""
+        if id(value) in self._done:
+            return
+        self._done[id(value)] = value
+        if isinstance(value, _KEYED):
+            for key, item in list(value.items()):
+                self._put(value.__setitem__, key, item)
+        elif isinstance(value, _LISTED):
+            for place, item in enumerate(list(value)):
+                self._put(value.__setitem__, place, item)
+        elif isinstance(value, set):
+            found = [self.followed(item) for item in value]
+            if any(new is not old for new, old in zip(found, value, strict=True)):
+                value.clear()
+                value.update(found)
+        else:
+            held = _attributes(value)
+            for key, item in list(held.items()):
+                self._put(held.__setitem__, key, item)
+            for key, item in _slots(value):
+                self._put(functools.partial(object.__setattr__, value), key, item)
+
+    def _put(self, put: Any, key: Any, item: Any) -> None:
+        found = self.followed(item)
+        if found is not item:
+            put(key, found)
+
+    def followed(self, value: Any) -> Any:
+        """What stands for a value in the copy: the value itself if it reaches nothing of the original."""
+        if isinstance(value, _ATOMS) or id(value) in self._none:
+            return value
+        if id(value) in self._originals:
+            return self._memo.get(id(value), value)
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        if isinstance(value, nn.Module | torch.Tensor) and id(value) not in self._copies:
+            return value  # of another model
+        if not self.reaches(value):
+            return value
+        return self._made.setdefault(id(value), (value, self._anew(value)))[1]
+
+    def _anew(self, value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self.followed(value.__func__), self.followed(value.__self__))
+        if isinstance(value, types.BuiltinMethodType):
+            return getattr(self.followed(value.__self__), value.__name__)
+        if isinstance(value, functools.partial):
+            words = {key: self.followed(item) for key, item in value.keywords.items()}
+            return type(value)(self.followed(value.func), *map(self.followed, value.args), **words)
+        if isinstance(value, weakref.ReferenceType):
+            return weakref.ref(self.followed(value()))
+        if isinstance(value, _CACHED):
+            function = self.followed(value.__wrapped__)
+            return functools.lru_cache(**value.cache_parameters())(function)
+        if isinstance(value, _FIXED):
+            items = [self.followed(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if id(value) not in self._copies:
+            # It is the original's, too. What is not copied stays, and is refused in the end.
+            value = copy.deepcopy(value, self._memo)
+            self._copies.update(id(one) for key, one in self._memo.items() if key != id(self._memo))
+        if id(value) in self._copies:
+            self.within(value)
+        return value
+
+    def _function(self, value: types.FunctionType) -> types.FunctionType:
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, None, cells or None
+        )
+        # One that calls itself is in its own closure.
+        self._made[id(value)] = (value, made)
+        for cell, old in zip(cells, value.__closure__ or (), strict=True):
+            held, full = _content(old)
+            if full:
+                cell.cell_contents = self.followed(held)
+        made.__defaults__ = self.followed(value.__defaults__)
+        made.__kwdefaults__ = _mapped(self.followed, value.__kwdefaults__)
+        made.__dict__.update(_mapped(self.followed, value.__dict__) or {})
+        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+        made.__doc__, made.__annotations__ = value.__doc__, value.__annotations__
+        return made
+
+
+def _mapped(follow_one: Any, held: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if held is None else {key: follow_one(item) for key, item in held.items()}
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What a value holds: what :func:`_children` names, without a word for the most common."""
+    if isinstance(value, nn.Module):
+        return value.__dict__.values()
+    if isinstance(value, _KEYED):
+        return (*value, *value.values()) if value else ()
+    if isinstance(value, _SEQUENCES):
+        return value
+    return [child for _, child in _children(value)]
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value holds, each with what leads there."""
+    for kind, held in _WAYS:
+        if isinstance(value, kind):
+            yield from held(value)
+            return
+    for key, item in (*_attributes(value).items(), *_slots(value)):
+        yield f".{key}", item
+
+
+def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        yield f" -> {value.__qualname__} (its {name})", _content(cell)[0]
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    for item in (*defaults, *value.__dict__.values()):
+        yield f" -> {value.__qualname__} (a default or an attribute)", item
+
+
+def _of_method(value: types.MethodType) -> Iterator[tuple[str, Any]]:
+    yield ".__self__", value.__self__
+    yield ".__func__", value.__func__
+
+
+def _of_builtin(value: types.BuiltinMethodType) -> Iterator[tuple[str, Any]]:
+    if isinstance(value.__self__, nn.Module | torch.Tensor):
+        yield ".__self__", value.__self__
+
+
+def _of_partial(value: functools.partial[Any]) -> Iterator[tuple[str, Any]]:
+    for item in (value.func, *value.args, *value.keywords.values()):
+        yield " (a partial)", item
+
+
+def _of_mapping(value: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        yield f"[{key!r}]" if isinstance(key, str | int) else "[...]", item
+        if not isinstance(key, str):
+            yield " (a key)", key
+
+
+_WAYS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
+    (types.FunctionType, _of_function),
+    (types.MethodType, _of_method),
+    (types.BuiltinMethodType, _of_builtin),
+    (functools.partial, _of_partial),
+    (weakref.ReferenceType, lambda value: [("()", value())]),
+    (_CACHED, lambda value: [(".__wrapped__", value.__wrapped__)]),
+    (_KEYED, _of_mapping),
+    (_SEQUENCES, lambda value: ((f"[{place}]", item) for place, item in enumerate(value))),
+)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The ``__dict__`` of a module, a tensor or an object that may be a part of a model."""
+    if not isinstance(value, nn.Module | torch.Tensor) and _is_apart(value):
+        return {}
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _slots(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nn.Module | torch.Tensor) or _is_apart(value):
+        return
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and not name.startswith("__"):
+                try:
+                    yield name, object.__getattribute__(value, name)
+                except AttributeError:
+                    continue
+
+
+def _is_apart(value: Any) -> bool:
+    if type(value).__name__ == "_WrappedHook":  # torch's, around a hook
+        return False
+    return type(value).__module__.partition(".")[0] in _APART
+
+
+def _content(cell: types.CellType) -> tuple[Any, bool]:
+    try:
+        return cell.cell_contents, True
+    except ValueError:  # it is empty: the name has no value yet
+        return None, False
