@@ -45,6 +45,8 @@ def watch_calls(model: nn.Module, table: SampleRows) -> None:
     """
     for name, module in _entered(model):
         entry = _Entry(name, model, table)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # it has no adapter, and takes no such hook
         module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
         module.register_forward_hook(_Exit(entry), with_kwargs=True, always_call=True)
 

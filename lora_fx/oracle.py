@@ -320,7 +320,7 @@ def _check_merge(
         total = old.detach().double()
         for row, name in several:
             change = delta_weight(adapted, row, name, torch.float64)
-            total = total + change.reshape(row.site.weight_shape)
+            total = total + row.site.stored(change.reshape(row.site.applied_shape))
         merged = dense.get_parameter(weight).detach().double()
         allowed = 4 * torch.finfo(old.dtype).eps * float(total.abs().max())
         if float((merged - total).abs().max()) > allowed:

@@ -37,6 +37,7 @@ from lora_fx.passes.select_rows import SelectRows
 from lora_fx.passes.share_inputs import ShareInputs
 from lora_fx.passes.train_tokens import TrainTokens
 from lora_fx.passes.unfreeze import Unfreeze
+from lora_fx.quantized import quantization_of
 from lora_fx.record import AdapterRecord, Base, Record, record_of
 from lora_fx.types import (
     Capture,
@@ -265,11 +266,13 @@ def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
 def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:
     """The regions that run their graph: what was written out does so only where an adapter is.
 
-    Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantised weights.
+    Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantized weights. A
+    layer of bitsandbytes never does: its forward changes what the graph has read of it.
     """
     calls = [f"{module_of(call.region)}." for row in rows for call in row.site.calls]
     for region in capture.regions.values():
         adapted = any(name.startswith(f"{region.fqn}.") for name in calls)
         plain = not region.fqn or written_out(region.module) is None
-        if adapted or plain or holds_quantised(region.module):
+        stored = quantization_of(region.module._parameters.get("weight")) is not None
+        if adapted or plain or stored or holds_quantised(region.module):
             yield region

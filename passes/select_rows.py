@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from lora_fx.errors import ConfigError
+from lora_fx.ops import output_padding
 from lora_fx.passes._edit import edit_graphs
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes._weights import constant_of
@@ -108,6 +109,8 @@ class _Work:
                 return read
             if read.op == "get_attr" or constant_of(read, self._region) is not None:
                 return read
+            if read.target is output_padding:
+                return read  # numbers that all samples share
             return self._call(("select", read, tag), node, tag, select_rows, read)
 
         node.args = fx.map_arg(node.args, cut)

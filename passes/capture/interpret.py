@@ -45,7 +45,7 @@ from lora_fx.passes.capture.proxies import TracedValue, attribute_of, holds_trac
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder
 
-__all__ = ["Frame", "PassedKeywords", "PassedValues"]
+__all__ = ["Frame", "PassedKeywords", "PassedValues", "TracedText", "path_in"]
 
 _DEPTH = 40  # calls within calls; a trace that goes deeper does not end
 _LIBRARIES = ("torch", "lora_fx")
@@ -68,6 +68,11 @@ _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _READERS = frozenset({"get", "items", "keys", "values", "index", "count", "copy", "__getitem__"})
 _HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALLED = (FunctionType, BuiltinFunctionType, MethodType, type, types.MethodDescriptorType)
+# Their functions are operators, and hand themselves on although nobody lists them.
+_OF_OPERATORS = frozenset(
+    f"torch._C._{name}" for name in ("fft", "linalg", "nested", "nn", "sparse", "special")
+)
+_LOOKS = "a decorator of its forward looks at what was passed"
 _MISSING = object()
 _ANSWERING = (
     enum.Enum,
@@ -203,7 +208,8 @@ class Frame:
         if isinstance(value, PassedValues | PassedKeywords):
             if isinstance(value, PassedKeywords) and name in ("get", "pop"):
                 return functools.partial(self._asked, value)
-            return recorder.refuse("a decorator of its forward looks at what was passed")
+            recorder.refuse_softly(_LOOKS)
+            return getattr(value, name)
         if isinstance(value, torch.Tensor):
             owned = recorder.owned(value)
             if owned is not None:
@@ -729,13 +735,14 @@ class Frame:
     def _asked(self, passed: PassedKeywords, name: str, default: Any = None) -> Any:
         """What a decorator finds under a name in its ``**kwargs``: nothing, as long as nothing is given."""
         if name in passed:
-            self.recorder.refuse("a decorator of its forward looks at what was passed")
+            self.recorder.refuse_softly(_LOOKS)
+            return passed.pop(name, default)
         self.recorder.omitted.add(name)
         return default
 
     def _check_passed(self, *values: Any) -> None:
         if any(isinstance(value, PassedValues | PassedKeywords) for value in values):
-            self.recorder.refuse("a decorator of its forward looks at what was passed")
+            self.recorder.refuse_softly(_LOOKS)
 
     # --- calls --------------------------------------------------------------------------------------
 
@@ -1032,7 +1039,9 @@ def _overridable() -> frozenset[Any]:
 
 def _of_torch(function: Any) -> bool:
     """Whether a function of C hands itself to stand-ins that it is called with."""
-    return not isinstance(function, type) and _hashable(function) and function in _overridable()
+    if isinstance(function, type) or not _hashable(function):
+        return False
+    return function in _overridable() or getattr(function, "__module__", "") in _OF_OPERATORS
 
 
 def _is_function(function: Any) -> bool:

@@ -6,6 +6,7 @@ which text) ends the trace with the reason.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -127,6 +128,9 @@ class ModeProxy(TracedValue):
 def attribute_of(value: TracedValue, name: str) -> Any:
     """``value.name``, whatever attributes the stand-in has itself."""
     recorder: Recorder = value.__dict__["tracer"]
+    recorded = getattr(operator, name, None) if name.startswith("__") else None
+    if recorded is not None:
+        return functools.partial(recorded, value)  # x.__setitem__ is what x[...] = is
     if name.startswith("__"):
         recorder.refuse(
             f"its forward asks for the type or the identity of a traced value ({name}; see isinstance)"

@@ -622,14 +622,13 @@ def test_a_call_that_the_graph_was_not_made_for_says_so() -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(32, 32))
 
-        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
-            y = F.linear(x, self.w)
-            return y if more is None else y + more
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return F.linear(x, self.w) * scale
 
     result = lora_fx.quantize(Body(Branching(), 32), "nf4")
     result(torch.randn(2, 32))
     with pytest.raises(lora_fx.CaptureError, match="does not know its quantised weight"):
-        result.inner(torch.randn(2, 32), torch.randn(2, 32))
+        result.inner(torch.randn(2, 32), 2.0)
 
 
 # --- properties ---------------------------------------------------------------------------------------
