@@ -66,8 +66,7 @@ def step(way: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:  # noqa: C
         return torch.einsum("...i,hid->...hd", x, w).flatten(-2)
     if way == "einsum from heads":
         return torch.einsum("...hd,hod->...o", x.unflatten(-1, (HEADS, -1)), w)
-    assert way == "one expert"
-    return x @ w.select(dim=-3, index=1).mT
+    return x @ w.select(dim=-3, index=1).mT  # one expert
 
 
 class Program(nn.Module):
