@@ -31,7 +31,11 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+)
 
 from lora_fx.errors import CaptureError
 from lora_fx.ops import AdapterModule
@@ -336,7 +340,10 @@ def _watched(
         _now.active += 1
     try:
         with watch:
-            result = function(module, *args, **kwargs)
+            try:
+                result = function(module, *args, **kwargs)
+            finally:
+                _leave_to(watch)
     finally:
         with _lock:
             _now.active -= 1
@@ -345,6 +352,12 @@ def _watched(
     if watch.error is not None:  # code of the model has caught it
         raise watch.error
     return result
+
+
+def _leave_to(watch: _Watch) -> None:
+    """Ends modes that a call has begun and not ended: an interrupt passes hooks by that would do so."""
+    while (mode := _get_current_dispatch_mode()) is not None and mode is not watch:
+        mode.__exit__(None, None, None)
 
 
 def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
@@ -797,7 +810,7 @@ def _name(func: Any) -> str:
 def _kind(func: Any) -> str:
     """What an operator does with a weight: ``move``, ``pointwise``, ``reduce``, ``ask``, or ``product``."""
     namespace, name = func.namespace, _name(func)
-    if namespace in ("c10d", "_c10d_functional"):
+    if namespace in ("c10d", "_c10d_functional", "fsdp"):
         return "move"
     if namespace not in ("aten", "prim", "prims"):
         return "product"
@@ -884,6 +897,18 @@ class _Reader(NamedTuple):
         return None, None
 
 
+def _is_operation(frame: FrameType, code: CodeType | None) -> bool:
+    """Whether a generated forward has called a function as an operation that has a branch."""
+    for cls in type(frame.f_locals.get("self")).__mro__:
+        graph = cls.__dict__.get(CODES, {}).get(frame.f_code)
+        for node in () if graph is None else graph.nodes:
+            tag = node.meta.get(META_KEY)
+            called = getattr(node.target, "__code__", None) if node.op == "call_function" else None
+            if called is not None and called is code and isinstance(tag, Tag):
+                return True
+    return False
+
+
 def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
     value: Any = module
     for atom in name.split("."):
@@ -898,7 +923,7 @@ def _reader(frame: FrameType | None) -> _Reader:
     between: set[CodeType] = set()
     owners: list[nn.Module] = []
     code: FrameType | None = None
-    root = ""
+    root, below = "", None
     while frame is not None and not frame.f_code.co_filename.startswith(_GENERATED):
         name = str(frame.f_globals.get("__name__", ""))
         # The wrappers of methods are as good as not there.
@@ -909,7 +934,8 @@ def _reader(frame: FrameType | None) -> _Reader:
         owner = frame.f_locals.get("self")
         if code is None and isinstance(owner, nn.Module) and frame.f_code.co_name == "forward":
             owners.append(owner)
+        below = frame.f_code
         frame = frame.f_back
-    # What a function of lora_fx calls, which a graph calls, is a part of that operation.
-    inside = frame is not None and root == "lora_fx"
+    # What a function calls that is an adapted operation of a graph, or one of lora_fx, is a part of it.
+    inside = frame is not None and (root == "lora_fx" or _is_operation(frame, below))
     return _Reader(frame if code is None or inside else code, frozenset(between), tuple(owners))

@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import importlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -128,11 +129,11 @@ class Path:
 
     def __str__(self) -> str:
         if isinstance(self.root, ModuleRoot):
-            return self.expression(self.root.name)
+            return _in_words(self.expression(self.root.name))
         if isinstance(self.root, ObjectRoot):
             value = self.root.value
-            name = getattr(value, "__qualname__", None) or "a variable of an outer function"
-            return self.expression(name).removesuffix(".cell_contents")
+            name = getattr(value, "__qualname__", None) or type(value).__name__
+            return _in_words(self.expression(name))
         return self.expression("self")
 
 
@@ -276,6 +277,11 @@ def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
             yield Read(here, "shape", shape)
     for name, inner in seen.below:
         yield from _changes(getattr(value, name, None), path.attribute(name), inner)
+
+
+def _in_words(text: str) -> str:
+    """A path that goes through a closure as a reader says it."""
+    return re.sub(r"^(.*)\.__closure__\[\d+\]\.cell_contents", r"a variable around \1", text)
 
 
 def conditions_of(reads: Iterable[Read]) -> Iterator[tuple[Read, str]]:

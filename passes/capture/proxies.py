@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import fx
@@ -128,8 +129,8 @@ class ModeProxy(TracedValue):
 def attribute_of(value: TracedValue, name: str) -> Any:
     """``value.name``, whatever attributes the stand-in has itself."""
     recorder: Recorder = value.__dict__["tracer"]
-    recorded = getattr(operator, name, None) if name.startswith("__") else None
-    if recorded is not None:
+    recorded = vars(operator).get(name) if name.startswith("__") else None
+    if isinstance(recorded, BuiltinFunctionType):
         return functools.partial(recorded, value)  # x.__setitem__ is what x[...] = is
     if name.startswith("__"):
         recorder.refuse(

@@ -268,7 +268,7 @@ def test_a_submodule_that_is_called_itself_is_a_way_in(x):
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = ByNamedParameters()
+            self.inner = ByHelper()
 
         def forward(self, x):
             return self.inner.fc(x)
@@ -607,7 +607,7 @@ def test_on_meta_it_stays_pending():
 
 
 def test_under_a_mode_of_somebody_else_it_works(x):
-    model = adapted(ByNamedParameters)
+    model = adapted(ByHelper)
     with Seen() as seen, pytest.raises(CaptureError, match="fc"):
         model(x)
     assert seen.names
