@@ -844,11 +844,15 @@ class _Reader(NamedTuple):
         frame: Where it is.
         between: Codes of libraries that it has called.
         owners: Modules of libraries whose methods are among those.
+        caller: The graph that it is called by, or is.
+        called: What that graph has called, if it is no library's.
     """
 
     frame: FrameType | None
     between: frozenset[CodeType]
     owners: tuple[nn.Module, ...]
+    caller: FrameType | None
+    called: CodeType | None
 
     def words(self) -> str:
         """Where it is, for an error."""
@@ -864,11 +868,12 @@ class _Reader(NamedTuple):
         """Whether it is a graph with the weight's branch, or reads the weight by another name of its own."""
         module, graph = self._graph()
         if module is not None and graph is not None:
-            adapted = {
-                tag.weight.partition("[")[0]
-                for node in graph.nodes
-                if isinstance(tag := node.meta.get(META_KEY), Tag) and tag.adapter
-            }
+            tags = [(node, node.meta[META_KEY]) for node in graph.nodes if META_KEY in node.meta]
+            adapted = {_whole(tag) for _, tag in tags if tag.adapter}
+            if self.called is not None:
+                # A function of somebody is one operation of the graph where a pattern says so.
+                applied = {_whole(tag) for node, tag in tags if _runs(node, self.called)}
+                return any(_is_at(module, name, weight) for name in adapted & applied)
             if any(_is_at(module, name, weight) for name in adapted):
                 return True
             named = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -880,8 +885,8 @@ class _Reader(NamedTuple):
 
     def _graph(self) -> tuple[nn.Module | None, torch.fx.Graph | None]:
         """The module whose graph it is, and the graph."""
-        frame = self.frame
-        if frame is None or not frame.f_code.co_filename.startswith(_GENERATED):
+        frame = self.caller
+        if frame is None:
             return None, None
         module = frame.f_locals.get("self")
         for cls in type(module).__mro__:
@@ -897,16 +902,18 @@ class _Reader(NamedTuple):
         return None, None
 
 
-def _is_operation(frame: FrameType, code: CodeType | None) -> bool:
-    """Whether a generated forward has called a function as an operation that has a branch."""
-    for cls in type(frame.f_locals.get("self")).__mro__:
-        graph = cls.__dict__.get(CODES, {}).get(frame.f_code)
-        for node in () if graph is None else graph.nodes:
-            tag = node.meta.get(META_KEY)
-            called = getattr(node.target, "__code__", None) if node.op == "call_function" else None
-            if called is not None and called is code and isinstance(tag, Tag):
-                return True
-    return False
+def _whole(tag: Tag) -> str:
+    """The name of the weight of a tag, which may be of some of its rows."""
+    return tag.weight.partition("[")[0]
+
+
+def _runs(node: torch.fx.Node, code: CodeType) -> bool:
+    """Whether what a node calls is a function with this code, or decorates one."""
+    target = node.target
+    return node.op == "call_function" and any(
+        getattr(function, "__code__", None) is code
+        for function in (target, inspect.unwrap(target))  # type: ignore[arg-type]
+    )
 
 
 def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
@@ -923,19 +930,21 @@ def _reader(frame: FrameType | None) -> _Reader:
     between: set[CodeType] = set()
     owners: list[nn.Module] = []
     code: FrameType | None = None
-    root, below = "", None
+    called: CodeType | None = None
+    root = ""
     while frame is not None and not frame.f_code.co_filename.startswith(_GENERATED):
         name = str(frame.f_globals.get("__name__", ""))
         # The wrappers of methods are as good as not there.
         root = name.partition(".")[0] if name != __name__ else "torch"
         if code is None and root not in _LIBRARIES and root not in sys.stdlib_module_names:
             code = frame
-        between.add(frame.f_code)
+        called = frame.f_code
+        between.add(called)
         owner = frame.f_locals.get("self")
         if code is None and isinstance(owner, nn.Module) and frame.f_code.co_name == "forward":
             owners.append(owner)
-        below = frame.f_code
         frame = frame.f_back
-    # What a function calls that is an adapted operation of a graph, or one of lora_fx, is a part of it.
-    inside = frame is not None and (root == "lora_fx" or _is_operation(frame, below))
-    return _Reader(frame if code is None or inside else code, frozenset(between), tuple(owners))
+    # What a function of lora_fx calls, which a graph calls, is a part of that operation.
+    if code is None or (frame is not None and root == "lora_fx"):
+        code, called = frame, None
+    return _Reader(code, frozenset(between), tuple(owners), frame, called)

@@ -29,6 +29,7 @@ from lora_fx.tools.zoo.entries import Entry, wake
 from lora_fx.tools.zoo.job import run_job
 from lora_fx.tools.zoo.row import PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import in_fp64
+from lora_fx.watch import disarm
 from tests.zoo import seeded
 
 CONFIG = lora_fx.LoraConfig(r=2)
@@ -186,7 +187,12 @@ def test_a_job_looks_beneath_a_graph_of_the_whole_model(monkeypatch):
 
 
 def past(adapted: nn.Module, name: str) -> nn.Module:
-    """The model with one layer whose own code runs instead of its graph: the adapter is passed by."""
+    """The model with one layer whose own code runs instead of its graph: the adapter is passed by.
+
+    Nothing is watched any more, because the first call would be refused.
+    """
+    for module in adapted.modules():
+        disarm(module)
     layer = adapted.get_submodule(name)
     layer.__class__ = original_class(layer)
     return adapted

@@ -268,7 +268,9 @@ def test_a_module_that_calls_itself_is_not_a_graph():
             return self(self.fc(x)) if depth else x
 
     DEPTH = [1]
-    with pytest.raises(Untraceable, match=r"changes what is in a variable around .*Recursive\.forward"):
+    with pytest.raises(
+        Untraceable, match=r"changes what is in a variable around .*Recursive\.forward"
+    ):
         trace(Recursive())
     DEPTH[:] = [1]
     model = Recursive()

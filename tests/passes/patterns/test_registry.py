@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,11 +21,14 @@ from tests import algebra
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import FORMS, Form
 
+ALSO_READ: list[nn.Parameter] = []
+
 
 @torch.fx.wrap
 def gained_linear(x: torch.Tensor, weight: torch.Tensor, gain: float) -> torch.Tensor:
     """A user's own operation that is linear in its weight: y = gain · x Wᵀ."""
-    return gain * F.linear(x, weight)
+    y = gain * F.linear(x, weight)
+    return y + F.linear(x, *ALSO_READ) if ALSO_READ else y
 
 
 class GainedLinear(nn.Module):
@@ -107,6 +111,32 @@ def test_a_registered_pattern_works_end_to_end(gained: Pattern) -> None:
     merged = lora_fx.merge(adapted)
     assert type(merged[0]) is GainedLinear
     assert_close(merged(x), exact, 1e-12)
+
+
+class Beside(GainedLinear):
+    """One graph with the operation and a plain product over another weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(x, self.other)
+
+
+def test_an_operation_that_reads_the_weight_of_another_is_refused(
+    gained: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, x = Beside(), torch.randn(4, 5)
+    adapted = algebra.randomise(lora_fx.rewrite(base, lora_fx.LoraConfig(r=2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "ALSO_READ", [base.other])
+        with pytest.raises(
+            lora_fx.CaptureError, match=r"^other: .* by mm at .*test_registry.* in gained_linear"
+        ):
+            adapted(x)
+    merged = lora_fx.merge(adapted)
+    assert_close(adapted(x), 3.0 * x @ merged.weight.T + x @ merged.other.T)
 
 
 def test_the_last_registered_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
