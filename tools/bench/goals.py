@@ -9,6 +9,7 @@ from typing import Any
 from lora_fx.tools.bench import (
     dora_step,
     export_peers,
+    guards,
     merge_time,
     onnx_latency,
     quantized_goals,
@@ -139,6 +140,19 @@ def _rewrite(found: Mapping[str, Any]) -> Verdict | None:
     return Verdict(f"{ours:.3f} s; PEFT {peft:.3f} s", ours - 0.25, " s")
 
 
+def _guards(found: guards.Found) -> Verdict:
+    portions = {case.title: case.portion.median for case in found.cases}
+    text = "; ".join(f"{title}: {100 * portion:.2f} %" for title, portion in portions.items())
+    return Verdict(text, 100 * max(portions.values()) - 1, " %")
+
+
+def _second_step(found: guards.Found) -> Verdict:
+    off = found.steps[guards.OFF]
+    second, again = (ratio(found.steps[name], off) for name in (guards.SECOND, guards.AGAIN))
+    # What the same step under a second name shows is noise, whichever of the two it is beside.
+    return Verdict(f"{second}; A/A {again}", second.median - max(again.high, 1 / again.low))
+
+
 def _linear_growth(found: Mapping[str, Any]) -> Verdict | None:
     if "7B" not in found or "70B" not in found:
         return None
@@ -240,7 +254,7 @@ _NO_TEMPORARY = "no temporary of the size of W"
 _LINEAR = "linear in the number of nodes (time a node ≤ 1.25 times)"
 
 _STEP, _DORA, _SAVED, _PROFILE = "llama_step", "dora_step", "saved_step", "profile_step"
-_EXPORT, _RUN = "export_peers", "onnx_latency"
+_EXPORT, _RUN, _GUARDS = "export_peers", "onnx_latency", "guards"
 _NF4, _LEARNT = "quantized_step", "quantized_quality"
 _MERGE, _SCALE, _ERROR, _ONE = "merge_time", "rewrite_scale", "merge_error", "one_linear"
 
@@ -258,6 +272,15 @@ GOALS = (
     Goal("accuracy, NF4 base", "72.3 %", _NEAR_FP32, _LEARNT, _LEARNT, quantized_goals.quality),
     Goal("rewrite, Llama-7B, all-linear", "0.39 s", "≤ 0.25 s", _SCALE, _SCALE, _rewrite),
     Goal("rewrite, 7B to 70B", "", _LINEAR, _SCALE, _SCALE, _linear_growth),
+    Goal("guards of a forward", "", "≤ 1 % of it", _GUARDS, _GUARDS, _guards),
+    Goal(
+        "second step / a step without a watch",
+        "",
+        "1.00 within noise",
+        _GUARDS,
+        _GUARDS,
+        _second_step,
+    ),
     Goal("merge, 105M weights, fp32", "0.58 s", "≤ half of PEFT's", _MERGE, _MERGE, _merge(_CPU)),
     Goal("merge, 105M weights, bf16", "0.17 s", "≤ half of PEFT's", _MERGE, _MERGE, _merge(_HALF)),
     Goal("merge, memory", "16 MiB", _NO_TEMPORARY, _MERGE, _MERGE, _temporaries),

@@ -95,6 +95,7 @@ def interleaved(
     seed: int = 0,
     synchronize: Callable[[], None] | None = None,
     progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Sample]:
     """Times contenders in turn.
 
@@ -108,6 +109,7 @@ def interleaved(
         seed: Of the random order.
         synchronize: Waits for the device, before and after each run.
         progress: Called with (done, total, contender) after each run.
+        clock: Gives seconds. ``time.thread_time`` leaves out the time that other processes have.
 
     Returns:
         As many times of each contender as of the others: turns are whole.
@@ -119,7 +121,7 @@ def interleaved(
     try:
         for done, (turn, name) in enumerate(_turns(list(contenders), repeats, seconds, seed), 1):
             prepare, run = contenders[name]
-            taken = _timed(prepare, run, calls, synchronize or _nothing)
+            taken = _timed(prepare, run, calls, synchronize or _nothing, clock)
             if turn:
                 times[name].append(taken)
             if progress is not None:
@@ -178,16 +180,20 @@ def _turns(names: list[str], repeats: int, seconds: float, seed: int) -> Iterato
 
 
 def _timed(
-    prepare: Callable[[], Any], run: Callable[[Any], Any], calls: int, wait: Callable[[], None]
+    prepare: Callable[[], Any],
+    run: Callable[[Any], Any],
+    calls: int,
+    wait: Callable[[], None],
+    clock: Callable[[], float],
 ) -> float:
     given = prepare()
     gc.collect()
     wait()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(calls):
         kept = run(given)
     wait()
-    taken = time.perf_counter() - began
+    taken = clock() - began
     del given, kept
     return taken / calls
 

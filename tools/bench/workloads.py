@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_fx.tools.bench.places import Place
 from lora_fx.tools.bench.sizes import Size
 
-__all__ = ["Workload", "bert", "gpt2", "llama", "llama_block", "llama_shape", "vit"]
+__all__ = ["Workload", "bert", "gpt2", "llama", "llama_block", "llama_shape", "resnet", "vit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,22 @@ def vit(size: Size) -> Workload:
     tokens = (edge // 16) ** 2 + 1
     inputs = {"pixel_values": pixels, "labels": torch.tensor([3])}
     return Workload(f"ViT-B/16, {tokens} tokens", make, inputs)
+
+
+def resnet(size: Size) -> Workload:
+    """ResNet-50 with ten classes on two pictures."""
+    # A loss that finds its kind by itself writes it into the settings, which a graph has seen without.
+    shape: dict[str, Any] = {"num_labels": 10, "problem_type": "single_label_classification"}
+    if size is Size.TINY:
+        shape |= {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    edge = 32 if size is Size.TINY else 224
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # In training a batch norm wants two values of each channel.
+        pixels = torch.randn(2, 3, edge, edge)
+    make = functools.partial(_make, "ResNetConfig", "ResNetForImageClassification", shape)
+    inputs = {"pixel_values": pixels, "labels": torch.tensor([3, 4])}
+    return Workload(f"ResNet-50, 2 × {edge} × {edge}", make, inputs)
 
 
 def _tiny_encoder() -> dict[str, Any]:

@@ -1,0 +1,269 @@
+"""What it costs to be right: the guards of the graphs at each call, and the watch of the first step.
+
+A graph asks at each call whether what its trace read is still so. The first call of each form is watched for
+code that reads an adapted weight past its adapter; those that follow look whether they were watched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.passes._generated import generated
+from lora_fx.passes._reads import conditions_of
+from lora_fx.tools.bench import llama_step
+from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
+from lora_fx.tools.bench.measure import Progress, Ratio, Sample, interleaved, portion, ratio
+from lora_fx.tools.bench.places import Place
+from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.steps import loss_of
+from lora_fx.tools.bench.workloads import Workload, resnet
+from lora_fx.watch import CODES, disarm
+
+__all__ = [
+    "AGAIN",
+    "FIRST",
+    "LATER",
+    "OFF",
+    "SECOND",
+    "TITLE",
+    "Case",
+    "Found",
+    "called_graphs",
+    "caption",
+    "guard_of",
+    "rows",
+    "run",
+]
+
+TITLE = "Guards, and the first step that is watched"
+
+FIRST, SECOND, LATER = "first step, watched", "second step", "fifth step"
+OFF, AGAIN = "a step without a watch", "a step without a watch, again (A/A)"
+
+_FORWARD, _CONDITIONS = "forward", "guards"
+_PASSES = 20
+_SECONDS = 40.0
+
+Guard = tuple[nn.Module, Callable[[nn.Module], bool]]
+"""A module, and what says whether its graph does not apply."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The guards of one model.
+
+    Attributes:
+        title: What the table calls it.
+        graphs: Number of graphs that a forward runs.
+        conditions: Number of what they compare.
+        forward: Times of a forward, with its guards.
+        guards: Times of the guards alone.
+    """
+
+    title: str
+    graphs: int
+    conditions: int
+    forward: Sample
+    guards: Sample
+
+    @property
+    def portion(self) -> Ratio:
+        """The guards' part of the forward."""
+        return ratio(self.guards, self.forward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The results.
+
+    Attributes:
+        cases: The guards.
+        steps: Times of steps, by name.
+    """
+
+    cases: tuple[Case, ...]
+    steps: Mapping[str, Sample]
+
+
+def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None) -> Found:
+    """Measures the guards of two models by region and of one as a whole, then the steps of a Llama."""
+    wide, pictures = llama_step.workload(size), resnet(size)
+    built = (
+        ("Llama", wide, OURS, Settings()),
+        ("ResNet", pictures, OURS, Settings(target_modules=("convolution",))),
+        ("Llama, one graph", wide, EXPORTED, Settings()),
+    )
+    cases = tuple(
+        _guards(
+            title,
+            workload,
+            functools.partial(_model, workload, way, settings),
+            repeats,
+            portion(progress, index, len(built) + 1, title),
+        )
+        for index, (title, workload, way, settings) in enumerate(built)
+    )
+    steps = _steps(wide, repeats, portion(progress, len(built), len(built) + 1, "watch"))
+    return Found(cases, steps)
+
+
+def rows(results: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table: columns and cells."""
+    columns = (
+        "what",
+        "graphs",
+        "conditions",
+        "median (quartiles)",
+        "of",
+        "ratio to it (quartiles)",
+    )
+    table: list[tuple[str, ...]] = []
+    for case in results.cases:
+        table.append((f"{case.title}: forward", "", "", str(case.forward), "", ""))
+        one = case.portion
+        part = " to ".join(f"{100 * value:.3f}" for value in (one.low, one.high))
+        counts = (str(case.graphs), str(case.conditions))
+        shown = f"{100 * one.median:.3f} % ({part})"
+        table.append((f"{case.title}: guards", *counts, str(case.guards), "the forward", shown))
+    off = results.steps[OFF]
+    for name, sample in results.steps.items():
+        beside = ("", "") if name == OFF else (OFF, str(ratio(sample, off)))
+        table.append((name, "", "", str(sample), *beside))
+    return columns, table
+
+
+def caption() -> str:
+    """What was measured."""
+    return (
+        "CPU, fp32, rank 16, all-linear and every convolution, time of the thread that calls. Guards: all "
+        "that the graphs of one forward in training compare with what their traces read, asked in the same "
+        "order by functions that do nothing else; the tests of arguments, which any graph needs, are not "
+        "among them. One graph: the model exported with example inputs, whose guard goes through the "
+        "modules and their settings. Steps: forward and backward of that Llama, each of a fresh rewrite that "
+        "has made the steps before; without a watch is a second step, after the watch was taken off the "
+        "modules."
+    )
+
+
+def _model(workload: Workload, way: str, settings: Settings) -> nn.Module:
+    place = Place(torch.device("cpu"), torch.float32)
+    settings = dataclasses.replace(settings, example_inputs=workload.on(place))
+    return BUILDERS[way](workload.make(), settings).train()
+
+
+def _guards(
+    title: str,
+    workload: Workload,
+    make: Callable[[], nn.Module],
+    repeats: int,
+    progress: Progress | None,
+) -> Case:
+    model = make()
+    forward = functools.partial(model, **workload.inputs)
+    forward()  # the watched one
+    called = list(called_graphs(forward))
+    guards = [(module, guard_of(tests, names)) for module, tests, names in called if tests]
+
+    def ask(_: Any) -> None:
+        for _ in range(_PASSES):
+            for module, guard in guards:
+                guard(module)
+
+    samples = interleaved(
+        {_FORWARD: (_nothing, lambda _: forward()), _CONDITIONS: (_nothing, ask)},
+        repeats=repeats,
+        seconds=_SECONDS,
+        progress=progress,
+        clock=time.thread_time,
+    )
+    asked = Sample(tuple(taken / _PASSES for taken in samples[_CONDITIONS].times))
+    conditions = sum(len(tests) for _, tests, _ in called)
+    return Case(title, len(called), conditions, samples[_FORWARD], asked)
+
+
+def called_graphs(
+    forward: Callable[[], Any],
+) -> Iterator[tuple[nn.Module, list[str], dict[str, Any]]]:
+    """The graphs that a call runs, each with what its guard compares.
+
+    Args:
+        forward: The call.
+
+    Yields:
+        The module, the comparisons as Python code that is true where the graph does not apply, and the
+        globals of that code.
+    """
+    found: list[tuple[nn.Module, FrameType]] = []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        module = frame.f_locals.get("self") if event == "call" else None
+        if isinstance(module, nn.Module) and frame.f_code in getattr(type(module), CODES, ()):
+            found.append((module, frame))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        forward()
+    finally:
+        sys.setprofile(before)
+    for module, frame in found:
+        graph = getattr(type(module), CODES)[frame.f_code]
+        tests = [test for _, test in conditions_of(graph._codegen.reads)]
+        yield module, tests, dict(frame.f_globals)
+
+
+def guard_of(tests: list[str], names: dict[str, Any]) -> Callable[[nn.Module], bool]:
+    """A function that makes the comparisons of a guard, and nothing else.
+
+    Args:
+        tests: The comparisons.
+        names: The globals of their code.
+    """
+    source = "def forward(self):\n    return (\n        " + "\n        or ".join(tests) + "\n    )"
+    made: Callable[[nn.Module], bool] = generated(source, names, "guard")
+    return made
+
+
+def _steps(workload: Workload, repeats: int, progress: Progress | None) -> dict[str, Sample]:
+    base = workload.make()
+
+    def step(loss: Callable[[], torch.Tensor]) -> None:
+        torch.autograd.backward(loss())
+
+    def after(steps: int, *, watch: bool = True) -> Callable[[], torch.Tensor]:
+        model = BUILDERS[OURS](base, Settings()).train()
+        for module in () if watch else model.modules():
+            disarm(module)
+        loss = loss_of(model, workload.inputs)
+        for _ in range(steps):
+            step(loss)
+        model.zero_grad()
+        return loss
+
+    prepared = {
+        FIRST: functools.partial(after, 0),
+        SECOND: functools.partial(after, 1),
+        LATER: functools.partial(after, 4),
+        OFF: functools.partial(after, 1, watch=False),
+        AGAIN: functools.partial(after, 1, watch=False),
+    }
+    return interleaved(
+        {name: (prepare, step) for name, prepare in prepared.items()},
+        repeats=repeats,
+        seconds=_SECONDS,
+        progress=progress,
+        clock=time.thread_time,
+    )
+
+
+def _nothing() -> None:
+    """The model is there."""
