@@ -357,7 +357,7 @@ def _watched(
 def _leave_to(watch: _Watch) -> None:
     """Ends modes that a call has begun and not ended: an interrupt passes hooks by that would do so."""
     while (mode := _get_current_dispatch_mode()) is not None and mode is not watch:
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
 
 
 def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
