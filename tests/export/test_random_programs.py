@@ -258,7 +258,7 @@ def test_random_programs(steps: tuple[tuple[str, int, bool], ...], seed: int, ra
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **OPTIONS)
+@settings(max_examples=40, **OPTIONS)
 @given(STEPS, st.integers(0, 999), st.integers(1, 4))
 def test_many_random_programs(
     steps: tuple[tuple[str, int, bool], ...], seed: int, rank: int
