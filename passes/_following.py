@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, MergeError
 
-__all__ = ["follow"]
+__all__ = ["exchange", "follow"]
 
 _ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
@@ -59,11 +59,60 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
         )
 
 
+def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Puts the parameters that a model has now wherever it holds those that it had before.
+
+    Args:
+        model: Parameters of its modules were replaced. Its lists, objects and functions are changed.
+        before: Name and value of each parameter that it had.
+
+    Raises:
+        MergeError: If one parameter has become several, and something else than a module holds it.
+    """
+    now = dict(model.named_parameters(remove_duplicate=False))
+    became: dict[int, tuple[str, nn.Parameter, dict[int, nn.Parameter]]] = {}
+    for name, old in before:
+        if name in now:
+            became.setdefault(id(old), (name, old, {}))[2][id(now[name])] = now[name]
+    became = {key: row for key, row in became.items() if row[2].keys() != {key}}
+    split = {key: row for key, row in became.items() if len(row[2]) > 1}
+    for key, (name, old, _) in split.items():
+        for module in model.modules():
+            if any(_Following({}, {key: old}).reaches(value) for value in _beside(module)):
+                raise MergeError(
+                    f"{name}: several layers had this weight in common, have one each after the merge, and "
+                    "something beside them holds it: which one is meant cannot be told. Give each layer its "
+                    "own weight, or leave adapters off all but one"
+                )
+    for key in split:
+        del became[key]
+    following = _Following(
+        {key: next(iter(new.values())) for key, (_, _, new) in became.items()},
+        {key: old for key, (_, old, _) in became.items()},
+    )
+    following.all_its_own = True
+    if following.reaches(model):
+        following.within(model)
+
+
+def _beside(module: nn.Module) -> list[Any]:
+    """What a module holds beside its parameters and its children."""
+    apart = ("_parameters", "_modules")
+    return [value for key, value in module.__dict__.items() if key not in apart]
+
+
 class _Following:
+    """Follows.
+
+    Attributes:
+        all_its_own: Whether whatever is reached belongs to the model, and nothing has to be copied first.
+    """
+
     def __init__(self, memo: dict[int, Any], originals: dict[int, Any]) -> None:
         self._memo = memo
         self._originals = originals
         self._copies = {id(one) for key, one in memo.items() if key != id(memo)}
+        self.all_its_own = False
         self._none: dict[
             int, Any
         ] = {}  # they reach nothing of the original; held, so that ids stay theirs
@@ -139,7 +188,7 @@ class _Following:
             return self._memo.get(id(value), value)
         if id(value) in self._made:
             return self._made[id(value)][1]
-        if isinstance(value, nn.Module | torch.Tensor) and id(value) not in self._copies:
+        if isinstance(value, nn.Module | torch.Tensor) and not self._is_its_own(value):
             return value  # of another model
         if not self.reaches(value):
             return value
@@ -163,13 +212,16 @@ class _Following:
         if isinstance(value, _FIXED):
             items = [self.followed(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if id(value) not in self._copies:
+        if not self._is_its_own(value):
             # It is the original's, too. What is not copied stays, and is refused in the end.
             value = copy.deepcopy(value, self._memo)
             self._copies.update(id(one) for key, one in self._memo.items() if key != id(self._memo))
-        if id(value) in self._copies:
+        if self._is_its_own(value):
             self.within(value)
         return value
+
+    def _is_its_own(self, value: Any) -> bool:
+        return self.all_its_own or id(value) in self._copies
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         cells = tuple(types.CellType() for _ in value.__closure__ or ())

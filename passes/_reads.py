@@ -13,7 +13,9 @@ import enum
 import importlib
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -85,7 +87,60 @@ class ObjectRoot:
         return id(self.value)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """By name, or from what has a name: a decorated function is found in its decorator's."""
+        if isinstance(self.value, FunctionType):
+            way = _way_to(self.value)
+            if way is not None:
+                return _reached, way
         return ObjectRoot, (self.value,)
+
+
+def _way_to(function: FunctionType) -> tuple[str, str, tuple[int, ...]] | None:
+    """Module and qualified name of a function, and places in closures that lead from it to another one.
+
+    None if nothing that has a name leads there.
+    """
+    for named in _inside(function):
+        start = _named(named.__module__, named.__qualname__)
+        if isinstance(start, FunctionType):
+            for found, places in _inside(start).items():
+                if found is function:
+                    return named.__module__, named.__qualname__, places
+    return None
+
+
+def _inside(function: FunctionType) -> dict[FunctionType, tuple[int, ...]]:
+    """A function and those in its closure, and in theirs, each with the places that lead to it."""
+    found: dict[FunctionType, tuple[int, ...]] = {function: ()}
+    for one in (pending := [function]):
+        for place, cell in enumerate(one.__closure__ or ()):
+            held = _content(cell)
+            if isinstance(held, FunctionType) and held not in found:
+                found[held] = (*found[one], place)
+                pending.append(held)
+    return found
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the name has no value yet
+        return None
+
+
+def _named(module: str | None, name: str) -> Any:
+    value: Any = sys.modules.get(module or "")
+    for atom in name.split("."):
+        value = getattr(value, atom, None)
+    return value
+
+
+def _reached(module: str, name: str, places: tuple[int, ...]) -> ObjectRoot:
+    importlib.import_module(module)
+    value = _named(module, name)
+    for place in places:
+        value = value.__closure__[place].cell_contents
+    return ObjectRoot(value)
 
 
 Root = SelfRoot | ModuleRoot | ObjectRoot

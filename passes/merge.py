@@ -33,6 +33,7 @@ from lora_fx.passes._dense import (
 from lora_fx.passes._factors import factors_of
 from lora_fx.passes._fold import Fold
 from lora_fx.passes._fold_all import fold_all
+from lora_fx.passes._following import exchange
 from lora_fx.passes._intact import check_intact
 from lora_fx.passes._merge_report import MergedSite, MergeReport
 from lora_fx.passes._merge_tokens import TokenFold, tied_tokens, token_weights
@@ -111,6 +112,7 @@ def merge(
     if into is not None:
         _check_fits(model, into, record, names)
     result = stripped(model, record) if into is None else into
+    before = list(result.named_parameters(remove_duplicate=False))
     if requantize and not quantized_weights(result):
         raise MergeError(
             "requantize=True stores merged weights in the format that they had, and the base is not "
@@ -161,8 +163,11 @@ def merge(
             make_dense(result, common, layouts, keep)
         cast_model(result, common, keep, buffers=dtype is not None)
     shared: tuple[str, ...] = ()
+    # Lists, objects and functions of the model may hold weights, too.
+    exchange(result, before)
     if own:
         result = copy_shared(result, model, record)
+        exchange(result, before)
     elif into is None:
         shared = freeze_shared(result, model, record)
         _log.info(

@@ -157,6 +157,8 @@ def _captured(
     except CaptureError as error:
         if frontend == "export":
             raise
+        # The export has run it: iterators and generators of random numbers have gone on.
+        traced = find_regions(share_copy(model))
         return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
 
 

@@ -30,7 +30,7 @@ from lora_fx.passes.capture.conditions import (
 from lora_fx.passes.capture.inputs import named_inputs
 from lora_fx.passes.capture.masks import convert_masks
 from lora_fx.passes.capture.noting import Notes, noted_globals
-from lora_fx.passes.capture.state import State, numbers_of
+from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
 from lora_fx.passes.capture.written_out import written_out
 from lora_fx.types import Capture, Region
@@ -140,22 +140,24 @@ def _exported(
 def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[Notes]:
     """Exports a forward that leaves nothing behind and has a name for every argument.
 
-    What it writes into Python objects (``config.problem_type``) is part of no capture and is put back.
+    What it writes into Python objects is part of no capture and is put back.
     Arguments that ``**kwargs`` takes get a place in the signature: torch.export loses them otherwise.
 
     Raises:
-        CaptureError: If it has counted: the graph would have the first value for ever.
+        CaptureError: If it has counted, or kept something: the graph would have the first value for ever.
     """
-    before, numbers, own = State(model), numbers_of(model), model.forward
-    changed: dict[str, int | float] = {}
+    before, own = State(model), model.forward
+    changed: list[str] = []
     notes = Notes(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        state = state_of(model)
         with notes.taken():
             result = own(*args, **kwargs)
         # Here, since torch.export puts attributes back by itself.
-        now = numbers_of(model)
-        changed.update((k, now[k]) for k, v in numbers.items() if now.get(k, v) != v)
+        name = difference(state, state_of(model))
+        if name is not None:
+            changed.append(name)
         return result
 
     signature = inspect.signature(own)
@@ -168,10 +170,9 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[Notes]:
         yield notes
     finally:
         before.restore()
-    for name, value in changed.items():
+    if changed:
         raise CaptureError(
-            f"its forward changes self.{name} ({numbers[name]} became {value}), which a graph would "
-            "not: frontend='regions' keeps it"
+            f"its forward changes {changed[0]}, which a graph would not: frontend='regions' keeps it"
         )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -625,3 +626,58 @@ def test_golden() -> None:
             ]
         ),
     )
+
+
+class _Holder:
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
+
+class _HoldsWeights(nn.Module):
+    """Reads its weights out of a list, a default, a partial and an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcd":
+            self.add_module(name, nn.Linear(4, 4, bias=False, dtype=torch.float64))
+        self.listed = [self.a.weight]
+        self.function = lambda x, weight=self.b.weight: x @ weight.T
+        self.partial = functools.partial(torch.nn.functional.linear, weight=self.c.weight)
+        self.holder = _Holder(self.d.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.d(self.c(self.b(self.a(x)))) @ self.listed[0].T
+        return self.partial(self.function(x)) @ self.holder.weight.T
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_holds_a_weight_beside_its_layer_holds_the_merged_one(own: bool) -> None:
+    model, x = _HoldsWeights(), torch.randn(3, 4, dtype=torch.float64)
+    before = model(x)
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=".*"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.5)
+    merged = lora_fx.merge(adapted, own=own)
+    dense = _HoldsWeights()
+    dense.load_state_dict(merged.state_dict())
+    expected = dense(x)
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+def test_a_weight_that_becomes_two_is_refused_where_something_beside_holds_it() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+            self.head.weight = self.table.weight
+            self.listed = [self.head.weight]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(x))
+
+    adapted = lora_fx.rewrite(Tied(), LoraConfig(r=2, target_modules=["head"]))
+    with pytest.raises(MergeError, match=r"table\.weight: several layers had this weight"):
+        lora_fx.merge(adapted)

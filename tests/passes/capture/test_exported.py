@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CaptureError, LoraConfig
+from lora_fx.record import require_record
 
 CONFIG = LoraConfig(r=2)
 
@@ -294,3 +299,83 @@ def test_a_draw_that_is_not_the_whole_of_a_module_is_refused(name) -> None:
 
     with pytest.raises(CaptureError, match="draws draws random numbers"):
         lora_fx.capture(Holds(), torch.randn(6, 8), frontend="export")
+
+
+class _Keeps(nn.Module):
+    """Multiplies with something that is other at each call."""
+
+    def __init__(self, kept: Any, then: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.kept, self.then = kept, then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.then(self.kept)
+
+
+class _WithWeight(_Keeps):
+    """Has a product that only an export sees."""
+
+    def __init__(self, kept: Any, then: Callable[[Any], float]) -> None:
+        super().__init__(kept, then)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) @ self.weight
+
+
+def _count(kept: dict[str, float]) -> float:
+    kept["n"] = kept.get("n", 0.0) + 1.0
+    return kept["n"]
+
+
+def _append(kept: list[float]) -> float:
+    kept.append(1.0)
+    return float(len(kept))
+
+
+def _set(kept: SimpleNamespace) -> float:
+    kept.n += 1.0
+    return float(kept.n)
+
+
+@pytest.mark.parametrize(
+    ("make", "then"),
+    [
+        (dict, _count),
+        (lambda: {"n": 1.0}, _count),
+        (lambda: {"below": [1.0]}, lambda kept: _append(kept["below"])),
+        (lambda: SimpleNamespace(n=1.0), _set),
+        (lambda: iter([1.0, 2.0, 3.0, 4.0, 5.0]), next),
+        (lambda: random.Random(0), lambda kept: kept.random()),
+        (lambda: np.random.default_rng(0), lambda kept: float(kept.random())),
+        (lambda: None, lambda _: random.random()),
+    ],
+)
+def test_what_a_forward_keeps_between_calls_is_refused(
+    make: Callable[[], Any], then: Callable[[Any], float]
+) -> None:
+    model, x = _Keeps(make(), then).eval(), torch.randn(3, 4)
+    with pytest.raises(CaptureError, match="which a graph would not: frontend='regions'"):
+        lora_fx.rewrite(model, LoraConfig(r=2, target_modules="all-linear"), x, frontend="export")
+
+
+@pytest.mark.parametrize(
+    ("make", "then"),
+    [
+        (dict, _count),
+        (lambda: {"below": [1.0]}, lambda kept: _append(kept["below"])),
+        (lambda: SimpleNamespace(n=1.0), _set),
+        (lambda: random.Random(0), lambda kept: kept.random()),
+        (lambda: np.random.default_rng(0), lambda kept: float(kept.random())),
+    ],
+)
+def test_an_export_that_is_given_up_leaves_no_state_behind(
+    make: Callable[[], Any], then: Callable[[Any], float]
+) -> None:
+    model, x = _WithWeight(make(), then).eval(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    adapted = lora_fx.rewrite(model, config, x)
+    assert any("which a graph would not" in note for note in require_record(adapted).base.notes)
+    for _ in range(2):
+        torch.testing.assert_close(adapted(x), model(x))

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraConfig
+from lora_fx.passes._reads import ObjectRoot
+
+
+def _without_its_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.enable_grad()(forward)
+
+
+def _twice_around(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def outer(*args: Any) -> Any:
+        return _without_its_name(forward)(*args)
+
+    return outer
+
+
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @_without_its_name
+    def forward(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self.fc(x * (2 if name.startswith("a") else 3))
+
+    @_twice_around
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def test_functions_that_decorators_hold_are_pickled_by_way_of_them() -> None:
+    outer = Decorated.other
+    inner = outer.__closure__[0].cell_contents
+    for function in (Decorated.forward, Decorated.forward.__wrapped__, outer, inner):
+        assert pickle.loads(pickle.dumps(ObjectRoot(function))).value is function
+
+
+def test_an_export_of_a_decorated_forward_is_pickled() -> None:
+    model, x = Decorated(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    adapted = lora_fx.rewrite(model, config, (x, "a"), frontend="export")
+    nn.init.normal_(adapted.fc.lora_B.default)
+    loaded = pickle.loads(pickle.dumps(adapted))
+    assert not torch.allclose(adapted(x, "a"), model(x, "a"))
+    for name in ("a", "b"):
+        torch.testing.assert_close(loaded(x, name), adapted(x, name))
