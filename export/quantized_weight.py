@@ -12,6 +12,7 @@ precision: what a file is compared with. What is traced has another one in its p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -174,10 +175,20 @@ def _release(module: nn.Module) -> None:
     """Makes a plain layer of one of bitsandbytes, and drops what it remembers of its weight."""
     own = written_out_of_bitsandbytes(module, type(module)) is not None
     for name in ("state", "quant_state"):
-        if type(module.__dict__.get(name)).__module__.startswith("bitsandbytes."):
-            module.__dict__[name] = None
+        remembered = module.__dict__.get(name)
+        if type(remembered).__module__.startswith("bitsandbytes."):
+            module.__dict__[name] = _settings(remembered) if name == "state" else None
     if own and not is_region(module):
         object.__setattr__(module, "__class__", nn.Linear)
+
+
+def _settings(state: Any) -> Any:
+    """A copy without its tensors: the graph of a layer holds for what else is in there."""
+    result = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(result, name, None)
+    return result
 
 
 def _in_full_precision(parameter: Any) -> nn.Parameter:

@@ -567,6 +567,8 @@ def _weights(model: _Model) -> list[_Weight]:
         except AttributeError:  # its layer was replaced
             continue
         for tensor in (weight, record.originals.get(site.weight)):
+            if not _plain(tensor):
+                return []  # a part of it is here, and it is put together somewhere else
             for part in _parts(tensor):
                 if not _plain(part):
                     return []
