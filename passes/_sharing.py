@@ -8,6 +8,7 @@ billion parameters is not held twice.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._sharing_quantized import drop_repr, keep_exact, quantized_twin, share_states
 
 __all__ = ["check_model", "memory_of", "share_copy", "storage_of"]
+
+
+_EMPTY = (dict, OrderedDict)
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def share_copy(model: nn.Module) -> nn.Module:
@@ -35,29 +40,39 @@ def share_copy(model: nn.Module) -> nn.Module:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
     """
     memo: dict[int, Any] = {}
+    modules = list(model.modules())
+    parameters: list[nn.Parameter] = []
     # Tensors made under inference mode could not be trained on.
     with torch.inference_mode(False), torch.no_grad():
-        for module in model.modules():
+        for module in modules:
             renormalises = getattr(module, "max_norm", None) is not None
             for parameter in module._parameters.values():
+                if parameter is None:
+                    continue
+                parameters.append(parameter)
                 if is_lazy(parameter):
                     continue  # it has no storage to share, and copies itself
-                if parameter is not None and id(parameter) not in memo:
+                if id(parameter) not in memo:
                     twin = quantized_twin(parameter, memo)
                     memo[id(parameter)] = (
                         twin if twin is not None else _frozen(parameter, own=renormalises)
                     )
             share_states(module, memo)
             for value in (*module.__dict__.values(), *module._buffers.values()):
-                _detach_results(value, memo)
+                if type(value) in _EMPTY and not value and not getattr(value, "__dict__", None):
+                    # What modules have most of: deepcopy takes the long way for each.
+                    memo[id(value)] = type(value)()
+                elif type(value) not in _PLAIN:
+                    _detach_results(value, memo)
         result = _copied(model, memo)
-    follow(result, memo, (*model.modules(), *model.parameters()))
+    follow(result, memo, (*modules, *parameters))
     for module in result.modules():
         keep_exact(module)
         drop_repr(module)
-    for parameter in result.parameters():
-        # A module that copies itself in its own way may have made new ones.
-        parameter.requires_grad = False
+        for own in module._parameters.values():
+            # A module that copies itself in its own way may have made new ones.
+            if own is not None:
+                own.requires_grad = False
     return result
 
 
