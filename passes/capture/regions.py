@@ -96,6 +96,7 @@ class _Graphs:
 
     def __init__(self) -> None:
         self._known: dict[Any, dict[str, fx.Graph]] = {}
+        self._kinds: set[Any] = set()
         self._failed: dict[Any, Untraceable] = {}
 
     def of(self, module: nn.Module) -> dict[str, fx.Graph]:
@@ -106,9 +107,10 @@ class _Graphs:
         """
         if "forward" in module.__dict__:
             raise Untraceable("its forward was replaced on the instance")
-        key, kind = _structure(module), _kind(module)
-        if key in self._known:
-            return self._known[key]
+        kind = _kind(module)
+        # What agrees in everything is of one kind: of others the structure need not be looked at.
+        if kind in self._kinds and (known := self._known.get(_structure(module))) is not None:
+            return known
         if kind in self._failed:
             raise self._failed[kind]
         try:
@@ -123,8 +125,11 @@ class _Graphs:
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
-        self._known[key] = {form: make_opaque(graph, module) for form, graph in found.items()}
-        return self._known[key]
+        made = {form: make_opaque(graph, module) for form, graph in found.items()}
+        # A trace leaves the module as it was.
+        self._known[_structure(module)] = made
+        self._kinds.add(kind)
+        return made
 
 
 def _other_forms(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, fx.Graph]]:
@@ -179,6 +184,7 @@ _GIVEN = object()
 _MOST_OPTIONAL = 3  # of which all combinations are traced
 _OWN = frozenset(nn.Module().__dict__)
 _SIMPLE = (bool, int, float, str, type(None))
+_COMMON = frozenset({bool, int, str, type(None)})
 
 
 def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[Any, ...]:
@@ -220,6 +226,8 @@ def _shape(parameter: nn.Parameter) -> tuple[Any, ...]:
 
 
 def _value(value: Any) -> Any:
+    if type(value) in _COMMON:
+        return (type(value), value)
     if isinstance(value, float):
         # 0.0 == -0.0, and what divides by them tells them apart.
         return (type(value), value.hex())
