@@ -67,6 +67,7 @@ class _Following:
         self._none: dict[
             int, Any
         ] = {}  # they reach nothing of the original; held, so that ids stay theirs
+        self._atoms: dict[type, bool] = {}  # by class: torch asks at length for some
         self._done: dict[int, Any] = {}
         self._made: dict[int, Any] = {}
 
@@ -74,16 +75,24 @@ class _Following:
         """Whether a value leads to something of the original."""
         originals, none = self._originals, self._none
         seen: dict[int, Any] = {id(value): value}
-        pending = [value]
+        pending, atoms = [value], self._atoms
         while pending:
             for child in _held(pending.pop()):
-                key = id(child)
+                key, cls = id(child), type(child)
                 if key in originals:
                     return True
-                if key not in seen and not isinstance(child, _ATOMS):
-                    seen[key] = child
-                    if key not in none:
-                        pending.append(child)
+                if key in seen:
+                    continue
+                atom = atoms.get(cls)
+                if atom is None:
+                    atom = isinstance(child, _ATOMS)
+                    if child.__class__ is cls:  # a proxy has that of another object
+                        atoms[cls] = atom
+                if atom:
+                    continue
+                seen[key] = child
+                if key not in none:
+                    pending.append(child)
         none.update(seen)
         return False
 
@@ -200,6 +209,8 @@ def _held(value: Any) -> Iterable[Any]:
         return value.__dict__.values()
     if isinstance(value, _KEYED):
         return (*value, *value.values()) if value else ()
+    if isinstance(value, torch.Tensor):
+        return _attributes(value).values()
     if isinstance(value, _SEQUENCES):
         return value
     return [child for _, child in _children(value)]

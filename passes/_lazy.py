@@ -16,7 +16,10 @@ UNINITIALISED = "its weights are not initialised yet: run the model once, then r
 
 def is_lazy(parameter: Tensor | None) -> bool:
     """Whether the shape of a parameter is not known yet. Unlike torch's, it narrows no type."""
-    return isinstance(parameter, UninitializedParameter | UninitializedBuffer)
+    # torch asks at length for the rest.
+    return type(parameter) is not nn.Parameter and isinstance(
+        parameter, UninitializedParameter | UninitializedBuffer
+    )
 
 
 def is_uninitialised(module: nn.Module) -> bool:
