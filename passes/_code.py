@@ -52,10 +52,11 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
     if _without_code(module):
         return
     below = [(name, m) for name, m in module.named_modules() if name and not _without_code(m)]
+    below_each: dict[nn.Module, dict[str, list[str]]] = {}
     for fqn, owner, function in _reached(module, below, regions):
         reads = _reads(function.__code__)
         for path in reads.used:
-            for name in _matrices(owner, path):
+            for name in _matrices(owner, path, below_each):
                 yield join(fqn, name), function.__qualname__
         # Wrappers of PyTorch go through them to compare devices.
         walks = reads.walks and not function.__module__.startswith("torch.")
@@ -75,9 +76,10 @@ def weights_asked(module: nn.Module) -> Iterator[tuple[str, str]]:
     """
     if _without_code(module):
         return
+    below_each: dict[nn.Module, dict[str, list[str]]] = {}
     for _, owner, function in _reached(module, [], frozenset()):
         for path in _reads(function.__code__).asked:
-            for name in _matrices(owner, path):
+            for name in _matrices(owner, path, below_each):
                 yield name, function.__qualname__
 
 
@@ -207,12 +209,24 @@ def _subscripts(instruction: dis.Instruction) -> bool:
     return instruction.opname == "BINARY_SUBSCR" or instruction.argrepr == "[]"
 
 
-def _matrices(owner: nn.Module, path: Path) -> Iterator[str]:
-    """Names of the matrices that a path leads to, itself or on the way to a method of theirs."""
+def _matrices(
+    owner: nn.Module, path: Path, below_each: dict[nn.Module, dict[str, list[str]]]
+) -> Iterator[str]:
+    """Names of the matrices that a path leads to, itself or on the way to a method of theirs.
+
+    Args:
+        owner: Where the path starts.
+        path: The attributes.
+        below_each: What was found below modules before: names of matrices by their last part.
+    """
     if path[0] == _ANYWHERE:
-        for name, matrix in owner.named_parameters():
-            if name.rpartition(".")[2] == path[1] and is_matrix(matrix) and "." in name:
-                yield name
+        if owner not in below_each:
+            by_leaf: dict[str, list[str]] = {}
+            for name, matrix in owner.named_parameters():
+                if "." in name and is_matrix(matrix):
+                    by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
+            below_each[owner] = by_leaf
+        yield from below_each[owner].get(path[1], ())
         return
     found: list[tuple[str, nn.Module]] = [("", owner)]
     for step in path:
