@@ -269,9 +269,13 @@ def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> It
     Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantized weights. A
     layer of bitsandbytes never does: its forward changes what the graph has read of it.
     """
-    calls = [f"{module_of(call.region)}." for row in rows for call in row.site.calls]
+    calling: set[str] = set()  # where branches are, and the modules above
+    for name in [module_of(call.region) for row in rows for call in row.site.calls]:
+        while name and name not in calling:
+            calling.add(name)
+            name = name.rpartition(".")[0]
     for region in capture.regions.values():
-        adapted = any(name.startswith(f"{region.fqn}.") for name in calls)
+        adapted = region.fqn in calling
         plain = not region.fqn or written_out(region.module) is None
         stored = quantization_of(region.module._parameters.get("weight")) is not None
         if adapted or plain or stored or holds_quantised(region.module):

@@ -58,7 +58,7 @@ Layout = Literal["out_in", "in_out"]
 
 def join(*parts: str) -> str:
     """Joins fully qualified names, leaving out empty parts (the root is ``""``)."""
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def relative(name: str, region: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lora_fx.passes._own import weight_at
 from lora_fx.quantized import dense
 from lora_fx.types import Site
 
@@ -13,7 +14,7 @@ __all__ = ["base_dtype", "base_like", "base_weight"]
 
 def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight in the layout of the site: the parameter's own memory, or values made of few bits."""
-    weight = model.get_parameter(site.weight)
+    weight = weight_at(model, site.weight)
     if site.quantized is None:
         return weight.detach()
     # Not detached: the scales are attributes of the parameter.
@@ -23,7 +24,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
 
 def base_like(model: nn.Module, site: Site) -> torch.Tensor:
     """What :func:`base_weight` gives, for whoever asks nothing of its values: few bits stay few."""
-    weight = model.get_parameter(site.weight)
+    weight = weight_at(model, site.weight)
     if site.quantized is None:
         return weight.detach()
     one = torch.empty((), dtype=site.quantized.dtype, device=weight.device)
@@ -34,4 +35,4 @@ def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
     """What the values of a site's weight are."""
     if site.quantized is not None:
         return site.quantized.dtype
-    return model.get_parameter(site.weight).dtype
+    return weight_at(model, site.weight).dtype

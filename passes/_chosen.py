@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lora_fx.config import LoraConfig
+from lora_fx.passes._own import base_modules
 from lora_fx.passes._parts import choose_parts
 from lora_fx.passes.selection import (
     Verdict,
@@ -106,11 +107,15 @@ def attention_of(model: nn.Module, matches: Matches) -> Mapping[str, str]:
 
     The rows of ``in_proj_weight`` or the three weights of unequal widths, and ``out_proj``.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {
+        name
+        for name, module in base_modules(model, every_name=True)
+        if isinstance(module, nn.MultiheadAttention)
+    }
     found = {}
-    for site in matches.sites:
+    for site in matches.sites if layers else ():
         for name in (site.owner, site.owner.rpartition(".")[0]):
-            if isinstance(modules.get(name), nn.MultiheadAttention):
+            if name in layers:
                 found[site.name] = name
                 break
     return found

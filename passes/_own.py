@@ -22,11 +22,13 @@ __all__ = [
     "base_modules",
     "base_parameters",
     "in_adapter",
+    "module_at",
     "own_value",
     "parameter_of",
     "place_base",
     "place_own",
     "put_back",
+    "weight_at",
 ]
 
 KEPT = "lora_own_"
@@ -45,15 +47,44 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The base's modules, by their first name or by each of them."""
-    for fqn, module in model.named_modules(remove_duplicate=not every_name):
+    # As named_modules does, which asks every module above for each of those below it.
+    seen: set[nn.Module] = set()
+    pending = [("", model)]
+    while pending:
+        fqn, module = pending.pop()
+        if module in seen:
+            continue
+        if not every_name:
+            seen.add(module)
         if not isinstance(module, AdapterModule):
             yield fqn, module
+        if module._modules:
+            prefix = f"{fqn}." if fqn else ""
+            below = [(prefix + name, m) for name, m in module._modules.items() if m is not None]
+            pending += below[::-1]
+
+
+def module_at(model: nn.Module, fqn: str) -> nn.Module:
+    """As ``get_submodule``, which asks several questions at each step."""
+    found: nn.Module | None = model
+    for atom in fqn.split(".") if fqn else ():
+        below = found._modules if found is not None else {}
+        if atom not in below:
+            return model.get_submodule(fqn)
+        found = below[atom]
+    return model.get_submodule(fqn) if found is None else found
+
+
+def weight_at(model: nn.Module, name: str) -> nn.Parameter:
+    """As ``get_parameter``, likewise."""
+    owner, _, leaf = name.rpartition(".")
+    return module_at(model, owner).get_parameter(leaf)
 
 
 def in_adapter(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to an adapter, and not to the base."""
     owner, _, _ = name.rpartition(".")
-    return isinstance(model.get_submodule(owner), AdapterModule)
+    return isinstance(module_at(model, owner), AdapterModule)
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
@@ -69,7 +100,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
     """As ``get_parameter``, which sees none in a module that is scripted; None if there is none."""
     owner, _, leaf = name.rpartition(".")
     try:
-        held = model.get_submodule(owner)._parameters
+        held = module_at(model, owner)._parameters
     except AttributeError:
         return None
     # What holds those of a module that is scripted has no get().
@@ -147,4 +178,4 @@ def _places(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, nn.Mo
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf
+    return module_at(model, owner), leaf

@@ -17,6 +17,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.ops import AdapterFactors, Holder, KeptTensors
 from lora_fx.passes._base_weight import base_weight
 from lora_fx.passes._factors import factor_names
+from lora_fx.passes._own import module_at
 from lora_fx.passes._start_variants import initial_bias, initial_magnitude
 from lora_fx.passes._starts import Start
 from lora_fx.types import PlannedSite, Site
@@ -58,10 +59,11 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
 
 def place_variants(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
     """Puts in the magnitude and the bias of B, where the site has them: a tied one has its own, too."""
-    names, holder = factor_names(row), model.get_submodule(row.site.holder)
-    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
+    names = factor_names(row)
     if not (names.magnitude or names.bias):
         return
+    holder = module_at(model, row.site.holder)
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
     weight = base_weight(model, row.site)
     if names.magnitude:
         _put(model, row.site, names.magnitude, adapter, initial_magnitude(row, weight, a, b))
@@ -139,7 +141,7 @@ def factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
 
 
 def _holder(model: nn.Module, site: Site) -> nn.Module:
-    owner = model.get_submodule(site.owner)
+    owner = module_at(model, site.owner)
     if site.holder == site.owner:
         return owner
     name = site.holder.rpartition(".")[2]

@@ -17,6 +17,7 @@ from lora_fx._config_starts import changes_base, needs_data
 from lora_fx.config import LoraConfig
 from lora_fx.passes._base_weight import base_like, base_weight
 from lora_fx.passes._factors import factor_names
+from lora_fx.passes._own import module_at
 from lora_fx.passes._start_place import factors_module, place_start, place_variants
 from lora_fx.passes._starts import initial_start
 from lora_fx.types import Capture, PassResult, Plan, PlannedSite
@@ -57,11 +58,12 @@ class AddFactors:
 
 
 def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
-    try:
-        model.get_parameter(f"{row.site.holder}.{factor_names(row).a}.{adapter}".lstrip("."))
-    except AttributeError:
-        return False
-    return True
+    site = row.site
+    above = module_at(model, site.owner)
+    name = site.holder.rpartition(".")[2]
+    holder = above if site.holder == site.owner else above._modules.get(name)
+    factors = None if holder is None else holder._modules.get(factor_names(row).a)
+    return factors is not None and adapter in factors._parameters
 
 
 def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:

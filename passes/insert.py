@@ -18,6 +18,7 @@ from torch import fx
 
 from lora_fx.passes._branch import Branch, Wiring
 from lora_fx.passes._factors import adapter_dtype, factor_names
+from lora_fx.passes._own import weight_at
 from lora_fx.passes._region import copy_graph
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.types import (
@@ -69,7 +70,7 @@ class Insert:
 
     def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
         site, call = row.site, row.site.calls[index]
-        weight = capture.model.get_parameter(site.weight)
+        weight = weight_at(capture.model, site.weight)
         names = factor_names(row)
         holder = relative(site.holder, region.fqn)
 
