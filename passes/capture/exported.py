@@ -64,6 +64,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(module.graph, copied)
+    _drop_copies_onto_itself(graph)
     _name_constants(graph, module, model)
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
@@ -174,6 +175,29 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[Notes]:
         raise CaptureError(
             f"its forward changes {changed[0]}, which a graph would not: frontend='regions' keeps it"
         )
+
+
+def _drop_copies_onto_itself(graph: fx.Graph) -> None:
+    """Takes out the copy of a buffer that an operation in place has written already.
+
+    Export adds one at the end for every buffer that changes. It changes nothing, but autograd takes it for
+    a write behind what it has kept for the backward pass.
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy_.default or node.users:
+            continue
+        target, source = node.args[:2]
+        while _writes_into_first(source):
+            source = source.args[0]
+        if source is target:
+            graph.erase_node(node)
+
+
+def _writes_into_first(value: Any) -> bool:
+    if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
+        return False
+    first = value.target._schema.arguments[0].alias_info
+    return first is not None and first.is_write and value.target._schema.name.endswith("_")
 
 
 def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -> None:

@@ -423,8 +423,10 @@ class Frame:
         elif type(value) in (range, slice, object):
             recorder.read(Read(path, "identity", value))
         elif type(value).__module__ == "builtins" or isinstance(value, Iterator):
-            what = type(value).__name__
-            recorder.refuse_softly(f"its forward reads {path}, a {what} that may change")
+            what = f"its forward reads {path}, a {type(value).__name__} that may change"
+            if isinstance(value, Iterator):
+                recorder.refuse(what)  # whoever goes on would use it up
+            recorder.refuse_softly(what)
         elif not (trusted and callable(value)):
             recorder.remember(value, path)
             recorder.read(Read(path, "class", type(value)))

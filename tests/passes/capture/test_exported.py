@@ -379,3 +379,32 @@ def test_an_export_that_is_given_up_leaves_no_state_behind(
     assert any("which a graph would not" in note for note in require_record(adapted).base.notes)
     for _ in range(2):
         torch.testing.assert_close(adapted(x), model(x))
+
+
+def test_a_buffer_that_is_written_into_can_be_differentiated_through() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            return self.fc(x * self.steps)
+
+    model, x = Steps(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    adapted = lora_fx.rewrite(model, config, x, frontend="export")
+    for calls in (1, 2):
+        adapted(x).sum().backward()
+        torch.testing.assert_close(adapted.steps, torch.tensor(float(calls)))
+    # B is zero at first: its gradient is the only one.
+    inner = x @ adapted.fc.lora_A.default.T
+    wanted = (1 + 2) * inner.sum(0).expand(4, 2) * (config.lora_alpha / config.r)
+    torch.testing.assert_close(adapted.fc.lora_B.default.grad, wanted)
+
+
+def test_an_iterator_is_not_used_up_by_a_trace() -> None:
+    model = _Keeps(iter([1.0, 2.0, 3.0]), next)
+    captured = lora_fx.capture(model).model
+    assert list(captured.kept) == list(model.kept) == [1.0, 2.0, 3.0]
