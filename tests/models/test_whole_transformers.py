@@ -105,7 +105,8 @@ class Both:
         self.parts = lora_fx.rewrite(self.original, CONFIG, frontend="regions")
         self.parts.load_state_dict(self.whole.state_dict())
         self.past: list[int] = []
-        region = next(cls for cls in type(self.whole).__mro__ if CODES in vars(cls))
+        # Beneath the class that is watched.
+        region = [cls for cls in type(self.whole).__mro__ if CODES in vars(cls)][-1]
         namespace = vars(region)["forward"].__globals__
         own = namespace["_lora_fx_fallback"]
 
