@@ -145,10 +145,10 @@ def test_rounding_is_no_difference_and_a_lost_adapter_is(monkeypatch: pytest.Mon
 def _without_adapter(rewrite: object) -> object:
     def spoiled(*args: object, **kwargs: object) -> object:
         model = rewrite(*args, **kwargs)  # type: ignore[operator]
+        # A copy: the watch would see a read of the weight itself.
+        weight = model.fc.weight.detach().clone()
         model.fc.register_forward_hook(
-            lambda layer, inputs, output: torch.nn.functional.linear(
-                inputs[0], layer.weight, layer.bias
-            )
+            lambda layer, inputs, output: torch.nn.functional.linear(inputs[0], weight, layer.bias)
         )
         return model
 
