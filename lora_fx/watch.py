@@ -572,7 +572,7 @@ def _weights(model: _Model) -> list[_Weight]:
             for part in _parts(tensor):
                 if not _plain(part):
                     return []
-                start = part.data_ptr()
+                start = torch._C._data_address(part)
                 if not start and part.numel():
                     return []  # it is somewhere else
                 stop = start + _span(part)
@@ -734,7 +734,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         for part in _parts(tensor):
             if part.device.type == "meta":
                 continue
-            start = part.data_ptr()
+            start = torch._C._data_address(part)
             place = bisect.bisect_right(self._starts, start) - 1
             if place >= 0 and start < self._weights[place].stop:
                 found |= {self._weights[place].site.weight}
@@ -760,7 +760,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 )
 
     def _inside(self, tensor: torch.Tensor) -> bool:
-        start = tensor.data_ptr()
+        start = torch._C._data_address(tensor)
         place = bisect.bisect_right(self._starts, start) - 1
         return place >= 0 and start < self._weights[place].stop
 
@@ -923,7 +923,8 @@ def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
     for atom in name.split("."):
         value = getattr(value, atom, None)
     return any(
-        part.data_ptr() < weight.stop and weight.start < part.data_ptr() + _span(part)
+        torch._C._data_address(part) < weight.stop
+        and weight.start < torch._C._data_address(part) + _span(part)
         for part in _parts(value)
     )
 

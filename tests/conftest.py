@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Subprocesses of a test, too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def packed_masks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    logging.disable(logging.NOTSET)  # whatever a command that a test has run has left
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

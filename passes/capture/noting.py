@@ -135,7 +135,9 @@ class Notes:
                 self._note(value, name, getattr(value, name))
 
     def _note(self, owner: Any, name: str, value: Any) -> None:
-        if name == "__dict__" and not isinstance(owner, nn.Module):
+        # A config of transformers looks at its own dict at each read; those reads are noted by name.
+        by_name = type(owner).__module__.startswith("transformers.")
+        if name == "__dict__" and not (by_name or isinstance(owner, nn.Module)):
             for key, one in list(value.items()):
                 self._note(owner, key, one)
         if name in _OWN or name.startswith(("__", "_lora_fx")):
