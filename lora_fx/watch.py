@@ -572,7 +572,7 @@ def _weights(model: _Model) -> list[_Weight]:
             for part in _parts(tensor):
                 if not _plain(part):
                     return []
-                start = torch._C._data_address(part)
+                start = _address(part)
                 if not start and part.numel():
                     return []  # it is somewhere else
                 stop = start + _span(part)
@@ -734,7 +734,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         for part in _parts(tensor):
             if part.device.type == "meta":
                 continue
-            start = torch._C._data_address(part)
+            start = _address(part)
             place = bisect.bisect_right(self._starts, start) - 1
             if place >= 0 and start < self._weights[place].stop:
                 found |= {self._weights[place].site.weight}
@@ -760,7 +760,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 )
 
     def _inside(self, tensor: torch.Tensor) -> bool:
-        start = torch._C._data_address(tensor)
+        start = _address(tensor)
         place = bisect.bisect_right(self._starts, start) - 1
         return place >= 0 and start < self._weights[place].stop
 
@@ -918,13 +918,18 @@ def _runs(node: torch.fx.Node, code: CodeType) -> bool:
     )
 
 
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor lies; ``data_ptr`` would copy what is shared until somebody writes."""
+    library: Any = torch._C
+    return int(library._data_address(tensor))
+
+
 def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
     value: Any = module
     for atom in name.split("."):
         value = getattr(value, atom, None)
     return any(
-        torch._C._data_address(part) < weight.stop
-        and weight.start < torch._C._data_address(part) + _span(part)
+        _address(part) < weight.stop and weight.start < _address(part) + _span(part)
         for part in _parts(value)
     )
 
