@@ -50,6 +50,7 @@ def packed_masks() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     logging.disable(logging.NOTSET)  # whatever a command that a test has run has left
+    logging.getLogger("lora_fx").setLevel(logging.NOTSET)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
