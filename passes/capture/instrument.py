@@ -386,7 +386,14 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Constant(f"_{self._owner}{name}" if private and self._owner else name)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
-        return self._call("item", self.visit(node.value), self._index(node.slice))
+        return self._call("item", self._holder(node.value), self._index(node.slice))
+
+    def _holder(self, node: Any) -> Any:
+        """What one thing is looked up in, and nothing else is done with: that entry alone counts."""
+        made = self.visit(node)
+        if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(made, ast.Call):
+            made.args.append(ast.Constant(True))
+        return made
 
     def _index(self, node: Any) -> Any:
         if isinstance(node, ast.Slice):
@@ -423,7 +430,12 @@ class _Rewriter(ast.NodeTransformer):
             else ast.keyword(None, self._call("spread", self.visit(one.value)))
             for one in node.keywords
         ]
-        called = self._call("call", self.visit(node.func), *args)
+        function = node.func
+        if isinstance(function, ast.Attribute) and function.attr == "get":
+            asked = self._call("attribute", self._holder(function.value), ast.Constant("get"))
+        else:
+            asked = self.visit(function)
+        called = self._call("call", asked, *args)
         called.keywords = keywords
         return called
 
@@ -447,7 +459,9 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Compare(self, node: ast.Compare) -> Any:
         left, parts = self.visit(node.left), []
         for place, (op, right) in enumerate(zip(node.ops, node.comparators, strict=True)):
-            value = self.visit(right)
+            # A chain uses it again.
+            inside = isinstance(op, ast.In | ast.NotIn) and place + 1 == len(node.ops)
+            value = self._holder(right) if inside else self.visit(right)
             following = value
             if place + 1 < len(node.ops):
                 name = self._temporary()
