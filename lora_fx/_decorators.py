@@ -2,8 +2,8 @@
 
 Layers of transformers checkpoint their activations in such a decorator of ``forward``. Only the outermost one
 of a class does, so it compares itself with ``type(self).forward``. A class that is made at run time has
-another ``forward``, and nothing would be checkpointed. So the decorator stays: the class has a copy of it that
-knows itself as the class's, around the function that is new.
+another ``forward``, and nothing would be checkpointed. So the decorator stays: the class has a copy of it
+that knows itself as the class's, around the function that is new.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ from lora_fx.errors import CaptureError
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute
 from lora_fx.passes.capture.conditions import (
+    cache_condition,
     call_parameters,
     output_conditions,
     shape_conditions,
 )
-from lora_fx.passes.capture.inputs import named_inputs
+from lora_fx.passes.capture.inputs import CACHE, named_inputs
 from lora_fx.passes.capture.masks import convert_masks
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.state import State, difference, state_of
@@ -87,6 +88,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     conditions.append(f"{NEEDS_MODULES}(self)")
     conditions.extend(output_conditions(model))
+    conditions.extend(cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
     for node in graph.nodes:
         node.meta.clear()
     reads = (*noted_globals(model), notes.read)

@@ -391,7 +391,9 @@ class _Rewriter(ast.NodeTransformer):
     def _holder(self, node: Any) -> Any:
         """What one thing is looked up in, and nothing else is done with: that entry alone counts."""
         made = self.visit(node)
-        if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(made, ast.Call):
+        if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(
+            made, ast.Call
+        ):
             made.args.append(ast.Constant(True))
         return made
 

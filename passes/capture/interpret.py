@@ -399,9 +399,7 @@ class Frame:
 
     # --- reads --------------------------------------------------------------------------------------
 
-    def noted(
-        self, value: Any, path: Path, *, trusted: bool = False, lookup: bool = False
-    ) -> Any:
+    def noted(self, value: Any, path: Path, *, trusted: bool = False, lookup: bool = False) -> Any:
         """What a read gives: noted with where it comes from.
 
         Args:
