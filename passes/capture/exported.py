@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes._one_at_a_time import ONE_AT_A_TIME
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute
 from lora_fx.passes.capture.conditions import (
@@ -122,7 +123,7 @@ def _exported(
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with _watched(model, inputs) as notes:
+        with ONE_AT_A_TIME, _watched(model, inputs) as notes:
             return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes), notes
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
