@@ -83,13 +83,13 @@ class Model(nn.Module):
         return self.second(self.first(x))
 
 
+CONFIG = lora_fx.LoraConfig(r=2, target_modules=r"(first|second).*")
 LAYERS = [OverLinears, ReadsWeights, Again, WithoutGraph]
 
 
 def rewritten(cls) -> nn.Module:
     torch.manual_seed(0)
-    config = lora_fx.LoraConfig(r=2, target_modules=r"(first|second).*")
-    return randomise(lora_fx.rewrite(Model(cls), config), 0.2).train()
+    return randomise(lora_fx.rewrite(Model(cls), CONFIG), 0.2).train()
 
 
 def step(model, x):
@@ -127,6 +127,24 @@ def test_a_layer_that_checkpoints_saves_memory_and_keeps_its_graph(cls):
         assert_close(again, out)
         assert_close(found, grads)
         assert fewer < kept / 2
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_layer_with_a_hook_checkpoints_as_well(cls):
+    """Its class is another one: the way into it is watched."""
+    torch.manual_seed(0)
+    model, x = Model(cls), torch.randn(64, 8)
+    calls: list[object] = []
+    model.first.register_forward_hook(lambda module, *_: calls.append(module))
+    model = randomise(lora_fx.rewrite(model, CONFIG), 0.2).train()
+    out, grads, kept = step(model, x)
+    switch_on(model)
+    for _ in range(2):
+        again, found, fewer = step(model, x)
+        assert_close(again, out)
+        assert_close(found, grads)
+        assert fewer < kept / 2
+    assert len(calls) == 3, "hooks are outside of the checkpoint"
 
 
 @pytest.mark.parametrize("cls", LAYERS)
