@@ -336,7 +336,7 @@ class Frame:
                 return found
             if isinstance(value, dict) and not _has_literal(key):
                 self._note_container(value, path)
-                if not (id(value) in recorder.settled and type(found) in SIMPLE):
+                if id(value) not in recorder.settled or type(found) in (list, dict, set):
                     recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
                 return found
             return self.noted(found, path.item(key), lookup=lookup)
@@ -974,9 +974,8 @@ class Frame:
         if path is None or id(owner) in self.recorder.settled:
             return function(*args, **kwargs)
         if isinstance(owner, dict) and name == "get":
-            if args[0] in owner:
+            if self._holds_key(owner, args[0]):
                 return self.item(owner, args[0])
-            self._holds_key(owner, args[0])
             return function(*args, **kwargs)
         if name in ("index", "count", "copy"):
             self.iterate(owner)
@@ -1016,7 +1015,9 @@ def _has_literal(key: Any) -> bool:
     """Whether a key can be spelled in generated code."""
     if type(key) is tuple:
         return all(map(_has_literal, key))
-    return type(key) in (str, bytes, int, bool, type(None))
+    if type(key) is float:
+        return math.isfinite(key)
+    return type(key) in (str, bytes, int, bool, type(None), torch.dtype)
 
 
 def path_in(cls: type, name: str) -> Path:
@@ -1114,6 +1115,7 @@ def _getattr(frame: Frame, value: Any, name: str, default: Any = _MISSING) -> An
         )
     if default is _MISSING:
         return frame.attribute(value, name)
+    _note_there(frame, value, name)
     try:
         return frame.attribute(value, name)
     except AttributeError:
@@ -1126,12 +1128,20 @@ def _hasattr(frame: Frame, value: Any, name: str) -> bool:
         frame.recorder.refuse(
             f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
         )
+    _note_there(frame, value, name)
     try:
         frame.attribute(value, name)
     except AttributeError:
         _note_missing(frame, value, name)
         return False
     return True
+
+
+def _note_there(frame: Frame, value: Any, name: str) -> None:
+    """Notes that an object has an attribute of its own: the code has a way to go where it is deleted."""
+    path = frame.recorder.path_of(value)
+    if path is not None and name in getattr(value, "__dict__", ()):
+        frame.recorder.read(Read(path.attribute(name), "there", None))
 
 
 def _note_missing(frame: Frame, value: Any, name: str) -> None:

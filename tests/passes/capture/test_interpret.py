@@ -74,6 +74,7 @@ class Base(nn.Module):
         self.delegates = Delegates()
         self.table = {"a": 2.0, "deep": {"b": 3.0}}
         self.by_pair = {(1, 2): {"deep": 2.0}}
+        self.by_dtype = {torch.float64: [2.0]}
         self.by_kind = {Kind.ONE: 2.0, Kind.TWO: 3.0}
         self.numbers = [2.0, 3.0]
         self.numpy = np.float64(0.5)
@@ -194,6 +195,23 @@ READS = {
     "attribute": (lambda self: self.factor, lambda m: setattr(m, "factor", 5.0)),
     "getattr": (lambda self: getattr(self, "factor", 1.0), lambda m: setattr(m, "factor", 5.0)),
     "getattr without": (lambda self: getattr(self, "no", 2.0), lambda m: setattr(m, "no", 5.0)),
+    "getattr, deleted": (
+        lambda self: getattr(self, "factor", 5.0),
+        lambda m: delattr(m, "factor"),
+    ),
+    "hasattr, deleted": (
+        lambda self: self.factor if hasattr(self, "factor") else 3.0,
+        lambda m: delattr(m, "factor"),
+    ),
+    "get, deleted": (lambda self: self.table.get("a", 5.0), lambda m: m.table.pop("a")),
+    "in, deleted": (
+        lambda self: self.table["a"] * 2 if "a" in self.table else 5.0,
+        lambda m: m.table.pop("a"),
+    ),
+    "own dict, deleted": (
+        lambda self: self.settings.__dict__.get("factor", 5.0),
+        lambda m: delattr(m.settings, "factor"),
+    ),
     "hasattr": (lambda self: 2.0 if hasattr(self, "no") else 3.0, lambda m: setattr(m, "no", 1)),
     "property": (lambda self: self.doubled, lambda m: setattr(m, "factor", 5.0)),
     "object": (lambda self: self.settings.factor, lambda m: setattr(m.settings, "factor", 5.0)),
@@ -239,6 +257,10 @@ READS = {
     "a tuple as a key": (
         lambda self: self.by_pair[1, 2]["deep"],
         lambda m: m.by_pair[1, 2].update(deep=5.0),
+    ),
+    "a dtype as a key": (
+        lambda self: self.by_dtype[torch.float64][0],
+        lambda m: m.by_dtype[torch.float64].__setitem__(0, 5.0),
     ),
     "an enum as a key": (
         lambda self: self.by_kind[Kind.ONE],
