@@ -28,7 +28,6 @@ def nested(code: CodeType) -> Iterator[CodeType]:
             yield from nested(constant)
 
 
-@functools.lru_cache(maxsize=2048)
 def tree_of(code: CodeType, qualname: str) -> tuple[Any, str] | str:
     """The syntax tree of a function, and the class that spells its private names; or why there is none.
 
