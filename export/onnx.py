@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,14 +29,12 @@ from lora_fx.export.values import refuse_nan
 from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
 from lora_fx.output_path import output_file
 from lora_fx.passes._intact import check_intact
+from lora_fx.passes._one_at_a_time import ONE_AT_A_TIME
 from lora_fx.record import record_of
 
 __all__ = ["export_onnx"]
 
 _OPSETS = (18, 19, 20, 21, 22, 24)
-
-
-_ONE_AT_A_TIME = threading.RLock()
 
 
 def export_onnx(
@@ -133,8 +130,7 @@ def export_onnx(
     _require_packages()
     clock = Stages(progress)
 
-    # torch.export and torch.onnx keep what they are at in global state: one after the other.
-    with _ONE_AT_A_TIME, without_ambient_autocast(model), staging(target) as stage:
+    with ONE_AT_A_TIME, without_ambient_autocast(model), staging(target) as stage:
         keep = Scratch(stage).keep
         options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
         clock.start("capturing the model")

@@ -171,10 +171,21 @@ def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Te
 
 
 def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
-    """Writes what :func:`fitted` has found; an adapter that waited for data has its values now."""
-    for slot, value in values:
-        claim(slot.tensor)
-        write(slot.tensor, value)
+    """Writes what :func:`fitted` has found; an adapter that waited for data has its values now.
+
+    All of it or nothing: where a write fails, what was written before has its values back.
+    """
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for slot, value in values:
+            claim(slot.tensor)
+            before.append((slot.tensor, slot.tensor.detach().clone()))
+            write(slot.tensor, value)
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in reversed(before):
+                tensor.copy_(value)
+        raise
     note_start(model, adapter)
 
 

@@ -204,11 +204,11 @@ def load_adapter(
             raise CheckpointError(
                 "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
             )
+        fill(target, adapter_name, values)
     except BaseException:
         if target is model and not known:
             delete_adapter(model, adapter_name)
         raise
-    fill(target, adapter_name, values)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return target
 

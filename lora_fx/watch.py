@@ -24,7 +24,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from lora_fx._decorators import around, inner_of
 from lora_fx.errors import CaptureError
 from lora_fx.ops import AdapterModule
 from lora_fx.record import record_of
@@ -415,8 +416,10 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
     methods = {name: getattr(cls, name) for name in _methods(cls)}
     if whole:
         methods["__call__"] = cls.__call__
-        if not _knows_itself(cls.forward):
-            methods["forward"] = cls.forward
+        methods["forward"] = inner_of(cls.forward)
+    entries = {name: entry(name, method) for name, method in methods.items()}
+    if whole:
+        entries["forward"] = around(cls.forward, entries["forward"])
     made = type(
         cls.__name__,
         (_Watched, cls),
@@ -426,7 +429,7 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             BASE: cls,
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
-            **{name: entry(name, method) for name, method in methods.items()},
+            **entries,
             _MADE: cls,
             "_lora_fx_whole": whole,
         },
@@ -449,22 +452,6 @@ def _watch(module: nn.Module, *, whole: bool) -> None:
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
     object.__setattr__(module, "__class__", watched_class(cls, whole))
-
-
-def _knows_itself(function: Any) -> bool:
-    """Whether a forward is in its own closure.
-
-    It may ask whether the class has it: layers of transformers checkpoint their activations only then.
-    """
-    cells = getattr(function, "__closure__", None) or ()
-    return any(cell.cell_contents is function for cell in cells if _is_full(cell))
-
-
-def _is_full(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # the name has no value yet
-        return False
 
 
 def _pickles_plainly(cls: type) -> bool:

@@ -2,12 +2,14 @@
 
 A layer under a module without a graph can have an adapter, since the module calls it. But code may also
 write ``F.linear(x, self.layer.weight)``, or call a method other than ``forward``: the adapter would then
-never run, and a merge would change the output. The instructions of such code show what it reads.
+never run, and a merge would change the output. The source of such code shows what it reads, if it is that of
+the code (:mod:`lora_fx.passes._source`). Of other code only the names are known: all that they may mean
+counts.
 """
 
 from __future__ import annotations
 
-import dis
+import ast
 import functools
 import inspect
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from torch import nn
 
 from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, original_class
+from lora_fx.passes._source import nested, tree_of
 from lora_fx.types import join
 
 __all__ = ["weights_asked", "weights_read"]
@@ -53,13 +56,14 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
         return
     below = [(name, m) for name, m in module.named_modules() if name and not _without_code(m)]
     below_each: dict[nn.Module, dict[str, list[str]]] = {}
+    leaves: dict[nn.Module, set[str]] = {}
     for fqn, owner, function in _reached(module, below, regions):
-        reads = _reads(function.__code__)
+        reads = _reads_of(function, owner, leaves)
         for path in reads.used:
             for name in _matrices(owner, path, below_each):
                 yield join(fqn, name), function.__qualname__
         # Wrappers of PyTorch go through them to compare devices.
-        walks = reads.walks and not function.__module__.startswith("torch.")
+        walks = reads.walks and not (function.__module__ or "").startswith("torch.")
         for name, parameter in owner.named_parameters() if walks else ():
             if is_matrix(parameter):
                 yield join(fqn, name), function.__qualname__
@@ -77,8 +81,10 @@ def weights_asked(module: nn.Module) -> Iterator[tuple[str, str]]:
     if _without_code(module):
         return
     below_each: dict[nn.Module, dict[str, list[str]]] = {}
+    leaves: dict[nn.Module, set[str]] = {}
     for _, owner, function in _reached(module, [], frozenset()):
-        for path in _reads(function.__code__).asked:
+        reads = _reads_of(function, owner, leaves)
+        for path in reads.asked:
             for name in _matrices(owner, path, below_each):
                 yield name, function.__qualname__
 
@@ -98,7 +104,7 @@ def _reached(
             continue
         done.add((fqn, function.__qualname__))
         yield fqn, owner, function
-        names = _reads(function.__code__).names
+        names = _names(function.__code__)
         called = [(fqn, owner)] + (below if owner is module else [])
         for name, one in called:
             pending.extend(
@@ -126,87 +132,170 @@ class _Reads(NamedTuple):
     """What a function's code reads.
 
     Attributes:
-        names: The names in it.
         used: The attribute paths whose values it uses.
         asked: Those that it asks how they are stored.
         walks: Whether it goes through all parameters of a module, beyond the first.
     """
 
-    names: frozenset[str]
     used: tuple[Path, ...]
     asked: tuple[Path, ...]
     walks: bool
 
 
+_NONE = _Reads((), (), False)
+
+
 @functools.lru_cache(maxsize=4096)
-def _reads(code: CodeType) -> _Reads:
-    found = set(_paths(code))
-    inner = [_reads(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    used, asked = (
-        {path for path, metadata in found if not metadata},
-        {path for path, metadata in found if metadata in _STORED},
-    )
-    return _Reads(
-        frozenset(code.co_names).union(*(one.names for one in inner)),
-        tuple(sorted(used.union(*(one.used for one in inner)))),
-        tuple(sorted(asked.union(*(one.asked for one in inner)))),
-        _walks(code) or any(one.walks for one in inner),
-    )
+def _names(code: CodeType) -> frozenset[str]:
+    """The names of attributes and globals in code."""
+    return frozenset(name for part in nested(code) for name in part.co_names)
 
 
-def _walks(code: CodeType) -> bool:
-    listed = _listed(code)
-    for at, instruction in enumerate(listed):
-        method = instruction.opname == "LOAD_METHOD" or "NULL|self" in instruction.argrepr
-        if method and instruction.argval in _WALKS:
-            # next(self.parameters()), and next(p.dtype for p in self.parameters()), take the first.
-            before = [one.argval for one in listed[max(0, at - 5) : at]]
-            if "next" not in before:
-                return True
-    return False
+@functools.lru_cache(maxsize=4096)
+def _spelled(code: CodeType) -> frozenset[str]:
+    """The same, and texts that ``getattr`` may look up."""
+    texts = (one for part in nested(code) for one in part.co_consts if isinstance(one, str))
+    return _names(code).union(texts)
 
 
-def _listed(code: CodeType) -> list[dis.Instruction]:
-    skipped = ("CACHE", "EXTENDED_ARG", "PRECALL")
-    return [one for one in dis.get_instructions(code) if one.opname not in skipped]
+def _reads_of(
+    function: FunctionType, owner: nn.Module, leaves: dict[nn.Module, set[str]]
+) -> _Reads:
+    """What a function reads; the source is looked at if it names a matrix below, or all of them.
+
+    Args:
+        function: The function.
+        owner: The module whose method it is.
+        leaves: What was found before: the last parts of the names of matrices.
+    """
+    if owner not in leaves:
+        named = owner.named_parameters()
+        leaves[owner] = {name.rpartition(".")[2] for name, p in named if is_matrix(p)}
+    names = _spelled(function.__code__)
+    if names.isdisjoint(leaves[owner]) and names.isdisjoint(_WALKS):
+        return _NONE
+    return _reads(function.__code__, function.__qualname__)
 
 
-def _paths(code: CodeType) -> Iterator[tuple[Path, str]]:
-    """Attribute paths, each with what is asked of it; empty where its value is used."""
-    listed = _listed(code)
-    root = code.co_varnames[0] if code.co_varnames and "self" in code.co_varnames[:1] else "self"
-    for at, instruction in enumerate(listed):
-        if "LOAD_FAST" not in instruction.opname and instruction.opname != "LOAD_DEREF":
-            continue
-        name = (
-            instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
-        )
-        about_object = at > 0 and listed[at - 1].argval in _ABOUT_OBJECTS
-        path, metadata = _followed(listed, at + 1)
-        if path and not about_object:
-            yield (path if name == root else (_ANYWHERE, *path[-1:])), metadata
+@functools.lru_cache(maxsize=4096)
+def _reads(code: CodeType, qualname: str) -> _Reads:
+    found = tree_of(code, qualname)
+    if isinstance(found, str):
+        return _reads_by_name(code)
+    looked = _Looks(code)
+    tree = found[0]
+    for one in [tree.body] if isinstance(tree, ast.Lambda) else tree.body:
+        looked.visit(one)
+    used = {path for path, asked in looked.found if not asked}
+    stored = {path for path, asked in looked.found if asked in _STORED}
+    return _Reads(tuple(sorted(used)), tuple(sorted(stored)), looked.walks)
 
 
-def _followed(listed: list[dis.Instruction], at: int) -> tuple[Path, str]:
-    """The attributes that are read one after the other, and the metadata that the last one is asked for."""
-    path: list[str] = []
-    while at < len(listed):
-        name, value = listed[at].opname, listed[at].argval
-        if name in ("LOAD_ATTR", "LOAD_METHOD"):
-            if value in _METADATA:
-                return tuple(path), value
-            path.append(value)
-        elif name.startswith("LOAD") and at + 1 < len(listed) and _subscripts(listed[at + 1]):
-            path.append(_ANY)
-            at += 1
+def _reads_by_name(code: CodeType) -> _Reads:
+    """What code may read, by the names in it alone."""
+    names = sorted(_spelled(code))
+    paths = tuple(path for name in names for path in ((name,), (_ANYWHERE, name)))
+    walks = not _WALKS.isdisjoint(names) and "next" not in names
+    return _Reads(paths, () if _STORED.isdisjoint(names) else paths, walks)
+
+
+class _Looks(ast.NodeVisitor):
+    """Finds the attributes that a function reads, one after the other: ``self.layers[0].weight``.
+
+    Attributes:
+        found: Attribute paths, each with what is asked of it; empty where its value is used.
+        walks: Whether it goes through all parameters of a module.
+    """
+
+    def __init__(self, code: CodeType) -> None:
+        self.found: set[tuple[Path, str]] = set()
+        self.walks = False
+        parts = list(nested(code))
+        self._variables = {
+            name for one in parts for name in (*one.co_varnames, *one.co_cellvars, *one.co_freevars)
+        }
+        self._owner = code.co_varnames[0] if code.co_argcount else "self"
+        self._firsts: set[ast.AST] = set()
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """A path that ends here."""
+        self._follow(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        """A path that ends here."""
+        self._follow(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """A call, which may look at an object and not at what it holds."""
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name == "next" and node.args:
+            self._firsts.add(_first_asked(node.args[0]))
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _WALKS:
+            self.walks |= node not in self._firsts
+        if _named_by_text(node) is not None:
+            self._follow(node)
+        elif name in _ABOUT_OBJECTS and node.args:
+            self._follow(node.args[0], use=False)
+            for one in (*node.args[1:], *(keyword.value for keyword in node.keywords)):
+                self.visit(one)
         else:
-            break
-        at += 1
-    return tuple(path), ""
+            self.generic_visit(node)
+
+    def _follow(self, node: ast.AST, *, use: bool = True) -> None:
+        """Notes a path, and visits what is on the way."""
+        steps: list[str] = []
+        while True:
+            text = _named_by_text(node)
+            if text is not None:
+                assert isinstance(node, ast.Call)
+                for default in node.args[2:]:
+                    self.visit(default)
+                steps.append(text)
+                node = node.args[0]
+            elif isinstance(node, ast.Attribute):
+                steps.append(node.attr)
+                node = node.value
+            elif isinstance(node, ast.Subscript):
+                self.visit(node.slice)
+                # Of several layers some are still those layers.
+                steps.extend(() if isinstance(node.slice, ast.Slice) else (_ANY,))
+                node = node.value
+            else:
+                break
+        if not isinstance(node, ast.Name):
+            self.visit(node)
+        elif use and node.id in self._variables:
+            self._note(node.id, tuple(reversed(steps)))
+
+    def _note(self, root: str, steps: Path) -> None:
+        ends = [place for place, step in enumerate(steps) if step in _METADATA]
+        path, asked = (steps[: ends[0]], steps[ends[0]]) if ends else (steps, "")
+        if path:
+            self.found.add((path if root == self._owner else (_ANYWHERE, path[-1]), asked))
 
 
-def _subscripts(instruction: dis.Instruction) -> bool:
-    return instruction.opname == "BINARY_SUBSCR" or instruction.argrepr == "[]"
+def _named_by_text(node: ast.AST) -> str | None:
+    """The attribute that a call of ``getattr`` reads; None for any other node."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        return None
+    if (
+        node.func.id != "getattr"
+        or len(node.args) < 2
+        or not isinstance(node.args[1], ast.Constant)
+    ):
+        return None
+    text = node.args[1].value
+    return text if isinstance(text, str) else None
+
+
+def _first_asked(node: ast.AST) -> ast.AST:
+    """What ``next`` takes the first of: in ``next(p.dtype for p in self.parameters())`` the parameters."""
+    if isinstance(node, ast.GeneratorExp):
+        return _first_asked(node.generators[0].iter)
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    if called and node.func.id == "iter" and node.args:  # type: ignore[attr-defined]
+        return _first_asked(node.args[0])  # type: ignore[attr-defined]
+    return node
 
 
 def _matrices(

@@ -200,8 +200,9 @@ class Read:
         path: Where.
         kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
             there), ``length``, ``keys`` and ``holds`` (of a dict, the second with a key), ``shape`` (of a
-            tensor), ``present`` (it is not None), ``missing`` (there was no such attribute) or ``tree`` (an
-            object and all below it, :class:`lora_fx.ops.Seen`).
+            tensor), ``present`` (it is not None), ``missing`` (there was no such attribute), ``there`` (there
+            was one, and the code has a way to go without it) or ``tree`` (an object and all below it,
+            :class:`lora_fx.ops.Seen`).
         expected: What the trace saw.
     """
 
@@ -216,9 +217,10 @@ class Read:
             root: The name of the path's root.
             constant: The name of what is expected, if the code needs it.
         """
-        if self.kind == "missing":
+        if self.kind in ("missing", "there"):
             *above, (_, name) = self.path.steps
-            return f"hasattr({Path(self.path.root, tuple(above)).expression(root)}, {name!r})"
+            asked = f"hasattr({Path(self.path.root, tuple(above)).expression(root)}, {name!r})"
+            return asked if self.kind == "missing" else f"not {asked}"
         here = self.path.expression(root)
         if self.kind == "present":
             return f"{here} is None"
@@ -287,6 +289,8 @@ class Read:
         """
         if self.kind == "missing":
             return f"{self.path} did not exist when its forward was captured"
+        if self.kind == "there":
+            return f"{self.path} was there when its forward was captured"
         if self.kind == "holds":
             key, held = self.expected
             return f"{self.path} had {'a' if held else 'no'} {key!r} when its forward was captured"

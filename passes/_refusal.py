@@ -104,7 +104,11 @@ def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) 
             yield read.words("nothing")
             continue
         for one in read.changes(module) if changed else ():
-            yield one.words(_shown(one.found(module)))
+            try:
+                found = _shown(one.found(module))
+            except (AttributeError, LookupError):
+                found = "nothing"
+            yield one.words(found)
 
 
 def _failed(conditions: list[str], known: dict[str, Any], names: dict[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from lora_fx._decorators import around, inner_of
 from lora_fx._frozen import freeze, thaw
 from lora_fx.errors import CaptureError
 from lora_fx.ops import differs
@@ -146,7 +147,7 @@ def _region_class(
     known = _classes.get(key)
     if known is not None:
         return known
-    forward: Any = entry("fallback", base.forward)
+    forward: Any = entry("fallback", inner_of(base.forward))
     if not fallback:
         guards = [(form.conditions, form.reads, dict(form.namespace)) for form in forms]
         forward = refusal(base, guards, quantised=kept)
@@ -159,6 +160,7 @@ def _region_class(
         forward.__doc__ = original.__doc__
         forward.__signature__ = inspect.signature(original)
         codes[forward.__code__] = graph
+    forward = around(original, forward)
     cls = type(
         base.__name__,
         (_Regional, base),

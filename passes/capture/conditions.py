@@ -19,7 +19,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.passes._signature import WANTS_CACHE, Parameter, parameters_of
 from lora_fx.passes.capture.inputs import CACHE
 
-__all__ = ["call_parameters", "output_conditions", "shape_conditions"]
+__all__ = ["cache_condition", "call_parameters", "output_conditions", "shape_conditions"]
 
 # Settings of a transformers model that change what it returns; its forward reads them anew each time.
 _OUTPUT_SETTINGS = (
@@ -73,6 +73,19 @@ def output_conditions(model: nn.Module) -> list[str]:
         for name in _OUTPUT_SETTINGS
         if isinstance(value := getattr(config, name, None), bool)
     ]
+
+
+def cache_condition(value: Any) -> Iterator[str]:
+    """A condition that is true when the configuration says something else about a cache, in evaluation.
+
+    In training it may say anything, as in :func:`lora_fx.ops.wants_cache`: trainers switch it off.
+
+    Args:
+        value: What ``config.use_cache`` was where the capture has read it.
+    """
+    if isinstance(value, bool):
+        here = f"self.config.{CACHE}"
+        yield f"{here} is not ({here} if self.training else {value})"
 
 
 def shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:

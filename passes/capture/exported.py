@@ -20,14 +20,16 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes._one_at_a_time import ONE_AT_A_TIME
 from lora_fx.passes._region import CONSTANT, install, uninstall
 from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute
 from lora_fx.passes.capture.conditions import (
+    cache_condition,
     call_parameters,
     output_conditions,
     shape_conditions,
 )
-from lora_fx.passes.capture.inputs import named_inputs
+from lora_fx.passes.capture.inputs import CACHE, named_inputs
 from lora_fx.passes.capture.masks import convert_masks
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.state import State, difference, state_of
@@ -87,6 +89,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     conditions.append(f"{NEEDS_MODULES}(self)")
     conditions.extend(output_conditions(model))
+    conditions.extend(cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
     for node in graph.nodes:
         node.meta.clear()
     reads = (*noted_globals(model), notes.read)
@@ -120,7 +123,7 @@ def _exported(
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with _watched(model, inputs) as notes:
+        with ONE_AT_A_TIME, _watched(model, inputs) as notes:
             return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes), notes
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]

@@ -7,20 +7,18 @@ becomes a call of a method of the recorder, which records it, computes it, or re
 (:mod:`.interpret` has the rules). Only what is executed is asked about: an f-string in a ``raise`` that is
 not reached does not count. AutoGraph of TensorFlow rewrites functions in the same way.
 
-The source has to be that of the code. A file may have been edited since it was imported, or another tool
-may have rewritten the code (pytest does it to ``assert``), so the source is compiled and compared with
-the bytecode before it is used.
+The source has to be that of the code (:mod:`lora_fx.passes._source`).
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import linecache
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
+
+from lora_fx.passes._source import SCOPES, bound_by, compiled, nested, tree_of
 
 __all__ = ["RECORDER", "SourceError", "instrumented"]
 
@@ -70,8 +68,6 @@ _COMPARE = {
     ast.In: "in",
     ast.NotIn: "not in",
 }
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class SourceError(Exception):
@@ -95,7 +91,7 @@ def instrumented(function: FunctionType, recorder: Any, codes: set[CodeType]) ->
     code = _rewritten(function.__code__, function.__qualname__)
     if isinstance(code, str):
         raise SourceError(code)
-    codes.update(_nested(code))
+    codes.update(nested(code))
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     closure = tuple(
         _cell(recorder) if name == RECORDER else cells[name] for name in code.co_freevars
@@ -111,193 +107,16 @@ def _cell(value: Any) -> Any:
     return (lambda: value).__closure__[0]  # type: ignore[index]
 
 
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
-
-
 @functools.lru_cache(maxsize=2048)
 def _rewritten(code: CodeType, qualname: str) -> CodeType | str:
     """The rewritten code, or why there is none."""
-    found = _tree_of(code, qualname)
+    found = tree_of(code, qualname)
     if isinstance(found, str):
         return found
     tree, scope = found
-    made = _compiled(_Rewriter(code, scope).rewrite(tree), code, scope, (), recorded=True)
+    made = compiled(_Rewriter(code, scope).rewrite(tree), code, scope, more=(RECORDER,))
     assert isinstance(made, CodeType)
     return made
-
-
-# --- finding the source -----------------------------------------------------------------------------
-
-
-def _tree_of(code: CodeType, qualname: str) -> Any:
-    if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
-        return "is asynchronous"
-    lines = linecache.getlines(code.co_filename)
-    if not lines:
-        return f"has no source that can be read ({code.co_name}, {code.co_filename})"
-    for tree in _candidates(lines, code):
-        owner = qualname.split(".")[-2:-1]
-        scope = owner[0] if owner and owner[0] != "<locals>" and _mangles(tree) else ""
-        for imported in _importable(tree, lines):
-            made = _compiled(tree, code, scope, imported)
-            if made is not None and _same(made, code):
-                return tree, scope
-    return f"is not what its source says ({code.co_name}, {code.co_filename})"
-
-
-def _candidates(lines: list[str], code: CodeType) -> Iterator[Any]:
-    """Functions in a source that may be that of the code: of the same name, on the same line."""
-    first = code.co_firstlineno
-    if code.co_name != "<lambda>":
-        try:
-            block = "".join(inspect.getblock(lines[first - 1 :]))
-            # Not dedented: that would change what is in strings of several lines.
-            indented = block[:1].isspace()
-            tree = ast.parse(f"if True:\n{block}" if indented else block)
-        except (SyntaxError, IndexError):
-            tree = None
-        if tree is not None:
-            ast.increment_lineno(tree, first - 1 - indented)
-            body: Any = tree.body[0].body if indented else tree.body  # type: ignore[attr-defined]
-            found = body[0] if body else None
-            if isinstance(found, ast.FunctionDef) and found.name == code.co_name:
-                yield found
-                return
-    try:
-        whole = _parsed("".join(lines))
-    except SyntaxError:
-        return
-    for node in ast.walk(whole):
-        if not isinstance(node, ast.FunctionDef | ast.Lambda):
-            continue
-        lambdas = code.co_name == "<lambda>" and isinstance(node, ast.Lambda)
-        named = isinstance(node, ast.FunctionDef) and node.name == code.co_name
-        if (lambdas or named) and first in (node.lineno, *_decorated(node)):
-            yield node
-
-
-@functools.lru_cache(maxsize=8)
-def _parsed(source: str) -> ast.Module:
-    return ast.parse(source)
-
-
-def _decorated(node: Any) -> list[int]:
-    return [one.lineno for one in getattr(node, "decorator_list", ())]
-
-
-def _importable(tree: ast.AST, lines: list[str]) -> Iterator[Iterable[str]]:
-    """What the module may import of the names on which the function calls methods.
-
-    Python compiles ``name.method()`` in another way where the module imports ``name``.
-    """
-    called = {
-        node.func.value.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-    }
-    yield called
-    if called:
-        yield ()
-    if len(called) > 1:
-        try:
-            whole = _parsed("".join(lines))
-        except SyntaxError:
-            return
-        yield called & set(_bound(whole, only_imports=True))
-
-
-def _compiled(
-    tree: Any, code: CodeType, scope: str, imported: Iterable[str], *, recorded: bool = False
-) -> Any:
-    """The code of a function in the scopes in which it was written, or None.
-
-    Args:
-        tree: The function.
-        code: The code whose free names it has.
-        scope: The class in which private names are spelled out; empty for none.
-        imported: Names that the module imports.
-        recorded: Whether the function calls the recorder.
-    """
-    is_lambda = isinstance(tree, ast.Lambda)
-    if is_lambda:
-        body: list[ast.stmt] = [ast.Expr(tree)]
-    else:
-        bare = ast.FunctionDef(**{**dict(ast.iter_fields(tree)), "decorator_list": []})
-        bare.returns = None
-        body = [ast.copy_location(bare, tree)]
-    free = [name for name in code.co_freevars if name.isidentifier()]
-    if scope:
-        body = [_class(scope, body)]
-        free = [name for name in free if name != "__class__"]
-    if recorded:
-        free.append(RECORDER)
-    made = _function("_lora_fx_factory", free, [*body, ast.Return(ast.Constant(None))])
-    imports: list[ast.stmt] = [ast.Import([ast.alias(name)]) for name in sorted(imported)]
-    module = ast.fix_missing_locations(ast.Module([*imports, made], []))
-    flags = code.co_flags & _FUTURES
-    try:
-        outer = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
-    except (SyntaxError, ValueError):
-        return None
-    return next((one for one in _nested(outer) if one.co_name == code.co_name), None)
-
-
-_FUTURES = 0
-for _name in __import__("__future__").all_feature_names:
-    _FUTURES |= getattr(__import__("__future__"), _name).compiler_flag
-
-
-def _mangles(tree: ast.AST) -> bool:
-    """Whether names in it mean something else within a class: ``self.__name``."""
-    for node in ast.walk(tree):
-        for name in (getattr(node, "attr", ""), getattr(node, "id", ""), getattr(node, "arg", "")):
-            if isinstance(name, str) and name.startswith("__") and not name.endswith("__"):
-                return True
-    return False
-
-
-def _class(name: str, body: list[ast.stmt]) -> ast.ClassDef:
-    more: Any = {"type_params": []} if "type_params" in ast.ClassDef._fields else {}
-    return ast.ClassDef(name=name, bases=[], keywords=[], body=body, decorator_list=[], **more)
-
-
-def _function(name: str, parameters: Iterable[str], body: list[ast.stmt]) -> ast.FunctionDef:
-    more: Any = {"type_params": []} if "type_params" in ast.FunctionDef._fields else {}
-    arguments = ast.arguments(
-        posonlyargs=[],
-        args=[ast.arg(one) for one in parameters],
-        kwonlyargs=[],
-        kw_defaults=[],
-        defaults=[],
-    )
-    return ast.FunctionDef(name=name, args=arguments, body=body, decorator_list=[], **more)
-
-
-def _same(made: CodeType, code: CodeType) -> bool:
-    """Whether two code objects do the same: all but names of files, lines and annotations."""
-    if (
-        made.co_code != code.co_code
-        or made.co_names != code.co_names
-        or made.co_varnames != code.co_varnames
-        or made.co_freevars != code.co_freevars
-        or made.co_cellvars != code.co_cellvars
-        or made.co_exceptiontable != code.co_exceptiontable
-        or len(made.co_consts) != len(code.co_consts)
-    ):
-        return False
-    for mine, its in zip(made.co_consts, code.co_consts, strict=True):
-        if isinstance(mine, CodeType) and isinstance(its, CodeType):
-            if not _same(mine, its):
-                return False
-        elif type(mine) is not type(its) or repr(mine) != repr(its):
-            return False
-    return True
 
 
 # --- rewriting --------------------------------------------------------------------------------------
@@ -326,7 +145,7 @@ class _Rewriter(ast.NodeTransformer):
         every = [*named, *arguments.kwonlyargs]
         every += [one for one in (arguments.vararg, arguments.kwarg) if one is not None]
         outer = set(_declared_elsewhere(node))
-        bound = ({one.arg for one in every} | set(_bound(node))) - outer
+        bound = ({one.arg for one in every} | set(bound_by(node))) - outer
         # Defaults and decorators belong to the scope around.
         if self._scopes:
             arguments.defaults = [self.visit(one) for one in arguments.defaults]
@@ -386,7 +205,16 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Constant(f"_{self._owner}{name}" if private and self._owner else name)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
-        return self._call("item", self.visit(node.value), self._index(node.slice))
+        return self._call("item", self._holder(node.value), self._index(node.slice))
+
+    def _holder(self, node: Any) -> Any:
+        """What one thing is looked up in, and nothing else is done with: that entry alone counts."""
+        made = self.visit(node)
+        if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(
+            made, ast.Call
+        ):
+            made.args.append(ast.Constant(True))
+        return made
 
     def _index(self, node: Any) -> Any:
         if isinstance(node, ast.Slice):
@@ -423,7 +251,12 @@ class _Rewriter(ast.NodeTransformer):
             else ast.keyword(None, self._call("spread", self.visit(one.value)))
             for one in node.keywords
         ]
-        called = self._call("call", self.visit(node.func), *args)
+        function = node.func
+        if isinstance(function, ast.Attribute) and function.attr == "get":
+            asked = self._call("attribute", self._holder(function.value), ast.Constant("get"))
+        else:
+            asked = self.visit(function)
+        called = self._call("call", asked, *args)
         called.keywords = keywords
         return called
 
@@ -447,7 +280,9 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Compare(self, node: ast.Compare) -> Any:
         left, parts = self.visit(node.left), []
         for place, (op, right) in enumerate(zip(node.ops, node.comparators, strict=True)):
-            value = self.visit(right)
+            # A chain uses it again.
+            inside = isinstance(op, ast.In | ast.NotIn) and place + 1 == len(node.ops)
+            value = self._holder(right) if inside else self.visit(right)
             following = value
             if place + 1 < len(node.ops):
                 name = self._temporary()
@@ -728,35 +563,6 @@ def _names(target: Any) -> Iterator[str]:
     return (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
 
 
-def _bound(scope: Any, *, only_imports: bool = False) -> Iterator[str]:
-    """The names that a function, or a module, binds itself."""
-    pending = [scope.body] if isinstance(scope, ast.Lambda) else list(scope.body)
-    while pending:
-        node = pending.pop()
-        if only_imports and not isinstance(node, ast.Import | ast.ImportFrom):
-            if isinstance(node, ast.stmt) and not isinstance(node, (*_SCOPES, ast.ClassDef)):
-                pending.extend(ast.iter_child_nodes(node))
-            continue
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
-            yield node.id
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-            continue
-        elif isinstance(node, ast.Lambda):
-            continue
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from ((one.asname or one.name).partition(".")[0] for one in node.names)
-        elif (isinstance(node, ast.ExceptHandler) and node.name) or (
-            isinstance(node, ast.MatchAs | ast.MatchStar) and node.name
-        ):
-            yield node.name
-        if isinstance(node, _COMPREHENSIONS):
-            # Targets are its own; a walrus in it binds here.
-            pending.extend(one for one in ast.walk(node) if isinstance(one, ast.NamedExpr))
-            continue
-        pending.extend(ast.iter_child_nodes(node))
-
-
 def _declared_elsewhere(scope: Any) -> Iterator[str]:
     """The names that a function declares ``global`` or ``nonlocal``."""
     pending = [] if isinstance(scope, ast.Lambda) else list(scope.body)
@@ -764,7 +570,7 @@ def _declared_elsewhere(scope: Any) -> Iterator[str]:
         node = pending.pop()
         if isinstance(node, ast.Global | ast.Nonlocal):
             yield from node.names
-        if not isinstance(node, (*_SCOPES, ast.ClassDef)):
+        if not isinstance(node, (*SCOPES, ast.ClassDef)):
             pending.extend(ast.iter_child_nodes(node))
 
 

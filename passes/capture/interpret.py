@@ -157,8 +157,14 @@ class Frame:
 
     # --- names --------------------------------------------------------------------------------------
 
-    def global_(self, name: str, value: Any) -> Any:
-        """A read of a global or builtin name."""
+    def global_(self, name: str, value: Any, lookup: bool = False) -> Any:
+        """A read of a global or builtin name.
+
+        Args:
+            name: The name.
+            value: What it stands for.
+            lookup: Whether one key is looked up in it, and nothing else is done with it; below, too.
+        """
         names = self.function.__globals__
         if name not in names:
             return value
@@ -171,9 +177,9 @@ class Frame:
             path = Path(ModuleRoot(module)).attribute(name)
         else:
             path = Path(ObjectRoot(names)).item(name)
-        return self.noted(value, path, trusted=self.library)
+        return self.noted(value, path, trusted=self.library, lookup=lookup)
 
-    def free(self, name: str, value: Any) -> Any:
+    def free(self, name: str, value: Any, lookup: bool = False) -> Any:
         """A read of a variable of an outer function."""
         if self.library:
             return value
@@ -182,7 +188,7 @@ class Frame:
         path = self.place.attribute("__closure__").item(place).attribute("cell_contents")
         # What a decorator wraps is found there, and stays.
         trusted = isinstance(value, FunctionType | type)
-        return self.noted(value, path, trusted=trusted)
+        return self.noted(value, path, trusted=trusted, lookup=lookup)
 
     def write(self, name: str, value: Any) -> None:
         """A write to a name of another scope."""
@@ -200,7 +206,7 @@ class Frame:
 
     # --- attributes and items -----------------------------------------------------------------------
 
-    def attribute(self, value: Any, name: str) -> Any:
+    def attribute(self, value: Any, name: str, lookup: bool = False) -> Any:
         """``value.name``."""
         recorder = self.recorder
         if isinstance(value, TracedValue):
@@ -216,7 +222,7 @@ class Frame:
                 return attribute_of(owned, name)
             return getattr(value, name)
         if isinstance(value, nn.Module):
-            return self._of_module(value, name)
+            return self._of_module(value, name, lookup)
         if _answers(value):
             return getattr(value, name)
         if isinstance(value, (_FirstOf, *_VIEWS)):
@@ -225,14 +231,15 @@ class Frame:
             path = Path(ModuleRoot(value.__name__)).attribute(name)
             root = value.__name__.partition(".")[0]
             trusted = self.library or root in _LIBRARIES or root in sys.stdlib_module_names
-            return self.noted(getattr(value, name), path, trusted=trusted)
+            return self.noted(getattr(value, name), path, trusted=trusted, lookup=lookup)
         if isinstance(value, type):
             path = recorder.path_of(value) or Path(ObjectRoot(value))
             library = value.__module__.partition(".")[0] in _LIBRARIES
-            return self.noted(getattr(value, name), path.attribute(name), trusted=library)
-        return self._of_object(value, name)
+            path = path.attribute(name)
+            return self.noted(getattr(value, name), path, trusted=library, lookup=lookup)
+        return self._of_object(value, name, lookup)
 
-    def _of_module(self, module: nn.Module, name: str) -> Any:
+    def _of_module(self, module: nn.Module, name: str, lookup: bool) -> Any:
         recorder = self.recorder
         path = recorder.path_of(module)
         if name == "training":
@@ -251,19 +258,26 @@ class Frame:
         if name in own["_modules"]:
             child = own["_modules"][name]
             return self._noted_at(None, path, name) if child is None else child
-        return self._looked_up(module, name, path, nn.Module)
+        return self._looked_up(module, name, path, nn.Module, lookup=lookup)
 
-    def _of_object(self, value: Any, name: str) -> Any:
+    def _of_object(self, value: Any, name: str, lookup: bool) -> Any:
         path = self.recorder.path_of(value)
         if path is None:
             what = type(value).__name__
             self.recorder.refuse_softly(
                 f"its forward reads {name} of a {what} that is made on the way or comes from elsewhere"
             )
-        return self._looked_up(value, name, path, object)
+        return self._looked_up(value, name, path, object, lookup=lookup)
 
     def _looked_up(
-        self, value: Any, name: str, path: Path | None, base: type, *, generic: bool = False
+        self,
+        value: Any,
+        name: str,
+        path: Path | None,
+        base: type,
+        *,
+        generic: bool = False,
+        lookup: bool = False,
     ) -> Any:
         """An attribute as Python looks it up, its own hooks in Python included."""
         cls = type(value)
@@ -279,13 +293,13 @@ class Frame:
         if isinstance(static, functools.cached_property) and name not in own:
             return self.recorder.refuse(f"its forward writes to self.{name}")
         if isinstance(static, types.MemberDescriptorType | types.GetSetDescriptorType):
-            return self._noted_at(getattr(value, name), path, name)
+            return self._noted_at(getattr(value, name), path, name, lookup)
         if static is not _MISSING and hasattr(type(static), "__set__"):
             return self.recorder.refuse(
                 f"its forward reads {name}, which a {type(static).__name__} computes"
             )
         if name in own:
-            return self._noted_at(own[name], path, name)
+            return self._noted_at(own[name], path, name, lookup)
         if isinstance(static, FunctionType):
             self.recorder.remember(static, path_in(cls, name))
             return MethodType(static, value)
@@ -293,16 +307,16 @@ class Frame:
             found = getattr(value, name)
             if isinstance(static, staticmethod | classmethod):
                 return found
-            return self._noted_at(found, path, name)
+            return self._noted_at(found, path, name, lookup)
         hook = _in_mro(cls, "__getattr__", base)
         if isinstance(hook, FunctionType):
             return self._invoke(hook, path_in(cls, "__getattr__"), (value, name), {})
         raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
 
-    def _noted_at(self, value: Any, path: Path | None, name: str) -> Any:
-        return value if path is None else self.noted(value, path.attribute(name))
+    def _noted_at(self, value: Any, path: Path | None, name: str, lookup: bool = False) -> Any:
+        return value if path is None else self.noted(value, path.attribute(name), lookup=lookup)
 
-    def item(self, value: Any, key: Any) -> Any:
+    def item(self, value: Any, key: Any, lookup: bool = False) -> Any:
         """``value[key]``."""
         recorder = self.recorder
         self._check_passed(value)
@@ -320,7 +334,12 @@ class Frame:
             path = recorder.path_of(value)
             if path is None or isinstance(key, slice):
                 return found
-            return self.noted(found, path.item(key))
+            if isinstance(value, dict) and not _has_literal(key):
+                self._note_container(value, path)
+                if id(value) not in recorder.settled or type(found) in (list, dict, set):
+                    recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
+                return found
+            return self.noted(found, path.item(key), lookup=lookup)
         method = _in_mro(type(value), "__getitem__", None)
         if isinstance(method, FunctionType):
             return self._invoke(method, path_in(type(value), "__getitem__"), (value, key), {})
@@ -380,13 +399,15 @@ class Frame:
 
     # --- reads --------------------------------------------------------------------------------------
 
-    def noted(self, value: Any, path: Path, *, trusted: bool = False) -> Any:
+    def noted(self, value: Any, path: Path, *, trusted: bool = False, lookup: bool = False) -> Any:
         """What a read gives: noted with where it comes from.
 
         Args:
             value: What was read.
             path: Where.
             trusted: Whether functions and classes found there stay what they are.
+            lookup: Whether one key is looked up in it, and nothing else is done with it. Of a dict that entry
+                is noted then, and not what else it holds.
         """
         recorder = self.recorder
         if isinstance(value, TracedValue | nn.Module | types.ModuleType):
@@ -397,6 +418,8 @@ class Frame:
         kind = _compared_by(value)
         if kind is not None:
             recorder.read(Read(path, kind, value))
+        elif lookup and type(value) is dict:
+            recorder.remember(value, path)
         elif type(value) in CONTAINERS or type(value) is torch.Size:
             self._note_container(value, path)
         elif isinstance(value, _CALLED):
@@ -580,7 +603,10 @@ class Frame:
         """Whether a dict that was there before has a key."""
         path = self.recorder.path_of(holder)
         assert path is not None
-        if type(key) not in (str, int, bool, type(None)):
+        if not _has_literal(key):
+            self._note_container(holder, path)
+            if id(holder) in self.recorder.settled:
+                return key in holder
             self.recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
         self.recorder.read(Read(path, "holds", (key, key in holder)))
         return key in holder
@@ -948,9 +974,8 @@ class Frame:
         if path is None or id(owner) in self.recorder.settled:
             return function(*args, **kwargs)
         if isinstance(owner, dict) and name == "get":
-            if args[0] in owner:
-                return self.noted(owner[args[0]], path.item(args[0]))
-            self._holds_key(owner, args[0])
+            if self._holds_key(owner, args[0]):
+                return self.item(owner, args[0])
             return function(*args, **kwargs)
         if name in ("index", "count", "copy"):
             self.iterate(owner)
@@ -984,6 +1009,15 @@ def _compared_by(value: Any) -> str | None:
     by_identity = enum.Enum | torch.dtype | torch.layout | torch.memory_format
     constants = (type(...), type(NotImplemented))
     return "identity" if isinstance(value, by_identity) or type(value) in constants else None
+
+
+def _has_literal(key: Any) -> bool:
+    """Whether a key can be spelled in generated code."""
+    if type(key) is tuple:
+        return all(map(_has_literal, key))
+    if type(key) is float:
+        return math.isfinite(key)
+    return type(key) in (str, bytes, int, bool, type(None), torch.dtype)
 
 
 def path_in(cls: type, name: str) -> Path:
@@ -1081,6 +1115,7 @@ def _getattr(frame: Frame, value: Any, name: str, default: Any = _MISSING) -> An
         )
     if default is _MISSING:
         return frame.attribute(value, name)
+    _note_there(frame, value, name)
     try:
         return frame.attribute(value, name)
     except AttributeError:
@@ -1093,12 +1128,20 @@ def _hasattr(frame: Frame, value: Any, name: str) -> bool:
         frame.recorder.refuse(
             f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
         )
+    _note_there(frame, value, name)
     try:
         frame.attribute(value, name)
     except AttributeError:
         _note_missing(frame, value, name)
         return False
     return True
+
+
+def _note_there(frame: Frame, value: Any, name: str) -> None:
+    """Notes that an object has an attribute of its own: the code has a way to go where it is deleted."""
+    path = frame.recorder.path_of(value)
+    if path is not None and name in getattr(value, "__dict__", ()):
+        frame.recorder.read(Read(path.attribute(name), "there", None))
 
 
 def _note_missing(frame: Frame, value: Any, name: str) -> None:

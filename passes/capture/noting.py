@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -28,6 +28,8 @@ from lora_fx.passes._reads import MOST, ModuleRoot, ObjectRoot, Path, Read, froz
 __all__ = ["Notes", "noted_globals"]
 
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
+# What copies and pickles an object reads of it: C code then takes all that it has.
+_COPYING = frozenset({"__reduce__", "__reduce_ex__", "__getstate__"})
 _NEVER = (
     nn.Module,
     torch.Tensor,
@@ -80,6 +82,15 @@ class Notes:
         """What was read, as one guard."""
         return Read(Path(), "tree", self._seen(self._model, set()))
 
+    def forget(self, owner: Any, name: str) -> Any:
+        """Takes a note back: what was read of an object under a name, or None.
+
+        Args:
+            owner: The object.
+            name: The attribute.
+        """
+        return self._reads.get(id(owner), {}).pop(name, None)
+
     def _watch_class(self, cls: type) -> None:
         """Has the attribute access of a class take notes of the objects that are watched.
 
@@ -93,8 +104,13 @@ class Notes:
 
         def read(this: Any, name: str) -> Any:
             value = access(this, name)
-            if id(this) in self._watched and not isinstance(value, MethodType):
-                self._note(this, name, value)
+            if id(this) not in self._watched or isinstance(value, MethodType):
+                return value
+            if name == "__dict__" and type(value) is dict:
+                return _Entries(value, lambda key, one: self._note_entry(this, key, one))
+            if name in _COPYING:
+                self._note_all(this)
+            self._note(this, name, value)
             return value
 
         def looked_for(this: Any, name: str) -> Any:
@@ -134,12 +150,16 @@ class Notes:
             if not name.startswith("__") and hasattr(value, name):
                 self._note(value, name, getattr(value, name))
 
+    def _note_entry(self, owner: Any, name: Any, value: Any) -> None:
+        """Notes what was looked up in the dict of an object; where it has none, what stands in its class."""
+        if not isinstance(name, str):
+            return
+        if value is _MISSING:
+            above = (cls.__dict__ for cls in type(owner).__mro__)
+            value = next((one[name] for one in above if name in one), _MISSING)
+        self._note(owner, name, value)
+
     def _note(self, owner: Any, name: str, value: Any) -> None:
-        # A config of transformers looks at its own dict at each read; those reads are noted by name.
-        by_name = type(owner).__module__.startswith("transformers.")
-        if name == "__dict__" and not (by_name or isinstance(owner, nn.Module)):
-            for key, one in list(value.items()):
-                self._note(owner, key, one)
         if name in _OWN or name.startswith(("__", "_lora_fx")):
             return
         known = self._reads.setdefault(id(owner), {})
@@ -193,6 +213,75 @@ class Notes:
             elif id(child) not in done:
                 below.append((name, self._seen(child, done)))
         return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
+
+
+class _Entries(dict[Any, Any]):
+    """The dict of an object, for code that takes hold of it: says what is looked up in it.
+
+    It is a dict with the same entries, for code of C that looks past its methods. What is written goes
+    to the object.
+    """
+
+    def __init__(self, own: dict[str, Any], note: Callable[[Any, Any], None]) -> None:
+        super().__init__(own)
+        self._own, self._note = own, note
+
+    def _all(self) -> dict[str, Any]:
+        for key, value in self._own.items():
+            self._note(key, value)
+        return self._own
+
+    def __getitem__(self, key: Any) -> Any:
+        self._note(key, self._own.get(key, _MISSING))
+        return self._own[key]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._note(key, self._own.get(key, _MISSING))
+        return self._own.get(key, default)
+
+    def __contains__(self, key: Any) -> bool:
+        self._note(key, self._own.get(key, _MISSING))
+        return key in self._own
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._own[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        del self._own[key]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self._all()),)
+
+
+def _of_all(name: str) -> Any:
+    """A method of a dict that looks at everything in it."""
+
+    def looked(self: _Entries, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._all(), name)(*args, **kwargs)
+
+    return looked
+
+
+def _writing(name: str) -> Any:
+    """A method of a dict that writes to it."""
+
+    def written(self: _Entries, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self._all(), name)(*args, **kwargs)
+        dict.clear(self)
+        dict.update(self, self._own)
+        return result
+
+    return written
+
+
+for _name in ("copy", "items", "keys", "values", "__iter__", "__reversed__", "__len__", "__repr__"):
+    setattr(_Entries, _name, _of_all(_name))
+for _name in ("__eq__", "__ne__", "__or__", "__ror__"):
+    setattr(_Entries, _name, _of_all(_name))
+for _name in ("clear", "pop", "popitem", "setdefault", "update", "__ior__"):
+    setattr(_Entries, _name, _writing(_name))
 
 
 def _own_access(cls: Any) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
+from lora_fx._decorators import inner_of
 from lora_fx.passes._lazy import is_lazy
 from lora_fx.passes._reads import Path, Read
 from lora_fx.passes._signature import GuardedCodeGen, Parameter, parameters_of, wrapped_forward
@@ -71,7 +72,7 @@ def trace(
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on the instance")
-    own = type(module).forward
+    own = inner_of(type(module).forward)
     parameters = parameters_of(forward or own, fixed)
     _check_parameters(parameters)
     recorder = Recorder(module, parameters, forward or own, check_none=check_none)
@@ -209,7 +210,7 @@ class Recorder(fx.Tracer):
             else:
                 keywords[p.name] = value
         self._passed = (tuple(positional), keywords)
-        self.remember(self._forward, path_in(type(self.root), "forward"))
+        self.remember(self._forward, _path_of_forward(type(self.root)))
         outermost: Any = _outermost
         frame = Frame(self, outermost, None)
         # Whatever the caller's modes are, those of the trace have to be known.
@@ -394,6 +395,14 @@ class Recorder(fx.Tracer):
 
 def _outermost() -> None:
     """Stands for whoever calls the forward."""
+
+
+def _path_of_forward(cls: Any) -> Path:
+    """Where the forward of a class lies, within the decorators that stay around it."""
+    path, outer = path_in(cls, "forward"), cls.forward
+    while outer is not inner_of(outer):
+        path, outer = path.attribute("__wrapped__"), outer.__wrapped__
+    return path
 
 
 def _path_to(target: str) -> Path:

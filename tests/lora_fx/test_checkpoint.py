@@ -908,3 +908,60 @@ def test_an_adapter_of_an_exported_capture_is_loaded_by_the_same(tmp_path, front
     with pytest.raises(ConfigError, match="how to capture one that is not"):
         lora_fx.load_adapter(adapted, tmp_path, example_inputs=x)
     assert torch.equal(lora_fx.load_adapter(adapted, tmp_path)(x), adapted(x))
+
+
+def failing_at(place: int) -> Any:
+    """A write that fails when it is called for the nth time, in the middle of what it writes."""
+    from lora_fx import _checkpoint_state
+
+    own, calls = _checkpoint_state.write, []
+
+    def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+        calls.append(tensor)
+        own(tensor, value)
+        if len(calls) == place:
+            raise MemoryError("there is no room")
+
+    return write
+
+
+@pytest.mark.parametrize("place", [1, 3, 6])
+def test_a_write_that_fails_leaves_the_adapter_as_it_was(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = RESIDUAL()
+    config = LoraConfig(r=2, target_modules=["up", "down"], modules_to_save=["head"])
+    saved = lora_fx.rewrite(model, config)
+    with torch.no_grad():
+        for p in lora_fx.trainable_parameters(saved):
+            p.copy_(torch.randn_like(p))
+    save_adapter(saved, tmp_path / "folder")
+    state = lora_fx.adapter_state_dict(saved)
+    monkeypatch.setattr("lora_fx._checkpoint_state.write", failing_at(place))
+
+    # Into an adapter that the model has, from a folder or from a state dict.
+    other = lora_fx.rewrite(model, config)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(MemoryError):
+        load_adapter(other, tmp_path / "folder")
+    assert_same_bits(dict(other.state_dict()), before)
+    monkeypatch.setattr("lora_fx._checkpoint_state.write", failing_at(place))
+    with pytest.raises(MemoryError):
+        lora_fx.load_adapter_state_dict(other, state)
+    assert_same_bits(dict(other.state_dict()), before)
+
+    # As one more adapter, which then is not there.
+    monkeypatch.setattr("lora_fx._checkpoint_state.write", failing_at(place))
+    expected = other(inputs)
+    with pytest.raises(MemoryError):
+        load_adapter(other, tmp_path / "folder", adapter_name="more")
+    assert lora_fx.adapter_names(other) == ("default",)
+    assert_same_bits(dict(other.state_dict()), before)
+    assert torch.equal(other(inputs), expected)
+
+    # Into the original model, whose tensors the new one shares.
+    monkeypatch.setattr("lora_fx._checkpoint_state.write", failing_at(place))
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MemoryError):
+        load_adapter(model, tmp_path / "folder")
+    assert_same_bits(dict(model.state_dict()), base)

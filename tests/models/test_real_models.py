@@ -298,18 +298,7 @@ def test_generate_of_an_exported_capture():
     assert torch.equal(generated(rewritten, inputs), generated(lora_fx.merge(rewritten), inputs))
 
 
-_NOT_AGAIN = pytest.mark.xfail(
-    reason="open: the first watched call of these layers does not checkpoint; later ones do not either"
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=_NOT_AGAIN) if name in ("vit", "clip") else name
-        for name in TRANSFORMERS
-    ],
-)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_gradient_checkpointing(name):
     _, rewritten, inputs = rewrite(name)
     randomise(rewritten, 0.05).train()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -408,3 +410,43 @@ def test_an_iterator_is_not_used_up_by_a_trace() -> None:
     model = _Keeps(iter([1.0, 2.0, 3.0]), next)
     captured = lora_fx.capture(model).model
     assert list(captured.kept) == list(model.kept) == [1.0, 2.0, 3.0]
+
+
+def test_one_export_at_a_time(monkeypatch, tmp_path):
+    """PyTorch keeps what it exports in global state, and so does what takes notes meanwhile."""
+    own, inside, most = torch.export.export, [], []
+
+    def export(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.2)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(torch.export, "export", export)
+    before = nn.Module.__getattribute__, nn.Module.__getattr__
+    failures: list[BaseException] = []
+
+    def run(work):
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # for the test's own thread
+            failures.append(error)
+
+    def capture():
+        lora_fx.capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), frontend="export")
+
+    def to_onnx():
+        lora_fx.export_onnx(nn.Linear(4, 4), tmp_path / "a.onnx", torch.randn(2, 4), verify=False)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in (capture, to_onnx, capture)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert not failures
+    assert len(most) >= 3
+    assert set(most) == {1}
+    assert (nn.Module.__getattribute__, nn.Module.__getattr__) == before

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx import watch
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from tests.algebra import randomise
@@ -25,6 +26,7 @@ from tests.zoo import sample
 
 CONFIG = lora_fx.LoraConfig(r=2, target_modules=["fc", "kernel"])
 FACTOR = 2.0
+SEEN: list[object] = []
 TABLE = {"a": 2.0, "b": {"deep": 3.0}}
 
 
@@ -71,6 +73,9 @@ class Base(nn.Module):
         self.slotted = Slotted()
         self.delegates = Delegates()
         self.table = {"a": 2.0, "deep": {"b": 3.0}}
+        self.by_pair = {(1, 2): {"deep": 2.0}}
+        self.by_dtype = {torch.float64: [2.0]}
+        self.by_kind = {Kind.ONE: 2.0, Kind.TWO: 3.0}
         self.numbers = [2.0, 3.0]
         self.numpy = np.float64(0.5)
         self.array = np.array([2.0])
@@ -177,10 +182,36 @@ def reset():
     READ_CLOSURE.__closure__[0].cell_contents[0] = 2.0
 
 
+def beside(holder):
+    holder.another = 5.0
+
+
+def by_another_name(self):
+    table = self.table
+    return table["a"]
+
+
 READS = {
     "attribute": (lambda self: self.factor, lambda m: setattr(m, "factor", 5.0)),
     "getattr": (lambda self: getattr(self, "factor", 1.0), lambda m: setattr(m, "factor", 5.0)),
     "getattr without": (lambda self: getattr(self, "no", 2.0), lambda m: setattr(m, "no", 5.0)),
+    "getattr, deleted": (
+        lambda self: getattr(self, "factor", 5.0),
+        lambda m: delattr(m, "factor"),
+    ),
+    "hasattr, deleted": (
+        lambda self: self.factor if hasattr(self, "factor") else 3.0,
+        lambda m: delattr(m, "factor"),
+    ),
+    "get, deleted": (lambda self: self.table.get("a", 5.0), lambda m: m.table.pop("a")),
+    "in, deleted": (
+        lambda self: self.table["a"] * 2 if "a" in self.table else 5.0,
+        lambda m: m.table.pop("a"),
+    ),
+    "own dict, deleted": (
+        lambda self: self.settings.__dict__.get("factor", 5.0),
+        lambda m: delattr(m.settings, "factor"),
+    ),
     "hasattr": (lambda self: 2.0 if hasattr(self, "no") else 3.0, lambda m: setattr(m, "no", 1)),
     "property": (lambda self: self.doubled, lambda m: setattr(m, "factor", 5.0)),
     "object": (lambda self: self.settings.factor, lambda m: setattr(m.settings, "factor", 5.0)),
@@ -195,6 +226,47 @@ READS = {
     "get without": (lambda self: self.table.get("z", 2.0), lambda m: m.table.update(z=5.0)),
     "in": (lambda self: 2.0 if "z" in self.table else 3.0, lambda m: m.table.update(z=5.0)),
     "nested dict": (lambda self: self.table["deep"]["b"], lambda m: m.table["deep"].update(b=5)),
+    "own dict": (
+        lambda self: self.settings.__dict__["factor"],
+        lambda m: setattr(m.settings, "factor", 5.0),
+    ),
+    "own dict, get": (
+        lambda self: vars(self.settings).get("no", 2.0),
+        lambda m: setattr(m.settings, "no", 5.0),
+    ),
+    "own dict, in": (
+        lambda self: 2.0 if "no" in self.settings.__dict__ else 3.0,
+        lambda m: setattr(m.settings, "no", 5.0),
+    ),
+    "own dict, copied": (
+        lambda self: copy.copy(self.settings).factor,
+        lambda m: setattr(m.settings, "factor", 5.0),
+    ),
+    "own dict, spread": (
+        lambda self: dict(**self.settings.__dict__)["factor"],
+        lambda m: setattr(m.settings, "factor", 5.0),
+    ),
+    "own dict, all": (
+        lambda self: float(len([*self.settings.__dict__.items()])) / 2,
+        lambda m: delattr(m.settings, "factor"),
+    ),
+    "own dict of the module": (
+        lambda self: self.__dict__["factor"],
+        lambda m: setattr(m, "factor", 5.0),
+    ),
+    "a tuple as a key": (
+        lambda self: self.by_pair[1, 2]["deep"],
+        lambda m: m.by_pair[1, 2].update(deep=5.0),
+    ),
+    "a dtype as a key": (
+        lambda self: self.by_dtype[torch.float64][0],
+        lambda m: m.by_dtype[torch.float64].__setitem__(0, 5.0),
+    ),
+    "an enum as a key": (
+        lambda self: self.by_kind[Kind.ONE],
+        lambda m: m.by_kind.update({Kind.ONE: 5.0}),
+    ),
+    "a dict by another name": (by_another_name, lambda m: m.table.update(a=5.0)),
     "list": (lambda self: self.numbers[0], lambda m: m.numbers.__setitem__(0, 5.0)),
     "length": (lambda self: len(self.numbers), lambda m: m.numbers.append(5.0)),
     "sum": (lambda self: sum(self.numbers), lambda m: m.numbers.append(5.0)),
@@ -267,6 +339,77 @@ def test_what_was_read_is_read_again(name, own, frontend):
         assert not torch.equal(before, expected), "the change does nothing"
     finally:
         reset()
+
+
+# What is looked up, and a change of something beside it.
+BESIDE = {
+    "dict": (lambda self: self.table["a"], lambda m: m.table.update(b=5.0)),
+    "get": (lambda self: self.table.get("a"), lambda m: m.table.pop("deep")),
+    "in": (lambda self: 2.0 if "z" in self.table else 3.0, lambda m: m.table.update(a=5.0)),
+    "nested dict": (lambda self: self.table["deep"]["b"], lambda m: m.table["deep"].update(c=5)),
+    "global dict": (lambda self: TABLE["b"]["deep"], lambda m: TABLE.update(a=5.0)),
+    "own dict": (lambda self: self.settings.__dict__["factor"], lambda m: beside(m.settings)),
+    "own dict, get": (
+        lambda self: vars(self.settings).get("no", 2.0),
+        lambda m: beside(m.settings),
+    ),
+    "own dict, in": (
+        lambda self: 2.0 if "no" in self.settings.__dict__ else 3.0,
+        lambda m: beside(m.settings),
+    ),
+    "own dict of the module": (lambda self: self.__dict__["factor"], beside),
+}
+# A whole-model trace takes a dict that is an attribute for one value; vars() and modules' dicts have no rule.
+ONE_VALUE = {
+    "export": {"dict", "get", "in", "nested dict", "global dict"},
+    "regions": {"own dict, get", "own dict of the module"},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("frontend", ["regions", "export"])
+def test_what_lies_beside_it_takes_no_graph_off(name, frontend):
+    if name in ONE_VALUE[frontend]:
+        pytest.skip("the whole counts, or there is no graph")
+    read, change = BESIDE[name]
+
+    def forward(self, x):
+        return x @ self.kernel * read(self)
+
+    adapted = randomise(
+        lora_fx.rewrite(build(forward), CONFIG, sample(3, 4).double(), frontend=frontend)
+    )
+    region = [cls for cls in type(adapted).__mro__ if watch.CODES in vars(cls)][-1]
+    assert len(vars(region)[watch.CODES]) == 1
+    vars(region)["forward"].__globals__["_lora_fx_fallback"] = None
+    x = sample(3, 4).double()
+    before = adapted(x)
+    try:
+        change(adapted)
+        assert torch.equal(adapted(x), before)
+    finally:
+        reset()
+
+
+def test_what_is_written_to_the_dict_of_an_object_is_written_to_the_object():
+    """During an export, too, where what code sees of it says what is looked up."""
+
+    def forward(self, x):
+        own = self.settings.__dict__
+        own["factor"] = 3.0
+        own.update(more=own.pop("factor") + 1.0)
+        own.setdefault("most", 2.0)
+        found = (self.settings.more, own["more"], sorted(own), "factor" in own, self.settings.most)
+        SEEN.append((found, {**own} == own, copy.deepcopy(own) == dict(own), type(own.copy())))
+        return self.fc(x) * self.settings.more
+
+    SEEN.clear()
+    model, x = build(forward), sample(3, 4).double()
+    with pytest.raises(LoraFxError, match=r"its forward changes self\.settings\.factor"):
+        lora_fx.capture(model, x, frontend="export")
+    expected = (4.0, 4.0, ["inner", "more", "most"], False, 2.0)
+    assert (expected, True, True, dict) in SEEN
+    assert vars(model.settings).keys() == {"factor", "inner"}
 
 
 # --- questions that only a value can answer -----------------------------------------------------------
