@@ -43,7 +43,7 @@ __all__ = [
 
 
 # Attributes of instances: of modules, and of lora_fx.samples.SampleRows.
-_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "call")
+_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call")
 
 
 class AdapterModule(nn.Module):

@@ -7,8 +7,9 @@ autograd (:class:`_Watch`), which knows the bytes of the adapted weights and wha
 such a value meets data outside of the graph that holds the weight's branch, the call ends with an error.
 
 A way in is a method of a module, in training or not, with or without gradients, with arguments of these
-classes. What has been watched costs a look into a set from then on. Compilers do not see the watch, and
-what they run stays pending, as does what runs without real values (:func:`_blind`).
+classes and sizes (:mod:`lora_fx._sizes`). What has been watched costs a look into a set from then on.
+Compilers do not see the watch, and what they run stays pending, as does what runs without real values
+(:func:`_blind`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from lora_fx._sizes import Sizes
 from lora_fx.errors import CaptureError
 from lora_fx.ops import AdapterModule
 from lora_fx.record import record_of
@@ -166,7 +168,7 @@ class _Entries:
 
     def __init__(self, model: _Model) -> None:
         self.model = model
-        self.done: set[tuple[Any, ...]] = set()
+        self.done = Sizes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Entries:
         return _Entries(copy.deepcopy(self.model, memo))
@@ -278,17 +280,20 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         entries = self.__dict__.get(STATE)
         if entries is None:
             return function(self, *args, **kwargs)
+        given = (*args, *kwargs.values()) if kwargs else args
         key = (
-            name,
-            self.training,
-            torch.is_grad_enabled(),
-            _now.epoch,
-            entries.model.setting,
-            *[value if value.__class__ is bool else value.__class__ for value in args],
-            *kwargs,
-            *[value if value.__class__ is bool else value.__class__ for value in kwargs.values()],
+            (
+                name,
+                self.training,
+                torch.is_grad_enabled(),
+                _now.epoch,
+                entries.model.setting,
+                *kwargs,
+                *[value if value.__class__ is bool else value.__class__ for value in given],
+            ),
+            tuple([value.shape for value in given if value.__class__ is torch.Tensor]),
         )
-        if _now.active or key not in entries.done:
+        if _now.active or key not in entries.done.known:
             return _first(self, entries, key, function, args, kwargs)
         return function(self, *args, **kwargs)
 
@@ -298,7 +303,7 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _first(
     module: Any,
     entries: _Entries,
-    key: tuple[Any, ...],
+    key: tuple[tuple[Any, ...], tuple[Any, ...]],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -306,22 +311,22 @@ def _first(
     running: _Watch | None = getattr(_local, "watch", None)
     if running is not None and running.model is entries.model:
         # It is a part of what is watched, or was watched before: then it need not be again.
-        done = key in entries.done
+        done = entries.done.knows(*key)
         before, running.paused = running.paused, done
         try:
             result = function(module, *args, **kwargs)
         finally:
             running.paused = before
         if running.error is None:
-            entries.done.add(key)
+            entries.done.add(*key)
         return result
-    if key in entries.done or _blind(module, entries.model, (args, kwargs)):
+    if entries.done.knows(*key) or _blind(module, entries.model, (args, kwargs)):
         return function(module, *args, **kwargs)
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
     result = _watched(_Watch(entries.model, weights), function, module, args, kwargs)
-    entries.done.add(key)
+    entries.done.add(*key)
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
     return result

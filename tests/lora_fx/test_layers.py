@@ -40,6 +40,7 @@ LAYERS = (
     "lora_fx._frozen",
     "lora_fx.record",
     "lora_fx.ops",
+    "lora_fx._sizes",
     "lora_fx.watch",
     "lora_fx.attention",
     "lora_fx.windows",

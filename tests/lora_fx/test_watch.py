@@ -445,6 +445,28 @@ def test_switching_adapters_arms_it_again_once(x):
         assert not lora_fx.status(model).unchecked
 
 
+def test_other_sizes_are_watched_a_few_times():
+    model = adapted(Counts)
+    watched = []
+    for rows in (1, 2, 3, 5, 5, 6, 7, 8, 9, 15, 16, 17, 30, 30):
+        model(torch.randn(rows, 4))
+        watched += [rows] * model.modes
+    assert watched == [1, 2, 3, 5, 8, 9, 16, 17]
+
+
+@pytest.mark.parametrize("bound", [3, 64, 65])
+def test_a_hook_that_reads_a_weight_from_some_size_on(bound):
+    def hook(layer, args, output):
+        return output + F.linear(args[0], layer.weight) if len(args[0]) >= bound else None
+
+    model = adapted(Plain)
+    model.fc.register_forward_hook(hook)
+    for rows in (1, 2, bound - 1, bound - 1):
+        model(torch.randn(rows, 4))
+    with pytest.raises(CaptureError, match=r"fc\.weight is read by"):
+        model(torch.randn(bound, 4))
+
+
 @pytest.mark.parametrize(
     "way",
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "file"],
