@@ -135,6 +135,8 @@ class _Model:
         derived: Values that are computed from adapted weights and outlive the call, by storage, with the
             names of the weights.
         read: Takes the names of weights that are read beside their branch, if somebody wants them.
+        copied: The weights of which those of this model are copies: code that holds on to a layer by a global
+            or a closure computes with them, whatever is copied.
     """
 
     def __init__(self) -> None:
@@ -144,9 +146,14 @@ class _Model:
         self.checked: set[tuple[int, int]] = set()
         self.derived: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
         self.read: set[str] | None = None
+        self.copied: list[_Weight] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
-        return _Model()
+        made = _Model()
+        made.copied = [
+            one for one in (*self.copied, *_weights(self, every=True)) if not _is_gone(one.alive)
+        ]
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Model, ()
@@ -549,23 +556,26 @@ class _Weight(NamedTuple):
     Attributes:
         site: Where it is adapted.
         start, stop: Its bytes.
+        alive: Its storage, whose address no other has for as long.
         tied: The names of other parameters that are known to be the same.
     """
 
     site: Site
     start: int
     stop: int
+    alive: StorageWeakRef
     tied: tuple[str, ...]
 
 
-def _weights(model: _Model) -> list[_Weight]:
-    """The adapted weights by address; none where there are no values to watch."""
+def _weights(model: _Model, every: bool = False) -> list[_Weight]:
+    """The weights that are adapted now, or ever, by address; none where there are no values to watch."""
     root = model.root()
     record = record_of(root)
     if root is None or record is None:
         return []
     found: dict[tuple[int, int], _Weight] = {}
-    for row in (row for name in record.active for row in record.adapters[name].places):
+    names = record.adapters if every else record.active
+    for row in (row for name in names for row in record.adapters[name].places):
         site = row.site
         try:
             weight = root.get_parameter(site.weight)
@@ -580,8 +590,12 @@ def _weights(model: _Model) -> list[_Weight]:
                 start = _address(part)
                 if not start and part.numel():
                     return []  # it is somewhere else
-                stop = start + _span(part)
-                found.setdefault((start, stop), _Weight(site, start, stop, site.tied_to))
+                stop, alive = start + _span(part), _weakly(part.untyped_storage())
+                found.setdefault((start, stop), _Weight(site, start, stop, alive, site.tied_to))
+    adapted = {weight.site.weight for weight in found.values()}
+    for one in model.copied:
+        if one.site.weight in adapted and not _is_gone(one.alive):
+            found.setdefault((one.start, one.stop), one)
     return [found[place] for place in sorted(found)]
 
 

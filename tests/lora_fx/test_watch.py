@@ -467,6 +467,37 @@ def test_a_hook_that_reads_a_weight_from_some_size_on(bound):
         model(torch.randn(bound, 4))
 
 
+class ByRegistry(Base):
+    def product(self, x):
+        return REGISTRY["fc"](x)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_copy_that_computes_with_weights_of_what_was_copied(kept, times, x):
+    base = ByRegistry()
+    REGISTRY["fc"] = base.fc
+    models = [lora_fx.rewrite(base, CONFIG)]
+    for _ in range(times):
+        models.append(copy.deepcopy(models[-1]))
+    model = models[-1]
+    if not kept:
+        del base, models
+        gc.collect()
+    with pytest.raises(CaptureError, match=r"fc\.weight is read by"):
+        model(x)
+
+
+def test_a_copy_that_calls_a_layer_of_what_was_copied(x):
+    base = ByRegistry()
+    REGISTRY["fc"] = base.fc
+    model = lora_fx.rewrite(base, CONFIG)
+    REGISTRY["fc"] = model.fc
+    randomise(model)
+    twin = copy.deepcopy(model)
+    assert_close(twin(x), model(x))  # Python copies no global, and the layer has its adapter
+
+
 @pytest.mark.parametrize(
     "way",
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "file"],
