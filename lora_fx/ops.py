@@ -22,6 +22,7 @@ __all__ = [
     "OMITTED",
     "AdapterFactors",
     "AdapterModule",
+    "HeldTensor",
     "Holder",
     "KeptIndices",
     "KeptTensors",
