@@ -7,6 +7,7 @@ module structure that shares the parameters, so that the argument is untouched a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,14 +125,22 @@ def _compute_parametrized(twin: nn.Module) -> None:
         if not parametrize.is_parametrized(module):
             continue
         # Not remove_parametrizations: it writes into the originals and edits the class, and both are the
-        # caller's.
-        names = list(module.parametrizations)  # type: ignore[arg-type]
-        with torch.no_grad():
-            values = {name: getattr(module, name).detach().clone() for name in names}
-        del module._modules["parametrizations"]
-        (module.__class__,) = type(module).__bases__
-        for name, value in values.items():
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        # caller's. Graphs of ours call what computes the weight, as the class does.
+        computed: Any = module.parametrizations
+        for name in list(computed):
+            with torch.no_grad():
+                computed[name] = _Computed(getattr(module, name).detach().clone())
+
+
+class _Computed(nn.Module):
+    """A weight in the place of what computes it."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)
+
+    def forward(self) -> torch.Tensor:
+        return self.value
 
 
 def _cast_parameters(twin: nn.Module, target: torch.dtype, casts: Casts) -> None:

@@ -87,7 +87,8 @@ class _Entry:
         self.name, self.model, self.table = name, model, table
         self.depth = 0
         self.follower: Follower | None = None
-        self.keys: tuple[object, object] = (None, None)
+        self.form: object = None
+        self.sizes: tuple[int, ...] = ()
         self.failing: BaseException | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,20 +105,25 @@ class _Entry:
         if table.alike:
             table.state = FOLDED
             return
-        key = (self.name, module.training, _form((args, kwargs), table, False))
+        sizes: list[int] = [table.samples, table.repeats]
+        form = (self.name, module.training, _form((args, kwargs), table, sizes))
         if self.name and not torch.compiler.is_compiling():
             self._check_callers(module)
-        if key in table.proofs:
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            # A question about sizes would be one compilation for each; and a trace is for one batch.
+            known = form in table.proofs.forms
+        else:
+            known = table.proofs.knows(form, tuple(sizes))
+        if known:
             table.state = TRUSTED
             return
-        exact = (self.name, module.training, _form((args, kwargs), table, True))
-        if exact in table.proofs:
+        if (form, *sizes) in table.folded:
             table.state = FOLDED
             return
-        self._follow(args, kwargs, key, exact)
+        self._follow(args, kwargs, form, tuple(sizes))
 
     def _follow(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], key: object, exact: object
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], form: object, sizes: tuple[int, ...]
     ) -> None:
         tensors = list(_tensors((args, kwargs)))
         why = _unseen(tensors)
@@ -135,7 +141,7 @@ class _Entry:
         except BaseException:
             self.depth = 0
             raise
-        self.follower, self.keys = follower, (key, exact)
+        self.follower, self.form, self.sizes = follower, form, sizes
         self.failing = sys.exc_info()[1]
         follow(follower)
         table.state = FOLLOWED
@@ -172,8 +178,12 @@ class _Entry:
         if sys.exc_info()[1] is not self.failing:
             return
         follower.check_results(_tensors(results))
-        if not follower.by_values:
-            self.table.proofs.add(self.keys[1 if follower.folded else 0])
+        if follower.by_values:
+            return
+        if follower.folded:
+            self.table.folded.add((self.form, *self.sizes))
+        else:
+            self.table.proofs.add(self.form, self.sizes)
 
     def _check_callers(self, module: nn.Module) -> None:
         """Refuses a call by another method of the model: what that did to the batch before was not seen."""
@@ -206,29 +216,29 @@ class _Exit:
         self.entry.close(results)
 
 
-def _form(value: Any, table: SampleRows, exact: bool) -> Any:
-    """What of a call's arguments may decide which axis is that of the samples.
+def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:
+    """What of a call's arguments may decide which axis is that of the samples, but for how large they are.
 
-    A size counts by whether it is the batch's. Sizes themselves count only where a site has several rows for
-    each sample.
+    Args:
+        value: The arguments, or one.
+        table: Says how many samples there are: a size counts by whether it is theirs.
+        sizes: Takes all sizes.
     """
     if isinstance(value, Tensor):
-        sizes = tuple(value.shape)
-        if exact:
-            return (table.samples, table.repeats, *sizes)
+        sizes.extend(value.shape)
         whole = table.samples * table.repeats
         return tuple(
             "batch" if one == whole else "samples" if one == table.samples else min(one, 2)
-            for one in sizes
+            for one in value.shape
         )
     if isinstance(value, list | tuple):
-        return (type(value), *[_form(one, table, exact) for one in value])
+        return (type(value), *[_form(one, table, sizes) for one in value])
     if isinstance(value, Mapping):
-        return (type(value), *[(key, _form(one, table, exact)) for key, one in value.items()])
+        return (type(value), *[(key, _form(one, table, sizes)) for key, one in value.items()])
     if isinstance(value, _SIMPLE):
         return (type(value), value)
     if hasattr(value, "__dataclass_fields__"):
-        return (type(value), *[_form(one, table, exact) for one in vars(value).values()])
+        return (type(value), *[_form(one, table, sizes) for one in vars(value).values()])
     return type(value)
 
 

@@ -268,8 +268,8 @@ def adapter_ids(
 
     Args:
         model: A rewritten model whose arguments have the samples as their first dimension, and whose
-            activations have them there, one after the other. The first call of each form is followed to see
-            that; later ones cost nothing.
+            activations have them there, one after the other. The first call of each form and range
+            of sizes is followed to see that; later ones cost nothing.
         ids: The name of an adapter for each sample; None for the base model.
         repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
             ``num_return_sequences``, whichever is larger. A batch of so many times the samples is

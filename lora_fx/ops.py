@@ -22,6 +22,7 @@ __all__ = [
     "OMITTED",
     "AdapterFactors",
     "AdapterModule",
+    "HeldTensor",
     "Holder",
     "KeptIndices",
     "KeptTensors",
@@ -43,7 +44,7 @@ __all__ = [
 
 
 # Attributes of instances: of modules, and of lora_fx.samples.SampleRows.
-_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "call")
+_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call")
 
 
 class AdapterModule(nn.Module):
@@ -266,6 +267,40 @@ def class_of(value: object) -> type:
     return found
 
 
+class HeldTensor:
+    """A tensor that a trace found in an attribute, a container or a global: it may be replaced or written to.
+
+    Values are compared once for each tensor that is found, and again when it has been written to.
+    """
+
+    __slots__ = ("_known", "_values", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._known, self._values = tensor, tensor.detach().clone()
+        self._version = _version(tensor)
+
+    def differs(self, found: object) -> bool:
+        """Whether something else is there now."""
+        # A compiler has a guard for each tensor that it finds in a graph, and these are in none.
+        if torch.compiler.is_compiling():
+            return False
+        if found is self._known and _version(self._known) == self._version >= 0:
+            return False
+        if not isinstance(found, torch.Tensor) or found.layout is not self._values.layout:
+            return True
+        if (found.dtype, found.device) != (self._values.dtype, self._values.device):
+            return True
+        if not torch.equal(found, self._values):
+            return True
+        self._known, self._version = found, _version(found)
+        return False
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 if nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def differs(found: object, expected: object) -> bool:
     """Whether two values are told apart: by type, by value, and for containers by what is in them.
 
@@ -277,6 +312,8 @@ def differs(found: object, expected: object) -> bool:
     """
     if found is expected:
         return False
+    if isinstance(expected, HeldTensor):
+        return expected.differs(found)
     if type(found) is not type(expected):
         return True
     if isinstance(expected, float):

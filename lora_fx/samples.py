@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_fx._owners import Follower
+from lora_fx._sizes import Sizes
 from lora_fx.errors import ConfigError
 from lora_fx.ops import AdapterModule
 
@@ -47,6 +48,7 @@ class SampleRows(AdapterModule):
         alike: Whether all samples have the same adapter, so that it does not matter which row is whose.
         state: What is known of the call that is running.
         proofs: The forms of call that were followed and have the samples as their rows.
+        folded: Those with several rows for each sample, and the sizes of each.
         call: What is to be told if the call that is running ends otherwise than by a return or an error.
     """
 
@@ -57,7 +59,8 @@ class SampleRows(AdapterModule):
         super().__init__()
         self.samples, self.repeats, self.alike = 0, 1, True
         self.state = CLOSED
-        self.proofs: set[object] = set()
+        self.proofs = Sizes()
+        self.folded: set[object] = set()
         self.call: Any = None
         for name in adapters:
             empty = torch.empty(0, dtype=torch.long, device=device)
@@ -82,7 +85,8 @@ class SampleRows(AdapterModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no call, and may become another model: nothing is known of its calls."""
-        return {**self.__dict__, "state": CLOSED, "proofs": set(), "call": None}
+        unknown = {"proofs": Sizes(), "folded": set()}
+        return {**self.__dict__, "state": CLOSED, **unknown, "call": None}
 
 
 def follow(follower: Follower) -> None:

@@ -7,8 +7,9 @@ autograd (:class:`_Watch`), which knows the bytes of the adapted weights and wha
 such a value meets data outside of the graph that holds the weight's branch, the call ends with an error.
 
 A way in is a method of a module, in training or not, with or without gradients, with arguments of these
-classes. What has been watched costs a look into a set from then on. Compilers do not see the watch, and
-what they run stays pending, as does what runs without real values (:func:`_blind`).
+classes and sizes (:mod:`lora_fx._sizes`). What has been watched costs a look into a set from then on.
+Compilers do not see the watch, and what they run stays pending, as does what runs without real values
+(:func:`_blind`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import (
 )
 
 from lora_fx._decorators import around, inner_of
+from lora_fx._sizes import Sizes
 from lora_fx.errors import CaptureError
 from lora_fx.ops import AdapterModule
 from lora_fx.record import record_of
@@ -134,6 +136,8 @@ class _Model:
         derived: Values that are computed from adapted weights and outlive the call, by storage, with the
             names of the weights.
         read: Takes the names of weights that are read beside their branch, if somebody wants them.
+        copied: The weights of which those of this model are copies: code that holds on to a layer by a global
+            or a closure computes with them, whatever is copied.
     """
 
     def __init__(self) -> None:
@@ -143,9 +147,14 @@ class _Model:
         self.checked: set[tuple[int, int]] = set()
         self.derived: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
         self.read: set[str] | None = None
+        self.copied: list[_Weight] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
-        return _Model()
+        made = _Model()
+        made.copied = [
+            one for one in (*self.copied, *_weights(self, every=True)) if not _is_gone(one.alive)
+        ]
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Model, ()
@@ -167,7 +176,7 @@ class _Entries:
 
     def __init__(self, model: _Model) -> None:
         self.model = model
-        self.done: set[tuple[Any, ...]] = set()
+        self.done = Sizes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Entries:
         return _Entries(copy.deepcopy(self.model, memo))
@@ -279,17 +288,20 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         entries = self.__dict__.get(STATE)
         if entries is None:
             return function(self, *args, **kwargs)
+        given = (*args, *kwargs.values()) if kwargs else args
         key = (
-            name,
-            self.training,
-            torch.is_grad_enabled(),
-            _now.epoch,
-            entries.model.setting,
-            *[value if value.__class__ is bool else value.__class__ for value in args],
-            *kwargs,
-            *[value if value.__class__ is bool else value.__class__ for value in kwargs.values()],
+            (
+                name,
+                self.training,
+                torch.is_grad_enabled(),
+                _now.epoch,
+                entries.model.setting,
+                *kwargs,
+                *[value if value.__class__ is bool else value.__class__ for value in given],
+            ),
+            tuple([value.shape for value in given if value.__class__ is torch.Tensor]),
         )
-        if _now.active or key not in entries.done:
+        if _now.active or key not in entries.done.known:
             return _first(self, entries, key, function, args, kwargs)
         return function(self, *args, **kwargs)
 
@@ -299,7 +311,7 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _first(
     module: Any,
     entries: _Entries,
-    key: tuple[Any, ...],
+    key: tuple[tuple[Any, ...], tuple[Any, ...]],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -307,22 +319,22 @@ def _first(
     running: _Watch | None = getattr(_local, "watch", None)
     if running is not None and running.model is entries.model:
         # It is a part of what is watched, or was watched before: then it need not be again.
-        done = key in entries.done
+        done = entries.done.knows(*key)
         before, running.paused = running.paused, done
         try:
             result = function(module, *args, **kwargs)
         finally:
             running.paused = before
         if running.error is None:
-            entries.done.add(key)
+            entries.done.add(*key)
         return result
-    if key in entries.done or _blind(module, entries.model, (args, kwargs)):
+    if entries.done.knows(*key) or _blind(module, entries.model, (args, kwargs)):
         return function(module, *args, **kwargs)
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
     result = _watched(_Watch(entries.model, weights), function, module, args, kwargs)
-    entries.done.add(key)
+    entries.done.add(*key)
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
     return result
@@ -531,23 +543,26 @@ class _Weight(NamedTuple):
     Attributes:
         site: Where it is adapted.
         start, stop: Its bytes.
+        alive: Its storage, whose address no other has for as long.
         tied: The names of other parameters that are known to be the same.
     """
 
     site: Site
     start: int
     stop: int
+    alive: StorageWeakRef
     tied: tuple[str, ...]
 
 
-def _weights(model: _Model) -> list[_Weight]:
-    """The adapted weights by address; none where there are no values to watch."""
+def _weights(model: _Model, every: bool = False) -> list[_Weight]:
+    """The weights that are adapted now, or ever, by address; none where there are no values to watch."""
     root = model.root()
     record = record_of(root)
     if root is None or record is None:
         return []
     found: dict[tuple[int, int], _Weight] = {}
-    for row in (row for name in record.active for row in record.adapters[name].places):
+    names = record.adapters if every else record.active
+    for row in (row for name in names for row in record.adapters[name].places):
         site = row.site
         try:
             weight = root.get_parameter(site.weight)
@@ -562,8 +577,12 @@ def _weights(model: _Model) -> list[_Weight]:
                 start = _address(part)
                 if not start and part.numel():
                     return []  # it is somewhere else
-                stop = start + _span(part)
-                found.setdefault((start, stop), _Weight(site, start, stop, site.tied_to))
+                stop, alive = start + _span(part), _weakly(part.untyped_storage())
+                found.setdefault((start, stop), _Weight(site, start, stop, alive, site.tied_to))
+    adapted = {weight.site.weight for weight in found.values()}
+    for one in model.copied:
+        if one.site.weight in adapted and not _is_gone(one.alive):
+            found.setdefault((one.start, one.stop), one)
     return [found[place] for place in sorted(found)]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.ops import Seen, class_of, differs, tree_differs
+from lora_fx.ops import HeldTensor, Seen, class_of, differs, tree_differs
 
 __all__ = [
     "CONTAINERS",
@@ -374,23 +374,33 @@ def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:
 
 def frozen(value: Any) -> Any:
     """A copy of a container of simple values, which its owner may change; any other value as it is."""
+    if type(value) is torch.Tensor:
+        return HeldTensor(value)
     if type(value) is dict:
         return {key: frozen(item) for key, item in value.items()}
     return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value
 
 
-def is_constant(value: Any, most: int = MOST) -> bool:
-    """Whether a value is simple, or a container of simple values that is short enough to be compared."""
-    return _size(value) <= most
+def is_constant(value: Any, most: int = MOST, simple: tuple[type, ...] = ()) -> bool:
+    """Whether a value is simple, or a container of simple values that is short enough to be compared.
+
+    Args:
+        value: The value.
+        most: How many simple values it may hold.
+        simple: Classes that are simple, too.
+    """
+    return _size(value, simple) <= most
 
 
-def _size(value: Any) -> float:
-    if type(value) in SIMPLE or isinstance(value, (enum.Enum, torch.device, *_BY_IDENTITY)):
+def _size(value: Any, simple: tuple[type, ...]) -> float:
+    if type(value) in (*SIMPLE, *simple) or isinstance(
+        value, (enum.Enum, torch.device, *_BY_IDENTITY)
+    ):
         return 1
     if type(value) is dict:
-        return sum(_size(key) + _size(item) for key, item in value.items())
+        return sum(_size(one, simple) for item in value.items() for one in item)
     if type(value) in CONTAINERS or type(value) is torch.Size:
-        return sum(map(_size, value))
+        return sum(_size(one, simple) for one in value)
     return math.inf
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
 from lora_fx.ops import Seen, class_of, differs
@@ -40,6 +41,7 @@ _NEVER = (
     torch.Generator,
 )
 _LIBRARIES = ("torch", "lora_fx", "numpy")
+_TENSORS = (torch.Tensor,)  # and no parameters, which the graph has
 _MISSING = object()
 
 
@@ -168,14 +170,11 @@ class Notes:
             if not name.startswith("_"):
                 known.setdefault(name, value)
         elif isinstance(value, np.ndarray):
-            if value.size > MOST:
-                raise CaptureError(
-                    f"its forward reads {name} of a {type(owner).__name__}, a NumPy array of {value.size} "
-                    "values that may change: make it a buffer"
-                )
-            known.setdefault(name, value.copy())
-        elif is_constant(value) or isinstance(value, np.generic):
-            known.setdefault(name, frozen(value))
+            known.setdefault(name, _array(owner, name, value))
+        elif isinstance(value, np.generic) or is_constant(value, simple=_TENSORS):
+            if name not in known and not _is_buffer(owner, name):
+                with _disable_current_modes():  # no part of what is exported
+                    known[name] = frozen(value)
         elif not isinstance(value, _NEVER) and not callable(value):
             held = self._objects.setdefault(id(owner), {})
             if name not in held and _is_plain(value):
@@ -284,6 +283,20 @@ for _name in ("clear", "pop", "popitem", "setdefault", "update", "__ior__"):
     setattr(_Entries, _name, _writing(_name))
 
 
+def _array(owner: Any, name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A copy of an array, which its owner may change."""
+    if value.size > MOST:
+        raise CaptureError(
+            f"its forward reads {name} of a {type(owner).__name__}, a NumPy array of {value.size} "
+            "values that may change: make it a buffer"
+        )
+    return value.copy()
+
+
+def _is_buffer(owner: Any, name: str) -> bool:
+    return isinstance(owner, nn.Module) and name in owner._buffers
+
+
 def _own_access(cls: Any) -> bool:
     """Whether a class looks attributes up in a way of its own, which may not come to that of PyTorch."""
     usual: Any = nn.Module
@@ -324,12 +337,12 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
                 pending.append(value)
             elif isinstance(value, type) and not _of_library(value):
                 methods.update(value.__mro__)
-            elif is_constant(value) and path is not None:
+            elif is_constant(value, simple=_TENSORS) and path is not None:
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
         names = {name for code in _codes(function.__code__) for name in code.co_names}
         for cls, name in itertools.product(tuple(methods), names):
             value = cls.__dict__.get(name)
-            if is_constant(value) and value is not None and not _of_library(cls):
+            if is_constant(value, simple=_TENSORS) and value is not None and not _of_library(cls):
                 path = Path(ObjectRoot(cls)).attribute(name)
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
             elif value is not None:

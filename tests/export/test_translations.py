@@ -80,6 +80,35 @@ def test_sums_over_truth(value: bool, tmp_path: Path) -> None:
     assert [bool(one) for one in session.run([whole]).values()] == [value, value]
 
 
+class Halved(nn.Module):
+    """One weight that is computed from another, and one that is adapted in the same graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 6))
+        parametrizations.orthogonal(self, "a")
+        self.norm = parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, x):
+        return self.norm((x @ self.a).tanh() @ self.b)
+
+
+@pytest.mark.parametrize("adapters", [None, "inputs"])
+def test_weights_that_are_computed_beside_an_adapter(adapters: str | None, tmp_path: Path) -> None:
+    base, x = Halved(), torch.randn(3, 6)
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, target_modules=["b"])).eval()
+    with torch.no_grad():
+        for parameter in lora_fx.trainable_parameters(model):
+            parameter.normal_()
+    lora_fx.export_onnx(model, tmp_path / "m.onnx", x, adapters=adapters)
+    session = lora_fx.OnnxSession(tmp_path / "m.onnx", "cpu")
+    if adapters:
+        session.load_adapter("a", model)
+    found = session.run(x, adapter="a" if adapters else None)["output"]
+    assert not torch.allclose(model(x), base(x), rtol=1e-2)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_parametrized_weights_are_constants_and_the_model_keeps_its_own(tmp_path: Path) -> None:
     model = nn.Sequential(
         parametrizations.orthogonal(nn.Linear(6, 6)),

@@ -293,10 +293,22 @@ class _Run:
         self.oracle.write(self._chosen())
 
     def _do_copy(self, _: str) -> None:
+        if not self._copies():
+            return
         with self._stage("copy"):
             self.adapted = copy.deepcopy(self.adapted)
             self._find_adapters()
         self.oracle.write(self._chosen())
+
+    def _copies(self) -> bool:
+        """Whether a copy of the original is one: Python copies no closure, nor the layers in it."""
+        original = self._build()
+        copied = copy.deepcopy(original)
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.fill_(torch.nan)
+        leaves = (x for output in self._outputs(copied, grad=False) for x in output)
+        return all(bool(x.isfinite().all()) for x in leaves if _is_float(x))
 
     def _do_pickle(self, _: str) -> None:
         try:

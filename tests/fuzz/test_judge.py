@@ -166,6 +166,17 @@ def test_a_refusal_an_exception_and_a_wrong_program_are_told_apart(
     assert judge(program()).label == "raw (rewrite)"
 
 
+def test_a_copy_that_computes_with_layers_of_the_original_is_no_copy() -> None:
+    made = "hold = lambda layer: lambda x: layer(x)\n\n\nclass Net"
+    held = SOURCE.replace("self.t = 2.0", "self.t = 2.0; self.held = hold(self.fc)")
+    held = held.replace("class Net", made).replace("self.fc(x)", "self.held(x)")
+    held = held.replace(
+        "        return self.conv",
+        "        if x.sum() > 1e9:\n            return x\n        return self.conv",
+    )
+    assert judge(program(held, actions=("copy", "call"))).kind == "equal"
+
+
 @pytest.fixture(scope="module")
 def workers() -> Iterator[object]:
     with worker() as one:

@@ -41,6 +41,7 @@ LAYERS = (
     "lora_fx.record",
     "lora_fx.ops",
     "lora_fx._decorators",
+    "lora_fx._sizes",
     "lora_fx.watch",
     "lora_fx.attention",
     "lora_fx.windows",

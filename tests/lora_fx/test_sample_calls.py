@@ -41,24 +41,51 @@ def prepared(base: nn.Module, **config: Any) -> nn.Module:
     return model
 
 
-def test_a_form_is_followed_once(follows: list[int]) -> None:
+def test_a_form_is_followed_once_for_each_range_of_sizes(follows: list[int]) -> None:
     base = Program(lambda s, x: s.fc(x))
     model = prepared(base)
-    for length, count in ((6, 1), (6, 1), (7, 1), (1, 2), (5, 2), (4, 3), (4, 3)):
-        # 1 and the number of samples are sizes that may mean something else.
-        with lora_fx.adapter_ids(model, NAMES):
-            assert_close(model(tokens(length)), expected(base, model, tokens(length)))
-        assert len(follows) == count
+    counts = {6: 1, 7: 2, 1: 3, 5: 4, 4: 5}
+    # 1 and the number of samples are sizes that may mean something else. Four sizes are followed one by one.
+    counts |= {8: 6, 9: 7, 11: 7, 16: 8, 17: 9, 30: 9, 12: 9, 32: 10}
+    for length, count in counts.items():
+        for _ in range(2):
+            with lora_fx.adapter_ids(model, NAMES):
+                assert_close(model(tokens(length)), expected(base, model, tokens(length)))
+            assert len(follows) == count
+    follows.clear()
     with lora_fx.adapter_ids(model, NAMES[:3]):
         model(tokens(6)[:3])
     model.train()
     with lora_fx.adapter_ids(model, NAMES):
         model(tokens(6))
-    assert follows == [4, 4, 4, 4]
+    assert follows == [3, 4]
     for same in (["a"] * 4, [None] * 4):
         with lora_fx.adapter_ids(model, same):
             model(tokens(9)[:, :, :].transpose(0, 1)[:4])
-    assert len(follows) == 4
+    assert len(follows) == 2
+
+
+@pytest.mark.parametrize("bound", [5, 64, 65])
+def test_rows_that_are_reordered_from_some_size_on(follows: list[int], bound: int) -> None:
+    base = Program(lambda s, x: s.fc(x.flip(0)).flip(0) if x.shape[1] >= bound else s.fc(x))
+    model = prepared(base)
+    with lora_fx.adapter_ids(model, NAMES):
+        for length in (2, 3, bound - 1):
+            assert_close(model(tokens(length)), expected(base, model, tokens(length)))
+        with pytest.raises(ConfigError, match="not one after the other"):
+            model(tokens(bound))
+
+
+def test_rows_that_are_reordered_in_large_batches() -> None:
+    base = Program(lambda s, x: s.fc(x.flip(0)).flip(0) if x.shape[0] > 4 else s.fc(x))
+    model = prepared(base)
+    with lora_fx.adapter_ids(model, NAMES):
+        assert_close(model(tokens()), expected(base, model, tokens()))
+    with (
+        lora_fx.adapter_ids(model, [*NAMES, "a"]),
+        pytest.raises(ConfigError, match="not one after the other"),
+    ):
+        model(torch.cat([tokens(), tokens()[:1]]))
 
 
 def test_several_rows_for_a_sample_are_known_for_these_sizes_only(follows: list[int]) -> None:
@@ -98,15 +125,20 @@ def test_other_adapters_are_followed_anew(follows: list[int]) -> None:
 
 @pytest.mark.parametrize("length", [4, 6])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_is_followed_in_two_steps(follows: list[int], length: int, beams: int) -> None:
+def test_generation_is_followed_in_a_few_steps(follows: list[int], length: int, beams: int) -> None:
     base = tiny_llama()[0].eval()
     model = prepared(base, target_modules=["q_proj", "v_proj", "down_proj"])
     ids = torch.randint(3, 11, (4, length), generator=torch.Generator().manual_seed(0))
     given = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_beams": beams}
-    for _ in range(2):
-        with lora_fx.adapter_ids(model, NAMES, repeats=beams):
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), **given)
-    assert len(follows) <= 3  # the prompt, a step, and where the text is as long as the batch
+    with lora_fx.adapter_ids(model, NAMES, repeats=beams):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **given)
+    assert (
+        len(follows) <= 8
+    )  # the prompt, four steps, 16, and where the text is as long as the batch
+    follows.clear()
+    with lora_fx.adapter_ids(model, NAMES, repeats=beams):
+        assert torch.equal(found, model.generate(ids, attention_mask=torch.ones_like(ids), **given))
+    assert not follows
     for i, name in enumerate(NAMES):
         lora_fx.set_adapter(model, [] if name is None else name)
         one = ids[i : i + 1]

@@ -445,6 +445,59 @@ def test_switching_adapters_arms_it_again_once(x):
         assert not lora_fx.status(model).unchecked
 
 
+def test_other_sizes_are_watched_a_few_times():
+    model = adapted(Counts)
+    watched = []
+    for rows in (1, 2, 3, 5, 5, 6, 7, 8, 9, 15, 16, 17, 30, 30):
+        model(torch.randn(rows, 4))
+        watched += [rows] * model.modes
+    assert watched == [1, 2, 3, 5, 8, 9, 16, 17]
+
+
+@pytest.mark.parametrize("bound", [3, 64, 65])
+def test_a_hook_that_reads_a_weight_from_some_size_on(bound):
+    def hook(layer, args, output):
+        return output + F.linear(args[0], layer.weight) if len(args[0]) >= bound else None
+
+    model = adapted(Plain)
+    model.fc.register_forward_hook(hook)
+    for rows in (1, 2, bound - 1, bound - 1):
+        model(torch.randn(rows, 4))
+    with pytest.raises(CaptureError, match=r"fc\.weight is read by"):
+        model(torch.randn(bound, 4))
+
+
+class ByRegistry(Base):
+    def product(self, x):
+        return REGISTRY["fc"](x)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_copy_that_computes_with_weights_of_what_was_copied(kept, times, x):
+    base = ByRegistry()
+    REGISTRY["fc"] = base.fc
+    models = [lora_fx.rewrite(base, CONFIG)]
+    for _ in range(times):
+        models.append(copy.deepcopy(models[-1]))
+    model = models[-1]
+    if not kept:
+        del base, models
+        gc.collect()
+    with pytest.raises(CaptureError, match=r"fc\.weight is read by"):
+        model(x)
+
+
+def test_a_copy_that_calls_a_layer_of_what_was_copied(x):
+    base = ByRegistry()
+    REGISTRY["fc"] = base.fc
+    model = lora_fx.rewrite(base, CONFIG)
+    REGISTRY["fc"] = model.fc
+    randomise(model)
+    twin = copy.deepcopy(model)
+    assert_close(twin(x), model(x))  # Python copies no global, and the layer has its adapter
+
+
 @pytest.mark.parametrize(
     "way",
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "file"],

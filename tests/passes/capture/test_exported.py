@@ -450,3 +450,53 @@ def test_one_export_at_a_time(monkeypatch, tmp_path):
     assert len(most) >= 3
     assert set(most) == {1}
     assert (nn.Module.__getattribute__, nn.Module.__getattr__) == before
+
+
+SHIFT = torch.tensor(2.0)
+
+
+class Held(nn.Module):
+    """Tensors that are no parameters and no buffers."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.way = way
+        self.one, self.several = torch.tensor(2.0), [torch.tensor(2.0)]
+        self.named = {"a": torch.tensor(2.0)}
+
+    def forward(self, x):
+        x = self.fc(x)
+        if self.way == "attribute":
+            return x * self.one
+        if self.way == "number":
+            return x * self.one.item()
+        if self.way == "list":
+            return x * self.several[0]
+        if self.way == "dict":
+            return x * self.named["a"]
+        return x * SHIFT
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        self.one, self.several, self.named["a"] = tensor, [tensor], tensor
+
+
+@pytest.mark.parametrize("way", ["attribute", "number", "list", "dict", "global"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_tensor_that_is_held_somewhere_may_change(way, copied, monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "SHIFT", torch.tensor(2.0))
+    x, base = torch.randn(2, 8), Held(way)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    model = lora_fx.rewrite(base, config, frontend="export", example_inputs=(x,))
+    with torch.no_grad():
+        model.fc.lora_B.default.normal_()
+    model = copy.deepcopy(model) if copied else model
+    wanted = model.fc(x)
+    torch.testing.assert_close(model(x), 2 * wanted)
+    monkeypatch.setitem(globals(), "SHIFT", torch.tensor(3.0))
+    model.hold(SHIFT)
+    torch.testing.assert_close(model(x), 3 * wanted)
+    SHIFT.fill_(4.0)
+    torch.testing.assert_close(model(x), 4 * wanted)
+    SHIFT.fill_(2.0)
+    torch.testing.assert_close(model(x), 2 * wanted)
