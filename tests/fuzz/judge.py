@@ -184,7 +184,7 @@ class _Run:
         program = self.program
         plain = self._base()
         if program.quantize:
-            self.values = _dequantized(plain)
+            self.values = _dequantized(plain, self._build())
         example = self._example()
         with self._stage("rewrite"):
             config = lora_fx.LoraConfig(**program.configs[0])
@@ -557,14 +557,23 @@ def _same_bits(a: Iterable[Any], b: Iterable[Any]) -> bool:
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
-def _dequantized(model: nn.Module) -> dict[str, Tensor]:
-    """The values of the weights that a library stores in few bits, by that library's own functions."""
-    values = {}
+def _dequantized(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
+    """The values of the weights that a library stores in few bits, by that library's own functions.
+
+    A weight that code applies as it lies, ``x @ w``, is stored turned. Which way is nearer to the original
+    says whether it is.
+    """
+    values: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "Params4bit":
             import bitsandbytes.functional as bnb
 
-            values[name] = bnb.dequantize_4bit(parameter.data, parameter.quant_state).detach()
+            value = bnb.dequantize_4bit(parameter.data, parameter.quant_state).detach()
         elif hasattr(parameter, "dequantize") and type(parameter.data) is not Tensor:
-            values[name] = parameter.dequantize().detach()
+            value = parameter.dequantize().detach()
+        else:
+            continue
+        before = original.get_parameter(name).detach()
+        ways = [one for one in (value, value.mT) if one.shape == before.shape]
+        values[name] = min(ways, key=lambda one: float((one - before).abs().sum()))
     return values
