@@ -59,7 +59,7 @@ class Notes:
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """Takes notes in between, of this model and of nobody else's."""
-        self._watched = {id(module): module for module in self._model.modules()}
+        self._watched = {_identity(module): module for module in self._model.modules()}
         try:
             for cls in {nn.Module, *map(type, self._watched.values())}:
                 if cls is nn.Module or _own_access(cls):
@@ -93,7 +93,7 @@ class Notes:
 
         def read(this: Any, name: str) -> Any:
             value = access(this, name)
-            if id(this) in self._watched and not isinstance(value, MethodType):
+            if _identity(this) in self._watched and not isinstance(value, MethodType):
                 self._note(this, name, value)
             return value
 
@@ -102,10 +102,10 @@ class Notes:
             try:
                 value = hook(this, name)
             except AttributeError:
-                if id(this) in self._watched:
+                if _identity(this) in self._watched:
                     self._note(this, name, _MISSING)
                 raise
-            if id(this) in self._watched:
+            if _identity(this) in self._watched:
                 self._note(this, name, value)
             return value
 
@@ -142,7 +142,7 @@ class Notes:
                 self._note(owner, key, one)
         if name in _OWN or name.startswith(("__", "_lora_fx")):
             return
-        known = self._reads.setdefault(id(owner), {})
+        known = self._reads.setdefault(_identity(owner), {})
         if value is _MISSING:
             # PyTorch looks for many a private name that is hardly ever there.
             if not name.startswith("_"):
@@ -157,7 +157,7 @@ class Notes:
         elif is_constant(value) or isinstance(value, np.generic):
             known.setdefault(name, frozen(value))
         elif not isinstance(value, _NEVER) and not callable(value):
-            held = self._objects.setdefault(id(owner), {})
+            held = self._objects.setdefault(_identity(owner), {})
             if name not in held and _is_plain(value):
                 held[name] = value
                 if id(value) not in self._watched:
@@ -165,8 +165,8 @@ class Notes:
 
     def _drop_written(self) -> None:
         """Forgets what the code itself has set since: the next call finds what this one has left."""
-        for value in self._watched.values():
-            reads = self._reads.get(id(value), {})
+        for key, value in self._watched.items():
+            reads = self._reads.get(key, {})
             for name in [
                 n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)
             ]:
@@ -174,10 +174,10 @@ class Notes:
 
     def _seen(self, value: Any, done: set[int]) -> Seen:
         done.add(id(value))
-        found = self._reads.get(id(value), {})
+        found = self._reads.get(_identity(value), {})
         missing = tuple(name for name, one in found.items() if one is _MISSING)
         attributes = [(name, one) for name, one in found.items() if one is not _MISSING]
-        held = self._objects.get(id(value), {})
+        held = self._objects.get(_identity(value), {})
         children: dict[str, Any] = {}
         parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
         if isinstance(value, nn.Module):
@@ -193,6 +193,16 @@ class Notes:
             elif id(child) not in done:
                 below.append((name, self._seen(child, done)))
         return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
+
+
+def _identity(value: Any) -> int:
+    """What tells an object from others; of a module also where export hands out a stand-in for it.
+
+    It does so for every module of a model in which one has several names. They have the same ``__dict__``.
+    """
+    if issubclass(type(value), nn.Module):  # isinstance would ask the object
+        return id(object.__getattribute__(value, "__dict__"))
+    return id(value)
 
 
 def _own_access(cls: Any) -> bool:
