@@ -118,6 +118,8 @@ class _Run:
         self.values: dict[str, Tensor] = {}
         self.adapted: nn.Module
         self.adapters: dict[str, list[Adapter]] = {}
+        # What the oracle has been through: calls with these adapters, or None for a change.
+        self.past: list[list[Adapter] | None] = []
 
     def all(self) -> None:
         """Every action in turn."""
@@ -174,7 +176,9 @@ class _Run:
                         _backward(output)
             outputs = self._outputs(self._build(), grad=False)
         except Exception as exc:
-            raise _Ended("invalid", "original", _told(exc)) from exc
+            # A counter in place, in a block that is called twice: the original cannot be trained.
+            kind = "refused" if "modified by an inplace operation" in str(exc) else "invalid"
+            raise _Ended(kind, "original", _told(exc)) from exc
         if not all(bool(x.isfinite().all()) for out in outputs for x in out if _is_float(x)):
             raise _Ended("invalid", "original", "the outputs are not finite")
         return outputs
@@ -222,18 +226,37 @@ class _Run:
         oracle.write(self._chosen())
         return oracle
 
+    def _new_oracle(self, _: Noise | None) -> Dense:
+        return self._fresh_oracle()
+
+    def _aged_oracle(self, mode: Noise | None) -> Dense:
+        """An oracle that has been through what the one beside the adapted model has."""
+        oracle = Dense(self._build())
+        oracle.set_base(self.values)
+        for one in self.past:
+            if one is None:
+                self.module.change(oracle.model)
+            else:
+                oracle.write(one)
+                self._replayed(oracle, mode)
+        oracle.write(self._chosen())
+        return oracle
+
     # --- the actions -----------------------------------------------------------------------------
 
     def _do_call(self, _: str) -> None:
-        exact = self._fresh_oracle if self._unit else None
         self._compare(
-            "call" if not self.changed else "call after change", self.adapted, self.oracle, exact
+            "call" if not self.changed else "call after change",
+            self.adapted,
+            self.oracle,
+            self._aged_oracle,
         )
+        self.past.append(self._chosen())
 
     def _do_merge(self, how: str) -> None:
         with self._stage("merge"):
             merged = lora_fx.merge(self.adapted, requantize=how == "requantized")
-        self._compare("merged", merged, self._fresh_oracle(), self._fresh_oracle, trained=False)
+        self._compare("merged", merged, self._fresh_oracle(), self._new_oracle, trained=False)
 
     def _do_reload(self, _: str) -> None:
         with self._stage("save"):
@@ -249,7 +272,7 @@ class _Run:
             if self.changed:
                 self.module.change(loaded)
         active, self.active = self.active, self.active[:1]
-        self._compare("loaded", loaded, self._fresh_oracle(), self._fresh_oracle, trained=False)
+        self._compare("loaded", loaded, self._fresh_oracle(), self._new_oracle, trained=False)
         self.active = active
 
     def _example(self) -> Any:
@@ -276,13 +299,15 @@ class _Run:
             self.module.change(self.oracle.model)
         except Exception as exc:
             raise _Ended("invalid", "change", _told(exc)) from exc
+        self.past.append(None)
         self.oracle.write(self._chosen())
 
     def _do_disable(self, _: str) -> None:
         self.enabled = False
         self.oracle.write([])
         with self._stage("disable"), lora_fx.disable_adapter(self.adapted):
-            self._compare("disabled", self.adapted, self.oracle, self._fresh_oracle)
+            self._compare("disabled", self.adapted, self.oracle, self._aged_oracle)
+        self.past.append([])
         self.enabled = True
         self.oracle.write(self._chosen())
 
@@ -293,10 +318,26 @@ class _Run:
         self.oracle.write(self._chosen())
 
     def _do_copy(self, _: str) -> None:
+        if not self._copies_apart():  # a copy of the original is none: nothing is claimed
+            return
         with self._stage("copy"):
             self.adapted = copy.deepcopy(self.adapted)
             self._find_adapters()
         self.oracle.write(self._chosen())
+
+    def _copies_apart(self) -> bool:
+        """Whether a copy of the original goes on as it is when the original is spoilt.
+
+        ``copy.deepcopy`` copies no functions: what a closure leads to is the original's.
+        """
+        original = self._build()
+        twin = copy.deepcopy(original)
+        expected = self._outputs(copy.deepcopy(original), grad=False)
+        with torch.no_grad():
+            for value in (*original.parameters(), *original.buffers()):
+                value.zero_()
+        found = self._outputs(twin, grad=False)
+        return all(_same_bits(a, b) for a, b in zip(expected, found, strict=True))
 
     def _do_pickle(self, _: str) -> None:
         try:
@@ -322,7 +363,7 @@ class _Run:
                 session.load_adapter("one", file)
                 adapter = "one"
             found = session.run(example, adapter=adapter)
-        expected = self._fresh_oracle()
+        expected = self._aged_oracle(None)
         args, kwargs = _as(torch.float64, (args, kwargs))
         exact = expected.model(*args, **kwargs)
         # Whoever exports computes in fp32 at best: kernels of ONNX Runtime for fp64 are few.
@@ -432,10 +473,11 @@ class _Run:
 
     def _bounds(self, fresh: Any) -> list[list[float]]:
         """By how much rounding may change each tensor of each call's output."""
-        exact = self._replayed(fresh(), None)
+        exact = self._replayed(fresh(None), None)
         limits = [[0.0] * len(out) for out in exact]
         for sample in range(SAMPLES):
-            moved = self._replayed(fresh(), Noise(self._unit, sample))
+            mode = Noise(self._unit, sample)
+            moved = self._replayed(fresh(mode), mode)
             for limit, out, other in zip(limits, exact, moved, strict=True):
                 for place, (a, b) in enumerate(zip(out, other, strict=True)):
                     if _is_float(a) and a.numel():

@@ -408,3 +408,64 @@ def test_an_iterator_is_not_used_up_by_a_trace() -> None:
     model = _Keeps(iter([1.0, 2.0, 3.0]), next)
     captured = lora_fx.capture(model).model
     assert list(captured.kept) == list(model.kept) == [1.0, 2.0, 3.0]
+
+
+class _Slotted:
+    __slots__ = ("k",)
+
+    def __init__(self) -> None:
+        self.k = 2
+
+
+class _Settled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.setting = nn.Linear(8, 8), _Slotted()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if self.setting.k == 3 else torch.tanh(x)
+
+
+class _TwoNames(nn.Module):
+    """torch.export hands out stand-ins for the modules of such a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), _Settled()
+        self.alias = self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.alias(self.block(self.first(x)))
+
+
+def test_settings_of_a_module_with_two_names_are_noted() -> None:
+    model, x = _TwoNames(), torch.randn(3, 8)
+    adapted = lora_fx.rewrite(model, CONFIG, (x,), frontend="export")
+    torch.testing.assert_close(adapted(x), model(x))
+    adapted.block.setting.k = model.block.setting.k = 3
+    torch.testing.assert_close(adapted(x), model(x))
+
+
+def _more_for_names(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs) * (2 if kwargs else 3)
+
+    return run
+
+
+class _ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @_more_for_names
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_decorator_that_tells_names_from_places_has_no_graph(named: bool) -> None:
+    x = torch.randn(3, 8)
+    with pytest.raises(CaptureError, match="computes something else than the original"):
+        lora_fx.rewrite(_ByName(), CONFIG, {"x": x} if named else (x,), frontend="export")
