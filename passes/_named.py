@@ -1,4 +1,4 @@
-"""What the code of a model leads to beside the model: globals, variables around functions, attributes of classes.
+"""What the code of a model leads to beside it: globals, variables around functions, attributes of classes.
 
 A copy of a model has copies of whatever its modules hold (``passes/_following.py``). Its classes are those of
 the original, and so is what their code names: a list that every layer is entered in goes on holding those of
@@ -40,11 +40,11 @@ def named_elsewhere(model: nn.Module, storages: Mapping[int, str]) -> tuple[str,
     """Where the code of a model leads to one of some tensors without going through the model.
 
     Code is followed by the names in it, whether or not they are executed: that of the methods of each class,
-    of what the modules hold, and of the functions and classes which that names. Libraries are left out: Python's
-    own, PyTorch and NumPy. So are names that code makes up when it runs.
+    of what the modules hold, and of the functions and classes that these name. Libraries are left out:
+    Python's own, PyTorch and NumPy. So are names that code makes up when it runs.
 
     Args:
-        model: A model. What its modules hold is its own; their code and what they hold is where the search begins.
+        model: A model. What is reached through its modules is not looked at.
         storages: The storages of the tensors, each with a name.
 
     Returns:
@@ -115,32 +115,36 @@ class _Search:
 def _leads(value: Any) -> Iterator[tuple[str, Any, Iterable[str]]]:
     """What a value leads to, each with how, and with the names that are asked of it."""
     if isinstance(value, type):
-        for cls in value.__mro__:
-            if not _is_library(cls.__module__):
-                for name, item in vars(cls).items():
-                    if name != "__annotations__" and not (
-                        name in _DONE and issubclass(cls, nn.Module)
-                    ):
-                        yield f"{cls.__qualname__}.{name}", item, ()
-        return
-    if type(value) in _WRAPPED:
+        yield from _of_class(value)
+    elif type(value) in _WRAPPED:
         for name in _WRAPPED[type(value)]:
             yield "", getattr(value, name), ()
-        return
-    if isinstance(value, _WEAK):
+    elif isinstance(value, _WEAK):
         for item in (*value, *value.values()) if hasattr(value, "values") else value:
             yield "[...]", item, ()
-        return
-    if isinstance(value, FunctionType):
-        if _is_library(value.__module__):
-            return
-        for code in _codes(value.__code__):
-            for name in _globals(code):
-                if name in value.__globals__:
-                    yield f" -> {name}", value.__globals__[name], code.co_names
-    for label, child in children(value):
-        yield label, child, ()
-    yield "", type(value), ()
+    elif not isinstance(value, FunctionType) or not _is_library(value.__module__):
+        if isinstance(value, FunctionType):
+            yield from _of_code(value)
+        for label, child in children(value):
+            yield label, child, ()
+        yield "", type(value), ()
+
+
+def _of_class(value: type) -> Iterator[tuple[str, Any, Iterable[str]]]:
+    for cls in value.__mro__:
+        if _is_library(cls.__module__):
+            continue
+        left_out = ("__annotations__", *(_DONE if issubclass(cls, nn.Module) else ()))
+        for name, item in vars(cls).items():
+            if name not in left_out:
+                yield f"{cls.__qualname__}.{name}", item, ()
+
+
+def _of_code(value: FunctionType) -> Iterator[tuple[str, Any, Iterable[str]]]:
+    for code in _codes(value.__code__):
+        for name in _globals(code):
+            if name in value.__globals__:
+                yield f" -> {name}", value.__globals__[name], code.co_names
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -248,8 +248,8 @@ def _check_named(
     if found is not None:
         path, name = found
         raise MergeError(
-            f"{name}: the code of the model also gets to it by {path}, where it is that of the model that was "
-            "rewritten, and would stay as it was before the merge. Keep the layer in an attribute of the "
+            f"{name}: the code of the model also gets to it by {path}, where it is that of the model that "
+            "was rewritten, and would stay as it was before the merge. Keep the layer in an attribute of the "
             "module that uses it, merge into the model that was rewritten (into=model), or name "
             f"{name.rpartition('.')[0]!r} in exclude_modules"
         )

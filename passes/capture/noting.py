@@ -10,11 +10,12 @@ functions read of globals and of variables around them is read off their code. I
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
 from collections.abc import Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,21 +23,14 @@ import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.ops import Seen, class_of, differs
+from lora_fx.ops import Callee, Seen, class_of, differs
 from lora_fx.passes._reads import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
 
 __all__ = ["Notes", "noted_globals"]
 
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
-_NEVER = (
-    nn.Module,
-    torch.Tensor,
-    type,
-    FunctionType,
-    MethodType,
-    ModuleType,
-    torch.Generator,
-)
+_NEVER = (nn.Module, torch.Tensor, type, ModuleType, torch.Generator)
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 _LIBRARIES = ("torch", "lora_fx", "numpy")
 _MISSING = object()
 
@@ -93,7 +87,10 @@ class Notes:
 
         def read(this: Any, name: str) -> Any:
             value = access(this, name)
-            if _identity(this) in self._watched and not isinstance(value, MethodType):
+            # What a class has is looked at elsewhere.
+            if _identity(this) in self._watched and (
+                not isinstance(value, _FUNCTIONS) or _holds(this, name)
+            ):
                 self._note(this, name, value)
             return value
 
@@ -156,12 +153,12 @@ class Notes:
             known.setdefault(name, value.copy())
         elif is_constant(value) or isinstance(value, np.generic):
             known.setdefault(name, frozen(value))
-        elif not isinstance(value, _NEVER) and not callable(value):
-            held = self._objects.setdefault(_identity(owner), {})
-            if name not in held and _is_plain(value):
-                held[name] = value
-                if id(value) not in self._watched:
-                    self._watch(value)
+        elif isinstance(value, _FUNCTIONS):
+            known.setdefault(name, Callee.of(value))
+        elif _is_plain(value):
+            self._objects.setdefault(_identity(owner), {}).setdefault(name, value)
+            if id(value) not in self._watched:
+                self._watch(value)
 
     def _drop_written(self) -> None:
         """Forgets what the code itself has set since: the next call finds what this one has left."""
@@ -195,6 +192,14 @@ class Notes:
         return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
 
 
+def _holds(value: Any, name: str) -> bool:
+    """Whether an attribute is an object's own, and not that of its class."""
+    try:
+        return name in object.__getattribute__(value, "__dict__")
+    except AttributeError:  # it has slots
+        return True
+
+
 def _identity(value: Any) -> int:
     """What tells an object from others; of a module also where export hands out a stand-in for it.
 
@@ -215,7 +220,9 @@ def _own_access(cls: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is an object with attributes."""
+    """Whether a value is an object with attributes; what libraries call is none."""
+    if isinstance(value, _NEVER) or (callable(value) and _of_library(type(value))):
+        return False
     return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -469,3 +470,59 @@ def test_a_decorator_that_tells_names_from_places_has_no_graph(named: bool) -> N
     x = torch.randn(3, 8)
     with pytest.raises(CaptureError, match="computes something else than the original"):
         lora_fx.rewrite(_ByName(), CONFIG, {"x": x} if named else (x,), frontend="export")
+
+
+def _scaled(x: torch.Tensor, k: float) -> torch.Tensor:
+    return x * k
+
+
+class _Calls:
+    def __init__(self, k: float) -> None:
+        self.k = k
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.k
+
+
+def _around(k: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x * k
+
+
+class _Holds(nn.Module):
+    """Calls what it holds."""
+
+    def __init__(self, held: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fc, self.held = nn.Linear(8, 8), held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.held(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.relu, torch.tanh),
+        (functools.partial(_scaled, k=2.0), functools.partial(_scaled, k=3.0)),
+        (_around(2.0), _around(3.0)),
+        (lambda x, k=2.0: x * k, lambda x, k=3.0: x * k),
+        (_Calls(2.0), _Calls(3.0)),
+        (_Calls(2.0).__call__, _scaled.__get__(torch.ones(8))),
+    ],
+)
+def test_a_function_that_a_module_holds_is_noted(first, second) -> None:
+    model, x = _Holds(first), torch.randn(3, 8)
+    captured = lora_fx.capture(model, (x,), frontend="export").model
+    torch.testing.assert_close(captured(x), first(model.fc(x)))
+    captured.held = second
+    torch.testing.assert_close(captured(x), second(model.fc(x)))
+
+
+def test_a_function_that_a_module_holds_travels() -> None:
+    model, x = _Holds(functools.partial(_scaled, k=2.0)), torch.randn(3, 8)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    captured = lora_fx.rewrite(model, config, (x,), frontend="export")
+    for twin in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        torch.testing.assert_close(twin(x), captured(x))
+        twin.held = functools.partial(_scaled, k=3.0)
+        torch.testing.assert_close(twin(x), captured(x) * 1.5)
