@@ -526,3 +526,54 @@ def test_a_function_that_a_module_holds_travels() -> None:
         torch.testing.assert_close(twin(x), captured(x))
         twin.held = functools.partial(_scaled, k=3.0)
         torch.testing.assert_close(twin(x), captured(x) * 1.5)
+
+
+class _Leaves(nn.Module):
+    """Leaves something behind that its next call reads."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fc, self.what = nn.Linear(8, 8), what
+        self.register_buffer("n", torch.ones(()))
+        self.flag, self.name = False, "a"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.what == "buffer":
+            x = x * self.n
+            self.n = self.n + 1
+        if self.what == "flag":
+            x = x if self.flag else x * 2
+            self.flag = True
+        if self.what == "string":
+            x = x * len(self.name)
+            self.name = self.name + "a"
+        if self.what == "buffer in place":
+            x = x * self.n.clone()
+            self.n += 1
+        if self.what == "written first":
+            self.flag = True
+            x = x * 3 if self.flag else x
+        return x
+
+
+@pytest.mark.parametrize("what", ["buffer", "flag", "string"])
+def test_what_a_call_leaves_to_the_next_one_has_no_graph(what: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), _Leaves(what)), torch.randn(3, 8)
+    with pytest.raises(CaptureError, match=r"in a second call \(its forward"):
+        lora_fx.rewrite(model, CONFIG, (x,), frontend="export")
+    _check_calls(model, x, "auto")
+
+
+@pytest.mark.parametrize("what", ["buffer in place", "written first"])
+def test_what_a_graph_leaves_itself_has_one(what: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), _Leaves(what)), torch.randn(3, 8)
+    _check_calls(model, x, "export")
+
+
+def _check_calls(model: nn.Module, x: torch.Tensor, frontend: Any) -> None:
+    adapted = lora_fx.rewrite(model, CONFIG, (x,), frontend=frontend)
+    for _ in range(3):
+        found = adapted(x)
+        found.sum().backward()
+        torch.testing.assert_close(found, model(x))
