@@ -50,9 +50,11 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
         CaptureError: If something of the original is still reached. Globals of modules and attributes of
             classes are not looked at.
     """
-    following = _Following(memo, {id(one): one for one in originals})
-    following.within(result)
-    path = following.path(result)
+    apart = {id(one): one for one in originals}
+    # Whatever deepcopy has copied: a setting that is changed in the copy is one for its functions, too.
+    copied = {id(one): one for one in memo.get(id(memo), ()) if memo.get(id(one), one) is not one}
+    _Following(memo, {**copied, **apart}).within(result)
+    path = _Following(memo, apart).path(result)
     if path is not None:
         raise CaptureError(
             f"the model cannot be copied as a whole: {path} holds a module or a parameter in a way that "

@@ -126,7 +126,11 @@ class _Run:
         before = self._check_valid()
         plain = self._rewrite()
         if self.program.quantize:
-            before = self._outputs(self._base(), grad=False)
+            try:
+                before = self._outputs(self._base(), grad=False)
+            except Exception as exc:
+                # Code that reads the weight by itself does not know how it is stored, nor does its library.
+                raise _Ended("refused", "quantized base", _told(exc)) from exc
         self.oracle = self._fresh_oracle()
         for action in self.program.actions:
             name, _, argument = action.partition(" ")
