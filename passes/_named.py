@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -27,6 +29,8 @@ __all__ = ["named_elsewhere"]
 # What makes a module is done: where it has entered itself does not matter unless something looks there.
 _DONE = ("__init__", "__new__", "__init_subclass__")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLASSDEREF")
+# By name, since environments lie on top of each other.
+_INSTALLED = {"site-packages", "dist-packages"}
 _WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 _WRAPPED: dict[type, tuple[str, ...]] = {
     property: ("fget", "fset"),
@@ -41,7 +45,8 @@ def named_elsewhere(model: nn.Module, storages: Mapping[int, str]) -> tuple[str,
 
     Code is followed by the names in it, whether or not they are executed: that of the methods of each class,
     of what the modules hold, and of the functions and classes that these name. Libraries are left out:
-    Python's own, PyTorch and NumPy. So are names that code makes up when it runs.
+    Python's own, PyTorch and NumPy. Of other installed packages only the modules are looked at in which a
+    class of the model is defined. Names that code makes up when it runs are not known.
 
     Args:
         model: A model. What is reached through its modules is not looked at.
@@ -51,8 +56,9 @@ def named_elsewhere(model: nn.Module, storages: Mapping[int, str]) -> tuple[str,
         In words how it gets there, and the name of the tensor; None if it does not.
     """
     own = set(map(id, model.modules())) | {id(tensor) for tensor in _tensors_of(model)}
-    search = _Search(own)
-    for cls in dict.fromkeys(original_class(module) for module in model.modules()):
+    classes = dict.fromkeys(original_class(module) for module in model.modules())
+    search = _Search(own, {above.__module__ for cls in classes for above in cls.__mro__})
+    for cls in classes:
         search.add("", cls, ())
     for module in model.modules():
         for value in module.__dict__.values():
@@ -71,10 +77,11 @@ class _Search:
 
     Attributes:
         own: Ids of what is not looked at.
+        homes: Names of the Python modules in which classes of the model are defined.
     """
 
-    def __init__(self, own: set[int]) -> None:
-        self.own = own
+    def __init__(self, own: set[int], homes: set[str]) -> None:
+        self.own, self.homes = own, homes
         self._seen: dict[int, Any] = {}  # held, so that ids stay theirs
         self._pending: deque[tuple[str, Any, Iterable[str]]] = deque()
 
@@ -92,14 +99,18 @@ class _Search:
                     if name in vars(value):
                         self.add(f"{path}.{name}", vars(value)[name], ())
             return
-        if isinstance(value, type):
-            if _is_library(value.__module__):
+        if isinstance(value, type | FunctionType):
+            if not self._is_followed(value.__module__):
                 return
         elif isinstance(value, ATOMS):
             return
         if id(value) not in self._seen and id(value) not in self.own:
             self._seen[id(value)] = value
             self._pending.append((path, value, names))
+
+    def _is_followed(self, module: str | None) -> bool:
+        """Whether the code of a Python module is looked at."""
+        return not _is_library(module) and (module in self.homes or not _is_installed(module or ""))
 
     def first(self, storages: Mapping[int, str]) -> tuple[str, str] | None:
         """The nearest tensor that is one of those, as :func:`named_elsewhere` gives it."""
@@ -156,6 +167,12 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _is_library(name: str | None) -> bool:
     return (name or "").partition(".")[0] in APART
+
+
+@functools.lru_cache(maxsize=8192)
+def _is_installed(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return not _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -344,7 +344,23 @@ class _Run:
             for value in (*original.parameters(), *original.buffers()):
                 value.zero_()
         found = self._outputs(twin, grad=False)
-        return all(_same_bits(a, b) for a, b in zip(expected, found, strict=True))
+        if not all(_same_bits(a, b) for a, b in zip(expected, found, strict=True)):
+            return False
+        # What is changed in a copy has to be what the copy reads.
+        changed, original = self._build(), self._build()
+        twin = copy.deepcopy(original)
+        for one in (changed, twin):
+            with contextlib.suppress(Exception):
+                self.module.change(one)
+        expected, found = (
+            [_try(_entry(one, method), args, kwargs) for method, args, kwargs in self._calls()]
+            for one in (changed, twin)
+        )
+        return all(
+            _same_bits(pytree.tree_leaves(a), pytree.tree_leaves(b))
+            for a, b in zip(expected, found, strict=True)
+            if not isinstance(a, Exception)
+        )
 
     def _do_pickle(self, _: str) -> None:
         try:

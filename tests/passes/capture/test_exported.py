@@ -577,3 +577,24 @@ def _check_calls(model: nn.Module, x: torch.Tensor, frontend: Any) -> None:
         found = adapted(x)
         found.sum().backward()
         torch.testing.assert_close(found, model(x))
+
+
+_PAST: list[nn.Module] = []
+
+
+class _GoesPast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        _PAST[:] = [self.fc]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(_PAST[0](self.fc(x)))
+
+
+def test_a_weight_that_code_gets_to_past_the_model_is_no_constant() -> None:
+    try:
+        with pytest.raises(CaptureError, match=r"its code gets to fc\.weight past the model"):
+            lora_fx.capture(_GoesPast(), torch.randn(3, 8), frontend="export")
+    finally:
+        _PAST.clear()
