@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from lora_fx.export.tasks.registry import find_task
 from lora_fx.export.trace import widen_batch
 from lora_fx.export.twin import DTYPES, dtype_name, exportable_twin, unwrapped
 from lora_fx.passes._sharing import share_copy
+from lora_fx.passes.capture.state import State
 from lora_fx.passes.plan import foreign_factors
 from lora_fx.record import record_of
 
@@ -237,8 +238,7 @@ def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
     failure: Exception | None = None
     for candidate in (widen_batch(arguments), arguments):
         try:
-            with torch.no_grad():
-                return flat, candidate, [name for name, _ in flat.named(candidate.tensors)]
+            return flat, candidate, _named(flat, candidate.tensors)
         except ExportError:
             raise
         except Exception as error:  # noqa: BLE001  # whatever a model raises; re-raised below
@@ -250,3 +250,31 @@ def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
     raise ExportError(
         f"{type(flat.model).__name__} does not run on the example inputs ({given}): {failure}"
     ) from failure
+
+
+def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
+    """Runs a model once, and again if that has left something behind in its objects.
+
+    Raises:
+        ExportError: If the second call returns other values: a file has no such state.
+    """
+    before = State(flat.model)
+    drawn = torch.get_rng_state()
+    with torch.no_grad():
+        first = flat.named(tensors)
+    changed = before.changed()
+    if changed is None:
+        return [name for name, _ in first]
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.set_rng_state(drawn)
+        second = flat.named(tensors)
+    alike = all(
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        for (_, a), (_, b) in zip(first, second, strict=True)
+    )
+    if not alike:
+        raise ExportError(
+            f"{type(flat.model).__name__}: {changed}, and its next call on the same inputs returns other "
+            "values. A file has no such state: export a model that computes the same in each call"
+        )
+    return [name for name, _ in first]

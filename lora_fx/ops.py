@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import keyword
+import marshal
 import operator
 import re
 from collections.abc import Sequence
-from types import SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -22,6 +31,7 @@ __all__ = [
     "OMITTED",
     "AdapterFactors",
     "AdapterModule",
+    "Callee",
     "HeldTensor",
     "Holder",
     "KeptIndices",
@@ -228,6 +238,75 @@ class Seen:
     parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Callee:
+    """What tells a function, a partial or a bound method from others, and is the same in a copy.
+
+    Attributes:
+        code: The code, or what has none.
+        held: Simple values around it, as text: defaults, variables of the closure, arguments of a partial.
+        inner: The function of a partial or a method, and functions around it.
+    """
+
+    code: Any
+    held: tuple[str, ...] = ()
+    inner: tuple[Callee, ...] = ()
+
+    @classmethod
+    def of(cls, value: object, depth: int = 4) -> Callee:
+        """What tells a value from others; anything but a function by its class.
+
+        Args:
+            value: The value.
+            depth: How many functions inside of each other are looked at.
+        """
+        if isinstance(value, functools.partial):
+            given: tuple[Any, ...] = (value.func, *value.args, *value.keywords.values())
+            return cls._over(tuple(value.keywords), given, depth)
+        if isinstance(value, MethodType):
+            return cls._over(class_of(value.__self__), (value.__func__,), depth)
+        if isinstance(value, FunctionType):
+            around = tuple(map(_content, value.__closure__ or ()))
+            words = (value.__kwdefaults__ or {}).values()
+            return cls._over(value.__code__, (*around, *(value.__defaults__ or ()), *words), depth)
+        if isinstance(value, BuiltinFunctionType):
+            return cls((value.__module__, value.__qualname__))
+        return cls(value if isinstance(value, type) else class_of(value))
+
+    @classmethod
+    def _over(cls, code: Any, around: tuple[Any, ...], depth: int) -> Callee:
+        # As text, which tells 1 from True, and 0.0 from -0.0.
+        simple = tuple(repr(one) if type(one) in _SIMPLE else "" for one in around)
+        functions = [one for one in around if isinstance(one, _FUNCTIONS)] if depth else []
+        return cls(code, simple, tuple(cls.of(one, depth - 1) for one in functions))
+
+    def __repr__(self) -> str:
+        name: str = getattr(self.code, "co_qualname", None) or repr(self.code)
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Code travels as ``marshal`` has it."""
+        code = self.code
+        if isinstance(code, CodeType):
+            return _marshalled, (marshal.dumps(code), self.held, self.inner)
+        return Callee, (code, self.held, self.inner)
+
+
+def _marshalled(code: bytes, held: tuple[str, ...], inner: tuple[Callee, ...]) -> Callee:
+    return Callee(marshal.loads(code), held, inner)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the name has no value yet
+        return None
+
+
+_SIMPLE = (bool, int, float, complex, str, bytes)
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
+
+
 def tree_differs(value: Any, seen: Seen) -> bool:
     """Whether an object is not as a trace saw it.
 
@@ -314,6 +393,8 @@ def differs(found: object, expected: object) -> bool:
         return False
     if isinstance(expected, HeldTensor):
         return expected.differs(found)
+    if type(expected) is Callee:
+        return Callee.of(found) != expected
     if type(found) is not type(expected):
         return True
     if isinstance(expected, float):

@@ -21,19 +21,21 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, MergeError
 
-__all__ = ["exchange", "follow"]
+__all__ = ["APART", "ATOMS", "children", "exchange", "follow"]
 
-_ATOMS = (
+ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator),
 )
+"""Classes of what leads nowhere."""
+
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
 _CACHED = type(functools.lru_cache(lambda: None))
-# Objects of these are no part of a model, and lead everywhere.
-_APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}) - {
+APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}) - {
     *("types", "collections", "argparse")
 }
+"""Packages of Python whose objects are no part of a model, and lead everywhere."""
 
 
 def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
@@ -48,9 +50,11 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
         CaptureError: If something of the original is still reached. Globals of modules and attributes of
             classes are not looked at.
     """
-    following = _Following(memo, {id(one): one for one in originals})
-    following.within(result)
-    path = following.path(result)
+    apart = {id(one): one for one in originals}
+    # Whatever deepcopy has copied: a setting that is changed in the copy is one for its functions, too.
+    copied = {id(one): one for one in memo.get(id(memo), ()) if memo.get(id(one), one) is not one}
+    _Following(memo, {**copied, **apart}).within(result)
+    path = _Following(memo, apart).path(result)
     if path is not None:
         raise CaptureError(
             f"the model cannot be copied as a whole: {path} holds a module or a parameter in a way that "
@@ -134,7 +138,7 @@ class _Following:
                     continue
                 atom = atoms.get(cls)
                 if atom is None:
-                    atom = isinstance(child, _ATOMS)
+                    atom = isinstance(child, ATOMS)
                     if child.__class__ is cls:  # a proxy has that of another object
                         atoms[cls] = atom
                 if atom:
@@ -153,7 +157,7 @@ class _Following:
         pending: deque[tuple[str, Any]] = deque([("the model", value)])
         while pending:
             path, one = pending.popleft()
-            for label, child in _children(one):
+            for label, child in children(one):
                 if id(child) in self._originals:
                     return path + label
                 if id(child) not in seen:
@@ -191,7 +195,7 @@ class _Following:
 
     def followed(self, value: Any) -> Any:
         """What stands for a value in the copy: the value itself if it reaches nothing of the original."""
-        if isinstance(value, _ATOMS) or id(value) in self._none:
+        if isinstance(value, ATOMS) or id(value) in self._none:
             return value
         if id(value) in self._originals:
             return self._memo.get(id(value), value)
@@ -256,7 +260,7 @@ def _mapped(follow_one: Any, held: dict[str, Any] | None) -> dict[str, Any] | No
 
 
 def _held(value: Any) -> Iterable[Any]:
-    """What a value holds: what :func:`_children` names, without a word for the most common."""
+    """What a value holds: what :func:`children` names, without a word for the most common."""
     if isinstance(value, nn.Module):
         return value.__dict__.values()
     if isinstance(value, _KEYED):
@@ -265,10 +269,10 @@ def _held(value: Any) -> Iterable[Any]:
         return _attributes(value).values()
     if isinstance(value, _SEQUENCES):
         return value
-    return [child for _, child in _children(value)]
+    return [child for _, child in children(value)]
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
+def children(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value holds, each with what leads there."""
     for kind, held in _WAYS:
         if isinstance(value, kind):
@@ -347,7 +351,7 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 def _is_apart(value: Any) -> bool:
     if type(value).__name__ == "_WrappedHook":  # torch's, around a hook
         return False
-    return type(value).__module__.partition(".")[0] in _APART
+    return type(value).__module__.partition(".")[0] in APART
 
 
 def _content(cell: types.CellType) -> tuple[Any, bool]:

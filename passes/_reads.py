@@ -132,7 +132,7 @@ def _named(module: str | None, name: str) -> Any:
     value: Any = sys.modules.get(module or "")
     for atom in name.split("."):
         value = getattr(value, atom, None)
-    return value
+    return getattr(value, "__func__", value)  # the function of a class method
 
 
 def _reached(module: str, name: str, places: tuple[int, ...]) -> ObjectRoot:

@@ -37,6 +37,7 @@ from lora_fx.passes._following import exchange
 from lora_fx.passes._intact import check_intact
 from lora_fx.passes._merge_report import MergedSite, MergeReport
 from lora_fx.passes._merge_tokens import TokenFold, tied_tokens, token_weights
+from lora_fx.passes._named import named_elsewhere
 from lora_fx.passes._placing import (
     copy_shared,
     freeze_shared,
@@ -48,6 +49,7 @@ from lora_fx.passes._placing import (
     untie_config,
 )
 from lora_fx.passes._region import is_region, original_class
+from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._strip import stripped
 from lora_fx.record import Record, record_of, require_record
 from lora_fx.types import PlannedSite
@@ -127,6 +129,7 @@ def merge(
     changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
     over = frozenset() if into is None else _written_over(into, full)
+    _check_named(result, record, (*changes, *biases, *full), over)
     stored = quantized_weights(result)
     layouts = layouts_of(record.base.matches.sites)
     again = {name: result.get_parameter(name) for name in stored if requantize}
@@ -225,6 +228,31 @@ def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> froze
     """Parameters of a model that are written over. What was trained as one is one again, and new."""
     ends = Counter(map(id, trained.values()))
     return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
+
+
+def _check_named(
+    result: nn.Module, record: Record, names: Sequence[str], over: frozenset[str]
+) -> None:
+    """Refuses a merge of weights that the model's code also finds elsewhere: those stay as they were.
+
+    Raises:
+        MergeError: If there are any.
+    """
+    storages: dict[int, str] = {}
+    for name in names:
+        if name not in over:
+            for tensor in (result.get_parameter(name), record.originals.get(name)):
+                if tensor is not None:
+                    storages.setdefault(storage_of(tensor), name)
+    found = named_elsewhere(result, storages)
+    if found is not None:
+        path, name = found
+        raise MergeError(
+            f"{name}: the code of the model also gets to it by {path}, where it is that of the model that "
+            "was rewritten, and would stay as it was before the merge. Keep the layer in an attribute of the "
+            "module that uses it, merge into the model that was rewritten (into=model), or name "
+            f"{name.rpartition('.')[0]!r} in exclude_modules"
+        )
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:

@@ -15,8 +15,13 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.passes._lazy import is_matrix
 from lora_fx.passes._region import is_built_in, is_region, kept_graph
 from lora_fx.passes._sharing import check_model, share_copy
-from lora_fx.passes.capture.check import check_unchanged, goes_past, watch_reference
-from lora_fx.passes.capture.inputs import describe, named_inputs
+from lora_fx.passes.capture.check import (
+    check_unchanged,
+    goes_past,
+    run_reference,
+    watch_reference,
+)
+from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalise
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
 from lora_fx.quantized import Quantization, quantization_of
@@ -47,10 +52,14 @@ def capture(
         return result
     try:
         # The call that the graph was made for, or the guard would compare the model with itself.
-        call = example_inputs
         if result.frontend == "export":
-            call = named_inputs(model, example_inputs)
-        check_unchanged(model, result, call)
+            named = named_inputs(model, example_inputs)
+            check_unchanged(model, result, named)
+            placed = by_place(model, example_inputs, named)
+            if placed is not None and (not normalise(example_inputs)[1] or _runs(model, placed)):
+                check_unchanged(model, result, placed)
+        else:
+            check_unchanged(model, result, example_inputs)
     except CaptureError as error:
         if frontend != "auto":
             raise
@@ -61,6 +70,15 @@ def capture(
     if frontend == "auto" and result.frontend != "export":
         return _for_that_call(model, result, example_inputs, dynamic_shapes)
     return result
+
+
+def _runs(model: nn.Module, call: tuple[Any, ...]) -> bool:
+    """Whether the model takes a call at all."""
+    try:
+        run_reference(model, call)
+    except CaptureError:
+        return False
+    return True
 
 
 def _that_holds(

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import CaptureError
 from lora_fx.passes._one_at_a_time import ONE_AT_A_TIME
 from lora_fx.passes._region import CONSTANT, install, uninstall
+from lora_fx.passes._sharing import storage_of
 from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute
 from lora_fx.passes.capture.conditions import (
     cache_condition,
@@ -210,6 +211,7 @@ def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -
         *dict(model.named_buffers(remove_duplicate=False)),
     }
     moved: dict[str, str] = {}
+    memory = {storage_of(p): name for name, p in model.named_parameters()}
     for node in graph.nodes:
         if node.op == "call_module":
             raise CaptureError(f"torch.export calls {node.target}, which lora_fx cannot follow")
@@ -221,6 +223,12 @@ def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -
         if not isinstance(value, torch.Tensor):
             raise CaptureError(
                 "a part of the model runs under another grad or autocast mode, in a graph of its own"
+            )
+        if (name := memory.get(storage_of(value))) is not None:
+            # It would be a constant beside the parameter.
+            raise CaptureError(
+                f"its code gets to {name} past the model, in which it is a parameter: by a global, or a "
+                "function around it"
             )
         if node.target not in moved:
             moved[str(node.target)] = f"{CONSTANT}{len(moved)}"

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 
-__all__ = ["CACHE", "describe", "named_inputs", "normalise"]
+__all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalise"]
 
 CACHE = "use_cache"
 """The argument by which a caller of a transformers model says whether it wants a cache back."""
@@ -80,6 +80,32 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if CACHE in signature.parameters and hasattr(model, "config") and inputs.get(CACHE) is None:
         inputs[CACHE] = False
     return inputs
+
+
+def by_place(
+    model: nn.Module, example_inputs: Any, named: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """The same call with arguments by place, where code can tell it from the one by name.
+
+    A decorator that takes ``*args, **kwargs`` can. A graph has one forward for both.
+
+    Args:
+        model: The model.
+        example_inputs: As for :func:`normalise`.
+        named: :func:`named_inputs` of them.
+
+    Returns:
+        The arguments; None if nothing can tell, or some can be given by name only.
+    """
+    code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
+    if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        return None
+    args, _ = normalise(example_inputs)
+    if args:
+        return args
+    parameters = inspect.signature(model.forward).parameters.values()
+    places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][: len(named)]
+    return tuple(named[name] for name in places) if set(places) == set(named) else None
 
 
 def describe(inputs: Any) -> str:

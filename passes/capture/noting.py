@@ -10,11 +10,12 @@ functions read of globals and of variables around them is read off their code. I
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
-from lora_fx.ops import Seen, class_of, differs
+from lora_fx.ops import Callee, Seen, class_of, differs
 from lora_fx.passes._reads import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
 
 __all__ = ["Notes", "noted_globals"]
@@ -31,15 +32,8 @@ __all__ = ["Notes", "noted_globals"]
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
 # What copies and pickles an object reads of it: C code then takes all that it has.
 _COPYING = frozenset({"__reduce__", "__reduce_ex__", "__getstate__"})
-_NEVER = (
-    nn.Module,
-    torch.Tensor,
-    type,
-    FunctionType,
-    MethodType,
-    ModuleType,
-    torch.Generator,
-)
+_NEVER = (nn.Module, torch.Tensor, type, ModuleType, torch.Generator)
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 _LIBRARIES = ("torch", "lora_fx", "numpy")
 _TENSORS = (torch.Tensor,)  # and no parameters, which the graph has
 _MISSING = object()
@@ -63,7 +57,7 @@ class Notes:
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """Takes notes in between, of this model and of nobody else's."""
-        self._watched = {id(module): module for module in self._model.modules()}
+        self._watched = {_identity(module): module for module in self._model.modules()}
         try:
             for cls in {nn.Module, *map(type, self._watched.values())}:
                 if cls is nn.Module or _own_access(cls):
@@ -91,7 +85,7 @@ class Notes:
             owner: The object.
             name: The attribute.
         """
-        return self._reads.get(id(owner), {}).pop(name, None)
+        return self._reads.get(_identity(owner), {}).pop(name, None)
 
     def _watch_class(self, cls: type) -> None:
         """Has the attribute access of a class take notes of the objects that are watched.
@@ -106,24 +100,17 @@ class Notes:
 
         def read(this: Any, name: str) -> Any:
             value = access(this, name)
-            if id(this) not in self._watched or isinstance(value, MethodType):
-                return value
-            if name == "__dict__" and type(value) is dict:
-                return _Entries(value, lambda key, one: self._note_entry(this, key, one))
-            if name in _COPYING:
-                self._note_all(this)
-            self._note(this, name, value)
-            return value
+            return self._found(this, name, value) if _identity(this) in self._watched else value
 
         def looked_for(this: Any, name: str) -> Any:
             assert hook is not None
             try:
                 value = hook(this, name)
             except AttributeError:
-                if id(this) in self._watched:
+                if _identity(this) in self._watched:
                     self._note(this, name, _MISSING)
                 raise
-            if id(this) in self._watched:
+            if _identity(this) in self._watched:
                 self._note(this, name, value)
             return value
 
@@ -134,6 +121,17 @@ class Notes:
         for name, member in members.items():
             setattr(cls, name, member)
         self._classes[cls] = kept
+
+    def _found(self, owner: Any, name: str, value: Any) -> Any:
+        """Notes what an object has under a name, and says what the code is given."""
+        if name == "__dict__" and type(value) is dict:
+            return _Entries(value, lambda key, one: self._note_entry(owner, key, one))
+        if name in _COPYING:
+            self._note_all(owner)
+        # What a class has is looked at elsewhere.
+        if not isinstance(value, _FUNCTIONS) or _holds(owner, name):
+            self._note(owner, name, value)
+        return value
 
     def _watch(self, value: Any) -> None:
         """Watches a plain object; one whose class is of C is noted as a whole."""
@@ -164,7 +162,7 @@ class Notes:
     def _note(self, owner: Any, name: str, value: Any) -> None:
         if name in _OWN or name.startswith(("__", "_lora_fx")):
             return
-        known = self._reads.setdefault(id(owner), {})
+        known = self._reads.setdefault(_identity(owner), {})
         if value is _MISSING:
             # PyTorch looks for many a private name that is hardly ever there.
             if not name.startswith("_"):
@@ -175,17 +173,19 @@ class Notes:
             if name not in known and not _is_buffer(owner, name):
                 with _disable_current_modes():  # no part of what is exported
                     known[name] = frozen(value)
-        elif not isinstance(value, _NEVER) and not callable(value):
-            held = self._objects.setdefault(id(owner), {})
-            if name not in held and _is_plain(value):
+        elif isinstance(value, _FUNCTIONS):
+            known.setdefault(name, Callee.of(value))
+        elif _is_plain(value):
+            held = self._objects.setdefault(_identity(owner), {})
+            if name not in held:
                 held[name] = value
                 if id(value) not in self._watched:
                     self._watch(value)
 
     def _drop_written(self) -> None:
         """Forgets what the code itself has set since: the next call finds what this one has left."""
-        for value in self._watched.values():
-            reads = self._reads.get(id(value), {})
+        for key, value in self._watched.items():
+            reads = self._reads.get(key, {})
             for name in [
                 n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)
             ]:
@@ -193,10 +193,10 @@ class Notes:
 
     def _seen(self, value: Any, done: set[int]) -> Seen:
         done.add(id(value))
-        found = self._reads.get(id(value), {})
+        found = self._reads.get(_identity(value), {})
         missing = tuple(name for name, one in found.items() if one is _MISSING)
         attributes = [(name, one) for name, one in found.items() if one is not _MISSING]
-        held = self._objects.get(id(value), {})
+        held = self._objects.get(_identity(value), {})
         children: dict[str, Any] = {}
         parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
         if isinstance(value, nn.Module):
@@ -297,6 +297,24 @@ def _is_buffer(owner: Any, name: str) -> bool:
     return isinstance(owner, nn.Module) and name in owner._buffers
 
 
+def _holds(value: Any, name: str) -> bool:
+    """Whether an attribute is an object's own, and not that of its class."""
+    try:
+        return name in object.__getattribute__(value, "__dict__")
+    except AttributeError:  # it has slots
+        return True
+
+
+def _identity(value: Any) -> int:
+    """What tells an object from others; of a module also where export hands out a stand-in for it.
+
+    It does so for every module of a model in which one has several names. They have the same ``__dict__``.
+    """
+    if issubclass(type(value), nn.Module):  # isinstance would ask the object
+        return id(object.__getattribute__(value, "__dict__"))
+    return id(value)
+
+
 def _own_access(cls: Any) -> bool:
     """Whether a class looks attributes up in a way of its own, which may not come to that of PyTorch."""
     usual: Any = nn.Module
@@ -307,7 +325,9 @@ def _own_access(cls: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is an object with attributes."""
+    """Whether a value is an object with attributes; what libraries call is none."""
+    if isinstance(value, _NEVER) or (callable(value) and _of_library(type(value))):
+        return False
     return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 

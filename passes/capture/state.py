@@ -119,11 +119,15 @@ class State:
     def restore(self) -> str | None:
         """Puts everything back, and says in words what the first change was."""
         # Both, whatever the first one says.
-        attributes, containers = self._restore_attributes(), self._restore_containers()
+        attributes, containers = self._attributes_changed(True), self._containers_changed(True)
         changed = attributes or containers
         if self._restore_generators():
             changed = changed or "its forward draws random numbers that the graph would keep"
         return changed
+
+    def changed(self) -> str | None:
+        """As :meth:`restore`, but puts nothing back, and does not look at generators of random numbers."""
+        return self._attributes_changed(False) or self._containers_changed(False)
 
     def _record(self, name: str, value: Any) -> None:
         if isinstance(value, _CONTAINERS):
@@ -134,7 +138,7 @@ class State:
         if isinstance(attributes, dict):
             self._containers[id(attributes)] = (name, attributes, attributes.copy())
 
-    def _restore_attributes(self) -> str | None:
+    def _attributes_changed(self, put_back: bool) -> str | None:
         changed: str | None = None
         for name, owner, before in self._attributes:
             now = owner.__dict__
@@ -145,18 +149,20 @@ class State:
             key = next(
                 k for k in {**before, **now} if now.get(k, _MISSING) is not before.get(k, _MISSING)
             )
-            now.clear()
-            now.update(before)
+            if put_back:
+                now.clear()
+                now.update(before)
             changed = changed or f"its forward writes to self.{f'{name}.{key}' if name else key}"
         return changed
 
-    def _restore_containers(self) -> str | None:
+    def _containers_changed(self, put_back: bool) -> str | None:
         changed: str | None = None
         for name, now, before in self._containers.values():
             if _same(now, before):
                 continue
-            now.clear()
-            (now.extend if isinstance(now, list | deque) else now.update)(before)
+            if put_back:
+                now.clear()
+                (now.extend if isinstance(now, list | deque) else now.update)(before)
             changed = changed or f"its forward changes what is in self.{name}"
         return changed
 

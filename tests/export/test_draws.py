@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ParityError
+from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.draws import _rows
 from lora_fx.export.onnx import export_onnx
 
@@ -96,3 +96,22 @@ def test_rows_are_moved_repeated_cut_and_lengthened() -> None:
     assert _rows(example, (3, 5)).tolist() == [[4, 5, 6, 6, 6], [1, 2, 3, 3, 3], [4, 5, 6, 6, 6]]
     assert _rows(example, (1, 2)).tolist() == [[4, 5]]
     assert _rows(torch.tensor(7), ()) == 7
+
+
+class Counting(nn.Module):
+    """Counts its calls, or notes the last one's length, which it never reads."""
+
+    def __init__(self, decides: bool) -> None:
+        super().__init__()
+        self.fc, self.decides, self.calls, self.length = nn.Linear(3, 3), decides, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.length = len(x.shape)
+        return self.fc(x) * (self.calls if self.decides else 1)
+
+
+def test_a_model_whose_next_call_differs_has_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"writes to self\.calls, and its next call"):
+        export_onnx(Counting(decides=True), tmp_path / "m.onnx", torch.randn(2, 3))
+    export_onnx(Counting(decides=False), tmp_path / "m.onnx", torch.randn(2, 3))

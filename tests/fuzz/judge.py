@@ -118,13 +118,19 @@ class _Run:
         self.values: dict[str, Tensor] = {}
         self.adapted: nn.Module
         self.adapters: dict[str, list[Adapter]] = {}
+        # What the oracle has been through: calls with these adapters, or None for a change.
+        self.past: list[list[Adapter] | None] = []
 
     def all(self) -> None:
         """Every action in turn."""
         before = self._check_valid()
         plain = self._rewrite()
         if self.program.quantize:
-            before = self._outputs(self._base(), grad=False)
+            try:
+                before = self._outputs(self._base(), grad=False)
+            except Exception as exc:
+                # Code that reads the weight by itself does not know how it is stored, nor does its library.
+                raise _Ended("refused", "quantized base", _told(exc)) from exc
         self.oracle = self._fresh_oracle()
         for action in self.program.actions:
             name, _, argument = action.partition(" ")
@@ -174,7 +180,9 @@ class _Run:
                         _backward(output)
             outputs = self._outputs(self._build(), grad=False)
         except Exception as exc:
-            raise _Ended("invalid", "original", _told(exc)) from exc
+            # A counter in place, in a block that is called twice: the original cannot be trained.
+            kind = "refused" if "modified by an inplace operation" in str(exc) else "invalid"
+            raise _Ended(kind, "original", _told(exc)) from exc
         if not all(bool(x.isfinite().all()) for out in outputs for x in out if _is_float(x)):
             raise _Ended("invalid", "original", "the outputs are not finite")
         return outputs
@@ -184,7 +192,7 @@ class _Run:
         program = self.program
         plain = self._base()
         if program.quantize:
-            self.values = _dequantized(plain)
+            self.values = _dequantized(plain, self._build())
         example = self._example()
         with self._stage("rewrite"):
             config = lora_fx.LoraConfig(**program.configs[0])
@@ -222,18 +230,37 @@ class _Run:
         oracle.write(self._chosen())
         return oracle
 
+    def _new_oracle(self, _: Noise | None) -> Dense:
+        return self._fresh_oracle()
+
+    def _aged_oracle(self, mode: Noise | None) -> Dense:
+        """An oracle that has been through what the one beside the adapted model has."""
+        oracle = Dense(self._build())
+        oracle.set_base(self.values)
+        for one in self.past:
+            if one is None:
+                self.module.change(oracle.model)
+            else:
+                oracle.write(one)
+                self._replayed(oracle, mode)
+        oracle.write(self._chosen())
+        return oracle
+
     # --- the actions -----------------------------------------------------------------------------
 
     def _do_call(self, _: str) -> None:
-        exact = self._fresh_oracle if self._unit else None
         self._compare(
-            "call" if not self.changed else "call after change", self.adapted, self.oracle, exact
+            "call" if not self.changed else "call after change",
+            self.adapted,
+            self.oracle,
+            self._aged_oracle,
         )
+        self.past.append(self._chosen())
 
     def _do_merge(self, how: str) -> None:
         with self._stage("merge"):
             merged = lora_fx.merge(self.adapted, requantize=how == "requantized")
-        self._compare("merged", merged, self._fresh_oracle(), self._fresh_oracle, trained=False)
+        self._compare("merged", merged, self._fresh_oracle(), self._new_oracle, trained=False)
 
     def _do_reload(self, _: str) -> None:
         with self._stage("save"):
@@ -249,7 +276,7 @@ class _Run:
             if self.changed:
                 self.module.change(loaded)
         active, self.active = self.active, self.active[:1]
-        self._compare("loaded", loaded, self._fresh_oracle(), self._fresh_oracle, trained=False)
+        self._compare("loaded", loaded, self._fresh_oracle(), self._new_oracle, trained=False)
         self.active = active
 
     def _example(self) -> Any:
@@ -276,13 +303,15 @@ class _Run:
             self.module.change(self.oracle.model)
         except Exception as exc:
             raise _Ended("invalid", "change", _told(exc)) from exc
+        self.past.append(None)
         self.oracle.write(self._chosen())
 
     def _do_disable(self, _: str) -> None:
         self.enabled = False
         self.oracle.write([])
         with self._stage("disable"), lora_fx.disable_adapter(self.adapted):
-            self._compare("disabled", self.adapted, self.oracle, self._fresh_oracle)
+            self._compare("disabled", self.adapted, self.oracle, self._aged_oracle)
+        self.past.append([])
         self.enabled = True
         self.oracle.write(self._chosen())
 
@@ -293,22 +322,45 @@ class _Run:
         self.oracle.write(self._chosen())
 
     def _do_copy(self, _: str) -> None:
-        if not self._copies():
+        if not self._copies_apart():  # a copy of the original is none: nothing is claimed
             return
         with self._stage("copy"):
             self.adapted = copy.deepcopy(self.adapted)
             self._find_adapters()
         self.oracle.write(self._chosen())
 
-    def _copies(self) -> bool:
-        """Whether a copy of the original is one: Python copies no closure, nor the layers in it."""
+    def _copies_apart(self) -> bool:
+        """Whether a copy of the original goes on as it is when the original is spoilt.
+
+        ``copy.deepcopy`` copies no functions: what a closure leads to is the original's.
+        """
         original = self._build()
-        copied = copy.deepcopy(original)
+        try:
+            twin = copy.deepcopy(original)
+        except RuntimeError:  # results of autograd, which the copy of an adapted model goes without
+            return True
+        expected = self._outputs(copy.deepcopy(original), grad=False)
         with torch.no_grad():
-            for parameter in original.parameters():
-                parameter.fill_(torch.nan)
-        leaves = (x for output in self._outputs(copied, grad=False) for x in output)
-        return all(bool(x.isfinite().all()) for x in leaves if _is_float(x))
+            for value in (*original.parameters(), *original.buffers()):
+                value.zero_()
+        found = self._outputs(twin, grad=False)
+        if not all(_same_bits(a, b) for a, b in zip(expected, found, strict=True)):
+            return False
+        # What is changed in a copy has to be what the copy reads.
+        changed, original = self._build(), self._build()
+        twin = copy.deepcopy(original)
+        for one in (changed, twin):
+            with contextlib.suppress(Exception):
+                self.module.change(one)
+        expected, found = (
+            [_try(_entry(one, method), args, kwargs) for method, args, kwargs in self._calls()]
+            for one in (changed, twin)
+        )
+        return all(
+            _same_bits(pytree.tree_leaves(a), pytree.tree_leaves(b))
+            for a, b in zip(expected, found, strict=True)
+            if not isinstance(a, Exception)
+        )
 
     def _do_pickle(self, _: str) -> None:
         try:
@@ -334,7 +386,7 @@ class _Run:
                 session.load_adapter("one", file)
                 adapter = "one"
             found = session.run(example, adapter=adapter)
-        expected = self._fresh_oracle()
+        expected = self._aged_oracle(None)
         args, kwargs = _as(torch.float64, (args, kwargs))
         exact = expected.model(*args, **kwargs)
         # Whoever exports computes in fp32 at best: kernels of ONNX Runtime for fp64 are few.
@@ -444,10 +496,11 @@ class _Run:
 
     def _bounds(self, fresh: Any) -> list[list[float]]:
         """By how much rounding may change each tensor of each call's output."""
-        exact = self._replayed(fresh(), None)
+        exact = self._replayed(fresh(None), None)
         limits = [[0.0] * len(out) for out in exact]
         for sample in range(SAMPLES):
-            moved = self._replayed(fresh(), Noise(self._unit, sample))
+            mode = Noise(self._unit, sample)
+            moved = self._replayed(fresh(mode), mode)
             for limit, out, other in zip(limits, exact, moved, strict=True):
                 for place, (a, b) in enumerate(zip(out, other, strict=True)):
                     if _is_float(a) and a.numel():
@@ -569,14 +622,23 @@ def _same_bits(a: Iterable[Any], b: Iterable[Any]) -> bool:
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
-def _dequantized(model: nn.Module) -> dict[str, Tensor]:
-    """The values of the weights that a library stores in few bits, by that library's own functions."""
-    values = {}
+def _dequantized(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
+    """The values of the weights that a library stores in few bits, by that library's own functions.
+
+    A weight that code applies as it lies, ``x @ w``, is stored turned. Which way is nearer to the original
+    says whether it is.
+    """
+    values: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "Params4bit":
             import bitsandbytes.functional as bnb
 
-            values[name] = bnb.dequantize_4bit(parameter.data, parameter.quant_state).detach()
+            value = bnb.dequantize_4bit(parameter.data, parameter.quant_state).detach()
         elif hasattr(parameter, "dequantize") and type(parameter.data) is not Tensor:
-            values[name] = parameter.dequantize().detach()
+            value = parameter.dequantize().detach()
+        else:
+            continue
+        before = original.get_parameter(name).detach()
+        ways = [one for one in (value, value.mT) if one.shape == before.shape]
+        values[name] = min(ways, key=lambda one: float((one - before).abs().sum()))
     return values

@@ -165,7 +165,7 @@ def _declare(s: Scope, text: str) -> None:
 
 HOOKS = {
     "scales the output": "register_forward_hook(lambda module, args, out: out * 2)",
-    "changes the input": "register_forward_pre_hook(lambda module, args: (args[0] + 1,))",
+    "changes the input": "register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))",
     "with keywords": (
         "register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)"
     ),

@@ -47,9 +47,9 @@ def test_a_random_program_is_right_or_refused(judges: Worker, program: Program) 
     check(judges, program)
 
 
-@pytest.mark.skip(reason="open: three silent differences of seeds 101 and 102 are not mended yet")
+# As many as a free core runs in about five minutes; ``python -m tests.fuzz`` is for thousands.
 @pytest.mark.slow
 @given(programs())
-@settings(max_examples=1000, suppress_health_check=_CHECKS)
+@settings(max_examples=600, suppress_health_check=_CHECKS)
 def test_many_random_programs_are_right_or_refused(judges: Worker, program: Program) -> None:
     check(judges, program)

@@ -227,3 +227,23 @@ def test_the_model_is_not_changed(x):
     assert model.held is held
     assert held.function is before.function
     assert held.layers == [model.fc]
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.factors = nn.Linear(4, 4), [2.0]
+        factors = self.factors
+        self.scale = lambda: factors[0]
+
+    def forward(self, x):
+        return self.fc(x) * self.scale()
+
+
+def test_a_function_reads_the_settings_of_the_copy_that_it_is_in() -> None:
+    model, x = _Scaled(), torch.randn(3, 4)
+    adapted = lora_fx.rewrite(model, CONFIG)
+    before = model(x)
+    adapted.factors[0] = 3.0
+    assert_close(adapted(x), before * 1.5)
+    assert_same_bits(model(x), before)

@@ -53,3 +53,25 @@ def test_an_export_of_a_decorated_forward_is_pickled() -> None:
     assert not torch.allclose(adapted(x, "a"), model(x, "a"))
     for name in ("a", "b"):
         torch.testing.assert_close(loaded(x, name), adapted(x, name))
+
+
+class _OfItsClass(nn.Module):
+    kept = 2.0
+
+    @classmethod
+    def scale(cls) -> float:
+        return cls.kept
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.scale()
+
+
+def test_an_export_that_names_a_class_method_is_pickled() -> None:
+    model, x = _OfItsClass(), torch.randn(3, 4)
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+    adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
+    torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(x), model(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import random
 import threading
 import time
@@ -500,3 +501,192 @@ def test_a_tensor_that_is_held_somewhere_may_change(way, copied, monkeypatch) ->
     torch.testing.assert_close(model(x), 4 * wanted)
     SHIFT.fill_(2.0)
     torch.testing.assert_close(model(x), 2 * wanted)
+
+
+class _Slotted:
+    __slots__ = ("k",)
+
+    def __init__(self) -> None:
+        self.k = 2
+
+
+class _Settled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.setting = nn.Linear(8, 8), _Slotted()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if self.setting.k == 3 else torch.tanh(x)
+
+
+class _TwoNames(nn.Module):
+    """torch.export hands out stand-ins for the modules of such a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), _Settled()
+        self.alias = self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.alias(self.block(self.first(x)))
+
+
+def test_settings_of_a_module_with_two_names_are_noted() -> None:
+    model, x = _TwoNames(), torch.randn(3, 8)
+    adapted = lora_fx.rewrite(model, CONFIG, (x,), frontend="export")
+    torch.testing.assert_close(adapted(x), model(x))
+    adapted.block.setting.k = model.block.setting.k = 3
+    torch.testing.assert_close(adapted(x), model(x))
+
+
+def _more_for_names(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs) * (2 if kwargs else 3)
+
+    return run
+
+
+class _ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @_more_for_names
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_decorator_that_tells_names_from_places_has_no_graph(named: bool) -> None:
+    x = torch.randn(3, 8)
+    with pytest.raises(CaptureError, match="computes something else than the original"):
+        lora_fx.rewrite(_ByName(), CONFIG, {"x": x} if named else (x,), frontend="export")
+
+
+def _scaled(x: torch.Tensor, k: float) -> torch.Tensor:
+    return x * k
+
+
+class _Calls:
+    def __init__(self, k: float) -> None:
+        self.k = k
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.k
+
+
+def _around(k: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x * k
+
+
+class _Holds(nn.Module):
+    """Calls what it holds."""
+
+    def __init__(self, held: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fc, self.held = nn.Linear(8, 8), held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.held(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.relu, torch.tanh),
+        (functools.partial(_scaled, k=2.0), functools.partial(_scaled, k=3.0)),
+        (_around(2.0), _around(3.0)),
+        (lambda x, k=2.0: x * k, lambda x, k=3.0: x * k),
+        (_Calls(2.0), _Calls(3.0)),
+        (_Calls(2.0).__call__, _scaled.__get__(torch.ones(8))),
+    ],
+)
+def test_a_function_that_a_module_holds_is_noted(first, second) -> None:
+    model, x = _Holds(first), torch.randn(3, 8)
+    captured = lora_fx.capture(model, (x,), frontend="export").model
+    torch.testing.assert_close(captured(x), first(model.fc(x)))
+    captured.held = second
+    torch.testing.assert_close(captured(x), second(model.fc(x)))
+
+
+def test_a_function_that_a_module_holds_travels() -> None:
+    model, x = _Holds(functools.partial(_scaled, k=2.0)), torch.randn(3, 8)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    captured = lora_fx.rewrite(model, config, (x,), frontend="export")
+    for twin in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        torch.testing.assert_close(twin(x), captured(x))
+        twin.held = functools.partial(_scaled, k=3.0)
+        torch.testing.assert_close(twin(x), captured(x) * 1.5)
+
+
+class _Leaves(nn.Module):
+    """Leaves something behind that its next call reads."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fc, self.what = nn.Linear(8, 8), what
+        self.register_buffer("n", torch.ones(()))
+        self.flag, self.name = False, "a"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.what == "buffer":
+            x = x * self.n
+            self.n = self.n + 1
+        if self.what == "flag":
+            x = x if self.flag else x * 2
+            self.flag = True
+        if self.what == "string":
+            x = x * len(self.name)
+            self.name = self.name + "a"
+        if self.what == "buffer in place":
+            x = x * self.n.clone()
+            self.n += 1
+        if self.what == "written first":
+            self.flag = True
+            x = x * 3 if self.flag else x
+        return x
+
+
+@pytest.mark.parametrize("what", ["buffer", "flag", "string"])
+def test_what_a_call_leaves_to_the_next_one_has_no_graph(what: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), _Leaves(what)), torch.randn(3, 8)
+    with pytest.raises(CaptureError, match=r"in a second call \(its forward"):
+        lora_fx.rewrite(model, CONFIG, (x,), frontend="export")
+    _check_calls(model, x, "auto")
+
+
+@pytest.mark.parametrize("what", ["buffer in place", "written first"])
+def test_what_a_graph_leaves_itself_has_one(what: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), _Leaves(what)), torch.randn(3, 8)
+    _check_calls(model, x, "export")
+
+
+def _check_calls(model: nn.Module, x: torch.Tensor, frontend: Any) -> None:
+    adapted = lora_fx.rewrite(model, CONFIG, (x,), frontend=frontend)
+    for _ in range(3):
+        found = adapted(x)
+        found.sum().backward()
+        torch.testing.assert_close(found, model(x))
+
+
+_PAST: list[nn.Module] = []
+
+
+class _GoesPast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        _PAST[:] = [self.fc]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(_PAST[0](self.fc(x)))
+
+
+def test_a_weight_that_code_gets_to_past_the_model_is_no_constant() -> None:
+    try:
+        with pytest.raises(CaptureError, match=r"its code gets to fc\.weight past the model"):
+            lora_fx.capture(_GoesPast(), torch.randn(3, 8), frontend="export")
+    finally:
+        _PAST.clear()
