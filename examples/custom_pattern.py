@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.passes.patterns import LinearPattern, make_site
-from lora_fx.types import BranchBuilder, Match, Region, Role, Site
+from lora_fx.ir.values import BranchBuilder, Match, Region, Role, Site
+from lora_fx.passes.patterns.registry import LinearPattern, make_site
 
 GAIN = 3.0
 

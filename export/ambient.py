@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lora_fx._fused_calls import without_autocast
+from lora_fx.runtime.fused_calls import without_autocast
 
 __all__ = ["without_ambient_autocast"]
 

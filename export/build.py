@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_fx.errors import ParityError
-from lora_fx.export.convert import ConversionError, convert, torch_export_context
-from lora_fx.export.difference import PrecisionError
+from lora_fx.export.convert.converting import ConversionError, convert, torch_export_context
+from lora_fx.export.copy.packed_weight import stored_formats
 from lora_fx.export.facts import graph_facts
-from lora_fx.export.failures import headline
-from lora_fx.export.packed_weight import stored_formats
 from lora_fx.export.placement import Staging
-from lora_fx.export.prepare import Prepared
+from lora_fx.export.prepare.preparing import Prepared
 from lora_fx.export.report import ExportReport
 from lora_fx.export.stages import Stages
-from lora_fx.export.trace import Trace, trace
-from lora_fx.export.verify import Verdict
-from lora_fx.export.verify import verify as verify_file
+from lora_fx.export.trace.failures import headline
+from lora_fx.export.trace.tracing import Trace, trace
+from lora_fx.export.verify.difference import PrecisionError
+from lora_fx.export.verify.verifying import Verdict
+from lora_fx.export.verify.verifying import verify as verify_file
 from lora_fx.export.write import write
 
 __all__ = ["BF16_OPSET", "DEFAULT_OPSET", "Options", "build"]

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.export.parity import Parity
-from lora_fx.export.trace import Trace
+from lora_fx.export.trace.tracing import Trace
+from lora_fx.export.verify.parity import Parity
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,22 +15,22 @@ from typing import Literal
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export.adapters.inline import over_quantised
 from lora_fx.export.ambient import without_ambient_autocast
 from lora_fx.export.build import Options, build
-from lora_fx.export.inline import over_quantised
+from lora_fx.export.copy.twin import DTYPES, unwrapped
 from lora_fx.export.placement import check_target, staging
-from lora_fx.export.prepare import prepare, prepare_swappable
+from lora_fx.export.prepare.preparing import prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
-from lora_fx.export.scratch import Scratch
 from lora_fx.export.stages import Stages
+from lora_fx.export.staging import Scratch
 from lora_fx.export.tasks.registry import find_task
-from lora_fx.export.twin import DTYPES, unwrapped
 from lora_fx.export.values import refuse_nan
 from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
+from lora_fx.ir.record import record_of
 from lora_fx.output_path import output_file
-from lora_fx.passes._intact import check_intact
-from lora_fx.passes._one_at_a_time import ONE_AT_A_TIME
-from lora_fx.record import record_of
+from lora_fx.passes.capture.lock import ONE_AT_A_TIME
+from lora_fx.passes.parameters.intact import check_intact
 
 __all__ = ["export_onnx"]
 

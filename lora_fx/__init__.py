@@ -15,7 +15,10 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from lora_fx.adapters import (
+from lora_fx.adapters.adapter_status import status
+from lora_fx.adapters.initialization import initialize
+from lora_fx.adapters.loftq import replace_lora_weights_loftq
+from lora_fx.adapters.manage import (
     active_adapters,
     adapter_ids,
     adapter_names,
@@ -24,6 +27,10 @@ from lora_fx.adapters import (
     disable_adapter,
     set_adapter,
 )
+from lora_fx.adapters.optim import correct_gradients, parameter_groups
+from lora_fx.adapters.preparation import prepare_for_kbit_training
+from lora_fx.adapters.quantized_base import plan_quantization, quantize
+from lora_fx.adapters.weighted import add_weighted_adapter
 from lora_fx.api import (
     capture,
     graphs,
@@ -33,8 +40,10 @@ from lora_fx.api import (
     rewrite,
     trainable_parameters,
 )
-from lora_fx.checkpoint import load_adapter, save_adapter
-from lora_fx.config import LoraConfig
+from lora_fx.checkpoint.folder import load_adapter, save_adapter
+from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
+from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -49,23 +58,14 @@ from lora_fx.errors import (
     ProviderError,
     QuantizationError,
 )
-from lora_fx.hotswap import hotswap_adapter, prepare_hotswap
-from lora_fx.initialize import initialize
-from lora_fx.loftq import replace_lora_weights_loftq
-from lora_fx.optim import correct_gradients, parameter_groups
-from lora_fx.oracle import CheckReport, check
-from lora_fx.passes.patterns import register_pattern
-from lora_fx.preparation import prepare_for_kbit_training
-from lora_fx.quantize import plan_quantization, quantize
-from lora_fx.state_dict import adapter_state_dict, load_adapter_state_dict
-from lora_fx.status import status
-from lora_fx.weighted import add_weighted_adapter
+from lora_fx.passes.oracle import CheckReport, check
+from lora_fx.passes.patterns.registry import register_pattern
 
 if _TYPE_CHECKING:
-    from lora_fx.export.adapter_file import save_onnx_adapter
+    from lora_fx.export.adapters.file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
-    from lora_fx.export.session import OnnxSession
-    from lora_fx.tools.visualize import visualize
+    from lora_fx.export.session.onnx_session import OnnxSession
+    from lora_fx.tools.draw.drawing import visualize
 
 __version__ = "0.1.0"
 
@@ -123,10 +123,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "OnnxSession": "lora_fx.export.session",
+    "OnnxSession": "lora_fx.export.session.onnx_session",
     "export_onnx": "lora_fx.export.onnx",
-    "save_onnx_adapter": "lora_fx.export.adapter_file",
-    "visualize": "lora_fx.tools.visualize",
+    "save_onnx_adapter": "lora_fx.export.adapters.file",
+    "visualize": "lora_fx.tools.draw.drawing",
 }
 
 

@@ -9,19 +9,19 @@ from typing import Any, Literal, overload
 import torch
 from torch import fx, nn
 
-from lora_fx import pipeline
-from lora_fx._compiled import inside
-from lora_fx._output_error import output_error
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import MergeError
-from lora_fx.passes import merge as merging
-from lora_fx.passes._by_hand import claim_unfrozen, protect
-from lora_fx.passes._lazy import elements
-from lora_fx.passes._region import graphs_of, install
+from lora_fx.ir.values import Capture, Plan
+from lora_fx.output_error import output_error
+from lora_fx.passes import pipeline
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.merge import MergeReport
-from lora_fx.types import Capture, Plan
+from lora_fx.passes.graph.lazy import elements
+from lora_fx.passes.graph.region import graphs_of, install
+from lora_fx.passes.merge import merging
+from lora_fx.passes.merge.merging import MergeReport
+from lora_fx.passes.parameters.by_hand import claim_unfrozen, protect
+from lora_fx.passes.parameters.compiled import inside
 
 __all__ = [
     "capture",
@@ -110,7 +110,7 @@ def rewrite(
         config: What to adapt.
         example_inputs: As for :func:`capture`. With them the result is checked against the model.
         adapter_name: Name of the adapter.
-        optimize: Whether to run the passes that make training cheaper (:mod:`lora_fx.passes.fuse`).
+        optimize: Whether to run the passes that make training cheaper (:mod:`lora_fx.passes.optimize.fuse`).
             Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
             Dropout draws other numbers with than without.
         strict: Whether an entry of the configuration that selects nothing is an error.

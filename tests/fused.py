@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx import dora
-from lora_fx.fused import lora_linear
-from lora_fx.fused_dora import dora_linear
-from lora_fx.masks import draw, kept, unpacked
+from lora_fx.runtime import dora
+from lora_fx.runtime.fused_dora import dora_linear
+from lora_fx.runtime.fused_lora import lora_linear
+from lora_fx.runtime.masks import draw, kept, unpacked
 
 __all__ = [
     "Operands",

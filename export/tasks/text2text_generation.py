@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.cases import Case, Checked
 from lora_fx.export.tasks.cache import (
     CacheLayout,
     Past,
@@ -27,6 +26,7 @@ from lora_fx.export.tasks.cache import (
 )
 from lora_fx.export.tasks.defaults import TASK_KEY, generation_metadata, position_limit
 from lora_fx.export.tasks.part import Part
+from lora_fx.export.trace.cases import Case, Checked
 
 __all__ = ["TEXT2TEXT_GENERATION", "text2text_generation"]
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.cases import Case, Checked
 from lora_fx.export.tasks.cache import (
     CacheLayout,
     Past,
@@ -26,6 +25,7 @@ from lora_fx.export.tasks.cache import (
 )
 from lora_fx.export.tasks.defaults import generation_metadata, position_limit
 from lora_fx.export.tasks.part import Part
+from lora_fx.export.trace.cases import Case, Checked
 
 __all__ = ["TEXT_GENERATION", "text_generation"]
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.passes._lazy import is_matrix
-from lora_fx.passes._region import is_built_in, is_region, kept_graph
-from lora_fx.passes._sharing import check_model, share_copy
+from lora_fx.formats.weights import Quantization, quantization_of
+from lora_fx.ir.values import Capture
 from lora_fx.passes.capture.check import (
     check_unchanged,
     goes_past,
@@ -24,8 +23,9 @@ from lora_fx.passes.capture.check import (
 from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalise
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
-from lora_fx.quantized import Quantization, quantization_of
-from lora_fx.types import Capture
+from lora_fx.passes.graph.copies import check_model, share_copy
+from lora_fx.passes.graph.lazy import is_matrix
+from lora_fx.passes.graph.region import is_built_in, is_region, kept_graph
 
 __all__ = ["Frontend", "capture"]
 

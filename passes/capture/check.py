@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes._lazy import is_matrix
-from lora_fx.passes._region import install, uninstall
-from lora_fx.passes._sharing import share_copy
+from lora_fx.ir.values import Capture, Region
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.state import State
 from lora_fx.passes.capture.watch import Count, count_weights
-from lora_fx.types import Capture, Region
+from lora_fx.passes.graph.copies import share_copy
+from lora_fx.passes.graph.lazy import is_matrix
+from lora_fx.passes.graph.region import install, uninstall
 
 __all__ = ["check_unchanged", "goes_past", "run_once", "run_reference", "watch_reference"]
 

@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes._signature import WANTS_CACHE, Parameter, parameters_of
 from lora_fx.passes.capture.inputs import CACHE
+from lora_fx.passes.graph.signature import WANTS_CACHE, Parameter, parameters_of
 
 __all__ = ["cache_condition", "call_parameters", "output_conditions", "shape_conditions"]
 
@@ -78,7 +78,7 @@ def output_conditions(model: nn.Module) -> list[str]:
 def cache_condition(value: Any) -> Iterator[str]:
     """A condition that is true when the configuration says something else about a cache, in evaluation.
 
-    In training it may say anything, as in :func:`lora_fx.ops.wants_cache`: trainers switch it off.
+    In training it may say anything, as in :func:`lora_fx.runtime.ops.wants_cache`: trainers switch it off.
 
     Args:
         value: What ``config.use_cache`` was where the capture has read it.

@@ -20,23 +20,23 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes._one_at_a_time import ONE_AT_A_TIME
-from lora_fx.passes._region import CONSTANT, install, uninstall
-from lora_fx.passes._sharing import storage_of
-from lora_fx.passes._signature import NEEDS_MODULES, GuardedCodeGen, attribute
+from lora_fx.ir.values import Capture, Region
 from lora_fx.passes.capture.conditions import (
     cache_condition,
     call_parameters,
     output_conditions,
     shape_conditions,
 )
+from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.inputs import CACHE, named_inputs
+from lora_fx.passes.capture.lock import ONE_AT_A_TIME
 from lora_fx.passes.capture.masks import convert_masks
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.unbake import unbake_devices, unbake_modes
-from lora_fx.passes.capture.written_out import written_out
-from lora_fx.types import Capture, Region
+from lora_fx.passes.graph.copies import storage_of
+from lora_fx.passes.graph.region import CONSTANT, install, uninstall
+from lora_fx.passes.graph.signature import NEEDS_MODULES, GuardedCodeGen, attribute
 
 __all__ = ["export_root"]
 

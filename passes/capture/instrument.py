@@ -7,7 +7,7 @@ becomes a call of a method of the recorder, which records it, computes it, or re
 (:mod:`.interpret` has the rules). Only what is executed is asked about: an f-string in a ``raise`` that is
 not reached does not count. AutoGraph of TensorFlow rewrites functions in the same way.
 
-The source has to be that of the code (:mod:`lora_fx.passes._source`).
+The source has to be that of the code (:mod:`lora_fx.passes.graph.source`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from lora_fx.passes._source import SCOPES, bound_by, compiled, nested, tree_of
+from lora_fx.passes.graph.source import SCOPES, bound_by, compiled, nested, tree_of
 
 __all__ = ["RECORDER", "SourceError", "instrumented"]
 

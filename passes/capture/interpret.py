@@ -3,11 +3,11 @@
 The code of a forward, and of every function that it reaches, is rewritten (:mod:`.instrument`) so that it
 calls the methods of a :class:`Frame`. The rule is an allowlist. An operation on a traced value is recorded
 where the graph does the same when it runs. An operation on values that are known is computed at once, and
-every value that was read to get there is noted as a :class:`~lora_fx.passes._reads.Read`, which guards the
+every value that was read to get there is noted as a :class:`~lora_fx.passes.graph.reads.Read`, which guards the
 graph. Everything else ends the trace with the reason, and the module keeps its own forward.
 
 Some refusals go on recording (``refuse_softly``): the graph is thrown away, but what was recorded says how
-the code cuts up the outputs of its layers (:attr:`lora_fx.types.Capture.begun`).
+the code cuts up the outputs of its layers (:attr:`lora_fx.ir.values.Capture.begun`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.passes._reads import (
+from lora_fx.passes.capture.instrument import SourceError
+from lora_fx.passes.capture.proxies import TracedValue, attribute_of, holds_traced
+from lora_fx.passes.graph.reads import (
     CONTAINERS,
     SIMPLE,
     ModuleRoot,
@@ -39,8 +41,6 @@ from lora_fx.passes._reads import (
     frozen,
     is_constant,
 )
-from lora_fx.passes.capture.instrument import SourceError
-from lora_fx.passes.capture.proxies import TracedValue, attribute_of, holds_traced
 
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder

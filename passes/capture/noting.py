@@ -4,7 +4,7 @@ An export runs the code as it is, so that no rule sees its reads. Instead, the c
 the plain objects that they hold, have for that time an attribute access that takes notes of those objects and
 of no others. What
 functions read of globals and of variables around them is read off their code. It all becomes one
-:class:`~lora_fx.passes._reads.Read` of the kind ``tree``, which guards the graph.
+:class:`~lora_fx.passes.graph.reads.Read` of the kind ``tree``, which guards the graph.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
-from lora_fx.ops import Callee, Seen, class_of, differs
-from lora_fx.passes._reads import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
+from lora_fx.passes.graph.reads import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
+from lora_fx.runtime.ops import Callee, Seen, class_of, differs
 
 __all__ = ["Notes", "noted_globals"]
 

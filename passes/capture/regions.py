@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.passes._lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
-from lora_fx.passes._region import is_built_in, kept_graph, uninstall
-from lora_fx.passes._signature import Parameter, parameters_of
+from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.values import Capture, Region, join
+from lora_fx.passes.capture.decompositions import written_conditions, written_out
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
-from lora_fx.passes.capture.written_out import written_conditions, written_out
-from lora_fx.quantized import quantization_of
-from lora_fx.types import Capture, Region, join
+from lora_fx.passes.graph.lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
+from lora_fx.passes.graph.region import is_built_in, kept_graph, uninstall
+from lora_fx.passes.graph.signature import Parameter, parameters_of
 
 __all__ = ["find_regions"]
 
@@ -100,7 +100,7 @@ class _Graphs:
         self._failed: dict[Any, Untraceable] = {}
 
     def of(self, module: nn.Module) -> dict[str, fx.Graph]:
-        """The module's graphs by form (:attr:`lora_fx.types.Region.form`).
+        """The module's graphs by form (:attr:`lora_fx.ir.values.Region.form`).
 
         Raises:
             Untraceable: With the reason in words.

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.ops import count_batch
-from lora_fx.passes._fx import arguments
 from lora_fx.passes.capture.draws import call_owner
+from lora_fx.passes.graph.nodes import arguments
+from lora_fx.runtime.ops import count_batch
 
 __all__ = ["unbake_devices", "unbake_modes"]
 

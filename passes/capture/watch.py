@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fx.passes._sharing import storage_of
+from lora_fx.passes.graph.copies import storage_of
 
 __all__ = ["Count", "count_weights"]
 

@@ -2,7 +2,7 @@
 
 Its ``forward`` hands the weights of ``qkv`` and ``proj`` to one function, which ``torch.fx`` does not look
 into. What is here reads the same weights in the same order of operations; what lies between them is in
-:mod:`lora_fx.windows`. torchvision is never imported: a model that has such a layer has done so.
+:mod:`lora_fx.runtime.windows`. torchvision is never imported: a model that has such a layer has done so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.windows import (
+from lora_fx.runtime.windows import (
     attend_in_windows,
     fitted_window,
     partition,

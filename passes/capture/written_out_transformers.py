@@ -3,7 +3,7 @@
 A layer of experts holds one weight of three dimensions for each projection, and applies it as its
 configuration says: expert by expert (``eager``), with a gathered matrix for each row (``batched_mm``) or with
 rows sorted by expert (``grouped_mm``). The first loops over data, the others ask for devices. What is here
-does the same in the same order of operations; what depends on sizes is in :mod:`lora_fx.experts`.
+does the same in the same order of operations; what depends on sizes is in :mod:`lora_fx.runtime.experts`.
 transformers is never imported: a model that has such a layer has done so.
 """
 
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.experts import (
+from lora_fx.passes.graph.region import original_class
+from lora_fx.runtime.experts import (
     grouped_mm,
     repeated,
     sorted_by_expert,
@@ -27,7 +28,6 @@ from lora_fx.experts import (
     tokens_of,
     unsorted,
 )
-from lora_fx.passes._region import original_class
 
 __all__ = ["experts_implementation", "written_out_of_transformers"]
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, known_arguments, target_of
-from lora_fx.passes._weights import weight_of
+from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
-from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.patterns.weights import weight_of
 
 __all__ = ["ConvPattern"]
 
@@ -47,7 +47,7 @@ class ConvPattern:
         return f"conv{self.dims}d"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         target = target_of(node)
         if target not in _FUNCTIONS[self.dims]:
             return None

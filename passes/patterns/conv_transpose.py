@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, known_arguments, target_of
-from lora_fx.passes._weights import weight_of
+from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
-from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.patterns.weights import weight_of
 
 __all__ = ["ConvTransposePattern"]
 
@@ -50,7 +50,7 @@ class ConvTransposePattern:
         return f"conv-transpose{self.dims}d"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         if target_of(node) not in _FUNCTIONS[self.dims]:
             return None
         named = known_arguments(node, _SIGNATURE)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.passes._fx import target_of, unknown_arguments
-from lora_fx.passes._weights import WeightView, constant_of, weight_of
+from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph.nodes import target_of, unknown_arguments
 from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
-from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 
 __all__ = ["EinsumPattern"]
 
@@ -64,7 +64,7 @@ class EinsumPattern:
     name = "einsum"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         seen = _see(node, region)
         if not isinstance(seen, _Seen):
             return seen

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, known_arguments, target_of
-from lora_fx.passes._weights import weight_of
+from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import make_site, reject, unknown
-from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.patterns.weights import weight_of
 
 __all__ = ["EmbeddingPattern", "lookup"]
 
@@ -41,7 +41,7 @@ class EmbeddingPattern:
     name = "embedding"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         target = target_of(node)
         if target is F.embedding_bag:
             found = weight_of(arguments(node, "input weight")["weight"], region)

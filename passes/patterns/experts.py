@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx import experts
-from lora_fx.passes._fx import arguments, known_arguments, target_of
-from lora_fx.passes._weights import WeightView
+from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.product import Product, applied, product_of
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
-from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.patterns.weights import WeightView
+from lora_fx.runtime import experts
 
 __all__ = ["ExpertsPattern", "GroupedPattern"]
 
@@ -34,7 +34,7 @@ class ExpertsPattern:
     name = "experts"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         seen = self._see(node, region)
         if not isinstance(seen, Product):
             return seen

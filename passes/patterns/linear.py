@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
 from lora_fx.passes.patterns.product import Product, product_of
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject
-from lora_fx.types import BranchBuilder, Factors, Match, Region, Role, Site
 
 __all__ = ["LinearPattern", "MatmulPattern"]
 
@@ -52,7 +52,7 @@ class LinearPattern:
         return build.call(Role.UP, F.linear, down, build.b)
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         seen = product_of(node, region)
         if not isinstance(seen, Product):
             return seen

@@ -12,25 +12,25 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.passes._fx import arguments, known_arguments, target_of
+from lora_fx.formats.weights import quantization_of, quantized_linear
+from lora_fx.ir.values import BranchBuilder, Layout, Match, Region, Role, Site
+from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, reject, unknown
-from lora_fx.quantized import quantization_of, quantized_linear
-from lora_fx.types import BranchBuilder, Layout, Match, Region, Role, Site
 
 __all__ = ["ARGUMENTS", "QuantizedPattern"]
 
 ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False layout='out_in'"
-"""Those of :func:`lora_fx.quantized.quantized_linear`."""
+"""Those of :func:`lora_fx.formats.weights.quantized_linear`."""
 
 
 class QuantizedPattern(LinearPattern):
-    """:func:`lora_fx.quantized.quantized_linear`, which capture writes where a weight is quantised."""
+    """:func:`lora_fx.formats.weights.quantized_linear`, which capture writes where a weight is quantised."""
 
     name = "quantized"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.types.Pattern`."""
+        """See :class:`lora_fx.ir.values.Pattern`."""
         if target_of(node) is not quantized_linear:
             return None
         named = known_arguments(node, ARGUMENTS)

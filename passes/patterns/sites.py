@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.passes._fx import target_of, unknown_arguments
-from lora_fx.passes._lazy import is_matrix
-from lora_fx.passes._weights import WeightView, constant_of, weight_of
-from lora_fx.quantized import quantization_of
-from lora_fx.types import Call, Layout, Region, Rejection, Site, join
+from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.values import Call, Layout, Region, Rejection, Site, join
+from lora_fx.passes.graph.lazy import is_matrix
+from lora_fx.passes.graph.nodes import target_of, unknown_arguments
+from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 
 __all__ = [
     "computed",
@@ -196,7 +196,7 @@ def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
     Args:
         region: Where it was seen.
         node: The operation.
-        names: The arguments that are known, as in :func:`lora_fx.passes._fx.arguments`.
+        names: The arguments that are known, as in :func:`lora_fx.passes.graph.nodes.arguments`.
 
     Returns:
         None if all are known, or if no parameter is among what it reads.

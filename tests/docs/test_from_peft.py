@@ -11,7 +11,7 @@ import peft
 import pytest
 
 import lora_fx
-from lora_fx import _config_foreign
+from lora_fx.config import foreign as _config_foreign
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-peft.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import OnnxSession, save_onnx_adapter
 from lora_fx.errors import CheckpointError, ConfigError, ParityError
-from lora_fx.export import verify_adapters
-from lora_fx.export.adapter_file import read_adapter
+from lora_fx.export.adapters.file import read_adapter
 from lora_fx.export.onnx import export_onnx
+from lora_fx.export.verify import verify_adapters
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ParityError
-from lora_fx.export.difference import TOLERANCES, Compared, PrecisionError, difference, overflows
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session import OnnxSession
+from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.verify.difference import (
+    TOLERANCES,
+    Compared,
+    PrecisionError,
+    difference,
+    overflows,
+)
 
 
 class Scored(nn.Module):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import ParityError
-from lora_fx.export import verify_adapters
-from lora_fx.export.adapter_file import manifest_of_file
-from lora_fx.export.factor_model import FactorModel, random_factors
-from lora_fx.export.manifest import MANIFEST_KEY, SiteInputs
+from lora_fx.export.adapters.factor_model import FactorModel, random_factors
+from lora_fx.export.adapters.file import manifest_of_file
+from lora_fx.export.adapters.manifest import MANIFEST_KEY, SiteInputs
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.static_run import filled_up
+from lora_fx.export.session.static_run import filled_up
+from lora_fx.export.verify import verify_adapters
 from tests.export.swapping import adapted, ids
 
 TARGETS = ["einsum", "left", "fc"]

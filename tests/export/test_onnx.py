@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session import OnnxSession
+from lora_fx.export.session.onnx_session import OnnxSession
 
 TINY = {
     "vocab_size": 99,
@@ -554,7 +554,7 @@ def test_weight_norm_leaves_a_tensor_that_cannot_be_copied(tmp_path: Path) -> No
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_rewritten_model_is_merged_first(use_dora: bool, tmp_path: Path) -> None:
     import lora_fx.api
-    from lora_fx.config import LoraConfig
+    from lora_fx.config.lora_config import LoraConfig
 
     model = lora_fx.api.rewrite(
         Tied(),

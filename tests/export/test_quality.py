@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.export.manifest import Manifest
+from lora_fx.export.adapters.manifest import Manifest
+from lora_fx.export.adapters.origin import origin_of
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.origin import origin_of
 
 
 class Mixed(nn.Module):

@@ -20,8 +20,8 @@ from lora_fx.errors import ExportError
 from lora_fx.export import onnx as pipeline
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.placement import staging
-from lora_fx.export.scratch import Scratch
-from lora_fx.export.session import OnnxSession
+from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.staging import Scratch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])

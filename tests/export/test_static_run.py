@@ -19,18 +19,19 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
-from lora_fx.export import loading, static_run
-from lora_fx.export.adapter_store import weighted_sum
-from lora_fx.export.manifest import Manifest, SiteInputs
-from lora_fx.export.node_placement import (
+from lora_fx.export.adapters.manifest import Manifest, SiteInputs
+from lora_fx.export.adapters.store import weighted_sum
+from lora_fx.export.onnx import export_onnx
+from lora_fx.export.ort import loading
+from lora_fx.export.ort.node_placement import (
     NodePlacement,
     PlacementReport,
     read_placement,
     warn_of_work,
 )
-from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ports import CPU, to_runtime, to_tensor
-from lora_fx.export.static_run import StaticRunner, filled_up
+from lora_fx.export.ort.ports import CPU, to_runtime, to_tensor
+from lora_fx.export.session import static_run
+from lora_fx.export.session.static_run import StaticRunner, filled_up
 from tests.export.swapping import trained
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
@@ -300,7 +301,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return real(runtime, path, "cpu", {}, settings)
 
     real = loading.load
-    monkeypatch.setattr("lora_fx.export.session.load", load)
+    monkeypatch.setattr("lora_fx.export.session.onnx_session.load", load)
     return options
 
 

@@ -16,7 +16,7 @@ from lora_fx.errors import ExportError, ParityError
 from lora_fx.export import placement
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.placement import staging
-from lora_fx.export.session import OnnxSession
+from lora_fx.export.session.onnx_session import OnnxSession
 from lora_fx.export.tasks.cache import Past, filled_cache
 from tests.export.tiny import LIMIT, VOCABULARY, Pair, generator
 

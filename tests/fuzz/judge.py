@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx.record import require_record
+from lora_fx.ir.record import require_record
 from tests.fuzz.oracle import Adapter, Dense, adapters_of, randomize
 from tests.fuzz.program import Outcome, Program
 from tests.fuzz.rounding import FACTOR, SAMPLES, Noise

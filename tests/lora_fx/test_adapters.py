@@ -14,8 +14,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CaptureError, CheckpointError, ConfigError, LoraConfig, MergeError, NoMatchError
-from lora_fx.record import record_of
-from lora_fx.types import META_KEY
+from lora_fx.ir.record import record_of
+from lora_fx.ir.values import META_KEY
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits, in_double
 from tests.zoo import FORMS, Form, Mlp, Residual
@@ -490,7 +490,7 @@ def test_bad_calls_leave_the_model_alone(
 def test_a_failure_on_the_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = two(HEAD, LISTED)
     before, out = state(model), model(IDS)
-    import lora_fx.passes.unfreeze as unfreeze
+    import lora_fx.passes.insert.unfreeze as unfreeze
 
     def fails(*_: object) -> bool:
         raise MemoryError("no more memory")

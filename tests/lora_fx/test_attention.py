@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.attention import attend, canonical_mask, causal_hint
+from lora_fx.runtime.attention import attend, canonical_mask, causal_hint
 
 LAYERS = {
     "plain": {},

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
-from lora_fx.passes._start_loftq import levels
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
+from lora_fx.passes.insert.start_loftq import levels
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 

@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import config as peft_config
 
-from lora_fx import _config_fields, _config_foreign
-from lora_fx.config import CONFIG_NAME, TASK_TYPES, FrozenPattern, LoraConfig
+from lora_fx.config import fields as _config_fields
+from lora_fx.config import foreign as _config_foreign
+from lora_fx.config.lora_config import CONFIG_NAME, TASK_TYPES, FrozenPattern, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
 
 RICH: dict[str, Any] = {
@@ -456,7 +457,7 @@ def test_the_old_file_is_replaced_not_rewritten(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, lora_fx.config; heavy = {'onnx', 'peft', 'rich', 'transformers', 'typer'};"
+        "import sys, lora_fx.config.lora_config; heavy = {'onnx', 'peft', 'rich', 'transformers', 'typer'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

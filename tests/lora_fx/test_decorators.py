@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx._decorators import around, inner_of
 from lora_fx.errors import CaptureError
-from lora_fx.passes._region import is_region
+from lora_fx.passes.graph.region import is_region
+from lora_fx.runtime.decorators import around, inner_of
 from tests.algebra import randomise
 from tests.numerics import assert_close
 

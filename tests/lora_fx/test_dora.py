@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from lora_fx import dora
 from lora_fx.errors import LoraFxError
+from lora_fx.runtime import dora
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
 
@@ -101,7 +101,7 @@ def test_nothing_of_the_size_of_the_weight_is_made(
     monkeypatch, shape, layout, channels_last, dtype
 ) -> None:
     # As if the weight were many times what is widened at a time.
-    monkeypatch.setattr("lora_fx._dora_norm._CHUNK", 1 << 15)
+    monkeypatch.setattr("lora_fx.runtime.dora_norm._CHUNK", 1 << 15)
     weight = sample(*shape, dtype=dtype)
     if channels_last:
         weight = weight.to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fused import lora_linear
+from lora_fx.runtime.fused_lora import lora_linear
 from tests.fused import Operands, canonical, errors, fused, gradients, operands, recovered
 from tests.numerics import assert_close
 

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.errors import LoraFxError
-from lora_fx.fused_dora import dora_linear
+from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.tools.bench.saved import saved_bytes
 from tests.dora import randomise_magnitudes
 from tests.fused import Operands, canonical, errors, formula, fused, gradients, operands, with_gains

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.fused_quantized import quantized_lora_linear
-from lora_fx.masks import FEW, draw
-from lora_fx.quantized import dense, quantized_linear
-from lora_fx.types import META_KEY, Role
+from lora_fx.formats.weights import dense, quantized_linear
+from lora_fx.ir.values import META_KEY, Role
+from lora_fx.runtime.fused_quantized import quantized_lora_linear
+from lora_fx.runtime.masks import FEW, draw
 from tests.fused import SEED, Operands, errors, gradients, operands
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
-from lora_fx.adapters import adapter_record
+from lora_fx.adapters.manage import adapter_record
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import FORMS, Form, Mlp, Residual, tiny_llama
 

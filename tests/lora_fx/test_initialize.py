@@ -20,10 +20,10 @@ from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from torch import nn
 
 import lora_fx
-from lora_fx import _eva
-from lora_fx.config import LoraConfig
+from lora_fx.adapters import eva as _eva
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 

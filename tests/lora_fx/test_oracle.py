@@ -12,8 +12,9 @@ import transformers
 from torch import nn
 
 import lora_fx
-from lora_fx import oracle, watch
 from lora_fx.errors import CaptureError, ConfigError, MergeError
+from lora_fx.passes import oracle
+from lora_fx.runtime import watch
 from tests.numerics import assert_same_bits
 
 CONFIG = lora_fx.LoraConfig(r=2, target_modules=["fc", "out"])
@@ -154,11 +155,11 @@ def test_what_is_idle_is_named(x):
 
 def spoil(model: nn.Module, fqn: str, factor: float) -> None:
     """Has a layer's graph multiply its branch by something else."""
-    from lora_fx.passes._region import graphs_of, install
+    from lora_fx.passes.graph.region import graphs_of, install
 
     module = model.get_submodule(fqn)
-    from lora_fx.passes._region import copy_graph
-    from lora_fx.types import Region
+    from lora_fx.ir.values import Region
+    from lora_fx.passes.graph.region import copy_graph
 
     graph = copy_graph(graphs_of(model)[fqn])
     changed = 0

@@ -15,8 +15,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from lora_fx.record import record_of
-from lora_fx.samples import CLOSED, FOLDED, TRUSTED, add_rows, select_rows
+from lora_fx.ir.record import record_of
+from lora_fx.runtime.samples import CLOSED, FOLDED, TRUSTED, add_rows, select_rows
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import FORMS, Form, Residual, tiny_llama

@@ -8,11 +8,11 @@ import pytest
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.passes.add_factors import AddFactors
+from lora_fx.ir.values import Factors, Pass, Region, Role, Tag, join
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.insert import Insert
-from lora_fx.passes.unfreeze import Unfreeze
-from lora_fx.types import Factors, Pass, Region, Role, Tag, join
+from lora_fx.passes.insert.add_factors import AddFactors
+from lora_fx.passes.insert.insert_branches import Insert
+from lora_fx.passes.insert.unfreeze import Unfreeze
 from tests.zoo import Residual
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx import watch
 from lora_fx.errors import CaptureError
+from lora_fx.runtime import watch
 from tests.algebra import randomise, scale_of
 from tests.numerics import assert_close, assert_same_bits
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
 from tests.numerics import assert_close, assert_same_bits, in_double
 
 IDS = torch.arange(24).reshape(4, 6) % 11
@@ -384,7 +384,7 @@ def test_a_failure_at_the_end_takes_the_adapter_away(
     def fails(*_: object) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr("lora_fx.weighted._fill", fails)
+    monkeypatch.setattr("lora_fx.adapters.weighted._fill", fails)
     with pytest.raises(RuntimeError, match="no room"):
         lora_fx.add_weighted_adapter(ours, ["one", "two"], [1, 1], "new")
     assert lora_fx.adapter_names(ours) == ("one", "two", "three")

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx import _fused_branch
-from lora_fx.masks import kept
-from lora_fx.tools.demo_data import collect
-from lora_fx.tools.demo_model import Batch, SentenceClassifier, batches, tokens
+from lora_fx.runtime import fused_branch as _fused_branch
+from lora_fx.runtime.masks import kept
+from lora_fx.tools.demo.data import collect
+from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, tokens
 
 pytestmark = pytest.mark.slow
 

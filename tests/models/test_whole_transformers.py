@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.watch import CODES
+from lora_fx.runtime.watch import CODES
 from tests import zoo
 from tests.algebra import randomise
 from tests.numerics import assert_close, tensors

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig, MergeError
-from lora_fx.passes import _by_hand
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
+from lora_fx.passes.parameters import by_hand as _by_hand
 from tests.algebra import randomise
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual, Tied

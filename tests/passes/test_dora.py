@@ -11,8 +11,8 @@ from torch import func, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.masks import dropped
-from lora_fx.types import META_KEY, Tag
+from lora_fx.ir.values import META_KEY, Tag
+from lora_fx.runtime.masks import dropped
 from tests.algebra import adapt, randomise, scale_of
 from tests.dora import (
     adapted_weight,
@@ -254,7 +254,7 @@ def test_a_merge_before_training_changes_no_bit_of_half_weights_and_none_but_the
 
 
 def test_slices_of_a_merge_see_their_own_magnitudes(monkeypatch) -> None:
-    monkeypatch.setattr("lora_fx.passes._fold._CHUNK", 16)
+    monkeypatch.setattr("lora_fx.passes.merge.fold._CHUNK", 16)
     for layer in (nn.Linear(8, 10), nn.Conv1d(4, 6, 2), nn.Embedding(11, 6)):
         model = seeded(lambda layer=layer: nn.Sequential(layer))().double()
         adapted = with_dora(model, target_modules=["0"])

@@ -15,9 +15,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.passes._exact import Term, slices_of, sum_exactly, two_products
-from lora_fx.passes._factors import factors_of
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
+from lora_fx.passes.merge.exact import Term, slices_of, sum_exactly, two_products
+from lora_fx.passes.parameters.factors import factors_of
 from tests.algebra import randomise
 
 floats = st.floats(-1e12, 1e12, allow_nan=False).filter(

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.find_head import find_head
-from lora_fx.passes.match import match
+from lora_fx.passes.match.find_operations import match
+from lora_fx.passes.match.head import find_head
 from tests.golden import check_golden
 from tests.zoo import (
     TIMM,

@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.passes._sharing import share_copy
+from lora_fx.passes.graph.copies import share_copy
 from tests.algebra import randomise, scale_of
 from tests.numerics import assert_close, assert_same_bits
 

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import LoraConfig, quantized
-from lora_fx.fused import lora_linear
-from lora_fx.fused_dora import dora_linear
-from lora_fx.fused_quantized import quantized_lora_linear
+from lora_fx import LoraConfig
+from lora_fx.formats import weights as quantized
+from lora_fx.ir.values import META_KEY, Capture, Role
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.fuse import Fuse
-from lora_fx.passes.insert import Insert
-from lora_fx.pipeline import plan_capture
-from lora_fx.types import META_KEY, Capture, Role
+from lora_fx.passes.insert.insert_branches import Insert
+from lora_fx.passes.optimize.fuse import Fuse
+from lora_fx.passes.pipeline import plan_capture
+from lora_fx.runtime.fused_dora import dora_linear
+from lora_fx.runtime.fused_lora import lora_linear
+from lora_fx.runtime.fused_quantized import quantized_lora_linear
 from tests import algebra
 from tests.algebra import Letters
 from tests.golden import check_golden, printed

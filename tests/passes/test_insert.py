@@ -8,12 +8,12 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.passes._factors import adapter_dtype
-from lora_fx.passes.add_factors import AddFactors
+from lora_fx.ir.values import META_KEY, Capture, Plan, Role
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.insert import Insert
-from lora_fx.pipeline import plan_capture
-from lora_fx.types import META_KEY, Capture, Plan, Role
+from lora_fx.passes.insert.add_factors import AddFactors
+from lora_fx.passes.insert.insert_branches import Insert
+from lora_fx.passes.parameters.factors import adapter_dtype
+from lora_fx.passes.pipeline import plan_capture
 from tests.golden import check_golden, printed
 from tests.numerics import assert_same_bits
 from tests.zoo import FORMS, Block, Mlp, Residual

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx.passes._sharing import share_copy
+from lora_fx.ir.values import Matches
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.match import match
-from lora_fx.types import Matches
+from lora_fx.passes.graph.copies import share_copy
+from lora_fx.passes.match.find_operations import match
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close
 from tests.zoo import Mlp, Residual, Shared, Tied

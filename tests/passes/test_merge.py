@@ -12,13 +12,13 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig, MergeError
-from lora_fx.passes._change import delta_weight
-from lora_fx.passes._rounding import rounded
-from lora_fx.passes._rounding import ulp as own_ulp
+from lora_fx.ir.record import record_of
+from lora_fx.ir.values import META_KEY
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.patterns import pattern_of
-from lora_fx.record import record_of
-from lora_fx.types import META_KEY
+from lora_fx.passes.merge.change import delta_weight
+from lora_fx.passes.merge.rounding import rounded
+from lora_fx.passes.merge.rounding import ulp as own_ulp
+from lora_fx.passes.patterns.registry import pattern_of
 from tests import numerics
 from tests.algebra import randomise
 from tests.golden import check_golden
@@ -477,7 +477,7 @@ def test_large_weights_are_merged_in_slices(monkeypatch: pytest.MonkeyPatch) -> 
     model = nn.Sequential(nn.Linear(33, 47), nn.Embedding(29, 31), nn.Conv2d(8, 8, 3, groups=2))
     changed = adapted(model, target_modules=["0", "1", "2"])
     whole = lora_fx.merge(changed)
-    monkeypatch.setattr("lora_fx.passes._fold._CHUNK", 100)
+    monkeypatch.setattr("lora_fx.passes.merge.fold._CHUNK", 100)
     sliced = lora_fx.merge(changed)
     assert_close(sliced.state_dict(), whole.state_dict(), 1e-7)
 

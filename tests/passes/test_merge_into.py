@@ -12,10 +12,10 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig, MergeError
-from lora_fx.passes._bounds import cannot_overflow
-from lora_fx.passes._placing import unshared
-from lora_fx.passes.patterns import pattern_of
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
+from lora_fx.passes.merge.bounds import cannot_overflow
+from lora_fx.passes.merge.place import unshared
+from lora_fx.passes.patterns.registry import pattern_of
 from tests.algebra import randomise
 from tests.numerics import assert_close, assert_same_bits, ulp_error
 from tests.zoo import Mlp, Residual, Tied

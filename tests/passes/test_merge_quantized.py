@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_fx
-from lora_fx.quantized import dense, quantization_of
+from lora_fx.formats.weights import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 LIBRARIES = ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]
@@ -436,7 +436,7 @@ def test_bytes_of_another_dtype_are_no_numbers(storage: torch.dtype) -> None:
 
 @pytest.mark.parametrize("requantize", [False, True])
 def test_one_layer_at_a_time_is_dense(requantize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_fx.passes import _dense
+    from lora_fx.passes.merge import dense as _dense
 
     made: list[weakref.ref[torch.Tensor]] = []
     most = 0

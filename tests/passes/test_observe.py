@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.passes._region import install
-from lora_fx.passes.observe import observed
-from lora_fx.types import PlannedSite
+from lora_fx.ir.values import PlannedSite
+from lora_fx.passes.graph.region import install
+from lora_fx.passes.insert.observe import observed
 from tests import zoo
 from tests.numerics import assert_same_bits
 from tests.zoo import sample

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx._quantization_formats import storage
-from lora_fx.passes._region import install, is_region, kept_graph
+from lora_fx.formats.made import storage
+from lora_fx.ir.values import Capture
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.plan_quantization import plan_quantization
-from lora_fx.passes.quantize import Quantize
-from lora_fx.pipeline import matched
-from lora_fx.types import Capture
+from lora_fx.passes.graph.region import install, is_region, kept_graph
+from lora_fx.passes.pipeline import matched
+from lora_fx.passes.quantize.planning import plan_quantization
+from lora_fx.passes.quantize.store import Quantize
 from tests.golden import check_golden, printed
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.passes._reads import ObjectRoot
+from lora_fx.passes.graph.reads import ObjectRoot
 
 
 def _without_its_name(forward: Callable[..., Any]) -> Callable[..., Any]:

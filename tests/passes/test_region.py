@@ -17,7 +17,9 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.passes._region import (
+from lora_fx.ir.values import META_KEY, Region
+from lora_fx.passes.capture.symbolic import trace
+from lora_fx.passes.graph.region import (
     copy_graph,
     graphs_of,
     install,
@@ -25,8 +27,6 @@ from lora_fx.passes._region import (
     original_class,
     uninstall,
 )
-from lora_fx.passes.capture.symbolic import trace
-from lora_fx.types import META_KEY, Region
 from tests import zoo
 from tests.algebra import randomise
 from tests.golden import printed

@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lora_fx.config import LoraConfig
-from lora_fx.passes.selection import (
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config.selection import (
     Unmatched,
     Verdict,
     alpha_for,

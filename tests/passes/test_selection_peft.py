@@ -29,10 +29,10 @@ from transformers import (
 
 import lora_fx
 from lora_fx import LoraConfig, NoMatchError
+from lora_fx.ir.values import Capture, Matches, Plan
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.plan import make_plan
-from lora_fx.pipeline import matched
-from lora_fx.types import Capture, Matches, Plan
+from lora_fx.passes.pipeline import matched
+from lora_fx.passes.plan.planning import make_plan
 
 
 def llama() -> nn.Module:

@@ -13,10 +13,10 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.passes._region import install, is_region
-from lora_fx.passes._signature import parameters_of
+from lora_fx.ir.values import Region
 from lora_fx.passes.capture.symbolic import Untraceable, trace
-from lora_fx.types import Region
+from lora_fx.passes.graph.region import install, is_region
+from lora_fx.passes.graph.signature import parameters_of
 from tests.algebra import randomise
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError, NoMatchError
-from lora_fx.passes._start_loftq import levels, quantised
-from lora_fx.passes._start_matrix import as_matrices
-from lora_fx.passes._start_weight import low_rank_svd
-from lora_fx.record import record_of
+from lora_fx.ir.record import record_of
+from lora_fx.passes.insert.start_loftq import levels, quantised
+from lora_fx.passes.insert.start_weight import low_rank_svd
+from lora_fx.passes.parameters.matrices import as_matrices
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 from tests.zoo import Form

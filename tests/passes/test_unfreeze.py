@@ -5,10 +5,10 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.ir.values import Capture, PassResult
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.unfreeze import Unfreeze
-from lora_fx.pipeline import plan_capture
-from lora_fx.types import Capture, PassResult
+from lora_fx.passes.insert.unfreeze import Unfreeze
+from lora_fx.passes.pipeline import plan_capture
 from tests.golden import check_golden
 from tests.numerics import assert_same_bits
 from tests.zoo import Residual, Tied, seeded

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx.tools.bench.counted import count_operations
 from lora_fx.tools.bench.measure import Sample, interleaved, portion, ratio
 from lora_fx.tools.bench.memory import measure_memory
-from lora_fx.tools.bench.operations import count_operations
 from lora_fx.tools.bench.saved import saved_by, saved_bytes
 from lora_fx.tools.bench.sizes import Size
 

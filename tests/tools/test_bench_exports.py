@@ -25,9 +25,9 @@ from lora_fx.tools.bench.environments import (
     set_environments,
 )
 from lora_fx.tools.bench.export_peers import Row
-from lora_fx.tools.bench.foreign import File, describe, largest_error, runner
 from lora_fx.tools.bench.measure import Sample
 from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
+from lora_fx.tools.bench.peer_exporters import File, describe, largest_error, runner
 from lora_fx.tools.bench.served import RANK, randomise, served
 from lora_fx.tools.bench.sizes import Size
 

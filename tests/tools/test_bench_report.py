@@ -40,7 +40,7 @@ from lora_fx.tools.bench.merge_time import PEFT as PEFT_MERGE
 from lora_fx.tools.bench.places import Place, at_each, places
 from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.steps import Measured, Step
-from lora_fx.tools.commands.app import ERROR_EXIT, app
+from lora_fx.tools.cli.app import ERROR_EXIT, app
 
 SLOW = {"compiled_step", "export_peers", "model_steps", "quantized_quality"}
 MIB = 2**20

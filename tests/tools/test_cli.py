@@ -20,8 +20,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 import lora_fx
-from lora_fx.tools.commands.app import COMMANDS, app
-from lora_fx.tools.commands.spelling import as_options
+from lora_fx.tools.cli.app import COMMANDS, app
+from lora_fx.tools.cli.spelling import as_options
 from tests.quantized import IDS, llama
 
 SOURCE = """
@@ -425,7 +425,7 @@ def test_a_model_without_inputs_cannot_be_exported(here: Path) -> None:
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_fx.export import providers
+    from lora_fx.export.ort import providers
 
     assert "versions" in worked("doctor")
     rows = json.loads(worked("doctor", "--json"))

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 import lora_fx
-from lora_fx.tools.commands.app import app
+from lora_fx.tools.cli.app import app
 from tests.quantized import llama
 
 

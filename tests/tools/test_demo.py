@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools import demo_data
-from lora_fx.tools.demo_data import LIBRARIES, MASK, Corpus, collect, key, masked
-from lora_fx.tools.demo_model import batches, logistic_regression
-from lora_fx.tools.demo_report import claim_folder
+from lora_fx.tools.demo import data as demo_data
+from lora_fx.tools.demo.data import LIBRARIES, MASK, Corpus, collect, key, masked
+from lora_fx.tools.demo.model import batches, logistic_regression
+from lora_fx.tools.demo.report import claim_folder
 
 SMALL = ("networkx", "numpy", "torch")
 
@@ -139,7 +139,7 @@ def test_the_folder_of_an_earlier_demo_is_taken_over_and_no_other(tmp_path: Path
 def test_the_quick_demo(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from lora_fx.tools.commands.app import app
+    from lora_fx.tools.cli.app import app
 
     result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output

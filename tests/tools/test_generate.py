@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 from typer.testing import CliRunner, Result
 
-from lora_fx.tools.commands.app import app
+from lora_fx.tools.cli.app import app
 from tests.export.tiny import generator
 
 

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from lora_fx.tools.coordinates import METRICS, flow, grid
-from lora_fx.tools.layering import DUMMY, layers_of
+from lora_fx.tools.draw.coordinates import METRICS, flow, grid
+from lora_fx.tools.draw.layering import DUMMY, layers_of
 
 CHAIN = [("x", "drop"), ("drop", "a"), ("a", "b"), ("b", "add"), ("add", "out")]
 BRANCH = (

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.tools.html import document_of, initially_open
-from lora_fx.tools.layout import place, plan_layers
-from lora_fx.tools.visualize import picture_of, visualize
+from lora_fx.tools.draw.drawing import picture_of, visualize
+from lora_fx.tools.draw.html import document_of, initially_open
+from lora_fx.tools.draw.layout import place, plan_layers
 from tests.tools.pictures import Net, Untraceable, adapted
 
 NODE = shutil.which("node")

@@ -18,9 +18,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.tools.picture import SCHEMA
-from lora_fx.tools.svg import to_svg
-from lora_fx.tools.visualize import FORMATS, picture_of, visualize
+from lora_fx.tools.draw.drawing import FORMATS, picture_of, visualize
+from lora_fx.tools.draw.picture import SCHEMA
+from lora_fx.tools.draw.svg import to_svg
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
@@ -233,7 +233,7 @@ def test_same_model_same_bytes(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_same_bytes_in_another_process(tmp_path: Path) -> None:
     script = (
-        "import sys; from lora_fx.tools.visualize import visualize;"
+        "import sys; from lora_fx.tools.draw.drawing import visualize;"
         "from tests.tools.pictures import Net, adapted;"
         "visualize(adapted(Net()), sys.argv[1])"
     )

@@ -19,17 +19,17 @@ from typer.testing import CliRunner
 
 import lora_fx
 from lora_fx.errors import ConfigError
-from lora_fx.passes._region import original_class
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.watch import count_weights
-from lora_fx.tools.commands.app import app
+from lora_fx.passes.graph.region import original_class
+from lora_fx.runtime.watch import disarm
+from lora_fx.tools.cli.app import app
 from lora_fx.tools.zoo import numbers, oracle, registry, report, runner
 from lora_fx.tools.zoo.counter import unseen
 from lora_fx.tools.zoo.entries import Entry, wake
 from lora_fx.tools.zoo.job import run_job
 from lora_fx.tools.zoo.row import PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import in_fp64
-from lora_fx.watch import disarm
 from tests.zoo import seeded
 
 CONFIG = lora_fx.LoraConfig(r=2)
@@ -446,7 +446,7 @@ def test_what_a_plan_does_not_mention_is_unseen():
     assert unseen(count, plan) == ()
     without = dataclasses.replace(plan, sites=plan.sites[1:])
     assert unseen(count, without) == (plan.sites[0].site.weight,)
-    refused = (lora_fx.types.Rejection(plan.sites[0].site.weight, "because"),)
+    refused = (lora_fx.ir.values.Rejection(plan.sites[0].site.weight, "because"),)
     assert unseen(count, dataclasses.replace(without, rejections=refused)) == ()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.api import plan, rewrite
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.tools.bench.contraction import ChosenContraction
 from lora_fx.tools.bench.linears import replaced, shared_copy
 from lora_fx.tools.bench.peers import FiveOperations, InPlace, LowRank, WeightChange

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.api import merge, rewrite
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.tools.bench.hardware import devices, synchronizer
 from lora_fx.tools.bench.linears import shared_copy
 from lora_fx.tools.bench.measure import Progress, Sample, interleaved

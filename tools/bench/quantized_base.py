@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.quantize import quantize
+from lora_fx.adapters.quantized_base import quantize
 
 __all__ = ["available", "quantized_base"]
 

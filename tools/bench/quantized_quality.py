@@ -16,11 +16,11 @@ from lora_fx.tools.bench.linears import shared_copy
 from lora_fx.tools.bench.measure import Progress
 from lora_fx.tools.bench.quantized_base import available, quantized_base
 from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.demo import CONFIG
-from lora_fx.tools.demo_data import LIBRARIES, Corpus, collect
-from lora_fx.tools.demo_model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
-from lora_fx.tools.demo_report import DemoSettings
-from lora_fx.tools.demo_train import train
+from lora_fx.tools.demo.data import LIBRARIES, Corpus, collect
+from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
+from lora_fx.tools.demo.report import DemoSettings
+from lora_fx.tools.demo.story import CONFIG
+from lora_fx.tools.demo.training import train
 
 __all__ = ["DENSE", "NF4", "THEIRS", "TITLE", "Learnt", "caption", "rows", "run"]
 

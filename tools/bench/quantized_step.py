@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lora_fx.quantized import quantization_of
+from lora_fx.formats.weights import quantization_of
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     BUILDERS,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.tools.bench.contenders import BUILDERS, FROZEN, NO_DROPOUT, Settings, targets_of
+from lora_fx.tools.bench.counted import count_operations
 from lora_fx.tools.bench.floor import model_floor
 from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, synchronizer
 from lora_fx.tools.bench.measure import Progress, Ratio, Sample, interleaved, ratio
 from lora_fx.tools.bench.memory import Memory, measure_memory
-from lora_fx.tools.bench.operations import count_operations
 from lora_fx.tools.bench.places import Place
 from lora_fx.tools.bench.saved import saved_bytes
 from lora_fx.tools.bench.workloads import Workload

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lora_fx.ir.values import Plan
 from lora_fx.passes.capture.watch import Count
-from lora_fx.types import Plan
 
 __all__ = ["unseen"]
 

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from lora_fx.api import merge, plan, rewrite
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.ir.values import Plan
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.watch import count_weights
 from lora_fx.tools.zoo import numbers
@@ -30,7 +31,6 @@ from lora_fx.tools.zoo.counter import unseen
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.row import MERGE_TOLERANCE, PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import Reached, judge_sites, train
-from lora_fx.types import Plan
 
 __all__ = ["run_job"]
 

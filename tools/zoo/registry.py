@@ -15,8 +15,8 @@ from lora_fx.tools.zoo import (
     transformers_decoders,
     transformers_encoders,
     transformers_multimodal,
-    transformers_vision,
 )
+from lora_fx.tools.zoo import transformers_models as transformers_vision
 from lora_fx.tools.zoo.entries import Entry
 
 __all__ = ["ENTRIES", "find", "groups", "select"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.api import rewrite, trainable_parameters
-from lora_fx.config import LoraConfig
+from lora_fx.config.lora_config import LoraConfig
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.numbers import floats, in_double
 from lora_fx.tools.zoo.oracle import Narrowest, Verdict, judge

@@ -12,11 +12,11 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.passes._region import is_region
+from lora_fx.ir.values import Region
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import check_unchanged, run_reference
 from lora_fx.passes.capture.inputs import normalise
-from lora_fx.types import Region
+from lora_fx.passes.graph.region import is_region
 from tests import zoo
 from tests.numerics import assert_same_bits
 from tests.zoo import sample, seeded

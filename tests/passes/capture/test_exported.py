@@ -20,7 +20,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CaptureError, LoraConfig
-from lora_fx.record import require_record
+from lora_fx.ir.record import require_record
 
 CONFIG = LoraConfig(r=2)
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import watch
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.capture.symbolic import Untraceable, trace
+from lora_fx.runtime import watch
 from tests.algebra import randomise
 from tests.numerics import assert_close
 from tests.zoo import sample

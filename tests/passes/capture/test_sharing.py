@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.passes._sharing import check_model, share_copy
+from lora_fx.passes.graph.copies import check_model, share_copy
 from tests import zoo
 from tests.algebra import randomise
 from tests.numerics import assert_close, assert_same_bits

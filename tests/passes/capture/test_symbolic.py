@@ -14,9 +14,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.passes._region import install
+from lora_fx.ir.values import Region
 from lora_fx.passes.capture.symbolic import Untraceable, trace
-from lora_fx.types import Region
+from lora_fx.passes.graph.region import install
 from tests.models import builders
 from tests.numerics import assert_same_bits
 from tests.zoo import sample

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.passes.capture.written_out import WRITTEN_OUT
+from lora_fx.passes.capture.decompositions import WRITTEN_OUT
 from tests.algebra import randomise
 
 RANDOM = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import lora_fx
+from lora_fx.ir.values import Region, Rejection
 from lora_fx.passes.patterns.conv import ConvPattern
-from lora_fx.types import Region, Rejection
 from tests import algebra
 from tests.zoo import Form, forms
 

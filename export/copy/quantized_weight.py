@@ -1,0 +1,231 @@
+"""Quantised weights in the copy of a model that is exported.
+
+Their libraries have layers and tensors of their own, whose products torch.export does not see through. So in
+the copy a module stands in the place of each such parameter, wherever that is: in a layer of bitsandbytes,
+in an ``nn.Linear`` with a tensor of torchao, in a graph. Whoever multiplies by it asks it for the product
+(``__torch_function__``).
+
+What it computes here is ``x Wᵀ`` with the values that the library itself makes of its codes, in full
+precision: what a file is compared with. What is traced has another one in its place
+(:mod:`lora_fx.export.copy.packed_weight`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fx.errors import ExportError
+from lora_fx.formats.weights import Quantization, dense, quantization_of, quantized_linear
+from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
+from lora_fx.passes.graph.region import is_region
+
+__all__ = ["DENSE_INSTEAD", "HeldWeight", "StandIn", "hold_quantized"]
+
+DENSE_INSTEAD = (
+    "export a dense model instead: lora_fx.merge(model, dtype=torch.float32) makes one of a rewritten "
+    "model"
+)
+
+
+class StandIn(nn.Module):
+    """What stands in the place of a quantised parameter [out, in].
+
+    Attributes:
+        where: FQN of the parameter.
+        stored: How its library has stored it.
+        dtype: What code that asks the parameter for its dtype is told.
+    """
+
+    def __init__(self, where: str, stored: Quantization, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.where = where
+        self.stored = stored
+        self.dtype = dtype
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x Wᵀ`` in the dtype of x: [..., in] gives [..., out]."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrix."""
+        return torch.Size(self.stored.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return next(self.parameters()).device
+
+    @property
+    def T(self) -> _Turned:  # a tensor's name for it
+        """The matrix as [in, out], for a product from the right."""
+        return _Turned(self)
+
+    def t(self) -> _Turned:
+        """See ``T``."""
+        return _Turned(self)
+
+    def transpose(self, first: int, second: int) -> _Turned:
+        """See ``T``."""
+        if {first % 2, second % 2} != {0, 1}:
+            raise self.refusal("transpose")
+        return _Turned(self)
+
+    def refusal(self, name: str) -> ExportError:
+        """What to raise where it is read in another way than in a product."""
+        return ExportError(
+            f"'{self.where}' is stored as {self.stored}, and {name} reads it: products x Wᵀ with quantised "
+            f"weights can be exported, nothing else; {DENSE_INSTEAD}"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(zip(("x", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
+        x: Any = named.get("x", named.get("input"))
+        weight = named.get("weight")
+        if func in (F.linear, quantized_linear) and isinstance(weight, cls):
+            return _sum(weight.product(x), named.get("bias"))
+        raise _first(cls, (*args, *named.values())).refusal(_name(func))
+
+
+class _Turned:
+    """A stand-in as [in, out]."""
+
+    def __init__(self, weight: StandIn) -> None:
+        self.weight = weight
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self.weight.product(x)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if not kwargs and isinstance(args[-1], cls):
+            if func in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__):
+                return args[-1].weight.product(args[0])
+            if func is torch.addmm:
+                return _sum(args[-1].weight.product(args[1]), args[0])
+        raise _first(cls, (*args, *(kwargs or {}).values())).weight.refusal(_name(func))
+
+
+class HeldWeight(StandIn):
+    """The parameter itself, as its library has it.
+
+    Attributes:
+        held: The parameter.
+    """
+
+    def __init__(self, where: str, stored: Quantization, parameter: nn.Parameter) -> None:
+        super().__init__(where, stored, parameter.dtype)
+        self.held = parameter
+
+    def product(self, x: Tensor) -> Tensor:
+        """See :class:`StandIn`."""
+        # Few bits in few digits would be rounded twice.
+        return F.linear(x, dense(self.held, torch.float32).to(x.dtype))
+
+
+def hold_quantized(twin: nn.Module) -> None:
+    """Puts a stand-in into the place of every quantised parameter.
+
+    Args:
+        twin: A copy of a model, over the same memory. It is changed.
+
+    Raises:
+        ExportError: A weight is one of these libraries, but in no form that is known.
+    """
+    known: dict[int, HeldWeight] = {}
+    for prefix, module in list(twin.named_modules()):
+        if isinstance(module, StandIn):
+            continue
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            where = f"{prefix}.{name}" if prefix else name
+            stored = quantization_of(parameter)
+            if stored is None:
+                _refuse_foreign(where, parameter)
+                continue
+            if id(parameter) not in known:
+                wide = _in_full_precision(parameter)
+                known[id(parameter)] = HeldWeight(where, stored, wide)
+            _release(module)
+            del module._parameters[name]
+            module.add_module(name, known[id(parameter)])
+
+
+def _release(module: nn.Module) -> None:
+    """Makes a plain layer of one of bitsandbytes, and drops what it remembers of its weight."""
+    own = written_out_of_bitsandbytes(module, type(module)) is not None
+    for name in ("state", "quant_state"):
+        remembered = module.__dict__.get(name)
+        if type(remembered).__module__.startswith("bitsandbytes."):
+            module.__dict__[name] = _settings(remembered) if name == "state" else None
+    if own and not is_region(module):
+        object.__setattr__(module, "__class__", nn.Linear)
+
+
+def _settings(state: Any) -> Any:
+    """A copy without its tensors: the graph of a layer holds for what else is in there."""
+    result = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(result, name, None)
+    return result
+
+
+def _in_full_precision(parameter: Any) -> nn.Parameter:
+    """The same codes and scales, whose values are not rounded to half precision when they are made."""
+    if getattr(parameter, "quant_state", None) is not None:
+        parameter.quant_state.dtype = torch.float32  # of the copy, which has a state of its own
+        return parameter  # type: ignore[no-any-return]
+    held = parameter.detach()
+    kind = type(held)
+    if kind.__name__ == "IntxUnpackedToInt8Tensor":
+        return nn.Parameter(held.to(torch.float32), requires_grad=False)
+    if kind.__name__ == "Int8Tensor":  # its scales are fp32 in any case
+        wide = kind(held.qdata, held.scale, held.block_size, torch.float32, held.zero_point)
+        return nn.Parameter(wide, requires_grad=False)
+    return parameter  # type: ignore[no-any-return]
+
+
+def _refuse_foreign(where: str, parameter: nn.Parameter) -> None:
+    kind = type(parameter)
+    if kind.__module__.startswith(("bitsandbytes.", "torchao.")):
+        raise ExportError(
+            f"'{where}' is a {kind.__name__} in a form that has no counterpart in a file (is it quantised "
+            f"already? does it quantise activations?); {DENSE_INSTEAD}"
+        )
+
+
+def _sum(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias.to(product.dtype)
+
+
+def _first(cls: type, values: Sequence[Any]) -> Any:
+    """The first of its instances among values, or in a list among them."""
+    flat = [
+        one for value in values for one in (value if isinstance(value, list | tuple) else [value])
+    ]
+    return next(one for one in flat if isinstance(one, cls))
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))

@@ -1,0 +1,124 @@
+"""Steps of a decoder over a session: the cache of a step is an input of the next.
+
+The cache stays where ONNX Runtime has put it; logits come out, tokens go in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.errors import ExportError
+from lora_fx.export.adapters.store import AdapterChoice
+from lora_fx.export.ort.calls import inputs_by_name
+from lora_fx.export.ort.ports import Port, feed, unwrap
+
+if TYPE_CHECKING:
+    from lora_fx.export.session.onnx_session import OnnxSession
+
+__all__ = ["CachedDecoder"]
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_CROSS = ".encoder."
+
+
+class CachedDecoder:
+    """A decoder and where it is in a batch of texts.
+
+    Args:
+        session: The decoder's file.
+        batch: Number of texts.
+        source: What the encoder takes, by name, for an encoder-decoder.
+        adapter: What runs with the model.
+
+    Raises:
+        ExportError: The file has no cache, the session replays graphs, or ``source`` does not fit
+            the encoder.
+    """
+
+    def __init__(
+        self,
+        session: OnnxSession,
+        batch: int,
+        source: Mapping[str, Tensor],
+        adapter: AdapterChoice = None,
+    ) -> None:
+        if session._static is not None:
+            raise ExportError(
+                "cuda_graph=True is for calls of one shape, and a text grows with each token: open "
+                "the session without it to generate"
+            )
+        self._session = session
+        # One for the whole text, also if another is loaded by its name meanwhile.
+        self._held = session._chosen(adapter)
+        self._ports = {port.name: port for port in session.inputs}
+        self._outputs = [port.name for port in session.outputs]
+        self._kept = [name for name in self._outputs if name.startswith(_PRESENT)]
+        cached = [port for port in session.inputs if port.name.startswith(_PAST)]
+        if not cached or "logits" not in self._outputs:
+            raise ExportError(
+                f"{session.path.name} has no key-value cache to generate with: export the model "
+                f"with task='text-generation' or task='text2text-generation'"
+            )
+        own = [port for port in cached if _CROSS not in port.name]
+        self._nothing = {port.name: self._value(port, _empty(port, batch)) for port in own}
+        self._past = self._nothing
+        self._fixed: dict[str, Any] = {}
+        self._masked = "attention_mask" in self._ports
+        if session.encoder is not None:
+            self._fixed = self._encoded(session.encoder, source)
+
+    def step(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read more tokens.
+
+        Args:
+            ids: The next tokens of each text, [batch, sequence].
+            mask: Which of all tokens so far count, [batch, past and sequence].
+
+        Returns:
+            Logits after the last of them, [batch, vocabulary], fp32, on the CPU.
+        """
+        feeds = {**self._fixed, **self._past}
+        feeds["input_ids"] = self._value(self._ports["input_ids"], ids)
+        if self._masked:
+            feeds["attention_mask"] = self._value(self._ports["attention_mask"], mask)
+        results = dict(zip(self._outputs, self._run(self._session, feeds), strict=True))
+        self._past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in self._kept}
+        logits: Tensor = unwrap(results["logits"], torch.device("cpu"))
+        return logits[:, -1].float()
+
+    def forget(self) -> None:
+        """Go back to before the first token: the next step reads the whole text."""
+        self._past = self._nothing
+
+    def _encoded(self, encoder: OnnxSession, source: Mapping[str, Tensor]) -> dict[str, Any]:
+        names = [port.name for port in encoder.outputs]
+        taken = [port.name for port in encoder.inputs]
+        given = inputs_by_name(source, taken, encoder.path.name)
+        feeds = {port.name: self._value(port, given[port.name]) for port in encoder.inputs}
+        values = self._run(encoder, feeds)
+        fixed = {
+            _PAST + name.removeprefix(_PRESENT): value
+            for name, value in zip(names, values, strict=True)
+        }
+        if "encoder_attention_mask" in self._ports:
+            fixed["encoder_attention_mask"] = feeds["attention_mask"]
+        return fixed
+
+    def _run(self, session: OnnxSession, feeds: Mapping[str, Any]) -> list[Any]:
+        return session._execute(feeds, self._held[session], session._device, host=("logits",))
+
+    def _value(self, port: Port, value: Tensor) -> Any:
+        return feed(self._session._runtime, port, value, self._session._device)
+
+
+def _empty(port: Port, batch: int) -> Tensor:
+    _, heads, _, width = port.shape
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise ExportError(
+            f"input {port} is no cache of this library: heads and width are not fixed"
+        )
+    return torch.zeros(batch, heads, 0, width, dtype=getattr(torch, port.dtype))

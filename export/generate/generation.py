@@ -1,0 +1,241 @@
+"""The loop of text generation: token for token what ``model.generate`` of transformers gives."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_fx.errors import ExportError
+from lora_fx.export.adapters.store import AdapterChoice
+from lora_fx.export.generate.decoding import CachedDecoder
+from lora_fx.export.generate.sampling import Processor, next_tokens, processors
+from lora_fx.export.generate.settings import GenerationSettings
+from lora_fx.export.tasks.defaults import GENERATION_KEY
+
+if TYPE_CHECKING:
+    from lora_fx.export.session.onnx_session import OnnxSession
+
+__all__ = ["Streamer", "generate"]
+
+
+class Streamer(Protocol):
+    """Told of tokens as they come; transformers' streamers are such."""
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, [batch, length], then each new token, [batch]."""
+
+    def end(self) -> None:
+        """There will be no more."""
+
+
+def generate(
+    session: OnnxSession,
+    inputs: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    generation_config: Any = None,
+    generator: torch.Generator | None = None,
+    logits_processor: Sequence[Processor] = (),
+    stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
+    streamer: Streamer | None = None,
+    adapter: AdapterChoice = None,
+) -> Any:
+    """What ``OnnxSession.generate`` does; its docstring says what the arguments are.
+
+    Args:
+        session: A file of a task that generates text.
+        inputs: What a tokenizer or a feature extractor gives, by name; None is left out.
+        changes: Fields of ``GenerationSettings`` by name; None leaves the default.
+        generation_config: What differs from the defaults that are in the file.
+        generator: For the draws.
+        logits_processor: Further ones.
+        stopping_criteria: Further ones.
+        streamer: Told of tokens.
+        adapter: What runs with the model.
+
+    Raises:
+        ExportError: See there.
+    """
+    remembered = _remembered(session)
+    own = remembered["defaults"]
+    settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
+    given = {name: value for name, value in inputs.items() if value is not None}
+    arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
+    tensors = {name: _tensor(name, value) for name, value in given.items()}
+    device = next((v.device for v in given.values() if isinstance(v, Tensor)), torch.device("cpu"))
+
+    if session.encoder is None:
+        source: dict[str, Tensor] = {}
+        ids, mask = _prompt(tensors, settings, session.path.name)
+        counted = mask
+    else:
+        ids, source = _source(tensors, settings, session, remembered.get("prepends_start", False))
+        mask, counted = torch.ones_like(ids), None
+    length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
+    chain = processors(settings, ids, counted, length, logits_processor)
+    decoder = CachedDecoder(session, len(ids), source, adapter)
+    anew_after = remembered.get("reads_anew_after")
+
+    if streamer is not None:
+        streamer.put(ids)
+    unread, unfinished = ids, torch.ones(len(ids), dtype=torch.bool)
+    while bool(unfinished.any()) and ids.shape[1] < length:
+        past = ids.shape[1] - unread.shape[1]
+        if past and anew_after is not None and past <= anew_after < ids.shape[1]:
+            decoder.forget()
+            unread = ids
+        scores = decoder.step(unread, mask)
+        for process in chain:
+            scores = process(ids, scores)
+        unread = next_tokens(scores, settings, generator)
+        if settings.eos_token_id:
+            unread = torch.where(unfinished, unread, _padding(settings))
+            unfinished = unfinished & ~torch.isin(unread, torch.tensor(settings.eos_token_id))
+        if streamer is not None:
+            streamer.put(unread)
+        unread = unread[:, None]
+        ids = torch.cat([ids, unread], dim=1)
+        mask = torch.cat([mask, torch.ones_like(unread)], dim=1)
+        for criterion in stopping_criteria:
+            unfinished = unfinished & ~torch.as_tensor(criterion(ids, scores)).bool()
+    if streamer is not None:
+        streamer.end()
+    return ids.numpy() if arrays else ids.to(device)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a ``GenerationConfig`` of transformers, or a dict of its fields, changes.
+
+    As in transformers: what an object leaves None was not set, and what a caller gives by name counts
+    with None as well.
+    """
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not hasattr(config, "to_dict"):
+        raise ExportError(
+            f"generation_config is a {type(config).__name__}: give a GenerationConfig or a dict of its fields"
+        )
+    return {name: value for name, value in config.to_dict().items() if value is not None}
+
+
+def _remembered(session: OnnxSession) -> dict[str, Any]:
+    text = session.metadata.get(GENERATION_KEY)
+    if text is None:
+        raise ExportError(
+            f"{session.path.name} was not exported for text generation: export the model with "
+            f"task='text-generation', or task='text2text-generation' if it has an encoder"
+        )
+    remembered: dict[str, Any] = json.loads(text)
+    return remembered
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    raise ExportError(
+        f"'{name}' is a {type(value).__name__}, and inputs are numpy arrays or tensors. If it is a setting: "
+        "those that generate has no argument for go into generation_config={...}"
+    )
+
+
+def _tokens(name: str, value: Tensor) -> Tensor:
+    if value.ndim != 2 or value.is_floating_point() or value.numel() == 0:
+        raise ExportError(
+            f"'{name}' is {str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}: "
+            f"give whole numbers of shape [batch, sequence], at least one of them"
+        )
+    if int(value.min()) < 0:
+        # ONNX counts them from the end, and would answer.
+        raise ExportError(
+            f"'{name}' holds {int(value.min())}, which is no token: are those the labels (-100)?"
+        )
+    return value.long()
+
+
+def _prompt(
+    given: Mapping[str, Tensor], settings: GenerationSettings, file: str
+) -> tuple[Tensor, Tensor]:
+    _refuse_unknown(given, ["input_ids", "attention_mask"], file)
+    if "input_ids" not in given:
+        raise ExportError(f"{file} takes input_ids: there are none")
+    ids = _tokens("input_ids", given["input_ids"])
+    mask = given.get("attention_mask")
+    if mask is None:
+        return ids, _inferred_mask(ids, settings)
+    if mask.shape != ids.shape:
+        raise ExportError(
+            f"'attention_mask' has shape {list(mask.shape)}, 'input_ids' has {list(ids.shape)}"
+        )
+    mask = (mask != 0).long()
+    if not bool(mask[:, -1].all()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        raise ExportError(
+            f"row {row} of 'attention_mask' ends with padding, after which no text goes on: pad on "
+            f"the left (padding_side='left')"
+        )
+    return ids, mask
+
+
+def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
+    """As transformers does: pad tokens are padding if they are no end-of-sequence tokens too."""
+    pad = settings.pad_token_id
+    if pad is None or pad in settings.eos_token_id:
+        return torch.ones_like(ids)
+    return (ids != pad).long()
+
+
+def _source(
+    given: Mapping[str, Tensor], settings: GenerationSettings, session: OnnxSession, prepends: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    assert session.encoder is not None
+    names = [port.name for port in session.encoder.inputs]
+    _refuse_unknown(given, [*names, "decoder_input_ids"], session.path.name)
+    source = {name: value for name, value in given.items() if name in names}
+    if "input_ids" in source:
+        source["input_ids"] = _tokens("input_ids", source["input_ids"])
+        if "attention_mask" in names:
+            mask = source.get("attention_mask", torch.ones_like(source["input_ids"]))
+            source["attention_mask"] = mask.long()
+    if not source:
+        raise ExportError(f"{session.path.name} takes {', '.join(names)}: there are none")
+    batch = next(iter(source.values())).shape[0]
+    start = settings.decoder_start_token_id
+    start = settings.bos_token_id if start is None else start
+    prompt = given.get("decoder_input_ids")
+    if prompt is not None:
+        prompt = _tokens("decoder_input_ids", prompt)
+        if len(prompt) != batch:
+            raise ExportError(
+                f"'decoder_input_ids' has {len(prompt)} rows, '{next(iter(source))}' has {batch}"
+            )
+        if not prepends or start is None or bool((prompt[:, 0] == start).any()):
+            return prompt, source
+    if start is None:
+        raise ExportError(
+            "nothing says which token the decoder begins with: pass decoder_input_ids"
+        )
+    first = torch.full((batch, 1), start)
+    return first if prompt is None else torch.cat([first, prompt], dim=1), source
+
+
+def _padding(settings: GenerationSettings) -> int:
+    pad = settings.pad_token_id
+    return settings.eos_token_id[0] if pad is None else pad
+
+
+def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) -> None:
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise ExportError(f"{file} takes {', '.join(names)}, not '{name}'{hint}")

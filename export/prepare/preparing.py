@@ -1,0 +1,280 @@
+"""From the caller's model and example to a model and a call that can be traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export.adapters.factor_model import FactorModel
+from lora_fx.export.adapters.inline import fix_gains, has_gains
+from lora_fx.export.adapters.manifest import Manifest
+from lora_fx.export.adapters.origin import origin_of
+from lora_fx.export.adapters.swappable import Swappable, base_of, swappable, with_adapter
+from lora_fx.export.copy.casts import Casts
+from lora_fx.export.copy.packed_weight import pack_quantized
+from lora_fx.export.copy.quantized_weight import StandIn
+from lora_fx.export.copy.twin import DTYPES, dtype_name, exportable_twin, unwrapped
+from lora_fx.export.tasks.part import Part
+from lora_fx.export.tasks.registry import find_task
+from lora_fx.export.trace.arguments import Arguments, FlatModel, cast_floating
+from lora_fx.export.trace.cases import Cases
+from lora_fx.export.trace.tracing import widen_batch
+from lora_fx.ir.record import record_of
+from lora_fx.passes.capture.state import State
+from lora_fx.passes.graph.copies import share_copy
+from lora_fx.passes.plan.planning import foreign_factors
+
+__all__ = ["Prepared", "prepare", "prepare_swappable"]
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is traced, and what the file is compared with.
+
+    Attributes:
+        model: The model in eval mode, tensors in and out.
+        arguments: The call that is traced.
+        outputs: Names of the outputs, in order.
+        dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
+        origin: Metadata entries about the base model and the adapters that are merged into it.
+        dynamic_shapes: Input name to its dynamic axes where a task says so, else None.
+        name: What the file holds; "" for the one that a session opens.
+        cases: The calls on which the file is compared, None to draw them by axis.
+        metadata: What the file remembers of its task.
+        base: What the file computes by itself: ``model``, or the model without its adapters.
+        manifest: The adapter inputs; None for a model whose adapters are merged.
+        adapters: The adapters that the model has, by name: each makes a model in which it is active.
+        source: The rewritten model that has them.
+    """
+
+    model: FlatModel
+    arguments: Arguments
+    outputs: tuple[str, ...]
+    dtype: str
+    origin: Mapping[str, str]
+    base: FlatModel
+    manifest: Manifest | None = None
+    adapters: Mapping[str, Callable[[], FlatModel]] = field(default_factory=dict)
+    source: nn.Module | None = None
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None
+    name: str = ""
+    cases: Cases | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def beside(self, name: str, file: str) -> Prepared:
+        """The same with ``file``, which holds ``name``, in its metadata."""
+        return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
+
+    def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
+        """The same with a model that torch.export and torch.onnx see through.
+
+        Args:
+            keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+
+        Raises:
+            ExportError: No operator has the values of a quantised weight.
+        """
+        model = self.model.model
+        if not has_gains(model) and not any(isinstance(m, StandIn) for m in model.modules()):
+            return self
+        twin = share_copy(model)
+        fix_gains(twin)  # of the weights as their libraries have them
+        pack_quantized(twin, DTYPES.get(self.dtype, torch.float32), keep)
+        return dataclasses.replace(self, model=self.model.over(twin))
+
+
+def prepare_swappable(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
+) -> tuple[Prepared, ...]:
+    """:func:`prepare` for files whose adapters are inputs.
+
+    Raises:
+        ExportError: As :func:`prepare`, and if an adapter trains something that has no factors.
+        NoMatchError: A plain model has no linear operation.
+    """
+    model = unwrapped(model)
+    casts = Casts(keep)  # one for all copies: they have the same weights
+    # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
+    fit = model if record_of(model) else exportable_twin(model, None, casts, to_rewrite=True)
+    made = swappable(fit)
+    bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
+    twin = exportable_twin(made.model, dtype, casts)
+    return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
+
+
+def _with_inputs(
+    base: Prepared,
+    model: nn.Module,
+    made: Swappable,
+    twin: nn.Module,
+    dtype: str | None,
+    casts: Casts,
+) -> Prepared:
+    call = base.model.call
+    flat = FactorModel(made, twin, base.arguments, call).eval()
+    record = record_of(model)
+
+    def active(name: str) -> FlatModel:
+        adapted = exportable_twin(with_adapter(model, name), dtype, casts)
+        return FlatModel(adapted, base.arguments, call).eval()
+
+    return dataclasses.replace(
+        base,
+        model=flat,
+        manifest=flat.manifest,
+        adapters={name: partial(active, name) for name in (record.adapters if record else ())},
+        source=model,
+    )
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
+    *,
+    merged: bool = True,
+) -> tuple[Prepared, ...]:
+    """Merge, copy and cast a model, and run it once.
+
+    Args:
+        model: Any module. It is not changed.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor.
+        dtype: "fp32", "fp16", "bf16", or None to keep what it has.
+        keep: Takes each weight that is made anew, see ``Scratch.keep``.
+        task: What it is exported for, None to export it as it is called.
+        merged: Whether to merge; else the branches of the active adapters stay beside their operations.
+
+    Returns:
+        One for each file, that which a session opens last.
+
+    Raises:
+        ExportError: The model cannot be copied, does not run on the inputs, or does not do the task.
+    """
+    model = unwrapped(model)
+    casts = Casts(keep)
+    whole = _merged(model, keep) if merged else model
+    origin = origin_of(model, "merged" if merged else "inline")
+    return tuple(
+        dataclasses.replace(one, origin=origin)
+        for one in _prepared(whole, example_inputs, dtype, casts, task)
+    )
+
+
+def _prepared(
+    model: nn.Module, example_inputs: object, dtype: str | None, casts: Casts, task: str | None
+) -> tuple[Prepared, ...]:
+    """The files of a model without adapters."""
+    twin, origin = exportable_twin(model, dtype, casts), origin_of(model)
+    arguments = Arguments.of(twin, example_inputs)
+    if dtype is not None:
+        arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
+    if task is not None:
+        parts = find_task(task)(twin, _by_name(arguments))
+        return tuple(_of_part(twin, part, origin) for part in parts)
+    for name, value in arguments.baked.items():
+        _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
+    flat, arguments, outputs = _first_run(FlatModel(twin, arguments))
+    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin), origin, flat),)
+
+
+def _by_name(arguments: Arguments) -> dict[str, Any]:
+    constants = {key: arguments.kwargs[key] for key in arguments.baked if key in arguments.kwargs}
+    return dict(zip(arguments.names, arguments.tensors, strict=True)) | constants
+
+
+def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared:
+    flat = FlatModel(twin, Arguments.of(twin, part.inputs), part.call)
+    flat, arguments, outputs = _first_run(flat)
+    return Prepared(
+        flat,
+        arguments,
+        tuple(outputs),
+        dtype_name(twin),
+        origin,
+        flat,
+        dynamic_shapes=part.dynamic_shapes,
+        name=part.name,
+        cases=part.cases,
+        metadata=part.metadata,
+    )
+
+
+def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
+    if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
+        if (name := next(foreign_factors(model), None)) is not None:
+            _log.warning(
+                "export: the adapters of another library in the model, such as that at %s, are not merged: "
+                "they stay products of their own in the file. For PEFT, export what merge_and_unload() "
+                "gives, or the base model with its adapter from lora_fx.load_adapter",
+                name or "its root",
+            )
+        return model
+    from lora_fx.passes.merge.merging import merge
+
+    merged, report = merge(model, keep=keep)
+    _log.info("export: %s", report)
+    return merged
+
+
+def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
+    """Run once: on a widened batch if the model takes it, else on the examples as they are."""
+    arguments = flat.eval().arguments
+    failure: Exception | None = None
+    for candidate in (widen_batch(arguments), arguments):
+        try:
+            return flat, candidate, _named(flat, candidate.tensors)
+        except ExportError:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a model raises; re-raised below
+            failure = error
+    given = ", ".join(
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in zip(arguments.names, arguments.tensors, strict=True)
+    )
+    raise ExportError(
+        f"{type(flat.model).__name__} does not run on the example inputs ({given}): {failure}"
+    ) from failure
+
+
+def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
+    """Runs a model once, and again if that has left something behind in its objects.
+
+    Raises:
+        ExportError: If the second call returns other values: a file has no such state.
+    """
+    before = State(flat.model)
+    drawn = torch.get_rng_state()
+    with torch.no_grad():
+        first = flat.named(tensors)
+    changed = before.changed()
+    if changed is None:
+        return [name for name, _ in first]
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.set_rng_state(drawn)
+        second = flat.named(tensors)
+    alike = all(
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        for (_, a), (_, b) in zip(first, second, strict=True)
+    )
+    if not alike:
+        raise ExportError(
+            f"{type(flat.model).__name__}: {changed}, and its next call on the same inputs returns other "
+            "values. A file has no such state: export a model that computes the same in each call"
+        )
+    return [name for name, _ in first]

@@ -1,0 +1,250 @@
+"""From a model and one call to an exported program whose axes are dynamic wherever they can be.
+
+Every axis of every input is offered to ``torch.export`` as dynamic; it keeps those that the model
+treats as such and fixes the rest (channels that meet a weight, a grid of patches). Each axis that
+stays fixed carries its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from lora_fx.errors import ExportError
+from lora_fx.export.trace.arguments import Arguments, Extra, FlatModel
+from lora_fx.export.trace.axes import Axis, axis_name, given_names
+from lora_fx.export.trace.failures import reason_of_failure, together
+from lora_fx.export.trace.finite import FiniteValues
+from lora_fx.export.trace.witness import Witness, watched
+
+__all__ = ["Trace", "trace", "widen_batch"]
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An exported program and what is known about its inputs.
+
+    Attributes:
+        program: The program of a ``FlatModel``.
+        arguments: The call that was traced.
+        axes: The axes of each input.
+        symbols: Symbol of torch.export to the name of the axis.
+        description: Which axes were offered as dynamic.
+        attempt: Its number among the ways that there are, from most to fewest dynamic axes.
+        extras: What the program takes after the tensors of the call.
+        extra_symbols: The same as ``symbols`` for the axes of those.
+        finite: Places with a branch that was traced as for finite values.
+    """
+
+    program: ExportedProgram
+    arguments: Arguments
+    axes: tuple[tuple[Axis, ...], ...]
+    symbols: Mapping[str, str]
+    description: str = ""
+    attempt: int = 0
+    extras: tuple[Extra, ...] = ()
+    extra_symbols: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    finite: tuple[str, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of all inputs of the program."""
+        return (*self.arguments.names, *(extra.name for extra in self.extras))
+
+    def labels(self) -> list[list[int | str]]:
+        """For each input of the program its sizes and axis names."""
+        own = [[axis.label for axis in axes] for axes in self.axes]
+        return own + [list(extra.labels) for extra in self.extras]
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Input name to its dynamic axes, by position."""
+        return {
+            name: {index: axis.name for index, axis in enumerate(axes) if axis.name is not None}
+            for name, axes in zip(self.arguments.names, self.axes, strict=True)
+        }
+
+    def axis_limits(self) -> dict[str, int]:
+        """Name of a dynamic axis to its largest size, where the model has one."""
+        return {
+            axis.name: axis.high
+            for axis in itertools.chain(*self.axes)
+            if axis.name is not None and axis.high is not None
+        }
+
+
+def widen_batch(arguments: Arguments) -> Arguments:
+    """Repeat a batch of one, where all tensors share it: a size of 1 cannot become dynamic."""
+    batched = [tensor for tensor in arguments.tensors if tensor.ndim]
+    if not batched or any(tensor.shape[0] != 1 for tensor in batched):
+        return arguments
+    return arguments.replace([torch.cat([t, t]) if t.ndim else t for t in arguments.tensors])
+
+
+def trace(
+    model: FlatModel,
+    arguments: Arguments,
+    dynamic_shapes: object = None,
+    failed: Sequence[str] = (),
+    first: int = 0,
+    *,
+    task: bool = False,
+) -> Trace | None:
+    """Export ``model`` with as many dynamic axes as it allows.
+
+    Args:
+        model: In eval mode.
+        arguments: The call to trace.
+        dynamic_shapes: None for every axis; else input name to a mapping of axis to a name (or to
+            a ``torch.export.Dim``), or a sequence of such mappings in the order of the inputs.
+            Axes that it leaves out are fixed; those that it names have to be dynamic.
+        failed: What came of the ways that were tried already: reasons of the axes that stay fixed.
+        first: Which way to try first.
+        task: Whether a task has made ``dynamic_shapes``, not the user.
+
+    Returns:
+        The first that works; None if ``first`` is beyond the last.
+
+    Raises:
+        ExportError: torch.export cannot capture the model, with its reason.
+    """
+    labels = given_names(dynamic_shapes, arguments)
+    extras = model.extras()
+    failures = list(failed)
+    attempts = list(enumerate(_attempts(arguments, dynamic_shapes, labels, task=task)))[first:]
+    if not attempts:
+        return None
+    for attempt, (description, specs) in attempts:
+        try:
+            with (
+                torch.no_grad(),
+                watched(model.model) as witness,
+                FiniteValues(model.model) as values,
+            ):
+                program = torch.export.export(
+                    model,
+                    (*arguments.tensors, *(extra.example for extra in extras)),
+                    dynamic_shapes=((*specs, *(extra.dims for extra in extras)),),
+                    strict=False,
+                )
+        except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
+            reason = reason_of_failure(error, witness, arguments.names, arguments.tensors)
+            failures.append(f"{description}: {reason}")
+            last = error
+            continue
+        if len(failures) > len(failed):  # who has those before has told of them
+            _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
+        fixed = _Fixed(failures, witness, task)
+        found = _read(program, arguments, specs, labels, extras, fixed)
+        return dataclasses.replace(
+            found, description=description, attempt=attempt, finite=tuple(values.places)
+        )
+    raise ExportError(
+        f"torch.export cannot capture {type(model.model).__name__} ({together(failures)})"
+    ) from last
+
+
+def _attempts(
+    arguments: Arguments,
+    dynamic_shapes: object,
+    labels: Sequence[Mapping[int, Any]],
+    *,
+    task: bool,
+) -> list[tuple[str, tuple[dict[int, Any], ...]]]:
+    tensors = arguments.tensors
+    if dynamic_shapes is not None:
+        # Named axes are a demand: Dim.DYNAMIC fails where Dim.AUTO would quietly fix the axis.
+        wanted = tuple(
+            {axis: Dim.DYNAMIC if axis in named else Dim.STATIC for axis in range(tensor.ndim)}
+            for tensor, named in zip(tensors, labels, strict=True)
+        )
+        named = "the axes of the task" if task else "the given dynamic_shapes"
+        return [(f"with {named}", wanted)]
+    every = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
+    batch = tuple(
+        {axis: Dim.STATIC if axis else Dim.AUTO for axis in range(tensor.ndim)}
+        for tensor in tensors
+    )
+    fixed = tuple(dict.fromkeys(range(tensor.ndim), Dim.STATIC) for tensor in tensors)
+    return [
+        ("with every axis dynamic", every),
+        ("with the first axis dynamic", batch),
+        ("with fixed axes", fixed),
+    ]
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """Why axes are fixed.
+
+    Attributes:
+        failures: What came of the ways to trace with more dynamic axes.
+        witness: What became of those that were offered.
+        task: Whether a task has said which are dynamic.
+    """
+
+    failures: Sequence[str]
+    witness: Witness
+    task: bool
+
+    def reason(self, size: int, dim: Any, spec: object) -> str:
+        """Of one axis: its size in the example and in the program, and what it was offered as."""
+        if spec is not Dim.STATIC:
+            if size == 1:
+                return "the example has size 1 here, which torch.export takes for a constant"
+            place = self.witness.place(dim)
+            because = "" if place is None else f": {place}"
+            return f"the model works with size {size} only{because}"
+        if self.failures:
+            return f"the export failed {together(self.failures)}"
+        return "not one that the task varies" if self.task else "not in dynamic_shapes"
+
+
+def _read(
+    program: ExportedProgram,
+    arguments: Arguments,
+    specs: Sequence[Mapping[int, Any]],
+    labels: Sequence[Mapping[int, str]],
+    extras: tuple[Extra, ...],
+    fixed: _Fixed,
+) -> Trace:
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    shapes = [values[name].shape for name in program.graph_signature.user_inputs]
+    highs = {
+        str(symbol): int(limits.upper)
+        for symbol, limits in program.range_constraints.items()
+        if limits.upper.is_Integer
+    }
+    symbols: dict[str, str] = {}
+    rows: list[tuple[Axis, ...]] = []
+    batch = next((tensor.shape[0] for tensor in arguments.tensors if tensor.ndim), 0)
+    own = shapes[: len(arguments.names)]
+    inputs = zip(arguments.names, arguments.tensors, own, specs, labels, strict=True)
+    for name, tensor, shape, spec, label in inputs:
+        row = []
+        for axis, (size, dim) in enumerate(zip(tensor.shape, shape, strict=True)):
+            symbol = str(dim)
+            if symbol.isdigit():  # an int, or a SymInt that the model made constant
+                row.append(Axis(size, reason=fixed.reason(size, dim, spec[axis])))
+                continue
+            if symbol not in symbols:
+                wanted = label.get(axis) or axis_name(name, axis, tensor)
+                shared = axis in label or (axis == 0 and size == batch)
+                taken = wanted in symbols.values() and not shared
+                symbols[symbol] = f"{name}_{wanted}" if taken else wanted
+            row.append(Axis(size, symbols[symbol], symbol, highs.get(symbol)))
+        rows.append(tuple(row))
+    others = {
+        str(shape[extra.named_axis]): str(extra.labels[extra.named_axis])
+        for extra, shape in zip(extras, shapes[len(own) :], strict=True)
+        if extra.named_axis is not None
+    }
+    return Trace(program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=others)

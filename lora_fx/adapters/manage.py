@@ -1,0 +1,327 @@
+"""Several adapters on one model: added, switched, taken away.
+
+Switching edits graphs: the branches of the active adapters are inserted into the graphs that the model had
+before any adapter, so that one that is not active costs nothing when the model runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_fx.adapters.switching import (
+    base_capture,
+    check_known,
+    check_regions,
+    check_together,
+    leave,
+    put_in,
+    run_with,
+    take_out,
+)
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.errors import ConfigError
+from lora_fx.ir.record import AdapterRecord, Choice, require_record
+from lora_fx.passes.parameters.compiled import inside, without_wrappers
+from lora_fx.passes.parameters.factors import adapter_parameters, drop_factors
+from lora_fx.passes.parameters.own import base_parameters, own_value, place_base, put_back
+from lora_fx.passes.pipeline import added, check_config, check_trains
+from lora_fx.passes.plan.planning import make_plan
+from lora_fx.runtime.ops import check_adapter_name
+
+__all__ = [
+    "active_adapters",
+    "adapter_ids",
+    "adapter_names",
+    "adapter_record",
+    "add_adapter",
+    "delete_adapter",
+    "disable_adapter",
+    "note_start",
+    "put_adapter",
+    "set_adapter",
+    "the_adapter",
+]
+
+
+@inside
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a rewritten model's adapters, in the order in which they were added.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+    """
+    return tuple(require_record(model).adapters)
+
+
+@inside
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of those that the model runs with.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+    """
+    return require_record(model).active
+
+
+def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
+    """What is known of one adapter.
+
+    Raises:
+        ConfigError: If the model is not rewritten, or has no such adapter.
+    """
+    record = require_record(model)
+    check_known(record, [adapter_name])
+    return record.adapters[adapter_name]
+
+
+def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """The adapter that is meant: one that is named, or else the only one, or the only active one.
+
+    Raises:
+        ConfigError: If the model is not rewritten, has no such adapter, or several could be meant.
+    """
+    record = require_record(model)
+    if adapter_name is not None:
+        check_known(record, [adapter_name])
+        return adapter_name
+    for names in (tuple(record.adapters), record.choice.names):
+        if len(names) == 1:
+            return names[0]
+    has = ", ".join(map(repr, record.adapters)) or "none"
+    active = ", ".join(map(repr, record.choice.names)) or "none"
+    raise ConfigError(
+        f"adapter_name: say which adapter is meant: the model has {has}; active: {active}"
+    )
+
+
+@inside
+def add_adapter(
+    model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
+) -> nn.Module:
+    """Puts one more adapter on a rewritten model. It is not active until :func:`set_adapter` makes it so.
+
+    Args:
+        model: A rewritten model. It is changed.
+        config: What to adapt; it need not be what another adapter adapts.
+        adapter_name: Its name.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigError: If the model is not rewritten, the name is taken or cannot be one, or the adapter
+            and another one both train biases (``bias``).
+        NoMatchError, PartialMatchError: As :func:`lora_fx.rewrite`.
+    """
+    check_config(config)
+    put_adapter(model, config, adapter_name, strict=strict)
+    return model
+
+
+def put_adapter(
+    model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
+) -> AdapterRecord:
+    """:func:`add_adapter`, for those who want to know what became of it."""
+    check_adapter_name(adapter_name)
+    record = require_record(model)
+    if adapter_name in record.adapters:
+        raise ConfigError(
+            f"there is an adapter {adapter_name!r} already: choose another name, or take that one away "
+            "with lora_fx.delete_adapter"
+        )
+    if config.bias != "none":
+        for name, other in record.adapters.items():
+            if other.config.bias != "none":
+                raise ConfigError(
+                    f"bias={config.bias!r}: the adapter {name!r} trains biases of the base already, and "
+                    "one adapter at most can: give bias='none'"
+                )
+    capture = base_capture(model, record)
+    take_out(model, record)
+    before = base_parameters(model)
+    try:
+        plan = make_plan(capture, record.base.matches, config, strict=strict)
+        check_trains(plan)
+        check_regions(capture, (*plan.sites, *plan.tokens))
+        record = added(capture, record, plan, adapter_name)
+        new = record.adapters[adapter_name]
+        place_base(model, adapter_name, new.own, record.originals)
+    except BaseException:
+        drop_factors(model, adapter_name)
+        put_back(model, before)
+        raise
+    finally:
+        put_in(model, require_record(model))
+    _freeze(model, adapter_name, new)
+    model.__dict__["_lora_fx"] = record
+    return new
+
+
+@inside
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    *,
+    inference_mode: bool = False,
+    per_sample: bool = False,
+) -> None:
+    """Makes adapters active, and all others inactive.
+
+    The branches of several active adapters are added up. The parameters of active adapters want a
+    gradient, those of others do not. Inside :func:`disable_adapter` or :func:`adapter_ids` that is so at
+    once, and the model runs with them afterwards.
+
+    Args:
+        model: A rewritten model. Its graphs are edited; a compiled one is compiled anew.
+        adapter_name: One name, or several. None of them (an empty list) leaves the base.
+        inference_mode: Whether the active ones are frozen, too.
+        per_sample: Whether each sample of a batch has one of them (or none) instead of all. Which
+            sample has which is said by :func:`adapter_ids`, inside which the model then has to be called.
+
+    Raises:
+        ConfigError: If there is no such adapter, a name is there twice, two of them have something in
+            the place of the same parameter of the base, or (``per_sample``) one has something in the
+            place of any, or a site whose rows are not samples. The model is as it was then.
+    """
+    record = require_record(model)
+    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    check_known(record, names)
+    check_together(record, names, per_sample)
+    run_with(model, dataclasses.replace(record, chosen=Choice(names, per_sample)), anew=True)
+    for name, adapter in record.adapters.items():
+        if name in names and not inference_mode:
+            _unfreeze(model, name, adapter)
+        else:
+            _freeze(model, name, adapter)
+
+
+@inside
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter off a model.
+
+    Args:
+        model: A rewritten model.
+        adapter_name: An adapter that is not active.
+
+    Raises:
+        ConfigError: If there is no such adapter, or it is active.
+    """
+    record = require_record(model)
+    check_known(record, [adapter_name])
+    if any(adapter_name in block.names for block in record.blocks):
+        raise ConfigError(
+            f"the adapter {adapter_name!r} is one of those that samples have in a "
+            "`with lora_fx.adapter_ids(...)` block: leave that first"
+        )
+    if adapter_name in record.active:
+        raise ConfigError(
+            f"the adapter {adapter_name!r} is active: activate another one first, with "
+            "lora_fx.set_adapter(model, name), or none, with an empty list"
+        )
+    drop_factors(model, adapter_name)
+    chosen = record.chosen
+    if chosen is not None:
+        names = tuple(name for name in chosen.names if name != adapter_name)
+        chosen = dataclasses.replace(chosen, names=names)
+    adapters = {name: one for name, one in record.adapters.items() if name != adapter_name}
+    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters, chosen=chosen)
+
+
+def note_start(model: nn.Module, adapter_name: str) -> None:
+    """Notes that an adapter has its values, and waits for no data any more."""
+    record = require_record(model)
+    entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
+    adapters = {**record.adapters, adapter_name: entry}
+    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model, for as long as the context lasts: no branch, and the base's own parameters.
+
+    Adapters keep their values, and want a gradient afterwards if they did before. Contexts nest:
+    inside this one the model is the base also where :func:`adapter_ids` names adapters, and what
+    :func:`set_adapter` chooses counts afterwards.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+    """
+    with _inside_block(model, Choice()):
+        yield model
+
+
+@contextmanager
+def adapter_ids(
+    model: nn.Module, ids: Sequence[str | None], *, repeats: int = 1
+) -> Iterator[nn.Module]:
+    """Gives each sample of a batch its own adapter, for as long as the context lasts.
+
+    Every adapter's branch computes with the rows of its own samples only. If the model is not prepared
+    for that with ``set_adapter(model, names, per_sample=True)``, its graphs are edited on the way in and
+    out again. Serving loops prepare it once: then only indices change. Contexts nest: the innermost says
+    which, unless :func:`disable_adapter` is around it; what :func:`set_adapter` chooses counts afterwards.
+
+    Args:
+        model: A rewritten model whose arguments have the samples as their first dimension, and whose
+            activations have them there, one after the other. The first call of each form and range
+            of sizes is followed to see that; later ones cost nothing.
+        ids: The name of an adapter for each sample; None for the base model.
+        repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
+            ``num_return_sequences``, whichever is larger. A batch of so many times the samples is
+            taken, too.
+
+    Raises:
+        ConfigError: If there is no such adapter, one has something in the place of a parameter of the
+            base, or a site whose rows are not samples; and when the model is called, if the batch has
+            another number of samples, a site reads rows that are not seen to be those of sample after
+            sample (positions, sequence first, a batch that is doubled inside), samples are mixed, or a call
+            of a new form cannot be followed (by a compiler): call the model itself once before.
+    """
+    if isinstance(ids, str) or not ids:
+        raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
+    if type(repeats) is not int or repeats < 1:
+        raise ConfigError(f"repeats: found {repeats!r}; a whole number of at least 1 is needed")
+    names = tuple(dict.fromkeys(name for name in ids if name is not None))
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        check_known(record, names)
+        check_together(record, names, per_sample=True)
+    with _inside_block(model, Choice(names, True, tuple(ids), repeats)):
+        yield model
+
+
+@contextmanager
+def _inside_block(model: nn.Module, block: Choice) -> Iterator[None]:
+    """Lets a block count until it is left, in whatever order blocks are left."""
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        run_with(
+            inner, dataclasses.replace(record, chosen=record.choice, blocks=(*record.blocks, block))
+        )
+    try:
+        yield
+    finally:
+        with without_wrappers(model, leaving=True) as inner:
+            leave(inner, block)
+
+
+def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(False)
+    for own in adapter.own:
+        own_value(model, name, own).requires_grad_(False)
+
+
+def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(True)
+    # A weight that an initialisation has changed, or that came with a folder, is its own and frozen.
+    weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
+    for own in adapter.own:
+        value = own_value(model, name, own)
+        value.requires_grad_(own not in weights and value.is_floating_point())

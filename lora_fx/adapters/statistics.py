@@ -1,0 +1,170 @@
+"""What CorDA and LoRA-GA want to know of a model: second moments of inputs, gradients of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.adapters.batches import Forward, called, counted, loss_of, on_device
+from lora_fx.adapters.switching import base_capture
+from lora_fx.errors import ConfigError
+from lora_fx.ir.record import Record
+from lora_fx.ir.values import PlannedSite
+from lora_fx.passes.graph.region import install
+from lora_fx.passes.insert.observe import See, observed
+from lora_fx.passes.parameters.own import base_parameters, put_back
+from lora_fx.passes.pipeline import running
+
+__all__ = ["Report", "device_of", "gradients", "moments", "show_inputs"]
+
+Report = Callable[[int | None, str], None]
+"""Is told how many batches are done (None: as many as before), and what is being done."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
+
+
+def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...], see: See) -> None:
+    """From now on a model with no active adapter shows what sites read.
+
+    Layers that are written out, and would apply weights where nothing sees it, run their graphs.
+    """
+    capture = base_capture(model, record)
+    seen = {region.key: region for region in observed(capture, rows, see)}
+    capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
+    install(running(capture, rows))
+
+
+def moments(
+    model: nn.Module,
+    record: Record,
+    rows: tuple[PlannedSite, ...],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    report: Report,
+    *,
+    half: bool,
+) -> dict[str, torch.Tensor]:
+    """The mean of ``XᵀX`` over all calls, each X [n, in] divided by its largest value, by site.
+
+    Args:
+        model: A rewritten model with no active adapter. Its graphs are other ones afterwards.
+        record: Its record.
+        rows: The sites.
+        batches: The data.
+        forward: How to call the model.
+        report: Is told of every batch.
+        half: Whether to compute in the inputs' own dtype, not in fp32 (``use_float16_for_covariance``).
+
+    Raises:
+        ConfigError: If an input is not finite, or a site is not run.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = dict.fromkeys((row.name for row in rows), 0)
+
+    def see(row: PlannedSite, x: torch.Tensor) -> None:
+        x = x if half else x.float()
+        # PEFT's measure; the largest magnitude where no value is above zero.
+        largest = x.max().abs()
+        x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
+        product = x.T @ x
+        if not torch.isfinite(product).all():
+            raise ConfigError(f"{row.name}: the model gives it inputs that are not finite")
+        sums[row.name] = sums[row.name] + product if row.name in sums else product
+        counts[row.name] += 1
+
+    show_inputs(model, record, rows, see)
+    with torch.no_grad():
+        for number, batch in counted(batches):
+            report(number, "collecting second moments")
+            called(model.eval(), on_device(batch, device_of(model)), number, forward)
+    _check_run(counts)
+    return {name: value / counts[name] for name, value in sums.items()}
+
+
+def gradients(
+    model: nn.Module,
+    rows: tuple[PlannedSite, ...],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    report: Report,
+) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss, by weight: fp32, on the CPU.
+
+    Every gradient goes to the CPU as soon as it is there: the device never holds more than one.
+
+    Args:
+        model: A rewritten model with no active adapter.
+        rows: The sites.
+        batches: The data.
+        forward: How to call the model.
+        loss_fn: The loss of an output and a batch.
+        report: Is told of every batch.
+
+    Raises:
+        ConfigError: If a gradient is not finite, there is no loss, or a weight has no gradient.
+    """
+    before = base_parameters(model)
+    wanted = {id(p): p.requires_grad for p in model.parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = dict.fromkeys((row.site.weight for row in rows), 0)
+    try:
+        model.requires_grad_(False)
+        for name in counts:
+            _replace(model, name, _adding(name, sums, counts))
+        seen = 0
+        for number, batch in counted(batches):
+            report(number, "collecting gradients")
+            batch = on_device(batch, device_of(model))
+            with torch.enable_grad():
+                output = called(model.train(), batch, number, forward)
+                torch.autograd.backward(loss_of(output, batch, loss_fn))
+            seen = number + 1
+    finally:
+        put_back(model, before)
+        for parameter in model.parameters():
+            parameter.requires_grad_(wanted[id(parameter)])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    _check_run(counts)
+    return {name: value / seen for name, value in sums.items()}
+
+
+def _replace(model: nn.Module, name: str, hook: Callable[[torch.Tensor], None]) -> None:
+    """A leaf over the same values in the place of a weight: what is tied to that has no part in it."""
+    owner, _, leaf = name.rpartition(".")
+    weight: Any = nn.Parameter(model.get_parameter(name).detach(), requires_grad=True)
+    weight.register_post_accumulate_grad_hook(hook)
+    model.get_submodule(owner)._parameters[leaf] = weight
+
+
+def _adding(
+    name: str, sums: dict[str, torch.Tensor], counts: dict[str, int]
+) -> Callable[[torch.Tensor], None]:
+    def add(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        value = weight.grad.to("cpu", torch.float32)
+        weight.grad = None
+        if not torch.isfinite(value).all():
+            raise ConfigError(f"{name}: its gradient is not finite")
+        sums[name] = sums[name].add_(value) if name in sums else value.clone()
+        counts[name] += 1
+
+    return add
+
+
+def _check_run(counts: Mapping[str, int]) -> None:
+    idle = [name for name, count in counts.items() if count == 0]
+    if idle:
+        raise ConfigError(
+            f"the data does not reach {', '.join(idle[:5])}: give batches that do, or leave it out with "
+            "exclude_modules"
+        )

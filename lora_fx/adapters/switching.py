@@ -1,0 +1,242 @@
+"""Which adapters a model runs with: graphs are made anew of those without branches, parameters change places.
+
+What counts is what :func:`lora_fx.set_adapter` has chosen, and what the ``with`` blocks around it say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.ir.record import Choice, Record, require_record
+from lora_fx.ir.values import Capture, PlannedSite, PlannedTokens, module_of
+from lora_fx.passes.capture.decompositions import written_out
+from lora_fx.passes.graph.region import install, is_region, uninstall
+from lora_fx.passes.insert.select_rows import ROWS, check_rows
+from lora_fx.passes.parameters.intact import check_intact
+from lora_fx.passes.parameters.own import place_base, place_own
+from lora_fx.passes.pipeline import branch_passes, run_passes, running
+from lora_fx.runtime import watch
+from lora_fx.runtime.sample_calls import unwatch_calls, watch_calls
+from lora_fx.runtime.samples import SampleRows
+
+__all__ = [
+    "base_capture",
+    "check_known",
+    "check_regions",
+    "check_together",
+    "leave",
+    "put_in",
+    "run_with",
+    "take_out",
+    "wanted_of",
+]
+
+
+def base_capture(model: nn.Module, record: Record) -> Capture:
+    """A rewritten model as it was captured: its graphs without branches.
+
+    What has been taken off since, or replaced, is left out.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    regions = {}
+    for key in record.base.graphs:
+        fqn = module_of(key)
+        module = modules.get(fqn)
+        if module is None or not (is_region(module) or (fqn and written_out(module))):
+            continue
+        regions[key] = record.base.region(key, module, record.frontend)
+    return Capture(model, regions, record.frontend, record.base.notes)
+
+
+def check_known(record: Record, names: Collection[str]) -> None:
+    """Refuses names that no adapter has, and one that is there twice.
+
+    Raises:
+        ConfigError: If there is such a name.
+    """
+    for name in names:
+        if name not in record.adapters:
+            has = ", ".join(map(repr, record.adapters)) or "none"
+            raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"an adapter is named twice: {', '.join(map(repr, names))}")
+
+
+def check_together(record: Record, names: Sequence[str], per_sample: bool) -> None:
+    """Refuses adapters of which a model has one at a time, or a batch.
+
+    Raises:
+        ConfigError: If two have something in the same place of the base, or (``per_sample``) one has any.
+    """
+    for name in names if per_sample else ():
+        check_rows(record.adapters[name].sites)
+        for parameter in record.adapters[name].own:
+            raise ConfigError(
+                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialisation that "
+                "changed the base): a batch has one value of it, so that samples cannot choose"
+            )
+        for tokens in record.adapters[name].tokens:
+            raise ConfigError(
+                f"{name!r} trains rows of {tokens.name} (trainable_token_indices), which a batch has one "
+                "value of: choose one adapter for the whole batch"
+            )
+    _check_tokens(record, names)
+    owners: dict[str, str] = {}
+    for name in names:
+        for parameter in record.adapters[name].own:
+            if owners.setdefault(parameter, name) != name:
+                raise ConfigError(
+                    f"{owners[parameter]!r} and {name!r} cannot be active together: each has its own "
+                    f"{parameter} (modules_to_save, bias, or an initialisation that changed the base)"
+                )
+
+
+def _check_tokens(record: Record, names: Sequence[str]) -> None:
+    """Rows that are replaced are nobody else's."""
+    for name in names:
+        for tokens in record.adapters[name].tokens:
+            for other in names:
+                if other != name and any(
+                    place.site.weight == tokens.site.weight
+                    for place in record.adapters[other].places
+                ):
+                    raise ConfigError(
+                        f"{name!r} and {other!r} cannot be active together: {name!r} has rows of its own in "
+                        f"{tokens.name} (trainable_token_indices), and {other!r} adapts it"
+                    )
+
+
+def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens]) -> None:
+    """Refuses places of which no graph is left: a branch could be put nowhere.
+
+    Raises:
+        CaptureError: If there is one.
+    """
+    for row in rows:
+        if not any(call.region in capture.regions for call in row.site.calls):
+            region = module_of(row.site.calls[0].region) or "the model"
+            raise CaptureError(
+                f"{row.name}: the graph of {region} has been taken off since the rewrite, because an "
+                "attribute that it was made for was set, or the module was replaced: rewrite the original "
+                "model with that change"
+            )
+
+
+def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
+    """Lets a model run with what a record says.
+
+    Args:
+        model: A rewritten model.
+        record: What it is to become. Its choice and its blocks count, not what it says to be active.
+        anew: Whether to make graphs anew also where they serve as they are.
+
+    Raises:
+        ConfigError, CaptureError: If that cannot be. The model is as it was then.
+    """
+    before, wanted = require_record(model), wanted_of(record)
+    record = dataclasses.replace(
+        record,
+        active=before.active,
+        per_sample=before.per_sample,
+        chosen=record.choice if record.blocks else None,
+    )
+    if anew or (wanted.names, wanted.per_sample) != (before.active, before.per_sample):
+        _edit(model, record, wanted)
+    else:
+        model.__dict__["_lora_fx"] = record
+    _assign(model, wanted)
+
+
+def leave(model: nn.Module, block: Choice) -> None:
+    """Lets a block count no longer, also where what counted before cannot be had any more.
+
+    Raises:
+        CaptureError: In that case. The model then goes on with what it has.
+    """
+    record = require_record(model)
+    blocks = tuple(one for one in record.blocks if one is not block)
+    record = dataclasses.replace(record, chosen=record.choice, blocks=blocks)
+    try:
+        run_with(model, record)
+    except BaseException:
+        chosen = record.chosen if blocks else None
+        model.__dict__["_lora_fx"] = dataclasses.replace(record, chosen=chosen)
+        raise
+
+
+def wanted_of(record: Record) -> Choice:
+    """What a model is to run with: the base if some block disables adapters, else what the innermost says.
+
+    Graphs that have a branch for each adapter that samples name serve them as they are.
+    """
+    if any(not block.ids for block in record.blocks):
+        return Choice()
+    wanted = record.choice
+    for block in record.blocks:
+        served = wanted.per_sample and set(block.names) <= set(wanted.names)
+        wanted = dataclasses.replace(block, names=wanted.names if served else block.names)
+    return wanted
+
+
+def _assign(model: nn.Module, wanted: Choice) -> None:
+    """Says which sample of a batch has which adapter, or that nobody has said."""
+    ids, rows = wanted.ids, {}
+    for name in dict.fromkeys(one for one in ids if one is not None):
+        rows[name] = torch.tensor([place for place, one in enumerate(ids) if one == name])
+    for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
+        holder.assign(len(ids), rows, wanted.repeats)
+
+
+def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:
+    """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
+    check_intact(model, require_record(model))
+    names, per_sample = wanted.names, wanted.per_sample
+    rows = tuple(row for name in names for row in record.adapters[name].sites)
+    capture = base_capture(model, record)
+    adapters = {name: record.adapters[name] for name in names}
+    places = tuple(place for one in adapters.values() for place in one.places)
+    check_regions(capture, places)
+    passes = branch_passes(adapters, optimize=record.optimize, per_sample=per_sample)
+    edited = run_passes(capture, passes)
+    regions = tuple(running(edited, places))
+    take_out(model, record)
+    for key in capture.regions.keys() - {region.key for region in regions}:
+        uninstall(capture.regions[key].module)
+    install(regions)
+    _place_rows(model, rows, names if per_sample else ())
+    record = dataclasses.replace(record, active=names, per_sample=per_sample)
+    put_in(model, record)
+    model.__dict__["_lora_fx"] = record
+    watch.arm(model)
+
+
+def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
+    """Puts the one table of samples beside the factors of every site, or takes it away."""
+    unwatch_calls(model)
+    for module in model.modules():
+        # A script module has its children in something that gives none of them up.
+        if ROWS in module._modules:
+            del module._modules[ROWS]
+    if names:
+        device = next(model.parameters()).device
+        table = SampleRows(names, device)
+        for row in rows:
+            model.get_submodule(row.site.holder).add_module(ROWS, table)
+        watch_calls(model, table)
+
+
+def take_out(model: nn.Module, record: Record) -> None:
+    """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
+    for name in record.active:
+        place_base(model, name, record.adapters[name].own, record.originals)
+
+
+def put_in(model: nn.Module, record: Record) -> None:
+    """Puts what the active adapters have beside the base into it."""
+    for name in record.active:
+        place_own(model, name, record.adapters[name].own)

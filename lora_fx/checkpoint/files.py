@@ -1,0 +1,164 @@
+"""The files of an adapter folder: read without running anything, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import safetensors
+import safetensors.torch
+import torch
+
+from lora_fx.config.lora_config import CONFIG_NAME, LoraConfig
+from lora_fx.errors import CheckpointError
+
+__all__ = ["PICKLE_NAME", "WEIGHTS_NAME", "read_tensors", "write_folder"]
+
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PICKLE_NAME: Final = "adapter_model.bin"
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads the tensors of an adapter, from a pickle only if it can hold nothing else.
+
+    Returns:
+        Tensors on the CPU by key, as they are in the file, and the file's metadata.
+
+    Raises:
+        CheckpointError: If there is no file, it is damaged, or a pickle that could run code.
+    """
+    path = folder / WEIGHTS_NAME
+    if path.is_file():
+        try:
+            tensors = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                return tensors, dict(file.metadata() or {})
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or damaged ({error}); copy or save the adapter again"
+            ) from error
+    path = folder / PICKLE_NAME
+    if path.is_file():
+        return _read_pickle(path), {}
+    raise CheckpointError(
+        f"{folder} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; save the adapter again"
+    )
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    *,
+    notes: Mapping[str, str] | None = None,
+    force: bool,
+) -> None:
+    """Writes ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Both are written into a temporary folder first (inside the target, so that they are on its file
+    system) and then moved. After an error the folder is as it was before.
+
+    Args:
+        folder: Made if it is not there.
+        tensors: Contiguous, on the CPU, none sharing storage with another.
+        config: What to write as the configuration.
+        notes: Further metadata of the file of tensors.
+        force: Whether an adapter that is there already may be replaced.
+
+    Raises:
+        CheckpointError: If an adapter is there and ``force`` is False, or the files cannot be
+            written.
+    """
+    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) if (folder / name).exists()]
+    if there and not force:
+        raise CheckpointError(
+            f"{folder} holds an adapter already ({', '.join(there)}); give another folder, or "
+            "force=True to replace it"
+        )
+    try:
+        with _made(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+            staged = Path(name, "new")
+            staged.mkdir()
+            safetensors.torch.save_file(
+                dict(tensors), staged / WEIGHTS_NAME, metadata={"format": "pt", **(notes or {})}
+            )
+            _flush(staged / WEIGHTS_NAME)
+            config.save_pretrained(staged)
+            _place(staged, folder, Path(name, "old"))
+    except (OSError, safetensors.SafetensorError, CheckpointError) as error:
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        raise CheckpointError(
+            f"the adapter cannot be written to {folder} ({cause or error}); what was there before "
+            "is unchanged. Give a folder that is writable and has room"
+        ) from (cause or error)
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is refused: it does not load with torch.load(weights_only=True), so it is "
+            "damaged, or a pickle that can run any code. Get the adapter as "
+            f"{WEIGHTS_NAME} from where it was made"
+        ) from error
+    if not isinstance(values, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in values.items()
+    ):
+        raise CheckpointError(f"{path} does not hold tensors by name; save the adapter again")
+    return values
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents; takes away again what it made if the body fails."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in missing:
+            if one.is_dir() and not any(one.iterdir()):
+                one.rmdir()
+        raise
+
+
+def _flush(path: Path) -> None:
+    # A full disk may show itself only here.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _place(staged: Path, folder: Path, kept: Path) -> None:
+    """Moves every file of ``staged`` into ``folder``; all of them, or none."""
+    kept.mkdir()
+    names = [path.name for path in staged.iterdir()]
+    for name in names:
+        if (folder / name).exists():
+            _keep(folder / name, kept / name)
+    placed: list[str] = []
+    try:
+        for name in names:
+            (staged / name).replace(folder / name)
+            placed.append(name)
+    except BaseException:
+        for name in placed:
+            if (kept / name).exists():
+                (kept / name).replace(folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """A second name for a file, where the file system has such, or a copy."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)

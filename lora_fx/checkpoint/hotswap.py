@@ -1,0 +1,253 @@
+"""Puts other values into an adapter in place: a compiled model goes on running as it is.
+
+Compiled code depends on shapes and on the scales that are constants of the graphs. An adapter of less rank is
+padded with zeros, and one of another scale has the ratio of both in its B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.manage import (
+    adapter_names,
+    adapter_record,
+    delete_adapter,
+    note_start,
+    the_adapter,
+)
+from lora_fx.checkpoint.checkpoint_tensors import write
+from lora_fx.checkpoint.folder import load_adapter
+from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.ir.record import AdapterRecord, require_record
+from lora_fx.ir.values import PlannedSite
+from lora_fx.passes.insert.place_starts import start_factors
+from lora_fx.passes.parameters.compiled import inside
+from lora_fx.passes.parameters.factors import SiteFactors, factors_of
+from lora_fx.passes.parameters.own import own_value
+from lora_fx.passes.parameters.tokens import tokens_of
+from lora_fx.passes.patterns.registry import pattern_of
+
+__all__ = ["hotswap_adapter", "prepare_hotswap"]
+
+
+@inside
+def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None) -> nn.Module:
+    """Gives an adapter room for others of a higher rank: its factors are padded with zeros.
+
+    What it computes stays the same, and so does its scale. Shapes change: do it before ``torch.compile``, and
+    before the first step of an optimizer, which keeps tensors of the old shape. Gradients are dropped.
+
+    Args:
+        model: A rewritten model. It is changed.
+        rank: The highest rank that will be swapped in.
+        adapter_name: Which adapter; by default the only one, or the only active one.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigError: If there is no such adapter, several could be meant, the rank is below one that it has,
+            or the groups of a convolution do not divide it.
+    """
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"rank: found {rank!r}; a rank is a whole number of at least 1")
+    adapter_name = the_adapter(model, adapter_name)
+    old = adapter_record(model, adapter_name)
+    for row in old.sites:
+        if rank < row.rank:
+            raise ConfigError(f"{row.name} has rank {row.rank}: rank={rank} gives it less room")
+        if rank % row.site.groups:
+            raise ConfigError(
+                f"{row.name} has {row.site.groups} groups, which do not divide {rank}"
+            )
+    for row in old.sites:
+        if not row.tied:
+            _widen(model, row, adapter_name, rank)
+    rows = tuple(_of_rank(row, rank, old.config.use_rslora) for row in old.sites)
+    record = require_record(model)
+    new = dataclasses.replace(old, sites=rows)
+    model.__dict__["_lora_fx"] = dataclasses.replace(
+        record, adapters={**record.adapters, adapter_name: new}
+    )
+    return model
+
+
+@inside
+def hotswap_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None
+) -> nn.Module:
+    """Puts the values of an adapter folder into an adapter of the model, without a change of any shape.
+
+    The folder's adapter may have less rank, another scale and fewer sites: a site that it lacks then adds
+    nothing. :func:`prepare_hotswap` makes room for higher ranks.
+
+    Args:
+        model: A rewritten model. A compiled one is not compiled anew.
+        directory: As for :func:`lora_fx.load_adapter`.
+        adapter_name: The adapter whose values are replaced, active or not; by default the only one, or the
+            only active one.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        CheckpointError: As :func:`lora_fx.load_adapter`; and if the folder's adapter has a site, a rank, a
+            variant or a trained parameter that the model's has no place for: all are listed, and nothing
+            was changed.
+        ConfigError: If there is no such adapter, several could be meant, or it trains biases of the base.
+    """
+    adapter_name = the_adapter(model, adapter_name)
+    there = adapter_record(model, adapter_name)
+    if there.biases:
+        raise ConfigError(
+            f"adapter {adapter_name!r} trains biases of the base (bias={there.config.bias!r}), of which a "
+            "model has one adapter at most, so that no other can be swapped in; "
+            "lora_fx.load_adapter(model, directory, adapter_name=...) replaces the values of one of the same "
+            "shape"
+        )
+    incoming = _free_name(model, adapter_name)
+    # Buffers are the model's, not an adapter's: loading writes them before anything is compared.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    load_adapter(model, directory, adapter_name=incoming)
+    try:
+        new = adapter_record(model, incoming)
+        if problems := sorted(_problems(model, there, adapter_name, new, incoming)):
+            for name, buffer in buffers.items():
+                write(model.get_buffer(name), buffer)
+            raise CheckpointError(
+                f"the adapter in {os.fspath(directory)} cannot be swapped into {adapter_name!r}; nothing "
+                "was changed:\n  " + "\n  ".join(problems)
+            )
+        rows = {row.name: row for row in new.sites}
+        for row in there.sites:
+            _swap(model, row, adapter_name, rows.get(row.name), incoming)
+        for name in new.own:
+            write(own_value(model, adapter_name, name), own_value(model, incoming, name).detach())
+        for tokens in new.tokens:
+            write(
+                tokens_of(model, tokens, adapter_name), tokens_of(model, tokens, incoming).detach()
+            )
+    finally:
+        delete_adapter(model, incoming)
+    note_start(model, adapter_name)
+    return model
+
+
+def _free_name(model: nn.Module, name: str) -> str:
+    name = f"{name}_incoming"
+    while name in adapter_names(model):
+        name += "_"
+    return name
+
+
+def _problems(
+    model: nn.Module, there: AdapterRecord, name: str, new: AdapterRecord, incoming: str
+) -> Iterator[str]:
+    rows = {row.name: row for row in there.sites}
+    for row in new.sites:
+        place = rows.get(row.name)
+        if place is None:
+            yield f"{row.name}: the model's adapter is not there"
+        elif row.rank > place.rank:
+            yield (
+                f"{row.name}: rank {row.rank}, and there is room for {place.rank}: call "
+                f"lora_fx.prepare_hotswap(model, {row.rank}) before the model is compiled"
+            )
+        elif (row.dora, row.lora_bias, bool(row.tied)) != (
+            place.dora,
+            place.lora_bias,
+            bool(place.tied),
+        ):
+            yield f"{row.name}: the variants differ (use_dora, lora_bias, ensure_weight_tying)"
+        elif place.scale == 0:
+            yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
+        elif start_factors(model, row, incoming) or start_factors(model, place, name):
+            yield f"{row.name}: an initialisation changed the base: save that adapter converted"
+    names = {row.name for row in new.sites}
+    for row in there.sites:
+        if row.dora and row.name not in names:
+            yield f"{row.name}: the folder has no magnitude for it"
+        if row.tied and row.tied in names and row.name not in names:
+            yield f"{row.name}: the folder's adapter of {row.tied} is not tied to it (ensure_weight_tying)"
+    yield from _problems_beside_sites(there, new)
+
+
+def _problems_beside_sites(there: AdapterRecord, new: AdapterRecord) -> Iterator[str]:
+    for own in sorted(set(there.own) ^ set(new.own)):
+        owner = "the folder's" if own in new.own else "the model's"
+        yield f"{own}: only {owner} adapter trains it (modules_to_save, bias)"
+    here, coming = ({row.name: row.indices for row in one.tokens} for one in (there, new))
+    for name in sorted(here.keys() | coming.keys()):
+        if here.get(name) != coming.get(name):
+            yield (
+                f"{name}: the folder's adapter trains its rows {_listed(coming.get(name))}, the model's "
+                f"{_listed(here.get(name))} (trainable_token_indices)"
+            )
+
+
+def _listed(indices: tuple[int, ...] | None) -> str:
+    return ", ".join(map(str, indices or ())) or "none"
+
+
+def _swap(
+    model: nn.Module, row: PlannedSite, name: str, new: PlannedSite | None, incoming: str
+) -> None:
+    target = factors_of(model, row, name)
+    if new is None:
+        write(target.b, torch.zeros_like(target.b))
+        if target.bias is not None:
+            write(target.bias, torch.zeros_like(target.bias))
+        return
+    source, ratio = factors_of(model, new, incoming), new.scale / row.scale
+    if not row.tied:
+        a, b = _padded(row, source, row.rank)
+        write(target.a, a)
+        write(target.b, b * ratio)
+    if target.bias is not None and source.bias is not None:
+        write(target.bias, source.bias.detach() * ratio)
+    if target.magnitude is not None and source.magnitude is not None:
+        write(target.magnitude, source.magnitude.detach())
+
+
+def _widen(model: nn.Module, row: PlannedSite, adapter: str, rank: int) -> None:
+    factors = factors_of(model, row, adapter)
+    for old, value in zip(factors.pair, _padded(row, factors, rank), strict=True):
+        # In place: an optimizer that has the parameter goes on with it, if it has made no step.
+        old.grad, old.data = None, value
+
+
+def _padded(row: PlannedSite, factors: SiteFactors, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors with zeros up to a rank; in a grouped convolution group by group."""
+    stacked = pattern_of(row.site).factors(row.site, row.rank).stacked
+    a, b, groups = factors.a.detach(), factors.b.detach(), row.site.groups
+    axis = 1 if stacked else 0
+    by_group = a.unflatten(axis, (groups, a.shape[axis] // groups))  # type: ignore[no-untyped-call]
+    return (
+        _with_zeros(by_group, axis + 1, rank // groups).flatten(axis, axis + 1),
+        _with_zeros(b, axis + 1, rank // groups),
+    )
+
+
+def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
+
+def _of_rank(row: PlannedSite, rank: int, rslora: bool) -> PlannedSite:
+    pattern = pattern_of(row.site)
+    more = 0 if row.tied else pattern.factors(row.site, rank).numel
+    less = 0 if row.tied else pattern.factors(row.site, row.rank).numel
+    return dataclasses.replace(
+        row,
+        rank=rank,
+        alpha=row.scale * (math.sqrt(rank) if rslora else rank),
+        parameters=row.parameters + more - less,
+        flops=row.flops * rank // row.rank,
+    )

@@ -1,0 +1,204 @@
+"""Adapters whose initialisation changed the base: what their folders hold, and how they are read.
+
+Written, such an adapter is made one of the base as it was: with A₀ and B₀ for the start,
+``W₀ + s·B A = W + s·(B A - B₀ A₀) = W + s·[B, -B₀] [A; A₀]``. The rank is twice as large, and so is alpha
+(with ``use_rslora`` √2 times), so that the scale stays. What remains of a difference is the rounding of
+``W₀ = W - s·B₀ A₀`` to the weight's dtype. LoftQ's base differs by no product of that rank: there the
+folder says ``loftq``, and whoever loads it quantises the base again, as PEFT does.
+
+Read, a folder of PEFT that was not converted says ``pissa`` or ``olora``: the same is taken out of the base
+again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.adapters.manage import adapter_record
+from lora_fx.adapters.restart import restart
+from lora_fx.checkpoint.checkpoint_tensors import gathered
+from lora_fx.checkpoint.keys import Slot
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config.starts import changes_base, needs_data
+from lora_fx.errors import CheckpointError
+from lora_fx.ir.record import AdapterRecord
+from lora_fx.ir.values import PlannedSite, Site, join
+from lora_fx.passes.insert.place_starts import start_factors
+from lora_fx.passes.parameters.factors import factor_names
+from lora_fx.passes.plan.start_fit import start_objection
+
+__all__ = ["Converted", "check_start", "converted", "other_start", "repeat_start"]
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """An adapter relative to the base as it was.
+
+    Attributes:
+        record: With the ranks and alphas of the whole.
+        slots: By key, with the start beside what is there.
+        rows: Where a start was taken out of the base, by the FQN of the factor: the site, what belongs
+            beside the factor, and whether that is B.
+    """
+
+    record: AdapterRecord
+    slots: dict[str, Slot]
+    rows: Mapping[str, tuple[PlannedSite, torch.Tensor, bool]]
+
+    def parted(
+        self, slots: Mapping[str, Slot], values: Iterable[tuple[Slot, torch.Tensor]]
+    ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+        """What to write into the model's own slots, and what is wrong with it.
+
+        Args:
+            slots: The model's own, by key.
+            values: For the slots of the whole.
+        """
+        found: list[tuple[Slot, torch.Tensor]] = []
+        problems: list[str] = []
+        for slot, value in values:
+            if slot.name not in self.rows:
+                found.append((slot, value))
+                continue
+            row, start, is_b = self.rows[slot.name]
+            own, other = _parted(row.site, value, is_b)
+            found.append((slots[slot.key], own))
+            if not torch.equal(other.to(start), start):
+                problems.append(
+                    f"start: {slot.key} has another start beside it than the model's adapter has, so that "
+                    "they are not of the same base: save it with lora_fx.save_adapter, and load it onto the "
+                    "original model"
+                )
+        return found, problems
+
+
+def converted(
+    model: nn.Module, record: AdapterRecord, adapter: str, slots: Mapping[str, Slot]
+) -> Converted:
+    """What an adapter is relative to the base as it was.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        slots: By key, what the model holds of it.
+    """
+    rows: list[PlannedSite] = []
+    joined: dict[str, torch.Tensor] = {}
+    beside: dict[str, tuple[PlannedSite, torch.Tensor, bool]] = {}
+    for row in record.sites:
+        start = start_factors(model, row, adapter)
+        if start is None:
+            rows.append(row)
+            continue
+        more = math.sqrt(2) if record.config.use_rslora else 2.0
+        rows.append(dataclasses.replace(row, rank=2 * row.rank, alpha=row.alpha * more))
+        for name, old, is_b in zip(factor_names(row).pair, start, (False, True), strict=True):
+            own = join(row.site.holder, name, adapter)
+            new, old = gathered(model.get_parameter(own)), gathered(old)
+            old = -old if is_b else old
+            beside[own] = (row, old, is_b)
+            joined[own] = _side_by_side(row.site, new, old, is_b)
+    changed = {
+        key: dataclasses.replace(slot, tensor=joined.get(slot.name, slot.tensor))
+        for key, slot in slots.items()
+    }
+    return Converted(dataclasses.replace(record, sites=tuple(rows)), changed, beside)
+
+
+def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) -> torch.Tensor:
+    """Both along the rank, within each expert or group."""
+    if is_b:
+        return torch.cat([new, old], 2 if site.experts else 1)
+    if site.experts:
+        return torch.cat([new, old], 1)
+    groups = [torch.unflatten(one, 0, (site.groups, -1)) for one in (new, old)]
+    return torch.cat(groups, 1).flatten(0, 1)
+
+
+def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`_side_by_side` was given."""
+    if is_b or site.experts:
+        first, last = whole.chunk(2, (2 if site.experts else 1) if is_b else 1)
+        return first, last
+    by_group = whole.unflatten(0, (site.groups, 2, -1))  # type: ignore[no-untyped-call]
+    first, last = by_group.unbind(1)
+    return first.flatten(0, 1), last.flatten(0, 1)
+
+
+def check_start(config: LoraConfig, folder: Path) -> None:
+    """Refuses folders whose base cannot be computed again.
+
+    Raises:
+        CheckpointError: If data would be needed for it.
+    """
+    start = config.init_lora_weights
+    if changes_base(start) and needs_data(start):
+        raise CheckpointError(
+            f"{folder}: init_lora_weights is {start!r}, which changed the base model's weights according to "
+            "data that the folder does not hold. In PEFT, save it with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...); or, if the model that you "
+            "give has the changed weights, write true for init_lora_weights in adapter_config.json"
+        )
+    if "_niter_" in str(start):
+        _log.warning(
+            "%s: %s is approximate and random: the base is not changed by quite the same as when the adapter "
+            "was trained. Converted (path_initial_model_for_weight_conversion in PEFT) it would be exact",
+            folder,
+            start,
+        )
+
+
+def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """Changes the base of a newly rewritten model, or of a new adapter, as the folder's configuration says.
+
+    Raises:
+        CheckpointError: If PEFT's meaning cannot be had at some site. The model is as it was.
+    """
+    if not changes_base(config.init_lora_weights):
+        return
+    record = adapter_record(model, adapter_name)
+    # PEFT gives embeddings a plain start whatever the configuration says.
+    rows = tuple(row for row in record.sites if row.site.family != "embedding")
+    for row in rows:
+        reason = start_objection(row.site, row.rank, config)
+        if config.init_lora_weights == "olora" and row.site.layout == "in_out":
+            reason = "PEFT decomposes a weight that is stored [in, out] the other way round"
+        if reason is not None:
+            raise CheckpointError(f"{row.name}: {reason}")
+    exact = dataclasses.replace(record.config, **_starting(config))
+    restart(model, adapter_name, dataclasses.replace(record, config=exact), rows)
+
+
+def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
+    """What is wrong with loading a folder onto a model that has the adapter already: its base."""
+    ours, theirs = record.config, config
+    own = set(record.own) - set(record.given)
+    changed = bool({row.site.weight for row in record.sites} & own)
+    if not changed and not changes_base(theirs.init_lora_weights):
+        return []
+    if changed and _starting(ours) == _starting(theirs):
+        return []
+    found = ours.init_lora_weights if changed else True
+    reason = (
+        f"start: the folder's adapter started as init_lora_weights={theirs.init_lora_weights!r}, the model's "
+        f"as {found!r}, and so they are not of the same base: load it onto the original model"
+    )
+    return [reason]
+
+
+def _starting(config: LoraConfig) -> dict[str, Any]:
+    return {
+        "init_lora_weights": config.init_lora_weights,
+        "loftq_config": config.loftq_config,
+    }

@@ -1,0 +1,279 @@
+"""The fields of `LoraConfig` one by one: what each accepts and how it is normalised."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from typing import Any, Final, TypeVar
+
+from lora_fx.config.starts import options
+from lora_fx.errors import ConfigError
+
+__all__ = [
+    "ALL_LINEAR",
+    "NORMALISERS",
+    "TASK_TYPES",
+    "FrozenPattern",
+    "bad",
+]
+
+ALL_LINEAR: Final = "all-linear"
+TASK_TYPES: Final = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
+_V = TypeVar("_V", bound=float)
+
+_INITS: Final = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
+_NITER: Final = re.compile(r"pissa_niter_\d+")
+
+
+class FrozenPattern(Mapping[str, _V]):
+    """A read-only, hashable `dict` that keeps its order, because the first matching key wins.
+
+    Two of them are equal when they hold the same items in the same order; one equals a plain
+    mapping when the items are the same in any order.
+    """
+
+    __slots__ = ("_data",)
+
+    def __init__(self, items: Mapping[str, _V]) -> None:
+        self._data: dict[str, _V] = dict(items)
+
+    def __getitem__(self, key: str) -> _V:
+        return self._data[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, FrozenPattern):
+            return tuple(self.items()) == tuple(other.items())
+        return isinstance(other, Mapping) and self._data == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._data.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenPattern, (dict(self._data),)
+
+
+def bad(name: str, found: object, remedy: str) -> ConfigError:
+    return ConfigError(f"LoraConfig.{name}: found {found!r}; {remedy}")
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise bad(name, value, "give True or False")
+    return value
+
+
+def _text(name: str, value: object) -> str | None:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is not None and not isinstance(value, str):
+        raise bad(name, value, "give a string or None")
+    return value
+
+
+def _rank(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) <= 0:
+        raise bad(name, value, "a rank is a whole number of at least 1")
+    return int(value)
+
+
+def _number(name: str, value: object) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise bad(name, value, "give a finite number")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _dropout(name: str, value: object) -> float:
+    probability = float(_number(name, value))
+    if not 0.0 <= probability < 1.0:
+        raise bad(name, value, "a dropout probability is at least 0 and below 1")
+    return probability
+
+
+def _seed(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise bad(name, value, "a seed is a whole number")
+    if not 0 <= int(value) < 2**63:
+        raise bad(name, value, "a seed is at least 0 and below 2**63")
+    return int(value)
+
+
+def _init(name: str, value: object) -> bool | str:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and (value.lower() in _INITS or _NITER.fullmatch(value.lower())):
+        return value.lower()
+    if isinstance(value, str) and value.lower() == "mica":
+        raise bad(name, value, "lora_fx does not support it: MiCA is another method, with B frozen")
+    known = ", ".join(map(repr, _INITS))
+    raise bad(name, value, f"the initialisations are True, False, {known} and 'pissa_niter_N'")
+
+
+def _bias(name: str, value: object) -> str:
+    if not isinstance(value, str) or value not in ("none", "all", "lora_only"):
+        raise bad(name, value, "give 'none', 'all' or 'lora_only'")
+    return value
+
+
+def _task(name: str, value: object) -> str | None:
+    plain = value.value if isinstance(value, Enum) else value
+    if plain is not None and (not isinstance(plain, str) or plain not in TASK_TYPES):
+        raise bad(name, value, f"the task types are {', '.join(TASK_TYPES)}")
+    return plain
+
+
+def _compiles(name: str, pattern: str, prefix: str = "") -> None:
+    # PEFT puts text around some patterns, where global flags such as (?i) are an error: the prefix
+    # makes them one here, instead of in the middle of the matching.
+    try:
+        re.compile(pattern)
+        re.compile(prefix + pattern)
+    except (re.error, OverflowError, RecursionError) as exc:
+        raise bad(name, pattern, f"it is not a regular expression ({exc}); correct it") from exc
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise bad(name, value, "give a list of strings")
+    for entry in value:
+        if not isinstance(entry, str) or not entry:
+            raise bad(name, entry, "every entry is a string that is not empty")
+    return tuple(dict.fromkeys(sorted(value) if isinstance(value, set | frozenset) else value))
+
+
+def _modules(name: str, value: object) -> str | tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return tuple(sorted(_strings(name, value)))
+    if name == "target_modules" and value.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    _compiles(name, value)
+    return value
+
+
+def _saved(name: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    entries = _strings(name, value)
+    for entry in entries:
+        _compiles(name, entry, "()")
+    return entries
+
+
+def _layers(name: str, value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    indices = value if isinstance(value, list | tuple | set | frozenset | range) else (value,)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, numbers.Integral):
+            raise bad(name, index, "give a layer index (a whole number) or a list of them")
+    return tuple(sorted({int(index) for index in indices}))
+
+
+def _layers_pattern(name: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    entries = _strings(name, ([value] if value else []) if isinstance(value, str) else value)
+    for entry in entries:
+        _compiles(name, entry, "(?P<idx>)")
+    return entries
+
+
+def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], FrozenPattern[_V]]:
+    def normalise(name: str, value: object) -> FrozenPattern[_V]:
+        if value is None:
+            return FrozenPattern({})
+        if not isinstance(value, Mapping):
+            raise bad(name, value, "give a dict of name or regular expression to number")
+        for key in value:
+            if not isinstance(key, str):
+                raise bad(name, key, "a key is a module name or a regular expression")
+            _compiles(name, key, "()")
+        return FrozenPattern({key: check(f"{name}[{key!r}]", one) for key, one in value.items()})
+
+    return normalise
+
+
+def _parameters(name: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise bad(name, value, "give a list of parameter names, or of their ends")
+    return tuple(sorted(_strings(name, value)))
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or not key:
+                raise bad(name, key, "a key is the name of an embedding, or its end")
+        return FrozenPattern({k: _indices(f"{name}[{k!r}]", v) for k, v in value.items()})
+    return _indices(name, value)
+
+
+def _indices(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | set | frozenset | range) or not value:
+        raise bad(name, value, "give a list of token indices that is not empty")
+    for index in value:
+        if isinstance(index, bool) or not isinstance(index, numbers.Integral) or index < 0:
+            raise bad(name, index, "a token index is a whole number of at least 0")
+    # The order is that of the rows in a checkpoint; PEFT keeps it, too.
+    found = tuple(int(index) for index in value)
+    if len(set(found)) != len(found):
+        raise bad(name, value, "every token index is there once")
+    return found
+
+
+NORMALISERS: Final[Mapping[str, Callable[[str, object], object]]] = {
+    "r": _rank,
+    "lora_alpha": _number,
+    "lora_dropout": _dropout,
+    "target_modules": _modules,
+    "exclude_modules": _modules,
+    "layers_to_transform": _layers,
+    "layers_pattern": _layers_pattern,
+    "rank_pattern": _pattern(_rank),
+    "alpha_pattern": _pattern(_number),
+    "use_rslora": _flag,
+    "use_dora": _flag,
+    "lora_bias": _flag,
+    "bias": _bias,
+    "modules_to_save": _saved,
+    "target_parameters": _parameters,
+    "trainable_token_indices": _tokens,
+    "ensure_weight_tying": _flag,
+    "task_type": _task,
+    "fan_in_fan_out": _flag,
+    "init_lora_weights": _init,
+    "loftq_config": options,
+    "eva_config": options,
+    "corda_config": options,
+    "lora_ga_config": options,
+    "seed": _seed,
+    "inference_mode": _flag,
+    "base_model_name_or_path": _text,
+    "revision": _text,
+}

@@ -1,0 +1,234 @@
+"""What the user asks for: PEFT's `LoraConfig`, immutable and checked when it is made.
+
+Field names, defaults and meaning are those of `peft.LoraConfig` (PEFT 0.21.2), so that a
+configuration moves between the two libraries unchanged. A PEFT field of another method is accepted
+with PEFT's default value and refused with any other: nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from lora_fx.config.config_rules import check_together
+from lora_fx.config.fields import ALL_LINEAR, NORMALISERS, TASK_TYPES, FrozenPattern
+from lora_fx.config.foreign import FOREIGN, METADATA, is_off, only_own
+from lora_fx.config.starts import OPTIONS, FrozenOptions, complete_options
+from lora_fx.errors import CheckpointError, ConfigError
+
+__all__ = ["ALL_LINEAR", "CONFIG_NAME", "TASK_TYPES", "FrozenPattern", "LoraConfig"]
+
+CONFIG_NAME: Final = "adapter_config.json"
+
+_logger = logging.getLogger("lora_fx")
+_T = TypeVar("_T")
+
+
+def _accept_peft_fields(cls: type[_T]) -> type[_T]:
+    """Lets the generated `__init__` see only lora_fx's own fields; the signature stays its own."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        generated(self, *args, **only_own(kwargs, NORMALISERS))
+
+    type.__setattr__(cls, "__init__", __init__)
+    return cls
+
+
+@_accept_peft_fields
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which operations get an adapter, and which one.
+
+    Values are normalised: lists become tuples, sets and lists that PEFT treats as sets become
+    sorted tuples, dicts become read-only mappings. So a config can be hashed, compared and pickled,
+    and cannot be changed in place. `dataclasses.replace` makes a changed copy.
+
+    Attributes:
+        r: Rank of the adapters.
+        lora_alpha: The branch is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
+            `use_rslora`.
+        lora_dropout: Probability in [0, 1), on the adapter's input only.
+        target_modules: None: every linear operation but the output head (here lora_fx differs from
+            PEFT, which has a table of architectures). "all-linear": every linear module but the
+            output head. Any other string: a regular expression for the whole name. A list: names,
+            or their last components.
+        exclude_modules: Same syntax; applied first.
+        layers_to_transform: Layer indices to adapt. Not with a string as `target_modules`. An empty
+            collection of any type, as PEFT's empty list, means no restriction.
+        layers_pattern: Names of the containers whose index counts, "layers" or "h".
+        rank_pattern: Name or regular expression to rank; the first key that matches wins.
+        alpha_pattern: The same for `lora_alpha`.
+        use_rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
+        use_dora: Weight-decomposed adapters: a trained magnitude for each output feature beside the
+            direction (https://arxiv.org/abs/2402.09353).
+        lora_bias: Whether B has a trained bias. Not with `use_dora`.
+        target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
+            with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
+            apply. With it, `target_modules=None` selects nothing.
+        bias: Which biases of the base model train: "none", "all" or "lora_only".
+        modules_to_save: Modules that are copied, trained in full and saved with the adapter.
+        ensure_weight_tying: Whether what is tied stays so: a head that shares the weight of an adapted
+            embedding gets the transposed factors of that, and a module that shares the weight of one
+            in `modules_to_save` is trained with it.
+        trainable_token_indices: Rows of the input embedding that are trained, each as a whole, or a dict
+            of the name of an embedding to such rows.
+        task_type: One of `TASK_TYPES`; classification and question answering save their heads.
+        fan_in_fan_out: PEFT's note that weights are stored as (in, out).
+        init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False:
+            both random, so that the adapter changes the output at once. "orthogonal", "pissa",
+            "pissa_niter_N", "olora" and "loftq" look at the weight; "eva", "corda" and "lora_ga" look
+            at data as well, which `lora_fx.initialize` takes.
+        loftq_config: Options of "loftq": `loftq_bits`, `loftq_iter`.
+        eva_config: Options of "eva": `rho`, `tau`, `use_label_mask`, `label_mask_value`, `whiten`,
+            `adjust_scaling_factors`.
+        corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
+        lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
+        seed: Seeds the initialisation of each site. lora_fx only: PEFT warns about keys that it
+            does not know, so the file does not hold it.
+        inference_mode: Written and read for PEFT, which loads such an adapter frozen; lora_fx does
+            not look at it.
+        base_model_name_or_path: Where the base model came from.
+        revision: Which version of it.
+
+    Raises:
+        ConfigError: A value cannot mean anything, a name is not a field, or a PEFT field asks for a
+            feature that lora_fx does not have.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: Collection[str] | None = None
+    target_parameters: Collection[str] | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    ensure_weight_tying: bool = False
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, Any] | None = None
+    eva_config: Mapping[str, Any] | None = None
+    corda_config: Mapping[str, Any] | None = None
+    lora_ga_config: Mapping[str, Any] | None = None
+    seed: int = 0
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, normalise in NORMALISERS.items():
+            object.__setattr__(self, name, normalise(name, getattr(self, name)))
+        own = f"{self.init_lora_weights}_config"
+        if own in OPTIONS and getattr(self, own) is None:
+            object.__setattr__(self, own, complete_options(own, {}))
+        check_together(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON types; `from_dict` gives an equal config back."""
+        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """Reads what `to_dict` gave, here or in PEFT.
+
+        Raises:
+            ConfigError: As the constructor, and when `peft_type` is there and is not LORA.
+        """
+        kind = values.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise ConfigError(f"peft_type is {kind!r}; a LoraConfig holds only 'LORA'")
+        return cls(**{name: value for name, value in values.items() if name not in METADATA})
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `adapter_config.json` as PEFT reads it; makes the folder.
+
+        The order of `rank_pattern` and `alpha_pattern` is kept (PEFT's own writer sorts it, and the
+        first key wins). `seed` is not written.
+
+        Raises:
+            CheckpointError: The file cannot be written. A file that was there before still is.
+        """
+        path = Path(directory, CONFIG_NAME)
+        values = {**self.to_dict(), "peft_type": "LORA"}
+        del values["seed"]
+        text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+        temporary = path.with_name(f"{CONFIG_NAME}.{secrets.token_hex(4)}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("x", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as exc:
+            raise CheckpointError(
+                f"{path} cannot be written ({exc}); give a folder that is writable and has room"
+            ) from exc
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> LoraConfig:
+        """Reads the `adapter_config.json` of a local adapter folder, PEFT's or lora_fx's.
+
+        A key that neither library knows comes from a newer PEFT: it is ignored, with a warning in
+        the log, when its value is a number or switches a feature off, and refused otherwise.
+
+        Raises:
+            CheckpointError: The file is missing, is not JSON, or is not of a LoRA adapter.
+            ConfigError: A value in it is wrong or asks for a feature that lora_fx does not have.
+        """
+        path = Path(directory, CONFIG_NAME)
+        values = _read_json(path)
+        kind = values.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be read")
+        known = {*NORMALISERS, *FOREIGN, *METADATA}
+        for name in sorted(values.keys() - known):
+            value = values[name]
+            if is_off(value) or (isinstance(value, int | float) and value is not True):
+                _logger.warning("%s: the unknown key %r (%r) is ignored", path, name, value)
+                del values[name]
+        try:
+            return cls.from_dict(values)
+        except ConfigError as exc:
+            raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, FrozenPattern | FrozenOptions):
+        return {key: _plain(one) for key, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give the local folder of a PEFT adapter")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{path} is not readable JSON ({exc}); save the adapter again"
+        ) from exc
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; save the adapter again")
+    return values

@@ -1,0 +1,361 @@
+r"""Which names a config selects, and with which rank and scale, by PEFT's rules to the letter.
+
+The rules are those of `check_target_module_exists` and `get_pattern_key` of PEFT 0.21.2, in order:
+
+1. `exclude_modules` (string: `re.fullmatch`; list: the whole name or a `.suffix` of it);
+2. `modules_to_save`: such a module, and everything in it, is trained in full and never adapted;
+3. `target_modules`, with the same syntax;
+4. for list entries that are not the whole name: `layers_to_transform`, on the first numeric
+   segment, or on the one after `layers_pattern`.
+
+`target_parameters` names parameters, by the whole name or a `.suffix`, and nothing else counts for them but
+`modules_to_save`. Where it is given, `target_modules=None` selects nothing.
+
+`scale = alpha / r`, or `alpha / sqrt(r)` with `use_rslora`. Nothing here needs a model or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Final, TypeVar
+
+from lora_fx.config.lora_config import ALL_LINEAR, LoraConfig
+
+__all__ = [
+    "Unmatched",
+    "Verdict",
+    "alpha_for",
+    "excluded",
+    "judge",
+    "layer_index",
+    "name_matches",
+    "nearest_names",
+    "parameter_entry",
+    "rank_for",
+    "saved_by",
+    "saved_entries",
+    "saved_module",
+    "scale_for",
+    "scale_of",
+    "unmatched",
+    "unmatched_saved",
+    "unmatched_targets",
+    "uses_default_targets",
+]
+
+_V = TypeVar("_V", bound=float)
+
+_HEADS: Final[Mapping[str | None, tuple[str, ...]]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _as_set(entries: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(entries)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a name is selected, and why or why not, in words for the dry run."""
+
+    selected: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """What a config asks for and a model does not have; empty tuples where all is well.
+
+    Attributes:
+        targets: Entries of `target_modules` that match no name at all.
+        filtered: Entries that match names of which none is selected, because `exclude_modules`,
+            `modules_to_save` or `layers_to_transform` took every one.
+        excludes: Entries of `exclude_modules` that match no name.
+        rank_keys: Keys of `rank_pattern` that set the rank of no selected name.
+        alpha_keys: The same for `alpha_pattern`.
+        layers: Indices of `layers_to_transform` in which no name is selected.
+        layers_patterns: Entries of `layers_pattern` that find an index in no name.
+    """
+
+    targets: tuple[str, ...] = ()
+    filtered: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    rank_keys: tuple[str, ...] = ()
+    alpha_keys: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    layers_patterns: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, one.name) for one in fields(self))
+
+
+def uses_default_targets(config: LoraConfig) -> bool:
+    """Whether `target_modules` is None or "all-linear", so that operations decide, not names."""
+    if config.target_modules is None:
+        return config.target_parameters is None
+    return config.target_modules == ALL_LINEAR
+
+
+def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
+    """Decides about one name and says why.
+
+    Args:
+        name: FQN of a site, without PEFT's "base_model.model." prefix.
+        config: What the user asks for.
+        in_default: Whether the operation belongs to what `target_modules=None` or "all-linear"
+            stands for. The caller knows, from the graph; no meaning with other targets.
+    """
+    excluded = _entry_for(name, config.exclude_modules) if config.exclude_modules else None
+    if excluded is not None:
+        return Verdict(False, f"excluded by exclude_modules {excluded!r}")
+    saved = saved_by(name, config)
+    if saved is not None:
+        return Verdict(False, f"trained in full: modules_to_save {saved!r}")
+    if uses_default_targets(config):
+        return _judge_default(name, config, in_default)
+    entry = _entry_for(name, config.target_modules)
+    if entry is None:
+        field = "target_parameters" if config.target_modules is None else "target_modules"
+        return Verdict(False, f"matches no target in {field}")
+    if isinstance(config.target_modules, str):
+        return Verdict(True, f"matches the regular expression {entry!r}")
+    if entry == name:
+        return Verdict(True, "named in target_modules")
+    return _layer_objection(name, config) or Verdict(True, f"matches target {entry!r}")
+
+
+def excluded(name: str, config: LoraConfig) -> bool:
+    """Whether `exclude_modules` names it."""
+    return _entry_for(name, config.exclude_modules) is not None
+
+
+def name_matches(name: str, config: LoraConfig, *, in_default: bool = True) -> bool:
+    """`judge(...).selected`."""
+    return judge(name, config, in_default=in_default).selected
+
+
+def layer_index(name: str, config: LoraConfig) -> int | None:
+    """The index that `layers_to_transform` is compared with; None if the name has none.
+
+    Without `layers_pattern` it is the first numeric segment that has two segments before it and one
+    after it: PEFT's expression does not see the index in "layers.0.q".
+    """
+    patterns = _entries(config.layers_pattern)
+    expressions = [_layer_regex(one) for one in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    for expression in expressions:
+        match = _compiled(expression).match(name)
+        if match is not None:
+            return int(match["idx"]) if match["idx"] is not None else None
+    return None
+
+
+def rank_for(name: str | Sequence[str], config: LoraConfig) -> int:
+    """The rank of the adapter at `name`: of several names, the first that a pattern knows decides."""
+    return _from_pattern(name, config.rank_pattern, config.r)
+
+
+def alpha_for(name: str | Sequence[str], config: LoraConfig) -> float:
+    """The alpha of the adapter at `name`, likewise."""
+    return _from_pattern(name, config.alpha_pattern, config.lora_alpha)
+
+
+def scale_for(name: str | Sequence[str], config: LoraConfig) -> float:
+    """The factor of the branch at `name`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    return scale_of(rank_for(name, config), alpha_for(name, config), config)
+
+
+def scale_of(rank: int, alpha: float, config: LoraConfig) -> float:
+    """The factor of a branch of this rank and alpha."""
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def saved_entries(config: LoraConfig) -> tuple[str, ...]:
+    """`modules_to_save`, with the heads that `task_type` adds to it."""
+    return tuple(
+        dict.fromkeys((*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())))
+    )
+
+
+def saved_module(name: str, config: LoraConfig) -> bool:
+    """Whether the module at `name` is copied and trained in full.
+
+    PEFT (`_set_trainable`) compares with `str.endswith`, without a dot: "head" saves "lm_head" too.
+    A child of a saved module is not named by this, but is part of it.
+    """
+    return name.endswith(saved_entries(config))
+
+
+def saved_by(name: str, config: LoraConfig) -> str | None:
+    """The entry of `modules_to_save` in whose module the name is; None for any other name."""
+    for entry in saved_entries(config):
+        if _compiled(rf"(^|.*\.){entry}($|\..*)").match(name):
+            return entry
+        # PEFT's guard does not see what `saved_module` matches without a dot: it then fails on an
+        # adapter at such a module and copies those inside it. A copy is trained in full, so here
+        # neither is adapted.
+        if name.endswith(entry) or f"{entry}." in name:
+            return entry
+    return None
+
+
+def parameter_entry(weight: str, config: LoraConfig) -> str | None:
+    """The entry of `target_parameters` that names a parameter; None if there is none.
+
+    Args:
+        weight: FQN of the parameter.
+        config: What the user asks for.
+    """
+    return _entry_for(weight, config.target_parameters)
+
+
+def unmatched(
+    names: Iterable[str], config: LoraConfig, *, selected: Collection[str] | None = None
+) -> Unmatched:
+    """Everything in the config that the names give no meaning to.
+
+    Args:
+        names: All names that could be a target.
+        config: What the user asks for.
+        selected: Which of them are adapted; by default those that `name_matches`.
+    """
+    names = list(dict.fromkeys(names))
+    if selected is None:
+        selected = [name for name in names if name_matches(name, config)]
+    targets = () if uses_default_targets(config) else _entries(config.target_modules)
+    as_regex = isinstance(config.target_modules, str)
+    found = _used(names, targets, as_regex)
+    kept = _used(selected, targets, as_regex)
+    excludes = _entries(config.exclude_modules)
+    excluding = _used(names, excludes, isinstance(config.exclude_modules, str))
+    layers = config.layers_to_transform
+    wanted = (layers,) if isinstance(layers, int) else tuple(layers or ())
+    seen = {layer_index(name, config) for name in selected} if wanted else set()
+    return Unmatched(
+        targets=tuple(one for one in targets if one not in found),
+        filtered=tuple(one for one in targets if one in found and one not in kept),
+        excludes=tuple(one for one in excludes if one not in excluding),
+        rank_keys=_idle_keys(config.rank_pattern, selected),
+        alpha_keys=_idle_keys(config.alpha_pattern, selected),
+        layers=tuple(index for index in wanted if index not in seen),
+        layers_patterns=tuple(
+            one
+            for one in _entries(config.layers_pattern)
+            if not any(_compiled(_layer_regex(one)).match(name) for name in names)
+        ),
+    )
+
+
+def unmatched_targets(names: Iterable[str], config: LoraConfig) -> tuple[str, ...]:
+    """Entries of `target_modules` (or the regular expression) that match none of the names."""
+    return unmatched(names, config).targets
+
+
+def unmatched_saved(module_names: Iterable[str], config: LoraConfig) -> tuple[str, ...]:
+    """Entries of `modules_to_save` that no module has; heads that `task_type` adds are optional."""
+    names = list(module_names)
+    entries = tuple(config.modules_to_save or ())
+    return tuple(one for one in entries if not any(name.endswith(one) for name in names))
+
+
+def nearest_names(target: str, names: Iterable[str], n: int = 3) -> tuple[str, ...]:
+    """Up to `n` targets that exist and look like `target`, the most similar first.
+
+    Looks at full names, at last components, and at endings of as many components as the target
+    has. In a regular expression only the literal text counts.
+    """
+    plain = re.sub(r"\.[*+]\??|\\[a-zA-Z]|[\\^$()\[\]{}?*+|]", "", target).strip(".")
+    length = plain.count(".") + 1
+    candidates: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        candidates.update(dict.fromkeys((parts[-1], ".".join(parts[-length:]), name)))
+    return tuple(difflib.get_close_matches(plain, candidates, n=n)) if plain and n > 0 else ()
+
+
+def _judge_default(name: str, config: LoraConfig, in_default: bool) -> Verdict:
+    if not in_default:
+        return Verdict(False, f"not what target_modules={config.target_modules!r} stands for")
+    objection = _layer_objection(name, config)
+    return objection or Verdict(True, f"part of target_modules={config.target_modules!r}")
+
+
+def _layer_objection(name: str, config: LoraConfig) -> Verdict | None:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == ():
+        return None
+    index = layer_index(name, config)
+    if index is None:
+        hint = "layers_pattern finds no" if config.layers_pattern else "its name shows no"
+        return Verdict(False, f"{hint} layer index, and layers_to_transform is set")
+    if index in ((wanted,) if isinstance(wanted, int) else wanted):
+        return None
+    return Verdict(False, f"layer {index} is not in layers_to_transform")
+
+
+def _entries(value: str | Collection[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """The name and every ending of it that starts after a dot, longest first."""
+    yield name
+    for position, character in enumerate(name):
+        if character == ".":
+            yield name[position + 1 :]
+
+
+def _entry_for(name: str, value: str | Collection[str] | None) -> str | None:
+    """The entry of a module list, or the regular expression, that matches; the longest first."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value if _compiled(value).fullmatch(name) else None
+    entries = _as_set(tuple(value))
+    return next((suffix for suffix in _suffixes(name) if suffix in entries), None)
+
+
+def _used(names: Iterable[str], entries: Sequence[str], as_regex: bool) -> set[str]:
+    """Those of the entries that match at least one of the names."""
+    if as_regex:
+        return {one for one in entries if any(_compiled(one).fullmatch(name) for name in names)}
+    return set(entries).intersection(suffix for name in names for suffix in _suffixes(name))
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+def _pattern_key(name: str, keys: Iterable[str]) -> str:
+    matching = (key for key in keys if _compiled(rf"(.*\.)?({key})$").match(name))
+    # PEFT then looks the name itself up, which finds keys that are no expression for themselves.
+    return next(matching, name)
+
+
+def _from_pattern(name: str | Sequence[str], pattern: Mapping[str, _V], default: _V) -> _V:
+    for one in (name,) if isinstance(name, str) else name:
+        key = _pattern_key(one, pattern)
+        if key in pattern:
+            return pattern[key]
+    return default
+
+
+def _idle_keys(pattern: Mapping[str, object], selected: Iterable[str]) -> tuple[str, ...]:
+    if not pattern:
+        return ()
+    deciding = {_pattern_key(name, pattern) for name in selected}
+    return tuple(key for key in pattern if key not in deciding)

@@ -1,0 +1,213 @@
+"""What a rewritten model knows about itself: its adapters, and what it was before them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.ir.frozen import freeze, thaw
+from lora_fx.ir.values import Matches, PlannedSite, PlannedTokens, Region
+
+__all__ = ["AdapterRecord", "Base", "Choice", "Record", "record_of", "require_record"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter of a rewritten model.
+
+    Attributes:
+        config: Its configuration.
+        sites: Where it is.
+        saved_modules: Modules that it trains in full.
+        biases: FQNs of the biases that it trains.
+        own: FQNs of the base's parameters in whose place it has others: those biases, what is in those
+            modules, and weights that its initialisation has changed. They are in the model while the
+            adapter is active, and beside it otherwise (:mod:`lora_fx.passes.parameters.own`).
+        initialized: Whether it has the start that its configuration names; False for one that waits for
+            data.
+        tokens: Rows of embeddings that it trains.
+        given: Those of ``own`` that came with its folder and that it does not train: weights of embeddings
+            and heads, and what was trained by hand.
+    """
+
+    config: LoraConfig
+    sites: tuple[PlannedSite, ...]
+    saved_modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    initialized: bool = True
+    tokens: tuple[PlannedTokens, ...] = ()
+    given: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
+        """Everything that it has in a graph."""
+        return (*self.sites, *self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The graphs of a model before any branch was put into them, and what was found in them.
+
+    It is what adapters are added to and switched on: branches are inserted anew into these graphs. It never
+    changes, so that copies of a model share it.
+
+    Attributes:
+        graphs: The graph of every region by key, parents first. Equal layers share one.
+        fallback: :attr:`lora_fx.ir.values.Region.fallback` of each.
+        matches: Every linear operation.
+        notes: Notes of the capture.
+        kept: FQNs of the modules that ran their graph in the model that was rewritten, too: their own code
+            does not know how their weights are stored (:func:`lora_fx.quantize`).
+    """
+
+    graphs: Mapping[str, fx.Graph]
+    fallback: Mapping[str, bool]
+    matches: Matches
+    notes: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
+
+    def region(self, key: str, module: nn.Module, frontend: str) -> Region:
+        """One of the regions, on a module of a rewritten model.
+
+        Args:
+            key: Its key.
+            module: The module.
+            frontend: The front-end of the capture.
+        """
+        overlay = frontend == "export" and not key
+        return Region.at(
+            key, module, self.graphs[key], fallback=self.fallback[key], overlay=overlay
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each graph once: equal layers share theirs, and have one class for it.
+        distinct = {id(graph): graph for graph in self.graphs.values()}
+        places = {key: place for place, key in enumerate(distinct)}
+        where = {fqn: places[id(graph)] for fqn, graph in self.graphs.items()}
+        frozen = tuple(freeze(graph) for graph in distinct.values())
+        return _thawed, (
+            frozen,
+            where,
+            dict(self.fallback),
+            self.matches,
+            self.notes,
+            self.kept,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """Which adapters a model is to run with. Two are the same only if they are one object.
+
+    Attributes:
+        names: Their names, in the order in which they are added.
+        per_sample: Whether each sample of a batch has one of them, or none.
+        ids: The adapter of each sample, or None for the base; empty if nobody has said.
+        repeats: How many times in a row a batch may have each sample.
+    """
+
+    names: tuple[str, ...] = ()
+    per_sample: bool = False
+    ids: tuple[str | None, ...] = ()
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The root module's ``_lora_fx`` attribute: immutable all through, so that copies of a model share it.
+
+    Attributes:
+        adapters: By adapter name.
+        active: Names of those whose branches are in the graphs, in the order in which they are added.
+        per_sample: Whether each sample of a batch has one of the active adapters, or none.
+        frontend: The front-end that captured the model.
+        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
+            this back.
+        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
+            is part of what was learnt, and is saved.
+        base: The graphs without branches.
+        originals: The base's own value of every parameter in whose place an adapter has put another
+            (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model that was
+            rewritten.
+        optimize: Whether branches are fused with their operations.
+        chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
+        blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
+        by_hand: FQNs of the base's parameters that were trained although no adapter trains them
+            (:mod:`lora_fx.passes.parameters.by_hand`).
+    """
+
+    adapters: Mapping[str, AdapterRecord]
+    active: tuple[str, ...]
+    frontend: str
+    trainable: frozenset[str]
+    buffers: Mapping[str, str]
+    base: Base
+    originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    per_sample: bool = False
+    optimize: bool = True
+    chosen: Choice | None = None
+    blocks: tuple[Choice, ...] = ()
+    by_hand: frozenset[str] = frozenset()
+
+    @property
+    def choice(self) -> Choice:
+        """What counts outside of all ``with`` blocks."""
+        return self.chosen or Choice(self.active, self.per_sample)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        return self._outside()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        record = self._outside()
+        return Record, tuple(getattr(record, one.name) for one in dataclasses.fields(record))
+
+    def _outside(self) -> Record:
+        # Nobody leaves the block for a copy: it goes on with what it was copied with.
+        return dataclasses.replace(self, chosen=None, blocks=()) if self.blocks else self
+
+
+def record_of(model: object) -> Record | None:
+    """What ``rewrite`` left on a model, or None for anything else."""
+    # Its own alone: torch.compile's wrapper passes on what is asked of it, and keeps what is set.
+    record = getattr(model, "__dict__", {}).get("_lora_fx")
+    return record if isinstance(record, Record) else None
+
+
+def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> Record:
+    """What ``rewrite`` left on a model, for whoever cannot do without.
+
+    Args:
+        model: A rewritten model.
+        error: What is raised if it is none.
+    """
+    record = record_of(model)
+    if record is None:
+        raise error(
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has (those of "
+            "PEFT's own models are not meant: save_pretrained writes them). Of a wrapper like "
+            "DistributedDataParallel give the model inside"
+        )
+    return record
+
+
+def _thawed(
+    frozen: tuple[Any, ...],
+    where: dict[str, int],
+    fallback: dict[str, bool],
+    matches: Matches,
+    notes: tuple[str, ...],
+    kept: frozenset[str] = frozenset(),
+) -> Base:
+    graphs = [thaw(one) for one in frozen]
+    named = {fqn: graphs[place] for fqn, place in where.items()}
+    return Base(named, fallback, matches, notes, kept)

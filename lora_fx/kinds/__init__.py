@@ -1,0 +1,1 @@
+"""Part of lora_fx: see docs/architecture.md."""

@@ -1,0 +1,311 @@
+"""A linear operation and its DoRA branch as one function: ``y = g ∘ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + bias``.
+
+The gain and the branch go into the output in place. For the backward pass it keeps x, the product with A
+([tokens, r]), the gain ([out]) and, under dropout, one bit for each element of x: what
+:mod:`lora_fx.runtime.fused_lora` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``, which comes
+from elsewhere, as in :mod:`lora_fx.runtime.dora`: the product is made again, or the output, which the next layer
+often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller can write into.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx.errors import LoraFxError
+from lora_fx.runtime.dora import divisible
+from lora_fx.runtime.fused_calls import (
+    add_product,
+    apply,
+    autocast_dtype,
+    cast,
+    flat,
+    without_autocast,
+)
+from lora_fx.runtime.lazy_copy import lazy_copy
+from lora_fx.runtime.masks import draw, kept, masked, unpacked
+
+__all__ = ["dora_linear"]
+
+_Rows = tuple[int, int]
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    gains: Tensor,
+    again: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    rows: _Rows | None = None,
+) -> Tensor:
+    """A linear operation with a weight-decomposed branch (DoRA, Liu et al. 2024, arXiv:2402.09353).
+
+    Dtypes, autocast and the transforms of ``torch.func`` are as for :func:`lora_fx.runtime.fused_lora.lora_linear`; a
+    compiler sees plain operations, and decides by itself what to keep. Dropout is on the branch only. Where
+    nothing wants what x is for (the gradients of A and W, and of the gain, if the product is made again), it
+    is not kept.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of any strides.
+        bias: [out], or None.
+        a: A, [r, in].
+        b: B, [n, r], with n the number of ``rows``.
+        scale: The factor s of the branch.
+        gains: g of :func:`lora_fx.runtime.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
+        again: Whether ``x Wᵀ`` is made again for the gradient of g, which costs a product and no memory.
+            Otherwise it is worked out from the output, which is kept; but not where a gain is near 0, where
+            nobody may look at its values, or for some ``rows``, since the output has the others, too.
+        dropout: Probability with which an element of the branch's input is zero; rounded as
+            :func:`lora_fx.runtime.masks.kept` says.
+        training: Whether there is dropout now.
+        rows: Which of the outputs (start, stop) have the branch and the gain; None for all.
+
+    Returns:
+        [..., out].
+
+    Raises:
+        LoraFxError: In a second backward pass, where x was not kept and the first one was differentiated for
+            a gradient that needs it.
+    """
+    if x.is_nested:
+        masked = F.dropout(x, dropout) if dropout and training else x
+        return _nested(x, masked, weight, bias, a, b, _Options(scale, rows, True), gains)
+    kind = x.device.type
+    dtype = autocast_dtype(kind)
+    if dtype is not None:
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
+    mask = None
+    if dropout and training:
+        mask = draw(x, dropout)
+        scale = scale * 256 / kept(dropout)
+    given = (x, mask, _Options(scale, rows, again or rows is not None), weight, bias, a, b, gains)
+    with without_autocast(kind):
+        if torch.compiler.is_compiling():
+            return _plain(*given)[0]
+        return apply(_DoraLinear, _plain, given)[0]
+
+
+class _Options(NamedTuple):
+    scale: float
+    rows: _Rows | None
+    again: bool
+
+    def part(self, matrix: Tensor) -> Tensor:
+        """Its columns that have the branch."""
+        return matrix if self.rows is None else matrix[:, self.rows[0] : self.rows[1]]
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The rows of a weight, or the elements of a bias, that have the branch."""
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+    def steered(self, b: Tensor, gains: Tensor, dtype: torch.dtype) -> Tensor:
+        """``s · g ∘ B``: the branch is scaled where it is small."""
+        return (b * (gains * self.scale)[:, None]).to(dtype)
+
+
+def _plain(
+    x: Tensor,
+    mask: Tensor | None,
+    options: _Options,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gains: Tensor,
+) -> tuple[Tensor, ...]:
+    own = x if mask is None else masked(x, mask)
+    base = F.linear(x, weight, bias)
+    mine = base if options.rows is None else base[..., options.rows[0] : options.rows[1]]
+    up = F.linear(F.linear(own, a.to(x.dtype)), options.steered(b, gains, x.dtype))
+    if bias is not None:
+        up = up + ((1 - gains) * options.own(bias)).to(x.dtype)
+    change = torch.addcmul(up, mine, (gains - 1).to(x.dtype))
+    if options.rows is not None:
+        change = F.pad(change, (options.rows[0], weight.shape[0] - options.rows[1]))
+    return (base + change,)
+
+
+def _nested(
+    x: Tensor,
+    masked: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    options: _Options,
+    gains: Tensor,
+) -> Tensor:
+    """For sequences of several lengths (``torch.nested``), which know products and sums, and few others.
+
+    What scales outputs scales rows of what is multiplied with, which are few beside the tokens.
+    """
+    out = F.linear(x, weight, bias)
+    turned = options.steered(b, gains, out.dtype)
+    change = (options.own(weight) * (gains - 1)[:, None]).to(weight.dtype)
+    if options.rows is not None:
+        rest = (0, 0, options.rows[0], weight.shape[0] - options.rows[1])
+        turned, change = F.pad(turned, rest), F.pad(change, rest)
+    up = F.linear(F.linear(masked, a.to(out.dtype)), turned)
+    return out + (F.linear(x, change) + up)
+
+
+class _DoraLinear(torch.autograd.Function):
+    """Its last output is the product with A: what is kept for the backward has to be an output."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        mask: Tensor | None,
+        options: _Options,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        gains: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        masked = x if mask is None else x * unpacked(mask, x)
+        down = flat(masked) @ a.to(x.dtype).T
+        out = F.linear(x, weight, bias)
+        mine = options.part(flat(out))
+        # The bias is in the product, since only so no bit changes where all gains are 1.
+        _scale(mine, gains)
+        if bias is not None:
+            mine.add_(((1 - gains) * options.own(bias)).to(x.dtype))
+        mine.addmm_(down, options.steered(b, gains, x.dtype).T)
+        # As in lora_fx.runtime.fused_lora: nobody may write into a view that a function returns.
+        return torch.ops.aten._unsafe_view.default(out, out.shape), down
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, mask, options, weight, bias, a, b, gains = inputs
+        out, down = output
+        ctx.mark_non_differentiable(down)
+        ctx.set_materialize_grads(False)
+        wants = _Wants(*ctx.needs_input_grad)
+        again = wants.gains and (options.again or not divisible(gains))
+        divides = wants.gains and not again
+        ctx.save_for_backward(
+            x if wants.a or wants.weight or again else None,
+            mask if wants.x or wants.a or wants.gains else None,
+            down if wants.b or again else None,
+            lazy_copy(out) if divides else None,
+            weight,
+            bias if divides else None,
+            a,
+            b,
+            gains,
+        )
+        ctx.options, ctx.shape = options, x.shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with without_autocast(grad.device.type):
+            return _gradients(ctx, grad)
+
+
+class _Wants(NamedTuple):
+    """Which arguments of the function want a gradient."""
+
+    x: bool
+    mask: bool
+    options: bool
+    weight: bool
+    bias: bool
+    a: bool
+    b: bool
+    gains: bool
+
+
+def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+    """Of every argument of forward."""
+    x, mask, down, out, weight, bias, a, b, gains = ctx.saved_tensors
+    options, wants = ctx.options, _Wants(*ctx.needs_input_grad)
+    # Differentiated twice, what is kept is no constant, and nothing may be written in place.
+    again = torch.is_grad_enabled()
+    grad = flat(given)
+    mine = options.part(grad)
+    down_weight = a.to(grad.dtype)
+    factor = None
+    if mask is not None:
+        like = grad.new_empty(()).expand(ctx.shape) if x is None else x
+        factor = flat(unpacked(mask, like))
+    divides = out is not None and not again
+    wants_down = wants.b or (wants.gains and not divides)
+    masked = crossed = None
+    if wants.a or (wants_down and (down is None or (again and wants.x))):
+        masked = flat(_known(x)) if factor is None else flat(_known(x)) * factor
+        down = masked @ down_weight.T if again else down
+    grad_x = grad_weight = grad_a = grad_b = grad_gains = None
+    if wants_down:
+        crossed = (mine.T @ down).to(gains.dtype) * options.scale
+    if wants.b:
+        grad_b = (crossed * gains[:, None]).to(b.dtype)
+    product = None
+    if wants.gains and divides:
+        product = flat(out) * mine if bias is None else (flat(out) - bias).mul_(mine)
+        grad_gains = product.sum(0, dtype=gains.dtype) / gains
+    elif wants.gains:
+        base = flat(_known(x)) @ options.own(weight).T
+        product = base * mine if again else base.mul_(mine)
+        grad_gains = product.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
+    if wants.a or wants.x:
+        inner = mine @ options.steered(b, gains, grad.dtype)
+        if masked is not None and wants.a:
+            grad_a = (inner.T @ masked).to(a.dtype)
+    if wants.x or wants.weight:
+        # Its memory is taken again: to get new costs a CPU more than to compute.
+        scaled = _scaled(grad, gains, options, None if again else product)
+        if wants.weight:
+            grad_weight = scaled.T @ flat(_known(x))
+        if wants.x:
+            grad_x = add_product(scaled @ weight, inner, down_weight, again, factor).view(ctx.shape)
+    grad_bias = grad.sum(0) if wants.bias else None
+    return grad_x, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
+
+
+def _known(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise LoraFxError(
+            "the gradient of DoRA with a frozen A cannot be differentiated again (create_graph=True), since "
+            "its input is not kept: make A trainable, or rewrite with optimize=False"
+        )
+    return x
+
+
+def _scale(matrix: Tensor, gains: Tensor) -> None:
+    """``g ∘ matrix``, in place."""
+    if gains.dtype == matrix.dtype:
+        matrix.mul_(gains)
+    else:
+        # A gain near 1 would lose its digits in a half type; what it has more or less than 1 does not.
+        matrix.addcmul_(matrix, (gains - 1).to(matrix.dtype))
+
+
+def _scaled(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
+    """The gradient before the gain.
+
+    Args:
+        grad: That of the output.
+        gains: g.
+        options: Which outputs have it.
+        space: What may be overwritten for it, if it is as large.
+    """
+    change = gains - 1
+    if options.rows is not None:
+        change, space = F.pad(change, (options.rows[0], grad.shape[1] - options.rows[1])), None
+    elif gains.dtype == grad.dtype:
+        return torch.mul(grad, gains, out=space)
+    return torch.addcmul(grad, grad, change.to(grad.dtype), out=space)

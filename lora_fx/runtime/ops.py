@@ -1,0 +1,445 @@
+"""What a rewritten model runs at training time, and the modules that hold its factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import keyword
+import marshal
+import operator
+import re
+from collections.abc import Sequence
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    SimpleNamespace,
+)
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx.errors import ConfigError
+
+__all__ = [
+    "OMITTED",
+    "AdapterFactors",
+    "AdapterModule",
+    "Callee",
+    "HeldTensor",
+    "Holder",
+    "KeptIndices",
+    "KeptTensors",
+    "Omitted",
+    "Seen",
+    "cast_like",
+    "check_adapter_name",
+    "class_of",
+    "count_batch",
+    "differs",
+    "given",
+    "in_place",
+    "needs_modules",
+    "output_padding",
+    "pad_features",
+    "tree_differs",
+    "wants_cache",
+]
+
+
+# Attributes of instances: of modules, and of lora_fx.runtime.samples.SampleRows.
+_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call")
+
+
+class AdapterModule(nn.Module):
+    """A module that lora_fx puts into a model: no part of the base."""
+
+
+class AdapterFactors(AdapterModule):
+    """One factor of a site, for every adapter: ``layer.lora_A.default`` is a parameter.
+
+    It has no forward: the graph reads the parameters.
+    """
+
+    def add(self, adapter: str, value: torch.Tensor) -> None:
+        """Adds an adapter's factor, or puts another one in its place.
+
+        Args:
+            adapter: The adapter's name.
+            value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
+        """
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        self.register_parameter(adapter, parameter)
+
+    def extra_repr(self) -> str:
+        """Names and shapes."""
+        shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
+        return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+class KeptIndices(AdapterFactors):
+    """Which rows of a weight an adapter trains: buffers that are no part of the state."""
+
+    def add(self, adapter: str, value: torch.Tensor) -> None:
+        """Adds an adapter's indices.
+
+        Args:
+            adapter: The adapter's name.
+            value: Integers, [n].
+        """
+        self.register_buffer(adapter, value, persistent=False)
+
+
+class Holder(AdapterModule):
+    """Holds the factors of a weight that no module stands for: it lies beside the weight."""
+
+
+class KeptTensors(AdapterFactors):
+    """What an adapter keeps beside a parameter and does not train: it is no factor."""
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuses names that cannot be an attribute of :class:`AdapterFactors`.
+
+    Raises:
+        ConfigError: If the name is empty, has other characters than letters, digits, "_" and "-",
+            or is taken by Python or ``nn.Module``.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"adapter_name must be a string that is not empty, found {name!r}")
+    if not re.fullmatch(r"[\w-]+", name) or keyword.iskeyword(name):
+        raise ConfigError(
+            f"adapter_name {name!r} has to be letters, digits, '_' and '-', and no word of Python: "
+            "it is part of parameter and folder names"
+        )
+    if hasattr(AdapterFactors, name) or name in _TAKEN:
+        raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
+
+
+def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A factor in the dtype of an output.
+
+    ``type_as`` would also want the layout of a nested tensor, which a factor cannot have.
+    """
+    return factor.to(like.dtype)
+
+
+def pad_features(part: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """Zeros for the output features that a part of an operation does not have.
+
+    Args:
+        part: [..., n].
+        before: How many come before it.
+        after: How many come after it.
+    """
+    if not part.is_nested:
+        return F.pad(part, (before, after))
+    # What is nested cannot be padded, and can be multiplied.
+    own = torch.eye(part.size(-1), dtype=part.dtype, device=part.device)
+    return F.linear(part, F.pad(own, (0, 0, before, after)))
+
+
+def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
+    """Counts a batch, in training only: what ``nn.BatchNorm`` does before it normalises.
+
+    Args:
+        counter: ``num_batches_tracked``, a scalar; counted up in place.
+        training: The layer's mode.
+    """
+    return counter.add_(1) if training else counter
+
+
+def needs_modules(model: nn.Module) -> bool:
+    """Whether a call has to go through the modules, since a graph of the whole model has none.
+
+    That is so where somebody waits for a module to be called: a hook, or a block that checkpoints its
+    activations (the switch is the attribute that transformers sets on its layers).
+    """
+    for module in model.modules():
+        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+            return True
+        if model.training and getattr(module, "gradient_checkpointing", False):
+            return True
+    return False
+
+
+def wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
+    """Whether a call of a transformers model wants a cache back, which a graph does not return.
+
+    The argument says so. Where it says nothing, the model's configuration does, in evaluation only: a
+    cache of a training step is read by nobody, and keeps its activations alive.
+
+    Args:
+        model: A model with a ``config``.
+        use_cache: The argument of its forward.
+    """
+    if use_cache is not None:
+        return bool(use_cache)
+    if model.training:
+        return False
+    config: Any = model.config
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    return any(getattr(one, "use_cache", False) for one in (config, *parts))
+
+
+def in_place(operation: str, left: Any, right: Any) -> Any:
+    """``left += right`` and the like: changes a tensor in place, and gives a new number.
+
+    Args:
+        operation: A name in :mod:`operator`, such as ``iadd``.
+        left: What stands on the left.
+        right: What stands on the right.
+    """
+    return getattr(operator, operation)(left, right)
+
+
+class Omitted(enum.Enum):
+    """The default of an argument that tells whether it was given."""
+
+    OMITTED = "omitted"
+
+
+OMITTED = Omitted.OMITTED
+"""What an argument is that was not given, where a decorator looks whether it was."""
+
+
+def given(**named: Any) -> dict[str, Any]:
+    """The arguments that were given.
+
+    Args:
+        named: Arguments by name.
+    """
+    return {name: value for name, value in named.items() if value is not OMITTED}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """What a trace saw of an object, and of those below it.
+
+    Attributes:
+        cls: Its class.
+        attributes: Names and values of what was read.
+        missing: Names of attributes that it did not have.
+        below: The modules and objects in it, by name.
+        parameters: The names of a module's own parameters and buffers, with their shapes; None for one that
+            is None.
+    """
+
+    cls: type
+    attributes: tuple[tuple[str, Any], ...]
+    missing: tuple[str, ...]
+    below: tuple[tuple[str, Seen], ...]
+    parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Callee:
+    """What tells a function, a partial or a bound method from others, and is the same in a copy.
+
+    Attributes:
+        code: The code, or what has none.
+        held: Simple values around it, as text: defaults, variables of the closure, arguments of a partial.
+        inner: The function of a partial or a method, and functions around it.
+    """
+
+    code: Any
+    held: tuple[str, ...] = ()
+    inner: tuple[Callee, ...] = ()
+
+    @classmethod
+    def of(cls, value: object, depth: int = 4) -> Callee:
+        """What tells a value from others; anything but a function by its class.
+
+        Args:
+            value: The value.
+            depth: How many functions inside of each other are looked at.
+        """
+        if isinstance(value, functools.partial):
+            given: tuple[Any, ...] = (value.func, *value.args, *value.keywords.values())
+            return cls._over(tuple(value.keywords), given, depth)
+        if isinstance(value, MethodType):
+            return cls._over(class_of(value.__self__), (value.__func__,), depth)
+        if isinstance(value, FunctionType):
+            around = tuple(map(_content, value.__closure__ or ()))
+            words = (value.__kwdefaults__ or {}).values()
+            return cls._over(value.__code__, (*around, *(value.__defaults__ or ()), *words), depth)
+        if isinstance(value, BuiltinFunctionType):
+            return cls((value.__module__, value.__qualname__))
+        return cls(value if isinstance(value, type) else class_of(value))
+
+    @classmethod
+    def _over(cls, code: Any, around: tuple[Any, ...], depth: int) -> Callee:
+        # As text, which tells 1 from True, and 0.0 from -0.0.
+        simple = tuple(repr(one) if type(one) in _SIMPLE else "" for one in around)
+        functions = [one for one in around if isinstance(one, _FUNCTIONS)] if depth else []
+        return cls(code, simple, tuple(cls.of(one, depth - 1) for one in functions))
+
+    def __repr__(self) -> str:
+        name: str = getattr(self.code, "co_qualname", None) or repr(self.code)
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Code travels as ``marshal`` has it."""
+        code = self.code
+        if isinstance(code, CodeType):
+            return _marshalled, (marshal.dumps(code), self.held, self.inner)
+        return Callee, (code, self.held, self.inner)
+
+
+def _marshalled(code: bytes, held: tuple[str, ...], inner: tuple[Callee, ...]) -> Callee:
+    return Callee(marshal.loads(code), held, inner)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the name has no value yet
+        return None
+
+
+_SIMPLE = (bool, int, float, complex, str, bytes)
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
+
+
+def tree_differs(value: Any, seen: Seen) -> bool:
+    """Whether an object is not as a trace saw it.
+
+    Args:
+        value: The object.
+        seen: What the trace saw.
+    """
+    if class_of(value) is not seen.cls:
+        return True
+    for name, expected in seen.attributes:
+        if differs(getattr(value, name, seen), expected):
+            return True
+    for name in seen.missing:
+        if hasattr(value, name):
+            return True
+    for name, shape in seen.parameters:
+        if _shape_of(value, name) != shape:
+            return True
+    return any(tree_differs(getattr(value, name, None), inner) for name, inner in seen.below)
+
+
+def _shape_of(module: Any, name: str) -> Any:
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
+    return None if tensor is None else tensor.shape
+
+
+def class_of(value: object) -> type:
+    """The class of an object; of a module that runs a graph its own class.
+
+    Args:
+        value: Any object.
+    """
+    cls = type(value)
+    found: type = getattr(cls, "_lora_fx_base", cls)
+    return found
+
+
+class HeldTensor:
+    """A tensor that a trace found in an attribute, a container or a global: it may be replaced or written to.
+
+    Values are compared once for each tensor that is found, and again when it has been written to.
+    """
+
+    __slots__ = ("_known", "_values", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._known, self._values = tensor, tensor.detach().clone()
+        self._version = _version(tensor)
+
+    def differs(self, found: object) -> bool:
+        """Whether something else is there now."""
+        # A compiler has a guard for each tensor that it finds in a graph, and these are in none.
+        if torch.compiler.is_compiling():
+            return False
+        if found is self._known and _version(self._known) == self._version >= 0:
+            return False
+        if not isinstance(found, torch.Tensor) or found.layout is not self._values.layout:
+            return True
+        if (found.dtype, found.device) != (self._values.dtype, self._values.device):
+            return True
+        if not torch.equal(found, self._values):
+            return True
+        self._known, self._version = found, _version(found)
+        return False
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 if nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def differs(found: object, expected: object) -> bool:
+    """Whether two values are told apart: by type, by value, and for containers by what is in them.
+
+    ``0.0`` differs from ``-0.0``, ``1`` from ``True`` and from ``1.0``; ``nan`` is like itself.
+
+    Args:
+        found: What is there now.
+        expected: What was there before.
+    """
+    if found is expected:
+        return False
+    if isinstance(expected, HeldTensor):
+        return expected.differs(found)
+    if type(expected) is Callee:
+        return Callee.of(found) != expected
+    if type(found) is not type(expected):
+        return True
+    if isinstance(expected, float):
+        return repr(found) != repr(expected)
+    if isinstance(expected, np.ndarray):
+        assert isinstance(found, np.ndarray)
+        return found.shape != expected.shape or found.tobytes() != expected.tobytes()
+    if isinstance(expected, dict):
+        assert isinstance(found, dict)
+        return list(found) != list(expected) or any(
+            differs(found[key], value) for key, value in expected.items()
+        )
+    if isinstance(expected, list | tuple):
+        assert isinstance(found, list | tuple)
+        return len(found) != len(expected) or any(map(differs, found, expected))
+    return bool(found != expected)
+
+
+def output_padding(
+    x: torch.Tensor,
+    output_size: Sequence[int] | None,
+    default: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+) -> Sequence[int]:
+    """What a transposed convolution adds to its output, so that it has the size that a call asks for.
+
+    Args:
+        x: The input.
+        output_size: The size, with or without the dimensions before the spatial ones; or None.
+        default: What the layer adds if no size is asked for.
+        stride: Of the layer; what follows, too.
+        padding: Likewise.
+        kernel_size: Likewise.
+        dilation: Likewise.
+
+    Raises:
+        ValueError: PyTorch's own, for a size that the layer cannot give.
+    """
+    if output_size is None:
+        return default
+    layer: Any = SimpleNamespace(output_padding=default)
+    geometry: tuple[Any, ...] = (stride, padding, kernel_size, len(kernel_size), dilation)
+    size: Any = output_size
+    found: Sequence[int] = nn.ConvTranspose2d._output_padding(layer, x, size, *geometry)
+    return found

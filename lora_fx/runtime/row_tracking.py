@@ -1,0 +1,491 @@
+"""Follows which sample of a batch each element of a tensor was computed from, while a model runs.
+
+Below autograd every operator of a call is seen, whatever code it comes from. Beside each storage lies another
+one with the samples of its elements, so that views and writes need no rule: they have the geometry of the
+tensor. What an operator makes of them is in :mod:`lora_fx.runtime.row_rules`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lora_fx.errors import ConfigError
+from lora_fx.runtime.row_rules import batch_normalized, rule_of, tensors_in, union
+
+__all__ = ["Follower", "caller"]
+
+_READS = frozenset(("numpy", "tolist", "__array__", "__dlpack__", "data_ptr"))
+_PURGE_AFTER = 1000
+# What these ask of a batch's values decides about masks, and about when to stop.
+_ASK_OF_MASKS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
+
+
+class _Shadow:
+    """The samples of the elements of a storage, from some place on.
+
+    Attributes:
+        sets: [channels, elements]; None if none has any.
+        start: First element, counted in elements of ``size`` bytes.
+        size: Bytes of an element.
+    """
+
+    def __init__(self, storage: Any) -> None:
+        self.alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # of torch
+        self.sets: Tensor | None = None
+        self.start = 0
+        self.size = 1
+
+
+class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+    """Follows the samples of one call.
+
+    Two things are known of an element: the samples that it was computed from, and those that a site has taken
+    its row for although it was computed from none (learned queries, positions). The second is a presumption:
+    it stands if such an element only ever meets elements of that sample, and ends the call otherwise.
+
+    Attributes:
+        samples: Number of samples.
+        repeats: How many times in a row the batch may have each.
+        by_values: Whether values of the batch have decided which rows are whose, so that another batch of the
+            same shapes may be laid out otherwise.
+        folded: Whether a site has seen several rows for each sample.
+        mixed_by: The first operator whose result belongs to several samples.
+    """
+
+    def __init__(self, model: nn.Module, samples: int, repeats: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.model, self.samples, self.repeats = model, samples, repeats
+        self.dtype = torch.int8 if samples < 100 else torch.int16
+        if samples > 30000:
+            raise ConfigError(f"adapter_ids: at most 30000 samples, found {samples}")
+        self.empty = torch.iinfo(self.dtype).max
+        self.by_values = self.folded = False
+        self.mixed_by = ""
+        self.error: BaseException | None = None
+        self._presumed_at: list[str] = []
+        self._shadows: dict[int, _Shadow] = {}
+        self._calls = 0
+        self._reads = _Reads(self)
+
+    # --- what is known of tensors ---------------------------------------------------------------------
+
+    def read(self, tensor: Any) -> Tensor | None:
+        """The samples of each element, [channels, *shape]; None if no element has one."""
+        if not isinstance(tensor, Tensor):
+            return None
+        shadow = self._shadow(tensor)
+        if shadow is None or shadow.sets is None:
+            return None
+        view = self._view(shadow, tensor)
+        if view.numel() and int(view[(0,) * view.dim()]) != self.empty:
+            return view
+        return view if bool((view != self.empty).any()) else None
+
+    def write(self, tensor: Tensor, sets: Tensor | None) -> None:
+        """Says what the samples of each element are, up to broadcasting."""
+        shadow = self._shadow(tensor)
+        if sets is None and (shadow is None or shadow.sets is None):
+            return
+        shadow = shadow or self._new(tensor)
+        if shadow.sets is None:
+            self._open(shadow, tensor)
+        view = self._view(shadow, tensor)
+        if sets is None:
+            view.fill_(self.empty)
+            return
+        if len(sets) < len(view):
+            view[2:].fill_(self.empty)
+            view = view[: len(sets)]
+        sets = sets.to(view.device)
+        view.copy_(sets.reshape(len(sets), *[1] * (view.dim() - sets.dim()), *sets.shape[1:]))
+
+    def enter(self, tensor: Tensor) -> None:
+        """Takes an argument of the call for one of the batch if its first axis has the batch's size."""
+        rows = tensor.shape[0] if tensor.dim() else 0
+        if rows not in (self.samples, self.samples * self.repeats) or not tensor.stride(0):
+            return
+        numbers = torch.arange(self.samples, device=tensor.device, dtype=self.dtype)
+        numbers = numbers.repeat_interleave(rows // self.samples)
+        sets = torch.stack([numbers, -numbers])
+        self.write(tensor, sets.reshape(2, rows, *[1] * (tensor.dim() - 1)))
+
+    def placed(self) -> None:
+        """Notes that values of the batch decide where an element lies."""
+        self.by_values = True
+
+    def _shadow(self, tensor: Tensor) -> _Shadow | None:
+        key = _key(tensor)
+        found = self._shadows.get(key)
+        if found is not None and found.alive.expired():  # type: ignore[no-untyped-call]  # of torch
+            del self._shadows[key]
+            return None
+        return found
+
+    def _new(self, tensor: Tensor) -> _Shadow:
+        """A shadow for a tensor that has samples."""
+        if not _key(tensor):
+            self._refuse(
+                f"a tensor of type {type(tensor).__name__} and layout {tensor.layout} cannot be followed"
+            )
+        shadow = self._shadows[_key(tensor)] = _Shadow(tensor.untyped_storage())
+        return shadow
+
+    def _open(self, shadow: _Shadow, tensor: Tensor) -> None:
+        """Makes room for the samples of a storage, or of the part of it that a large one's tensor spans."""
+        shadow.size = tensor.element_size()
+        total = tensor.untyped_storage().nbytes() // shadow.size
+        start = int(tensor.storage_offset())
+        spanned = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        if not tensor.numel():
+            spanned = 0
+        if total > 4 * spanned + 1024:
+            shadow.start, total = start, spanned
+        channels = 4 if self._presumed_at else 2
+        shape = (channels, total)
+        shadow.sets = torch.full(shape, self.empty, dtype=self.dtype, device=tensor.device)
+
+    def _view(self, shadow: _Shadow, tensor: Tensor) -> Tensor:
+        """A tensor's part of what is known of its storage."""
+        sets, size = shadow.sets, tensor.element_size()
+        assert sets is not None
+        if self._presumed_at and len(sets) == 2:
+            sets = shadow.sets = torch.cat([sets, torch.full_like(sets, self.empty)])
+        if size < shadow.size:
+            parts = shadow.size // size
+            sets = shadow.sets = sets.repeat_interleave(parts, 1)
+            shadow.start, shadow.size = shadow.start * parts, size
+        parts = size // shadow.size
+        total = tensor.untyped_storage().nbytes() // shadow.size
+        shape, stride = list(tensor.shape), [one * parts for one in tensor.stride()]
+        if parts > 1:
+            shape, stride = [*shape, parts], [*stride, 1]
+        first = tensor.storage_offset() * parts
+        last = first + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if tensor.numel() and last >= total:
+            self._refuse(f"a tensor of type {type(tensor).__name__} cannot be followed")
+        if first < shadow.start or (tensor.numel() and last >= shadow.start + sets.shape[1]):
+            pad = (shadow.start, max(0, total - shadow.start - sets.shape[1]))
+            sets = torch.nn.functional.pad(sets, pad, value=self.empty)
+            shadow.sets, shadow.start = sets, 0
+        offset = first - shadow.start
+        view = sets.as_strided((len(sets), *shape), (sets.stride(0), *stride), offset)
+        return view.amin(-1) if parts > 1 else view
+
+    # --- operators ------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Runs the operator, and works out whose its results are."""
+        kwargs = kwargs or {}
+        given = list(tensors_in((*args, *kwargs.values())))
+        result = func(*args, **kwargs)
+        try:
+            self._note(func, args, kwargs, given, result)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+        self._calls += 1
+        if self._calls % _PURGE_AFTER == 0:
+            self._purge()
+        return result
+
+    def _note(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        given: Sequence[Tensor],
+        result: Any,
+    ) -> None:
+        outs = list(tensors_in(result if isinstance(result, list | tuple) else [result]))
+        name = func.overloadpacket.__name__
+        if not any((known := self._shadow(one)) and known.sets is not None for one in given):
+            return
+        schema = func._schema
+        named = {one.name: one.default_value for one in schema.arguments}
+        named |= {one.name: value for one, value in zip(schema.arguments, args, strict=False)}
+        named |= kwargs
+        if name in ("_local_scalar_dense", "is_nonzero", "equal"):
+            self._asked(given)
+            return
+        written = [
+            tensor
+            for one in schema.arguments
+            if one.alias_info is not None and one.alias_info.is_write
+            for tensor in tensors_in(named[one.name])
+        ]
+        into = {_key(one) for one in written}
+        of = {_key(one) for one in given}
+        rule = rule_of(func)
+        views = [(key := _key(one)) in of and key not in into for one in outs]
+        if (all(views) and not written) or torch.Tag.inplace_view in func.tags:
+            return
+        with torch.no_grad():
+            try:
+                found = rule(self, func, named, outs)
+            except ConfigError:
+                raise
+            except Exception:  # noqa: BLE001  an operator of another form than its rule knows
+                found = [self._union(given)] * len(outs)
+            if written and not outs:
+                outs, views = written, [False] * len(written)
+                found = [self._union(given)] * len(written)
+            for out, view, sets in zip(outs, views, found, strict=True):
+                if not view:
+                    self.write(out, self._settled(sets, str(func)))
+            if rule is not batch_normalized:
+                done = {_key(one) for one in outs}
+                for one in written:
+                    if _key(one) not in done:
+                        self.write(one, self._settled(self._union(given), str(func)))
+
+    def __enter__(self) -> Any:
+        """Begins to follow."""
+        self._reads.__enter__()  # type: ignore[no-untyped-call]  # of torch
+        return super().__enter__()  # type: ignore[no-untyped-call]  # of torch
+
+    def __exit__(self, *error: Any) -> None:
+        """Ends it."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
+        self._reads.__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
+
+    def asked(self, tensors: Sequence[Tensor]) -> None:
+        """Notes that values were read past all operators."""
+        with _disable_current_modes():
+            if any(self.read(one) is not None for one in tensors):
+                self.by_values = True
+
+    def _union(self, tensors: Iterable[Tensor]) -> Tensor | None:
+        found = [self.read(one) for one in tensors]
+        return union(*(one.flatten(1).amin(1) for one in found if one is not None))
+
+    def _asked(self, given: Sequence[Tensor]) -> None:
+        """Notes a question about values of the batch, whose answer may decide what is computed."""
+        if all(self.read(one) is None for one in given):
+            return
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_globals.get("__name__", "").startswith(
+            ("torch.", "lora_fx")
+        ):
+            frame = frame.f_back
+        if frame is None or frame.f_globals.get("__name__") not in _ASK_OF_MASKS:
+            self.by_values = True
+
+    def _settled(self, sets: Tensor | None, name: str) -> Tensor | None:
+        """What an operator has made, after a look at what was presumed."""
+        if sets is None:
+            return None
+        if not self.mixed_by and bool(_mixed(sets, self.empty).any()):
+            self.mixed_by = name
+        if len(sets) == 2:
+            return sets
+        low, high, taken, last = sets[0], -sets[1], sets[2], -sets[3]
+        presumed, owned = sets[2] != self.empty, sets[0] != self.empty
+        wrong = presumed & ((taken != last) | (owned & ((low != taken) | (high != taken))))
+        if bool(wrong.any()):
+            self._refuse(
+                f"{self._presuming()}: its input has no samples of its own on the first axis (positions or "
+                f"queries that all samples share), and its output meets other samples in {name}"
+            )
+        confirmed = presumed & owned
+        return torch.cat([sets[:2], sets[2:].masked_fill(confirmed, self.empty)])
+
+    def _purge(self) -> None:
+        for key, one in list(self._shadows.items()):
+            if one.alive.expired():  # type: ignore[no-untyped-call]  # of torch
+                del self._shadows[key]
+
+    # --- sites and results -----------------------------------------------------------------------------
+
+    def check_site(self, x: Tensor, weight: str) -> None:
+        """Refuses an activation whose rows are not those of sample after sample.
+
+        Args:
+            x: What the branch of an adapter reads.
+            weight: Name of the adapted weight in the module that is running.
+
+        Raises:
+            ConfigError: If its first axis does not have the samples in their order.
+        """
+        try:
+            self._check_site(x, weight)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+
+    def _check_site(self, x: Tensor, weight: str) -> None:
+        with _disable_current_modes():
+            sets = self.read(x)
+            if not self._has_rows(x, sets):
+                self._refuse(
+                    f"{self._fqn(weight)}: an input of shape {tuple(x.shape)} {self._not_rows(sets)}"
+                )
+        self.folded = self.folded or not self._exact(x)
+
+    def _exact(self, x: Tensor) -> bool:
+        return x.shape[0] in (self.samples, self.samples * self.repeats)
+
+    def _has_rows(self, x: Tensor, sets: Tensor | None) -> bool:
+        """Whether the rows of an activation are those of sample after sample, as far as they have any."""
+        if not x.dim() or not x.shape[0] or x.shape[0] % self.samples:
+            return False
+        if sets is None:
+            return self._exact(x)
+        by_row = self._by_sample(sets[:2])
+        if len(sets) == 4:
+            # Rows that an earlier site has taken for those of samples.
+            by_row = torch.minimum(by_row, self._by_sample(sets[2:]))
+        numbers = torch.arange(self.samples, device=by_row.device, dtype=self.dtype)
+        fits = (by_row[0] == numbers) & (by_row[1] == -numbers)
+        return bool((fits | (by_row == self.empty).all(0)).all())
+
+    def presume(self, total: Tensor, weight: str) -> None:
+        """Takes the rows of a site's output for those of the samples, also where its input had none."""
+        with _disable_current_modes(), torch.no_grad():
+            sets = self.read(total)
+            numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
+            numbers = numbers.repeat_interleave(total.shape[0] // self.samples)
+            rows = torch.stack([numbers, -numbers]).reshape(2, -1, *[1] * (total.dim() - 1))
+            if sets is not None and bool((self._by_sample(sets[:2]) != self.empty).all()):
+                # Elements that all samples share, class tokens for instance, lie among those of a sample.
+                self.write(total, torch.minimum(sets[:2], rows))
+                return
+            if self.by_values:
+                self._refuse(
+                    f"{self._fqn(weight)}: its input has no samples on the first axis, or they were read as "
+                    "numbers before, which nobody can follow"
+                )
+            self._presumed_at.append(self._fqn(weight))
+            rows = rows.expand(2, *total.shape)
+            none = torch.full_like(rows, self.empty)
+            own = none if sets is None else sets[:2]
+            taken = rows if sets is None else torch.where(sets[0] != self.empty, none, rows)
+            self.write(total, torch.cat([own, taken]))
+
+    def _by_sample(self, sets: Tensor) -> Tensor:
+        """What the rows of each sample have, [channels, samples]."""
+        return sets.reshape(len(sets), self.samples, -1).amin(2)
+
+    def check_results(self, results: Any) -> None:
+        """Refuses results that mix samples, or that nobody has shown to be those of samples.
+
+        A number (a loss), and a matrix of each sample with each (similarities), may.
+
+        Raises:
+            ConfigError: If there is such a result.
+        """
+        if self.error is not None:
+            raise self.error
+        for one in results:
+            sets = self.read(one)
+            if sets is None:
+                continue
+            if bool((sets[2:] != self.empty).any()):
+                self._refuse(
+                    f"{self._presuming()}: its input has no samples of its own on the first axis "
+                    "(positions or queries that all samples share), and nothing shows that the rows of "
+                    f"its output are samples: a result of shape {tuple(one.shape)} has met none"
+                )
+            if one.numel() > 1 and bool(_mixed(sets, self.empty).any()) and not self._pairs(sets):
+                self._refuse(
+                    f"a result of shape {tuple(one.shape)} belongs to several samples at once{self._mixer()}"
+                )
+
+    def _pairs(self, sets: Tensor) -> bool:
+        if sets.shape[1:] != (self.samples, self.samples):
+            return False
+        numbers = torch.arange(self.samples, device=sets.device, dtype=self.dtype)
+        least = torch.minimum(numbers[:, None], numbers)
+        most = torch.maximum(numbers[:, None], numbers)
+        return torch.equal(sets[0], least) and torch.equal(sets[1], -most)
+
+    def _mixer(self) -> str:
+        return f" (first mixed by {self.mixed_by})" if self.mixed_by else ""
+
+    def _not_rows(self, sets: Tensor | None) -> str:
+        if sets is None:
+            return (
+                "does not begin with the samples of adapter_ids: it is the same for all of them, or its "
+                "samples come from something that was not followed"
+            )
+        if bool(_mixed(sets, self.empty).any()):
+            return f"has elements of several samples at once{self._mixer()}"
+        where = [
+            axis
+            for axis in range(sets.dim() - 1)
+            if not torch.equal(sets, sets.narrow(axis + 1, 0, 1).expand_as(sets))
+        ]
+        if where == [0]:
+            return "has the samples on its first axis, but not one after the other"
+        axes = " and ".join(map(str, where))
+        places = f"on axis {axes}" if where else "on none of its axes: it belongs to one of them"
+        return f"does not begin with the {self.samples} samples of adapter_ids: they lie {places}"
+
+    def _presuming(self) -> str:
+        return ", ".join(dict.fromkeys(self._presumed_at))
+
+    def _fqn(self, weight: str) -> str:
+        return caller(self.model, weight)
+
+    def _refuse(self, what: str) -> NoReturn:
+        error = ConfigError(
+            f"{what}. adapter_ids needs the samples on the first axis of what an adapted operation reads, "
+            "one after the other: give one adapter for each sample of this batch, or repeats=, where "
+            "generate() repeats each sample (num_beams, num_return_sequences), or choose one adapter for the "
+            "whole batch"
+        )
+        self.error = self.error or error
+        raise error
+
+
+def caller(model: nn.Module, weight: str) -> str:
+    """The FQN of a weight, by its name in the innermost module of the model that is running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    frame: FrameType | None = sys._getframe(1)
+    found: str | None = None
+    while frame is not None and found is None:
+        found = names.get(id(frame.f_locals.get("self")))
+        frame = frame.f_back
+    return ".".join(part for part in (found or "", weight) if part)
+
+
+class _Reads(TorchFunctionMode):
+    """Sees values that become something else than tensors, of which operators know nothing."""
+
+    def __init__(self, follower: Follower) -> None:
+        super().__init__()
+        self._follower = follower
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the function."""
+        if getattr(func, "__name__", "") in _READS:
+            self._follower.asked(list(tensors_in(args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _key(tensor: Tensor) -> int:
+    """What names a tensor's storage while something holds it; 0 for a tensor that has none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _mixed(sets: Tensor, empty: int) -> Tensor:
+    return (sets[0] != empty) & (sets[0] != -sets[1])

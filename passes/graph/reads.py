@@ -1,0 +1,416 @@
+"""What a trace read and took for granted: compared again whenever the graph is called.
+
+A trace sees one value of everything that the code reads: a number on the module, a setting of a config
+object, a global, a default. It becomes a constant of the graph, or decides which way the code goes. So each
+read is kept with where it came from, and the generated ``forward`` asks whether it would still give the
+same: simple values by value, containers by what is in them, everything else by identity or class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+
+from lora_fx.runtime.ops import HeldTensor, Seen, class_of, differs, tree_differs
+
+__all__ = [
+    "CONTAINERS",
+    "MOST",
+    "SELF",
+    "SIMPLE",
+    "ModuleRoot",
+    "ObjectRoot",
+    "Path",
+    "Read",
+    "conditions_of",
+    "constants_of",
+    "frozen",
+    "is_constant",
+]
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+"""Exact types of values that are compared by value."""
+
+CONTAINERS = (tuple, list, dict, set, frozenset)
+"""Exact types of containers that are compared by what is in them."""
+
+_BY_IDENTITY = (torch.dtype, torch.layout, torch.memory_format, type(...), type(NotImplemented))
+MOST = 256
+"""How many values are compared at each call; more would take too long."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfRoot:
+    """The module that the graph belongs to."""
+
+    def resolve(self) -> None:
+        """Nothing: generated code has it as an argument."""
+
+
+SELF = SelfRoot()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleRoot:
+    """A Python module, by name: its globals."""
+
+    name: str
+
+    def resolve(self) -> Any:
+        """The module."""
+        return importlib.import_module(self.name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ObjectRoot:
+    """An object that is the same for every instance: a class, a cell of a closure, a function."""
+
+    value: Any
+
+    def resolve(self) -> Any:
+        """The object."""
+        return self.value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectRoot) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, or from what has a name: a decorated function is found in its decorator's."""
+        if isinstance(self.value, FunctionType):
+            way = _way_to(self.value)
+            if way is not None:
+                return _reached, way
+        return ObjectRoot, (self.value,)
+
+
+def _way_to(function: FunctionType) -> tuple[str, str, tuple[int, ...]] | None:
+    """Module and qualified name of a function, and places in closures that lead from it to another one.
+
+    None if nothing that has a name leads there.
+    """
+    for named in _inside(function):
+        start = _named(named.__module__, named.__qualname__)
+        if isinstance(start, FunctionType):
+            for found, places in _inside(start).items():
+                if found is function:
+                    return named.__module__, named.__qualname__, places
+    return None
+
+
+def _inside(function: FunctionType) -> dict[FunctionType, tuple[int, ...]]:
+    """A function and those in its closure, and in theirs, each with the places that lead to it."""
+    found: dict[FunctionType, tuple[int, ...]] = {function: ()}
+    for one in (pending := [function]):
+        for place, cell in enumerate(one.__closure__ or ()):
+            held = _content(cell)
+            if isinstance(held, FunctionType) and held not in found:
+                found[held] = (*found[one], place)
+                pending.append(held)
+    return found
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the name has no value yet
+        return None
+
+
+def _named(module: str | None, name: str) -> Any:
+    value: Any = sys.modules.get(module or "")
+    for atom in name.split("."):
+        value = getattr(value, atom, None)
+    return getattr(value, "__func__", value)  # the function of a class method
+
+
+def _reached(module: str, name: str, places: tuple[int, ...]) -> ObjectRoot:
+    importlib.import_module(module)
+    value = _named(module, name)
+    for place in places:
+        value = value.__closure__[place].cell_contents
+    return ObjectRoot(value)
+
+
+Root = SelfRoot | ModuleRoot | ObjectRoot
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Where a value was read.
+
+    Attributes:
+        root: Where it starts.
+        steps: ``("attribute", name)`` and ``("item", key)``, one after the other.
+    """
+
+    root: Root = SELF
+    steps: tuple[tuple[str, Any], ...] = ()
+
+    def attribute(self, name: str) -> Path:
+        """The path of an attribute of what lies here."""
+        return Path(self.root, (*self.steps, ("attribute", name)))
+
+    def item(self, key: Any) -> Path:
+        """The path of an item of the container that lies here."""
+        return Path(self.root, (*self.steps, ("item", key)))
+
+    def expression(self, root: str) -> str:
+        """Python code that reads it.
+
+        Args:
+            root: The name of the root in that code.
+        """
+        text = root
+        for kind, key in self.steps:
+            if kind == "item":
+                text = f"{text}[{key!r}]"
+            elif key.isidentifier():
+                text = f"{text}.{key}"
+            else:
+                text = f"getattr({text}, {key!r})"
+        return text
+
+    def __str__(self) -> str:
+        if isinstance(self.root, ModuleRoot):
+            return _in_words(self.expression(self.root.name))
+        if isinstance(self.root, ObjectRoot):
+            value = self.root.value
+            name = getattr(value, "__qualname__", None) or type(value).__name__
+            return _in_words(self.expression(name))
+        return self.expression("self")
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """One read.
+
+    Attributes:
+        path: Where.
+        kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
+            there), ``length``, ``keys`` and ``holds`` (of a dict, the second with a key), ``shape`` (of a
+            tensor), ``present`` (it is not None), ``missing`` (there was no such attribute), ``there`` (there
+            was one, and the code has a way to go without it) or ``tree`` (an object and all below it,
+            :class:`lora_fx.runtime.ops.Seen`).
+        expected: What the trace saw.
+    """
+
+    path: Path
+    kind: str
+    expected: Any = dataclasses.field(compare=False)
+
+    def condition(self, root: str, constant: str) -> str:
+        """Python code that is true where the read would give something else.
+
+        Args:
+            root: The name of the path's root.
+            constant: The name of what is expected, if the code needs it.
+        """
+        if self.kind in ("missing", "there"):
+            *above, (_, name) = self.path.steps
+            asked = f"hasattr({Path(self.path.root, tuple(above)).expression(root)}, {name!r})"
+            return asked if self.kind == "missing" else f"not {asked}"
+        here = self.path.expression(root)
+        if self.kind == "present":
+            return f"{here} is None"
+        if self.kind == "length":
+            return f"len({here}) != {self.expected}"
+        if self.kind == "keys":
+            return f"list({here}) != {self.expected!r}"
+        if self.kind == "holds":
+            key, held = self.expected
+            return f"({key!r} in {here}) is not {held}"
+        if self.kind == "shape":
+            return f"{here}.shape != {tuple(self.expected)!r}"
+        if self.kind == "class":
+            return f"{_CLASS}({here}) is not {constant}"
+        if self.kind == "tree":
+            return f"{_TREE}({here}, {constant})"
+        if self.kind == "identity" or self.expected is None or isinstance(self.expected, bool):
+            return f"{here} is not {constant if self.kind == 'identity' else self.expected}"
+        if self.needs_constant or self.kind == "contents":
+            return f"{_DIFFERS}({here}, {constant if self.needs_constant else repr(self.expected)})"
+        kind = type(self.expected).__name__
+        return f"type(_now := {here}) is not {kind} or _now != {self.expected!r}"
+
+    def found(self, module: Any) -> Any:
+        """What lies there now, as it is compared: its class, its length, its shape, or the value.
+
+        Args:
+            module: The module that the path may start at.
+        """
+        value: Any = module if self.path.root is SELF else self.path.root.resolve()
+        for kind, key in self.path.steps:
+            value = value[key] if kind == "item" else getattr(value, key)
+        if self.kind == "class":
+            return class_of(value)
+        if self.kind == "length":
+            return len(value)
+        if self.kind == "keys":
+            return list(value)
+        if self.kind == "holds":
+            return self.expected[0] in value
+        return tuple(value.shape) if self.kind == "shape" else value
+
+    @property
+    def needs_constant(self) -> bool:
+        """Whether what is expected has no literal form, or none that tells it from others."""
+        if self.kind in ("class", "identity", "tree"):
+            return True
+        return self.kind in ("value", "contents") and not _literal(self.expected)
+
+    def changes(self, module: Any) -> Iterator[Read]:
+        """This read, or those of a tree that would give something else now.
+
+        Args:
+            module: The module that the path may start at.
+        """
+        if self.kind != "tree":
+            yield self
+            return
+        yield from _changes(module, self.path, self.expected)
+
+    def words(self, found: str) -> str:
+        """What to tell the caller of a graph that was made for something else.
+
+        Args:
+            found: What lies there now, in words.
+        """
+        if self.kind == "missing":
+            return f"{self.path} did not exist when its forward was captured"
+        if self.kind == "there":
+            return f"{self.path} was there when its forward was captured"
+        if self.kind == "holds":
+            key, held = self.expected
+            return f"{self.path} had {'a' if held else 'no'} {key!r} when its forward was captured"
+        if self.kind == "present":
+            return f"{self.path} was there when its forward was captured, found None"
+        expected = self.expected
+        if self.kind == "class":
+            return f"{self.path} was a {expected.__qualname__} when its forward was captured, found {found}"
+        if self.kind == "identity":
+            expected = getattr(expected, "__qualname__", None) or repr(expected)
+        what = {"length": "the length of ", "shape": "the shape of ", "keys": "the keys of "}.get(
+            self.kind, ""
+        )
+        value = repr(tuple(expected)) if self.kind == "shape" else expected
+        value = value if isinstance(value, str) and self.kind == "identity" else repr(value)
+        return f"{what}{self.path} was {value} when its forward was captured, found {found}"
+
+
+_DIFFERS = "_lora_fx_differs"
+_CLASS = "_lora_fx_class_of"
+_TREE = "_lora_fx_tree_differs"
+
+
+def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
+    if class_of(value) is not seen.cls:
+        yield Read(path, "class", seen.cls)
+        return
+    for name, expected in seen.attributes:
+        if differs(getattr(value, name, seen), expected):
+            yield Read(path.attribute(name), "value", expected)
+    for name in seen.missing:
+        if hasattr(value, name):
+            yield Read(path.attribute(name), "missing", None)
+    for name, shape in seen.parameters:
+        here = path.attribute(name)
+        if shape is None:
+            yield from (
+                (Read(here, "value", None),) if getattr(value, name, None) is not None else ()
+            )
+        elif getattr(value, name, None) is None:
+            yield Read(here, "present", None)
+        elif getattr(value, name).shape != shape:
+            yield Read(here, "shape", shape)
+    for name, inner in seen.below:
+        yield from _changes(getattr(value, name, None), path.attribute(name), inner)
+
+
+def _in_words(text: str) -> str:
+    """A path that goes through a closure as a reader says it."""
+    return re.sub(r"^(.*)\.__closure__\[\d+\]\.cell_contents", r"a variable around \1", text)
+
+
+def conditions_of(reads: Iterable[Read]) -> Iterator[tuple[Read, str]]:
+    """Each read with its condition, in terms of the names of :func:`constants_of`."""
+    reads = tuple(reads)
+    roots = _named_roots(reads)
+    for place, read in enumerate(reads):
+        yield read, read.condition(roots[read.path.root], f"_lora_fx_value_{place}")
+
+
+def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
+    """The globals that the conditions of some reads need."""
+    reads = tuple(reads)
+    found: dict[str, Any] = {
+        name: root.resolve() for root, name in _named_roots(reads).items() if root is not SELF
+    }
+    for place, read in enumerate(reads):
+        if read.needs_constant:
+            found[f"_lora_fx_value_{place}"] = read.expected
+    text = " ".join(condition for _, condition in conditions_of(reads))
+    helpers = {_DIFFERS: differs, _CLASS: class_of, _TREE: tree_differs}
+    return found | {name: helper for name, helper in helpers.items() if name in text}
+
+
+def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:
+    found: dict[Root, str] = {SELF: "self"}
+    for read in reads:
+        found.setdefault(read.path.root, f"_lora_fx_root_{len(found)}")
+    return found
+
+
+def frozen(value: Any) -> Any:
+    """A copy of a container of simple values, which its owner may change; any other value as it is."""
+    if type(value) is torch.Tensor:
+        return HeldTensor(value)
+    if type(value) is dict:
+        return {key: frozen(item) for key, item in value.items()}
+    return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value
+
+
+def is_constant(value: Any, most: int = MOST, simple: tuple[type, ...] = ()) -> bool:
+    """Whether a value is simple, or a container of simple values that is short enough to be compared.
+
+    Args:
+        value: The value.
+        most: How many simple values it may hold.
+        simple: Classes that are simple, too.
+    """
+    return _size(value, simple) <= most
+
+
+def _size(value: Any, simple: tuple[type, ...]) -> float:
+    if type(value) in (*SIMPLE, *simple) or isinstance(
+        value, (enum.Enum, torch.device, *_BY_IDENTITY)
+    ):
+        return 1
+    if type(value) is dict:
+        return sum(_size(one, simple) for item in value.items() for one in item)
+    if type(value) in CONTAINERS or type(value) is torch.Size:
+        return sum(_size(one, simple) for one in value)
+    return math.inf
+
+
+def _literal(value: Any) -> bool:
+    """Whether ``repr`` gives code for the value, and a comparison by it tells it from all others."""
+    if type(value) is float:
+        # Comparison takes 0.0 and -0.0 for equal, and says that nan differs from itself.
+        return math.isfinite(value) and value != 0.0
+    if type(value) in (tuple, list):
+        return all(map(_literal, value))
+    if type(value) is dict:
+        return all(_literal(key) and _literal(item) for key, item in value.items())
+    return type(value) in (bool, int, str, type(None))

@@ -1,0 +1,288 @@
+"""The signature of a region's ``forward``, and the guard that keeps a specialised graph honest.
+
+A trace fixes what the caller passed: ``mask=None`` takes the branch without a mask. Instead of
+forbidding other calls, the generated ``forward`` looks first::
+
+    def forward(self, x, mask=None, **kwargs):
+        if x is None or mask is not None or kwargs:
+            return fallback(self, x, mask, **kwargs)
+        ...the graph...
+
+The fallback is the module's own ``forward``, which is always right as long as every adapter sits in a
+module that it calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+from typing import Any
+
+from torch import fx
+
+from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
+from lora_fx.runtime.ops import OMITTED, given, needs_modules, wants_cache
+
+__all__ = [
+    "FALLBACK",
+    "NEEDS_MODULES",
+    "WANTS_CACHE",
+    "GuardedCodeGen",
+    "Parameter",
+    "attribute",
+    "parameters_of",
+    "wrapped_forward",
+]
+
+FALLBACK = "_lora_fx_fallback"
+"""Global name of the fallback in generated code."""
+
+NEEDS_MODULES = "_lora_fx_needs_modules"
+"""Global name of :func:`lora_fx.runtime.ops.needs_modules` in generated code."""
+
+WANTS_CACHE = "_lora_fx_wants_cache"
+"""Global name of :func:`lora_fx.runtime.ops.wants_cache` in generated code."""
+
+_HELPERS = {NEEDS_MODULES: needs_modules, WANTS_CACHE: wants_cache}
+_SIMPLE = (type(None), bool, int, float, str)
+_OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of ``forward``.
+
+    Attributes:
+        name: Its name.
+        kind: ``inspect.Parameter.kind`` as an integer.
+        traced: Whether it is an input of the graph; otherwise it was fixed to ``value``.
+        value: What it was fixed to.
+        default: The default, or ``inspect.Parameter.empty``.
+        within: Name of the ``**kwargs`` that takes it, for one that the signature does not name.
+        test: An expression that is true where the graph does not apply; by default one that follows
+            from the rest.
+        omitted: Whether the graph holds only where nothing is given for it, not the default either: a
+            decorator looks whether there is something.
+    """
+
+    name: str
+    kind: int
+    traced: bool
+    value: Any = None
+    default: Any = inspect.Parameter.empty
+    within: str = ""
+    test: str = ""
+    omitted: bool = False
+
+    @property
+    def variadic(self) -> bool:
+        """Whether it is ``*args`` or ``**kwargs``."""
+        return self.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Parameter, ...]:
+    """Reads a ``forward`` method's signature, without ``self``.
+
+    Args:
+        forward: The unbound method.
+        fixed: Values to fix parameters to. By default those that have a default are fixed to it.
+
+    Returns:
+        The parameters in order. ``*args`` and ``**kwargs`` are fixed to empty.
+    """
+    result = []
+    own = wrapped_forward(forward)
+    signature = inspect.signature(own, follow_wrapped=False)
+    for index, p in enumerate(signature.parameters.values()):
+        if index == 0:
+            continue
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            result.append(Parameter(p.name, int(p.kind), traced=False))
+            continue
+        optional = p.default is not p.empty
+        if fixed is None:
+            value, traced = (p.default, False) if optional else (None, True)
+        else:
+            value, traced = (fixed[p.name], False) if p.name in fixed else (None, True)
+        result.append(Parameter(p.name, int(p.kind), traced, value, p.default))
+    return tuple(result)
+
+
+def wrapped_forward(forward: Any) -> Any:
+    """The function that says what a ``forward`` takes.
+
+    A decorator that takes ``*args`` and ``**kwargs`` and nothing by name hands them on, as far as one sees
+    from outside. Any other one has parameters and defaults of its own, which may not be those of the
+    function that it wraps.
+
+    Args:
+        forward: The unbound method.
+    """
+    while isinstance(forward, types.FunctionType) and "__wrapped__" in vars(forward):
+        if "__signature__" in vars(forward):
+            break
+        parameters = list(inspect.signature(forward, follow_wrapped=False).parameters.values())
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if (
+            len(named) > 1
+            or len(named) == len(parameters)
+            or (named and named[0] is not parameters[0])
+        ):
+            break
+        forward = vars(forward)["__wrapped__"]
+    return forward
+
+
+def attribute(target: str) -> str:
+    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
+    path = "self"
+    for atom in filter(None, target.split(".")):
+        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
+    return path
+
+
+class GuardedCodeGen(fx.graph.CodeGen):
+    """Generates ``forward`` with the original signature and the guard of this module.
+
+    Attributes:
+        parameters: The original signature.
+        check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
+            ``torch.nn`` that is one operation makes do without.
+        extra: More expressions that are true where the graph does not apply; asked last.
+        reads: What the trace read, and took for granted; asked last of all.
+    """
+
+    def __init__(
+        self,
+        parameters: tuple[Parameter, ...],
+        check_none: bool = True,
+        conditions: tuple[str, ...] = (),
+        reads: tuple[Read, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.check_none = check_none
+        self.extra = conditions
+        self.reads = reads
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
+        head = f"def {self._func_name}({', '.join(['self', *self._declared()])}){maybe_return_annotation}:"
+        conditions = [*self.conditions(), *(test for _, test in conditions_of(self.reads))]
+        if not conditions:
+            return head
+        call = ", ".join(["self", *self._passed()])
+        test = " or ".join(conditions)
+        if len(conditions) > 3:
+            test = "(\n        " + "\n        or ".join(conditions) + "\n    )"
+        return f"{head}\n    if {test}:\n        return {FALLBACK}({call})"
+
+    def constants(self) -> dict[str, Any]:
+        """Globals of the generated code: defaults and fixed values that have no literal form.
+
+        Not ``additional_globals`` of fx: that gives one object one name, and drops those of torch.
+        """
+        conditions = self.conditions()
+        found: dict[str, Any] = {
+            name: helper
+            for name, helper in _HELPERS.items()
+            if any(name in condition for condition in conditions)
+        }
+        found |= constants_of(self.reads)
+        if any(p.omitted for p in self.parameters):
+            found |= {_OMITTED: OMITTED, _GIVEN: given}
+        for p in self.parameters:
+            if p.omitted:
+                continue
+            if p.default is not inspect.Parameter.empty and not _literal(p.default):
+                found[f"_default_{p.name}"] = p.default
+            if not p.traced and not p.variadic and not _literal(p.value):
+                found[f"_fixed_{p.name}"] = p.value
+        return found
+
+    def conditions(self) -> list[str]:
+        """Python expressions, one of which is true where the graph does not apply."""
+        within = {p.name for p in self.parameters if p.within}
+        return [
+            _variadic_condition(p, within) if p.variadic else p.test or _condition(p)
+            for p in self.parameters
+            if self.check_none or not p.traced
+        ] + list(self.extra)
+
+    def _declared(self) -> list[str]:
+        declared, keyword_only = [], False
+        for p in self.parameters:
+            if p.within:
+                continue
+            if p.kind == inspect.Parameter.VAR_POSITIONAL:
+                declared.append(f"*{p.name}")
+                keyword_only = True
+                continue
+            if p.kind == inspect.Parameter.VAR_KEYWORD:
+                declared.append(f"**{p.name}")
+                continue
+            if p.kind == inspect.Parameter.KEYWORD_ONLY and not keyword_only:
+                declared.append("*")
+                keyword_only = True
+            declared.append(p.name + _default(p))
+        return declared
+
+    def _passed(self) -> list[str]:
+        """Arguments of the fallback: by name where that can be.
+
+        Decorators of transformers give ``use_cache`` by name if it is not among the keywords.
+        """
+        spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters)
+        passed = []
+        for p in self.parameters:
+            if p.within:
+                continue
+            if p.kind == inspect.Parameter.VAR_POSITIONAL:
+                passed.append(f"*{p.name}")
+            elif p.omitted:
+                passed.append(f"**{_GIVEN}({p.name}={p.name})")
+            elif p.kind == inspect.Parameter.VAR_KEYWORD:
+                passed.append(f"**{p.name}")
+            elif p.kind == inspect.Parameter.POSITIONAL_ONLY or (
+                spread and p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+            ):
+                passed.append(p.name)
+            else:
+                passed.append(f"{p.name}={p.name}")
+        return passed
+
+
+def _literal(value: Any) -> bool:
+    """Whether ``repr`` gives an expression for it: not for members of an enumeration, or infinity."""
+    return type(value) in _SIMPLE and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _default(p: Parameter) -> str:
+    if p.default is inspect.Parameter.empty:
+        return ""
+    if p.omitted:
+        return f"={_OMITTED}"
+    return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"
+
+
+def _variadic_condition(p: Parameter, within: set[str]) -> str:
+    if within and p.kind == inspect.Parameter.VAR_KEYWORD:
+        return f"{p.name}.keys() != {{{', '.join(map(repr, sorted(within)))}}}"
+    return p.name
+
+
+def _condition(p: Parameter) -> str:
+    # What **kwargs holds gets a name where it is looked at first.
+    name = f"({p.name} := {p.within}[{p.name!r}])" if p.within else p.name
+    if p.omitted:
+        return f"{name} is not {_OMITTED}"
+    if p.traced:
+        # A trace takes every "is not None" branch: a None has to go to the module's own forward.
+        return f"{name} is None"
+    if p.value is None or isinstance(p.value, bool):
+        return f"{name} is not {p.value!r}"
+    if _literal(p.value):
+        return f"type({name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
+    return f"{name} is not _fixed_{p.name}"

@@ -1,0 +1,53 @@
+"""Gives embeddings the rows of which each is trained as a whole: beside the weight, the base's at the start.
+
+The model of the capture is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from lora_fx.errors import ConfigError
+from lora_fx.ir.values import Capture, PassResult, PlannedTokens
+from lora_fx.passes.parameters.factors import adapter_dtype
+from lora_fx.passes.parameters.tokens import add_tokens, tokens_of
+
+__all__ = ["AddTokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddTokens:
+    """The pass.
+
+    Attributes:
+        rows: Which rows of what.
+        adapter: The adapter's name.
+    """
+
+    name: ClassVar[str] = "add-tokens"
+    rows: tuple[PlannedTokens, ...]
+    adapter: str = "default"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
+        model, changed = capture.model, False
+        for row in sorted(self.rows, key=lambda row: bool(row.tied)):
+            try:
+                tokens_of(model, row, self.adapter)
+                continue
+            except AttributeError:
+                changed = True
+            weight = model.get_parameter(row.site.weight).detach()
+            if weight.is_meta:
+                raise ConfigError(
+                    f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
+                    "it; give the model its weights first"
+                )
+            source = next((one for one in self.rows if one.name == row.tied), None)
+            if source is not None:
+                add_tokens(model, row, self.adapter, tokens_of(model, source, self.adapter))
+            else:
+                start = weight[list(row.indices)].to(adapter_dtype(weight), copy=True)
+                add_tokens(model, row, self.adapter, start)
+        return PassResult(capture, changed)

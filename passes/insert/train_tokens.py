@@ -1,0 +1,154 @@
+r"""Puts trained rows of an embedding in the place of the frozen ones.
+
+At a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the same weight or is named
+itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the output as it is to the last
+bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are there already
+(:mod:`lora_fx.passes.insert.add_tokens`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.ir.values import (
+    META_KEY,
+    Call,
+    Capture,
+    PassResult,
+    PlannedTokens,
+    Region,
+    Role,
+    Tag,
+    relative,
+)
+from lora_fx.passes.graph.nodes import arguments
+from lora_fx.passes.graph.region import copy_graph
+from lora_fx.passes.parameters.factors import adapter_dtype
+from lora_fx.passes.parameters.tokens import indices_name, rows_name
+from lora_fx.passes.patterns.embedding import lookup
+from lora_fx.passes.patterns.product import Product, product_of
+from lora_fx.passes.patterns.quantized import ARGUMENTS
+
+__all__ = ["TrainTokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokens:
+    """The pass.
+
+    Attributes:
+        rows: Which rows of what.
+        adapter: The adapter's name.
+    """
+
+    name: ClassVar[str] = "train-tokens"
+    rows: tuple[PlannedTokens, ...]
+    adapter: str = "default"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Edits the graphs that apply one of the weights, once."""
+        regions, changed = dict(capture.regions), False
+        for row in self.rows:
+            for call in row.site.calls:
+                region = regions.get(call.region)
+                if region is None or _done(region, _tag(row, region, self.adapter)):
+                    continue
+                graph = copy_graph(region.graph)
+                safe = region.falls_back([row.site])
+                edited = dataclasses.replace(region, graph=graph, fallback=safe)
+                for one in row.site.calls:
+                    if one.region == call.region:
+                        _Edit(capture, edited, row, one, self.adapter).apply()
+                graph.lint()
+                regions[call.region] = edited
+                changed = True
+        if not changed:
+            return PassResult(capture, False)
+        return PassResult(dataclasses.replace(capture, regions=regions), True)
+
+
+class _Edit:
+    """What is written after one application of the weight."""
+
+    def __init__(
+        self, capture: Capture, region: Region, row: PlannedTokens, call: Call, adapter: str
+    ) -> None:
+        self._row, self._region = row, region
+        self._tag = _tag(row, region, adapter)
+        nodes = {node.name: node for node in region.graph.nodes}
+        self._base = nodes[call.output]
+        self._x = self._read_now()
+        self._next = self._base.next
+        self._made: set[fx.Node] = set()
+        self._names = {
+            "rows": relative(rows_name(row, adapter), region.fqn),
+            "indices": relative(indices_name(row, adapter), region.fqn),
+            "weight": relative(row.site.weight, region.fqn),
+        }
+        weight = capture.model.get_parameter(row.site.weight)
+        self._cast = adapter_dtype(weight) != weight.dtype or call.cast
+
+    def apply(self) -> None:
+        """Writes it and puts it in the place of the base operation's output."""
+        result = self._lookup() if self._row.lookup else self._product()
+        self._base.replace_all_uses_with(result, delete_user_cb=lambda n: n not in self._made)
+
+    def _lookup(self) -> fx.Node:
+        place = self._call(operator.getitem, self._read("indices"), self._x)
+        hit = self._call(torch.unsqueeze, self._call(operator.ge, place, 0), -1)
+        rows = self._typed(self._read("rows"))
+        _, padding, _ = lookup(self._base)
+        if padding is not None:
+            padding %= self._row.site.in_features
+        # The row of the padding index gets no gradient, as in the base's own lookup.
+        own = self._row.indices.index(padding) if padding in self._row.indices else None
+        found = self._call(F.embedding, self._call(torch.clamp, place, 0), rows, own)
+        return self._call(torch.where, hit, found, self._base)
+
+    def _product(self) -> fx.Node:
+        indices = self._read("indices")
+        old = self._call(torch.index_select, self._read("weight"), 0, indices)
+        change = self._typed(self._call(operator.sub, self._read("rows"), old))
+        added = self._call(F.linear, self._x, change)
+        return self._call(torch.index_add, self._base, -1, indices, added)
+
+    def _typed(self, node: fx.Node) -> fx.Node:
+        return self._make("call_method", "type_as", node, self._base) if self._cast else node
+
+    def _read_now(self) -> fx.Node:
+        """What the operation reads: in front of it there may be a branch, which its call does not know."""
+        base = self._base
+        if self._row.lookup:
+            return lookup(base)[0]
+        product = product_of(base, self._region)
+        if isinstance(product, Product):
+            return product.x
+        x: fx.Node = arguments(base, ARGUMENTS)["x"]
+        return x
+
+    def _read(self, what: str) -> fx.Node:
+        return self._make("get_attr", self._names[what])
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return self._make("call_function", target, *args)
+
+    def _make(self, op: str, target: Any, *args: Any) -> fx.Node:
+        with self._region.graph.inserting_before(self._next):
+            node = self._region.graph.create_node(op, target, args)
+        node.meta[META_KEY] = self._tag
+        self._made.add(node)
+        return node
+
+
+def _done(region: Region, tag: Tag) -> bool:
+    return any(node.meta.get(META_KEY) == tag for node in region.graph.nodes)
+
+
+def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:
+    return Tag(relative(row.site.weight, region.fqn), Role.TOKENS, adapter)

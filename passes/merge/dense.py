@@ -1,0 +1,240 @@
+"""Makes dense what a model holds in few bits, and takes what its libraries have put around that out of it.
+
+A layer of bitsandbytes becomes one of torch, of the same name and with the same hooks; it stays the same
+object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor of torchao
+stands for a dense one in any code, and a weight that only the graph read as quantised goes back into the
+layout in which the model's own code reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.formats.state import loads_quantised
+from lora_fx.formats.weights import Quantization, dense, quantization_of
+from lora_fx.ir.values import Layout, Site
+from lora_fx.passes.graph.region import kept_graph
+from lora_fx.passes.merge.casting import DTYPES
+from lora_fx.passes.merge.strip import drop_graph
+
+__all__ = [
+    "dtype_of_all",
+    "layouts_of",
+    "make_dense",
+    "make_plain",
+    "make_savable",
+    "quantized_weights",
+    "values_of",
+]
+
+_log = logging.getLogger("lora_fx")
+
+_LAYERS: Mapping[str, type[nn.Module]] = {
+    "Linear4bit": nn.Linear,
+    "LinearFP4": nn.Linear,
+    "LinearNF4": nn.Linear,
+    "Linear8bitLt": nn.Linear,
+    "Embedding4bit": nn.Embedding,
+    "EmbeddingFP4": nn.Embedding,
+    "EmbeddingNF4": nn.Embedding,
+    "Embedding8bit": nn.Embedding,
+}
+_OF_LAYERS = (
+    "compute_dtype",
+    "compute_type_is_set",
+    "dtype",
+    "index",
+    "quant_state",
+    "quant_storage",
+    "state",
+    "support_avx512bf16_for_cpu",
+)
+# What transformers sets on a model that it has quantised, and accelerate.
+_OF_MODELS = (
+    "hf_quantizer",
+    "is_4bit_serializable",
+    "is_8bit_serializable",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_quantized",
+    "quantization_method",
+    "_is_quantized_training_enabled",
+)
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def dtype_of_all(model: nn.Module) -> torch.dtype | None:
+    """In which dtype a dense model runs wherever one over quantised weights did; None if none is quantised.
+
+    The weights that are not quantised say what it computes in, whatever the quantised ones stand for: the
+    widest of them, and among several dtypes one that holds all. Without any, the values of the quantised
+    ones say it.
+    """
+    stored = quantized_weights(model)
+    if not stored:
+        return None
+    plain = {
+        parameter.dtype
+        for parameter in model.parameters()
+        if quantization_of(parameter) is None and parameter.dtype in DTYPES
+    }
+    return functools.reduce(torch.promote_types, plain or {one.dtype for one in stored.values()})
+
+
+def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
+    """Every weight that is stored in few bits, by each of its names."""
+    stored = (
+        (name, quantization_of(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    return {name: found for name, found in stored if found is not None}
+
+
+def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
+    """How the weights of sites were laid out before they were quantised, by FQN."""
+    return {site.weight: site.layout for site in sites if site.quantized is not None}
+
+
+def values_of(
+    model: nn.Module, name: str, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A weight as the model's own code reads it: its memory, or values that are made of few bits.
+
+    Args:
+        model: A model that has it.
+        name: Its FQN.
+        layouts: :func:`layouts_of`.
+        dtype: In which the model will compute with them. For fp32 and fp64, values are made in fp32, as the
+            kernels have them for such inputs; else in the weight's own, so that they are rounded once.
+    """
+    weight = model.get_parameter(name)
+    stored = quantization_of(weight)
+    if stored is None:
+        return weight.detach()
+    values = dense(weight, torch.float32 if dtype in _WIDE else stored.dtype)
+    return values if layouts.get(name, "out_in") == "out_in" else values.T
+
+
+def make_dense(
+    model: nn.Module,
+    dtype: torch.dtype,
+    layouts: Mapping[str, Layout],
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> None:
+    """Replaces what is quantised yet, weight by weight; the model is changed.
+
+    Args:
+        model: A model that nobody else has; the weights of adapted sites are dense in it already.
+        dtype: Of the new weights.
+        layouts: :func:`layouts_of`.
+        keep: Given each new weight, returns one of the same values to use in its place.
+    """
+    made: dict[int, nn.Parameter] = {}
+    left: list[str] = []
+    for fqn, module in list(model.named_modules()):
+        for leaf, weight in list(module._parameters.items()):
+            found = quantization_of(weight)
+            if weight is None or found is None:
+                continue
+            name = f"{fqn}.{leaf}" if fqn else leaf
+            if not _is_known(module, found, name, layouts):
+                left.append(name)
+                continue
+            if id(weight) not in made:
+                values = values_of(model, name, layouts, dtype).to(dtype).contiguous()
+                made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
+            module._parameters[leaf] = made[id(weight)]
+        make_plain(module)
+        if kept_graph(module) is not None and not left:
+            drop_graph(module)
+    if left:
+        _log.warning(
+            "these weights are still quantised: only the code of their modules knows how they are read: %s",
+            ", ".join(left),
+        )
+    else:
+        _forget(model)
+
+
+def _is_of_library(hook: Any) -> bool:
+    """Whether a hook is there for quantised weights: bitsandbytes', or those of ``lora_fx.quantize``."""
+    # torch wraps some.
+    found = str(getattr(getattr(hook, "hook", hook), "__module__", ""))
+    return found.startswith("bitsandbytes.") or found == loads_quantised.__module__
+
+
+def make_plain(module: nn.Module) -> None:
+    """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
+    if not any(quantization_of(parameter) for parameter in module._parameters.values()):
+        for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
+            for key in [key for key, hook in hooks.items() if _is_of_library(hook)]:
+                del hooks[key]
+    weight = module._parameters.get("weight")
+    # bitsandbytes' layers may hold dense weights, too, in a class of their own.
+    if type(weight) is not nn.Parameter or quantization_of(weight) is not None:
+        return
+    plain = _plain_class(module)
+    if plain is None:
+        return
+    for name in _OF_LAYERS:
+        module.__dict__.pop(name, None)
+    module.__class__ = plain
+    bias = module._parameters.get("bias")
+    # The layer cast it to what it was given.
+    if bias is not None and bias.dtype != weight.dtype:
+        cast = bias.detach().to(weight.dtype)
+        module._parameters["bias"] = nn.Parameter(cast, requires_grad=bias.requires_grad)
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module] | None:
+    # A subclass of somebody else's may compute something else.
+    found = getattr(sys.modules.get("bitsandbytes.nn.modules"), type(module).__qualname__, None)
+    return _LAYERS.get(type(module).__qualname__) if found is type(module) else None
+
+
+def _is_known(
+    module: nn.Module, found: Quantization, name: str, layouts: Mapping[str, Layout]
+) -> bool:
+    """Whether the code that reads a weight can read a dense one in its place."""
+    return found.library == "torchao" or name in layouts or _plain_class(module) is not None
+
+
+def make_savable(model: nn.Module) -> None:
+    """Lets transformers write a model that it has read quantised.
+
+    It undoes the conversions of a load as it saves, and refuses those that cannot be undone (5.24): the
+    values that they have made are in the model, and need nothing.
+
+    Args:
+        model: A model that nobody else has.
+    """
+    for module in model.modules():
+        conversions = module.__dict__.get("_weight_conversions")
+        if conversions:
+            module.__dict__["_weight_conversions"] = [c for c in conversions if _reverses(c)]
+
+
+def _reverses(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _forget(model: nn.Module) -> None:
+    """Takes off what says to transformers that a model is quantised: it would write and load it so."""
+    for module in model.modules():
+        for name in _OF_MODELS:
+            module.__dict__.pop(name, None)
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config

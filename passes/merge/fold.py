@@ -1,0 +1,279 @@
+"""Folds what adapters have at one weight into it: accumulated in fp64, slice by slice, and rounded once.
+
+A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.exact`). With DoRA it is that
+sum times a gain, whose norm and division round, too: that leaves a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError
+from lora_fx.ir.record import Record
+from lora_fx.ir.values import PlannedSite
+from lora_fx.passes.merge.bounds import cannot_overflow
+from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
+from lora_fx.passes.merge.exact import Term, sum_exactly
+from lora_fx.passes.merge.rounding import round_into, rounding_memory
+from lora_fx.passes.parameters.factors import factors_of
+from lora_fx.passes.parameters.own import own_value
+
+__all__ = ["Fold"]
+
+# Elements of a weight that are widened to fp64 at a time: what is done to them stays in a core's cache.
+_CHUNK = 1 << 18
+
+
+class _Part(NamedTuple):
+    """What a site adds.
+
+    Attributes:
+        a, b: A and ``s · B``.
+        magnitude: m of DoRA.
+        slices: A and ``s · B`` in slices whose products are exact; None where nothing is summed exactly.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None
+    slices: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+    def rows(self, first: int, last: int, *, experts: bool) -> _Part:
+        """That of some output features, or experts."""
+        sliced = self.slices
+        if sliced is not None:
+            a, b = sliced
+            sliced = (
+                [one[first:last] for one in a] if experts else a,
+                [one[first:last] for one in b],
+            )
+        return _Part(
+            self.a[first:last] if experts else self.a,
+            self.b[first:last],
+            None if self.magnitude is None else self.magnitude[first:last],
+            sliced,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Everything that is folded into one weight.
+
+    Attributes:
+        model: The rewritten model.
+        record: Its record.
+        rows: Sites of the weight, each with the name of its adapter.
+    """
+
+    model: nn.Module
+    record: Record
+    rows: tuple[tuple[PlannedSite, str], ...]
+
+    @property
+    def name(self) -> str:
+        """FQN of the first site."""
+        return self.rows[0][0].name
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapter of every site."""
+        return tuple(adapter for _, adapter in self.rows)
+
+    def check(self, old: torch.Tensor) -> None:
+        """Finds what :meth:`fold_into` cannot undo; nothing of the weight's size is made.
+
+        Raises:
+            MergeError: If the merged weight overflows.
+        """
+        if not self._cannot_overflow(old.dtype):
+            self._run(old, None)
+
+    def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The merged weight; no second weight in fp64 is made.
+
+        Args:
+            old: The weight before.
+            dtype: Of the result; that of the old one by default.
+
+        Raises:
+            MergeError: If it overflows.
+        """
+        dtype, shape = dtype or old.dtype, self.rows[0][0].site.weight_shape
+        merged = torch.empty(shape, dtype=dtype, device=old.device)
+        wider = torch.finfo(dtype).max >= torch.finfo(old.dtype).max
+        self._run(old, merged, checked=wider and self._cannot_overflow(dtype))
+        return merged
+
+    def fold_into(self, out: torch.Tensor) -> None:
+        """Writes the merged weight over the old one, which :meth:`check` has passed.
+
+        Args:
+            out: The old weight, contiguous.
+        """
+        self._run(out, out, checked=True)
+
+    def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The merged weight in fp64.
+
+        Args:
+            old: The weight before.
+            dtype: What it is compared with or stored in; that of the old one by default.
+        """
+        site = self.rows[0][0].site
+        total = site.applied(old).to(torch.float64, copy=True)
+        parts = self._parts(total.dtype, total.device, exactly=(dtype or old.dtype) is total.dtype)
+        self._add(total, 0, parts)
+        return site.stored(total)
+
+    def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
+        """Goes through the slices of a weight: each depends on the same slice of the old one only.
+
+        Args:
+            old: The weight before.
+            out: Takes the merged weight; may be the old one. None if it is only checked.
+            checked: Whether it is known not to overflow.
+        """
+        wide = torch.float32 if old.device.type == "mps" else torch.float64
+        site = self.rows[0][0].site
+        axis, old = site.axis, site.applied(old)
+        features = old.shape[axis]
+        step = features if site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
+        step, size = min(step, features), old.numel() // max(1, features)
+        # Memory that is new to the process takes longer than what is computed in it.
+        memory = torch.empty(step * size, dtype=wide, device=old.device)
+        dtype = old.dtype if out is None else out.dtype
+        scratch = rounding_memory(dtype, memory)
+        rehearsed = old.new_empty(0 if out is not None else step * size)
+        merged = out
+        if out is not None:
+            # Dimensions that are permuted and joined have memory of their own until they are put back.
+            merged = out.view(old.shape) if site.order is None else out.new_empty(old.shape)
+        parts = self._parts(wide, old.device, exactly=dtype is torch.float64)
+        finite = True
+        for start in range(0, features, step):
+            source = old.narrow(axis, start, min(step, features - start))
+            total = memory[: source.numel()].view(source.shape).copy_(source)
+            self._add(total, start, parts)
+            if merged is None:
+                part = rehearsed[: source.numel()].view(source.shape)
+            else:
+                part = merged.narrow(axis, start, source.shape[axis])
+            round_into(part, total, scratch)
+            finite = finite and (checked or _is_finite(part))
+        if out is not None and merged is not None and site.order is not None:
+            out.copy_(site.stored(merged))
+        if not finite and _is_finite(old):
+            raise MergeError(
+                f"{self.name}: the merged weight overflows {dtype}; merge in a wider dtype"
+            )
+
+    def _cannot_overflow(self, dtype: torch.dtype) -> bool:
+        """Whether that is known without a look at the weight."""
+        return not self._moved and cannot_overflow(self.model, self.rows, dtype)
+
+    def _parts(
+        self, dtype: torch.dtype, device: torch.device, *, exactly: bool = False
+    ) -> list[_Part]:
+        """What every site adds.
+
+        Args:
+            dtype: In which it is computed.
+            device: Where.
+            exactly: Whether sums are to be rounded once only.
+        """
+        parts: list[_Part] = []
+        for row, adapter in self.rows:
+            a, b = wide_factors(self.model, row, adapter, dtype, device)
+            magnitude = factors_of(self.model, row, adapter).magnitude
+            m = None if magnitude is None else magnitude.detach().flatten().to(device, dtype)
+            sliced = sliced_factors(self.model, row, adapter, device) if exactly else None
+            parts.append(_Part(a, b, m, sliced))
+        return parts
+
+    def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
+        """Adds everything to a slice of the weight that begins at ``start``."""
+        plain = not any(row.dora for row, _ in self.rows)
+        if plain and all(part.slices is not None for part in parts):
+            sum_exactly(total, lambda: self._terms(total, start, parts))
+            return
+        several = not plain and len(self.rows) > 1
+        moved = self._moved
+        before = total.clone() if several and len(moved) > 1 else total
+        self._add_moves(total, start, moved)
+        # What DoRA adds depends on the unadapted weight, whatever else is added to it.
+        base = total.clone() if several else total
+        for row, adapter, part, low, high in self._here(total, start, parts):
+            seen = base
+            if row.dora and adapter in moved and len(moved) > 1:
+                # Never active together: each was trained on the base that its own start has left.
+                seen = before.clone()
+                self._add_moves(seen, start, (adapter,))
+            here = (row.site.axis, low, high - low)
+            add_change(
+                total.narrow(*here),
+                row,
+                part.a,
+                part.b,
+                part.magnitude,
+                seen.narrow(*here),
+                part.slices,
+            )
+
+    def _here(
+        self, total: torch.Tensor, start: int, parts: list[_Part]
+    ) -> Iterator[tuple[PlannedSite, str, _Part, int, int]]:
+        """The sites in a slice of the weight: what they add there, and where in the slice."""
+        for (row, adapter), part in zip(self.rows, parts, strict=True):
+            axis = row.site.axis
+            first, last = row.site.rows or (0, row.site.applied_shape[axis])
+            low, high = max(first, start), min(last, start + total.shape[axis])
+            if low >= high:
+                continue
+            if row.site.groups == 1:
+                part = part.rows(low - first, high - first, experts=row.site.experts is not None)
+            yield row, adapter, part, low - start, high - start
+
+    def _terms(self, total: torch.Tensor, start: int, parts: list[_Part]) -> Iterator[Term]:
+        """Everything that is added to a slice of the weight, in terms that are exact."""
+        site = self.rows[0][0].site
+        for value, sign in self._moves(self._moved):
+            moved = value.narrow(site.axis, start, total.shape[site.axis])
+            yield Term(sign * moved.to(total))
+        for row, _, part, low, high in self._here(total, start, parts):
+            assert part.slices is not None
+            shape = total.narrow(row.site.axis, low, high - low).shape
+            for values in exact_terms(row, part.slices, shape):
+                yield Term(values, row.site.axis, low)
+
+    @property
+    def _moved(self) -> tuple[str, ...]:
+        """The adapters whose initialisation has changed the weight itself."""
+        weight = self.rows[0][0].site.weight
+        owners = dict.fromkeys(self.adapters)
+        return tuple(name for name in owners if weight in self.record.adapters[name].own)
+
+    def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
+        """Adds what initialisations did to the weight itself."""
+        site = self.rows[0][0].site
+        for value, sign in self._moves(adapters):
+            part = value.narrow(site.axis, start, total.shape[site.axis])
+            total.add_(part.to(total), alpha=sign)
+
+    def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
+        """The weight as initialisations have left it, and what to take off for each: the base's own."""
+        site = self.rows[0][0].site
+        for adapter in adapters:
+            moved = own_value(self.model, adapter, site.weight).detach()
+            yield site.applied(moved), 1
+            yield site.applied(self.record.originals[site.weight]), -1
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """One pass without a temporary; a minimum and a maximum take over what is not a number."""
+    return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))

@@ -1,0 +1,316 @@
+"""Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
+
+Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
+
+Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
+its own where something was folded or trained and shares all others, which are frozen: an optimizer would
+write into the user's own model. A tied weight is untied first.
+A model that is given is written over, where nothing else sees the memory of its weights.
+
+A quantised weight is made dense, layer by layer, adapted or not; or it is stored in its format again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError
+from lora_fx.ir.record import Record, record_of, require_record
+from lora_fx.ir.values import PlannedSite
+from lora_fx.passes.graph.copies import storage_of
+from lora_fx.passes.graph.following import exchange
+from lora_fx.passes.graph.region import is_region, original_class
+from lora_fx.passes.merge.casting import cast_model, check_dtype
+from lora_fx.passes.merge.change import merged_biases
+from lora_fx.passes.merge.dense import (
+    dtype_of_all,
+    layouts_of,
+    make_dense,
+    make_savable,
+    quantized_weights,
+    values_of,
+)
+from lora_fx.passes.merge.fold import Fold
+from lora_fx.passes.merge.fold_all import fold_all
+from lora_fx.passes.merge.named_weights import named_elsewhere
+from lora_fx.passes.merge.place import (
+    copy_shared,
+    freeze_shared,
+    place_biases,
+    place_merged,
+    place_trained,
+    trained,
+    unshared,
+    untie_config,
+)
+from lora_fx.passes.merge.report import MergedSite, MergeReport
+from lora_fx.passes.merge.strip import stripped
+from lora_fx.passes.merge.tokens import TokenFold, tied_tokens, token_weights
+from lora_fx.passes.parameters.factors import factors_of
+from lora_fx.passes.parameters.intact import check_intact
+
+__all__ = [
+    "MergeReport",
+    "MergedSite",
+    "merge",
+    "stripped",
+]
+
+
+_log = logging.getLogger("lora_fx")
+
+
+def merge(
+    model: nn.Module,
+    *,
+    adapter_names: Sequence[str] | str | None = None,
+    into: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+    own: bool = False,
+    measure: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> tuple[nn.Module, MergeReport]:
+    """Folds adapters into the weights.
+
+    Args:
+        model: A rewritten model; it is not changed.
+        adapter_names: Which adapters; those that are active by default.
+        into: Fold into this model instead of a copy of the base: a model of the original class. Its
+            weights are written over slice by slice; one that shares its memory, as the model that was
+            rewritten does, gets a new parameter. Over a quantised base it is a dense model, and the change
+            is added to its weights.
+        dtype: Of everything in the result; by default each weight's own. Over a quantised base that becomes
+            dense all parameters have :func:`dtype_of_all`.
+        requantize: Whether merged weights that were quantised are stored in the same format again; by
+            default everything that is quantised becomes dense.
+        own: Whether the result has storage of its own for everything, and ``requires_grad`` of the original.
+            By default what is not folded is shared and frozen.
+        measure: Whether to compare every merged element with fp64.
+        progress: Called with (done, total, site name) before each weight.
+        keep: Given each merged weight that is a new tensor, returns one of the same values to use in
+            its place: a caller that is short of memory can put it elsewhere.
+
+    Returns:
+        The merged model, and the report.
+
+    Raises:
+        CaptureError: If a layer that has an adapter was deleted or replaced.
+        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, arguments
+            exclude each other, a format cannot hold a merged weight, or a factor or a result is not finite.
+            ``into`` is then as it was; an interruption, or an error that ``progress`` raises, may leave some
+            of its weights merged.
+    """
+    record = require_record(model, MergeError)
+    check_intact(model, record)
+    names = _chosen(record, adapter_names)
+    _check_storage(into, dtype, requantize, own)
+    if into is not None:
+        _check_fits(model, into, record, names)
+    result = stripped(model, record) if into is None else into
+    before = list(result.named_parameters(remove_duplicate=False))
+    if requantize and not quantized_weights(result):
+        raise MergeError(
+            "requantize=True stores merged weights in the format that they had, and the base is not "
+            "quantised: leave it out, and quantise the merged model (lora_fx.quantize)"
+        )
+    tokens = token_weights(model, record, names)
+    rows, tied = _sites_by_weight(model, record, names)
+    full = dict(trained(model, record, names))
+    every = [pair for several in rows.values() for pair in several]
+    common = dtype or (None if requantize else dtype_of_all(result))
+    biases = merged_biases(model, result, every, full, common)
+    changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
+    changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
+    over = frozenset() if into is None else _written_over(into, full)
+    _check_named(result, record, (*changes, *biases, *full), over)
+    stored = quantized_weights(result)
+    layouts = layouts_of(record.base.matches.sites)
+    again = {name: result.get_parameter(name) for name in stored if requantize}
+    dtypes = {name: found.dtype for name, found in stored.items()}
+    if common is not None:
+        dtypes |= dict.fromkeys(changes, common)
+    # The last that can fail, before its first write: `into` is changed as a whole or not at all.
+    merged, sites = fold_all(
+        changes,
+        lambda weight: _unadapted(
+            values_of(result, weight, layouts, dtypes.get(weight)), weight, full
+        ),
+        over=over - full.keys(),
+        dtypes=dtypes,
+        formats=again,
+        measure=measure,
+        progress=progress,
+        keep=keep,
+    )
+    place_trained(model, result, record, names, over)
+    place_biases(result, biases, over)
+    tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
+    tied |= tied_tokens(tokens)
+    # One end that is trained in full without the other is another weight.
+    tied = {weight: to for weight, to in tied.items() if full.get(weight) is full.get(to)}
+    untied = place_merged(result, merged, tied, over)
+    if untied:
+        _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
+    untie_config(result)
+    if stored:
+        make_savable(result)
+    if common is not None:
+        if stored:
+            make_dense(result, common, layouts, keep)
+        cast_model(result, common, keep, buffers=dtype is not None)
+    shared: tuple[str, ...] = ()
+    # Lists, objects and functions of the model may hold weights, too.
+    exchange(result, before)
+    if own:
+        result = copy_shared(result, model, record)
+        exchange(result, before)
+    elif into is None:
+        shared = freeze_shared(result, model, record)
+        _log.info(
+            "merge: %d parameter(s) shared with the model that was rewritten, and frozen",
+            len(shared),
+        )
+    return result, MergeReport(sites, untied, shared=shared)
+
+
+def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The adapters that are meant."""
+    if isinstance(adapter_names, str):
+        adapter_names = (adapter_names,)
+    names = tuple(record.active if adapter_names is None else adapter_names)
+    if adapter_names is None and record.adapters and not names:
+        raise MergeError(
+            "no adapter is active: lora_fx.set_adapter makes one so, or give adapter_names"
+        )
+    for name in names:
+        if name not in record.adapters:
+            raise MergeError(
+                f"there is no adapter {name!r}: the model has "
+                f"{', '.join(map(repr, record.adapters))}"
+            )
+    if len(set(names)) != len(names):
+        raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
+    weights = {row.site.weight for name in names for row in record.adapters[name].sites}
+    owned = (own for name in names for own in record.adapters[name].own)
+    places = Counter(own for own in owned if own not in weights)
+    for place, count in places.items():
+        if count > 1:
+            raise MergeError(
+                f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
+            )
+    return names
+
+
+def _sites_by_weight(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> tuple[dict[str, tuple[tuple[PlannedSite, str], ...]], dict[str, str]]:
+    """What is folded into each weight, and the weights that have the factors of another one."""
+    rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
+    tied: dict[str, str] = {}
+    for name in names:
+        weights = {row.name: row.site.weight for row in record.adapters[name].sites}
+        for row in record.adapters[name].sites:
+            if row.tied:
+                tied[row.site.weight] = weights[row.tied]
+            rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
+            _check_finite(model, row, name)
+    return rows, tied
+
+
+def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Parameters of a model that are written over. What was trained as one is one again, and new."""
+    ends = Counter(map(id, trained.values()))
+    return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
+
+
+def _check_named(
+    result: nn.Module, record: Record, names: Sequence[str], over: frozenset[str]
+) -> None:
+    """Refuses a merge of weights that the model's code also finds elsewhere: those stay as they were.
+
+    Raises:
+        MergeError: If there are any.
+    """
+    storages: dict[int, str] = {}
+    for name in names:
+        if name not in over:
+            for tensor in (result.get_parameter(name), record.originals.get(name)):
+                if tensor is not None:
+                    storages.setdefault(storage_of(tensor), name)
+    found = named_elsewhere(result, storages)
+    if found is not None:
+        path, name = found
+        raise MergeError(
+            f"{name}: the code of the model also gets to it by {path}, where it is that of the model that "
+            "was rewritten, and would stay as it was before the merge. Keep the layer in an attribute of the "
+            "module that uses it, merge into the model that was rewritten (into=model), or name "
+            f"{name.rpartition('.')[0]!r} in exclude_modules"
+        )
+
+
+def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    present = factors_of(model, row, adapter).present
+    if not all(torch.isfinite(factor).all() for factor in present):
+        raise MergeError(
+            f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
+        )
+
+
+def _check_storage(
+    into: nn.Module | None, dtype: torch.dtype | None, requantize: bool, own: bool
+) -> None:
+    check_dtype(dtype)
+    if into is not None and own:
+        raise MergeError("into is a model of its own already: leave out own")
+    if requantize and (into is not None or dtype is not None):
+        other = "dtype" if into is None else "into"
+        raise MergeError(f"requantize=True keeps the formats of the base: leave out {other}")
+    if into is not None and dtype is not None:
+        raise MergeError("into keeps its dtype: leave out dtype, or cast that model before")
+    if into is not None and (stored := quantized_weights(into)):
+        raise MergeError(
+            f"into has quantised weights ({next(iter(stored))}): give a dense model, or leave it out and "
+            "merge with requantize=True"
+        )
+
+
+def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
+    """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
+    return trained[name].detach().to(base) if name in trained else base
+
+
+def _stay_tied(
+    head: Sequence[tuple[PlannedSite, str]], table: Sequence[tuple[PlannedSite, str]]
+) -> bool:
+    """Whether a head and an embedding have the same merged weight: both have the same factors.
+
+    A magnitude scales the columns of the one and the rows of the other.
+    """
+    if any(row.dora for row, _ in (*head, *table)) or not all(row.tied for row, _ in head):
+        return False
+    return {adapter for _, adapter in head} == {adapter for _, adapter in table}
+
+
+def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequence[str]) -> None:
+    if any(record_of(module) is not None or is_region(module) for module in into.modules()):
+        raise MergeError("into is a rewritten model: give the model of the original class")
+    if not isinstance(into, original_class(model)):
+        raise MergeError(
+            f"into is a {type(into).__name__}, the adapters belong to a "
+            f"{original_class(model).__name__}"
+        )
+    shapes = {name: tuple(p.shape) for name, p in into.named_parameters(remove_duplicate=False)}
+    wanted = {
+        row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].places
+    }
+    wanted |= {n: tuple(p.shape) for n, p in trained(model, record, names)}
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise MergeError(f"into has no {name} of shape {shape}; found {shapes.get(name)}")

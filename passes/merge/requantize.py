@@ -1,0 +1,66 @@
+"""Puts a merged weight back into the format that it had, and says what that loses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from lora_fx.errors import MergeError, QuantizationError
+from lora_fx.formats.repack import requantized
+from lora_fx.formats.weights import dense
+from lora_fx.passes.merge.fold import Fold
+from lora_fx.passes.merge.report import MergedSite
+
+__all__ = ["renew_layer", "requantized_site"]
+
+
+def requantized_site(
+    change: Fold, old: torch.Tensor, weight: nn.Parameter
+) -> tuple[nn.Parameter, MergedSite]:
+    """The merged weight in the old one's format; one matrix in fp64 is made for it.
+
+    Args:
+        change: What is folded in.
+        old: The values of the weight, in the layout of its site.
+        weight: The quantised weight.
+
+    Returns:
+        The new parameter, and its row in the report.
+
+    Raises:
+        MergeError: If the format cannot hold the merged weight.
+    """
+    exact = change.exact(old)
+    before = old.double()
+    moved = _relative(exact - before, before)
+    del before
+    values = exact if change.rows[0][0].site.layout == "out_in" else exact.T
+    try:
+        made = requantized(values, weight)
+    except QuantizationError as error:
+        raise MergeError(
+            f"{change.name}: the merged weight cannot be quantised as it was: {error}. "
+            "Merge without requantize=True: the result is dense then"
+        ) from error
+    lost = _relative(dense(made, torch.float64) - values, values)
+    return made, MergedSite(change.name, change.adapters, math.nan, moved, lost)
+
+
+def renew_layer(layer: nn.Module) -> None:
+    """Has a layer of bitsandbytes use the scales of the weight that was put into it.
+
+    Its own forward looks for them at itself, too.
+    """
+    weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
+    if type(weight).__name__ == "Params4bit":
+        layer.__dict__["quant_state"] = weight.quant_state  # type: ignore[union-attr]
+    elif type(weight).__name__ == "Int8Params" and state is not None:
+        state.reset_grads()
+
+
+def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:
+    """The Frobenius norm of a difference, relative to another's."""
+    tiny = torch.finfo(torch.float64).tiny
+    return float(difference.norm() / to.norm().clamp_min(tiny))

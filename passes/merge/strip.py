@@ -1,0 +1,63 @@
+"""Takes everything that is lora_fx's out of a copy of a rewritten model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_fx.ir.record import Record
+from lora_fx.ir.values import module_of
+from lora_fx.passes.graph.copies import share_copy
+from lora_fx.passes.graph.region import CONSTANT, install, uninstall
+from lora_fx.passes.parameters.by_hand import trained_by_hand, unprotect
+from lora_fx.passes.parameters.own import place_base
+from lora_fx.passes.parameters.rewritten import mark_adapted
+from lora_fx.runtime.ops import AdapterModule
+from lora_fx.runtime.sample_calls import unwatch_calls
+
+__all__ = ["drop_graph", "stripped"]
+
+
+def stripped(model: nn.Module, record: Record) -> nn.Module:
+    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
+
+    Modules that ran a graph before the rewrite, over quantised weights, run it again.
+    """
+    by_hand = trained_by_hand(model, record)
+    result = share_copy(model)
+    for name in record.active:
+        place_base(result, name, record.adapters[name].own, record.originals, keep=False)
+    del result.__dict__["_lora_fx"]
+    unwatch_calls(result)
+    unprotect(result)
+    kept = {name: result.get_submodule(name) for name in record.base.kept}
+    for module in list(result.modules()):
+        if module in kept.values():
+            uninstall(module)
+        else:
+            drop_graph(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, AdapterModule):
+                del module._modules[name]
+    for name, parameter in result.named_parameters():
+        # What somebody has put into the model since was not there before.
+        new = name in by_hand and by_hand[name].requires_grad
+        parameter.requires_grad = name in record.trainable or new
+    mark_adapted(result, adapted=False)
+    base = record.base
+    install(
+        (
+            base.region(key, kept[module_of(key)], record.frontend)
+            for key in base.graphs
+            if module_of(key) in kept
+        ),
+        kept=True,
+    )
+    return result
+
+
+def drop_graph(module: nn.Module) -> None:
+    """Has a module run its own forward, without what only its graph has read."""
+    uninstall(module)
+    # A script module has its buffers in something that says their names by no iteration.
+    for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118
+        del module._buffers[name]

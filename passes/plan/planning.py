@@ -1,0 +1,295 @@
+"""Decides which sites are adapted and with what: the dry run.
+
+Names are judged by PEFT's rules (:mod:`lora_fx.config.selection`), operations by what was matched.
+With ``target_modules=None`` every matrix product and convolution is selected but the output head;
+lookups in an embedding, and the head, are adapted when they are named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config.selection import Verdict, saved_module, unmatched_targets, uses_default_targets
+from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
+from lora_fx.ir.values import Capture, Matches, Plan, PlannedSite, Site, Skipped
+from lora_fx.kinds.variants import variant_costs, variant_objection
+from lora_fx.passes.graph.copies import storage_of
+from lora_fx.passes.graph.lazy import elements
+from lora_fx.passes.parameters.own import base_modules, base_parameters
+from lora_fx.passes.parameters.replacements import base_dtype
+from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.passes.plan.choice import Choice, choices
+from lora_fx.passes.plan.plan_quantized import refuse_quantized
+from lora_fx.passes.plan.refused import refusals
+from lora_fx.passes.plan.start_fit import start_note, start_objection
+from lora_fx.passes.plan.tokens import planned_tokens
+from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, target_names
+from lora_fx.runtime.ops import AdapterFactors
+
+__all__ = ["foreign_factors", "make_plan"]
+
+_TIED = Verdict(True, "tied to an embedding that is adapted")
+
+
+def make_plan(
+    capture: Capture, matches: Matches, config: LoraConfig, *, strict: bool = False
+) -> Plan:
+    """Plans a rewrite. Nothing is changed.
+
+    Args:
+        capture: The model as graphs.
+        matches: Its linear operations, the head marked.
+        config: What to adapt.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+
+    Raises:
+        NoMatchError: If nothing at all is selected, or an entry of a list of targets selects
+            only what cannot be adapted.
+        PartialMatchError: With ``strict``, if an entry selects nothing.
+        CaptureError: If the model has adapters of another library.
+        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantised weight or a
+            scripted module is to be trained in full or changed by a start.
+    """
+    _refuse_adapters(capture.model)
+    saved = tuple(_saved_modules(capture.model, config))
+    inside = tuple(f"{name}." for name in saved)
+    chosen: list[Choice] = []
+    skipped: list[Skipped] = []
+    for choice in choices(capture, matches, config):
+        site, verdict = choice.site, choice.verdict
+        objection = (
+            _objection(choice, config)
+            if verdict.selected
+            else _why_not(site, config, verdict.reason)
+        )
+        if objection is None and site.weight.startswith(inside):
+            objection = "trained in full: its weight is in modules_to_save, or tied to what is"
+        if objection is None:
+            chosen.append(choice)
+        else:
+            skipped.append(Skipped(site, objection))
+    refuse_quantized(capture.model, config, saved, (choice.site for choice in chosen))
+    rows = [_row(capture, choice, config) for choice in chosen]
+    if config.ensure_weight_tying:
+        rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
+    biases = tuple(_biases(capture.model, config, rows, saved))
+    _refuse_scripted(capture.model, saved, biases)
+    plan = Plan(
+        sites=tuple(rows),
+        skipped=tuple(skipped),
+        rejections=matches.rejections,
+        unmatched=tuple(
+            idle_entries(capture, config, matches, chosen, tied=_ties(capture, config, rows))
+        ),
+        config=config,
+        frontend=capture.frontend,
+        notes=(*capture.notes, *start_note(config)),
+        saved_modules=saved,
+        biases=biases,
+        base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
+        extra_parameters=_extra_parameters(capture.model, saved, biases),
+        tokens=planned_tokens(capture, matches, config, rows, saved),
+    )
+    _check(capture, plan, matches, chosen, strict)
+    return plan
+
+
+def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
+    if uses_default_targets(config) and site.head and "target_modules" in reason:
+        return "the output head: name it in target_modules to adapt it"
+    if uses_default_targets(config) and site.family == "embedding" and "target_modules" in reason:
+        return "an embedding: name it in target_modules to adapt it"
+    return reason
+
+
+def _objection(choice: Choice, config: LoraConfig) -> str | None:
+    site, rank = choice.site, choice.rank(config)
+    if site.groups > 1 and rank % site.groups:
+        return (
+            f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
+            "set one with rank_pattern"
+        )
+    return variant_objection(site, config) or start_objection(site, rank, config)
+
+
+def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
+    site, rank = choice.site, choice.rank(config)
+    pattern = pattern_of(site)
+    itemsize = base_dtype(capture.model, site).itemsize
+    dropout = 0.0 if site.family == "embedding" else float(config.lora_dropout)
+    # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
+    kept = 8 if site.family == "embedding" else site.in_features * itemsize
+    masked = site.in_features * (itemsize + 1) if dropout else 0
+    extra = variant_costs(site, config)
+    # A region of a whole model and the regions below it show the same application twice.
+    applied = max(Counter(call.region for call in site.calls).values())
+    return PlannedSite(
+        site=site,
+        rank=rank,
+        alpha=choice.alpha(config),
+        scale=choice.scale(config),
+        dropout=dropout,
+        parameters=pattern.factors(site, rank).numel + extra.parameters,
+        flops=(pattern.flops(site, rank) + extra.flops) * applied,
+        saved=(kept + masked + (rank + extra.saved) * itemsize) * applied,
+        dora=config.use_dora,
+        lora_bias=config.lora_bias,
+    )
+
+
+def _keep_tied(
+    capture: Capture,
+    matches: Matches,
+    config: LoraConfig,
+    rows: list[PlannedSite],
+    skipped: list[Skipped],
+) -> tuple[list[PlannedSite], list[Skipped]]:
+    """Gives heads that share the weight of an adapted embedding its factors, transposed."""
+    sites = {site.weight: site for site in matches.sites}
+    tied: dict[str, PlannedSite] = {}
+    for source in rows:
+        for weight in source.site.tied_to if source.site.family == "embedding" else ():
+            head = sites.get(weight)
+            if head is None or head.family != "linear" or head.layout != "out_in":
+                continue
+            extra = variant_costs(head, config)
+            tied[head.name] = dataclasses.replace(
+                _row(capture, Choice(head, _TIED, (head.name,)), config),
+                rank=source.rank,
+                alpha=source.alpha,
+                scale=source.scale,
+                parameters=extra.parameters,
+                flops=pattern_of(head).flops(head, source.rank) + extra.flops,
+                tied=source.name,
+            )
+    order = {site.name: place for place, site in enumerate(matches.sites)}
+    kept = [row for row in rows if row.name not in tied]
+    kept = sorted([*kept, *tied.values()], key=lambda row: order.get(row.name, -1))
+    return kept, [one for one in skipped if one.site.name not in tied]
+
+
+def foreign_factors(model: nn.Module) -> Iterator[str]:
+    """FQNs of the modules that hold LoRA factors of another library (PEFT, loralib)."""
+    for name, module in base_modules(model):
+        # Not hasattr: a module may answer to every name.
+        own = (*module.named_children(), *module.named_parameters(recurse=False))
+        theirs = {key for key, value in own if not isinstance(value, AdapterFactors)}
+        if {"lora_A", "lora_embedding_A"} & theirs:
+            yield name
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name in foreign_factors(model):
+        raise CaptureError(
+            f"{name or 'the model'} has LoRA factors already (a PEFT or loralib model?): give "
+            "lora_fx the base model, for PEFT the result of merge_and_unload() or unload()"
+        )
+
+
+def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
+    outer: list[str] = []
+    for name, _ in base_modules(model):
+        if name and saved_module(name, config) and not any(name.startswith(f"{o}.") for o in outer):
+            outer.append(name)
+            yield name
+    if config.ensure_weight_tying:
+        yield from _tied_modules(model, outer)
+
+
+def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
+    """Modules that share a parameter with one that is trained in full."""
+    inside = tuple(f"{name}." for name in saved)
+    named = list(base_parameters(model).items())
+    storages = {storage_of(p) for name, p in named if name.startswith(inside)}
+    others = {
+        name.rpartition(".")[0]: None
+        for name, p in named
+        if not name.startswith(inside) and storage_of(p) in storages
+    }
+    yield from others
+
+
+def _biases(
+    model: nn.Module, config: LoraConfig, rows: list[PlannedSite], saved: tuple[str, ...]
+) -> Iterator[str]:
+    wanted = {row.site.bias for row in rows}
+    for name, _ in _named_once(model):
+        inside = any(name.startswith(f"{module}.") for module in saved)
+        every = config.bias == "all" and name.rpartition(".")[2] == "bias"
+        if not inside and (every or (config.bias == "lora_only" and name in wanted)):
+            yield name
+
+
+def _refuse_scripted(model: nn.Module, saved: Iterable[str], biases: Iterable[str]) -> None:
+    """Refuses to train what is scripted: no parameter of a TorchScript module can be exchanged."""
+    scripted = [n for n, one in base_modules(model) if isinstance(one, torch.jit.ScriptModule)]
+    inside = tuple(f"{name}." for name in scripted)
+    named = [(f"modules_to_save: {name}", f"{name}.") for name in saved]
+    named += [(f"bias: {name}", name) for name in biases]
+    for entry, name in named:
+        if name.startswith(inside) or any(one.startswith(name) for one in inside):
+            raise ConfigError(
+                f"{entry} is, or holds, a TorchScript module, whose parameters cannot be exchanged: leave it "
+                "out of the configuration, or put the module that it was scripted from into the model"
+            )
+
+
+def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters, each by its first name."""
+    seen: set[int] = set()
+    for name, parameter in base_parameters(model).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
+def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> int:
+    inside = sum(
+        elements(p) for name in saved for p in dict(_named_once(model.get_submodule(name))).values()
+    )
+    return inside + sum(elements(model.get_parameter(name)) for name in biases)
+
+
+def _ties(capture: Capture, config: LoraConfig, rows: list[PlannedSite]) -> bool:
+    """Whether ``ensure_weight_tying`` changes anything."""
+    alone = dataclasses.replace(config, ensure_weight_tying=False)
+    both = (list(_saved_modules(capture.model, one)) for one in (config, alone))
+    return any(row.tied for row in rows) or len(next(both)) > len(next(both))
+
+
+def _check(
+    capture: Capture, plan: Plan, matches: Matches, chosen: list[Choice], strict: bool
+) -> None:
+    config = plan.config
+    if not plan.sites and (config.target_modules != () or config.target_parameters):
+        raise NoMatchError(_nothing(plan, matches))
+    idle = unmatched_targets(target_names(capture.model, matches, chosen), config)
+    refused = list(refusals(idle, matches.rejections, config))
+    for target, hopeless, why in idle_parameters(capture.model, config, matches, chosen):
+        refused += [f"{target!r}: {why}"] if hopeless else []
+    if refused:
+        raise NoMatchError(
+            "the configuration names what cannot be adapted; take it out of the list:\n  "
+            + "\n  ".join(refused)
+        )
+    if strict and plan.unmatched:
+        raise PartialMatchError(
+            "strict=True, and part of the configuration selects nothing:\n  "
+            + "\n  ".join(plan.unmatched)
+        )
+
+
+def _nothing(plan: Plan, matches: Matches) -> str:
+    lines = ["the configuration selects no operation of the model"]
+    lines += [f"  {entry}" for entry in plan.unmatched]
+    lines += [f"  {skipped.site.name}: {skipped.reason}" for skipped in plan.skipped[:8]]
+    if not matches.sites:
+        lines.append("  the model has no linear operation that lora_fx can see")
+    lines += [f"  {rejection.name}: {rejection.reason}" for rejection in matches.rejections[:8]]
+    return "\n".join(lines)

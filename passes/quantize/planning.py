@@ -1,0 +1,145 @@
+"""Chooses which weights are stored in few bits: those of matrix products, apart from the output head.
+
+Everything that looks and nothing that edits: what is left as it is has the reason beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config.selection import excluded, nearest_names, unmatched
+from lora_fx.errors import ConfigError, QuantizationError
+from lora_fx.formats.made import Storage
+from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.values import Capture, Matches, Site, join
+from lora_fx.passes.match.code import weights_asked
+from lora_fx.passes.quantize.quantization_plan import PlannedWeight, QuantizationPlan
+
+__all__ = ["plan_quantization"]
+
+_log = logging.getLogger("lora_fx")
+
+_PRODUCTS = ("linear", "matmul")
+
+
+def plan_quantization(
+    capture: Capture, matches: Matches, how: Storage, exclude: Sequence[str] | str | None = None
+) -> QuantizationPlan:
+    """Says what :class:`lora_fx.passes.quantize.store.Quantize` would store, and what it leaves, and why.
+
+    Args:
+        capture: The model.
+        matches: Its linear operations, the head marked.
+        how: The format.
+        exclude: Operations that are left as they are, by the rules of ``exclude_modules``.
+
+    Raises:
+        QuantizationError: If the model is quantised already, ``exclude`` is no list of names and no regular
+            expression, a weight does not fit the format, or there is nothing to quantise.
+    """
+    _check_plain(capture.model)
+    config = _exclusion(exclude)
+    asked = _asked(capture)
+    left: dict[str, str] = {}
+    rows: list[PlannedWeight] = []
+    for site in matches.sites:
+        reason = f"exclude={exclude!r}" if excluded(site.name, config) else _left(site, how, asked)
+        if reason is not None:
+            left[site.name] = reason
+            continue
+        dtype = capture.model.get_parameter(site.weight).dtype
+        shape = (site.out_features, site.in_features)
+        objection = how.objection(shape, dtype)
+        if objection is not None:
+            raise QuantizationError(
+                f"{site.name}: {objection}. Or leave it as it is: exclude=[{site.name!r}]"
+            )
+        rows.append(PlannedWeight(site, shape, dtype, how.bytes(shape, dtype)))
+    left |= {one.name: one.reason for one in matches.rejections}
+    _warn_of_idle(matches, config)
+    if not rows:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        raise QuantizationError(
+            f"there is nothing to quantise in this {type(capture.model).__name__}"
+            + (f" ({reasons})" if reasons else ": it has no linear operation")
+        )
+    return QuantizationPlan(how, tuple(rows), tuple(left.items()))
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        found = quantization_of(parameter)
+        if found is not None:
+            raise QuantizationError(
+                f"{name} is quantised already, {found}: quantise the model that it was made of, which has "
+                "all of the bits, or give this one to lora_fx.rewrite as it is"
+            )
+
+
+def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
+    try:
+        return LoraConfig(exclude_modules=exclude)
+    except ConfigError as error:
+        # It names the field that has the same rules, which nobody has set.
+        told = str(error).partition(": ")[2]
+        raise QuantizationError(f"exclude: {told}") from error
+
+
+def _asked(capture: Capture) -> dict[str, str]:
+    """Weights of whose dtype or shape code makes use, with the function that does."""
+    return {
+        join(fqn, weight): function
+        for fqn, module in capture.model.named_modules()
+        for weight, function in weights_asked(module)
+    }
+
+
+def _left(site: Site, how: Storage, asked: Mapping[str, str]) -> str | None:
+    """Why a site's weight stays as it is; None if it need not."""
+    if site.head:
+        return "it is the output head"
+    reason = next(_objections(site, how), None)
+    # A tensor of torchao shows the dtype and the shape of its values.
+    shown = how.library == "torchao" and site.layout == "out_in"
+    if reason is None and site.weight in asked and not shown:
+        return (
+            f"{asked[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
+            "which it is stored"
+        )
+    return reason
+
+
+def _objections(site: Site, how: Storage) -> Iterator[str]:
+    if site.family != "linear":
+        what = "a lookup" if site.family == "embedding" else "a convolution"
+        yield f"it is {what}: the formats are of matrix products"
+    if site.experts is not None:
+        yield "its weight has a matrix for each expert: the formats hold one"
+    if site.tied_to:
+        yield f"its weight is tied to {', '.join(site.tied_to)}"
+    if site.rows is not None:
+        yield f"rows {site.rows[0]} to {site.rows[1]} of its weight are applied by themselves"
+    if any(call.pattern not in _PRODUCTS for call in site.calls) or site.view is not None:
+        yield f"it is written as {site.pattern}: F.linear(x, weight) or x @ weight can be quantised"
+    if any(call.left for call in site.calls):
+        yield "its weight is the left operand of the product"
+    if how.library == "torchao" and any(call.cast for call in site.calls):
+        yield "its weight is cast before it is applied, which torchao's formats cannot be"
+
+
+def _warn_of_idle(matches: Matches, config: LoraConfig) -> None:
+    names = [site.name for site in matches.sites] + [one.name for one in matches.rejections]
+    for entry in unmatched(names, config).excludes:
+        near = nearest_names(entry, names)
+        # Nothing looks like it: what names look like.
+        some = near or tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))[:5]
+        _log.warning(
+            "exclude names no operation with %r; %s: %s",
+            entry,
+            "nearest" if near else "operations end in",
+            ", ".join(map(repr, some)),
+        )

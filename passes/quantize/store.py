@@ -1,0 +1,167 @@
+"""Stores the weights of linear operations in few bits, and has the operations read them so.
+
+A layer that is ``nn.Linear`` becomes the library's own: ``Linear4bit`` of bitsandbytes, or ``nn.Linear``
+over a tensor of torchao. Everywhere else the operation becomes one node,
+:func:`lora_fx.formats.weights.quantized_linear`, in the graph of whoever applies the weight, and that graph is the
+module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
+
+One weight at a time is dense beside what is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from lora_fx.errors import QuantizationError
+from lora_fx.formats.copies import keep_exact
+from lora_fx.formats.made import Storage, stored
+from lora_fx.formats.state import checks_format, loads_quantised
+from lora_fx.formats.weights import quantized_linear
+from lora_fx.ir.values import Capture, PassResult, Region, Site, relative
+from lora_fx.passes.graph.nodes import erase_unread
+from lora_fx.passes.graph.region import copy_graph, original_class
+from lora_fx.passes.patterns.product import Product, product_of
+from lora_fx.passes.quantize.quantization_plan import PlannedWeight
+
+__all__ = ["Quantize", "Values"]
+
+Values = Callable[[str], torch.Tensor]
+"""Gives the values of a parameter by its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """The pass. It puts parameters into the model of the capture, and edits copies of its graphs.
+
+    Attributes:
+        rows: Which weights.
+        how: The format.
+        values: Where they come from; by default, from the model.
+        device: Where they are stored; by default, where they lie.
+        progress: Called with (done, total, name) before each weight, and once when all are done.
+    """
+
+    name: ClassVar[str] = "quantize"
+    rows: tuple[PlannedWeight, ...]
+    how: Storage
+    values: Values | None = None
+    device: torch.device | None = None
+    progress: Callable[[int, int, str], None] | None = None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Edits the graphs, then stores one weight after the other."""
+        if not self.rows:
+            return PassResult(capture, False)
+        regions = self._regions(capture)
+        for done, row in enumerate(self.rows):
+            if self.progress is not None:
+                self.progress(done, len(self.rows), row.name)
+            self._store(capture.model, row)
+        if self.progress is not None:
+            self.progress(len(self.rows), len(self.rows), "")
+        return PassResult(dataclasses.replace(capture, regions=regions), True)
+
+    def _regions(self, capture: Capture) -> dict[str, Region]:
+        work: dict[str, dict[str, Site]] = defaultdict(dict)
+        for row in self.rows:
+            if not _is_layer(capture.model, row.site):
+                for call in row.site.calls:
+                    work[call.region][call.output] = row.site
+        regions, known = dict(capture.regions), {}
+        for fqn, nodes in work.items():
+            region = regions[fqn]
+            # Equal layers share their graph before the pass, and after it.
+            key = (id(region.graph), *sorted(nodes))
+            if key not in known:
+                known[key] = self._edited(region, nodes)
+            regions[fqn] = dataclasses.replace(region, graph=known[key], fallback=False)
+        return regions
+
+    def _edited(self, region: Region, sites: dict[str, Site]) -> fx.Graph:
+        edited = dataclasses.replace(region, graph=copy_graph(region.graph))
+        nodes = {node.name: node for node in edited.graph.nodes}
+        for output, site in sites.items():
+            self._replace(edited, nodes[output], site)
+        edited.graph.lint()
+        return edited.graph
+
+    def _replace(self, region: Region, node: fx.Node, site: Site) -> None:
+        seen = product_of(node, region)
+        assert isinstance(seen, Product)
+        own = seen.bias is None or seen.family == "linear" or _is_bias(region, seen.bias, site)
+        options: dict[str, Any] = {}
+        if self.how.compute_dtype is not None:
+            options["compute_dtype"] = self.how.compute_dtype
+        if site.layout == "in_out":
+            options["layout"] = "in_out"
+        bias: Any = seen.bias if own else None
+        operands: Any = (seen.x, seen.view.source, *(() if bias is None else (bias,)))
+        with region.graph.inserting_before(node):
+            made = region.graph.call_function(quantized_linear, operands, options)
+            if not own:
+                added: Any = (made, seen.bias)
+                made = region.graph.call_function(operator.add, added)
+        node.replace_all_uses_with(made)
+        region.graph.erase_node(node)
+        erase_unread(region.graph, seen.operand)
+
+    def _store(self, model: nn.Module, row: PlannedWeight) -> None:
+        site = row.site
+        values = self.values(site.weight) if self.values else model.get_parameter(site.weight)
+        values = values.detach()
+        if self.device is not None:
+            values = values.to(self.device)
+        if values.is_meta:
+            raise QuantizationError(
+                f"{site.weight} is on the meta device and has no values: weights=FOLDER reads them from "
+                "safetensors"
+            )
+        if not torch.isfinite(values).all():
+            raise QuantizationError(
+                f"{site.weight} has values that are not finite, and a block shares its scale: look where "
+                f"they come from, or exclude=[{site.name!r}]"
+            )
+        matrix = values if site.layout == "out_in" else values.T
+        owner = model.get_submodule(site.owner)
+        layer = _is_layer(model, site)
+        owner._parameters[site.parameter] = stored(matrix, self.how)
+        if self.how.library == "bitsandbytes":
+            if layer:
+                _become_layer(owner, self.how)
+            loads_quantised(owner, site.parameter, saves=not layer)
+        else:
+            checks_format(owner, site.parameter)
+
+
+def _is_layer(model: nn.Module, site: Site) -> bool:
+    """Whether an operation is all that an ``nn.Linear`` does, and nobody else applies its weight."""
+    exact = original_class(model.get_submodule(site.owner)) is nn.Linear
+    own = all(call.region == site.owner for call in site.calls)
+    return exact and own and relative(site.weight, site.owner) == "weight"
+
+
+def _is_bias(region: Region, bias: object, site: Site) -> bool:
+    found = region.parameter(bias)
+    return found is not None and tuple(found.shape) == (site.out_features,)
+
+
+def _become_layer(layer: nn.Module, how: Storage) -> None:
+    """Makes an ``nn.Linear`` over a 4-bit weight one of bitsandbytes': same object, hooks and bias."""
+    import bitsandbytes as library
+
+    weight: Any = layer._parameters["weight"]
+    made = library.nn.Linear4bit(
+        *(1, 1, False, how.compute_dtype, how.double, how.format, weight.quant_storage),
+        device="meta",
+    )
+    own = {k: v for k, v in made.__dict__.items() if k not in layer.__dict__}
+    layer.__class__ = type(made)
+    layer.__dict__.update(own, quant_state=weight.quant_state)
+    keep_exact(layer)

@@ -1,0 +1,104 @@
+"""The typer application: what all commands have in common."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lora_fx.errors import LoraFxError
+from lora_fx.tools.cli import console
+from lora_fx.tools.cli.bench import bench
+from lora_fx.tools.cli.demo import demo
+from lora_fx.tools.cli.doctor import doctor
+from lora_fx.tools.cli.export import export
+from lora_fx.tools.cli.export_adapter import export_adapter
+from lora_fx.tools.cli.generate import generate
+from lora_fx.tools.cli.merge import merge
+from lora_fx.tools.cli.plan import plan
+from lora_fx.tools.cli.rewrite import rewrite
+from lora_fx.tools.cli.run import run
+from lora_fx.tools.cli.spelling import as_options
+from lora_fx.tools.cli.visualize import visualize
+from lora_fx.tools.cli.zoo import zoo
+
+__all__ = ["COMMANDS", "ERROR_EXIT", "app"]
+
+ERROR_EXIT = 2
+"""Exit code for every error of lora_fx, as typer's for a wrong command line."""
+
+COMMANDS = (
+    plan,
+    rewrite,
+    merge,
+    export,
+    export_adapter,
+    visualize,
+    run,
+    generate,
+    doctor,
+    demo,
+    bench,
+    zoo,
+)
+
+
+class Commands(TyperGroup):
+    """Takes ``--debug`` anywhere, and turns errors of lora_fx into one message."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Moves ``--debug`` to where typer looks for it."""
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except LoraFxError as error:
+            if ctx.params.get("debug"):
+                raise
+            console.say_error(as_options(str(error), self.commands.values()))
+            raise typer.Exit(ERROR_EXIT) from error
+
+
+app = typer.Typer(
+    name="lora-fx",
+    cls=Commands,
+    help="LoRA as a compiler pass on torch.fx: look at a model, adapt it, merge, export, run.\n\n"
+    "A MODEL is named package.module:callable (called without arguments), hf:FOLDER (a local "
+    "folder of transformers), timm:NAME or torchvision:NAME (both untrained). Nothing is "
+    "downloaded, and nothing is overwritten without --force.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        installed = importlib.metadata.version("lora-fx")
+        console.output().print(f"lora-fx {installed}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show tracebacks and all of the log; may stand anywhere."),
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """What comes before the command."""
+    console.log_to_stderr(debug=debug)
+
+
+for _command in COMMANDS:
+    app.command()(_command)

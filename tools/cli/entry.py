@@ -1,0 +1,22 @@
+"""The entry point of ``lora-fx``; the commands are in :mod:`lora_fx.tools.commands`."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command line, or says what it needs."""
+    try:
+        from lora_fx.tools.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"lora-fx: the command line needs {error.name}: pip install 'lora-fx[cli]'")
+    app()
+
+
+if __name__ == "__main__":
+    main()

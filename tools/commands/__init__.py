@@ -1,1 +1,0 @@
-"""The commands of ``lora-fx``, one a file."""

