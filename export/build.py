@@ -2,30 +2,138 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lora_fx.errors import ParityError
 from lora_fx.export.convert.converting import ConversionError, convert, torch_export_context
-from lora_fx.export.copy.packed_weight import stored_formats
-from lora_fx.export.facts import graph_facts
-from lora_fx.export.placement import Staging
+from lora_fx.export.copy.packing import stored_formats
 from lora_fx.export.prepare.preparing import Prepared
 from lora_fx.export.report import ExportReport
-from lora_fx.export.stages import Stages
+from lora_fx.export.staging import Staging, write
 from lora_fx.export.trace.failures import headline
 from lora_fx.export.trace.tracing import Trace, trace
 from lora_fx.export.verify.difference import PrecisionError
-from lora_fx.export.verify.verifying import Verdict
+from lora_fx.export.verify.verifying import Parity, Verdict
 from lora_fx.export.verify.verifying import verify as verify_file
-from lora_fx.export.write import write
 
-__all__ = ["BF16_OPSET", "DEFAULT_OPSET", "Options", "build"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+__all__ = [
+    "BF16_OPSET",
+    "DEFAULT_OPSET",
+    "Options",
+    "Stages",
+    "build",
+    "graph_facts",
+    "node_count",
+]
+
 
 _log = logging.getLogger("lora_fx")
+
+
+class Stages:
+    """One stage is open at a time.
+
+    Attributes:
+        seconds: Wall-clock seconds of each stage, in order; one that came twice has both.
+    """
+
+    def __init__(self, progress: Callable[[str], None] | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._open: tuple[str, float] | None = None
+
+    def start(self, stage: str) -> None:
+        """End the open stage and begin another."""
+        self.stop()
+        self._open = (stage, time.perf_counter())
+        _log.info("export: %s", stage)
+        if self._progress is not None:
+            self._progress(stage)
+
+    def stop(self) -> None:
+        """End the open stage."""
+        if self._open is not None:
+            stage, began = self._open
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+            self._open = None
+
+
+_PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+
+
+def graph_facts(trace: Trace, model: ir.Model, parity: Parity | None) -> dict[str, Any]:
+    """The fields of an ``ExportReport`` that say what is in the file and how it was checked."""
+    names_of = trace.arguments.names
+    axes = dict(zip(names_of, trace.axes, strict=True))
+    tried = parity.tried if parity else []
+    skipped = parity.skipped if parity else {}
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
+    return {
+        "nodes": operators.total(),
+        "operators": dict(operators.most_common()),
+        "initializers": len(model.graph.initializers),
+        "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
+        "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},
+        "dynamic_axes": trace.dynamic_axes(),
+        "axis_limits": trace.axis_limits(),
+        "fixed_axes": {
+            f"{name}[{index}]": axis.reason
+            for name, row in axes.items()
+            for index, axis in enumerate(row)
+            if axis.name is None
+        },
+        "baked_arguments": dict(trace.arguments.baked),
+        "finite": trace.finite,
+        "verified": parity is not None,
+        "reference": parity.reference if parity else "",
+        "parity": tuple(parity.rows.values()) if parity else (),
+        "shapes_tried": tuple(dict(zip(names_of, sizes, strict=True)) for sizes in tried),
+        "values_tried": parity.note if parity else "",
+        "shapes_skipped": {
+            ", ".join(f"{name} {list(size)}" for name, size in zip(names_of, sizes, strict=True)): (
+                reason
+            )
+            for sizes, reason in skipped.items()
+        },
+        "metadata": dict(model.metadata_props),
+        "versions": _versions(),
+    }
+
+
+def node_count(path: Path) -> int:
+    """How many nodes a file has, those inside of others included."""
+    import onnx_ir as ir
+
+    return sum(1 for _ in ir.load(path).graph.all_nodes())
+
+
+def _axes_of(value: ir.Value) -> tuple[int | str, ...]:
+    shape = () if value.shape is None else value.shape
+    return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in shape)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
 
 DEFAULT_OPSET = 20
 BF16_OPSET = 22

@@ -5,34 +5,90 @@ Nothing here imports onnx or ONNX Runtime before an export begins.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.adapters.inline import over_quantised
-from lora_fx.export.ambient import without_ambient_autocast
-from lora_fx.export.build import Options, build
+from lora_fx.export.build import Options, Stages, build
 from lora_fx.export.copy.twin import DTYPES, unwrapped
-from lora_fx.export.placement import check_target, staging
 from lora_fx.export.prepare.preparing import prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
-from lora_fx.export.stages import Stages
-from lora_fx.export.staging import Scratch
+from lora_fx.export.staging import EXTERNAL_DATA_BYTES, SHARD_BYTES, Scratch, check_target, staging
 from lora_fx.export.tasks.registry import find_task
-from lora_fx.export.values import refuse_nan
-from lora_fx.export.write import EXTERNAL_DATA_BYTES, SHARD_BYTES
+from lora_fx.files import output_file
 from lora_fx.ir.record import record_of
-from lora_fx.output_path import output_file
 from lora_fx.passes.capture.lock import ONE_AT_A_TIME
-from lora_fx.passes.parameters.intact import check_intact
+from lora_fx.passes.parameters.rewritten import check_intact
+from lora_fx.runtime.fused_lora import without_autocast
 
-__all__ = ["export_onnx"]
+__all__ = [
+    "export_onnx",
+    "refuse_nan",
+    "without_ambient_autocast",
+]
+
+
+@contextlib.contextmanager
+def without_ambient_autocast(model: nn.Module) -> Iterator[None]:
+    """Autocast off wherever the model is: it would be traced, and the dtype of a file is an argument.
+
+    Autocast that the model enters by itself stays as it is.
+    """
+    # On the CPU in any case: that is where weights are merged and cast.
+    kinds = {"cpu", *(tensor.device.type for tensor in model.parameters())}
+    with contextlib.ExitStack() as stack:
+        for kind in sorted(kinds):
+            stack.enter_context(without_autocast(kind))
+        yield
+
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1 << 24  # elements that are looked at at once
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Refuse a model with parameters or buffers that are not numbers: every output would be equal to them.
+
+    Infinite values pass: masks are filled with them.
+
+    Raises:
+        ExportError: With the names of those that hold NaN.
+    """
+    named = (*model.named_parameters(), *model.named_buffers())
+    broken = [name for name, value in named if _has_nan(value)]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ExportError(
+            f"{', '.join(broken[:5])}{more} of {type(model).__name__} hold NaN: the training diverged, or "
+            "the weights were not loaded"
+        )
+
+
+@torch.no_grad()
+def _has_nan(value: Tensor) -> bool:
+    plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
+    if not plain or value.is_meta or value.dtype not in _DTYPES:
+        return False
+    return any(bool(part.isnan().any()) for part in _parts(value))
+
+
+def _parts(value: Tensor) -> Iterator[Tensor]:
+    """Views of a tensor, none of them large where it has rows."""
+    if value.dim() == 0 or value.numel() <= _CHUNK:
+        yield value
+        return
+    rows = max(1, _CHUNK * value.shape[0] // value.numel())
+    yield from torch.split(value, rows)
+
 
 _OPSETS = (18, 19, 20, 21, 22, 24)
 

@@ -8,16 +8,320 @@ memory runs short and reads them back when they are used.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
+import logging
 import os
+import re
+import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lora_fx.export.placement import Staging, write_errors
+from lora_fx.errors import ExportError
+from lora_fx.export.report import size_text
 
-__all__ = ["ALLOWANCE_BYTES", "Scratch"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+__all__ = [
+    "ALLOWANCE_BYTES",
+    "EXTERNAL_DATA_BYTES",
+    "SHARD_BYTES",
+    "Scratch",
+    "Staging",
+    "abandoned",
+    "check_target",
+    "owned",
+    "staging",
+    "write",
+    "write_errors",
+]
+
+
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows: folders of processes that died stay there
+    _locks: Any = None
+else:
+    _locks = _fcntl
+
+
+_LOCK = "in-use.lock"
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, which no other process uses."""
+    if _locks is None:
+        yield
+        return
+    # It gets its name when it is locked: under that name it is never free while its owner lives.
+    unnamed = folder / f"{_LOCK}.new"
+    with unnamed.open("w") as file:
+        _locks.flock(file, _locks.LOCK_EX)
+        unnamed.rename(folder / _LOCK)
+        yield
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether nobody holds the lock of ``folder`` any more. One without a lock is not known."""
+    if _locks is None:
+        return False
+    try:
+        with (folder / _LOCK).open("r+") as file:
+            _locks.flock(file, _locks.LOCK_EX | _locks.LOCK_NB)
+    except OSError:  # held, or no such file
+        return False
+    return True
+
+
+_log = logging.getLogger("lora_fx")
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+class Staging:
+    """A temporary folder beside ``target`` in which its successor is written.
+
+    Attributes:
+        target: Where the model file goes.
+        folder: The temporary folder.
+        model: The model file to write, under the name it will have.
+        data: The external data file to write, if there is to be one; several have
+            ``-00001-of-00003`` before the suffix.
+        companions: What is moved along, before the model file.
+    """
+
+    def __init__(self, target: Path, folder: Path) -> None:
+        self.target = target
+        self.folder = folder
+        self.model = folder / target.name
+        # A digit first: onnx-ir would put the number of a file before what looks like a suffix.
+        token = f"{secrets.randbelow(10)}{secrets.token_hex(4)[1:]}"
+        self.data = folder / f"{target.name}.{token}.data"
+        self.companions: list[Staging] = []
+
+    def companion(self, name: str) -> Staging:
+        """A further model file that belongs to this one, ``STEM.xxxxxxxx.NAME.onnx`` beside it."""
+        file = f"{self.target.stem}.{secrets.token_hex(4)}.{name}{self.target.suffix}"
+        staged = Staging(self.target.with_name(file), self.folder)
+        self.companions.append(staged)
+        return staged
+
+    def written(self) -> list[Path]:
+        """The files of this model that are there: the model first, then its data."""
+        data = self.folder.glob(f"{glob.escape(self.data.stem)}*{self.data.suffix}")
+        return [self.model, *sorted(data)]
+
+    def belonging(self) -> list[Path]:
+        """All files that are there but the model: those of its companions, and its data."""
+        _, *data = self.written()
+        return [file for one in self.companions for file in one.written()] + data
+
+    def has_data(self) -> bool:
+        """Whether weights of this model or of a companion are in files of their own."""
+        return any(file.suffix == self.data.suffix for file in self.belonging())
+
+    def discard(self) -> None:
+        """Delete what was written of this model, so that it can be written anew."""
+        for file in self.written():
+            file.unlink(missing_ok=True)
+
+    def commit(self, *, force: bool) -> None:
+        """Move what was written into place and delete the files beside it that it replaces.
+
+        Raises:
+            ExportError: The target came into being meanwhile, or cannot be written.
+        """
+        check_target(self.target, force=force)
+        stale = self._replaced()
+        folder = self.target.parent
+        beside = self.belonging()
+        moved = [folder / file.name for file in beside]
+        with write_errors(self.target):
+            try:
+                # On the disk before anything refers to it: a crash of the machine soon after a
+                # move can otherwise leave a file of the right name and no content.
+                for file in (self.model, *beside):
+                    _flush(file)
+                for file, place in zip(beside, moved, strict=True):
+                    file.replace(place)
+                _flush_folder(folder)
+                self.model.replace(self.target)
+            except BaseException:
+                # Interrupts, too. Once the model has moved, the others belong to it.
+                if self.model.exists():
+                    for place in moved:
+                        place.unlink(missing_ok=True)
+                raise
+        # The new model is there: what fails from here on is no failure of the export.
+        for path in stale:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("cannot delete %s, which no model uses any more: %s", path, error)
+        _flush_folder(folder)
+
+    def _replaced(self) -> list[Path]:
+        data = r"\.[0-9a-f]{8}(-\d{5}-of-\d{5})?\.data"
+        name, stem, suffix = map(
+            re.escape, (self.target.name, self.target.stem, self.target.suffix)
+        )
+        ours = re.compile(rf"{name}{data}|{stem}\.[0-9a-f]{{8}}\.[a-z]+{suffix}({data})?")
+        return [path for path in self.target.parent.iterdir() if ours.fullmatch(path.name)]
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a target that has become a folder, or that exists unless ``force`` is given.
+
+    Raises:
+        ExportError: With the path and the remedy.
+    """
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder: give the name of the file to write in it")
+    if not force and os.path.lexists(target):
+        raise ExportError(
+            f"{target} exists: pass force=True (--force) to replace it, or give another name"
+        )
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Staging]:
+    """A folder beside ``target`` that is gone afterwards, whatever happens.
+
+    Raises:
+        ExportError: The folder of the target cannot be made or written to.
+    """
+    # The same folder, hence the same file system: only there is a move atomic.
+    prefix = f".{target.name}."
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in target.parent.glob(f"{glob.escape(prefix)}*"):
+            if abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        with owned(folder):
+            yield Staging(target, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(target: Path, size: int | None = None) -> Iterator[None]:
+    """Turn an ``OSError`` of the file system into an ExportError that says what is still there.
+
+    Args:
+        target: The file being written.
+        size: Bytes that it takes, for the message.
+
+    Raises:
+        ExportError: Chained from the ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        kept = "; the file that was there is untouched" if os.path.lexists(target) else ""
+        if not _is_full(error):
+            reason = error.strerror or str(error)
+            remedy = "; choose a folder that you may write to" if error.errno in _DENIED else ""
+            raise ExportError(f"cannot write {target}: {reason}{kept}{remedy}") from error
+        need = f", which takes {size_text(size)}" if size else ""
+        raise ExportError(
+            f"the disk is full: cannot write {target}{need}{kept}; "
+            f"free some space or write to another disk"
+        ) from error
+
+
+def _is_full(error: OSError) -> bool:
+    # numpy, which writes external data, reports a short write without an errno.
+    short = error.errno is None and "requested and" in str(error)
+    return short or error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    # Windows opens no folders, and some network file systems flush none: a move is as safe there
+    # as they make it.
+    try:
+        _flush(path)
+    except OSError as error:
+        _log.debug("cannot flush %s: %s", path, error)
+
+
+# Bytes of weights from which they go into a file of their own. A model file with weights inside is
+# put together in memory, twice over; weights beside it are written one by one.
+EXTERNAL_DATA_BYTES = 256 * 1024**2
+
+# Bytes of one file of weights: what every file system and download takes.
+SHARD_BYTES = 4_000_000_000
+
+_PROTO_BYTES = 2**31 - 1  # what a protobuf message can hold
+_PAGE = 65536  # of every system: weights on page boundaries can be mapped into memory
+
+
+def write(
+    model: ir.Model,
+    stage: Staging,
+    limit: int = EXTERNAL_DATA_BYTES,
+    shard: int = SHARD_BYTES,
+) -> dict[str, int]:
+    """Write the files of a model.
+
+    Weights in files of their own are written one after the other: beside the weights themselves,
+    which are the model's, no more than one of them is in memory.
+
+    Args:
+        model: The graph with its weights.
+        stage: Where to.
+        limit: Bytes of weights from which they go into files of their own.
+        shard: Bytes of one such file. A weight that is larger has a file for itself.
+
+    Returns:
+        Name to bytes of every file, the model first.
+
+    Raises:
+        ExportError: The disk is full or cannot be written to, or the weights fit in no model file
+            and ``limit`` asks for that.
+    """
+    import onnx_ir as ir
+
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    external = size > limit
+    if not external and size >= _PROTO_BYTES:
+        raise ExportError(
+            f"{size / 1e9:.1f} GB of weights do not fit into the model file, which ends at 2 GB: "
+            f"give a smaller external_data_bytes"
+        )
+    with write_errors(stage.target, size):
+        if external:
+            ir.save(
+                model,
+                stage.model,
+                external_data=stage.data.name,
+                max_shard_size_bytes=shard,
+                alignment=_PAGE,
+            )
+        else:
+            ir.save(model, stage.model)
+        return {file.name: file.stat().st_size for file in stage.written()}
+
 
 ALLOWANCE_BYTES = 256 * 1024**2
 

@@ -28,8 +28,7 @@ from lora_fx.adapters.manage import (
     set_adapter,
 )
 from lora_fx.adapters.optim import correct_gradients, parameter_groups
-from lora_fx.adapters.preparation import prepare_for_kbit_training
-from lora_fx.adapters.quantized_base import plan_quantization, quantize
+from lora_fx.adapters.quantized_base import plan_quantization, prepare_for_kbit_training, quantize
 from lora_fx.adapters.weighted import add_weighted_adapter
 from lora_fx.api import (
     capture,

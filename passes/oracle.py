@@ -27,8 +27,8 @@ from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.graph.lazy import is_lazy
 from lora_fx.passes.merge.change import delta_weight
 from lora_fx.passes.merge.merging import merge
-from lora_fx.passes.parameters.compiled import inside
 from lora_fx.passes.parameters.factors import factor_names, factors_of
+from lora_fx.passes.parameters.rewritten import inside
 from lora_fx.passes.parameters.tokens import rows_name, tokens_of
 from lora_fx.runtime import watch
 from lora_fx.runtime.ops import AdapterModule

@@ -42,9 +42,8 @@ from lora_fx.passes.optimize.cheap_dropout import CheapDropout
 from lora_fx.passes.optimize.fuse import Fuse
 from lora_fx.passes.optimize.share_inputs import ShareInputs
 from lora_fx.passes.oracle import check_rewritten
-from lora_fx.passes.parameters.buffers import buffer_digests
-from lora_fx.passes.parameters.by_hand import protect
-from lora_fx.passes.parameters.own import base_parameters
+from lora_fx.passes.parameters.by_hand import buffer_digests, protect
+from lora_fx.passes.parameters.replacements import base_parameters
 from lora_fx.passes.parameters.rewritten import mark_adapted
 from lora_fx.passes.plan.planning import make_plan
 from lora_fx.runtime import watch

@@ -3,34 +3,261 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from lora_fx.adapters.switching import base_capture, run_with
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.errors import ExportError, NoMatchError
 from lora_fx.export.adapters.manifest import AdapterInput, Manifest, Role, SiteInputs
-from lora_fx.export.adapters.origin import base_name
-from lora_fx.export.adapters.swappable import ADAPTER, Swappable
 from lora_fx.export.copy.twin import DTYPES, dtype_name
 from lora_fx.export.trace.arguments import Arguments, Extra, FlatModel, named_outputs
-from lora_fx.ir.record import Record
-from lora_fx.ir.values import PlannedSite, join
+from lora_fx.ir.record import AdapterRecord, Choice, Record, record_of, require_record
+from lora_fx.ir.values import Plan, PlannedSite, Region, join
 from lora_fx.passes.graph.copies import share_copy
+from lora_fx.passes.graph.edit import edit_graphs
+from lora_fx.passes.graph.nodes import erase_dead, target_of
+from lora_fx.passes.graph.region import copy_graph, install, original_class
 from lora_fx.passes.merge.merging import merge
-from lora_fx.passes.parameters.factors import factor_names
+from lora_fx.passes.merge.strip import stripped
+from lora_fx.passes.parameters.factors import drop_factors, factor_names
 from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.passes.pipeline import added, branch_passes, rewrite_model, run_passes, running
 from lora_fx.runtime import dora
 
-__all__ = ["FactorModel", "flip", "random_factors", "site_inputs"]
+__all__ = [
+    "ADAPTER",
+    "FactorModel",
+    "Swappable",
+    "base_name",
+    "base_of",
+    "check_swappable",
+    "flip",
+    "origin_of",
+    "random_factors",
+    "site_inputs",
+    "swappable",
+    "with_adapter",
+]
+
+
+_NAME = "base_model_name_or_path"
+
+
+def origin_of(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
+    """Metadata entries about a model: nothing of the machine that it is on.
+
+    Args:
+        model: A rewritten model, or any other.
+        adapters: Where the active adapters are: "merged" into weights, or "inline" beside operations.
+
+    Returns:
+        ``lora_fx.base``: its class, and the name of its configuration if it has one, as JSON.
+        ``lora_fx.merged`` or ``lora_fx.inline``, for a rewritten model: name to configuration of the
+        adapters that are active, as JSON, without the fields that have their default value.
+    """
+    kind = original_class(model)
+    base = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+    if name := _loaded_from(model):
+        base["name"] = name
+    entries = {"lora_fx.base": json.dumps(base)}
+    record = record_of(model)
+    if record is not None:
+        active = {name: _changed(record.adapters[name].config) for name in record.active}
+        entries[f"lora_fx.{adapters}"] = json.dumps(active)
+    return entries
+
+
+def base_name(model: nn.Module) -> str:
+    """The same in short, for people: ``LlamaForCausalLM (meta-llama/Llama-3.2-1B)``."""
+    kind, name = original_class(model).__name__, _loaded_from(model)
+    return f"{kind} ({name})" if name else kind
+
+
+def _loaded_from(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    name = (
+        getattr(config, "name_or_path", None)
+        or getattr(config, "_name_or_path", None)
+        or vars(model).get("name_or_path")
+    )
+    return _public(name) if isinstance(name, str) and name else ""
+
+
+def _changed(config: LoraConfig) -> dict[str, object]:
+    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    always = ("r", "lora_alpha", "target_modules")
+    kept = {key: value for key, value in values.items() if key in always or value != defaults[key]}
+    if isinstance(name := kept.get(_NAME), str):
+        kept[_NAME] = _public(name)
+    return kept
+
+
+def _public(name: str) -> str:
+    """The name of a model as it is; of a folder, no more than its own name."""
+    path = PureWindowsPath(name) if "\\" in name else PurePosixPath(name)
+    return path.name if path.is_absolute() or name[0] in ".~" else name
+
+
+ADAPTER = "inputs"
+"""What the one adapter is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Swappable:
+    """A copy of a model over the same weights, with the one adapter.
+
+    Attributes:
+        model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
+        rows: Where the adapter is.
+        record: What is known of the copy, which does not carry it.
+    """
+
+    model: nn.Module
+    rows: tuple[PlannedSite, ...]
+    record: Record
+
+
+def swappable(model: nn.Module) -> Swappable:
+    """Makes the copy.
+
+    Args:
+        model: A plain or a rewritten model. It is not changed.
+
+    Raises:
+        ExportError: An adapter trains something that has no factors.
+        NoMatchError: A plain model has no operation to adapt, with what to do.
+        CaptureError: As :func:`lora_fx.rewrite`, for a plain model.
+    """
+    record = record_of(model)
+    if record is None:
+        model = _rewritten(model)
+        record = require_record(model)
+    for name, adapter in record.adapters.items():
+        check_swappable(name, adapter)
+    rows = _union(record)
+    if not rows:
+        raise ExportError("no adapter of the model is at an operation: there is nothing to swap")
+    twin = share_copy(model)
+    run_with(twin, dataclasses.replace(record, chosen=Choice(), blocks=()), anew=True)
+    for name in record.adapters:
+        drop_factors(twin, name)
+    bare = dataclasses.replace(require_record(twin), adapters={}, chosen=None, optimize=False)
+    capture = base_capture(twin, bare)
+    plan = Plan(rows, (), (), (), LoraConfig(), capture.frontend)
+    bare = added(capture, bare, plan, ADAPTER)
+    capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
+    install(running(edit_graphs(capture, _with_given_gains).capture, rows))
+    del twin.__dict__["_lora_fx"]  # it is no rewritten model any more: nobody switches its adapters
+    return Swappable(twin, rows, bare)
+
+
+def _rewritten(model: nn.Module) -> nn.Module:
+    try:
+        return rewrite_model(model, LoraConfig(), optimize=False)
+    except NoMatchError as error:
+        reason = str(error).split("\n", 1)[-1].strip()
+        raise NoMatchError(
+            "the model has no adapters, and adapters='inputs' then takes one at every linear operation but "
+            f"the head, of which there is none ({reason}): rewrite the model first, with what to adapt in "
+            "target_modules, or export it with adapters='merge'"
+        ) from error
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without adapters: a copy over the same weights, or the model itself if it is a plain one."""
+    record = record_of(model)
+    return model if record is None else stripped(model, record)
+
+
+def with_adapter(model: nn.Module, name: str) -> nn.Module:
+    """A copy of a rewritten model over the same weights in which one adapter is active."""
+    twin = share_copy(model)
+    record = require_record(twin)
+    run_with(twin, dataclasses.replace(record, chosen=Choice((name,)), blocks=()), anew=True)
+    return twin
+
+
+def check_swappable(name: str, adapter: AdapterRecord) -> None:
+    """Refuses an adapter that does more than add a product of low rank.
+
+    Raises:
+        ExportError: With everything that is more.
+    """
+    more = list(dict.fromkeys(_more(adapter)))
+    if more:
+        raise ExportError(
+            f"the adapter {name!r} cannot be an input of a file: {'; '.join(more)}. Only factors can be "
+            "swapped: merge it into a file of its own, with export_onnx(..., adapters='merge')"
+        )
+
+
+def _more(adapter: AdapterRecord) -> Iterator[str]:
+    start = adapter.config.init_lora_weights
+    if start == "loftq":
+        yield "its base was quantised for it (init_lora_weights='loftq')"
+    yield from (f"{name} is trained in full (modules_to_save)" for name in adapter.saved_modules)
+    inside = tuple(f"{name}." for name in adapter.saved_modules)
+    yield from (
+        f"{name} is trained (bias)" for name in adapter.biases if not name.startswith(inside)
+    )
+    yield from (
+        f"rows of {row.name} are trained (trainable_token_indices)" for row in adapter.tokens
+    )
+    yield from (f"{name} came with its folder" for name in adapter.given)
+    if not adapter.initialized:
+        yield f"it waits for data (init_lora_weights={start!r}): lora_fx.initialize gives it some"
+
+
+def _union(record: Record) -> tuple[PlannedSite, ...]:
+    """Every place of an adapter, once, with whatever any of them has there."""
+    found: dict[str, PlannedSite] = {}
+    for row in (row for adapter in record.adapters.values() for row in adapter.sites):
+        before = found.get(row.name, row)
+        found[row.name] = dataclasses.replace(
+            row,
+            rank=row.site.groups,
+            alpha=1.0,
+            scale=1.0,
+            dropout=0.0,
+            # A tied head gets the embedding's factors as values of its own.
+            tied="",
+            dora=row.dora or before.dora,
+            lora_bias=row.lora_bias or before.lora_bias,
+        )
+    return tuple(found.values())
+
+
+def _with_given_gains(region: Region) -> fx.Graph | None:
+    """DoRA without its norms: the gain is given in the place of the magnitude, and is in B already."""
+    if not any(target_of(node) is dora.gain for node in region.graph.nodes):
+        return None
+    graph = copy_graph(region.graph)
+    for node in _calls(graph, (dora.gain, dora.steered)):
+        given = node.args[0]
+        assert isinstance(given, fx.Node)
+        node.replace_all_uses_with(given)
+    erase_dead(graph)
+    graph.lint()
+    return graph
+
+
+def _calls(graph: fx.Graph, targets: Iterable[object]) -> list[fx.Node]:
+    wanted = tuple(targets)
+    return [node for node in graph.nodes if any(target_of(node) is one for one in wanted)]
 
 
 class FactorModel(FlatModel):
     """A flat model that takes all adapter inputs of its manifest after the tensors of the call.
 
     Args:
-        made: What :func:`lora_fx.export.adapters.swappable.swappable` has made.
+        made: What :func:`lora_fx.export.adapters.factor_model.swappable` has made.
         model: It again, or a copy that was cast.
         arguments: The call.
         call: How the model is called.

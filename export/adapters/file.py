@@ -3,27 +3,255 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.manage import adapter_record, the_adapter
+from lora_fx.checkpoint.files import read_tensors
+from lora_fx.checkpoint.forms import Dense, gathered
+from lora_fx.checkpoint.keys import Slot
+from lora_fx.checkpoint.starts import converted
+from lora_fx.checkpoint.state import without_prefix
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config.selection import scale_for
+from lora_fx.config.starts import changes_base
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
-from lora_fx.export.adapters.adapter_check import cast_to, check_values
-from lora_fx.export.adapters.adapter_values import values_of_folder, values_of_model
-from lora_fx.export.adapters.manifest import Manifest
+from lora_fx.export.adapters.factor_model import check_swappable, flip, site_inputs
+from lora_fx.export.adapters.manifest import (
+    SUFFIXES,
+    AdapterInput,
+    Manifest,
+    Role,
+    SiteInputs,
+    cast_to,
+    check_values,
+)
 from lora_fx.export.copy.twin import DTYPES, unwrapped
-from lora_fx.export.ort.loading import reason_of
 from lora_fx.export.ort.ports import to_runtime, to_tensor
-from lora_fx.export.ort.providers import import_onnxruntime
-from lora_fx.export.placement import check_target, staging, write_errors
-from lora_fx.output_path import output_file
+from lora_fx.export.ort.providers import import_onnxruntime, reason_of
+from lora_fx.export.staging import check_target, staging, write_errors
+from lora_fx.files import output_file
+from lora_fx.ir.record import require_record
+from lora_fx.ir.values import PlannedSite, join
+from lora_fx.passes.parameters.by_hand import trained_by_hand
+from lora_fx.passes.parameters.factors import factor_names
+from lora_fx.runtime import dora
 
-__all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of"]
+__all__ = [
+    "manifest_of_file",
+    "read_adapter",
+    "save_onnx_adapter",
+    "values_of",
+    "values_of_folder",
+    "values_of_model",
+]
+
+
+_WRAPPED = "base_layer"
+_ROLES: dict[str, Role] = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_B.bias": "bias",
+}
+_log = logging.getLogger("lora_fx")
+_KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES))})")
+
+
+@torch.no_grad()
+def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """Values by the names of the inputs, in the dtype of the weights that they adapt.
+
+    Args:
+        model: A rewritten model.
+        adapter_name: Which adapter; by default the only one, or the only active one.
+
+    Raises:
+        ConfigError: The model has no such adapter, or several could be meant.
+        ExportError: The adapter trains something that has no factors.
+        CheckpointError: The model is on the meta device.
+    """
+    adapter = the_adapter(model, adapter_name)
+    record = adapter_record(model, adapter)
+    check_swappable(adapter, record)
+    if by_hand := tuple(trained_by_hand(model, require_record(model))):
+        more = f" and {len(by_hand) - 5} more" if len(by_hand) > 5 else ""
+        _log.warning(
+            "adapter %r: trained by hand beside it, and only in a file that is exported from this model: %s",
+            adapter,
+            ", ".join(by_hand[:5]) + more,
+        )
+    own = {}
+    for row in record.sites:
+        for name in factor_names(row).present:
+            place = join(row.site.holder, name, adapter)
+            own[place] = Slot(place, place, model.get_parameter(place))
+    if any(slot.tensor.is_meta for slot in own.values()):
+        raise CheckpointError("the model is on the meta device: there are no values to write")
+    whole = converted(model, record, adapter, own)
+    tensors = {slot.name: gathered(slot.tensor) for slot in whole.slots.values()}
+    values: dict[str, Tensor] = {}
+    for row in whole.record.sites:
+        values |= _site_values(model, row, adapter, tensors)
+    return values
+
+
+def _site_values(
+    model: nn.Module, row: PlannedSite, adapter: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    names, site = factor_names(row), row.site
+    a, b = (tensors[join(site.holder, name, adapter)] for name in names.pair)
+    if row.tied:  # the embedding's factors, which change places
+        a, b = a.T, b.T
+    up = b.double() * row.scale
+    found = {"A": a.double(), "B": up}
+    if row.lora_bias:
+        found["bias"] = tensors[join(site.holder, names.bias, adapter)].double() * row.scale
+    if row.dora:
+        magnitude = tensors[join(site.holder, names.magnitude, adapter)].flatten()
+        # The base's own weight: a start that changed it is part of the factors here.
+        weight = require_record(model).originals.get(site.weight)
+        weight = model.get_parameter(site.weight) if weight is None else weight
+        if site.quantized is None:  # else it has scales beside it, and is no tensor to detach
+            weight = gathered(weight)
+        shape = (site.layout, site.groups, site.view, site.rows, site.order)
+        gains = dora.gain(magnitude, weight, a, b, row.scale, *shape)
+        found["gain"] = gains.double()
+        found["B"] = up * found["gain"].view(-1, *(1 for _ in up.shape[1:]))
+    inputs = site_inputs(model, row).inputs()
+    return {one.name: _stored(one, found[one.role]) for one in inputs}
+
+
+def values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
+    """Values by the names of the inputs, in the dtype of the folder.
+
+    Args:
+        folder: An adapter folder of PEFT or lora_fx. Nothing else is needed where PEFT's names are those
+            of the sites.
+        manifest: What the file takes, if it is known.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or holds something that is no input of low
+            rank, or that depends on the base weights.
+        ConfigError: The adapter needs a feature that lora_fx does not have.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the local folder of a PEFT adapter")
+    config = LoraConfig.from_pretrained(folder)
+    tensors = without_prefix(read_tensors(folder)[0])
+    _refuse_trained_in_full(folder, config, tensors)
+    problems = [*_unfit(config)]
+    sites: dict[str, dict[Role, Tensor]] = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        names = key.split(".")
+        # "in_lora" is what PEFT has no name for, and lora_fx calls so beside its operation.
+        if found is None or _WRAPPED in names or (found["site"] or "").endswith("_lora"):
+            problems.append(f"{key} is no factor of an operation")
+        else:
+            sites.setdefault(found["site"] or "", {})[_ROLES[found["kind"]]] = value
+    if not sites and not problems:
+        problems.append("it holds no tensor")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{folder} cannot be converted by itself: {'; '.join(problems[:5])}{more}. Load it onto its "
+            "model (lora_fx.load_adapter(model, folder)) and give that instead of the folder; on the command "
+            "line, name the model with --model"
+        )
+    known = {site.name: site for site in manifest.sites} if manifest else {}
+    values: dict[str, Tensor] = {}
+    for name, parts in sites.items():
+        try:
+            values |= _folder_site(name, parts, scale_for(name, config), known.get(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+    return values
+
+
+def _refuse_trained_in_full(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """What no way leads into a file as an input, so that loading it onto the model is no advice."""
+    full = [key.replace(f".{_WRAPPED}", "") for key in tensors if "lora_" not in key]
+    if not full:
+        return
+    settings = {
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias != "none",
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    by = ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
+    more = f" and {len(full) - 5} more" if len(full) > 5 else ""
+    raise CheckpointError(
+        f"{folder} trains {', '.join(full[:5])}{more} in full ({by}), and only "
+        "factors can be inputs of a file. Merge it into a file of its own: export_onnx("
+        f"lora_fx.load_adapter(model, {str(folder)!r}), ..., adapters='merge'), or on the command line "
+        f"`lora-fx export MODEL FILE --adapter {folder}`"
+    )
+
+
+def _unfit(config: LoraConfig) -> Iterator[str]:
+    """What makes a folder depend on its model."""
+    if config.use_dora:
+        yield "the norms of DoRA (use_dora) are those of the base weights"
+    if config.target_parameters:
+        yield "which operations read its parameters (target_parameters), only the model knows"
+    if changes_base(config.init_lora_weights):
+        yield f"its start (init_lora_weights={config.init_lora_weights!r}) changed the base weights"
+
+
+def _folder_site(
+    name: str, parts: dict[Role, Tensor], scale: float, known: SiteInputs | None
+) -> dict[str, Tensor]:
+    if not {"A", "B"} <= parts.keys():
+        lacks = "B" if "A" in parts else "A"
+        raise CheckpointError(f"{name} lacks its factor {lacks}: save the adapter again")
+    a, b = parts["A"], parts["B"]
+    _check_pair(name, a, b)
+    conv = a.dim() > 2
+    if conv:
+        groups = known.groups if known else len(a) // max(1, parts["B"].shape[1])
+        if groups > 1 and (known is None or a.shape[1] != known.a[1]):
+            a = _grouped(name, a, groups)
+    values = {}
+    for role, value in {**parts, "A": a}.items():
+        # In double precision, so that the scale costs one rounding.
+        scaled = value if role == "A" else (value.double() * scale).to(value.dtype)
+        turned = scaled if conv or role == "bias" else scaled.T
+        values[join(name, SUFFIXES[role])] = turned.contiguous()
+    return values
+
+
+def _check_pair(name: str, a: Tensor, b: Tensor) -> None:
+    fits = a.dim() == b.dim() >= 2 and (a.dim() > 2 or a.shape[0] == b.shape[1])
+    if not fits or not (a.is_floating_point() and b.is_floating_point()):
+        raise CheckpointError(
+            f"{name} has A {list(a.shape)} of {a.dtype} and B {list(b.shape)} of {b.dtype}: they are no pair "
+            "of factors [r, in] and [out, r]"
+        )
+
+
+def _grouped(name: str, a: Tensor, groups: int) -> Tensor:
+    """A of a grouped convolution from PEFT's, which is dense."""
+    try:
+        return Dense(groups).decode(a)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}.lora_A.weight {error}") from error
+
+
+def _stored(one: AdapterInput, value: Tensor) -> Tensor:
+    return flip(one, value).to("cpu", getattr(torch, one.dtype)).contiguous()
+
 
 _VERSION = 1
 

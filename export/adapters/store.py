@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ConfigError
-from lora_fx.export.adapters.adapter_check import check_values, ranks_of
-from lora_fx.export.adapters.manifest import AdapterInput, Manifest
-from lora_fx.export.ort.binding import placed
-from lora_fx.export.ort.ports import Device
+from lora_fx.export.adapters.manifest import AdapterInput, Manifest, check_values, ranks_of
+from lora_fx.export.ort.ports import Device, placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 

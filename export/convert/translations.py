@@ -1,24 +1,39 @@
-"""Operations that torch.onnx cannot translate, and what they are in ONNX.
+"""Products with quantised weights, in operators of ONNX and ONNX Runtime.
 
-A product with one matrix for each group of rows (the experts of a mixture) has no ONNX operator. It is
-translated in two steps: here into a node of our own, and after torch.onnx has folded its constants into
-ONNX (:mod:`lora_fx.export.convert.grouped`), when it is known whether the matrices are constants.
+As with grouped products (:mod:`lora_fx.export.convert.translations`), a node of our own goes through torch.onnx, whose
+optimiser would make a dense constant of a ``DequantizeLinear`` over a small weight.
+
+``MatMulBnb4`` and ``MatMulNBits`` are ONNX Runtime's own. A dequantised weight is read by a Gemm, not by a
+MatMul: ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits (level
+4 of ``session.qdq_matmulnbits_accuracy_level``, the default), which is off by 6e-3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-import lora_fx.export.copy.packed_weight  # noqa: F401  # both register operators that are translated here
-import lora_fx.runtime.experts
+import lora_fx.export.copy.packing  # noqa: F401  # both register operators that are translated here
 
-__all__ = ["DOMAIN", "GROUPED_MATMUL", "QUANTIZED_PRODUCT", "translation_table"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+__all__ = [
+    "CONTRIB",
+    "DOMAIN",
+    "GROUPED_MATMUL",
+    "QUANTIZED_PRODUCT",
+    "expand_grouped",
+    "expand_quantized",
+    "translation_table",
+]
+
 
 DOMAIN = "lora_fx"
 GROUPED_MATMUL = "GroupedMatMul"
@@ -107,7 +122,7 @@ def _quantized_product(
     block: int,
     scheme: str,
 ) -> Any:
-    """A product with a quantised weight, which :mod:`lora_fx.export.convert.quantized_nodes` takes apart."""
+    """A product with a quantised weight, which :mod:`lora_fx.export.convert.translations` takes apart."""
     import onnx
     from onnxscript import values
 
@@ -216,3 +231,225 @@ def _histc(input: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> A
     column = op.Unsqueeze(place, op.Constant(value_ints=[1]))
     hits = op.CastLike(op.Equal(column, every), input)
     return op.ReduceSum(hits, op.Constant(value_ints=[0]), keepdims=0)
+
+
+def expand_grouped(model: ir.Model) -> None:
+    """Replace every grouped product.
+
+    Args:
+        model: Changed in place; its weights have their names.
+    """
+    nodes = [
+        node
+        for node in model.graph.all_nodes()
+        if node.domain == DOMAIN and node.op_type == GROUPED_MATMUL
+    ]
+    known: dict[Any, list[ir.Value]] = {}
+    ends: dict[Any, list[ir.Value]] = {}
+    for node in nodes:
+        _expand(node, known, ends)
+    for weight in known:
+        if weight.is_initializer() and not weight.uses():
+            del weight.graph.initializers[weight.name]
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None:
+    import onnx_ir as ir
+
+    rows, weight, ends = node.inputs
+    (result,) = node.outputs
+    assert rows is not None
+    assert weight is not None
+    assert ends is not None
+    assert weight.shape is not None
+    (groups, _, width) = weight.shape
+    assert isinstance(groups, int)
+    tape = ir.tape.Tape()
+    if ends not in sizes:
+        sizes[ends] = _sizes(tape, rows, ends)
+    # What is behind the last group belongs to no expert: zero, as PyTorch has it.
+    parts = tape.op_multi_out(
+        "Split", [rows, sizes[ends]], {"axis": 0}, num_outputs=groups + 1, name=node.name
+    )
+    if weight not in known:
+        known[weight] = _matrices(tape, weight, groups)
+    products = [
+        tape.op("MatMul", [part, matrix])
+        for part, matrix in zip(parts[:-1], known[weight], strict=True)
+    ]
+    count = tape.op("Shape", [parts[-1]], {"start": 0, "end": 1})
+    shape = tape.op("Concat", [count, _size(tape, weight, 2)], {"axis": 0})
+    nothing = tape.op("CastLike", [_constant(tape, 0.0), rows])
+    rest = tape.op("Expand", [nothing, shape])
+    joined = tape.op("Concat", [*products, rest], {"axis": 0})
+    for value in (joined, *products):
+        value.dtype = rows.dtype
+    for value in products:
+        value.shape = ir.Shape([None, width])
+    for part in parts:
+        part.dtype, part.shape = rows.dtype, ir.Shape([None, weight.shape[1]])
+    joined.shape, joined.name = result.shape, result.name
+    result.name = None
+    scopes = dict(node.metadata_props)
+    for one in tape.nodes:
+        one.metadata_props.update(scopes)
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, tape.nodes)
+    result.replace_all_uses_with(joined, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _sizes(tape: Any, rows: ir.Value, ends: ir.Value) -> ir.Value:
+    """Rows in each group, and those behind the last."""
+    wide = tape.op("Cast", [ends], {"to": 7})
+    count = tape.op("Shape", [rows], {"start": 0, "end": 1})
+    stops = tape.op("Concat", [wide, count], {"axis": 0})
+    starts = tape.op("Concat", [_ints(tape, [0]), wide], {"axis": 0})
+    sizes: ir.Value = tape.op("Sub", [stops, starts])
+    return sizes
+
+
+def _matrices(tape: Any, weight: ir.Value, groups: int) -> list[ir.Value]:
+    import onnx_ir as ir
+
+    if weight.const_value is None or not weight.is_initializer():
+        return [
+            tape.op("Gather", [weight, _constant(tape, index)], {"axis": 0})
+            for index in range(groups)
+        ]
+    graph = weight.graph
+    assert graph is not None
+    array = weight.const_value.numpy()
+    matrices = []
+    for index in range(groups):
+        tensor = ir.Tensor(array[index], dtype=weight.dtype, name=f"{weight.name}.{index}")
+        matrix = ir.val(tensor.name, const_value=tensor)
+        graph.register_initializer(matrix)
+        matrices.append(matrix)
+    return matrices
+
+
+def _size(tape: Any, value: ir.Value, axis: int) -> Any:
+    """A size as a tensor: a number, or, of a factor whose rank is not known, what it is then."""
+    assert value.shape is not None
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return _ints(tape, [size])
+    return tape.op("Shape", [value], {"start": axis, "end": axis + 1})
+
+
+def _ints(tape: Any, values: list[int]) -> Any:
+    return tape.op("Constant", [], {"value_ints": values})
+
+
+def _constant(tape: Any, value: float) -> Any:
+    key = "value_int" if isinstance(value, int) else "value_float"
+    return tape.op("Constant", [], {key: value})
+
+
+CONTRIB = "com.microsoft"
+
+_QUANT_TYPES = {"fp4": 0, "nf4": 1}
+
+
+def expand_quantized(model: ir.Model) -> None:
+    """Replaces every product with a quantised weight.
+
+    Args:
+        model: Changed in place.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph.all_nodes()):
+        if node.domain != DOMAIN or node.op_type != QUANTIZED_PRODUCT:
+            continue
+        (result,) = node.outputs
+        tape = ir.tape.Tape()
+        made = _EXPANDED[_text(node, "operator")](tape, node)
+        made.dtype, made.shape, made.name = result.dtype, result.shape, result.name
+        result.name = None
+        for one in tape.nodes:
+            one.metadata_props.update(node.metadata_props)
+        graph = node.graph
+        assert graph is not None
+        graph.insert_before(node, tape.nodes)
+        result.replace_all_uses_with(made, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
+        model.opset_imports[CONTRIB] = 1
+
+
+def _bnb4(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
+    scheme = _text(node, "scheme")
+    return tape.op(
+        "MatMulBnb4",
+        node.inputs[:3],
+        {**_packed_sizes(node), "quant_type": _QUANT_TYPES[scheme], "transB": 1},
+        domain=CONTRIB,
+        name=node.name,
+    )
+
+
+def _nbits(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
+    # Level 1: the product is computed in fp32, its input is not rounded to 8 bits.
+    return tape.op(
+        "MatMulNBits",
+        _present(node),
+        {**_packed_sizes(node), "bits": 4, "accuracy_level": 1},
+        domain=CONTRIB,
+        name=node.name,
+    )
+
+
+def _dequantized(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
+    x, rows, columns = node.inputs[0], _int(node, "rows"), _int(node, "columns")
+    assert x is not None
+    weight = tape.op("DequantizeLinear", _present(node)[1:], {"axis": 0})
+    if _int(node, "block") != columns:
+        weight = tape.op("Reshape", [weight, _packed_ints(tape, [rows, columns])])
+    if x.dtype != node.inputs[2].dtype:
+        weight = tape.op("CastLike", [weight, x])
+    assert x.shape is not None
+    if len(x.shape) == 2:
+        return tape.op("Gemm", [x, weight], {"transB": 1}, name=node.name)
+    flat = tape.op("Reshape", [x, _packed_ints(tape, [-1, columns])])
+    product = tape.op("Gemm", [flat, weight], {"transB": 1}, name=node.name)
+    outer = tape.op("Shape", [x], {"start": 0, "end": -1})
+    shape = tape.op("Concat", [outer, _packed_ints(tape, [rows])], {"axis": 0})
+    for value in (flat, product):
+        value.dtype = x.dtype
+    return tape.op("Reshape", [product, shape])
+
+
+_EXPANDED: dict[str, Callable[[Any, ir.Node], ir.Value]] = {
+    "MatMulBnb4": _bnb4,
+    "MatMulNBits": _nbits,
+    "DequantizeLinear": _dequantized,
+}
+
+
+def _present(node: ir.Node) -> list[ir.Value | None]:
+    """Its inputs, without zero points that there are none of."""
+    return [value for value in node.inputs if value is not None]
+
+
+def _packed_sizes(node: ir.Node) -> dict[str, int]:
+    return {
+        "N": _int(node, "rows"),
+        "K": _int(node, "columns"),
+        "block_size": _int(node, "block"),
+    }
+
+
+def _int(node: ir.Node, name: str) -> int:
+    return int(node.attributes[name].as_int())
+
+
+def _text(node: ir.Node, name: str) -> str:
+    return str(node.attributes[name].as_string())
+
+
+def _packed_ints(tape: ir.tape.Tape, values: list[int]) -> ir.Value:
+    return tape.op("Constant", [], {"value_ints": values})

@@ -1,32 +1,30 @@
-"""Quantised weights as arrays that operators of ONNX read.
-
-Each form here has the values of :func:`lora_fx.formats.weights.dense` to the last bit: codes are put in another
-order, not made anew.
-
-- 4 bits of bitsandbytes are what ``com.microsoft::MatMulBnb4`` reads, once scales that are quantised
-  themselves are undone. Its tables are those of bitsandbytes; the one of torchao's NF4 has four digits, so
-  that no operator has its values.
-- Whole numbers of 4 bits in blocks (torchao) are ``com.microsoft::MatMulNBits``. Blocks there are powers of
-  two from 16 on: larger ones are divided, and share their scale.
-- 8 bits, and what does not fit there, go through ``DequantizeLinear``, one scale for each row (or block, as a
-  row of its own). ``MatMulNBits`` of 8 bits takes 18 times as long on the CPU.
-"""
+"""What is traced in the place of a quantised weight: arrays, and one operator over them."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.copy.quantized_weight import DENSE_INSTEAD, HeldWeight
+from lora_fx.export.copy.quantized_weight import DENSE_INSTEAD, HeldWeight, StandIn
+from lora_fx.export.report import StoredFormat
 from lora_fx.formats.weights import dense
 
-__all__ = ["Operator", "Packed", "packed"]
+__all__ = [
+    "Operator",
+    "Packed",
+    "PackedWeight",
+    "pack_quantized",
+    "packed",
+    "stored_formats",
+]
+
 
 Operator = Literal["MatMulBnb4", "MatMulNBits", "DequantizeLinear"]
 
@@ -186,3 +184,129 @@ _PACKED = {
     "Int8Tensor": _int8,
     "IntxUnpackedToInt8Tensor": _intx,
 }
+
+
+class PackedWeight(StandIn):
+    """A quantised weight as ``weight.codes``, ``weight.scales`` and, where there are some, ``weight.zeros``.
+
+    Args:
+        weight: What it is made of.
+        dtype: Of the model. Scales are in it where they lose nothing but digits, else in fp32.
+        keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+
+    Attributes:
+        operator: Of ONNX, which reads it.
+        block: Values that share a scale there.
+    """
+
+    def __init__(
+        self, weight: HeldWeight, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(weight.where, weight.stored, weight.dtype)
+        found = packed(weight)
+        self.operator, self.block = found.operator, found.block
+        scales = found.scales
+        # DequantizeLinear makes values that are rounded after it: its scales may have all digits.
+        if found.operator != "DequantizeLinear" and _in_range(scales, dtype):
+            scales = scales.to(dtype)
+        # Two codes a byte are new where the library has one; others lie where they lay.
+        codes = keep(found.codes) if found.operator == "MatMulNBits" else found.codes
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(keep(scales), requires_grad=False)
+        zeros = None if found.zeros is None else nn.Parameter(found.zeros, requires_grad=False)
+        self.register_parameter("zeros", zeros)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See :class:`StandIn`: to be traced, not run."""
+        exact = self.operator == "DequantizeLinear"
+        product: Tensor = torch.ops.lora_fx.quantized_product(
+            x if exact else x.to(self.scales.dtype),
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.operator,
+            *self.stored.shape,
+            self.block,
+            self.stored.scheme,
+        )
+        return product.to(x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+
+def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]) -> None:
+    """Puts arrays in the place of quantised weights.
+
+    Args:
+        twin: A copy that is exported. It is changed.
+        dtype: What most of its weights are in.
+        keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+
+    Raises:
+        ExportError: No operator has the values of a weight.
+    """
+    known: dict[int, PackedWeight] = {}
+    for module in list(twin.modules()):
+        for name, child in module._modules.items():
+            if not isinstance(child, HeldWeight):
+                continue
+            if id(child) not in known:
+                known[id(child)] = PackedWeight(child, dtype, keep)
+            module._modules[name] = known[id(child)]
+
+
+def stored_formats(model: nn.Module, names: Container[str]) -> tuple[StoredFormat, ...]:
+    """What of :func:`pack_quantized` is in a file, one entry a form.
+
+    Args:
+        model: The model that was traced: a file may have a part of it.
+        names: Those of the file's weights.
+    """
+    found: dict[tuple[str, str, int | None], StoredFormat] = {}
+    seen: set[PackedWeight] = set()
+    for name, one in model.named_modules(remove_duplicate=False):
+        if not isinstance(one, PackedWeight) or one in seen or f"{name}.codes" not in names:
+            continue
+        seen.add(one)
+        by_row = one.operator == "DequantizeLinear" and one.block == one.shape[1]
+        key = (one.stored.scheme, one.operator, None if by_row else one.block)
+        before = found.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
+        found[key] = dataclasses.replace(
+            before,
+            weights=before.weights + 1,
+            values=before.values + one.shape.numel(),
+            bytes=before.bytes + one.nbytes,
+        )
+    return tuple(found.values())
+
+
+def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether scales keep the leading digits of a dtype: none is too small for them, none too large."""
+    limits, sizes = torch.finfo(dtype), scales.abs()
+    normal = (sizes == 0) | ((sizes >= limits.tiny) & (sizes <= limits.max))
+    return bool(normal.all())
+
+
+torch.library.define(
+    "lora_fx::quantized_product",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str operator, int rows, "
+    "int columns, int block, str scheme) -> Tensor",
+)
+
+
+@torch.library.register_fake("lora_fx::quantized_product")  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    operator: str,
+    rows: int,
+    columns: int,
+    block: int,
+    scheme: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))

@@ -7,7 +7,7 @@ in an ``nn.Linear`` with a tensor of torchao, in a graph. Whoever multiplies by 
 
 What it computes here is ``x Wᵀ`` with the values that the library itself makes of its codes, in full
 precision: what a file is compared with. What is traced has another one in its place
-(:mod:`lora_fx.export.copy.packed_weight`).
+(:mod:`lora_fx.export.copy.packing`).
 """
 
 from __future__ import annotations

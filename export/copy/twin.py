@@ -6,22 +6,58 @@ module structure that shares the parameters, so that the argument is untouched a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
-from lora_fx.export.copy.casts import Casts
 from lora_fx.export.copy.quantized_weight import StandIn, hold_quantized
 from lora_fx.formats.weights import quantization_of
 from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.merge.casting import KEPT_IN_FP32
+from lora_fx.passes.merge.dense import KEPT_IN_FP32
 from lora_fx.runtime.ops import AdapterModule
 
-__all__ = ["DTYPES", "dtype_name", "exportable_twin", "unwrapped"]
+__all__ = [
+    "Casts",
+    "DTYPES",
+    "dtype_name",
+    "exportable_twin",
+    "unwrapped",
+]
+
+
+class Casts:
+    """Casts parameters; those over the same memory become one parameter.
+
+    So tied weights stay tied, and copies of one model that share its weights share the cast ones, too.
+
+    Args:
+        keep: Takes each tensor that is made, see ``Scratch.keep``.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
+        self.keep = keep
+        # The source is held so that no other tensor comes to lie at its address.
+        self._made: dict[Hashable, tuple[Tensor, nn.Parameter]] = {}
+
+    def __call__(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        """A frozen parameter of ``dtype`` with the values of ``parameter``."""
+        key = (_memory(parameter), dtype)
+        if key not in self._made:
+            cast = nn.Parameter(self.keep(parameter.detach().to(dtype)), requires_grad=False)
+            self._made[key] = parameter, cast
+        return self._made[key][1]
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    # A subclass (a quantised weight) or an empty tensor may have no address.
+    if type(tensor) is not nn.Parameter or tensor.data_ptr() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CASTABLE = (*DTYPES.values(), torch.float64)

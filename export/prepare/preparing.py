@@ -13,19 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.factor_model import FactorModel
+from lora_fx.export.adapters.factor_model import (
+    FactorModel,
+    Swappable,
+    base_of,
+    origin_of,
+    swappable,
+    with_adapter,
+)
 from lora_fx.export.adapters.inline import fix_gains, has_gains
 from lora_fx.export.adapters.manifest import Manifest
-from lora_fx.export.adapters.origin import origin_of
-from lora_fx.export.adapters.swappable import Swappable, base_of, swappable, with_adapter
-from lora_fx.export.copy.casts import Casts
-from lora_fx.export.copy.packed_weight import pack_quantized
+from lora_fx.export.copy.packing import pack_quantized
 from lora_fx.export.copy.quantized_weight import StandIn
-from lora_fx.export.copy.twin import DTYPES, dtype_name, exportable_twin, unwrapped
+from lora_fx.export.copy.twin import DTYPES, Casts, dtype_name, exportable_twin, unwrapped
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.registry import find_task
-from lora_fx.export.trace.arguments import Arguments, FlatModel, cast_floating
-from lora_fx.export.trace.cases import Cases
+from lora_fx.export.trace.arguments import Arguments, Cases, FlatModel, cast_floating
 from lora_fx.export.trace.tracing import widen_batch
 from lora_fx.ir.record import record_of
 from lora_fx.passes.capture.state import State

@@ -16,15 +16,33 @@ from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export.adapters.file import values_of
 from lora_fx.export.adapters.manifest import Manifest
 from lora_fx.export.adapters.store import AdapterChoice, AdapterStore, HeldAdapter
-from lora_fx.export.generate.generating import Generates
-from lora_fx.export.ort.binding import bound_run, settle
-from lora_fx.export.ort.calls import AXIS_LIMITS_KEY, check_axes, inputs_by_name
-from lora_fx.export.ort.empty_axes import INNER_SIZES_KEY, empty_outputs
-from lora_fx.export.ort.loading import load
-from lora_fx.export.ort.node_placement import PlacementReport, read_placement, warn_of_work
-from lora_fx.export.ort.ports import CPU, Device, Port, empty_value, feed, port_of, unwrap
-from lora_fx.export.ort.providers import PROVIDERS, import_onnxruntime
-from lora_fx.export.ort.settings import check_arguments, session_settings
+from lora_fx.export.generate.generation import Generates
+from lora_fx.export.ort.calls import (
+    AXIS_LIMITS_KEY,
+    INNER_SIZES_KEY,
+    check_axes,
+    empty_outputs,
+    inputs_by_name,
+)
+from lora_fx.export.ort.ports import (
+    CPU,
+    Device,
+    Port,
+    bound_run,
+    empty_value,
+    feed,
+    port_of,
+    settle,
+    unwrap,
+)
+from lora_fx.export.ort.providers import PROVIDERS, import_onnxruntime, load
+from lora_fx.export.ort.settings import (
+    PlacementReport,
+    check_arguments,
+    read_placement,
+    session_settings,
+    warn_of_work,
+)
 from lora_fx.export.session.static_run import StaticRunner
 from lora_fx.export.tasks.defaults import ENCODER_KEY, TASK_KEY
 

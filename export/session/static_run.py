@@ -18,9 +18,8 @@ from torch import Tensor
 from lora_fx.errors import ExportError
 from lora_fx.export.adapters.manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.adapters.store import HeldAdapter
-from lora_fx.export.ort.binding import settle
-from lora_fx.export.ort.loading import reason_of
-from lora_fx.export.ort.ports import BF16, CPU, Device, Port, to_tensor
+from lora_fx.export.ort.ports import BF16, CPU, Device, Port, settle, to_tensor
+from lora_fx.export.ort.providers import reason_of
 
 __all__ = ["MAX_SHAPES", "StaticRunner", "filled_up"]
 

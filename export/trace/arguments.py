@@ -1,23 +1,36 @@
-"""The arguments and results of a model as flat lists of named tensors, and back.
-
-An ONNX graph knows tensors only. Everything else in a call (None, numbers, strings) is a constant
-of the exported graph, so the flattening keeps it in a template and names it in the report.
-"""
+"""A call on which a file is compared with PyTorch."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from lora_fx.errors import ExportError
 
-__all__ = ["Arguments", "Extra", "FlatModel", "cast_floating", "named_outputs"]
+__all__ = [
+    "Arguments",
+    "Axis",
+    "Case",
+    "Cases",
+    "Checked",
+    "Extra",
+    "FlatModel",
+    "Outputs",
+    "Runner",
+    "Sizes",
+    "Widenable",
+    "axis_name",
+    "cast_floating",
+    "given_names",
+    "named_outputs",
+]
 
 
 @dataclass(frozen=True)
@@ -237,3 +250,157 @@ def _refill(value: Any, tensors: Sequence[Tensor]) -> Any:
 def cast_floating(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The tensors with every floating one in ``dtype``."""
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one input.
+
+    Attributes:
+        size: Its size in the example.
+        name: Its name in the file if it is dynamic, else None.
+        symbol: What torch.export calls it if it is dynamic; equal symbols are equal sizes.
+        high: The largest size the model takes, None if there is no limit.
+        reason: Why it is fixed, "" if it is not.
+    """
+
+    size: int
+    name: str | None = None
+    symbol: str | None = None
+    high: int | None = None
+    reason: str = ""
+
+    @property
+    def label(self) -> int | str:
+        """What the file says: the name of a dynamic axis, the size of a fixed one."""
+        return self.size if self.name is None else self.name
+
+
+def given_names(dynamic_shapes: object, arguments: Arguments) -> list[Mapping[int, str]]:
+    """What a caller names: for each input its axes, by position, to their names.
+
+    Args:
+        dynamic_shapes: As ``export_onnx`` takes it; None for nothing.
+        arguments: The call.
+
+    Raises:
+        ExportError: It names inputs or axes that are not there.
+    """
+    names = arguments.names
+    if dynamic_shapes is None:
+        return [{} for _ in names]
+    if isinstance(dynamic_shapes, Mapping):
+        unknown = [name for name in dynamic_shapes if name not in names]
+        if unknown:
+            raise ExportError(
+                f"dynamic_shapes names {', '.join(map(repr, unknown))}, but the inputs are "
+                f"{', '.join(names)}"
+            )
+        given = [dynamic_shapes.get(name) for name in names]
+    elif isinstance(dynamic_shapes, (tuple, list)) and len(dynamic_shapes) == len(names):
+        given = list(dynamic_shapes)
+    else:
+        raise ExportError(
+            f"dynamic_shapes has to be a dict by input name or a sequence of {len(names)} dicts, "
+            f"one for each of {', '.join(names)}"
+        )
+    pairs = zip(given, names, arguments.tensors, strict=True)
+    return [_label(spec, name, tensor) for spec, name, tensor in pairs]
+
+
+def _label(spec: object, name: str, tensor: Tensor) -> dict[int, str]:
+    if spec is not None and not isinstance(spec, (Mapping, list, tuple)):
+        raise ExportError(f"dynamic_shapes of '{name}' is {spec!r}: give a dict of axis to name")
+    entries = spec if isinstance(spec, Mapping) else dict(enumerate(spec or ()))
+    labels: dict[int, str] = {}
+    for axis, label in entries.items():
+        if not isinstance(axis, int) or not -tensor.ndim <= axis < tensor.ndim:
+            raise ExportError(
+                f"dynamic_shapes gives axis {axis!r} of '{name}', which has shape "
+                f"{list(tensor.shape)}"
+            )
+        if label is None or label is Dim.STATIC:
+            continue
+        axis %= tensor.ndim
+        own = label if isinstance(label, str) else getattr(label, "__name__", "")
+        labels[axis] = own or axis_name(name, axis, tensor)
+    return labels
+
+
+def axis_name(name: str, axis: int, tensor: Tensor) -> str:
+    """What a dynamic axis is called that nobody has named.
+
+    Args:
+        name: Of the input.
+        axis: Its position.
+        tensor: The input in the example.
+    """
+    if axis == 0:
+        return "batch"
+    if tensor.ndim == 4 and tensor.is_floating_point() and axis > 1:
+        return ("height", "width")[axis - 2]
+    if axis == 1 and tensor.ndim in (2, 3):
+        return "sequence"
+    return f"{name}_{axis}"
+
+
+Sizes: TypeAlias = tuple[tuple[int, ...], ...]
+"""The shapes of all inputs."""
+
+Outputs: TypeAlias = list[tuple[str, Tensor]]
+"""What a call gives, by name and in order."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, with what PyTorch makes of it.
+
+    Attributes:
+        inputs: The tensors, in the order of the inputs and in the dtypes of the file.
+        expected: The outputs by name, in order.
+        valid: Name of an output to what of it counts, a mask that can be expanded to its shape;
+            outputs that are not named count everywhere.
+        note: What there is to say of the values, "" for fresh ones.
+    """
+
+    inputs: Sequence[Tensor]
+    expected: Outputs
+    valid: Mapping[str, Tensor] = field(default_factory=dict)
+    note: str = ""
+
+
+class Checked(Protocol):
+    """What a file is compared with: a model under the call that it is exported for."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+
+    def named(self, tensors: Sequence[Tensor], /) -> Outputs:
+        """The outputs of the call by name."""
+
+    def run(self, call: Callable[..., object], /, *args: Any, **kwargs: Any) -> Any:
+        """``call(model, *args, **kwargs)``."""
+
+
+class Widenable(Checked, Protocol):
+    """A ``FlatModel``, or one that is handed an adapter: it can be had over another model, too."""
+
+    @property
+    def arguments(self) -> Arguments:
+        """The call that it was made for."""
+
+    def over(self, model: nn.Module, /) -> Checked:
+        """The same call of ``model``, a copy of its model with weights in fp32."""
+
+
+class Runner(Protocol):
+    """What runs the file: a session, or one with an adapter."""
+
+    def run(self, inputs: list[Tensor], /) -> dict[str, Any]:
+        """The outputs by name."""
+
+
+Cases: TypeAlias = Callable[[Checked], Iterator[Case]]
+"""Calls of a model. What comes out of one and goes into the next has the dtype of the file's input:
+the model may compute with more digits."""

@@ -15,18 +15,89 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.adapters.batches import Forward, called, counted, on_device, tokens_seen
-from lora_fx.adapters.pca import Components
-from lora_fx.adapters.statistics import Report, device_of, show_inputs
+from lora_fx.adapters.statistics import (
+    Forward,
+    Report,
+    called,
+    counted,
+    device_of,
+    on_device,
+    show_inputs,
+    tokens_seen,
+)
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir.record import Record
 from lora_fx.ir.values import PlannedSite
-from lora_fx.passes.insert.seeds import site_generator
+from lora_fx.passes.insert.starts import low_rank_svd, signs, site_generator
 
-__all__ = ["Found", "components", "shared_out"]
+__all__ = [
+    "Components",
+    "Found",
+    "components",
+    "shared_out",
+]
+
+
+_ITERATIONS = 4
+
+
+class Components:
+    """The leading components of all vectors that were seen.
+
+    Attributes:
+        directions: The components [n, in], of length 1, in order; None before the first batch.
+        values: Their singular values.
+        shares: Which share of the variance each one explains.
+        steady: Which of them the last batch has hardly turned.
+    """
+
+    def __init__(self, count: int, threshold: float, generator: torch.Generator) -> None:
+        self._count = count
+        self._threshold = threshold
+        self._generator = generator
+        self._seen = 0
+        self._mean = torch.zeros(0)
+        self._spread = torch.zeros(0)  # the variance, times how many were seen
+        self.directions: torch.Tensor | None = None
+        self.values = torch.zeros(0)
+        self.shares = torch.zeros(0)
+        self.steady = torch.zeros(count, dtype=torch.bool)
+
+    def add(self, batch: torch.Tensor) -> bool:
+        """Takes a batch in, [k, in].
+
+        Returns:
+            False if it has fewer vectors than there are components: it is left out then.
+        """
+        if len(batch) < self._count:
+            return False
+        batch = batch.to(torch.float32)
+        mean, before = batch.mean(0), self.directions
+        total = self._seen + len(batch)
+        rows = batch - mean
+        spread = rows.square().sum(0)
+        if before is not None:
+            between = (self._seen * len(batch) / total) ** 0.5 * (self._mean - mean)
+            rows = torch.cat([self.values[:, None] * before, rows, between[None]])
+            spread = spread + self._spread + between.square()
+            mean = (self._mean * self._seen + mean * len(batch)) / total
+        _, values, directions = low_rank_svd(
+            rows[None], 2 * self._count, _ITERATIONS, self._generator
+        )
+        self._seen, self._mean, self._spread = total, mean, spread
+        self.values = values[0, : self._count]
+        directions = directions[0, : self._count]
+        self.directions = directions * signs(directions)[:, None]
+        self.shares = self.values.square() / spread.sum()
+        if before is not None:
+            turned = F.cosine_similarity(self.directions, before)
+            self.steady = (turned >= self._threshold).cpu()
+        return True
+
 
 _log = logging.getLogger("lora_fx")
 _MOST_BATCHES = 1000

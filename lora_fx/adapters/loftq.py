@@ -22,13 +22,12 @@ from lora_fx.files import WeightFiles
 from lora_fx.formats.weights import quantization_of
 from lora_fx.ir.record import AdapterRecord
 from lora_fx.ir.values import PlannedSite
-from lora_fx.passes.insert.seeds import site_generator
-from lora_fx.passes.insert.start_variants import initial_magnitude
-from lora_fx.passes.insert.start_weight import pissa
-from lora_fx.passes.parameters.compiled import inside
+from lora_fx.passes.insert.place_starts import initial_magnitude
+from lora_fx.passes.insert.starts import pissa, site_generator
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.matrices import as_factors, as_matrices, matrix_shape, part_of
 from lora_fx.passes.parameters.replacements import base_weight
+from lora_fx.passes.parameters.rewritten import inside
 from lora_fx.passes.patterns.registry import pattern_of
 
 __all__ = ["CompensatedSite", "replace_lora_weights_loftq"]

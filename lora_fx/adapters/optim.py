@@ -20,8 +20,8 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir.record import Record, require_record
 from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.parameters.by_hand import claim_unfrozen
-from lora_fx.passes.parameters.compiled import inside, without_wrappers
 from lora_fx.passes.parameters.factors import factors_of
+from lora_fx.passes.parameters.rewritten import inside, without_wrappers
 
 __all__ = ["correct_gradients", "parameter_groups"]
 

@@ -17,12 +17,11 @@ from lora_fx.ir.values import Capture, PlannedSite, PlannedTokens, module_of
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.graph.region import install, is_region, uninstall
 from lora_fx.passes.insert.select_rows import ROWS, check_rows
-from lora_fx.passes.parameters.intact import check_intact
-from lora_fx.passes.parameters.own import place_base, place_own
+from lora_fx.passes.parameters.replacements import place_base, place_own
+from lora_fx.passes.parameters.rewritten import check_intact
 from lora_fx.passes.pipeline import branch_passes, run_passes, running
 from lora_fx.runtime import watch
-from lora_fx.runtime.sample_calls import unwatch_calls, watch_calls
-from lora_fx.runtime.samples import SampleRows
+from lora_fx.runtime.samples import SampleRows, unwatch_calls, watch_calls
 
 __all__ = [
     "base_capture",

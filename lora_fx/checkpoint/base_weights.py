@@ -26,7 +26,7 @@ from lora_fx.ir.record import AdapterRecord, require_record
 from lora_fx.ir.values import join
 from lora_fx.passes.graph.copies import memory_of
 from lora_fx.passes.parameters.by_hand import trained_by_hand, trained_starts
-from lora_fx.passes.parameters.own import (
+from lora_fx.passes.parameters.replacements import (
     base_modules,
     base_parameters,
     own_value,

@@ -30,18 +30,18 @@ from lora_fx.checkpoint.base_weights import (
     note_of_by_hand,
     place_given,
 )
-from lora_fx.checkpoint.checkpoint_state import changed, fill, fitted, stored, without_prefix
 from lora_fx.checkpoint.files import read_tensors, write_folder
 from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.starts import check_start, repeat_start
+from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
 from lora_fx.checkpoint.vllm import for_vllm
 from lora_fx.config.lora_config import CONFIG_NAME, LoraConfig
 from lora_fx.config.selection import judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ir.record import record_of
 from lora_fx.passes.capture.auto import Frontend
-from lora_fx.passes.parameters.compiled import inside
+from lora_fx.passes.parameters.rewritten import inside
 from lora_fx.passes.pipeline import plan_model, rewrite_model
 from lora_fx.runtime.ops import check_adapter_name
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.checkpoint.checkpoint_tensors import gathered
-from lora_fx.checkpoint.forms import Dense
+from lora_fx.checkpoint.forms import Dense, gathered
 from lora_fx.checkpoint.keys import Slot
 from lora_fx.ir.record import AdapterRecord
 from lora_fx.ir.values import PlannedSite, join

@@ -21,15 +21,15 @@ from lora_fx.adapters.manage import (
     note_start,
     the_adapter,
 )
-from lora_fx.checkpoint.checkpoint_tensors import write
 from lora_fx.checkpoint.folder import load_adapter
+from lora_fx.checkpoint.forms import write
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir.record import AdapterRecord, require_record
 from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.insert.place_starts import start_factors
-from lora_fx.passes.parameters.compiled import inside
 from lora_fx.passes.parameters.factors import SiteFactors, factors_of
-from lora_fx.passes.parameters.own import own_value
+from lora_fx.passes.parameters.replacements import own_value
+from lora_fx.passes.parameters.rewritten import inside
 from lora_fx.passes.parameters.tokens import tokens_of
 from lora_fx.passes.patterns.registry import pattern_of
 

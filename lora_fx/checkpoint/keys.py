@@ -21,7 +21,7 @@ A buffer is there if training changed it: PEFT does not write those, but its loa
 What PEFT cannot adapt is saved under names of our own, which it ignores: a parameter of the root module, or
 one of more dimensions than PEFT reads, ``P.<name>_lora.lora_A.weight``; the weight of the root module itself
 ``lora_A.weight``. Parts of a weight (``attn.q``) have such names, too, until
-:mod:`lora_fx.checkpoint.checkpoint_joined` makes one adapter of them. All of these are read as well where PEFT has
+:mod:`lora_fx.checkpoint.joined` makes one adapter of them. All of these are read as well where PEFT has
 another name: lora_fx wrote them once.
 """
 
@@ -33,13 +33,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_fx.adapters.checkpoint_layout import WRAPPER, Layout
-from lora_fx.checkpoint.checkpoint_tensors import for_file, gathered
-from lora_fx.checkpoint.forms import PLAIN, Dense, Form, StackedDown, StackedUp, Transposed
+from lora_fx.adapters.settings import WRAPPER, Layout
+from lora_fx.checkpoint.forms import (
+    PLAIN,
+    Dense,
+    Form,
+    StackedDown,
+    StackedUp,
+    Transposed,
+    for_file,
+    gathered,
+)
 from lora_fx.ir.record import AdapterRecord
 from lora_fx.ir.values import PlannedSite, Site, join
 from lora_fx.passes.parameters.factors import FactorNames, SiteFactors, factor_names, factors_of
-from lora_fx.passes.parameters.own import in_adapter, own_value, parameter_of
+from lora_fx.passes.parameters.replacements import in_adapter, own_value, parameter_of
 from lora_fx.passes.parameters.tokens import rows_name, tokens_of
 from lora_fx.passes.patterns.registry import pattern_of
 

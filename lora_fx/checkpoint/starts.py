@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.adapters.initialization import restart
 from lora_fx.adapters.manage import adapter_record
-from lora_fx.adapters.restart import restart
-from lora_fx.checkpoint.checkpoint_tensors import gathered
+from lora_fx.checkpoint.forms import gathered
 from lora_fx.checkpoint.keys import Slot
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.starts import changes_base, needs_data
@@ -33,7 +33,7 @@ from lora_fx.ir.record import AdapterRecord
 from lora_fx.ir.values import PlannedSite, Site, join
 from lora_fx.passes.insert.place_starts import start_factors
 from lora_fx.passes.parameters.factors import factor_names
-from lora_fx.passes.plan.start_fit import start_objection
+from lora_fx.passes.plan.planning import start_objection
 
 __all__ = ["Converted", "check_start", "converted", "other_start", "repeat_start"]
 

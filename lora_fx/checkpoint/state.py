@@ -2,19 +2,295 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.adapters.manage import adapter_record, the_adapter
-from lora_fx.checkpoint.base_weights import SaveEmbeddings
-from lora_fx.checkpoint.checkpoint_state import fill, fitted, stored, without_prefix
-from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.adapters.manage import adapter_record, note_start, the_adapter
+from lora_fx.adapters.settings import Layout, Target, layout_of, origin_of, targets_of
+from lora_fx.checkpoint.base_weights import SaveEmbeddings, saved_by_hand, saved_embeddings
+from lora_fx.checkpoint.forms import write
+from lora_fx.checkpoint.grouped import from_peft, to_peft
+from lora_fx.checkpoint.joined import Joined, joined_of, wrapped_parameters
+from lora_fx.checkpoint.keys import PREFIX, Slot, base_name, slots_of
+from lora_fx.checkpoint.starts import Converted, converted, other_start
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config.selection import scale_for
 from lora_fx.errors import CheckpointError
-from lora_fx.passes.parameters.compiled import inside
+from lora_fx.ir.record import AdapterRecord, record_of
+from lora_fx.passes.parameters.by_hand import changed_buffers, claim, persistent_buffers
+from lora_fx.passes.parameters.replacements import own_value, parameter_of
+from lora_fx.passes.parameters.rewritten import inside
 
-__all__ = ["adapter_state_dict", "load_adapter_state_dict"]
+__all__ = [
+    "Stored",
+    "adapter_state_dict",
+    "changed",
+    "fill",
+    "fitted",
+    "leftover",
+    "load_adapter_state_dict",
+    "other_scales",
+    "stored",
+    "values_for",
+    "without_prefix",
+]
+
+
+def values_for(
+    slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+    """What to write where, and what is wrong with it; nothing is written yet."""
+    values: dict[str, tuple[Slot, torch.Tensor]] = {}
+    problems: list[str] = []
+    seen: set[str] = set()
+    for key, slot in slots.items():
+        stored = tensors.get(key)
+        if stored is None:
+            continue
+        seen.add(slot.name)
+        if tuple(stored.shape) != slot.shape:
+            problems.append(_shapes(key, stored, slot.shape))
+            continue
+        try:
+            value = slot.form.decode(stored)
+        except CheckpointError as error:
+            problems.append(f"not representable: {key} {error}")
+            continue
+        if slot.name in values and not torch.equal(values[slot.name][1], value):
+            problems.append(
+                f"contradiction: {key} is another name for {slot.name}, with other values"
+            )
+        elif slot.tensor.is_meta:
+            problems.append(
+                f"no place: {slot.name} is on the meta device; give the model its weights first"
+            )
+        else:
+            values[slot.name] = (slot, value)
+    problems += [
+        f"missing: {slot.key} {list(slot.shape)}"
+        for slot in slots.values()
+        if slot.required and not slot.alias and slot.name not in seen
+    ]
+    return list(values.values()), problems
+
+
+def other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str, str]) -> list[str]:
+    """A model that was rewritten before has its scales in the graph.
+
+    Args:
+        record: The adapter in the model.
+        config: The configuration of the folder.
+        names: By what it looks up the scale of a site, where that is not the site's name.
+    """
+    found = {row.name: scale_for(names.get(row.name, row.name), config) for row in record.sites}
+    return [
+        f"scale: {row.name} is scaled by {found[row.name]:g} in the folder, by "
+        f"{row.scale:g} in the model: load the adapter onto the original model"
+        for row in record.sites
+        if abs(found[row.name] - row.scale) > 1e-9 * abs(row.scale)
+    ]
+
+
+def leftover(
+    key: str, value: torch.Tensor, model: nn.Module, record: AdapterRecord
+) -> Iterator[str]:
+    """What is wrong with a tensor that is no part of the adapter; nothing if the model has it.
+
+    PEFT writes the base weight of an embedding or head that it adapts, and with ``bias="all"`` the
+    biases of the originals of ``modules_to_save``, which nothing reads.
+    """
+    kinds = ("original_module", "modules_to_save")
+    unread = tuple(f"{name}.{kind}." for name in record.saved_modules for kind in kinds)
+    if key.startswith(unread):
+        return
+    name = base_name(key, model)
+    if name is None:
+        yield f"unexpected: {key} {list(value.shape)}"
+        return
+    found = parameter_of(model, name)
+    assert found is not None
+    own = found.detach()
+    if own.shape != value.shape:
+        yield _shapes(key, value, own.shape)
+    elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):
+        yield (
+            f"other base: {key} has other values than {name}, which is frozen in the model. The "
+            "adapter was trained on another model, or with another configuration: give that, or "
+            "copy the tensor into the model first"
+        )
+
+
+def _shapes(key: str, stored: torch.Tensor, shape: tuple[int, ...]) -> str:
+    return f"shape: {key} is {list(stored.shape)} as it was saved, {list(shape)} in the model"
+
+
+_log = logging.getLogger("lora_fx")
+_TWICE = "%s: PEFT up to 0.21.2 adds the product of out_proj twice (huggingface/peft#3774); the adapter %s"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An adapter in PEFT's layout.
+
+    Attributes:
+        tensors: By key, without the prefix: on the CPU, none sharing storage with another.
+        targets: What PEFT adapts, with its ranks and alphas.
+        joined: The targets that are made of several sites.
+        own: Sites for which PEFT has no name.
+        by_hand: FQNs of the base's parameters among the tensors that were trained by hand.
+        given: Those that came with the adapter's folder.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    targets: list[Target]
+    joined: list[Joined]
+    own: list[str]
+    by_hand: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+
+
+def stored(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    embeddings: SaveEmbeddings = "auto",
+) -> Stored:
+    """An adapter as PEFT stores it.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        embeddings: Whether the weights of the embedding and the head are stored as well.
+
+    Raises:
+        CheckpointError: If the model is on the meta device, or what was trained by hand has no place.
+        ConfigError: If ``embeddings`` cannot mean anything.
+    """
+    layout = layout_of(model, record)
+    origin = record.config.base_model_name_or_path or origin_of(model)
+    ends = saved_embeddings(model, record, adapter, origin, embeddings)
+    by_hand = saved_by_hand(model, record, adapter)
+    slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
+    whole = converted(model, record, adapter, slots)
+    before, record, slots = record, whole.record, whole.slots
+    for slot in slots.values():
+        if slot.tensor.is_meta:
+            raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
+    tensors = {key: slot.encoded() for key, slot in slots.items() if not slot.alias}
+    to_peft(model, before, adapter, slots, tensors)
+    targets = targets_of(record, layout)
+    joined = joined_of(layout, record)
+    for one in joined:
+        if one.doubled:
+            _log.warning(_TWICE, one.name, "is written for that, with half of it")
+        rank = one.packed(tensors)
+        targets.append(Target(one.name, rank, one.alpha(rank), one.name in layout.weights))
+    own = [row.name for row in record.sites if not row.tied and not layout.place(row.site)]
+    return Stored(tensors, targets, joined, own, tuple(by_hand), record.given)
+
+
+def fitted(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter: str,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig | None,
+) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
+    """What to write where, and what is wrong with it; nothing is written yet.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter: Its name.
+        tensors: By key, without the prefix.
+        config: The configuration that they were saved with; None if there is none.
+    """
+    rest = dict(tensors)
+    named = wrapped_parameters(model, config) if config else {}
+    weights = {name for names in named.values() for name in names}
+    layout = layout_of(model, record, weights)
+    given = saved_by_hand(model, record, adapter)
+    given |= {name: own_value(model, adapter, name) for name in record.given}
+    own = slots_of(model, record, adapter, layout, persistent_buffers(model), given)
+    whole = converted(model, record, adapter, own)
+    # As it is written, or with the model's own ranks: the start is in the model then.
+    with_start = bool(whole.rows) and _written_so(whole, layout, rest)
+    before, slots = record, dict(own)
+    if with_start:
+        record, slots = whole.record, dict(whole.slots)
+    problems: list[str] = []
+    settled: set[str] = set()
+    for one in joined_of(layout, record):
+        there = {key for pair in one.pairs for key in pair.keys} & rest.keys()
+        scale = scale_for(one.name, config) if config else one.scale
+        if there and one.doubled:
+            _log.warning(_TWICE, one.name, "was taken to be computed so")
+        done, wrong = one.split(rest, scale)
+        problems += wrong
+        for key in done:
+            del slots[key]
+        settled |= {member.row.name for member in one.members} if there else set()
+    values, wrong = values_for(slots, rest)
+    values = from_peft(model, before, adapter, values, with_start)
+    problems += wrong
+    if with_start:
+        values, wrong = whole.parted(own, values)
+        problems += wrong
+    if config is not None:
+        rows = tuple(row for row in record.sites if row.name not in settled)
+        names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
+        problems += other_scales(dataclasses.replace(record, sites=rows), config, names)
+        problems += [] if with_start else other_start(record, config)
+    for key in rest.keys() - slots.keys():
+        problems += leftover(key, rest[key], model, record)
+    return values, problems
+
+
+def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether factors have the ranks that they are written with, and not those that the model has."""
+    shapes = {key: slot.shape for key, slot in whole.slots.items() if slot.name in whole.rows}
+    for one in joined_of(layout, whole.record):
+        shapes |= {pair.keys[0]: pair.shape(one.rank)[0] for pair in one.pairs if pair.members}
+    found = [shape == tuple(tensors[key].shape) for key, shape in shapes.items() if key in tensors]
+    return bool(found) and all(found)
+
+
+def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
+    """Writes what :func:`fitted` has found; an adapter that waited for data has its values now.
+
+    All of it or nothing: where a write fails, what was written before has its values back.
+    """
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for slot, value in values:
+            claim(slot.tensor)
+            before.append((slot.tensor, slot.tensor.detach().clone()))
+            write(slot.tensor, value)
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in reversed(before):
+                tensor.copy_(value)
+        raise
+    note_start(model, adapter)
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same by the names that modules of the base model have in it."""
+    if all(key.startswith(PREFIX) for key in tensors):
+        return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    return tensors
+
+
+def changed(model: nn.Module) -> list[str]:
+    """Buffers of the base model that have other values than at the rewrite."""
+    record: Any = record_of(model)
+    return [name for name, _ in changed_buffers(model, record)] if record is not None else []
 
 
 @inside

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora_fx.checkpoint.checkpoint_state import Stored
+from lora_fx.checkpoint.state import Stored
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.selection import scale_of
 from lora_fx.errors import CheckpointError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.formats.quantized_pickle import pickle_by_class
+from lora_fx.formats.made import pickle_by_class
 
 __all__ = ["drop_repr", "keep_exact", "quantized_twin", "share_states"]
 

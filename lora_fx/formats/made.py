@@ -17,10 +17,12 @@ The libraries are imported when a weight is stored.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import importlib
 import importlib.util
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -28,9 +30,35 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.formats.quantized_pickle import pickle_by_class
 
-__all__ = ["FORMATS", "Storage", "check_device", "storage", "stored"]
+__all__ = [
+    "FORMATS",
+    "Storage",
+    "check_device",
+    "pickle_by_class",
+    "storage",
+    "stored",
+]
+
+
+def pickle_by_class(cls: type[nn.Parameter]) -> None:
+    """Has all parameters of a class pickled as what they are.
+
+    Args:
+        cls: A subclass of ``nn.Parameter`` whose attributes are its state.
+    """
+    copyreg.pickle(cls, _reduced)
+
+
+def _reduced(parameter: Any) -> tuple[Any, ...]:
+    plain = parameter.detach().as_subclass(torch.Tensor)
+    made: tuple[Any, ...] = (plain, parameter.requires_grad, OrderedDict())
+    state = torch._utils._get_obj_state(parameter)  # type: ignore[no-untyped-call]
+    return (
+        torch._tensor._rebuild_from_type_v2,
+        (torch._utils._rebuild_parameter, type(parameter), made, state),
+    )
+
 
 FORMATS: Final[Mapping[str, str]] = {
     "nf4": "bitsandbytes",

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.dora import divisible
-from lora_fx.runtime.fused_calls import (
+from lora_fx.runtime.dora import divisible, lazy_copy
+from lora_fx.runtime.fused_lora import (
     add_product,
     apply,
     autocast_dtype,
@@ -25,7 +25,6 @@ from lora_fx.runtime.fused_calls import (
     flat,
     without_autocast,
 )
-from lora_fx.runtime.lazy_copy import lazy_copy
 from lora_fx.runtime.masks import draw, kept, masked, unpacked
 
 __all__ = ["dora_linear"]

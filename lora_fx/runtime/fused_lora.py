@@ -10,14 +10,369 @@ Operations that share x have one product with all their A's, forward and backwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.runtime.fused_branch import Rows, applied
-from lora_fx.runtime.fused_calls import autocast_dtype, cast
+from lora_fx.errors import LoraFxError
+from lora_fx.runtime.masks import draw, kept, masked, transformed, unpacked
 
-__all__ = ["lora_linear", "lora_linears"]
+__all__ = [
+    "Kernel",
+    "Rows",
+    "add_product",
+    "applied",
+    "apply",
+    "autocast_dtype",
+    "cast",
+    "flat",
+    "lora_linear",
+    "lora_linears",
+    "without_autocast",
+]
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a kind of device; None where it is off."""
+    # There is none on the meta device, and asking for it is an error.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does it, which leaves fp64 alone."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
+    """Takes autocast off where it is on: what is computed inside has its dtype already.
+
+    In a backward, too: who enters it for that alone would have products in its dtype added to others.
+    """
+    if autocast_dtype(kind) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def apply(
+    function: type[torch.autograd.Function],
+    plain: Callable[..., tuple[Tensor, ...]],
+    given: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """The outputs of an autograd function but the last, which is what it keeps for the backward.
+
+    Args:
+        function: It has ``setup_context``.
+        plain: The same outputs of plain operations, with nothing in place: under the transforms of
+            ``torch.func``, since vmap cannot write a batch into what has none, and for a sparse x, which has
+            few operations.
+        given: The arguments of both, x before all others.
+    """
+    compiling = torch.compiler.is_compiling()
+    if transformed() or given[0].layout is not torch.strided:
+        return plain(*given)
+    if compiling and not _wanted(given):
+        # Dynamo does not trace a function that has no gradient to compute.
+        return plain(*given)
+    if not torch.is_grad_enabled():
+        return tuple(function.forward(*given)[:-1])
+    call: Any = function.apply
+    if not compiling:
+        # The same without a look for default values at forward's signature, which takes longer than forward.
+        base: Any = super(torch.autograd.Function, function)
+        call = base.apply
+    return tuple(call(*given)[:-1])
+
+
+def _wanted(given: tuple[Any, ...]) -> bool:
+    """Whether anything in a call has a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(one, Tensor) and one.requires_grad for one in given)
+
+
+def flat(x: Tensor) -> Tensor:
+    """A matrix of the vectors of the last dimension, [tokens, features]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def add_product(
+    total: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    again: bool,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """``total + factor ∘ (left @ right)``.
+
+    Args:
+        total: None for zero.
+        left: [n, k].
+        right: [k, m].
+        again: Whether this is differentiated again: then the total may not be written into.
+        factor: [n, m], only where there is a total.
+    """
+    if total is None:
+        return left @ right
+    if factor is not None:
+        product = left @ right
+        return torch.addcmul(total, product, factor) if again else total.addcmul_(product, factor)
+    return torch.addmm(total, left, right) if again else total.addmm_(left, right)
+
+
+Rows = tuple[int, int]
+"""Which of the outputs a branch is added to: start, stop."""
+
+
+class Kernel(Protocol):
+    """A base product with a weight that has no gradient and is no tensor of autograd's."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x Wᵀ + bias``, [..., out], in memory of its own that has no gaps."""
+
+    def to_input(self, grad: Tensor) -> Tensor:
+        """``grad W``, [tokens, in], of the gradient of the output, [tokens, out]."""
+
+
+Option = tuple[float, Rows | None, Kernel | None]
+
+
+def applied(
+    x: Tensor,
+    dropout: float,
+    options: tuple[Option, ...],
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    plain: bool = False,
+) -> tuple[Tensor, ...]:
+    """Runs operations over one x; where autocast is on, the caller has cast what it casts.
+
+    Args:
+        x: [..., in].
+        dropout: Probability with which an element of the branches' input is zero.
+        options: Scale, rows and kernel of each operation.
+        tensors: Weight (None with a kernel), bias, A and B of each, one after the other.
+        dtype: Of the branches.
+        plain: Whether to run the plain operations in any case.
+
+    Returns:
+        The output of each, [..., out].
+    """
+    if x.is_nested:
+        return _nested(x, dropout, options, tensors, dtype)
+    mask = None
+    if dropout:
+        mask = draw(x, dropout)
+        more = 256 / kept(dropout)
+        options = tuple((scale * more, rows, kernel) for scale, rows, kernel in options)
+    with without_autocast(x.device.type):
+        if plain:
+            return _plain(x, mask, dtype, options, *tensors)
+        return apply(_LoraLinears, _plain, (x, mask, dtype, options, *tensors))
+
+
+def _nested(
+    x: Tensor,
+    dropout: float,
+    options: tuple[Option, ...],
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """For sequences of several lengths (``torch.nested``), which have few operations, and no mask of bits."""
+    masked = F.dropout(x, dropout) if dropout else x
+    return _one_by_one(x, masked.to(dtype), options, tensors)
+
+
+class _Operation(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    rows: Rows | None
+    kernel: Kernel | None
+
+    def base(self, x: Tensor) -> Tensor:
+        """The output without the branch."""
+        if self.kernel is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.kernel.product(x, self.bias)
+
+    def part(self, x: Tensor) -> Tensor:
+        """The outputs that the branch is added to."""
+        return x if self.rows is None else x[:, self.rows[0] : self.rows[1]]
+
+    def to_input(self, total: Tensor | None, grad: Tensor, exact: Tensor, again: bool) -> Tensor:
+        """``total`` and the base's gradient of x.
+
+        Args:
+            total: None for zero; in the dtype of the branches.
+            grad: The gradient of the output, [tokens, out], in that dtype.
+            exact: The same as it came.
+            again: Whether this is differentiated again.
+        """
+        if self.kernel is None:
+            return add_product(total, grad, self.weight, again)
+        product = self.kernel.to_input(exact).to(grad.dtype)
+        return product if total is None else total + product
+
+
+def _operations(options: Any, tensors: Sequence[Any]) -> list[_Operation]:
+    return [
+        _Operation(*tensors[4 * place : 4 * place + 4], *option)
+        for place, option in enumerate(options)
+    ]
+
+
+def _plain(
+    x: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Any, *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    own = x.to(dtype)
+    own = own if mask is None else masked(own, mask)
+    return _one_by_one(x, own, options, tensors)
+
+
+def _one_by_one(
+    x: Tensor, masked: Tensor, options: Any, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    outputs = []
+    for one in _operations(options, tensors):
+        out = one.base(x)
+        down = F.linear(masked, one.a.to(masked.dtype)).to(out.dtype)
+        up = one.b.to(out.dtype)
+        if one.rows is not None:
+            # Rows of zeros, and not columns of the output: a nested one cannot be padded.
+            up = F.pad(up, (0, 0, one.rows[0], out.shape[-1] - one.rows[1]))
+        outputs.append(out + F.linear(down, up) * one.scale)
+    return tuple(outputs)
+
+
+class _LoraLinears(torch.autograd.Function):
+    """Its last output is the product with the A's: what is kept for the backward has to be an output."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Any, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        operations = _operations(options, tensors)
+        masked = x.to(dtype)
+        masked = masked if mask is None else masked * unpacked(mask, masked)
+        down = flat(masked) @ _joined(operations, dtype).T
+        outputs = []
+        for one, its_down in _with_columns(operations, down):
+            out = one.base(x)
+            up = one.b.to(out.dtype).T
+            one.part(flat(out)).addmm_(its_down.to(out.dtype), up, alpha=one.scale)
+            # It may be a view of a matrix, and autograd forbids to write into views that a function returns;
+            # models do (nn.ReLU(inplace=True)).
+            outputs.append(torch.ops.aten._unsafe_view.default(out, out.shape))
+        return *outputs, down
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mask, dtype, options, *tensors = inputs
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        wants = ctx.needs_input_grad[4:]
+        wants_a = any(wants[2::4])
+        # A frozen A (LoRA-FA, arXiv:2308.03303) is there to save x. A compiler sees by itself what is read.
+        keep = wants_a or any(wants[::4]) or torch.compiler.is_compiling()
+        mask = mask if ctx.needs_input_grad[0] or wants_a else None
+        down = output[-1] if any(wants[3::4]) else None
+        ctx.save_for_backward(x if keep else None, mask, down, *tensors)
+        ctx.dtype, ctx.options, ctx.shape = dtype, options, x.shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        known = next((grad for grad in grads if grad is not None), None)
+        if known is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with without_autocast(known.device.type):
+            return _gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of every argument of forward, from those of its outputs, some of which may be None."""
+    as_it_came, mask, down, *tensors = ctx.saved_tensors
+    operations, dtype = _operations(ctx.options, tensors), ctx.dtype
+    x: Any = None if as_it_came is None else as_it_came.to(dtype)
+    wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+    wants_a = any(wants[2::4])
+    known = next(grad for grad in grads if grad is not None)
+    # Differentiated twice, what is kept is no constant, and nothing may be written in place.
+    again = torch.is_grad_enabled()
+    like = known.new_empty((), dtype=dtype).expand(ctx.shape)
+    factor = None if mask is None else flat(unpacked(mask, like))
+    joined = _joined(operations, dtype)
+    masked = None
+    if wants_a or (again and any(wants[3::4]) and wants_x):
+        masked = _masked(x, factor)
+        down = masked @ joined.T if again else down
+    results: list[Tensor | None] = [None] * len(wants)
+    inner, grad_x = [], None
+    for place, (one, its_down) in enumerate(_with_columns(operations, down)):
+        if (given := grads[place]) is None:
+            shape = (known.numel() // known.shape[-1], one.a.shape[0])
+            inner.append(known.new_zeros(shape, dtype=dtype))
+            continue
+        of_weight, of_bias, _, of_b = wants[4 * place : 4 * place + 4]
+        grad = flat(given).to(dtype)
+        mine = one.part(grad)
+        inner.append((mine @ one.b.to(dtype)).mul(one.scale))
+        if of_weight:
+            results[4 * place] = grad.T @ flat(x)
+        if of_bias:
+            results[4 * place + 1] = grad.sum(0)
+        if of_b:
+            results[4 * place + 3] = (mine.T @ its_down).mul(one.scale).to(one.b.dtype)
+        if wants_x:
+            grad_x = one.to_input(grad_x, grad, flat(given), again)
+    every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
+    if masked is not None and wants_a:
+        grad_a = torch.split(every.T @ masked, [one.a.shape[0] for one in operations])
+        parts = zip(operations, grad_a, grads[:-1], wants[2::4], strict=True)
+        results[2::4] = [
+            part.to(one.a.dtype) if wanted and given is not None else None
+            for one, part, given, wanted in parts
+        ]
+    if grad_x is not None:
+        grad_x = add_product(grad_x, every, joined, again, factor).view(ctx.shape)
+    return grad_x, None, None, None, *results
+
+
+def _masked(x: Tensor | None, factor: Tensor | None) -> Tensor:
+    if x is None:
+        raise LoraFxError(
+            "the gradient of B of a frozen A (LoRA-FA) cannot be differentiated again "
+            "(create_graph=True), since its input is not kept: make A trainable, or rewrite with "
+            "optimize=False"
+        )
+    return flat(x) if factor is None else flat(x) * factor
+
+
+def _joined(operations: Sequence[_Operation], dtype: torch.dtype) -> Tensor:
+    """All A's, one below the other."""
+    each = [one.a.to(dtype) for one in operations]
+    return each[0] if len(each) == 1 else torch.cat(each)
+
+
+def _with_columns(
+    operations: Sequence[_Operation], down: Tensor | None
+) -> Iterator[tuple[_Operation, Any]]:
+    """Each operation with its columns of the product with all A's."""
+    start = 0
+    for one in operations:
+        rank = one.a.shape[0]
+        if down is None or len(operations) == 1:
+            yield one, down
+        else:
+            yield one, down.narrow(1, start, rank)
+        start += rank
 
 
 def lora_linear(

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.formats.weights import dense, quantized_linear
-from lora_fx.runtime.fused_branch import Rows, applied
-from lora_fx.runtime.fused_calls import autocast_dtype
+from lora_fx.runtime.fused_lora import Rows, applied, autocast_dtype
 
 __all__ = ["quantized_lora_linear"]
 
@@ -74,7 +73,7 @@ def quantized_lora_linear(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Product:
-    """The base, a :class:`lora_fx.runtime.fused_branch.Kernel`.
+    """The base, a :class:`lora_fx.runtime.fused_lora.Kernel`.
 
     It holds the weight itself: ``save_for_backward`` would hand it to hooks that lose its scales. The
     parameter is there anyway.

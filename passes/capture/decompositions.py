@@ -9,6 +9,9 @@ stands for, and its graph holds for every call.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,16 +20,207 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
-from lora_fx.passes.capture.written_out_torchvision import written_out_of_torchvision
-from lora_fx.passes.capture.written_out_transformers import (
-    experts_implementation,
-    written_out_of_transformers,
-)
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.attention import attend, causal_hint, zero_padding
+from lora_fx.runtime.experts import (
+    grouped_mm,
+    repeated,
+    sorted_by_expert,
+    summed,
+    tokens_of,
+    unsorted,
+)
 from lora_fx.runtime.ops import output_padding
+from lora_fx.runtime.windows import (
+    attend_in_windows,
+    fitted_window,
+    partition,
+    reverse,
+    without_key_bias,
+)
 
-__all__ = ["WRITTEN_OUT", "written_conditions", "written_out"]
+__all__ = [
+    "WRITTEN_OUT",
+    "experts_implementation",
+    "written_conditions",
+    "written_out",
+    "written_out_of_torchvision",
+    "written_out_of_transformers",
+]
+
+
+fx.wrap("attend_in_windows")
+fx.wrap("fitted_window")
+fx.wrap("partition")
+fx.wrap("reverse")
+fx.wrap("without_key_bias")
+
+
+def written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """What to trace in the place of a class's ``forward``; None if it is none of torchvision's."""
+    found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
+    # A class of the same name may be another one.
+    return _WINDOWED.get((cls.__module__, cls.__qualname__)) if found is cls else None
+
+
+def _swin(self: Any, x: torch.Tensor) -> Any:
+    return _windowed_attention(
+        self, x, self.window_size, self.qkv.bias, self.get_relative_position_bias()
+    )
+
+
+def _swin_v2(self: Any, x: torch.Tensor) -> Any:
+    position = self.get_relative_position_bias()
+    bias = without_key_bias(self.qkv.bias)
+    return _windowed_attention(self, x, self.window_size, bias, position, self.logit_scale)
+
+
+def _swin_3d(self: Any, x: torch.Tensor) -> Any:
+    window = fitted_window(x, self.window_size)
+    return _windowed_attention(
+        self, x, window, self.qkv.bias, self.get_relative_position_bias(window)
+    )
+
+
+def _windowed_attention(
+    self: Any, x: torch.Tensor, window: Any, bias: Any, position: Any, logit_scale: Any = None
+) -> Any:
+    windows = partition(x, window, self.shift_size)
+    qkv = F.linear(windows, self.qkv.weight, bias)
+    out = attend_in_windows(
+        qkv,
+        position,
+        logit_scale,
+        x,
+        window,
+        self.shift_size,
+        self.num_heads,
+        self.attention_dropout,
+        self.training,
+    )
+    out = F.linear(out, self.proj.weight, self.proj.bias)
+    out = F.dropout(out, self.dropout, self.training)
+    return reverse(out, x, window, self.shift_size)
+
+
+_WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): _swin,
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"): _swin_v2,
+    ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"): _swin_3d,
+}
+
+
+fx.wrap("grouped_mm")
+fx.wrap("repeated")
+fx.wrap("sorted_by_expert")
+fx.wrap("summed")
+fx.wrap("tokens_of")
+fx.wrap("unsorted")
+
+_FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
+
+
+def experts_implementation(module: nn.Module) -> str | None:
+    """How a layer of experts of transformers is set to apply them; None for any other module."""
+    if "transformers.integrations.moe" not in sys.modules:
+        return None
+    config = module.__dict__.get("config")
+    if not all(hasattr(module, flag) for flag in _FLAGS) or config is None:
+        return None
+    return getattr(config, "_experts_implementation", None) or "eager"
+
+
+def written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
+    """What to trace in the place of a module's ``forward``; None if that is its own."""
+    found = _EXPERTS.get(experts_implementation(module) or "")
+    if found is None or getattr(module, "_is_expert_parallel", False):
+        return None
+    return _with_signature(found, original_class(module).forward)
+
+
+@functools.cache
+def _with_signature(
+    forward: Callable[..., Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The names of the arguments are those of the class."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any) -> Any:
+        return forward(*args)
+
+    wrapped.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
+    out = torch.zeros_like(hidden)
+    for expert in range(self.num_experts):
+        # An expert that nobody chose works on no rows.
+        found = tokens_of(expert, chosen)
+        choice, token = found[0], found[1]
+        x = _projected(self, hidden[token], "up", expert)
+        x = _projected(self, _activated(self, x), "down", expert)
+        x = _normed(self, x) * weights[token, choice, None]
+        out.index_add_(0, token, x.to(out.dtype))
+    return out
+
+
+def _projected(self: Any, x: Any, which: str, expert: int) -> Any:
+    weight, bias = _weights(self, which)
+    x = x @ weight[expert] if self.is_transposed else F.linear(x, weight[expert])
+    return x if bias is None else x + bias[expert]
+
+
+def _batched(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
+    ids = chosen.reshape(-1)
+    x = _gathered(self, repeated(hidden, chosen), "up", ids)
+    x = _gathered(self, _activated(self, x), "down", ids)
+    return summed(_normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
+
+
+def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
+    weight, bias = _weights(self, which)
+    if self.is_transposed:
+        x = torch.bmm(x.unsqueeze(1), weight[ids]).squeeze(1)
+    else:
+        x = torch.bmm(weight[ids], x.unsqueeze(-1)).squeeze(-1)
+    return x if bias is None else x + bias[ids]
+
+
+def _grouped(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
+    found = sorted_by_expert(hidden, chosen, weights, self.num_experts)
+    x, sorted_weights, ids, ends, order = found[0], found[1], found[2], found[3], found[4]
+    x = _sorted(self, x, "up", ids, ends)
+    x = _sorted(self, _activated(self, x), "down", ids, ends)
+    x = unsorted(_normed(self, x) * sorted_weights.unsqueeze(-1), order)
+    return summed(x, hidden)
+
+
+def _sorted(self: Any, x: Any, which: str, ids: Any, ends: Any) -> Any:
+    weight, bias = _weights(self, which)
+    x = grouped_mm(x, weight if self.is_transposed else weight.transpose(-2, -1), ends)
+    return x if bias is None else x + bias[ids]
+
+
+def _weights(self: Any, which: str) -> tuple[Any, Any]:
+    name = "down_proj" if which == "down" else "gate_up_proj" if self.has_gate else "up_proj"
+    return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+
+
+def _activated(self: Any, x: Any) -> Any:
+    return self._apply_gate(x) if self.has_gate else self.act_fn(x)
+
+
+def _normed(self: Any, x: Any) -> Any:
+    return self.post_expert_norm(x) if self.has_post_expert_norm else x
+
+
+_EXPERTS: dict[str, Callable[..., Any]] = {
+    "eager": _eager,
+    "batched_mm": _batched,
+    "grouped_mm": _grouped,
+}
+
 
 fx.wrap("attend")
 fx.wrap("causal_hint")

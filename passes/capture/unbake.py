@@ -7,6 +7,8 @@ literals read the device of a parameter, and metadata asserts go.
 
 from __future__ import annotations
 
+import inspect
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +18,116 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes.capture.draws import call_owner
 from lora_fx.passes.graph.nodes import arguments
 from lora_fx.runtime.ops import count_batch
 
-__all__ = ["unbake_devices", "unbake_modes"]
+__all__ = [
+    "call_owner",
+    "convert_masks",
+    "unbake_devices",
+    "unbake_modes",
+]
+
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def convert_masks(graph: fx.Graph) -> None:
+    """Puts what attention would make of a boolean mask into the graph, where several calls share the mask.
+
+    Args:
+        graph: Of ``torch.export``, with the values in its metadata: a mask has the dtype of the queries.
+    """
+    calls: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        mask, dtype = _mask(node), _dtype(node.args[0])
+        if isinstance(mask, fx.Node) and _dtype(mask) is torch.bool and dtype is not None:
+            calls.setdefault((mask, dtype), []).append(node)
+    for (mask, dtype), nodes in calls.items():
+        if len(nodes) < 2:
+            continue
+        aten = torch.ops.aten
+        with graph.inserting_after(mask):
+            zeros = graph.call_function(aten.zeros_like.default, (mask,), {"dtype": dtype})
+        with graph.inserting_after(zeros):
+            hidden = graph.call_function(aten.logical_not.default, (mask,))
+        with graph.inserting_after(hidden):
+            numbers = graph.call_function(aten.masked_fill.Scalar, (zeros, hidden, -math.inf))
+        for node in nodes:
+            if "attn_mask" in node.kwargs:
+                node.update_kwarg("attn_mask", numbers)
+            else:
+                node.update_arg(3, numbers)
+
+
+def _mask(node: fx.Node) -> Any:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """The dtype that a value had when it was exported."""
+    found = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return found.dtype if isinstance(found, torch.Tensor) else None
+
+
+def call_owner(node: fx.Node, model: nn.Module, name: Callable[[fx.Node], str]) -> bool:
+    """Puts a call of a module into the place of its operations. Edits the graph.
+
+    Args:
+        node: One of the operations, from ``torch.export``, with ``val``.
+        model: The model that the module is in.
+        name: Tells the module in whose forward a node was recorded.
+
+    Returns:
+        Whether that could be done: False leaves the graph as it was.
+    """
+    owner = name(node)
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return False
+    if not owner or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return False
+    required = [
+        p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty
+    ]
+    inside = _call_of(node, lambda one: f"{name(one)}.".startswith(f"{owner}."))
+    given = {i for n in inside for i in n.all_input_nodes if i not in inside and _tensor(i)}
+    results = [n for n in inside if any(user not in inside for user in n.users)]
+    if len(required) != 1 or len(given) != 1 or len(results) != 1:
+        return False
+    (x,), (result,) = given, results
+    if _shape(x) != _shape(result):
+        return False
+    with node.graph.inserting_before(result):
+        call = node.graph.call_module(owner, (x,))
+    call.meta.update(result.meta)
+    result.replace_all_uses_with(call)
+    for one in reversed([n for n in node.graph.nodes if n in inside]):
+        node.graph.erase_node(one)
+    return True
+
+
+def _call_of(node: fx.Node, owned: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The tensors that hang together with one: a module that is called twice has two such groups."""
+    found, pending = {node}, [node]
+    while pending:
+        one = pending.pop()
+        near = {n for n in (*one.all_input_nodes, *one.users) if n not in found}
+        fresh = {n for n in near if n.op == "call_function" and owned(n) and _tensor(n)}
+        found |= fresh
+        pending.extend(fresh)
+    return found
+
+
+def _tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _shape(node: fx.Node) -> list[Any]:
+    sizes = node.meta["val"].shape
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
+
 
 _aten = torch.ops.aten
 _DROPOUTS: dict[Any, Callable[..., torch.Tensor]] = {

@@ -8,18 +8,370 @@ billion parameters is not held twice.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+import functools
+import sys
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats.copies import drop_repr, keep_exact, quantized_twin, share_states
-from lora_fx.passes.graph.following import follow
 from lora_fx.passes.graph.lazy import is_lazy
 
-__all__ = ["check_model", "memory_of", "share_copy", "storage_of"]
+__all__ = [
+    "APART",
+    "ATOMS",
+    "check_model",
+    "children",
+    "exchange",
+    "follow",
+    "memory_of",
+    "share_copy",
+    "storage_of",
+]
+
+
+ATOMS = (
+    *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator),
+)
+"""Classes of what leads nowhere."""
+
+_KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
+_SEQUENCES = (*_LISTED, *_FIXED, set)
+_CACHED = type(functools.lru_cache(lambda: None))
+APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}) - {
+    *("types", "collections", "argparse")
+}
+"""Packages of Python whose objects are no part of a model, and lead everywhere."""
+
+
+def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
+    """Makes whatever the copy of a model reaches that of the copy.
+
+    Args:
+        result: The copy. It is changed.
+        memo: What ``copy.deepcopy`` noted for it: copies by the id of what they are copies of.
+        originals: Modules and parameters of the model that was copied.
+
+    Raises:
+        CaptureError: If something of the original is still reached. Globals of modules and attributes of
+            classes are not looked at.
+    """
+    apart = {id(one): one for one in originals}
+    # Whatever deepcopy has copied: a setting that is changed in the copy is one for its functions, too.
+    copied = {id(one): one for one in memo.get(id(memo), ()) if memo.get(id(one), one) is not one}
+    _Following(memo, {**copied, **apart}).within(result)
+    path = _Following(memo, apart).path(result)
+    if path is not None:
+        raise CaptureError(
+            f"the model cannot be copied as a whole: {path} holds a module or a parameter in a way that "
+            "copy.deepcopy does not follow, so that the copy would go on using the original's. Keep it in "
+            "an attribute, a list or a dict of the module, or give its class a __deepcopy__"
+        )
+
+
+def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Puts the parameters that a model has now wherever it holds those that it had before.
+
+    Args:
+        model: Parameters of its modules were replaced. Its lists, objects and functions are changed.
+        before: Name and value of each parameter that it had.
+
+    Raises:
+        MergeError: If one parameter has become several, and something else than a module holds it.
+    """
+    now = dict(model.named_parameters(remove_duplicate=False))
+    became: dict[int, tuple[str, nn.Parameter, dict[int, nn.Parameter]]] = {}
+    for name, old in before:
+        if name in now:
+            became.setdefault(id(old), (name, old, {}))[2][id(now[name])] = now[name]
+    became = {key: row for key, row in became.items() if row[2].keys() != {key}}
+    split = {key: row for key, row in became.items() if len(row[2]) > 1}
+    for key, (name, old, _) in split.items():
+        for module in model.modules():
+            if any(_Following({}, {key: old}).reaches(value) for value in _beside(module)):
+                raise MergeError(
+                    f"{name}: several layers had this weight in common, have one each after the merge, and "
+                    "something beside them holds it: which one is meant cannot be told. Give each layer its "
+                    "own weight, or leave adapters off all but one"
+                )
+    for key in split:
+        del became[key]
+    following = _Following(
+        {key: next(iter(new.values())) for key, (_, _, new) in became.items()},
+        {key: old for key, (_, old, _) in became.items()},
+    )
+    following.all_its_own = True
+    if following.reaches(model):
+        following.within(model)
+
+
+def _beside(module: nn.Module) -> list[Any]:
+    """What a module holds beside its parameters and its children."""
+    apart = ("_parameters", "_modules")
+    return [value for key, value in module.__dict__.items() if key not in apart]
+
+
+class _Following:
+    """Follows.
+
+    Attributes:
+        all_its_own: Whether whatever is reached belongs to the model, and nothing has to be copied first.
+    """
+
+    def __init__(self, memo: dict[int, Any], originals: dict[int, Any]) -> None:
+        self._memo = memo
+        self._originals = originals
+        self._copies = {id(one) for key, one in memo.items() if key != id(memo)}
+        self.all_its_own = False
+        self._none: dict[
+            int, Any
+        ] = {}  # they reach nothing of the original; held, so that ids stay theirs
+        self._atoms: dict[type, bool] = {}  # by class: torch asks at length for some
+        self._done: dict[int, Any] = {}
+        self._made: dict[int, Any] = {}
+
+    def reaches(self, value: Any) -> bool:
+        """Whether a value leads to something of the original."""
+        originals, none = self._originals, self._none
+        seen: dict[int, Any] = {id(value): value}
+        pending, atoms = [value], self._atoms
+        while pending:
+            for child in _held(pending.pop()):
+                key, cls = id(child), type(child)
+                if key in originals:
+                    return True
+                if key in seen:
+                    continue
+                atom = atoms.get(cls)
+                if atom is None:
+                    atom = isinstance(child, ATOMS)
+                    if child.__class__ is cls:  # a proxy has that of another object
+                        atoms[cls] = atom
+                if atom:
+                    continue
+                seen[key] = child
+                if key not in none:
+                    pending.append(child)
+        none.update(seen)
+        return False
+
+    def path(self, value: Any) -> str | None:
+        """Where something of the original is, or None."""
+        if not self.reaches(value):
+            return None
+        seen: dict[int, Any] = {id(value): value}
+        pending: deque[tuple[str, Any]] = deque([("the model", value)])
+        while pending:
+            path, one = pending.popleft()
+            for label, child in children(one):
+                if id(child) in self._originals:
+                    return path + label
+                if id(child) not in seen:
+                    seen[id(child)] = child
+                    pending.append((path + label, child))
+        return None
+
+    def within(self, value: Any) -> None:
+        """Puts what belongs to the copy into a value that belongs to it."""
+        if id(value) in self._done:
+            return
+        self._done[id(value)] = value
+        if isinstance(value, _KEYED):
+            for key, item in list(value.items()):
+                self._put(value.__setitem__, key, item)
+        elif isinstance(value, _LISTED):
+            for place, item in enumerate(list(value)):
+                self._put(value.__setitem__, place, item)
+        elif isinstance(value, set):
+            found = [self.followed(item) for item in value]
+            if any(new is not old for new, old in zip(found, value, strict=True)):
+                value.clear()
+                value.update(found)
+        else:
+            held = _attributes(value)
+            for key, item in list(held.items()):
+                self._put(held.__setitem__, key, item)
+            for key, item in _slots(value):
+                self._put(functools.partial(object.__setattr__, value), key, item)
+
+    def _put(self, put: Any, key: Any, item: Any) -> None:
+        found = self.followed(item)
+        if found is not item:
+            put(key, found)
+
+    def followed(self, value: Any) -> Any:
+        """What stands for a value in the copy: the value itself if it reaches nothing of the original."""
+        if isinstance(value, ATOMS) or id(value) in self._none:
+            return value
+        if id(value) in self._originals:
+            return self._memo.get(id(value), value)
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        if isinstance(value, nn.Module | torch.Tensor) and not self._is_its_own(value):
+            return value  # of another model
+        if not self.reaches(value):
+            return value
+        return self._made.setdefault(id(value), (value, self._anew(value)))[1]
+
+    def _anew(self, value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self.followed(value.__func__), self.followed(value.__self__))
+        if isinstance(value, types.BuiltinMethodType):
+            return getattr(self.followed(value.__self__), value.__name__)
+        if isinstance(value, functools.partial):
+            words = {key: self.followed(item) for key, item in value.keywords.items()}
+            return type(value)(self.followed(value.func), *map(self.followed, value.args), **words)
+        if isinstance(value, weakref.ReferenceType):
+            return weakref.ref(self.followed(value()))
+        if isinstance(value, _CACHED):
+            function = self.followed(value.__wrapped__)
+            return functools.lru_cache(**value.cache_parameters())(function)
+        if isinstance(value, _FIXED):
+            items = [self.followed(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if not self._is_its_own(value):
+            # It is the original's, too. What is not copied stays, and is refused in the end.
+            value = copy.deepcopy(value, self._memo)
+            self._copies.update(id(one) for key, one in self._memo.items() if key != id(self._memo))
+        if self._is_its_own(value):
+            self.within(value)
+        return value
+
+    def _is_its_own(self, value: Any) -> bool:
+        return self.all_its_own or id(value) in self._copies
+
+    def _function(self, value: types.FunctionType) -> types.FunctionType:
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, None, cells or None
+        )
+        # One that calls itself is in its own closure.
+        self._made[id(value)] = (value, made)
+        for cell, old in zip(cells, value.__closure__ or (), strict=True):
+            held, full = _content(old)
+            if full:
+                cell.cell_contents = self.followed(held)
+        made.__defaults__ = self.followed(value.__defaults__)
+        made.__kwdefaults__ = _mapped(self.followed, value.__kwdefaults__)
+        made.__dict__.update(_mapped(self.followed, value.__dict__) or {})
+        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+        made.__doc__, made.__annotations__ = value.__doc__, value.__annotations__
+        return made
+
+
+def _mapped(follow_one: Any, held: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if held is None else {key: follow_one(item) for key, item in held.items()}
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What a value holds: what :func:`children` names, without a word for the most common."""
+    if isinstance(value, nn.Module):
+        return value.__dict__.values()
+    if isinstance(value, _KEYED):
+        return (*value, *value.values()) if value else ()
+    if isinstance(value, torch.Tensor):
+        return _attributes(value).values()
+    if isinstance(value, _SEQUENCES):
+        return value
+    return [child for _, child in children(value)]
+
+
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value holds, each with what leads there."""
+    for kind, held in _WAYS:
+        if isinstance(value, kind):
+            yield from held(value)
+            return
+    for key, item in (*_attributes(value).items(), *_slots(value)):
+        yield f".{key}", item
+
+
+def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        yield f" -> {value.__qualname__} (its {name})", _content(cell)[0]
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    for item in (*defaults, *value.__dict__.values()):
+        yield f" -> {value.__qualname__} (a default or an attribute)", item
+
+
+def _of_method(value: types.MethodType) -> Iterator[tuple[str, Any]]:
+    yield ".__self__", value.__self__
+    yield ".__func__", value.__func__
+
+
+def _of_builtin(value: types.BuiltinMethodType) -> Iterator[tuple[str, Any]]:
+    if isinstance(value.__self__, nn.Module | torch.Tensor):
+        yield ".__self__", value.__self__
+
+
+def _of_partial(value: functools.partial[Any]) -> Iterator[tuple[str, Any]]:
+    for item in (value.func, *value.args, *value.keywords.values()):
+        yield " (a partial)", item
+
+
+def _of_mapping(value: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        yield f"[{key!r}]" if isinstance(key, str | int) else "[...]", item
+        if not isinstance(key, str):
+            yield " (a key)", key
+
+
+_WAYS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
+    (types.FunctionType, _of_function),
+    (types.MethodType, _of_method),
+    (types.BuiltinMethodType, _of_builtin),
+    (functools.partial, _of_partial),
+    (weakref.ReferenceType, lambda value: [("()", value())]),
+    (_CACHED, lambda value: [(".__wrapped__", value.__wrapped__)]),
+    (_KEYED, _of_mapping),
+    (_SEQUENCES, lambda value: ((f"[{place}]", item) for place, item in enumerate(value))),
+)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The ``__dict__`` of a module, a tensor or an object that may be a part of a model."""
+    if not isinstance(value, nn.Module | torch.Tensor) and _is_apart(value):
+        return {}
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _slots(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nn.Module | torch.Tensor) or _is_apart(value):
+        return
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and not name.startswith("__"):
+                try:
+                    yield name, object.__getattribute__(value, name)
+                except AttributeError:
+                    continue
+
+
+def _is_apart(value: Any) -> bool:
+    if type(value).__name__ == "_WrappedHook":  # torch's, around a hook
+        return False
+    return type(value).__module__.partition(".")[0] in APART
+
+
+def _content(cell: types.CellType) -> tuple[Any, bool]:
+    try:
+        return cell.cell_contents, True
+    except ValueError:  # it is empty: the name has no value yet
+        return None, False
 
 
 _EMPTY = (dict, OrderedDict)

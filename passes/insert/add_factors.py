@@ -19,8 +19,7 @@ from lora_fx.ir.values import Capture, PassResult, Plan, PlannedSite
 from lora_fx.passes.insert.place_starts import factors_module, place_start, place_variants
 from lora_fx.passes.insert.starts import initial_start
 from lora_fx.passes.parameters.factors import factor_names
-from lora_fx.passes.parameters.own import module_at
-from lora_fx.passes.parameters.replacements import base_like, base_weight
+from lora_fx.passes.parameters.replacements import base_like, base_weight, module_at
 
 __all__ = ["AddFactors"]
 

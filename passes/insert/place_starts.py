@@ -7,6 +7,7 @@ one, at the adapted module alone. What is tied to it elsewhere keeps the old one
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -15,11 +16,10 @@ from torch import nn
 
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.ir.values import PlannedSite, Site
-from lora_fx.passes.insert.start_variants import initial_bias, initial_magnitude
-from lora_fx.passes.insert.starts import Start
-from lora_fx.passes.parameters.factors import factor_names
-from lora_fx.passes.parameters.own import module_at
-from lora_fx.passes.parameters.replacements import base_weight
+from lora_fx.passes.insert.starts import Start, site_generator
+from lora_fx.passes.parameters.factors import adapter_dtype, factor_names
+from lora_fx.passes.parameters.replacements import base_weight, module_at
+from lora_fx.runtime import dora
 from lora_fx.runtime.ops import AdapterFactors, Holder, KeptTensors
 
 __all__ = [
@@ -28,10 +28,54 @@ __all__ = [
     "computed_starts",
     "drop_site",
     "factors_module",
+    "initial_bias",
+    "initial_magnitude",
     "place_start",
     "place_variants",
     "start_factors",
 ]
+
+
+def initial_magnitude(
+    row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    """``‖W + s·BA‖``: the gain is 1 to the last bit before training.
+
+    Liu et al. 2024 (arXiv:2402.09353), equation 5.
+
+    Args:
+        row: The site.
+        weight: Its weight.
+        a: Its A, as it is stored.
+        b: Its B, likewise.
+
+    Returns:
+        [out], or [1, out, 1, ...] for a convolution, as PEFT stores it.
+    """
+    site, dtype = row.site, adapter_dtype(weight)
+    shape: tuple[int, ...] = (site.out_features,)
+    if site.family == "conv":
+        shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
+    if weight.device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if row.tied:
+        a, b = a.T, b.T
+    applied = dora.applied_weight(weight, site.layout, site.view, site.rows, site.order)
+    norm = dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
+    return norm.reshape(shape).to(dtype)
+
+
+def initial_bias(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> torch.Tensor:
+    """Zeros, [out]; uniform as the bias of a layer of this rank where B starts random, too."""
+    site, dtype = row.site, adapter_dtype(weight)
+    if weight.device.type == "meta":
+        return torch.empty(site.out_features, dtype=dtype, device="meta")
+    bias = torch.zeros(site.out_features)
+    if config.init_lora_weights is False:
+        bound = 1 / math.sqrt(row.rank // site.groups)
+        bias.uniform_(-bound, bound, generator=site_generator(f"{site.name}.lora_bias", config))
+    return bias.to(weight.device, dtype)
+
 
 START_A: Final = "lora_A_start"
 """Holds what A was at the start, where that was taken out of the base: saving needs it."""

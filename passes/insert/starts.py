@@ -3,24 +3,349 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.starts import changes_base, needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Factors, PlannedSite
-from lora_fx.passes.insert.seeds import site_generator
-from lora_fx.passes.insert.start_data import corda, lora_ga
-from lora_fx.passes.insert.start_loftq import loftq
-from lora_fx.passes.insert.start_plain import orthogonal, plain
-from lora_fx.passes.insert.start_weight import olora, pissa
+from lora_fx.ir.values import Factors, PlannedSite, Site
 from lora_fx.passes.parameters.factors import adapter_dtype
-from lora_fx.passes.parameters.matrices import as_factors, as_matrices, part_of, subtracted, wide
+from lora_fx.passes.parameters.matrices import (
+    as_factors,
+    as_matrices,
+    matrix_shape,
+    part_of,
+    replaced,
+    subtracted,
+    wide,
+)
 from lora_fx.passes.patterns.registry import pattern_of
 
-__all__ = ["Start", "data_start", "initial_start"]
+__all__ = [
+    "Start",
+    "corda",
+    "data_start",
+    "initial_start",
+    "levels",
+    "loftq",
+    "lora_ga",
+    "low_rank_svd",
+    "olora",
+    "orthogonal",
+    "pissa",
+    "plain",
+    "quantised",
+    "signs",
+    "site_generator",
+]
+
+
+def site_generator(name: str, config: LoraConfig) -> torch.Generator:
+    """A generator on the CPU, seeded with the configuration's seed and the site's name."""
+    digest = hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def plain(
+    site: Site, shapes: Factors, start: bool | str, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """True: A uniform, B zero. ``"gaussian"``: A normal. False: both random.
+
+    An embedding has a lookup in A, which is the factor that is zero there.
+    """
+    a, b = shapes.a, shapes.b
+
+    def uniform(shape: tuple[int, ...], fan_in: int) -> torch.Tensor:
+        # Kaiming with a = sqrt(5): the bound is 1/sqrt(fan_in).
+        bound = 1 / math.sqrt(fan_in)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+    if site.family == "embedding":
+        second = normal(b, 1.0)
+        return (normal(a, 1.0) if start is False else torch.zeros(a)), second
+    first = normal(a, 1 / shapes.rank) if start == "gaussian" else uniform(a, shapes.fan_in[0])
+    return first, (uniform(b, shapes.fan_in[1]) if start is False else torch.zeros(b))
+
+
+def orthogonal(
+    site: Site, shapes: Factors, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors random and ``B A = 0``: what A maps to is orthogonal to what B reads.
+
+    The rows of an orthogonal matrix [r, r] are dealt out to the two in turn. The scale of a tenth is
+    PEFT's, which names https://datta0.github.io/posts/rethink-lora-init as its source. In half precision
+    the product is zero up to rounding only.
+    """
+    count, out, inner = matrix_shape(site)
+    rank = shapes.rank // site.groups
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape).normal_(generator=generator)
+
+    basis = torch.linalg.qr(normal(count, rank, rank)).Q
+    a = (normal(count, inner, rank // 2) @ basis[:, 0::2]).mT / 10
+    b = normal(count, rank // 2, out).mT @ basis[:, 1::2] / 10
+    return as_factors(shapes, a, b)
+
+
+def pissa(
+    matrices: torch.Tensor,
+    rank: int,
+    scale: float,
+    iterations: int | None,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [n, r, in] and B [n, out, r] of matrices [n, out, in].
+
+    Args:
+        matrices: The weight.
+        rank: Their rank.
+        scale: What the branch is scaled by.
+        iterations: For the fast decomposition, which is approximate; None for the exact one.
+        generator: For the fast one's random projection.
+    """
+    if iterations is None:
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    else:
+        u, s, vh = low_rank_svd(matrices, rank, iterations, generator)
+    root = (s[:, :rank] / scale).sqrt()
+    return root[:, :, None] * vh[:, :rank], u[:, :, :rank] * root[:, None, :]
+
+
+def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [n, r, in] and B [n, out, r] of matrices [n, out, in]."""
+    q, r = torch.linalg.qr(matrices)
+    return r[:, :rank], q[:, :, :rank]
+
+
+def signs(directions: torch.Tensor) -> torch.Tensor:
+    """What makes the largest entry of each direction positive: a decomposition leaves the sign open.
+
+    Args:
+        directions: [..., in].
+
+    Returns:
+        1 or -1, [...].
+    """
+    largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return torch.where(largest < 0, -1.0, 1.0).to(directions)
+
+
+def low_rank_svd(
+    matrices: torch.Tensor, size: int, iterations: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triples by subspace iteration (Halko et al. 2009, arXiv:0909.4061, 4.4 and 5.1).
+
+    What :func:`torch.svd_lowrank` computes, from a generator of one's own: the same on every device, and
+    whatever was drawn before.
+
+    Args:
+        matrices: [n, rows, columns].
+        size: Dimension of the subspace; with all there is, the result is exact.
+        iterations: How often the subspace is multiplied through.
+        generator: On the CPU.
+
+    Returns:
+        U [n, rows, size], S [n, size], Vᴴ [n, size, columns].
+    """
+    count, rows, columns = matrices.shape
+    if size >= min(rows, columns):
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        return u, s, vh
+    if rows < columns:
+        u, s, vh = low_rank_svd(matrices.mT, size, iterations, generator)
+        return vh.mT, s, u.mT
+    drawn = torch.empty(count, columns, size, dtype=matrices.dtype).normal_(generator=generator)
+    basis = torch.linalg.qr(matrices @ drawn.to(matrices.device)).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrices.mT @ basis).Q
+        basis = torch.linalg.qr(matrices @ basis).Q
+    u, s, vh = torch.linalg.svd(basis.mT @ matrices, full_matrices=False)
+    return basis @ u, s, vh
+
+
+_BLOCK: Final = 64
+_TAIL: Final = (
+    0.9677083  # Where the outermost level lies, as a quantile of the normal distribution.
+)
+
+
+def loftq(
+    row: PlannedSite, weight: torch.Tensor, bits: int, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A [n, r, in], B [n, out, r], and the changed weight.
+
+    Args:
+        row: The site.
+        weight: Its whole weight; what is not the site's stays as it is.
+        bits: 2, 4 or 8.
+        iterations: How often both steps are done.
+    """
+    site = row.site
+    exact = wide(part_of(site, weight.detach())).clone()
+    matrices = as_matrices(site, exact)
+    kept = exact
+    for _ in range(iterations):
+        values = quantised(kept, bits)
+        u, s, vh = torch.linalg.svd(matrices - as_matrices(site, values), full_matrices=False)
+        root = s[:, : row.rank].sqrt()
+        a, b = root[:, :, None] * vh[:, : row.rank], u[:, :, : row.rank] * root[:, None, :]
+        product = b @ a if site.layout == "out_in" else (b @ a).mT
+        kept = exact - product.reshape(exact.shape)
+    return a, b, replaced(site, weight, values)
+
+
+def quantised(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of a weight, as it is stored, after it was quantised; same shape and dtype."""
+    quantise: Callable[[torch.Tensor], torch.Tensor] = (
+        _whole_numbers if bits == 8 else lambda one: _normal_floats(one, bits)
+    )
+    return quantise(values.contiguous())
+
+
+def _normal_floats(values: torch.Tensor, bits: int) -> torch.Tensor:
+    flat = values.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    table = levels(bits).to(values)
+    middles = (table[1:] + table[:-1]) / 2
+    index = torch.bucketize(blocks / largest.clamp_min(torch.finfo(values.dtype).tiny), middles)
+    return (table[index] * largest).flatten()[: len(flat)].view(values.shape)
+
+
+def _whole_numbers(values: torch.Tensor) -> torch.Tensor:
+    # bitsandbytes reads the weight in half precision: with it, so that both have the same rows.
+    halves = values.to(torch.float16).to(values.dtype)
+    largest = halves.abs().amax(-1, keepdim=True)
+    steps = torch.round(halves * (127 / largest.clamp_min(torch.finfo(values.dtype).tiny)))
+    return steps * (largest / 127)
+
+
+def levels(bits: int) -> torch.Tensor:
+    """The 2ᵇ levels of a normal float between -1 and 1, in order: quantiles of a normal distribution.
+
+    There is one more above zero than below, and zero itself is a level.
+    """
+    half = 2 ** (bits - 1)
+    above = torch.linspace(_TAIL, 0.5, half + 1, dtype=torch.float64)[:-1]
+    below = torch.linspace(_TAIL, 0.5, half, dtype=torch.float64)[:-1]
+    zero = torch.zeros(1, dtype=torch.float64)
+    found = torch.cat([torch.special.ndtri(above), zero, -torch.special.ndtri(below)])
+    return found.sort().values / found.max()
+
+
+_DAMPING: Final = 0.01
+_INVERSE_ERROR: Final = 0.05
+_ITERATIONS: Final = 4
+
+
+def corda(
+    matrix: torch.Tensor, moments: torch.Tensor, rank: int, scale: float, method: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CorDA (Yang et al. 2024, arXiv:2406.05223): ``W = (U S Vᵀ) C⁻¹`` of ``W C = U S Vᵀ``.
+
+    Args:
+        matrix: W, [out, in].
+        moments: C, the second moments of the inputs, [in, in].
+        rank: The rank.
+        scale: What the branch is scaled by.
+        method: ``ipm`` takes the largest singular values, ``kpm`` the smallest.
+
+    Returns:
+        A [r, in] and B [out, r].
+
+    Raises:
+        ConfigError: If no damping makes the moments invertible.
+    """
+    damped, inverse = _inverted(moments.to(matrix))
+    u, s, vh = torch.linalg.svd(matrix @ damped, full_matrices=False)
+    taken = slice(0, rank) if method == "ipm" else slice(len(s) - rank, len(s))
+    root = (s[taken] / scale).sqrt()
+    return root[:, None] * (vh[taken] @ inverse), u[:, taken] * root
+
+
+def _inverted(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moments with as much of a multiple of the identity as they need, and the inverse of that."""
+    one = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    mean = moments.diagonal().mean()
+    damping = _DAMPING
+    while damping < 1e6 and mean > 0:
+        damped = moments + one * (mean * damping)
+        inverse, failed = torch.linalg.inv_ex(damped)
+        if not failed and torch.dist(damped @ inverse, one) < _INVERSE_ERROR:
+            return damped, inverse
+        damping *= 2
+    raise ConfigError(
+        "init_lora_weights='corda': the second moments of its inputs cannot be inverted (are they all "
+        "zero?); give more data, or leave it out with exclude_modules"
+    )
+
+
+def lora_ga(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    rank: int,
+    scale: float,
+    options: Mapping[str, Any],
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoRA-GA (Wang et al. 2024, arXiv:2407.05000): the first step is close to that of full training.
+
+    With ``G = U S Vᵀ``, A has r of the first 2r rows of Vᵀ and B r of the first 2r columns of ``U S``;
+    ``direction`` says which.
+
+    Args:
+        weight: W, [n, out, in].
+        gradient: G, the gradient of the loss, likewise.
+        rank: The rank.
+        scale: What the branch is scaled by.
+        options: ``lora_ga_config``.
+        generator: For the decomposition, and for the direction ``random``.
+
+    Returns:
+        A [n, r, in] and B [n, out, r].
+    """
+    size = min(4 * rank, *gradient.shape[1:])
+    u, s, vh = low_rank_svd(gradient, size, _ITERATIONS, generator)
+    # A and B have other triples, so that their product depends on the signs.
+    sign = signs(vh)
+    u, vh = u * sign[:, None], vh * sign[:, :, None]
+    of_a, of_b = _directions(options["direction"], rank, generator)
+    a, b, values = vh[:, of_a], u[:, :, of_b] * s[:, None, of_b], s[:, of_b]
+    if options["scale"] == "stable":
+        return a, b * (weight.shape[1] ** 0.25 / options["stable_gamma"] ** 0.5)
+    if options["scale"] == "weight_svd":
+        largest = torch.linalg.matrix_norm(weight, 2)
+        ratio = torch.where(values[:, 0] > 0, largest / values[:, 0], 1.0)
+        return a, b * ratio[:, None, None]
+    if options["scale"] == "gd_scale":
+        return a / scale, b / scale
+    return a, b
+
+
+def _directions(
+    direction: str, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the first 2r singular triples A takes, and which B."""
+    every = torch.arange(2 * rank)
+    if direction == "random":
+        some = torch.randperm(2 * rank, generator=generator)[:rank]
+        return some, some
+    first, second = every[:rank], every[rank:]
+    return {
+        "ArBr": (every[1::2], every[0::2]),
+        "A2rBr": (second, first),
+        "ArB2r": (first, second),
+    }[direction]
 
 
 @dataclasses.dataclass(frozen=True)

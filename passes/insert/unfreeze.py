@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from lora_fx.ir.values import Capture, PassResult, Plan
-from lora_fx.passes.parameters.own import base_modules
+from lora_fx.passes.parameters.replacements import base_modules
 
 __all__ = ["Unfreeze"]
 

@@ -1,6 +1,6 @@
 """Folds what adapters have at one weight into it: accumulated in fp64, slice by slice, and rounded once.
 
-A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.exact`). With DoRA it is that
+A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). With DoRA it is that
 sum times a gain, whose norm and division round, too: that leaves a few units in the last place.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,14 +17,68 @@ from torch import nn
 from lora_fx.errors import MergeError
 from lora_fx.ir.record import Record
 from lora_fx.ir.values import PlannedSite
-from lora_fx.passes.merge.bounds import cannot_overflow
 from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
-from lora_fx.passes.merge.exact import Term, sum_exactly
-from lora_fx.passes.merge.rounding import round_into, rounding_memory
+from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
 from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.own import own_value
+from lora_fx.passes.parameters.replacements import own_value
+from lora_fx.passes.patterns.registry import (
+    ConvPattern,
+    ConvTransposePattern,
+    EinsumPattern,
+    EmbeddingPattern,
+    ExpertsPattern,
+    LinearPattern,
+    pattern_of,
+)
 
-__all__ = ["Fold"]
+__all__ = [
+    "Fold",
+    "cannot_overflow",
+]
+
+
+# Whose ΔW has elements that are each a sum over the rank; a user's own may be anything.
+_SUMS_OVER_RANK = (
+    ConvPattern.delta,
+    ConvTransposePattern.delta,
+    EinsumPattern.delta,
+    EmbeddingPattern.delta,
+    ExpertsPattern.delta,
+    LinearPattern.delta,
+)
+
+
+def cannot_overflow(
+    model: nn.Module, rows: Sequence[tuple[PlannedSite, str]], dtype: torch.dtype
+) -> bool:
+    """Whether a weight that is finite stays so, whatever it holds; False if that is not known.
+
+    ``|s (BA)_ij| ≤ |s| · r · max|A| · max|B|``, and less than half a unit in the last place of the largest
+    number of a dtype rounds away when it is added to that number. With DoRA no element is above the
+    magnitude of its row: ``|W + s·BA|_ij ≤ ‖W + s·BA‖_i``.
+
+    Args:
+        model: The rewritten model.
+        rows: Sites of one weight, each with the name of its adapter.
+        dtype: Of the merged weight.
+    """
+    largest, change = torch.finfo(dtype), 0.0
+    for row, adapter in rows:
+        if type(pattern_of(row.site)).delta not in _SUMS_OVER_RANK:
+            return False
+        factors = factors_of(model, row, adapter)
+        change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
+        m = factors.magnitude
+        # What DoRA makes of a weight has that bound only if nothing else is added to it.
+        if m is not None and (len(rows) > 1 or _largest(m) > largest.max / 2):
+            return False
+    # Half a unit is max · eps / 4; the rest is for the rounding of what is computed here.
+    return change < largest.max * largest.eps / 8
+
+
+def _largest(values: torch.Tensor) -> float:
+    return max((abs(float(end)) for end in torch.aminmax(values.detach())), default=0.0)
+
 
 # Elements of a weight that are widened to fp64 at a time: what is done to them stays in a core's cache.
 _CHUNK = 1 << 18

@@ -14,9 +14,8 @@ from lora_fx.ir.record import Record
 from lora_fx.passes.graph.copies import memory_of, storage_of
 from lora_fx.passes.graph.lazy import is_lazy
 from lora_fx.passes.merge.requantize import renew_layer
-from lora_fx.passes.parameters.buffers import changed_buffers
-from lora_fx.passes.parameters.by_hand import trained_by_hand
-from lora_fx.passes.parameters.own import own_value, parameter_of
+from lora_fx.passes.parameters.by_hand import changed_buffers, trained_by_hand
+from lora_fx.passes.parameters.replacements import own_value, parameter_of
 
 __all__ = [
     "copy_shared",

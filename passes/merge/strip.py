@@ -9,10 +9,10 @@ from lora_fx.ir.values import module_of
 from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.graph.region import CONSTANT, install, uninstall
 from lora_fx.passes.parameters.by_hand import trained_by_hand, unprotect
-from lora_fx.passes.parameters.own import place_base
+from lora_fx.passes.parameters.replacements import place_base
 from lora_fx.passes.parameters.rewritten import mark_adapted
 from lora_fx.runtime.ops import AdapterModule
-from lora_fx.runtime.sample_calls import unwatch_calls
+from lora_fx.runtime.samples import unwatch_calls
 
 __all__ = ["drop_graph", "stripped"]
 

@@ -1,20 +1,9 @@
-"""Parameters of the base that somebody trains by hand: unfrozen after the rewrite, or of a new module.
-
-A rewritten model shares the storage of its frozen parameters with the model that was given to ``rewrite``.
-Who unfreezes one would train that model, too: an optimizer writes in place. So each frozen parameter has a
-hook that autograd calls with its gradient. At the first one the parameter gets storage of its own and stays
-the same object, which an optimizer may hold already. A parameter that nobody unfreezes costs nothing: its
-hook is never called. A state dict that has other values for it is loaded into storage of its own, too.
-
-What writes into a frozen parameter without a gradient or a state dict (``nn.init``, ``p.data.copy_``) nobody
-sees.
-
-What was trained so is noted in the record, so that it is merged and saved also after it was frozen again.
-"""
+"""Buffers that training changed (batch-norm statistics): they are part of what was learnt."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -25,22 +14,27 @@ from torch.utils.weak import TensorWeakRef
 
 from lora_fx.formats.weights import quantization_of
 from lora_fx.ir.record import Record, record_of
+from lora_fx.ir.values import join
 from lora_fx.passes.graph.copies import storage_of
 from lora_fx.passes.graph.lazy import is_lazy
 from lora_fx.passes.graph.region import is_region
-from lora_fx.passes.parameters.own import base_modules, base_parameters
+from lora_fx.passes.parameters.replacements import base_modules, base_parameters
 
 __all__ = [
+    "buffer_digests",
+    "changed_buffers",
     "claim",
     "claim_unfrozen",
     "is_guarded",
     "note_by_hand",
+    "persistent_buffers",
     "protect",
     "replaced_modules",
     "trained_by_hand",
     "trained_starts",
     "unprotect",
 ]
+
 
 # Storages are copied from an address that every dtype can begin at.
 _ALIGNED = 16
@@ -265,3 +259,38 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     last = start + sum((int(size) - 1) * int(stride) for size, stride in steps)
     end = last + 1 if tensor.numel() else start
     return start * tensor.element_size(), end * tensor.element_size()
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a state dict has, by FQN.
+
+    No state dict is made for it: quantised embeddings of bitsandbytes refuse that.
+    """
+    kept = {
+        join(fqn, key)
+        for fqn, module in model.named_modules(remove_duplicate=False)
+        # A script module has them in something that says its keys by no iteration.
+        for key in module._buffers.keys()  # noqa: SIM118
+        if key not in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def buffer_digests(model: nn.Module) -> dict[str, str]:
+    """A fingerprint of every persistent buffer, by FQN."""
+    found = persistent_buffers(model).items()
+    return {name: _digest(buffer) for name, buffer in found if buffer.device.type != "meta"}
+
+
+def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:
+    """The persistent buffers that are not what they were at the rewrite, or whose module is new."""
+    buffers = dict(model.named_buffers())
+    new = tuple(f"{name}." for name in replaced_modules(model, record))
+    for name, digest in buffer_digests(model).items():
+        if name.startswith(new) or record.buffers.get(name, digest) != digest:
+            yield name, buffers[name]
+
+
+def _digest(buffer: torch.Tensor) -> str:
+    data = buffer.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()

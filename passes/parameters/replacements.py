@@ -2,14 +2,182 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 import torch
 from torch import nn
 
 from lora_fx.formats.weights import dense
-from lora_fx.ir.values import Site
-from lora_fx.passes.parameters.own import weight_at
+from lora_fx.ir.values import Site, join
+from lora_fx.passes.graph.copies import memory_of
+from lora_fx.runtime.ops import AdapterModule, KeptTensors
 
-__all__ = ["base_dtype", "base_like", "base_weight"]
+__all__ = [
+    "KEPT",
+    "base_dtype",
+    "base_like",
+    "base_modules",
+    "base_parameters",
+    "base_weight",
+    "in_adapter",
+    "module_at",
+    "own_value",
+    "parameter_of",
+    "place_base",
+    "place_own",
+    "put_back",
+    "weight_at",
+]
+
+
+KEPT = "lora_own_"
+"""What is before the name of a parameter in that of the module that has adapters' values of it."""
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by each of their names: what belongs to adapters is left out."""
+    found: dict[str, nn.Parameter] = {}
+    for fqn, module in base_modules(model, every_name=True):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[join(fqn, name)] = parameter
+    return found
+
+
+def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The base's modules, by their first name or by each of them."""
+    # As named_modules does, which asks every module above for each of those below it.
+    seen: set[nn.Module] = set()
+    pending = [("", model)]
+    while pending:
+        fqn, module = pending.pop()
+        if module in seen:
+            continue
+        if not every_name:
+            seen.add(module)
+        if not isinstance(module, AdapterModule):
+            yield fqn, module
+        if module._modules:
+            prefix = f"{fqn}." if fqn else ""
+            below = [(prefix + name, m) for name, m in module._modules.items() if m is not None]
+            pending += below[::-1]
+
+
+def module_at(model: nn.Module, fqn: str) -> nn.Module:
+    """As ``get_submodule``, which asks several questions at each step."""
+    found: nn.Module | None = model
+    for atom in fqn.split(".") if fqn else ():
+        below = found._modules if found is not None else {}
+        if atom not in below:
+            return model.get_submodule(fqn)
+        found = below[atom]
+    return model.get_submodule(fqn) if found is None else found
+
+
+def weight_at(model: nn.Module, name: str) -> nn.Parameter:
+    """As ``get_parameter``, likewise."""
+    owner, _, leaf = name.rpartition(".")
+    return module_at(model, owner).get_parameter(leaf)
+
+
+def in_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to an adapter, and not to the base."""
+    owner, _, _ = name.rpartition(".")
+    return isinstance(module_at(model, owner), AdapterModule)
+
+
+def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
+    """What an adapter has in the place of a parameter, wherever it is now."""
+    owner, leaf = _owner(model, name)
+    beside = owner._modules.get(KEPT + leaf)
+    if beside is not None and adapter in beside._parameters:
+        return beside.get_parameter(adapter)
+    return owner.get_parameter(leaf)
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """As ``get_parameter``, which sees none in a module that is scripted; None if there is none."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        held = module_at(model, owner)._parameters
+    except AttributeError:
+        return None
+    # What holds those of a module that is scripted has no get().
+    return held[leaf] if leaf in held else None  # noqa: SIM401
+
+
+def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
+    """Puts what an adapter has beside the base into it."""
+    for _, owner, leaf in _places(model, names):
+        beside = owner._modules[KEPT + leaf]
+        assert isinstance(beside, KeptTensors)
+        owner._parameters[leaf] = beside._parameters.pop(adapter)
+        if not beside._parameters:
+            del owner._modules[KEPT + leaf]
+
+
+def place_base(
+    model: nn.Module,
+    adapter: str,
+    names: Iterable[str],
+    originals: Mapping[str, torch.Tensor],
+    *,
+    keep: bool = True,
+) -> None:
+    """Puts the base's own parameters back in, and what the adapter has beside them.
+
+    Args:
+        model: A rewritten model.
+        adapter: The adapter.
+        names: FQNs of what it has there.
+        originals: The base's values. What shares its memory is one parameter again.
+        keep: Whether the adapter's values are kept.
+    """
+    names = set(names)
+    live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
+    for name, owner, leaf in _places(model, sorted(names)):
+        old, original = owner.get_parameter(leaf), originals[name]
+        memory = memory_of(original)
+        if memory not in live:
+            value = original.detach().to(old.device, old.dtype)
+            live[memory] = nn.Parameter(value, requires_grad=False)
+        owner._parameters[leaf] = live[memory]
+        if keep:
+            _beside(owner, leaf).add(adapter, old)
+
+
+def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+    """Undoes replacements.
+
+    Args:
+        model: A rewritten model.
+        before: Its :func:`base_parameters` at some time.
+    """
+    for name, owner, leaf in _places(model, before):
+        owner._parameters[leaf] = before[name]
+
+
+def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
+    if KEPT + leaf not in owner._modules:
+        owner.add_module(KEPT + leaf, KeptTensors().train(owner.training))
+    beside = owner.get_submodule(KEPT + leaf)
+    assert isinstance(beside, KeptTensors)
+    return beside
+
+
+def _places(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, nn.Module, str]]:
+    """Each place once, also that in a module that the model holds several times."""
+    seen: set[tuple[int, str]] = set()
+    for name in names:
+        owner, leaf = _owner(model, name)
+        if (id(owner), leaf) not in seen:
+            seen.add((id(owner), leaf))
+            yield name, owner, leaf
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return module_at(model, owner), leaf
 
 
 def base_weight(model: nn.Module, site: Site) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""Convolutions: ``y' = conv(x, W) + s · conv₁(conv(x, A), B)``.
+"""Transposed convolutions: ``y' = convᵀ(x, W) + s · conv₁(convᵀ(x, Aᵀ), B)``.
 
-A has the base convolution's kernel, stride, padding and dilation, and r output channels; B is a 1 x
-1 convolution. With g groups both are grouped: A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has
-the shape of W [out, in/g, *k] and can be merged. (A dense A, as PEFT makes it, sees channels that
-the base convolution does not, and no grouped weight can hold that.)
+The weight is stored [in, out, *k]. A is [r, in, *k], rank first as everywhere, and is read with its first two
+dimensions swapped; it has the base operation's stride, padding, output padding and dilation. B is a 1 x 1
+convolution [out, r, 1, ...]. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
+
+With g groups W is [in, out/g, *k], and both factors are grouped as those of other convolutions are:
+A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the shape of W and can be merged.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
 from lora_fx.passes.patterns.weights import weight_of
 
-__all__ = ["ConvPattern"]
+__all__ = [
+    "ConvPattern",
+    "ConvTransposePattern",
+]
+
 
 _aten = torch.ops.aten
 _FUNCTIONS: dict[int, tuple[Any, ...]] = {
@@ -103,3 +109,106 @@ class ConvPattern:
     def flops(self, site: Site, rank: int) -> int:
         """Twice the elements of both factors, for one output position."""
         return 2 * self.factors(site, rank).numel
+
+
+_TRANSPOSED: dict[int, tuple[Any, ...]] = {
+    1: (F.conv_transpose1d, _aten.conv_transpose1d.default),
+    2: (F.conv_transpose2d, _aten.conv_transpose2d.input),
+    3: (F.conv_transpose3d, _aten.conv_transpose3d.input),
+}
+_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED_SIGNATURE = (
+    "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvTransposePattern:
+    """``conv_transpose1d``, ``2d`` or ``3d``, with groups, dilation and output padding.
+
+    Attributes:
+        dims: Number of spatial dimensions: 1, 2 or 3.
+    """
+
+    dims: int
+
+    @property
+    def name(self) -> str:
+        """``conv-transpose1d``, ``conv-transpose2d`` or ``conv-transpose3d``."""
+        return f"conv-transpose{self.dims}d"
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """See :class:`lora_fx.ir.values.Pattern`."""
+        if target_of(node) not in _TRANSPOSED[self.dims]:
+            return None
+        named = known_arguments(node, _TRANSPOSED_SIGNATURE)
+        if named is None:
+            return unknown(region, node, _TRANSPOSED_SIGNATURE)
+        found = weight_of(named["weight"], region)
+        if found is None or not found.plain:
+            return computed(region, node, named["weight"])
+        parameter = region.parameter(found.source)
+        assert parameter is not None
+        if parameter.dim() != self.dims + 2:
+            reason = f"its weight has {parameter.dim()} dimensions; that of {self.name} has {self.dims + 2}"
+            return reject(region, node, found.source, reason)
+        groups = named["groups"]
+        if not isinstance(groups, int):
+            return reject(region, node, found.source, "its number of groups depends on the input")
+        return make_site(
+            region,
+            pattern=self.name,
+            family="conv",
+            weight=found,
+            bias=named["bias"],
+            x=named["input"],
+            output=node,
+            sizes=(parameter.shape[0], parameter.shape[1] * groups),
+            layout="in_out",
+            groups=groups,
+            axes=(-1 - self.dims,),
+        )
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """A [r, in/g, *k], B [out, r/g, 1, ...]."""
+        kernel = site.weight_shape[2:]
+        a = (rank, site.in_features // site.groups, *kernel)
+        return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """The base operation's geometry with A, then a 1 x 1 convolution with B."""
+        named = arguments(node, _TRANSPOSED_SIGNATURE)
+        geometry = [named[key] for key in ("stride", "padding", "output_padding")]
+        down = build.call(
+            Role.DOWN,
+            _TRANSPOSED[self.dims][0],
+            build.dropped(named["input"]),
+            _turned(site, build),
+            None,
+            *geometry,
+            site.groups,
+            named["dilation"],
+        )
+        pointwise = _POINTWISE[self.dims]
+        if site.groups == 1:
+            return build.call(Role.UP, pointwise, down, build.b, build.bias)
+        return build.call(Role.UP, pointwise, down, build.b, build.bias, 1, 0, 1, site.groups)
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``Σᵣ B[o, r] A[r, i]``, group by group, [in, out/g, *k]."""
+        grouped_a = a.reshape(site.groups, -1, *a.shape[1:])
+        grouped_b = b.reshape(site.groups, -1, b.shape[1])
+        return torch.einsum("gor,gri...->gio...", grouped_b, grouped_a).flatten(0, 1)
+
+    def flops(self, site: Site, rank: int) -> int:
+        """Twice the elements of both factors, for one input position."""
+        return 2 * self.factors(site, rank).numel
+
+
+def _turned(site: Site, build: BranchBuilder) -> fx.Node:
+    """A as a transposed convolution takes it: [in, r/g, *k]."""
+    if site.groups == 1:
+        return build.call(Role.DOWN, torch.transpose, build.a, 0, 1)
+    grouped = build.call(Role.DOWN, torch.unflatten, build.a, 0, (site.groups, -1))
+    turned = build.call(Role.DOWN, torch.transpose, grouped, 1, 2)
+    return build.call(Role.DOWN, torch.flatten, turned, 0, 1)

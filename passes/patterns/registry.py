@@ -6,8 +6,7 @@ from typing import Protocol
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir.values import Pattern
-from lora_fx.passes.patterns.conv import ConvPattern
-from lora_fx.passes.patterns.conv_transpose import ConvTransposePattern
+from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern

@@ -8,6 +8,7 @@ lookups in an embedding, and the head, are adapted when they are named.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -15,24 +16,155 @@ import torch
 from torch import nn
 
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import Verdict, saved_module, unmatched_targets, uses_default_targets
+from lora_fx.config.selection import (
+    Verdict,
+    saved_module,
+    scale_of,
+    unmatched_targets,
+    uses_default_targets,
+)
+from lora_fx.config.starts import changes_base, needs_data
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
+from lora_fx.formats.weights import quantization_of
 from lora_fx.ir.values import Capture, Matches, Plan, PlannedSite, Site, Skipped
 from lora_fx.kinds.variants import variant_costs, variant_objection
 from lora_fx.passes.graph.copies import storage_of
 from lora_fx.passes.graph.lazy import elements
-from lora_fx.passes.parameters.own import base_modules, base_parameters
-from lora_fx.passes.parameters.replacements import base_dtype
+from lora_fx.passes.parameters.matrices import matrix_shape
+from lora_fx.passes.parameters.replacements import base_dtype, base_modules, base_parameters
 from lora_fx.passes.patterns.registry import pattern_of
 from lora_fx.passes.plan.choice import Choice, choices
-from lora_fx.passes.plan.plan_quantized import refuse_quantized
-from lora_fx.passes.plan.refused import refusals
-from lora_fx.passes.plan.start_fit import start_note, start_objection
 from lora_fx.passes.plan.tokens import planned_tokens
-from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, target_names
+from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
 from lora_fx.runtime.ops import AdapterFactors
 
-__all__ = ["foreign_factors", "make_plan"]
+__all__ = [
+    "at_rank",
+    "foreign_factors",
+    "make_plan",
+    "refuse_quantized",
+    "start_note",
+    "start_objection",
+]
+
+
+def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
+    """Why a site cannot start so; None if it can.
+
+    PEFT gives such sites a plain start, most of the time without a word, or fails.
+    """
+    start = config.init_lora_weights
+    if not isinstance(start, str) or start == "gaussian":
+        return None
+    leave_out = "take it out of target_modules, or use init_lora_weights=True"
+    if site.family == "embedding":
+        return (
+            f"init_lora_weights={start!r} is for matrix products, not for embeddings: {leave_out}"
+        )
+    if start in ("eva", "corda", "loftq") and (site.family == "conv" or site.groups > 1):
+        return (
+            f"init_lora_weights={start!r} is for matrix products, not for convolutions: {leave_out}"
+        )
+    if start in ("eva", "corda") and not _reads_vectors(site):
+        return (
+            f"init_lora_weights={start!r} looks at the inputs as vectors, which this operation does not read "
+            f"one after the other: {leave_out}"
+        )
+    count, out, inner = matrix_shape(site)
+    if count * out * inner != math.prod(site.shape):
+        return f"init_lora_weights={start!r} needs a weight that is a matrix: {leave_out}"
+    return _rank_objection(str(start), rank // site.groups, inner, out, site.groups)
+
+
+def _reads_vectors(site: Site) -> bool:
+    """Whether the inputs are the last dimension of what it reads, or the one before for a left factor."""
+    return not site.experts and {call.pattern for call in site.calls} <= {
+        "linear",
+        "matmul",
+        "quantized",
+    }
+
+
+def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) -> str | None:
+    each = f" (for each of {groups} groups)" if groups > 1 else ""
+    if start == "orthogonal":
+        if rank % 2 == 0:
+            return None
+        return f"init_lora_weights={start!r} needs an even rank{each}, not {rank}: set one with rank_pattern"
+    wanted = 2 * rank if start == "lora_ga" else rank
+    most = inner if start == "eva" else min(inner, out)
+    if wanted <= most:
+        return None
+    return (
+        f"init_lora_weights={start!r} at rank {rank}{each} takes {wanted} directions of a matrix "
+        f"[{out}, {inner}]: set a smaller rank with rank_pattern"
+    )
+
+
+def start_note(config: LoraConfig) -> tuple[str, ...]:
+    """What a plan has to say about the start."""
+    if not needs_data(config.init_lora_weights):
+        return ()
+    note = (
+        f"init_lora_weights={config.init_lora_weights!r} needs data: after rewrite, call "
+        "lora_fx.initialize(model, dataloader); until then the start is that of True"
+    )
+    return (note,)
+
+
+def refuse_quantized(
+    model: nn.Module, config: LoraConfig, saved: Iterable[str], sites: Iterable[Site]
+) -> None:
+    """Refuses to train quantised weights in full, and starts that would write into them.
+
+    Args:
+        model: The model.
+        config: What is asked for.
+        saved: The modules that are to be trained in full.
+        sites: The sites that are to be adapted.
+
+    Raises:
+        ConfigError: With the name of the weight, and what to do.
+    """
+    for name in saved:
+        for leaf, parameter in model.get_submodule(name).named_parameters():
+            found = quantization_of(parameter)
+            if found is not None:
+                raise ConfigError(
+                    f"modules_to_save names {name}, and {leaf} in it is stored as {found}, which cannot be "
+                    f"trained: leave it out, or quantise the model with exclude=[{name!r}]"
+                )
+    start = config.init_lora_weights
+    if not changes_base(start):
+        return
+    for site in sites:
+        if site.quantized is not None:
+            raise ConfigError(
+                f"init_lora_weights={start!r} changes the base weight, and {site.weight} is stored as "
+                f"{site.quantized}. Use it over the dense model, or use True here and then "
+                "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantising "
+                "lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+            )
+
+
+def at_rank(
+    model: nn.Module, row: PlannedSite, rank: int, alpha: float, config: LoraConfig
+) -> PlannedSite:
+    """What a site gets, and what it costs, with another rank and alpha."""
+    pattern, site = pattern_of(row.site), row.site
+    more = pattern.factors(site, rank).numel - pattern.factors(site, row.rank).numel
+    applied = row.flops // pattern.flops(site, row.rank)
+    itemsize = base_dtype(model, site).itemsize
+    return dataclasses.replace(
+        row,
+        rank=rank,
+        alpha=alpha,
+        scale=scale_of(rank, alpha, config),
+        parameters=row.parameters + more,
+        flops=applied * pattern.flops(site, rank),
+        saved=row.saved + (rank - row.rank) * itemsize * applied,
+    )
+
 
 _TIED = Verdict(True, "tied to an embedding that is adapted")
 

@@ -10,7 +10,7 @@ from lora_fx.config.fields import bad
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir.values import Capture, Matches, PlannedSite, PlannedTokens, Site
-from lora_fx.passes.parameters.own import base_modules
+from lora_fx.passes.parameters.replacements import base_modules
 from lora_fx.passes.patterns.embedding import lookup
 
 __all__ = ["planned_tokens"]

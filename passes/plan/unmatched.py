@@ -8,12 +8,62 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import nearest_names, parameter_entry, unmatched, unmatched_saved
+from lora_fx.config.selection import (
+    judge,
+    nearest_names,
+    parameter_entry,
+    unmatched,
+    unmatched_saved,
+)
 from lora_fx.ir.values import Capture, Matches, PlannedSite, Rejection, Site
-from lora_fx.passes.parameters.own import base_parameters
+from lora_fx.passes.parameters.replacements import base_parameters
 from lora_fx.passes.plan.choice import Choice, attention_of
 
-__all__ = ["idle_entries", "idle_parameters", "target_names"]
+__all__ = [
+    "idle_entries",
+    "idle_parameters",
+    "named_by",
+    "refusals",
+    "target_names",
+]
+
+
+def named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -> list[Rejection]:
+    """The refusals that an entry of ``target_modules`` runs into; those left out otherwise do not count.
+
+    Args:
+        target: The entry: a full name, or the end of one, of a module or of its weight.
+        rejections: All of them.
+        config: What excludes, saves in full, or is for some layers only.
+    """
+    found = []
+    for rejection in rejections:
+        for name in (rejection.name, f"{rejection.name}.weight"):
+            meant = name == target or name.endswith(f".{target}")
+            if meant and judge(name, config).selected:
+                found.append(rejection)
+                break
+    return found
+
+
+def refusals(
+    targets: Iterable[str], rejections: tuple[Rejection, ...], config: LoraConfig
+) -> Iterator[str]:
+    """A line for each entry that selects refused weights and nothing else.
+
+    Args:
+        targets: Entries of ``target_modules``, a list, that selected no site.
+        rejections: All that was refused.
+        config: The configuration.
+    """
+    for target in targets:
+        found = named_by(target, rejections, config)
+        reasons: dict[str, list[str]] = {}
+        for rejection in found:
+            reasons.setdefault(rejection.reason, []).append(rejection.name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield f"{target!r}: {', '.join(names[:3])}{more} cannot be adapted: {reason}"
 
 
 def target_names(model: nn.Module, matches: Matches, chosen: Iterable[Choice]) -> list[str]:

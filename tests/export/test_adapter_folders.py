@@ -16,7 +16,7 @@ from lora_fx import OnnxSession, save_onnx_adapter
 from lora_fx.errors import CheckpointError, ConfigError, ParityError
 from lora_fx.export.adapters.file import read_adapter
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.verify import verify_adapters
+from lora_fx.export.verify import verifying as verify_adapters
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_fx import OnnxSession
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort.empty_axes import INNER_SIZES_KEY, EmptyAxisError, empty_outputs, size_of
+from lora_fx.export.ort.calls import INNER_SIZES_KEY, EmptyAxisError, empty_outputs, size_of
 from lora_fx.export.ort.ports import Port
 from lora_fx.export.session import onnx_session as session_module
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.export import onnx as pipeline
-from lora_fx.export.copy.casts import Casts
+from lora_fx.export.copy.twin import Casts
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session.onnx_session import OnnxSession
 from lora_fx.export.staging import Scratch

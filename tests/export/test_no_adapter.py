@@ -22,7 +22,7 @@ from lora_fx.export.adapters.file import manifest_of_file
 from lora_fx.export.adapters.manifest import MANIFEST_KEY, SiteInputs
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session.static_run import filled_up
-from lora_fx.export.verify import verify_adapters
+from lora_fx.export.verify import verifying as verify_adapters
 from tests.export.swapping import adapted, ids
 
 TARGETS = ["einsum", "left", "fc"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.export import ownership
+from lora_fx.export import staging as ownership
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ownership import abandoned, owned
+from lora_fx.export.staging import abandoned, owned
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
 

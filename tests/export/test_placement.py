@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import ExportError
-from lora_fx.export import placement
-from lora_fx.export.placement import Staging, staging
+from lora_fx.export import staging as placement
+from lora_fx.export.staging import Staging, staging
 
 OLD, NEW = ("old", 2), ("new", 3)
 fork = pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")

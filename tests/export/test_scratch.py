@@ -19,9 +19,8 @@ import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.export import onnx as pipeline
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.placement import staging
 from lora_fx.export.session.onnx_session import OnnxSession
-from lora_fx.export.staging import Scratch
+from lora_fx.export.staging import Scratch, staging
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
@@ -107,7 +106,7 @@ def test_weights_are_sharded_and_old_shards_go(tmp_path: Path) -> None:
 def test_what_fits_into_no_model_file_is_refused_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_fx.export.write._PROTO_BYTES", 200)
+    monkeypatch.setattr("lora_fx.export.staging._PROTO_BYTES", 200)
     with pytest.raises(ExportError, match=r"do not fit.*external_data_bytes"):
         export_onnx(nn.Linear(8, 8), tmp_path / "m.onnx", torch.randn(2, 8))
     assert not list(tmp_path.iterdir())

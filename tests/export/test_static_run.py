@@ -22,14 +22,9 @@ from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export.adapters.manifest import Manifest, SiteInputs
 from lora_fx.export.adapters.store import weighted_sum
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import loading
-from lora_fx.export.ort.node_placement import (
-    NodePlacement,
-    PlacementReport,
-    read_placement,
-    warn_of_work,
-)
+from lora_fx.export.ort import providers as loading
 from lora_fx.export.ort.ports import CPU, to_runtime, to_tensor
+from lora_fx.export.ort.settings import NodePlacement, PlacementReport, read_placement, warn_of_work
 from lora_fx.export.session import static_run
 from lora_fx.export.session.static_run import StaticRunner, filled_up
 from tests.export.swapping import trained

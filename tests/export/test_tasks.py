@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError, ParityError
-from lora_fx.export import placement
+from lora_fx.export import staging as placement
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.placement import staging
 from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.staging import staging
 from lora_fx.export.tasks.cache import Past, filled_cache
 from tests.export.tiny import LIMIT, VOCABULARY, Pair, generator
 

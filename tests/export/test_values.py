@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ExportError
-from lora_fx.export import values
+from lora_fx.export import onnx as values
 
 
 def layers() -> nn.Sequential:

@@ -912,7 +912,7 @@ def test_an_adapter_of_an_exported_capture_is_loaded_by_the_same(tmp_path, front
 
 def failing_at(place: int) -> Any:
     """A write that fails when it is called for the nth time, in the middle of what it writes."""
-    from lora_fx.checkpoint import checkpoint_state as _checkpoint_state
+    from lora_fx.checkpoint import state as _checkpoint_state
 
     own, calls = _checkpoint_state.write, []
 
@@ -937,7 +937,7 @@ def test_a_write_that_fails_leaves_the_adapter_as_it_was(
             p.copy_(torch.randn_like(p))
     save_adapter(saved, tmp_path / "folder")
     state = lora_fx.adapter_state_dict(saved)
-    monkeypatch.setattr("lora_fx.checkpoint.checkpoint_state.write", failing_at(place))
+    monkeypatch.setattr("lora_fx.checkpoint.state.write", failing_at(place))
 
     # Into an adapter that the model has, from a folder or from a state dict.
     other = lora_fx.rewrite(model, config)
@@ -945,13 +945,13 @@ def test_a_write_that_fails_leaves_the_adapter_as_it_was(
     with pytest.raises(MemoryError):
         load_adapter(other, tmp_path / "folder")
     assert_same_bits(dict(other.state_dict()), before)
-    monkeypatch.setattr("lora_fx.checkpoint.checkpoint_state.write", failing_at(place))
+    monkeypatch.setattr("lora_fx.checkpoint.state.write", failing_at(place))
     with pytest.raises(MemoryError):
         lora_fx.load_adapter_state_dict(other, state)
     assert_same_bits(dict(other.state_dict()), before)
 
     # As one more adapter, which then is not there.
-    monkeypatch.setattr("lora_fx.checkpoint.checkpoint_state.write", failing_at(place))
+    monkeypatch.setattr("lora_fx.checkpoint.state.write", failing_at(place))
     expected = other(inputs)
     with pytest.raises(MemoryError):
         load_adapter(other, tmp_path / "folder", adapter_name="more")
@@ -960,7 +960,7 @@ def test_a_write_that_fails_leaves_the_adapter_as_it_was(
     assert torch.equal(other(inputs), expected)
 
     # Into the original model, whose tensors the new one shares.
-    monkeypatch.setattr("lora_fx.checkpoint.checkpoint_state.write", failing_at(place))
+    monkeypatch.setattr("lora_fx.checkpoint.state.write", failing_at(place))
     base = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(MemoryError):
         load_adapter(model, tmp_path / "folder")

@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.insert.start_loftq import levels
+from lora_fx.passes.insert.starts import levels
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 

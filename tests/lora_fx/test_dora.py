@@ -101,7 +101,7 @@ def test_nothing_of_the_size_of_the_weight_is_made(
     monkeypatch, shape, layout, channels_last, dtype
 ) -> None:
     # As if the weight were many times what is widened at a time.
-    monkeypatch.setattr("lora_fx.runtime.dora_norm._CHUNK", 1 << 15)
+    monkeypatch.setattr("lora_fx.runtime.dora._CHUNK", 1 << 15)
     weight = sample(*shape, dtype=dtype)
     if channels_last:
         weight = weight.to(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.errors import LoraFxError
 from lora_fx.runtime.fused_dora import dora_linear
-from lora_fx.tools.bench.saved import saved_bytes
+from lora_fx.tools.bench.counted import saved_bytes
 from tests.dora import randomise_magnitudes
 from tests.fused import Operands, canonical, errors, formula, fused, gradients, operands, with_gains
 from tests.lora_fx.test_fused import CHECKED, HALF, cases

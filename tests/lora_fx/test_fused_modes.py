@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.runtime.fused_lora import lora_linear
-from lora_fx.tools.bench.saved import saved_bytes
+from lora_fx.tools.bench.counted import saved_bytes
 from tests.fused import SEED, Operands, canonical, errors, fused, gradients, operands
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual

@@ -12,7 +12,7 @@ import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.ir.values import Capture, PassResult
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.parameters.buffers import buffer_digests
+from lora_fx.passes.parameters.by_hand import buffer_digests
 from lora_fx.passes.pipeline import plan_model, run_passes
 from tests.zoo import Mlp, Residual
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-import lora_fx.runtime.sample_calls as sample_calls
+import lora_fx.runtime.samples as sample_calls
 from lora_fx import ConfigError, LoraConfig
 from tests.lora_fx.test_owners import NAMES, Program, expected, model_of, table_of, tokens
 from tests.lora_fx.test_samples import alone

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.passes.match.code import weights_asked, weights_read
+from lora_fx.passes.match.readers import weights_asked, weights_read
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {"kernel", "fc.weight", "out.weight", "layers.0.weight", "layers.1.weight"}

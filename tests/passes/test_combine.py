@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir.values import Layout
-from lora_fx.passes.merge.combination import COMBINATIONS, Combination
-from lora_fx.passes.merge.combining import Term, combine
+from lora_fx.passes.merge.combining import COMBINATIONS, Combination, Term, combine
 from tests.numerics import assert_close, assert_same_bits
 
 PRUNING = [kind for kind in COMBINATIONS if Combination(kind, density=0.5).prunes]

@@ -16,7 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.ir.record import record_of
-from lora_fx.passes.merge.exact import Term, slices_of, sum_exactly, two_products
+from lora_fx.passes.merge.rounding import Term, slices_of, sum_exactly, two_products
 from lora_fx.passes.parameters.factors import factors_of
 from tests.algebra import randomise
 

@@ -13,7 +13,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig, MergeError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.merge.bounds import cannot_overflow
+from lora_fx.passes.merge.fold import cannot_overflow
 from lora_fx.passes.merge.place import unshared
 from lora_fx.passes.patterns.registry import pattern_of
 from tests.algebra import randomise

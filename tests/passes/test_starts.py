@@ -16,8 +16,7 @@ import lora_fx
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError, NoMatchError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.insert.start_loftq import levels, quantised
-from lora_fx.passes.insert.start_weight import low_rank_svd
+from lora_fx.passes.insert.starts import levels, low_rank_svd, quantised
 from lora_fx.passes.parameters.matrices import as_matrices
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error

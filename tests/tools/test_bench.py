@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.tools.bench.counted import count_operations
-from lora_fx.tools.bench.measure import Sample, interleaved, portion, ratio
-from lora_fx.tools.bench.memory import measure_memory
-from lora_fx.tools.bench.saved import saved_by, saved_bytes
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.counted import count_operations, measure_memory, saved_by, saved_bytes
+from lora_fx.tools.bench.measure import Sample, Size, interleaved, portion, ratio
 
 KIB = 1024
 LIBRARIES_AND_KINDS = [f"{who} {kind}" for who in ("lora-fx", "PEFT") for kind in ("LoRA", "DoRA")]
@@ -107,7 +104,7 @@ def test_what_a_function_keeps_as_an_attribute_is_counted_once() -> None:
 
 
 def test_scales_beside_a_quantised_weight_are_part_of_the_model() -> None:
-    from lora_fx.tools.bench.quantized_base import quantized_base
+    from lora_fx.tools.bench.quantized_step import quantized_base
 
     model = quantized_base(nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 2)))
     x = torch.ones(4, 64, requires_grad=True)

@@ -17,19 +17,21 @@ pytest.importorskip("onnxruntime")
 import lora_fx
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.tools.bench import export_peers, goals
-from lora_fx.tools.bench.environments import (
+from lora_fx.tools.bench.export_peers import Row
+from lora_fx.tools.bench.measure import Sample, Size
+from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
+from lora_fx.tools.bench.peer_exporters import (
     HERE,
+    File,
+    describe,
     environment_of,
     exported,
+    largest_error,
     read,
+    runner,
     set_environments,
 )
-from lora_fx.tools.bench.export_peers import Row
-from lora_fx.tools.bench.measure import Sample
-from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
-from lora_fx.tools.bench.peer_exporters import File, describe, largest_error, runner
 from lora_fx.tools.bench.served import RANK, randomise, served
-from lora_fx.tools.bench.sizes import Size
 
 TURNS, SAME = "two adapters in turn", "one adapter all the time"
 

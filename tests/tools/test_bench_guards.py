@@ -10,9 +10,8 @@ pytest.importorskip("transformers")
 
 from lora_fx.tools.bench import goals, guards, llama_step
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
-from lora_fx.tools.bench.measure import Sample
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.workloads import Workload, resnet
+from lora_fx.tools.bench.measure import Sample, Size
+from lora_fx.tools.bench.steps import Workload, resnet
 
 
 @pytest.mark.parametrize(

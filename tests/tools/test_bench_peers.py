@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fx.tools.bench import contraction
-from lora_fx.tools.bench.contraction import ChosenContraction, Contraction, choose
-from lora_fx.tools.bench.floor import linear_floor, model_floor
-from lora_fx.tools.bench.linears import matrix, replaced, shared_copy
-from lora_fx.tools.bench.peers import FiveOperations, InPlace, LowRank, WeightChange
+from lora_fx.tools.bench import contenders as contraction
+from lora_fx.tools.bench.contenders import (
+    ChosenContraction,
+    Contraction,
+    FiveOperations,
+    InPlace,
+    LowRank,
+    WeightChange,
+    choose,
+    linear_floor,
+    matrix,
+    model_floor,
+    replaced,
+    shared_copy,
+)
 
 PEERS = (FiveOperations, InPlace, WeightChange, ChosenContraction)
 

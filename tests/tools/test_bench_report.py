@@ -23,22 +23,30 @@ from typer.testing import CliRunner
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
     goals,
-    hardware,
     profile_step,
     quantized_quality,
     quantized_step,
     report,
     saved_step,
 )
+from lora_fx.tools.bench import measure as hardware
 from lora_fx.tools.bench.chart import Bar, Group, bars
 from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, OURS, PEFT, Settings
-from lora_fx.tools.bench.hardware import allocator_peak, kernel_launches, launches, synchronizer
-from lora_fx.tools.bench.measure import Progress, Sample
-from lora_fx.tools.bench.memory import Memory
+from lora_fx.tools.bench.counted import Memory
+from lora_fx.tools.bench.measure import (
+    Place,
+    Progress,
+    Sample,
+    Size,
+    allocator_peak,
+    at_each,
+    kernel_launches,
+    launches,
+    places,
+    synchronizer,
+)
 from lora_fx.tools.bench.merge_time import BOUND, OURS_INTO, Merged
 from lora_fx.tools.bench.merge_time import PEFT as PEFT_MERGE
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
 from lora_fx.tools.bench.steps import Measured, Step
 from lora_fx.tools.cli.app import ERROR_EXIT, app
 

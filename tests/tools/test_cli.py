@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import lora_fx
 from lora_fx.tools.cli.app import COMMANDS, app
-from lora_fx.tools.cli.spelling import as_options
+from lora_fx.tools.cli.options import as_options
 from tests.quantized import IDS, llama
 
 SOURCE = """

@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from lora_fx.tools.draw.coordinates import METRICS, flow, grid
-from lora_fx.tools.draw.layering import DUMMY, layers_of
+from lora_fx.tools.draw.layout import DUMMY, METRICS, flow, grid, layers_of
 
 CHAIN = [("x", "drop"), ("drop", "a"), ("a", "b"), ("b", "add"), ("add", "out")]
 BRANCH = (

@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 import lora_fx
 from lora_fx.errors import ConfigError
+from lora_fx.passes.capture.check import count_weights
 from lora_fx.passes.capture.inputs import normalise
-from lora_fx.passes.capture.watch import count_weights
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
-from lora_fx.tools.zoo import numbers, oracle, registry, report, runner
-from lora_fx.tools.zoo.counter import unseen
+from lora_fx.tools.zoo import oracle, registry, report, runner
+from lora_fx.tools.zoo import training as numbers
 from lora_fx.tools.zoo.entries import Entry, wake
-from lora_fx.tools.zoo.job import run_job
-from lora_fx.tools.zoo.row import PARTS, Row, scrubbed
+from lora_fx.tools.zoo.job import run_job, unseen
+from lora_fx.tools.zoo.report import PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import in_fp64
 from tests.zoo import seeded
 

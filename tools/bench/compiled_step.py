@@ -11,10 +11,7 @@ from torch import nn
 
 from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import AGAIN, FROZEN, OURS, PEFT, THIRD
-from lora_fx.tools.bench.hardware import compiles
-from lora_fx.tools.bench.measure import Progress, ratio
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, compiles, places, ratio
 from lora_fx.tools.bench.steps import Measured, measure, name_of
 
 __all__ = ["BASE", "TITLE", "caption", "rows", "run"]

@@ -5,33 +5,281 @@ Each builder takes a base that it does not change and gives a model over the sam
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.api import plan, rewrite
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.tools.bench.contraction import ChosenContraction
-from lora_fx.tools.bench.linears import replaced, shared_copy
-from lora_fx.tools.bench.peers import FiveOperations, InPlace, LowRank, WeightChange
 
 __all__ = [
     "AGAIN",
     "BUILDERS",
     "CANONICAL",
+    "ChosenContraction",
+    "Contraction",
     "EXPORTED",
     "FROZEN",
+    "FiveOperations",
+    "InPlace",
+    "LowRank",
     "NO_DROPOUT",
     "OURS",
     "PEERS",
     "PEFT",
-    "THIRD",
     "Settings",
+    "THIRD",
+    "WeightChange",
+    "choose",
+    "is_linear",
+    "linear_floor",
+    "matrix",
+    "model_floor",
+    "replaced",
+    "shared_copy",
     "targets_of",
 ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is ``nn.Linear`` or the ``Conv1D`` of transformers, which stores its weight transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, [out, in]."""
+    weight = module.get_parameter("weight")
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules over the same parameters, which are frozen."""
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo).requires_grad_(False)
+
+
+def replaced(
+    model: nn.Module, names: Iterable[str], layer: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """A copy over the same parameters, with other layers in the place of some.
+
+    Args:
+        model: The base.
+        names: Which layers.
+        layer: Makes the new one of the old one.
+    """
+    found = shared_copy(model)
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(found.get_submodule(parent), attribute, layer(found.get_submodule(name)))
+    return found
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer with factors A [r, in] and B [out, r] in the dtype of its weight.
+
+    Attributes:
+        TITLE: What the benchmark calls it.
+    """
+
+    TITLE: ClassVar[str]
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        weight = matrix(base)
+        self.base = base
+        self.A = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.scale = alpha / rank
+        self.dropout = dropout
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of the branch."""
+        if not self.dropout:
+            return x
+        return F.dropout(x, self.dropout, self.training)
+
+
+class FiveOperations(LowRank):
+    """Dropout, A, B, scale, add, each an operation of its own, as torchtune's ``LoRALinear`` does."""
+
+    TITLE = "five operations, as in torchtune"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        branch = F.linear(F.linear(self.dropped(x), self.A), self.B)
+        y: Tensor = self.base(x)
+        return y + self.scale * branch
+
+
+class InPlace(LowRank):
+    """The branch as two products that are added in place, as loralib's ``Linear`` does."""
+
+    TITLE = "added in place, as in loralib"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        y: Tensor = self.base(x)
+        y += (self.dropped(x) @ self.A.T @ self.B.T) * self.scale
+        return y
+
+
+class WeightChange(LowRank):
+    """ΔW = s·BA is built at every step: what one writes first, or with a parametrization of the weight."""
+
+    TITLE = "naive: builds ΔW"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        change = self.scale * (self.B @ self.A)
+        if not (self.dropout and self.training):
+            bias = getattr(self.base, "bias", None)
+            return F.linear(x, matrix(self.base) + change, bias)
+        y: Tensor = self.base(x)
+        return y + F.linear(self.dropped(x), change)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """What is chosen.
+
+    Attributes:
+        merged_forward: Whether y = x (W + s·BA)ᵀ.
+        merged_backward: Whether the gradient of x is y (W + s·BA).
+        outer: Whether the factors' gradients come from Z = yᵀx.
+    """
+
+    merged_forward: bool
+    merged_backward: bool
+    outer: bool
+
+
+def choose(tokens: int, out_features: int, in_features: int, rank: int) -> Contraction:
+    """The contraction with the fewest FLOPs; of equals, the one with the branch apart."""
+    options = [
+        Contraction(forward, backward, outer)
+        for forward in (False, True)
+        for backward in (False, True)
+        for outer in (False, True)
+    ]
+    return min(options, key=lambda one: _flops(one, tokens, out_features, in_features, rank))
+
+
+def _flops(chosen: Contraction, t: int, d: int, k: int, r: int) -> int:
+    """Beyond the frozen products."""
+    down, up = 2 * t * k * r, 2 * t * d * r
+    merged = 2 * d * k * r
+    total = merged if chosen.merged_forward else down + up
+    # What the merged forward builds is built again in the backward: it would be W-sized to keep.
+    inner_needed = not chosen.outer or not chosen.merged_backward
+    total += up * inner_needed  # yB
+    total += merged if chosen.merged_backward else down
+    if chosen.outer:
+        return total + 2 * t * d * k + 2 * merged
+    # xAᵀ is there only where the forward made it.
+    return total + down + up + down * chosen.merged_forward
+
+
+class ChosenContraction(LowRank):
+    """A layer that chooses at each call."""
+
+    TITLE: ClassVar[str] = "contraction by FLOPs, as in RunLoRA"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        y: Tensor = _Function.apply(x, matrix(self.base), self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
+        bias = getattr(self.base, "bias", None)
+        return y if bias is None else y + bias
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = choose(len(flat), weight.shape[0], weight.shape[1], len(a))
+        down = None
+        if chosen.merged_forward:
+            y = flat @ torch.addmm(weight, b, a, alpha=scale).T
+        else:
+            down = flat @ a.T
+            y = (flat @ weight.T).addmm_(down, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, down)
+        ctx.scale, ctx.chosen = scale, chosen
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, down = ctx.saved_tensors
+        scale, chosen = ctx.scale, ctx.chosen
+        grad = grads[0].reshape(-1, len(weight))
+        inner: Any = None
+        if not chosen.outer or not chosen.merged_backward:
+            inner = (grad @ b).mul_(scale)
+        if chosen.outer:
+            outer = (grad.T @ x).mul_(scale)
+            grad_a, grad_b = b.T @ outer, outer @ a.T
+        else:
+            down = x @ a.T if down is None else down
+            grad_a, grad_b = inner.T @ x, (grad.T @ down).mul_(scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if chosen.merged_backward:
+                grad_x = grad @ torch.addmm(weight, b, a, alpha=scale)
+            else:
+                grad_x = (grad @ weight).addmm_(inner, a)
+            grad_x = grad_x.view(*grads[0].shape[:-1], weight.shape[1])
+        return grad_x, None, grad_a, grad_b, None
+
+
+def linear_floor(out_features: int, in_features: int, rank: int) -> float:
+    """F of one linear operation."""
+    return 1 + 1.5 * rank * (out_features + in_features) / (out_features * in_features)
+
+
+def model_floor(
+    model: nn.Module, adapted: Iterable[str], rank: int, forward: Callable[[nn.Module], Any]
+) -> float:
+    """F of a model.
+
+    Args:
+        model: Without adapters.
+        adapted: Names of the linear layers that get one.
+        rank: Of all of them.
+        forward: Runs the model once, to see how many tokens each layer gets.
+    """
+    names = set(adapted)
+    base = branches = 0
+
+    def count(module: nn.Module, given: tuple[Tensor, ...], name: str) -> None:
+        nonlocal base, branches
+        out_features, in_features = matrix(module).shape
+        tokens = given[0].numel() // in_features
+        base += 4 * tokens * out_features * in_features
+        if name in names:
+            branches += 6 * tokens * rank * (out_features + in_features)
+
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, given, name=name: count(module, given, name)
+        )
+        for name, module in model.named_modules()
+        if is_linear(module)
+    ]
+    try:
+        with torch.no_grad():
+            forward(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 1 + branches / base
+
 
 FROZEN = "frozen"
 AGAIN = "frozen again (A/A)"

@@ -2,12 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import collections
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["count_operations"]
+__all__ = [
+    "Memory",
+    "count_operations",
+    "measure_memory",
+    "saved_by",
+    "saved_bytes",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a step allocates.
+
+    Attributes:
+        peak: The most bytes that were held at once, beyond what was there before.
+        largest: Bytes of the largest tensor that an operation made.
+    """
+
+    peak: int
+    largest: int
+
+
+def measure_memory(step: Callable[[], Any]) -> Memory:
+    """Runs a step and counts the storages that its operations make, as long as somebody holds them.
+
+    What a kernel allocates for itself is not seen.
+    """
+    with _PeakCounter() as counter:
+        step()
+    return Memory(counter.peak, counter.largest)
+
+
+class _PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self.largest = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in pytree.tree_leaves((args, kwargs)):
+            if isinstance(given, torch.Tensor):
+                self._meet(given.untyped_storage())
+        out = func(*args, **(kwargs or {}))
+        for made in pytree.tree_leaves(out):
+            if isinstance(made, torch.Tensor):
+                self._count(made.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        """It was there before. When it goes, a new one can take its address, and that one counts."""
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._known.discard, key)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        self.peak, self.largest = max(self.peak, self._now), max(self.largest, size)
+        # PyTorch keeps the Python object of a storage for as long as anything holds the storage.
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Runs a forward and counts what autograd keeps when it is done, without the model's parameters.
+
+    Args:
+        model: Whose parameters and their scales do not count: they are there anyway, frozen or not.
+        forward: Gives the tensor that the backward starts from.
+    """
+    return sum(saved_by(model, forward, lambda tensor: "").values())
+
+
+def saved_by(
+    model: nn.Module, forward: Callable[[], Any], kind: Callable[[Tensor], str]
+) -> dict[str, int]:
+    """The same by kind.
+
+    Args:
+        model: Whose parameters do not count.
+        forward: Gives the tensor that the backward starts from.
+        kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in _belonging(model)}
+    seen: dict[int, _Kept] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in own and key not in seen:
+            # What is let go of before the forward ends (a result that is detached) is not kept, and
+            # another storage can take its address.
+            seen[key] = _Kept(kind(tensor), weakref.ref(storage))
+            weakref.finalize(storage, seen.pop, key)
+        # A node that keeps its own result as it is would keep itself, too, for ever.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    for tensor in _attributes(kept):
+        pack(tensor)
+    # Storages that copy on write are several, and have one memory until somebody writes.
+    memory: dict[int, tuple[str, int]] = {}
+    for one in tuple(seen.values()):
+        if (storage := one.storage()) is not None:
+            memory.setdefault(_address(storage), (one.kind, storage.nbytes()))
+    found: dict[str, int] = collections.defaultdict(int)
+    for name, size in memory.values():
+        found[name] += size
+    del kept
+    return dict(found)
+
+
+class _Kept(NamedTuple):
+    kind: str
+    storage: weakref.ref[torch.UntypedStorage]
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """Where the memory of a storage is; ``data_ptr`` may make a copy, since its caller could write there."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    address: int = torch._C._data_address(whole)  # type: ignore[attr-defined]
+    return address
+
+
+def _belonging(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, and what a library keeps beside one that it has quantised."""
+    for parameter in model.parameters():
+        yield parameter
+        yield from _tensors(vars(parameter))
+    for module in model.modules():
+        yield from _tensors(vars(module).get("state"))
+
+
+def _attributes(result: Any) -> Iterator[Tensor]:
+    """What the nodes of a graph hold that were written in Python."""
+    waiting, seen = [getattr(result, "grad_fn", None)], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [above for above, _ in node.next_functions]
+        yield from _tensors(getattr(node, "__dict__", None))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, in what it holds, and in the fields of records."""
+    inner: Sequence[Any] = ()
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        inner = [*value.values()]
+    elif isinstance(value, list | tuple):
+        inner = value
+    elif dataclasses.is_dataclass(value):
+        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif type(value).__name__ == "QuantState":
+        inner = [*vars(value).values()]
+    for one in inner:
+        yield from _tensors(one)
 
 
 def count_operations(step: Callable[[], Any]) -> int:
@@ -15,12 +188,12 @@ def count_operations(step: Callable[[], Any]) -> int:
 
     Views are left out: they compute nothing.
     """
-    with _Counter() as counter:
+    with _OperationCounter() as counter:
         step()
     return int(counter.count)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count: int = 0

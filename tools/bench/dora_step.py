@@ -8,11 +8,8 @@ from torch import nn
 
 from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import AGAIN, BUILDERS, FROZEN, OURS, PEFT, Settings
-from lora_fx.tools.bench.measure import Progress, ratio
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.step_table import COLUMNS, cells, mebibytes
-from lora_fx.tools.bench.steps import Measured, compare, loss_of, name_of
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places, ratio
+from lora_fx.tools.bench.steps import COLUMNS, Measured, cells, compare, loss_of, mebibytes, name_of
 
 __all__ = ["DORA", "LORA", "TITLE", "caption", "rows", "run"]
 

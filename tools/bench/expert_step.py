@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 from lora_fx.api import rewrite
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.tools.bench.contenders import AGAIN, FROZEN, OURS, PEFT
-from lora_fx.tools.bench.linears import shared_copy
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.step_table import COLUMNS, cells, mebibytes
-from lora_fx.tools.bench.steps import Measured, compare
+from lora_fx.tools.bench.contenders import AGAIN, FROZEN, OURS, PEFT, shared_copy
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places
+from lora_fx.tools.bench.steps import COLUMNS, Measured, cells, compare, mebibytes
 
 __all__ = ["TITLE", "caption", "rows", "run"]
 

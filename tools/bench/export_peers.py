@@ -17,11 +17,18 @@ from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session.onnx_session import OnnxSession
-from lora_fx.tools.bench.environments import HERE, environment_of, exported
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.peer_exporters import File, Runner, describe, largest_error, runner
+from lora_fx.tools.bench.measure import Progress, Size
+from lora_fx.tools.bench.peer_exporters import (
+    HERE,
+    File,
+    Runner,
+    describe,
+    environment_of,
+    exported,
+    largest_error,
+    runner,
+)
 from lora_fx.tools.bench.served import RANK, Served, randomise, served
-from lora_fx.tools.bench.sizes import Size
 
 __all__ = ["KINDS", "TITLE", "Row", "caption", "rows", "run"]
 

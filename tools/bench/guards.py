@@ -17,16 +17,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.passes.graph.generated import generated
 from lora_fx.passes.graph.reads import conditions_of
+from lora_fx.passes.graph.region import generated
 from lora_fx.runtime.watch import CODES, disarm
 from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
-from lora_fx.tools.bench.measure import Progress, Ratio, Sample, interleaved, portion, ratio
-from lora_fx.tools.bench.places import Place
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.steps import loss_of
-from lora_fx.tools.bench.workloads import Workload, resnet
+from lora_fx.tools.bench.measure import (
+    Place,
+    Progress,
+    Ratio,
+    Sample,
+    Size,
+    interleaved,
+    portion,
+    ratio,
+)
+from lora_fx.tools.bench.steps import Workload, loss_of, resnet
 
 __all__ = [
     "AGAIN",

@@ -14,12 +14,16 @@ from lora_fx.tools.bench.contenders import (
     PEERS,
     PEFT,
 )
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.step_table import COLUMNS, cells
-from lora_fx.tools.bench.steps import Measured, measure
-from lora_fx.tools.bench.workloads import Workload, llama, llama_shape
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places
+from lora_fx.tools.bench.steps import (
+    COLUMNS,
+    Measured,
+    Workload,
+    cells,
+    llama,
+    llama_shape,
+    measure,
+)
 
 __all__ = ["TITLE", "caption", "charts", "rows", "run", "workload"]
 

@@ -1,27 +1,155 @@
-"""How a time is taken: interleaved, in one process, in random order, median and spread.
-
-The machines that run this are shared and noisy. What is compared is run in turn, so that a slow
-minute hits every contender, and ratios are taken within a turn.
-"""
+"""Where a section measures: on which devices and in which dtypes, one after the other."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import gc
 import importlib.metadata
 import math
 import os
 import platform
 import random
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._triton import has_triton
 
-__all__ = ["Progress", "Ratio", "Sample", "interleaved", "machine", "portion", "ratio"]
+__all__ = [
+    "Place",
+    "Progress",
+    "Ratio",
+    "Sample",
+    "Size",
+    "allocator_peak",
+    "at_each",
+    "compiles",
+    "computes_bf16",
+    "devices",
+    "interleaved",
+    "kernel_launches",
+    "launches",
+    "machine",
+    "places",
+    "portion",
+    "ratio",
+    "synchronizer",
+]
+
+
+CPU = torch.device("cpu")
+
+
+def devices() -> tuple[torch.device, ...]:
+    """Where to measure."""
+    if torch.cuda.is_available():
+        return (CPU, torch.device("cuda", torch.cuda.current_device()))
+    return (CPU,)
+
+
+def synchronizer(device: torch.device) -> Callable[[], None] | None:
+    """What waits for the device's work, or None where there is nothing to wait for."""
+    if device.type != "cuda":
+        return None
+    return functools.partial(torch.cuda.synchronize, device)
+
+
+def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None:
+    """How many kernels a step starts on a CUDA device; None elsewhere, where nothing is launched.
+
+    Copies and fills are counted with the kernels: they cost the same to start.
+    """
+    if device.type != "cuda":
+        return None
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    step()
+    # What is still running when the profiler starts would be counted, too.
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=kinds) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    return launches(profile.events() or ())
+
+
+def launches(events: Iterable[Any]) -> int:
+    """How many of a profiler's events are kernels, copies and fills on a GPU.
+
+    Ranges that somebody has named are repeated on the GPU's time line and start nothing.
+    """
+    return sum(
+        1 for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation
+    )
+
+
+def allocator_peak(
+    step: Callable[[], Any], device: torch.device, reset: Callable[[], Any] | None = None
+) -> int | None:
+    """Bytes that a step takes from CUDA's allocator beyond what was held before; None elsewhere.
+
+    Args:
+        step: Run twice: the first run takes what libraries keep for good (workspaces of cuBLAS).
+        device: Where.
+        reset: Lets go of what a step leaves (gradients), which would count as held before.
+    """
+    if device.type != "cuda":
+        return None
+    step()
+    if reset is not None:
+        reset()
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@functools.cache
+def computes_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 are worth measuring: at most a fifth slower than those in fp32.
+
+    A processor without instructions for them is some ten times slower.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    single, half = (_product_time(dtype) for dtype in (torch.float32, torch.bfloat16))
+    return half <= 1.2 * single
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether inductor has what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    if device.type == "cuda":
+        return has_triton()
+    return any(shutil.which(name) is not None for name in ("g++", "clang++", "c++"))
+
+
+def _product_time(dtype: torch.dtype) -> float:
+    left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+class Size(enum.StrEnum):
+    """What a section measures: all of it, what takes seconds, or as little as a test needs.
+
+    The shapes of a smaller size are not those of the page: its figures are for looking at the tool.
+    """
+
+    FULL = "full"
+    QUICK = "quick"
+    TINY = "tiny"
+
 
 Progress = Callable[[int, int, str], None]
 """(done, total, contender): called after each run."""
@@ -209,3 +337,62 @@ def _processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+Found = TypeVar("Found")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A device and a dtype; as a string, what the tables call it: "cpu, float32".
+
+    Attributes:
+        device: Where models and inputs are.
+        dtype: Of weights and activations.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether it is a GPU."""
+        return self.device.type == "cuda"
+
+
+def places(*, half: bool) -> tuple[Place, ...]:
+    """Every device with fp32, then those that compute in bf16 with that.
+
+    Args:
+        half: Whether bf16 is wanted.
+    """
+    found = [Place(device, torch.float32) for device in devices()]
+    if half:
+        found += [Place(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
+    return tuple(found)
+
+
+def at_each(
+    where: Sequence[Place],
+    work: Callable[[Place, Progress | None], Found],
+    progress: Progress | None,
+    title: str = "",
+) -> dict[str, Found]:
+    """Does the same work at each place.
+
+    Args:
+        where: The places.
+        work: Gets the place, and the progress to call for its part.
+        progress: The whole's.
+        title: Stands before the name of the contender in the progress.
+
+    Returns:
+        What the work gave, by the place's name.
+    """
+    return {
+        str(place): work(place, portion(progress, index, len(where), title))
+        for index, place in enumerate(where)
+    }

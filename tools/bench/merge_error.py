@@ -17,8 +17,7 @@ from lora_fx.api import merge, rewrite
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.passes.merge.rounding import rounded, ulp
 from lora_fx.tools.bench.contenders import OURS, PEFT
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.measure import Progress, Size
 
 __all__ = ["TITLE", "MergeError", "caption", "rows", "run"]
 

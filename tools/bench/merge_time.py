@@ -13,12 +13,18 @@ from torch import Tensor, nn
 
 from lora_fx.api import merge, rewrite
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.tools.bench.hardware import devices, synchronizer
-from lora_fx.tools.bench.linears import shared_copy
-from lora_fx.tools.bench.measure import Progress, Sample, interleaved
-from lora_fx.tools.bench.memory import Memory, measure_memory
-from lora_fx.tools.bench.places import Place, at_each
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.contenders import shared_copy
+from lora_fx.tools.bench.counted import Memory, measure_memory
+from lora_fx.tools.bench.measure import (
+    Place,
+    Progress,
+    Sample,
+    Size,
+    at_each,
+    devices,
+    interleaved,
+    synchronizer,
+)
 
 __all__ = ["BOUND", "OURS", "OURS_INTO", "PEFT", "TITLE", "Merged", "caption", "rows", "run"]
 

@@ -8,18 +8,18 @@ import torch
 
 from lora_fx.tools.bench.chart import Bar, Group, bars
 from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, FROZEN, OURS, PEFT
-from lora_fx.tools.bench.measure import Progress, portion
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.step_table import COLUMNS, cells
-from lora_fx.tools.bench.steps import Measured, measure
-from lora_fx.tools.bench.workloads import (
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places, portion
+from lora_fx.tools.bench.steps import (
+    COLUMNS,
+    Measured,
     Workload,
     bert,
+    cells,
     gpt2,
     llama,
     llama_block,
     llama_shape,
+    measure,
     vit,
 )
 

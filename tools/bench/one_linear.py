@@ -21,12 +21,20 @@ from lora_fx.tools.bench.contenders import (
     PEERS,
     PEFT,
     Settings,
+    linear_floor,
 )
-from lora_fx.tools.bench.floor import linear_floor
-from lora_fx.tools.bench.hardware import kernel_launches, synchronizer
-from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion, ratio
-from lora_fx.tools.bench.places import Place, places
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.measure import (
+    Place,
+    Progress,
+    Sample,
+    Size,
+    interleaved,
+    kernel_launches,
+    places,
+    portion,
+    ratio,
+    synchronizer,
+)
 
 __all__ = ["TITLE", "Cell", "Shape", "caption", "charts", "rows", "run"]
 

@@ -21,9 +21,8 @@ from lora_fx.export.adapters.file import save_onnx_adapter
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.ort.providers import check_provider, import_onnxruntime
 from lora_fx.export.session.onnx_session import OnnxSession
-from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion, ratio
+from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
 from lora_fx.tools.bench.served import RANK, Served, randomise, served
-from lora_fx.tools.bench.sizes import Size
 
 __all__ = [
     "AGAIN",

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, FROZEN, OURS, PEFT, Settings
-from lora_fx.tools.bench.hardware import synchronizer
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places, synchronizer
 from lora_fx.tools.bench.steps import loss_of, name_of
 
 __all__ = [

@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from lora_fx.api import rewrite
-from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT
-from lora_fx.tools.bench.linears import shared_copy
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.quantized_base import available, quantized_base
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT, shared_copy
+from lora_fx.tools.bench.measure import Progress, Size
+from lora_fx.tools.bench.quantized_step import available, quantized_base
 from lora_fx.tools.demo.data import LIBRARIES, Corpus, collect
 from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
 from lora_fx.tools.demo.report import DemoSettings

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.quantized_base import quantize
 from lora_fx.formats.weights import quantization_of
 from lora_fx.tools.bench.contenders import (
     AGAIN,
@@ -16,19 +19,55 @@ from lora_fx.tools.bench.contenders import (
     OURS,
     PEFT,
     Settings,
+    model_floor,
     targets_of,
 )
-from lora_fx.tools.bench.floor import model_floor
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.places import Place, at_each, places
-from lora_fx.tools.bench.quantized_base import available, quantized_base
-from lora_fx.tools.bench.saved import saved_by
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.step_table import COLUMNS, cells, mebibytes
-from lora_fx.tools.bench.steps import Measured, compare, loss_of, name_of
-from lora_fx.tools.bench.workloads import Workload, llama, llama_shape
+from lora_fx.tools.bench.counted import saved_by
+from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places
+from lora_fx.tools.bench.steps import (
+    COLUMNS,
+    Measured,
+    Workload,
+    cells,
+    compare,
+    llama,
+    llama_shape,
+    loss_of,
+    mebibytes,
+    name_of,
+)
 
-__all__ = ["DENSE", "TITLE", "Found", "caption", "rows", "run", "workload"]
+__all__ = [
+    "DENSE",
+    "Found",
+    "TITLE",
+    "available",
+    "caption",
+    "quantized_base",
+    "rows",
+    "run",
+    "workload",
+]
+
+
+def available() -> bool:
+    """Whether bitsandbytes is there: it is not on every system that lora-fx runs on."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def quantized_base(model: nn.Module, scheme: str = "nf4") -> nn.Module:
+    """A copy with every linear layer but the head in NF4: both libraries take it as their base.
+
+    Args:
+        model: Any model of ``nn.Linear``.
+        scheme: A format of :func:`lora_fx.quantize`.
+    """
+    base: Any = quantize(model, scheme).train(model.training)
+    # What transformers says of a model that it has quantised: PEFT asks for it.
+    base.is_loaded_in_4bit = True
+    result: nn.Module = base
+    return result
+
 
 TITLE = "A training step over an NF4 base, rank 16"
 

@@ -31,8 +31,7 @@ from lora_fx.tools.bench import (
     rewrite_time,
     saved_step,
 )
-from lora_fx.tools.bench.measure import Progress, machine
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.measure import Progress, Size, machine
 
 __all__ = ["IMAGES", "SECTIONS", "reference", "run_benchmarks", "select", "without_empty", "write"]
 

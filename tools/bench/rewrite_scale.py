@@ -12,9 +12,8 @@ from lora_fx.api import graphs, rewrite
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.tools.bench.chart import Bar, Group, bars
 from lora_fx.tools.bench.contenders import OURS, PEFT
-from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion, ratio
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.workloads import llama_shape
+from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
+from lora_fx.tools.bench.steps import llama_shape
 
 __all__ = ["TITLE", "Scale", "caption", "charts", "rows", "run"]
 

@@ -16,8 +16,7 @@ from torch import nn
 from lora_fx.api import rewrite
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT
-from lora_fx.tools.bench.measure import Progress, Sample, interleaved, portion
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion
 
 __all__ = ["TITLE", "caption", "rows", "run"]
 

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import FROZEN, Settings
-from lora_fx.tools.bench.measure import Progress
-from lora_fx.tools.bench.places import Place
+from lora_fx.tools.bench.counted import saved_by
+from lora_fx.tools.bench.measure import Place, Progress, Size
 from lora_fx.tools.bench.profile_step import contenders, is_thin
-from lora_fx.tools.bench.saved import saved_by
-from lora_fx.tools.bench.sizes import Size
-from lora_fx.tools.bench.step_table import mebibytes
-from lora_fx.tools.bench.steps import loss_of
+from lora_fx.tools.bench.steps import loss_of, mebibytes
 
 __all__ = ["KINDS", "TITLE", "caption", "kind_of", "rows", "run"]
 

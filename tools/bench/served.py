@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.tools.bench.floor import model_floor
-from lora_fx.tools.bench.linears import is_linear
-from lora_fx.tools.bench.sizes import Size
+from lora_fx.tools.bench.contenders import is_linear, model_floor
+from lora_fx.tools.bench.measure import Size
 
 __all__ = ["RANK", "Served", "randomise", "served"]
 

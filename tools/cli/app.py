@@ -17,10 +17,10 @@ from lora_fx.tools.cli.export import export
 from lora_fx.tools.cli.export_adapter import export_adapter
 from lora_fx.tools.cli.generate import generate
 from lora_fx.tools.cli.merge import merge
+from lora_fx.tools.cli.options import as_options
 from lora_fx.tools.cli.plan import plan
 from lora_fx.tools.cli.rewrite import rewrite
 from lora_fx.tools.cli.run import run
-from lora_fx.tools.cli.spelling import as_options
 from lora_fx.tools.cli.visualize import visualize
 from lora_fx.tools.cli.zoo import zoo
 

@@ -47,9 +47,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure rewrites, training steps and merges beside PEFT and others, and write the page."""
-    from lora_fx.tools.bench.environments import set_environments
+    from lora_fx.tools.bench.measure import Size
+    from lora_fx.tools.bench.peer_exporters import set_environments
     from lora_fx.tools.bench.report import run_benchmarks, select, write
-    from lora_fx.tools.bench.sizes import Size
 
     select(only)
     set_environments(peer_env or ())

@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.export.report import ExportReport, short, worst_by_layer
-from lora_fx.export.stored_format import size_text
+from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
 
 __all__ = ["render"]
 

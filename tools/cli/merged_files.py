@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError, MergeError
-from lora_fx.output_path import output_file
+from lora_fx.files import output_file
 
 __all__ = ["check_out", "dtype_of", "write_merged"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from lora_fx.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.output_path import output_file
+from lora_fx.files import output_file
 from lora_fx.tools.cli import console
 from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
 
@@ -32,12 +33,46 @@ __all__ = [
     "Strict",
     "TargetRegex",
     "Targets",
+    "as_options",
     "capture_options",
     "config_from",
     "file_to_write",
     "load",
     "loaded_adapter",
 ]
+
+
+# Not inside a call, which is Python as a whole.
+_ARGUMENT = re.compile(
+    r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+(?:\.\d+)?\b)"
+)
+
+
+def as_options(message: str, commands: Iterable[Any]) -> str:
+    """``adapters='inputs'`` as ``--adapters inputs``, where a command has such an option.
+
+    Args:
+        message: Of an error.
+        commands: Those of the application.
+    """
+    options = {
+        str(one.name): one
+        for command in commands
+        for one in command.params
+        if one.param_type_name == "option"
+    }
+
+    def spelt(match: re.Match[str]) -> str:
+        option, value = options.get(match["name"]), match["value"]
+        if option is None:
+            return match[0]
+        if not option.is_flag:
+            return f"{option.opts[0]} {value.strip(chr(39))}"
+        names = option.opts if value == "True" else option.secondary_opts
+        return str(names[0]) if names and value in ("True", "False") else match[0]
+
+    return _ARGUMENT.sub(spelt, message)
+
 
 _PANEL = "What to adapt"
 _CAPTURE = "How to look at the model"

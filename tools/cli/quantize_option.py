@@ -30,7 +30,7 @@ Quantize = Annotated[
 
 
 def planned(loaded: LoadedModel, format_name: str) -> Any:
-    """What would be stored in few bits: a :class:`lora_fx.passes.quantize.quantization_plan.QuantizationPlan`.
+    """What would be stored in few bits: a :class:`lora_fx.passes.quantize.planning.QuantizationPlan`.
 
     Raises:
         QuantizationError: If the model is quantised already. One of a folder is made without its weights, so

@@ -13,7 +13,7 @@ import typer
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.cli import console
-from lora_fx.tools.zoo.row import PARTS, Row
+from lora_fx.tools.zoo.report import PARTS, Row
 
 __all__ = ["zoo"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.demo.data import Sentence
-from lora_fx.tools.hf_models import quiet_transformers
+from lora_fx.tools.models import quiet_transformers
 
 __all__ = [
     "Batch",

@@ -1,13 +1,21 @@
-"""A picture as Graphviz DOT: modules are clusters."""
+"""A picture as a networkx graph, and that as GraphML."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+
+import networkx as nx
 
 from lora_fx.tools.draw.layout import words_of
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean
 
-__all__ = ["to_dot"]
+__all__ = [
+    "to_dot",
+    "to_graphml",
+    "to_networkx",
+]
+
 
 _COLOURS: dict[Kind, tuple[str, str]] = {
     Kind.BASE: ("#e9effb", "#4a6fb5"),
@@ -82,3 +90,33 @@ def _end(box: Box, *, last: bool) -> Box:
 def _quote(text: str) -> str:
     escaped = clean(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
+
+
+def to_networkx(picture: Picture) -> nx.DiGraph:
+    """The picture as a graph: edges are data flow, nesting is the attribute ``parent``."""
+    document = picture.to_dict()
+    graph = nx.DiGraph(title=clean(picture.title))
+    for entry in (*document["boxes"], *document["nodes"]):
+        graph.add_node(
+            entry["id"],
+            parent=entry["parent"] or "",
+            kind=entry["kind"],
+            label=clean(entry["name"]),
+            caption=clean(entry["caption"]),
+            fqn=clean(entry["fqn"]),
+            adapter=clean(entry.get("adapter", "")),
+            facts=clean("\n".join(f"{label}: {value}" for label, value in entry["facts"])),
+            count=max(len(entry["repeats"]), 1),
+            sites=entry["sites"],
+            trainable=entry["trainable"],
+            frozen=entry["frozen"],
+        )
+    graph.add_edges_from((edge["source"], edge["target"]) for edge in document["edges"])
+    return graph
+
+
+def to_graphml(picture: Picture) -> str:
+    """The text of a GraphML file."""
+    buffer = io.BytesIO()
+    nx.write_graphml_xml(to_networkx(picture), buffer)
+    return buffer.getvalue().decode("utf-8")

@@ -8,8 +8,7 @@ from importlib import resources
 from typing import Any
 from xml.sax.saxutils import escape
 
-from lora_fx.tools.draw.coordinates import METRICS
-from lora_fx.tools.draw.layout import CHIPS, plan_layers, sizes_of, words_of
+from lora_fx.tools.draw.layout import CHIPS, METRICS, plan_layers, sizes_of, words_of
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean
 
 __all__ = ["document_of", "initially_open", "to_html"]

@@ -1,20 +1,352 @@
 """Places the boxes of a picture: sizes, coordinates and the ways of edges, in pixels.
 
 The HTML page does the same in the browser, where boxes open and close, with the sizes of closed
-boxes and the rows of :mod:`lora_fx.tools.draw.layering` from here; a test compares the two.
+boxes and the rows of :mod:`lora_fx.tools.draw.layout` from here; a test compares the two.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from lora_fx.tools.draw.coordinates import METRICS, Local, Point, flow, grid
-from lora_fx.tools.draw.layering import Layers, Link, layers_of
+import networkx as nx
+
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
 
-__all__ = ["CHIPS", "Placed", "Scene", "Wire", "place", "plan_layers", "sizes_of", "words_of"]
+__all__ = [
+    "CHIPS",
+    "DUMMY",
+    "Layers",
+    "Link",
+    "Local",
+    "METRICS",
+    "Placed",
+    "Point",
+    "Scene",
+    "Wire",
+    "flow",
+    "grid",
+    "layers_of",
+    "place",
+    "plan_layers",
+    "sizes_of",
+    "words_of",
+]
+
+
+DUMMY = "~"
+"""First character of a dummy's name."""
+
+_SWEEPS = 12
+
+
+class Link(NamedTuple):
+    """One step of an edge, from a row to the next.
+
+    Attributes:
+        upper, lower: Boxes or dummies.
+        source: The box that the edge comes from.
+        target: The box that it leads to, one of them where edges of one source share the step.
+    """
+
+    upper: str
+    lower: str
+    source: str
+    target: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layers:
+    """Rows of ids, from the top, and the steps of the edges between them.
+
+    Attributes:
+        rows: Ids and dummies from left to right.
+        links: Every step once: edges of one source share dummies, so that an input that is read
+            everywhere is one line with branches.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    links: tuple[Link, ...]
+
+
+def layers_of(
+    ids: Sequence[str],
+    edges: Sequence[tuple[str, str]],
+    first: Sequence[str] = (),
+    last: Sequence[str] = (),
+) -> Layers:
+    """Arranges an acyclic graph in rows.
+
+    Args:
+        ids: The nodes, in the order that decides between equals.
+        edges: Pairs of nodes.
+        first: Nodes that belong in the top row (inputs).
+        last: Nodes that belong in the bottom row (outputs).
+    """
+    rank = _ranks(ids, edges, first, last)
+    rows: list[list[str]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
+    for name in ids:
+        rows[rank[name]].append(name)
+    links = _links(edges, rank, rows)
+    below: dict[str, list[str]] = {name: [] for row in rows for name in row}
+    above: dict[str, list[str]] = {name: [] for row in rows for name in row}
+    for upper, lower, *_ in links:
+        below[upper].append(lower)
+        above[lower].append(upper)
+    best, fewest = [list(row) for row in rows], _crossings(rows, below)
+    for sweep in range(_SWEEPS):
+        if not fewest:
+            break
+        down = sweep % 2 == 0
+        _reorder(rows if down else rows[::-1], above if down else below)
+        crossings = _crossings(rows, below)
+        if crossings < fewest:
+            best, fewest = [list(row) for row in rows], crossings
+    return Layers(tuple(map(tuple, best)), tuple(links))
+
+
+def _ranks(
+    ids: Sequence[str],
+    edges: Sequence[tuple[str, str]],
+    first: Sequence[str],
+    last: Sequence[str],
+) -> dict[str, int]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(ids)
+    graph.add_edges_from(edges)
+    rank: dict[str, int] = {}
+    order = list(
+        nx.lexicographical_topological_sort(graph, key={n: i for i, n in enumerate(ids)}.get)
+    )
+    for name in order:
+        rank[name] = max((rank[p] + 1 for p in graph.predecessors(name)), default=0)
+    # What nothing flows into (constants, masks) stands just above what reads it.
+    for name in reversed(order):
+        if not graph.in_degree(name) and graph.out_degree(name) and name not in first:
+            rank[name] = min(rank[s] for s in graph.successors(name)) - 1
+    bottom = max(rank.values(), default=0)
+    rank |= {name: bottom for name in last if not graph.out_degree(name)}
+    return rank
+
+
+def _links(
+    edges: Sequence[tuple[str, str]], rank: dict[str, int], rows: list[list[str]]
+) -> list[Link]:
+    """The steps of all edges; puts the dummies into the rows."""
+    chains: dict[str, list[str]] = {}
+    links: list[Link] = []
+    count = 0
+    for source, target in edges:
+        chain = chains.setdefault(source, [source])
+        while len(chain) < rank[target] - rank[source]:
+            dummy = f"{DUMMY}{count}"
+            count += 1
+            rows[rank[source] + len(chain)].append(dummy)
+            links.append(Link(chain[-1], dummy, source, target))
+            chain.append(dummy)
+        links.append(Link(chain[rank[target] - rank[source] - 1], target, source, target))
+    return links
+
+
+def _reorder(rows: Sequence[list[str]], neighbours: dict[str, list[str]]) -> None:
+    """Sorts each row by the mean place of its neighbours in the row before it, in place."""
+    for before, row in itertools.pairwise(rows):
+        place = {name: i for i, name in enumerate(before)}
+        own = {name: i * len(before) / len(row) for i, name in enumerate(row)}
+        mean = {
+            name: sum(place[n] for n in near) / len(near) if near else own[name]
+            for name, near in ((name, neighbours[name]) for name in row)
+        }
+        row.sort(key=mean.__getitem__)
+
+
+def _crossings(rows: Sequence[Sequence[str]], below: dict[str, list[str]]) -> int:
+    total = 0
+    for row, after in itertools.pairwise(rows):
+        place = {name: i for i, name in enumerate(after)}
+        seen: list[int] = []
+        for name in row:
+            ends = sorted(place[n] for n in below[name])
+            total += sum(len(seen) - bisect.bisect_right(seen, end) for end in ends)
+            for end in ends:
+                bisect.insort(seen, end)
+    return total
+
+
+Point = tuple[float, float]
+Size = tuple[float, float]
+
+METRICS: dict[str, float] = {
+    "pad": 14,  # inside a box, around its children
+    "header": 40,
+    "bareHeader": 28,  # without a caption
+    "gapX": 16,
+    "gapY": 14,  # between the rows of a grid
+    "flowY": 26,  # between rows that edges connect
+    "dummy": 6,  # width of the channel of an edge that passes a row
+    "slack": 0.02,  # how little a passing edge resists where it and a box want the same place
+    "sweeps": 13,
+    "aspect": 1.8,  # width to height that a grid aims at
+    "port": 14,  # at most between two arrows that end in one box
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Local:
+    """The inside of a box.
+
+    Attributes:
+        width, height: Its size.
+        spots: Left upper corners of the children.
+        wires: The steps of the edges, each with four points: a straight line, a curve, and a
+            straight line.
+    """
+
+    width: float
+    height: float
+    spots: Mapping[str, Point]
+    wires: tuple[tuple[Link, tuple[Point, Point, Point, Point]], ...] = ()
+
+
+def grid(sizes: Mapping[str, Size]) -> Local:
+    """Rows from left to right, as in a text, wrapped so that the whole is neither long nor wide."""
+    widths = [w for w, _ in sizes.values()]
+    limits = [sum(widths[: i + 1]) + i * METRICS["gapX"] for i in range(len(widths))]
+    packed = (_pack(sizes, max(limit, *widths)) for limit in limits)
+    aspect = METRICS["aspect"]
+    return min(packed, key=lambda local: max(local.width, local.height * aspect))
+
+
+def _pack(sizes: Mapping[str, Size], limit: float) -> Local:
+    """Rows of columns: what fits below its predecessor, in a row of taller ones, goes there."""
+    gap_x, gap_y = METRICS["gapX"], METRICS["gapY"]
+    spots: dict[str, Point] = {}
+    left = top = width = 0.0  # of the row's last column, of the row, of everything
+    column: Size = (0.0, 0.0)
+    row = 0.0  # height
+    for name, (w, h) in sizes.items():
+        below = column[1] + gap_y
+        if column[1] and below + h <= row and left + w <= limit:
+            spots[name] = (left, top + below)
+            column = (max(column[0], w), below + h)
+        else:
+            left = left + column[0] + gap_x if column[1] else 0.0
+            if left and left + w > limit:
+                left, top, row = 0.0, top + row + gap_y, 0.0
+            spots[name] = (left, top)
+            column = (w, h)
+        row = max(row, column[1])
+        width = max(width, left + column[0])
+    return Local(width, top + row, spots)
+
+
+def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
+    """Rows from the top, each box near the middle of what it is connected to."""
+    dummy = (METRICS["dummy"], 0.0)
+    wide = {name: sizes.get(name, dummy)[0] for row in layers.rows for name in row}
+    centre = _centres(layers, wide)
+    left = min(centre[name] - wide[name] / 2 for name in wide)
+    width = max(centre[name] + wide[name] / 2 for name in wide) - left
+    spots: dict[str, Point] = {}
+    bands: dict[str, Point] = {}
+    y = 0.0
+    for row in layers.rows:
+        height = max(sizes.get(name, dummy)[1] for name in row)
+        for name in row:
+            bands[name] = (y, y + height)
+            if name in sizes:
+                w, h = sizes[name]
+                spots[name] = (centre[name] - left - w / 2, y + (height - h) / 2)
+        y += height + METRICS["flowY"]
+    middle = {name: centre[name] - left for name in wide}
+    ports = _ports(layers, middle, wide)
+    wires = []
+    for link, port in zip(layers.links, ports, strict=True):
+        upper, lower = link.upper, link.lower
+        # Through a dummy leads the step that ends in it.
+        start = spots[upper][1] + sizes[upper][1] if upper in sizes else bands[upper][1]
+        end = spots[lower][1] if lower in sizes else bands[lower][1]
+        x = middle[upper]
+        points = ((x, start), (x, bands[upper][1]), (port, bands[lower][0]), (port, end))
+        wires.append((link, points))
+    return Local(width, y - METRICS["flowY"], spots, tuple(wires))
+
+
+def _centres(layers: Layers, wide: Mapping[str, float]) -> dict[str, float]:
+    above: dict[str, list[str]] = {name: [] for name in wide}
+    below: dict[str, list[str]] = {name: [] for name in wide}
+    for upper, lower, *_ in layers.links:
+        below[upper].append(lower)
+        above[lower].append(upper)
+    centre: dict[str, float] = {}
+    for row in layers.rows:
+        _settle(row, dict.fromkeys(row, 0.0), dict.fromkeys(row, 1.0), wide, centre)
+    for sweep in range(int(METRICS["sweeps"])):
+        near, rows = (below, layers.rows[::-1]) if sweep % 2 else (above, layers.rows)
+        for row in rows:
+            wanted = {
+                name: _mean(centre, near[name]) if near[name] else centre[name] for name in row
+            }
+            # What is connected to nothing stands close to the rest.
+            alone = {name for name in row if not above[name] and not below[name]}
+            wanted |= dict.fromkeys(alone, centre[row[0]])
+            weight = {n: METRICS["slack"] if n.startswith(DUMMY) else 1.0 for n in row}
+            weight |= dict.fromkeys(alone, 0.001)
+            _settle(row, wanted, weight, wide, centre)
+    return centre
+
+
+def _mean(centre: Mapping[str, float], names: Sequence[str]) -> float:
+    # Edges that only pass do not pull where boxes do: the main line of a graph stays straight.
+    pulling = [name for name in names if not name.startswith(DUMMY)] or names
+    return sum(centre[name] for name in pulling) / len(pulling)
+
+
+def _settle(
+    row: Sequence[str],
+    wanted: Mapping[str, float],
+    weight: Mapping[str, float],
+    wide: Mapping[str, float],
+    centre: dict[str, float],
+) -> None:
+    """Puts a row where it wants to be, as nearly (least squares) as order and widths allow."""
+    offset = 0.0
+    offsets: list[float] = []
+    # Blocks of boxes that touch: weighted sum of wishes, weight, number of boxes.
+    blocks: list[tuple[float, float, int]] = []
+    for i, name in enumerate(row):
+        if i:
+            offset += (wide[row[i - 1]] + wide[name]) / 2 + METRICS["gapX"]
+        offsets.append(offset)
+        block = ((wanted[name] - offset) * weight[name], weight[name], 1)
+        while blocks and blocks[-1][0] / blocks[-1][1] > block[0] / block[1]:
+            last = blocks.pop()
+            block = (last[0] + block[0], last[1] + block[1], last[2] + block[2])
+        blocks.append(block)
+    index = 0
+    for total, mass, count in blocks:
+        for _ in range(count):
+            centre[row[index]] = total / mass + offsets[index]
+            index += 1
+
+
+def _ports(layers: Layers, middle: Mapping[str, float], wide: Mapping[str, float]) -> list[float]:
+    """Where on the upper side of a box each step ends: side by side, in order of origin."""
+    ending: dict[str, list[int]] = {}
+    for index, link in enumerate(layers.links):
+        ending.setdefault(link.lower, []).append(index)
+    ports = [0.0] * len(layers.links)
+    for lower, steps in ending.items():
+        steps.sort(key=lambda index: middle[layers.links[index].upper])
+        gap = min(METRICS["port"], wide[lower] / (len(steps) + 1))
+        for i, index in enumerate(steps):
+            ports[index] = middle[lower] + (i - (len(steps) - 1) / 2) * gap
+    return ports
+
 
 CHIPS: dict[Kind, str] = {
     Kind.BASE: "W",
@@ -46,7 +378,7 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wire:
-    """A step of an edge; see :class:`~lora_fx.tools.draw.coordinates.Local` for the points."""
+    """A step of an edge; see :class:`~lora_fx.tools.draw.layout.Local` for the points."""
 
     link: Link
     points: tuple[Point, ...]

@@ -11,10 +11,19 @@ from lora_fx.formats.weights import quantization_of
 from lora_fx.ir.record import Record
 from lora_fx.ir.values import META_KEY, Region, join
 from lora_fx.passes.graph.region import original_class
-from lora_fx.tools.draw.node_picture import adapters_of, dtype_name, measured, size_name
 from lora_fx.tools.draw.picture import Box, Kind, Picture, elide, fold_label, human
-from lora_fx.tools.draw.region_picture import RegionPainter, parameter_counts
-from lora_fx.tools.draw.structure import Digests, children_of, label_of, runs
+from lora_fx.tools.draw.region_picture import (
+    Digests,
+    RegionPainter,
+    adapters_of,
+    children_of,
+    dtype_name,
+    label_of,
+    measured,
+    parameter_counts,
+    runs,
+    size_name,
+)
 
 __all__ = ["picture_of_model"]
 

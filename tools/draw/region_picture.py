@@ -2,28 +2,242 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
-from lora_fx.ir.values import PlannedSite, Region, Role, join
+from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.values import META_KEY, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph.lazy import elements
 from lora_fx.passes.graph.region import original_class
-from lora_fx.tools.draw.node_picture import (
-    adapters_of,
-    measured,
-    node_caption,
-    node_facts,
-    node_kind,
-    node_name,
-    tag_of,
-)
-from lora_fx.tools.draw.picture import Box
-from lora_fx.tools.draw.structure import Digests, children_of, follows
+from lora_fx.tools.draw.picture import Box, Kind, elide, times
 
-__all__ = ["Painter", "RegionPainter", "parameter_counts"]
+__all__ = [
+    "Digests",
+    "Painter",
+    "RegionPainter",
+    "adapters_of",
+    "children_of",
+    "dtype_name",
+    "follows",
+    "label_of",
+    "measured",
+    "node_caption",
+    "node_facts",
+    "node_kind",
+    "node_name",
+    "parameter_counts",
+    "runs",
+    "size_name",
+    "tag_of",
+    "target_name",
+]
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$", re.DOTALL)
+
+
+def target_name(target: Any) -> str:
+    """A readable name for what a node calls, the same in every process."""
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None) or ""
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
+    if module.startswith("torch._ops") or name is None:
+        return _ADDRESS.sub("", str(target))
+    module = "torch.nn.functional" if module == "torch._C._nn" else module.strip("_")
+    return f"{module}.{name}" if module else name
+
+
+def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Child modules by name, a module that stands under two names twice."""
+    return ((name, child) for name, child in module._modules.items() if child is not None)
+
+
+class Digests:
+    """Hashes that are equal where two modules look the same in a picture.
+
+    A hash covers the class, ``extra_repr``, the shapes of the module's own tensors, the graph with
+    its tags, and the same of all children. Ranks count (they are shapes) and so do scales and
+    dropout (they are constants of the graph); values of weights do not.
+
+    Args:
+        graphs: The graphs of the regions, by ``id`` of the module.
+    """
+
+    def __init__(self, graphs: Mapping[int, fx.Graph]) -> None:
+        self._graphs = graphs
+        self._known: dict[int, str] = {}
+
+    def __call__(self, module: nn.Module) -> str:
+        """The hash of ``module``."""
+        known = self._known.get(id(module))
+        if known is None:
+            text = "\n".join(self._lines(module))
+            known = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+            self._known[id(module)] = known
+        return known
+
+    def _lines(self, module: nn.Module) -> Iterator[str]:
+        cls = original_class(module)
+        yield f"{cls.__module__}.{cls.__qualname__}({_ADDRESS.sub('', module.extra_repr())})"
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{name!r} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+        graph = self._graphs.get(id(module))
+        for node in graph.nodes if graph is not None else ():
+            call = f"{node.op} {node.name} {target_name(node.target)} {node.args} {node.kwargs}"
+            yield f"{_ADDRESS.sub('', call)} {node.meta.get(META_KEY)}"
+        for name, child in children_of(module):
+            yield f"{name!r} {self(child)}"
+
+
+def follows(first: str, second: str) -> bool:
+    """Whether two names differ only in their last number, and the second counts one on."""
+    a, b = _NUMBERED.match(first), _NUMBERED.match(second)
+    if a is None or b is None:
+        return False
+    return (a[1], a[3]) == (b[1], b[3]) and int(b[2]) == int(a[2]) + 1
+
+
+def runs(names: Sequence[str], digests: Sequence[str]) -> Iterator[range]:
+    """Splits siblings into runs that are drawn as one box: equal, and numbered in sequence."""
+    start = 0
+    for i in range(1, len(names) + 1):
+        same = i < len(names) and digests[i] == digests[start] and follows(names[i - 1], names[i])
+        if not same:
+            yield range(start, i)
+            start = i
+
+
+def label_of(fqn: str) -> str:
+    """The last part of a name, with the one before it where it is only a number."""
+    parts = fqn.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+_KINDS = {
+    Role.BASE: Kind.BASE,
+    Role.DROPOUT: Kind.DROPOUT,
+    Role.DOWN: Kind.DOWN,
+    Role.UP: Kind.UP,
+    Role.SCALE: Kind.SCALE,
+    Role.ADD: Kind.ADD,
+}
+_OPS = {
+    "placeholder": Kind.INPUT,
+    "output": Kind.OUTPUT,
+    "get_attr": Kind.WEIGHT,
+    "call_module": Kind.LEAF,
+}
+
+
+def tag_of(node: fx.Node) -> Tag | None:
+    """The node's tag, if it has one."""
+    tag = node.meta.get(META_KEY)
+    return tag if isinstance(tag, Tag) else None
+
+
+def adapters_of(graph: fx.Graph) -> list[tuple[str, str]]:
+    """The adapters of a graph as pairs of weight and adapter name, each once."""
+    tags = (tag_of(node) for node in graph.nodes)
+    return list(dict.fromkeys((t.weight, t.adapter) for t in tags if t is not None and t.adapter))
+
+
+def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, float | None]:
+    """Rank and scale of an adapter as the graph has them."""
+    rank: int | None = None
+    scale: float | None = None
+    for node in region.graph.nodes:
+        tag = tag_of(node)
+        if tag is None or (tag.weight, tag.adapter) != (weight, adapter):
+            continue
+        if rank is None and tag.role in (Role.FACTOR, Role.DOWN):
+            rank = _first_size(region, (node, *node.all_input_nodes))
+        if scale is None and tag.role in (Role.SCALE, Role.FUSED):
+            scale = next((a for a in node.args if isinstance(a, int | float)), None)
+    return rank, scale
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """``float32``, or the format of a quantised weight: ``nf4``."""
+    stored = quantization_of(tensor)
+    return str(tensor.dtype).removeprefix("torch.") if stored is None else stored.scheme
+
+
+def size_name(tensor: torch.Tensor) -> str:
+    """``128×64``: of the values, for a quantised weight."""
+    stored = quantization_of(tensor)
+    return times(tuple(tensor.shape) if stored is None else stored.shape)
+
+
+def node_kind(node: fx.Node) -> Kind:
+    """What the node is drawn as."""
+    tag = tag_of(node)
+    if tag is not None:
+        return _KINDS.get(tag.role, Kind.ADAPTER)
+    return _OPS.get(node.op, Kind.OP)
+
+
+def node_name(node: fx.Node) -> str:
+    """The first line: what it does, in a word or two."""
+    if node.op in ("placeholder", "output"):
+        return str(node.target)
+    name = target_name(node.target)
+    if node.op == "get_attr":
+        return name
+    # aten.linear.default, but linear and not torch.nn.functional.linear
+    atoms = name.split(".")
+    return ".".join(atoms[:2]) if isinstance(node.target, torch._ops.OpOverload) else atoms[-1]
+
+
+def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The second line: the weight and its shape, or the constant that matters."""
+    tag = tag_of(node)
+    caption = ""
+    if tag is not None and tag.role in (Role.SCALE, Role.FUSED):
+        caption = next((f"× {a:g}" for a in node.args if isinstance(a, int | float)), "")
+        if dropout := node.kwargs.get("dropout"):
+            caption += f" · p {dropout:g}"
+    elif tag is not None and tag.role is Role.DROPOUT:
+        constants = (*node.args[1:], *node.kwargs.values())
+        p = next((a for a in constants if isinstance(a, float)), None)
+        caption = "" if p is None else f"p {p:g}"
+    elif tensors:
+        name, tensor = next(iter(tensors.items()))
+        short = "" if tag is not None else f"{elide(name, 18)} "
+        caption = short + size_name(tensor)
+    if tag is not None and tag.adapter not in ("", "default"):
+        caption = f"{caption} · {tag.adapter}" if caption else tag.adapter
+    return caption
+
+
+def node_facts(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, str]]:
+    """The node's part of what hovering shows: the call and the weights that it reads."""
+    yield "op", node.op
+    if node.op not in ("placeholder", "output"):
+        yield "target", target_name(node.target)
+    if node.op in ("call_function", "call_method"):
+        constants = [f"{key}={value}" for key, value in node.kwargs.items()]
+        arguments = ", ".join([*map(str, node.args), *constants])
+        yield "call", elide(f"{node_name(node)}({arguments})", 160)
+    for name, tensor in tensors.items():
+        trains = "trainable" if tensor.requires_grad else "frozen"
+        size = f"{size_name(tensor)} {dtype_name(tensor)}"
+        yield name, f"{size}, {elements(tensor):,} {trains}"
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        yield "gives", times(tuple(value.shape))
+
+
+def _first_size(region: Region, nodes: Iterable[fx.Node]) -> int | None:
+    tensors = (region.tensor(node) for node in nodes)
+    return next((int(t.shape[0]) for t in tensors if t is not None and t.dim() > 0), None)
 
 
 class Painter(Protocol):

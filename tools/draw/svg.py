@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from importlib import resources
 from xml.sax.saxutils import escape, quoteattr
 
-from lora_fx.tools.draw.coordinates import Point
-from lora_fx.tools.draw.layout import CHIPS, Placed, Scene, place, plan_layers, words_of
+from lora_fx.tools.draw.layout import CHIPS, Placed, Point, Scene, place, plan_layers, words_of
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
 
 __all__ = ["classes_of", "to_svg"]

@@ -24,15 +24,39 @@ from torch import nn
 from lora_fx.api import merge, plan, rewrite
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.ir.values import Plan
+from lora_fx.passes.capture.check import Count, count_weights
 from lora_fx.passes.capture.inputs import normalise
-from lora_fx.passes.capture.watch import count_weights
-from lora_fx.tools.zoo import numbers
-from lora_fx.tools.zoo.counter import unseen
+from lora_fx.tools.zoo import training as numbers
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
-from lora_fx.tools.zoo.row import MERGE_TOLERANCE, PARTS, Row, scrubbed
+from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import Reached, judge_sites, train
 
-__all__ = ["run_job"]
+__all__ = [
+    "run_job",
+    "unseen",
+]
+
+
+def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
+    """Weights that were counted and that the plan does not mention: neither adapted nor refused."""
+    known: set[str] = set()
+    for site in [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)]:
+        known |= {site.weight, *site.tied_to}
+    refused = {rejection.name for rejection in plan.rejections}
+
+    def mentioned(name: str) -> bool:
+        owner = name.rpartition(".")[0]
+        holder = name.partition(".parametrizations.")[0]
+        return name in known or bool({name, owner, holder} & refused)
+
+    found = [" = ".join(sorted(names)) for names in count.direct if not any(map(mentioned, names))]
+    found += [
+        f"computed from {', '.join(sorted(names))}"
+        for names in count.computed
+        if not any(map(mentioned, names))
+    ]
+    return tuple(found)
+
 
 _RANK = 4
 _LINE = 300

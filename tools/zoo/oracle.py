@@ -23,7 +23,7 @@ from lora_fx.ir.record import require_record
 from lora_fx.ir.values import PlannedSite, Site
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.patterns.registry import pattern_of
-from lora_fx.tools.zoo.numbers import difference, tensors
+from lora_fx.tools.zoo.training import difference, tensors
 
 __all__ = ["Narrowest", "Run", "Verdict", "dense", "judge", "stir", "tolerance_of"]
 

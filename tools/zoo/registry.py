@@ -6,16 +6,11 @@ import difflib
 import fnmatch
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.zoo import (
-    diffusers_models,
-    plain_models,
-    timm_models,
-    torchvision_models,
-    transformers_audio,
-    transformers_decoders,
-    transformers_encoders,
-    transformers_multimodal,
-)
+from lora_fx.tools.zoo import diffusers_models, plain_models, timm_models, torchvision_models
+from lora_fx.tools.zoo import transformers_models as transformers_audio
+from lora_fx.tools.zoo import transformers_models as transformers_decoders
+from lora_fx.tools.zoo import transformers_models as transformers_encoders
+from lora_fx.tools.zoo import transformers_models as transformers_multimodal
 from lora_fx.tools.zoo import transformers_models as transformers_vision
 from lora_fx.tools.zoo.entries import Entry
 

@@ -18,7 +18,7 @@ from typing import Any
 from lora_fx.tools.zoo.entries import Entry
 from lora_fx.tools.zoo.job import run_job
 from lora_fx.tools.zoo.registry import find
-from lora_fx.tools.zoo.row import Row
+from lora_fx.tools.zoo.report import Row
 
 __all__ = ["Options", "run_jobs"]
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.passes.capture.auto import capture
-from lora_fx.tools.bench.saved import saved_bytes
+from lora_fx.tools.bench.counted import saved_bytes
 from tests.numerics import assert_same_bits
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
