@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapters.manage import set_adapter
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import MergeError
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.plan import Plan
 from lora_fx.ir.record import require_record
-from lora_fx.ir.values import Capture, Plan
 from lora_fx.passes import pipeline
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model

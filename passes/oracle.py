@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import CaptureError, ConfigError, MergeError
 from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import Record, require_record
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.capture.check import run_once
 from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.graph.lazy import is_lazy

@@ -13,17 +13,11 @@ from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.starts import needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.graph import Capture, Region, module_of
+from lora_fx.ir.passes import Pass
+from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens
 from lora_fx.ir.record import AdapterRecord, Base, Record, record_of
-from lora_fx.ir.values import (
-    Capture,
-    Matches,
-    Pass,
-    Plan,
-    PlannedSite,
-    PlannedTokens,
-    Region,
-    module_of,
-)
+from lora_fx.ir.site import Matches
 from lora_fx.passes.capture.auto import Frontend
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.decompositions import written_out

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import fx
 
-from lora_fx.ir.values import META_KEY
+from lora_fx.ir.graph import META_KEY
 
 __all__ = ["check_golden", "printed"]
 

@@ -18,8 +18,9 @@ from lora_fx.errors import ExportError, NoMatchError
 from lora_fx.export.adapters.manifest import AdapterInput, Manifest, Role, SiteInputs
 from lora_fx.export.copy.twin import DTYPES, dtype_name
 from lora_fx.export.trace.arguments import Arguments, Extra, FlatModel, named_outputs
+from lora_fx.ir.graph import Region, join
+from lora_fx.ir.plan import Plan, PlannedSite
 from lora_fx.ir.record import AdapterRecord, Choice, Record, record_of, require_record
-from lora_fx.ir.values import Plan, PlannedSite, Region, join
 from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.graph.edit import edit_graphs
 from lora_fx.passes.graph.nodes import erase_dead, target_of

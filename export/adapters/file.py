@@ -39,8 +39,9 @@ from lora_fx.export.ort.ports import to_runtime, to_tensor
 from lora_fx.export.ort.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
+from lora_fx.ir.graph import join
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import require_record
-from lora_fx.ir.values import PlannedSite, join
 from lora_fx.passes.parameters.by_hand import trained_by_hand
 from lora_fx.passes.parameters.factors import factor_names
 from lora_fx.runtime import dora

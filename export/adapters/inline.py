@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.ir.graph import Region, module_of
 from lora_fx.ir.record import record_of
-from lora_fx.ir.values import Region, module_of
 from lora_fx.passes.graph.nodes import erase_dead, target_of
 from lora_fx.passes.graph.region import copy_graph, graphs_of, install
 from lora_fx.runtime import dora

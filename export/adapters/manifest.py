@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_fx.errors import CheckpointError, ExportError
 
 __all__ = [
-    "AdapterInput",
     "MANIFEST_KEY",
+    "SUFFIXES",
+    "AdapterInput",
     "Manifest",
     "Role",
-    "SUFFIXES",
     "SiteInputs",
     "cast_to",
     "check_values",

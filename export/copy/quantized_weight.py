@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.formats.weights import Quantization, dense, quantization_of, quantized_linear
+from lora_fx.formats.weights import dense, quantization_of, quantized_linear
+from lora_fx.ir.quantization import Quantization
 from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
 from lora_fx.passes.graph.region import is_region
 

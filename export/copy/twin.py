@@ -21,8 +21,8 @@ from lora_fx.passes.merge.dense import KEPT_IN_FP32
 from lora_fx.runtime.ops import AdapterModule
 
 __all__ = [
-    "Casts",
     "DTYPES",
+    "Casts",
     "dtype_name",
     "exportable_twin",
     "unwrapped",

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AXIS_LIMITS_KEY",
-    "EmptyAxisError",
     "INNER_SIZES_KEY",
     "MAY_BE_EMPTY",
+    "EmptyAxisError",
     "check_axes",
     "empty_outputs",
     "inner_sizes",

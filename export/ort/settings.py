@@ -11,9 +11,9 @@ from typing import Any
 from lora_fx.errors import ConfigError, ExportError
 
 __all__ = [
+    "RECORD_KEY",
     "NodePlacement",
     "PlacementReport",
-    "RECORD_KEY",
     "check_arguments",
     "read_placement",
     "session_settings",

@@ -30,8 +30,8 @@ from lora_fx.adapters.statistics import (
 )
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import Record
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.insert.starts import low_rank_svd, signs, site_generator
 
 __all__ = [

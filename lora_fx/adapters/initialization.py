@@ -19,8 +19,8 @@ from lora_fx.adapters.statistics import Forward, Report, device_of, gradients, m
 from lora_fx.adapters.switching import put_in, take_out
 from lora_fx.config.starts import needs_data
 from lora_fx.errors import ConfigError
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord, Record, require_record
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.insert.place_starts import (
     computed_starts,
     drop_site,

@@ -20,8 +20,8 @@ from lora_fx.adapters.manage import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.files import WeightFiles
 from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.insert.place_starts import initial_magnitude
 from lora_fx.passes.insert.starts import pissa, site_generator
 from lora_fx.passes.parameters.factors import factors_of

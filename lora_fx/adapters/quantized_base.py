@@ -14,8 +14,8 @@ from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
 from lora_fx.formats.made import Storage, check_device, storage
 from lora_fx.formats.weights import quantization_of, quantized_linear
+from lora_fx.ir.graph import Capture, Region
 from lora_fx.ir.record import record_of
-from lora_fx.ir.values import Capture, Region
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.quantized import holds_quantised

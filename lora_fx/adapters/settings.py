@@ -12,15 +12,17 @@ from torch import nn
 
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.selection import alpha_for, rank_for
+from lora_fx.ir.graph import join
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.values import PlannedSite, Site, join
+from lora_fx.ir.site import Site
 from lora_fx.passes.graph.region import original_class
 from lora_fx.passes.parameters.replacements import base_parameters
 
 __all__ = [
+    "WRAPPER",
     "Layout",
     "Target",
-    "WRAPPER",
     "by_site",
     "is_attention",
     "layout_of",

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.ir.graph import Capture, module_of
+from lora_fx.ir.plan import PlannedSite, PlannedTokens
 from lora_fx.ir.record import Choice, Record, require_record
-from lora_fx.ir.values import Capture, PlannedSite, PlannedTokens, module_of
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.graph.region import install, is_region, uninstall
 from lora_fx.passes.insert.select_rows import ROWS, check_rows

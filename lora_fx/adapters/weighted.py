@@ -18,8 +18,8 @@ from lora_fx.adapters.manage import adapter_names, adapter_record, delete_adapte
 from lora_fx.adapters.settings import by_site, written_config
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.merge.combining import Combination, Election, Term, combine
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import own_value

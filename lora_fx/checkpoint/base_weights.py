@@ -22,8 +22,8 @@ from torch import nn
 from lora_fx.adapters.switching import put_in, take_out
 from lora_fx.checkpoint.keys import base_name
 from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.ir.graph import join
 from lora_fx.ir.record import AdapterRecord, require_record
-from lora_fx.ir.values import join
 from lora_fx.passes.graph.copies import memory_of
 from lora_fx.passes.parameters.by_hand import trained_by_hand, trained_starts
 from lora_fx.passes.parameters.replacements import (

@@ -15,9 +15,9 @@ import torch
 from lora_fx.errors import CheckpointError
 
 __all__ = [
+    "PLAIN",
     "Dense",
     "Form",
-    "PLAIN",
     "Plain",
     "StackedDown",
     "StackedUp",

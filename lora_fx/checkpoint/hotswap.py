@@ -24,8 +24,8 @@ from lora_fx.adapters.manage import (
 from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.checkpoint.forms import write
 from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord, require_record
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.insert.place_starts import start_factors
 from lora_fx.passes.parameters.factors import SiteFactors, factors_of
 from lora_fx.passes.parameters.replacements import own_value

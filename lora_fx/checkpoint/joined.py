@@ -15,14 +15,15 @@ from lora_fx.adapters.settings import WRAPPER, Layout, Target, is_attention
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.selection import alpha_for, parameter_entry, rank_for
 from lora_fx.errors import CheckpointError
+from lora_fx.ir.graph import join
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.values import PlannedSite, join
 from lora_fx.passes.parameters.replacements import base_modules
 
 __all__ = [
+    "NOTE",
     "Joined",
     "Member",
-    "NOTE",
     "Pair",
     "Parts",
     "joined_of",

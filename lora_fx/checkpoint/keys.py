@@ -44,8 +44,10 @@ from lora_fx.checkpoint.forms import (
     for_file,
     gathered,
 )
+from lora_fx.ir.graph import join
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.values import PlannedSite, Site, join
+from lora_fx.ir.site import Site
 from lora_fx.passes.parameters.factors import FactorNames, SiteFactors, factor_names, factors_of
 from lora_fx.passes.parameters.replacements import in_adapter, own_value, parameter_of
 from lora_fx.passes.parameters.tokens import rows_name, tokens_of

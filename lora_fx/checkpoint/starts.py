@@ -29,8 +29,10 @@ from lora_fx.checkpoint.keys import Slot
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.starts import changes_base, needs_data
 from lora_fx.errors import CheckpointError
+from lora_fx.ir.graph import join
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.values import PlannedSite, Site, join
+from lora_fx.ir.site import Site
 from lora_fx.passes.insert.place_starts import start_factors
 from lora_fx.passes.parameters.factors import factor_names
 from lora_fx.passes.plan.planning import start_objection

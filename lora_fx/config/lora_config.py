@@ -25,9 +25,9 @@ from lora_fx.errors import CheckpointError, ConfigError
 __all__ = [
     "ALL_LINEAR",
     "CONFIG_NAME",
+    "TASK_TYPES",
     "FrozenPattern",
     "LoraConfig",
-    "TASK_TYPES",
     "check_together",
 ]
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.formats.weights import Quantization, quantization_of
+from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.quantization import Quantization
 
 __all__ = ["checks_format", "loads_quantised"]
 

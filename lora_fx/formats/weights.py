@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from lora_fx.ir.quantization import Quantization
+
 __all__ = [
     "DESCRIBED",
-    "Quantization",
     "VALUES",
     "bitsandbytes",
     "dense",
@@ -33,34 +34,6 @@ __all__ = [
     "quantized_linear",
     "row_scales",
 ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Quantization:
-    """How a weight is stored.
-
-    Attributes:
-        scheme: ``nf4``, ``fp4``, ``int8`` or ``int4``.
-        bits: Bits of one value, without the scales.
-        library: Whose format it is: ``bitsandbytes`` or ``torchao``.
-        shape: Rows and columns of the matrix, [out, in].
-        dtype: What its values are when they are needed.
-        block_size: Values that share a scale, along a row (for bitsandbytes' 4 bits, along the flattened
-            matrix); None for one scale a row.
-        double: Whether the scales are quantised, too (arXiv:2305.14314, section 3).
-    """
-
-    scheme: str
-    bits: int
-    library: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    block_size: int | None = None
-    double: bool = False
-
-    def __str__(self) -> str:
-        blocks = "a row" if self.block_size is None else f"blocks of {self.block_size}"
-        return f"{self.scheme} ({self.library}, {blocks}{', double' if self.double else ''})"
 
 
 # --- bitsandbytes ------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from torch import fx, nn
 
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir.values import META_KEY, Matches, PlannedSite, PlannedTokens, Region, Tag
+from lora_fx.ir.graph import META_KEY, Region, Tag
+from lora_fx.ir.plan import PlannedSite, PlannedTokens
+from lora_fx.ir.site import Matches
 
 __all__ = [
     "AdapterRecord",
@@ -166,7 +168,7 @@ class Base:
 
     Attributes:
         graphs: The graph of every region by key, parents first. Equal layers share one.
-        fallback: :attr:`lora_fx.ir.values.Region.fallback` of each.
+        fallback: :attr:`lora_fx.ir.graph.Region.fallback` of each.
         matches: Every linear operation.
         notes: Notes of the capture.
         kept: FQNs of the modules that ran their graph in the model that was rewritten, too: their own code

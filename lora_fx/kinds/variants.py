@@ -6,7 +6,7 @@ import dataclasses
 
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Site
+from lora_fx.ir.site import Site
 
 __all__ = ["Costs", "makes_base_again", "variant_costs", "variant_objection"]
 

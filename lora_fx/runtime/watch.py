@@ -39,8 +39,9 @@ from torch.utils._python_dispatch import (
 )
 
 from lora_fx.errors import CaptureError
+from lora_fx.ir.graph import META_KEY, Tag
 from lora_fx.ir.record import record_of
-from lora_fx.ir.values import META_KEY, Site, Tag
+from lora_fx.ir.site import Site
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.ops import AdapterModule

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.formats.weights import Quantization, quantization_of
-from lora_fx.ir.values import Capture
+from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.quantization import Quantization
 from lora_fx.passes.capture.check import (
     check_unchanged,
     goes_past,

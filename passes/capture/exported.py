@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir.values import Capture, Region
+from lora_fx.ir.graph import Capture, Region
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.inputs import CACHE, named_inputs
 from lora_fx.passes.capture.lock import ONE_AT_A_TIME

@@ -7,7 +7,7 @@ every value that was read to get there is noted as a :class:`~lora_fx.passes.gra
 graph. Everything else ends the trace with the reason, and the module keeps its own forward.
 
 Some refusals go on recording (``refuse_softly``): the graph is thrown away, but what was recorded says how
-the code cuts up the outputs of its layers (:attr:`lora_fx.ir.values.Capture.begun`).
+the code cuts up the outputs of its layers (:attr:`lora_fx.ir.graph.Capture.begun`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.values import Region
+from lora_fx.ir.graph import Region
 from lora_fx.passes.graph.nodes import erase_unread
 from lora_fx.passes.graph.region import original_class
 from lora_fx.passes.patterns.product import Product, product_of

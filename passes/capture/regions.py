@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.values import Capture, Region, join
+from lora_fx.ir.graph import Capture, Region, join
 from lora_fx.passes.capture.decompositions import written_conditions, written_out
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
@@ -100,7 +100,7 @@ class _Graphs:
         self._failed: dict[Any, Untraceable] = {}
 
     def of(self, module: nn.Module) -> dict[str, fx.Graph]:
-        """The module's graphs by form (:attr:`lora_fx.ir.values.Region.form`).
+        """The module's graphs by form (:attr:`lora_fx.ir.graph.Region.form`).
 
         Raises:
             Untraceable: With the reason in words.

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import fx
 
-from lora_fx.ir.values import Capture, PassResult, Region
+from lora_fx.ir.graph import Capture, Region
+from lora_fx.ir.passes import PassResult
 
 __all__ = ["edit_graphs"]
 

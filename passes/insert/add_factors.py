@@ -15,7 +15,9 @@ from torch import nn
 
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.starts import changes_base, needs_data
-from lora_fx.ir.values import Capture, PassResult, Plan, PlannedSite
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.passes import PassResult
+from lora_fx.ir.plan import Plan, PlannedSite
 from lora_fx.passes.insert.place_starts import factors_module, place_start, place_variants
 from lora_fx.passes.insert.starts import initial_start
 from lora_fx.passes.parameters.factors import factor_names

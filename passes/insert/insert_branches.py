@@ -19,19 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import (
-    META_KEY,
-    Call,
-    Capture,
-    PassResult,
-    PlannedSite,
-    Region,
-    Role,
-    Site,
-    Tag,
-    join,
-    relative,
-)
+from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, relative
+from lora_fx.ir.passes import PassResult
+from lora_fx.ir.plan import PlannedSite
+from lora_fx.ir.site import Call, Site
 from lora_fx.kinds.variants import makes_base_again
 from lora_fx.passes.graph.nodes import arguments, target_of
 from lora_fx.passes.graph.region import copy_graph

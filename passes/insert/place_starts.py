@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.ir.values import PlannedSite, Site
+from lora_fx.ir.plan import PlannedSite
+from lora_fx.ir.site import Site
 from lora_fx.passes.insert.starts import Start, site_generator
 from lora_fx.passes.parameters.factors import adapter_dtype, factor_names
 from lora_fx.passes.parameters.replacements import base_weight, module_at

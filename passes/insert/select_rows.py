@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 from torch import fx
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import META_KEY, Capture, PassResult, PlannedSite, Region, Role, Tag, join
+from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join
+from lora_fx.ir.passes import PassResult
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.passes.graph.edit import edit_graphs
 from lora_fx.passes.graph.region import copy_graph
 from lora_fx.passes.patterns.weights import constant_of

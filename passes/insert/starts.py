@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.config.starts import changes_base, needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Factors, PlannedSite, Site
+from lora_fx.ir.plan import PlannedSite
+from lora_fx.ir.site import Factors, Site
 from lora_fx.passes.parameters.factors import adapter_dtype
 from lora_fx.passes.parameters.matrices import (
     as_factors,

@@ -16,17 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import (
-    META_KEY,
-    Call,
-    Capture,
-    PassResult,
-    PlannedTokens,
-    Region,
-    Role,
-    Tag,
-    relative,
-)
+from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, relative
+from lora_fx.ir.passes import PassResult
+from lora_fx.ir.plan import PlannedTokens
+from lora_fx.ir.site import Call
 from lora_fx.passes.graph.nodes import arguments
 from lora_fx.passes.graph.region import copy_graph
 from lora_fx.passes.parameters.factors import adapter_dtype

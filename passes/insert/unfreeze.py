@@ -11,7 +11,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_fx.ir.values import Capture, PassResult, Plan
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.passes import PassResult
+from lora_fx.ir.plan import Plan
 from lora_fx.passes.parameters.replacements import base_modules
 
 __all__ = ["Unfreeze"]

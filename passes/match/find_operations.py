@@ -16,7 +16,8 @@ from typing import Any
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.ir.values import Capture, Match, Matches, Region, Rejection, Site, join
+from lora_fx.ir.graph import Capture, Region, join
+from lora_fx.ir.site import Match, Matches, Rejection, Site
 from lora_fx.passes.graph.copies import storage_of
 from lora_fx.passes.graph.lazy import is_matrix
 from lora_fx.passes.graph.region import is_built_in

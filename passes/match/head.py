@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import networkx as nx
 from torch import fx, nn
 
-from lora_fx.ir.values import Capture, Matches, Region, Site, join
+from lora_fx.ir.graph import Capture, Region, join
+from lora_fx.ir.site import Matches, Site
 
 __all__ = ["find_head"]
 

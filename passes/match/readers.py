@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from lora_fx.ir.values import Capture, Region, Rejection, join
+from lora_fx.ir.graph import Capture, Region, join
+from lora_fx.ir.site import Rejection
 from lora_fx.passes.graph.lazy import is_matrix
 from lora_fx.passes.graph.nodes import target_of
 from lora_fx.passes.graph.region import is_built_in, original_class

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir.values import PlannedSite, Site
+from lora_fx.ir.plan import PlannedSite
+from lora_fx.ir.site import Site
 from lora_fx.passes.merge.rounding import Term, rounded, slices_of, sum_exactly, two_products
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.patterns.registry import EmbeddingPattern, LinearPattern, pattern_of

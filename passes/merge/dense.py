@@ -19,8 +19,9 @@ from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.formats.state import loads_quantised
-from lora_fx.formats.weights import Quantization, dense, quantization_of
-from lora_fx.ir.values import Layout, Site
+from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.ir.quantization import Quantization
+from lora_fx.ir.site import Layout, Site
 from lora_fx.passes.graph.copies import memory_of
 from lora_fx.passes.graph.lazy import is_lazy
 from lora_fx.passes.graph.region import kept_graph

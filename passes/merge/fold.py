@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import Record
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
 from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
 from lora_fx.passes.parameters.factors import factors_of

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import Record, record_of, require_record
-from lora_fx.ir.values import PlannedSite
 from lora_fx.passes.graph.copies import exchange, storage_of
 from lora_fx.passes.graph.region import is_region, original_class
 from lora_fx.passes.merge.change import merged_biases

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_fx.ir.graph import module_of
 from lora_fx.ir.record import Record
-from lora_fx.ir.values import module_of
 from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.graph.region import CONSTANT, install, uninstall
 from lora_fx.passes.parameters.by_hand import trained_by_hand, unprotect

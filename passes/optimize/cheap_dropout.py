@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import META_KEY, Capture, PassResult, Region, Role, Tag
+from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag
+from lora_fx.ir.passes import PassResult
 from lora_fx.passes.graph.edit import edit_graphs
 from lora_fx.passes.graph.nodes import arguments
 from lora_fx.passes.graph.region import copy_graph

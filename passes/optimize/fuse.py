@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.values import META_KEY, Capture, PassResult, Region, Role, Tag
+from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag
+from lora_fx.ir.passes import PassResult
 from lora_fx.passes.graph.edit import edit_graphs
 from lora_fx.passes.graph.nodes import arguments, target_of
 from lora_fx.passes.graph.region import copy_graph

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from lora_fx.ir.values import META_KEY, Capture, PassResult, Region, Tag
+from lora_fx.ir.graph import META_KEY, Capture, Region, Tag
+from lora_fx.ir.passes import PassResult
 from lora_fx.passes.graph.edit import edit_graphs
 from lora_fx.passes.graph.nodes import target_of
 from lora_fx.passes.graph.region import copy_graph

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from lora_fx.formats.weights import quantization_of
+from lora_fx.ir.graph import join
 from lora_fx.ir.record import Record, record_of
-from lora_fx.ir.values import join
 from lora_fx.passes.graph.copies import storage_of
 from lora_fx.passes.graph.lazy import is_lazy
 from lora_fx.passes.graph.region import is_region

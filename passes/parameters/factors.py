@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora_fx.ir.values import PlannedSite
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.passes.patterns.registry import pattern_of
 from lora_fx.runtime.ops import AdapterFactors, Holder, KeptTensors
 

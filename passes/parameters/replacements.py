@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_fx.formats.weights import dense
-from lora_fx.ir.values import Site, join
+from lora_fx.ir.graph import join
+from lora_fx.ir.site import Site
 from lora_fx.passes.graph.copies import memory_of
 from lora_fx.runtime.ops import AdapterModule, KeptTensors
 

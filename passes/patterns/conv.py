@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.ir.graph import Region, Role
+from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
 from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
 from lora_fx.passes.patterns.weights import weight_of
@@ -53,7 +54,7 @@ class ConvPattern:
         return f"conv{self.dims}d"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         target = target_of(node)
         if target not in _FUNCTIONS[self.dims]:
             return None
@@ -138,7 +139,7 @@ class ConvTransposePattern:
         return f"conv-transpose{self.dims}d"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         if target_of(node) not in _TRANSPOSED[self.dims]:
             return None
         named = known_arguments(node, _TRANSPOSED_SIGNATURE)

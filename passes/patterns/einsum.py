@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.ir.graph import Region, Role
+from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
 from lora_fx.passes.graph.nodes import target_of, unknown_arguments
 from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
@@ -64,7 +65,7 @@ class EinsumPattern:
     name = "einsum"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         seen = _see(node, region)
         if not isinstance(seen, _Seen):
             return seen

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.ir.graph import Region, Role
+from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
 from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import make_site, reject, unknown
 from lora_fx.passes.patterns.weights import weight_of
@@ -41,7 +42,7 @@ class EmbeddingPattern:
     name = "embedding"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         target = target_of(node)
         if target is F.embedding_bag:
             found = weight_of(arguments(node, "input weight")["weight"], region)

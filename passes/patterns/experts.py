@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.ir.graph import Region, Role
+from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
 from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.product import Product, applied, product_of
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
@@ -34,7 +35,7 @@ class ExpertsPattern:
     name = "experts"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         seen = self._see(node, region)
         if not isinstance(seen, Product):
             return seen

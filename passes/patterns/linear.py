@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.ir.graph import Region, Role
+from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
 from lora_fx.passes.patterns.product import Product, product_of
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject
 
@@ -52,7 +53,7 @@ class LinearPattern:
         return build.call(Role.UP, F.linear, down, build.b)
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         seen = product_of(node, region)
         if not isinstance(seen, Product):
             return seen

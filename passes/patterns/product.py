@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.values import Layout, Match, Region
+from lora_fx.ir.graph import Region
+from lora_fx.ir.site import Layout, Match
 from lora_fx.passes.graph.nodes import known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, reject, unknown
 from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
@@ -40,7 +41,7 @@ class Product:
     Attributes:
         x: The activation.
         view: The weight, and how it is read.
-        layout: How its last two dimensions are stored, as :class:`lora_fx.ir.values.Site` has it.
+        layout: How its last two dimensions are stored, as :class:`lora_fx.ir.site.Site` has it.
         left: Whether the weight is the left operand, so that the activation's columns are its inputs.
         bias: What is added to the product, or None.
         family: ``linear`` where a bias is the operation's own, ``matmul`` for a bare product.

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.values import BranchBuilder, Layout, Match, Region, Role, Site
+from lora_fx.ir.graph import Region, Role
+from lora_fx.ir.site import BranchBuilder, Layout, Match, Site
 from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, reject, unknown
@@ -30,7 +31,7 @@ class QuantizedPattern(LinearPattern):
     name = "quantized"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.values.Pattern`."""
+        """See :class:`lora_fx.ir.site.Pattern`."""
         if target_of(node) is not quantized_linear:
             return None
         named = known_arguments(node, ARGUMENTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Pattern
+from lora_fx.ir.site import Pattern
 from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
@@ -74,7 +74,7 @@ def register_pattern(pattern: Pattern) -> None:
 
     Args:
         pattern: An object with ``name``, ``match``, ``factors``, ``branch``, ``delta`` and
-            ``flops``: see :class:`lora_fx.ir.values.Pattern`. Subclass :class:`LinearPattern` to write
+            ``flops``: see :class:`lora_fx.ir.site.Pattern`. Subclass :class:`LinearPattern` to write
             ``match`` only.
 
     Raises:

@@ -27,7 +27,8 @@ from lora_fx.config.selection import (
     uses_default_targets,
 )
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Capture, Matches, Site
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.site import Matches, Site
 from lora_fx.passes.parameters.replacements import base_modules
 
 __all__ = [

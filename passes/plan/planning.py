@@ -26,7 +26,9 @@ from lora_fx.config.selection import (
 from lora_fx.config.starts import changes_base, needs_data
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
 from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.values import Capture, Matches, Plan, PlannedSite, Site, Skipped
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.plan import Plan, PlannedSite, Skipped
+from lora_fx.ir.site import Matches, Site
 from lora_fx.kinds.variants import variant_costs, variant_objection
 from lora_fx.passes.graph.copies import storage_of
 from lora_fx.passes.graph.lazy import elements

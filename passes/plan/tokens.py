@@ -9,7 +9,9 @@ from torch import nn
 from lora_fx.config.fields import bad
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Capture, Matches, PlannedSite, PlannedTokens, Site
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.plan import PlannedSite, PlannedTokens
+from lora_fx.ir.site import Matches, Site
 from lora_fx.passes.parameters.replacements import base_modules
 from lora_fx.passes.patterns.embedding import lookup
 

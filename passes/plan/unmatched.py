@@ -15,7 +15,9 @@ from lora_fx.config.selection import (
     unmatched,
     unmatched_saved,
 )
-from lora_fx.ir.values import Capture, Matches, PlannedSite, Rejection, Site
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.plan import PlannedSite
+from lora_fx.ir.site import Matches, Rejection, Site
 from lora_fx.passes.parameters.replacements import base_parameters
 from lora_fx.passes.plan.choice import Choice, attention_of
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.ir.values import Capture, PassResult, join
+from lora_fx.ir.graph import Capture, join
+from lora_fx.ir.passes import PassResult
 
 __all__ = ["Materialize"]
 

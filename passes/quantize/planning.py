@@ -20,7 +20,8 @@ from lora_fx.config.selection import excluded, nearest_names, unmatched
 from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.formats.made import Storage
 from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.values import Capture, Matches, Site, join
+from lora_fx.ir.graph import Capture, join
+from lora_fx.ir.site import Matches, Site
 from lora_fx.passes.match.readers import weights_asked
 
 __all__ = [

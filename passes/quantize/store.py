@@ -26,7 +26,9 @@ from lora_fx.formats.copies import keep_exact
 from lora_fx.formats.made import Storage, stored
 from lora_fx.formats.state import checks_format, loads_quantised
 from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.values import Capture, PassResult, Region, Site, relative
+from lora_fx.ir.graph import Capture, Region, relative
+from lora_fx.ir.passes import PassResult
+from lora_fx.ir.site import Site
 from lora_fx.passes.graph.nodes import erase_unread
 from lora_fx.passes.graph.region import copy_graph, original_class
 from lora_fx.passes.patterns.product import Product, product_of

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import require_record
-from lora_fx.ir.values import PlannedSite, Site
+from lora_fx.ir.site import Site
 
 __all__ = ["Adapter", "Dense", "adapters_of", "randomize"]
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CaptureError, CheckpointError, ConfigError, LoraConfig, MergeError, NoMatchError
+from lora_fx.ir.graph import META_KEY
 from lora_fx.ir.record import record_of
-from lora_fx.ir.values import META_KEY
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits, in_double
 from tests.zoo import FORMS, Form, Mlp, Residual

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, correct_gradients, parameter_groups
-from lora_fx.ir.values import PlannedSite
+from lora_fx.ir.plan import PlannedSite
 from tests.numerics import assert_close, assert_same_bits
 
 

@@ -158,7 +158,7 @@ def spoil(model: nn.Module, fqn: str, factor: float) -> None:
     from lora_fx.passes.graph.region import graphs_of, install
 
     module = model.get_submodule(fqn)
-    from lora_fx.ir.values import Region
+    from lora_fx.ir.graph import Region
     from lora_fx.passes.graph.region import copy_graph
 
     graph = copy_graph(graphs_of(model)[fqn])

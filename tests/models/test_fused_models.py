@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 import lora_fx
-from lora_fx.ir.values import META_KEY, Role
+from lora_fx.ir.graph import META_KEY, Role
 from tests.numerics import assert_close
 from tests.ranks import RANKS, WAYS, alone, run_rank
 from tests.zoo import Residual

@@ -49,7 +49,7 @@ class Model(nn.Module):
 X = torch.randn(5, 4)
 
 
-def planned(strict: bool = False, **config: Any) -> dict[str, lora_fx.ir.values.PlannedSite]:
+def planned(strict: bool = False, **config: Any) -> dict[str, lora_fx.ir.plan.PlannedSite]:
     plan = lora_fx.plan(Model(), lora_fx.LoraConfig(**config), strict=strict)
     return {row.name: row for row in plan}
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import Layout
+from lora_fx.ir.site import Layout
 from lora_fx.passes.merge.combining import COMBINATIONS, Combination, Term, combine
 from tests.numerics import assert_close, assert_same_bits
 

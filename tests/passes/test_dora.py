@@ -11,7 +11,7 @@ from torch import func, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.ir.values import META_KEY, Tag
+from lora_fx.ir.graph import META_KEY, Tag
 from lora_fx.runtime.masks import dropped
 from tests.algebra import adapt, randomise, scale_of
 from tests.dora import (

@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.formats import weights as quantized
-from lora_fx.ir.values import META_KEY, Capture, Role
+from lora_fx.ir.graph import META_KEY, Capture, Role
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.insert.insert_branches import Insert
 from lora_fx.passes.optimize.fuse import Fuse

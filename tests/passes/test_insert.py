@@ -8,7 +8,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.ir.values import META_KEY, Capture, Plan, Role
+from lora_fx.ir.graph import META_KEY, Capture, Role
+from lora_fx.ir.plan import Plan
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.insert.add_factors import AddFactors
 from lora_fx.passes.insert.insert_branches import Insert

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx.ir.values import Matches
+from lora_fx.ir.site import Matches
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.graph.copies import share_copy

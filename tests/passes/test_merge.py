@@ -12,8 +12,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig, MergeError
+from lora_fx.ir.graph import META_KEY
 from lora_fx.ir.record import record_of
-from lora_fx.ir.values import META_KEY
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.merge.change import delta_weight
 from lora_fx.passes.merge.rounding import rounded

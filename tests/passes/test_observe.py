@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.ir.values import PlannedSite
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.passes.graph.region import install
 from lora_fx.passes.insert.observe import observed
 from tests import zoo

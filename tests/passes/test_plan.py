@@ -268,7 +268,7 @@ def test_a_task_saves_its_head() -> None:
 # --- reading a plan -------------------------------------------------------------------------------
 
 
-def full_plan() -> lora_fx.ir.values.Plan:
+def full_plan() -> lora_fx.ir.plan.Plan:
     config = LoraConfig(
         r=2,
         lora_alpha=4,

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.ir.values import META_KEY, Region
+from lora_fx.ir.graph import META_KEY, Region
 from lora_fx.passes.capture.symbolic import trace
 from lora_fx.passes.graph.region import (
     copy_graph,

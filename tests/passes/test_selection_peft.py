@@ -29,7 +29,9 @@ from transformers import (
 
 import lora_fx
 from lora_fx import LoraConfig, NoMatchError
-from lora_fx.ir.values import Capture, Matches, Plan
+from lora_fx.ir.graph import Capture
+from lora_fx.ir.plan import Plan
+from lora_fx.ir.site import Matches
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.pipeline import matched
 from lora_fx.passes.plan.planning import make_plan

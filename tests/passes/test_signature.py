@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.ir.values import Region
+from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.graph.region import install, is_region
 from lora_fx.passes.graph.signature import parameters_of

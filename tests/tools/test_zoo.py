@@ -446,7 +446,7 @@ def test_what_a_plan_does_not_mention_is_unseen():
     assert unseen(count, plan) == ()
     without = dataclasses.replace(plan, sites=plan.sites[1:])
     assert unseen(count, without) == (plan.sites[0].site.weight,)
-    refused = (lora_fx.ir.values.Rejection(plan.sites[0].site.weight, "because"),)
+    refused = (lora_fx.ir.site.Rejection(plan.sites[0].site.weight, "because"),)
     assert unseen(count, dataclasses.replace(without, rejections=refused)) == ()
 
 

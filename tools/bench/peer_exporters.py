@@ -21,10 +21,10 @@ from lora_fx.export.ort.providers import import_onnxruntime, load
 from lora_fx.export.ort.settings import session_settings
 
 __all__ = [
-    "Exported",
-    "File",
     "HERE",
     "NAMES",
+    "Exported",
+    "File",
     "Runner",
     "describe",
     "environment_of",

@@ -39,8 +39,8 @@ from lora_fx.tools.bench.steps import (
 
 __all__ = [
     "DENSE",
-    "Found",
     "TITLE",
+    "Found",
     "available",
     "caption",
     "quantized_base",

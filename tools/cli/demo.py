@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.ir.values import Plan
+from lora_fx.ir.plan import Plan
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 from lora_fx.tools.demo.report import FULL, QUICK, DemoReport, claim_folder

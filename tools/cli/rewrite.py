@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.values import META_KEY, Role
+from lora_fx.ir.graph import META_KEY, Role
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 from lora_fx.tools.cli import quantize_option as q

@@ -20,10 +20,10 @@ from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
 __all__ = [
     "CHIPS",
     "DUMMY",
+    "METRICS",
     "Layers",
     "Link",
     "Local",
-    "METRICS",
     "Placed",
     "Point",
     "Scene",

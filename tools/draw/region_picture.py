@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.values import META_KEY, PlannedSite, Region, Role, Tag, join
+from lora_fx.ir.graph import META_KEY, Region, Role, Tag, join
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.passes.graph.lazy import elements
 from lora_fx.passes.graph.region import original_class
 from lora_fx.tools.draw.picture import Box, Kind, elide, times

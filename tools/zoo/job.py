@@ -23,7 +23,7 @@ from torch import nn
 
 from lora_fx.api import merge, plan, rewrite
 from lora_fx.config.lora_config import LoraConfig
-from lora_fx.ir.values import Plan
+from lora_fx.ir.plan import Plan
 from lora_fx.passes.capture.check import Count, count_weights
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.tools.zoo import training as numbers

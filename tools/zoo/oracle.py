@@ -1,7 +1,7 @@
 """Judges every adapter of a model in one backward pass, beside the dense oracle.
 
 The oracle is the *original* model with ``W' = W + s·BA`` in it. It knows of lora_fx only what BA means
-in the layout of a weight (:meth:`lora_fx.ir.values.Pattern.delta`), nothing of graphs, branches or merges.
+in the layout of a weight (:meth:`lora_fx.ir.site.Pattern.delta`), nothing of graphs, branches or merges.
 One forward and backward pass of each decides about all sites: outputs have to be equal, and gradients
 of A and B those that the chain rule makes of the gradient of W'. An adapter that a call passes by has
 none, or another one.
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx.ir.plan import PlannedSite
 from lora_fx.ir.record import require_record
-from lora_fx.ir.values import PlannedSite, Site
+from lora_fx.ir.site import Site
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.patterns.registry import pattern_of
 from lora_fx.tools.zoo.training import difference, tensors

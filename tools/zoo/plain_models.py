@@ -12,11 +12,11 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from lora_fx.tools.zoo.entries import Built, Entry, ids, images
 
 __all__ = [
+    "ENTRIES",
     "Attention",
     "BatchedExperts",
     "Bilinear",
     "Classifier",
-    "ENTRIES",
     "IndexedExperts",
     "RawAttention",
     "Recurrent",

@@ -6,12 +6,13 @@ import difflib
 import fnmatch
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.zoo import diffusers_models, plain_models, timm_models, torchvision_models
-from lora_fx.tools.zoo import transformers_models as transformers_audio
-from lora_fx.tools.zoo import transformers_models as transformers_decoders
-from lora_fx.tools.zoo import transformers_models as transformers_encoders
-from lora_fx.tools.zoo import transformers_models as transformers_multimodal
-from lora_fx.tools.zoo import transformers_models as transformers_vision
+from lora_fx.tools.zoo import (
+    diffusers_models,
+    plain_models,
+    timm_models,
+    torchvision_models,
+    transformers_models,
+)
 from lora_fx.tools.zoo.entries import Entry
 
 __all__ = ["ENTRIES", "find", "groups", "select"]
@@ -20,11 +21,11 @@ ENTRIES: tuple[Entry, ...] = (
     *plain_models.ENTRIES,
     *torchvision_models.ENTRIES,
     *timm_models.ENTRIES,
-    *transformers_decoders.ENTRIES,
-    *transformers_encoders.ENTRIES,
-    *transformers_vision.ENTRIES,
-    *transformers_audio.ENTRIES,
-    *transformers_multimodal.ENTRIES,
+    *transformers_models.DECODERS,
+    *transformers_models.ENCODERS,
+    *transformers_models.VISION,
+    *transformers_models.AUDIO,
+    *transformers_models.MULTIMODAL,
     *diffusers_models.ENTRIES,
 )
 

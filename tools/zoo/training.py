@@ -18,8 +18,8 @@ from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.oracle import Narrowest, Verdict, judge
 
 __all__ = [
-    "Reached",
     "STEPS",
+    "Reached",
     "difference",
     "fingerprint",
     "floats",

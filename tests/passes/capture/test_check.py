@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.ir.values import Region
+from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import check_unchanged, run_reference
 from lora_fx.passes.capture.inputs import normalise

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.ir.values import Region, Rejection
+from lora_fx.ir.graph import Region
+from lora_fx.ir.site import Rejection
 from lora_fx.passes.patterns.conv import ConvPattern
 from tests import algebra
 from tests.zoo import Form, forms

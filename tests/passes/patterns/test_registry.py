@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.ir.values import Pattern, Role
+from lora_fx.ir.graph import Role
+from lora_fx.ir.site import Pattern
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.match.find_operations import match
 from lora_fx.passes.patterns import registry

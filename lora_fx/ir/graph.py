@@ -1,0 +1,172 @@
+"""Captures and regions: modules with a graph, and what marks the nodes that passes add."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+if TYPE_CHECKING:
+    from lora_fx.ir.site import Site
+
+__all__ = ["META_KEY", "Capture", "Region", "Role", "Tag", "join", "module_of", "relative"]
+
+
+META_KEY = "lora_fx"
+"""The one key of ``node.meta`` that lora_fx writes; its value is always a :class:`Tag`."""
+
+
+def join(*parts: str) -> str:
+    """Joins fully qualified names, leaving out empty parts (the root is ``""``)."""
+    return ".".join(filter(None, parts))
+
+
+def relative(name: str, region: str) -> str:
+    """A fully qualified name as it is inside a region: what :func:`join` puts before it is taken off."""
+    return name[len(region) + 1 :] if region else name
+
+
+def module_of(key: str) -> str:
+    """The FQN of the module whose region has a key."""
+    return key.partition("(")[0]
+
+
+class Role(StrEnum):
+    """What a node does for an adapter."""
+
+    BASE = "base"
+    FACTOR = "factor"
+    CAST = "cast"
+    DROPOUT = "dropout"
+    DOWN = "A"
+    UP = "B"
+    MAGNITUDE = "magnitude"
+    SCALE = "scale"
+    PAD = "pad"
+    ADD = "add"
+    TOKENS = "tokens"
+    ROWS = "rows"
+    FUSED = "fused"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tag:
+    """What ``node.meta["lora_fx"]`` holds.
+
+    Attributes:
+        weight: The adapted weight, as a name *inside the region*: equal blocks have equal tags.
+        role: What the node does.
+        adapter: Whose branch it belongs to; empty for the base operation.
+    """
+
+    weight: str
+    role: Role
+    adapter: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """A module whose ``forward`` is known as a graph.
+
+    Attributes:
+        fqn: Name of the module in the model; ``""`` is the root.
+        module: The module itself.
+        graph: What its ``forward`` computes. Names in it are relative to ``module``.
+        fallback: Whether the module's own forward may stand in for the graph when it is called in
+            a way that the graph was not made for. False if that would leave out an adapter.
+        form: Which calls the graph is for: the optional arguments that are given, as in ``mask``; empty for
+            calls that give none. A module whose code reads weights itself has a graph for each form.
+        overlay: Whether the graph was not traced from the module's own forward, which calls the modules
+            below and their regions.
+    """
+
+    fqn: str
+    module: nn.Module
+    graph: fx.Graph
+    fallback: bool = True
+    form: str = ""
+    overlay: bool = False
+
+    @classmethod
+    def at(cls, key: str, module: nn.Module, graph: fx.Graph, **options: Any) -> Region:
+        """The region of a key.
+
+        Args:
+            key: The key.
+            module: The module.
+            graph: The graph.
+            options: The other fields.
+        """
+        fqn, _, form = key.partition("(")
+        return cls(fqn, module, graph, form=form.removesuffix(")"), **options)
+
+    @property
+    def key(self) -> str:
+        """Its name among the regions of a capture: the FQN, and the form in parentheses."""
+        return f"{self.fqn}({self.form})" if self.form else self.fqn
+
+    def falls_back(self, sites: Iterable[Site]) -> bool:
+        """Whether the own forward may still stand in where branches of some sites are put into the graph.
+
+        It was traced, so that it applies the weight itself, without the branch. Over regions it calls the
+        modules, whose regions have the branch, too.
+        """
+        below = all(any(call.region != self.key for call in site.calls) for site in sites)
+        return self.fallback and self.overlay and below
+
+    def tensor(self, node: object) -> torch.Tensor | None:
+        """The tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        value: object = self.module
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom, None)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def parameter(self, node: object) -> nn.Parameter | None:
+        """The parameter that a ``get_attr`` node reads, or None."""
+        tensor = self.tensor(node)
+        return tensor if isinstance(tensor, nn.Parameter) else None
+
+    def submodule(self, node: fx.Node) -> nn.Module | None:
+        """The module that a ``call_module`` node calls, or None if ``node`` is anything else."""
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A model as graphs, without any change of meaning.
+
+    Attributes:
+        model: A copy of the captured model that shares its parameters' storage. Its classes are the
+            user's own: the graphs are beside it, in ``regions``.
+        regions: The regions by key, parents before children.
+        frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
+        notes: Why the other front-ends were not used.
+        opaque: Modules that have parameters but no graph, with the reason.
+        begun: What was traced of some of those before it was given up. It says what their code does
+            first; it never runs.
+    """
+
+    model: nn.Module
+    regions: Mapping[str, Region]
+    frontend: str
+    notes: tuple[str, ...] = ()
+    opaque: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    begun: Mapping[str, fx.Graph] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]
+        lines += [
+            f"  {name or '(root)'}: {len(region.graph.nodes)} nodes"
+            for name, region in self.regions.items()
+        ]
+        lines += [
+            f"  no graph: {name or '(root)'}: {reason}" for name, reason in self.opaque.items()
+        ]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)

@@ -1,0 +1,294 @@
+"""Plans: which sites are adapted and with what, in numbers and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from lora_fx.config.lora_config import LoraConfig
+from lora_fx.ir.site import Rejection, Site
+
+__all__ = [
+    "Plan",
+    "PlannedSite",
+    "PlannedTokens",
+    "Skipped",
+    "plan_text",
+]
+
+
+def plan_text(plan: Any) -> str:
+    """The table of the sites, the totals, and the sections under them.
+
+    Args:
+        plan: A :class:`lora_fx.ir.plan.Plan`, which is of the layer above.
+    """
+    lines = [f"captured by {plan.frontend}"]
+    lines += [f"  {note}" for note in plan.notes]
+    lines += _table(plan.columns, plan.rows())
+    total = plan.base_parameters + plan.added_parameters
+    share = 100 * plan.trainable_parameters / total if total else 0.0
+    lines.append(
+        f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
+        f"parameters ({share:.4f} %)"
+    )
+    formats = Counter(row.site.quantized for row in plan.sites if row.site.quantized)
+    for text, count in Counter(str(one) for one in formats.elements()).items():
+        lines.append(f"the base's weight in {text}: {count} site(s)")
+    for name, count in (
+        ("a trained magnitude (DoRA)", sum(row.dora for row in plan.sites)),
+        ("a bias on B (lora_bias)", sum(row.lora_bias for row in plan.sites)),
+    ):
+        if count:
+            lines.append(f"with {name}: {count} site(s)")
+    if plan.saved_modules:
+        lines.append("trained in full: " + ", ".join(plan.saved_modules))
+    for row in plan.tokens:
+        whose = f", those of {row.tied}" if row.tied else ""
+        lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
+    if plan.biases:
+        lines.append(f"biases trained: {len(plan.biases)}")
+    lines += [f"matched nothing: {target}" for target in plan.unmatched]
+    kept = {row.site.weight for row in plan.sites if row.tied}
+    tied = [
+        (row.name, f"shared with {', '.join(row.site.tied_to)}")
+        for row in plan.sites
+        if row.site.tied_to and not row.tied and not kept & set(row.site.tied_to)
+    ]
+    lines += _section("tied weights, untied by a merge", tied)
+    lines += _section(
+        "tied weights that stay so",
+        ((row.name, f"the transposed adapter of {row.tied}") for row in plan.sites if row.tied),
+    )
+    lines += _section(
+        "fused, and a part can be named alone", _fused(row.site for row in plan.sites)
+    )
+    lines += _section("not selected", ((s.site.name, s.reason) for s in plan.skipped))
+    lines += _section("cannot be adapted", ((r.name, r.reason) for r in plan.rejections))
+    return "\n".join(lines)
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        # Names and patterns read from the left, numbers from the right.
+        return "  ".join(
+            c.ljust(w) if i < 3 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+
+    return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
+
+
+def _fused(sites: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """What the outputs of fused weights are cut into, once for each kind of layer."""
+    counts = Counter(
+        (site.name.rpartition(".")[2], ", ".join(name for name, _ in site.parts))
+        for site in sites
+        if site.parts
+    )
+    for (name, parts), count in counts.items():
+        yield name, parts + (f" ({count} layers)" if count > 1 else "")
+
+
+def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    listed = [f"  {name}: {reason}" for name, reason in rows]
+    return [f"{title} ({len(listed)}):", *listed] if listed else []
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A selected site and what it gets.
+
+    Attributes:
+        site: The operation.
+        rank, alpha, scale, dropout: The adapter's hyperparameters here.
+        parameters: Trainable elements added.
+        flops: Extra forward FLOPs for one token.
+        tied: Name of the site whose factors it has, transposed; empty for factors of its own.
+        saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
+            input, the masked input with its mask if there is dropout, the rank-r activation, and for
+            DoRA the output where the gradient of the magnitude is worked out from it.
+        dora: Whether it has a trained magnitude (arXiv:2402.09353).
+        lora_bias: Whether B has a trained bias.
+    """
+
+    site: Site
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    parameters: int
+    flops: int
+    saved: int
+    tied: str = ""
+    dora: bool = False
+    lora_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """FQN of the site."""
+        return self.site.name
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedTokens:
+    """Rows of an embedding, or of a head, that are trained each as a whole.
+
+    Attributes:
+        site: The lookup, or the product that makes a value for every token.
+        indices: Which rows, in the order in which they are stored.
+        tied: Name of the embedding whose rows they are, for a head that shares its weight; else empty.
+    """
+
+    site: Site
+    indices: tuple[int, ...]
+    tied: str = ""
+
+    @property
+    def name(self) -> str:
+        """FQN of the site."""
+        return self.site.name
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is a lookup: a product otherwise."""
+        return self.site.family == "embedding"
+
+    @property
+    def parameters(self) -> int:
+        """Trainable elements added."""
+        return 0 if self.tied else len(self.indices) * self.site.weight_shape[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A linear operation that the configuration does not select, and why."""
+
+    site: Site
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The dry run: what ``rewrite`` would do, and why.
+
+    ``str(plan)`` is a table; ``plan.to_json()`` has everything in it.
+
+    Attributes:
+        sites: What is adapted.
+        skipped: Linear operations that are not selected, with the reason.
+        rejections: Operations that cannot be adapted, with the reason.
+        unmatched: Entries of the configuration that selected nothing.
+        saved_modules: Modules trained in full (``modules_to_save``).
+        biases: FQNs of the biases that are trained.
+        config: The configuration.
+        frontend: The front-end that captured the model.
+        notes: Why the other front-ends were not used.
+        base_parameters: Elements of the model's own parameters, shared ones once.
+        extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
+        tokens: Rows of embeddings that are trained (``trainable_token_indices``).
+    """
+
+    sites: tuple[PlannedSite, ...]
+    skipped: tuple[Skipped, ...]
+    rejections: tuple[Rejection, ...]
+    unmatched: tuple[str, ...]
+    config: LoraConfig
+    frontend: str
+    notes: tuple[str, ...] = ()
+    saved_modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    base_parameters: int = 0
+    extra_parameters: int = 0
+    tokens: tuple[PlannedTokens, ...] = ()
+
+    @property
+    def trainable_parameters(self) -> int:
+        """What an optimizer would get, in elements."""
+        return self.added_parameters + self.extra_parameters
+
+    @property
+    def added_parameters(self) -> int:
+        """What the model has more than before, in elements: factors, and trained rows."""
+        return sum(row.parameters for row in self.sites) + sum(
+            row.parameters for row in self.tokens
+        )
+
+    def __iter__(self) -> Iterator[PlannedSite]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        return {
+            "frontend": self.frontend,
+            "notes": list(self.notes),
+            "trainable_parameters": self.trainable_parameters,
+            "base_parameters": self.base_parameters,
+            "sites": [_site_dict(row) for row in self.sites],
+            "skipped": [
+                {"name": s.site.name, "pattern": s.site.pattern, "reason": s.reason}
+                for s in self.skipped
+            ],
+            "rejections": [dataclasses.asdict(r) for r in self.rejections],
+            "unmatched": list(self.unmatched),
+            "modules_to_save": list(self.saved_modules),
+            "biases": list(self.biases),
+            "tokens": {row.name: list(row.indices) for row in self.tokens},
+            "config": self.config.to_dict(),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of ``str(plan)`` as cells, under :attr:`columns`."""
+        return [
+            (
+                row.site.name,
+                row.site.pattern + (f" x{len(row.site.calls)}" if len(row.site.calls) > 1 else ""),
+                _stored(row.site),
+                str(row.rank),
+                f"{row.scale:g}",
+                f"{row.parameters:,}",
+                f"{row.flops:,}",
+                f"{row.saved:,}",
+            )
+            for row in self.sites
+        ]
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "site",
+        "pattern",
+        "weight",
+        "r",
+        "scale",
+        "trainable",
+        "FLOPs/token",
+        "saved B/token",
+    )
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+
+def _stored(site: Site) -> str:
+    """The shape of the weight, and the format where it has one."""
+    shape = "x".join(str(size) for size in site.shape)
+    return shape if site.quantized is None else f"{shape} {site.quantized.scheme}"
+
+
+def _site_dict(row: PlannedSite) -> dict[str, Any]:
+    site = dataclasses.asdict(row.site)
+    if row.site.quantized is not None:
+        site["quantized"]["dtype"] = str(row.site.quantized.dtype).removeprefix("torch.")
+    rest = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
+    return {**site, **rest}

@@ -1,0 +1,320 @@
+"""Sites: linear operations that were found, why others were not, and what a pattern says of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import fx
+
+from lora_fx.ir.graph import Region, Role, join
+from lora_fx.ir.quantization import Quantization
+
+__all__ = [
+    "BranchBuilder",
+    "Call",
+    "Factors",
+    "Layout",
+    "Match",
+    "Matches",
+    "Pattern",
+    "Rejection",
+    "Site",
+]
+
+
+Layout = Literal["out_in", "in_out"]
+"""How a weight is stored: ``[out, in, ...]`` (``nn.Linear``) or ``[in, out]`` (``x @ W``)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One place where a site's weight is applied.
+
+    Attributes:
+        region: Key of the region (:attr:`Region.key`).
+        input, output: Names of nodes in its graph.
+        pattern: Name of the pattern that found it.
+        cast: Whether the weight is cast before it is applied.
+        left: Whether it is the left operand of a product, so that the outputs are not the last dimension.
+        bias: Name of the node that the operation adds, empty for none: a vector of the output features
+            for a convolution, else anything that meets the output.
+        axes: Where the output features lie in the output, counted from its end; several where they are
+            taken apart, empty where nothing says.
+        sizes: Their sizes, where there are several.
+    """
+
+    region: str
+    input: str
+    output: str
+    pattern: str
+    cast: bool = False
+    left: bool = False
+    bias: str = ""
+    axes: tuple[int, ...] = (-1,)
+    sizes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A linear operation that an adapter can be put on.
+
+    A weight that is applied in several places is one site with several calls.
+
+    Attributes:
+        name: FQN: the module's, or the parameter's where no module stands for the operation.
+        pattern: Name of the pattern that found it.
+        family: ``linear``, ``conv`` or ``embedding``; decides what ``target_modules=None`` selects.
+        weight: FQN of the weight.
+        bias: FQN of the bias, if there is one that is a parameter.
+        in_features, out_features: Sizes of one input and one output vector (channels, for a
+            convolution; vocabulary and width, for an embedding).
+        layout: How the weight is stored.
+        weight_shape: Shape of the weight.
+        calls: Where it is applied.
+        groups: Groups of a convolution.
+        experts: Number of experts of a three-dimensional weight.
+        rows: Which rows of the weight it is (start, stop), for a weight that is applied in parts;
+            None for all of them.
+        view: The shape in which it is applied, where that is not the weight's own.
+        order: How the dimensions of the weight are permuted before it is viewed so; None for not at all.
+        parts: What its output is cut into, by name, with the rows (start, stop) that make it.
+        part_of: Name of the site of which this is such a part: the operation applies the whole weight.
+        tied_to: FQNs of other parameters over the same storage.
+        head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
+            graph; empty for any other operation.
+        quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
+            those of its values.
+    """
+
+    name: str
+    pattern: str
+    family: str
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+    layout: Layout
+    weight_shape: tuple[int, ...]
+    calls: tuple[Call, ...]
+    groups: int = 1
+    experts: int | None = None
+    rows: tuple[int, int] | None = None
+    view: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    parts: tuple[tuple[str, tuple[int, int]], ...] = ()
+    part_of: str = ""
+    tied_to: tuple[str, ...] = ()
+    head: Literal["", "declared", "found"] = ""
+    quantized: Quantization | None = None
+
+    @property
+    def owner(self) -> str:
+        """FQN of the module that owns the weight."""
+        return self.weight.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in its owner."""
+        return self.weight.rpartition(".")[2]
+
+    @property
+    def holder(self) -> str:
+        """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
+        if self.parameter == "weight" and self.rows is None:
+            return self.owner
+        return join(self.owner, f"{self.name.rpartition('.')[2]}_lora")
+
+    @property
+    def place(self) -> str:
+        """The weight, and which rows of it."""
+        return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, or of the rows of it that this is."""
+        if self.rows is None:
+            return self.weight_shape
+        rows = self.rows[1] - self.rows[0]
+        if self.layout == "in_out":
+            return (self.weight_shape[0], rows)
+        return (rows, *self.weight_shape[1:])
+
+    @property
+    def divisible(self) -> bool:
+        """Whether some of its output features can have an adapter of their own."""
+        plain = self.family == "linear" and self.rows is None and self.experts is None
+        return plain and all(call.axes == (-1,) for call in self.calls)
+
+    def part(self, name: str, rows: tuple[int, int]) -> Site:
+        """The site of some of the output features.
+
+        Args:
+            name: What it is called, after this site's name.
+            rows: Which (start, stop).
+        """
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}.{name}",
+            out_features=rows[1] - rows[0],
+            rows=rows,
+            parts=(),
+            part_of=self.name,
+        )
+
+    @property
+    def applied_shape(self) -> tuple[int, ...]:
+        """Shape in which the weight is applied: its own, or that of a view of it."""
+        return self.view or self.weight_shape
+
+    def applied(self, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape as it is applied: a view, or a copy where there is no such view."""
+        permuted = weight if self.order is None else weight.permute(self.order)
+        return permuted.reshape(self.applied_shape)
+
+    def stored(self, applied: torch.Tensor) -> torch.Tensor:
+        """What :meth:`applied` gives, back in the weight's shape."""
+        if self.order is None:
+            return applied.reshape(self.weight_shape)
+        order = self.order
+        permuted = applied.reshape([self.weight_shape[axis] for axis in order])
+        return permuted.permute(sorted(range(len(order)), key=order.__getitem__))
+
+    @property
+    def axis(self) -> int:
+        """The axis of :attr:`applied_shape` along which a merge may go slice by slice.
+
+        The experts where there are any, else the output features. ``B`` has the slices along its first
+        axis, and so has ``A`` with experts.
+        """
+        return 0 if self.layout == "out_in" or self.experts else 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rejection:
+    """An operation or a weight that cannot have an adapter, and why, in words that help.
+
+    Attributes:
+        name: FQN of the weight or module, or the node's name where there is none.
+        reason: Why not, and what would change it.
+        region: FQN of the region in which it was seen.
+        node: Name of the node in that region's graph.
+    """
+
+    name: str
+    reason: str
+    region: str = ""
+    node: str = ""
+
+
+Match = Site | Rejection | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Every linear operation of a model, and what comes close with the reason why it is none."""
+
+    sites: tuple[Site, ...]
+    rejections: tuple[Rejection, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Factors:
+    """Shapes and names of the two factors of a site at some rank.
+
+    Attributes:
+        a: Shape of A, rank first.
+        b: Shape of B, rank second.
+        stacked: Whether both have one more axis before those, for experts.
+        name_a, name_b: Attribute names on the holder (PEFT's).
+    """
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    name_a: str = "lora_A"
+    name_b: str = "lora_B"
+    stacked: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank, r."""
+        return self.a[1 if self.stacked else 0]
+
+    @property
+    def fan_in(self) -> tuple[int, int]:
+        """How many inputs an output of A, and one of B, is a sum of."""
+        first = 2 if self.stacked else 1
+        return _product(self.a[first:]), _product(self.b[first:])
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable elements."""
+        return _product(self.a) + _product(self.b)
+
+
+class BranchBuilder(Protocol):
+    """What a pattern gets to write a branch with: every node it makes is tagged."""
+
+    @property
+    def a(self) -> fx.Node:
+        """A, in the dtype in which the branch computes."""
+
+    @property
+    def b(self) -> fx.Node:
+        """B."""
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """What the operation that applies B takes for its bias, [out], or None.
+
+        A pattern that does not ask for it has it added to its branch.
+        """
+
+    def dropped(self, x: fx.Node) -> fx.Node:
+        """``x`` after the adapter's dropout."""
+
+    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``call_function`` node."""
+
+    def item(self, letter: str, index: int) -> fx.Node:
+        """One expert's matrix of the factor ``a`` or ``b``."""
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """One kind of linear operation: how to find it and what its algebra is.
+
+    Matching never edits. ``branch`` is the only method that writes into a graph, through a builder.
+    """
+
+    @property
+    def name(self) -> str:
+        """Unique name, kebab-case; shown in the dry run."""
+
+    def match(self, node: fx.Node, region: Region) -> Match:
+        """A site, a refusal with its reason, or None: not mine."""
+
+    def factors(self, site: Site, rank: int) -> Factors:
+        """Shapes and names of A and B."""
+
+    def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
+        """Writes ``x -> dropout -> A -> B`` and returns its node; the caller scales and adds."""
+
+    def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B A`` in the weight's layout, unscaled, in the factors' dtype.
+
+        With some rows of B only, the matching slice of the weight's output axis; with some experts
+        of both, those (a grouped convolution is never sliced). See :attr:`Site.axis`.
+        """
+
+    def flops(self, site: Site, rank: int) -> int:
+        """Extra multiply-adds times two for one token, pixel or index."""
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
