@@ -13,9 +13,8 @@ import torch
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.ir.graph import Region, Role
-from lora_fx.ir.site import BranchBuilder, Match, Site
-from lora_fx.passes.patterns.registry import LinearPattern, make_site
+from lora_fx.ir import BranchBuilder, Match, Region, Role, Site
+from lora_fx.passes.patterns import LinearPattern, make_site
 
 GAIN = 3.0
 

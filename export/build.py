@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lora_fx.errors import ParityError
-from lora_fx.export.convert.converting import ConversionError, convert, torch_export_context
-from lora_fx.export.copy.packing import stored_formats
-from lora_fx.export.prepare.preparing import Prepared
+from lora_fx.export.convert import ConversionError, convert, torch_export_context
+from lora_fx.export.copy import stored_formats
+from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import ExportReport
 from lora_fx.export.staging import Staging, write
-from lora_fx.export.trace.failures import headline
-from lora_fx.export.trace.tracing import Trace, trace
-from lora_fx.export.verify.difference import PrecisionError
-from lora_fx.export.verify.verifying import Parity, Verdict
-from lora_fx.export.verify.verifying import verify as verify_file
+from lora_fx.export.trace import Trace, headline, trace
+from lora_fx.export.verify import Parity, PrecisionError, Verdict
+from lora_fx.export.verify import verify as verify_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir

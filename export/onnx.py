@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.inline import over_quantised
+from lora_fx.export.adapters import over_quantised
 from lora_fx.export.build import Options, Stages, build
-from lora_fx.export.copy.twin import DTYPES, unwrapped
-from lora_fx.export.prepare.preparing import prepare, prepare_swappable
+from lora_fx.export.copy import DTYPES, unwrapped
+from lora_fx.export.prepare import prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
 from lora_fx.export.staging import EXTERNAL_DATA_BYTES, SHARD_BYTES, Scratch, check_target, staging
-from lora_fx.export.tasks.registry import find_task
+from lora_fx.export.tasks import find_task
 from lora_fx.files import output_file
-from lora_fx.ir.record import record_of
-from lora_fx.passes.capture.lock import ONE_AT_A_TIME
-from lora_fx.passes.parameters.rewritten import check_intact
-from lora_fx.runtime.fused_lora import without_autocast
+from lora_fx.ir import record_of
+from lora_fx.passes.capture import ONE_AT_A_TIME
+from lora_fx.passes.parameters import check_intact
+from lora_fx.runtime import without_autocast
 
 __all__ = [
     "export_onnx",

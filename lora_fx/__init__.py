@@ -15,21 +15,24 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from lora_fx.adapters.adapter_status import status
-from lora_fx.adapters.initialization import initialize
-from lora_fx.adapters.loftq import replace_lora_weights_loftq
-from lora_fx.adapters.manage import (
+from lora_fx.adapters import (
     active_adapters,
     adapter_ids,
     adapter_names,
     add_adapter,
+    add_weighted_adapter,
+    correct_gradients,
     delete_adapter,
     disable_adapter,
+    initialize,
+    parameter_groups,
+    plan_quantization,
+    prepare_for_kbit_training,
+    quantize,
+    replace_lora_weights_loftq,
     set_adapter,
+    status,
 )
-from lora_fx.adapters.optim import correct_gradients, parameter_groups
-from lora_fx.adapters.quantized_base import plan_quantization, prepare_for_kbit_training, quantize
-from lora_fx.adapters.weighted import add_weighted_adapter
 from lora_fx.api import (
     capture,
     graphs,
@@ -39,10 +42,15 @@ from lora_fx.api import (
     rewrite,
     trainable_parameters,
 )
-from lora_fx.checkpoint.folder import load_adapter, save_adapter
-from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
-from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.checkpoint import (
+    adapter_state_dict,
+    hotswap_adapter,
+    load_adapter,
+    load_adapter_state_dict,
+    prepare_hotswap,
+    save_adapter,
+)
+from lora_fx.config import LoraConfig
 from lora_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -58,13 +66,13 @@ from lora_fx.errors import (
     QuantizationError,
 )
 from lora_fx.passes.oracle import CheckReport, check
-from lora_fx.passes.patterns.registry import register_pattern
+from lora_fx.passes.patterns import register_pattern
 
 if _TYPE_CHECKING:
-    from lora_fx.export.adapters.file import save_onnx_adapter
+    from lora_fx.export.adapters import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
-    from lora_fx.export.session.onnx_session import OnnxSession
-    from lora_fx.tools.draw.drawing import visualize
+    from lora_fx.export.session import OnnxSession
+    from lora_fx.tools.draw import visualize
 
 __version__ = "0.1.0"
 

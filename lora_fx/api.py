@@ -10,25 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapters.manage import set_adapter
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.adapters import set_adapter
+from lora_fx.config import LoraConfig
 from lora_fx.errors import MergeError
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.plan import Plan
-from lora_fx.ir.record import require_record
+from lora_fx.ir import Capture, Plan, require_record
 from lora_fx.passes import pipeline
-from lora_fx.passes.capture.auto import Frontend
-from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.check import run_reference
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.graph.lazy import elements
-from lora_fx.passes.graph.region import graphs_of, install
-from lora_fx.passes.merge import merging
-from lora_fx.passes.merge.merging import MergeReport
-from lora_fx.passes.merge.report import OutputError
-from lora_fx.passes.merge.strip import stripped
-from lora_fx.passes.parameters.by_hand import claim_unfrozen, protect
-from lora_fx.passes.parameters.rewritten import inside
+from lora_fx.passes.capture import Frontend, run_reference
+from lora_fx.passes.capture import capture as capture_model
+from lora_fx.passes.graph import elements, graphs_of, install, share_copy
+from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
+from lora_fx.passes.parameters import claim_unfrozen, inside, protect
 
 __all__ = [
     "capture",

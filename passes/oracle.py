@@ -19,19 +19,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import CaptureError, ConfigError, MergeError
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record, require_record
-from lora_fx.passes.capture.check import run_once
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.graph.lazy import is_lazy
-from lora_fx.passes.merge.change import delta_weight
-from lora_fx.passes.merge.merging import merge
-from lora_fx.passes.parameters.factors import factor_names, factors_of
-from lora_fx.passes.parameters.rewritten import inside
-from lora_fx.passes.parameters.tokens import rows_name, tokens_of
-from lora_fx.runtime import watch
-from lora_fx.runtime.ops import AdapterModule
+from lora_fx.formats import quantization_of
+from lora_fx.ir import PlannedSite, Record, require_record
+from lora_fx.passes.capture import run_once
+from lora_fx.passes.graph import is_lazy, share_copy
+from lora_fx.passes.merge import delta_weight, merge
+from lora_fx.passes.parameters import factor_names, factors_of, inside, rows_name, tokens_of
+from lora_fx.runtime import AdapterModule, watch
 
 __all__ = ["CheckReport", "check", "check_rewritten"]
 

@@ -9,39 +9,33 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.starts import needs_data
+from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import Capture, Region, module_of
-from lora_fx.ir.passes import Pass
-from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens
-from lora_fx.ir.record import AdapterRecord, Base, Record, record_of
-from lora_fx.ir.site import Matches
-from lora_fx.passes.capture.auto import Frontend
-from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.decompositions import written_out
-from lora_fx.passes.capture.quantized import holds_quantised
-from lora_fx.passes.graph.region import install, kept_graph
-from lora_fx.passes.insert.add_factors import AddFactors
-from lora_fx.passes.insert.add_tokens import AddTokens
-from lora_fx.passes.insert.insert_branches import Insert
-from lora_fx.passes.insert.select_rows import SelectRows
-from lora_fx.passes.insert.train_tokens import TrainTokens
-from lora_fx.passes.insert.unfreeze import Unfreeze
-from lora_fx.passes.match.find_operations import match
-from lora_fx.passes.match.head import find_head
-from lora_fx.passes.match.parts import find_parts
-from lora_fx.passes.optimize.cheap_dropout import CheapDropout
-from lora_fx.passes.optimize.fuse import Fuse
-from lora_fx.passes.optimize.share_inputs import ShareInputs
+from lora_fx.formats import quantization_of
+from lora_fx.ir import (
+    AdapterRecord,
+    Base,
+    Capture,
+    Matches,
+    Pass,
+    Plan,
+    PlannedSite,
+    PlannedTokens,
+    Record,
+    Region,
+    module_of,
+    record_of,
+)
+from lora_fx.passes.capture import Frontend, holds_quantised, written_out
+from lora_fx.passes.capture import capture as capture_model
+from lora_fx.passes.graph import install, kept_graph
+from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
+from lora_fx.passes.match import find_head, find_parts, match
+from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
-from lora_fx.passes.parameters.by_hand import buffer_digests, protect
-from lora_fx.passes.parameters.replacements import base_parameters
-from lora_fx.passes.parameters.rewritten import mark_adapted
-from lora_fx.passes.plan.planning import make_plan
-from lora_fx.runtime import watch
-from lora_fx.runtime.ops import check_adapter_name
+from lora_fx.passes.parameters import base_parameters, buffer_digests, mark_adapted, protect
+from lora_fx.passes.plan import make_plan
+from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
     "added",

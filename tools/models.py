@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError
-from lora_fx.passes.capture.synthesis import synthesise
+from lora_fx.passes.capture import synthesise
 
 __all__ = [
     "FORMS",

@@ -12,23 +12,35 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from lora_fx.adapters.switching import base_capture, run_with
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.adapters import base_capture, run_with
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ExportError, NoMatchError
 from lora_fx.export.adapters.manifest import AdapterInput, Manifest, Role, SiteInputs
-from lora_fx.export.copy.twin import DTYPES, dtype_name
-from lora_fx.export.trace.arguments import Arguments, Extra, FlatModel, named_outputs
-from lora_fx.ir.graph import Region, join
-from lora_fx.ir.plan import Plan, PlannedSite
-from lora_fx.ir.record import AdapterRecord, Choice, Record, record_of, require_record
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.nodes import erase_dead, target_of
-from lora_fx.passes.graph.region import copy_graph, install, original_class
-from lora_fx.passes.merge.merging import merge
-from lora_fx.passes.merge.strip import stripped
-from lora_fx.passes.parameters.factors import drop_factors, factor_names
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.export.copy import DTYPES, dtype_name
+from lora_fx.export.trace import Arguments, Extra, FlatModel, named_outputs
+from lora_fx.ir import (
+    AdapterRecord,
+    Choice,
+    Plan,
+    PlannedSite,
+    Record,
+    Region,
+    join,
+    record_of,
+    require_record,
+)
+from lora_fx.passes.graph import (
+    copy_graph,
+    edit_graphs,
+    erase_dead,
+    install,
+    original_class,
+    share_copy,
+    target_of,
+)
+from lora_fx.passes.merge import merge, stripped
+from lora_fx.passes.parameters import drop_factors, factor_names
+from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import added, branch_passes, rewrite_model, run_passes, running
 from lora_fx.runtime import dora
 

@@ -14,15 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.manage import adapter_record, the_adapter
-from lora_fx.checkpoint.files import read_tensors
-from lora_fx.checkpoint.forms import Dense, gathered
-from lora_fx.checkpoint.keys import Slot
-from lora_fx.checkpoint.starts import converted
-from lora_fx.checkpoint.state import without_prefix
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import scale_for
-from lora_fx.config.starts import changes_base
+from lora_fx.adapters import adapter_record, the_adapter
+from lora_fx.checkpoint import Dense, Slot, converted, gathered, read_tensors, without_prefix
+from lora_fx.config import LoraConfig, changes_base, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export.adapters.factor_model import check_swappable, flip, site_inputs
 from lora_fx.export.adapters.manifest import (
@@ -34,16 +28,12 @@ from lora_fx.export.adapters.manifest import (
     cast_to,
     check_values,
 )
-from lora_fx.export.copy.twin import DTYPES, unwrapped
-from lora_fx.export.ort.ports import to_runtime, to_tensor
-from lora_fx.export.ort.providers import import_onnxruntime, reason_of
+from lora_fx.export.copy import DTYPES, unwrapped
+from lora_fx.export.ort import import_onnxruntime, reason_of, to_runtime, to_tensor
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import require_record
-from lora_fx.passes.parameters.by_hand import trained_by_hand
-from lora_fx.passes.parameters.factors import factor_names
+from lora_fx.ir import PlannedSite, join, require_record
+from lora_fx.passes.parameters import factor_names, trained_by_hand
 from lora_fx.runtime import dora
 
 __all__ = [

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.ir.graph import Region, module_of
-from lora_fx.ir.record import record_of
-from lora_fx.passes.graph.nodes import erase_dead, target_of
-from lora_fx.passes.graph.region import copy_graph, graphs_of, install
-from lora_fx.runtime import dora
-from lora_fx.runtime.ops import AdapterFactors
+from lora_fx.ir import Region, module_of, record_of
+from lora_fx.passes.graph import copy_graph, erase_dead, graphs_of, install, target_of
+from lora_fx.runtime import AdapterFactors, dora
 
 __all__ = ["fix_gains", "has_gains", "over_quantised"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_fx.errors import ConfigError
 from lora_fx.export.adapters.manifest import AdapterInput, Manifest, check_values, ranks_of
-from lora_fx.export.ort.ports import Device, placed
+from lora_fx.export.ort import Device, placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 

@@ -21,15 +21,21 @@ from torch.export import ExportedProgram, _trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.manifest import MANIFEST_KEY, Manifest
+from lora_fx.export.adapters import MANIFEST_KEY, Manifest
 from lora_fx.export.convert.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.convert.translations import expand_grouped, expand_quantized, translation_table
-from lora_fx.export.copy.packing import stored_formats
-from lora_fx.export.ort.calls import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
-from lora_fx.export.prepare.preparing import Prepared
-from lora_fx.export.trace.arguments import FlatModel
-from lora_fx.export.trace.failures import Place, headline, inner_module, place_of, user_line
-from lora_fx.export.trace.tracing import Trace
+from lora_fx.export.copy import stored_formats
+from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
+from lora_fx.export.prepare import Prepared
+from lora_fx.export.trace import (
+    FlatModel,
+    Place,
+    Trace,
+    headline,
+    inner_module,
+    place_of,
+    user_line,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -1,7 +1,7 @@
 """Products with quantised weights, in operators of ONNX and ONNX Runtime.
 
-As with grouped products (:mod:`lora_fx.export.convert.translations`), a node of our own goes through torch.onnx, whose
-optimiser would make a dense constant of a ``DequantizeLinear`` over a small weight.
+As with grouped products (:mod:`lora_fx.export.convert.translations`), a node of our own goes through
+torch.onnx, whose optimiser would make a dense constant of a ``DequantizeLinear`` over a small weight.
 
 ``MatMulBnb4`` and ``MatMulNBits`` are ONNX Runtime's own. A dequantised weight is read by a Gemm, not by a
 MatMul: ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits (level

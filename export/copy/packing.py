@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_fx.errors import ExportError
 from lora_fx.export.copy.quantized_weight import DENSE_INSTEAD, HeldWeight, StandIn
 from lora_fx.export.report import StoredFormat
-from lora_fx.formats.weights import dense
+from lora_fx.formats import dense
 
 __all__ = [
     "Operator",

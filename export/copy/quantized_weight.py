@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.formats.weights import dense, quantization_of, quantized_linear
-from lora_fx.ir.quantization import Quantization
-from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
-from lora_fx.passes.graph.region import is_region
+from lora_fx.formats import dense, quantization_of, quantized_linear
+from lora_fx.ir import Quantization
+from lora_fx.passes.capture import written_out_of_bitsandbytes
+from lora_fx.passes.graph import is_region
 
 __all__ = ["DENSE_INSTEAD", "HeldWeight", "StandIn", "hold_quantized"]
 

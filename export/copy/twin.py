@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.copy.quantized_weight import StandIn, hold_quantized
-from lora_fx.formats.weights import quantization_of
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.merge.dense import KEPT_IN_FP32
-from lora_fx.runtime.ops import AdapterModule
+from lora_fx.formats import quantization_of
+from lora_fx.passes.graph import share_copy
+from lora_fx.passes.merge import KEPT_IN_FP32
+from lora_fx.runtime import AdapterModule
 
 __all__ = [
     "DTYPES",

@@ -1,1 +1,9 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Text generation over an exported decoder, token for token as transformers."""
+
+from __future__ import annotations
+
+from lora_fx.export.generate.generation import Generates
+
+__all__ = [
+    "Generates",
+]

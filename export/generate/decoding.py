@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.store import AdapterChoice
-from lora_fx.export.ort.calls import inputs_by_name
-from lora_fx.export.ort.ports import Port, feed, unwrap
+from lora_fx.export.adapters import AdapterChoice
+from lora_fx.export.ort import Port, feed, inputs_by_name, unwrap
 
 if TYPE_CHECKING:
-    from lora_fx.export.session.onnx_session import OnnxSession
+    from lora_fx.export.session import OnnxSession
 
 __all__ = ["CachedDecoder"]
 

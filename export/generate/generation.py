@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.store import AdapterChoice
+from lora_fx.export.adapters import AdapterChoice
 from lora_fx.export.generate.decoding import CachedDecoder
 from lora_fx.export.generate.sampling import Processor, next_tokens, processors
 from lora_fx.export.generate.settings import GenerationSettings
-from lora_fx.export.tasks.defaults import GENERATION_KEY
+from lora_fx.export.tasks import GENERATION_KEY
 
 if TYPE_CHECKING:
-    from lora_fx.export.session.onnx_session import OnnxSession
+    from lora_fx.export.session import OnnxSession
 
 
 __all__ = [

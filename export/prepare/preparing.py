@@ -13,27 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.factor_model import (
+from lora_fx.export.adapters import (
     FactorModel,
+    Manifest,
     Swappable,
     base_of,
+    fix_gains,
+    has_gains,
     origin_of,
     swappable,
     with_adapter,
 )
-from lora_fx.export.adapters.inline import fix_gains, has_gains
-from lora_fx.export.adapters.manifest import Manifest
-from lora_fx.export.copy.packing import pack_quantized
-from lora_fx.export.copy.quantized_weight import StandIn
-from lora_fx.export.copy.twin import DTYPES, Casts, dtype_name, exportable_twin, unwrapped
-from lora_fx.export.tasks.part import Part
-from lora_fx.export.tasks.registry import find_task
-from lora_fx.export.trace.arguments import Arguments, Cases, FlatModel, cast_floating
-from lora_fx.export.trace.tracing import widen_batch
-from lora_fx.ir.record import record_of
-from lora_fx.passes.capture.state import State
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.plan.planning import foreign_factors
+from lora_fx.export.copy import (
+    DTYPES,
+    Casts,
+    StandIn,
+    dtype_name,
+    exportable_twin,
+    pack_quantized,
+    unwrapped,
+)
+from lora_fx.export.tasks import Part, find_task
+from lora_fx.export.trace import Arguments, Cases, FlatModel, cast_floating, widen_batch
+from lora_fx.ir import record_of
+from lora_fx.passes.capture import State
+from lora_fx.passes.graph import share_copy
+from lora_fx.passes.plan import foreign_factors
 
 __all__ = ["Prepared", "prepare", "prepare_swappable"]
 
@@ -228,7 +233,7 @@ def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
                 name or "its root",
             )
         return model
-    from lora_fx.passes.merge.merging import merge
+    from lora_fx.passes.merge import merge
 
     merged, report = merge(model, keep=keep)
     _log.info("export: %s", report)

@@ -1,1 +1,9 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Sessions: exported files that are loaded and run."""
+
+from __future__ import annotations
+
+from lora_fx.export.session.onnx_session import OnnxSession
+
+__all__ = [
+    "OnnxSession",
+]

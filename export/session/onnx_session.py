@@ -13,38 +13,34 @@ import numpy as np
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.export.adapters.file import values_of
-from lora_fx.export.adapters.manifest import Manifest
-from lora_fx.export.adapters.store import AdapterChoice, AdapterStore, HeldAdapter
-from lora_fx.export.generate.generation import Generates
-from lora_fx.export.ort.calls import (
+from lora_fx.export.adapters import AdapterChoice, AdapterStore, HeldAdapter, Manifest, values_of
+from lora_fx.export.generate import Generates
+from lora_fx.export.ort import (
     AXIS_LIMITS_KEY,
-    INNER_SIZES_KEY,
-    check_axes,
-    empty_outputs,
-    inputs_by_name,
-)
-from lora_fx.export.ort.ports import (
     CPU,
+    INNER_SIZES_KEY,
+    PROVIDERS,
     Device,
+    PlacementReport,
     Port,
     bound_run,
+    check_arguments,
+    check_axes,
+    empty_outputs,
     empty_value,
     feed,
+    import_onnxruntime,
+    inputs_by_name,
+    load,
     port_of,
-    settle,
-    unwrap,
-)
-from lora_fx.export.ort.providers import PROVIDERS, import_onnxruntime, load
-from lora_fx.export.ort.settings import (
-    PlacementReport,
-    check_arguments,
     read_placement,
     session_settings,
+    settle,
+    unwrap,
     warn_of_work,
 )
 from lora_fx.export.session.static_run import StaticRunner
-from lora_fx.export.tasks.defaults import ENCODER_KEY, TASK_KEY
+from lora_fx.export.tasks import ENCODER_KEY, TASK_KEY
 
 __all__ = ["OnnxSession", "Port"]
 

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters.manifest import AdapterInput, Manifest, SiteInputs
-from lora_fx.export.adapters.store import HeldAdapter
-from lora_fx.export.ort.ports import BF16, CPU, Device, Port, settle, to_tensor
-from lora_fx.export.ort.providers import reason_of
+from lora_fx.export.adapters import AdapterInput, HeldAdapter, Manifest, SiteInputs
+from lora_fx.export.ort import BF16, CPU, Device, Port, reason_of, settle, to_tensor
 
 __all__ = ["MAX_SHAPES", "StaticRunner", "filled_up"]
 

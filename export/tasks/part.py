@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.export.trace.arguments import Cases
+from lora_fx.export.trace import Cases
 
 __all__ = ["Part"]
 

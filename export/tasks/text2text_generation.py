@@ -26,7 +26,7 @@ from lora_fx.export.tasks.cache import (
 )
 from lora_fx.export.tasks.defaults import TASK_KEY, generation_metadata, position_limit
 from lora_fx.export.tasks.part import Part
-from lora_fx.export.trace.arguments import Case, Checked
+from lora_fx.export.trace import Case, Checked
 
 __all__ = ["TEXT2TEXT_GENERATION", "text2text_generation"]
 

@@ -25,7 +25,7 @@ from lora_fx.export.tasks.cache import (
 )
 from lora_fx.export.tasks.defaults import generation_metadata, position_limit
 from lora_fx.export.tasks.part import Part
-from lora_fx.export.trace.arguments import Case, Checked
+from lora_fx.export.trace import Case, Checked
 
 __all__ = ["TEXT_GENERATION", "text_generation"]
 

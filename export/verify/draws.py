@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ParityError
-from lora_fx.export.trace.arguments import Axis, Case, Checked, Outputs, Sizes
-from lora_fx.export.trace.tracing import Trace
+from lora_fx.export.trace import Axis, Case, Checked, Outputs, Sizes, Trace
 
 __all__ = ["drawn_cases"]
 

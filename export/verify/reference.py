@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.copy.quantized_weight import StandIn
-from lora_fx.export.copy.twin import Casts
-from lora_fx.export.trace.arguments import Checked, Outputs, Widenable, cast_floating
-from lora_fx.passes.graph.copies import share_copy
+from lora_fx.export.copy import Casts, StandIn
+from lora_fx.export.trace import Checked, Outputs, Widenable, cast_floating
+from lora_fx.passes.graph import share_copy
 
 __all__ = ["Reference"]
 

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, MergeError, ParityError, ProviderError
-from lora_fx.export.adapters.factor_model import FactorModel, random_factors
-from lora_fx.export.adapters.file import values_of_model
-from lora_fx.export.adapters.manifest import Manifest, cast_to
-from lora_fx.export.convert.converting import ConversionError
-from lora_fx.export.copy.quantized_weight import StandIn
-from lora_fx.export.copy.twin import Casts
-from lora_fx.export.ort.calls import EmptyAxisError
-from lora_fx.export.prepare.preparing import Prepared
+from lora_fx.export.adapters import FactorModel, Manifest, cast_to, random_factors, values_of_model
+from lora_fx.export.convert import ConversionError
+from lora_fx.export.copy import Casts, StandIn
+from lora_fx.export.ort import EmptyAxisError
+from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import OutputParity, worse
-from lora_fx.export.session.onnx_session import OnnxSession
-from lora_fx.export.trace.arguments import Case, Cases, FlatModel, Outputs, Runner, Sizes
-from lora_fx.export.trace.tracing import Trace
+from lora_fx.export.session import OnnxSession
+from lora_fx.export.trace import Case, Cases, FlatModel, Outputs, Runner, Sizes, Trace
 from lora_fx.export.verify.difference import Compared, PrecisionError, described, difference, judged
 from lora_fx.export.verify.draws import drawn_cases
 from lora_fx.export.verify.reference import Reference

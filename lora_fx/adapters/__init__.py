@@ -1,1 +1,72 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""The verbs for the adapters of a rewritten model."""
+
+from __future__ import annotations
+
+from lora_fx.adapters.adapter_status import status
+from lora_fx.adapters.initialization import initialize, restart
+from lora_fx.adapters.loftq import replace_lora_weights_loftq
+from lora_fx.adapters.manage import (
+    active_adapters,
+    adapter_ids,
+    adapter_names,
+    adapter_record,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    note_start,
+    put_adapter,
+    set_adapter,
+    the_adapter,
+)
+from lora_fx.adapters.optim import correct_gradients, parameter_groups
+from lora_fx.adapters.quantized_base import plan_quantization, prepare_for_kbit_training, quantize
+from lora_fx.adapters.settings import (
+    WRAPPER,
+    Layout,
+    Target,
+    is_attention,
+    layout_of,
+    origin_of,
+    targets_of,
+    with_targets,
+    written_config,
+)
+from lora_fx.adapters.switching import base_capture, put_in, run_with, take_out
+from lora_fx.adapters.weighted import add_weighted_adapter
+
+__all__ = [
+    "WRAPPER",
+    "Layout",
+    "Target",
+    "active_adapters",
+    "adapter_ids",
+    "adapter_names",
+    "adapter_record",
+    "add_adapter",
+    "add_weighted_adapter",
+    "base_capture",
+    "correct_gradients",
+    "delete_adapter",
+    "disable_adapter",
+    "initialize",
+    "is_attention",
+    "layout_of",
+    "note_start",
+    "origin_of",
+    "parameter_groups",
+    "plan_quantization",
+    "prepare_for_kbit_training",
+    "put_adapter",
+    "put_in",
+    "quantize",
+    "replace_lora_weights_loftq",
+    "restart",
+    "run_with",
+    "set_adapter",
+    "status",
+    "take_out",
+    "targets_of",
+    "the_adapter",
+    "with_targets",
+    "written_config",
+]

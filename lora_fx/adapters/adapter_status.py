@@ -8,12 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora_fx.ir.record import AdapterRecord, require_record
-from lora_fx.passes.parameters.by_hand import trained_by_hand
-from lora_fx.passes.parameters.factors import adapter_parameters
-from lora_fx.passes.parameters.replacements import own_value
-from lora_fx.passes.parameters.rewritten import inside
-from lora_fx.runtime.watch import is_checked
+from lora_fx.ir import AdapterRecord, require_record
+from lora_fx.passes.parameters import adapter_parameters, inside, own_value, trained_by_hand
+from lora_fx.runtime import is_checked
 
 __all__ = ["AdapterStatus", "ModelStatus", "status"]
 

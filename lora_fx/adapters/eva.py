@@ -28,11 +28,10 @@ from lora_fx.adapters.statistics import (
     show_inputs,
     tokens_seen,
 )
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record
-from lora_fx.passes.insert.starts import low_rank_svd, signs, site_generator
+from lora_fx.ir import PlannedSite, Record
+from lora_fx.passes.insert import low_rank_svd, signs, site_generator
 
 __all__ = [
     "Components",

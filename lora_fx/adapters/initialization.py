@@ -17,21 +17,20 @@ from lora_fx.adapters.manage import adapter_record, disable_adapter, the_adapter
 from lora_fx.adapters.settings import by_site, with_patterns
 from lora_fx.adapters.statistics import Forward, Report, device_of, gradients, moments
 from lora_fx.adapters.switching import put_in, take_out
-from lora_fx.config.starts import needs_data
+from lora_fx.config import needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord, Record, require_record
-from lora_fx.passes.insert.place_starts import (
+from lora_fx.ir import AdapterRecord, PlannedSite, Record, require_record
+from lora_fx.passes.insert import (
+    Start,
     computed_starts,
+    data_start,
     drop_site,
+    initial_start,
     place_start,
     place_variants,
 )
-from lora_fx.passes.insert.starts import Start, data_start, initial_start
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.replacements import base_parameters, place_base
-from lora_fx.passes.parameters.rewritten import inside
-from lora_fx.passes.plan.planning import at_rank
+from lora_fx.passes.parameters import base_parameters, factors_of, inside, place_base
+from lora_fx.passes.plan import at_rank
 
 __all__ = [
     "initialize",

@@ -19,16 +19,19 @@ from torch import nn
 from lora_fx.adapters.manage import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.files import WeightFiles
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.passes.insert.place_starts import initial_magnitude
-from lora_fx.passes.insert.starts import pissa, site_generator
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.matrices import as_factors, as_matrices, matrix_shape, part_of
-from lora_fx.passes.parameters.replacements import base_weight
-from lora_fx.passes.parameters.rewritten import inside
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.formats import quantization_of
+from lora_fx.ir import AdapterRecord, PlannedSite
+from lora_fx.passes.insert import initial_magnitude, pissa, site_generator
+from lora_fx.passes.parameters import (
+    as_factors,
+    as_matrices,
+    base_weight,
+    factors_of,
+    inside,
+    matrix_shape,
+    part_of,
+)
+from lora_fx.passes.patterns import pattern_of
 
 __all__ = ["CompensatedSite", "replace_lora_weights_loftq"]
 

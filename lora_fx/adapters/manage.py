@@ -22,15 +22,22 @@ from lora_fx.adapters.switching import (
     run_with,
     take_out,
 )
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir.record import AdapterRecord, Choice, require_record
-from lora_fx.passes.parameters.factors import adapter_parameters, drop_factors
-from lora_fx.passes.parameters.replacements import base_parameters, own_value, place_base, put_back
-from lora_fx.passes.parameters.rewritten import inside, without_wrappers
+from lora_fx.ir import AdapterRecord, Choice, require_record
+from lora_fx.passes.parameters import (
+    adapter_parameters,
+    base_parameters,
+    drop_factors,
+    inside,
+    own_value,
+    place_base,
+    put_back,
+    without_wrappers,
+)
 from lora_fx.passes.pipeline import added, check_config, check_trains
-from lora_fx.passes.plan.planning import make_plan
-from lora_fx.runtime.ops import check_adapter_name
+from lora_fx.passes.plan import make_plan
+from lora_fx.runtime import check_adapter_name
 
 __all__ = [
     "active_adapters",

@@ -17,11 +17,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record, require_record
-from lora_fx.passes.parameters.by_hand import claim_unfrozen
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.rewritten import inside, without_wrappers
+from lora_fx.ir import PlannedSite, Record, require_record
+from lora_fx.passes.parameters import claim_unfrozen, factors_of, inside, without_wrappers
 
 __all__ = ["correct_gradients", "parameter_groups"]
 

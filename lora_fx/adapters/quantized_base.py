@@ -12,20 +12,14 @@ from torch import nn
 
 from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
-from lora_fx.formats.made import Storage, check_device, storage
-from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.graph import Capture, Region
-from lora_fx.ir.record import record_of
-from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.decompositions import written_out
-from lora_fx.passes.capture.quantized import holds_quantised
-from lora_fx.passes.graph.copies import check_model, share_copy
-from lora_fx.passes.graph.region import install
+from lora_fx.formats import Storage, check_device, quantization_of, quantized_linear, storage
+from lora_fx.ir import Capture, Region, record_of
+from lora_fx.passes.capture import capture as capture_model
+from lora_fx.passes.capture import holds_quantised, written_out
+from lora_fx.passes.graph import check_model, install, share_copy
 from lora_fx.passes.pipeline import matched, run_passes
-from lora_fx.passes.quantize.materialize import Materialize
-from lora_fx.passes.quantize.planning import QuantizationPlan
-from lora_fx.passes.quantize.planning import plan_quantization as make_plan
-from lora_fx.passes.quantize.store import Quantize, Values, say_quantised
+from lora_fx.passes.quantize import Materialize, QuantizationPlan, Quantize, Values, say_quantised
+from lora_fx.passes.quantize import plan_quantization as make_plan
 
 __all__ = [
     "plan_quantization",

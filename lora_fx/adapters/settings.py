@@ -10,14 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import alpha_for, rank_for
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.site import Site
-from lora_fx.passes.graph.region import original_class
-from lora_fx.passes.parameters.replacements import base_parameters
+from lora_fx.config import LoraConfig, alpha_for, rank_for
+from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
+from lora_fx.passes.graph import original_class
+from lora_fx.passes.parameters import base_parameters
 
 __all__ = [
     "WRAPPER",
@@ -368,5 +364,6 @@ def _exactly(names: tuple[str, ...], model: nn.Module) -> tuple[str, ...] | str:
 
 
 def origin_of(model: nn.Module) -> str | None:
+    """Return where a model of transformers was loaded from, as it says itself."""
     origin = model.__dict__.get("name_or_path")
     return origin if isinstance(origin, str) and origin else None

@@ -11,11 +11,10 @@ from torch import nn
 
 from lora_fx.adapters.switching import base_capture
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record
-from lora_fx.passes.graph.region import install
-from lora_fx.passes.insert.observe import See, observed
-from lora_fx.passes.parameters.replacements import base_parameters, put_back
+from lora_fx.ir import PlannedSite, Record
+from lora_fx.passes.graph import install
+from lora_fx.passes.insert import See, observed
+from lora_fx.passes.parameters import base_parameters, put_back
 from lora_fx.passes.pipeline import running
 
 __all__ = [

@@ -12,17 +12,21 @@ import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.ir.graph import Capture, module_of
-from lora_fx.ir.plan import PlannedSite, PlannedTokens
-from lora_fx.ir.record import Choice, Record, require_record
-from lora_fx.passes.capture.decompositions import written_out
-from lora_fx.passes.graph.region import install, is_region, uninstall
-from lora_fx.passes.insert.select_rows import ROWS, check_rows
-from lora_fx.passes.parameters.replacements import place_base, place_own
-from lora_fx.passes.parameters.rewritten import check_intact
+from lora_fx.ir import (
+    Capture,
+    Choice,
+    PlannedSite,
+    PlannedTokens,
+    Record,
+    module_of,
+    require_record,
+)
+from lora_fx.passes.capture import written_out
+from lora_fx.passes.graph import install, is_region, uninstall
+from lora_fx.passes.insert import ROWS, check_rows
+from lora_fx.passes.parameters import check_intact, place_base, place_own
 from lora_fx.passes.pipeline import branch_passes, run_passes, running
-from lora_fx.runtime import watch
-from lora_fx.runtime.samples import SampleRows, unwatch_calls, watch_calls
+from lora_fx.runtime import SampleRows, unwatch_calls, watch, watch_calls
 
 __all__ = [
     "base_capture",

@@ -1,7 +1,7 @@
 """A new adapter of a model from several that it has.
 
-Each site is combined by itself (:mod:`lora_fx.passes.merge.combining`); the new adapter is then added as one that is
-loaded would be, and given these values.
+Each site is combined by itself (:mod:`lora_fx.passes.merge.combining`); the new adapter is then added as
+one that is loaded would be, and given these values.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from torch import nn
 
 from lora_fx.adapters.manage import adapter_names, adapter_record, delete_adapter, put_adapter
 from lora_fx.adapters.settings import by_site, written_config
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.passes.merge.combining import Combination, Election, Term, combine
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.replacements import own_value
-from lora_fx.passes.parameters.rewritten import inside
-from lora_fx.runtime.ops import check_adapter_name
+from lora_fx.ir import AdapterRecord, PlannedSite
+from lora_fx.passes.merge import Combination, Election, Term, combine
+from lora_fx.passes.parameters import factors_of, inside, own_value
+from lora_fx.runtime import check_adapter_name
 
 __all__ = [
     "Part",

@@ -1,1 +1,26 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Adapter folders and state dicts in PEFT's format, both ways."""
+
+from __future__ import annotations
+
+from lora_fx.checkpoint.files import read_tensors
+from lora_fx.checkpoint.folder import load_adapter, save_adapter
+from lora_fx.checkpoint.forms import Dense, gathered
+from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
+from lora_fx.checkpoint.keys import Slot
+from lora_fx.checkpoint.starts import converted
+from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
+
+__all__ = [
+    "Dense",
+    "Slot",
+    "adapter_state_dict",
+    "converted",
+    "gathered",
+    "hotswap_adapter",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "prepare_hotswap",
+    "read_tensors",
+    "save_adapter",
+    "without_prefix",
+]

@@ -19,22 +19,23 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lora_fx.adapters.switching import put_in, take_out
+from lora_fx.adapters import put_in, take_out
 from lora_fx.checkpoint.keys import base_name
 from lora_fx.errors import CheckpointError, ConfigError
-from lora_fx.ir.graph import join
-from lora_fx.ir.record import AdapterRecord, require_record
-from lora_fx.passes.graph.copies import memory_of
-from lora_fx.passes.parameters.by_hand import trained_by_hand, trained_starts
-from lora_fx.passes.parameters.replacements import (
+from lora_fx.ir import AdapterRecord, join, require_record
+from lora_fx.passes.graph import memory_of
+from lora_fx.passes.parameters import (
     base_modules,
     base_parameters,
     own_value,
     place_base,
     put_back,
+    trained_by_hand,
+    trained_starts,
 )
 
 __all__ = [
+    "NOTE",
     "SaveEmbeddings",
     "by_hand_in",
     "given_values",

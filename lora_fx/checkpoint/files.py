@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_fx.config.lora_config import CONFIG_NAME, LoraConfig
+from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
 
 __all__ = ["PICKLE_NAME", "WEIGHTS_NAME", "read_tensors", "write_folder"]

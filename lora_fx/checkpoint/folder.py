@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapters.manage import (
+from lora_fx.adapters import (
     adapter_names,
     adapter_record,
     delete_adapter,
     put_adapter,
     the_adapter,
+    with_targets,
+    written_config,
 )
-from lora_fx.adapters.settings import with_targets, written_config
 from lora_fx.checkpoint.base_weights import (
     SaveEmbeddings,
     by_hand_in,
@@ -36,14 +37,13 @@ from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
 from lora_fx.checkpoint.vllm import for_vllm
-from lora_fx.config.lora_config import CONFIG_NAME, LoraConfig
-from lora_fx.config.selection import judge, saved_entries
+from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
-from lora_fx.ir.record import record_of
-from lora_fx.passes.capture.auto import Frontend
-from lora_fx.passes.parameters.rewritten import inside
+from lora_fx.ir import record_of
+from lora_fx.passes.capture import Frontend
+from lora_fx.passes.parameters import inside
 from lora_fx.passes.pipeline import plan_model, rewrite_model
-from lora_fx.runtime.ops import check_adapter_name
+from lora_fx.runtime import check_adapter_name
 
 __all__ = ["load_adapter", "save_adapter"]
 

@@ -19,6 +19,7 @@ __all__ = [
     "Dense",
     "Form",
     "Plain",
+    "Shape",
     "StackedDown",
     "StackedUp",
     "Transposed",

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from lora_fx.checkpoint.forms import Dense, gathered
 from lora_fx.checkpoint.keys import Slot
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.passes.insert.place_starts import start_factors
-from lora_fx.passes.parameters.factors import factor_names
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.ir import AdapterRecord, PlannedSite, join
+from lora_fx.passes.insert import start_factors
+from lora_fx.passes.parameters import factor_names
+from lora_fx.passes.patterns import pattern_of
 
 __all__ = ["from_peft", "to_peft"]
 

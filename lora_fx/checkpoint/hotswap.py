@@ -14,24 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.manage import (
-    adapter_names,
-    adapter_record,
-    delete_adapter,
-    note_start,
-    the_adapter,
-)
+from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start, the_adapter
 from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.checkpoint.forms import write
 from lora_fx.errors import CheckpointError, ConfigError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord, require_record
-from lora_fx.passes.insert.place_starts import start_factors
-from lora_fx.passes.parameters.factors import SiteFactors, factors_of
-from lora_fx.passes.parameters.replacements import own_value
-from lora_fx.passes.parameters.rewritten import inside
-from lora_fx.passes.parameters.tokens import tokens_of
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.ir import AdapterRecord, PlannedSite, require_record
+from lora_fx.passes.insert import start_factors
+from lora_fx.passes.parameters import SiteFactors, factors_of, inside, own_value, tokens_of
+from lora_fx.passes.patterns import pattern_of
 
 __all__ = ["hotswap_adapter", "prepare_hotswap"]
 

@@ -11,14 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_fx.adapters.settings import WRAPPER, Layout, Target, is_attention
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import alpha_for, parameter_entry, rank_for
+from lora_fx.adapters import WRAPPER, Layout, Target, is_attention
+from lora_fx.config import LoraConfig, alpha_for, parameter_entry, rank_for
 from lora_fx.errors import CheckpointError
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.passes.parameters.replacements import base_modules
+from lora_fx.ir import AdapterRecord, PlannedSite, join
+from lora_fx.passes.parameters import base_modules
 
 __all__ = [
     "NOTE",
@@ -26,6 +23,7 @@ __all__ = [
     "Member",
     "Pair",
     "Parts",
+    "Tensors",
     "joined_of",
     "note_of",
     "parts_in",

@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_fx.adapters.settings import WRAPPER, Layout
+from lora_fx.adapters import WRAPPER, Layout
 from lora_fx.checkpoint.forms import (
     PLAIN,
     Dense,
@@ -44,14 +44,19 @@ from lora_fx.checkpoint.forms import (
     for_file,
     gathered,
 )
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.site import Site
-from lora_fx.passes.parameters.factors import FactorNames, SiteFactors, factor_names, factors_of
-from lora_fx.passes.parameters.replacements import in_adapter, own_value, parameter_of
-from lora_fx.passes.parameters.tokens import rows_name, tokens_of
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
+from lora_fx.passes.parameters import (
+    FactorNames,
+    SiteFactors,
+    factor_names,
+    factors_of,
+    in_adapter,
+    own_value,
+    parameter_of,
+    rows_name,
+    tokens_of,
+)
+from lora_fx.passes.patterns import pattern_of
 
 __all__ = ["PREFIX", "Slot", "base_name", "slots_of"]
 

@@ -22,20 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapters.initialization import restart
-from lora_fx.adapters.manage import adapter_record
+from lora_fx.adapters import adapter_record, restart
 from lora_fx.checkpoint.forms import gathered
 from lora_fx.checkpoint.keys import Slot
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.starts import changes_base, needs_data
+from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import CheckpointError
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import AdapterRecord
-from lora_fx.ir.site import Site
-from lora_fx.passes.insert.place_starts import start_factors
-from lora_fx.passes.parameters.factors import factor_names
-from lora_fx.passes.plan.planning import start_objection
+from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
+from lora_fx.passes.insert import start_factors
+from lora_fx.passes.parameters import factor_names
+from lora_fx.passes.plan import start_objection
 
 __all__ = ["Converted", "check_start", "converted", "other_start", "repeat_start"]
 

@@ -10,21 +10,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapters.manage import adapter_record, note_start, the_adapter
-from lora_fx.adapters.settings import Layout, Target, layout_of, origin_of, targets_of
+from lora_fx.adapters import (
+    Layout,
+    Target,
+    adapter_record,
+    layout_of,
+    note_start,
+    origin_of,
+    targets_of,
+    the_adapter,
+)
 from lora_fx.checkpoint.base_weights import SaveEmbeddings, saved_by_hand, saved_embeddings
 from lora_fx.checkpoint.forms import write
 from lora_fx.checkpoint.grouped import from_peft, to_peft
 from lora_fx.checkpoint.joined import Joined, joined_of, wrapped_parameters
 from lora_fx.checkpoint.keys import PREFIX, Slot, base_name, slots_of
 from lora_fx.checkpoint.starts import Converted, converted, other_start
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import scale_for
+from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError
-from lora_fx.ir.record import AdapterRecord, record_of
-from lora_fx.passes.parameters.by_hand import changed_buffers, claim, persistent_buffers
-from lora_fx.passes.parameters.replacements import own_value, parameter_of
-from lora_fx.passes.parameters.rewritten import inside
+from lora_fx.ir import AdapterRecord, record_of
+from lora_fx.passes.parameters import (
+    changed_buffers,
+    claim,
+    inside,
+    own_value,
+    parameter_of,
+    persistent_buffers,
+)
 
 __all__ = [
     "Stored",

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from lora_fx.checkpoint.state import Stored
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import scale_of
+from lora_fx.config import LoraConfig, scale_of
 from lora_fx.errors import CheckpointError
-from lora_fx.ir.record import AdapterRecord
+from lora_fx.ir import AdapterRecord
 
 __all__ = ["for_vllm"]
 

@@ -1,1 +1,50 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""What a user asks for: ``LoraConfig``, its fields and rules, and the names that it selects."""
+
+from __future__ import annotations
+
+from lora_fx.config.fields import bad
+from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig
+from lora_fx.config.selection import (
+    Verdict,
+    alpha_for,
+    excluded,
+    judge,
+    nearest_names,
+    parameter_entry,
+    rank_for,
+    saved_by,
+    saved_entries,
+    saved_module,
+    scale_for,
+    scale_of,
+    unmatched,
+    unmatched_saved,
+    unmatched_targets,
+    uses_default_targets,
+)
+from lora_fx.config.starts import changes_base, needs_data
+
+__all__ = [
+    "ALL_LINEAR",
+    "CONFIG_NAME",
+    "LoraConfig",
+    "Verdict",
+    "alpha_for",
+    "bad",
+    "changes_base",
+    "excluded",
+    "judge",
+    "nearest_names",
+    "needs_data",
+    "parameter_entry",
+    "rank_for",
+    "saved_by",
+    "saved_entries",
+    "saved_module",
+    "scale_for",
+    "scale_of",
+    "unmatched",
+    "unmatched_saved",
+    "unmatched_targets",
+    "uses_default_targets",
+]

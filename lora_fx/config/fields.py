@@ -74,6 +74,7 @@ class FrozenPattern(Mapping[str, _V]):
 
 
 def bad(name: str, found: object, remedy: str) -> ConfigError:
+    """Return the error of one field: what was found there and what to write instead."""
     return ConfigError(f"LoraConfig.{name}: found {found!r}; {remedy}")
 
 

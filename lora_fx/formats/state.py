@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.quantization import Quantization
+from lora_fx.ir import Quantization
 
 __all__ = ["checks_format", "loads_quantised"]
 

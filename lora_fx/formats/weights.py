@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from lora_fx.ir.quantization import Quantization
+from lora_fx.ir import Quantization
 
 __all__ = [
     "DESCRIBED",

@@ -1,1 +1,64 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""The values that passes hand to each other: captures, regions, sites, plans, records."""
+
+from __future__ import annotations
+
+from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, module_of, relative
+from lora_fx.ir.passes import Pass, PassResult
+from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
+from lora_fx.ir.quantization import Quantization
+from lora_fx.ir.record import (
+    AdapterRecord,
+    Base,
+    Choice,
+    Record,
+    freeze,
+    record_of,
+    require_record,
+    thaw,
+)
+from lora_fx.ir.site import (
+    BranchBuilder,
+    Call,
+    Factors,
+    Layout,
+    Match,
+    Matches,
+    Pattern,
+    Rejection,
+    Site,
+)
+
+__all__ = [
+    "META_KEY",
+    "AdapterRecord",
+    "Base",
+    "BranchBuilder",
+    "Call",
+    "Capture",
+    "Choice",
+    "Factors",
+    "Layout",
+    "Match",
+    "Matches",
+    "Pass",
+    "PassResult",
+    "Pattern",
+    "Plan",
+    "PlannedSite",
+    "PlannedTokens",
+    "Quantization",
+    "Record",
+    "Region",
+    "Rejection",
+    "Role",
+    "Site",
+    "Skipped",
+    "Tag",
+    "freeze",
+    "join",
+    "module_of",
+    "record_of",
+    "relative",
+    "require_record",
+    "thaw",
+]

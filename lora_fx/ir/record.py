@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir.graph import META_KEY, Region, Tag
 from lora_fx.ir.plan import PlannedSite, PlannedTokens

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir.site import Site
+from lora_fx.ir import Site
 
 __all__ = ["Costs", "makes_base_again", "variant_costs", "variant_objection"]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from lora_fx.runtime.masks import transformed
 
 __all__ = [

@@ -2,9 +2,10 @@
 
 The gain and the branch go into the output in place. For the backward pass it keeps x, the product with A
 ([tokens, r]), the gain ([out]) and, under dropout, one bit for each element of x: what
-:mod:`lora_fx.runtime.fused_lora` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``, which comes
-from elsewhere, as in :mod:`lora_fx.runtime.dora`: the product is made again, or the output, which the next layer
-often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller can write into.
+:mod:`lora_fx.runtime.fused_lora` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``,
+which comes from elsewhere, as in :mod:`lora_fx.runtime.dora`: the product is made again, or the output,
+which the next layer often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller
+can write into.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def dora_linear(
 ) -> Tensor:
     """A linear operation with a weight-decomposed branch (DoRA, Liu et al. 2024, arXiv:2402.09353).
 
-    Dtypes, autocast and the transforms of ``torch.func`` are as for :func:`lora_fx.runtime.fused_lora.lora_linear`; a
-    compiler sees plain operations, and decides by itself what to keep. Dropout is on the branch only. Where
-    nothing wants what x is for (the gradients of A and W, and of the gain, if the product is made again), it
-    is not kept.
+    Dtypes, autocast and the transforms of ``torch.func`` are as for
+    :func:`lora_fx.runtime.fused_lora.lora_linear`; a compiler sees plain operations, and decides by itself
+    what to keep. Dropout is on the branch only. Where nothing wants what x is for (the gradients of A and
+    W, and of the gain, if the product is made again), it is not kept.
 
     Args:
         x: [..., in].

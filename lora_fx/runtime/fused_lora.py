@@ -23,6 +23,7 @@ from lora_fx.runtime.masks import draw, kept, masked, transformed, unpacked
 
 __all__ = [
     "Kernel",
+    "Option",
     "Rows",
     "add_product",
     "applied",

@@ -1,9 +1,9 @@
 """A product with a quantised weight and its LoRA branch as one function (QLoRA, arXiv:2305.14314).
 
-``y = q(x) + s · (drop(x) Aᵀ) Bᵀ``, where q is the kernel of the library that the weight is of. The branch is
-that of :mod:`lora_fx.runtime.fused_lora`: it is added in place into what the kernel gives, and x, the product with A and,
-under dropout, one bit for each element of x are kept for the backward pass. The weight's values are made anew
-there, and nothing of their size is kept.
+``y = q(x) + s · (drop(x) Aᵀ) Bᵀ``, where q is the kernel of the library that the weight is of. The branch
+is that of :mod:`lora_fx.runtime.fused_lora`: it is added in place into what the kernel gives, and x, the
+product with A and, under dropout, one bit for each element of x are kept for the backward pass. The
+weight's values are made anew there, and nothing of their size is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lora_fx.formats.weights import dense, quantized_linear
+from lora_fx.formats import dense, quantized_linear
 from lora_fx.runtime.fused_lora import Rows, applied, autocast_dtype
 
 __all__ = ["quantized_lora_linear"]
@@ -36,10 +36,10 @@ def quantized_lora_linear(
 ) -> Tensor:
     """:func:`lora_fx.formats.weights.quantized_linear` with a LoRA branch.
 
-    The product is that of the operation alone to the last bit, and so is its dtype, also under autocast; the
-    branch is computed in autocast's dtype, or in that of ``x``. Otherwise it behaves as
-    :func:`lora_fx.runtime.fused_lora.lora_linear` does, but that a compiler sees plain operations and decides by itself
-    what to keep. The weight is frozen.
+    The product is that of the operation alone to the last bit, and so is its dtype, also under autocast;
+    the branch is computed in autocast's dtype, or in that of ``x``. Otherwise it behaves as
+    :func:`lora_fx.runtime.fused_lora.lora_linear` does, but that a compiler sees plain operations and
+    decides by itself what to keep. The weight is frozen.
 
     Args:
         x: [..., in].

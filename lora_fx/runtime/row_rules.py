@@ -17,7 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Reader", "batch_normalized", "rule_of", "tensors_in", "union"]
+__all__ = [
+    "Named",
+    "Reader",
+    "Rule",
+    "batch_normalized",
+    "rule_of",
+    "tensors_in",
+    "union",
+]
 
 
 class Reader(Protocol):

@@ -1,7 +1,8 @@
 """Decides, for each call with an adapter for each sample, whether it is known which rows are whose.
 
-A call of a form that nobody has seen is followed (:mod:`lora_fx.runtime.row_tracking`) while it runs, and refused where a
-site reads rows that are not those of the samples. Calls of the same form run as they are then.
+A call of a form that nobody has seen is followed (:mod:`lora_fx.runtime.row_tracking`) while it runs, and
+refused where a site reads rows that are not those of the samples. Calls of the same form run as they are
+then.
 """
 
 from __future__ import annotations

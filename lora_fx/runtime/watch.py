@@ -7,9 +7,9 @@ autograd (:class:`_Watch`), which knows the bytes of the adapted weights and wha
 such a value meets data outside of the graph that holds the weight's branch, the call ends with an error.
 
 A way in is a method of a module, in training or not, with or without gradients, with arguments of these
-classes and sizes (:mod:`lora_fx.runtime.call_sizes`). What has been watched costs a look into a set from then on.
-Compilers do not see the watch, and what they run stays pending, as does what runs without real values
-(:func:`_blind`).
+classes and sizes (:mod:`lora_fx.runtime.call_sizes`). What has been watched costs a look into a set from
+then on. Compilers do not see the watch, and what they run stays pending, as does what runs without real
+values (:func:`_blind`).
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ from torch.utils._python_dispatch import (
 )
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import META_KEY, Tag
-from lora_fx.ir.record import record_of
-from lora_fx.ir.site import Site
+from lora_fx.ir import META_KEY, Site, Tag, record_of
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.ops import AdapterModule

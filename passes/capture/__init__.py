@@ -1,1 +1,28 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""From a module to graphs: three front-ends, and the checks of what they give."""
+
+from __future__ import annotations
+
+from lora_fx.passes.capture.auto import Frontend, capture
+from lora_fx.passes.capture.check import Count, count_weights, run_once, run_reference
+from lora_fx.passes.capture.decompositions import written_out
+from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.lock import ONE_AT_A_TIME
+from lora_fx.passes.capture.quantized import holds_quantised, written_out_of_bitsandbytes
+from lora_fx.passes.capture.state import State
+from lora_fx.passes.capture.synthesis import synthesise
+
+__all__ = [
+    "ONE_AT_A_TIME",
+    "Count",
+    "Frontend",
+    "State",
+    "capture",
+    "count_weights",
+    "holds_quantised",
+    "normalise",
+    "run_once",
+    "run_reference",
+    "synthesise",
+    "written_out",
+    "written_out_of_bitsandbytes",
+]

@@ -12,9 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.quantization import Quantization
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Capture, Quantization
 from lora_fx.passes.capture.check import (
     check_unchanged,
     goes_past,
@@ -24,9 +23,14 @@ from lora_fx.passes.capture.check import (
 from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalise
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
-from lora_fx.passes.graph.copies import check_model, share_copy
-from lora_fx.passes.graph.lazy import is_matrix
-from lora_fx.passes.graph.region import is_built_in, is_region, kept_graph
+from lora_fx.passes.graph import (
+    check_model,
+    is_built_in,
+    is_matrix,
+    is_region,
+    kept_graph,
+    share_copy,
+)
 
 __all__ = ["Frontend", "capture"]
 

@@ -17,12 +17,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import Capture, Region
+from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.graph.copies import share_copy, storage_of
-from lora_fx.passes.graph.lazy import is_matrix
-from lora_fx.passes.graph.region import install, uninstall
+from lora_fx.passes.graph import install, is_matrix, share_copy, storage_of, uninstall
 
 __all__ = [
     "Count",

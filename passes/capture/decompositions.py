@@ -1,10 +1,10 @@
 """Modules of ``torch.nn`` that apply several weights inside one call, written out.
 
-Their own ``forward`` branches on how it is called and has fast paths in C++ that read the weights past every
-adapter. What is here computes the same from operations that can be seen: one projection each for q, k and
-v, the attention between them (:func:`lora_fx.runtime.attention.attend`), one projection out. A transposed convolution
-takes the size of its output from its caller. Each function has the signature of the ``forward`` that it
-stands for, and its graph holds for every call.
+Their own ``forward`` branches on how it is called and has fast paths in C++ that read the weights past
+every adapter. What is here computes the same from operations that can be seen: one projection each for q, k
+and v, the attention between them (:func:`lora_fx.runtime.attention.attend`), one projection out. A
+transposed convolution takes the size of its output from its caller. Each function has the signature of the
+``forward`` that it stands for, and its graph holds for every call.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
-from lora_fx.passes.graph.region import original_class
-from lora_fx.runtime.attention import attend, causal_hint, zero_padding
-from lora_fx.runtime.experts import (
+from lora_fx.passes.graph import original_class
+from lora_fx.runtime import (
+    attend,
+    attend_in_windows,
+    causal_hint,
+    fitted_window,
     grouped_mm,
+    output_padding,
+    partition,
     repeated,
+    reverse,
     sorted_by_expert,
     summed,
     tokens_of,
     unsorted,
-)
-from lora_fx.runtime.ops import output_padding
-from lora_fx.runtime.windows import (
-    attend_in_windows,
-    fitted_window,
-    partition,
-    reverse,
     without_key_bias,
+    zero_padding,
 )
 
 __all__ = [

@@ -20,22 +20,24 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import Capture, Region
+from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.inputs import CACHE, named_inputs
 from lora_fx.passes.capture.lock import ONE_AT_A_TIME
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.unbake import convert_masks, unbake_devices, unbake_modes
-from lora_fx.passes.graph.copies import storage_of
-from lora_fx.passes.graph.region import CONSTANT, install, uninstall
-from lora_fx.passes.graph.signature import (
+from lora_fx.passes.graph import (
+    CONSTANT,
     NEEDS_MODULES,
     WANTS_CACHE,
     GuardedCodeGen,
     Parameter,
     attribute,
+    install,
     parameters_of,
+    storage_of,
+    uninstall,
 )
 
 __all__ = [

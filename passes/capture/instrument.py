@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from lora_fx.passes.graph.source import SCOPES, bound_by, compiled, nested, tree_of
+from lora_fx.passes.graph import SCOPES, bound_by, compiled, nested, tree_of
 
 __all__ = ["RECORDER", "SourceError", "instrumented"]
 

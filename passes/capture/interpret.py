@@ -3,8 +3,8 @@
 The code of a forward, and of every function that it reaches, is rewritten (:mod:`.instrument`) so that it
 calls the methods of a :class:`Frame`. The rule is an allowlist. An operation on a traced value is recorded
 where the graph does the same when it runs. An operation on values that are known is computed at once, and
-every value that was read to get there is noted as a :class:`~lora_fx.passes.graph.reads.Read`, which guards the
-graph. Everything else ends the trace with the reason, and the module keeps its own forward.
+every value that was read to get there is noted as a :class:`~lora_fx.passes.graph.reads.Read`, which guards
+the graph. Everything else ends the trace with the reason, and the module keeps its own forward.
 
 Some refusals go on recording (``refuse_softly``): the graph is thrown away, but what was recorded says how
 the code cuts up the outputs of its layers (:attr:`lora_fx.ir.graph.Capture.begun`).
@@ -31,7 +31,7 @@ from torch import nn
 
 from lora_fx.passes.capture.instrument import SourceError
 from lora_fx.passes.capture.proxies import TracedValue, attribute_of, holds_traced
-from lora_fx.passes.graph.reads import (
+from lora_fx.passes.graph import (
     CONTAINERS,
     SIMPLE,
     ModuleRoot,

@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes.graph.reads import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
-from lora_fx.runtime.ops import Callee, Seen, class_of, differs
+from lora_fx.passes.graph import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
+from lora_fx.runtime import Callee, Seen, class_of, differs
 
 __all__ = ["Notes", "noted_globals"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import fx
 
-from lora_fx.runtime.ops import in_place
+from lora_fx.runtime import in_place
 
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder

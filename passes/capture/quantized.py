@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.graph import Region
-from lora_fx.passes.graph.nodes import erase_unread
-from lora_fx.passes.graph.region import original_class
-from lora_fx.passes.patterns.product import Product, product_of
+from lora_fx.formats import quantization_of, quantized_linear
+from lora_fx.ir import Region
+from lora_fx.passes.graph import erase_unread, original_class
+from lora_fx.passes.patterns import Product, product_of
 
 __all__ = ["holds_quantised", "make_opaque", "setup_of", "written_out_of_bitsandbytes"]
 

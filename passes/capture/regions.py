@@ -14,14 +14,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import Capture, Region, join
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Capture, Region, join
 from lora_fx.passes.capture.decompositions import written_conditions, written_out
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
-from lora_fx.passes.graph.lazy import UNINITIALISED, is_lazy, is_matrix, is_uninitialised
-from lora_fx.passes.graph.region import is_built_in, kept_graph, uninstall
-from lora_fx.passes.graph.signature import Parameter, parameters_of
+from lora_fx.passes.graph import (
+    UNINITIALISED,
+    Parameter,
+    is_built_in,
+    is_lazy,
+    is_matrix,
+    is_uninitialised,
+    kept_graph,
+    parameters_of,
+    uninstall,
+)
 
 __all__ = ["find_regions"]
 

@@ -4,8 +4,9 @@ Child modules stay calls: hooks, wrapping policies and checkpointing go on worki
 not trace costs only its own graph. ``torch.fx`` is happy to record a graph that means something else than
 the code did. So the code does not run as it is: every operation that it executes is recorded, computed or
 refused by a rule (:mod:`.interpret`), and whatever it read on the way becomes a guard of the graph
-(:mod:`lora_fx.passes.graph.reads`). ``self.training`` becomes a read of the graph itself, so that ``train()`` and
-``eval()`` keep their meaning. Nothing outside of the trace is patched, and the module is not written to.
+(:mod:`lora_fx.passes.graph.reads`). ``self.training`` becomes a read of the graph itself, so that
+``train()`` and ``eval()`` keep their meaning. Nothing outside of the trace is patched, and the module is
+not written to.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ from lora_fx.passes.capture.eager import Eager
 from lora_fx.passes.capture.instrument import instrumented
 from lora_fx.passes.capture.interpret import Frame, path_in
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
-from lora_fx.passes.graph.lazy import is_lazy
-from lora_fx.passes.graph.reads import Path, Read
-from lora_fx.passes.graph.signature import GuardedCodeGen, Parameter, parameters_of, wrapped_forward
-from lora_fx.runtime.decorators import inner_of
+from lora_fx.passes.graph import (
+    GuardedCodeGen,
+    Parameter,
+    Path,
+    Read,
+    is_lazy,
+    parameters_of,
+    wrapped_forward,
+)
+from lora_fx.runtime import inner_of
 
 __all__ = ["Recorder", "Untraceable", "trace"]
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes.graph.nodes import arguments
-from lora_fx.runtime.ops import count_batch
+from lora_fx.passes.graph import arguments
+from lora_fx.runtime import count_batch
 
 __all__ = [
     "call_owner",

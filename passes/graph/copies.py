@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError, MergeError
-from lora_fx.formats.copies import drop_repr, keep_exact, quantized_twin, share_states
+from lora_fx.formats import drop_repr, keep_exact, quantized_twin, share_states
 from lora_fx.passes.graph.lazy import is_lazy
 
 __all__ = [

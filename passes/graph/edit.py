@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from lora_fx.ir.graph import Capture, Region
-from lora_fx.ir.passes import PassResult
+from lora_fx.ir import Capture, PassResult, Region
 
 __all__ = ["edit_graphs"]
 

@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lora_fx.formats.weights import quantization_of
+from lora_fx.formats import quantization_of
 
 __all__ = ["UNINITIALISED", "elements", "is_lazy", "is_matrix", "is_uninitialised"]
 

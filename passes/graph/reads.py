@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.runtime.ops import HeldTensor, Seen, class_of, differs, tree_differs
+from lora_fx.runtime import HeldTensor, Seen, class_of, differs, tree_differs
 
 __all__ = [
     "CONTAINERS",
@@ -31,6 +31,8 @@ __all__ = [
     "ObjectRoot",
     "Path",
     "Read",
+    "Root",
+    "SelfRoot",
     "conditions_of",
     "constants_of",
     "frozen",

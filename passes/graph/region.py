@@ -23,13 +23,10 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import META_KEY, Region
-from lora_fx.ir.record import freeze, thaw
+from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import FALLBACK, NEEDS_MODULES, WANTS_CACHE, GuardedCodeGen
-from lora_fx.runtime.decorators import around, inner_of
-from lora_fx.runtime.ops import differs
-from lora_fx.runtime.watch import BASE, CODES, GRAPH, Hooked, disarm, entry
+from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, differs, disarm, entry, inner_of
 
 __all__ = [
     "CONSTANT",

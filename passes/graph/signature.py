@@ -23,7 +23,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
-from lora_fx.runtime.ops import OMITTED, given, needs_modules, wants_cache
+from lora_fx.runtime import OMITTED, given, needs_modules, wants_cache
 
 __all__ = [
     "FALLBACK",

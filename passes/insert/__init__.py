@@ -1,1 +1,54 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Puts factors into a model and branches into its graphs."""
+
+from __future__ import annotations
+
+from lora_fx.passes.insert.add_factors import AddFactors
+from lora_fx.passes.insert.add_tokens import AddTokens
+from lora_fx.passes.insert.insert_branches import Insert
+from lora_fx.passes.insert.observe import See, observed
+from lora_fx.passes.insert.place_starts import (
+    computed_starts,
+    drop_site,
+    initial_magnitude,
+    place_start,
+    place_variants,
+    start_factors,
+)
+from lora_fx.passes.insert.select_rows import ROWS, SelectRows, check_rows
+from lora_fx.passes.insert.starts import (
+    Start,
+    data_start,
+    initial_start,
+    low_rank_svd,
+    pissa,
+    signs,
+    site_generator,
+)
+from lora_fx.passes.insert.train_tokens import TrainTokens
+from lora_fx.passes.insert.unfreeze import Unfreeze
+
+__all__ = [
+    "ROWS",
+    "AddFactors",
+    "AddTokens",
+    "Insert",
+    "See",
+    "SelectRows",
+    "Start",
+    "TrainTokens",
+    "Unfreeze",
+    "check_rows",
+    "computed_starts",
+    "data_start",
+    "drop_site",
+    "initial_magnitude",
+    "initial_start",
+    "low_rank_svd",
+    "observed",
+    "pissa",
+    "place_start",
+    "place_variants",
+    "signs",
+    "site_generator",
+    "start_factors",
+]

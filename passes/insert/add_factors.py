@@ -13,15 +13,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.starts import changes_base, needs_data
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.plan import Plan, PlannedSite
+from lora_fx.config import LoraConfig, changes_base, needs_data
+from lora_fx.ir import Capture, PassResult, Plan, PlannedSite
 from lora_fx.passes.insert.place_starts import factors_module, place_start, place_variants
 from lora_fx.passes.insert.starts import initial_start
-from lora_fx.passes.parameters.factors import factor_names
-from lora_fx.passes.parameters.replacements import base_like, base_weight, module_at
+from lora_fx.passes.parameters import base_like, base_weight, factor_names, module_at
 
 __all__ = ["AddFactors"]
 

@@ -9,11 +9,8 @@ import dataclasses
 from typing import ClassVar
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.plan import PlannedTokens
-from lora_fx.passes.parameters.factors import adapter_dtype
-from lora_fx.passes.parameters.tokens import add_tokens, tokens_of
+from lora_fx.ir import Capture, PassResult, PlannedTokens
+from lora_fx.passes.parameters import adapter_dtype, add_tokens, tokens_of
 
 __all__ = ["AddTokens"]
 

@@ -19,18 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, relative
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Call, Site
-from lora_fx.kinds.variants import makes_base_again
-from lora_fx.passes.graph.nodes import arguments, target_of
-from lora_fx.passes.graph.region import copy_graph
-from lora_fx.passes.parameters.factors import adapter_dtype, factor_names
-from lora_fx.passes.parameters.replacements import weight_at
-from lora_fx.passes.patterns.registry import pattern_of
-from lora_fx.runtime import dora
-from lora_fx.runtime.ops import cast_like, pad_features
+from lora_fx.ir import (
+    META_KEY,
+    Call,
+    Capture,
+    PassResult,
+    PlannedSite,
+    Region,
+    Role,
+    Site,
+    Tag,
+    join,
+    relative,
+)
+from lora_fx.kinds import makes_base_again
+from lora_fx.passes.graph import arguments, copy_graph, target_of
+from lora_fx.passes.parameters import adapter_dtype, factor_names, weight_at
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.runtime import cast_like, dora, pad_features
 
 __all__ = [
     "Branch",

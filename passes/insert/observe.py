@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import fx
 
-from lora_fx.ir.graph import Capture, Region
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Call
-from lora_fx.passes.graph.region import copy_graph
+from lora_fx.ir import Call, Capture, PlannedSite, Region
+from lora_fx.passes.graph import copy_graph
 
 __all__ = ["See", "observed"]
 

@@ -14,14 +14,11 @@ from typing import Final
 import torch
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Site
+from lora_fx.config import LoraConfig
+from lora_fx.ir import PlannedSite, Site
 from lora_fx.passes.insert.starts import Start, site_generator
-from lora_fx.passes.parameters.factors import adapter_dtype, factor_names
-from lora_fx.passes.parameters.replacements import base_weight, module_at
-from lora_fx.runtime import dora
-from lora_fx.runtime.ops import AdapterFactors, Holder, KeptTensors
+from lora_fx.passes.parameters import adapter_dtype, base_weight, factor_names, module_at
+from lora_fx.runtime import AdapterFactors, Holder, KeptTensors, dora
 
 __all__ = [
     "START_A",

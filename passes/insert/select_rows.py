@@ -14,14 +14,10 @@ from typing import Any, ClassVar
 from torch import fx
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.region import copy_graph
-from lora_fx.passes.patterns.weights import constant_of
-from lora_fx.runtime.ops import output_padding
-from lora_fx.runtime.samples import add_rows, put_rows, select_rows
+from lora_fx.ir import META_KEY, Capture, PassResult, PlannedSite, Region, Role, Tag, join
+from lora_fx.passes.graph import copy_graph, edit_graphs
+from lora_fx.passes.patterns import constant_of
+from lora_fx.runtime import add_rows, output_padding, put_rows, select_rows
 
 __all__ = ["ROWS", "SelectRows", "check_rows"]
 

@@ -11,13 +11,11 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.starts import changes_base, needs_data
+from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Factors, Site
-from lora_fx.passes.parameters.factors import adapter_dtype
-from lora_fx.passes.parameters.matrices import (
+from lora_fx.ir import Factors, PlannedSite, Site
+from lora_fx.passes.parameters import (
+    adapter_dtype,
     as_factors,
     as_matrices,
     matrix_shape,
@@ -26,7 +24,7 @@ from lora_fx.passes.parameters.matrices import (
     subtracted,
     wide,
 )
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.passes.patterns import pattern_of
 
 __all__ = [
     "Start",

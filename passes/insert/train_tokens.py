@@ -16,17 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, relative
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.plan import PlannedTokens
-from lora_fx.ir.site import Call
-from lora_fx.passes.graph.nodes import arguments
-from lora_fx.passes.graph.region import copy_graph
-from lora_fx.passes.parameters.factors import adapter_dtype
-from lora_fx.passes.parameters.tokens import indices_name, rows_name
-from lora_fx.passes.patterns.embedding import lookup
-from lora_fx.passes.patterns.product import Product, product_of
-from lora_fx.passes.patterns.quantized import ARGUMENTS
+from lora_fx.ir import (
+    META_KEY,
+    Call,
+    Capture,
+    PassResult,
+    PlannedTokens,
+    Region,
+    Role,
+    Tag,
+    relative,
+)
+from lora_fx.passes.graph import arguments, copy_graph
+from lora_fx.passes.parameters import adapter_dtype, indices_name, rows_name
+from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
 __all__ = ["TrainTokens"]
 

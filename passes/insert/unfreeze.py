@@ -11,10 +11,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.plan import Plan
-from lora_fx.passes.parameters.replacements import base_modules
+from lora_fx.ir import Capture, PassResult, Plan
+from lora_fx.passes.parameters import base_modules
 
 __all__ = ["Unfreeze"]
 

@@ -1,1 +1,15 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Finds linear operations, the output head, parts of fused weights, and readers of weights."""
+
+from __future__ import annotations
+
+from lora_fx.passes.match.find_operations import match
+from lora_fx.passes.match.head import find_head
+from lora_fx.passes.match.parts import find_parts
+from lora_fx.passes.match.readers import weights_asked
+
+__all__ = [
+    "find_head",
+    "find_parts",
+    "match",
+    "weights_asked",
+]

@@ -16,16 +16,11 @@ from typing import Any
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.ir.graph import Capture, Region, join
-from lora_fx.ir.site import Match, Matches, Rejection, Site
-from lora_fx.passes.graph.copies import storage_of
-from lora_fx.passes.graph.lazy import is_matrix
-from lora_fx.passes.graph.region import is_built_in
-from lora_fx.passes.graph.signature import WANTS_CACHE
+from lora_fx.ir import Capture, Match, Matches, Region, Rejection, Site, join
+from lora_fx.passes.graph import WANTS_CACHE, is_built_in, is_matrix, storage_of
 from lora_fx.passes.match.readers import Read, nameless, no_product, read_by_code, readers
 from lora_fx.passes.match.unadaptable import unfit
-from lora_fx.passes.patterns.registry import patterns
-from lora_fx.passes.patterns.sites import site_name
+from lora_fx.passes.patterns import patterns, site_name
 
 __all__ = ["match"]
 

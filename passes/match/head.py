@@ -17,8 +17,7 @@ from collections.abc import Iterator
 import networkx as nx
 from torch import fx, nn
 
-from lora_fx.ir.graph import Capture, Region, join
-from lora_fx.ir.site import Matches, Site
+from lora_fx.ir import Capture, Matches, Region, Site, join
 
 __all__ = ["find_head"]
 

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.ir.graph import Capture, join, module_of
-from lora_fx.ir.site import Matches, Site
-from lora_fx.passes.graph.nodes import arguments, target_of
-from lora_fx.passes.patterns.sites import part_names
-from lora_fx.passes.patterns.weights import CHUNKS, SPLIT, splits
+from lora_fx.ir import Capture, Matches, Site, join, module_of
+from lora_fx.passes.graph import arguments, target_of
+from lora_fx.passes.patterns import CHUNKS, SPLIT, part_names, splits
 
 __all__ = ["find_parts"]
 

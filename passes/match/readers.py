@@ -18,16 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from lora_fx.ir.graph import Capture, Region, join
-from lora_fx.ir.site import Rejection
-from lora_fx.passes.graph.lazy import is_matrix
-from lora_fx.passes.graph.nodes import target_of
-from lora_fx.passes.graph.region import is_built_in, original_class
-from lora_fx.passes.graph.source import nested, tree_of
-from lora_fx.passes.patterns.sites import itemised, site_name
-from lora_fx.passes.patterns.weights import splits, weight_of
+from lora_fx.ir import Capture, Region, Rejection, join
+from lora_fx.passes.graph import is_built_in, is_matrix, nested, original_class, target_of, tree_of
+from lora_fx.passes.patterns import itemised, site_name, splits, weight_of
 
 __all__ = [
+    "Path",
     "Read",
     "nameless",
     "no_product",

@@ -14,12 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import join
-from lora_fx.ir.site import Rejection
-from lora_fx.passes.graph.lazy import UNINITIALISED, is_lazy, is_matrix
-from lora_fx.passes.graph.region import original_class
-from lora_fx.passes.patterns.sites import site_name
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Rejection, join
+from lora_fx.passes.graph import UNINITIALISED, is_lazy, is_matrix, original_class
+from lora_fx.passes.patterns import site_name
 
 __all__ = ["unfit"]
 

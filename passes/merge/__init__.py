@@ -1,1 +1,28 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Folds adapters into weights, and gives the user's own class back."""
+
+from __future__ import annotations
+
+from lora_fx.passes.merge import merging
+from lora_fx.passes.merge.change import delta_weight
+from lora_fx.passes.merge.combining import Combination, Election, Term, combine
+from lora_fx.passes.merge.dense import KEPT_IN_FP32
+from lora_fx.passes.merge.merging import MergeReport, merge
+from lora_fx.passes.merge.report import OutputError
+from lora_fx.passes.merge.rounding import rounded, ulp
+from lora_fx.passes.merge.strip import stripped
+
+__all__ = [
+    "KEPT_IN_FP32",
+    "Combination",
+    "Election",
+    "MergeReport",
+    "OutputError",
+    "Term",
+    "combine",
+    "delta_weight",
+    "merge",
+    "merging",
+    "rounded",
+    "stripped",
+    "ulp",
+]

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Site
+from lora_fx.ir import PlannedSite, Site
 from lora_fx.passes.merge.rounding import Term, rounded, slices_of, sum_exactly, two_products
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.patterns.registry import EmbeddingPattern, LinearPattern, pattern_of
+from lora_fx.passes.parameters import factors_of
+from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 
 __all__ = [
     "add_change",

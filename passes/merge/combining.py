@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.site import Layout
+from lora_fx.ir import Layout
 
 __all__ = [
     "COMBINATIONS",

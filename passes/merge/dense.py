@@ -18,13 +18,9 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.formats.state import loads_quantised
-from lora_fx.formats.weights import dense, quantization_of
-from lora_fx.ir.quantization import Quantization
-from lora_fx.ir.site import Layout, Site
-from lora_fx.passes.graph.copies import memory_of
-from lora_fx.passes.graph.lazy import is_lazy
-from lora_fx.passes.graph.region import kept_graph
+from lora_fx.formats import dense, loads_quantised, quantization_of
+from lora_fx.ir import Layout, Quantization, Site
+from lora_fx.passes.graph import is_lazy, kept_graph, memory_of
 from lora_fx.passes.merge.strip import drop_graph
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Folds what adapters have at one weight into it: accumulated in fp64, slice by slice, and rounded once.
 
-A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). With DoRA it is that
-sum times a gain, whose norm and division round, too: that leaves a few units in the last place.
+A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). With DoRA it
+is that sum times a gain, whose norm and division round, too: that leaves a few units in the last place.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record
+from lora_fx.ir import PlannedSite, Record
 from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
 from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.replacements import own_value
-from lora_fx.passes.patterns.registry import (
+from lora_fx.passes.parameters import factors_of, own_value
+from lora_fx.passes.patterns import (
     ConvPattern,
     ConvTransposePattern,
     EinsumPattern,

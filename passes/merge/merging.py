@@ -20,10 +20,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record, record_of, require_record
-from lora_fx.passes.graph.copies import exchange, storage_of
-from lora_fx.passes.graph.region import is_region, original_class
+from lora_fx.ir import PlannedSite, Record, record_of, require_record
+from lora_fx.passes.graph import exchange, is_region, original_class, storage_of
 from lora_fx.passes.merge.change import merged_biases
 from lora_fx.passes.merge.dense import (
     cast_model,
@@ -51,8 +49,7 @@ from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
 from lora_fx.passes.merge.requantize import requantized_site
 from lora_fx.passes.merge.strip import stripped
 from lora_fx.passes.merge.tokens import TokenFold, tied_tokens, token_weights
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.rewritten import check_intact
+from lora_fx.passes.parameters import check_intact, factors_of
 
 __all__ = [
     "MergeReport",

@@ -1,8 +1,8 @@
 """What the code of a model leads to beside it: globals, variables around functions, attributes of classes.
 
-A copy of a model has copies of whatever its modules hold (``passes/graph/copies.py``). Its classes are those of
-the original, and so is what their code names: a list that every layer is entered in goes on holding those of
-the original. A call would use them, whose weights no merge has changed.
+A copy of a model has copies of whatever its modules hold (``passes/graph/copies.py``). Its classes are
+those of the original, and so is what their code names: a list that every layer is entered in goes on
+holding those of the original. A call would use them, whose weights no merge has changed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.passes.graph.copies import APART, ATOMS, children, storage_of
-from lora_fx.passes.graph.region import original_class
+from lora_fx.passes.graph import APART, ATOMS, children, original_class, storage_of
 
 __all__ = ["named_elsewhere"]
 

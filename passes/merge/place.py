@@ -9,13 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.record import Record
-from lora_fx.passes.graph.copies import memory_of, storage_of
-from lora_fx.passes.graph.lazy import is_lazy
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Record
+from lora_fx.passes.graph import is_lazy, memory_of, storage_of
 from lora_fx.passes.merge.requantize import renew_layer
-from lora_fx.passes.parameters.by_hand import changed_buffers, trained_by_hand
-from lora_fx.passes.parameters.replacements import own_value, parameter_of
+from lora_fx.passes.parameters import changed_buffers, own_value, parameter_of, trained_by_hand
 
 __all__ = [
     "copy_shared",

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError, QuantizationError
-from lora_fx.formats.repack import requantized
-from lora_fx.formats.weights import dense
+from lora_fx.formats import dense, requantized
 from lora_fx.passes.merge.fold import Fold
 from lora_fx.passes.merge.report import MergedSite
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_fx.ir.graph import module_of
-from lora_fx.ir.record import Record
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.graph.region import CONSTANT, install, uninstall
-from lora_fx.passes.parameters.by_hand import trained_by_hand, unprotect
-from lora_fx.passes.parameters.replacements import place_base
-from lora_fx.passes.parameters.rewritten import mark_adapted
-from lora_fx.runtime.ops import AdapterModule
-from lora_fx.runtime.samples import unwatch_calls
+from lora_fx.ir import Record, module_of
+from lora_fx.passes.graph import CONSTANT, install, share_copy, uninstall
+from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
+from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = ["drop_graph", "stripped"]
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir.plan import PlannedTokens
-from lora_fx.ir.record import Record
-from lora_fx.passes.parameters.tokens import put_tokens, tokens_of
+from lora_fx.ir import PlannedTokens, Record
+from lora_fx.passes.parameters import put_tokens, tokens_of
 
 __all__ = ["TokenFold", "TokenWeight", "tied_tokens", "token_weights"]
 

@@ -8,12 +8,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag
-from lora_fx.ir.passes import PassResult
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.nodes import arguments
-from lora_fx.passes.graph.region import copy_graph
-from lora_fx.runtime.masks import dropped
+from lora_fx.ir import META_KEY, Capture, PassResult, Region, Role, Tag
+from lora_fx.passes.graph import arguments, copy_graph, edit_graphs
+from lora_fx.runtime import dropped
 
 __all__ = ["CheapDropout"]
 

@@ -1,8 +1,9 @@
 """Makes one node of a linear operation and its branch.
 
-It is :func:`lora_fx.runtime.fused_lora.lora_linear`, or with DoRA :func:`lora_fx.runtime.fused_dora.dora_linear`, which reads the
-node of the gain, or over a quantised weight :func:`lora_fx.runtime.fused_quantized.quantized_lora_linear`. It comes
-after the branches; :mod:`lora_fx.passes.optimize.fuse` says which it takes.
+It is :func:`lora_fx.runtime.fused_lora.lora_linear`, or with DoRA
+:func:`lora_fx.runtime.fused_dora.dora_linear`, which reads the node of the gain, or over a quantised weight
+:func:`lora_fx.runtime.fused_quantized.quantized_lora_linear`. It comes after the branches;
+:mod:`lora_fx.passes.optimize.fuse` says which it takes.
 """
 
 from __future__ import annotations
@@ -16,20 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag
-from lora_fx.ir.passes import PassResult
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.nodes import arguments, target_of
-from lora_fx.passes.graph.region import copy_graph
-from lora_fx.passes.patterns.product import Product, product_of
-from lora_fx.passes.patterns.quantized import ARGUMENTS
-from lora_fx.passes.patterns.weights import weight_of
-from lora_fx.runtime import dora
-from lora_fx.runtime.fused_dora import dora_linear
-from lora_fx.runtime.fused_lora import lora_linear
-from lora_fx.runtime.fused_quantized import quantized_lora_linear
-from lora_fx.runtime.ops import cast_like, pad_features
+from lora_fx.formats import quantization_of, quantized_linear
+from lora_fx.ir import META_KEY, Capture, PassResult, Region, Role, Tag
+from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
+from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
+from lora_fx.runtime import (
+    cast_like,
+    dora,
+    dora_linear,
+    lora_linear,
+    pad_features,
+    quantized_lora_linear,
+)
 
 __all__ = [
     "Base",

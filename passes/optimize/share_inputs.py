@@ -1,9 +1,9 @@
-"""Makes one node of fused operations that read the same input: :func:`lora_fx.runtime.fused_lora.lora_linears`.
+"""Makes one node of fused operations that read the same input: :func:`lora_fx.runtime.lora_linears`.
 
-q, k and v of an attention layer then have one product with all their A's, and one gradient of what they read.
-It comes after :mod:`lora_fx.passes.optimize.fuse`. Operations are in one graph where that was captured whole, by
-``export``, or where a module applies several weights itself; modules that are called have graphs of their
-own.
+q, k and v of an attention layer then have one product with all their A's, and one gradient of what they
+read. It comes after :mod:`lora_fx.passes.optimize.fuse`. Operations are in one graph where that was
+captured whole, by ``export``, or where a module applies several weights itself; modules that are called
+have graphs of their own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from lora_fx.ir.graph import META_KEY, Capture, Region, Tag
-from lora_fx.ir.passes import PassResult
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.nodes import target_of
-from lora_fx.passes.graph.region import copy_graph
-from lora_fx.runtime.fused_lora import lora_linear, lora_linears
-from lora_fx.runtime.ops import in_place
+from lora_fx.ir import META_KEY, Capture, PassResult, Region, Tag
+from lora_fx.passes.graph import copy_graph, edit_graphs, target_of
+from lora_fx.runtime import in_place, lora_linear, lora_linears
 
 __all__ = ["ShareInputs"]
 

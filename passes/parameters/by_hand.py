@@ -12,12 +12,9 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import join
-from lora_fx.ir.record import Record, record_of
-from lora_fx.passes.graph.copies import storage_of
-from lora_fx.passes.graph.lazy import is_lazy
-from lora_fx.passes.graph.region import is_region
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Record, join, record_of
+from lora_fx.passes.graph import is_lazy, is_region, storage_of
 from lora_fx.passes.parameters.replacements import base_modules, base_parameters
 
 __all__ = [

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.passes.patterns.registry import pattern_of
-from lora_fx.runtime.ops import AdapterFactors, Holder, KeptTensors
+from lora_fx.ir import PlannedSite
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
 __all__ = [
     "FactorNames",

@@ -11,9 +11,8 @@ import math
 
 import torch
 
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Factors, Site
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.ir import Factors, PlannedSite, Site
+from lora_fx.passes.patterns import pattern_of
 
 __all__ = ["as_factors", "as_matrices", "matrix_shape", "part_of", "replaced", "subtracted", "wide"]
 

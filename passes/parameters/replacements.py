@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from lora_fx.formats.weights import dense
-from lora_fx.ir.graph import join
-from lora_fx.ir.site import Site
-from lora_fx.passes.graph.copies import memory_of
-from lora_fx.runtime.ops import AdapterModule, KeptTensors
+from lora_fx.formats import dense
+from lora_fx.ir import Site, join
+from lora_fx.passes.graph import memory_of
+from lora_fx.runtime import AdapterModule, KeptTensors
 
 __all__ = [
     "KEPT",

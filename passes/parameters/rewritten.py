@@ -14,9 +14,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import Record, record_of
+from lora_fx.ir import PlannedSite, Record, join, record_of
 from lora_fx.passes.parameters.by_hand import note_by_hand, protect
 from lora_fx.passes.parameters.factors import factor_names
 from lora_fx.passes.parameters.replacements import KEPT

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import PlannedTokens
-from lora_fx.runtime.ops import AdapterFactors, Holder, KeptIndices
+from lora_fx.ir import PlannedTokens, join
+from lora_fx.runtime import AdapterFactors, Holder, KeptIndices
 
 __all__ = ["add_tokens", "indices_name", "put_tokens", "rows_name", "tokens_of"]
 

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.ir.graph import Region, Role
-from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
-from lora_fx.passes.graph.nodes import target_of, unknown_arguments
+from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph import target_of, unknown_arguments
 from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.graph import Region, Role
-from lora_fx.ir.site import BranchBuilder, Factors, Match, Site
-from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
+from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.passes.graph import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.product import Product, applied, product_of
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
 from lora_fx.passes.patterns.weights import WeightView

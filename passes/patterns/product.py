@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir.graph import Region
-from lora_fx.ir.site import Layout, Match
-from lora_fx.passes.graph.nodes import known_arguments, target_of
+from lora_fx.ir import Layout, Match, Region
+from lora_fx.passes.graph import known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, reject, unknown
 from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 

@@ -12,10 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.graph import Region, Role
-from lora_fx.ir.site import BranchBuilder, Layout, Match, Site
-from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
+from lora_fx.formats import quantization_of, quantized_linear
+from lora_fx.ir import BranchBuilder, Layout, Match, Region, Role, Site
+from lora_fx.passes.graph import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, reject, unknown
 

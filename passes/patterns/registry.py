@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.site import Pattern
+from lora_fx.ir import Pattern
 from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import Region, join
-from lora_fx.ir.site import Call, Layout, Rejection, Site
-from lora_fx.passes.graph.lazy import is_matrix
-from lora_fx.passes.graph.nodes import target_of, unknown_arguments
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Call, Layout, Region, Rejection, Site, join
+from lora_fx.passes.graph import is_matrix, target_of, unknown_arguments
 from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 
 __all__ = [

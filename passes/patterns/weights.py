@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.ir.graph import Region
-from lora_fx.passes.graph.nodes import arguments, known_arguments, target_of
+from lora_fx.ir import Region
+from lora_fx.passes.graph import arguments, known_arguments, target_of
 
 __all__ = ["CHUNKS", "SPLIT", "WeightView", "constant_of", "splits", "weight_of"]
 

@@ -1,1 +1,12 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Decides which sites are adapted and with what: the dry run."""
+
+from __future__ import annotations
+
+from lora_fx.passes.plan.planning import at_rank, foreign_factors, make_plan, start_objection
+
+__all__ = [
+    "at_rank",
+    "foreign_factors",
+    "make_plan",
+    "start_objection",
+]

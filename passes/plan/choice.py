@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import (
+from lora_fx.config import (
+    LoraConfig,
     Verdict,
     alpha_for,
     excluded,
@@ -27,9 +27,8 @@ from lora_fx.config.selection import (
     uses_default_targets,
 )
 from lora_fx.errors import ConfigError
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.site import Matches, Site
-from lora_fx.passes.parameters.replacements import base_modules
+from lora_fx.ir import Capture, Matches, Site
+from lora_fx.passes.parameters import base_modules
 
 __all__ = [
     "Choice",

@@ -15,30 +15,27 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import (
+from lora_fx.config import (
+    LoraConfig,
     Verdict,
+    changes_base,
+    needs_data,
     saved_module,
     scale_of,
     unmatched_targets,
     uses_default_targets,
 )
-from lora_fx.config.starts import changes_base, needs_data
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.plan import Plan, PlannedSite, Skipped
-from lora_fx.ir.site import Matches, Site
-from lora_fx.kinds.variants import variant_costs, variant_objection
-from lora_fx.passes.graph.copies import storage_of
-from lora_fx.passes.graph.lazy import elements
-from lora_fx.passes.parameters.matrices import matrix_shape
-from lora_fx.passes.parameters.replacements import base_dtype, base_modules, base_parameters
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Capture, Matches, Plan, PlannedSite, Site, Skipped
+from lora_fx.kinds import variant_costs, variant_objection
+from lora_fx.passes.graph import elements, storage_of
+from lora_fx.passes.parameters import base_dtype, base_modules, base_parameters, matrix_shape
+from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan.choice import Choice, choices
 from lora_fx.passes.plan.tokens import planned_tokens
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
-from lora_fx.runtime.ops import AdapterFactors
+from lora_fx.runtime import AdapterFactors
 
 __all__ = [
     "at_rank",

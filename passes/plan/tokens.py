@@ -6,14 +6,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from lora_fx.config.fields import bad
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig, bad
 from lora_fx.errors import ConfigError
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.plan import PlannedSite, PlannedTokens
-from lora_fx.ir.site import Matches, Site
-from lora_fx.passes.parameters.replacements import base_modules
-from lora_fx.passes.patterns.embedding import lookup
+from lora_fx.ir import Capture, Matches, PlannedSite, PlannedTokens, Site
+from lora_fx.passes.parameters import base_modules
+from lora_fx.passes.patterns import lookup
 
 __all__ = ["planned_tokens"]
 

@@ -7,18 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import (
+from lora_fx.config import (
+    LoraConfig,
     judge,
     nearest_names,
     parameter_entry,
     unmatched,
     unmatched_saved,
 )
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.site import Matches, Rejection, Site
-from lora_fx.passes.parameters.replacements import base_parameters
+from lora_fx.ir import Capture, Matches, PlannedSite, Rejection, Site
+from lora_fx.passes.parameters import base_parameters
 from lora_fx.passes.plan.choice import Choice, attention_of
 
 __all__ = [

@@ -1,1 +1,16 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Stores the weights of linear operations in a few bits."""
+
+from __future__ import annotations
+
+from lora_fx.passes.quantize.materialize import Materialize
+from lora_fx.passes.quantize.planning import QuantizationPlan, plan_quantization
+from lora_fx.passes.quantize.store import Quantize, Values, say_quantised
+
+__all__ = [
+    "Materialize",
+    "QuantizationPlan",
+    "Quantize",
+    "Values",
+    "plan_quantization",
+    "say_quantised",
+]

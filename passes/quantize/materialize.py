@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.ir.graph import Capture, join
-from lora_fx.ir.passes import PassResult
+from lora_fx.ir import Capture, PassResult, join
 
 __all__ = ["Materialize"]
 

@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.config.selection import excluded, nearest_names, unmatched
+from lora_fx.config import LoraConfig, excluded, nearest_names, unmatched
 from lora_fx.errors import ConfigError, QuantizationError
-from lora_fx.formats.made import Storage
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import Capture, join
-from lora_fx.ir.site import Matches, Site
-from lora_fx.passes.match.readers import weights_asked
+from lora_fx.formats import Storage, quantization_of
+from lora_fx.ir import Capture, Matches, Site, join
+from lora_fx.passes.match import weights_asked
 
 __all__ = [
     "PlannedWeight",

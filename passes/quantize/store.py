@@ -2,8 +2,8 @@
 
 A layer that is ``nn.Linear`` becomes the library's own: ``Linear4bit`` of bitsandbytes, or ``nn.Linear``
 over a tensor of torchao. Everywhere else the operation becomes one node,
-:func:`lora_fx.formats.weights.quantized_linear`, in the graph of whoever applies the weight, and that graph is the
-module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
+:func:`lora_fx.formats.weights.quantized_linear`, in the graph of whoever applies the weight, and that graph
+is the module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
 
 One weight at a time is dense beside what is stored.
 """
@@ -22,16 +22,18 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.formats.copies import keep_exact
-from lora_fx.formats.made import Storage, stored
-from lora_fx.formats.state import checks_format, loads_quantised
-from lora_fx.formats.weights import quantization_of, quantized_linear
-from lora_fx.ir.graph import Capture, Region, relative
-from lora_fx.ir.passes import PassResult
-from lora_fx.ir.site import Site
-from lora_fx.passes.graph.nodes import erase_unread
-from lora_fx.passes.graph.region import copy_graph, original_class
-from lora_fx.passes.patterns.product import Product, product_of
+from lora_fx.formats import (
+    Storage,
+    checks_format,
+    keep_exact,
+    loads_quantised,
+    quantization_of,
+    quantized_linear,
+    stored,
+)
+from lora_fx.ir import Capture, PassResult, Region, Site, relative
+from lora_fx.passes.graph import copy_graph, erase_unread, original_class
+from lora_fx.passes.patterns import Product, product_of
 from lora_fx.passes.quantize.planning import PlannedWeight
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.api import rewrite
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.contenders import AGAIN, FROZEN, OURS, PEFT, shared_copy
 from lora_fx.tools.bench.measure import Place, Progress, Size, at_each, places
 from lora_fx.tools.bench.steps import COLUMNS, Measured, cells, compare, mebibytes

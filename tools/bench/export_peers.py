@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_fx.checkpoint.folder import load_adapter
+from lora_fx.checkpoint import load_adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.measure import Progress, Size
 from lora_fx.tools.bench.peer_exporters import (
     HERE,

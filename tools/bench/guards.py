@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.passes.graph.reads import conditions_of
-from lora_fx.passes.graph.region import generated
-from lora_fx.runtime.watch import CODES, disarm
+from lora_fx.passes.graph import conditions_of, generated
+from lora_fx.runtime import CODES, disarm
 from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
 from lora_fx.tools.bench.measure import (

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lora_fx.api import merge, rewrite
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.passes.merge.rounding import rounded, ulp
+from lora_fx.config import LoraConfig
+from lora_fx.passes.merge import rounded, ulp
 from lora_fx.tools.bench.contenders import OURS, PEFT
 from lora_fx.tools.bench.measure import Progress, Size
 

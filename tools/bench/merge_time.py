@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.api import merge, rewrite
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.contenders import shared_copy
 from lora_fx.tools.bench.counted import Memory, measure_memory
 from lora_fx.tools.bench.measure import (

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lora_fx.api import merge, rewrite
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ProviderError
-from lora_fx.export.adapters.file import save_onnx_adapter
+from lora_fx.export.adapters import save_onnx_adapter
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort.providers import check_provider, import_onnxruntime
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.ort import check_provider, import_onnxruntime
+from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
 from lora_fx.tools.bench.served import RANK, Served, randomise, served
 

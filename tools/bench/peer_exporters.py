@@ -16,9 +16,15 @@ from torch import Tensor
 
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export.build import node_count
-from lora_fx.export.ort.ports import bound_run, feed, port_of, to_tensor
-from lora_fx.export.ort.providers import import_onnxruntime, load
-from lora_fx.export.ort.settings import session_settings
+from lora_fx.export.ort import (
+    bound_run,
+    feed,
+    import_onnxruntime,
+    load,
+    port_of,
+    session_settings,
+    to_tensor,
+)
 
 __all__ = [
     "HERE",

@@ -14,11 +14,20 @@ from lora_fx.api import rewrite
 from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT, shared_copy
 from lora_fx.tools.bench.measure import Progress, Size
 from lora_fx.tools.bench.quantized_step import available, quantized_base
-from lora_fx.tools.demo.data import LIBRARIES, Corpus, collect
-from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
-from lora_fx.tools.demo.report import DemoSettings
-from lora_fx.tools.demo.story import CONFIG
-from lora_fx.tools.demo.training import train
+from lora_fx.tools.demo import (
+    CONFIG,
+    LIBRARIES,
+    Batch,
+    Corpus,
+    DemoSettings,
+    SentenceClassifier,
+    batches,
+    collect,
+    fit_head,
+    logits,
+    tokens,
+    train,
+)
 
 __all__ = ["DENSE", "NF4", "THEIRS", "TITLE", "Learnt", "caption", "rows", "run"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.quantized_base import quantize
-from lora_fx.formats.weights import quantization_of
+from lora_fx.adapters import quantize
+from lora_fx.formats import quantization_of
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     BUILDERS,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx.api import graphs, rewrite
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.chart import Bar, Group, bars
 from lora_fx.tools.bench.contenders import OURS, PEFT
 from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio

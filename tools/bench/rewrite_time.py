@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_fx.api import rewrite
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT
 from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion
 

@@ -1,1 +1,9 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""The command line."""
+
+from __future__ import annotations
+
+from lora_fx.tools.cli.entry import main
+
+__all__ = [
+    "main",
+]

@@ -15,10 +15,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.ir.plan import Plan
+from lora_fx.ir import Plan
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
-from lora_fx.tools.demo.report import FULL, QUICK, DemoReport, claim_folder
+from lora_fx.tools.demo import FULL, QUICK, DemoReport, claim_folder
 
 __all__ = ["demo"]
 
@@ -64,7 +64,7 @@ def demo(
     force: o.Force = False,
 ) -> None:
     """Plan, rewrite, train, save, load, merge, export and run a real sentence encoder."""
-    from lora_fx.tools.demo.story import run_demo
+    from lora_fx.tools.demo import run_demo
 
     claim_folder(out, force=force)
     screen = console.output()

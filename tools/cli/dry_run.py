@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.ir.plan import Plan
+from lora_fx.ir import Plan
 
 __all__ = ["Row", "folded_names", "folded_rows", "render"]
 

@@ -52,7 +52,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
     """Write an ONNX file, which takes its place only after it was compared with PyTorch."""
-    from lora_fx.checkpoint.folder import load_adapter
+    from lora_fx.checkpoint import load_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.tools.cli.export_table import render
 

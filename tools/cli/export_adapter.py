@@ -36,8 +36,8 @@ def export_adapter(
     force: o.Force = False,
 ) -> None:
     """Write an adapter for a file that was exported with --adapters inputs."""
-    from lora_fx.checkpoint.folder import load_adapter
-    from lora_fx.export.adapters.file import save_onnx_adapter
+    from lora_fx.checkpoint import load_adapter
+    from lora_fx.export.adapters import save_onnx_adapter
 
     path = o.file_to_write(out, (".onnx_adapter",), force=force)
     source: Any = folder

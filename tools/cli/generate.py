@@ -69,7 +69,7 @@ def generate(
     """Continue prompts with an exported model, and show tokens, or text with --tokenizer."""
     import torch
 
-    from lora_fx.export.session.onnx_session import OnnxSession
+    from lora_fx.export.session import OnnxSession
 
     reader = _tokenizer(tokenizer) if tokenizer is not None else None
     given = _arrays(inputs)

@@ -41,7 +41,7 @@ def merge(
     A quantised model becomes a dense one.
     """
     from lora_fx.api import merge as merge_model
-    from lora_fx.checkpoint.folder import load_adapter
+    from lora_fx.checkpoint import load_adapter
     from lora_fx.tools.cli.merged_files import check_out, dtype_of, write_merged
 
     path = check_out(model, out, force=force)

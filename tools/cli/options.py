@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_fx.config.lora_config import ALL_LINEAR, LoraConfig
+from lora_fx.config import ALL_LINEAR, LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.files import output_file
 from lora_fx.tools.cli import console

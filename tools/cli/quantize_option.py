@@ -36,7 +36,7 @@ def planned(loaded: LoadedModel, format_name: str) -> Any:
         QuantizationError: If the model is quantised already. One of a folder is made without its weights, so
             that only its configuration says so.
     """
-    from lora_fx.adapters.quantized_base import plan_quantization
+    from lora_fx.adapters import plan_quantization
 
     how = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
     if how is not None:
@@ -57,7 +57,7 @@ def load_quantised(name: str, format_name: str, *, frontend: str) -> LoadedModel
     Raises:
         ConfigError: If ``frontend`` is one that quantised models cannot have.
     """
-    from lora_fx.adapters.quantized_base import quantize
+    from lora_fx.adapters import quantize
 
     if frontend == "export":
         raise ConfigError("--frontend export takes quantised weights apart: use auto or regions")

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir.graph import META_KEY, Role
+from lora_fx.ir import META_KEY, Role
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 from lora_fx.tools.cli import quantize_option as q
@@ -54,7 +54,7 @@ def rewrite(
     """Rewrite a model and look at the result: its regions, their code, or a picture of them."""
     from lora_fx.api import graphs
     from lora_fx.api import rewrite as rewrite_model
-    from lora_fx.tools.draw.drawing import FORMATS, visualize
+    from lora_fx.tools.draw import FORMATS, visualize
 
     chosen = o.config_from(
         config,

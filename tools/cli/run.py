@@ -51,7 +51,7 @@ def run(
     force: o.Force = False,
 ) -> None:
     """Run an ONNX file on the device that is asked for, and show what comes out."""
-    from lora_fx.export.session.onnx_session import OnnxSession
+    from lora_fx.export.session import OnnxSession
 
     written = None if output is None else _output_file(output, force=force)
     wanted: Any = provider

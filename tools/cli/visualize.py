@@ -46,8 +46,8 @@ def visualize(
     """Draw the rewritten model: nested modules, equal blocks folded, adapters in colour."""
     from lora_fx.api import capture, rewrite
     from lora_fx.api import plan as make_plan
-    from lora_fx.tools.draw.drawing import FORMATS
-    from lora_fx.tools.draw.drawing import visualize as draw
+    from lora_fx.tools.draw import FORMATS
+    from lora_fx.tools.draw import visualize as draw
 
     chosen = o.config_from(
         config,

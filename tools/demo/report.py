@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir.plan import Plan
+from lora_fx.ir import Plan
 
 __all__ = ["FULL", "QUICK", "DemoReport", "DemoSettings", "Listener", "claim_folder"]
 

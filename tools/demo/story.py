@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.api import merge, plan, rewrite, trainable_parameters
-from lora_fx.checkpoint.folder import load_adapter, save_adapter
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.checkpoint import load_adapter, save_adapter
+from lora_fx.config import LoraConfig
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.demo.data import Corpus, collect
 from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
@@ -146,7 +146,7 @@ class _Demo:
 
     def _export_and_run(self, merged: nn.Module, held_out: list[Batch], expected: Tensor) -> float:
         from lora_fx.export.onnx import export_onnx
-        from lora_fx.export.session.onnx_session import OnnxSession
+        from lora_fx.export.session import OnnxSession
 
         path = self.folder / "model.onnx"
         stages = iter(range(1, 100))
@@ -168,7 +168,7 @@ class _Demo:
             return float((outputs - expected).abs().max())
 
     def _draw(self, model: nn.Module) -> None:
-        from lora_fx.tools.draw.drawing import visualize
+        from lora_fx.tools.draw import visualize
 
         with self._stage("draw the rewritten graph"):
             for name in ("graph.html", "graph.svg"):

@@ -1,1 +1,10 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Pictures of models, graphs and plans."""
+
+from __future__ import annotations
+
+from lora_fx.tools.draw.drawing import FORMATS, visualize
+
+__all__ = [
+    "FORMATS",
+    "visualize",
+]

@@ -12,9 +12,8 @@ from torch import nn
 from lora_fx.api import capture
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.files import output_file
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.plan import Plan
-from lora_fx.passes.graph.region import graphs_of
+from lora_fx.ir import Capture, Plan
+from lora_fx.passes.graph import graphs_of
 from lora_fx.tools.draw.dot import to_dot, to_graphml
 from lora_fx.tools.draw.html import to_html
 from lora_fx.tools.draw.model_picture import picture_of_model

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx, nn
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import META_KEY, Region, join
-from lora_fx.ir.record import Record
-from lora_fx.passes.graph.region import original_class
+from lora_fx.formats import quantization_of
+from lora_fx.ir import META_KEY, Record, Region, join
+from lora_fx.passes.graph import original_class
 from lora_fx.tools.draw.picture import Box, Kind, Picture, elide, fold_label, human
 from lora_fx.tools.draw.region_picture import (
     Digests,

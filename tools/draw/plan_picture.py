@@ -6,9 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from lora_fx.ir.graph import join
-from lora_fx.ir.plan import Plan, PlannedSite, Skipped
-from lora_fx.ir.site import Rejection
+from lora_fx.ir import Plan, PlannedSite, Rejection, Skipped, join
 from lora_fx.tools.draw.picture import Box, Kind, Picture, fold_label, human, times
 from lora_fx.tools.draw.region_picture import label_of, runs
 

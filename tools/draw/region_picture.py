@@ -10,11 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from lora_fx.formats.weights import quantization_of
-from lora_fx.ir.graph import META_KEY, Region, Role, Tag, join
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.passes.graph.lazy import elements
-from lora_fx.passes.graph.region import original_class
+from lora_fx.formats import quantization_of
+from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
+from lora_fx.passes.graph import elements, original_class
 from lora_fx.tools.draw.picture import Box, Kind, elide, times
 
 __all__ = [

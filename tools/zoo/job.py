@@ -22,10 +22,9 @@ import torch
 from torch import nn
 
 from lora_fx.api import merge, plan, rewrite
-from lora_fx.config.lora_config import LoraConfig
-from lora_fx.ir.plan import Plan
-from lora_fx.passes.capture.check import Count, count_weights
-from lora_fx.passes.capture.inputs import normalise
+from lora_fx.config import LoraConfig
+from lora_fx.ir import Plan
+from lora_fx.passes.capture import Count, count_weights, normalise
 from lora_fx.tools.zoo import training as numbers
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed

@@ -19,11 +19,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fx.ir.plan import PlannedSite
-from lora_fx.ir.record import require_record
-from lora_fx.ir.site import Site
-from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.ir import PlannedSite, Site, require_record
+from lora_fx.passes.parameters import factors_of
+from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.zoo.training import difference, tensors
 
 __all__ = ["Narrowest", "Run", "Verdict", "dense", "judge", "stir", "tolerance_of"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx.api import rewrite, trainable_parameters
-from lora_fx.config.lora_config import LoraConfig
+from lora_fx.config import LoraConfig
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.oracle import Narrowest, Verdict, judge
 
