@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,14 +13,10 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError
 from lora_fx.export.adapters import AdapterChoice
-from lora_fx.export.generate.decoding import CachedDecoder
+from lora_fx.export.generate.decoding import CachedDecoder, DecoderFile
 from lora_fx.export.generate.sampling import Processor, next_tokens, processors
 from lora_fx.export.generate.settings import GenerationSettings
 from lora_fx.export.tasks import GENERATION_KEY
-
-if TYPE_CHECKING:
-    from lora_fx.export.session import OnnxSession
-
 
 __all__ = [
     "Generates",
@@ -40,7 +36,7 @@ class Streamer(Protocol):
 
 
 def generate(
-    session: OnnxSession,
+    session: DecoderFile,
     inputs: Mapping[str, Any],
     changes: Mapping[str, Any],
     *,
@@ -131,7 +127,7 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value is not None}
 
 
-def _remembered(session: OnnxSession) -> dict[str, Any]:
+def _remembered(session: DecoderFile) -> dict[str, Any]:
     text = session.metadata.get(GENERATION_KEY)
     if text is None:
         raise ExportError(
@@ -200,7 +196,7 @@ def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
 
 
 def _source(
-    given: Mapping[str, Tensor], settings: GenerationSettings, session: OnnxSession, prepends: bool
+    given: Mapping[str, Tensor], settings: GenerationSettings, session: DecoderFile, prepends: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     assert session.encoder is not None
     names = [port.name for port in session.encoder.inputs]
@@ -248,6 +244,10 @@ def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) ->
 
 class Generates:
     """A session, if the file is for generation."""
+
+    def _decoder(self) -> DecoderFile:
+        """Return the file as generation sees it."""
+        raise NotImplementedError
 
     def generate(
         self,
@@ -322,9 +322,8 @@ class Generates:
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
         }
-        session: Any = self
         return generate(
-            session,
+            self._decoder(),
             {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
             changes,
             generation_config=generation_config,

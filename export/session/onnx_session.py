@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export.adapters import AdapterChoice, AdapterStore, HeldAdapter, Manifest, values_of
-from lora_fx.export.generate import Generates
+from lora_fx.export.generate import DecoderFile, Generates
 from lora_fx.export.ort import (
     AXIS_LIMITS_KEY,
     CPU,
@@ -229,6 +229,9 @@ class OnnxSession(Generates):
         pairs = zip(self.outputs, results, strict=True)
         return {port.name: unwrap(result, device) for port, result in pairs}
 
+    def _decoder(self) -> DecoderFile:
+        return _OpenDecoder(self)
+
     def _execute(
         self,
         feeds: Mapping[str, Any],
@@ -280,3 +283,33 @@ class OnnxSession(Generates):
 
     def _by_name(self, inputs: Any) -> dict[str, Any]:
         return inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)
+
+
+class _OpenDecoder:
+    """A session as generation sees it."""
+
+    def __init__(self, session: OnnxSession) -> None:
+        self._session = session
+        self.path = session.path
+        self.inputs = session.inputs
+        self.outputs = session.outputs
+        self.metadata = session.metadata
+
+    @property
+    def encoder(self) -> DecoderFile | None:
+        encoder = self._session.encoder
+        return None if encoder is None else _OpenDecoder(encoder)
+
+    @property
+    def replays_graphs(self) -> bool:
+        return self._session._static is not None
+
+    def hold(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
+        return self._session._chosen(adapter)
+
+    def value(self, port: Port, value: Tensor) -> Any:
+        return feed(self._session._runtime, port, value, self._session._device)
+
+    def run(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
+        session = self._session
+        return session._execute(feeds, held[session], session._device, host=("logits",))
