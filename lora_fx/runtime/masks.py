@@ -135,10 +135,13 @@ def _few(x: Tensor) -> bool:
     return x.numel() < FEW
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` is active: also while Dynamo traces it."""
     return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo, which takes seconds.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -333,6 +333,18 @@ def test_import_loads_no_optional_package(tmp_path: Path) -> None:
     assert not done.stdout.split()
 
 
+def test_import_loads_no_compiler(tmp_path: Path) -> None:
+    """Dynamo takes seconds to import, and whoever does not compile need not wait for it."""
+    code = "import sys, torch; before = set(sys.modules); import lora_fx; print(*set(sys.modules) - before)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "lora_fx" in loaded
+    assert not [name for name in loaded if name.split(".")[:2] == ["torch", "_dynamo"]]
+
+
 @pytest.mark.parametrize(
     "module",
     [module for name, module in MODULES.items() if not name.rpartition(".")[2].startswith("_")],
