@@ -141,6 +141,7 @@ def rewrite(
     optimize: bool = True,
     strict: bool = False,
     frontend: Frontend = "auto",
+    callback: Callable[[str, Capture], None] | None = None,
 ) -> nn.Module:
     """Puts LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
 
@@ -154,6 +155,8 @@ def rewrite(
             Dropout draws other numbers with than without.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
+        callback: Is shown the capture after each pass, with the name of the pass: ``capture``, and then those
+            of :func:`lora_fx.passes.pipeline.rewrite_passes`. It is there to look at the graphs.
 
     Returns:
         A module of the model's own class, ready to train: the base frozen and shared with the
@@ -175,6 +178,7 @@ def rewrite(
         optimize=optimize,
         strict=strict,
         frontend=frontend,
+        callback=callback,
     )
 
 

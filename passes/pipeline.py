@@ -1,11 +1,15 @@
-"""Runs passes in order and names the pass in every error."""
+"""The passes of a rewrite, in order, and what runs them.
+
+A rewrite is a capture (:mod:`lora_fx.passes.capture`) and then the passes of :func:`rewrite_passes`, from the
+first to the last. A dry run stops after ``plan``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
 
@@ -16,8 +20,10 @@ from lora_fx.ir import (
     AdapterRecord,
     Base,
     Capture,
+    Kind,
     Matches,
     Pass,
+    PassResult,
     Plan,
     PlannedSite,
     PlannedTokens,
@@ -30,48 +36,164 @@ from lora_fx.passes.capture import Frontend, holds_quantised, written_out
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.graph import install, kept_graph
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
-from lora_fx.passes.match import find_head, find_parts, match
+from lora_fx.passes.match import FindOperations, MarkHead, MarkParts
 from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import base_parameters, buffer_digests, mark_adapted, protect
-from lora_fx.passes.plan import make_plan
+from lora_fx.passes.plan import MakePlan
 from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
-    "added",
+    "Callback",
+    "Install",
+    "add_adapter_parameters",
     "branch_passes",
     "check_config",
     "check_trains",
-    "matched",
+    "find_operations",
     "plan_capture",
     "plan_model",
+    "regions_to_install",
     "rewrite_model",
+    "rewrite_passes",
     "run_passes",
-    "running",
 ]
 
 _log = logging.getLogger("lora_fx")
 
+Callback: TypeAlias = Callable[[str, Capture], None]
+"""What is shown the capture after each pass, with the name of the pass; the first is ``capture``."""
 
-def run_passes(capture: Capture, passes: Sequence[Pass]) -> Capture:
-    """Runs passes one after the other.
+
+def rewrite_passes(
+    config: LoraConfig, adapter: str = "default", *, optimize: bool = True, strict: bool = False
+) -> tuple[Pass, ...]:
+    """Return the passes of a rewrite: this is the order in which they run.
+
+    Args:
+        config: What to adapt.
+        adapter: The adapter's name.
+        optimize: Whether branches are fused with their operations.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+    """
+    return (
+        *_find_passes(),
+        MakePlan(config, strict),
+        *_parameter_passes(adapter),
+        Insert(adapter=adapter),
+        TrainTokens(adapter=adapter),
+        *(_optimize_passes() if optimize else ()),
+        Install(),
+    )
+
+
+def _find_passes() -> tuple[Pass, ...]:
+    return FindOperations(), MarkHead(), MarkParts()
+
+
+def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
+    return AddFactors(adapter=adapter), AddTokens(adapter=adapter), Unfreeze()
+
+
+def _optimize_passes() -> tuple[Pass, ...]:
+    return Fuse(), ShareInputs(), CheapDropout()
+
+
+def branch_passes(
+    adapters: Mapping[str, AdapterRecord], *, optimize: bool, per_sample: bool = False
+) -> tuple[Pass, ...]:
+    """Return the passes that make graphs with the branches of these adapters of graphs without.
+
+    Args:
+        adapters: Whose branches, by name, in the order in which they are added.
+        optimize: Whether branches are fused with their operations.
+        per_sample: Whether each sample of a batch has one of the adapters, or none.
+    """
+    inserted = [Insert(one.sites, name) for name, one in adapters.items()]
+    trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
+    if per_sample:
+        return (*inserted, *trained, SelectRows())
+    return (*inserted, *trained, *(_optimize_passes() if optimize else ()))
+
+
+def run_passes(
+    capture: Capture, passes: Sequence[Pass], callback: Callback | None = None
+) -> Capture:
+    """Run passes one after the other, and hold each to its contract.
 
     Raises:
-        LoraFxError: As the pass raised it.
-        CaptureError: For any other failure inside a pass, chained, with the pass's name.
+        LoraFxError: As the pass raised it, with a note that names the pass.
+        CaptureError: For any other failure inside a pass, chained, and for a pass that breaks its contract;
+            both name the pass.
     """
     for one in passes:
+        if lack := one.requires(capture):
+            raise CaptureError(f"pass {one.name!r} cannot run: {lack}")
+        before = _sizes(capture)
         try:
             result = one(capture)
-        except LoraFxError:
+        except LoraFxError as error:
+            error.add_note(f"in pass {one.name!r}")
             raise
         except Exception as error:
             raise CaptureError(
                 f"pass {one.name!r} failed: {type(error).__name__}: {error}"
             ) from error
+        if broken := _broken(one, capture, before, result) or one.ensures(capture, result.capture):
+            raise CaptureError(f"pass {one.name!r} broke its contract: {broken}")
         _log.debug("pass %s: %s", one.name, "modified" if result.modified else "nothing to do")
         capture = result.capture
+        if callback is not None:
+            callback(one.name, capture)
     return capture
+
+
+def _sizes(capture: Capture) -> dict[str, tuple[int, int]]:
+    """Return which graph each region has, and how many nodes that has."""
+    return {key: (id(one.graph), len(one.graph.nodes)) for key, one in capture.regions.items()}
+
+
+def _broken(
+    one: Pass, capture: Capture, before: Mapping[str, tuple[int, int]], result: PassResult
+) -> str | None:
+    if one.kind == "functional":
+        if _sizes(capture) != before:
+            return "it is functional, and edited a graph of its argument"
+        if result.modified == (result.capture is capture):
+            return (
+                "it says that it modified something, and returns its argument"
+                if (result.modified)
+                else "it returns another capture, and says that it modified nothing"
+            )
+    elif result.capture is not capture:
+        return "it works in place, and returns another capture"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Install(Pass):
+    """The pass: lets the modules of the model run their graphs.
+
+    Attributes:
+        rows: Where the branches are; None for the sites and rows of the capture's plan.
+    """
+
+    name: ClassVar[str] = "install"
+    kind: ClassVar[Kind] = "in place"
+    rows: tuple[PlannedSite | PlannedTokens, ...] | None = None
+
+    def requires(self, capture: Capture) -> str | None:
+        """A plan has to be there."""
+        return "nothing is planned" if self.rows is None and capture.plan is None else None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Give each region its graph."""
+        rows = self.rows
+        if rows is None:
+            assert capture.plan is not None
+            rows = (*capture.plan.sites, *capture.plan.tokens)
+        install(regions_to_install(capture, rows))
+        return PassResult(capture, True)
 
 
 def plan_model(
@@ -87,32 +209,32 @@ def plan_model(
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
-    capture, _, plan = _planned(model, config, example_inputs, strict, frontend)
-    return capture, plan
+    captured = _captured(model, config, example_inputs, frontend)
+    return captured, plan_capture(captured, config, strict=strict)
 
 
-def _planned(
-    model: nn.Module, config: LoraConfig, example_inputs: Any, strict: bool, frontend: Frontend
-) -> tuple[Capture, Matches, Plan]:
+def _captured(model: nn.Module, config: object, example_inputs: Any, frontend: Frontend) -> Capture:
     check_config(config)
     if record_of(model) is not None:
         raise ConfigError(
             "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, "
             "or rewrite the original model, which was not changed"
         )
-    capture = capture_model(model, example_inputs, frontend=frontend)
-    matches = matched(capture)
-    return capture, matches, make_plan(capture, matches, config, strict=strict)
+    return capture_model(model, example_inputs, frontend=frontend)
 
 
 def plan_capture(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
-    """Matches, finds the head and plans: everything that looks and nothing that edits."""
-    return make_plan(capture, matched(capture), config, strict=strict)
+    """Run the passes up to the plan: everything that looks and nothing that edits."""
+    plan = run_passes(capture, (*_find_passes(), MakePlan(config, strict))).plan
+    assert plan is not None
+    return plan
 
 
-def matched(capture: Capture) -> Matches:
-    """Every linear operation of a capture, the head and the parts of fused weights marked."""
-    return find_parts(capture, find_head(capture, match(capture)))
+def find_operations(capture: Capture) -> Matches:
+    """Find every linear operation of a capture, the head and the parts of fused weights marked."""
+    matches = run_passes(capture, _find_passes()).matches
+    assert matches is not None
+    return matches
 
 
 def check_config(config: object) -> None:
@@ -138,12 +260,20 @@ def rewrite_model(
     optimize: bool = True,
     strict: bool = False,
     frontend: Frontend = "auto",
+    callback: Callback | None = None,
 ) -> nn.Module:
-    """Captures, plans, inserts and builds; see :func:`lora_fx.rewrite`."""
+    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
-    capture, matches, plan = _planned(model, config, example_inputs, strict, frontend)
+    capture = _captured(model, config, example_inputs, frontend)
+    if callback is not None:
+        callback("capture", capture)
+    passes = rewrite_passes(config, adapter_name, optimize=optimize, strict=strict)
+    looking, adding, branching = _stages(passes)
+    capture = run_passes(capture, looking, callback)
+    plan, matches = capture.plan, capture.matches
+    assert plan is not None
+    assert matches is not None
     check_trains(plan)
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
@@ -151,13 +281,12 @@ def rewrite_model(
         notes=capture.notes,
         kept=frozenset(name for name, module in model.named_modules() if kept_graph(module)),
     )
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     record = Record(
         {}, (), capture.frontend, trainable, buffer_digests(capture.model), base, optimize=optimize
     )
-    record = added(capture, record, plan, adapter_name)
-    capture = run_passes(capture, branch_passes(record.adapters, optimize=optimize))
-    install(running(capture, (*plan.sites, *plan.tokens)))
-    result = capture.model
+    record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
+    result = run_passes(capture, branching, callback).model
     mark_adapted(result, adapted=True)
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     protect(result)
@@ -166,6 +295,15 @@ def rewrite_model(
         # What would be refused or wrong when it is called: better now than later.
         check_rewritten(result, example_inputs)
     return result
+
+
+def _stages(
+    passes: Sequence[Pass],
+) -> tuple[Sequence[Pass], Sequence[Pass], Sequence[Pass]]:
+    """Cut the passes where the record of the model is made: after the plan, and before the branches."""
+    names = [one.name for one in passes]
+    planned, inserted = names.index(MakePlan.name) + 1, names.index(Insert.name)
+    return passes[:planned], passes[planned:inserted], passes[inserted:]
 
 
 def check_trains(plan: Plan) -> None:
@@ -181,31 +319,22 @@ def check_trains(plan: Plan) -> None:
         )
 
 
-def branch_passes(
-    adapters: Mapping[str, AdapterRecord], *, optimize: bool, per_sample: bool = False
-) -> list[Pass]:
-    """What makes graphs with branches of graphs without.
+def add_adapter_parameters(
+    capture: Capture,
+    record: Record,
+    adapter_name: str,
+    passes: Sequence[Pass] | None = None,
+    callback: Callback | None = None,
+) -> Record:
+    """Give the model of a capture the parameters of one more adapter.
 
     Args:
-        adapters: Those whose branches are wanted, by name, in the order in which they are added.
-        optimize: Whether branches are fused with their operations.
-        per_sample: Whether each sample of a batch has one of the adapters, or none.
-    """
-    passes: list[Pass] = [Insert(one.sites, name) for name, one in adapters.items()]
-    passes += [TrainTokens(one.tokens, name) for name, one in adapters.items()]
-    if per_sample:
-        return [*passes, SelectRows()]
-    return [*passes, Fuse(), ShareInputs(), CheapDropout()] if optimize else passes
-
-
-def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Record:
-    """Gives the model of a capture the parameters of one more adapter.
-
-    Args:
-        capture: A model in which no other adapter has a parameter in the place of one of the base.
-        record: What is known of it.
-        plan: What the adapter is.
-        adapter_name: Its name.
+        capture: A model in which no other adapter has a parameter in the place of one of the base; its plan
+            says what the adapter is.
+        record: What is known of the model.
+        adapter_name: The adapter's name.
+        passes: What adds them; those of a rewrite by default.
+        callback: Is shown the capture after each of them.
 
     Returns:
         The record with the adapter, which is not active yet: no graph is changed.
@@ -213,12 +342,11 @@ def added(capture: Capture, record: Record, plan: Plan, adapter_name: str) -> Re
     Raises:
         ConfigError: If it would have its own value of a parameter that is trained by hand.
     """
+    plan = capture.plan
+    assert plan is not None
     before = base_parameters(capture.model)
     _check_frozen(before, plan)
-    run_passes(
-        capture,
-        [AddFactors(plan, adapter_name), AddTokens(plan.tokens, adapter_name), Unfreeze(plan)],
-    )
+    run_passes(capture, _parameter_passes(adapter_name) if passes is None else passes, callback)
     after = base_parameters(capture.model)
     own = tuple(name for name, parameter in after.items() if parameter is not before[name])
     adapter = AdapterRecord(
@@ -250,8 +378,10 @@ def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
             )
 
 
-def running(capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]) -> Iterator[Region]:
-    """The regions that run their graph: what was written out does so only where an adapter is.
+def regions_to_install(
+    capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]
+) -> Iterator[Region]:
+    """Yield the regions that run their graph: what was written out does so only where an adapter is.
 
     Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantized weights. A
     layer of bitsandbytes never does: its forward changes what the graph has read of it.

@@ -41,7 +41,13 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.merge import merge, stripped
 from lora_fx.passes.parameters import drop_factors, factor_names
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.passes.pipeline import added, branch_passes, rewrite_model, run_passes, running
+from lora_fx.passes.pipeline import (
+    add_adapter_parameters,
+    branch_passes,
+    regions_to_install,
+    rewrite_model,
+    run_passes,
+)
 from lora_fx.runtime import dora
 
 __all__ = [
@@ -164,9 +170,10 @@ def swappable(model: nn.Module) -> Swappable:
     bare = dataclasses.replace(require_record(twin), adapters={}, chosen=None, optimize=False)
     capture = base_capture(twin, bare)
     plan = Plan(rows, (), (), (), LoraConfig(), capture.frontend)
-    bare = added(capture, bare, plan, ADAPTER)
+    capture = dataclasses.replace(capture, plan=plan)
+    bare = add_adapter_parameters(capture, bare, ADAPTER)
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
-    install(running(edit_graphs(capture, _with_given_gains).capture, rows))
+    install(regions_to_install(edit_graphs(capture, _with_given_gains).capture, rows))
     del twin.__dict__["_lora_fx"]  # it is no rewritten model any more: nobody switches its adapters
     return Swappable(twin, rows, bare)
 

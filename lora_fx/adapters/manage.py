@@ -35,8 +35,8 @@ from lora_fx.passes.parameters import (
     put_back,
     without_wrappers,
 )
-from lora_fx.passes.pipeline import added, check_config, check_trains
-from lora_fx.passes.plan import make_plan
+from lora_fx.passes.pipeline import add_adapter_parameters, check_config, check_trains, run_passes
+from lora_fx.passes.plan import MakePlan
 from lora_fx.runtime import check_adapter_name
 
 __all__ = [
@@ -152,10 +152,13 @@ def put_adapter(
     take_out(model, record)
     before = base_parameters(model)
     try:
-        plan = make_plan(capture, record.base.matches, config, strict=strict)
+        capture = dataclasses.replace(capture, matches=record.base.matches)
+        capture = run_passes(capture, [MakePlan(config, strict)])
+        plan = capture.plan
+        assert plan is not None
         check_trains(plan)
         check_regions(capture, (*plan.sites, *plan.tokens))
-        record = added(capture, record, plan, adapter_name)
+        record = add_adapter_parameters(capture, record, adapter_name)
         new = record.adapters[adapter_name]
         place_base(model, adapter_name, new.own, record.originals)
     except BaseException:

@@ -17,7 +17,7 @@ from lora_fx.ir import Capture, Region, record_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantised, written_out
 from lora_fx.passes.graph import check_model, install, share_copy
-from lora_fx.passes.pipeline import matched, run_passes
+from lora_fx.passes.pipeline import find_operations, run_passes
 from lora_fx.passes.quantize import Materialize, QuantizationPlan, Quantize, Values, say_quantised
 from lora_fx.passes.quantize import plan_quantization as make_plan
 
@@ -148,7 +148,7 @@ def plan_quantization(
     """
     how = storage(format, block_size=block_size, double=double, compute_dtype=compute_dtype)
     capture = _captured(model)
-    return make_plan(capture, matched(capture), how, exclude)
+    return make_plan(capture, find_operations(capture), how, exclude)
 
 
 def quantize(
@@ -211,7 +211,7 @@ def quantize(
     how = storage(format, block_size=block_size, double=double, compute_dtype=compute_dtype)
     target = _target(model, device, how, files=weights is not None)
     capture = _captured(model)
-    plan = make_plan(capture, matched(capture), how, exclude)
+    plan = make_plan(capture, find_operations(capture), how, exclude)
     for name, reason in plan.left:
         _log.info("not quantised: %s: %s", name, reason)
     read: Values | None = None

@@ -15,7 +15,7 @@ from lora_fx.ir import PlannedSite, Record
 from lora_fx.passes.graph import install
 from lora_fx.passes.insert import See, observed
 from lora_fx.passes.parameters import base_parameters, put_back
-from lora_fx.passes.pipeline import running
+from lora_fx.passes.pipeline import regions_to_install
 
 __all__ = [
     "Forward",
@@ -144,7 +144,7 @@ def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...],
     capture = base_capture(model, record)
     seen = {region.key: region for region in observed(capture, rows, see)}
     capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
-    install(running(capture, rows))
+    install(regions_to_install(capture, rows))
 
 
 def moments(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, module_of, relative
-from lora_fx.ir.passes import Pass, PassResult
+from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.quantization import Quantization
 from lora_fx.ir.record import (
@@ -37,6 +37,7 @@ __all__ = [
     "Capture",
     "Choice",
     "Factors",
+    "Kind",
     "Layout",
     "Match",
     "Matches",

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 if TYPE_CHECKING:
-    from lora_fx.ir.site import Site
+    from lora_fx.ir.plan import Plan
+    from lora_fx.ir.site import Matches, Site
 
 __all__ = ["META_KEY", "Capture", "Region", "Role", "Tag", "join", "module_of", "relative"]
 
@@ -150,6 +151,8 @@ class Capture:
         opaque: Modules that have parameters but no graph, with the reason.
         begun: What was traced of some of those before it was given up. It says what their code does
             first; it never runs.
+        matches: The linear operations, once they are found.
+        plan: Which of them are adapted and with what, once that is decided.
     """
 
     model: nn.Module
@@ -158,6 +161,8 @@ class Capture:
     notes: tuple[str, ...] = ()
     opaque: Mapping[str, str] = dataclasses.field(default_factory=dict)
     begun: Mapping[str, fx.Graph] = dataclasses.field(default_factory=dict)
+    matches: Matches | None = None
+    plan: Plan | None = None
 
     def __str__(self) -> str:
         lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, TypeAlias
 
 from lora_fx.ir.graph import Capture
 
-__all__ = [
-    "Pass",
-    "PassResult",
-]
+__all__ = ["Kind", "Pass", "PassResult"]
+
+Kind: TypeAlias = Literal["functional", "in place"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,15 +26,29 @@ class PassResult:
     modified: bool
 
 
-@runtime_checkable
-class Pass(Protocol):
+class Pass(abc.ABC):
     """A frozen dataclass whose fields are its options; calling it runs it.
 
-    It never edits the graphs of its input. The model of the capture is the pipeline's own: passes
-    add to it.
+    A functional pass returns a new capture and leaves its argument as it is. A pass that works in place edits
+    the model of the capture, which is the pipeline's own copy, and returns its argument. Running a pass a
+    second time modifies nothing. :func:`lora_fx.passes.pipeline.run_passes` enforces all of it.
+
+    Attributes:
+        name: Its name in errors, logs and on the command line, in kebab case.
+        kind: Whether it is functional or works in place.
     """
 
     name: ClassVar[str]
+    kind: ClassVar[Kind] = "functional"
 
+    def requires(self, capture: Capture) -> str | None:
+        """Say what the capture lacks for the pass to run; None if it lacks nothing. It has to be cheap."""
+        return None
+
+    def ensures(self, before: Capture, after: Capture) -> str | None:
+        """Say what is wrong with the result; None if nothing is. It has to be cheap."""
+        return None
+
+    @abc.abstractmethod
     def __call__(self, capture: Capture) -> PassResult:
-        """Runs the pass."""
+        """Run the pass."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from lora_fx.config import LoraConfig, changes_base, needs_data
-from lora_fx.ir import Capture, PassResult, Plan, PlannedSite
+from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite
 from lora_fx.passes.insert.place_starts import factors_module, place_start, place_variants
 from lora_fx.passes.insert.starts import initial_start
 from lora_fx.passes.parameters import base_like, base_weight, factor_names, module_at
@@ -25,27 +25,34 @@ _log = logging.getLogger("lora_fx")
 
 
 @dataclasses.dataclass(frozen=True)
-class AddFactors:
+class AddFactors(Pass):
     """The pass.
 
     Attributes:
-        plan: Which sites.
+        plan: Which sites; None for the plan of the capture.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "add-factors"
-    plan: Plan
+    kind: ClassVar[Kind] = "in place"
+    plan: Plan | None = None
     adapter: str = "default"
+
+    def requires(self, capture: Capture) -> str | None:
+        """A plan has to be there."""
+        return "nothing is planned" if self.plan is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet."""
-        rows = [row for row in self.plan.sites if not _there(capture.model, row, self.adapter)]
+        plan = self.plan or capture.plan
+        assert plan is not None
+        rows = [row for row in plan.sites if not _there(capture.model, row, self.adapter)]
         # Those that are tied to the factors of another site come after that one.
         for row in sorted(rows, key=lambda row: bool(row.tied)):
             if row.tied:
-                _tie_factors(capture.model, row, self.plan, self.adapter)
+                _tie_factors(capture.model, row, plan, self.adapter)
             else:
-                _add_factors(capture.model, row, self.plan.config, self.adapter)
+                _add_factors(capture.model, row, plan.config, self.adapter)
         if alone := [row.name for row in rows if row.lora_bias and row.site.bias is None]:
             _log.warning(
                 "no merge can fold the bias on B (lora_bias) of these, which have none of their own: %s",

@@ -23,6 +23,7 @@ from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    Pass,
     PassResult,
     PlannedSite,
     Region,
@@ -320,21 +321,28 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Insert:
+class Insert(Pass):
     """The pass.
 
     Attributes:
-        rows: Where, and with what.
+        rows: Where, and with what; None for the sites of the capture's plan.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "insert"
-    rows: tuple[PlannedSite, ...]
+    rows: tuple[PlannedSite, ...] | None = None
     adapter: str = "default"
+
+    def requires(self, capture: Capture) -> str | None:
+        """A plan has to be there."""
+        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds branches where the plan wants some and there are none yet."""
-        rows = [row for row in self.rows if not _inserted(capture, row, self.adapter)]
+        planned = self.rows
+        if planned is None:
+            planned = capture.plan.sites if capture.plan is not None else ()
+        rows = [row for row in planned if not _inserted(capture, row, self.adapter)]
         if not rows:
             return PassResult(capture, False)
         regions = dict(capture.regions)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir import META_KEY, Capture, PassResult, PlannedSite, Region, Role, Tag, join
+from lora_fx.ir import META_KEY, Capture, Pass, PassResult, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph import copy_graph, edit_graphs
 from lora_fx.passes.patterns import constant_of
 from lora_fx.runtime import add_rows, output_padding, put_rows, select_rows
@@ -51,7 +51,7 @@ def check_rows(rows: Iterable[PlannedSite]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectRows:
+class SelectRows(Pass):
     """The pass."""
 
     name: ClassVar[str] = "select-rows"

@@ -20,6 +20,7 @@ from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    Pass,
     PassResult,
     PlannedTokens,
     Region,
@@ -28,6 +29,7 @@ from lora_fx.ir import (
     relative,
 )
 from lora_fx.passes.graph import arguments, copy_graph
+from lora_fx.passes.insert.add_tokens import planned_rows
 from lora_fx.passes.parameters import adapter_dtype, indices_name, rows_name
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
@@ -35,22 +37,26 @@ __all__ = ["TrainTokens"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainTokens:
+class TrainTokens(Pass):
     """The pass.
 
     Attributes:
-        rows: Which rows of what.
+        rows: Which rows of what; None for those of the capture's plan.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "train-tokens"
-    rows: tuple[PlannedTokens, ...]
+    rows: tuple[PlannedTokens, ...] | None = None
     adapter: str = "default"
+
+    def requires(self, capture: Capture) -> str | None:
+        """A plan has to be there."""
+        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits the graphs that apply one of the weights, once."""
         regions, changed = dict(capture.regions), False
-        for row in self.rows:
+        for row in planned_rows(self.rows, capture):
             for call in row.site.calls:
                 region = regions.get(call.region)
                 if region is None or _done(region, _tag(row, region, self.adapter)):

@@ -11,32 +11,39 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_fx.ir import Capture, PassResult, Plan
+from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan
 from lora_fx.passes.parameters import base_modules
 
 __all__ = ["Unfreeze"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Unfreeze:
+class Unfreeze(Pass):
     """The pass.
 
     Attributes:
-        plan: Names the biases and the modules.
+        plan: Names the biases and the modules; None for the plan of the capture.
     """
 
     name: ClassVar[str] = "unfreeze"
-    plan: Plan
+    kind: ClassVar[Kind] = "in place"
+    plan: Plan | None = None
+
+    def requires(self, capture: Capture) -> str | None:
+        """A plan has to be there."""
+        return "nothing is planned" if self.plan is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""
         copies: dict[nn.Parameter, nn.Parameter] = {}
         done = []
-        for name in self.plan.saved_modules:
+        plan = self.plan or capture.plan
+        assert plan is not None
+        for name in plan.saved_modules:
             done.append(_unfreeze_module(capture.model.get_submodule(name), copies))
-            if not self.plan.config.ensure_weight_tying:
+            if not plan.config.ensure_weight_tying:
                 copies = {}
-        done += [_unfreeze_bias(capture.model, name) for name in self.plan.biases]
+        done += [_unfreeze_bias(capture.model, name) for name in plan.biases]
         return PassResult(capture, any(done))
 
 

@@ -11,18 +11,32 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx, nn
 
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.ir import Capture, Match, Matches, Region, Rejection, Site, join
+from lora_fx.ir import Capture, Match, Matches, Pass, PassResult, Region, Rejection, Site, join
 from lora_fx.passes.graph import WANTS_CACHE, is_built_in, is_matrix, storage_of
 from lora_fx.passes.match.readers import Read, nameless, no_product, read_by_code, readers
 from lora_fx.passes.match.unadaptable import unfit
 from lora_fx.passes.patterns import patterns, site_name
 
-__all__ = ["match"]
+__all__ = ["FindOperations", "match"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FindOperations(Pass):
+    """The pass: asks every pattern about every node."""
+
+    name: ClassVar[str] = "match"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Set the matches of the capture."""
+        found = match(capture)
+        if found == capture.matches:
+            return PassResult(capture, False)
+        return PassResult(dataclasses.replace(capture, matches=found), True)
 
 
 def match(capture: Capture) -> Matches:

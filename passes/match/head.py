@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from typing import ClassVar
 
 import networkx as nx
 from torch import fx, nn
 
-from lora_fx.ir import Capture, Matches, Region, Site, join
+from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join
 
-__all__ = ["find_head"]
+__all__ = ["MarkHead", "find_head"]
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
@@ -36,6 +37,25 @@ _HEAD_NAMES = frozenset(
         "proj_out",
     }
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkHead(Pass):
+    """The pass: marks the output head among the operations."""
+
+    name: ClassVar[str] = "mark-head"
+
+    def requires(self, capture: Capture) -> str | None:
+        """Operations have to be found first."""
+        return "no operations were looked for" if capture.matches is None else None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Mark them."""
+        assert capture.matches is not None
+        marked = find_head(capture, capture.matches)
+        if marked == capture.matches:
+            return PassResult(capture, False)
+        return PassResult(dataclasses.replace(capture, matches=marked), True)
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:

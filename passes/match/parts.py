@@ -13,16 +13,16 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from lora_fx.ir import Capture, Matches, Site, join, module_of
+from lora_fx.ir import Capture, Matches, Pass, PassResult, Site, join, module_of
 from lora_fx.passes.graph import arguments, target_of
 from lora_fx.passes.patterns import CHUNKS, SPLIT, part_names, splits
 
-__all__ = ["find_parts"]
+__all__ = ["MarkParts", "find_parts"]
 
 _aten = torch.ops.aten
 _T = torch.Tensor
@@ -39,6 +39,25 @@ _TRANSPOSE = (torch.transpose, _T.transpose, _aten.transpose.int)
 _LAST = (-1, 2)
 
 _Rows = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkParts(Pass):
+    """The pass: marks the operations whose output is divided."""
+
+    name: ClassVar[str] = "mark-parts"
+
+    def requires(self, capture: Capture) -> str | None:
+        """Operations have to be found first."""
+        return "no operations were looked for" if capture.matches is None else None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Mark them."""
+        assert capture.matches is not None
+        marked = find_parts(capture, capture.matches)
+        if marked == capture.matches:
+            return PassResult(capture, False)
+        return PassResult(dataclasses.replace(capture, matches=marked), True)
 
 
 def find_parts(capture: Capture, matches: Matches) -> Matches:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir import META_KEY, Capture, PassResult, Region, Role, Tag
+from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Role, Tag
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs
 from lora_fx.runtime import dropped
 
@@ -16,10 +16,10 @@ __all__ = ["CheapDropout"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CheapDropout:
+class CheapDropout(Pass):
     """The pass."""
 
-    name: ClassVar[str] = "cheap_dropout"
+    name: ClassVar[str] = "cheap-dropout"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph in which a branch drops something by itself."""

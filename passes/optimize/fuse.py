@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import META_KEY, Capture, PassResult, Region, Role, Tag
+from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Role, Tag
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
 from lora_fx.runtime import (
@@ -301,7 +301,7 @@ def _past_cast(factor: fx.Node, chain: _Chain) -> fx.Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fuse:
+class Fuse(Pass):
     """The pass."""
 
     name: ClassVar[str] = "fuse"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from lora_fx.ir import META_KEY, Capture, PassResult, Region, Tag
+from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Tag
 from lora_fx.passes.graph import copy_graph, edit_graphs, target_of
 from lora_fx.runtime import in_place, lora_linear, lora_linears
 
@@ -30,10 +30,10 @@ _WRITING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareInputs:
+class ShareInputs(Pass):
     """The pass."""
 
-    name: ClassVar[str] = "share_inputs"
+    name: ClassVar[str] = "share-inputs"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph in which siblings read the same."""

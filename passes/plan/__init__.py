@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.plan.planning import at_rank, foreign_factors, make_plan, start_objection
+from lora_fx.passes.plan.planning import (
+    MakePlan,
+    at_rank,
+    foreign_factors,
+    make_plan,
+    start_objection,
+)
 
 __all__ = [
+    "MakePlan",
     "at_rank",
     "foreign_factors",
     "make_plan",

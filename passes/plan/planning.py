@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from lora_fx.config import (
 )
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
 from lora_fx.formats import quantization_of
-from lora_fx.ir import Capture, Matches, Plan, PlannedSite, Site, Skipped
+from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Site, Skipped
 from lora_fx.kinds import variant_costs, variant_objection
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import base_dtype, base_modules, base_parameters, matrix_shape
@@ -38,6 +39,7 @@ from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusal
 from lora_fx.runtime import AdapterFactors
 
 __all__ = [
+    "MakePlan",
     "at_rank",
     "foreign_factors",
     "make_plan",
@@ -166,6 +168,32 @@ def at_rank(
 
 
 _TIED = Verdict(True, "tied to an embedding that is adapted")
+
+
+@dataclasses.dataclass(frozen=True)
+class MakePlan(Pass):
+    """The pass: decides which operations are adapted and with what.
+
+    Attributes:
+        config: What to adapt.
+        strict: Whether an entry of the configuration that selects nothing is an error.
+    """
+
+    name: ClassVar[str] = "plan"
+    config: LoraConfig
+    strict: bool = False
+
+    def requires(self, capture: Capture) -> str | None:
+        """Operations have to be found first."""
+        return "no operations were looked for" if capture.matches is None else None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Set the plan of the capture."""
+        assert capture.matches is not None
+        plan = make_plan(capture, capture.matches, self.config, strict=self.strict)
+        if plan == capture.plan:
+            return PassResult(capture, False)
+        return PassResult(dataclasses.replace(capture, plan=plan), True)
 
 
 def make_plan(

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.ir import Capture, PassResult, join
+from lora_fx.ir import Capture, Kind, Pass, PassResult, join
 
 __all__ = ["Materialize"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Materialize:
+class Materialize(Pass):
     """The pass. It puts parameters and buffers into the model of the capture.
 
     Attributes:
@@ -31,6 +31,7 @@ class Materialize:
     """
 
     name: ClassVar[str] = "materialize"
+    kind: ClassVar[Kind] = "in place"
     but: frozenset[str]
     values: Callable[[str], torch.Tensor]
     device: torch.device

@@ -31,7 +31,7 @@ from lora_fx.formats import (
     quantized_linear,
     stored,
 )
-from lora_fx.ir import Capture, PassResult, Region, Site, relative
+from lora_fx.ir import Capture, Pass, PassResult, Region, Site, relative
 from lora_fx.passes.graph import copy_graph, erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
 from lora_fx.passes.quantize.planning import PlannedWeight
@@ -96,7 +96,7 @@ Values = Callable[[str], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantize:
+class Quantize(Pass):
     """The pass. It puts parameters into the model of the capture, and edits copies of its graphs.
 
     Attributes:

@@ -11,15 +11,15 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.ir.graph import Capture
-from lora_fx.ir.passes import PassResult
+from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.parameters.by_hand import buffer_digests
-from lora_fx.passes.pipeline import plan_model, run_passes
+from lora_fx.passes.pipeline import plan_model, rewrite_passes, run_passes
 from tests.zoo import Mlp, Residual
 
 
 @dataclasses.dataclass(frozen=True)
-class Nothing:
+class Nothing(Pass):
     name: ClassVar[str] = "nothing"
 
     def __call__(self, captured: Capture) -> PassResult:
@@ -27,7 +27,7 @@ class Nothing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Note:
+class Note(Pass):
     name: ClassVar[str] = "note"
     text: str
 
@@ -36,7 +36,7 @@ class Note:
 
 
 @dataclasses.dataclass(frozen=True)
-class Raises:
+class Raises(Pass):
     name: ClassVar[str] = "raises"
     error: Exception
 
@@ -62,6 +62,106 @@ def test_each_pass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         "pass note: modified",
         "pass nothing: nothing to do",
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wants(Pass):
+    name: ClassVar[str] = "wants"
+
+    def requires(self, captured: Capture) -> str | None:
+        return "nothing is planned" if captured.plan is None else None
+
+    def __call__(self, captured: Capture) -> PassResult:
+        return PassResult(captured, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edits(Pass):
+    name: ClassVar[str] = "edits"
+
+    def __call__(self, captured: Capture) -> PassResult:
+        graph = captured.regions[""].graph
+        graph.call_function(torch.neg, (next(iter(graph.nodes)),))
+        return PassResult(dataclasses.replace(captured), True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lies(Pass):
+    name: ClassVar[str] = "lies"
+    modified: bool
+
+    def __call__(self, captured: Capture) -> PassResult:
+        return PassResult(
+            captured if self.modified else dataclasses.replace(captured), self.modified
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies(Pass):
+    name: ClassVar[str] = "copies"
+    kind: ClassVar[Kind] = "in place"
+
+    def __call__(self, captured: Capture) -> PassResult:
+        return PassResult(dataclasses.replace(captured), True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regrets(Pass):
+    name: ClassVar[str] = "regrets"
+
+    def ensures(self, before: Capture, after: Capture) -> str | None:
+        return "it did not do what it is for"
+
+    def __call__(self, captured: Capture) -> PassResult:
+        return PassResult(captured, False)
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (Wants(), "pass 'wants' cannot run: nothing is planned"),
+        (
+            Edits(),
+            "'edits' broke its contract: it is functional, and edited a graph of its argument",
+        ),
+        (Lies(True), "'lies' broke its contract: it says that it modified something, and returns"),
+        (Lies(False), "'lies' broke its contract: it returns another capture, and says"),
+        (Copies(), "'copies' broke its contract: it works in place, and returns another capture"),
+        (Regrets(), "'regrets' broke its contract: it did not do what it is for"),
+    ],
+)
+def test_the_contract_is_enforced(one: Pass, words: str) -> None:
+    with pytest.raises(lora_fx.CaptureError, match=words):
+        run_passes(capture(Mlp()), [one])
+
+
+def test_the_callback_sees_every_pass_in_order() -> None:
+    seen: dict[str, Capture] = {}
+    config = LoraConfig(r=2)
+    lora_fx.rewrite(Mlp(), config, callback=seen.__setitem__)
+    assert list(seen) == ["capture", *(one.name for one in rewrite_passes(config))]
+    assert seen["match"].plan is None
+    assert seen["plan"].plan is not None
+    assert "lora" not in str(seen["unfreeze"].regions["first"].graph)
+    assert "lora_A" in str(seen["insert"].regions["first"].graph)
+    assert "lora_linear" in str(seen["fuse"].regions["first"].graph)
+
+
+def test_a_second_run_of_every_pass_modifies_nothing() -> None:
+    config = LoraConfig(r=2, lora_dropout=0.1, bias="all", modules_to_save=["head"])
+    passes = rewrite_passes(config)
+    captured = run_passes(capture(Residual()), passes)
+    again = [one.name for one in passes if one.kind == "in place" and one.name != "install"]
+    for one in passes:
+        if one.name in again:
+            assert not one(captured).modified, one.name
+
+
+def test_an_error_of_a_pass_has_a_note_of_its_name() -> None:
+    error = lora_fx.MergeError("as it is")
+    with pytest.raises(lora_fx.MergeError):
+        run_passes(capture(Mlp()), [Raises(error)])
+    assert error.__notes__ == ["in pass 'raises'"]
 
 
 def test_an_unexpected_failure_names_the_pass_and_is_chained() -> None:

@@ -11,7 +11,7 @@ from lora_fx.formats.made import storage
 from lora_fx.ir.graph import Capture
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.graph.region import install, is_region, kept_graph
-from lora_fx.passes.pipeline import matched
+from lora_fx.passes.pipeline import find_operations
 from lora_fx.passes.quantize.planning import plan_quantization
 from lora_fx.passes.quantize.store import Quantize
 from tests.golden import check_golden, printed
@@ -50,7 +50,7 @@ class Model(nn.Module):
 def quantised(format_name: str, exclude: list[str] | None = None) -> tuple[Capture, Capture]:
     torch.manual_seed(0)
     before = capture(Model())
-    plan = plan_quantization(before, matched(before), storage(format_name), exclude)
+    plan = plan_quantization(before, find_operations(before), storage(format_name), exclude)
     return before, Quantize(plan.weights, plan.storage)(before).capture
 
 

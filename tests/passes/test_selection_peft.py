@@ -33,7 +33,7 @@ from lora_fx.ir.graph import Capture
 from lora_fx.ir.plan import Plan
 from lora_fx.ir.site import Matches
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.pipeline import matched
+from lora_fx.passes.pipeline import find_operations
 from lora_fx.passes.plan.planning import make_plan
 
 
@@ -297,7 +297,7 @@ def by_peft(name: str, values: dict[str, Any]) -> Found | None:
 @functools.cache
 def capture_of(name: str) -> tuple[Capture, Matches]:
     capture = capture_model(model_of(name))
-    return capture, matched(capture)
+    return capture, find_operations(capture)
 
 
 def planned(name: str, values: dict[str, Any]) -> Plan | None:

@@ -172,6 +172,23 @@ def test_a_traceback_only_for_debugging() -> None:
         assert isinstance(lora(*args).exception, lora_fx.ConfigError)
 
 
+def test_rewrite_prints_the_graph_between_passes(here: Path) -> None:
+    text = worked("rewrite", MODEL, "--print-after", "insert", "--region", "layers.0")
+    assert "after insert" in text
+    assert "lora_A" in text
+    assert "# layers.1" not in text
+    text = worked("rewrite", MODEL, "--print-after", "capture", "--print-after", "plan")
+    assert "# layers.1" in text
+    assert "lora_A" not in text
+    assert "site(s)" in text
+    text = worked("rewrite", MODEL, "--print-after", "all", "--region", "layers.0")
+    assert text.index("after capture") < text.index("after match") < text.index("after install")
+    assert "nearest: insert" in refused("rewrite", MODEL, "--print-after", "inserts")
+    assert "nearest: 'layers.0'" in refused(
+        "rewrite", MODEL, "--print-after", "insert", "--region", "layers.00"
+    )
+
+
 def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
     assert "branches" in worked("rewrite", MODEL)
     code = worked("rewrite", MODEL, "--region", "layers.0")

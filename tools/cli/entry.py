@@ -1,4 +1,4 @@
-"""The entry point of ``lora-fx``; the commands are in :mod:`lora_fx.tools.commands`."""
+"""The entry point of ``lora-fx``; each command is a file beside this one."""
 
 from __future__ import annotations
 
