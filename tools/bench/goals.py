@@ -18,37 +18,14 @@ from lora_fx.tools.bench.contenders import EXPORTED, FROZEN, OURS, PEFT
 from lora_fx.tools.bench.measure import ratio
 from lora_fx.tools.bench.one_linear import Cell, Shape
 from lora_fx.tools.bench.steps import Measured, name_of
+from lora_fx.tools.bench.verdict import Verdict
 
 __all__ = [
     "GOALS",
     "Goal",
-    "Verdict",
     "columns",
     "rows",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """How a goal stands.
-
-    Attributes:
-        measured: The figures.
-        excess: What is measured less what is allowed, in the goal's unit: met if it is not positive.
-        unit: Of the excess.
-    """
-
-    measured: str
-    excess: float
-    unit: str = ""
-
-    @property
-    def met(self) -> bool:
-        """Whether the goal is reached."""
-        return self.excess <= 0
-
-    def __str__(self) -> str:
-        return "yes" if self.met else f"no, by {self.excess:.2g}{self.unit}"
 
 
 _CPU = "cpu, float32"

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from lora_fx.tools.bench import quantized_quality, quantized_step
 from lora_fx.tools.bench.contenders import AGAIN, OURS, PEFT
-from lora_fx.tools.bench.goals import Verdict
 from lora_fx.tools.bench.measure import ratio
 from lora_fx.tools.bench.steps import name_of
+from lora_fx.tools.bench.verdict import Verdict
 
 __all__ = ["quality", "saved", "time"]
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.ir import PlannedSite, Site, require_record
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.tools.zoo.training import difference, tensors
+from lora_fx.tools.zoo.numbers import difference, tensors
 
 __all__ = ["Narrowest", "Run", "Verdict", "dense", "judge", "stir", "tolerance_of"]
 
