@@ -25,7 +25,7 @@ from lora_fx.api import merge, plan, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.ir import Plan
 from lora_fx.passes.capture import Count, count_weights, normalise
-from lora_fx.tools.zoo import training as numbers
+from lora_fx.tools.zoo import numbers
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import Reached, judge_sites, train
