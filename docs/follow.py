@@ -1,0 +1,140 @@
+"""Follows one ``nn.Linear`` through the compiler and prints what each pass makes of it.
+
+``python docs/follow.py`` prints it, ``python docs/follow.py --write`` puts it into ``docs/architecture.md``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.ir import META_KEY, Capture
+from lora_fx.passes.capture import capture
+from lora_fx.passes.graph import install
+from lora_fx.passes.insert import AddFactors, Insert
+from lora_fx.passes.match import find_head, find_parts, match
+from lora_fx.passes.optimize import Fuse
+from lora_fx.passes.plan import make_plan
+
+PAGE = Path(__file__).with_name("architecture.md")
+
+
+class Net(nn.Module):
+    """One linear layer, and an argument that decides what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` is [batch, 4]."""
+        y: torch.Tensor = self.fc(x)
+        return y.relu() if scale is None else y.relu() * scale
+
+
+def code(graph: fx.Graph) -> str:
+    """The code of a graph, without the statements that free values."""
+    lines = graph.python_code("self").src.splitlines()
+    return "\n".join(re.sub(r";  .* = None$", "", line.rstrip()) for line in lines if line.strip())
+
+
+def tags(graph: fx.Graph) -> str:
+    """What the nodes of a branch are."""
+    found = [(node.name, node.meta.get(META_KEY)) for node in graph.nodes]
+    return "\n".join(f"# {name}: {tag.role.value} of {tag.weight}" for name, tag in found if tag)
+
+
+def graphs(captured: Capture) -> str:
+    """The code of every region."""
+    return "\n\n".join(
+        f"# {key or '(root)'}\n{code(region.graph)}" for key, region in captured.regions.items()
+    )
+
+
+def branch(captured: Capture) -> str:
+    """The region that has the branch, with its tags."""
+    graph = captured.regions["fc"].graph
+    return f"{code(graph)}\n{tags(graph)}"
+
+
+def steps() -> dict[str, str]:
+    """What each step prints, by name."""
+    torch.manual_seed(0)
+    model = Net()
+    config = lora_fx.LoraConfig(r=2, lora_alpha=4, target_modules=["fc"])
+    found: dict[str, str] = {}
+
+    captured = capture(model)
+    found["capture"] = graphs(captured)
+
+    matches = find_parts(captured, find_head(captured, match(captured)))
+    site = matches.sites[0]
+    fields = ("name", "pattern", "family", "weight", "bias", "layout", "weight_shape", "head")
+    found["match"] = "\n".join(f"{name} = {getattr(site, name)!r}" for name in fields)
+
+    plan = make_plan(captured, matches, config)
+    found["plan"] = str(plan)
+
+    captured = AddFactors(plan)(captured).capture
+    factors = dict(captured.model.named_parameters())
+    found["add-factors"] = "\n".join(
+        f"{name}: {list(value.shape)}, requires_grad={value.requires_grad}"
+        for name, value in factors.items()
+    )
+
+    captured = Insert(plan.sites, "default")(captured).capture
+    found["insert"] = branch(captured)
+
+    captured = Fuse()(captured).capture
+    found["fuse"] = branch(captured)
+
+    install(captured.regions.values())
+    root = lora_fx.graphs(captured.model)[""]
+    found["build"] = f"# (root)\n{code(root)}\n\n{type(captured.model).__mro__[1].__name__}"
+
+    adapted = lora_fx.rewrite(model, config)
+    with torch.no_grad():
+        adapted.fc.lora_B.default.normal_()
+        a, b = adapted.fc.lora_A.default, adapted.fc.lora_B.default
+        expected = (model.fc.weight.double() + 2 * b.double() @ a.double()).float()
+    merged = lora_fx.merge(adapted)
+    found["merge"] = "\n".join(
+        [
+            f"type(merged) is Net: {type(merged) is Net}",
+            f"parameters: {[name for name, _ in merged.named_parameters()]}",
+            f"merged.fc.weight == W + 2 * B @ A, rounded once: "
+            f"{torch.equal(merged.fc.weight, expected)}",
+            f"forward is Net.forward: {type(merged).forward is Net.forward}",
+        ]
+    )
+    return found
+
+
+def written(page: str) -> str:
+    """The page with what the steps print between its marks."""
+    for name, text in steps().items():
+        pattern = rf"(<!-- follow: {name} -->\n```\w+\n).*?(\n```)"
+        page, count = re.subn(
+            pattern, lambda found, text=text: found[1] + text + found[2], page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise SystemExit(f"{PAGE.name} has no place for {name!r}")
+    return page
+
+
+def main() -> None:
+    """Prints the steps, or writes them into the page."""
+    if "--write" in sys.argv:
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name, text in steps().items():
+        print(f"## {name}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
