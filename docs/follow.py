@@ -43,12 +43,6 @@ def code(graph: fx.Graph) -> str:
     return "\n".join(re.sub(r";  .* = None$", "", line.rstrip()) for line in lines if line.strip())
 
 
-def tags(graph: fx.Graph) -> str:
-    """What the nodes of a branch are."""
-    found = [(node.name, node.meta.get(META_KEY)) for node in graph.nodes]
-    return "\n".join(f"# {name}: {tag.role.value} of {tag.weight}" for name, tag in found if tag)
-
-
 def graphs(captured: Capture) -> str:
     """The code of every region."""
     return "\n\n".join(
@@ -57,9 +51,14 @@ def graphs(captured: Capture) -> str:
 
 
 def branch(captured: Capture) -> str:
-    """The region that has the branch, with its tags."""
+    """The region that has the branch; comments say what its nodes are."""
     graph = captured.regions["fc"].graph
-    return f"{code(graph)}\n{tags(graph)}"
+    tags = {node.name: node.meta.get(META_KEY) for node in graph.nodes}
+    lines = code(graph).splitlines()
+    for place, line in enumerate(lines):
+        if tag := tags.get(line.partition("=")[0].strip()):
+            lines[place] = f"{line}  # {tag.role.value} of {tag.weight}"
+    return "\n".join(lines)
 
 
 def steps() -> dict[str, str]:
@@ -74,7 +73,7 @@ def steps() -> dict[str, str]:
 
     matches = find_parts(captured, find_head(captured, match(captured)))
     site = matches.sites[0]
-    fields = ("name", "pattern", "family", "weight", "bias", "layout", "weight_shape", "head")
+    fields = ("name", "pattern", "weight", "bias", "head")
     found["match"] = "\n".join(f"{name} = {getattr(site, name)!r}" for name in fields)
 
     plan = make_plan(captured, matches, config)
@@ -94,8 +93,14 @@ def steps() -> dict[str, str]:
     found["fuse"] = branch(captured)
 
     install(captured.regions.values())
-    root = lora_fx.graphs(captured.model)[""]
-    found["build"] = f"# (root)\n{code(root)}\n\n{type(captured.model).__mro__[1].__name__}"
+    layer = captured.model.get_submodule("fc")
+    found["build"] = "\n".join(
+        [
+            f"isinstance(model, Net): {isinstance(captured.model, Net)}",
+            f"isinstance(model.fc, nn.Linear): {isinstance(layer, nn.Linear)}",
+            f"forward is nn.Linear.forward: {type(layer).forward is nn.Linear.forward}",
+        ]
+    )
 
     adapted = lora_fx.rewrite(model, config)
     with torch.no_grad():
@@ -107,8 +112,7 @@ def steps() -> dict[str, str]:
         [
             f"type(merged) is Net: {type(merged) is Net}",
             f"parameters: {[name for name, _ in merged.named_parameters()]}",
-            f"merged.fc.weight == W + 2 * B @ A, rounded once: "
-            f"{torch.equal(merged.fc.weight, expected)}",
+            f"fc.weight is W + 2 * B @ A, rounded once: {torch.equal(merged.fc.weight, expected)}",
             f"forward is Net.forward: {type(merged).forward is Net.forward}",
         ]
     )
@@ -118,9 +122,11 @@ def steps() -> dict[str, str]:
 def written(page: str) -> str:
     """The page with what the steps print between its marks."""
     for name, text in steps().items():
-        pattern = rf"(<!-- follow: {name} -->\n```\w+\n).*?(\n```)"
-        page, count = re.subn(
-            pattern, lambda found, text=text: found[1] + text + found[2], page, flags=re.DOTALL
+        pattern = re.compile(
+            rf"(<!-- follow: {name} -->\n```\w+\n).*?(^```$)", re.DOTALL | re.MULTILINE
+        )
+        page, count = pattern.subn(
+            lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, count=1
         )
         if count != 1:
             raise SystemExit(f"{PAGE.name} has no place for {name!r}")
@@ -132,8 +138,7 @@ def main() -> None:
     if "--write" in sys.argv:
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return
-    for name, text in steps().items():
-        print(f"## {name}\n\n{text}\n")
+    sys.stdout.writelines(f"## {name}\n\n{text}\n\n" for name, text in steps().items())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import itertools
 import linecache
 import re
+import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -141,3 +142,19 @@ def test_the_commands_exist(line: str) -> None:
     if command is not None:
         options = set(itertools.chain(*(one.opts + one.secondary_opts for one in command.params)))
         assert {word for word in words if word.startswith("--")} <= options | {"--help"}
+
+
+def test_the_architecture_shows_what_the_compiler_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python docs/follow.py --write` writes the graphs of the page anew."""
+    monkeypatch.setattr(sys, "argv", ["follow.py"])
+    runpy.run_path(str(ROOT / "docs" / "follow.py"), run_name="__main__")
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = dict(
+        re.findall(r"<!-- follow: ([\w-]+) -->\n```text\n(.*?)\n```", page, flags=re.DOTALL)
+    )
+    printed = capsys.readouterr().out
+    parts = re.findall(r"^## ([\w-]+)\n\n(.*?)(?=\n\n## |\Z)", printed, re.DOTALL | re.MULTILINE)
+    assert len(shown) == 8
+    assert {name: text.rstrip() for name, text in parts} == shown
