@@ -73,7 +73,7 @@ def steps() -> dict[str, str]:
 
     matches = find_parts(captured, find_head(captured, match(captured)))
     site = matches.sites[0]
-    fields = ("name", "pattern", "weight", "bias", "head")
+    fields = ("name", "pattern", "weight", "bias")
     found["match"] = "\n".join(f"{name} = {getattr(site, name)!r}" for name in fields)
 
     plan = make_plan(captured, matches, config)

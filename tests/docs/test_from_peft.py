@@ -1,37 +1,20 @@
-"""The migration page: its code runs, and every name in it exists in the library that it is said to be in."""
+"""The migration page: every name in it exists in the library that it is said to be in."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
-import pytest
 
 import lora_fx
 from lora_fx.config import foreign as _config_foreign
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-peft.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| `")]
 SOURCE = "\n".join(
     path.read_text(encoding="utf-8") for path in Path(peft.__file__).parent.rglob("*.py")
 )
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_code_runs(block: str, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
 
 
 def test_our_names_exist() -> None:

@@ -119,6 +119,18 @@ def test_the_test_of_paths_finds_what_is_missing() -> None:
     assert not exists("lora_fx.passes.fuse")
 
 
+BRITISH = (
+    r"\b\w*(?:quantis|optimis|initialis|recognis|normalis|colour|neighbour|behaviour|licence)\w*"
+)
+RIDDLES = r"\b(?:anew|nobody|whoever|few bits|in the place of|beside)\b"
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=named)
+def test_the_words_are_plain_american_english(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(f"{BRITISH}|{RIDDLES}", text, flags=re.IGNORECASE)
+
+
 COMMANDS = [
     pytest.param(line, id=line[:60])
     for page in HAND_WRITTEN

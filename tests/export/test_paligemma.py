@@ -75,7 +75,7 @@ def test_without_them_the_padding_of_one_row_changes_another(tmp_path: Path, mod
         alone = model(**example).logits[0]
         beside = model(**{**example, "attention_mask": padded}).logits[0]
     if torch.allclose(alone, beside, atol=1e-5):
-        pytest.fail("transformers has mended it: take it off docs/architecture.md, Parity")
+        pytest.fail("transformers has mended it: take it off docs/internals/export.md, Parity")
     # A file cannot be equal to both.
     with pytest.raises(ParityError, match="output 'logits' of the exported file differs"):
         export_onnx(model, tmp_path / "m.onnx", example, dynamic_shapes={})

@@ -596,7 +596,7 @@ def _paligemma() -> Built:
     )
     inputs = _with_image(4)
     # As its processor gives them: the prompt is 0, what the model is to say 1. Without them, and
-    # without padding, its attention under SDPA is another one (docs/architecture.md, Parity).
+    # without padding, its attention under SDPA is another one (docs/internals/export.md, Parity).
     inputs["token_type_ids"] = (torch.arange(8) > 5).long().expand(2, 8).contiguous()
     return built(config, "PaliGemmaForConditionalGeneration", inputs)
 
