@@ -1,4 +1,4 @@
-"""From a model to a trained, merged one: the README in one file, on made-up data."""
+"""From a model to a trained, merged one, on made-up data."""
 
 from __future__ import annotations
 

@@ -59,6 +59,9 @@ def test_the_code_runs(page: Path, module: types.ModuleType) -> None:
         if block.output is not None:
             found = [line.rstrip() for line in printed.getvalue().strip().splitlines()]
             assert found == [line.rstrip() for line in block.output.strip().splitlines()]
+    if page.name == "README.md" and page.parent == ROOT:
+        picture = ROOT / "docs" / "img" / "readme.svg"
+        assert Path("graph.svg").read_bytes() == picture.read_bytes()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
