@@ -298,7 +298,7 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 *kwargs,
                 *[value if value.__class__ is bool else value.__class__ for value in given],
             ),
-            tuple([value.shape for value in given if value.__class__ is torch.Tensor]),
+            tuple([v.shape for v in given if v.__class__ is torch.Tensor and not v.is_nested]),
         )
         if _now.active or key not in entries.done.known:
             return _first(self, entries, key, function, args, kwargs)

@@ -49,7 +49,7 @@ from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
 from lora_fx.passes.merge.requantize import requantized_site
 from lora_fx.passes.merge.strip import stripped
 from lora_fx.passes.merge.tokens import TokenFold, tied_tokens, token_weights
-from lora_fx.passes.parameters import check_intact, factors_of
+from lora_fx.passes.parameters import check_intact, factors_of, parameter_of
 
 __all__ = [
     "MergeReport",
@@ -296,7 +296,7 @@ def _check_named(
     storages: dict[int, str] = {}
     for name in names:
         if name not in over:
-            for tensor in (result.get_parameter(name), record.originals.get(name)):
+            for tensor in (parameter_of(result, name), record.originals.get(name)):
                 if tensor is not None:
                     storages.setdefault(storage_of(tensor), name)
     found = named_elsewhere(result, storages)

@@ -7,7 +7,7 @@ holding those of the original. A call would use them, whose weights no merge has
 
 from __future__ import annotations
 
-import dis
+import ast
 import functools
 import sys
 import weakref
@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.passes.graph import APART, ATOMS, children, original_class, storage_of
+from lora_fx.passes.graph import APART, ATOMS, children, nested, original_class, storage_of, tree_of
 
 __all__ = ["named_elsewhere"]
 
 # What makes a module is done: where it has entered itself does not matter unless something looks there.
 _DONE = ("__init__", "__new__", "__init_subclass__")
-_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLASSDEREF")
 # By name, since environments lie on top of each other.
 _INSTALLED = {"site-packages", "dist-packages"}
 _WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
@@ -150,8 +149,9 @@ def _of_class(value: type) -> Iterator[tuple[str, Any, Iterable[str]]]:
 
 
 def _of_code(value: FunctionType) -> Iterator[tuple[str, Any, Iterable[str]]]:
-    for code in _codes(value.__code__):
-        for name in _globals(code):
+    read = _names(value.__code__, value.__qualname__)
+    for code in nested(value.__code__):
+        for name in code.co_names if read is None else read.intersection(code.co_names):
             if name in value.__globals__:
                 yield f" -> {name}", value.__globals__[name], code.co_names
 
@@ -173,16 +173,10 @@ def _is_installed(module: str) -> bool:
     return not _INSTALLED.isdisjoint(Path(file).parts)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 @functools.lru_cache(maxsize=8192)
-def _globals(code: CodeType) -> frozenset[str]:
-    """The names in code that are not those of attributes."""
-    return frozenset(
-        one.argval for one in dis.get_instructions(code) if one.opname in _GLOBAL and one.argval
-    )
+def _names(code: CodeType, qualname: str) -> frozenset[str] | None:
+    """The names in code that are not those of attributes; None where there is no source to tell them by."""
+    found = tree_of(code, qualname)
+    if isinstance(found, str):
+        return None
+    return frozenset(one.id for one in ast.walk(found[0]) if isinstance(one, ast.Name))
