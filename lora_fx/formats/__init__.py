@@ -22,7 +22,13 @@ from lora_fx.formats.base import (
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat
 from lora_fx.formats.layers import LibraryLayers
-from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, MATMUL_N_BITS, whole_numbers
+from lora_fx.formats.operators import (
+    CONTRIB,
+    DEQUANTIZE_LINEAR,
+    MATMUL_N_BITS,
+    STANDARD_OPERATORS,
+    whole_numbers,
+)
 from lora_fx.formats.state import (
     FormatHook,
     LoadHook,
@@ -39,6 +45,7 @@ __all__ = [
     "CONTRIB",
     "DEQUANTIZE_LINEAR",
     "MATMUL_N_BITS",
+    "STANDARD_OPERATORS",
     "FormatHook",
     "LibraryLayers",
     "LoadHook",

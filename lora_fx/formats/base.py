@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.formats.layers import LibraryLayers
-from lora_fx.formats.operators import STANDARD
+from lora_fx.formats.operators import STANDARD_OPERATORS
 from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def register_format(weight_format: WeightFormat) -> None:
 
 def _check_operators(weight_format: WeightFormat) -> None:
     taken = {one.name: one for known in _formats for one in known.operators}
-    taken |= {one.name: one for one in STANDARD}
+    taken |= {one.name: one for one in STANDARD_OPERATORS}
     for one in weight_format.operators:
         if taken.get(one.name, one) != one:
             raise ConfigError(
@@ -369,7 +369,7 @@ def row_operators() -> Mapping[str, str]:
 
 def operator_named(name: str) -> OnnxOperator:
     """The operator of ONNX that some format names so."""
-    several = (STANDARD, *(one.operators for one in _formats))
+    several = (STANDARD_OPERATORS, *(one.operators for one in _formats))
     return next(one for operators in several for one in operators if one.name == name)
 
 

@@ -20,7 +20,7 @@ __all__ = [
     "DEQUANTIZE_LINEAR",
     "MATMUL_N_BITS",
     "OPERATOR_BLOCKS",
-    "STANDARD",
+    "STANDARD_OPERATORS",
     "packed_pairs",
     "packed_sizes",
     "whole_numbers",
@@ -63,7 +63,7 @@ def _dequantize(build: OnnxBuilder, product: OnnxProduct) -> Any:
 
 MATMUL_N_BITS = OnnxOperator("MatMulNBits", _n_bits)
 DEQUANTIZE_LINEAR = OnnxOperator("DequantizeLinear", _dequantize, dequantizes=True)
-STANDARD = (MATMUL_N_BITS, DEQUANTIZE_LINEAR)
+STANDARD_OPERATORS = (MATMUL_N_BITS, DEQUANTIZE_LINEAR)
 """Those that any format may name."""
 
 
