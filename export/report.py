@@ -25,8 +25,8 @@ class StoredFormat:
     """Weights that a file has in few bits.
 
     Attributes:
-        scheme: ``nf4``, ``fp4``, ``int8`` or ``int4``.
-        operator: What reads them: "MatMulBnb4" or "MatMulNBits" of ONNX Runtime, or "DequantizeLinear".
+        scheme: Name of the format, as ``nf4`` or ``int8``.
+        operator: What reads them: the name of an operator, as "MatMulNBits" or "DequantizeLinear".
         block_size: Values that share a scale; None for one scale a row.
         weights: How many matrices.
         values: How many values they have together.

@@ -384,7 +384,7 @@ def regions_to_install(
     """Yield the regions that run their graph: what was written out does so only where an adapter is.
 
     Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantized weights. A
-    layer of bitsandbytes never does: its forward changes what the graph has read of it.
+    library's own layer never does: its forward may change what the graph has read of it.
     """
     calling: set[str] = set()  # where branches are, and the modules above
     for name in [module_of(call.region) for row in rows for call in row.site.calls]:

@@ -351,4 +351,4 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
     forms = stored_formats(prepared.model.model, model.graph.initializers)
     if forms:
         described = json.dumps([dataclasses.asdict(form) for form in forms])
-        model.metadata_props["lora_fx.formats.weights"] = described
+        model.metadata_props["lora_fx.quantized"] = described

@@ -3,14 +3,12 @@
 As with grouped products (:mod:`lora_fx.export.convert.translations`), a node of our own goes through
 torch.onnx, whose optimiser would make a dense constant of a ``DequantizeLinear`` over a small weight.
 
-``MatMulBnb4`` and ``MatMulNBits`` are ONNX Runtime's own. A dequantised weight is read by a Gemm, not by a
-MatMul: ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits (level
-4 of ``session.qdq_matmulnbits_accuracy_level``, the default), which is off by 6e-3.
+The format of a quantized weight says which nodes its product becomes (:class:`lora_fx.ir.OnnxOperator`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +17,14 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import lora_fx.export.copy.packing  # noqa: F401  # both register operators that are translated here
+from lora_fx.formats import CONTRIB, operator_named
+from lora_fx.ir import OnnxProduct
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 __all__ = [
-    "CONTRIB",
     "DOMAIN",
     "GROUPED_MATMUL",
     "QUANTIZED_PRODUCT",
@@ -349,11 +348,6 @@ def _constant(tape: Any, value: float) -> Any:
     return tape.op("Constant", [], {key: value})
 
 
-CONTRIB = "com.microsoft"
-
-_QUANT_TYPES = {"fp4": 0, "nf4": 1}
-
-
 def expand_quantized(model: ir.Model) -> None:
     """Replaces every product with a quantised weight.
 
@@ -367,7 +361,17 @@ def expand_quantized(model: ir.Model) -> None:
             continue
         (result,) = node.outputs
         tape = ir.tape.Tape()
-        made = _EXPANDED[_text(node, "operator")](tape, node)
+        x, *arrays = node.inputs
+        product = OnnxProduct(
+            x,
+            tuple(one for one in arrays if one is not None),
+            rows=_int(node, "rows"),
+            columns=_int(node, "columns"),
+            block=_int(node, "block"),
+            scheme=_text(node, "scheme"),
+        )
+        operator = operator_named(_text(node, "operator"))
+        made = operator.nodes(_Builder(tape, node.name), product)
         made.dtype, made.shape, made.name = result.dtype, result.shape, result.name
         result.name = None
         for one in tape.nodes:
@@ -381,66 +385,55 @@ def expand_quantized(model: ir.Model) -> None:
         model.opset_imports[CONTRIB] = 1
 
 
-def _bnb4(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
-    scheme = _text(node, "scheme")
-    return tape.op(
-        "MatMulBnb4",
-        node.inputs[:3],
-        {**_packed_sizes(node), "quant_type": _QUANT_TYPES[scheme], "transB": 1},
-        domain=CONTRIB,
-        name=node.name,
-    )
+class _Builder:
+    """Makes nodes on a tape: an :class:`lora_fx.ir.OnnxBuilder`."""
+
+    def __init__(self, tape: ir.tape.Tape, name: str | None) -> None:
+        self._tape = tape
+        self._name = name
+
+    def op(
+        self,
+        name: str,
+        inputs: Sequence[Any],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        like: Any = None,
+    ) -> Any:
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
+        made = self._tape.op(name, inputs, attributes)
+        return made if like is None else _typed(made, like)
+
+    def product(
+        self,
+        name: str,
+        inputs: Sequence[Any],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        like: Any = None,
+    ) -> Any:
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
+        made = self._tape.op(name, inputs, attributes, domain=domain, name=self._name)
+        return made if like is None else _typed(made, like)
+
+    def ints(self, numbers: Sequence[int]) -> Any:
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
+        return self._tape.op("Constant", [], {"value_ints": list(numbers)})
+
+    def rank(self, value: Any) -> int:
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
+        assert value.shape is not None
+        return len(value.shape)
+
+    def same_dtype(self, one: Any, other: Any) -> bool:
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
+        return bool(one.dtype == other.dtype)
 
 
-def _nbits(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
-    # Level 1: the product is computed in fp32, its input is not rounded to 8 bits.
-    return tape.op(
-        "MatMulNBits",
-        _present(node),
-        {**_packed_sizes(node), "bits": 4, "accuracy_level": 1},
-        domain=CONTRIB,
-        name=node.name,
-    )
-
-
-def _dequantized(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
-    x, rows, columns = node.inputs[0], _int(node, "rows"), _int(node, "columns")
-    assert x is not None
-    weight = tape.op("DequantizeLinear", _present(node)[1:], {"axis": 0})
-    if _int(node, "block") != columns:
-        weight = tape.op("Reshape", [weight, _packed_ints(tape, [rows, columns])])
-    if x.dtype != node.inputs[2].dtype:
-        weight = tape.op("CastLike", [weight, x])
-    assert x.shape is not None
-    if len(x.shape) == 2:
-        return tape.op("Gemm", [x, weight], {"transB": 1}, name=node.name)
-    flat = tape.op("Reshape", [x, _packed_ints(tape, [-1, columns])])
-    product = tape.op("Gemm", [flat, weight], {"transB": 1}, name=node.name)
-    outer = tape.op("Shape", [x], {"start": 0, "end": -1})
-    shape = tape.op("Concat", [outer, _packed_ints(tape, [rows])], {"axis": 0})
-    for value in (flat, product):
-        value.dtype = x.dtype
-    return tape.op("Reshape", [product, shape])
-
-
-_EXPANDED: dict[str, Callable[[Any, ir.Node], ir.Value]] = {
-    "MatMulBnb4": _bnb4,
-    "MatMulNBits": _nbits,
-    "DequantizeLinear": _dequantized,
-}
-
-
-def _present(node: ir.Node) -> list[ir.Value | None]:
-    """Its inputs, without zero points that there are none of."""
-    return [value for value in node.inputs if value is not None]
-
-
-def _packed_sizes(node: ir.Node) -> dict[str, int]:
-    return {
-        "N": _int(node, "rows"),
-        "K": _int(node, "columns"),
-        "block_size": _int(node, "block"),
-    }
+def _typed(value: Any, like: Any) -> Any:
+    value.dtype = like.dtype
+    return value
 
 
 def _int(node: ir.Node, name: str) -> int:
@@ -449,7 +442,3 @@ def _int(node: ir.Node, name: str) -> int:
 
 def _text(node: ir.Node, name: str) -> str:
     return str(node.attributes[name].as_string())
-
-
-def _packed_ints(tape: ir.tape.Tape, values: list[int]) -> ir.Value:
-    return tape.op("Constant", [], {"value_ints": values})

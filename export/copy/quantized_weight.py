@@ -1,8 +1,8 @@
 """Quantised weights in the copy of a model that is exported.
 
 Their libraries have layers and tensors of their own, whose products torch.export does not see through. So in
-the copy a module stands in the place of each such parameter, wherever that is: in a layer of bitsandbytes,
-in an ``nn.Linear`` with a tensor of torchao, in a graph. Whoever multiplies by it asks it for the product
+the copy a module stands in the place of each such parameter, wherever that is: in a layer of the library, in
+an ``nn.Linear``, in a graph. Whoever multiplies by it asks it for the product
 (``__torch_function__``).
 
 What it computes here is ``x Wᵀ`` with the values that the library itself makes of its codes, in full
@@ -12,7 +12,6 @@ precision: what a file is compared with. What is traced has another one in its p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.formats import dense, quantization_of, quantized_linear
+from lora_fx.formats import dense, format_of, formats, quantization_of, quantized_linear
 from lora_fx.ir import Quantization
-from lora_fx.passes.capture import written_out_of_bitsandbytes
+from lora_fx.passes.capture import written_out_layer
 from lora_fx.passes.graph import is_region
 
 __all__ = ["DENSE_INSTEAD", "HeldWeight", "StandIn", "hold_quantized"]
@@ -165,51 +164,26 @@ def hold_quantized(twin: nn.Module) -> None:
                 _refuse_foreign(where, parameter)
                 continue
             if id(parameter) not in known:
-                wide = _in_full_precision(parameter)
-                known[id(parameter)] = HeldWeight(where, stored, wide)
+                own = format_of(parameter)
+                assert own is not None
+                known[id(parameter)] = HeldWeight(where, stored, own.widened(parameter))
             _release(module)
             del module._parameters[name]
             module.add_module(name, known[id(parameter)])
 
 
 def _release(module: nn.Module) -> None:
-    """Makes a plain layer of one of bitsandbytes, and drops what it remembers of its weight."""
-    own = written_out_of_bitsandbytes(module, type(module)) is not None
-    for name in ("state", "quant_state"):
-        remembered = module.__dict__.get(name)
-        if type(remembered).__module__.startswith("bitsandbytes."):
-            module.__dict__[name] = _settings(remembered) if name == "state" else None
+    """Makes a plain layer of a library's own, and drops what it remembers of its weight."""
+    own = written_out_layer(module, type(module)) is not None
+    for known in formats():
+        known.layers.release(module)
     if own and not is_region(module):
         object.__setattr__(module, "__class__", nn.Linear)
 
 
-def _settings(state: Any) -> Any:
-    """A copy without its tensors: the graph of a layer holds for what else is in there."""
-    result = copy.copy(state)
-    for name, value in vars(state).items():
-        if isinstance(value, Tensor):
-            setattr(result, name, None)
-    return result
-
-
-def _in_full_precision(parameter: Any) -> nn.Parameter:
-    """The same codes and scales, whose values are not rounded to half precision when they are made."""
-    if getattr(parameter, "quant_state", None) is not None:
-        parameter.quant_state.dtype = torch.float32  # of the copy, which has a state of its own
-        return parameter  # type: ignore[no-any-return]
-    held = parameter.detach()
-    kind = type(held)
-    if kind.__name__ == "IntxUnpackedToInt8Tensor":
-        return nn.Parameter(held.to(torch.float32), requires_grad=False)
-    if kind.__name__ == "Int8Tensor":  # its scales are fp32 in any case
-        wide = kind(held.qdata, held.scale, held.block_size, torch.float32, held.zero_point)
-        return nn.Parameter(wide, requires_grad=False)
-    return parameter  # type: ignore[no-any-return]
-
-
 def _refuse_foreign(where: str, parameter: nn.Parameter) -> None:
     kind = type(parameter)
-    if kind.__module__.startswith(("bitsandbytes.", "torchao.")):
+    if any(known.owns(kind) for known in formats()):
         raise ExportError(
             f"'{where}' is a {kind.__name__} in a form that has no counterpart in a file (is it quantised "
             f"already? does it quantise activations?); {DENSE_INSTEAD}"

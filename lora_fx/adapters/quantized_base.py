@@ -12,13 +12,13 @@ from torch import nn
 
 from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
-from lora_fx.formats import Storage, check_device, quantization_of, quantized_linear, storage
+from lora_fx.formats import Storage, format_of, quantization_of, quantized_linear, storage
 from lora_fx.ir import Capture, Region, record_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantised, written_out
 from lora_fx.passes.graph import check_model, install, share_copy
 from lora_fx.passes.pipeline import find_operations, run_passes
-from lora_fx.passes.quantize import Materialize, QuantizationPlan, Quantize, Values, say_quantised
+from lora_fx.passes.quantize import Materialize, QuantizationPlan, Quantize, Values
 from lora_fx.passes.quantize import plan_quantization as make_plan
 
 __all__ = [
@@ -72,7 +72,7 @@ def prepare_for_kbit_training(
             f"{type(model).__name__} has adapters already, and they would be frozen: prepare the base, and "
             "rewrite what that gives"
         )
-    stored = [found for p in model.parameters() if (found := quantization_of(p)) is not None]
+    stored = [p for p in model.parameters() if quantization_of(p) is not None]
     if not stored:
         raise QuantizationError(
             f"nothing in {type(model).__name__} is quantised: quantise it first (lora_fx.quantize), or train "
@@ -85,11 +85,19 @@ def prepare_for_kbit_training(
             "its blocks in torch.utils.checkpoint.checkpoint where memory asks for it"
         )
     prepared = share_copy(model)
-    if not any(one.library == "torchao" and one.dtype in _HALF for one in stored):
+    if not any(_wants_half(parameter) for parameter in stored):
         _widen(prepared)
     if use_gradient_checkpointing:
         _checkpoint(prepared, gradient_checkpointing_kwargs)
     return prepared
+
+
+def _wants_half(weight: nn.Parameter) -> bool:
+    """Whether products with a quantized weight take half precision and nothing else."""
+    known, found = format_of(weight), quantization_of(weight)
+    assert known is not None
+    assert found is not None
+    return not known.any_dtype and found.dtype in _HALF
 
 
 def _widen(model: nn.Module) -> None:
@@ -224,7 +232,8 @@ def quantize(
     if any(t.device != target for t in (*result.parameters(), *result.buffers())):
         result.to(target)
     install(_kept(capture), kept=True)
-    say_quantised(result, plan.weights, how)
+    sites = [one.site for one in plan.weights]
+    how.made_by.layers.describe_model(result, how, sites, plan.weights[0].dtype)
     return result
 
 
@@ -258,7 +267,9 @@ def _target(
         target = there or torch.device("cpu")
     else:
         target = _usable(device)
-    check_device(how, target)
+    objection = how.made_by.device_objection(how, target)
+    if objection is not None:
+        raise QuantizationError(objection)
     return target
 
 

@@ -1,26 +1,77 @@
-"""Formats of quantized weights, each as its library stores it."""
+"""Formats of quantized weights, a file for each library, each as its library stores it.
+
+A new one is a subclass of :class:`WeightFormat` and a call of :func:`register_format`.
+"""
 
 from __future__ import annotations
 
-from lora_fx.formats.copies import drop_repr, keep_exact, quantized_twin, share_states
-from lora_fx.formats.made import Storage, check_device, storage, stored
-from lora_fx.formats.repack import requantized
-from lora_fx.formats.state import checks_format, loads_quantised
-from lora_fx.formats.weights import dense, quantization_of, quantized_linear
+from lora_fx.formats.base import (
+    Storage,
+    WeightFormat,
+    format_named,
+    format_of,
+    formats,
+    held,
+    import_library,
+    operator_named,
+    quantization_of,
+    register_format,
+    row_operators,
+    storage,
+    stored,
+)
+from lora_fx.formats.bitsandbytes import BitsandbytesFormat
+from lora_fx.formats.layers import LibraryLayers
+from lora_fx.formats.operators import (
+    CONTRIB,
+    DEQUANTIZE_LINEAR,
+    MATMUL_N_BITS,
+    STANDARD_OPERATORS,
+    whole_numbers,
+)
+from lora_fx.formats.state import (
+    FormatHook,
+    LoadHook,
+    SaveHook,
+    StateHooks,
+    follow_state,
+    is_format_hook,
+    pickle_by_class,
+)
+from lora_fx.formats.torchao import TorchaoFormat
+from lora_fx.formats.weights import dense, quantized_linear, requantized
 
 __all__ = [
+    "CONTRIB",
+    "DEQUANTIZE_LINEAR",
+    "MATMUL_N_BITS",
+    "STANDARD_OPERATORS",
+    "FormatHook",
+    "LibraryLayers",
+    "LoadHook",
+    "SaveHook",
+    "StateHooks",
     "Storage",
-    "check_device",
-    "checks_format",
+    "WeightFormat",
     "dense",
-    "drop_repr",
-    "keep_exact",
-    "loads_quantised",
+    "follow_state",
+    "format_named",
+    "format_of",
+    "formats",
+    "held",
+    "import_library",
+    "is_format_hook",
+    "operator_named",
+    "pickle_by_class",
     "quantization_of",
     "quantized_linear",
-    "quantized_twin",
+    "register_format",
     "requantized",
-    "share_states",
+    "row_operators",
     "storage",
     "stored",
+    "whole_numbers",
 ]
+
+register_format(BitsandbytesFormat())
+register_format(TorchaoFormat())

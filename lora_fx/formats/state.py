@@ -1,79 +1,67 @@
-"""State dicts of weights that are stored in few bits.
+"""State dicts and pickles of weights that are stored in few bits.
 
-``Linear4bit`` of bitsandbytes writes the scales of its weight beside it, and no module of PyTorch reads
-them back: ``model.load_state_dict(model.state_dict())`` fails on them. A parameter anywhere else would be
-written without its scales, and read without a word. The hooks here write and read all of it, in
-bitsandbytes' own keys. A tensor of torchao has its scales with it, and takes the values of its like only:
-anything else is refused in words.
+A tensor subclass has its scales with it, and takes the values of its like only: anything else in a state dict
+is refused in words. A format whose scales lie beside the weight has hooks of its own, which write and read
+them.
 """
 
 from __future__ import annotations
 
-import sys
+import abc
+import copyreg
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-from lora_fx.formats.weights import quantization_of
+from lora_fx.formats.base import format_of, formats, quantization_of
 from lora_fx.ir import Quantization
 
-__all__ = ["checks_format", "loads_quantised"]
+__all__ = [
+    "REMEDY",
+    "FormatHook",
+    "LoadHook",
+    "SaveHook",
+    "StateHooks",
+    "follow_state",
+    "is_format_hook",
+    "pickle_by_class",
+]
 
-_PACKED = "quant_state.bitsandbytes__"
-_REMEDY = (
+REMEDY: Final = (
     "quantise the model that the state dict is of with lora_fx.quantize, or load it before this one is "
     "quantised"
 )
 
 
-def loads_quantised(module: nn.Module, parameter: str, *, saves: bool) -> None:
-    """Has a module read the scales of a 4-bit parameter from state dicts, and write them.
+class FormatHook:
+    """A hook of a module that is there for a quantized parameter: a merge that makes it dense takes it off.
 
-    Args:
-        module: Whose parameter it is.
-        parameter: Its name there.
-        saves: Whether to write them, too: ``Linear4bit`` does that by itself.
+    Attributes:
+        parameter: Its name.
     """
-    if saves:
-        module.register_state_dict_post_hook(_Save(parameter))  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_Load(parameter))  # type: ignore[no-untyped-call]
-
-
-def checks_format(module: nn.Module, parameter: str) -> None:
-    """Has a module refuse state dicts in which a parameter of torchao has another format.
-
-    Args:
-        module: Whose parameter it is.
-        parameter: Its name there.
-    """
-    module.register_load_state_dict_pre_hook(_Check(parameter))  # type: ignore[no-untyped-call]
-
-
-class _Save:
-    """Writes the scales beside the weight."""
 
     def __init__(self, parameter: str) -> None:
         self.parameter = parameter
 
+
+class SaveHook(FormatHook, abc.ABC):
+    """Writes what lies beside a weight into a state dict."""
+
+    @abc.abstractmethod
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
     ) -> None:
-        weight: Any = module._parameters.get(self.parameter)
-        found = getattr(weight, "quant_state", None)
-        if found is None or f"{prefix}{self.parameter}" not in state:
-            return
-        for key, value in found.as_dict(packed=True).items():
-            state[f"{prefix}{self.parameter}.{key}"] = value.detach()
+        """Called once the module has written its own."""
 
 
-class _Load:
-    """Takes the scales out of a state dict and copies them into those that are there."""
+class LoadHook(FormatHook, abc.ABC):
+    """Reads what lies beside a weight, or refuses a state dict that it cannot be read from."""
 
-    def __init__(self, parameter: str) -> None:
-        self.parameter = parameter
-
+    @abc.abstractmethod
     def __call__(
         self,
         module: nn.Module,
@@ -85,41 +73,41 @@ class _Load:
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        name = f"{prefix}{self.parameter}"
-        weight: Any = module._parameters.get(self.parameter)
-        own = getattr(weight, "quant_state", None)
-        if own is None or name not in state:
-            return
-        found = {k: state[k] for k in list(state) if k.startswith(f"{name}.")}
-        for key in found:
-            del state[key]
-        if not any(_PACKED in key for key in found):
-            errors.append(
-                f"{name} is stored in {own.quant_type} here and comes without its scales: {_REMEDY}"
-            )
-            del state[name]
-            return
-        given = {key.removeprefix(f"{name}."): value for key, value in found.items()}
-        library = sys.modules["bitsandbytes"]
-        scales = library.functional.QuantState.from_dict(given, weight.device)
-        if _way(scales) != _way(own):
-            errors.append(
-                f"{name} is stored as {_way(own)} here, and as {_way(scales)} in the state dict"
-            )
-            return
-        with torch.no_grad():
-            own.absmax.copy_(scales.absmax)
-            if own.state2 is not None:
-                own.offset.copy_(scales.offset)
-                own.state2.absmax.copy_(scales.state2.absmax)
+        """Called before the module reads its own."""
 
 
-class _Check:
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateHooks:
+    """What a format has for a parameter whose scales lie beside it.
+
+    Attributes:
+        load: Reads them.
+        save: Writes them; None where the layer does.
+    """
+
+    load: LoadHook
+    save: SaveHook | None = None
+
+
+def follow_state(module: nn.Module, parameter: str, *, layer: bool) -> None:
+    """Has a module write and read a quantized parameter, or refuse what it cannot read.
+
+    Args:
+        module: Whose parameter it is.
+        parameter: Its name there.
+        layer: Whether the module has become a layer of the format's library.
+    """
+    found = format_of(module._parameters[parameter])
+    assert found is not None
+    hooks = found.state_hooks(parameter, layer=layer) or StateHooks(_Check(parameter))
+    if hooks.save is not None:
+        module.register_state_dict_post_hook(hooks.save)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(hooks.load)  # type: ignore[no-untyped-call]
+
+
+class _Check(LoadHook):
     """Looks at how a weight of a state dict is stored."""
 
-    def __init__(self, parameter: str) -> None:
-        self.parameter = parameter
-
     def __call__(
         self,
         module: nn.Module,
@@ -131,6 +119,7 @@ class _Check:
         unexpected: list[str],
         errors: list[str],
     ) -> None:
+        """See :class:`LoadHook`."""
         name = f"{prefix}{self.parameter}"
         weight = module._parameters.get(self.parameter)
         own = quantization_of(weight)
@@ -140,7 +129,7 @@ class _Check:
         if found is not None and _format(found) == _format(own):
             return
         there = "has its values there" if found is None else f"as {found} in the state dict"
-        errors.append(f"{name} is stored as {own} here and {there}: {_REMEDY}")
+        errors.append(f"{name} is stored as {own} here and {there}: {REMEDY}")
         # So that nothing else is said of it: it is not missing, and copying it changes nothing.
         state[name] = weight
 
@@ -149,6 +138,26 @@ def _format(found: Quantization) -> tuple[Any, ...]:
     return found.library, found.scheme, found.block_size
 
 
-def _way(scales: Any) -> tuple[Any, ...]:
-    inner = None if scales.state2 is None else scales.state2.blocksize
-    return scales.quant_type, scales.blocksize, scales.nested, tuple(scales.shape), inner
+def is_format_hook(hook: Any) -> bool:
+    """Whether a hook of a module is there for a quantized weight: a library's, or one of those here."""
+    hook = getattr(hook, "hook", hook)  # torch wraps some
+    return isinstance(hook, FormatHook) or any(one.layers.owns_hook(hook) for one in formats())
+
+
+def pickle_by_class(cls: type[nn.Parameter]) -> None:
+    """Has all parameters of a class pickled as what they are.
+
+    Args:
+        cls: A subclass of ``nn.Parameter`` whose attributes are its state.
+    """
+    copyreg.pickle(cls, _reduced)
+
+
+def _reduced(parameter: Any) -> tuple[Any, ...]:
+    plain = parameter.detach().as_subclass(torch.Tensor)
+    made: tuple[Any, ...] = (plain, parameter.requires_grad, OrderedDict())
+    state = torch._utils._get_obj_state(parameter)  # type: ignore[no-untyped-call]
+    return (
+        torch._tensor._rebuild_from_type_v2,
+        (torch._utils._rebuild_parameter, type(parameter), made, state),
+    )

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, module_of, relative
+from lora_fx.ir.onnx_weight import (
+    NoOperator,
+    OnnxBuilder,
+    OnnxOperator,
+    OnnxProduct,
+    OnnxWeight,
+)
 from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.quantization import Quantization
@@ -41,6 +48,11 @@ __all__ = [
     "Layout",
     "Match",
     "Matches",
+    "NoOperator",
+    "OnnxBuilder",
+    "OnnxOperator",
+    "OnnxProduct",
+    "OnnxWeight",
     "Pass",
     "PassResult",
     "Pattern",

@@ -14,13 +14,13 @@ class Quantization:
     """How a weight is stored.
 
     Attributes:
-        scheme: ``nf4``, ``fp4``, ``int8`` or ``int4``.
+        scheme: Name of the format, as ``nf4`` or ``int8``.
         bits: Bits of one value, without the scales.
-        library: Whose format it is: ``bitsandbytes`` or ``torchao``.
+        library: Whose format it is: that of :class:`lora_fx.formats.WeightFormat`.
         shape: Rows and columns of the matrix, [out, in].
         dtype: What its values are when they are needed.
-        block_size: Values that share a scale, along a row (for bitsandbytes' 4 bits, along the flattened
-            matrix); None for one scale a row.
+        block_size: Values that share a scale, along a row or along the flattened matrix; None for one
+            scale a row.
         double: Whether the scales are quantised, too (arXiv:2305.14314, section 3).
     """
 

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lora_fx.formats import row_operators
+
 __all__ = [
     "Named",
     "Reader",
@@ -491,11 +493,6 @@ _RULES: dict[str, Rule] = {
     "_unique2": _data_dependent,
     "unique_dim": _data_dependent,
     "unique_consecutive": _data_dependent,
-    # bitsandbytes
-    "gemm_4bit": _rows("A"),
-    "gemv_4bit": _rows("A"),
-    "int8_linear_matmul": _rows("A"),
-    "int8_scaled_mm": _rows("A"),
 }
 _RULES |= dict.fromkeys(
     [
@@ -665,6 +662,9 @@ def rule_of(func: Any) -> Rule:
         return _nothing
     if name in _RULES:
         return _RULES[name]
+    quantized = row_operators()
+    if name in quantized:
+        return _rows(quantized[name])
     if torch.Tag.pointwise in func.tags:
         return _pointwise
     if name in _REDUCTIONS:

@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import (
 )
 
 from lora_fx.errors import CaptureError
+from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, record_of
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.decorators import around, inner_of
@@ -73,7 +74,7 @@ STATE = "_lora_fx_watch"
 """Attribute of a module: what was watched of it."""
 
 _MADE = "_lora_fx_made_of"
-_LIBRARIES = frozenset({"torch", "lora_fx", "bitsandbytes", "torchao", "triton"})
+_LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -939,6 +940,15 @@ def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
     )
 
 
+def _is_library(root: str) -> bool:
+    """Whether code of a package is a part of the operation that calls it."""
+    return (
+        root in _LIBRARIES
+        or root in sys.stdlib_module_names
+        or any(root in one.kernel_packages for one in formats())
+    )
+
+
 def _reader(frame: FrameType | None) -> _Reader:
     between: set[CodeType] = set()
     owners: list[nn.Module] = []
@@ -949,7 +959,7 @@ def _reader(frame: FrameType | None) -> _Reader:
         name = str(frame.f_globals.get("__name__", ""))
         # The wrappers of methods are as good as not there.
         root = name.partition(".")[0] if name != __name__ else "torch"
-        if code is None and root not in _LIBRARIES and root not in sys.stdlib_module_names:
+        if code is None and not _is_library(root):
             code = frame
         called = frame.f_code
         between.add(called)

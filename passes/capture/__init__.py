@@ -7,7 +7,7 @@ from lora_fx.passes.capture.check import Count, count_weights, run_once, run_ref
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.capture.lock import ONE_AT_A_TIME
-from lora_fx.passes.capture.quantized import holds_quantised, written_out_of_bitsandbytes
+from lora_fx.passes.capture.quantized import holds_quantised, written_out_layer
 from lora_fx.passes.capture.state import State
 from lora_fx.passes.capture.synthesis import synthesise
 
@@ -24,5 +24,5 @@ __all__ = [
     "run_reference",
     "synthesise",
     "written_out",
-    "written_out_of_bitsandbytes",
+    "written_out_layer",
 ]

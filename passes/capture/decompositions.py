@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.passes.capture.quantized import written_out_of_bitsandbytes
+from lora_fx.passes.capture.quantized import written_out_layer
 from lora_fx.passes.graph import original_class
 from lora_fx.runtime import (
     attend,
@@ -408,7 +408,7 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
         or _written_out_convolution(cls)
         or written_out_of_torchvision(cls)
         or written_out_of_transformers(module)
-        or written_out_of_bitsandbytes(module, cls)
+        or written_out_layer(module, cls)
     )
 
 

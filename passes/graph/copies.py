@@ -13,14 +13,14 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError, MergeError
-from lora_fx.formats import drop_repr, keep_exact, quantized_twin, share_states
+from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.lazy import is_lazy
 
 __all__ = [
@@ -394,6 +394,7 @@ def share_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
+    libraries = [one.layers for one in formats()]
     # Tensors made under inference mode could not be trained on.
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
@@ -405,11 +406,9 @@ def share_copy(model: nn.Module) -> nn.Module:
                 if is_lazy(parameter):
                     continue  # it has no storage to share, and copies itself
                 if id(parameter) not in memo:
-                    twin = quantized_twin(parameter, memo)
-                    memo[id(parameter)] = (
-                        twin if twin is not None else _frozen(parameter, own=renormalises)
-                    )
-            share_states(module, memo)
+                    memo[id(parameter)] = _twin(parameter, memo, own=renormalises)
+            for layers in libraries:
+                layers.share(module, memo)
             for value in (*module.__dict__.values(), *module._buffers.values()):
                 if type(value) in _EMPTY and not value and not getattr(value, "__dict__", None):
                     # What modules have most of: deepcopy takes the long way for each.
@@ -419,13 +418,17 @@ def share_copy(model: nn.Module) -> nn.Module:
         result = _copied(model, memo)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
-        keep_exact(module)
-        drop_repr(module)
-        for own in module._parameters.values():
-            # A module that copies itself in its own way may have made new ones.
-            if own is not None:
-                own.requires_grad = False
+        _settle(module, libraries)
     return result
+
+
+def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
+    for layers in libraries:
+        layers.settle(module)
+    for own in module._parameters.values():
+        # A module that copies itself in its own way may have made new ones.
+        if own is not None:
+            own.requires_grad = False
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -465,6 +468,13 @@ def check_model(model: object) -> None:
             f"the model's parameters are on several devices ({where}): move it to one with "
             "model.to(device)"
         )
+
+
+def _twin(parameter: nn.Parameter, memo: dict[int, Any], *, own: bool) -> nn.Parameter:
+    """A frozen parameter over the same memory, or over memory of its own."""
+    known = format_of(parameter)
+    twin = None if known is None else known.twin(parameter, memo)
+    return _frozen(parameter, own=own) if twin is None else twin
 
 
 def _frozen(parameter: nn.Parameter, own: bool = False) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lora_fx.formats import quantization_of
+from lora_fx.formats import LibraryLayers, formats, quantization_of
 from lora_fx.ir import Rejection, join
 from lora_fx.passes.graph import UNINITIALISED, is_lazy, is_matrix, original_class
 from lora_fx.passes.patterns import site_name
@@ -22,7 +22,7 @@ from lora_fx.passes.patterns import site_name
 __all__ = ["unfit"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_QUANTISED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.", "bitsandbytes.nn.")
+_QUANTISED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 _REMEDY = "adapt the model before it is quantised, merge, and quantise the result"
 
 
@@ -32,11 +32,13 @@ def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         known = isinstance(module, nn.Linear) and quantization_of(module._parameters.get("weight"))
-        foreign = original_class(module).__module__.startswith(_QUANTISED)
+        cls = original_class(module)
+        layers = _library_of(cls)
+        foreign = layers is not None or cls.__module__.startswith(_QUANTISED)
         if foreign and not known and _holds_weights(module):
-            cls = original_class(module)
             named = f"{cls.__module__}.{cls.__qualname__}"
-            reason = _unfinished(module, named) or f"it is quantised ({named}): {_REMEDY}"
+            lacking = None if layers is None else layers.unfinished(module, named)
+            reason = lacking or f"it is quantised ({named}): {_REMEDY}"
             yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
             continue
         for name, reason in (*_tensors(module), *_parametrised(module), *_hooked(module)):
@@ -44,23 +46,9 @@ def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
             yield weight, Rejection(site_name(weight), reason, fqn)
 
 
-def _unfinished(module: nn.Module, named: str) -> str | None:
-    """What a linear layer of bitsandbytes lacks whose weight is not in few bits, though it has the class."""
-    weight: Any = module._parameters.get("weight")
-    if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
-        return None
-    # Packed numbers may lie in a parameter of any dtype.
-    if getattr(weight, "bnb_quantized", False):
-        return None
-    if getattr(weight, "has_fp16_weights", False):
-        return (
-            f"its weight is not quantised ({named} with has_fp16_weights=True): make the layer with "
-            "has_fp16_weights=False and move it to a device, or use nn.Linear"
-        )
-    return (
-        f"it is not quantised yet ({named}): move the model to a device first, which quantises it "
-        '(model.to("cpu"))'
-    )
+def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:
+    """The layers that a class is one of."""
+    return next((one.layers for one in formats() if one.layers.owns(cls)), None)
 
 
 def _holds_weights(module: nn.Module) -> bool:

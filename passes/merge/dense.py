@@ -1,16 +1,15 @@
 """Makes dense what a model holds in few bits, and takes what its libraries have put around that out of it.
 
-A layer of bitsandbytes becomes one of torch, of the same name and with the same hooks; it stays the same
-object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor of torchao
-stands for a dense one in any code, and a weight that only the graph read as quantised goes back into the
-layout in which the model's own code reads it.
+A library's own layer becomes one of torch, of the same name and with the same hooks; it stays the same
+object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor that shows
+its values stands for a dense one in any code, and a weight that only the graph read as quantised goes back
+into the layout in which the model's own code reads it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,14 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.formats import dense, loads_quantised, quantization_of
+from lora_fx.formats import (
+    LibraryLayers,
+    dense,
+    format_of,
+    formats,
+    is_format_hook,
+    quantization_of,
+)
 from lora_fx.ir import Layout, Quantization, Site
 from lora_fx.passes.graph import is_lazy, kept_graph, memory_of
 from lora_fx.passes.merge.strip import drop_graph
@@ -103,26 +109,6 @@ def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 _log = logging.getLogger("lora_fx")
 
-_LAYERS: Mapping[str, type[nn.Module]] = {
-    "Linear4bit": nn.Linear,
-    "LinearFP4": nn.Linear,
-    "LinearNF4": nn.Linear,
-    "Linear8bitLt": nn.Linear,
-    "Embedding4bit": nn.Embedding,
-    "EmbeddingFP4": nn.Embedding,
-    "EmbeddingNF4": nn.Embedding,
-    "Embedding8bit": nn.Embedding,
-}
-_OF_LAYERS = (
-    "compute_dtype",
-    "compute_type_is_set",
-    "dtype",
-    "index",
-    "quant_state",
-    "quant_storage",
-    "state",
-    "support_avx512bf16_for_cpu",
-)
 # What transformers sets on a model that it has quantised, and accelerate.
 _OF_MODELS = (
     "hf_quantizer",
@@ -208,11 +194,10 @@ def make_dense(
     left: list[str] = []
     for fqn, module in list(model.named_modules()):
         for leaf, weight in list(module._parameters.items()):
-            found = quantization_of(weight)
-            if weight is None or found is None:
+            if weight is None or quantization_of(weight) is None:
                 continue
             name = f"{fqn}.{leaf}" if fqn else leaf
-            if not _is_known(module, found, name, layouts):
+            if not _is_known(module, weight, name, layouts):
                 left.append(name)
                 continue
             if id(weight) not in made:
@@ -231,27 +216,21 @@ def make_dense(
         _forget(model)
 
 
-def _is_of_library(hook: Any) -> bool:
-    """Whether a hook is there for quantised weights: bitsandbytes', or those of ``lora_fx.quantize``."""
-    # torch wraps some.
-    found = str(getattr(getattr(hook, "hook", hook), "__module__", ""))
-    return found.startswith("bitsandbytes.") or found == loads_quantised.__module__
-
-
 def make_plain(module: nn.Module) -> None:
     """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
     if not any(quantization_of(parameter) for parameter in module._parameters.values()):
         for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
-            for key in [key for key, hook in hooks.items() if _is_of_library(hook)]:
+            for key in [key for key, hook in hooks.items() if is_format_hook(hook)]:
                 del hooks[key]
     weight = module._parameters.get("weight")
-    # bitsandbytes' layers may hold dense weights, too, in a class of their own.
+    # A library's layers may hold dense weights, too, in a class of their own.
     if type(weight) is not nn.Parameter or quantization_of(weight) is not None:
         return
-    plain = _plain_class(module)
-    if plain is None:
+    found = _plain(module)
+    if found is None:
         return
-    for name in _OF_LAYERS:
+    layers, plain = found
+    for name in layers.attributes:
         module.__dict__.pop(name, None)
     module.__class__ = plain
     bias = module._parameters.get("bias")
@@ -261,17 +240,21 @@ def make_plain(module: nn.Module) -> None:
         module._parameters["bias"] = nn.Parameter(cast, requires_grad=bias.requires_grad)
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module] | None:
-    # A subclass of somebody else's may compute something else.
-    found = getattr(sys.modules.get("bitsandbytes.nn.modules"), type(module).__qualname__, None)
-    return _LAYERS.get(type(module).__qualname__) if found is type(module) else None
+def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:
+    """The layers that a module is one of, and the class of torch that it is with a dense weight in it."""
+    for known in formats():
+        plain = known.layers.plain(type(module))
+        if plain is not None:
+            return known.layers, plain
+    return None
 
 
 def _is_known(
-    module: nn.Module, found: Quantization, name: str, layouts: Mapping[str, Layout]
+    module: nn.Module, weight: nn.Parameter, name: str, layouts: Mapping[str, Layout]
 ) -> bool:
     """Whether the code that reads a weight can read a dense one in its place."""
-    return found.library == "torchao" or name in layouts or _plain_class(module) is not None
+    known = format_of(weight)
+    return bool(known and known.shows_values) or name in layouts or _plain(module) is not None
 
 
 def make_savable(model: nn.Module) -> None:

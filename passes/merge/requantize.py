@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError, QuantizationError
-from lora_fx.formats import dense, requantized
+from lora_fx.formats import dense, format_of, requantized
 from lora_fx.passes.merge.fold import Fold
 from lora_fx.passes.merge.report import MergedSite
 
@@ -48,15 +48,10 @@ def requantized_site(
 
 
 def renew_layer(layer: nn.Module) -> None:
-    """Has a layer of bitsandbytes use the scales of the weight that was put into it.
-
-    Its own forward looks for them at itself, too.
-    """
-    weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
-    if type(weight).__name__ == "Params4bit":
-        layer.__dict__["quant_state"] = weight.quant_state  # type: ignore[union-attr]
-    elif type(weight).__name__ == "Int8Params" and state is not None:
-        state.reset_grads()
+    """Has a library's layer use the scales of the weight that was put into it."""
+    known = format_of(layer._parameters.get("weight"))
+    if known is not None:
+        known.layers.renew(layer)
 
 
 def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_fx.passes.quantize.materialize import Materialize
 from lora_fx.passes.quantize.planning import QuantizationPlan, plan_quantization
-from lora_fx.passes.quantize.store import Quantize, Values, say_quantised
+from lora_fx.passes.quantize.store import Quantize, Values
 
 __all__ = [
     "Materialize",
@@ -12,5 +12,4 @@ __all__ = [
     "Quantize",
     "Values",
     "plan_quantization",
-    "say_quantised",
 ]

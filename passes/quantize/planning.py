@@ -209,8 +209,7 @@ def _left(site: Site, how: Storage, asked: Mapping[str, str]) -> str | None:
     if site.head:
         return "it is the output head"
     reason = next(_objections(site, how), None)
-    # A tensor of torchao shows the dtype and the shape of its values.
-    shown = how.library == "torchao" and site.layout == "out_in"
+    shown = how.made_by.shows_values and site.layout == "out_in"
     if reason is None and site.weight in asked and not shown:
         return (
             f"{asked[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
@@ -233,8 +232,8 @@ def _objections(site: Site, how: Storage) -> Iterator[str]:
         yield f"it is written as {site.pattern}: F.linear(x, weight) or x @ weight can be quantised"
     if any(call.left for call in site.calls):
         yield "its weight is the left operand of the product"
-    if how.library == "torchao" and any(call.cast for call in site.calls):
-        yield "its weight is cast before it is applied, which torchao's formats cannot be"
+    if not how.made_by.any_dtype and any(call.cast for call in site.calls):
+        yield f"its weight is cast before it is applied, which {how.library}'s formats cannot be"
 
 
 def _warn_of_idle(matches: Matches, config: LoraConfig) -> None:

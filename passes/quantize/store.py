@@ -1,7 +1,7 @@
 """Stores the weights of linear operations in few bits, and has the operations read them so.
 
-A layer that is ``nn.Linear`` becomes the library's own: ``Linear4bit`` of bitsandbytes, or ``nn.Linear``
-over a tensor of torchao. Everywhere else the operation becomes one node,
+A layer that is ``nn.Linear`` becomes the library's own, if it has one, and stays ``nn.Linear`` over the
+library's tensor if not. Everywhere else the operation becomes one node,
 :func:`lora_fx.formats.weights.quantized_linear`, in the graph of whoever applies the weight, and that graph
 is the module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
 
@@ -11,26 +11,16 @@ One weight at a time is dense beside what is stored.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import operator
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.formats import (
-    Storage,
-    checks_format,
-    keep_exact,
-    loads_quantised,
-    quantization_of,
-    quantized_linear,
-    stored,
-)
+from lora_fx.formats import Storage, follow_state, quantized_linear, stored
 from lora_fx.ir import Capture, Pass, PassResult, Region, Site, relative
 from lora_fx.passes.graph import copy_graph, erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
@@ -39,56 +29,7 @@ from lora_fx.passes.quantize.planning import PlannedWeight
 __all__ = [
     "Quantize",
     "Values",
-    "say_quantised",
 ]
-
-
-_log = logging.getLogger("lora_fx")
-
-
-def say_quantised(model: nn.Module, rows: Sequence[PlannedWeight], how: Storage) -> None:
-    """Sets what others ask before they take a model for one of bitsandbytes'; nothing for other libraries.
-
-    A model of transformers whose weights are all in layers gets a configuration with which
-    ``from_pretrained`` loads what ``save_pretrained`` writes of it. Of any other a line in the log says that
-    it does not.
-
-    Args:
-        model: A quantised model that nobody else has, its configuration neither.
-        rows: What is stored in few bits.
-        how: The format.
-    """
-    if how.library != "bitsandbytes":
-        return
-    model.__dict__["is_loaded_in_4bit"] = True
-    library: Any = sys.modules.get("transformers")
-    if library is None or not isinstance(model, library.PreTrainedModel):
-        return
-    layers = sys.modules["bitsandbytes"].nn.Linear4bit
-    others = [
-        row.name for row in rows if not isinstance(model.get_submodule(row.site.owner), layers)
-    ]
-    if others:
-        _log.warning(
-            "from_pretrained cannot load what save_pretrained writes of this %s: %s%s no layers of "
-            "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is quantised "
-            "likewise",
-            type(model).__name__,
-            ", ".join(others[:3]),
-            f" and {len(others) - 3} more are" if len(others) > 3 else " are",
-        )
-        return
-    model.config.quantization_config = library.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=how.format,
-        bnb_4bit_use_double_quant=how.double,
-        bnb_4bit_compute_dtype=how.compute_dtype or rows[0].dtype,
-        llm_int8_skip_modules=[
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and quantization_of(module.weight) is None
-        ],
-    )
 
 
 Values = Callable[[str], torch.Tensor]
@@ -191,12 +132,9 @@ class Quantize(Pass):
         owner = model.get_submodule(site.owner)
         layer = _is_layer(model, site)
         owner._parameters[site.parameter] = stored(matrix, self.how)
-        if self.how.library == "bitsandbytes":
-            if layer:
-                _become_layer(owner, self.how)
-            loads_quantised(owner, site.parameter, saves=not layer)
-        else:
-            checks_format(owner, site.parameter)
+        if layer:
+            self.how.made_by.layers.become(owner, self.how)
+        follow_state(owner, site.parameter, layer=layer)
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:
@@ -209,18 +147,3 @@ def _is_layer(model: nn.Module, site: Site) -> bool:
 def _is_bias(region: Region, bias: object, site: Site) -> bool:
     found = region.parameter(bias)
     return found is not None and tuple(found.shape) == (site.out_features,)
-
-
-def _become_layer(layer: nn.Module, how: Storage) -> None:
-    """Makes an ``nn.Linear`` over a 4-bit weight one of bitsandbytes': same object, hooks and bias."""
-    import bitsandbytes as library
-
-    weight: Any = layer._parameters["weight"]
-    made = library.nn.Linear4bit(
-        *(1, 1, False, how.compute_dtype, how.double, how.format, weight.quant_storage),
-        device="meta",
-    )
-    own = {k: v for k, v in made.__dict__.items() if k not in layer.__dict__}
-    layer.__class__ = type(made)
-    layer.__dict__.update(own, quant_state=weight.quant_state)
-    keep_exact(layer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_fx
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 EXACT = [scheme for scheme in SCHEMES if scheme != "nf4 torchao"]
@@ -64,8 +64,8 @@ def test_a_file_has_the_values_of_the_library(scheme: str, tmp_path: Path) -> No
     assert form.bits <= BITS[kind]
     if kind != "int8" and kind != "int4":
         assert form.of_fp16 < 0.3
-    assert report.metadata["lora_fx.formats.weights"] == session.metadata["lora_fx.formats.weights"]
-    assert json.loads(session.metadata["lora_fx.formats.weights"])[0]["operator"] == OPERATORS[kind]
+    assert report.metadata["lora_fx.quantized"] == session.metadata["lora_fx.quantized"]
+    assert json.loads(session.metadata["lora_fx.quantized"])[0]["operator"] == OPERATORS[kind]
     assert f"1 weight in {kind}, {'a scale a row' if kind == 'int8' else 'blocks of'}" in str(
         report
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.formats.weights import dense, quantized_linear
+from lora_fx.formats import dense, quantized_linear
 from lora_fx.ir.graph import META_KEY, Role
 from lora_fx.runtime.fused_quantized import quantized_lora_linear
 from lora_fx.runtime.masks import FEW, draw

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_fx
-from lora_fx.formats.weights import dense
+from lora_fx.formats import dense
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 TARGETS = ["q_proj", "down_proj"]

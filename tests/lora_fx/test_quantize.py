@@ -29,7 +29,7 @@ from transformers import (
 
 import lora_fx
 from lora_fx import LoraConfig, QuantizationError
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, llama
 
 FORMATS = ("nf4", "fp4", "int8", "int4")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 BITS = {"int8 bitsandbytes": 8, "int8 torchao": 8}

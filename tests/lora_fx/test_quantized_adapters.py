@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 SOME = ["nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import lora_fx
-from lora_fx.formats.weights import dense, quantization_of, quantized_linear
+from lora_fx.formats import dense, quantization_of, quantized_linear
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|enable|disable|gradient)_checkpointing")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_fx
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 LIBRARIES = ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]

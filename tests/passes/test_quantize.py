@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.formats.made import storage
+from lora_fx.formats import storage
 from lora_fx.ir.graph import Capture
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.graph.region import install, is_region, kept_graph

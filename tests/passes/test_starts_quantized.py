@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.formats.weights import dense, quantization_of
+from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantised
 
 

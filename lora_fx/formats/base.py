@@ -1,0 +1,439 @@
+"""The protocol of a weight format, the registry, and how a weight is to be stored.
+
+A format is how a library stores a matrix in few bits: a parameter of a class of its own, which it alone can
+read. Everyone else asks the format, which is found by the name of that class.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ConfigError, QuantizationError
+from lora_fx.formats.layers import LibraryLayers
+from lora_fx.formats.operators import STANDARD_OPERATORS
+from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization
+
+if TYPE_CHECKING:
+    from lora_fx.formats.state import StateHooks
+
+__all__ = [
+    "BLOCKS",
+    "FLOATS",
+    "Storage",
+    "WeightFormat",
+    "format_named",
+    "format_of",
+    "formats",
+    "held",
+    "import_library",
+    "operator_named",
+    "quantization_of",
+    "register_format",
+    "row_operators",
+    "storage",
+    "stored",
+]
+
+BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class WeightFormat(abc.ABC):
+    """How one library stores weights: subclass it, and register an instance with ``register_format``.
+
+    A weight is given to its methods as the library has it: a parameter of its own class, or the tensor
+    subclass that a parameter wraps. It always holds a matrix [out, in].
+
+    Attributes:
+        library: The library's name, which is that of its package.
+        names: The formats that :func:`lora_fx.quantize` makes, none if they can only be read.
+        classes: Names of the classes of its tensors.
+        blocks: Sizes of blocks that are proposed where one does not fit; none for a scale a row.
+        shows_values: Whether a weight shows the dtype and the shape of its values to code that asks, and any
+            code can be given a dense one in its place. A subclass of ``Tensor`` does.
+        any_dtype: Whether its products take an input of any dtype, whatever that of its values.
+        kernel_packages: Packages whose code is a part of the operation that calls it, and never a model's.
+        row_operators: Operators of the library that keep rows apart, with the argument whose rows they are.
+        layers: What its own layers need.
+        operators: Operators of ONNX that nobody else knows.
+    """
+
+    library: ClassVar[str]
+    names: ClassVar[tuple[str, ...]] = ()
+    classes: ClassVar[frozenset[str]]
+    blocks: ClassVar[tuple[int, ...]] = ()
+    shows_values: ClassVar[bool] = True
+    any_dtype: ClassVar[bool] = True
+    kernel_packages: ClassVar[frozenset[str]] = frozenset()
+    row_operators: ClassVar[Mapping[str, str]] = {}
+    layers: ClassVar[LibraryLayers] = LibraryLayers()
+    operators: ClassVar[tuple[OnnxOperator, ...]] = ()
+
+    def owns(self, cls: type) -> bool:
+        """Whether a class is one of the library's tensors, in a form that is known or not."""
+        return cls.__name__ in self.classes
+
+    # --- a weight as it is ---
+
+    @abc.abstractmethod
+    def describe(self, weight: Any) -> Quantization | None:
+        """Say how a weight is stored; None if that is in no form that is known."""
+
+    @abc.abstractmethod
+    def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """Its values, [out, in], as its kernel has them for an input of a dtype; they may be wider."""
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        *,
+        compute_dtype: torch.dtype | None,
+        threshold: float,
+        training: bool,
+    ) -> Tensor | None:
+        """``x Wᵀ + b`` by a kernel that is differentiable in x and b; None if none takes such an input.
+
+        Args are those of :func:`lora_fx.formats.quantized_linear`. Without it the product is :meth:`values`'
+        or, where it :meth:`multiplies`, that of ``F.linear``; neither keeps the values for the backward pass.
+        """
+        return None
+
+    def multiplies(self, weight: Any, dtype: torch.dtype) -> bool:
+        """Whether ``F.linear`` multiplies an input of a dtype by the weight itself."""
+        return False
+
+    # --- to be stored ---
+
+    def storage(
+        self,
+        name: str,
+        *,
+        block_size: int | None,
+        double: bool | None,
+        compute_dtype: torch.dtype | None,
+    ) -> Storage:
+        """Check what was asked for, and fill in defaults. Here nothing can be asked for.
+
+        Raises:
+            QuantizationError: If an argument means nothing.
+        """
+        given = {"block_size": block_size, "double": double, "compute_dtype": compute_dtype}
+        for key, value in given.items():
+            if value is not None:
+                raise QuantizationError(f"{key}={value} means nothing for {name!r}: leave it out")
+        return Storage(name, None)
+
+    def load(self, name: str) -> Any:
+        """Import the library, with :func:`import_library`, for a format that is asked for by name."""
+        return None
+
+    def device_objection(self, how: Storage, device: torch.device) -> str | None:
+        """Why a format does not run on a device, with what does; None if it runs."""
+        return None
+
+    def objection(self, how: Storage, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+        """Why a matrix [out, in] cannot be stored so, with what could be done; None if it can."""
+        if dtype not in FLOATS:
+            return f"its weight is {dtype}, and {self.library} takes 16 and 32 bits: model.float() first"
+        block = how.block_size
+        if block and shape[1] % block:
+            fitting = [b for b in self.blocks if shape[1] % b == 0]
+            other = f"block_size={fitting[-1]} does, or " if fitting else ""
+            return (
+                f"blocks of {block} do not divide its rows of {shape[1]} values: {other}"
+                "'int8', which has one scale a row"
+            )
+        return None
+
+    def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes of a matrix [out, in] of a dtype, scales and all.
+
+        Raises:
+            QuantizationError: If it makes none.
+        """
+        raise QuantizationError(f"{self.library} makes no weight in {how.format!r}")
+
+    def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
+        """A frozen parameter with these values, rounded as the library rounds them.
+
+        Args:
+            values: A matrix [out, in], contiguous; it is not kept.
+            how: What :meth:`storage` gave, with blocks that divide the rows.
+
+        Raises:
+            QuantizationError: If it makes none.
+        """
+        raise QuantizationError(f"{self.library} makes no weight in {how.format!r}")
+
+    def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """A frozen parameter that holds other values, [out, in] in fp64, as a weight holds its own."""
+        found = self.describe(weight)
+        assert found is not None
+        how = Storage(found.scheme, found.block_size, found.double, chosen=True)
+        return self.pack(values.to(found.dtype).contiguous(), how)
+
+    # --- copies, state dicts ---
+
+    def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
+        """A frozen parameter of the same class over the same memory; None if ``detach`` gives it.
+
+        Args:
+            parameter: A parameter of the format's own class.
+            memo: For ``copy.deepcopy``: scales that lie in the layer, too, become the same object.
+        """
+        return None
+
+    def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks | None:
+        """What writes scales into state dicts, and reads them; None if they are in the tensor itself.
+
+        Args:
+            parameter: Its name in its module.
+            layer: Whether that is a layer that :attr:`layers` made.
+        """
+        return None
+
+    # --- export ---
+
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The same codes and scales, whose values are not rounded to half precision when they are made.
+
+        Args:
+            parameter: One of a copy, which may be changed.
+        """
+        return parameter
+
+    def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
+        """The arrays that a file holds, and the operator that reads them, with the same values.
+
+        Args:
+            weight: The weight, as :meth:`widened` has it.
+            stored: How it is stored.
+        """
+        return NoOperator(f"is stored as {stored}, for which its format names no operator of ONNX")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """How weights are to be stored; :func:`storage` makes one that is valid.
+
+    Attributes:
+        format: A name that a registered format has.
+        block_size: Values that share a scale; None for one scale a row.
+        double: Whether the scales are quantised, too.
+        compute_dtype: In which the product is computed; None for that of its input.
+        chosen: Whether the block size was asked for: otherwise a smaller one does where it does not divide.
+    """
+
+    format: str
+    block_size: int | None
+    double: bool = False
+    compute_dtype: torch.dtype | None = None
+    chosen: bool = False
+
+    def fitted(self, shape: Sequence[int]) -> Storage:
+        """The same, with blocks that divide the rows of a matrix [out, in] if the size was not asked for."""
+        smallest = BLOCKS[0]
+        divides = not self.block_size or not shape[1] % self.block_size
+        if self.chosen or divides or shape[1] % smallest:
+            return self
+        return dataclasses.replace(self, block_size=smallest)
+
+    @property
+    def made_by(self) -> WeightFormat:
+        """The format that stores so."""
+        return format_named(self.format)
+
+    @property
+    def library(self) -> str:
+        """Whose format it is."""
+        return self.made_by.library
+
+    def __str__(self) -> str:
+        blocks = "a scale a row" if self.block_size is None else f"blocks of {self.block_size}"
+        return f"{self.format} ({self.library}, {blocks}{', double' if self.double else ''})"
+
+    def bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes of a matrix [out, in] of a dtype, scales and all."""
+        return self.made_by.bytes(self.fitted(shape), shape, dtype)
+
+    def objection(self, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+        """Why a matrix [out, in] cannot be stored so, with what could be done; None if it can."""
+        return self.made_by.objection(self.fitted(shape), shape, dtype)
+
+
+_formats: tuple[WeightFormat, ...] = ()
+_by_class: dict[str, WeightFormat] = {}
+
+
+def formats() -> tuple[WeightFormat, ...]:
+    """Every format, those of lora_fx first."""
+    return _formats
+
+
+def register_format(weight_format: WeightFormat) -> None:
+    """Adds a way in which weights are stored in few bits; it lasts for the process.
+
+    Args:
+        weight_format: An instance of a subclass of :class:`lora_fx.formats.WeightFormat`, which says what
+            there is to implement.
+
+    Raises:
+        ConfigError: If it is none, or a name or class of it is taken.
+    """
+    global _formats  # noqa: PLW0603  to register is to change what every later weight is looked up in
+    kind = type(weight_format).__name__
+    if not isinstance(weight_format, WeightFormat):
+        raise ConfigError(f"{kind} is no weight format: subclass lora_fx.formats.WeightFormat")
+    lacking = [key for key in ("library", "classes") if not hasattr(weight_format, key)]
+    if lacking:
+        raise ConfigError(f"{kind} is not a weight format: it lacks {', '.join(lacking)}")
+    _check_operators(weight_format)
+    for known in _formats:
+        for name in known.names:
+            if name in weight_format.names:
+                raise ConfigError(
+                    f"a format named {name!r} is registered already, by {known.library}: choose another "
+                    "name"
+                )
+        for name in known.classes & weight_format.classes:
+            raise ConfigError(
+                f"weights of a class named {name} are {known.library}'s already: name the class otherwise"
+            )
+    _formats = (*_formats, weight_format)
+    _by_class.update(dict.fromkeys(weight_format.classes, weight_format))
+
+
+def _check_operators(weight_format: WeightFormat) -> None:
+    taken = {one.name: one for known in _formats for one in known.operators}
+    taken |= {one.name: one for one in STANDARD_OPERATORS}
+    for one in weight_format.operators:
+        if taken.get(one.name, one) != one:
+            raise ConfigError(
+                f"an operator named {one.name!r} is known already: choose another name"
+            )
+
+
+def format_named(name: str) -> WeightFormat:
+    """The format that makes weights of a name.
+
+    Raises:
+        QuantizationError: If there is none, with those that there are.
+    """
+    for one in _formats:
+        if name in one.names:
+            return one
+    known = [name for one in _formats for name in one.names]
+    raise QuantizationError(f"there is no format {name!r}: use {', '.join(known)}")
+
+
+def held(weight: Any) -> Any:
+    """What a parameter holds: some libraries' parameters are classes of their own, others wrap a tensor.
+
+    An export has a module in the place of a parameter, whose ``held`` it is.
+    """
+    weight = getattr(weight, "held", weight)
+    named = type(weight).__name__
+    return weight if named in _by_class or not isinstance(weight, nn.Parameter) else weight.data
+
+
+def format_of(weight: object) -> WeightFormat | None:
+    """The format that a weight's class belongs to; None for any other weight.
+
+    Args:
+        weight: A parameter, or what it holds.
+    """
+    return _by_class.get(type(held(weight)).__name__)
+
+
+def quantization_of(weight: object) -> Quantization | None:
+    """How a weight is stored; None if it is not quantised, or in a way that is not known here."""
+    kept = held(weight)
+    found = _by_class.get(type(kept).__name__)
+    return None if found is None else found.describe(kept)
+
+
+def row_operators() -> Mapping[str, str]:
+    """Operators of all libraries that keep rows apart, with the argument whose rows they are."""
+    return {name: rows for one in _formats for name, rows in one.row_operators.items()}
+
+
+def operator_named(name: str) -> OnnxOperator:
+    """The operator of ONNX that some format names so."""
+    several = (STANDARD_OPERATORS, *(one.operators for one in _formats))
+    return next(one for operators in several for one in operators if one.name == name)
+
+
+def storage(
+    format: str,  # noqa: A002  the name that it has for users
+    *,
+    block_size: int | None = None,
+    double: bool | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Storage:
+    """Checks what was asked for, and fills in the defaults of the format.
+
+    Raises:
+        QuantizationError: If the format is none, an argument means nothing for it, or its library is
+            missing.
+    """
+    found = format_named(format)
+    _check_arguments(block_size, double)
+    made = found.storage(format, block_size=block_size, double=double, compute_dtype=compute_dtype)
+    found.load(format)
+    return made
+
+
+def _check_arguments(block_size: object, double: object) -> None:
+    # bool is a subclass of int, and True no number of values.
+    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int)):
+        raise QuantizationError(
+            f"block_size={block_size!r}: it is a whole number of values that share a scale, as 32 or 64"
+        )
+    if double is not None and not isinstance(double, bool):
+        raise QuantizationError(
+            f"double={double!r}: it is True or False, or None for what the format has by default"
+        )
+
+
+def stored(values: Tensor, how: Storage) -> nn.Parameter:
+    """A frozen parameter of the format's library with these values, rounded as it rounds them.
+
+    Args:
+        values: A matrix [out, in]; it is not kept.
+        how: The format.
+    """
+    values = values.detach().contiguous()
+    return how.made_by.pack(values, how.fitted(values.shape))
+
+
+def import_library(library: str, name: str) -> Any:
+    """Import a library for a format of it.
+
+    Raises:
+        QuantizationError: If that fails, with a format of another library that is there.
+    """
+    try:
+        return importlib.import_module(library)
+    except (ImportError, OSError, RuntimeError) as error:
+        other = next(one for one in _formats if one.library != library and one.names)
+        instead = [repr(name) for name in other.names]
+        there = importlib.util.find_spec(other.library) is not None
+        raise QuantizationError(
+            f"{name!r} needs {library}, which cannot be imported ({error}): "
+            "pip install 'lora-fx[quant]'"
+            + (
+                f", or use {' or '.join(instead)}, for which {other.library} is there"
+                if there
+                else ""
+            )
+        ) from error

@@ -1,0 +1,616 @@
+"""Weights and layers of bitsandbytes: parameters of classes of their own, whose scales lie beside them.
+
+====== =========================================== =======================
+format scales                                      source
+====== =========================================== =======================
+nf4    one for 64 values, quantized to 8 bits, too QLoRA, arXiv:2305.14314
+fp4    likewise                                    bitsandbytes
+====== =========================================== =======================
+
+Weights of LLM.int8() (arXiv:2208.07339) can be read, and are not made: it rounds activations in evaluation.
+
+bitsandbytes has modules of its own, whose forward changes them as they run (they set attributes and repack
+their weight): what is here stands for it, over the same weight and kernels. The library is imported when a
+weight is stored; a model that has such a weight has done so.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.errors import QuantizationError
+from lora_fx.formats.base import (
+    BLOCKS,
+    FLOATS,
+    Storage,
+    WeightFormat,
+    import_library,
+    quantization_of,
+)
+from lora_fx.formats.layers import LibraryLayers
+from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, packed_sizes
+from lora_fx.formats.state import (
+    REMEDY,
+    LoadHook,
+    SaveHook,
+    StateHooks,
+    pickle_by_class,
+)
+from lora_fx.formats.weights import dense, quantized_linear
+from lora_fx.ir import (
+    NoOperator,
+    OnnxBuilder,
+    OnnxOperator,
+    OnnxProduct,
+    OnnxWeight,
+    Quantization,
+    Site,
+)
+
+__all__ = ["BitsandbytesFormat"]
+
+fx.wrap("quantized_linear")
+
+_log = logging.getLogger("lora_fx")
+
+
+def _library() -> Any:
+    """The library, which has been imported."""
+    return sys.modules["bitsandbytes"]
+
+
+# --- weights -----------------------------------------------------------------------------------------
+
+
+def _is_of_four_bits(weight: object) -> bool:
+    return type(weight).__name__ == "Params4bit"
+
+
+def _row_scales(weight: Any) -> Any:
+    """The largest magnitude in each row of an 8-bit weight, [out]; None if there is none."""
+    # The layer's own forward takes them away from the weight: a copy has them in one more place.
+    return weight.SCB if weight.SCB is not None else getattr(weight, "row_scales", None)
+
+
+def _like(old: Any, data: Tensor, **attributes: Any) -> nn.Parameter:
+    """A parameter as another one, whose form is attributes of it."""
+    made: nn.Parameter = torch.Tensor._make_subclass(type(old), data, False)
+    made.__dict__.update({name: copy.copy(value) for name, value in old.__dict__.items()})
+    made.__dict__.update(attributes)
+    return made
+
+
+def _requantize_four_bits(values: Tensor, old: Any) -> nn.Parameter:
+    functional, state = _library().functional, old.quant_state
+    data, made = functional.quantize_4bit(
+        values.to(torch.float32).contiguous(),
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=old.dtype,
+    )
+    made.dtype = state.dtype
+    return _like(old, data, quant_state=made, bnb_quantized=True, module=None)
+
+
+def _requantize_eight_bits(values: Tensor, old: Any) -> nn.Parameter:
+    # The library rounds to half precision before it divides: here the values are rounded once.
+    wide = values.to(torch.float32)
+    largest = wide.abs().amax(1)
+    steps = torch.round(wide * (127 / largest.clamp_min(torch.finfo(wide.dtype).tiny))[:, None])
+    data = steps.to(torch.int8)
+    return _like(old, data, CB=data, SCB=largest, row_scales=largest)
+
+
+def _shallow(state: Any, memo: dict[int, Any]) -> Any:
+    if id(state) not in memo:
+        own = memo[id(state)] = copy.copy(state)
+        if getattr(own, "state2", None) is not None:
+            own.state2 = copy.copy(own.state2)
+    return memo[id(state)]
+
+
+def _unpacked(weight: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """The weight in its usual order, where a call in eval mode has packed it for a kernel of the CPU.
+
+    The scales come back as that kernel has them, in bfloat16.
+
+    Args:
+        weight: What is packed.
+        state: Its state; it is written.
+    """
+    functional = _library().functional
+    found: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(weight, state)
+    return found
+
+
+# --- state dicts -------------------------------------------------------------------------------------
+
+_PACKED = "quant_state.bitsandbytes__"
+
+
+class _Save(SaveHook):
+    """Writes the scales beside the weight, in the library's own keys."""
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> None:
+        """See :class:`SaveHook`."""
+        weight: Any = module._parameters.get(self.parameter)
+        found = getattr(weight, "quant_state", None)
+        if found is None or f"{prefix}{self.parameter}" not in state:
+            return
+        for key, value in found.as_dict(packed=True).items():
+            state[f"{prefix}{self.parameter}.{key}"] = value.detach()
+
+
+class _Load(LoadHook):
+    """Takes the scales out of a state dict and copies them into those that are there.
+
+    ``Linear4bit`` writes the scales of its weight beside it, and no module of PyTorch reads them back:
+    ``model.load_state_dict(model.state_dict())`` fails on them.
+    """
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Mapping[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """See :class:`LoadHook`."""
+        name = f"{prefix}{self.parameter}"
+        weight: Any = module._parameters.get(self.parameter)
+        own = getattr(weight, "quant_state", None)
+        if own is None or name not in state:
+            return
+        found = {k: state[k] for k in list(state) if k.startswith(f"{name}.")}
+        for key in found:
+            del state[key]
+        if not any(_PACKED in key for key in found):
+            errors.append(
+                f"{name} is stored in {own.quant_type} here and comes without its scales: {REMEDY}"
+            )
+            del state[name]
+            return
+        given = {key.removeprefix(f"{name}."): value for key, value in found.items()}
+        scales = _library().functional.QuantState.from_dict(given, weight.device)
+        if _way(scales) != _way(own):
+            errors.append(
+                f"{name} is stored as {_way(own)} here, and as {_way(scales)} in the state dict"
+            )
+            return
+        with torch.no_grad():
+            own.absmax.copy_(scales.absmax)
+            if own.state2 is not None:
+                own.offset.copy_(scales.offset)
+                own.state2.absmax.copy_(scales.state2.absmax)
+
+
+def _way(scales: Any) -> tuple[Any, ...]:
+    inner = None if scales.state2 is None else scales.state2.blocksize
+    return scales.quant_type, scales.blocksize, scales.nested, tuple(scales.shape), inner
+
+
+# --- layers ------------------------------------------------------------------------------------------
+
+
+def _linear_4bit(self: Any, x: Tensor) -> Any:
+    return quantized_linear(x, self.weight, self.bias, self.compute_dtype)
+
+
+def _linear_8bit(self: Any, x: Tensor) -> Any:
+    return quantized_linear(
+        x, self.weight, self.bias, None, self.state.threshold, training=self.training
+    )
+
+
+_FORWARDS: Final[Mapping[str, Callable[..., Any]]] = {
+    "Linear4bit": _linear_4bit,
+    "LinearFP4": _linear_4bit,
+    "LinearNF4": _linear_4bit,
+    "Linear8bitLt": _linear_8bit,
+}
+_PLAIN: Final[Mapping[str, type[nn.Module]]] = {
+    **dict.fromkeys(_FORWARDS, nn.Linear),
+    "Embedding4bit": nn.Embedding,
+    "EmbeddingFP4": nn.Embedding,
+    "EmbeddingNF4": nn.Embedding,
+    "Embedding8bit": nn.Embedding,
+}
+
+
+class _Layers(LibraryLayers):
+    """``Linear4bit``, ``Linear8bitLt``, and the embeddings."""
+
+    attributes = (
+        "compute_dtype",
+        "compute_type_is_set",
+        "dtype",
+        "index",
+        "quant_state",
+        "quant_storage",
+        "state",
+        "support_avx512bf16_for_cpu",
+    )
+
+    def owns(self, cls: type[nn.Module]) -> bool:
+        """See :class:`LibraryLayers`."""
+        return cls.__module__.startswith("bitsandbytes.nn.")
+
+    def _is_known(self, cls: type[nn.Module]) -> bool:
+        # A subclass of somebody else's may compute something else.
+        modules = sys.modules.get("bitsandbytes.nn.modules")
+        return getattr(modules, cls.__qualname__, None) is cls
+
+    def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
+        """See :class:`LibraryLayers`."""
+        found = _FORWARDS.get(cls.__qualname__)
+        return found if found is not None and self._is_known(cls) else None
+
+    def setup(self, layer: nn.Module) -> tuple[Any, ...]:
+        """The scales of its weight are attributes of the layer, and differ from one to the next."""
+        state, bias = getattr(layer, "state", None), layer._parameters.get("bias")
+        compute = getattr(layer, "compute_dtype", None)
+        weight = quantization_of(layer._parameters["weight"])
+        return (weight, bias is None, compute, getattr(state, "threshold", None))
+
+    def plain(self, cls: type[nn.Module]) -> type[nn.Module] | None:
+        """See :class:`LibraryLayers`."""
+        return _PLAIN.get(cls.__qualname__) if self._is_known(cls) else None
+
+    def become(self, layer: nn.Module, how: Storage) -> None:
+        """See :class:`LibraryLayers`."""
+        weight: Any = layer._parameters["weight"]
+        made = _library().nn.Linear4bit(
+            *(1, 1, False, how.compute_dtype, how.double, how.format, weight.quant_storage),
+            device="meta",
+        )
+        own = {k: v for k, v in made.__dict__.items() if k not in layer.__dict__}
+        layer.__class__ = type(made)
+        layer.__dict__.update(own, quant_state=weight.quant_state)
+        self.settle(layer)
+
+    def unfinished(self, layer: nn.Module, named: str) -> str | None:
+        """Its weight may not be in few bits, though it has the class."""
+        weight: Any = layer._parameters.get("weight")
+        if not isinstance(layer, nn.Linear) or weight is None or not weight.is_floating_point():
+            return None
+        # Packed numbers may lie in a parameter of any dtype.
+        if getattr(weight, "bnb_quantized", False):
+            return None
+        if getattr(weight, "has_fp16_weights", False):
+            return (
+                f"its weight is not quantised ({named} with has_fp16_weights=True): make the layer with "
+                "has_fp16_weights=False and move it to a device, or use nn.Linear"
+            )
+        return (
+            f"it is not quantised yet ({named}): move the model to a device first, which quantises it "
+            '(model.to("cpu"))'
+        )
+
+    def owns_hook(self, hook: object) -> bool:
+        """See :class:`LibraryLayers`."""
+        return str(getattr(hook, "__module__", "")).startswith("bitsandbytes.")
+
+    def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
+        """The state of an 8-bit layer is copied without its tensors, and its scales found at its weight."""
+        if isinstance(layer, torch.jit.ScriptModule):
+            return
+        weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
+        if type(weight).__name__ != "Int8Params" or state is None:
+            return
+        memo[id(state)] = copy.copy(state)
+        twin, kept = memo[id(weight)], weight
+        # Its first call moves the scales from the weight to the state.
+        twin.CB = kept.CB if kept.CB is not None else state.CB  # type: ignore[union-attr]
+        twin.SCB = kept.SCB if kept.SCB is not None else state.SCB  # type: ignore[union-attr]
+        twin.row_scales = twin.SCB
+
+    def settle(self, layer: nn.Module) -> None:
+        """Keep a 4-bit layer from a kernel of the CPU that rounds x and the scales to bfloat16.
+
+        The layer would pack its weight for it, in place, in its first call in eval mode; what runs in
+        training and in eval mode would not be the same model then.
+        """
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+    def renew(self, layer: nn.Module) -> None:
+        """Its own forward looks for them at itself, too."""
+        weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
+        if _is_of_four_bits(weight):
+            layer.__dict__["quant_state"] = weight.quant_state  # type: ignore[union-attr]
+        elif type(weight).__name__ == "Int8Params" and state is not None:
+            state.reset_grads()
+
+    def release(self, layer: nn.Module) -> None:
+        """See :class:`LibraryLayers`."""
+        for name in ("state", "quant_state"):
+            remembered = layer.__dict__.get(name)
+            if type(remembered).__module__.startswith("bitsandbytes."):
+                layer.__dict__[name] = _settings(remembered) if name == "state" else None
+
+    def describe_model(
+        self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
+    ) -> None:
+        """A model of transformers whose weights are all in layers gets a configuration.
+
+        With it ``from_pretrained`` loads what ``save_pretrained`` writes of the model. Of any other a line in
+        the log says that it does not.
+        """
+        model.__dict__["is_loaded_in_4bit"] = True
+        library: Any = sys.modules.get("transformers")
+        if library is None or not isinstance(model, library.PreTrainedModel):
+            return
+        layers = _library().nn.Linear4bit
+        others = [
+            site.name for site in sites if not isinstance(model.get_submodule(site.owner), layers)
+        ]
+        if others:
+            _log.warning(
+                "from_pretrained cannot load what save_pretrained writes of this %s: %s%s no layers of "
+                "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
+                "quantised likewise",
+                type(model).__name__,
+                ", ".join(others[:3]),
+                f" and {len(others) - 3} more are" if len(others) > 3 else " are",
+            )
+            return
+        model.config.quantization_config = library.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=how.format,
+            bnb_4bit_use_double_quant=how.double,
+            bnb_4bit_compute_dtype=how.compute_dtype or dtype,
+            llm_int8_skip_modules=[
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and quantization_of(module.weight) is None
+            ],
+        )
+
+
+def _settings(state: Any) -> Any:
+    """A copy without its tensors: the graph of a layer holds for what else is in there."""
+    result = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(result, name, None)
+    return result
+
+
+# --- export ------------------------------------------------------------------------------------------
+
+_QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
+
+
+def _matmul(build: OnnxBuilder, product: OnnxProduct) -> Any:
+    """ONNX Runtime's own, whose table is the library's."""
+    kind = {"quant_type": _QUANT_TYPES[product.scheme], "transB": 1}
+    inputs = [product.x, *product.arrays[:2]]
+    return build.product("MatMulBnb4", inputs, {**packed_sizes(product), **kind}, domain=CONTRIB)
+
+
+_MATMUL_BNB4: Final = OnnxOperator("MatMulBnb4", _matmul)
+
+
+def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
+    """Whether values are made as they are stored: kernels of the CPU begin a block with each row."""
+    state = weight.quant_state
+    if stored.shape[1] % int(state.blocksize) == 0:
+        return True
+    flat = copy.copy(weight)
+    flat.quant_state = copy.copy(state)
+    flat.quant_state.shape = torch.Size((1, stored.shape[0] * stored.shape[1]))
+    return torch.equal(dense(flat).flatten(), dense(weight).flatten())
+
+
+# --- the format --------------------------------------------------------------------------------------
+
+
+class BitsandbytesFormat(WeightFormat):
+    """``Params4bit`` and ``Int8Params``."""
+
+    library = "bitsandbytes"
+    names = ("nf4", "fp4")
+    classes = frozenset({"Params4bit", "Int8Params"})
+    kernel_packages = frozenset({"bitsandbytes"})
+    blocks = BLOCKS
+    # They show those of their bytes.
+    shows_values = False
+    row_operators: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("gemm_4bit", "gemv_4bit", "int8_linear_matmul", "int8_scaled_mm"), "A"
+    )
+    layers: ClassVar[LibraryLayers] = _Layers()
+    operators = (_MATMUL_BNB4,)
+
+    def owns(self, cls: type) -> bool:
+        """See :class:`WeightFormat`."""
+        return cls.__module__.startswith("bitsandbytes.")
+
+    def describe(self, weight: Any) -> Quantization | None:
+        """See :class:`WeightFormat`."""
+        if _is_of_four_bits(weight):
+            state = weight.quant_state
+            if state is None or getattr(state, "packing_format_for_cpu", False):
+                return None
+            shape = (int(state.shape[0]), int(state.shape[1]))
+            scheme, double, block = str(state.quant_type), bool(state.nested), int(state.blocksize)
+            return Quantization(scheme, 4, "bitsandbytes", shape, state.dtype, block, double)
+        if weight.dtype != torch.int8 or weight.dim() != 2 or _row_scales(weight) is None:
+            return None
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        return Quantization("int8", 8, "bitsandbytes", shape, torch.float32)
+
+    def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """See :class:`WeightFormat`."""
+        if not _is_of_four_bits(weight):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            scaled: Tensor = weight.data.to(wide) * (_row_scales(weight).to(wide) / 127).unsqueeze(
+                1
+            )
+            return scaled
+        # In fp32 they are not rounded to the weight's own dtype first.
+        state = copy.copy(weight.quant_state)
+        state.dtype = torch.float32 if dtype == torch.float64 else dtype
+        found: Tensor = _library().functional.dequantize_4bit(weight.data, state)
+        return found
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        *,
+        compute_dtype: torch.dtype | None,
+        threshold: float,
+        training: bool,
+    ) -> Tensor | None:
+        """See :class:`WeightFormat`."""
+        found: Tensor
+        if _is_of_four_bits(weight):
+            given = x if compute_dtype is None else x.to(compute_dtype)
+            # What its kernels compute in: in others they return other numbers, and no error.
+            if given.dtype not in FLOATS:
+                return None
+            found = _library().matmul_4bit(given, weight, weight.quant_state, bias=bias)
+            return found.to(x.dtype)
+        state = _library().MatmulLtState()
+        state.CB, state.SCB = weight.data, _row_scales(weight)
+        state.threshold, state.use_pool = threshold, threshold > 0
+        state.has_fp16_weights, state.is_training = False, training
+        found = _library().matmul(x, weight, bias=bias, state=state)
+        return found
+
+    def storage(
+        self,
+        name: str,
+        *,
+        block_size: int | None,
+        double: bool | None,
+        compute_dtype: torch.dtype | None,
+    ) -> Storage:
+        """See :class:`WeightFormat`."""
+        size = 64 if block_size is None else block_size
+        if size not in BLOCKS:
+            raise QuantizationError(
+                f"block_size={size}: bitsandbytes takes {', '.join(map(str, BLOCKS))}"
+            )
+        if compute_dtype is not None and compute_dtype not in FLOATS:
+            raise QuantizationError(
+                f"compute_dtype={compute_dtype!r}: bitsandbytes computes in "
+                f"{', '.join(map(str, FLOATS))}, as lora_fx.quantize(..., compute_dtype=torch.bfloat16)"
+            )
+        return Storage(name, size, double is not False, compute_dtype, block_size is not None)
+
+    def load(self, name: str) -> Any:
+        """See :class:`WeightFormat`."""
+        return import_library(self.library, name)
+
+    def device_objection(self, how: Storage, device: torch.device) -> str | None:
+        """See :class:`WeightFormat`."""
+        known = self.load(how.format).supported_torch_devices
+        if device.type in known:
+            return None
+        return (
+            f"{how.format!r} does not run on {device.type}: bitsandbytes has kernels for "
+            f"{', '.join(sorted(known - {'npu', 'hpu'}))}. Use 'int8' or 'int4', or device='cpu'"
+        )
+
+    # Blocks run on from row to row, but the CPU kernel (0.50) takes other blocks' scales: objection()
+    # refuses those that do not divide a row.
+
+    def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """See :class:`WeightFormat`."""
+        assert how.block_size is not None
+        values = math.prod(shape)
+        scales = math.ceil(values / how.block_size)
+        # The code has 16 floats, that of the scales 256; 256 of those share a scale in their turn.
+        extra = 4 * (math.ceil(scales / 256) + 256 + 1) + scales if how.double else 4 * scales
+        return math.ceil(values / 2) + extra + 16 * 4
+
+    def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        library = self.load(how.format)
+        pickle_by_class(library.nn.Params4bit)
+        packed, state = library.functional.quantize_4bit(
+            values,
+            blocksize=how.block_size,
+            compress_statistics=how.double,
+            quant_type=how.format,
+            quant_storage=torch.uint8,
+        )
+        found: nn.Parameter = library.nn.Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=how.block_size,
+            compress_statistics=how.double,
+            quant_type=how.format,
+            quant_storage=torch.uint8,
+            bnb_quantized=True,
+        )
+        return found
+
+    def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        make = _requantize_four_bits if _is_of_four_bits(weight) else _requantize_eight_bits
+        return make(values, weight)
+
+    def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
+        """The scales lie in objects beside it, which ``.to()`` and the layer's forward change in place."""
+        pickle_by_class(type(parameter))
+        plain = parameter.detach().as_subclass(torch.Tensor)
+        twin: Any = torch.Tensor._make_subclass(type(parameter), plain, False)
+        twin.__dict__.update(parameter.__dict__)
+        if getattr(twin, "quant_state", None) is not None:
+            twin.quant_state = _shallow(twin.quant_state, memo)
+            if getattr(twin.quant_state, "packing_format_for_cpu", False):
+                twin.data, _ = _unpacked(plain, twin.quant_state)
+        # It would tell the layer of the original about a new state.
+        if hasattr(twin, "module"):
+            twin.module = None
+        return twin  # type: ignore[no-any-return]
+
+    def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks | None:
+        """``Linear4bit`` writes the scales by itself."""
+        return StateHooks(_Load(parameter), None if layer else _Save(parameter))
+
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = torch.float32  # of the copy, which has a state of its own
+        return parameter
+
+    def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
+        """See :class:`WeightFormat`."""
+        plain = weight.detach().as_subclass(torch.Tensor)
+        if not _is_of_four_bits(weight):
+            # The largest of a row is 127.
+            scales = _row_scales(weight).float().flatten() / 127
+            return OnnxWeight(DEQUANTIZE_LINEAR, plain, scales, None, plain.shape[1])
+        if not _blocks_in_order(weight, stored):
+            return NoOperator(
+                f"has rows of {stored.shape[1]} values in blocks of {stored.block_size}, whose scales "
+                "bitsandbytes mixes up on this device: what PyTorch computes here is not what is stored",
+                "Quantise it with a block size that divides the rows, or move the model to CUDA",
+            )
+        state = weight.quant_state
+        scales = state.absmax
+        if state.nested:
+            scales = _library().functional.dequantize_blockwise(scales, state.state2) + state.offset
+        codes = plain.contiguous().view(torch.uint8).flatten()
+        return OnnxWeight(_MATMUL_BNB4, codes, scales.float().flatten(), None, int(state.blocksize))

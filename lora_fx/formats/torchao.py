@@ -1,0 +1,279 @@
+"""Weights of torchao: tensor subclasses, which stand for dense ones in any code.
+
+====== =========================== ==========================
+format scales                      source
+====== =========================== ==========================
+int8   one for each row            ``Int8WeightOnlyConfig``
+int4   one for 32 values of a row  ``IntxWeightOnlyConfig``
+====== =========================== ==========================
+
+``int4`` has the values of four bits, and a byte for each: torchao packs two into one only for kernels of
+CUDA that round activations to bfloat16, and PEFT refuses those tensors. ``nf4`` of bitsandbytes is what saves
+memory. Tensors that others made can be read, too: with zero points, NF4, four bits that are packed.
+
+The library is imported when a weight is stored; a model that has such a weight has done so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import QuantizationError
+from lora_fx.formats.base import BLOCKS, Storage, WeightFormat, import_library
+from lora_fx.formats.layers import LibraryLayers
+from lora_fx.formats.operators import whole_numbers
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+
+__all__ = ["TorchaoFormat"]
+
+
+# --- what a weight is, and its values ----------------------------------------------------------------
+
+
+def _describe_int8(weight: Any) -> Quantization | None:
+    # With quantised activations the product is no product with this matrix.
+    if weight.dim() != 2 or weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+        return None
+    return _described("int8", 8, weight, weight.block_size[-1])
+
+
+def _describe_intx(weight: Any) -> Quantization | None:
+    bits = {"torch.int4": 4, "torch.int8": 8}.get(str(weight.target_dtype))
+    if bits is None or weight.dim() != 2 or weight.activation_quantization is not None:
+        return None
+    return _described(f"int{bits}", bits, weight, weight.block_size[-1])
+
+
+def _describe_int4(weight: Any) -> Quantization | None:
+    if weight.dim() != 2 or weight.act_pre_scale is not None:
+        return None
+    return _described("int4", 4, weight, weight.block_size[-1])
+
+
+def _describe_nf4(weight: Any) -> Quantization | None:
+    if weight.dim() != 2:
+        return None
+    return dataclasses.replace(_described("nf4", 4, weight, weight.block_size), double=True)
+
+
+def _described(scheme: str, bits: int, weight: Any, block: int) -> Quantization:
+    shape = (int(weight.shape[0]), int(weight.shape[1]))
+    size = None if block == shape[1] and scheme != "nf4" else int(block)
+    return Quantization(scheme, bits, "torchao", shape, weight.dtype, size)
+
+
+_DESCRIBED: Final[Mapping[str, Callable[[Any], Quantization | None]]] = {
+    "Int8Tensor": _describe_int8,
+    "IntxUnpackedToInt8Tensor": _describe_intx,
+    "Int4Tensor": _describe_int4,
+    "NF4Tensor": _describe_nf4,
+}
+"""What a weight is, by its class; None where that is not known here."""
+
+
+# --- other values in the same form: made by the library's own arithmetic, in the dtype of the old ---
+
+
+def _requantize_int8(values: Tensor, old: Any) -> nn.Parameter:
+    made = type(old).from_hp(
+        values.to(old.dtype),
+        _granularity(tuple(old.block_size), tuple(old.shape)),
+        mapping_type=_mapping(old.zero_point),
+        reduce_range=old.reduce_range,
+    )
+    return nn.Parameter(made, requires_grad=False)
+
+
+def _requantize_intx(values: Tensor, old: Any) -> nn.Parameter:
+    values, sizes = values.to(old.dtype), tuple(old.block_size)
+    made = type(old).from_hp(values, sizes, old.target_dtype, mapping_type=_mapping(old.zero_point))
+    if made.scale.dtype != old.scale.dtype:
+        made = type(old).from_hp(
+            values,
+            sizes,
+            old.target_dtype,
+            intx_choose_qparams_algorithm=None,
+            custom_scale=made.scale.to(old.scale.dtype),
+            custom_zero_point=made.zero_point,
+        )
+    return nn.Parameter(made, requires_grad=False)
+
+
+def _requantize_int4(values: Tensor, old: Any) -> nn.Parameter:
+    made = type(old).from_hp(values.to(old.dtype), list(old.block_size))
+    return nn.Parameter(made, requires_grad=False)
+
+
+def _requantize_nf4(values: Tensor, old: Any) -> nn.Parameter:
+    made = type(old).from_tensor(
+        values.to(old.dtype).contiguous(), old.block_size, old.scaler_block_size
+    )
+    return nn.Parameter(made, requires_grad=False)
+
+
+def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    kinds = sys.modules["torchao"].quantization
+    if block == shape:
+        return kinds.PerTensor()
+    return kinds.PerRow() if block[-1] == shape[-1] else kinds.PerGroup(block[-1])
+
+
+def _mapping(zero_point: Tensor | None) -> Any:
+    """Whether zero is a level of its own is not written down: zero points other than 0 say that it is not."""
+    kinds = sys.modules["torchao"].quantization.MappingType
+    symmetric = zero_point is None or not zero_point.any()
+    return kinds.SYMMETRIC if symmetric else kinds.ASYMMETRIC
+
+
+_REQUANTIZED: Final[Mapping[str, Callable[[Tensor, Any], nn.Parameter]]] = {
+    "Int8Tensor": _requantize_int8,
+    "IntxUnpackedToInt8Tensor": _requantize_intx,
+    "Int4Tensor": _requantize_int4,
+    "NF4Tensor": _requantize_nf4,
+}
+
+_NO_OPERATOR: Final[Mapping[str, str]] = {
+    "nf4": "torchao rounds the table of NF4 to four digits, and MatMulBnb4 has that of bitsandbytes",
+    "int4": "its zero points are no whole numbers",
+    "int8": "its zero points are no whole numbers",
+}
+
+
+class _Layers(LibraryLayers):
+    """torchao keeps ``nn.Linear``, and sets how it is printed."""
+
+    def settle(self, layer: nn.Module) -> None:
+        """Take off how a layer is printed: a function of the layer copied from, which no pickle takes."""
+        told = getattr(layer.__dict__.get("extra_repr"), "__func__", None)
+        if str(getattr(getattr(told, "func", told), "__module__", "")).startswith("torchao."):
+            del layer.__dict__["extra_repr"]
+
+
+class TorchaoFormat(WeightFormat):
+    """``Int8Tensor``, ``IntxUnpackedToInt8Tensor``, ``Int4Tensor`` and ``NF4Tensor``."""
+
+    library = "torchao"
+    names = ("int8", "int4")
+    classes = frozenset(_DESCRIBED)
+    kernel_packages = frozenset({"torchao"})
+    blocks: ClassVar[tuple[int, ...]] = (16, *BLOCKS)
+    any_dtype = False
+    layers: ClassVar[LibraryLayers] = _Layers()
+
+    def owns(self, cls: type) -> bool:
+        """See :class:`WeightFormat`."""
+        return cls.__module__.startswith("torchao.")
+
+    def describe(self, weight: Any) -> Quantization | None:
+        """See :class:`WeightFormat`."""
+        return _DESCRIBED[type(weight).__name__](weight)
+
+    def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """See :class:`WeightFormat`."""
+        found: Tensor
+        kind = type(weight).__name__
+        if kind == "NF4Tensor":
+            found = weight.get_original_weight()
+        elif kind == "Int8Tensor":
+            # Its scales are fp32 whatever it stands for, and it knows nothing wider.
+            found = weight.dequantize(torch.float32 if dtype == torch.float64 else dtype)
+        else:
+            found = weight.dequantize()
+        return found
+
+    def multiplies(self, weight: Any, dtype: torch.dtype) -> bool:
+        """See :class:`WeightFormat`."""
+        name = type(weight).__name__
+        # torchao's own function for nf4 computes with its values, too, and cannot be compiled as a whole.
+        if name == "NF4Tensor":
+            return False
+        # ``model.half()`` leaves its scales as they are, and its product wants one dtype.
+        return name != "IntxUnpackedToInt8Tensor" or bool(weight.dtype == dtype)
+
+    def storage(
+        self,
+        name: str,
+        *,
+        block_size: int | None,
+        double: bool | None,
+        compute_dtype: torch.dtype | None,
+    ) -> Storage:
+        """See :class:`WeightFormat`."""
+        given: dict[str, object] = {"double": double, "compute_dtype": compute_dtype}
+        if name == "int8":
+            given["block_size"] = block_size
+        for key, value in given.items():
+            if value is not None:
+                fits = "'nf4', 'fp4' and 'int4' take it" if key == "block_size" else "'nf4' does"
+                raise QuantizationError(f"{key}={value} means nothing for {name!r}: {fits}")
+        size = None if name == "int8" else 32 if block_size is None else block_size
+        if size is not None and (size < 2 or size & (size - 1)):
+            raise QuantizationError(f"block_size={size}: it has to be a power of two, as 32 or 128")
+        return Storage(name, size, chosen=block_size is not None)
+
+    def load(self, name: str) -> Any:
+        """See :class:`WeightFormat`."""
+        return import_library(self.library, name)
+
+    def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """See :class:`WeightFormat`."""
+        rows, columns = shape
+        values, block = rows * columns, how.block_size
+        if block is None:
+            return values + rows * (4 + 1)
+        return values + values // block * (
+            dtype.itemsize + 1
+        )  # scales have the dtype of the values
+
+    def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        self.load(how.format)
+        from torchao.quantization import (
+            Int8WeightOnlyConfig,
+            IntxWeightOnlyConfig,
+            PerGroup,
+            quantize_,
+        )
+
+        config: Any = Int8WeightOnlyConfig()
+        if how.block_size is not None:
+            groups = PerGroup(how.block_size)
+            config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
+        layer = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        quantize_(nn.ModuleList([layer]), config)
+        return nn.Parameter(layer.weight.data, requires_grad=False)
+
+    def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        return _REQUANTIZED[type(weight).__name__](values, weight)
+
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        held: Any = parameter.detach()
+        kind = type(held)
+        if kind.__name__ == "IntxUnpackedToInt8Tensor":
+            return nn.Parameter(held.to(torch.float32), requires_grad=False)
+        if kind.__name__ == "Int8Tensor":  # its scales are fp32 in any case
+            wide = kind(held.qdata, held.scale, held.block_size, torch.float32, held.zero_point)
+            return nn.Parameter(wide, requires_grad=False)
+        return parameter
+
+    def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
+        """See :class:`WeightFormat`."""
+        found = None
+        if type(weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
+            block = int(weight.block_size[-1])
+            found = whole_numbers(weight.qdata, weight.scale, weight.zero_point, block, stored.bits)
+        if found is None:
+            return NoOperator(
+                f"is stored as {stored}, which no operator of ONNX Runtime has to the last digit: "
+                f"{_NO_OPERATOR[stored.scheme]}"
+            )
+        return found
