@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-MANIFEST_KEY = "lora_fx.adapters.manage"
+MANIFEST_KEY = "lora_fx.adapters"
 
 _FORMAT = 1
 
