@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig, alpha_for, rank_for
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
+from lora_fx.kinds import is_plain
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import base_parameters
 
@@ -113,8 +114,8 @@ def layout_of(
         as_parameters: FQNs of weights that are wrapped as parameters although PEFT could wrap their module.
     """
     rows = [row for row in record.sites if not row.tied]
-    # PEFT's wrappers of parameters and of attention layers have neither a magnitude nor a bias.
-    plain = not (record.config.use_dora or record.config.lora_bias)
+    # PEFT's wrappers of parameters and of attention layers have A and B, and nothing else.
+    plain = is_plain(record.config)
     modules: set[str] = {row.site.holder for row in record.sites if row.tied}
     parameters: dict[str, Site] = {}
     attention: set[str] = set()

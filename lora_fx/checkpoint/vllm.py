@@ -18,6 +18,7 @@ from lora_fx.checkpoint.state import Stored
 from lora_fx.config import LoraConfig, scale_of
 from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord
+from lora_fx.kinds import kind_of
 
 __all__ = ["for_vllm"]
 
@@ -79,10 +80,9 @@ def _filled(
 
 def _problems(found: Stored, record: AdapterRecord) -> Iterator[str]:
     for row in record.sites:
-        if row.dora:
-            yield f"use_dora: {row.name} has a magnitude"
-        if row.lora_bias:
-            yield f"lora_bias: {row.name} has a bias on B"
+        kind = kind_of(row)
+        for slot in kind.slots(row.site):
+            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
     yield from (f"modules_to_save: {name} is trained in full" for name in record.saved_modules)
     yield from (f"bias: {name} is trained" for name in record.biases)
     if record.config.init_lora_weights == "loftq":
