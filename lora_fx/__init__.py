@@ -65,6 +65,7 @@ from lora_fx.errors import (
     ProviderError,
     QuantizationError,
 )
+from lora_fx.kinds import register_adapter_kind
 from lora_fx.passes.oracle import CheckReport, check
 from lora_fx.passes.patterns import register_pattern
 
@@ -118,6 +119,7 @@ __all__ = [
     "prepare_hotswap",
     "print_trainable_parameters",
     "quantize",
+    "register_adapter_kind",
     "register_pattern",
     "replace_lora_weights_loftq",
     "rewrite",

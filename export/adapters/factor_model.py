@@ -112,7 +112,9 @@ def _loaded_from(model: nn.Module) -> str:
 def _changed(config: LoraConfig) -> dict[str, object]:
     values, defaults = config.to_dict(), LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
-    kept = {key: value for key, value in values.items() if key in always or value != defaults[key]}
+    kept = {
+        key: value for key, value in values.items() if key in always or value != defaults.get(key)
+    }
     if isinstance(name := kept.get(_NAME), str):
         kept[_NAME] = _public(name)
     return kept

@@ -103,7 +103,8 @@ class PlannedSite:
 
     Attributes:
         site: The operation.
-        rank, alpha, scale, dropout: The adapter's hyperparameters here.
+        rank, alpha, scale, dropout: The adapter's hyperparameters here; rank 0 and 1 for a kind without
+            factors.
         parameters: Trainable elements added.
         flops: Extra forward FLOPs for one token.
         tied: Name of the site whose factors it has, transposed; empty for factors of its own.
@@ -253,8 +254,8 @@ class Plan:
                 row.site.name,
                 row.site.pattern + (f" x{len(row.site.calls)}" if len(row.site.calls) > 1 else ""),
                 _stored(row.site),
-                str(row.rank),
-                f"{row.scale:g}",
+                str(row.rank or "-"),
+                f"{row.scale:g}" if row.rank else "-",
                 f"{row.parameters:,}",
                 f"{row.flops:,}",
                 f"{row.saved:,}",

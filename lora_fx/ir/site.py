@@ -340,6 +340,14 @@ class OutputBuilder(BranchBuilder, Protocol):
     def cast_slot(self, name: str) -> fx.Node:
         """A slot, in the dtype in which the branch computes."""
 
+    def spread_slot(self, name: str, outside: float) -> fx.Node:
+        """A slot as it meets the output, in the dtype of that.
+
+        Args:
+            name: The slot.
+            outside: What output features get that are not the site's.
+        """
+
     def read_weight(self, role: Role) -> fx.Node:
         """The weight of the site."""
 

@@ -96,6 +96,7 @@ class AdapterKind:
         transforms: Whether it makes another weight of the one that is there: :meth:`transformed`.
         scales_bias: Whether it changes what the operation adds, too: that has to be a parameter then.
         trains: What it trains beside A and B, in words for the dry run; empty for nothing.
+        keys: The keys of its slots in an adapter folder: of a kind without factors they say where it is.
         field: The field of PEFT's configuration that chooses it; empty for one that
             ``LoraConfig(kind=name)`` chooses.
         does: What it does to each output feature, in words that go on so: "DoRA scales".
@@ -112,6 +113,7 @@ class AdapterKind:
     transforms: bool = False
     scales_bias: bool = False
     trains: str = ""
+    keys: tuple[str, ...] = ()
     field: str = ""
     does: str = ""
     depends: str = ""

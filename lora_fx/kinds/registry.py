@@ -56,6 +56,10 @@ def register_adapter_kind(kind: AdapterKind) -> None:
         raise ConfigError(
             f"{given!r} is no adapter kind with a name: subclass lora_fx.kinds.AdapterKind"
         )
+    if not kind.low_rank and not kind.keys:
+        raise ConfigError(
+            f"the kind {kind.name!r} has no factors and says no keys, by which a folder could be read"
+        )
     if any(one.name == kind.name and type(one) is not type(kind) for one in _registry):
         raise ConfigError(f"the kind {kind.name!r} is registered already: give it another name")
     if not kind.low_rank and not kind.transforms:

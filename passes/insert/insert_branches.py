@@ -242,6 +242,13 @@ class Branch:
         """A slot in the dtype in which the branch computes."""
         return self.once(f"cast {name}", lambda: self.cast(self.read_slot(name)))
 
+    def spread_slot(self, name: str, outside: float) -> fx.Node:
+        """A slot as it meets the output: where the site is a part, a value for the rest is beside it."""
+        vector, padding = self.cast_slot(name), self._wiring.padding
+        if padding is not None:
+            vector = self.call(Role.PAD, F.pad, vector, padding, "constant", outside)
+        return self.spread(vector)
+
     def read_weight(self, role: Role) -> fx.Node:
         """The weight of the site."""
         return self._make(role, "get_attr", self._wiring.site.weight)

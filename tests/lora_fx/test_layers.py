@@ -138,6 +138,7 @@ PUBLIC = {
     "plan_quantization",
     "print_trainable_parameters",
     "quantize",
+    "register_adapter_kind",
     "register_pattern",
     "replace_lora_weights_loftq",
     "rewrite",
