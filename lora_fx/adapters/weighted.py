@@ -199,7 +199,7 @@ def add_weighted_adapter(
 
     Raises:
         ConfigError: If a name is unknown or taken, an argument cannot mean anything, several of the adapters
-            train the same module in full, one cannot be combined (use_dora, biases, trained tokens, an
+            train the same module in full, one cannot be combined (more than A and B, trained tokens, an
             initialisation that changed the base), or sites do not go together. The model is as it was then.
     """
     how = Combination(

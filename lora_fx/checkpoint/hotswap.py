@@ -156,7 +156,7 @@ def _problems(
                 f"lora_fx.prepare_hotswap(model, {row.rank}) before the model is compiled"
             )
         elif (row.kind, bool(row.tied)) != (place.kind, bool(place.tied)):
-            yield f"{row.name}: the variants differ (use_dora, lora_bias, ensure_weight_tying)"
+            yield f"{row.name}: the variants differ ({_difference(row, place)})"
         elif place.scale == 0:
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
         elif start_factors(model, row, incoming) or start_factors(model, place, name):
@@ -170,6 +170,15 @@ def _problems(
         if row.tied and row.tied in names and row.name not in names:
             yield f"{row.name}: the folder's adapter of {row.tied} is not tied to it (ensure_weight_tying)"
     yield from _problems_beside_sites(there, new)
+
+
+def _difference(new: PlannedSite, there: PlannedSite) -> str:
+    """Fields of a configuration that make the difference."""
+    kinds = (kind_of(new), kind_of(there)) if new.kind != there.kind else ()
+    fields = {kind.field or "kind": None for kind in kinds if kind.slots(new.site)}
+    if bool(new.tied) != bool(there.tied):
+        fields["ensure_weight_tying"] = None
+    return ", ".join(fields)
 
 
 def _problems_beside_sites(there: AdapterRecord, new: AdapterRecord) -> Iterator[str]:

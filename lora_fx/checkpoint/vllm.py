@@ -1,8 +1,9 @@
 """Adapters for vLLM, which reads PEFT's folders in part: one rank and one alpha for all, matrices only.
 
 It takes ``r`` and ``lora_alpha`` for every layer and looks at no pattern: with r the highest rank, A and B of
-less are filled up with zeros, and B has the ratio of a layer's scale to that of all. It refuses DoRA,
-``modules_to_save`` and biases, and knows no keys but those of linear layers and embeddings.
+less are filled up with zeros, and B has the ratio of a layer's scale to that of all. It refuses whatever a
+kind trains beside A and B, ``modules_to_save`` and biases, and knows no keys but those of linear layers and
+embeddings.
 """
 
 from __future__ import annotations

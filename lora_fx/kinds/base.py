@@ -99,7 +99,7 @@ class AdapterKind:
         keys: The keys of its slots in an adapter folder: of a kind without factors they say where it is.
         field: The field of PEFT's configuration that chooses it; empty for one that
             ``LoraConfig(kind=name)`` chooses.
-        does: What it does to each output feature, in words that go on so: "DoRA scales".
+        does: What it does to each output feature, in words that go on so: "a bias on B adds to".
         depends: Why nobody can make values for a file that takes adapters as inputs without the base
             weights, in words; empty if one can.
         constants: Functions of parameters alone, in its graphs, whose values a file is to have in their
@@ -293,8 +293,6 @@ class AdapterKind:
 _OF_FACTORS: Mapping[str, Any] = {
     "lora_dropout": 0.0,
     "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "ensure_weight_tying": False,

@@ -56,18 +56,23 @@ def register_adapter_kind(kind: AdapterKind) -> None:
         raise ConfigError(
             f"{given!r} is no adapter kind with a name: subclass lora_fx.kinds.AdapterKind"
         )
-    if not kind.low_rank and not kind.keys:
-        raise ConfigError(
-            f"the kind {kind.name!r} has no factors and says no keys, by which a folder could be read"
-        )
-    if any(one.name == kind.name and type(one) is not type(kind) for one in _registry):
+    # A cell of a notebook that is run again defines its class again.
+    if any(one.name == kind.name and _place(one) != _place(kind) for one in _registry):
         raise ConfigError(f"the kind {kind.name!r} is registered already: give it another name")
     if not kind.low_rank and not kind.transforms:
         raise ConfigError(
             f"the kind {kind.name!r} has no factors (low_rank) and makes no other weight (transforms): it "
             "would train nothing that a merge knows"
         )
+    if not kind.low_rank and not kind.keys:
+        raise ConfigError(
+            f"the kind {kind.name!r} has no factors and says no keys, by which a folder could be read"
+        )
     _registry = (*(one for one in _registry if one.name != kind.name), kind)
+
+
+def _place(kind: AdapterKind) -> tuple[str, str]:
+    return type(kind).__module__, type(kind).__qualname__
 
 
 class _Kinded(Protocol):

