@@ -26,7 +26,7 @@ __all__ = [
 # Patterns may replace what ΔW is: these are the plain products.
 _PRODUCTS = (LinearPattern.delta, EmbeddingPattern.delta)
 # Those of lora_fx add up as many products as the rank is.
-_OURS = "lora_fx.passes.patterns.registry."
+_OURS = "lora_fx.passes.patterns."
 
 
 def delta_weight(
