@@ -174,6 +174,10 @@ def _compensated(
     iterations: int | None,
 ) -> tuple[dict[str, torch.Tensor], CompensatedSite]:
     """What the parameters of a site are to hold, by the names of its factors, and its row of the report."""
+    if not kind_of(row).low_rank:
+        raise ConfigError(
+            f"{row.name}: the kind {row.kind!r} has no factors that could make up for what quantising lost"
+        )
     site, stored = row.site, base_weight(model, row.site)
     _, out, inner = matrix_shape(site)
     if row.rank > min(out, inner):

@@ -286,6 +286,22 @@ def test_what_has_no_meaning_without_factors_is_refused(tmp_path: Path) -> None:
     assert [group["name"] for group in groups] == ["vectors"]
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+def test_a_quantized_base_is_scaled_as_a_dense_one(fmt: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    base = lora_fx.quantize(dense, fmt)
+    config = LoraConfig(kind="ia3", target_modules=["0", "2"])
+    model = lora_fx.rewrite(base, config).eval()
+    x = torch.randn(3, 64)
+    assert torch.equal(model(x), base.eval()(x))
+    randomize(model)
+    merged = lora_fx.merge(model)
+    torch.testing.assert_close(merged(x), model(x), rtol=2e-2, atol=2e-2)
+    with pytest.raises(ConfigError, match="has no factors that could make up"):
+        lora_fx.replace_lora_weights_loftq(model, dense)
+
+
 def test_a_bias_that_is_no_parameter_is_refused() -> None:
     class Computed(nn.Module):
         def __init__(self) -> None:
