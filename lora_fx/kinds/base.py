@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir import OutputBuilder, PlannedSite, Site
+from lora_fx.ir import BranchReader, FusedBranch, OutputBuilder, PlannedSite, Site
 
 __all__ = ["AdapterKind", "Costs", "Slot", "Starting", "along"]
 
@@ -202,15 +202,12 @@ class AdapterKind:
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what it computes (joined)")
 
-    def fused(self, total: fx.Node, read: Any) -> Any:
+    def fused(self, total: fx.Node, read: BranchReader) -> FusedBranch | None:
         """The adapter that ends in a node as one function with its operation; None if it is another form.
 
         Args:
             total: A node of one of :attr:`endings`.
-            read: A :class:`lora_fx.ir.BranchReader`.
-
-        Returns:
-            A :class:`lora_fx.ir.FusedBranch`.
+            read: Reads the branch backwards; nodes that it passes go away.
         """
         return None
 

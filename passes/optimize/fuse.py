@@ -113,7 +113,7 @@ def fusable(total: fx.Node, region: Region) -> Fusable | None:
         if operation is None:
             return None
         chain = _Chain(operation)
-        branch: FusedBranch | None = kind.fused(total, chain)
+        branch = kind.fused(total, chain)
         if branch is not None and _only_inside(base, (*chain.inner, total)):
             rows = None if branch.padding is None else _rows(branch.padding, operation)
             a = _uncast(branch.ends.a)
