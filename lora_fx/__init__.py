@@ -66,6 +66,7 @@ from lora_fx.errors import (
     QuantizationError,
 )
 from lora_fx.formats import register_format
+from lora_fx.kinds import register_adapter_kind
 from lora_fx.passes.oracle import CheckReport, check
 from lora_fx.passes.patterns import register_pattern
 
@@ -119,6 +120,7 @@ __all__ = [
     "prepare_hotswap",
     "print_trainable_parameters",
     "quantize",
+    "register_adapter_kind",
     "register_format",
     "register_pattern",
     "replace_lora_weights_loftq",

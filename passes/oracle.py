@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.errors import CaptureError, ConfigError, MergeError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, require_record
+from lora_fx.kinds import Slot, kind_of
 from lora_fx.passes.capture import run_once
 from lora_fx.passes.graph import is_lazy, share_copy
 from lora_fx.passes.merge import delta_weight, merge
@@ -241,6 +242,7 @@ def _randomize(model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]) -> _Pl
     made: dict[int, nn.Parameter] = {}
     for row, adapter in rows:
         holder, names = model.get_submodule(row.site.holder), factor_names(row)
+        slots = {slot.name: slot for slot in kind_of(row).slots(row.site)}
         weight = model.get_parameter(row.site.weight)
         size = 1.0 if quantization_of(weight) is not None else _size(weight)
         parts = [holder.get_submodule(name) for name in names.present]
@@ -249,12 +251,8 @@ def _randomize(model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]) -> _Pl
             old = part.get_parameter(adapter)
             if id(old) not in made:
                 noise = torch.randn(old.shape, generator=generator).to(old)
-                made[id(old)] = nn.Parameter(
-                    _moved(
-                        name in names.pair, name == names.magnitude, old.detach(), noise, row, size
-                    ),
-                    requires_grad=False,
-                )
+                moved = _moved(slots.get(name), old.detach(), noise, row, size)
+                made[id(old)] = nn.Parameter(moved, requires_grad=False)
             part._parameters[adapter] = made[id(old)]
     return before
 
@@ -275,16 +273,15 @@ def _randomize_tokens(model: nn.Module, record: Record) -> _Places:
 
 
 def _moved(
-    factor: bool,
-    magnitude: bool,
+    slot: Slot | None,
     old: torch.Tensor,
     noise: torch.Tensor,
     row: PlannedSite,
     size: float,
 ) -> torch.Tensor:
-    if magnitude:
+    if slot is not None and slot.multiplies:
         return old * (1 + _CHANGE * noise.clamp(-2, 2))
-    if not factor:
+    if slot is not None:
         return old + _CHANGE * noise * max(size, 1e-2)
     # Both factors are of one size, whatever they were: what a start has put into them stays in.
     each = math.sqrt(_CHANGE * max(size, 1e-3) / (abs(row.scale) or 1.0) / math.sqrt(row.rank))
@@ -308,7 +305,7 @@ def _check_merge(
     for weight, several in every.items():
         own = any(weight in record.adapters[name].own for _, name in several)
         old = adapted.get_parameter(weight)
-        plain = all(not row.dora and row.site.rows is None for row, _ in several)
+        plain = all(not kind_of(row).transforms and row.site.rows is None for row, _ in several)
         if own or not plain or quantization_of(old) is not None:
             continue
         total = old.detach().double()

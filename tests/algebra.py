@@ -186,7 +186,7 @@ def dense_weights(
             a, b = (holder.get_parameter(f"lora_{letter}.{adapter}") for letter in "AB")
             delta = letters[name].delta(a, b, weights[name].shape)
             weights[name] = weights[name] + row.scale * delta
-            if row.dora:
+            if row.kind == "dora":
                 magnitude = holder.get_parameter(f"lora_magnitude_vector.{adapter}")
                 weights[name] = letters[name].scaled(weights[name], magnitude)
     return weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.export import Dim
 from lora_fx.adapters import base_capture, run_with
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ExportError, NoMatchError
-from lora_fx.export.adapters.manifest import AdapterInput, Manifest, Role, SiteInputs
+from lora_fx.export.adapters.manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.copy import DTYPES, dtype_name
 from lora_fx.export.trace import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.ir import (
@@ -29,6 +29,7 @@ from lora_fx.ir import (
     record_of,
     require_record,
 )
+from lora_fx.kinds import kind_of, kind_with, kinds, union_of
 from lora_fx.passes.graph import (
     copy_graph,
     edit_graphs,
@@ -48,7 +49,6 @@ from lora_fx.passes.pipeline import (
     rewrite_model,
     run_passes,
 )
-from lora_fx.runtime import dora
 
 __all__ = [
     "ADAPTER",
@@ -112,7 +112,9 @@ def _loaded_from(model: nn.Module) -> str:
 def _changed(config: LoraConfig) -> dict[str, object]:
     values, defaults = config.to_dict(), LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
-    kept = {key: value for key, value in values.items() if key in always or value != defaults[key]}
+    kept = {
+        key: value for key, value in values.items() if key in always or value != defaults.get(key)
+    }
     if isinstance(name := kept.get(_NAME), str):
         kept[_NAME] = _public(name)
     return kept
@@ -222,6 +224,10 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
     start = adapter.config.init_lora_weights
     if start == "loftq":
         yield "its base was quantised for it (init_lora_weights='loftq')"
+    for row in adapter.sites:
+        kind = kind_of(row)
+        if not kind.low_rank or not all(slot.role for slot in kind.slots(row.site)):
+            yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
     yield from (f"{name} is trained in full (modules_to_save)" for name in adapter.saved_modules)
     inside = tuple(f"{name}." for name in adapter.saved_modules)
     yield from (
@@ -248,18 +254,18 @@ def _union(record: Record) -> tuple[PlannedSite, ...]:
             dropout=0.0,
             # A tied head gets the embedding's factors as values of its own.
             tied="",
-            dora=row.dora or before.dora,
-            lora_bias=row.lora_bias or before.lora_bias,
+            kind=union_of((before.kind, row.kind), row.site),
         )
     return tuple(found.values())
 
 
 def _with_given_gains(region: Region) -> fx.Graph | None:
-    """DoRA without its norms: the gain is given in the place of the magnitude, and is in B already."""
-    if not any(target_of(node) is dora.gain for node in region.graph.nodes):
+    """A graph without what a file is handed ready: a gain in the place of a magnitude, and B with it."""
+    handed = tuple(one for kind in kinds() for one in kind.handed)
+    if not _calls(region.graph, handed):
         return None
     graph = copy_graph(region.graph)
-    for node in _calls(graph, (dora.gain, dora.steered)):
+    for node in _calls(graph, handed):
         given = node.args[0]
         assert isinstance(given, fx.Node)
         node.replace_all_uses_with(given)
@@ -338,9 +344,12 @@ class FactorModel(FlatModel):
         twin = share_copy(self.model)
         values = dict(zip((one.name for one in self.adapter_inputs), factors, strict=True))
         for row, site in zip(self._made.rows, self.manifest.sites, strict=True):
-            given = {one.role: flip(one, values[one.name]) for one in site.inputs()}
-            if row.dora:
-                given |= _as_dora(twin, row, given)
+            given: dict[str, Tensor] = {
+                one.role: flip(one, values[one.name]) for one in site.inputs()
+            }
+            weight = twin.get_parameter(row.site.weight)
+            own = kind_of(row).from_inputs(row.site, weight, given)
+            given = {one.role: own.get(one.role, given[one.role]) for one in site.inputs()}
             for name, one in zip(_parameters(row), site.inputs(), strict=True):
                 owner, _, leaf = name.rpartition(".")
                 value = nn.Parameter(given[one.role], requires_grad=False)
@@ -363,7 +372,7 @@ class FactorModel(FlatModel):
         record = self._made.record
         adapter = record.adapters[ADAPTER]
         rows = tuple(
-            row if row.site.bias else dataclasses.replace(row, lora_bias=False)
+            row if row.site.bias else dataclasses.replace(row, kind=_unbiased(row))
             for row in adapter.sites
         )
         return dataclasses.replace(
@@ -450,6 +459,7 @@ def random_factors(manifest: Manifest, rank: int) -> dict[str, Tensor]:
 def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
     """What a file takes for a site of a rewritten model."""
     site, conv = row.site, row.site.family == "conv"
+    roles = {slot.role for slot in kind_of(row).slots(site)}
     shapes = pattern_of(site).factors(site, site.groups)
     a: tuple[int | None, ...] = (None, *shapes.a[1:]) if conv else (*shapes.a[:0:-1], None)
     b: tuple[int | None, ...] = (shapes.b[0], None, *shapes.b[2:]) if conv else (None, shapes.b[0])
@@ -467,27 +477,17 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
         b,
         site.out_features,
         site.groups,
-        bias=row.lora_bias,
-        gain=row.dora,
+        bias="bias" in roles,
+        gain="gain" in roles,
     )
 
 
-def _as_dora(
-    model: nn.Module, row: PlannedSite, given: Mapping[Role, Tensor]
-) -> dict[Role, Tensor]:
-    """B and the magnitude that a site has whose gain, and whose B with the gain in it, are these."""
-    site, gain = row.site, given["gain"]
-    b = given["B"] / gain.view(-1, *(1 for _ in given["B"].shape[1:])).to(given["B"])
-    weight = model.get_parameter(site.weight)
-    ones = torch.ones_like(gain)
-    inverse = dora.gain(
-        ones, weight, given["A"], b, 1.0, site.layout, site.groups, site.view, site.rows
-    )
-    return {"B": b, "gain": gain / inverse.to(gain)}
+def _unbiased(row: PlannedSite) -> str:
+    """The kind of a site without what its bias would have to take."""
+    slots = kind_of(row).slots(row.site)
+    return kind_with([slot.name for slot in slots if slot.role != "bias"], row.site)
 
 
 def _parameters(row: PlannedSite) -> list[str]:
     """FQNs of the parameters of a site, in the order of its inputs."""
-    names = factor_names(row)
-    present = [name for name in (names.a, names.b, names.bias, names.magnitude) if name]
-    return [join(row.site.holder, name, ADAPTER) for name in present]
+    return [join(row.site.holder, name, ADAPTER) for name in factor_names(row).present]

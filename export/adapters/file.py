@@ -33,8 +33,8 @@ from lora_fx.export.ort import import_onnxruntime, reason_of, to_runtime, to_ten
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
 from lora_fx.ir import PlannedSite, join, require_record
+from lora_fx.kinds import chosen_kind, kind_of
 from lora_fx.passes.parameters import factor_names, trained_by_hand
-from lora_fx.runtime import dora
 
 __all__ = [
     "manifest_of_file",
@@ -103,21 +103,15 @@ def _site_values(
     a, b = (tensors[join(site.holder, name, adapter)] for name in names.pair)
     if row.tied:  # the embedding's factors, which change places
         a, b = a.T, b.T
-    up = b.double() * row.scale
-    found = {"A": a.double(), "B": up}
-    if row.lora_bias:
-        found["bias"] = tensors[join(site.holder, names.bias, adapter)].double() * row.scale
-    if row.dora:
-        magnitude = tensors[join(site.holder, names.magnitude, adapter)].flatten()
-        # The base's own weight: a start that changed it is part of the factors here.
-        weight = require_record(model).originals.get(site.weight)
-        weight = model.get_parameter(site.weight) if weight is None else weight
-        if site.quantized is None:  # else it has scales beside it, and is no tensor to detach
-            weight = gathered(weight)
-        shape = (site.layout, site.groups, site.view, site.rows, site.order)
-        gains = dora.gain(magnitude, weight, a, b, row.scale, *shape)
-        found["gain"] = gains.double()
-        found["B"] = up * found["gain"].view(-1, *(1 for _ in up.shape[1:]))
+    # The base's own weight: a start that changed it is part of the factors here.
+    weight = require_record(model).originals.get(site.weight)
+    weight = model.get_parameter(site.weight) if weight is None else weight
+    if (
+        names.slots and site.quantized is None
+    ):  # else it has scales beside it, and is no tensor to detach
+        weight = gathered(weight)
+    slots = {name: tensors[join(site.holder, name, adapter)].flatten() for name in names.slots}
+    found = {"A": a.double(), **kind_of(row).inputs(row, weight, a, b, slots)}
     inputs = site_inputs(model, row).inputs()
     return {one.name: _stored(one, found[one.role]) for one in inputs}
 
@@ -193,8 +187,11 @@ def _refuse_trained_in_full(
 
 def _unfit(config: LoraConfig) -> Iterator[str]:
     """What makes a folder depend on its model."""
-    if config.use_dora:
-        yield "the norms of DoRA (use_dora) are those of the base weights"
+    kind = chosen_kind(config)
+    if kind.depends:
+        yield kind.depends
+    if not kind.low_rank:
+        yield f"no file takes what its kind trains ({kind.name!r})"
     if config.target_parameters:
         yield "which operations read its parameters (target_parameters), only the model knows"
     if changes_base(config.init_lora_weights):
@@ -264,8 +261,8 @@ def save_onnx_adapter(
 
     Args:
         source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder is enough by itself
-            but for what depends on the base weights: DoRA, adapted parameters and attention layers, and
-            starts that changed the base. Load those onto the model and give that.
+            but for what depends on the base weights: ``use_dora``, adapted parameters and attention
+            layers, and starts that changed the base. Load those onto the model and give that.
         path: The file to write, with the suffix ``.onnx_adapter``.
         adapter_name: Which adapter of a model; by default the only one, or the only active one.
         base: The ``.onnx`` file that the adapter is for: it is checked against that, and has its dtypes.

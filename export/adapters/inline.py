@@ -1,7 +1,7 @@
 """Adapters that stay beside their operations in a file, as constants.
 
 Over a quantised weight that is what keeps it quantised: a merge would make it dense. The branches are those
-of the model's own graphs. What would need the dense weight at every run, the gain of DoRA
+of the model's own graphs. What would need the dense weight at every run, as the gain
 ``m / ‖W + s·BA‖``, is computed here once.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.ir import Region, module_of, record_of
+from lora_fx.kinds import kinds
 from lora_fx.passes.graph import copy_graph, erase_dead, graphs_of, install, target_of
-from lora_fx.runtime import AdapterFactors, dora
+from lora_fx.runtime import AdapterFactors
 
 __all__ = ["fix_gains", "has_gains", "over_quantised"]
 
@@ -32,13 +33,13 @@ def over_quantised(model: nn.Module) -> bool:
 
 
 def has_gains(model: nn.Module) -> bool:
-    """Whether graphs of a model compute gains of DoRA."""
+    """Whether graphs of a model compute gains."""
     return any(_gains(graph) for graph in graphs_of(model).values())
 
 
 @torch.no_grad()
 def fix_gains(model: nn.Module) -> None:
-    """Makes constants of the gains of DoRA, ``layer.lora_gain.NAME`` in fp32.
+    """Makes constants of the gains, ``layer.lora_gain.NAME`` in fp32.
 
     Args:
         model: A copy of a rewritten model. Its graphs are replaced.
@@ -84,7 +85,8 @@ def _with_constants(graph: fx.Graph) -> fx.Graph:
 
 
 def _gains(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if target_of(node) is dora.gain]
+    constants = tuple(one for kind in kinds() for one in kind.constants)
+    return [node for node in graph.nodes if any(target_of(node) is one for one in constants)]
 
 
 def _target(node: fx.Node) -> str:

@@ -47,7 +47,7 @@ class AdapterInput:
     Attributes:
         name: Its name in the file.
         site: The site that it belongs to.
-        role: "A", "B", "bias" (of B) or "gain" (of DoRA).
+        role: "A", "B", "bias" (of B) or "gain" (of the output).
         shape: Its axes; None for that of the rank.
         dtype: torch's name of its dtype.
         multiple: What the rank is a multiple of: the rank itself is that times the size of the axis.
@@ -106,7 +106,7 @@ class SiteInputs:
         out_features: Length of a bias and a gain.
         groups: Of a convolution.
         bias: Whether B has a bias.
-        gain: Whether the output is multiplied by a gain (DoRA).
+        gain: Whether the output is multiplied by a gain.
     """
 
     name: str

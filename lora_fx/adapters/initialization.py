@@ -26,8 +26,8 @@ from lora_fx.passes.insert import (
     data_start,
     drop_site,
     initial_start,
+    place_slots,
     place_start,
-    place_variants,
 )
 from lora_fx.passes.parameters import base_parameters, factors_of, inside, place_base
 from lora_fx.passes.plan import at_rank
@@ -63,7 +63,7 @@ def restart(
         before = base_parameters(model)
         for row, start in starts:
             place_start(model, row, adapter_name, start)
-            place_variants(model, row, adapter_name, entry.config)
+            place_slots(model, row, adapter_name, entry.config)
         after = base_parameters(model)
         own = [name for name, parameter in after.items() if parameter is not before[name]]
         originals = {**record.originals, **{name: before[name].detach() for name in own}}

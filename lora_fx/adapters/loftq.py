@@ -21,11 +21,13 @@ from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.files import WeightFiles
 from lora_fx.formats import quantization_of
 from lora_fx.ir import AdapterRecord, PlannedSite
-from lora_fx.passes.insert import initial_magnitude, pissa, site_generator
+from lora_fx.kinds import kind_of
+from lora_fx.passes.insert import pissa, site_generator, slot_start
 from lora_fx.passes.parameters import (
     as_factors,
     as_matrices,
     base_weight,
+    factor_names,
     factors_of,
     inside,
     matrix_shape,
@@ -66,7 +68,7 @@ def replace_lora_weights_loftq(
     """Gives an adapter over a quantised base the factors that best make up for what quantising lost.
 
     What the factors held is lost, so that this comes before training. Sites over weights that are not
-    quantised keep theirs; a magnitude of DoRA becomes the norm of the new ``Q + s·BA``. Parameters are
+    quantised keep theirs; a magnitude becomes the norm of the new ``Q + s·BA``. Parameters are
     written in place: an optimizer and a compiled model go on. One dense weight is in memory at a time.
 
     Unlike PEFT's function of this name it takes every format, divides by the adapter's scale (PEFT is right
@@ -171,7 +173,11 @@ def _compensated(
     original: torch.Tensor,
     iterations: int | None,
 ) -> tuple[dict[str, torch.Tensor], CompensatedSite]:
-    """What the parameters of a site are to hold, by field of its factors, and its row of the report."""
+    """What the parameters of a site are to hold, by the names of its factors, and its row of the report."""
+    if not kind_of(row).low_rank:
+        raise ConfigError(
+            f"{row.name}: the kind {row.kind!r} has no factors that could make up for what quantising lost"
+        )
     site, stored = row.site, base_weight(model, row.site)
     _, out, inner = matrix_shape(site)
     if row.rank > min(out, inner):
@@ -189,12 +195,13 @@ def _compensated(
     report = CompensatedSite(row.name, float(lost.norm()) / size, float(left.norm()) / size)
     shapes = pattern_of(site).factors(site, row.rank)
     a, b = as_factors(shapes, a, b)
-    made = {"a": a, "b": b}
-    if row.dora:
-        made["magnitude"] = initial_magnitude(row, stored, a, b)
-    factors = factors_of(model, row, adapter)
-    if factors.bias is not None:
-        made["bias"] = torch.zeros_like(factors.bias)
+    names = factor_names(row)
+    made = {names.a: a, names.b: b}
+    for slot in kind_of(row).slots(site):
+        if slot.neutral is None:
+            made[slot.name] = slot_start(row, slot, stored, (a, b), entry.config)
+        else:
+            made[slot.name] = torch.full(slot.shape, slot.neutral)
     return made, report
 
 
@@ -206,8 +213,8 @@ def _tried(
     callback: Callable[[nn.Module, str], bool],
 ) -> bool:
     """Writes factors, and takes them back if nobody wants them."""
-    factors = factors_of(model, row, adapter)
-    before = {name: getattr(factors, name).detach().clone() for name in made}
+    factors = factors_of(model, row, adapter).values
+    before = {name: factors[name].detach().clone() for name in made}
     _write(model, row, adapter, made)
     kept = False
     try:
@@ -219,7 +226,7 @@ def _tried(
 
 
 def _write(model: nn.Module, row: PlannedSite, adapter: str, made: dict[str, torch.Tensor]) -> None:
-    factors = factors_of(model, row, adapter)
+    factors = factors_of(model, row, adapter).values
     with torch.no_grad():
         for name, value in made.items():
-            getattr(factors, name).copy_(value)
+            factors[name].copy_(value)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite, Record, require_record
+from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import claim_unfrozen, factors_of, inside, without_wrappers
 
 __all__ = ["correct_gradients", "parameter_groups"]
@@ -47,7 +48,7 @@ def parameter_groups(
     lora_B     B                                                              lr · ratio     as given
     embeddings A and B of embeddings, and of heads that are tied to them      embedding_lr   as given
     modules    what else is a matrix: weights of modules_to_save, token rows  lr             as given
-    vectors    biases, norms, DoRA's magnitudes                               lr · ratio     0
+    vectors    biases, norms, magnitudes                                      lr · ratio     0
     ========== ============================================================== ============== ============
 
     A group without parameters is left out. Rates are those of PEFT's ``create_loraplus_optimizer`` (which has
@@ -188,7 +189,8 @@ def _rows(record: Record) -> Iterator[tuple[PlannedSite, str]]:
     """Sites with factors of their own in a product: not lookups, of which no input is saved."""
     for adapter, one in record.adapters.items():
         for row in one.sites:
-            if not row.tied and row.site.family != "embedding":
+            factors = kind_of(row).low_rank and not row.tied
+            if factors and row.site.family != "embedding":
                 yield row, adapter
 
 
@@ -200,6 +202,8 @@ def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
             found = factors_of(model, row, adapter)
             # The magnitude of a convolution has four dimensions, of which three are 1.
             kinds |= {id(one): "vectors" for one in found.present}
+            if not kind_of(row).low_rank:
+                continue
             kinds |= {
                 id(found.a): "embeddings" if table else "lora_A",
                 id(found.b): "embeddings" if table else "lora_B",

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig, alpha_for, rank_for
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
+from lora_fx.kinds import chosen_kind, is_plain
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import base_parameters
 
@@ -113,8 +114,8 @@ def layout_of(
         as_parameters: FQNs of weights that are wrapped as parameters although PEFT could wrap their module.
     """
     rows = [row for row in record.sites if not row.tied]
-    # PEFT's wrappers of parameters and of attention layers have neither a magnitude nor a bias.
-    plain = not (record.config.use_dora or record.config.lora_bias)
+    # PEFT's wrappers of parameters and of attention layers have A and B, and nothing else.
+    plain = is_plain(record.config)
     modules: set[str] = {row.site.holder for row in record.sites if row.tied}
     parameters: dict[str, Site] = {}
     attention: set[str] = set()
@@ -313,7 +314,9 @@ def written_config(
 
 
 def with_patterns(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
-    """The most frequent rank and alpha as defaults, patterns for the rest."""
+    """The most frequent rank and alpha as defaults, patterns for the rest; nothing for a kind without."""
+    if not chosen_kind(config).low_rank:
+        return config
     ranks = {target.name: target.rank for target in targets}
     alphas = {
         target.name: int(target.alpha) if float(target.alpha).is_integer() else target.alpha

@@ -19,6 +19,7 @@ from lora_fx.adapters.settings import by_site, written_config
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite
+from lora_fx.kinds import chosen_kind, is_plain
 from lora_fx.passes.merge import Combination, Election, Term, combine
 from lora_fx.passes.parameters import factors_of, inside, own_value
 from lora_fx.runtime import check_adapter_name
@@ -91,12 +92,14 @@ def _is_finite(value: object) -> bool:
 def _check_source(source: Source) -> None:
     """Refuses what is more than ``s B A`` beside the base's own weights."""
     config = source.record.config
-    for name in ("use_dora", "lora_bias", "trainable_token_indices"):
-        if getattr(config, name):
-            raise ConfigError(
-                f"adapter {source.name!r} cannot be combined: of {name}={getattr(config, name)!r} "
-                "there is no weighted sum"
-            )
+    kind, name = chosen_kind(config), "trainable_token_indices"
+    if not is_plain(config):
+        name = kind.field or "kind"
+    if not is_plain(config) or config.trainable_token_indices:
+        raise ConfigError(
+            f"adapter {source.name!r} cannot be combined: of {name}={getattr(config, name)!r} "
+            "there is no weighted sum"
+        )
     if not source.record.initialized:
         raise ConfigError(
             f"adapter {source.name!r} cannot be combined: init_lora_weights={config.init_lora_weights!r} "
@@ -196,7 +199,7 @@ def add_weighted_adapter(
 
     Raises:
         ConfigError: If a name is unknown or taken, an argument cannot mean anything, several of the adapters
-            train the same module in full, one cannot be combined (DoRA, biases, trained tokens, an
+            train the same module in full, one cannot be combined (more than A and B, trained tokens, an
             initialisation that changed the base), or sites do not go together. The model is as it was then.
     """
     how = Combination(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_fx.checkpoint.forms import Dense, gathered
 from lora_fx.checkpoint.keys import Slot
 from lora_fx.ir import AdapterRecord, PlannedSite, join
+from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import factor_names
 from lora_fx.passes.patterns import pattern_of
@@ -82,7 +83,12 @@ def _any(record: AdapterRecord) -> bool:
 def _is_grouped(row: PlannedSite) -> bool:
     # PEFT has no adapter for transposed convolutions.
     site = row.site
-    return site.groups > 1 and site.layout == "out_in" and bool(factor_names(row).magnitude)
+    return site.groups > 1 and site.layout == "out_in" and any(_normed(row))
+
+
+def _normed(row: PlannedSite) -> tuple[str, ...]:
+    """What is compared with the norm of the weight: a magnitude."""
+    return tuple(slot.name for slot in kind_of(row).slots(row.site) if slot.normed)
 
 
 def _ratios(
@@ -98,7 +104,7 @@ def _ratios(
             continue
         names = factor_names(row)
         a, b, magnitude = (
-            join(row.site.holder, name, adapter) for name in (*names.pair, names.magnitude)
+            join(row.site.holder, name, adapter) for name in (*names.pair, *_normed(row))
         )
         weight = gathered(model.get_parameter(row.site.weight))
         if not weight.is_meta and {a, b, magnitude} <= known.keys():

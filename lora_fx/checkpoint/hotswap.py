@@ -19,9 +19,11 @@ from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.checkpoint.forms import write
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, require_record
+from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import SiteFactors, factors_of, inside, own_value, tokens_of
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.plan import priced
 
 __all__ = ["hotswap_adapter", "prepare_hotswap"]
 
@@ -50,6 +52,10 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None
     adapter_name = the_adapter(model, adapter_name)
     old = adapter_record(model, adapter_name)
     for row in old.sites:
+        if not kind_of(row).low_rank:
+            raise ConfigError(
+                f"{row.name} has an adapter of the kind {row.kind!r}, which has no rank"
+            )
         if rank < row.rank:
             raise ConfigError(f"{row.name} has rank {row.rank}: rank={rank} gives it less room")
         if rank % row.site.groups:
@@ -59,7 +65,7 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None
     for row in old.sites:
         if not row.tied:
             _widen(model, row, adapter_name, rank)
-    rows = tuple(_of_rank(row, rank, old.config.use_rslora) for row in old.sites)
+    rows = tuple(_of_rank(model, row, rank, old.config.use_rslora) for row in old.sites)
     record = require_record(model)
     new = dataclasses.replace(old, sites=rows)
     model.__dict__["_lora_fx"] = dataclasses.replace(
@@ -149,23 +155,30 @@ def _problems(
                 f"{row.name}: rank {row.rank}, and there is room for {place.rank}: call "
                 f"lora_fx.prepare_hotswap(model, {row.rank}) before the model is compiled"
             )
-        elif (row.dora, row.lora_bias, bool(row.tied)) != (
-            place.dora,
-            place.lora_bias,
-            bool(place.tied),
-        ):
-            yield f"{row.name}: the variants differ (use_dora, lora_bias, ensure_weight_tying)"
+        elif (row.kind, bool(row.tied)) != (place.kind, bool(place.tied)):
+            yield f"{row.name}: the variants differ ({_difference(row, place)})"
         elif place.scale == 0:
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
         elif start_factors(model, row, incoming) or start_factors(model, place, name):
             yield f"{row.name}: an initialisation changed the base: save that adapter converted"
     names = {row.name for row in new.sites}
     for row in there.sites:
-        if row.dora and row.name not in names:
-            yield f"{row.name}: the folder has no magnitude for it"
+        lacking = [one for one in kind_of(row).slots(row.site) if one.neutral is None]
+        if lacking and row.name not in names:
+            what = lacking[0].what.removeprefix("a ")
+            yield f"{row.name}: the folder has no {what} for it"
         if row.tied and row.tied in names and row.name not in names:
             yield f"{row.name}: the folder's adapter of {row.tied} is not tied to it (ensure_weight_tying)"
     yield from _problems_beside_sites(there, new)
+
+
+def _difference(new: PlannedSite, there: PlannedSite) -> str:
+    """Fields of a configuration that make the difference."""
+    kinds = (kind_of(new), kind_of(there)) if new.kind != there.kind else ()
+    fields = {kind.field or "kind": None for kind in kinds if kind.slots(new.site)}
+    if bool(new.tied) != bool(there.tied):
+        fields["ensure_weight_tying"] = None
+    return ", ".join(fields)
 
 
 def _problems_beside_sites(there: AdapterRecord, new: AdapterRecord) -> Iterator[str]:
@@ -188,21 +201,24 @@ def _listed(indices: tuple[int, ...] | None) -> str:
 def _swap(
     model: nn.Module, row: PlannedSite, name: str, new: PlannedSite | None, incoming: str
 ) -> None:
-    target = factors_of(model, row, name)
+    target, kind = factors_of(model, row, name), kind_of(row)
+    slots = {one.name: one for one in kind.slots(row.site)}
     if new is None:
-        write(target.b, torch.zeros_like(target.b))
-        if target.bias is not None:
-            write(target.bias, torch.zeros_like(target.bias))
+        if kind.low_rank:
+            write(target.b, torch.zeros_like(target.b))
+        for slot, value in target.slots.items():
+            neutral = slots[slot].neutral
+            assert neutral is not None
+            write(value, torch.full_like(value, neutral))
         return
     source, ratio = factors_of(model, new, incoming), new.scale / row.scale
-    if not row.tied:
+    if kind.low_rank and not row.tied:
         a, b = _padded(row, source, row.rank)
         write(target.a, a)
         write(target.b, b * ratio)
-    if target.bias is not None and source.bias is not None:
-        write(target.bias, source.bias.detach() * ratio)
-    if target.magnitude is not None and source.magnitude is not None:
-        write(target.magnitude, source.magnitude.detach())
+    for slot, value in target.slots.items():
+        coming = source.slots[slot].detach()
+        write(value, coming * ratio if slots[slot].scaled else coming)
 
 
 def _widen(model: nn.Module, row: PlannedSite, adapter: str, rank: int) -> None:
@@ -230,14 +246,6 @@ def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
-def _of_rank(row: PlannedSite, rank: int, rslora: bool) -> PlannedSite:
-    pattern = pattern_of(row.site)
-    more = 0 if row.tied else pattern.factors(row.site, rank).numel
-    less = 0 if row.tied else pattern.factors(row.site, row.rank).numel
-    return dataclasses.replace(
-        row,
-        rank=rank,
-        alpha=row.scale * (math.sqrt(rank) if rslora else rank),
-        parameters=row.parameters + more - less,
-        flops=row.flops * rank // row.rank,
-    )
+def _of_rank(model: nn.Module, row: PlannedSite, rank: int, rslora: bool) -> PlannedSite:
+    alpha = row.scale * (math.sqrt(rank) if rslora else rank)
+    return priced(model, dataclasses.replace(row, rank=rank, alpha=alpha))

@@ -15,6 +15,7 @@ from lora_fx.adapters import WRAPPER, Layout, Target, is_attention
 from lora_fx.config import LoraConfig, alpha_for, parameter_entry, rank_for
 from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord, PlannedSite, join
+from lora_fx.kinds import chosen_kind
 from lora_fx.passes.parameters import base_modules
 
 __all__ = [
@@ -284,7 +285,7 @@ NOTE = "lora_fx.parts"
 Parts = Mapping[str, Mapping[str, tuple[int, float]]]
 """By name of an adapter of PEFT: rank and alpha of the sites that it was made of."""
 
-_FACTOR = re.compile(r"(?:(?P<holder>.+)\.)?lora_(?:[AB]\.weight|embedding_[AB])")
+_FACTORS = r"lora_(?:[AB]\.weight|embedding_[AB])"
 _PROJECTIONS = ("q", "k", "v", "out_proj")
 
 
@@ -341,8 +342,12 @@ def stored_targets(
     modules = dict(base_modules(model, every_name=True))
     parameters = wrapped_parameters(model, config)
     found: dict[str, Target] = {}
+    kind = chosen_kind(config)
+    # Without factors it is the slots that say where an adapter is.
+    ends = _FACTORS if kind.low_rank else "|".join(map(re.escape, kind.keys))
+    one = re.compile(rf"(?:(?P<holder>.+)\.)?(?:{ends})")
     for key in keys:
-        match = _FACTOR.fullmatch(key)
+        match = one.fullmatch(key)
         if match is not None:
             for target in _targets(match["holder"] or "", modules, parameters, config, parts):
                 found[target.name] = target

@@ -10,8 +10,8 @@ parameter              on its module, as for linear; ``P.base_layer.lora_A.weigh
                        last of several. Of E experts: A [E·r, in], B [out, r·E], expert fastest
 attention layer        ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [3·width, r], and the same
                        of ``P.base_layer.out_proj``
-magnitude of DoRA      ``P.lora_magnitude_vector`` [out], for a convolution [1, out, 1, ...]
-bias of B              ``P.lora_B.bias`` [out]
+slot of a kind         ``P.<key>``: of a magnitude ``P.lora_magnitude_vector`` [out], for a convolution
+                       [1, out, 1, ...], of the bias of B ``P.lora_B.bias`` [out]
 ``modules_to_save``    ``P.<name>`` for everything in the module's state dict
 trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`` elsewhere
 =====================  =========================================================================
@@ -45,10 +45,9 @@ from lora_fx.checkpoint.forms import (
     gathered,
 )
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
+from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import (
-    FactorNames,
     SiteFactors,
-    factor_names,
     factors_of,
     in_adapter,
     own_value,
@@ -181,12 +180,13 @@ def _under(slot: Slot, holder: str, names: Iterable[str]) -> Iterator[Slot]:
 def _factor_slots(
     model: nn.Module, row: PlannedSite, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
-    site = row.site
+    site, factors = row.site, factors_of(model, row, adapter)
+    yield from _kind_slots(row, factors, adapter, layout)
+    if not kind_of(row).low_rank:
+        return
     shapes = pattern_of(site).factors(site, row.rank)
-    factors, own = factors_of(model, row, adapter), factor_names(row)
-    pair, attributes = (factors.a, factors.b), (own.a, own.b)
+    pair, attributes = factors.pair, factors.names.pair
     names = [join(site.holder, attribute, adapter) for attribute in attributes]
-    yield from _variant_slots(row, factors, own, adapter, layout)
     if row.tied:
         for key, name, tensor in zip((shapes.name_a, shapes.name_b), names, pair, strict=True):
             where = join(layout.inside(site.holder), key, "weight")
@@ -227,21 +227,17 @@ def _parameter_slots(
     yield Slot(join(prefix, "lora_B", "weight"), *last, up)
 
 
-def _variant_slots(
-    row: PlannedSite, factors: SiteFactors, own: FactorNames, adapter: str, layout: Layout
+def _kind_slots(
+    row: PlannedSite, factors: SiteFactors, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
-    """The magnitude of DoRA, which PEFT writes without ``.weight``, and the bias of B."""
+    """What the kind trains beside A and B: PEFT writes the magnitude without ``.weight``."""
     holder = row.site.holder
     inside = layout.inside(holder) if holder == row.site.owner else holder
-    for attribute, key, tensor in (
-        (own.magnitude, "lora_magnitude_vector", factors.magnitude),
-        (own.bias, "lora_B.bias", factors.bias),
-    ):
-        if tensor is not None:
-            name = join(holder, attribute, adapter)
-            yield Slot(join(inside, key), name, tensor)
-            if inside != holder:
-                yield Slot(join(holder, key), name, tensor, alias=True)
+    for slot in kind_of(row).slots(row.site):
+        name, tensor = join(holder, slot.name, adapter), factors.values[slot.name]
+        yield Slot(join(inside, slot.key), name, tensor)
+        if inside != holder:
+            yield Slot(join(holder, slot.key), name, tensor, alias=True)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,9 @@
 """Adapters for vLLM, which reads PEFT's folders in part: one rank and one alpha for all, matrices only.
 
 It takes ``r`` and ``lora_alpha`` for every layer and looks at no pattern: with r the highest rank, A and B of
-less are filled up with zeros, and B has the ratio of a layer's scale to that of all. It refuses DoRA,
-``modules_to_save`` and biases, and knows no keys but those of linear layers and embeddings.
+less are filled up with zeros, and B has the ratio of a layer's scale to that of all. It refuses whatever a
+kind trains beside A and B, ``modules_to_save`` and biases, and knows no keys but those of linear layers and
+embeddings.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lora_fx.checkpoint.state import Stored
 from lora_fx.config import LoraConfig, scale_of
 from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord
+from lora_fx.kinds import kind_of
 
 __all__ = ["for_vllm"]
 
@@ -79,10 +81,9 @@ def _filled(
 
 def _problems(found: Stored, record: AdapterRecord) -> Iterator[str]:
     for row in record.sites:
-        if row.dora:
-            yield f"use_dora: {row.name} has a magnitude"
-        if row.lora_bias:
-            yield f"lora_bias: {row.name} has a bias on B"
+        kind = kind_of(row)
+        for slot in kind.slots(row.site):
+            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
     yield from (f"modules_to_save: {name} is trained in full" for name in record.saved_modules)
     yield from (f"bias: {name} is trained" for name in record.biases)
     if record.config.init_lora_weights == "loftq":

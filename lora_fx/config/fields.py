@@ -277,4 +277,5 @@ NORMALISERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "inference_mode": _flag,
     "base_model_name_or_path": _text,
     "revision": _text,
+    "kind": _text,
 }

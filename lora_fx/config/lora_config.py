@@ -70,6 +70,11 @@ def _check_selection(config: Any) -> None:
 
 
 def _check_variant(config: Any) -> None:
+    if config.kind is not None:
+        for name in ("use_dora", "lora_bias"):
+            if getattr(config, name):
+                remedy = f"kind={config.kind!r} is another adapter: leave out {name} or kind"
+                raise bad(name, True, remedy)
     if config.lora_bias:
         if config.use_dora:
             raise bad("lora_bias", True, "DoRA has no bias on B: leave out use_dora or lora_bias")
@@ -156,6 +161,8 @@ class LoraConfig:
             not look at it.
         base_model_name_or_path: Where the base model came from.
         revision: Which version of it.
+        kind: Name of an adapter kind of your own (:func:`lora_fx.register_adapter_kind`), in the place of
+            LoRA. lora_fx only: a file has it if it is set, and then PEFT does not take it for LoRA.
 
     Raises:
         ConfigError: A value cannot mean anything, a name is not a field, or a PEFT field asks for a
@@ -190,6 +197,7 @@ class LoraConfig:
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         for name, normalise in NORMALISERS.items():
@@ -200,8 +208,11 @@ class LoraConfig:
         check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON types; `from_dict` gives an equal config back."""
-        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        """All fields as JSON types, `kind` only if it is set; `from_dict` gives an equal config back."""
+        values = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        if self.kind is None:
+            del values["kind"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
@@ -210,9 +221,9 @@ class LoraConfig:
         Raises:
             ConfigError: As the constructor, and when `peft_type` is there and is not LORA.
         """
-        kind = values.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ConfigError(f"peft_type is {kind!r}; a LoraConfig holds only 'LORA'")
+        kind, wanted = values.get("peft_type", "LORA"), _peft_type(values.get("kind"))
+        if kind not in ("LORA", wanted):
+            raise ConfigError(f"peft_type is {kind!r}; a LoraConfig holds only {wanted!r}")
         return cls(**{name: value for name, value in values.items() if name not in METADATA})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -225,7 +236,7 @@ class LoraConfig:
             CheckpointError: The file cannot be written. A file that was there before still is.
         """
         path = Path(directory, CONFIG_NAME)
-        values = {**self.to_dict(), "peft_type": "LORA"}
+        values = {**self.to_dict(), "peft_type": _peft_type(self.kind)}
         del values["seed"]
         text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
         temporary = path.with_name(f"{CONFIG_NAME}.{secrets.token_hex(4)}.tmp")
@@ -258,7 +269,7 @@ class LoraConfig:
         path = Path(directory, CONFIG_NAME)
         values = _read_json(path)
         kind = values.get("peft_type")
-        if kind != "LORA":
+        if kind != _peft_type(values.get("kind")):
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be read")
         known = {*NORMALISERS, *FOREIGN, *METADATA}
         for name in sorted(values.keys() - known):
@@ -270,6 +281,11 @@ class LoraConfig:
             return cls.from_dict(values)
         except ConfigError as exc:
             raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _peft_type(kind: object) -> str:
+    """What a file says that it is: PEFT refuses what is not its own, and never takes it for LoRA."""
+    return "LORA" if kind is None else f"LORA_FX_{kind}".upper()
 
 
 def _plain(value: object) -> object:

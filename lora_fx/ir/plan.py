@@ -38,12 +38,9 @@ def plan_text(plan: Any) -> str:
     formats = Counter(row.site.quantized for row in plan.sites if row.site.quantized)
     for text, count in Counter(str(one) for one in formats.elements()).items():
         lines.append(f"the base's weight in {text}: {count} site(s)")
-    for name, count in (
-        ("a trained magnitude (DoRA)", sum(row.dora for row in plan.sites)),
-        ("a bias on B (lora_bias)", sum(row.lora_bias for row in plan.sites)),
-    ):
-        if count:
-            lines.append(f"with {name}: {count} site(s)")
+    for kind, trains in plan.kinds:
+        count = sum(row.kind == kind for row in plan.sites)
+        lines.append(f"with {trains}: {count} site(s)")
     if plan.saved_modules:
         lines.append("trained in full: " + ", ".join(plan.saved_modules))
     for row in plan.tokens:
@@ -106,15 +103,15 @@ class PlannedSite:
 
     Attributes:
         site: The operation.
-        rank, alpha, scale, dropout: The adapter's hyperparameters here.
+        rank, alpha, scale, dropout: The adapter's hyperparameters here; rank 0 and 1 for a kind without
+            factors.
         parameters: Trainable elements added.
         flops: Extra forward FLOPs for one token.
         tied: Name of the site whose factors it has, transposed; empty for factors of its own.
         saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
-            input, the masked input with its mask if there is dropout, the rank-r activation, and for
-            DoRA the output where the gradient of the magnitude is worked out from it.
-        dora: Whether it has a trained magnitude (arXiv:2402.09353).
-        lora_bias: Whether B has a trained bias.
+            input, the masked input with its mask if there is dropout, the rank-r activation, and what the
+            kind keeps.
+        kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
     """
 
     site: Site
@@ -126,8 +123,7 @@ class PlannedSite:
     flops: int
     saved: int
     tied: str = ""
-    dora: bool = False
-    lora_bias: bool = False
+    kind: str = "lora"
 
     @property
     def name(self) -> str:
@@ -192,6 +188,7 @@ class Plan:
         base_parameters: Elements of the model's own parameters, shared ones once.
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
         tokens: Rows of embeddings that are trained (``trainable_token_indices``).
+        kinds: The kinds of the sites that train more than A and B, by name, each with what in words.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -206,6 +203,7 @@ class Plan:
     base_parameters: int = 0
     extra_parameters: int = 0
     tokens: tuple[PlannedTokens, ...] = ()
+    kinds: tuple[tuple[str, str], ...] = ()
 
     @property
     def trainable_parameters(self) -> int:
@@ -256,8 +254,8 @@ class Plan:
                 row.site.name,
                 row.site.pattern + (f" x{len(row.site.calls)}" if len(row.site.calls) > 1 else ""),
                 _stored(row.site),
-                str(row.rank),
-                f"{row.scale:g}",
+                str(row.rank or "-"),
+                f"{row.scale:g}" if row.rank else "-",
                 f"{row.parameters:,}",
                 f"{row.flops:,}",
                 f"{row.saved:,}",

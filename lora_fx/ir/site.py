@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,11 +14,15 @@ from lora_fx.ir.quantization import Quantization
 
 __all__ = [
     "BranchBuilder",
+    "BranchEnds",
+    "BranchReader",
     "Call",
     "Factors",
+    "FusedBranch",
     "Layout",
     "Match",
     "Matches",
+    "OutputBuilder",
     "Pattern",
     "Rejection",
     "Site",
@@ -280,6 +284,155 @@ class BranchBuilder(Protocol):
 
     def item(self, letter: str, index: int) -> fx.Node:
         """One expert's matrix of the factor ``a`` or ``b``."""
+
+
+class OutputBuilder(BranchBuilder, Protocol):
+    """What an adapter kind gets to write what an operation gives with its adapter.
+
+    Factors and slots are read where they are first used, once each.
+    """
+
+    @property
+    def site(self) -> Site:
+        """The site, as its region sees it."""
+
+    @property
+    def applied(self) -> Call:
+        """Where its weight is applied."""
+
+    @property
+    def base(self) -> fx.Node:
+        """The operation without any adapter."""
+
+    @property
+    def total(self) -> fx.Node:
+        """The operation with the adapters that are there already; ``base`` if there are none."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the branch."""
+
+    @property
+    def padding(self) -> tuple[int, int] | None:
+        """How many output features of the operation come before and after the site's; None if it has all."""
+
+    @property
+    def operand_bias(self) -> fx.Node:
+        """What the operation adds, where it adds something (:attr:`Call.bias`)."""
+
+    @property
+    def operands(self) -> tuple[Any, Any, Any]:
+        """Input, weight and bias of an operation that has these arguments."""
+
+    @property
+    def bias_taken(self) -> bool:
+        """Whether the pattern has taken :attr:`bias` into its branch."""
+
+    def factor(self, letter: str) -> fx.Node:
+        """A or B, rank where it belongs, in its own dtype."""
+
+    def cast_factor(self, letter: str) -> fx.Node:
+        """The same in the dtype in which the branch computes."""
+
+    def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
+        """A slot, as it is stored."""
+
+    def cast_slot(self, name: str) -> fx.Node:
+        """A slot, in the dtype in which the branch computes."""
+
+    def spread_slot(self, name: str, outside: float) -> fx.Node:
+        """A slot as it meets the output, in the dtype of that.
+
+        Args:
+            name: The slot.
+            outside: What output features get that are not the site's.
+        """
+
+    def read_weight(self, role: Role) -> fx.Node:
+        """The weight of the site."""
+
+    def cast(self, node: fx.Node) -> fx.Node:
+        """A node in the dtype in which the branch computes."""
+
+    def spread(self, vector: fx.Node) -> fx.Node:
+        """A vector of the output features as it meets the output."""
+
+    def padded(self, up: fx.Node) -> fx.Node:
+        """The output of a branch, with zeros for the output features that are not the site's."""
+
+    def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
+        """What ``make`` writes, the first time that it is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchEnds:
+    """The two small products of a branch: what they read.
+
+    Attributes:
+        a: The node of A.
+        b: The node of B.
+        shift: What the outer one adds, if that was asked for.
+        dropout: Probability, and the node that says whether there is any now.
+    """
+
+    a: fx.Node
+    b: fx.Node
+    shift: Any
+    dropout: tuple[float, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedBranch:
+    """A branch as one function with its operation.
+
+    Attributes:
+        function: It takes input, weight, bias, A, B and the scale.
+        ends: What the two small products read.
+        b: The node of B.
+        scale: The factor of the branch.
+        padding: How many output features come before and after those of the branch; None if it has all.
+        more: What it takes after those.
+    """
+
+    function: Callable[..., Any]
+    ends: BranchEnds
+    b: fx.Node
+    scale: float
+    padding: Any = None
+    more: tuple[Any, ...] = ()
+
+
+class BranchReader(Protocol):
+    """What an adapter kind gets to read a branch backwards, from its end.
+
+    Nodes that were passed go away if the branch is fused.
+    """
+
+    @property
+    def bias(self) -> Any:
+        """What the operation adds; None for nothing."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is a product with a quantised weight."""
+
+    def step(self, node: Any, role: Role, *targets: Any) -> tuple[Any, ...]:
+        """The arguments of a node of the branch, which is passed; empty if it is another one."""
+
+    def skip(self, node: Any, role: Role, *targets: Any) -> Any:
+        """The first argument of a node where it is one of these, otherwise the node itself."""
+
+    def is_call(self, node: Any, role: Role, target: Any) -> bool:
+        """Whether a node calls a function, in a role; it is not passed."""
+
+    def uncast(self, factor: fx.Node) -> fx.Node:
+        """A factor in its own dtype."""
+
+    def past_cast(self, factor: fx.Node) -> fx.Node:
+        """The same, and the cast is passed."""
+
+    def ends(self, up: Any, operands: int) -> BranchEnds | None:
+        """``linear(linear(drop(x), A), B)``, and what the outer one adds if it has three operands."""
 
 
 @runtime_checkable

@@ -1,11 +1,31 @@
-"""Adapter kinds: what is trained at a site, and what that costs."""
+"""Adapter kinds: what is trained at a site, what it computes and changes, and what that costs."""
 
 from __future__ import annotations
 
-from lora_fx.kinds.variants import makes_base_again, variant_costs, variant_objection
+from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting, along
+from lora_fx.kinds.registry import (
+    chosen_kind,
+    is_plain,
+    kind_objection,
+    kind_of,
+    kind_with,
+    kinds,
+    register_adapter_kind,
+    union_of,
+)
 
 __all__ = [
-    "makes_base_again",
-    "variant_costs",
-    "variant_objection",
+    "AdapterKind",
+    "Costs",
+    "Slot",
+    "Starting",
+    "along",
+    "chosen_kind",
+    "is_plain",
+    "kind_objection",
+    "kind_of",
+    "kind_with",
+    "kinds",
+    "register_adapter_kind",
+    "union_of",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_fx.runtime import dora, experts, watch
 from lora_fx.runtime.attention import attend, causal_hint, zero_padding
 from lora_fx.runtime.decorators import around, inner_of
+from lora_fx.runtime.dora import spread
 from lora_fx.runtime.experts import (
     grouped_mm,
     repeated,
@@ -106,6 +107,7 @@ __all__ = [
     "reverse",
     "select_rows",
     "sorted_by_expert",
+    "spread",
     "summed",
     "tokens_of",
     "tree_differs",

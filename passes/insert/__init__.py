@@ -9,9 +9,9 @@ from lora_fx.passes.insert.observe import See, observed
 from lora_fx.passes.insert.place_starts import (
     computed_starts,
     drop_site,
-    initial_magnitude,
+    place_slots,
     place_start,
-    place_variants,
+    slot_start,
     start_factors,
 )
 from lora_fx.passes.insert.select_rows import ROWS, SelectRows, check_rows
@@ -41,14 +41,14 @@ __all__ = [
     "computed_starts",
     "data_start",
     "drop_site",
-    "initial_magnitude",
     "initial_start",
     "low_rank_svd",
     "observed",
     "pissa",
+    "place_slots",
     "place_start",
-    "place_variants",
     "signs",
     "site_generator",
+    "slot_start",
     "start_factors",
 ]

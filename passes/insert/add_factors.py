@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite
-from lora_fx.passes.insert.place_starts import factors_module, place_start, place_variants
+from lora_fx.kinds import kind_of, kinds
+from lora_fx.passes.insert.place_starts import factors_module, place_slots, place_start
 from lora_fx.passes.insert.starts import initial_start
 from lora_fx.passes.parameters import base_like, base_weight, factor_names, module_at
 
@@ -53,11 +54,16 @@ class AddFactors(Pass):
                 _tie_factors(capture.model, row, plan, self.adapter)
             else:
                 _add_factors(capture.model, row, plan.config, self.adapter)
-        if alone := [row.name for row in rows if row.lora_bias and row.site.bias is None]:
-            _log.warning(
-                "no merge can fold the bias on B (lora_bias) of these, which have none of their own: %s",
-                ", ".join(alone),
-            )
+        for kind in kinds():
+            here = [row for row in rows if row.kind == kind.name and row.site.bias is None]
+            if alone := [
+                row.name for row in here if any(one.scaled for one in kind.slots(row.site))
+            ]:
+                _log.warning(
+                    "no merge can fold the bias on B (%s) of these, which have none of their own: %s",
+                    kind.field or kind.name,
+                    ", ".join(alone),
+                )
         return PassResult(capture, bool(rows))
 
 
@@ -66,16 +72,19 @@ def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     above = module_at(model, site.owner)
     name = site.holder.rpartition(".")[2]
     holder = above if site.holder == site.owner else above._modules.get(name)
-    factors = None if holder is None else holder._modules.get(factor_names(row).a)
+    factors = None if holder is None else holder._modules.get(factor_names(row).present[0])
     return factors is not None and adapter in factors._parameters
 
 
 def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
+    if not kind_of(row).low_rank:
+        place_slots(model, row, adapter, config)
+        return
     # What the parts of one weight change adds up: each sees the weight as the one before it left it.
     reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
     weight = (base_weight if reads else base_like)(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
-    place_variants(model, row, adapter, config)
+    place_slots(model, row, adapter, config)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
@@ -85,4 +94,4 @@ def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -
     for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
         factors_module(model, row.site, name).add(adapter, value)
-    place_variants(model, row, adapter, plan.config)
+    place_slots(model, row, adapter, plan.config)

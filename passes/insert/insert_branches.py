@@ -1,5 +1,7 @@
 """Inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
 
+What comes between A, B and the sum, or in their place, is what the adapter kind says.
+
 Where an operation has a branch already, that of another adapter, the new one is added to their sum.
 
 Graphs are copied before they are edited. The factors that a branch reads are there already
@@ -33,11 +35,11 @@ from lora_fx.ir import (
     join,
     relative,
 )
-from lora_fx.kinds import makes_base_again
-from lora_fx.passes.graph import arguments, copy_graph, target_of
+from lora_fx.kinds import kind_of
+from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import adapter_dtype, factor_names, weight_at
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import cast_like, dora, pad_features
+from lora_fx.runtime import cast_like, pad_features, spread
 
 __all__ = [
     "Branch",
@@ -47,9 +49,6 @@ __all__ = [
 ]
 
 
-_LINEAR = (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
-
-
 @dataclasses.dataclass(frozen=True)
 class Wiring:
     """What a branch is made of, in names of the region.
@@ -57,9 +56,9 @@ class Wiring:
     Attributes:
         site: The site, as the region sees it.
         call: Where its weight is applied.
-        a, b: The factors.
-        magnitude: The magnitude of DoRA; empty for none.
-        bias: The bias of B; empty for none.
+        a, b: The factors; empty for a kind that has none.
+        kind: Name of the adapter kind.
+        slots: What that trains beside the factors: names, and where they are.
         scale: The factor of the branch.
         dropout: Probability, on the branch's input.
         training: The attribute that says whether there is dropout now.
@@ -73,8 +72,8 @@ class Wiring:
     call: Call
     a: str
     b: str
-    magnitude: str = ""
-    bias: str = ""
+    kind: str = "lora"
+    slots: tuple[tuple[str, str], ...] = ()
     scale: float = 1.0
     dropout: float = 0.0
     training: str = "training"
@@ -102,6 +101,7 @@ def _adds(node: fx.Node) -> bool:
 class Branch:
     """Writes the nodes of one adapter's branch, right after what it is added to.
 
+    It is what a pattern writes a branch with, and what a kind puts it into the graph with.
     The factors are read where they are first used.
     """
 
@@ -114,36 +114,74 @@ class Branch:
         items: dict[str, fx.Node] | None = None,
     ) -> None:
         self._graph = graph
-        self._base = base
-        self._total = running_total(base)
+        self.base = base
+        self.total = running_total(base)
         self._tag = tag
         self._wiring = wiring
-        self._next = self._total.next
+        self._kind = kind_of(wiring)
+        self._slots = dict(wiring.slots)
+        self._next = self.total.next
         self.made: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
         base.meta[META_KEY] = tag(Role.BASE)
 
     @property
+    def site(self) -> Site:
+        """The site, as its region sees it."""
+        return self._wiring.site
+
+    @property
+    def applied(self) -> Call:
+        """Where its weight is applied."""
+        return self._wiring.call
+
+    @property
+    def scale(self) -> float:
+        """The factor of the branch."""
+        return self._wiring.scale
+
+    @property
+    def padding(self) -> tuple[int, int] | None:
+        """How many output features of the operation come before and after the site's."""
+        return self._wiring.padding
+
+    @property
     def a(self) -> fx.Node:
         """A, in the dtype in which the branch computes."""
-        return self._once("a", lambda: self._cast(self._wiring.a))
+        return self.once("a", lambda: self.cast_factor("a"))
 
     @property
     def b(self) -> fx.Node:
-        """B, in the dtype in which the branch computes; with DoRA, scaled and multiplied by the gain."""
-        if not self._wiring.magnitude:
-            return self._once("b", lambda: self._cast(self._wiring.b))
-        return self._once("b", self._steered)
+        """B, as the kind wants it in the branch."""
+        return self.once("b", lambda: self._kind.factor_b(self))
 
     @property
     def bias(self) -> fx.Node | None:
         """What the operation that applies B takes for its bias."""
-        if self._wiring.bias:
-            return self._once("bias", lambda: self._cast(self._wiring.bias))
-        if self._wiring.magnitude and self._wiring.call.bias and self._wiring.padding is None:
-            return self._once("bias", lambda: self._shift(self._constant, self._base_bias))
-        return None
+        if "bias" not in self._known:
+            made = self._kind.branch_bias(self)
+            if made is None:
+                return None
+            self._known["bias"] = made
+        return self._known["bias"]
+
+    @property
+    def bias_taken(self) -> bool:
+        """Whether the pattern has asked for :attr:`bias`, and there was one."""
+        return "bias" in self._known
+
+    @property
+    def operand_bias(self) -> fx.Node:
+        """What the operation adds."""
+        names = {node.name: node for node in self.base.all_input_nodes}
+        return names[self._wiring.call.bias]
+
+    @property
+    def operands(self) -> tuple[Any, Any, Any]:
+        """Input, weight and bias of a linear operation."""
+        named = arguments(self.base, "input weight bias=None")
+        return named["input"], named["weight"], named["bias"]
 
     def item(self, letter: str, index: int) -> fx.Node:
         """One expert's matrix of a factor.
@@ -169,148 +207,78 @@ class Branch:
         """A tagged ``call_function`` node."""
         return self._make(role, "call_function", target, *args, **kwargs)
 
-    def finish(self, up: fx.Node) -> fx.Node:
-        """Adds the branch to what is there, and puts the sum in its place.
+    def finish(self, up: fx.Node | None) -> fx.Node:
+        """Has the kind join the branch with what is there, and puts the result in its place.
 
         Args:
-            up: What the pattern has written.
+            up: What the pattern has written; None for a kind without factors.
         """
-        total = self._rescaled(up) if self._wiring.magnitude else self._added(up)
+        total = self._kind.joined(self, up)
         mine = set(self.made)
-        self._total.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
+        self.total.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
         return total
 
-    # --- plain ------------------------------------------------------------------------------------
+    def factor(self, letter: str) -> fx.Node:
+        """A factor, rank where it belongs, in its own dtype."""
+        name = self._wiring.a if letter == "a" else self._wiring.b
+        factor = self._read(name)
+        if not self._wiring.transposed:
+            return factor
+        return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, factor))
 
-    def _added(self, up: fx.Node) -> fx.Node:
-        if self._wiring.bias and "bias" not in self._known:
-            assert self.bias is not None
-            up = self.call(Role.UP, operator.add, up, self._spread(self.bias))
-        scaled = self.call(Role.SCALE, operator.mul, up, self._wiring.scale)
-        return self.call(Role.ADD, operator.add, self._total, self._padded(scaled))
+    def cast_factor(self, letter: str) -> fx.Node:
+        """A factor in the dtype in which the branch computes."""
+        # The factors are small: they follow the activation, never the other way round.
+        factor = self.cast(self._read(self._wiring.a if letter == "a" else self._wiring.b))
+        if self._wiring.transposed:
+            factor = self.call(Role.FACTOR, torch.t, factor)
+        return factor
 
-    def _padded(self, up: fx.Node) -> fx.Node:
+    def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
+        """A slot of the kind, as it is stored."""
+        return self._read(self._slots[name], role)
+
+    def cast_slot(self, name: str) -> fx.Node:
+        """A slot in the dtype in which the branch computes."""
+        return self.once(f"cast {name}", lambda: self.cast(self.read_slot(name)))
+
+    def spread_slot(self, name: str, outside: float) -> fx.Node:
+        """A slot as it meets the output: where the site is a part, a value for the rest is beside it."""
+        vector, padding = self.cast_slot(name), self._wiring.padding
+        if padding is not None:
+            vector = self.call(Role.PAD, F.pad, vector, padding, "constant", outside)
+        return self.spread(vector)
+
+    def read_weight(self, role: Role) -> fx.Node:
+        """The weight of the site."""
+        return self._make(role, "get_attr", self._wiring.site.weight)
+
+    def cast(self, node: fx.Node) -> fx.Node:
+        """A node in the dtype of what the operation gives, where that is another one."""
+        return self.call(Role.CAST, cast_like, node, self.base) if self._wiring.cast else node
+
+    def padded(self, up: fx.Node) -> fx.Node:
+        """The output of a branch, with zeros for the output features that are not the site's."""
         if self._wiring.padding is None:
             return up
         return self.call(Role.PAD, pad_features, up, *self._wiring.padding)
 
-    # --- DoRA -------------------------------------------------------------------------------------
-
-    @property
-    def _gain(self) -> fx.Node:
-        return self._once("gain", self._new_gain)
-
-    @property
-    def _constant(self) -> fx.Node:
-        """The gain as the branch has it: held, where its gradient comes from the sum."""
-        if not self._from_output:
-            return self._gain
-        return self._once("held", lambda: self.call(Role.MAGNITUDE, dora.held, self._gain))
-
-    @property
-    def _from_output(self) -> bool:
-        return self._first and not self._again
-
-    @property
-    def _first(self) -> bool:
-        return self._total is self._base and self._wiring.padding is None
-
-    @property
-    def _again(self) -> bool:
-        """Whether the base product is made again for the gradient of the magnitude."""
-        again = makes_base_again(self._wiring.site)
-        return self._first and again and target_of(self._base) in _LINEAR
-
-    @property
-    def _base_bias(self) -> fx.Node:
-        names = {node.name: node for node in self._base.all_input_nodes}
-        return names[self._wiring.call.bias]
-
-    def _new_gain(self) -> fx.Node:
-        wiring, site = self._wiring, self._wiring.site
-        return self.call(
-            Role.MAGNITUDE,
-            dora.gain,
-            self._make(Role.MAGNITUDE, "get_attr", wiring.magnitude),
-            self._make(Role.MAGNITUDE, "get_attr", site.weight),
-            self._turned(wiring.a),
-            self._turned(wiring.b),
-            wiring.scale,
-            site.layout,
-            site.groups,
-            site.view,
-            site.rows,
-            *(() if site.order is None else (site.order,)),
-        )
-
-    def _steered(self) -> fx.Node:
-        factor, scale = self._turned(self._wiring.b), self._wiring.scale
-        factor = self.call(Role.SCALE, dora.steered, factor, self._constant, scale)
-        if self._wiring.cast:
-            factor = self.call(Role.CAST, cast_like, factor, self._base)
-        return factor
-
-    def _rescaled(self, up: fx.Node) -> fx.Node:
-        wiring = self._wiring
-        gains = self._gain
-        if wiring.padding is not None:
-            up = self._padded(up)
-            gains = self.call(Role.PAD, F.pad, gains, wiring.padding, "constant", 1.0)
-        met = self._spread(gains)
-        bias = self._met_bias() if wiring.call.bias else None
-        if bias is not None and "bias" not in self._known:
-            constant = self._constant if wiring.padding is None else gains
-            shift = self._shift(self._spread(constant), bias)
-            up = self.call(Role.MAGNITUDE, operator.add, up, shift)
-        if self._again:
-            named = arguments(self._base, "input weight bias=None")
-            operands = (named["input"], named["weight"], named["bias"])
-            return self.call(Role.ADD, dora.recomputed, self._base, up, met, *operands)
-        if self._from_output:
-            kept = (self._spread(self._constant), bias)
-            return self.call(Role.ADD, dora.rescaled, self._base, None, up, met, *kept)
-        base = None if self._total is self._base else self._base
-        return self.call(Role.ADD, dora.rescaled, self._total, base, up, met)
-
-    def _met_bias(self) -> fx.Node:
-        bias = self._base_bias
-        return self._spread(bias) if self._wiring.site.family == "conv" else bias
-
-    def _shift(self, gains: fx.Node, bias: fx.Node) -> fx.Node:
-        return self.call(Role.MAGNITUDE, dora.shifted, bias, gains, self._base)
-
-    # --- nodes ------------------------------------------------------------------------------------
-
-    def _spread(self, vector: fx.Node) -> fx.Node:
+    def spread(self, vector: fx.Node) -> fx.Node:
         """A vector of the output features as it meets the output."""
         call = self._wiring.call
         if call.axes == (-1,):
             return vector
-        made = (vector, self._base, call.axes, call.sizes)
-        return self._once(
-            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, dora.spread, *made)
-        )
+        made = (vector, self.base, call.axes, call.sizes)
+        return self.once(f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, spread, *made))
 
-    def _turned(self, name: str) -> fx.Node:
-        """A factor, rank where it belongs, in its own dtype."""
-        factor = self._once(name, lambda: self._make(Role.FACTOR, "get_attr", name))
-        if not self._wiring.transposed:
-            return factor
-        return self._once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, factor))
-
-    def _cast(self, name: str) -> fx.Node:
-        factor = self._once(name, lambda: self._make(Role.FACTOR, "get_attr", name))
-        if self._wiring.cast:
-            # The factors are small: they follow the activation, never the other way round.
-            factor = self.call(Role.CAST, cast_like, factor, self._base)
-        if self._wiring.transposed and name != self._wiring.bias:
-            factor = self.call(Role.FACTOR, torch.t, factor)
-        return factor
-
-    def _once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
+    def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
+        """What ``make`` writes, the first time that it is asked for."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+    def _read(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
+        return self.once(name, lambda: self._make(role, "get_attr", name))
 
     def _make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self._graph.inserting_before(self._next):
@@ -372,8 +340,8 @@ class Insert(Pass):
             call=dataclasses.replace(call, region=""),
             a=factor(names.a),
             b=factor(names.b),
-            magnitude=factor(names.magnitude),
-            bias=factor(names.bias),
+            kind=row.kind,
+            slots=tuple((name, factor(name)) for name in names.slots),
             scale=row.scale,
             dropout=row.dropout,
             training=join(relative(site.owner, region.fqn), "training"),
@@ -393,7 +361,8 @@ class Insert(Pass):
             base = nodes[wiring.call.output]
             tag = functools.partial(_tag, job.part, self.adapter)
             build = Branch(graph, base, tag, wiring, items)
-            build.finish(pattern_of(wiring.call).branch(wiring.site, base, edited, build))
+            low_rank, pattern = kind_of(wiring).low_rank, pattern_of(wiring.call)
+            build.finish(pattern.branch(wiring.site, base, edited, build) if low_rank else None)
         graph.lint()
         return graph
 

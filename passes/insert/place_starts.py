@@ -7,7 +7,6 @@ one, at the adapted module alone. What is tied to it elsewhere keeps the old one
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -16,9 +15,10 @@ from torch import nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.ir import PlannedSite, Site
+from lora_fx.kinds import Slot, Starting, kind_of
 from lora_fx.passes.insert.starts import Start, site_generator
 from lora_fx.passes.parameters import adapter_dtype, base_weight, factor_names, module_at
-from lora_fx.runtime import AdapterFactors, Holder, KeptTensors, dora
+from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
 __all__ = [
     "START_A",
@@ -26,53 +26,35 @@ __all__ = [
     "computed_starts",
     "drop_site",
     "factors_module",
-    "initial_bias",
-    "initial_magnitude",
+    "place_slots",
     "place_start",
-    "place_variants",
+    "slot_start",
     "start_factors",
 ]
 
 
-def initial_magnitude(
-    row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+def slot_start(
+    row: PlannedSite,
+    slot: Slot,
+    weight: torch.Tensor,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    config: LoraConfig,
 ) -> torch.Tensor:
-    """``‖W + s·BA‖``: the gain is 1 to the last bit before training.
-
-    Liu et al. 2024 (arXiv:2402.09353), equation 5.
+    """What a slot of the site's kind starts with, as it is stored.
 
     Args:
         row: The site.
+        slot: What it trains beside its factors.
         weight: Its weight.
-        a: Its A, as it is stored.
-        b: Its B, likewise.
-
-    Returns:
-        [out], or [1, out, 1, ...] for a convolution, as PEFT stores it.
+        pair: Its A and B, as they are stored; None without factors.
+        config: The configuration.
     """
-    site, dtype = row.site, adapter_dtype(weight)
-    shape: tuple[int, ...] = (site.out_features,)
-    if site.family == "conv":
-        shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
+    dtype = adapter_dtype(weight)
     if weight.device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device="meta")
-    if row.tied:
-        a, b = a.T, b.T
-    applied = dora.applied_weight(weight, site.layout, site.view, site.rows, site.order)
-    norm = dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
-    return norm.reshape(shape).to(dtype)
-
-
-def initial_bias(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> torch.Tensor:
-    """Zeros, [out]; uniform as the bias of a layer of this rank where B starts random, too."""
-    site, dtype = row.site, adapter_dtype(weight)
-    if weight.device.type == "meta":
-        return torch.empty(site.out_features, dtype=dtype, device="meta")
-    bias = torch.zeros(site.out_features)
-    if config.init_lora_weights is False:
-        bound = 1 / math.sqrt(row.rank // site.groups)
-        bias.uniform_(-bound, bound, generator=site_generator(f"{site.name}.lora_bias", config))
-    return bias.to(weight.device, dtype)
+        return torch.empty(slot.shape, dtype=dtype, device="meta")
+    a, b = pair or (None, None)
+    given = Starting(row, weight, a, b, config, lambda name: site_generator(name, config))
+    return kind_of(row).start(slot, given).reshape(slot.shape).to(weight.device, dtype)
 
 
 START_A: Final = "lora_A_start"
@@ -99,18 +81,19 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
         owner._parameters[row.site.parameter] = frozen
 
 
-def place_variants(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
-    """Puts in the magnitude and the bias of B, where the site has them: a tied one has its own, too."""
-    names = factor_names(row)
-    if not (names.magnitude or names.bias):
+def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
+    """Puts in what the kind trains beside the factors: a tied site has its own, too."""
+    kind, names = kind_of(row), factor_names(row)
+    if not names.slots:
         return
-    holder = module_at(model, row.site.holder)
-    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (names.a, names.b))
-    weight = base_weight(model, row.site)
-    if names.magnitude:
-        _put(model, row.site, names.magnitude, adapter, initial_magnitude(row, weight, a, b))
-    if names.bias:
-        _put(model, row.site, names.bias, adapter, initial_bias(row, weight, config))
+    weight, pair = base_weight(model, row.site), None
+    if kind.low_rank:
+        holder = module_at(model, row.site.holder)
+        a, b = (holder.get_submodule(name).get_parameter(adapter) for name in names.pair)
+        pair = a, b
+    for slot in kind.slots(row.site):
+        value = slot_start(row, slot, weight, pair, config)
+        _put(model, row.site, slot.name, adapter, value)
 
 
 def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir import PlannedSite, Site
+from lora_fx.ir import PlannedSite
+from lora_fx.kinds import kind_of
 from lora_fx.passes.merge.rounding import Term, rounded, slices_of, sum_exactly, two_products
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
@@ -31,7 +32,7 @@ _OURS = "lora_fx.passes.patterns."
 def delta_weight(
     model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW but for DoRA.
+    """``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW of an additive kind.
 
     Args:
         model: The rewritten model.
@@ -114,43 +115,39 @@ def exact_terms(row: PlannedSite, slices: _Slices, shape: torch.Size) -> Iterato
 def add_change(
     total: torch.Tensor,
     row: PlannedSite,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    magnitude: torch.Tensor | None = None,
-    base: torch.Tensor | None = None,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    values: Mapping[str, torch.Tensor],
+    base: torch.Tensor,
     slices: _Slices | None = None,
 ) -> None:
-    """Adds ``ΔW``: ``s·BA``, or with DoRA ``g ∘ (W + s·BA) - W``, ``g = m / ‖W + s·BA‖``.
+    """Adds ``ΔW``: ``s·BA``, or what the kind makes of ``W + s·BA``, less W.
 
     Args:
         total: A part of the weight, in the dtype in which it is computed.
         row: The site.
-        a: A for that part.
-        b: ``s · B`` for that part.
-        magnitude: m of DoRA for that part.
-        base: What the unadapted weight has there, which DoRA needs.
+        pair: A and ``s · B`` for that part; None without factors.
+        values: The slots of the kind for that part.
+        base: What the unadapted weight has there, for a kind that makes another of it.
         slices: Of A and ``s · B`` for that part, where ``W + s·BA`` is to be rounded once.
     """
-    pattern, site = pattern_of(row.site), row.site
-    if magnitude is None and type(pattern).delta in _PRODUCTS:
-        # In place: the memory of a product that is new each time takes longer than the product.
-        transposed = type(pattern).delta is EmbeddingPattern.delta or site.layout != "out_in"
-        (total.mT if transposed else total).addmm_(b, a)
-        return
-    if magnitude is None:
+    pattern, site, kind = pattern_of(row.site), row.site, kind_of(row)
+    if not kind.transforms:
+        assert pair is not None
+        a, b = pair
+        if type(pattern).delta in _PRODUCTS:
+            # In place: the memory of a product that is new each time takes longer than the product.
+            transposed = type(pattern).delta is EmbeddingPattern.delta or site.layout != "out_in"
+            (total.mT if transposed else total).addmm_(b, a)
+            return
         total.add_(pattern.delta(site, a, b).reshape(total.shape))
         return
-    assert base is not None
     turned = base.clone()
-    if slices is None:
-        turned += pattern.delta(site, a, b).reshape(total.shape)
-    else:
+    if pair is not None and slices is None:
+        turned += pattern.delta(site, *pair).reshape(total.shape)
+    elif slices is not None:
         shape = turned.shape
         sum_exactly(turned, lambda: (Term(values) for values in exact_terms(row, slices, shape)))
-    norm = _norm(turned, site)
-    # As in the forward: weights that are all zero have no direction, and stay.
-    gain = torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1), 1)
-    turned = turned * _along(gain, turned, site)
+    turned = kind.transformed(turned, site, values)
     # What is in the place of the weight loses nothing to a difference.
     if total.data_ptr() == base.data_ptr():
         total.copy_(turned)
@@ -170,7 +167,7 @@ def merged_biases(
     Args:
         model: The rewritten model.
         result: The model that is merged into.
-        rows: Sites and adapters; those without a bias on B are passed over.
+        rows: Sites and adapters; those whose kind changes no bias are passed over.
         trained: What adapters train in full, by FQN: these values count there, not those of ``result``.
         dtype: Of the biases; their own by default.
 
@@ -179,25 +176,35 @@ def merged_biases(
     """
     terms: dict[str, list[Term]] = {}
     for row, adapter in rows:
-        extra, site = factors_of(model, row, adapter).bias, row.site
-        if extra is None:
+        site, kind = row.site, kind_of(row)
+        slots = factors_of(model, row, adapter).slots
+        if not slots:
+            continue
+        source, start, stop = _own_bias(result, row, trained)
+        device = next(iter(slots.values())).device if source is None else source.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        part = source[start:stop].to(wide) if source is not None and source.dim() == 1 else None
+        values = {name: one.detach().flatten().to(device, wide) for name, one in slots.items()}
+        made = kind.bias_terms(part, values, row.scale)
+        if not made:
             continue
         if site.bias is None:
+            what = next((one for one in kind.slots(site) if one.scaled), kind.slots(site)[0]).what
             raise MergeError(
-                f"{row.name}: adapter {adapter!r} has a bias on B (lora_bias), and the operation has none "
-                "that could take it. Give it one (zeros) before the rewrite, or keep the adapter unmerged"
+                f"{row.name}: adapter {adapter!r} has {what} ({kind.field or kind.name}), and the operation "
+                "has none that could take it. Give it one (zeros) before the rewrite, or keep the adapter "
+                "unmerged"
             )
-        source = trained.get(site.bias, result.get_parameter(site.bias)).detach()
-        start, stop = site.rows or (0, site.out_features)
-        if source.dim() != 1 or len(source) < stop:
+        assert source is not None
+        if part is None or len(part) < stop - start:
             raise MergeError(
                 f"{row.name}: its bias {site.bias} is {list(source.shape)}, and that of B is "
                 f"[{site.out_features}]: what they are together is no bias of that shape"
             )
-        wide = torch.float32 if source.device.type == "mps" else torch.float64
         terms.setdefault(site.bias, [Term(source.to(wide, copy=True))]).extend(
-            Term(values, start=start)
-            for values in two_products(extra.detach().to(source.device, wide), row.scale)
+            Term(term, start=start)
+            for vector, factor in made
+            for term in two_products(vector, factor)
         )
     merged = {}
     for name, (first, *rest) in terms.items():
@@ -210,22 +217,13 @@ def merged_biases(
     return merged
 
 
-def _norm(weight: torch.Tensor, site: Site) -> torch.Tensor:
-    """By output feature, [out]."""
-    norm: torch.Tensor
-    if site.layout == "out_in":
-        norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    else:
-        kernels = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-        grouped = torch.unflatten(kernels, 0, (site.groups, -1))
-        norm = torch.linalg.vector_norm(grouped, dim=(1, 3)).flatten()
-    return norm
-
-
-def _along(gain: torch.Tensor, weight: torch.Tensor, site: Site) -> torch.Tensor:
-    """The gain in the shape in which it meets the weight."""
-    rest = [1] * (weight.dim() - 2)
-    if site.layout == "out_in":
-        return gain.reshape(-1, 1, *rest)
-    each = gain.reshape(site.groups, 1, -1, *rest)
-    return each.expand(-1, weight.shape[0] // site.groups, *each.shape[2:]).flatten(0, 1)
+def _own_bias(
+    result: nn.Module, row: PlannedSite, trained: Mapping[str, nn.Parameter]
+) -> tuple[torch.Tensor | None, int, int]:
+    """The bias of the operation, if it has one that is a parameter, and where the site's is in it."""
+    site = row.site
+    start, stop = site.rows or (0, site.out_features)
+    if site.bias is None:
+        return None, start, stop
+    found = trained[site.bias] if site.bias in trained else result.get_parameter(site.bias)
+    return found.detach(), start, stop

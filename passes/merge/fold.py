@@ -1,14 +1,14 @@
 """Folds what adapters have at one weight into it: accumulated in fp64, slice by slice, and rounded once.
 
-A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). With DoRA it
-is that sum times a gain, whose norm and division round, too: that leaves a few units in the last place.
+A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). A kind that
+makes another weight of that sum rounds, too: that leaves a few units in the last place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, Record
+from lora_fx.kinds import kind_of
 from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
 from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
 from lora_fx.passes.parameters import factors_of, own_value
@@ -52,8 +53,8 @@ def cannot_overflow(
     """Whether a weight that is finite stays so, whatever it holds; False if that is not known.
 
     ``|s (BA)_ij| ≤ |s| · r · max|A| · max|B|``, and less than half a unit in the last place of the largest
-    number of a dtype rounds away when it is added to that number. With DoRA no element is above the
-    magnitude of its row: ``|W + s·BA|_ij ≤ ‖W + s·BA‖_i``.
+    number of a dtype rounds away when it is added to that number. What a kind makes of a weight it has to
+    bound itself.
 
     Args:
         model: The rewritten model.
@@ -62,14 +63,16 @@ def cannot_overflow(
     """
     largest, change = torch.finfo(dtype), 0.0
     for row, adapter in rows:
-        if type(pattern_of(row.site)).delta not in _SUMS_OVER_RANK:
-            return False
-        factors = factors_of(model, row, adapter)
-        change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
-        m = factors.magnitude
-        # What DoRA makes of a weight has that bound only if nothing else is added to it.
-        if m is not None and (len(rows) > 1 or _largest(m) > largest.max / 2):
-            return False
+        kind, factors = kind_of(row), factors_of(model, row, adapter)
+        if kind.low_rank:
+            if type(pattern_of(row.site)).delta not in _SUMS_OVER_RANK:
+                return False
+            change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
+        if kind.transforms:
+            bound = kind.bound({name: one.detach() for name, one in factors.slots.items()})
+            # What it makes of a weight has that bound only if nothing else is added to it.
+            if bound is None or len(rows) > 1 or not bound <= largest.max / 2:
+                return False
     # Half a unit is max · eps / 4; the rest is for the rounding of what is computed here.
     return change < largest.max * largest.eps / 8
 
@@ -86,14 +89,13 @@ class _Part(NamedTuple):
     """What a site adds.
 
     Attributes:
-        a, b: A and ``s · B``.
-        magnitude: m of DoRA.
+        pair: A and ``s · B``; None without factors.
+        values: The slots of a kind that makes another weight, by name.
         slices: A and ``s · B`` in slices whose products are exact; None where nothing is summed exactly.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    magnitude: torch.Tensor | None
+    pair: tuple[torch.Tensor, torch.Tensor] | None
+    values: Mapping[str, torch.Tensor]
     slices: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def rows(self, first: int, last: int, *, experts: bool) -> _Part:
@@ -105,12 +107,11 @@ class _Part(NamedTuple):
                 [one[first:last] for one in a] if experts else a,
                 [one[first:last] for one in b],
             )
-        return _Part(
-            self.a[first:last] if experts else self.a,
-            self.b[first:last],
-            None if self.magnitude is None else self.magnitude[first:last],
-            sliced,
-        )
+        pair = self.pair
+        if pair is not None:
+            pair = (pair[0][first:last] if experts else pair[0], pair[1][first:last])
+        values = {name: one[first:last] for name, one in self.values.items()}
+        return _Part(pair, values, sliced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,16 +242,18 @@ class Fold:
         """
         parts: list[_Part] = []
         for row, adapter in self.rows:
-            a, b = wide_factors(self.model, row, adapter, dtype, device)
-            magnitude = factors_of(self.model, row, adapter).magnitude
-            m = None if magnitude is None else magnitude.detach().flatten().to(device, dtype)
-            sliced = sliced_factors(self.model, row, adapter, device) if exactly else None
-            parts.append(_Part(a, b, m, sliced))
+            kind, pair, sliced = kind_of(row), None, None
+            if kind.low_rank:
+                pair = wide_factors(self.model, row, adapter, dtype, device)
+                sliced = sliced_factors(self.model, row, adapter, device) if exactly else None
+            slots = factors_of(self.model, row, adapter).slots if kind.transforms else {}
+            values = {name: v.detach().flatten().to(device, dtype) for name, v in slots.items()}
+            parts.append(_Part(pair, values, sliced))
         return parts
 
     def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
         """Adds everything to a slice of the weight that begins at ``start``."""
-        plain = not any(row.dora for row, _ in self.rows)
+        plain = not any(kind_of(row).transforms for row, _ in self.rows)
         if plain and all(part.slices is not None for part in parts):
             sum_exactly(total, lambda: self._terms(total, start, parts))
             return
@@ -258,11 +261,11 @@ class Fold:
         moved = self._moved
         before = total.clone() if several and len(moved) > 1 else total
         self._add_moves(total, start, moved)
-        # What DoRA adds depends on the unadapted weight, whatever else is added to it.
+        # What such a kind adds depends on the unadapted weight, whatever else is added to it.
         base = total.clone() if several else total
         for row, adapter, part, low, high in self._here(total, start, parts):
             seen = base
-            if row.dora and adapter in moved and len(moved) > 1:
+            if kind_of(row).transforms and adapter in moved and len(moved) > 1:
                 # Never active together: each was trained on the base that its own start has left.
                 seen = before.clone()
                 self._add_moves(seen, start, (adapter,))
@@ -270,9 +273,8 @@ class Fold:
             add_change(
                 total.narrow(*here),
                 row,
-                part.a,
-                part.b,
-                part.magnitude,
+                part.pair,
+                part.values,
                 seen.narrow(*here),
                 part.slices,
             )

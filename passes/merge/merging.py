@@ -21,6 +21,7 @@ from torch import nn
 
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
+from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import exchange, is_region, original_class, storage_of
 from lora_fx.passes.merge.change import merged_biases
 from lora_fx.passes.merge.dense import (
@@ -348,7 +349,9 @@ def _stay_tied(
 
     A magnitude scales the columns of the one and the rows of the other.
     """
-    if any(row.dora for row, _ in (*head, *table)) or not all(row.tied for row, _ in head):
+    if any(kind_of(row).transforms for row, _ in (*head, *table)) or not all(
+        row.tied for row, _ in head
+    ):
         return False
     return {adapter for _, adapter in head} == {adapter for _, adapter in table}
 

@@ -1,7 +1,7 @@
 """Makes one node of a linear operation and its branch.
 
-It is :func:`lora_fx.runtime.fused_lora.lora_linear`, or with DoRA
-:func:`lora_fx.runtime.fused_dora.dora_linear`, which reads the node of the gain, or over a quantised weight
+It is the fused function of the adapter kind, which reads its branch backwards from the end
+(:meth:`lora_fx.kinds.AdapterKind.fused`), or over a quantised weight
 :func:`lora_fx.runtime.fused_quantized.quantized_lora_linear`. It comes after the branches;
 :mod:`lora_fx.passes.optimize.fuse` says which it takes.
 """
@@ -9,8 +9,7 @@ It is :func:`lora_fx.runtime.fused_lora.lora_linear`, or with DoRA
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,15 +17,22 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Role, Tag
+from lora_fx.ir import (
+    META_KEY,
+    BranchEnds,
+    Capture,
+    FusedBranch,
+    Pass,
+    PassResult,
+    Region,
+    Role,
+    Tag,
+)
+from lora_fx.kinds import kinds
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
 from lora_fx.runtime import (
     cast_like,
-    dora,
-    dora_linear,
-    lora_linear,
-    pad_features,
     quantized_lora_linear,
 )
 
@@ -72,27 +78,19 @@ class Fusable:
         operation: The operation.
         base: Its node.
         total: The sum of both.
-        inner: The nodes between them: not those that read the factors, and not the gain.
+        inner: The nodes between them: not those that read the factors.
+        branch: What the kind has read.
         a: The node that reads A.
-        b: The node that reads B.
-        scale: The factor of the branch.
-        dropout: Probability, and the node that says whether there is any now.
         rows: Which outputs the branch is added to; None for all.
-        gain: The node of DoRA's gain; None without.
-        again: Whether the base product is made again for the gradient of the gain.
     """
 
     operation: Base
     base: fx.Node
     total: fx.Node
     inner: tuple[fx.Node, ...]
+    branch: FusedBranch
     a: fx.Node
-    b: fx.Node
-    scale: float
-    dropout: tuple[float, Any] = (0.0, False)
     rows: tuple[int, int] | None = None
-    gain: fx.Node | None = None
-    again: bool = False
 
 
 def role_of(node: object) -> Role | None:
@@ -103,26 +101,42 @@ def role_of(node: object) -> Role | None:
 
 def fusable(total: fx.Node, region: Region) -> Fusable | None:
     """The branch that a node adds to a linear operation; None if it is something else."""
-    read = _READERS.get(total.target) if role_of(total) is Role.ADD else None
-    if read is None:
+    if role_of(total) is not Role.ADD:
         return None
     base = total.args[0]
     if not isinstance(base, fx.Node) or role_of(base) is not Role.BASE:
         return None
-    operation = _quantized(base, region) or _multiplied(base, region)
-    if operation is None:
-        return None
-    found = read(total, operation, _Chain())
-    if found is None or not _only_inside(base, (*found.inner, total)):
-        return None
-    return found
+    for kind in kinds():
+        if not any(total.target is ending for ending in kind.endings):
+            continue
+        operation = _quantized(base, region) or _multiplied(base, region)
+        if operation is None:
+            return None
+        chain = _Chain(operation)
+        branch = kind.fused(total, chain)
+        if branch is not None and _only_inside(base, (*chain.inner, total)):
+            rows = None if branch.padding is None else _rows(branch.padding, operation)
+            a = _uncast(branch.ends.a)
+            return Fusable(operation, base, total, chain.inner, branch, a, rows)
+    return None
 
 
 class _Chain:
     """Steps along a branch from its end, and the nodes that were passed."""
 
-    def __init__(self) -> None:
+    def __init__(self, operation: Base) -> None:
         self.passed: dict[fx.Node, None] = {}
+        self._operation = operation
+
+    @property
+    def bias(self) -> Any:
+        """What the operation adds; None for nothing."""
+        return self._operation.bias
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is a product with a quantised weight."""
+        return self._operation.kernel is not None
 
     def step(self, node: Any, role: Role, *targets: Any) -> tuple[Any, ...]:
         """The arguments of a node of the branch; empty if it is another one."""
@@ -143,95 +157,32 @@ class _Chain:
         """Readers before what they read: in the order in which nodes can be erased."""
         return tuple(sorted(self.passed, reverse=True))
 
+    def is_call(self, node: Any, role: Role, target: Any) -> bool:
+        """Whether a node calls a function, in a role."""
+        return role_of(node) is role and target_of(node) is target
 
-def _plain(total: fx.Node, operation: Base, chain: _Chain) -> Fusable | None:
-    """``base + pad(linear(linear(drop(x), A), B) · s)``."""
-    padded = chain.step(total.args[1], Role.PAD, pad_features)
-    scaled = chain.step(padded[0] if padded else total.args[1], Role.SCALE, operator.mul)
-    if not scaled:
-        return None
-    ends = _ends(scaled[0], operation, chain, 2)
-    if ends is None:
-        return None
-    rows = _rows(padded[1:], operation) if padded else None
-    return _made(total, operation, chain, ends, _uncast(ends.b), scaled[1], rows)
+    def uncast(self, factor: fx.Node) -> fx.Node:
+        """A factor in its own dtype."""
+        return _uncast(factor)
 
+    def past_cast(self, factor: fx.Node) -> fx.Node:
+        """As :meth:`uncast`, of what is between: the cast goes away with it."""
+        uncast = _uncast(factor)
+        if uncast is not factor:
+            self.passed[factor] = None
+        return uncast
 
-def _decomposed(total: fx.Node, operation: Base, chain: _Chain) -> Fusable | None:
-    """``rescaled(base, None, up, gain, ...)`` or ``recomputed(base, up, gain, ...)``."""
-    if operation.kernel is not None:
-        return None
-    again = total.target is dora.recomputed
-    given: tuple[Any, ...] = total.args
-    up, gain = given[1:3] if again else given[2:4]
-    if not again and total.args[1] is not None:
-        return None
-    padded = chain.step(gain, Role.PAD, F.pad)
-    gain = padded[0] if padded else gain
-    # The gain may also meet the output as more than a vector at its end: that is not this function.
-    if role_of(gain) is not Role.MAGNITUDE or target_of(gain) is not dora.gain:
-        return None
-    # The bias less its gain is added to the branch, or by the product with B itself.
-    added = chain.step(up, Role.MAGNITUDE, operator.add)
-    up, shift = added or (up, None)
-    up = chain.skip(up, Role.PAD, pad_features) if padded else up
-    ends = _ends(up, operation, chain, 2 if added or operation.bias is None else 3)
-    if ends is None:
-        return None
-    shift = ends.shift if shift is None else shift
-    steered = chain.step(_past_cast(ends.b, chain), Role.SCALE, dora.steered)
-    shifted = chain.step(shift, Role.MAGNITUDE, dora.shifted)
-    if not steered or (shift is not None and not shifted):
-        return None
-    for constant in (steered[1], *shifted[1:2]):
-        chain.step(constant, Role.MAGNITUDE, dora.held)
-    rows = _rows(padded[1], operation) if padded else None
-    found = _made(total, operation, chain, ends, steered[0], steered[2], rows)
-    return dataclasses.replace(found, gain=gain, again=again)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ends:
-    """The two small products: what they read."""
-
-    a: fx.Node
-    b: fx.Node
-    shift: Any
-    dropout: tuple[float, Any]
-
-
-def _ends(up: Any, operation: Base, chain: _Chain, operands: int) -> _Ends | None:
-    """``linear(linear(drop(x), A), B)``, and what the outer one adds if it has three operands."""
-    outer = chain.step(up, Role.UP, *_LINEAR)
-    inner = chain.step(outer[0], Role.DOWN, *_LINEAR) if len(outer) == operands else ()
-    if len(inner) != 2:
-        return None
-    dropped = chain.step(inner[0], Role.DROPOUT, F.dropout)
-    if (dropped[0] if dropped else inner[0]) is not operation.x:
-        return None
-    dropout = (dropped[1], dropped[2]) if dropped else (0.0, False)
-    return _Ends(inner[1], outer[1], outer[2] if operands == 3 else None, dropout)
-
-
-def _made(
-    total: fx.Node,
-    operation: Base,
-    chain: _Chain,
-    ends: _Ends,
-    b: fx.Node,
-    scale: float,
-    rows: tuple[int, int] | None,
-) -> Fusable:
-    base: Any = total.args[0]
-    a = _uncast(ends.a)
-    return Fusable(operation, base, total, chain.inner, a, b, scale, ends.dropout, rows)
-
-
-_READERS: dict[Any, Callable[[fx.Node, Base, _Chain], Fusable | None]] = {
-    operator.add: _plain,
-    dora.rescaled: _decomposed,
-    dora.recomputed: _decomposed,
-}
+    def ends(self, up: Any, operands: int) -> BranchEnds | None:
+        """``linear(linear(drop(x), A), B)``, and what the outer one adds if it has three operands."""
+        outer = self.step(up, Role.UP, *_LINEAR)
+        inner = self.step(outer[0], Role.DOWN, *_LINEAR) if len(outer) == operands else ()
+        if len(inner) != 2:
+            return None
+        dropped = self.step(inner[0], Role.DROPOUT, F.dropout)
+        if (dropped[0] if dropped else inner[0]) is not self._operation.x:
+            return None
+        dropout = (dropped[1], dropped[2]) if dropped else (0.0, False)
+        return BranchEnds(inner[1], outer[1], outer[2] if operands == 3 else None, dropout)
 
 
 def _quantized(node: fx.Node, region: Region) -> Base | None:
@@ -292,14 +243,6 @@ def _uncast(factor: fx.Node) -> fx.Node:
     return factor
 
 
-def _past_cast(factor: fx.Node, chain: _Chain) -> fx.Node:
-    """As :func:`_uncast`, of what is between: the cast goes away with it."""
-    uncast = _uncast(factor)
-    if uncast is not factor:
-        chain.passed[factor] = None
-    return uncast
-
-
 @dataclasses.dataclass(frozen=True)
 class Fuse(Pass):
     """The pass."""
@@ -328,10 +271,10 @@ def _fused(region: Region) -> fx.Graph | None:
     return graph if fused else None
 
 
-def _replace(graph: fx.Graph, branch: Fusable) -> None:
-    tag = dataclasses.replace(branch.total.meta[META_KEY], role=Role.FUSED)
-    base = branch.operation
-    with graph.inserting_before(branch.total):
+def _replace(graph: fx.Graph, found: Fusable) -> None:
+    tag = dataclasses.replace(found.total.meta[META_KEY], role=Role.FUSED)
+    base, branch = found.operation, found.branch
+    with graph.inserting_before(found.total):
         weight = base.weight
         if base.turned:
             weight = graph.call_function(torch.t, (weight,))
@@ -340,32 +283,31 @@ def _replace(graph: fx.Graph, branch: Fusable) -> None:
             base.x,
             weight,
             base.bias,
-            branch.a,
+            found.a,
             branch.b,
             branch.scale,
+            *branch.more,
         )
-        function: Any = lora_linear
-        if branch.gain is not None:
-            function, given = dora_linear, (*given, branch.gain, branch.again)
+        function: Any = branch.function
         options: dict[str, Any] = {}
-        if branch.dropout[0]:
-            options = {"dropout": branch.dropout[0], "training": branch.dropout[1]}
-        if branch.rows is not None:
-            options["rows"] = branch.rows
+        if branch.ends.dropout[0]:
+            options = {"dropout": branch.ends.dropout[0], "training": branch.ends.dropout[1]}
+        if found.rows is not None:
+            options["rows"] = found.rows
         if base.kernel is not None:
             function, options = quantized_lora_linear, {**options, **base.kernel}
         node = graph.call_function(function, given, options)
     node.meta[META_KEY] = tag
-    branch.total.replace_all_uses_with(node)
-    for old in (branch.total, *branch.inner):
+    found.total.replace_all_uses_with(node)
+    for old in (found.total, *found.inner):
         graph.erase_node(old)
-    for user in tuple(branch.base.users):
+    for user in tuple(found.base.users):
         # A cast to the dtype of the output: of this branch's factors, or of another adapter's.
         if user.users:
-            user.replace_input_with(branch.base, node)
+            user.replace_input_with(found.base, node)
         else:
             graph.erase_node(user)
-    graph.erase_node(branch.base)
+    graph.erase_node(found.base)
 
 
 def _tag(node: fx.Node) -> Tag | None:

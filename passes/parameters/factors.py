@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from lora_fx.ir import PlannedSite
+from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
@@ -28,15 +29,13 @@ class FactorNames:
     """The attributes of a site's holder that have what it trains.
 
     Attributes:
-        a, b: The factors.
-        magnitude: The magnitude of DoRA; empty where there is none.
-        bias: The bias of B; empty where there is none.
+        a, b: The factors; empty where the kind has none.
+        slots: What the kind trains beside them.
     """
 
     a: str
     b: str
-    magnitude: str = ""
-    bias: str = ""
+    slots: tuple[str, ...] = ()
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -46,7 +45,7 @@ class FactorNames:
     @property
     def present(self) -> tuple[str, ...]:
         """Those that there are."""
-        return tuple(name for name in (self.a, self.b, self.magnitude, self.bias) if name)
+        return tuple(name for name in (self.a, self.b, *self.slots) if name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,15 +53,22 @@ class SiteFactors:
     """What a site trains for one adapter, as it is stored.
 
     Attributes:
-        a, b: The factors.
-        magnitude: The magnitude of DoRA, [out], for a convolution [1, out, 1, ...].
-        bias: The bias of B, [out].
+        names: Where it is.
+        values: By those names.
     """
 
-    a: nn.Parameter
-    b: nn.Parameter
-    magnitude: nn.Parameter | None = None
-    bias: nn.Parameter | None = None
+    names: FactorNames
+    values: Mapping[str, nn.Parameter]
+
+    @property
+    def a(self) -> nn.Parameter:
+        """A, of a kind that has factors."""
+        return self.values[self.names.a]
+
+    @property
+    def b(self) -> nn.Parameter:
+        """B, likewise."""
+        return self.values[self.names.b]
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -70,10 +76,14 @@ class SiteFactors:
         return self.a, self.b
 
     @property
+    def slots(self) -> dict[str, nn.Parameter]:
+        """What the kind trains beside them, by name."""
+        return {name: self.values[name] for name in self.names.slots}
+
+    @property
     def present(self) -> tuple[nn.Parameter, ...]:
         """Those that there are, in the order of :attr:`FactorNames.present`."""
-        every = (self.a, self.b, self.magnitude, self.bias)
-        return tuple(one for one in every if one is not None)
+        return tuple(self.values.values())
 
 
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -82,30 +92,26 @@ def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def factor_names(row: PlannedSite) -> FactorNames:
-    """Where A, B, the magnitude and the bias of B are.
+    """Where A, B and the slots of the kind are.
 
     A head whose weight is tied to an embedding has the embedding's factors, and they change places: what
     is ``B`` there is, transposed, its A.
     """
+    kind = kind_of(row)
+    slots = tuple(slot.name for slot in kind.slots(row.site))
+    if not kind.low_rank:
+        return FactorNames("", "", slots)
     shapes = pattern_of(row.site).factors(row.site, row.rank)
     tied = ("lora_embedding_B", "lora_embedding_A")
-    a, b = tied if row.tied else (shapes.name_a, shapes.name_b)
-    magnitude = "lora_magnitude_vector" if row.dora else ""
-    return FactorNames(a, b, magnitude, "lora_bias" if row.lora_bias else "")
+    return FactorNames(*(tied if row.tied else (shapes.name_a, shapes.name_b)), slots)
 
 
 def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
     """The parameters of :func:`factor_names`."""
     holder, names = model.get_submodule(row.site.holder), factor_names(row)
-
-    def found(name: str) -> nn.Parameter:
-        return holder.get_submodule(name).get_parameter(adapter)
-
+    present = names.present
     return SiteFactors(
-        found(names.a),
-        found(names.b),
-        found(names.magnitude) if names.magnitude else None,
-        found(names.bias) if names.bias else None,
+        names, {name: holder.get_submodule(name).get_parameter(adapter) for name in present}
     )
 
 

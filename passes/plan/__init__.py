@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.passes.plan.costs import priced
 from lora_fx.passes.plan.planning import (
     MakePlan,
     at_rank,
@@ -15,5 +16,6 @@ __all__ = [
     "at_rank",
     "foreign_factors",
     "make_plan",
+    "priced",
     "start_objection",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
@@ -29,11 +28,11 @@ from lora_fx.config import (
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Site, Skipped
-from lora_fx.kinds import variant_costs, variant_objection
+from lora_fx.kinds import chosen_kind, kind_objection, kinds
 from lora_fx.passes.graph import elements, storage_of
-from lora_fx.passes.parameters import base_dtype, base_modules, base_parameters, matrix_shape
-from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.parameters import base_modules, base_parameters, matrix_shape
 from lora_fx.passes.plan.choice import Choice, choices
+from lora_fx.passes.plan.costs import priced
 from lora_fx.passes.plan.tokens import planned_tokens
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
 from lora_fx.runtime import AdapterFactors
@@ -152,19 +151,8 @@ def at_rank(
     model: nn.Module, row: PlannedSite, rank: int, alpha: float, config: LoraConfig
 ) -> PlannedSite:
     """What a site gets, and what it costs, with another rank and alpha."""
-    pattern, site = pattern_of(row.site), row.site
-    more = pattern.factors(site, rank).numel - pattern.factors(site, row.rank).numel
-    applied = row.flops // pattern.flops(site, row.rank)
-    itemsize = base_dtype(model, site).itemsize
-    return dataclasses.replace(
-        row,
-        rank=rank,
-        alpha=alpha,
-        scale=scale_of(rank, alpha, config),
-        parameters=row.parameters + more,
-        flops=applied * pattern.flops(site, rank),
-        saved=row.saved + (rank - row.rank) * itemsize * applied,
-    )
+    scale = scale_of(rank, alpha, config)
+    return priced(model, dataclasses.replace(row, rank=rank, alpha=alpha, scale=scale))
 
 
 _TIED = Verdict(True, "tied to an embedding that is adapted")
@@ -254,9 +242,15 @@ def make_plan(
         base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
         extra_parameters=_extra_parameters(capture.model, saved, biases),
         tokens=planned_tokens(capture, matches, config, rows, saved),
+        kinds=_kinds_of(rows),
     )
     _check(capture, plan, matches, chosen, strict)
     return plan
+
+
+def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
+    present = {row.kind for row in rows}
+    return tuple((one.name, one.trains) for one in kinds() if one.trains and one.name in present)
 
 
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
@@ -269,37 +263,31 @@ def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
 
 def _objection(choice: Choice, config: LoraConfig) -> str | None:
     site, rank = choice.site, choice.rank(config)
+    if not chosen_kind(config).low_rank:
+        return kind_objection(site, config)
     if site.groups > 1 and rank % site.groups:
         return (
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return variant_objection(site, config) or start_objection(site, rank, config)
+    return kind_objection(site, config) or start_objection(site, rank, config)
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
-    site, rank = choice.site, choice.rank(config)
-    pattern = pattern_of(site)
-    itemsize = base_dtype(capture.model, site).itemsize
-    dropout = 0.0 if site.family == "embedding" else float(config.lora_dropout)
-    # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
-    kept = 8 if site.family == "embedding" else site.in_features * itemsize
-    masked = site.in_features * (itemsize + 1) if dropout else 0
-    extra = variant_costs(site, config)
-    # A region of a whole model and the regions below it show the same application twice.
-    applied = max(Counter(call.region for call in site.calls).values())
-    return PlannedSite(
+    site, kind = choice.site, chosen_kind(config)
+    low_rank = kind.low_rank
+    row = PlannedSite(
         site=site,
-        rank=rank,
-        alpha=choice.alpha(config),
-        scale=choice.scale(config),
-        dropout=dropout,
-        parameters=pattern.factors(site, rank).numel + extra.parameters,
-        flops=(pattern.flops(site, rank) + extra.flops) * applied,
-        saved=(kept + masked + (rank + extra.saved) * itemsize) * applied,
-        dora=config.use_dora,
-        lora_bias=config.lora_bias,
+        rank=choice.rank(config) if low_rank else 0,
+        alpha=choice.alpha(config) if low_rank else 1.0,
+        scale=choice.scale(config) if low_rank else 1.0,
+        dropout=0.0 if site.family == "embedding" else float(config.lora_dropout),
+        parameters=0,
+        flops=0,
+        saved=0,
+        kind=kind.name,
     )
+    return priced(capture.model, row)
 
 
 def _keep_tied(
@@ -317,16 +305,11 @@ def _keep_tied(
             head = sites.get(weight)
             if head is None or head.family != "linear" or head.layout != "out_in":
                 continue
-            extra = variant_costs(head, config)
-            tied[head.name] = dataclasses.replace(
-                _row(capture, Choice(head, _TIED, (head.name,)), config),
-                rank=source.rank,
-                alpha=source.alpha,
-                scale=source.scale,
-                parameters=extra.parameters,
-                flops=pattern_of(head).flops(head, source.rank) + extra.flops,
-                tied=source.name,
+            row = _row(capture, Choice(head, _TIED, (head.name,)), config)
+            like = dataclasses.replace(
+                row, rank=source.rank, alpha=source.alpha, scale=source.scale, tied=source.name
             )
+            tied[head.name] = priced(capture.model, like)
     order = {site.name: place for place, site in enumerate(matches.sites)}
     kept = [row for row in rows if row.name not in tied]
     kept = sorted([*kept, *tied.values()], key=lambda row: order.get(row.name, -1))

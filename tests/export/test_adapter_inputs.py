@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -674,3 +675,26 @@ def test_threads_that_share_a_session_each_get_their_own_answer(
     for one in threads:
         one.join()
     assert not wrong
+
+
+def test_a_site_has_what_adapters_of_several_kinds_train_there(tmp_path: Path) -> None:
+    """One adapter scales a layer and another gives it a bias, over a bias of its own."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 6)).eval()
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    dora, biased = (
+        dataclasses.replace(config, **{name: True}) for name in ("use_dora", "lora_bias")
+    )
+    model = lora_fx.rewrite(base, dora, adapter_name="dora")
+    lora_fx.add_adapter(model, biased, "biased")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name or "lora_bias" in name:
+                parameter.add_(torch.rand(parameter.shape))
+    x, file = torch.randn(5, 4), tmp_path / "model.onnx"
+    lora_fx.export_onnx(model.eval(), file, (x,), adapters="inputs")
+    session = OnnxSession(file, "cpu")
+    for name in ("dora", "biased"):
+        session.load_adapter(name, model, adapter_name=name)
+        got = session.run(x, adapter=name)["output"]
+        torch.testing.assert_close(got, expected(model, [name], x), **EXACT)

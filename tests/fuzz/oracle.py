@@ -55,8 +55,8 @@ def _adapter(model: nn.Module, planned: PlannedSite, name: str) -> Adapter:
         planned,
         getattr(getattr(holder, prefix + "A"), name),
         getattr(getattr(holder, prefix + "B"), name),
-        getattr(holder.lora_magnitude_vector, name) if planned.dora else None,
-        getattr(holder.lora_bias, name) if planned.lora_bias else None,
+        getattr(holder.lora_magnitude_vector, name) if planned.kind == "dora" else None,
+        getattr(holder.lora_bias, name) if planned.kind == "lora-bias" else None,
     )
 
 

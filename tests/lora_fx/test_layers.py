@@ -139,6 +139,7 @@ PUBLIC = {
     "print_trainable_parameters",
     "quantize",
     "register_format",
+    "register_adapter_kind",
     "register_pattern",
     "replace_lora_weights_loftq",
     "rewrite",

@@ -543,7 +543,7 @@ def test_the_plan_counts_what_it_adds() -> None:
     extra = [row.saved - other.saved for row, other in zip(plan, plain, strict=True)]
     assert extra == [0, 9 * 4, 6 * 4]
     assert "DoRA" in str(plan)
-    assert plan.to_dict()["sites"][0]["dora"] is True
+    assert plan.to_dict()["sites"][0]["kind"] == "dora"
 
 
 def test_tied_heads_have_magnitudes_of_their_own_and_are_untied_by_a_merge() -> None:

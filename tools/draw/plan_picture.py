@@ -126,7 +126,7 @@ def _describe(
         shape = times(site.shape)
         return (
             Kind.SITE,
-            f"r {row.rank} · {shape}",
+            f"r {row.rank} · {shape}" if row.rank else f"{row.kind} · {shape}",
             (
                 ("pattern", site.pattern),
                 ("weight", f"{site.place} {shape}"),

@@ -1,0 +1,273 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): a trained magnitude for each output feature of ``W + s·BA``.
+
+``W' = g ∘ (W + s·BA)`` with ``g = m / ‖W + s·BA‖``. What it computes in training is in
+:mod:`lora_fx.runtime.dora`; a bias of the operation stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from lora_fx.ir import BranchReader, FusedBranch, OutputBuilder, PlannedSite, Role, Site
+from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting, along
+from lora_fx.kinds.lora import BIAS, bias_slot, bias_start
+from lora_fx.runtime import dora, dora_linear, pad_features
+
+__all__ = ["Dora"]
+
+_MAGNITUDE: Final = "lora_magnitude_vector"
+_LINEAR = (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
+
+
+def _makes_base_again(site: Site) -> bool:
+    """Whether the base product is made again for the gradient of a magnitude.
+
+    What a layer that widens gives is nearly always kept by the next one (an activation), and what one gives
+    that narrows is small beside its work: there the output is kept. docs/benchmarks.md has both costs.
+    """
+    square = site.in_features == site.out_features
+    return site.pattern == "linear" and square and not site.part_of
+
+
+class Dora(AdapterKind):
+    """Two factors and a magnitude.
+
+    With ``bias``, B has a trained bias as well. No configuration asks for that: it is what a file has that
+    takes adapters of both kinds.
+    """
+
+    transforms = True
+    does = "DoRA scales"
+    trains = "a trained magnitude (DoRA)"
+    depends = "the norms of DoRA (use_dora) are those of the base weights"
+    constants = (dora.gain,)
+    handed = (dora.gain, dora.steered)
+    endings = (dora.rescaled, dora.recomputed)
+
+    def __init__(self, bias: bool = False) -> None:
+        self.bias = bias
+        self.name = "dora-bias" if bias else "dora"
+        self.field = "" if bias else "use_dora"
+
+    def slots(self, site: Site) -> tuple[Slot, ...]:
+        """The magnitude: [out], or [1, out, 1, ...] for a convolution, as PEFT stores it."""
+        shape: tuple[int, ...] = (site.out_features,)
+        if site.family == "conv":
+            shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
+        magnitude = Slot(
+            _MAGNITUDE,
+            "lora_magnitude_vector",
+            shape,
+            "a magnitude",
+            neutral=None,
+            multiplies=True,
+            role="gain",
+            normed=True,
+        )
+        return (bias_slot(site), magnitude) if self.bias else (magnitude,)
+
+    def costs(self, site: Site) -> Costs:
+        """A product and a sum for each output feature; the norm does not depend on the number of tokens."""
+        out = site.out_features
+        return Costs(out, 2 * out, 0 if _makes_base_again(site) else out)
+
+    def start(self, slot: Slot, given: Starting) -> Tensor:
+        """``‖W + s·BA‖``: the gain is 1 to the last bit before training (equation 5)."""
+        if slot.name == BIAS:
+            return bias_start(given)
+        row, site, a, b = given.row, given.row.site, given.a, given.b
+        assert a is not None
+        assert b is not None
+        if row.tied:
+            a, b = a.T, b.T
+        applied = dora.applied_weight(given.weight, site.layout, site.view, site.rows, site.order)
+        return dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
+
+    # --- graphs -----------------------------------------------------------------------------------
+
+    def factor_b(self, build: OutputBuilder) -> fx.Node:
+        """B, scaled and multiplied by the gain."""
+        factor = build.factor("b")
+        factor = build.call(Role.SCALE, dora.steered, factor, _constant(build), build.scale)
+        return build.cast(factor)
+
+    def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
+        """The bias of the operation, less what the gain makes of it: only the products are scaled."""
+        own = build.cast_slot(BIAS) if self.bias else None
+        if not build.applied.bias or build.padding is not None:
+            return own
+        shift = _shift(build, _constant(build), build.operand_bias)
+        return shift if own is None else build.call(Role.MAGNITUDE, operator.add, own, shift)
+
+    def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
+        """``g ∘ (total - bias) + bias`` with the branch in it: see :func:`lora_fx.runtime.dora.rescaled`."""
+        assert up is not None
+        gains = _gain(build)
+        if self.bias and not build.bias_taken:
+            up = build.call(Role.UP, operator.add, up, build.spread(build.cast_slot(BIAS)))
+        if build.padding is not None:
+            up = build.padded(up)
+            gains = build.call(Role.PAD, F.pad, gains, build.padding, "constant", 1.0)
+        met = build.spread(gains)
+        bias = _met_bias(build) if build.applied.bias else None
+        if bias is not None and (not build.bias_taken or (self.bias and build.padding is not None)):
+            constant = _constant(build) if build.padding is None else gains
+            shift = _shift(build, build.spread(constant), bias)
+            up = build.call(Role.MAGNITUDE, operator.add, up, shift)
+        if _again(build):
+            return build.call(Role.ADD, dora.recomputed, build.base, up, met, *build.operands)
+        if _from_output(build):
+            kept = (build.spread(_constant(build)), bias)
+            return build.call(Role.ADD, dora.rescaled, build.base, None, up, met, *kept)
+        base = None if build.total is build.base else build.base
+        return build.call(Role.ADD, dora.rescaled, build.total, base, up, met)
+
+    def fused(self, total: fx.Node, read: BranchReader) -> FusedBranch | None:
+        """``rescaled(base, None, up, gain, ...)`` or ``recomputed(base, up, gain, ...)``."""
+        if read.quantized:
+            return None
+        again = total.target is dora.recomputed
+        given: tuple[Any, ...] = total.args
+        up, gain = given[1:3] if again else given[2:4]
+        if not again and given[1] is not None:
+            return None
+        padded = read.step(gain, Role.PAD, F.pad)
+        gain = padded[0] if padded else gain
+        # The gain may also meet the output as more than a vector at its end: that is not this function.
+        if not read.is_call(gain, Role.MAGNITUDE, dora.gain):
+            return None
+        # The bias less its gain is added to the branch, or by the product with B itself.
+        added = read.step(up, Role.MAGNITUDE, operator.add)
+        up, shift = added or (up, None)
+        up = read.skip(up, Role.PAD, pad_features) if padded else up
+        ends = read.ends(up, 2 if added or read.bias is None else 3)
+        if ends is None:
+            return None
+        shift = ends.shift if shift is None else shift
+        steered = read.step(read.past_cast(ends.b), Role.SCALE, dora.steered)
+        shifted = read.step(shift, Role.MAGNITUDE, dora.shifted)
+        if not steered or (shift is not None and not shifted):
+            return None
+        for constant in (steered[1], *shifted[1:2]):
+            read.step(constant, Role.MAGNITUDE, dora.held)
+        return FusedBranch(
+            dora_linear,
+            ends,
+            steered[0],
+            steered[2],
+            padded[1] if padded else None,
+            (gain, again),
+        )
+
+    # --- merges -----------------------------------------------------------------------------------
+
+    def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
+        """``m / ‖W + s·BA‖ ∘ (W + s·BA)``."""
+        norm = _norm(weight, site)
+        # As in the forward: weights that are all zero have no direction, and stay.
+        gain = torch.where(norm > 0, values[_MAGNITUDE] / torch.where(norm > 0, norm, 1), 1)
+        return weight * along(gain, weight, site)
+
+    def bound(self, values: Mapping[str, Tensor]) -> float | None:
+        """The largest magnitude: ``|W + s·BA|_ij ≤ ‖W + s·BA‖_i``."""
+        return max((abs(float(end)) for end in torch.aminmax(values[_MAGNITUDE])), default=0.0)
+
+    def bias_terms(
+        self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
+    ) -> Sequence[tuple[Tensor, float]]:
+        """``s`` times the bias of B, if there is one."""
+        return ((values[BIAS], scale),) if self.bias else ()
+
+    # --- files that take adapters as inputs -------------------------------------------------------
+
+    def inputs(
+        self, row: PlannedSite, weight: Tensor, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The gain in the place of the magnitude; it is in B already."""
+        found = super().inputs(row, weight, a, b, values)
+        site = row.site
+        shape = (site.layout, site.groups, site.view, site.rows, site.order)
+        gain = dora.gain(values[_MAGNITUDE], weight, a, b, row.scale, *shape).double()
+        up = found["B"]
+        return {**found, "gain": gain, "B": up * gain.view(-1, *(1 for _ in up.shape[1:]))}
+
+    def from_inputs(
+        self, site: Site, weight: Tensor, given: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """B and the magnitude that a site has whose gain, and whose B with the gain in it, are these."""
+        gain = given["gain"]
+        b = given["B"] / gain.view(-1, *(1 for _ in given["B"].shape[1:])).to(given["B"])
+        ones = torch.ones_like(gain)
+        shape = (site.layout, site.groups, site.view, site.rows)
+        inverse = dora.gain(ones, weight, given["A"], b, 1.0, *shape)
+        return {"B": b, "gain": gain / inverse.to(gain)}
+
+
+def _gain(build: OutputBuilder) -> fx.Node:
+    return build.once("gain", lambda: _new_gain(build))
+
+
+def _new_gain(build: OutputBuilder) -> fx.Node:
+    site = build.site
+    return build.call(
+        Role.MAGNITUDE,
+        dora.gain,
+        build.read_slot(_MAGNITUDE, Role.MAGNITUDE),
+        build.read_weight(Role.MAGNITUDE),
+        build.factor("a"),
+        build.factor("b"),
+        build.scale,
+        site.layout,
+        site.groups,
+        site.view,
+        site.rows,
+        *(() if site.order is None else (site.order,)),
+    )
+
+
+def _constant(build: OutputBuilder) -> fx.Node:
+    """The gain as the branch has it: held, where its gradient comes from the sum."""
+    if not _from_output(build):
+        return _gain(build)
+    return build.once("held", lambda: build.call(Role.MAGNITUDE, dora.held, _gain(build)))
+
+
+def _from_output(build: OutputBuilder) -> bool:
+    return _is_first(build) and not _again(build)
+
+
+def _is_first(build: OutputBuilder) -> bool:
+    return build.total is build.base and build.padding is None
+
+
+def _again(build: OutputBuilder) -> bool:
+    """Whether the base product is made again for the gradient of the magnitude."""
+    linear = any(build.base.target is one for one in _LINEAR)
+    return _is_first(build) and _makes_base_again(build.site) and linear
+
+
+def _met_bias(build: OutputBuilder) -> fx.Node:
+    bias = build.operand_bias
+    return build.spread(bias) if build.site.family == "conv" else bias
+
+
+def _shift(build: OutputBuilder, gains: fx.Node, bias: fx.Node) -> fx.Node:
+    return build.call(Role.MAGNITUDE, dora.shifted, bias, gains, build.base)
+
+
+def _norm(weight: Tensor, site: Site) -> Tensor:
+    """By output feature, [out]."""
+    norm: Tensor
+    if site.layout == "out_in":
+        norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        return norm
+    kernels = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+    grouped = torch.unflatten(kernels, 0, (site.groups, -1))
+    norm = torch.linalg.vector_norm(grouped, dim=(1, 3)).flatten()
+    return norm

@@ -1,0 +1,100 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): ``y + s · B A x``, and a trained bias on B if it is wanted."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, fx
+
+from lora_fx.ir import BranchReader, FusedBranch, OutputBuilder, Role, Site
+from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting
+from lora_fx.runtime import lora_linear, pad_features
+
+__all__ = ["BIAS", "Lora", "bias_slot", "bias_start"]
+
+BIAS: Final = "lora_bias"
+"""Where the bias of B is."""
+
+
+def bias_slot(site: Site) -> Slot:
+    """The bias of B."""
+    shape = (site.out_features,)
+    return Slot(BIAS, "lora_B.bias", shape, "a bias on B", scaled=True, role="bias")
+
+
+def bias_start(given: Starting) -> Tensor:
+    """Zeros; uniform as the bias of a layer of this rank where B starts random, too."""
+    site = given.row.site
+    bias = torch.zeros(site.out_features)
+    if given.config.init_lora_weights is False:
+        bound = 1 / math.sqrt(given.row.rank // site.groups)
+        bias.uniform_(-bound, bound, generator=given.generator(f"{site.name}.{BIAS}"))
+    return bias
+
+
+class Lora(AdapterKind):
+    """Two factors, and with ``bias`` a vector that is added to what B gives."""
+
+    does = "a bias on B adds to"
+    endings = (operator.add,)
+
+    def __init__(self, bias: bool = False) -> None:
+        self.bias = bias
+        self.name = "lora-bias" if bias else "lora"
+        self.field = "lora_bias" if bias else ""
+        self.trains = "a bias on B (lora_bias)" if bias else ""
+
+    def slots(self, site: Site) -> tuple[Slot, ...]:
+        """The bias of B, if there is one."""
+        return (bias_slot(site),) if self.bias else ()
+
+    def costs(self, site: Site) -> Costs:
+        """One addition for each output feature."""
+        return Costs(site.out_features, site.out_features) if self.bias else Costs()
+
+    def objection(self, site: Site) -> str | None:
+        """A lookup has no product that a bias could follow."""
+        if self.bias and site.family == "embedding":
+            return (
+                "an embedding has no bias on B (as in PEFT): leave it out, or set lora_bias=False"
+            )
+        return super().objection(site)
+
+    def start(self, slot: Slot, given: Starting) -> Tensor:
+        """The start of the bias of B."""
+        return bias_start(given)
+
+    def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
+        """The bias of B."""
+        return build.cast_slot(BIAS) if self.bias else None
+
+    def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
+        """``total + pad(up · s)``."""
+        assert up is not None
+        if self.bias and not build.bias_taken:
+            bias = build.bias
+            assert bias is not None
+            up = build.call(Role.UP, operator.add, up, build.spread(bias))
+        scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
+        return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
+
+    def fused(self, total: fx.Node, read: BranchReader) -> FusedBranch | None:
+        """``base + pad(linear(linear(drop(x), A), B) · s)``."""
+        padded = read.step(total.args[1], Role.PAD, pad_features)
+        scaled = read.step(padded[0] if padded else total.args[1], Role.SCALE, operator.mul)
+        ends = read.ends(scaled[0], 2) if scaled else None
+        if ends is None:
+            return None
+        return FusedBranch(
+            lora_linear, ends, read.uncast(ends.b), scaled[1], padded[1:] if padded else None
+        )
+
+    def bias_terms(
+        self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
+    ) -> Sequence[tuple[Tensor, float]]:
+        """``s`` times the bias of B."""
+        return ((values[BIAS], scale),) if self.bias else ()
