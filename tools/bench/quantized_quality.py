@@ -75,7 +75,7 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learn
     if not available():
         return {}
     settings = _SIZES[size]
-    libraries = LIBRARIES[:2] if size is Size.TINY else LIBRARIES
+    libraries = LIBRARIES[:3] if size is Size.TINY else LIBRARIES
     corpus = collect(settings.train, settings.held_out, libraries=libraries)
     held_out = _batches(corpus.held_out, corpus, settings)
     base = SentenceClassifier.pretrained(len(libraries))
