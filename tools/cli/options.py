@@ -83,7 +83,7 @@ def command(**special: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         shown = [one.replace(kind=keyword) for one in shown]
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in shown}
         run.__doc__ = (inspect.getdoc(function) or "").partition("\nArgs:\n")[0]

@@ -8,7 +8,6 @@ put together in ``assembled.py``.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import tomllib
 from collections.abc import Callable, Mapping
@@ -37,11 +36,15 @@ def read(library: str) -> tuple[Entry, ...]:
             fields = {"note": row.pop("note", ""), "targets": targets and tuple(targets)}
             if row:
                 what = (row.pop("make"), row.pop("inputs", inputs))
-                make = functools.partial(_MAKERS[library], *what, _options(row, shared, library))
+                make = _maker(library, *what, _options(row, shared, library))
             else:
                 make = ASSEMBLED[title]
             found.append(Entry(title, group, make, **fields))
     return tuple(found)
+
+
+def _maker(library: str, name: str, inputs: str, options: dict[str, Any]) -> Callable[[], Built]:
+    return lambda: _MAKERS[library](name, inputs, options)
 
 
 def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
@@ -68,7 +71,7 @@ def _of_transformers(name: str, inputs: str, options: dict[str, Any]) -> Built:
 
 
 def _of_diffusers(name: str, inputs: str, options: dict[str, Any]) -> Built:
-    given = inputs_of(inputs)
+    given: Any = inputs_of(inputs)
     made = getattr(importlib.import_module("diffusers"), name)(**options)
     return made, {**given, "return_dict": False}
 
