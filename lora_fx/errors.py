@@ -6,6 +6,9 @@ things: what was found, where (a fully qualified name), and what to do about it.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CaptureError",
     "CheckpointError",
@@ -19,7 +22,31 @@ __all__ = [
     "PartialMatchError",
     "ProviderError",
     "QuantizationError",
+    "hint",
 ]
+
+
+def hint(
+    name: object,
+    known: Iterable[str],
+    form: str = "; nearest: {}",
+    *,
+    count: int = 3,
+    cutoff: float = 0.6,
+    between: str = ", ",
+) -> str:
+    """Says for an error which names there are that look like a wrong one; "" if there is none.
+
+    Args:
+        name: The wrong one.
+        known: Those that there are.
+        form: What is said, with a place for the names.
+        count: How many are named at most.
+        cutoff: How alike they have to be, 1 for equal.
+        between: Stands between two of them.
+    """
+    near = difflib.get_close_matches(str(name), list(known), count, cutoff)
+    return form.format(between.join(near)) if near else ""
 
 
 class LoraFxError(Exception):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError
 __all__ = [
     "WeightFiles",
     "output_file",
+    "replacing",
 ]
 
 
@@ -51,6 +54,21 @@ def output_file(
             f"{target.with_suffix(suffixes[0])}, say"
         )
     return target
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file beside a path to write, which takes its place if all goes well.
+
+    Args:
+        path: What is there stays as it is until then, and for good where something fails.
+    """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 _INDEX = ".safetensors.index.json"

@@ -7,12 +7,11 @@ example inputs. ``hf:FOLDER`` is a local folder of transformers, ``timm:NAME`` a
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, hint
 from lora_fx.passes.capture import synthesise
 
 __all__ = [
@@ -102,8 +101,8 @@ def _nearest_folder(folder: Path) -> str:
         siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
         return ""
-    near = difflib.get_close_matches(folder.name, siblings, 3, cutoff=0.6)
-    return f"; nearest: {', '.join(str(folder.parent / name) for name in near)}" if near else ""
+    above = str(folder.parent / "_").removesuffix("_")
+    return hint(folder.name, siblings, f"; nearest: {above}{{}}", between=f", {above}")
 
 
 FORMS = "package.module:callable, hf:FOLDER, timm:NAME or torchvision:NAME"
@@ -157,9 +156,9 @@ def load_model(name: str, *, weights: bool = True) -> LoadedModel:
         raise ConfigError(f"{name!r} names no model: use {FORMS}")
     if scheme in _LOADERS:
         return _LOADERS[scheme](name, rest, weights)
-    near = difflib.get_close_matches(scheme.lower(), _LOADERS, 1, cutoff=0.6)
+    near = hint(scheme.lower(), _LOADERS, "{}", count=1)
     if near and importlib.util.find_spec(scheme.partition(".")[0]) is None:
-        raise ConfigError(f"{name!r} names no model: did you mean {near[0]}:{rest}? Use {FORMS}")
+        raise ConfigError(f"{name!r} names no model: did you mean {near}:{rest}? Use {FORMS}")
     return _from_callable(name, scheme, rest)
 
 
@@ -194,7 +193,7 @@ def _attribute(name: str, module_name: str, attribute: str) -> Any:
         if not hasattr(found, part):
             public = [key for key in vars(found) if not key.startswith("_")]
             raise ConfigError(
-                f"{name!r}: {module_name} has no {attribute!r}{_nearest(attribute, public)}"
+                f"{name!r}: {module_name} has no {attribute!r}{hint(attribute, public, cutoff=0.5)}"
             )
         found = getattr(found, part)
     return found
@@ -214,7 +213,7 @@ def _module(name: str, module_name: str) -> ModuleType:
             raise ConfigError(f"{name!r}: {module_name} needs {error.name}: install it") from error
         here = (path.stem for path in Path.cwd().glob("*.py"))
         raise ConfigError(
-            f"{name!r}: there is no module {error.name}{_nearest(module_name, here)}. Modules are "
+            f"{name!r}: there is no module {error.name}{hint(module_name, here, cutoff=0.5)}. Modules are "
             f"looked for in {Path.cwd()} and among the installed packages"
         ) from error
     except Exception as error:
@@ -238,7 +237,7 @@ def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
     timm = _package("timm", "bench")
     if not timm.is_model(model_name):
         raise ConfigError(
-            f"timm has no model {model_name!r}{_nearest(model_name, timm.list_models())}"
+            f"timm has no model {model_name!r}{hint(model_name, timm.list_models(), cutoff=0.5)}"
         )
     model = _made(name, lambda: timm.create_model(model_name, pretrained=False))
     return LoadedModel(name, model.eval(), synthesise(model).inputs)
@@ -248,7 +247,9 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
     models = _package("torchvision", "bench").models
     known = models.list_models()
     if model_name not in known:
-        raise ConfigError(f"torchvision has no model {model_name!r}{_nearest(model_name, known)}")
+        raise ConfigError(
+            f"torchvision has no model {model_name!r}{hint(model_name, known, cutoff=0.5)}"
+        )
     kind = f"{models.get_model_builder(model_name).__module__}."
     # A detector or a segmentation model has trained weights inside unless told otherwise.
     inner = "detection." in kind or "segmentation." in kind
@@ -286,11 +287,6 @@ def _made(name: str, build: Callable[[], Any]) -> Any:
 
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 3, cutoff=0.5)
-    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 _LOADERS: Mapping[str, Callable[[str, str, bool], LoadedModel]] = {

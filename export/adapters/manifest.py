@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_fx.errors import CheckpointError, ExportError
+from lora_fx.errors import CheckpointError, ExportError, hint
 
 __all__ = [
     "MANIFEST_KEY",
@@ -280,11 +279,10 @@ def _problems(
 
 def _unknown(name: str, manifest: Manifest) -> str:
     """Of a value that the file has no input for: where it belongs, and how to get it there."""
-    near = difflib.get_close_matches(name, manifest.inputs, 1)
-    hint = f" (the nearest that there is: {near[0]})" if near else ""
+    near = hint(name, manifest.inputs, " (the nearest that there is: {})", count=1)
     suffix = next((one for one in SUFFIXES.values() if name.endswith(f".{one}")), None)
     if suffix is None:
-        return f"{name}: the file has no such input{hint}"
+        return f"{name}: the file has no such input{near}"
     own = name.removesuffix(suffix).removesuffix(".")
     sites = {one.name: one for one in manifest.sites}
     again = "Export the model again with an adapter that has it"

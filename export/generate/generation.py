@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, hint
 from lora_fx.export.adapters import AdapterChoice
 from lora_fx.export.generate.decoding import CachedDecoder, DecoderFile
 from lora_fx.export.generate.sampling import Processor, next_tokens, processors
@@ -237,9 +236,8 @@ def _padding(settings: GenerationSettings) -> int:
 def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) -> None:
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise ExportError(f"{file} takes {', '.join(names)}, not '{name}'{hint}")
+            near = hint(name, names, " (did you mean '{}'?)", count=1)
+            raise ExportError(f"{file} takes {', '.join(names)}, not '{name}'{near}")
 
 
 class Generates:

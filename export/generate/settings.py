@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import numbers
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, hint
 
 __all__ = [
     "GenerationSettings",
@@ -130,8 +129,7 @@ def refuse_unsupported(
 
 
 def _named(name: str, values: Mapping[str, Any], known: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, 1)
-    return f"{name}={values[name]!r}" + (f" (did you mean '{near[0]}'?)" if near else "")
+    return f"{name}={values[name]!r}" + hint(name, known, " (did you mean '{}'?)", count=1)
 
 
 def _plain(value: Any) -> Any:

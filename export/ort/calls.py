@@ -9,7 +9,6 @@ Everything else is refused.
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, hint
 from lora_fx.export.ort.ports import Port
 
 if TYPE_CHECKING:
@@ -129,9 +128,8 @@ def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[
     if missing:
         parts.append(f"lacks {', '.join(missing)}")
     for name in unknown:
-        near = difflib.get_close_matches(str(name), names, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        parts.append(f"has '{name}', which is no input{hint}")
+        near = hint(name, names, " (did you mean '{}'?)", count=1)
+        parts.append(f"has '{name}', which is no input{near}")
     return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"
 
 

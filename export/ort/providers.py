@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import importlib.metadata
 import io
 import logging
@@ -18,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import ExportError, ProviderError
+from lora_fx.errors import ExportError, ProviderError, hint
 
 __all__ = [
     "PROVIDERS",
@@ -70,10 +69,9 @@ def check_provider(runtime: Any, provider: str) -> None:
         ProviderError: With what is missing and what to do about it.
     """
     if provider not in PROVIDERS:
-        near = difflib.get_close_matches(str(provider).lower(), PROVIDERS, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        near = hint(str(provider).lower(), PROVIDERS, " Did you mean '{}'?", count=1)
         raise ProviderError(
-            f"unknown provider {provider!r}: the providers are 'cuda' and 'cpu'.{hint}"
+            f"unknown provider {provider!r}: the providers are 'cuda' and 'cpu'.{near}"
         )
     available = runtime.get_available_providers()
     if PROVIDERS[provider] not in available:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, hint
 from lora_fx.export.tasks.part import Part
 from lora_fx.export.tasks.text2text_generation import TEXT2TEXT_GENERATION, text2text_generation
 from lora_fx.export.tasks.text_generation import TEXT_GENERATION, text_generation
@@ -32,9 +31,9 @@ def find_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    near = difflib.get_close_matches(str(name).lower().replace("_", "-"), TASKS, 1, cutoff=0.4)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    like = str(name).lower().replace("_", "-")
     raise ExportError(
         f"task={name!r} is unknown: the tasks are {', '.join(map(repr, TASKS))}, and without one "
-        f"the model is exported as it is called.{hint}"
+        f"the model is exported as it is called."
+        + hint(like, TASKS, " Did you mean '{}'?", count=1, cutoff=0.4)
     )

@@ -6,11 +6,10 @@ here, or it does not exist.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, Final, NamedTuple
 
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, hint
 
 __all__ = ["FOREIGN", "METADATA", "Foreign", "is_off", "only_own"]
 
@@ -74,10 +73,9 @@ def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
         if name in own:
             kept[name] = value
         elif name not in FOREIGN:
-            near = difflib.get_close_matches(name, own, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            near = hint(name, own, "did you mean '{}'? ", cutoff=0.5, between="' or '")
             raise ConfigError(
-                f"LoraConfig has no field {name!r}; {hint}The fields are {', '.join(own)}"
+                f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(own)}"
             )
         elif not is_off(value) and value != FOREIGN[name].off and not _is_runtime(name, value):
             off, what = FOREIGN[name]

@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import os
-import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_fx.config.fields import ALL_LINEAR, NORMALISERS, TASK_TYPES, FrozenPat
 from lora_fx.config.foreign import FOREIGN, METADATA, is_off, only_own
 from lora_fx.config.starts import OPTIONS, FrozenOptions, complete_options
 from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.files import replacing
 
 __all__ = [
     "ALL_LINEAR",
@@ -239,17 +239,12 @@ class LoraConfig:
         values = {**self.to_dict(), "peft_type": _peft_type(self.kind)}
         del values["seed"]
         text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
-        temporary = path.with_name(f"{CONFIG_NAME}.{secrets.token_hex(4)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("x", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(path) as new, new.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as exc:
             raise CheckpointError(
                 f"{path} cannot be written ({exc}); give a folder that is writable and has room"

@@ -81,15 +81,17 @@ def test_every_module_travels(site: Path) -> None:
     assert installed == in_tree
 
 
-def test_types_and_the_viewer_travel(site: Path) -> None:
+@pytest.mark.parametrize("package", ["viewer", "bench", "zoo"])
+def test_types_and_the_files_beside_the_code_travel(site: Path, package: str) -> None:
     assert (site / "lora_fx/py.typed").is_file()
-    viewer = ROOT / "tools/viewer"
+    folder = ROOT / "tools" / package
     assets = {
-        path.relative_to(viewer).as_posix()
-        for path in viewer.rglob("*")
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc"}
     }
-    assert not {name for name in assets if not (site / "lora_fx/tools/viewer" / name).is_file()}
+    assert assets
+    assert not {name for name in assets if not (site / "lora_fx/tools" / package / name).is_file()}
 
 
 def test_it_imports_from_there(site: Path, tmp_path: Path) -> None:

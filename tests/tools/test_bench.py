@@ -104,7 +104,7 @@ def test_what_a_function_keeps_as_an_attribute_is_counted_once() -> None:
 
 
 def test_scales_beside_a_quantised_weight_are_part_of_the_model() -> None:
-    from lora_fx.tools.bench.quantized_step import quantized_base
+    from lora_fx.tools.bench.step_sections import quantized_base
 
     model = quantized_base(nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 2)))
     x = torch.ones(4, 64, requires_grad=True)
@@ -115,13 +115,13 @@ def test_scales_beside_a_quantised_weight_are_part_of_the_model() -> None:
 @pytest.mark.slow
 def test_adapters_over_nf4_keep_no_values_of_weights_and_less_than_peft() -> None:
     pytest.importorskip("peft")
-    from lora_fx.tools.bench import quantized_step
+    from lora_fx.tools.bench.report import SECTIONS
 
-    found = quantized_step.run(repeats=2, size=Size.QUICK)["cpu, float32"]
-    assert set(found.dense.values()) == {0}
-    assert found.stored < found.plain / 7
+    found = SECTIONS["quantized_step"].run(repeats=2, size=Size.QUICK)["cpu, float32"]
+    assert set(found.look.dense.values()) == {0}
+    assert found.look.stored < found.look.plain / 7
     plain, dropped, peft, their_dropped = (
-        found.measured.saved_beyond(name) or 0
+        found.saved_beyond(name) or 0
         for name in ("lora-fx, p = 0", "lora-fx, p = 0.05", "PEFT, p = 0", "PEFT, p = 0.05")
     )
     assert 0 < plain <= peft
@@ -135,7 +135,7 @@ def test_adapters_over_nf4_learn_what_those_over_fp32_do() -> None:
     pytest.importorskip("peft")
     from lora_fx.tools.bench import quantized_quality as quality
 
-    found = quality.run(repeats=2)["cpu, float32"]
+    found = quality.SECTION.run(repeats=2)["cpu, float32"]
     assert found.lost(quality.NF4) <= 1
     assert found.mean(quality.NF4) > found.mean("frozen, NF4")
 
@@ -143,9 +143,9 @@ def test_adapters_over_nf4_learn_what_those_over_fp32_do() -> None:
 @pytest.mark.slow
 def test_dora_saves_little_more_than_lora_and_peft_much() -> None:
     pytest.importorskip("peft")
-    from lora_fx.tools.bench import dora_step
+    from lora_fx.tools.bench.report import SECTIONS
 
-    steps = dora_step.run(repeats=2, size=Size.QUICK)["cpu, float32"].steps
+    steps = SECTIONS["dora_step"].run(repeats=2, size=Size.QUICK)["cpu, float32"].steps
     found = {name: steps[f"{name}, p = 0"].saved or 0 for name in LIBRARIES_AND_KINDS}
     assert 0 < found["lora-fx LoRA"] <= found["PEFT LoRA"]
     assert found["lora-fx DoRA"] < 1.1 * found["lora-fx LoRA"]
@@ -155,9 +155,9 @@ def test_dora_saves_little_more_than_lora_and_peft_much() -> None:
 @pytest.mark.slow
 def test_adapters_on_experts_cost_little_beside_peft() -> None:
     pytest.importorskip("peft")
-    from lora_fx.tools.bench import expert_step
+    from lora_fx.tools.bench.report import SECTIONS
 
-    steps = expert_step.run(repeats=2, size=Size.QUICK)["cpu, float32"].steps
+    steps = SECTIONS["expert_step"].run(repeats=2, size=Size.QUICK)["cpu, float32"].steps
     frozen, ours, peft = (steps[name].memory for name in ("frozen", "lora-fx", "PEFT"))
     assert frozen is not None
     assert ours is not None

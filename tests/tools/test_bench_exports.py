@@ -171,7 +171,7 @@ def test_an_export_that_is_not_equal_is_none() -> None:
     assert Row("", 1.0, file, 1e-3).outcome == "a file that computes something else"
     assert Row("", 1.0, file, float("nan")).outcome == "a file that computes something else"
     assert Row("a | b").outcome == "a | b"
-    columns, [cells] = export_peers.rows({("m", "LoRA", "x"): Row("a | b", 1.0, file)})
+    columns, [cells] = export_peers.SECTION.rows({("m", "LoRA", "x"): Row("a | b", 1.0, file)})
     assert dict(zip(columns, cells, strict=True))["equal to PyTorch"] == r"a \| b"
 
 

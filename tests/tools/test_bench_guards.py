@@ -8,18 +8,18 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from lora_fx.tools.bench import goals, guards, llama_step
+from lora_fx.tools.bench import goals, guards
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
 from lora_fx.tools.bench.measure import Sample, Size
-from lora_fx.tools.bench.steps import Workload, resnet
+from lora_fx.tools.bench.workloads import Workload, resnet, small_llama
 
 
 @pytest.mark.parametrize(
     ("workload", "way", "targets"),
     [
-        pytest.param(llama_step.workload(Size.TINY), OURS, "all-linear", id="regions"),
+        pytest.param(small_llama(Size.TINY), OURS, "all-linear", id="regions"),
         pytest.param(resnet(Size.TINY), OURS, ("convolution",), id="convolutions"),
-        pytest.param(llama_step.workload(Size.TINY), EXPORTED, "all-linear", id="exported"),
+        pytest.param(small_llama(Size.TINY), EXPORTED, "all-linear", id="exported"),
     ],
 )
 def test_the_guards_are_those_of_the_graphs_that_a_forward_runs(

@@ -21,16 +21,9 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.bench import (
-    goals,
-    profile_step,
-    quantized_quality,
-    quantized_step,
-    report,
-    saved_step,
-)
+from lora_fx.tools.bench import closer_look, goals, quantized_quality, report
 from lora_fx.tools.bench import measure as hardware
-from lora_fx.tools.bench.chart import Bar, Group, bars
+from lora_fx.tools.bench.chart import Group, bars
 from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, OURS, PEFT, Settings
 from lora_fx.tools.bench.counted import Memory
 from lora_fx.tools.bench.measure import (
@@ -45,9 +38,9 @@ from lora_fx.tools.bench.measure import (
     places,
     synchronizer,
 )
-from lora_fx.tools.bench.merge_time import BOUND, OURS_INTO, Merged
-from lora_fx.tools.bench.merge_time import PEFT as PEFT_MERGE
+from lora_fx.tools.bench.step_sections import Look
 from lora_fx.tools.bench.steps import Measured, Step
+from lora_fx.tools.bench.verbs import BOUND, OURS_INTO, PEFT_MERGE, Merged
 from lora_fx.tools.cli.app import ERROR_EXIT, app
 
 SLOW = {"compiled_step", "export_peers", "model_steps", "quantized_quality"}
@@ -72,11 +65,11 @@ def test_every_section_runs_on_tiny_shapes(name: str) -> None:
     assert all(
         len(row) == len(columns) and all(isinstance(one, str) for one in row) for row in rows
     )
-    assert section.TITLE
-    assert section.caption()
+    assert section.title
+    assert section.caption
     assert told
     assert all(done <= total for done, total in told)
-    for text in getattr(section, "charts", lambda _: {})(results).values():
+    for text in section.charts(results).values():
         ET.fromstring(text)
 
 
@@ -153,7 +146,7 @@ def test_goals_over_a_quantised_base_are_judged_within_turns_and_by_all_that_is_
     def verdicts(**changed: Any) -> dict[str, tuple[str, ...]]:
         inner = measured(changed.get("times", times), changed.get("saved", saved), 1.06)
         dense = {**dict.fromkeys(saved, 0), **changed.get("dense", {})}
-        step = quantized_step.Found(inner["cpu, float32"], dense, MIB, 7 * MIB)
+        step = dataclasses.replace(inner["cpu, float32"], look=Look(dense, MIB, 7 * MIB))
         right = {
             quantized_quality.DENSE: (0.80, 0.82),
             quantized_quality.NF4: changed.get("right", (0.80, 0.81)),
@@ -229,46 +222,46 @@ def test_a_merge_with_a_temporary_of_the_size_of_the_weight_misses_its_goal() ->
 
 
 def test_charts_can_be_read_on_light_and_dark_pages() -> None:
-    text = bars("A <title>", "note", [Group("g", [Bar("a & b", 1.25, "ours")], 1.1)])
+    group = Group("g", {"lora-fx & b": 1.25, "PEFT": 1.5}, 1.1)
+    text = bars("A <title>", "note", [group])
+    assert text == bars("A <title>", "note", [group])
     tree = ET.fromstring(text)
     space = {"s": "http://www.w3.org/2000/svg"}
-    assert "prefers-color-scheme: dark" in text
-    assert [one.text for one in tree.findall("s:title", space)] == ["A <title>"]
-    assert {"a & b", "1.25", "g"} <= {one.text for one in tree.findall("s:text", space)}
-    box = [float(one) for one in tree.attrib["viewBox"].split()]
-    for one in tree.findall("s:rect", space):
-        assert float(one.get("x", 0)) + float(one.attrib["width"]) <= box[2]
-    assert len(tree.findall("s:line[@class='line']", space)) == 1
-    # The line says what it is, and values stand over it.
-    assert [one.text for one in tree.findall("s:text[@class='mark']", space)] == ["F 1.10"]
-    order = [one.get("class") for one in tree]
-    assert order.index("ours") < order.index("line") < order.index("value")
+    words = {
+        "".join(one.itertext()): one.attrib["style"] for one in tree.iterfind(".//s:text", space)
+    }
+    # The line says what it is.
+    assert {"A <title>", "note", "g", "lora-fx & b", "1.25", "F 1.10"} <= words.keys()
+    # Nothing lies behind, and text is gray: half way between a light and a dark page.
+    assert "#ffffff" not in text
+    assert all("#808080" in style for word, style in words.items() if not word.startswith("F "))
+    assert "<dc:date>" not in text
     ET.fromstring(bars("empty", "", []))
 
 
 def test_operations_are_sorted_by_what_they_do() -> None:
     square, thin = [[64, 64], [64, 64]], [[64, 64], [64, 16]]
-    assert profile_step.group_of("aten::mm", square, 16) == "base products"
-    assert profile_step.group_of("aten::addmm_", thin, 16) == "thin products"
-    assert profile_step.group_of("aten::mm", [[64, 100], [100, 48]], 16) == "thin products"
-    assert profile_step.group_of("aten::bernoulli_", [], 16) == "random numbers"
-    assert profile_step.group_of("aten::native_dropout", [], 16) == "random numbers"
-    assert profile_step.group_of("aten::copy_", [], 16) == "copies, fills"
-    assert profile_step.group_of("aten::mul", [], 16) == "element by element"
-    assert profile_step.group_of("aten::where", [], 16) == "element by element"
+    assert closer_look.group_of("aten::mm", square, 16) == "base products"
+    assert closer_look.group_of("aten::addmm_", thin, 16) == "thin products"
+    assert closer_look.group_of("aten::mm", [[64, 100], [100, 48]], 16) == "thin products"
+    assert closer_look.group_of("aten::bernoulli_", [], 16) == "random numbers"
+    assert closer_look.group_of("aten::native_dropout", [], 16) == "random numbers"
+    assert closer_look.group_of("aten::copy_", [], 16) == "copies, fills"
+    assert closer_look.group_of("aten::mul", [], 16) == "element by element"
+    assert closer_look.group_of("aten::where", [], 16) == "element by element"
     # Views, and operations that only call others, compute nothing.
     for name in ("aten::t", "aten::view", "aten::linear", "aten::matmul", "aten::empty"):
-        assert profile_step.group_of(name, square, 16) == "between operations"
+        assert closer_look.group_of(name, square, 16) == "between operations"
 
 
 def test_what_is_kept_is_sorted_by_shape_and_type() -> None:
     rank = Settings().r
-    assert saved_step.kind_of(torch.ones(4, 40)) == saved_step.WIDE
-    assert saved_step.kind_of(torch.ones(4, rank)) == saved_step.THIN
+    assert closer_look.kind_of(torch.ones(4, 40)) == closer_look.KINDS[0]
+    assert closer_look.kind_of(torch.ones(4, rank)) == closer_look.KINDS[1]
     # q, k and v share one product with their A's.
-    assert saved_step.kind_of(torch.ones(5, 3 * rank)) == saved_step.THIN
-    assert saved_step.kind_of(torch.ones(4, 40).bool()) == saved_step.MASKS
-    assert saved_step.kind_of(torch.ones(1, 4, 1)) == saved_step.OTHER
+    assert closer_look.kind_of(torch.ones(5, 3 * rank)) == closer_look.KINDS[1]
+    assert closer_look.kind_of(torch.ones(4, 40).bool()) == closer_look.KINDS[2]
+    assert closer_look.kind_of(torch.ones(1, 4, 1)) == closer_look.KINDS[3]
 
 
 def test_kernels_are_counted_without_named_ranges() -> None:

@@ -7,15 +7,17 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.demo import data as demo_data
 from lora_fx.tools.demo.data import LIBRARIES, MASK, Corpus, collect, key, masked
-from lora_fx.tools.demo.model import batches, logistic_regression
+from lora_fx.tools.demo.model import Batch, batches, fit_head
 from lora_fx.tools.demo.report import claim_folder
 
 SMALL = ("networkx", "numpy", "torch")
@@ -111,14 +113,36 @@ def test_batches_hold_every_sentence_once_and_pad_at_the_end() -> None:
             assert (mask.diff(dim=1) <= 0).all()
 
 
-def test_the_head_is_fitted_as_scikit_learn_does() -> None:
+class Vectors(nn.Module):
+    """A classifier whose sentences are vectors already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def embed(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors
+
+
+def test_the_head_is_fitted_with_the_regularisation_that_is_best_on_text_left_out() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
+    selection = pytest.importorskip("sklearn.model_selection")
+    torch.manual_seed(0)
     x = torch.randn(300, 6)
     y = (x @ torch.randn(6, 3) + torch.randn(300, 3)).argmax(-1)
-    reference = linear_model.LogisticRegression(C=0.3, max_iter=2000, tol=1e-8).fit(x, y)
-    weight, bias = logistic_regression(x, y, 3, 0.3)
-    np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=1e-3)
-    np.testing.assert_allclose(bias.numpy(), reference.intercept_, atol=1e-3)
+    parts = [Batch({"vectors": x[i : i + 50]}, y[i : i + 50]) for i in range(0, 300, 50)]
+    model: Any = Vectors()
+    fit_head(model, parts, iter(()))
+    folds = selection.PredefinedSplit([place % 3 for place in range(300)])
+
+    def score(c: float) -> float:
+        fitted = linear_model.LogisticRegression(C=c, max_iter=2000, tol=1e-8)
+        return float(selection.cross_val_score(fitted, x, y, cv=folds).mean())
+
+    best = max((0.03, 0.1, 0.3, 1.0), key=score)
+    reference = linear_model.LogisticRegression(C=best, max_iter=2000, tol=1e-8).fit(x, y)
+    np.testing.assert_allclose(model.head.weight.detach(), reference.coef_, atol=1e-3)
+    np.testing.assert_allclose(model.head.bias.detach(), reference.intercept_, atol=1e-3)
 
 
 def test_the_folder_of_an_earlier_demo_is_taken_over_and_no_other(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from lora_fx.errors import ProviderError
 from lora_fx.export.ort import providers
-from lora_fx.tools.cli import diagnosis as doctor
-from lora_fx.tools.cli.diagnosis import EXTRAS, Finding, State, examine
+from lora_fx.tools.cli import doctor
+from lora_fx.tools.cli.doctor import EXTRAS, Finding, State, examine
 
 
 def found(name: str) -> Finding:

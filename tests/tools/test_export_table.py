@@ -7,7 +7,7 @@ import dataclasses
 from rich.console import Console
 
 from lora_fx.export.report import ExportReport, OutputParity
-from lora_fx.tools.cli.export_table import render
+from lora_fx.tools.cli.tables import render_export as render
 from tests.export.test_report import REPORT
 
 

@@ -24,8 +24,7 @@ from lora_fx.passes.capture.inputs import normalise
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
-from lora_fx.tools.zoo import oracle, registry, report, runner
-from lora_fx.tools.zoo import training as numbers
+from lora_fx.tools.zoo import numbers, oracle, registry, report, runner
 from lora_fx.tools.zoo.entries import Entry, wake
 from lora_fx.tools.zoo.job import run_job, unseen
 from lora_fx.tools.zoo.report import PARTS, Row, scrubbed

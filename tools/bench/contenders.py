@@ -30,20 +30,24 @@ __all__ = [
     "PEFT",
     "THIRD",
     "ChosenContraction",
+    "Contenders",
     "Contraction",
     "FiveOperations",
     "InPlace",
     "LowRank",
     "Settings",
     "WeightChange",
+    "built",
     "choose",
     "is_linear",
     "linear_floor",
     "matrix",
     "model_floor",
+    "name_of",
     "replaced",
     "shared_copy",
     "targets_of",
+    "variants",
 ]
 
 
@@ -297,6 +301,7 @@ class Settings:
     Attributes:
         r, lora_alpha, lora_dropout, target_modules, use_dora: The fields of that name.
         example_inputs: For the way in that exports the model.
+        parameters: Whether the targets are parameters, which PEFT names in a field of its own.
     """
 
     r: int = 16
@@ -305,11 +310,12 @@ class Settings:
     target_modules: str | tuple[str, ...] = "all-linear"
     use_dora: bool = False
     example_inputs: Mapping[str, Any] | None = None
+    parameters: bool = False
 
     def fields(self) -> dict[str, Any]:
         """What both libraries take."""
         found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        del found["example_inputs"]
+        del found["example_inputs"], found["parameters"]
         if isinstance(self.target_modules, tuple):
             found["target_modules"] = list(self.target_modules)
         return found
@@ -352,7 +358,10 @@ def _exported(base: nn.Module, settings: Settings) -> nn.Module:
 def _peft(base: nn.Module, settings: Settings) -> nn.Module:
     import peft
 
-    wrapped = peft.get_peft_model(shared_copy(base), peft.LoraConfig(**settings.fields()))
+    fields = settings.fields()
+    if settings.parameters:
+        fields |= {"target_modules": [], "target_parameters": fields["target_modules"]}
+    wrapped = peft.get_peft_model(shared_copy(base), peft.LoraConfig(**fields))
     found: nn.Module = wrapped.get_base_model()
     return found
 
@@ -388,3 +397,46 @@ BUILDERS: Mapping[str, Builder] = {
     },
 }
 """By name."""
+
+
+Contenders = Mapping[str, tuple[str, Settings]]
+"""What is measured against each other: by title, a key of :data:`BUILDERS` and the adapter."""
+
+
+def name_of(contender: str, dropout: float) -> str:
+    """How a table names a contender with dropout."""
+    return f"{contender}, p = {dropout:g}"
+
+
+def variants(names: Iterable[str], dropouts: Iterable[float] = (0.0, 0.05)) -> Contenders:
+    """The frozen model, and contenders with each dropout that they know.
+
+    Args:
+        names: Keys of :data:`BUILDERS`.
+        dropouts: Of those with adapters.
+    """
+    found = {FROZEN: (FROZEN, Settings())}
+    for name in names:
+        if name.startswith(FROZEN):
+            found[name] = (name, Settings())
+            continue
+        for dropout in dropouts:
+            if not (dropout and name in NO_DROPOUT):
+                found[name_of(name, dropout)] = (name, Settings(lora_dropout=dropout))
+    return found
+
+
+def built(
+    contenders: Contenders, base: nn.Module, inputs: Mapping[str, Any] | None = None
+) -> dict[str, nn.Module]:
+    """The models, in training mode, over the parameters of one base.
+
+    Args:
+        contenders: What is built.
+        base: The model.
+        inputs: For the way in that exports it.
+    """
+    return {
+        title: BUILDERS[name](base, dataclasses.replace(settings, example_inputs=inputs)).train()
+        for title, (name, settings) in contenders.items()
+    }

@@ -28,11 +28,10 @@ from lora_fx.tools.bench.peer_exporters import (
     largest_error,
     runner,
 )
+from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.served import RANK, Served, randomise, served
 
-__all__ = ["KINDS", "TITLE", "Row", "caption", "rows", "run"]
-
-TITLE = "Exports of the same adapters by others"
+__all__ = ["KINDS", "SECTION", "Row"]
 
 KINDS = ("LoRA", "rank_pattern, alpha_pattern", "DoRA")
 """The adapters."""
@@ -91,9 +90,7 @@ class Row:
         return "yes" if self.parity <= _EXACT else "a file that computes something else"
 
 
-def run(
-    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
-) -> dict[tuple[str, str, str], Row]:
+def _run(repeats: int, size: Size, progress: Progress | None) -> dict[tuple[str, str, str], Row]:
     """Rows by model, adapter and contender. Each export runs once, however many repeats."""
     cases = [(model, kind) for model in served(size) for kind in KINDS]
     if size is not Size.FULL:
@@ -110,41 +107,17 @@ def run(
     return found
 
 
-def rows(
-    results: dict[tuple[str, str, str], Row],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table: columns and cells."""
-    columns = (
-        *("model", "adapter", "exporter", "equal to PyTorch", "seconds", "MB", "nodes"),
-        *("error", "error without adapter"),
-    )
-    return columns, [
-        (
+def _rows(results: Mapping[tuple[str, str, str], Row]) -> Iterator[list[str]]:
+    for key, row in results.items():
+        sizes = [f"{row.file.size / 1e6:.1f}", str(row.file.nodes)] if row.file else ["", ""]
+        yield [
             *key,
             row.outcome.replace("|", r"\|"),
             "" if row.seconds is None else f"{row.seconds:.1f}",
-            "" if row.file is None else f"{row.file.size / 1e6:.1f}",
-            "" if row.file is None else str(row.file.nodes),
+            *sizes,
             "" if row.parity is None else f"{row.parity:.1e}",
             row.bare.replace("|", r"\|"),
-        )
-        for key, row in results.items()
-    ]
-
-
-def caption() -> str:
-    """What was measured."""
-    return (
-        f"One adapter folder that PEFT wrote, of rank {RANK} at every linear layer but the head, on a "
-        "model with random weights; with patterns, query or q has rank 4, value or v another alpha. The "
-        "error is the largest difference beside the largest element of the first output, on inputs of two "
-        "shapes that are not those of the export, run in one ONNX Runtime on the CPU; up to 1e-4 counts "
-        "as equal. Seconds are those of one export, from the folders to the file, without imports; those of "
-        "lora-fx include its comparison with PyTorch. Olive runs MergeAdapterWeights and OnnxConversion, "
-        "or OnnxConversion and ExtractAdapters with inputs, each with the dynamo exporter. optimum-onnx "
-        "gets a model that PEFT has merged, or one that transformers has loaded from the adapter's folder. "
-        "Both run in environments of their own, which `make bench-envs` installs."
-    )
+        ]
 
 
 def _contenders() -> dict[str, Callable[[Served, Path, Expected], Row]]:
@@ -270,3 +243,14 @@ def _write_tokenizer(folder: Path) -> None:
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+SECTION = Section(
+    "export_peers",
+    (
+        *("model", "adapter", "exporter", "equal to PyTorch", "seconds", "MB", "nodes"),
+        *("error", "error without adapter"),
+    ),
+    _run,
+    _rows,
+)

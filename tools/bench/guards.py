@@ -19,7 +19,6 @@ from torch import nn
 
 from lora_fx.passes.graph import conditions_of, generated
 from lora_fx.runtime import CODES, disarm
-from lora_fx.tools.bench import llama_step
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
 from lora_fx.tools.bench.measure import (
     Place,
@@ -31,7 +30,9 @@ from lora_fx.tools.bench.measure import (
     portion,
     ratio,
 )
-from lora_fx.tools.bench.steps import Workload, loss_of, resnet
+from lora_fx.tools.bench.section import Section
+from lora_fx.tools.bench.steps import loss_of
+from lora_fx.tools.bench.workloads import Workload, resnet, small_llama
 
 __all__ = [
     "AGAIN",
@@ -39,17 +40,12 @@ __all__ = [
     "LATER",
     "OFF",
     "SECOND",
-    "TITLE",
+    "SECTION",
     "Case",
     "Found",
     "called_graphs",
-    "caption",
     "guard_of",
-    "rows",
-    "run",
 ]
-
-TITLE = "Guards, and the first step that is watched"
 
 FIRST, SECOND, LATER = "first step, watched", "second step", "fifth step"
 OFF, AGAIN = "a step without a watch", "a step without a watch, again (A/A)"
@@ -99,9 +95,9 @@ class Found:
     steps: Mapping[str, Sample]
 
 
-def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None) -> Found:
+def _run(repeats: int, size: Size, progress: Progress | None) -> Found:
     """Measures the guards of two models by region and of one as a whole, then the steps of a Llama."""
-    wide, pictures = llama_step.workload(size), resnet(size)
+    wide, pictures = small_llama(size), resnet(size)
     built = (
         ("Llama", wide, OURS, Settings()),
         ("ResNet", pictures, OURS, Settings(target_modules=("convolution",))),
@@ -121,42 +117,18 @@ def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None 
     return Found(cases, steps)
 
 
-def rows(results: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table: columns and cells."""
-    columns = (
-        "what",
-        "graphs",
-        "conditions",
-        "median (quartiles)",
-        "of",
-        "ratio to it (quartiles)",
-    )
-    table: list[tuple[str, ...]] = []
+def _rows(results: Found) -> Iterator[list[str]]:
     for case in results.cases:
-        table.append((f"{case.title}: forward", "", "", str(case.forward), "", ""))
+        yield [f"{case.title}: forward", "", "", str(case.forward), "", ""]
         one = case.portion
         part = " to ".join(f"{100 * value:.3f}" for value in (one.low, one.high))
-        counts = (str(case.graphs), str(case.conditions))
-        shown = f"{100 * one.median:.3f} % ({part})"
-        table.append((f"{case.title}: guards", *counts, str(case.guards), "the forward", shown))
+        shown = ["the forward", f"{100 * one.median:.3f} % ({part})"]
+        counts = [str(case.graphs), str(case.conditions)]
+        yield [f"{case.title}: guards", *counts, str(case.guards), *shown]
     off = results.steps[OFF]
     for name, sample in results.steps.items():
-        beside = ("", "") if name == OFF else (OFF, str(ratio(sample, off)))
-        table.append((name, "", "", str(sample), *beside))
-    return columns, table
-
-
-def caption() -> str:
-    """What was measured."""
-    return (
-        "CPU, fp32, rank 16, all-linear and every convolution, time of the thread that calls. Guards: all "
-        "that the graphs of one forward in training compare with what their traces read, asked in the same "
-        "order by functions that do nothing else; the tests of arguments, which any graph needs, are not "
-        "among them. One graph: the model exported with example inputs, whose guard goes through the "
-        "modules and their settings. Steps: forward and backward of that Llama, each of a fresh rewrite that "
-        "has made the steps before; without a watch is a second step, after the watch was taken off the "
-        "modules."
-    )
+        beside = ["", ""] if name == OFF else [OFF, str(ratio(sample, off))]
+        yield [name, "", "", str(sample), *beside]
 
 
 def _model(workload: Workload, way: str, settings: Settings) -> nn.Module:
@@ -184,7 +156,7 @@ def _guards(
                 guard(module)
 
     samples = interleaved(
-        {_FORWARD: (_nothing, lambda _: forward()), _CONDITIONS: (_nothing, ask)},
+        {_FORWARD: (lambda: None, lambda _: forward()), _CONDITIONS: (lambda: None, ask)},
         repeats=repeats,
         seconds=_SECONDS,
         progress=progress,
@@ -270,5 +242,9 @@ def _steps(workload: Workload, repeats: int, progress: Progress | None) -> dict[
     )
 
 
-def _nothing() -> None:
-    """The model is there."""
+SECTION = Section(
+    "guards",
+    ("what", "graphs", "conditions", "median (quartiles)", "of", "ratio to it (quartiles)"),
+    _run,
+    _rows,
+)

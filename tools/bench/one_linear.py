@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.tools.bench.chart import Bar, Group, bars
+from lora_fx.tools.bench.chart import Group
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     BUILDERS,
@@ -35,10 +35,9 @@ from lora_fx.tools.bench.measure import (
     ratio,
     synchronizer,
 )
+from lora_fx.tools.bench.section import Chart, Section
 
-__all__ = ["TITLE", "Cell", "Shape", "caption", "charts", "rows", "run"]
-
-TITLE = "One linear operation"
+__all__ = ["SECTION", "Cell", "Shape"]
 
 _CORE = (OURS, PEFT)
 _ALL = (OURS, CANONICAL, PEFT, *PEERS)
@@ -79,7 +78,7 @@ class Cell:
 Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 
 
-def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None) -> Results:
+def _run(repeats: int, size: Size, progress: Progress | None) -> Results:
     """Times and, on CUDA, kernel launches, by shape and contender."""
     cases = [
         (place, d, tokens)
@@ -98,10 +97,8 @@ def run(*, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None 
     }
 
 
-def rows(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table: O and η of every contender, a row for each shape, rank and dropout."""
-    columns = ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL)
-    table: list[tuple[str, ...]] = []
+def _rows(results: Results) -> Iterator[list[str]]:
+    """O and η of every contender, a row for each shape, rank and dropout."""
     for shape, found in results.items():
         frozen = found[Cell(FROZEN)][0]
         again = ratio(found[Cell(AGAIN)][0], frozen)
@@ -109,45 +106,28 @@ def rows(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             floor = linear_floor(shape.d, shape.d, rank)
             row = [shape.where, str(shape.d), str(shape.tokens), str(rank), f"{dropout:g}"]
             row += [f"{1e3 * frozen.median:.3g} ms", f"{again.median:.2f}", f"{floor:.3f}"]
-            table.append(
-                (*row, *(_text(found, Cell(n, rank, dropout), frozen, floor) for n in _ALL))
-            )
-    return columns, table
+            yield [*row, *(_text(found, Cell(n, rank, dropout), frozen, floor) for n in _ALL)]
 
 
-def caption() -> str:
-    """What was measured."""
-    return (
-        "d inputs and d outputs, T tokens, no bias, eager, without the wrapper of a whole model. O is "
-        "the time beside that of the frozen layer with a gradient for its input, F is "
-        "1 + 1.5·r·(d + k)/(d·k), and η = F / O in brackets. Others than lora-fx and PEFT are measured at "
-        "r = 16 and, on a CPU, not at the largest size; a dash stands for what was not measured. The "
-        "contraction chosen by FLOPs is for p = 0 only: it builds W + s·BA where T is large, so that it "
-        f"can get below F. A CPU measures bf16 at d = {_HALF_WIDTH} only. F counts products: below it "
-        "there is also noise, which the column A/A shows. On CUDA the kernel launches of a step stand "
-        "behind η."
-    )
-
-
-def charts(results: Results) -> dict[str, str]:
-    """Pictures by file name: O at r = 16, for each device and dtype."""
-    found = {}
+def _charts(results: Results) -> dict[str, Chart]:
+    """O at r = 16, for each device and dtype."""
+    found: dict[str, Chart] = {}
     for where in dict.fromkeys(shape.where for shape in results):
         groups = [
             Group(
                 f"d = {shape.d}, T = {shape.tokens}, p = {dropout:g}",
-                [
-                    Bar(name, ratio(cells[cell][0], cells[Cell(FROZEN)][0]).median, kind)
-                    for name, kind in ((OURS, "ours"), (PEFT, "theirs"))
+                {
+                    name: ratio(cells[cell][0], cells[Cell(FROZEN)][0]).median
+                    for name in _CORE
                     if (cell := Cell(name, _RANK, dropout)) in cells
-                ],
+                },
                 linear_floor(shape.d, shape.d, _RANK),
             )
             for shape, cells in results.items()
             if shape.where == where
             for dropout in _DROPOUTS
         ]
-        found[f"one-linear-{where.replace(', ', '-')}.svg"] = bars(
+        found[f"one-linear-{where.replace(', ', '-')}.svg"] = (
             f"One linear operation beside the frozen one, r = {_RANK} ({where})",
             "O, less is better; 1 is the frozen step, the lines are F",
             groups,
@@ -190,7 +170,7 @@ def _measured(
         steps[cell] = _step(BUILDERS[cell.name](base, settings).train(), x, grad)
     titles = {f"{cell.name} r={cell.rank} p={cell.dropout:g}": cell for cell in cells}
     timed = interleaved(
-        {title: (_nothing, steps[cell]) for title, cell in titles.items()},
+        {title: (lambda: None, steps[cell]) for title, cell in titles.items()},
         repeats=repeats,
         calls=max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2,
         seconds=_SECONDS,
@@ -224,5 +204,10 @@ def _text(
     return text if launches is None else f"{text}, {launches}"
 
 
-def _nothing() -> None:
-    """A run needs nothing before it."""
+SECTION = Section(
+    "one_linear",
+    ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL),
+    _run,
+    _rows,
+    _charts,
+)

@@ -7,7 +7,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from lora_fx.export.onnx import export_onnx
 from lora_fx.export.ort import check_provider, import_onnxruntime
 from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
+from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.served import RANK, Served, randomise, served
 
 __all__ = [
@@ -29,15 +30,10 @@ __all__ = [
     "BASE",
     "MERGED",
     "ONE",
-    "TITLE",
+    "SECTION",
     "Latency",
-    "caption",
-    "rows",
-    "run",
     "switch_time",
 ]
-
-TITLE = "A run of an exported file in ONNX Runtime, rank 16"
 
 BASE, AGAIN = "base", "base again (A/A)"
 MERGED, BARE = "merged", "swappable, no adapter"
@@ -66,9 +62,7 @@ class Latency:
     switching: Mapping[str, Sample]
 
 
-def run(
-    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
-) -> dict[tuple[str, str], Latency]:
+def _run(repeats: int, size: Size, progress: Progress | None) -> dict[tuple[str, str], Latency]:
     """Results by model and provider."""
     models = served(size)
     found: dict[tuple[str, str], Latency] = {}
@@ -91,48 +85,19 @@ def switch_time(latency: Latency) -> float:
     return statistics.median(mine - theirs for mine, theirs in zip(turns, same, strict=True))
 
 
-def rows(
-    results: dict[tuple[str, str], Latency],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table: columns and cells."""
-    columns = (
-        *("model", "where", "batch", "contender", "median (quartiles)"),
-        *("of base", "of merged", "of merged, shortest runs", "F"),
-    )
-    cells: list[tuple[str, ...]] = []
-    for (title, provider), latency in results.items():
+def _rows(results: Mapping[tuple[str, str], Latency]) -> Iterator[list[str]]:
+    for where, latency in results.items():
         for batch, samples in latency.runs.items():
-            merged = samples[MERGED]
-            cells += [
-                (
-                    *(title, provider, str(batch), name, str(sample)),
-                    *(str(ratio(sample, samples[BASE])), str(ratio(sample, merged))),
-                    f"{min(sample.times) / min(merged.times):.2f}",
-                    f"{latency.floor:.3f}" if name == ONE else "",
-                )
-                for name, sample in samples.items()
-            ]
-        cells += [
-            (title, provider, "1", f"{_SHORT} tokens: {name}", str(sample), "", "", "", "")
-            for name, sample in latency.switching.items()
-        ]
-        taken = f"{1e3 * switch_time(latency):.3f} ms"
-        cells.append((title, provider, "1", "a switch of adapters", taken, "", "", "", ""))
-    return columns, cells
-
-
-def caption() -> str:
-    """What was measured."""
-    return (
-        f"Files of `export_onnx` with {_TOKENS} tokens a sequence, fp32, random weights; adapters of rank "
-        f"{RANK} at every linear operation but the head. The weighted pair has rank {2 * RANK}. A switch "
-        f"is what a run takes more if another adapter ran before it, on {_SHORT} tokens, where a run "
-        "is short: no session is loaded again, other values are bound. `load_adapter` reads a file, checks "
-        "it and puts it onto the device. F is 1 + Σ r·(d + k) / Σ d·k over the linear layers, the head in "
-        "the second sum only: what the thin products of one adapter cost if a FLOP costs the same "
-        "everywhere. What is beyond it is the addition of each branch, a pass over its output, and "
-        "fusions with what follows (a bias in GELU, in a layer norm) that ONNX Runtime does not find with it."
-    )
+            base, merged = samples[BASE], samples[MERGED]
+            for name, sample in samples.items():
+                beside = [str(ratio(sample, base)), str(ratio(sample, merged))]
+                beside += [f"{min(sample.times) / min(merged.times):.2f}"]
+                floor = f"{latency.floor:.3f}" if name == ONE else ""
+                yield [*where, str(batch), name, str(sample), *beside, floor]
+        short = {f"{_SHORT} tokens: {name}": str(one) for name, one in latency.switching.items()}
+        short["a switch of adapters"] = f"{1e3 * switch_time(latency):.3f} ms"
+        for name, taken in short.items():
+            yield [*where, "1", name, taken, "", "", "", ""]
 
 
 def _providers() -> tuple[_Provider, ...]:
@@ -242,3 +207,14 @@ def _switching(
     )
     halves = {name: Sample(tuple(one / 2 for one in found[name].times)) for name in (_SAME, _TURNS)}
     return {**found, **halves}
+
+
+SECTION = Section(
+    "onnx_latency",
+    (
+        *("model", "where", "batch", "contender", "median (quartiles)"),
+        *("of base", "of merged", "of merged, shortest runs", "F"),
+    ),
+    _run,
+    _rows,
+)

@@ -49,7 +49,7 @@ NAMES = ("olive", "optimum")
 
 _DEFAULT = Path(".peers")
 _VARIABLE = "LORA_FX_PEER_"
-_SCRIPTS = Path(__file__).with_name("exporters")
+_SCRIPT = Path(__file__).with_name("peer_script.py")
 _SECONDS = 600
 # Weights are on the disk: nothing is to be looked for elsewhere, and nothing to be told.
 _QUIET = {"HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -106,15 +106,15 @@ def environment_of(name: str, variables: Mapping[str, str] = os.environ) -> Path
 
 
 def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Exported:
-    """Runs a script of ``exporters/`` and reads what it says.
+    """Runs ``peer_script.py`` and reads what it says.
 
     Args:
         python: Of the environment.
-        script: Its name.
-        arguments: As the script takes them.
+        script: The exporter.
+        arguments: As it takes them.
     """
     # -I: neither this folder nor the caller's variables are on the path of the other environment.
-    command = [str(python), "-I", str(_SCRIPTS / f"{script}.py"), *map(str, arguments)]
+    command = [str(python), "-I", str(_SCRIPT), script, *map(str, arguments)]
     try:
         done = subprocess.run(
             command,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from lora_fx.api import rewrite
 from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT, shared_copy
 from lora_fx.tools.bench.measure import Progress, Size
-from lora_fx.tools.bench.quantized_step import available, quantized_base
+from lora_fx.tools.bench.section import Section
+from lora_fx.tools.bench.step_sections import available, quantized_base
 from lora_fx.tools.demo import (
     CONFIG,
     LIBRARIES,
@@ -29,9 +30,7 @@ from lora_fx.tools.demo import (
     train,
 )
 
-__all__ = ["DENSE", "NF4", "THEIRS", "TITLE", "Learnt", "caption", "rows", "run"]
-
-TITLE = "What adapters over an NF4 base learn"
+__all__ = ["DENSE", "NF4", "SECTION", "THEIRS", "Learnt"]
 
 DENSE = f"{OURS} over fp32"
 NF4 = f"{OURS} over NF4"
@@ -68,9 +67,7 @@ class Learnt:
         return 100 * (self.mean(DENSE) - self.mean(name))
 
 
-def run(
-    *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
-) -> dict[str, Learnt]:
+def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learnt]:
     """The result on the CPU; none without bitsandbytes.
 
     Repeats are seeds: of the factors, the order and the dropout; two at most.
@@ -78,7 +75,7 @@ def run(
     if not available():
         return {}
     settings = _SIZES[size]
-    libraries = LIBRARIES[:2] if size is Size.TINY else LIBRARIES
+    libraries = LIBRARIES[:3] if size is Size.TINY else LIBRARIES
     corpus = collect(settings.train, settings.held_out, libraries=libraries)
     held_out = _batches(corpus.held_out, corpus, settings)
     base = SentenceClassifier.pretrained(len(libraries))
@@ -108,34 +105,14 @@ def run(
     return {"cpu, float32": Learnt(accuracy, steps, len(corpus.held_out))}
 
 
-def rows(results: dict[str, Learnt]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table: columns and cells."""
-    columns = ("where", "contender", "steps", "held-out text right, %", "by seed", "points lost")
-    return columns, [
-        (
-            where,
-            name,
-            "" if name.startswith(FROZEN) else str(found.steps),
-            f"{100 * found.mean(name):.1f}",
-            ", ".join(f"{100 * one:.1f}" for one in each) if len(each) > 1 else "",
-            "" if name.startswith(FROZEN) or name == DENSE else f"{found.lost(name):+.1f}",
-        )
-        for where, found in results.items()
-        for name, each in found.accuracy.items()
-    ]
-
-
-def caption() -> str:
-    """What was measured."""
-    settings = _SIZES[Size.FULL]
-    held_out = settings.held_out * len(LIBRARIES)
-    return (
-        "The task of `make demo`, shortened: the MiniLM sentence encoder says which library a sentence of a "
-        f"docstring is from. Its head is fitted, then adapters of rank {CONFIG.r} and the head are trained, "
-        f"{settings.train} sentences of each library, one epoch, in the same order over fp32 and over NF4. "
-        f"Judged by {held_out} other sentences: one of them is {100 / held_out:.1f} points. Points lost are "
-        "those of the means over seeds, to lora-fx over fp32."
-    )
+def _rows(results: Mapping[str, Learnt]) -> Iterator[list[str]]:
+    for where, found in results.items():
+        for name, each in found.accuracy.items():
+            frozen = name.startswith(FROZEN)
+            seeds = ", ".join(f"{100 * one:.1f}" for one in each) if len(each) > 1 else ""
+            lost = "" if frozen or name == DENSE else f"{found.lost(name):+.1f}"
+            row = [where, name, "" if frozen else str(found.steps)]
+            yield [*row, f"{100 * found.mean(name):.1f}", seeds, lost]
 
 
 def _batches(sentences: Sequence[Any], corpus: Corpus, settings: DemoSettings) -> list[Batch]:
@@ -170,3 +147,11 @@ def _theirs(base: nn.Module, seed: int) -> nn.Module:
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module) is not nn.Linear
+
+
+SECTION = Section(
+    "quantized_quality",
+    ("where", "contender", "steps", "held-out text right, %", "by seed", "points lost"),
+    _run,
+    _rows,
+)

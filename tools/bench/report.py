@@ -12,70 +12,44 @@ from typing import Any
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
-    compiled_step,
-    dora_step,
-    expert_step,
+    closer_look,
     export_peers,
     goals,
     guards,
-    llama_step,
-    merge_error,
-    merge_time,
-    model_steps,
     one_linear,
     onnx_latency,
-    profile_step,
     quantized_quality,
-    quantized_step,
-    rewrite_scale,
-    rewrite_time,
-    saved_step,
+    step_sections,
+    verbs,
 )
 from lora_fx.tools.bench.measure import Progress, Size, machine
+from lora_fx.tools.bench.section import Section, words
 
 __all__ = ["IMAGES", "SECTIONS", "reference", "run_benchmarks", "select", "without_empty", "write"]
 
-_MODULES: tuple[Any, ...] = (
-    llama_step,
-    profile_step,
-    saved_step,
-    compiled_step,
-    one_linear,
-    model_steps,
-    guards,
-    dora_step,
-    expert_step,
-    quantized_step,
-    quantized_quality,
-    rewrite_time,
-    rewrite_scale,
-    merge_time,
-    merge_error,
-    export_peers,
-    onnx_latency,
-)
-SECTIONS: dict[str, Any] = {one.__name__.rpartition(".")[2]: one for one in _MODULES}
-"""By name: modules with TITLE, caption(), run(repeats, size, progress), rows(results) and, some of them,
-charts(results), in the order of the page."""
+_LISTED = {
+    one.name: one
+    for one in (
+        *step_sections.SECTIONS,
+        *closer_look.SECTIONS,
+        *verbs.SECTIONS,
+        one_linear.SECTION,
+        guards.SECTION,
+        quantized_quality.SECTION,
+        export_peers.SECTION,
+        onnx_latency.SECTION,
+    )
+}
+SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name in _LISTED}
+"""By name, in the order of ``page.md``."""
 
 IMAGES = "img"
 """The folder of the pictures, beside the page."""
 
 _NOTHING = ("", "–")
-_HEAD = """# Benchmarks
-
-Written by `make bench`; see `tools/bench/` for how each number is taken. Times are medians of
-interleaved runs in one process in random order, with quartiles; ratios are taken within a turn, and their
-medians are shown. Compare ratios, not seconds. O is the time of a step beside that of the frozen model, F the
-floor of O, η = F / O; an A/A row is the same thing under a second name, and shows the noise.
-"""
-_QUICK = """
-**A quick run**: shapes are smaller, sections leave contenders out, repeats are few.
-It shows that the tool works.
-"""
 
 
-def select(only: Iterable[str] | None) -> dict[str, Any]:
+def select(only: Iterable[str] | None) -> dict[str, Section]:
     """The sections of these names, all without names, in the order of the page.
 
     Raises:
@@ -124,16 +98,17 @@ def run_benchmarks(
     minutes = (time.monotonic() - began) / 60
     facts = {**machine(), "this run": f"{minutes:.1f} minutes, {repeats} counted turns at most"}
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    parts = [_HEAD + ("" if size is Size.FULL else _QUICK) + f"\n{listed}\n"]
-    met = _table(goals.columns, goals.rows(results, functools.partial(reference, chosen)))
+    quick = "" if size is Size.FULL else f"\n{words()['quick']}\n"
+    parts = [f"{words()['head']}\n{quick}\n{listed}\n"]
+    met = _table(goals.COLUMNS, goals.rows(results, functools.partial(reference, chosen)))
     parts.append(f"## Goals\n\n{met}\n")
     images: dict[str, str] = {}
     for name, section in chosen.items():
-        drawn = section.charts(results[name]) if hasattr(section, "charts") else {}
+        drawn = section.charts(results[name])
         images |= drawn
         shown = "".join(f"![{_alt(file)}]({IMAGES}/{file})\n\n" for file in drawn)
         table = _table(*without_empty(*section.rows(results[name])))
-        parts.append(f"## {section.TITLE}\n\n{section.caption()}\n\n{shown}{table}\n")
+        parts.append(f"## {section.title}\n\n{section.caption}\n\n{shown}{table}\n")
     return "\n".join(parts), images
 
 
@@ -169,7 +144,7 @@ def _within(progress: Progress | None, place: int, count: int, name: str) -> Pro
 
 def reference(chosen: Mapping[str, Any], name: str) -> str:
     """A section's title, as a link if the section is on the page."""
-    title: str = SECTIONS[name].TITLE
+    title = SECTIONS[name].title
     if name not in chosen:
         return title
     anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

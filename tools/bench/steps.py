@@ -1,21 +1,20 @@
-"""Training steps as rows of a table."""
+"""Training steps: the loop that measures contenders at each place, and the columns of their tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.tools.bench.contenders import (
-    BUILDERS,
     FROZEN,
-    NO_DROPOUT,
+    Contenders,
     Settings,
+    built,
     model_floor,
     targets_of,
 )
@@ -27,169 +26,29 @@ from lora_fx.tools.bench.measure import (
     Sample,
     Size,
     allocator_peak,
+    at_each,
     interleaved,
     kernel_launches,
+    places,
+    portion,
     ratio,
     synchronizer,
 )
+from lora_fx.tools.bench.section import Chart, Section, no_charts
+from lora_fx.tools.bench.workloads import Workload
 
 __all__ = [
     "COLUMNS",
+    "Column",
     "Measured",
+    "Row",
     "Step",
-    "Workload",
-    "bert",
-    "cells",
+    "Steps",
     "compare",
-    "gpt2",
-    "llama",
-    "llama_block",
-    "llama_shape",
     "loss_of",
-    "measure",
     "mebibytes",
-    "name_of",
-    "resnet",
-    "vit",
+    "section_of",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A model and a batch.
-
-    Attributes:
-        title: What the tables call it.
-        make: Gives the model, in training mode, on the CPU, the same each time.
-        inputs: Keyword arguments of a call that gives a loss.
-    """
-
-    title: str
-    make: Callable[[], nn.Module]
-    inputs: Mapping[str, Tensor]
-
-    def on(self, place: Place) -> dict[str, Tensor]:
-        """The batch at a place: numbers that are not whole have its dtype. They are leaves."""
-        found = {}
-        for name, value in self.inputs.items():
-            dtype = place.dtype if value.is_floating_point() else value.dtype
-            moved = value.detach().to(place.device, dtype)
-            found[name] = moved.requires_grad_(value.requires_grad)
-        return found
-
-
-def llama_shape(
-    hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 512, **more: Any
-) -> dict[str, Any]:
-    """Arguments of a ``LlamaConfig``."""
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        **more,
-    }
-
-
-def llama(title: str, shape: Mapping[str, Any], tokens: int) -> Workload:
-    """A Llama on one sequence; the loss is that of the next token."""
-    ids = _ids(shape["vocab_size"], tokens)
-    make = functools.partial(_make, "LlamaConfig", "LlamaForCausalLM", dict(shape))
-    return Workload(title, make, {"input_ids": ids, "labels": ids})
-
-
-def llama_block(size: Size) -> Workload:
-    """One block of a Llama of 1.3B parameters, as in the middle of it: its input wants a gradient."""
-    tokens, hidden = (8, 16) if size is Size.TINY else (256, 2048)
-    if size is Size.TINY:
-        shape = llama_shape(hidden, 32, 1, 2, 32)
-    else:
-        shape = llama_shape(hidden, 5504, 1, 16)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        x = torch.randn(1, tokens, hidden).requires_grad_()
-    make = functools.partial(_make, "LlamaConfig", "LlamaForCausalLM", shape)
-    inputs = {"inputs_embeds": x, "labels": _ids(shape["vocab_size"], tokens)}
-    return Workload(f"Llama block, 1 × {hidden}, {tokens} tokens", make, inputs)
-
-
-def gpt2(size: Size) -> Workload:
-    """GPT-2 small; its layers are ``Conv1D``."""
-    shape: dict[str, Any] = {}
-    if size is Size.TINY:
-        shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
-    tokens = 8 if size is Size.TINY else 128
-    ids = _ids(shape.get("vocab_size", 50257), tokens)
-    make = functools.partial(_make, "GPT2Config", "GPT2LMHeadModel", shape)
-    return Workload(f"GPT-2 small, {tokens} tokens", make, {"input_ids": ids, "labels": ids})
-
-
-def bert(size: Size) -> Workload:
-    """BERT-base with its head for masked words."""
-    shape: dict[str, Any] = {}
-    if size is Size.TINY:
-        shape = _tiny_encoder() | {"vocab_size": 64, "max_position_embeddings": 32}
-    tokens = 8 if size is Size.TINY else 128
-    ids = _ids(shape.get("vocab_size", 30522), tokens)
-    make = functools.partial(_make, "BertConfig", "BertForMaskedLM", shape)
-    return Workload(f"BERT-base, {tokens} tokens", make, {"input_ids": ids, "labels": ids})
-
-
-def vit(size: Size) -> Workload:
-    """ViT-B/16 with ten classes on one picture."""
-    shape: dict[str, Any] = {"num_labels": 10}
-    if size is Size.TINY:
-        shape |= _tiny_encoder() | {"image_size": 32}
-    edge = shape.get("image_size", 224)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pixels = torch.randn(1, 3, edge, edge)
-    make = functools.partial(_make, "ViTConfig", "ViTForImageClassification", shape)
-    tokens = (edge // 16) ** 2 + 1
-    inputs = {"pixel_values": pixels, "labels": torch.tensor([3])}
-    return Workload(f"ViT-B/16, {tokens} tokens", make, inputs)
-
-
-def resnet(size: Size) -> Workload:
-    """ResNet-50 with ten classes on two pictures."""
-    # A loss that finds its kind by itself writes it into the settings, which a graph has seen without.
-    shape: dict[str, Any] = {"num_labels": 10, "problem_type": "single_label_classification"}
-    if size is Size.TINY:
-        shape |= {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    edge = 32 if size is Size.TINY else 224
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        # In training a batch norm wants two values of each channel.
-        pixels = torch.randn(2, 3, edge, edge)
-    make = functools.partial(_make, "ResNetConfig", "ResNetForImageClassification", shape)
-    inputs = {"pixel_values": pixels, "labels": torch.tensor([3, 4])}
-    return Workload(f"ResNet-50, 2 × {edge} × {edge}", make, inputs)
-
-
-def _tiny_encoder() -> dict[str, Any]:
-    return {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-
-
-def _make(config: str, model: str, shape: dict[str, Any]) -> nn.Module:
-    import transformers
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**shape))
-    return made.train()
-
-
-def _ids(vocabulary: int, tokens: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return torch.randint(0, vocabulary, (1, tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +79,16 @@ class Measured:
     Attributes:
         floor: F, or None where no simple count of products gives it.
         steps: By name, the frozen one among them.
+        model: What the table calls the workload.
+        where: Device and dtype.
+        look: What a section has looked at besides.
     """
 
     floor: float | None
     steps: Mapping[str, Step]
+    model: str = ""
+    where: str = ""
+    look: Any = None
 
     def overhead(self, name: str) -> Ratio:
         """O."""
@@ -235,82 +100,117 @@ class Measured:
         return None if saved is None or frozen is None else saved - frozen
 
 
-def name_of(contender: str, dropout: float) -> str:
-    """How a table names a contender with dropout."""
-    return f"{contender}, p = {dropout:g}"
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table: what was measured together, and which of it."""
+
+    measured: Measured
+    name: str
+
+    @property
+    def step(self) -> Step:
+        """The contender's."""
+        return self.measured.steps[self.name]
 
 
-def measure(
-    workload: Workload,
-    names: Iterable[str],
-    *,
-    dropouts: Iterable[float],
-    place: Place,
-    repeats: int,
-    seconds: float = math.inf,
-    progress: Progress | None = None,
-    settings: Settings | None = None,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
-) -> Measured:
-    """Builds contenders over one base and measures them against each other.
+Look = Callable[[nn.Module, nn.Module, Mapping[str, nn.Module], Mapping[str, Any]], Any]
+"""Gets the model, what the contenders are over, the contenders and their losses."""
 
-    Args:
-        workload: The model and the batch.
-        names: Keys of :data:`lora_fx.tools.bench.contenders.BUILDERS`; the frozen model is added.
-        dropouts: Each contender with adapters is measured with each.
-        place: Where.
-        repeats: Counted turns.
-        seconds: As for :func:`lora_fx.tools.bench.measure.interleaved`.
-        progress: Likewise.
-        settings: Of the adapters, but for the dropout.
-        wrap: What becomes of the contenders that have adapters (``torch.compile``); then only time is
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a section of steps measures.
+
+    Attributes:
+        workloads: The models and batches.
+        contenders: What runs, by size and place.
+        where: The places.
+        seconds: After this long no further turn begins.
+        floor: Whether F can be counted.
+        base: What becomes of the model before adapters are put on it.
+        wrap: What becomes of the contenders beside the frozen one (``torch.compile``); then only time is
             measured of them, since hooks and modes change what is compiled.
+        look: What else is looked at, once the times are taken.
     """
-    base = workload.make().to(place.device, place.dtype)
-    inputs = workload.on(place)
-    settings = dataclasses.replace(settings or Settings(), example_inputs=inputs)
-    models = _models(base, names, dropouts, settings)
-    wrapped = {
-        name: wrap(model) if wrap is not None and name != FROZEN else model
-        for name, model in models.items()
-    }
-    losses = {name: loss_of(model, inputs) for name, model in wrapped.items()}
-    floor = model_floor(base, targets_of(base, settings), settings.r, lambda model: model(**inputs))
-    counted = {name for name, model in models.items() if wrapped[name] is model}
-    return compare(
-        models,
-        losses,
-        floor=floor,
-        device=place.device,
-        repeats=repeats,
-        seconds=seconds,
-        progress=progress,
-        counted=counted,
-    )
+
+    workloads: Callable[[Size], Sequence[Workload]]
+    contenders: Callable[[Size, Place], Contenders]
+    where: Callable[[Size], Sequence[Place]] = lambda size: places(half=size is Size.FULL)
+    seconds: float = 60.0
+    floor: bool = True
+    base: Callable[[nn.Module], nn.Module] = lambda model: model
+    wrap: Callable[[nn.Module], nn.Module] | None = None
+    look: Look | None = None
+
+    def measure(self, repeats: int, size: Size, progress: Progress | None) -> dict[str, Measured]:
+        """Results by place, and by model before it where there are several."""
+        models = self.workloads(size)
+        found: dict[str, Measured] = {}
+        for index, workload in enumerate(models):
+            several = len(models) > 1
+
+            def work(
+                place: Place, tell: Progress | None, workload: Workload = workload
+            ) -> Measured:
+                return self._measured(workload, place, size, repeats, tell)
+
+            title = workload.title.partition(",")[0] if several else ""
+            tell = portion(progress, index, len(models), title)
+            done = at_each(self.where(size), work, tell)
+            found |= {
+                f"{workload.title}, {where}" if several else where: measured
+                for where, measured in done.items()
+            }
+        return found
+
+    def _measured(
+        self, workload: Workload, place: Place, size: Size, repeats: int, tell: Progress | None
+    ) -> Measured:
+        model = workload.make().to(place.device, place.dtype)
+        inputs = workload.on(place)
+        floor = None
+        if self.floor:
+            settings = Settings()
+            names = targets_of(model, settings)
+            floor = model_floor(model, names, settings.r, lambda one: one(**inputs))
+        base = self.base(model)
+        models = built(self.contenders(size, place), base, inputs)
+        running = models
+        if self.wrap is not None:
+            # What was compiled before would count towards the limit on compilations of one forward.
+            torch.compiler.reset()
+            running = {n: one if n == FROZEN else self.wrap(one) for n, one in models.items()}
+        losses = {name: loss_of(one, inputs) for name, one in running.items()}
+        counted = {name for name, one in models.items() if running[name] is one}
+        steps = compare(
+            models, losses, place.device, counted, repeats, seconds=self.seconds, progress=tell
+        )
+        if self.wrap is not None:
+            torch.compiler.reset()
+        look = None if self.look is None else self.look(model, base, models, losses)
+        return Measured(floor, steps, workload.title, str(place), look)
 
 
 def compare(
     models: Mapping[str, nn.Module],
     losses: Mapping[str, Callable[[], Tensor]],
-    *,
-    floor: float | None,
     device: torch.device,
+    counted: Collection[str],
     repeats: int,
+    *,
     seconds: float = math.inf,
     progress: Progress | None = None,
-    counted: Collection[str] | None = None,
-) -> Measured:
+) -> dict[str, Step]:
     """Measures contenders that are there.
 
     Args:
         models: By name, the frozen one among them.
         losses: What each one's step goes back from.
-        floor: F.
         device: Where they are.
+        counted: Of which more than time is measured.
         repeats: Counted turns.
         seconds: As for :func:`lora_fx.tools.bench.measure.interleaved`.
         progress: Likewise.
-        counted: Of which more than time is measured; of all by default.
     """
     timed = interleaved(
         {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()},
@@ -319,31 +219,12 @@ def compare(
         synchronize=synchronizer(device),
         progress=progress,
     )
-    return Measured(
-        floor,
-        {
-            name: _counted(timed[name], model, losses[name], device)
-            if counted is None or name in counted
-            else Step(timed[name])
-            for name, model in models.items()
-        },
-    )
-
-
-def _models(
-    base: nn.Module, names: Iterable[str], dropouts: Iterable[float], settings: Settings
-) -> dict[str, nn.Module]:
-    models: dict[str, nn.Module] = {}
-    for name in dict.fromkeys((FROZEN, *names)):
-        if name.startswith(FROZEN):
-            models[name] = BUILDERS[name](base, settings)
-            continue
-        for dropout in dropouts:
-            if dropout and name in NO_DROPOUT:
-                continue
-            now = dataclasses.replace(settings, lora_dropout=dropout)
-            models[name_of(name, dropout)] = BUILDERS[name](base, now)
-    return {name: model.train() for name, model in models.items()}
+    return {
+        name: _counted(timed[name], model, losses[name], device)
+        if name in counted
+        else Step(timed[name])
+        for name, model in models.items()
+    }
 
 
 def _counted(
@@ -365,11 +246,15 @@ def _counted(
     )
 
 
-def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """A forward that gives the loss."""
+def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """A forward that gives the loss; an input that wants a gradient gets a new one each time."""
 
     def loss() -> Tensor:
-        found: Tensor = model(**inputs).loss
+        given = {
+            name: value.detach().requires_grad_() if value.requires_grad else value
+            for name, value in inputs.items()
+        }
+        found: Tensor = model(**given).loss
         return found
 
     return loss
@@ -382,35 +267,7 @@ def _backward(loss: Callable[[], Tensor]) -> Callable[[Any], None]:
     return step
 
 
-COLUMNS = (
-    "contender",
-    "median (quartiles)",
-    "O (quartiles)",
-    "η",
-    "saved beyond frozen, MiB",
-    "peak MiB",
-    "ATen ops",
-    "kernel launches",
-    "allocator peak MiB",
-)
-"""Of the tables of steps; the last two are CUDA's."""
-
-
-def cells(measured: Measured, name: str) -> tuple[str, ...]:
-    """A row of :data:`COLUMNS`."""
-    step, overhead = measured.steps[name], measured.overhead(name)
-    plain = name.startswith(FROZEN)
-    return (
-        name,
-        str(step.sample),
-        "1" if name == FROZEN else str(overhead),
-        "" if plain else _efficiency(measured.floor, overhead.median),
-        mebibytes(measured.saved_beyond(name)),
-        mebibytes(step.memory.peak if step.memory else None),
-        _number(step.operations),
-        _number(step.launches),
-        mebibytes(step.allocated),
-    )
+Column = Callable[[Row], str]
 
 
 def mebibytes(value: int | None) -> str:
@@ -418,10 +275,54 @@ def mebibytes(value: int | None) -> str:
     return "–" if value is None else f"{value / 2**20:.1f}"
 
 
-def _efficiency(floor: float | None, overhead: float) -> str:
+def _efficiency(row: Row) -> str:
     """η, F / O, as a table shows it."""
+    if row.name.startswith(FROZEN):
+        return ""
+    floor, overhead = row.measured.floor, row.measured.overhead(row.name).median
     return "–" if floor is None else f"{100 * floor / overhead:.0f} %"
 
 
 def _number(value: int | None) -> str:
     return "–" if value is None else str(value)
+
+
+COLUMNS: Mapping[str, Column] = {
+    "where": lambda row: row.measured.where,
+    "contender": lambda row: row.name,
+    "median (quartiles)": lambda row: str(row.step.sample),
+    "O (quartiles)": lambda row: (
+        "1" if row.name == FROZEN else str(row.measured.overhead(row.name))
+    ),
+    "η": _efficiency,
+    "saved beyond frozen, MiB": lambda row: mebibytes(row.measured.saved_beyond(row.name)),
+    "peak MiB": lambda row: mebibytes(row.step.memory.peak if row.step.memory else None),
+    "ATen ops": lambda row: _number(row.step.operations),
+    "kernel launches": lambda row: _number(row.step.launches),
+    "allocator peak MiB": lambda row: mebibytes(row.step.allocated),
+}
+"""Of the tables of steps; the last two are CUDA's."""
+
+
+def section_of(
+    name: str,
+    steps: Steps,
+    columns: Mapping[str, Column] = COLUMNS,
+    pictures: Callable[[Any], Mapping[str, Chart]] = no_charts,
+) -> Section:
+    """A section of steps.
+
+    Args:
+        name: Its name.
+        steps: What is measured.
+        columns: Of its table: what each says of a row.
+        pictures: As for a section.
+    """
+
+    def cells(results: Mapping[str, Measured]) -> Iterator[list[str]]:
+        for measured in results.values():
+            for contender in measured.steps:
+                row = Row(measured, contender)
+                yield [column(row) for column in columns.values()]
+
+    return Section(name, tuple(columns), steps.measure, cells, pictures)

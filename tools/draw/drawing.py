@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.api import capture
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
-from lora_fx.files import output_file
+from lora_fx.files import output_file, replacing
 from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
 from lora_fx.tools.draw.dot import to_dot, to_graphml
@@ -108,12 +108,8 @@ def _plain(model: nn.Module) -> Picture:
 
 
 def _replace(target: Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as new:
+            new.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise LoraFxError(f"could not write {target}: {error}") from error

@@ -6,27 +6,18 @@ import difflib
 import fnmatch
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.zoo import (
-    diffusers_models,
-    plain_models,
-    timm_models,
-    torchvision_models,
-    transformers_models,
-)
+from lora_fx.tools.zoo import plain_models
 from lora_fx.tools.zoo.entries import Entry
+from lora_fx.tools.zoo.tables import read
 
-__all__ = ["ENTRIES", "find", "groups", "select"]
+__all__ = ["ENTRIES", "LIBRARIES", "find", "groups", "select"]
+
+LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
+"""Each with a table of its models."""
 
 ENTRIES: tuple[Entry, ...] = (
     *plain_models.ENTRIES,
-    *torchvision_models.ENTRIES,
-    *timm_models.ENTRIES,
-    *transformers_models.DECODERS,
-    *transformers_models.ENCODERS,
-    *transformers_models.VISION,
-    *transformers_models.AUDIO,
-    *transformers_models.MULTIMODAL,
-    *diffusers_models.ENTRIES,
+    *(entry for name in LIBRARIES for entry in read(name)),
 )
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_fx.tools.bench.measure import machine
@@ -193,41 +194,6 @@ def scrubbed(text: str) -> str:
     return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
 
 
-_HEAD = """# The zoo
-
-Written by `make zoo`; nobody edits it. Every model is built at a small size with random weights,
-seeded, and goes the whole way in a process of its own: `plan` and `rewrite` with
-`LoraConfig(r=4, target_modules=None)`, the front-end chosen by `auto`; twenty steps of AdamW against
-random targets; `merge`; `export_onnx`. What each column means is written below the tables.
-"""
-_LEGEND = """## Columns
-
-- **front-end**: what captured it.
-- **found, adapted, refused**: linear operations. What is neither adapted nor refused is the output
-  head or an embedding, which `target_modules=None` leaves alone.
-- **outputs**: of the rewritten model beside the original, in eval mode: `same bits`, or the largest
-  difference relative to the largest value.
-- **train mode**: the same with the same seed in train mode. `other draws`: the model draws random
-  numbers there, and the rewritten one draws them in another order.
-- **judged**: sites that were compared with the *dense oracle*: the original model with `W' = W + s·BA` in
-  it, at random A and B, in eval mode. Outputs have to be equal, and the gradients of each A and B those
-  that the chain rule makes of the oracle's gradient of W'. Nothing in the model is left at a zero or at
-  another value that is the same everywhere, behind which adapters have no effect. In fp64 where the model
-  runs in it; relative errors may be half of the digits of the narrowest type that it computes in: 1.5e-8
-  for fp64, 3.5e-4 for fp32. Where a graph of the whole model was captured, the layers beneath it are judged,
-  too: other calls go to them.
-- **unreached**: sites whose weight has no gradient in the original either: the call does not come to
-  them, or drops what they compute.
-- **passed by**: sites whose adapter has no gradient, or another one than the oracle's.
-- **loss**: before the first step and after the last.
-- **merge**: largest difference between merged and adapted, relative; with fp64 beside it where fp32
-  amplifies roundings beyond 1e-5. `own class` is part of it: the original's classes and names.
-- **torch.onnx**: whether `torch.onnx.export(dynamo=True)` exports the original, without adapters.
-- **export**: the merged model by `export_onnx`: the largest relative difference between the file in
-  ONNX Runtime and PyTorch.
-- **unseen**: weights that a counter below autograd sees in a linear operation and the plan does not
-  mention; their number of all that it sees.
-"""
 _COLUMNS = (
     "model",
     "front-end",
@@ -252,9 +218,11 @@ _DRAWS = 1e-4  # beyond rounding
 
 def page(rows: Sequence[Row]) -> str:
     """The whole page."""
+    text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
+    head, legend = text.split("\n<!-- the tables -->\n\n")
     facts = {**machine(), "also": ", ".join(_versions())}
     facts["page written"] = facts.pop("date")
-    lines = [_HEAD]
+    lines = [head]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     minutes = sum(row.total_seconds for row in rows) / 60
     lines += [f"- {line}" for line in _dates(rows)]
@@ -270,7 +238,7 @@ def page(rows: Sequence[Row]) -> str:
     for group in dict.fromkeys(row.group for row in rows):
         chosen = [row for row in rows if row.group == group]
         lines += ["", f"## {group} ({len(chosen)})", "", *table(chosen)]
-    lines += ["", _LEGEND, "## What is refused, and why", ""]
+    lines += ["", legend, "## What is refused, and why", ""]
     lines += _reasons(rows)
     return "\n".join(lines).rstrip() + "\n"
 

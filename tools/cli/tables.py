@@ -1,4 +1,4 @@
-"""A plan as a table for the terminal: equal layers in one row, refusals with their reasons."""
+"""A plan and the report of an export as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
 from lora_fx.ir import Plan
 
-__all__ = ["Row", "folded_names", "folded_rows", "render"]
+__all__ = ["Row", "folded_names", "folded_rows", "render_export", "render_plan"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
@@ -39,7 +40,7 @@ class Row:
     cells: tuple[str, ...]
 
 
-def render(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
+def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
     """What ``lora-fx plan`` prints.
 
     Args:
@@ -49,7 +50,7 @@ def render(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
     """
     parts: list[RenderableType] = [
         Text.assemble("captured by ", (plan.frontend, "bold"), *_notes(plan.notes)),
-        _table(plan, width, every),
+        _sites(plan, width, every),
         _totals(plan),
     ]
     if plan.saved_modules:
@@ -100,7 +101,7 @@ def _span(numbers: list[int]) -> str:
     return f"{{{text}}}" if len(numbers) > 1 else text
 
 
-def _table(plan: Plan, width: int, every: bool) -> Table:
+def _sites(plan: Plan, width: int, every: bool) -> Table:
     single = [Row(name, 1, tuple(cells)) for name, *cells in plan.rows()]
     rows = single if every else folded_rows(plan)
     columns = (*plan.columns, "sites")
@@ -155,3 +156,98 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
         yield Padding(line, (0, 0, 0, 2), expand=False)
     if not every and len(listed) > _LISTED:
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
+
+
+_OPERATORS = 8  # how many of them are named
+
+
+def render_export(report: ExportReport) -> RenderableType:
+    """What ``lora-fx export`` prints.
+
+    Args:
+        report: What ``export_onnx`` returned.
+    """
+    parts: list[RenderableType] = [_facts(report), _ports(report)]
+    # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+    if report.fixed_axes and report.task is None:
+        rows = report.fixed_axes.items()
+        parts.append(_table(("fixed axis", "because"), rows))
+    if report.baked_arguments:
+        parts.append(_table(("fixed argument", "value"), report.baked_arguments.items()))
+    if report.verified:
+        parts.append(_parity(report))
+    if report.shapes_skipped:
+        rows = report.shapes_skipped.items()
+        parts.append(_table(("shape not tried", "because PyTorch says"), rows))
+    if report.encoder is not None:
+        parts += [Text("with the encoder beside it:", "dim"), render_export(report.encoder)]
+    return Group(*parts)
+
+
+def _facts(report: ExportReport) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, size in report.files.items():
+        table.add_row(
+            "file" if name not in report.data_files else "weights", f"{name}  {size_text(size)}"
+        )
+    table.add_row("written as", f"{report.dtype}, opset {report.opset}")
+    if report.task is not None:
+        table.add_row("task", report.task)
+    for form in report.quantized:
+        table.add_row("few bits", str(form))
+    if report.adapters == "inline":
+        table.add_row("adapters", "are products of their own beside the operations")
+    if report.swappable:
+        sites = len(report.swappable)
+        table.add_row("adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
+    named = [f"{count} {op}" for op, count in list(report.operators.items())[:_OPERATORS]]
+    more = ", …" if len(report.operators) > _OPERATORS else ""
+    table.add_row("nodes", f"{report.nodes}: {', '.join(named)}{more}")
+    table.add_row("tensors", str(report.initializers))
+    if report.verified:
+        table.add_row("checked", f"on {report.provider} against {report.reference}")
+        if report.values_tried:
+            table.add_row("values", Text(report.values_tried))
+    else:
+        table.add_row("checked", Text(f"NOT CHECKED: {report.unverified_reason}", "bold yellow"))
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    table.add_row("seconds", f"{report.total_seconds:.1f}: {stages}")
+    return table
+
+
+def _ports(report: ExportReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "name", "axes", "at most"):
+        table.add_column(heading)
+    for kind, ports in (("input", report.inputs), ("output", report.outputs)):
+        for name, axes in short(ports).items():
+            limits = {axis: report.axis_limits.get(str(axis)) for axis in axes}
+            bounded = [f"{axis} {limit}" for axis, limit in limits.items() if limit is not None]
+            table.add_row(kind, Text(name), ", ".join(map(str, axes)), ", ".join(bounded))
+    return table
+
+
+def _parity(report: ExportReport) -> Table:
+    half = any(row.pytorch_rel_error is not None for row in report.parity)
+    headings = [f"parity on {len(report.shapes_tried)} shapes", "largest error", "relative"]
+    rows = []
+    for row in worst_by_layer(report.parity):
+        cells = [row.name, f"{row.max_abs_error:.1e}", f"{row.max_rel_error:.1e}"]
+        if half:
+            narrow = row.pytorch_rel_error
+            cells.append("" if narrow is None else f"{narrow:.1e}")
+        rows.append([*cells, f"{row.tolerance:.0e}" if row.tolerance else "equal"])
+    if half:
+        headings.append(f"PyTorch in {report.dtype}")
+    return _table((*headings, "allowed"), rows)
+
+
+def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

@@ -1,1 +1,0 @@
-"""Scripts that export with other libraries, each run where those are installed. Nothing imports them."""

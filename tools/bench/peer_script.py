@@ -1,0 +1,100 @@
+"""Exports with another library, where it is installed. Nothing imports this, and it imports no lora-fx.
+
+Arguments: the exporter, base folder, adapter folder, output folder, task, and how: "merge", "inputs" of
+Olive or "folder" of optimum.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["EXPORTERS"]
+
+
+def _olive(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
+    """Olive's passes."""
+    from olive.model import HfModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.passes.onnx.conversion import OnnxConversion
+    from olive.passes.onnx.extract_adapters import ExtractAdapters
+    from olive.passes.pytorch.merge_adapter_weights import MergeAdapterWeights
+
+    def passed(model: Any, kind: Any, folder: str, **options: Any) -> Any:
+        made = create_pass_from_dict(kind, options, disable_search=True)
+        return made.run(model, f"{out}/{folder}")
+
+    began = time.perf_counter()
+    model: Any = HfModelHandler(model_path=base, task=task, adapter_path=adapter)
+    if how == "merge":
+        model = passed(model, MergeAdapterWeights, "merged")
+    model = passed(model, OnnxConversion, "onnx", target_opset=20, use_dynamo_exporter=True)
+    beside = ""
+    if how == "inputs":
+        model = passed(model, ExtractAdapters, "extracted", make_inputs=True)
+        files = [str(one) for one in (model.model_attributes or {}).get("additional_files", [])]
+        beside = next((one for one in files if one.endswith(".onnx_adapter")), "")
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "file": model.model_path, "adapter": beside}
+
+
+def _optimum(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
+    """It knows no adapters, but transformers loads their folders: PEFT's layers run as they are."""
+    import peft
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    kind = _auto(task)
+    began = time.perf_counter()
+    if how == "merge":
+        model = kind.from_pretrained(base)
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    else:
+        model = kind.from_pretrained(adapter)
+    onnx_export_from_model(
+        model.eval(), output=out, task=task, library_name="transformers", do_validation=False
+    )
+    return {"seconds": time.perf_counter() - began, "file": f"{out}/model.onnx"}
+
+
+def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
+    """PEFT's merge, then torch.onnx."""
+    import peft
+    import torch
+
+    kind = _auto(task)
+    began = time.perf_counter()
+    extra = {"add_pooling_layer": False} if task == _ENCODER else {}
+    model = kind.from_pretrained(base, use_cache=False, **extra)
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    path = Path(out) / "model.onnx"
+    torch.onnx.export(
+        merged,
+        (),
+        path,
+        kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+        dynamo=True,
+        verbose=False,
+    )
+    return {"seconds": time.perf_counter() - began, "file": str(path)}
+
+
+_ENCODER = "feature-extraction"
+
+
+def _auto(task: str) -> Any:
+    import transformers
+
+    return transformers.AutoModel if task == _ENCODER else transformers.AutoModelForCausalLM
+
+
+EXPORTERS = {"olive": _olive, "optimum": _optimum, "torch_onnx": _torch_onnx}
+
+if __name__ == "__main__":
+    sys.excepthook = lambda kind, error, _: print(
+        json.dumps({"error": f"{kind.__name__}: {error}"})
+    )
+    print(json.dumps(EXPORTERS[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,340 @@
+"""The sections that measure training steps: what runs in each, on what, and what its table says."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters import quantize
+from lora_fx.formats import quantization_of
+from lora_fx.tools.bench.chart import Group
+from lora_fx.tools.bench.contenders import (
+    AGAIN,
+    CANONICAL,
+    EXPORTED,
+    FROZEN,
+    OURS,
+    PEERS,
+    PEFT,
+    THIRD,
+    Contenders,
+    Settings,
+    name_of,
+    variants,
+)
+from lora_fx.tools.bench.counted import saved_by
+from lora_fx.tools.bench.measure import Place, Size, compiles, places, ratio
+from lora_fx.tools.bench.section import Chart
+from lora_fx.tools.bench.steps import COLUMNS, Measured, Row, Steps, mebibytes, section_of
+from lora_fx.tools.bench.workloads import (
+    bert,
+    gpt2,
+    llama_block,
+    mixtral,
+    nf4_llama,
+    small_llama,
+    vit,
+    wide_llama,
+)
+
+__all__ = [
+    "DORA",
+    "LORA",
+    "SECTIONS",
+    "WEIGHTS",
+    "Look",
+    "available",
+    "quantized_base",
+]
+
+
+def _slug(where: str) -> str:
+    return where.replace(", ", "-")
+
+
+_HOW = "O, less is better; 1 is the frozen step, the {} F"
+
+
+def _llama_contenders(size: Size, place: Place) -> Contenders:
+    if size is Size.QUICK:
+        return variants((AGAIN, OURS, EXPORTED, PEFT))
+    if place.dtype is torch.float32:
+        return variants((AGAIN, OURS, CANONICAL, EXPORTED, PEFT, *PEERS))
+    return variants((AGAIN, OURS, CANONICAL, PEFT, PEERS[0]))
+
+
+def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
+    found: dict[str, Chart] = {}
+    for where, one in results.items():
+        names = [name for name in one.steps if name != FROZEN]
+        times = {name: one.overhead(name).median for name in names}
+        saved = {
+            name: beyond / 2**20
+            for name in names
+            if not name.startswith(FROZEN) and (beyond := one.saved_beyond(name)) is not None
+        }
+        found[f"llama-step-{_slug(where)}.svg"] = (
+            f"Step of a small Llama beside the frozen one ({where})",
+            _HOW.format("line"),
+            [Group("", times, one.floor)],
+        )
+        found[f"llama-saved-{_slug(where)}.svg"] = (
+            f"Saved for backward beyond the frozen step ({where})",
+            "MiB, less is better",
+            [Group("", saved)],
+        )
+    return found
+
+
+def _model_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
+    found: dict[str, Chart] = {}
+    for where in dict.fromkeys(one.where for one in results.values()):
+        groups = [
+            Group(
+                one.model,
+                {
+                    name: one.overhead(name).median
+                    for name in one.steps
+                    if not name.startswith(FROZEN)
+                },
+                one.floor,
+            )
+            for one in results.values()
+            if one.where == where
+        ]
+        found[f"model-steps-{_slug(where)}.svg"] = (
+            f"Training steps beside the frozen ones ({where})",
+            _HOW.format("lines are"),
+            groups,
+        )
+    return found
+
+
+_LLAMA = Steps(lambda size: [small_llama(size)], _llama_contenders, seconds=90.0)
+
+_MODELS = Steps(
+    # With one sequence each, so that a step stays under some 1.5 s on two cores.
+    lambda size: [
+        make(size)
+        for make in (llama_block, vit, bert, gpt2, wide_llama)[: 2 if size is Size.QUICK else 5]
+    ],
+    lambda size, _: variants(
+        (AGAIN, OURS, EXPORTED, PEFT), (0.05,) if size is Size.QUICK else (0.0, 0.05)
+    ),
+    # On the CPU the small Llama has bf16: with all models it would take minutes.
+    lambda _: [one for one in places(half=True) if one.dtype is torch.float32 or one.on_cuda],
+    seconds=40.0,
+)
+
+_COMPILED_BASE, _COMPILED_AGAIN = "frozen, compiled", "frozen, compiled again (A/A)"
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    # All contenders run the same code of transformers. Where its compilations are shared, one contender
+    # pays for the guards of the others, and all of them count towards the limit. torch 2.9 cannot keep
+    # them apart.
+    isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: Any = {"isolate_recompiles": True} if isolates else {}
+    return cast(nn.Module, torch.compile(model, **options))
+
+
+def _compiled_contenders(size: Size, _: Place) -> Contenders:
+    frozen = {FROZEN: (FROZEN, Settings()), _COMPILED_BASE: (AGAIN, Settings())}
+    if size is not Size.FULL:
+        return {**frozen, **variants((OURS,), (0.0,))}
+    return {**frozen, _COMPILED_AGAIN: (THIRD, Settings()), **variants((OURS, PEFT))}
+
+
+_COMPILED = Steps(
+    lambda size: [small_llama(size if size is Size.FULL else Size.TINY)],
+    _compiled_contenders,
+    lambda _: [place for place in places(half=False) if compiles(place.device)],
+    floor=False,
+    wrap=_compiled,
+)
+
+
+def _of_compiled(row: Row) -> str:
+    return f"{ratio(row.step.sample, row.measured.steps[_COMPILED_BASE].sample).median:.2f}"
+
+
+_COMPILED_COLUMNS = {
+    "where": COLUMNS["where"],
+    "contender": lambda row: row.name + ", compiled" * (not row.name.startswith(FROZEN)),
+    "median (quartiles)": COLUMNS["median (quartiles)"],
+    "of frozen, eager": lambda row: f"{row.measured.overhead(row.name).median:.2f}",
+    "of frozen, compiled": _of_compiled,
+}
+
+LORA, DORA = "LoRA", "DoRA"
+
+
+def _dora_contenders(_: Size, place: Place) -> Contenders:
+    """Both kinds of both libraries: "lora-fx DoRA, p = 0" and the like."""
+    return {
+        **variants((AGAIN,)),
+        **{
+            name_of(f"{library} {kind}", p): (
+                library,
+                Settings(lora_dropout=p, use_dora=kind == DORA),
+            )
+            for p in (0.0, 0.05)
+            for library in (OURS, PEFT)
+            for kind in (LORA, DORA)
+        },
+    }
+
+
+def _of_lora(row: Row) -> tuple[str, str]:
+    """Time and bytes beside plain adapters of the same library."""
+    if DORA not in row.name:
+        return "", ""
+    plain = row.measured.steps[row.name.replace(DORA, LORA)]
+    saved = row.step.saved
+    return (
+        f"{ratio(row.step.sample, plain.sample).median:.2f}",
+        f"{saved / plain.saved:.2f}" if saved and plain.saved else "–",
+    )
+
+
+_DORA_COLUMNS = {
+    **COLUMNS,
+    "saved MiB": lambda row: mebibytes(row.step.saved),
+    "time of LoRA's": lambda row: _of_lora(row)[0],
+    "saved of LoRA's": lambda row: _of_lora(row)[1],
+}
+
+_EXPERTS = Settings(target_modules=("experts.gate_up_proj", "experts.down_proj"), parameters=True)
+
+
+def available() -> bool:
+    """Whether bitsandbytes is there: it is not on every system that lora-fx runs on."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def quantized_base(model: nn.Module, scheme: str = "nf4") -> nn.Module:
+    """A copy with every linear layer but the head in NF4: both libraries take it as their base.
+
+    Args:
+        model: Any model of ``nn.Linear``.
+        scheme: A format of :func:`lora_fx.quantize`.
+    """
+    base: Any = quantize(model, scheme).train(model.training)
+    # What transformers says of a model that it has quantised: PEFT asks for it.
+    base.is_loaded_in_4bit = True
+    result: nn.Module = base
+    return result
+
+
+WEIGHTS = "weights"
+"""The kind of what has the shape of a weight and holds its values."""
+
+
+class Look(NamedTuple):
+    """What is seen of a quantised base.
+
+    Attributes:
+        dense: Bytes of dequantised weights that each contender keeps for its backward.
+        stored: Bytes of the quantised weights, with their scales.
+        plain: Bytes of the same weights before.
+    """
+
+    dense: Mapping[str, int]
+    stored: int
+    plain: int
+
+
+def _look(
+    model: nn.Module,
+    base: nn.Module,
+    models: Mapping[str, nn.Module],
+    losses: Mapping[str, Any],
+) -> Look:
+    found = [one.shape for p in base.parameters() if (one := quantization_of(p)) is not None]
+    shapes = {*found, *(shape[::-1] for shape in found)}
+
+    def kind(tensor: Tensor) -> str:
+        wide = tensor.is_floating_point() and tuple(tensor.shape[-2:]) in shapes
+        return WEIGHTS if wide else ""
+
+    dense = {
+        name: saved_by(one, losses[name], kind).get(WEIGHTS, 0) for name, one in models.items()
+    }
+    stored = plain = 0
+    for name, parameter in base.named_parameters():
+        if quantization_of(parameter) is not None:
+            state = parameter.quant_state  # type: ignore[attr-defined]
+            scales = (state.absmax, *((state.state2.absmax,) if state.nested else ()))
+            stored += parameter.nbytes + sum(one.nbytes for one in scales)
+            plain += model.get_parameter(name).nbytes
+    return Look(dense, stored, plain)
+
+
+def _nf4_contenders(size: Size, _: Place) -> Contenders:
+    names = (OURS, PEFT) if size is Size.QUICK else (OURS, CANONICAL, PEFT)
+    return {
+        **variants((AGAIN,)),
+        **{key: one for p in (0.0, 0.05) for key, one in variants(names, (p,)).items()},
+    }
+
+
+def _weights(row: Row) -> str:
+    look: Look = row.measured.look
+    return f"{mebibytes(look.stored)} ({mebibytes(look.plain)})" if row.name == FROZEN else ""
+
+
+SECTIONS = (
+    section_of("llama_step", _LLAMA, pictures=_llama_charts),
+    section_of("compiled_step", _COMPILED, _COMPILED_COLUMNS),
+    section_of(
+        "model_steps",
+        _MODELS,
+        {
+            "model": lambda row: row.measured.model,
+            "where": COLUMNS["where"],
+            "F": lambda row: f"{row.measured.floor:.3f}",
+            **COLUMNS,
+        },
+        _model_charts,
+    ),
+    section_of(
+        "dora_step",
+        Steps(lambda size: [small_llama(size)], _dora_contenders, floor=False),
+        _DORA_COLUMNS,
+    ),
+    section_of(
+        "expert_step",
+        Steps(
+            lambda size: [mixtral(size)],
+            lambda *_: {**variants((AGAIN,)), OURS: (OURS, _EXPERTS), PEFT: (PEFT, _EXPERTS)},
+            floor=False,
+        ),
+        {
+            **COLUMNS,
+            "largest tensor MiB": lambda row: mebibytes(
+                row.step.memory.largest if row.step.memory else None
+            ),
+        },
+    ),
+    section_of(
+        "quantized_step",
+        Steps(
+            lambda size: [nf4_llama(size)],
+            _nf4_contenders,
+            lambda size: places(half=size is Size.FULL) if available() else (),
+            seconds=40.0,
+            base=quantized_base,
+            look=_look,
+        ),
+        {
+            **COLUMNS,
+            "of it weights, MiB": lambda row: mebibytes(row.measured.look.dense[row.name]),
+            "base weights, MiB (before)": _weights,
+        },
+    ),
+)

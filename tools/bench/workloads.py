@@ -1,0 +1,206 @@
+"""Models and batches of training steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.tools.bench.measure import Place, Size
+
+__all__ = [
+    "Workload",
+    "bert",
+    "gpt2",
+    "llama",
+    "llama_block",
+    "llama_shape",
+    "mixtral",
+    "nf4_llama",
+    "resnet",
+    "small_llama",
+    "vit",
+    "wide_llama",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model and a batch.
+
+    Attributes:
+        title: What the tables call it.
+        make: Gives the model, in training mode, on the CPU, the same each time.
+        inputs: Keyword arguments of a call that gives a loss.
+    """
+
+    title: str
+    make: Callable[[], nn.Module]
+    inputs: Mapping[str, Tensor]
+
+    def on(self, place: Place) -> dict[str, Tensor]:
+        """The batch at a place: numbers that are not whole have its dtype. They are leaves."""
+        found = {}
+        for name, value in self.inputs.items():
+            dtype = place.dtype if value.is_floating_point() else value.dtype
+            moved = value.detach().to(place.device, dtype)
+            found[name] = moved.requires_grad_(value.requires_grad)
+        return found
+
+
+def llama_shape(
+    hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 512, **more: Any
+) -> dict[str, Any]:
+    """Arguments of a ``LlamaConfig``."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        **more,
+    }
+
+
+def llama(title: str, shape: Mapping[str, Any], tokens: int) -> Workload:
+    """A Llama on one sequence; the loss is that of the next token."""
+    return _of_tokens(title, "LlamaForCausalLM", shape, tokens)
+
+
+_TINY_LLAMA = ("Llama 1 × 16", llama_shape(16, 32, 1, 2, 32), 8)
+_TINY_ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def small_llama(size: Size) -> Workload:
+    """The Llama of most sections."""
+    if size is Size.TINY:
+        return llama(*_TINY_LLAMA)
+    return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 512)
+
+
+def nf4_llama(size: Size) -> Workload:
+    """The same with no more tokens than any width, so that no input has a weight's shape."""
+    if size is Size.TINY:
+        return llama("Llama 1 × 64", llama_shape(64, 128, 1, 2, 32), 8)
+    return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 384)
+
+
+def wide_llama(size: Size) -> Workload:
+    """A larger one."""
+    if size is Size.TINY:
+        return llama(*_TINY_LLAMA)
+    return llama("Llama 8 × 1024, 256 tokens", llama_shape(1024, 2816, 8, 16), 256)
+
+
+def llama_block(size: Size) -> Workload:
+    """One block of a Llama of 1.3B parameters, as in the middle of it: its input wants a gradient."""
+    tiny = size is Size.TINY
+    tokens, hidden = (8, 16) if tiny else (256, 2048)
+    shape = llama_shape(hidden, 32, 1, 2, 32) if tiny else llama_shape(hidden, 5504, 1, 16)
+    inputs = {
+        "inputs_embeds": _drawn(1, tokens, hidden).requires_grad_(),
+        "labels": _ids(shape["vocab_size"], 1, tokens),
+    }
+    title = f"Llama block, 1 × {hidden}, {tokens} tokens"
+    return Workload(title, _maker("LlamaForCausalLM", shape), inputs)
+
+
+def mixtral(size: Size) -> Workload:
+    """A mixture of eight experts, two for a token; the embedded tokens want a gradient."""
+    tiny = size is Size.TINY
+    batch, tokens = (1, 32) if tiny else (2, 256)
+    shape = llama_shape(32, 64, 2, 2, 32) if tiny else llama_shape(512, 1024, 2, 8)
+    shape |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+    inputs = {
+        # As its embeddings are drawn.
+        "inputs_embeds": (0.02 * _drawn(batch, tokens, shape["hidden_size"])).requires_grad_(),
+        "labels": _ids(shape["vocab_size"], batch, tokens),
+    }
+    return Workload("Mixtral", _maker("MixtralForCausalLM", shape), inputs)
+
+
+def gpt2(size: Size) -> Workload:
+    """GPT-2 small; its layers are ``Conv1D``."""
+    tiny = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    return _standard("GPT-2 small", "GPT2LMHeadModel", size, tiny, 50257)
+
+
+def bert(size: Size) -> Workload:
+    """BERT-base with its head for masked words."""
+    tiny = _TINY_ENCODER | {"vocab_size": 64, "max_position_embeddings": 32}
+    return _standard("BERT-base", "BertForMaskedLM", size, tiny, 30522)
+
+
+def vit(size: Size) -> Workload:
+    """ViT-B/16 with ten classes on one picture."""
+    shape: dict[str, Any] = {"num_labels": 10}
+    if size is Size.TINY:
+        shape |= _TINY_ENCODER | {"image_size": 32}
+    edge = shape.get("image_size", 224)
+    inputs = {"pixel_values": _drawn(1, 3, edge, edge), "labels": torch.tensor([3])}
+    title = f"ViT-B/16, {(edge // 16) ** 2 + 1} tokens"
+    return Workload(title, _maker("ViTForImageClassification", shape), inputs)
+
+
+def resnet(size: Size) -> Workload:
+    """ResNet-50 with ten classes on two pictures: a batch norm wants two values of each channel."""
+    # A loss that finds its kind by itself writes it into the settings, which a graph has seen without.
+    shape: dict[str, Any] = {"num_labels": 10, "problem_type": "single_label_classification"}
+    if size is Size.TINY:
+        shape |= {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    edge = 32 if size is Size.TINY else 224
+    inputs = {"pixel_values": _drawn(2, 3, edge, edge), "labels": torch.tensor([3, 4])}
+    title = f"ResNet-50, 2 × {edge} × {edge}"
+    return Workload(title, _maker("ResNetForImageClassification", shape), inputs)
+
+
+def _standard(
+    title: str, model: str, size: Size, tiny: Mapping[str, Any], vocabulary: int
+) -> Workload:
+    """A model in the shape that its configuration has by itself."""
+    if size is Size.TINY:
+        return _of_tokens(f"{title}, 8 tokens", model, tiny, 8)
+    return _of_tokens(f"{title}, 128 tokens", model, {}, 128, vocabulary)
+
+
+def _of_tokens(
+    title: str, model: str, shape: Mapping[str, Any], tokens: int, vocabulary: int = 0
+) -> Workload:
+    ids = _ids(vocabulary or shape["vocab_size"], 1, tokens)
+    return Workload(title, _maker(model, shape), {"input_ids": ids, "labels": ids})
+
+
+def _maker(model: str, shape: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    return functools.partial(_make, model, dict(shape))
+
+
+def _make(model: str, shape: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: nn.Module = kind(kind.config_class(**shape))
+    return made.train()
+
+
+def _drawn(*shape: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.randn(shape)
+
+
+def _ids(vocabulary: int, *shape: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.randint(0, vocabulary, shape)

