@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import QuantizationError
+from lora_fx.errors import MergeError, QuantizationError
 from lora_fx.formats import Storage, follow_state, quantized_linear, stored
 from lora_fx.ir import Capture, Pass, PassResult, Region, Site, relative
-from lora_fx.passes.graph import copy_graph, erase_unread, original_class
+from lora_fx.passes.graph import copy_graph, erase_unread, exchange, original_class
 from lora_fx.passes.patterns import Product, product_of
 from lora_fx.passes.quantize.planning import PlannedWeight
 
@@ -60,10 +60,12 @@ class Quantize(Pass):
         if not self.rows:
             return PassResult(capture, False)
         regions = self._regions(capture)
+        before = list(capture.model.named_parameters(remove_duplicate=False))
         for done, row in enumerate(self.rows):
             if self.progress is not None:
                 self.progress(done, len(self.rows), row.name)
             self._store(capture.model, row)
+        _hand_on(capture.model, before)
         if self.progress is not None:
             self.progress(len(self.rows), len(self.rows), "")
         return PassResult(dataclasses.replace(capture, regions=regions), True)
@@ -135,6 +137,18 @@ class Quantize(Pass):
         if layer:
             self.how.made_by.layers.become(owner, self.how)
         follow_state(owner, site.parameter, layer=layer)
+
+
+def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
+    """Puts what is stored wherever lists, objects and functions of the model held the dense weight."""
+    try:
+        exchange(model, before)
+    except MergeError as error:
+        raise QuantizationError(
+            f"{str(error).partition(':')[0]}: several layers have this weight in common, not all of them "
+            "apply it in a way that can be quantised, and something beside them holds it, too: name those "
+            "that do in exclude="
+        ) from error
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:

@@ -119,6 +119,8 @@ class Dense:
             for parameter, value in changed.values():
                 parameter.copy_(value)
                 parameter.grad = None
+                # Frozen as that of the adapted model is: code may ask whether a result has a gradient.
+                parameter.requires_grad_(value.requires_grad)
                 if value.requires_grad:
                     self._written.append((parameter, value))
 

@@ -56,6 +56,45 @@ def program(source: str = SOURCE, **options: object) -> Program:
     return Program(textwrap.dedent(source), **values)
 
 
+ASKS = """
+import torch
+from torch import nn
+
+GRAD, LOW = True, False
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(7, 6)
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, ids):
+        x = self.emb(ids)
+        x = x * 2 if x.requires_grad else x
+        return self.fc(x)
+
+
+def build():
+    return Net()
+
+
+def calls():
+    return [("forward", (torch.tensor([[1, 2]]),), {})]
+
+
+def change(m):
+    pass
+"""
+
+
+def test_the_oracle_is_frozen_where_the_base_is() -> None:
+    configs = ({"r": 2, "target_modules": ["fc"]}, {"r": 2, "target_modules": ".*"})
+    actions = ("call", "switch second", "call", "switch default,second", "call", "disable", "call")
+    outcome = judge(program(ASKS, configs=configs, actions=actions))
+    assert outcome.kind == "equal", str(outcome)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize(
     "config", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}]

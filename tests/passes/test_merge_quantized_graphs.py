@@ -133,3 +133,33 @@ def test_quantised_embeddings_become_dense_ones(name: str) -> None:
     assert type(lora_fx.merge(model, requantize=True).table) is type(base.table)
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS), model(IDS), atol=1e-6, rtol=0)
+
+
+class Listed(nn.Module):
+    """A layer, a list that has its weight, too, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(32, 32)
+        self.held = [self.fc.weight]
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, 32] to [n, 2]."""
+        x = F.linear(self.fc(x), self.held[0])
+        result: Tensor = self.head(x)
+        return result
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_list_of_the_model_holds_what_its_layer_does(scheme: str) -> None:
+    base = lora_fx.quantize(Listed(), scheme)
+    assert base.held[0] is base.fc.weight
+    config = lora_fx.LoraConfig(r=4, init_lora_weights=False)
+    model = lora_fx.rewrite(base, config).eval()
+    merged = lora_fx.merge(model)
+    assert type(merged) is Listed
+    assert merged.held[0] is merged.fc.weight
+    with torch.no_grad():
+        torch.testing.assert_close(merged(X), model(X), atol=1e-3, rtol=1e-4)
