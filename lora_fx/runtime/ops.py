@@ -9,6 +9,8 @@ import keyword
 import marshal
 import operator
 import re
+import sys
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from types import (
     BuiltinFunctionType,
@@ -16,6 +18,7 @@ from types import (
     CodeType,
     FunctionType,
     MethodType,
+    ModuleType,
     SimpleNamespace,
 )
 from typing import Any
@@ -244,7 +247,8 @@ class Callee:
 
     Attributes:
         code: The code, or what has none.
-        held: Simple values around it, as text: defaults, variables of the closure, arguments of a partial.
+        held: Simple values around it, as text: defaults, variables of the closure, arguments of a partial,
+            attributes of the owner of a method. Also what containers and plain objects among them hold.
         inner: The function of a partial or a method, and functions around it.
     """
 
@@ -264,7 +268,7 @@ class Callee:
             given: tuple[Any, ...] = (value.func, *value.args, *value.keywords.values())
             return cls._over(tuple(value.keywords), given, depth)
         if isinstance(value, MethodType):
-            return cls._over(class_of(value.__self__), (value.__func__,), depth)
+            return cls._over(class_of(value.__self__), (value.__func__, value.__self__), depth)
         if isinstance(value, FunctionType):
             around = tuple(map(_content, value.__closure__ or ()))
             words = (value.__kwdefaults__ or {}).values()
@@ -276,7 +280,7 @@ class Callee:
     @classmethod
     def _over(cls, code: Any, around: tuple[Any, ...], depth: int) -> Callee:
         # As text, which tells 1 from True, and 0.0 from -0.0.
-        simple = tuple(repr(one) if type(one) in _SIMPLE else "" for one in around)
+        simple = tuple(_text(one) for one in around)
         functions = [one for one in around if isinstance(one, _FUNCTIONS)] if depth else []
         return cls(code, simple, tuple(cls.of(one, depth - 1) for one in functions))
 
@@ -305,6 +309,31 @@ def _content(cell: CellType) -> Any:
 
 _SIMPLE = (bool, int, float, complex, str, bytes)
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
+_LEADING = (nn.Module, torch.Tensor, torch.Generator, ModuleType, type, *_FUNCTIONS)
+_LISTED = (list, tuple, set, frozenset, dict, deque, OrderedDict)
+_APART = sys.stdlib_module_names - {"argparse", "types"}
+_MOST = 256
+
+
+def _text(value: Any, depth: int = 3) -> str:
+    """A simple value as text, or what is simple in a container or a plain object; empty for any other."""
+    cls = type(value)
+    if value is None or cls in _SIMPLE or isinstance(value, enum.Enum | torch.dtype | torch.device):
+        return repr(value)
+    held: Any = value
+    if cls not in _LISTED:
+        if isinstance(value, _LEADING) or cls.__module__.partition(".")[0] in _APART:
+            return ""
+        held = getattr(value, "__dict__", {})
+    if not depth or len(held) > _MOST:
+        return cls.__name__
+    if isinstance(held, dict):
+        parts = [f"{_text(key)}: {_text(one, depth - 1)}" for key, one in held.items()]
+    else:
+        parts = [_text(one, depth - 1) for one in held]
+    if cls in (set, frozenset):
+        parts.sort()
+    return f"{cls.__name__}({', '.join(parts)})"
 
 
 def tree_differs(value: Any, seen: Seen) -> bool:

@@ -25,6 +25,7 @@ from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.inputs import CACHE, named_inputs
 from lora_fx.passes.capture.lock import ONE_AT_A_TIME
 from lora_fx.passes.capture.noting import Notes, noted_globals
+from lora_fx.passes.capture.questions import Questions
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.unbake import convert_masks, unbake_devices, unbake_modes
 from lora_fx.passes.graph import (
@@ -183,7 +184,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     written = [r for r in capture.regions.values() if written_out(r.module)]
     install(written)
     try:
-        program, notes = _exported(model, _prepared(inputs), dynamic_shapes)
+        program, notes, questions = _exported(model, _prepared(inputs), dynamic_shapes)
     finally:
         for region in written:
             uninstall(region.module)
@@ -212,12 +213,14 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         conditions.append(f"{attribute(str(reference.target))}.dtype != {tensor.dtype}")
     # Under autocast the code chooses dtypes that the graph has as literals.
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
+    questions.forget("is_autocast_enabled", device.type)
     conditions.append(f"{NEEDS_MODULES}(self)")
     conditions.extend(output_conditions(model))
+    conditions.extend(questions.conditions)
     conditions.extend(cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
     for node in graph.nodes:
         node.meta.clear()
-    reads = (*noted_globals(model), notes.read)
+    reads = (*noted_globals(model), *questions.reads, notes.read)
     parameters = call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
@@ -239,7 +242,7 @@ def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _exported(
     model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[ExportedProgram, Notes]:
+) -> tuple[ExportedProgram, Notes, Questions]:
     if dynamic_shapes is None:
         dynamic_shapes = {
             k: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None
@@ -248,8 +251,9 @@ def _exported(
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with ONE_AT_A_TIME, _watched(model, inputs) as notes:
-            return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes), notes
+        with ONE_AT_A_TIME, _watched(model, inputs) as (notes, questions):
+            program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
+        return program, notes, questions
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         hint = (
@@ -266,22 +270,23 @@ def _exported(
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[Notes]:
+def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[Notes, Questions]]:
     """Exports a forward that leaves nothing behind and has a name for every argument.
 
     What it writes into Python objects is part of no capture and is put back.
     Arguments that ``**kwargs`` takes get a place in the signature: torch.export loses them otherwise.
 
     Raises:
-        CaptureError: If it has counted, or kept something: the graph would have the first value for ever.
+        CaptureError: If it has counted, or kept something: the graph would have the first value for ever. If
+            it has asked for what no guard knows.
     """
     before, own = State(model), model.forward
     changed: list[str] = []
-    notes = Notes(model)
+    notes, questions = Notes(model), Questions()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         state = state_of(model)
-        with notes.taken():
+        with notes.taken(), questions.heard(kwargs):
             result = own(*args, **kwargs)
         # Here, since torch.export puts attributes back by itself.
         name = difference(state, state_of(model))
@@ -296,9 +301,11 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[Notes]:
     forward.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     model.__dict__["forward"] = forward
     try:
-        yield notes
+        yield notes, questions
     finally:
         before.restore()
+    if questions.refused:
+        raise CaptureError(f"its forward {questions.refused[0]}: frontend='regions' keeps it")
     if changed:
         raise CaptureError(
             f"its forward changes {changed[0]}, which a graph would not: frontend='regions' keeps it"

@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,7 +24,17 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes.graph import MOST, ModuleRoot, ObjectRoot, Path, Read, frozen, is_constant
+from lora_fx.passes.capture.questions import answer_of
+from lora_fx.passes.graph import (
+    CONTAINERS,
+    MOST,
+    ModuleRoot,
+    ObjectRoot,
+    Path,
+    Read,
+    frozen,
+    is_constant,
+)
 from lora_fx.runtime import Callee, Seen, class_of, differs
 
 __all__ = ["Notes", "noted_globals"]
@@ -338,12 +348,12 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
     costs a comparison.
     """
     classes: set[Any] = {class_of(module) for module in model.modules()}
-    pending: list[Any] = [cls.forward for cls in classes]
+    pending: list[tuple[Any, Path | None]] = [(cls.forward, None) for cls in classes]
     methods = {above for cls in classes for above in cls.__mro__}
     done: set[CodeType] = set()
     reads: dict[Path, Read] = {}
     while pending:
-        found = pending.pop()
+        found, place = pending.pop()
         found = found.fget if isinstance(found, property) else found
         named: Any = getattr(found, "__func__", found)
         function = inspect.unwrap(named)
@@ -352,13 +362,17 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
         if function.__code__ in done:
             continue
         done.add(function.__code__)
-        for path, value in _named(function):
-            if isinstance(value, FunctionType | MethodType):
-                pending.append(value)
+        # What is wrapped is not what lies there.
+        for path, value in _named(function, place if function is found else None):
+            answer = answer_of(value)
+            if answer is not None:
+                reads.setdefault(answer.path, answer)
             elif isinstance(value, type) and not _of_library(value):
                 methods.update(value.__mro__)
             elif is_constant(value, simple=_TENSORS) and path is not None:
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
+            else:
+                pending.extend(_functions_in(value, path))
         names = {name for code in _codes(function.__code__) for name in code.co_names}
         for cls, name in itertools.product(tuple(methods), names):
             value = cls.__dict__.get(name)
@@ -366,8 +380,20 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
                 path = Path(ObjectRoot(cls)).attribute(name)
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
             elif value is not None:
-                pending.append(value)
+                pending.append((value, None))
     yield from reads.values()
+
+
+def _functions_in(value: Any, path: Path | None) -> Iterator[tuple[Any, Path | None]]:
+    """A function, or those in a container, each with where it is found in that."""
+    kinds = FunctionType | MethodType
+    if isinstance(value, kinds):
+        yield value, None
+    elif type(value) in CONTAINERS:
+        for key, one in value.items() if type(value) is dict else enumerate(value):
+            if isinstance(one, kinds):
+                named = path is not None and type(key) in (str, int) and type(value) is not set
+                yield one, path.item(key) if path and named else None
 
 
 def _of_library(function: Any) -> bool:
@@ -381,19 +407,41 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _named(function: FunctionType) -> Iterator[tuple[Path | None, Any]]:
+def _in_module(value: Any, names: Iterable[str]) -> Iterator[tuple[Path, Any]]:
+    """What code asks of a module of Python, and of those in it; not of a library."""
+    pending, done = [value], set[int]()
+    while pending:
+        one = pending.pop()
+        if not isinstance(one, ModuleType) or id(one) in done or _is_apart(one.__name__):
+            continue
+        done.add(id(one))
+        for name in names:
+            if name in vars(one):
+                yield Path(ModuleRoot(one.__name__)).attribute(name), vars(one)[name]
+                pending.append(vars(one)[name])
+
+
+def _is_apart(module: str) -> bool:
+    return module.partition(".")[0] in {*_LIBRARIES, *sys.stdlib_module_names}
+
+
+def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | None, Any]]:
     module = function.__globals__.get("__name__", "")
     known = sys.modules.get(module)
     importable = known is not None and vars(known) is function.__globals__
     for code in _codes(function.__code__):
         for name in code.co_names:
             if name in function.__globals__:
-                root = ModuleRoot(module) if importable else None
-                path = None if root is None else Path(root).attribute(name)
-                yield path, function.__globals__[name]
+                path = Path(ModuleRoot(module)).attribute(name) if importable else None
+                value = function.__globals__[name]
+                yield path, value
+                yield from _in_module(value, code.co_names)
+    root = place or Path(ObjectRoot(function))
     for name in ("__defaults__", "__kwdefaults__"):
-        yield Path(ObjectRoot(function)).attribute(name), getattr(function, name) or None
-    for cell in function.__closure__ or ():
+        yield root.attribute(name), getattr(function, name) or None
+    for number, cell in enumerate(function.__closure__ or ()):
+        held = Path(ObjectRoot(cell))
+        if place is not None:  # by names, since a cell cannot be pickled
+            held = place.attribute("__closure__").item(number)
         with contextlib.suppress(ValueError):  # the variable has no value yet
-            path = Path(ObjectRoot(cell)).attribute("cell_contents")
-            yield path, cell.cell_contents
+            yield held.attribute("cell_contents"), cell.cell_contents

@@ -203,8 +203,8 @@ class Read:
         kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
             there), ``length``, ``keys`` and ``holds`` (of a dict, the second with a key), ``shape`` (of a
             tensor), ``present`` (it is not None), ``missing`` (there was no such attribute), ``there`` (there
-            was one, and the code has a way to go without it) or ``tree`` (an object and all below it,
-            :class:`lora_fx.runtime.ops.Seen`).
+            was one, and the code has a way to go without it), ``answer`` (of a function, with what it was
+            given) or ``tree`` (an object and all below it, :class:`lora_fx.runtime.ops.Seen`).
         expected: What the trace saw.
     """
 
@@ -235,6 +235,8 @@ class Read:
             return f"({key!r} in {here}) is not {held}"
         if self.kind == "shape":
             return f"{here}.shape != {tuple(self.expected)!r}"
+        if self.kind == "answer":
+            return f"{_DIFFERS}({here}({_given(self.expected)}), {constant}[1])"
         if self.kind == "class":
             return f"{_CLASS}({here}) is not {constant}"
         if self.kind == "tree":
@@ -263,12 +265,14 @@ class Read:
             return list(value)
         if self.kind == "holds":
             return self.expected[0] in value
+        if self.kind == "answer":
+            return value(*self.expected[0])
         return tuple(value.shape) if self.kind == "shape" else value
 
     @property
     def needs_constant(self) -> bool:
         """Whether what is expected has no literal form, or none that tells it from others."""
-        if self.kind in ("class", "identity", "tree"):
+        if self.kind in ("answer", "class", "identity", "tree"):
             return True
         return self.kind in ("value", "contents") and not _literal(self.expected)
 
@@ -296,6 +300,9 @@ class Read:
         if self.kind == "holds":
             key, held = self.expected
             return f"{self.path} had {'a' if held else 'no'} {key!r} when its forward was captured"
+        if self.kind == "answer":
+            asked = f"{self.path}({_given(self.expected)})"
+            return f"{asked} was {self.expected[1]!r} when its forward was captured, found {found}"
         if self.kind == "present":
             return f"{self.path} was there when its forward was captured, found None"
         expected = self.expected
@@ -338,6 +345,10 @@ def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
             yield Read(here, "shape", shape)
     for name, inner in seen.below:
         yield from _changes(getattr(value, name, None), path.attribute(name), inner)
+
+
+def _given(expected: tuple[tuple[Any, ...], Any]) -> str:
+    return ", ".join(map(repr, expected[0]))
 
 
 def _in_words(text: str) -> str:

@@ -297,6 +297,13 @@ class _Run:
 
     def _do_change(self, _: str) -> None:
         self.changed = True
+        if self.program.quantize:
+            base = self._base()
+            try:
+                self.module.change(base)
+                self._outputs(base, grad=False)
+            except Exception as exc:
+                raise _Ended("refused", "quantized base", _told(exc)) from exc
         with self._stage("change"):
             self.module.change(self.adapted)
         try:
