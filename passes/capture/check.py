@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.inputs import normalise
-from lora_fx.passes.capture.state import State
+from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.graph import install, is_matrix, share_copy, storage_of, uninstall
 
 __all__ = [
@@ -209,9 +209,10 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
         The largest difference, relative to the largest value of its output; 0.0 for equal bits.
 
     Raises:
-        CaptureError: If the inputs do not fit the model, or the outputs differ by more than 1e-6.
+        CaptureError: If the inputs do not fit the model, the outputs differ by more than 1e-6, or an exported
+            model goes on changing something that a later call may look at.
     """
-    reference, left = _reference(model, example_inputs, _run_with_what_is_left)
+    reference, left, changes = _reference(model, example_inputs, _run_with_what_is_left)
     runs = _runnable(capture.model, capture.regions.values())
     try:
         found = [_run(runs, example_inputs) for _ in reference]
@@ -230,6 +231,11 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
             f"the captured model ({capture.frontend}) computes something else than the original"
             f"{second}: relative difference {difference:.3g} on the example inputs. Try another frontend, "
             "and please report this"
+        )
+    if changes is not None and capture.frontend == "export":
+        raise CaptureError(
+            f"its forward changes {changes} in each call, which a graph would not: frontend='regions' keeps "
+            "it"
         )
     if difference:
         _log.info("the captured model rounds differently: relative difference %.3g", difference)
@@ -331,16 +337,23 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
         return _called(model, example_inputs)
 
 
-def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
-    """The output, and that of a second call where the first has left something behind; in words what."""
+def _run_with_what_is_left(
+    model: nn.Module, example_inputs: Any
+) -> tuple[list[Any], str | None, str | None]:
+    """The output, and that of a second call where the first has left something behind; in words what.
+
+    Also what the second call has changed in its turn, apart from buffers: what has been set once stays.
+    """
     before, versions = State(model), _versions(model)
     outputs = [_run(model, example_inputs)]
-    left = before.changed()
+    left, changes = before.changed(), None
     if left is None and _versions(model) != versions:
         left = "its forward writes into a buffer"
     if left is not None:
+        between = state_of(model, flags=True)
         outputs.append(_run(model, example_inputs))
-    return outputs, left
+        changes = difference(between, state_of(model, flags=True))
+    return outputs, left, changes
 
 
 def _versions(model: nn.Module) -> list[int]:

@@ -34,12 +34,14 @@ from lora_fx.passes.graph import (
     WANTS_CACHE,
     GuardedCodeGen,
     Parameter,
+    Read,
     attribute,
     install,
     parameters_of,
     storage_of,
     uninstall,
 )
+from lora_fx.runtime import differs
 
 __all__ = [
     "cache_condition",
@@ -183,11 +185,13 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     # Attention is exported as the regions have it, so that both show the same operations.
     written = [r for r in capture.regions.values() if written_out(r.module)]
     install(written)
+    globals_read = tuple(noted_globals(model))
     try:
         program, notes, questions = _exported(model, _prepared(inputs), dynamic_shapes)
     finally:
         for region in written:
             uninstall(region.module)
+    _check_globals(model, globals_read)
     module = program.module(check_guards=False)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -228,6 +232,23 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     regions = {"": Region("", model, graph, overlay=True), **below}
     # The modules that do not trace stay listed: calls that go past the graph go through them.
     return dataclasses.replace(capture, regions=regions, frontend="export")
+
+
+def _check_globals(model: nn.Module, before: tuple[Read, ...]) -> None:
+    """Refuses a forward that has written to a global, or to an attribute of a class.
+
+    Raises:
+        CaptureError: If it has.
+    """
+    for read in before:
+        try:
+            changed = differs(read.found(model), read.expected)
+        except (AttributeError, LookupError):
+            changed = True
+        if changed and read.kind == "contents":
+            raise CaptureError(
+                f"its forward changes {read.path}, which a graph would not: frontend='regions' keeps it"
+            )
 
 
 def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -345,12 +345,14 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
     """Constants that the code of a model may read of globals and of variables around functions.
 
     What its functions name, and those that they name, is looked at, not what they execute: a guard too many
-    costs a comparison.
+    costs a comparison. Functions in containers count as named by code beside the classes of the modules: a
+    library has long lists of them.
     """
     classes: set[Any] = {class_of(module) for module in model.modules()}
-    pending: list[tuple[Any, Path | None]] = [(cls.forward, None) for cls in classes]
+    pending = [(cls.forward, None) for cls in classes] + list(_held_functions(model))
+    homes = {cls.__module__ for cls in classes}
     methods = {above for cls in classes for above in cls.__mro__}
-    done: set[CodeType] = set()
+    done: set[tuple[CodeType, Path | None]] = set()
     reads: dict[Path, Read] = {}
     while pending:
         found, place = pending.pop()
@@ -359,11 +361,11 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
         function = inspect.unwrap(named)
         if not isinstance(function, FunctionType) or _of_library(function):
             continue
-        if function.__code__ in done:
+        place = place if function is found else None  # what is wrapped is not what lies there
+        if (function.__code__, place) in done:
             continue
-        done.add(function.__code__)
-        # What is wrapped is not what lies there.
-        for path, value in _named(function, place if function is found else None):
+        done.add((function.__code__, place))
+        for path, value in _named(function, place):
             answer = answer_of(value)
             if answer is not None:
                 reads.setdefault(answer.path, answer)
@@ -371,7 +373,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
                 methods.update(value.__mro__)
             elif is_constant(value, simple=_TENSORS) and path is not None:
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
-            else:
+            elif isinstance(value, FunctionType | MethodType) or function.__module__ in homes:
                 pending.extend(_functions_in(value, path))
         names = {name for code in _codes(function.__code__) for name in code.co_names}
         for cls, name in itertools.product(tuple(methods), names):
@@ -382,6 +384,16 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
             elif value is not None:
                 pending.append((value, None))
     yield from reads.values()
+
+
+def _held_functions(model: nn.Module) -> Iterator[tuple[Any, Path | None]]:
+    """The functions that modules hold, each with where it is."""
+    for name, module in model.named_modules():
+        owner = functools.reduce(Path.attribute, filter(None, name.split(".")), Path())
+        for key, value in module.__dict__.items():
+            if key not in _OWN:
+                for one, place in _functions_in(value, owner.attribute(key)):
+                    yield one, place or (owner.attribute(key) if one is value else None)
 
 
 def _functions_in(value: Any, path: Path | None) -> Iterator[tuple[Any, Path | None]]:
@@ -416,7 +428,7 @@ def _in_module(value: Any, names: Iterable[str]) -> Iterator[tuple[Path, Any]]:
             continue
         done.add(id(one))
         for name in names:
-            if name in vars(one):
+            if name in vars(one) and not name.startswith("__"):
                 yield Path(ModuleRoot(one.__name__)).attribute(name), vars(one)[name]
                 pending.append(vars(one)[name])
 

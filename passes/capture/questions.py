@@ -1,7 +1,7 @@
 """Notes what the code of a model asks PyTorch while ``torch.export`` runs it.
 
 An export answers such a question once, and the graph has that answer for good. Where a call can be asked the
-same before it runs, the answer becomes a guard: the state of PyTorch (:data:`STATE`), and whether an argument
+same before it runs, the answer becomes a guard: how PyTorch is set, and whether an argument
 has a gradient. Whether a result in between has one depends on what is trained then, which no guard knows:
 the export is refused. So it is for the grad mode, which training and evaluation have another, as it is in
 :mod:`.interpret`, and where the code changes what a backward pass does, since a graph has operations and no
@@ -30,7 +30,8 @@ __all__ = ["Questions", "answer_of"]
 
 _GRAD_MODE = ("is_grad_enabled", "is_inference_mode_enabled")
 _OF_GRAD_MODE = "asks PyTorch for the grad mode, which may be another when the graph runs"
-STATE = (
+# Functions that say how PyTorch is set, some of them for a kind of device.
+_STATE = (
     "are_deterministic_algorithms_enabled",
     "get_autocast_dtype",
     "get_default_device",
@@ -42,8 +43,6 @@ STATE = (
     "is_autocast_enabled",
     "is_deterministic_algorithms_warn_only_enabled",
 )
-"""Functions of PyTorch that say how it is set, some of them for a kind of device."""
-
 _OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
 _LIBRARIES = ("torch", "lora_fx", "numpy")
 _OF_ARGUMENTS = ("requires_grad", "is_leaf", "grad_fn")
@@ -67,7 +66,7 @@ _CHANGING: dict[Any, str] = {
 }
 # What has the default dtype and becomes a constant.
 _MAKING = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
-_FUNCTIONS = {name: getattr(torch, name) for name in (*STATE, *_GRAD_MODE)}
+_FUNCTIONS = {name: getattr(torch, name) for name in (*_STATE, *_GRAD_MODE)}
 _NAMES = {id(function): name for name, function in _FUNCTIONS.items()}
 
 

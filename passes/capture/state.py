@@ -26,15 +26,16 @@ _OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, 
 _MISSING = object()
 _OF_MODULES = frozenset((*nn.Module().__dict__, "forward"))
 _OF_C = frozenset({"builtins", "itertools", "random", "numpy"})
-_COMPARED = (int, float, complex, bytes, tuple, frozenset)
+_COMPARED = (int, float, complex, str, bytes, tuple, frozenset)
 
 
-def state_of(model: nn.Module) -> dict[str, Any]:
+def state_of(model: nn.Module, *, flags: bool = False) -> dict[str, Any]:
     """What a forward may write outside of parameters and buffers, by name, in a form that is compared.
 
     Args:
         model: Numbers, tensors and functions of its modules and of what they hold, the size of
-            containers, and generators of random numbers. Strings and flags are left out: models set them
+            containers, and generators of random numbers.
+        flags: Whether strings and flags are looked at, too. By default they are left out: models set them
             once and for all, as transformers does with ``config.problem_type``.
     """
     found: dict[str, Any] = {"the random numbers of Python": random.getstate()}
@@ -46,7 +47,9 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             continue
         for key, value in module.__dict__.items():
             if key not in _OF_MODULES:
-                _add_state(found, f"self.{name}.{key}" if name else f"self.{key}", value, seen)
+                _add_state(
+                    found, f"self.{name}.{key}" if name else f"self.{key}", value, seen, flags
+                )
     return found
 
 
@@ -60,22 +63,22 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _add_state(found: dict[str, Any], name: str, value: Any, seen: set[int]) -> None:
+def _add_state(found: dict[str, Any], name: str, value: Any, seen: set[int], flags: bool) -> None:
     if isinstance(value, (*_OPAQUE, int, float, complex)) and not isinstance(value, bool):
         found[name] = value
         return
-    if isinstance(value, str | bool | None) or id(value) in seen:
+    if isinstance(value, str | bool | None):
+        if flags:
+            found[name] = value
+        return
+    if id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, dict):
+    if isinstance(value, dict | list | tuple | deque):
         found[name] = (len(value),)
-        for key, item in value.items():
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             # A key may be anything: its name is no more than a name.
-            _add_state(found, f"{name}[{key!r}]", item, seen)
-    elif isinstance(value, list | tuple | deque):
-        found[name] = (len(value),)
-        for place, item in enumerate(value):
-            _add_state(found, f"{name}[{place}]", item, seen)
+            _add_state(found, f"{name}[{key!r}]", item, seen, flags)
     elif isinstance(value, set | frozenset):
         found[name] = frozenset(value)
     elif isinstance(value, torch.Generator):
@@ -87,7 +90,7 @@ def _add_state(found: dict[str, Any], name: str, value: Any, seen: set[int]) -> 
             found[name] = pickle.dumps(value)
     else:
         for key, item in getattr(value, "__dict__", {}).items():
-            _add_state(found, f"{name}.{key}", item, seen)
+            _add_state(found, f"{name}.{key}", item, seen, flags)
 
 
 class State:

@@ -690,3 +690,106 @@ def test_a_weight_that_code_gets_to_past_the_model_is_no_constant() -> None:
             lora_fx.capture(_GoesPast(), torch.randn(3, 8), frontend="export")
     finally:
         _PAST.clear()
+
+
+def kept_in(values: list[float], owner: SimpleNamespace) -> Callable[[], float]:
+    def kept() -> float:
+        return values[0] * owner.k
+
+    return kept
+
+
+class Scale:
+    """What a method belongs to that a module holds."""
+
+    def __init__(self, k: float) -> None:
+        self.k = k
+
+    def value(self) -> float:
+        return self.k
+
+
+class Roundabout(nn.Module):
+    """Numbers that its code comes to by way of functions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.cell = [2.0]
+        self.owner = SimpleNamespace(k=3.0)
+        self.kept = kept_in(self.cell, self.owner)
+        self.scale = Scale(2.0)
+        self.method = self.scale.value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc(x) * self.kept() * self.method())
+
+
+def _scale(model: Roundabout) -> None:
+    model.scale.k = 5.0
+
+
+def _cell(model: Roundabout) -> None:
+    model.cell[0] = 5.0
+
+
+def _owner(model: Roundabout) -> None:
+    model.owner.k = 5.0
+
+
+@pytest.mark.parametrize("change", [_scale, _cell, _owner])
+def test_what_functions_of_a_module_hold_is_compared(change: Callable[[Roundabout], None]) -> None:
+    model, x = Roundabout(), torch.randn(3, 4)
+    adapted = lora_fx.rewrite(model, CONFIG, x, frontend="export")
+    same(model, adapted, x)
+    change(model)
+    change(adapted)
+    same(model, adapted, x)
+
+
+CALLS = [0]
+TIMES = 0
+
+
+class Late(nn.Module):
+    """What it does in the first two calls says nothing about the third."""
+
+    def __init__(self, way: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.way, self.stage, self.warm, self.calls = way, "a", False, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        if self.way(self):
+            h = h * 2
+        return self.head(h)
+
+
+def _stages(model: Any) -> bool:
+    model.stage = {"a": "b", "b": "c", "c": "c"}[model.stage]
+    return bool(model.stage == "c" and model.warm)
+
+
+def _from_the_second_on(model: Any) -> bool:
+    if model.warm:
+        model.calls += 1
+    model.warm = True
+    return bool(model.calls > 2)
+
+
+def _in_a_list(model: Any) -> bool:
+    CALLS[0] += 1
+    return CALLS[0] > 100
+
+
+def _in_a_global(model: Any) -> bool:
+    global TIMES  # noqa: PLW0603  # what is tested
+    TIMES += 1
+    return TIMES > 100
+
+
+@pytest.mark.parametrize("way", [_stages, _from_the_second_on, _in_a_list, _in_a_global])
+def test_what_matters_from_the_third_call_on_is_refused(way: Callable[[Any], bool]) -> None:
+    with pytest.raises(CaptureError, match="which a graph would not"):
+        lora_fx.rewrite(Late(way).eval(), CONFIG, torch.randn(3, 4), frontend="export")
