@@ -341,13 +341,30 @@ ELEMENTWISE = {
     "a tensor's truth": ("", "x = x * 2 if bool((x > 100).any()) else x"),
     "item": ("", "x = x * x.detach().abs().max().clamp(1, 1).item()"),
     "buffer": ("nn.Buffer(torch.ones({D}) * 2)", "x = x * {m}"),
+    "is_leaf": ("", "x = x * 2 if x.is_leaf else x"),
+    "inference mode": ("", "x = x * 2 if torch.is_inference_mode_enabled() else x"),
+    "default dtype": ("", "x = x * 2 if torch.get_default_dtype() is torch.float32 else x"),
+    "autograd function": ("", "x = Turned.apply(x)"),
 }
+
+_TURNED = """
+class Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * -3
+"""
 
 
 def add_elementwise(s: Scope) -> None:
     """What is no product: norms, activations, questions about x."""
     build, text = ELEMENTWISE[s.choices.feature("elementwise", list(ELEMENTWISE))]
     values: dict[str, object] = {"D": s.width}
+    if "Turned" in text:
+        s.source.before(_TURNED)
     if build:
         values["m"] = s.layer(build.format(D=s.width), "part", s.width, s.width, calls=False)
     s.add(*text.format(**values).splitlines())

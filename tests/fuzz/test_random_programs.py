@@ -48,9 +48,6 @@ def test_a_random_program_is_right_or_refused(judges: Worker, program: Program) 
 
 
 # As many as a free core runs in about five minutes; ``python -m tests.fuzz`` is for thousands.
-@pytest.mark.skip(
-    reason="open: 206:110, an export fixes requires_grad of a tensor that its code asks for"
-)
 @pytest.mark.slow
 @given(programs())
 @settings(max_examples=600, suppress_health_check=_CHECKS)
