@@ -47,7 +47,7 @@ def test_a_random_program_is_right_or_refused(judges: Worker, program: Program) 
     check(judges, program)
 
 
-# As many as a free core runs in about five minutes; ``python -m tests.fuzz`` is for thousands.
+# They take a minute or two, and less than five on a busy core; ``python -m tests.fuzz`` is for thousands.
 @pytest.mark.slow
 @given(programs())
 @settings(max_examples=600, suppress_health_check=_CHECKS)
