@@ -50,7 +50,7 @@ _OF_TENSORS = (*_OF_ARGUMENTS, "grad", "output_nr", "retains_grad", "_base", "_v
 _ASKING: dict[Any, str] = {
     **{getattr(torch.Tensor, name).__get__: name for name in _OF_TENSORS},
     torch.Tensor.is_inference: "is_inference",
-    torch.Tensor._is_view: "_is_view",  # type: ignore[attr-defined]  # of C
+    torch.Tensor._is_view: "_is_view",
 }
 _CHANGING: dict[Any, str] = {
     torch.Tensor.requires_grad.__set__: "requires_grad",  # type: ignore[attr-defined]  # of C
