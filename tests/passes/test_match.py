@@ -337,3 +337,23 @@ def test_a_forward_that_was_replaced_on_one_layer_leaves_the_others_alone():
     assert [row.name for row in plan.sites] == ["1", "2"]
     reasons = {one.name: one.reason for one in plan.rejections}
     assert "replaced on the instance" in reasons["0"]
+
+
+class Chooses(nn.Module):
+    """Has a layer that a call may not come to, and goes through its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.way_a, self.way_b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, way: str):
+        x = x @ dict(self.named_parameters())["first.weight"].T
+        return getattr(self, f"way_{way}")(x)
+
+
+def test_a_layer_that_the_graph_of_the_whole_model_does_not_apply_is_no_site() -> None:
+    captured = capture(Chooses(), (torch.randn(2, 4), "a"), frontend="export")
+    found = match(captured)
+    assert [site.name for site in found.sites] == ["first", "way_a"]
+    assert "goes through its parameters" in {r.name: r.reason for r in found.rejections}["way_b"]
