@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters import over_quantised
+from lora_fx.export.adapters import over_quantized
 from lora_fx.export.build import Options, Stages, build
 from lora_fx.export.copy import DTYPES, unwrapped
 from lora_fx.export.prepare import prepare, prepare_swappable
@@ -129,13 +129,13 @@ def export_onnx(
             ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
-        adapters: "merge" to fold adapters into the weights, which makes a quantised model dense. "inline"
+        adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. "inline"
             to keep those that are active in the file, as products of their own beside the operations.
             "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
             every place where one of the model's is (for a model without adapters: at every linear
             operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
             for it, and ``OnnxSession`` runs them. None for "inline" where an active adapter is at a
-            quantised weight, else for "merge".
+            quantized weight, else for "merge".
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision; the tolerance is that of the dtype.
@@ -192,7 +192,7 @@ def export_onnx(
         clock.start("capturing the model")
         refuse_nan(model)
         if adapters is None:
-            adapters = "inline" if over_quantised(unwrapped(model)) else "merge"
+            adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
         preparing = (
             prepare_swappable
             if adapters == "inputs"

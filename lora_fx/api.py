@@ -242,17 +242,17 @@ def merge(
         into: Fold into this model, of the original class, instead of into a copy of the base. Its weights
             are written over slice by slice, so that no second ones are needed; one whose memory something
             else sees (the model that was rewritten shares it with ``model``) gets a new parameter. For a
-            quantised base it is a dense model, and what the adapters change is added to its weights, not to
-            the quantised ones' values.
+            quantized base it is a dense model, and what the adapters change is added to its weights, not to
+            the quantized ones' values.
         dtype: Of all parameters and buffers of the result, each rounded once. By default each weight keeps
-            its own. Where a quantised base becomes dense, all parameters get the widest dtype that one
-            which is not quantised has (that of the quantised values, if there is none): the model computes
+            its own. Where a quantized base becomes dense, all parameters get the widest dtype that one
+            which is not quantized has (that of the quantized values, if there is none): the model computes
             in it, and the merged one runs where ``model`` did.
-        requantize: Whether merged weights that were quantised are quantised again, in the same format and
+        requantize: Whether merged weights that were quantized are quantized again, in the same format and
             layers. By default the result is dense as a whole, also where no adapter was.
         own: Whether the result is a model of its own, as with ``into``: it shares nothing, and wants
             gradients where the original did.
-        example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantising
+        example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantizing
             again does to the outputs.
         return_report: Whether to measure every merged weight against fp64 and return the report,
             too.

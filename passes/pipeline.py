@@ -32,7 +32,7 @@ from lora_fx.ir import (
     module_of,
     record_of,
 )
-from lora_fx.passes.capture import Frontend, holds_quantised, written_out
+from lora_fx.passes.capture import Frontend, holds_quantized, written_out
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.graph import install, kept_graph
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
@@ -395,5 +395,5 @@ def regions_to_install(
         adapted = region.fqn in calling
         plain = not region.fqn or written_out(region.module) is None
         stored = quantization_of(region.module._parameters.get("weight")) is not None
-        if adapted or plain or stored or holds_quantised(region.module):
+        if adapted or plain or stored or holds_quantized(region.module):
             yield region

@@ -29,7 +29,7 @@ __all__ = [
     "check_untouched",
     "dense_weights",
     "explicit",
-    "randomise",
+    "randomize",
 ]
 
 
@@ -49,7 +49,7 @@ def adapt(form: Form, model: nn.Module, r: int | None = None, **options: Any) ->
 
 
 @seeded
-def randomise(model: nn.Module, std: float = 0.3) -> nn.Module:
+def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
     """Random factors, as after some training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,14 +92,14 @@ def check_untouched(form: Form) -> None:
 def check_adapted(form: Form, dtype: torch.dtype, **options: Any) -> None:
     """The adapted output is that of `W + s·BA`."""
     model = form.model().to(dtype)
-    adapted = randomise(adapt(form, model, **options))
+    adapted = randomize(adapt(form, model, **options))
     assert_close(adapted(form.x(dtype)), reference(form, model, adapted))
 
 
 def check_gradients(form: Form) -> None:
     """Gradients of A and B are those of the explicit formula, and nothing else has one."""
     model = form.model().double()
-    adapted = randomise(adapt(form, model))
+    adapted = randomize(adapt(form, model))
     x = form.x(torch.float64)
     factors = form.factors(adapted)
     cotangent = seeded(torch.randn_like)(model(x))
@@ -114,7 +114,7 @@ def check_gradients(form: Form) -> None:
 def check_merged(form: Form, dtype: torch.dtype) -> None:
     """The merged model is of the user's class and computes what the adapted one does."""
     model = form.model().to(dtype)
-    adapted = randomise(adapt(form, model))
+    adapted = randomize(adapt(form, model))
     merged = lora_fx.merge(adapted)
     x = form.x(dtype)
     assert [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
@@ -126,7 +126,7 @@ def check_merged(form: Form, dtype: torch.dtype) -> None:
 def check_merged_half(form: Form, dtype: torch.dtype) -> None:
     """Every merged weight of a half-precision base is within half a unit in the last place."""
     model = form.model().to(dtype)
-    adapted = randomise(adapt(form, model))
+    adapted = randomize(adapt(form, model))
     a, b = form.factors(adapted)
     assert a.dtype == b.dtype == torch.float32
     name = f"op.{form.weight}"

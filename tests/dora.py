@@ -13,7 +13,7 @@ __all__ = [
     "directed",
     "explicit_dora",
     "magnitude_of",
-    "randomise_magnitudes",
+    "randomize_magnitudes",
     "steer",
 ]
 
@@ -24,7 +24,7 @@ def magnitude_of(form: Form, model: nn.Module) -> nn.Parameter:
     return owner.lora_magnitude_vector.default
 
 
-def randomise_magnitudes(model: nn.Module) -> nn.Module:
+def randomize_magnitudes(model: nn.Module) -> nn.Module:
     """Magnitudes as after some training: other sizes, and a few of the other sign."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

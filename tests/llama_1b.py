@@ -1,4 +1,4 @@
-"""A Llama of 1.2 billion parameters: written in shards, or quantised, rewritten and trained for one step.
+"""A Llama of 1.2 billion parameters: written in shards, or quantized, rewritten and trained for one step.
 
 ``python -m tests.llama_1b write FOLDER``, then ``step FOLDER``: a process of its own, whose peak memory is
 the largest that it ever had.
@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
 
 
 def step(folder: Path) -> dict[str, object]:
-    """One step of training over the quantised model, and the peak memory of the process."""
+    """One step of training over the quantized model, and the peak memory of the process."""
     base = lora_fx.quantize(empty(), "nf4", weights=folder)
     config = lora_fx.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     plan = lora_fx.plan(base, config)

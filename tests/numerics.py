@@ -77,7 +77,7 @@ def assert_same_bits(found: Any, reference: Any) -> None:
 
 
 def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance between neighbours of `dtype` around fp64 values: 2^(exponent - mantissa bits).
+    """The distance between neighbors of `dtype` around fp64 values: 2^(exponent - mantissa bits).
 
     Written differently from lora_fx's own on purpose.
     """

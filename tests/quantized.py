@@ -1,4 +1,4 @@
-"""Models over quantised weights, as their libraries make them: what the tests of QLoRA begin with."""
+"""Models over quantized weights, as their libraries make them: what the tests of QLoRA begin with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["IDS", "SCHEMES", "llama", "quantised"]
+__all__ = ["IDS", "SCHEMES", "llama", "quantized"]
 
 IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +29,7 @@ def llama(layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def quantised(model: nn.Module, scheme: str) -> nn.Module:
+def quantized(model: nn.Module, scheme: str) -> nn.Module:
     """A copy with every linear layer but the head in one of :data:`SCHEMES`."""
     result = copy.deepcopy(model)
     names = [

@@ -223,7 +223,7 @@ def check_swappable(name: str, adapter: AdapterRecord) -> None:
 def _more(adapter: AdapterRecord) -> Iterator[str]:
     start = adapter.config.init_lora_weights
     if start == "loftq":
-        yield "its base was quantised for it (init_lora_weights='loftq')"
+        yield "its base was quantized for it (init_lora_weights='loftq')"
     for row in adapter.sites:
         kind = kind_of(row)
         if not kind.low_rank or not all(slot.role for slot in kind.slots(row.site)):

@@ -1,6 +1,6 @@
 """Adapters that stay beside their operations in a file, as constants.
 
-Over a quantised weight that is what keeps it quantised: a merge would make it dense. The branches are those
+Over a quantized weight that is what keeps it quantized: a merge would make it dense. The branches are those
 of the model's own graphs. What would need the dense weight at every run, as the gain
 ``m / ‖W + s·BA‖``, is computed here once.
 """
@@ -18,13 +18,13 @@ from lora_fx.kinds import kinds
 from lora_fx.passes.graph import copy_graph, erase_dead, graphs_of, install, target_of
 from lora_fx.runtime import AdapterFactors
 
-__all__ = ["fix_gains", "has_gains", "over_quantised"]
+__all__ = ["fix_gains", "has_gains", "over_quantized"]
 
 _MAGNITUDE, _GAIN = "lora_magnitude_vector", "lora_gain"
 
 
-def over_quantised(model: nn.Module) -> bool:
-    """Whether an active adapter of a model is at a quantised weight."""
+def over_quantized(model: nn.Module) -> bool:
+    """Whether an active adapter of a model is at a quantized weight."""
     record = record_of(model)
     if record is None:
         return False

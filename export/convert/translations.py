@@ -1,7 +1,7 @@
-"""Products with quantised weights, in operators of ONNX and ONNX Runtime.
+"""Products with quantized weights, in operators of ONNX and ONNX Runtime.
 
 As with grouped products (:mod:`lora_fx.export.convert.translations`), a node of our own goes through
-torch.onnx, whose optimiser would make a dense constant of a ``DequantizeLinear`` over a small weight.
+torch.onnx, whose optimizer would make a dense constant of a ``DequantizeLinear`` over a small weight.
 
 The format of a quantized weight says which nodes its product becomes (:class:`lora_fx.ir.OnnxOperator`).
 """
@@ -121,7 +121,7 @@ def _quantized_product(
     block: int,
     scheme: str,
 ) -> Any:
-    """A product with a quantised weight, which :mod:`lora_fx.export.convert.translations` takes apart."""
+    """A product with a quantized weight, which :mod:`lora_fx.export.convert.translations` takes apart."""
     import onnx
     from onnxscript import values
 
@@ -349,7 +349,7 @@ def _constant(tape: Any, value: float) -> Any:
 
 
 def expand_quantized(model: ir.Model) -> None:
-    """Replaces every product with a quantised weight.
+    """Replaces every product with a quantized weight.
 
     Args:
         model: Changed in place.

@@ -1,4 +1,4 @@
-"""What is traced in the place of a quantised weight: arrays, and one operator over them."""
+"""What is traced in the place of a quantized weight: arrays, and one operator over them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def packed(weight: HeldWeight) -> OnnxWeight:
         raise ExportError(f"'{weight.where}' {found.reason}{instead}")
     if not bool(found.scales.isfinite().all()):
         raise ExportError(
-            f"'{weight.where}' has scales that are not finite: it was quantised from a broken model"
+            f"'{weight.where}' has scales that are not finite: it was quantized from a broken model"
         )
     return found
 
 
 class PackedWeight(StandIn):
-    """A quantised weight as ``weight.codes``, ``weight.scales`` and, where there are some, ``weight.zeros``.
+    """A quantized weight as ``weight.codes``, ``weight.scales`` and, where there are some, ``weight.zeros``.
 
     Args:
         weight: What it is made of.
@@ -93,7 +93,7 @@ class PackedWeight(StandIn):
 
 
 def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]) -> None:
-    """Puts arrays in the place of quantised weights.
+    """Puts arrays in the place of quantized weights.
 
     Args:
         twin: A copy that is exported. It is changed.

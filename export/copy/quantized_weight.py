@@ -1,4 +1,4 @@
-"""Quantised weights in the copy of a model that is exported.
+"""Quantized weights in the copy of a model that is exported.
 
 Their libraries have layers and tensors of their own, whose products torch.export does not see through. So in
 the copy a module stands in the place of each such parameter, wherever that is: in a layer of the library, in
@@ -34,7 +34,7 @@ DENSE_INSTEAD = (
 
 
 class StandIn(nn.Module):
-    """What stands in the place of a quantised parameter [out, in].
+    """What stands in the place of a quantized parameter [out, in].
 
     Attributes:
         where: FQN of the parameter.
@@ -80,7 +80,7 @@ class StandIn(nn.Module):
     def refusal(self, name: str) -> ExportError:
         """What to raise where it is read in another way than in a product."""
         return ExportError(
-            f"'{self.where}' is stored as {self.stored}, and {name} reads it: products x Wᵀ with quantised "
+            f"'{self.where}' is stored as {self.stored}, and {name} reads it: products x Wᵀ with quantized "
             f"weights can be exported, nothing else; {DENSE_INSTEAD}"
         )
 
@@ -143,7 +143,7 @@ class HeldWeight(StandIn):
 
 
 def hold_quantized(twin: nn.Module) -> None:
-    """Puts a stand-in into the place of every quantised parameter.
+    """Puts a stand-in into the place of every quantized parameter.
 
     Args:
         twin: A copy of a model, over the same memory. It is changed.
@@ -185,8 +185,8 @@ def _refuse_foreign(where: str, parameter: nn.Parameter) -> None:
     kind = type(parameter)
     if any(known.owns(kind) for known in formats()):
         raise ExportError(
-            f"'{where}' is a {kind.__name__} in a form that has no counterpart in a file (is it quantised "
-            f"already? does it quantise activations?); {DENSE_INSTEAD}"
+            f"'{where}' is a {kind.__name__} in a form that has no counterpart in a file (is it quantized "
+            f"already? does it quantize activations?); {DENSE_INSTEAD}"
         )
 
 

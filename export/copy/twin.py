@@ -53,7 +53,7 @@ class Casts:
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    # A subclass (a quantised weight) or an empty tensor may have no address.
+    # A subclass (a quantized weight) or an empty tensor may have no address.
     if type(tensor) is not nn.Parameter or tensor.data_ptr() == 0:
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -72,7 +72,7 @@ def exportable_twin(
         model: Any module.
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
         casts: Makes the parameters that are cast.
-        to_rewrite: Whether quantised weights stay what their libraries make, which a rewrite knows.
+        to_rewrite: Whether quantized weights stay what their libraries make, which a rewrite knows.
 
     Returns:
         The copy, in eval mode, without key-value caches, mixtures of experts as grouped

@@ -111,7 +111,7 @@ def _repetition(penalty: float, mask: Tensor | None) -> Processor:
     """Divides positive and multiplies negative logits of tokens that were there (1909.05858)."""
     padding = None if mask is None else (mask != 0).int().argmax(dim=1)
 
-    def penalise(ids: Tensor, scores: Tensor) -> Tensor:
+    def penalize(ids: Tensor, scores: Tensor) -> Tensor:
         vocabulary = scores.shape[1]
         if padding is not None:
             positions = torch.arange(ids.shape[1])
@@ -120,7 +120,7 @@ def _repetition(penalty: float, mask: Tensor | None) -> Processor:
         changed = torch.where(scores < 0, scores * penalty, scores / penalty)
         return torch.where(seen[:, :vocabulary], changed, scores)
 
-    return penalise
+    return penalize
 
 
 def _no_repeat(size: int) -> Processor:

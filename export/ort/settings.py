@@ -47,7 +47,7 @@ class NodePlacement:
     """Where one node runs.
 
     Attributes:
-        name: Its name, after ONNX Runtime's first optimisations.
+        name: Its name, after ONNX Runtime's first optimizations.
         operator: What it computes.
         provider: The execution provider.
     """

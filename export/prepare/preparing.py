@@ -90,7 +90,7 @@ class Prepared:
             keep: Takes each tensor that is made anew, see ``Scratch.keep``.
 
         Raises:
-            ExportError: No operator has the values of a quantised weight.
+            ExportError: No operator has the values of a quantized weight.
         """
         model = self.model.model
         if not has_gains(model) and not any(isinstance(m, StandIn) for m in model.modules()):

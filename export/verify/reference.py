@@ -41,7 +41,7 @@ class Reference:
     def __init__(self, exported: Widenable, casts: Casts) -> None:
         self._exported = exported
         over = (
-            ", over the values of its quantised weights"
+            ", over the values of its quantized weights"
             if any(isinstance(module, StandIn) for module in exported.model.modules())
             else ""
         )

@@ -235,7 +235,7 @@ class _With:
 class _Adapted:
     """A model with the same adapter at every call, folded into its weights where that can be.
 
-    It cannot over quantised weights: there, and in half precision, which is no reference, the traced model
+    It cannot over quantized weights: there, and in half precision, which is no reference, the traced model
     is handed the factors.
     """
 

@@ -1,6 +1,6 @@
-"""Factors that make up for what quantising a base has lost: LoftQ's first step, over any format.
+"""Factors that make up for what quantizing a base has lost: LoftQ's first step, over any format.
 
-Quantising leaves ``Q ≈ W``. The best product of rank r for what is missing is the leading part of its
+Quantizing leaves ``Q ≈ W``. The best product of rank r for what is missing is the leading part of its
 singular value decomposition (LoftQ: Li et al. 2023, arXiv:2310.08659, section 3.1, with Q as it is):
 ``B A = [W - Q]_r / s``.
 """
@@ -44,7 +44,7 @@ class CompensatedSite:
 
     Attributes:
         name: FQN of the site.
-        before: ``‖W - Q‖ / ‖W‖``, Frobenius: what quantising lost.
+        before: ``‖W - Q‖ / ‖W‖``, Frobenius: what quantizing lost.
         after: ``‖W - (Q + s·BA)‖ / ‖W‖``.
         kept: Whether the new factors were kept; False if the callback declined them.
     """
@@ -65,18 +65,18 @@ def replace_lora_weights_loftq(
     iterations: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[CompensatedSite, ...]:
-    """Gives an adapter over a quantised base the factors that best make up for what quantising lost.
+    """Gives an adapter over a quantized base the factors that best make up for what quantizing lost.
 
     What the factors held is lost, so that this comes before training. Sites over weights that are not
-    quantised keep theirs; a magnitude becomes the norm of the new ``Q + s·BA``. Parameters are
+    quantized keep theirs; a magnitude becomes the norm of the new ``Q + s·BA``. Parameters are
     written in place: an optimizer and a compiled model go on. One dense weight is in memory at a time.
 
     Unlike PEFT's function of this name it takes every format, divides by the adapter's scale (PEFT is right
     where that is 1), and changes nothing if a weight is missing.
 
     Args:
-        model: A rewritten model over a quantised base; the factors are changed.
-        original: The model as it was before it was quantised; or its folder with ``model.safetensors``, or
+        model: A rewritten model over a quantized base; the factors are changed.
+        original: The model as it was before it was quantized; or its folder with ``model.safetensors``, or
             with shards and their index, or one such file, of which one tensor is read at a time.
         adapter_name: Which adapter; by default the only one, or the only active one.
         callback: Called with the model and the site's name after each site; if it returns False, that
@@ -87,11 +87,11 @@ def replace_lora_weights_loftq(
         progress: Called with (done, total, site name) before each site.
 
     Returns:
-        A row for each site that is over a quantised weight.
+        A row for each site that is over a quantized weight.
 
     Raises:
-        ConfigError: If several adapters could be meant, no site of the adapter is over a quantised weight, or
-            the original has another one, a quantised one or one that is not finite.
+        ConfigError: If several adapters could be meant, no site of the adapter is over a quantized weight, or
+            the original has another one, a quantized one or one that is not finite.
         CheckpointError: If the files are missing or damaged, or have no such weight.
     """
     adapter_name = the_adapter(model, adapter_name)
@@ -99,7 +99,7 @@ def replace_lora_weights_loftq(
     rows = tuple(row for row in entry.sites if row.site.quantized is not None)
     if not rows:
         raise ConfigError(
-            f"no site of the adapter {adapter_name!r} is over a quantised weight, so that nothing was lost: "
+            f"no site of the adapter {adapter_name!r} is over a quantized weight, so that nothing was lost: "
             "over a dense base use init_lora_weights='pissa' or 'loftq'"
         )
     if iterations is not None and iterations < 1:
@@ -141,14 +141,14 @@ class _Originals:
             found = self.files.tensor(name, inner, f"{self.prefix}.{name}")
             if found is None:
                 raise CheckpointError(
-                    f"{self.files.path} has no {name}: give the files of the model that was quantised"
+                    f"{self.files.path} has no {name}: give the files of the model that was quantized"
                 )
         else:
             assert self.model is not None
             found = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
             if found is None:
                 raise ConfigError(
-                    f"original has no {name}: give the model that was quantised, as it was before"
+                    f"original has no {name}: give the model that was quantized, as it was before"
                 )
         if quantization_of(found) is not None or found.is_meta:
             how = "on the meta device" if found.is_meta else f"stored as {quantization_of(found)}"
@@ -158,7 +158,7 @@ class _Originals:
         if tuple(found.shape) != tuple(shape):
             raise ConfigError(
                 f"{name} is {list(found.shape)} in the original and {list(shape)} here: give the model that "
-                "was quantised"
+                "was quantized"
             )
         if not torch.isfinite(found).all():
             raise ConfigError(f"{name} of the original has values that are not finite")
@@ -176,7 +176,7 @@ def _compensated(
     """What the parameters of a site are to hold, by the names of its factors, and its row of the report."""
     if not kind_of(row).low_rank:
         raise ConfigError(
-            f"{row.name}: the kind {row.kind!r} has no factors that could make up for what quantising lost"
+            f"{row.name}: the kind {row.kind!r} has no factors that could make up for what quantizing lost"
         )
     site, stored = row.site, base_weight(model, row.site)
     _, out, inner = matrix_shape(site)

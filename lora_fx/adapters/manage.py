@@ -330,7 +330,7 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
-    # A weight that an initialisation has changed, or that came with a folder, is its own and frozen.
+    # A weight that an initialization has changed, or that came with a folder, is its own and frozen.
     weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     for own in adapter.own:
         value = own_value(model, name, own)

@@ -15,7 +15,7 @@ from lora_fx.files import WeightFiles
 from lora_fx.formats import Storage, format_of, quantization_of, quantized_linear, storage
 from lora_fx.ir import Capture, Region, record_of
 from lora_fx.passes.capture import capture as capture_model
-from lora_fx.passes.capture import holds_quantised, written_out
+from lora_fx.passes.capture import holds_quantized, written_out
 from lora_fx.passes.graph import check_model, install, share_copy
 from lora_fx.passes.pipeline import find_operations, run_passes
 from lora_fx.passes.quantize import Materialize, QuantizationPlan, Quantize, Values
@@ -36,12 +36,12 @@ def prepare_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Makes a quantised model ready for adapters: PEFT's ``prepare_model_for_kbit_training`` as one step.
+    """Makes a quantized model ready for adapters: PEFT's ``prepare_model_for_kbit_training`` as one step.
 
     It is called before :func:`lora_fx.rewrite`:
 
     - everything is frozen;
-    - parameters in half precision that are not quantised (norms, biases, embeddings, the head) become fp32,
+    - parameters in half precision that are not quantized (norms, biases, embeddings, the head) become fp32,
       so that what lies between the products is computed in it. With a tensor of torchao in half precision
       they stay as they are, since it multiplies nothing else;
     - blocks keep their inputs only, and run again in the backward pass (gradient checkpointing);
@@ -49,10 +49,10 @@ def prepare_for_kbit_training(
 
     Unlike PEFT's, this does not change its argument; the kind of model is read off its weights, not off
     attributes that transformers sets on what it has loaded; checkpoints are not reentrant unless that is
-    asked for; and a model without quantised weights is an error, where PEFT doubles its size.
+    asked for; and a model without quantized weights is an error, where PEFT doubles its size.
 
     Args:
-        model: A model with quantised weights. It is not touched.
+        model: A model with quantized weights. It is not touched.
         use_gradient_checkpointing: Whether to checkpoint blocks, by the model's own
             ``gradient_checkpointing_enable``, which models of transformers have.
         gradient_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``; ``use_reentrant=False`` by
@@ -62,7 +62,7 @@ def prepare_for_kbit_training(
         A copy over the same weights, but for those that became fp32, all of it frozen.
 
     Raises:
-        QuantizationError: If no weight is quantised.
+        QuantizationError: If no weight is quantized.
         ConfigError: If the model has adapters already, or is to checkpoint and cannot.
         CaptureError: If the model cannot be copied.
     """
@@ -75,7 +75,7 @@ def prepare_for_kbit_training(
     stored = [p for p in model.parameters() if quantization_of(p) is not None]
     if not stored:
         raise QuantizationError(
-            f"nothing in {type(model).__name__} is quantised: quantise it first (lora_fx.quantize), or train "
+            f"nothing in {type(model).__name__} is quantized: quantize it first (lora_fx.quantize), or train "
             "it as it is; gradient checkpointing alone is model.gradient_checkpointing_enable()"
         )
     if use_gradient_checkpointing and not _can_checkpoint(model):
@@ -189,7 +189,7 @@ def quantize(
             their ends, or a regular expression for whole names.
         block_size: Values of a row that share a scale; for ``nf4`` and ``fp4`` without it, 32 for rows
             that 64 does not divide.
-        double: For ``nf4`` and ``fp4``: whether the scales are quantised, too, which saves 0.37 bits a value.
+        double: For ``nf4`` and ``fp4``: whether the scales are quantized, too, which saves 0.37 bits a value.
             By default they are, as in QLoRA and ``Linear4bit``; ``BitsAndBytesConfig`` has it off.
         compute_dtype: For ``nf4`` and ``fp4``: in which dtype the product is computed, fp16, bf16 or fp32; by
             default that of its input.
@@ -204,14 +204,14 @@ def quantize(
         what they are. Other operations (Conv1D of GPT-2, ``F.linear`` with a parameter) are nodes of a graph
         (:func:`lora_fx.graphs`), which lora_fx alone reads: PEFT cannot adapt them.
 
-        ``torch.save(result.state_dict())`` keeps any of them, for a model that is quantised likewise.
+        ``torch.save(result.state_dict())`` keeps any of them, for a model that is quantized likewise.
         ``from_pretrained`` of transformers loads what ``save_pretrained`` writes of ``nf4`` and ``fp4`` if
-        all that is quantised are layers; otherwise a line in the log says so. On ``int8`` and ``int4``
+        all that is quantized are layers; otherwise a line in the log says so. On ``int8`` and ``int4``
         ``save_pretrained`` fails: it cannot write torchao's tensors.
 
     Raises:
-        QuantizationError: If an argument means nothing, the model is quantised or rewritten already, there is
-            nothing to quantise, a weight does not fit the format, has no values or infinite ones, or the
+        QuantizationError: If an argument means nothing, the model is quantized or rewritten already, there is
+            nothing to quantize, a weight does not fit the format, has no values or infinite ones, or the
             format does not run on the device or its library is missing. Each names what does work.
         CheckpointError: If the files are damaged, or belong to another model.
         CaptureError: If the model cannot be captured.
@@ -221,7 +221,7 @@ def quantize(
     capture = _captured(model)
     plan = make_plan(capture, find_operations(capture), how, exclude)
     for name, reason in plan.left:
-        _log.info("not quantised: %s: %s", name, reason)
+        _log.info("not quantized: %s: %s", name, reason)
     read: Values | None = None
     if weights is not None:
         read = WeightFiles(Path(weights)).reader(capture.model)
@@ -240,7 +240,7 @@ def quantize(
 def _captured(model: nn.Module) -> Capture:
     if record_of(model) is not None:
         raise QuantizationError(
-            "the model has adapters: quantise the model that was rewritten, which was not changed, and "
+            "the model has adapters: quantize the model that was rewritten, which was not changed, and "
             "rewrite the result"
         )
     return capture_model(model)
@@ -297,6 +297,6 @@ def _kept(capture: Capture) -> Iterator[Region]:
     """The regions that run their graph from now on: what else their module does reads dense weights."""
     for region in capture.regions.values():
         edited = any(node.target is quantized_linear for node in region.graph.nodes)
-        above = written_out(region.module) is not None and holds_quantised(region.module)
+        above = written_out(region.module) is not None and holds_quantized(region.module)
         if edited or above:
             yield region

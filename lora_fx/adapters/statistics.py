@@ -106,7 +106,7 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 
 def tokens_seen(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
-    """Which tokens of a batch count: those that the attention mask has, and that are labelled.
+    """Which tokens of a batch count: those that the attention mask has, and that are labeled.
 
     Args:
         batch: A batch; only a mapping of a language model's inputs says something of tokens.

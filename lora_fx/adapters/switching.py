@@ -81,7 +81,7 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
         check_rows(record.adapters[name].sites)
         for parameter in record.adapters[name].own:
             raise ConfigError(
-                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialisation that "
+                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialization that "
                 "changed the base): a batch has one value of it, so that samples cannot choose"
             )
         for tokens in record.adapters[name].tokens:
@@ -96,7 +96,7 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
             if owners.setdefault(parameter, name) != name:
                 raise ConfigError(
                     f"{owners[parameter]!r} and {name!r} cannot be active together: each has its own "
-                    f"{parameter} (modules_to_save, bias, or an initialisation that changed the base)"
+                    f"{parameter} (modules_to_save, bias, or an initialization that changed the base)"
                 )
 
 

@@ -118,7 +118,7 @@ def _check_source(source: Source) -> None:
     changed = {row.site.weight for row in source.record.sites} & set(source.record.own)
     if changed:
         raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: its initialisation "
+            f"adapter {source.name!r} cannot be combined: its initialization "
             f"({config.init_lora_weights!r}) changed {min(changed)}; save it and load it again, which "
             "makes it one of the base's own weights"
         )
@@ -200,7 +200,7 @@ def add_weighted_adapter(
     Raises:
         ConfigError: If a name is unknown or taken, an argument cannot mean anything, several of the adapters
             train the same module in full, one cannot be combined (more than A and B, trained tokens, an
-            initialisation that changed the base), or sites do not go together. The model is as it was then.
+            initialization that changed the base), or sites do not go together. The model is as it was then.
     """
     how = Combination(
         combination_type,

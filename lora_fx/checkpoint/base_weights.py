@@ -100,7 +100,7 @@ def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict
         adapter: Its name.
 
     Raises:
-        CheckpointError: If a weight is trained that the adapter's initialisation has put in the place of the
+        CheckpointError: If a weight is trained that the adapter's initialization has put in the place of the
             base's: a folder is written for the base as it was.
     """
     known = require_record(model)

@@ -64,8 +64,8 @@ def save_adapter(
 
     Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
     buffers that training changed (batch-norm statistics). The configuration names every site in
-    full. An adapter whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
-    base as it was, of twice the rank; one of LoftQ says so, and the base is quantised again on loading.
+    full. An adapter whose initialization changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
+    base as it was, of twice the rank; one of LoftQ says so, and the base is quantized again on loading.
 
     Parameters of the base that were unfrozen by hand, and those of a module that was put in the place of one
     of the base, are written under their own names, with a warning: PEFT and :func:`load_adapter` read them.

@@ -160,7 +160,7 @@ def _problems(
         elif place.scale == 0:
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
         elif start_factors(model, row, incoming) or start_factors(model, place, name):
-            yield f"{row.name}: an initialisation changed the base: save that adapter converted"
+            yield f"{row.name}: an initialization changed the base: save that adapter converted"
     names = {row.name for row in new.sites}
     for row in there.sites:
         lacking = [one for one in kind_of(row).slots(row.site) if one.neutral is None]

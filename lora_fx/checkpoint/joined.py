@@ -94,12 +94,12 @@ class Joined:
     Attributes:
         name: What the configuration calls it.
         pairs: One, or two for an attention layer: in_proj and out_proj.
-        rank_stabilised: Whether the scale is alpha / √r.
+        rank_stabilized: Whether the scale is alpha / √r.
     """
 
     name: str
     pairs: tuple[Pair, ...]
-    rank_stabilised: bool
+    rank_stabilized: bool
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -123,7 +123,7 @@ class Joined:
 
     def alpha(self, rank: int) -> float:
         """By which the whole has its scale at some rank."""
-        return self.scale * (math.sqrt(rank) if self.rank_stabilised else rank)
+        return self.scale * (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def packed(self, tensors: Tensors) -> int:
         """Puts PEFT's two factors (of each pair) in the place of the members' own, and returns the rank.

@@ -87,7 +87,7 @@ def _problems(found: Stored, record: AdapterRecord) -> Iterator[str]:
     yield from (f"modules_to_save: {name} is trained in full" for name in record.saved_modules)
     yield from (f"bias: {name} is trained" for name in record.biases)
     if record.config.init_lora_weights == "loftq":
-        yield "init_lora_weights='loftq': the adapter belongs to a base that was quantised for it"
+        yield "init_lora_weights='loftq': the adapter belongs to a base that was quantized for it"
     yield from (f"{name}: PEFT has no name for this weight" for name in found.own)
     yield from _unknown_targets(found)
     if not found.targets:

@@ -1,4 +1,4 @@
-"""The fields of `LoraConfig` one by one: what each accepts and how it is normalised."""
+"""The fields of `LoraConfig` one by one: what each accepts and how it is normalized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_fx.errors import ConfigError
 
 __all__ = [
     "ALL_LINEAR",
-    "NORMALISERS",
+    "NORMALIZERS",
     "TASK_TYPES",
     "FrozenPattern",
     "bad",
@@ -127,7 +127,7 @@ def _init(name: str, value: object) -> bool | str:
     if isinstance(value, str) and value.lower() == "mica":
         raise bad(name, value, "lora_fx does not support it: MiCA is another method, with B frozen")
     known = ", ".join(map(repr, _INITS))
-    raise bad(name, value, f"the initialisations are True, False, {known} and 'pissa_niter_N'")
+    raise bad(name, value, f"the initializations are True, False, {known} and 'pissa_niter_N'")
 
 
 def _bias(name: str, value: object) -> str:
@@ -202,7 +202,7 @@ def _layers_pattern(name: str, value: object) -> tuple[str, ...] | None:
 
 
 def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], FrozenPattern[_V]]:
-    def normalise(name: str, value: object) -> FrozenPattern[_V]:
+    def normalize(name: str, value: object) -> FrozenPattern[_V]:
         if value is None:
             return FrozenPattern({})
         if not isinstance(value, Mapping):
@@ -213,7 +213,7 @@ def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], Froz
             _compiles(name, key, "()")
         return FrozenPattern({key: check(f"{name}[{key!r}]", one) for key, one in value.items()})
 
-    return normalise
+    return normalize
 
 
 def _parameters(name: str, value: object) -> tuple[str, ...] | None:
@@ -248,7 +248,7 @@ def _indices(name: str, value: object) -> tuple[int, ...]:
     return found
 
 
-NORMALISERS: Final[Mapping[str, Callable[[str, object], object]]] = {
+NORMALIZERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "r": _rank,
     "lora_alpha": _number,
     "lora_dropout": _dropout,

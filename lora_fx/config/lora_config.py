@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from lora_fx.config.fields import ALL_LINEAR, NORMALISERS, TASK_TYPES, FrozenPattern, bad
+from lora_fx.config.fields import ALL_LINEAR, NORMALIZERS, TASK_TYPES, FrozenPattern, bad
 from lora_fx.config.foreign import FOREIGN, METADATA, is_off, only_own
 from lora_fx.config.starts import OPTIONS, FrozenOptions, complete_options
 from lora_fx.errors import CheckpointError, ConfigError
@@ -39,10 +39,10 @@ _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
 
 
 def check_together(config: Any) -> None:
-    """Refuses what contradicts itself; options of an initialisation that is not chosen are only noted.
+    """Refuses what contradicts itself; options of an initialization that is not chosen are only noted.
 
     Args:
-        config: A `LoraConfig` whose fields are normalised.
+        config: A `LoraConfig` whose fields are normalized.
 
     Raises:
         ConfigError: Two fields cannot both have the value that they have.
@@ -100,7 +100,7 @@ def _accept_peft_fields(cls: type[_T]) -> type[_T]:
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        generated(self, *args, **only_own(kwargs, NORMALISERS))
+        generated(self, *args, **only_own(kwargs, NORMALIZERS))
 
     type.__setattr__(cls, "__init__", __init__)
     return cls
@@ -111,7 +111,7 @@ def _accept_peft_fields(cls: type[_T]) -> type[_T]:
 class LoraConfig:
     """Which operations get an adapter, and which one.
 
-    Values are normalised: lists become tuples, sets and lists that PEFT treats as sets become
+    Values are normalized: lists become tuples, sets and lists that PEFT treats as sets become
     sorted tuples, dicts become read-only mappings. So a config can be hashed, compared and pickled,
     and cannot be changed in place. `dataclasses.replace` makes a changed copy.
 
@@ -130,7 +130,7 @@ class LoraConfig:
         layers_pattern: Names of the containers whose index counts, "layers" or "h".
         rank_pattern: Name or regular expression to rank; the first key that matches wins.
         alpha_pattern: The same for `lora_alpha`.
-        use_rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
+        use_rslora: Rank-stabilized scale (https://arxiv.org/abs/2312.03732).
         use_dora: Weight-decomposed adapters: a trained magnitude for each output feature beside the
             direction (https://arxiv.org/abs/2402.09353).
         lora_bias: Whether B has a trained bias. Not with `use_dora`.
@@ -155,7 +155,7 @@ class LoraConfig:
             `adjust_scaling_factors`.
         corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
         lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
-        seed: Seeds the initialisation of each site. lora_fx only: PEFT warns about keys that it
+        seed: Seeds the initialization of each site. lora_fx only: PEFT warns about keys that it
             does not know, so the file does not hold it.
         inference_mode: Written and read for PEFT, which loads such an adapter frozen; lora_fx does
             not look at it.
@@ -200,8 +200,8 @@ class LoraConfig:
     kind: str | None = None
 
     def __post_init__(self) -> None:
-        for name, normalise in NORMALISERS.items():
-            object.__setattr__(self, name, normalise(name, getattr(self, name)))
+        for name, normalize in NORMALIZERS.items():
+            object.__setattr__(self, name, normalize(name, getattr(self, name)))
         own = f"{self.init_lora_weights}_config"
         if own in OPTIONS and getattr(self, own) is None:
             object.__setattr__(self, own, complete_options(own, {}))
@@ -266,7 +266,7 @@ class LoraConfig:
         kind = values.get("peft_type")
         if kind != _peft_type(values.get("kind")):
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be read")
-        known = {*NORMALISERS, *FOREIGN, *METADATA}
+        known = {*NORMALIZERS, *FOREIGN, *METADATA}
         for name in sorted(values.keys() - known):
             value = values[name]
             if is_off(value) or (isinstance(value, int | float) and value is not True):

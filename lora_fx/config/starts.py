@@ -1,4 +1,4 @@
-"""How factors start: the names of the initialisations, and the options of those that have some."""
+"""How factors start: the names of the initializations, and the options of those that have some."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lora_fx.errors import ConfigError
 __all__ = ["OPTIONS", "FrozenOptions", "changes_base", "complete_options", "needs_data", "options"]
 
 _CHANGES_BASE: Final = re.compile(r"pissa(_niter_\d+)?|olora|loftq|corda|lora_ga")
-"""The initialisations that take what the factors hold at the start out of the base weight."""
+"""The initializations that take what the factors hold at the start out of the base weight."""
 
 _NEEDS_DATA: Final = frozenset({"eva", "corda", "lora_ga"})
-"""The initialisations that look at activations or gradients: `lora_fx.initialize` takes a dataloader."""
+"""The initializations that look at activations or gradients: `lora_fx.initialize` takes a dataloader."""
 
 
 def changes_base(start: bool | str) -> bool:
-    """Whether an initialisation changes the base weight."""
+    """Whether an initialization changes the base weight."""
     return isinstance(start, str) and _CHANGES_BASE.fullmatch(start) is not None
 
 
 def needs_data(start: bool | str) -> bool:
-    """Whether an initialisation needs data."""
+    """Whether an initialization needs data."""
     return start in _NEEDS_DATA
 
 
 class FrozenOptions(Mapping[str, Any]):
-    """Options of an initialisation, complete and read-only; hashable."""
+    """Options of an initialization, complete and read-only; hashable."""
 
     __slots__ = ("_data",)
 
@@ -131,7 +131,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 
 
 def options(name: str, value: object) -> FrozenOptions | None:
-    """Reads the options of an initialisation: a mapping, or an instance of PEFT's class.
+    """Reads the options of an initialization: a mapping, or an instance of PEFT's class.
 
     Raises:
         ConfigError: If there is no such option, or it has a value that means nothing.
@@ -154,7 +154,7 @@ def options(name: str, value: object) -> FrozenOptions | None:
 
 
 def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions:
-    """The options of an initialisation with defaults for those that are not given.
+    """The options of an initialization with defaults for those that are not given.
 
     Raises:
         ConfigError: If one has a value that means nothing.

@@ -229,7 +229,7 @@ class Storage:
     Attributes:
         format: A name that a registered format has.
         block_size: Values that share a scale; None for one scale a row.
-        double: Whether the scales are quantised, too.
+        double: Whether the scales are quantized, too.
         compute_dtype: In which the product is computed; None for that of its input.
         chosen: Whether the block size was asked for: otherwise a smaller one does where it does not divide.
     """
@@ -356,7 +356,7 @@ def format_of(weight: object) -> WeightFormat | None:
 
 
 def quantization_of(weight: object) -> Quantization | None:
-    """How a weight is stored; None if it is not quantised, or in a way that is not known here."""
+    """How a weight is stored; None if it is not quantized, or in a way that is not known here."""
     kept = held(weight)
     found = _by_class.get(type(kept).__name__)
     return None if found is None else found.describe(kept)

@@ -293,11 +293,11 @@ class _Layers(LibraryLayers):
             return None
         if getattr(weight, "has_fp16_weights", False):
             return (
-                f"its weight is not quantised ({named} with has_fp16_weights=True): make the layer with "
+                f"its weight is not quantized ({named} with has_fp16_weights=True): make the layer with "
                 "has_fp16_weights=False and move it to a device, or use nn.Linear"
             )
         return (
-            f"it is not quantised yet ({named}): move the model to a device first, which quantises it "
+            f"it is not quantized yet ({named}): move the model to a device first, which quantizes it "
             '(model.to("cpu"))'
         )
 
@@ -363,7 +363,7 @@ class _Layers(LibraryLayers):
             _log.warning(
                 "from_pretrained cannot load what save_pretrained writes of this %s: %s%s no layers of "
                 "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
-                "quantised likewise",
+                "quantized likewise",
                 type(model).__name__,
                 ", ".join(others[:3]),
                 f" and {len(others) - 3} more are" if len(others) > 3 else " are",
@@ -606,7 +606,7 @@ class BitsandbytesFormat(WeightFormat):
             return NoOperator(
                 f"has rows of {stored.shape[1]} values in blocks of {stored.block_size}, whose scales "
                 "bitsandbytes mixes up on this device: what PyTorch computes here is not what is stored",
-                "Quantise it with a block size that divides the rows, or move the model to CUDA",
+                "Quantize it with a block size that divides the rows, or move the model to CUDA",
             )
         state = weight.quant_state
         scales = state.absmax

@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 REMEDY: Final = (
-    "quantise the model that the state dict is of with lora_fx.quantize, or load it before this one is "
-    "quantised"
+    "quantize the model that the state dict is of with lora_fx.quantize, or load it before this one is "
+    "quantized"
 )
 
 

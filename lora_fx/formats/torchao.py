@@ -37,7 +37,7 @@ __all__ = ["TorchaoFormat"]
 
 
 def _describe_int8(weight: Any) -> Quantization | None:
-    # With quantised activations the product is no product with this matrix.
+    # With quantized activations the product is no product with this matrix.
     if weight.dim() != 2 or weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         return None
     return _described("int8", 8, weight, weight.block_size[-1])

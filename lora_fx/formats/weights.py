@@ -28,7 +28,7 @@ __all__ = [
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of a quantised weight, [out, in]; any other weight as it is, in its own shape.
+    """The values of a quantized weight, [out, in]; any other weight as it is, in its own shape.
 
     Args:
         weight: A parameter, or what it holds.
@@ -49,14 +49,14 @@ def requantized(values: Tensor, weight: nn.Parameter) -> nn.Parameter:
 
     Args:
         values: [out, in].
-        weight: A quantised parameter of that shape; it is not changed.
+        weight: A quantized parameter of that shape; it is not changed.
 
     Raises:
         QuantizationError: If the format cannot hold the values, or its library cannot make it here.
     """
     found = quantization_of(weight)
     if found is None:
-        raise QuantizationError(f"a {type(weight).__name__} is no quantised weight that is known")
+        raise QuantizationError(f"a {type(weight).__name__} is no quantized weight that is known")
     try:
         made = _known(weight).requantize(values, held(weight))
     except Exception as error:  # whatever a library raises for what it has no kernel for
@@ -83,14 +83,14 @@ def quantized_linear(
 
     Args:
         x: [..., in].
-        weight: A quantised [out, in].
+        weight: A quantized [out, in].
         bias: [out].
         compute_dtype: In which the product is computed, for 4 bits (``bnb_4bit_compute_dtype`` of
             bitsandbytes); x's by default. In fp64 it is a product with the values.
         threshold: Of LLM.int8() (arXiv:2208.07339): features of x with larger elements are multiplied in half
             precision.
-        training: Whether the model trains, which LLM.int8() asks: on the CPU it then dequantises.
-        layout: How the weight was stored before it was quantised: what a merge gives back.
+        training: Whether the model trains, which LLM.int8() asks: on the CPU it then dequantizes.
+        layout: How the weight was stored before it was quantized: what a merge gives back.
 
     Returns:
         [..., out], in the dtype of x.

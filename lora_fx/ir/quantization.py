@@ -21,7 +21,7 @@ class Quantization:
         dtype: What its values are when they are needed.
         block_size: Values that share a scale, along a row or along the flattened matrix; None for one
             scale a row.
-        double: Whether the scales are quantised, too (arXiv:2305.14314, section 3).
+        double: Whether the scales are quantized, too (arXiv:2305.14314, section 3).
     """
 
     scheme: str

@@ -135,7 +135,7 @@ class AdapterRecord:
         saved_modules: Modules that it trains in full.
         biases: FQNs of the biases that it trains.
         own: FQNs of the base's parameters in whose place it has others: those biases, what is in those
-            modules, and weights that its initialisation has changed. They are in the model while the
+            modules, and weights that its initialization has changed. They are in the model while the
             adapter is active, and beside it otherwise (:mod:`lora_fx.passes.parameters.replacements`).
         initialized: Whether it has the start that its configuration names; False for one that waits for
             data.
@@ -242,7 +242,7 @@ class Record:
         trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
             this back.
         buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
-            is part of what was learnt, and is saved.
+            is part of what was learned, and is saved.
         base: The graphs without branches.
         originals: The base's own value of every parameter in whose place an adapter has put another
             (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model that was

@@ -414,7 +414,7 @@ class BranchReader(Protocol):
 
     @property
     def quantized(self) -> bool:
-        """Whether it is a product with a quantised weight."""
+        """Whether it is a product with a quantized weight."""
 
     def step(self, node: Any, role: Role, *targets: Any) -> tuple[Any, ...]:
         """The arguments of a node of the branch, which is passed; empty if it is another one."""

@@ -65,7 +65,7 @@ def sorted_by_expert(
         (int32), and the permutation that sorts [T k].
     """
     ids, order = torch.sort(chosen.reshape(-1))
-    # As transformers counts, for the same bits and without a synchronisation: histc takes no integers on
+    # As transformers counts, for the same bits and without a synchronization: histc takes no integers on
     # a CPU.
     counted = ids.float() if ids.device.type in ("cpu", "mps") else ids.int()
     counts = torch.histc(counted, bins=experts, min=0, max=experts - 1)

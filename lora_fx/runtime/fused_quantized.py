@@ -1,4 +1,4 @@
-"""A product with a quantised weight and its LoRA branch as one function (QLoRA, arXiv:2305.14314).
+"""A product with a quantized weight and its LoRA branch as one function (QLoRA, arXiv:2305.14314).
 
 ``y = q(x) + s · (drop(x) Aᵀ) Bᵀ``, where q is the kernel of the library that the weight is of. The branch
 is that of :mod:`lora_fx.runtime.fused_lora`: it is added in place into what the kernel gives, and x, the
@@ -43,7 +43,7 @@ def quantized_lora_linear(
 
     Args:
         x: [..., in].
-        weight: A quantised [out, in].
+        weight: A quantized [out, in].
         bias: [out], or None.
         a: A, [r, in].
         b: B, [n, r], with n the number of ``rows``.

@@ -149,7 +149,7 @@ def pad_features(part: torch.Tensor, before: int, after: int) -> torch.Tensor:
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
-    """Counts a batch, in training only: what ``nn.BatchNorm`` does before it normalises.
+    """Counts a batch, in training only: what ``nn.BatchNorm`` does before it normalizes.
 
     Args:
         counter: ``num_batches_tracked``, a scalar; counted up in place.

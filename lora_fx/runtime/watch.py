@@ -639,7 +639,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         return True
 
     def forget(self) -> None:
-        """Keeps of what it has learnt what outlives the call."""
+        """Keeps of what it has learned what outlives the call."""
         self._clean.clear()
         for storage in [s for s, (held, _) in self._derived.items() if _is_gone(held)]:
             del self._derived[storage]

@@ -100,7 +100,7 @@ def attend_in_windows(
         logit_scale: For cosine attention (v2): the logarithm of its scale, [heads, 1, 1].
         like: What :func:`partition` was given.
         window: As it was given.
-        shift: As it was given. Parts of a window that are no neighbours in the input do not see each
+        shift: As it was given. Parts of a window that are no neighbors in the input do not see each
             other.
         heads: Number of heads, which divides E.
         dropout: Probability, on the weights, in training.

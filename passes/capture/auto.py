@@ -20,7 +20,7 @@ from lora_fx.passes.capture.check import (
     run_reference,
     watch_reference,
 )
-from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalise
+from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalize
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import synthesise
 from lora_fx.passes.graph import (
@@ -61,7 +61,7 @@ def capture(
             named = named_inputs(model, example_inputs)
             check_unchanged(model, result, named)
             placed = by_place(model, example_inputs, named)
-            if placed is not None and (not normalise(example_inputs)[1] or _runs(model, placed)):
+            if placed is not None and (not normalize(example_inputs)[1] or _runs(model, placed)):
                 check_unchanged(model, result, placed)
         else:
             check_unchanged(model, result, example_inputs)
@@ -155,7 +155,7 @@ def _captured(
     stored = next((q for q in map(quantization_of, copy.parameters()) if q is not None), None)
     if stored is not None and frontend == "export":
         raise CaptureError(
-            f"the model has quantised weights ({stored}), which torch.export takes apart: use "
+            f"the model has quantized weights ({stored}), which torch.export takes apart: use "
             "frontend='auto' or 'regions'"
         )
     traced = find_regions(copy)
@@ -192,7 +192,7 @@ def _why_regions(
     if example_inputs is None:
         return "there are no example_inputs"
     if stored is not None:
-        return f"its weights are quantised ({stored})"
+        return f"its weights are quantized ({stored})"
     unseen = [fqn for fqn in traced.opaque if _own_matrix(traced.model.get_submodule(fqn))]
     # An export takes long: only where what nobody sees is more than a table or a token.
     if not unseen or not _multiplied(model, example_inputs, unseen):

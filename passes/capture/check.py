@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.graph import install, is_matrix, share_copy, storage_of, uninstall
 
@@ -161,7 +161,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             if i < len(args)
         ]
         if name in ("mm", "addmm", "bmm", "baddbmm") and all(operands):
-            # Both are parameters: a learnt query through a layer, say. The layer's comes second.
+            # Both are parameters: a learned query through a layer, say. The layer's comes second.
             operands = operands[1:] if any(o.direct for o in operands[1]) else operands[:1]
         for origin in (origin for group in operands for origin in group):
             if origin.direct:
@@ -302,7 +302,7 @@ def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
     """
 
     def watch(runs: nn.Module, inputs: Any) -> Count:
-        args, kwargs = pytree.tree_map(_own, normalise(inputs))
+        args, kwargs = pytree.tree_map(_own, normalize(inputs))
         with torch.random.fork_rng(devices=_devices(runs)):
             return count_weights(runs.eval(), args, kwargs)
 
@@ -310,7 +310,7 @@ def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
 
 
 def _reference(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], _T]) -> _T:
-    normalise(example_inputs)
+    normalize(example_inputs)
     return _in_words(run, share_copy(model), example_inputs)
 
 
@@ -362,7 +362,7 @@ def _versions(model: nn.Module) -> list[int]:
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:
     # A forward may write into what it is given: tensors, and caches more so.
-    args, kwargs = pytree.tree_map(_own, normalise(example_inputs))
+    args, kwargs = pytree.tree_map(_own, normalize(example_inputs))
     with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
         return model.eval()(*args, **kwargs)
 

@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 
-__all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalise"]
+__all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalize"]
 
 CACHE = "use_cache"
 """The argument by which a caller of a transformers model says whether it wants a cache back."""
 
 
-def normalise(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as ``(args, kwargs)``.
 
     Raises:
@@ -45,7 +45,7 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
     Args:
         model: The model.
-        example_inputs: As for :func:`normalise`.
+        example_inputs: As for :func:`normalize`.
 
     Returns:
         The arguments, those that ``**kwargs`` takes among them.
@@ -53,7 +53,7 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     Raises:
         CaptureError: If they do not fit, or hold what ``torch.export`` cannot follow.
     """
-    args, kwargs = normalise(example_inputs)
+    args, kwargs = normalize(example_inputs)
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs).arguments
@@ -91,7 +91,7 @@ def by_place(
 
     Args:
         model: The model.
-        example_inputs: As for :func:`normalise`.
+        example_inputs: As for :func:`normalize`.
         named: :func:`named_inputs` of them.
 
     Returns:
@@ -100,7 +100,7 @@ def by_place(
     code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
     if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
         return None
-    args, _ = normalise(example_inputs)
+    args, _ = normalize(example_inputs)
     if args:
         return args
     parameters = inspect.signature(model.forward).parameters.values()
@@ -110,7 +110,7 @@ def by_place(
 
 def describe(inputs: Any) -> str:
     """Names, dtypes and shapes of example inputs, in a line."""
-    args, kwargs = normalise(inputs)
+    args, kwargs = normalize(inputs)
     named = [("", value) for value in args] + [(f"{key} ", value) for key, value in kwargs.items()]
     return ", ".join(
         f"{name}{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -1,4 +1,4 @@
-"""What a module with a quantised weight computes, as operations that can be seen.
+"""What a module with a quantized weight computes, as operations that can be seen.
 
 A library may have modules of its own, whose forward changes them as they run: what its format writes out
 stands for it, over the same weight and kernels. ``nn.Linear`` and other code stay as they are, and their
@@ -17,11 +17,11 @@ from lora_fx.ir import Region
 from lora_fx.passes.graph import erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
 
-__all__ = ["holds_quantised", "make_opaque", "setup_of", "written_out_layer"]
+__all__ = ["holds_quantized", "make_opaque", "setup_of", "written_out_layer"]
 
 
 def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """What to trace in the place of a quantised layer's ``forward``; None if it is no library's own.
+    """What to trace in the place of a quantized layer's ``forward``; None if it is no library's own.
 
     Args:
         module: The layer.
@@ -34,14 +34,14 @@ def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., 
     return None
 
 
-def holds_quantised(module: nn.Module) -> bool:
-    """Whether a module below has a quantised weight: code that reads it past that module would be wrong."""
+def holds_quantized(module: nn.Module) -> bool:
+    """Whether a module below has a quantized weight: code that reads it past that module would be wrong."""
     below = (p for child in module.children() for p in child.parameters())
     return any(quantization_of(p) is not None for p in below)
 
 
 def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
-    """All that the graph of a quantised layer of a library depends on; None for any other module."""
+    """All that the graph of a quantized layer of a library depends on; None for any other module."""
     if written_out_layer(module, original_class(module)) is None:
         return None
     known = format_of(module._parameters["weight"])

@@ -20,12 +20,12 @@ from lora_fx.passes.capture.decompositions import written_conditions, written_ou
 from lora_fx.passes.capture.quantized import make_opaque, setup_of
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.graph import (
-    UNINITIALISED,
+    UNINITIALIZED,
     Parameter,
     is_built_in,
     is_lazy,
     is_matrix,
-    is_uninitialised,
+    is_uninitialized,
     kept_graph,
     parameters_of,
     uninstall,
@@ -176,7 +176,7 @@ def _holders(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
 
     def holds(module: nn.Module) -> bool:
-        own = any(map(is_matrix, module._parameters.values())) or is_uninitialised(module)
+        own = any(map(is_matrix, module._parameters.values())) or is_uninitialized(module)
         # All of them are asked, also after one has answered.
         below = [holds(child) for child in module.children()]
         if own or any(below):
@@ -265,8 +265,8 @@ def _why_sealed(module: nn.Module) -> str | None:
     """Why nothing in a module can be looked at; None for most."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module: use the module that it was made from"
-    if is_uninitialised(module):
-        return UNINITIALISED
+    if is_uninitialized(module):
+        return UNINITIALIZED
     if is_built_in(module) and _sealed(module):
         return f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
     return None

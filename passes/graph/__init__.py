@@ -13,7 +13,7 @@ from lora_fx.passes.graph.copies import (
     storage_of,
 )
 from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.lazy import UNINITIALISED, elements, is_lazy, is_matrix, is_uninitialised
+from lora_fx.passes.graph.lazy import UNINITIALIZED, elements, is_lazy, is_matrix, is_uninitialized
 from lora_fx.passes.graph.nodes import (
     arguments,
     erase_dead,
@@ -66,7 +66,7 @@ __all__ = [
     "NEEDS_MODULES",
     "SCOPES",
     "SIMPLE",
-    "UNINITIALISED",
+    "UNINITIALIZED",
     "WANTS_CACHE",
     "GuardedCodeGen",
     "ModuleRoot",
@@ -96,7 +96,7 @@ __all__ = [
     "is_lazy",
     "is_matrix",
     "is_region",
-    "is_uninitialised",
+    "is_uninitialized",
     "kept_graph",
     "known_arguments",
     "memory_of",

@@ -398,7 +398,7 @@ def share_copy(model: nn.Module) -> nn.Module:
     # Tensors made under inference mode could not be trained on.
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
-            renormalises = getattr(module, "max_norm", None) is not None
+            renormalizes = getattr(module, "max_norm", None) is not None
             for parameter in module._parameters.values():
                 if parameter is None:
                     continue
@@ -406,7 +406,7 @@ def share_copy(model: nn.Module) -> nn.Module:
                 if is_lazy(parameter):
                     continue  # it has no storage to share, and copies itself
                 if id(parameter) not in memo:
-                    memo[id(parameter)] = _twin(parameter, memo, own=renormalises)
+                    memo[id(parameter)] = _twin(parameter, memo, own=renormalizes)
             for layers in libraries:
                 layers.share(module, memo)
             for value in (*module.__dict__.values(), *module._buffers.values()):
@@ -500,7 +500,7 @@ def _detach_results(value: Any, memo: dict[int, Any]) -> None:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tells storages apart. A sparse tensor has none, nor has one that is not initialised."""
+    """What tells storages apart. A sparse tensor has none, nor has one that is not initialized."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return id(tensor)
     return int(tensor.untyped_storage()._cdata)

@@ -9,9 +9,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lora_fx.formats import quantization_of
 
-__all__ = ["UNINITIALISED", "elements", "is_lazy", "is_matrix", "is_uninitialised"]
+__all__ = ["UNINITIALIZED", "elements", "is_lazy", "is_matrix", "is_uninitialized"]
 
-UNINITIALISED = "its weights are not initialised yet: run the model once, then rewrite it"
+UNINITIALIZED = "its weights are not initialized yet: run the model once, then rewrite it"
 
 
 def is_lazy(parameter: Tensor | None) -> bool:
@@ -22,7 +22,7 @@ def is_lazy(parameter: Tensor | None) -> bool:
     )
 
 
-def is_uninitialised(module: nn.Module) -> bool:
+def is_uninitialized(module: nn.Module) -> bool:
     """Whether the shapes of a lazy layer's own parameters are not known yet."""
     return any(is_lazy(p) for p in module._parameters.values())
 
@@ -33,7 +33,7 @@ def is_matrix(parameter: nn.Parameter | None) -> bool:
 
 
 def elements(parameter: Tensor) -> int:
-    """Number of elements, of values for a quantised weight; 0 where it is not known yet."""
+    """Number of elements, of values for a quantized weight; 0 where it is not known yet."""
     if is_lazy(parameter):
         return 0
     stored = quantization_of(parameter)

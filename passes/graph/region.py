@@ -97,7 +97,7 @@ def refusal(
     base: type[nn.Module],
     guards: Sequence[tuple[list[str], tuple[Read, ...], dict[str, Any]]],
     *,
-    quantised: bool = False,
+    quantized: bool = False,
 ) -> Callable[..., Any]:
     """A stand-in for ``base.forward`` that says which condition a call fails.
 
@@ -105,11 +105,11 @@ def refusal(
         base: The module's own class.
         guards: Of each graph: expressions over the arguments and ``self`` that are true where it does not
             apply, what it takes for granted, and the globals of its code.
-        quantised: Whether the graph is there for a quantised weight, not for an adapter.
+        quantized: Whether the graph is there for a quantized weight, not for an adapter.
     """
     left, remedy = (
-        ("does not know its quantised weight", "name it in exclude of lora_fx.quantize")
-        if quantised
+        ("does not know its quantized weight", "name it in exclude of lora_fx.quantize")
+        if quantized
         else (
             "would leave its adapter out",
             "pass example_inputs that look like this call to rewrite(), with frontend='export'",
@@ -248,7 +248,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_built_in(module: nn.Module) -> bool:
-    """Whether the module is a layer of PyTorch, also one whose weight is reparametrised."""
+    """Whether the module is a layer of PyTorch, also one whose weight is reparametrized."""
     cls: type = original_class(module)
     if cls.__module__ == "torch.nn.utils.parametrize":
         cls = cls.__mro__[1]
@@ -331,7 +331,7 @@ def _region_class(
     forward: Any = entry("fallback", inner_of(base.forward))
     if not fallback:
         guards = [(form.conditions, form.reads, dict(form.namespace)) for form in forms]
-        forward = refusal(base, guards, quantised=kept)
+        forward = refusal(base, guards, quantized=kept)
     original = base.forward
     codes: dict[types.CodeType, fx.Graph] = {}
     for form, graph in reversed([*zip(forms, graphs.values(), strict=True)]):
@@ -396,7 +396,7 @@ class _Regional(Hooked):
         for read in () if getattr(cls, _FALLBACK) else _reads_of(cls, name):
             if read.kind in ("value", "contents") and differs(value, read.expected):
                 inside = (
-                    "its quantised weight is known to that graph alone: set it before quantize()"
+                    "its quantized weight is known to that graph alone: set it before quantize()"
                     if getattr(cls, _KEPT)
                     else "its adapter is part of that graph: set it before rewrite()"
                 )

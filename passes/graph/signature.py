@@ -1,4 +1,4 @@
-"""The signature of a region's ``forward``, and the guard that keeps a specialised graph honest.
+"""The signature of a region's ``forward``, and the guard that keeps a specialized graph honest.
 
 A trace fixes what the caller passed: ``mask=None`` takes the branch without a mask. Instead of
 forbidding other calls, the generated ``forward`` looks first::

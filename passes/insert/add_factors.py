@@ -1,7 +1,7 @@
 """Gives every planned site its factors: parameters beside the weight that they adapt.
 
 The model of the capture is the pipeline's own. The names of its base parameters do not change. Some
-initialisations (:mod:`lora_fx.passes.insert.starts`) change the base: the weight of the site is then a new
+initializations (:mod:`lora_fx.passes.insert.starts`) change the base: the weight of the site is then a new
 parameter, and the one that the argument of the rewrite has is not written.
 """
 

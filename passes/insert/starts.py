@@ -39,7 +39,7 @@ __all__ = [
     "orthogonal",
     "pissa",
     "plain",
-    "quantised",
+    "quantized",
     "signs",
     "site_generator",
 ]
@@ -194,7 +194,7 @@ def loftq(
     matrices = as_matrices(site, exact)
     kept = exact
     for _ in range(iterations):
-        values = quantised(kept, bits)
+        values = quantized(kept, bits)
         u, s, vh = torch.linalg.svd(matrices - as_matrices(site, values), full_matrices=False)
         root = s[:, : row.rank].sqrt()
         a, b = root[:, :, None] * vh[:, : row.rank], u[:, :, : row.rank] * root[:, None, :]
@@ -203,12 +203,12 @@ def loftq(
     return a, b, replaced(site, weight, values)
 
 
-def quantised(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """What is left of a weight, as it is stored, after it was quantised; same shape and dtype."""
-    quantise: Callable[[torch.Tensor], torch.Tensor] = (
+def quantized(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of a weight, as it is stored, after it was quantized; same shape and dtype."""
+    quantize: Callable[[torch.Tensor], torch.Tensor] = (
         _whole_numbers if bits == 8 else lambda one: _normal_floats(one, bits)
     )
-    return quantise(values.contiguous())
+    return quantize(values.contiguous())
 
 
 def _normal_floats(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -396,7 +396,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
 def data_start(
     row: PlannedSite, weight: torch.Tensor, config: LoraConfig, seen: torch.Tensor
 ) -> Start:
-    """The start from data, for the initialisations that want some.
+    """The start from data, for the initializations that want some.
 
     Args:
         row: The site.

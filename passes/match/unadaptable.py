@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.formats import LibraryLayers, formats, quantization_of
 from lora_fx.ir import Rejection, join
-from lora_fx.passes.graph import UNINITIALISED, is_lazy, is_matrix, original_class
+from lora_fx.passes.graph import UNINITIALIZED, is_lazy, is_matrix, original_class
 from lora_fx.passes.patterns import site_name
 
 __all__ = ["unfit"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_QUANTISED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
-_REMEDY = "adapt the model before it is quantised, merge, and quantise the result"
+_QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+_REMEDY = "adapt the model before it is quantized, merge, and quantize the result"
 
 
 def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
@@ -34,14 +34,14 @@ def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
         known = isinstance(module, nn.Linear) and quantization_of(module._parameters.get("weight"))
         cls = original_class(module)
         layers = _library_of(cls)
-        foreign = layers is not None or cls.__module__.startswith(_QUANTISED)
+        foreign = layers is not None or cls.__module__.startswith(_QUANTIZED)
         if foreign and not known and _holds_weights(module):
             named = f"{cls.__module__}.{cls.__qualname__}"
             lacking = None if layers is None else layers.unfinished(module, named)
-            reason = lacking or f"it is quantised ({named}): {_REMEDY}"
+            reason = lacking or f"it is quantized ({named}): {_REMEDY}"
             yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
             continue
-        for name, reason in (*_tensors(module), *_parametrised(module), *_hooked(module)):
+        for name, reason in (*_tensors(module), *_parametrized(module), *_hooked(module)):
             weight = join(fqn, name)
             yield weight, Rejection(site_name(weight), reason, fqn)
 
@@ -52,7 +52,7 @@ def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:
 
 
 def _holds_weights(module: nn.Module) -> bool:
-    """Whether a quantised module is a layer, not the holder of packed weights in one."""
+    """Whether a quantized module is a layer, not the holder of packed weights in one."""
     return "Packed" not in original_class(module).__name__
 
 
@@ -62,7 +62,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
             continue
         if is_lazy(parameter):
             if "bias" not in name:
-                yield name, UNINITIALISED
+                yield name, UNINITIALIZED
         elif is_matrix(parameter) and (reason := _reason(parameter)):
             yield name, reason
     for name, buffer in module._buffers.items():
@@ -82,19 +82,19 @@ def _reason(weight: torch.Tensor) -> str | None:
     if weight.is_complex():
         return f"its weight is {weight.dtype}, and an adapter is real"
     if weight.dtype not in _FLOATS:
-        what = "a quantised format" if weight.is_floating_point() else "not floating point"
+        what = "a quantized format" if weight.is_floating_point() else "not floating point"
         return f"its weight is {weight.dtype}, {what}: {_REMEDY}"
     held: Any = weight.data if isinstance(weight, nn.Parameter) else weight
     if is_traceable_wrapper_subclass(held):
         inner = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
         if any(t.dtype not in _FLOATS and t.dim() > 1 for t in inner):
             return (
-                f"its weight is a {type(held).__name__}, which holds quantised numbers: {_REMEDY}"
+                f"its weight is a {type(held).__name__}, which holds quantized numbers: {_REMEDY}"
             )
     return None
 
 
-def _parametrised(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _parametrized(module: nn.Module) -> Iterator[tuple[str, str]]:
     if not parametrize.is_parametrized(module):
         return
     parametrizations = module.parametrizations

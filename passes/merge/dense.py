@@ -2,7 +2,7 @@
 
 A library's own layer becomes one of torch, of the same name and with the same hooks; it stays the same
 object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor that shows
-its values stands for a dense one in any code, and a weight that only the graph read as quantised goes back
+its values stands for a dense one in any code, and a weight that only the graph read as quantized goes back
 into the layout in which the model's own code reads it.
 """
 
@@ -109,7 +109,7 @@ def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 _log = logging.getLogger("lora_fx")
 
-# What transformers sets on a model that it has quantised, and accelerate.
+# What transformers sets on a model that it has quantized, and accelerate.
 _OF_MODELS = (
     "hf_quantizer",
     "is_4bit_serializable",
@@ -125,10 +125,10 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def dtype_of_all(model: nn.Module) -> torch.dtype | None:
-    """In which dtype a dense model runs wherever one over quantised weights did; None if none is quantised.
+    """In which dtype a dense model runs wherever one over quantized weights did; None if none is quantized.
 
-    The weights that are not quantised say what it computes in, whatever the quantised ones stand for: the
-    widest of them, and among several dtypes one that holds all. Without any, the values of the quantised
+    The weights that are not quantized say what it computes in, whatever the quantized ones stand for: the
+    widest of them, and among several dtypes one that holds all. Without any, the values of the quantized
     ones say it.
     """
     stored = quantized_weights(model)
@@ -152,7 +152,7 @@ def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
 
 
 def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
-    """How the weights of sites were laid out before they were quantised, by FQN."""
+    """How the weights of sites were laid out before they were quantized, by FQN."""
     return {site.weight: site.layout for site in sites if site.quantized is not None}
 
 
@@ -182,7 +182,7 @@ def make_dense(
     layouts: Mapping[str, Layout],
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> None:
-    """Replaces what is quantised yet, weight by weight; the model is changed.
+    """Replaces what is quantized yet, weight by weight; the model is changed.
 
     Args:
         model: A model that nobody else has; the weights of adapted sites are dense in it already.
@@ -209,7 +209,7 @@ def make_dense(
             drop_graph(module)
     if left:
         _log.warning(
-            "these weights are still quantised: only the code of their modules knows how they are read: %s",
+            "these weights are still quantized: only the code of their modules knows how they are read: %s",
             ", ".join(left),
         )
     else:
@@ -258,7 +258,7 @@ def _is_known(
 
 
 def make_savable(model: nn.Module) -> None:
-    """Lets transformers write a model that it has read quantised.
+    """Lets transformers write a model that it has read quantized.
 
     It undoes the conversions of a load as it saves, and refuses those that cannot be undone (5.24): the
     values that they have made are in the model, and need nothing.
@@ -281,7 +281,7 @@ def _reverses(conversion: Any) -> bool:
 
 
 def _forget(model: nn.Module) -> None:
-    """Takes off what says to transformers that a model is quantised: it would write and load it so."""
+    """Takes off what says to transformers that a model is quantized: it would write and load it so."""
     for module in model.modules():
         for name in _OF_MODELS:
             module.__dict__.pop(name, None)

@@ -307,20 +307,20 @@ class Fold:
 
     @property
     def _moved(self) -> tuple[str, ...]:
-        """The adapters whose initialisation has changed the weight itself."""
+        """The adapters whose initialization has changed the weight itself."""
         weight = self.rows[0][0].site.weight
         owners = dict.fromkeys(self.adapters)
         return tuple(name for name in owners if weight in self.record.adapters[name].own)
 
     def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
-        """Adds what initialisations did to the weight itself."""
+        """Adds what initializations did to the weight itself."""
         site = self.rows[0][0].site
         for value, sign in self._moves(adapters):
             part = value.narrow(site.axis, start, total.shape[site.axis])
             total.add_(part.to(total), alpha=sign)
 
     def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
-        """The weight as initialisations have left it, and what to take off for each: the base's own."""
+        """The weight as initializations have left it, and what to take off for each: the base's own."""
         site = self.rows[0][0].site
         for adapter in adapters:
             moved = own_value(self.model, adapter, site.weight).detach()

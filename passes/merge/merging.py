@@ -1,13 +1,13 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
-Where the initialisation of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
+Where the initialization of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
 
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others, which are frozen: an optimizer would
 write into the user's own model. A tied weight is untied first.
 A model that is given is written over, where nothing else sees the memory of its weights.
 
-A quantised weight is made dense, layer by layer, adapted or not; or it is stored in its format again.
+A quantized weight is made dense, layer by layer, adapted or not; or it is stored in its format again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def fold_all(
         old_of: Gives a weight as it is.
         over: Those that are written over.
         dtypes: Of the merged weights; where there is none, the old weight's.
-        formats: The quantised weights in whose formats merged ones are stored again.
+        formats: The quantized weights in whose formats merged ones are stored again.
         measure: Whether to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Given each new tensor, returns the one to use in its place.
@@ -140,12 +140,12 @@ def merge(
         adapter_names: Which adapters; those that are active by default.
         into: Fold into this model instead of a copy of the base: a model of the original class. Its
             weights are written over slice by slice; one that shares its memory, as the model that was
-            rewritten does, gets a new parameter. Over a quantised base it is a dense model, and the change
+            rewritten does, gets a new parameter. Over a quantized base it is a dense model, and the change
             is added to its weights.
-        dtype: Of everything in the result; by default each weight's own. Over a quantised base that becomes
+        dtype: Of everything in the result; by default each weight's own. Over a quantized base that becomes
             dense all parameters have :func:`dtype_of_all`.
-        requantize: Whether merged weights that were quantised are stored in the same format again; by
-            default everything that is quantised becomes dense.
+        requantize: Whether merged weights that were quantized are stored in the same format again; by
+            default everything that is quantized becomes dense.
         own: Whether the result has storage of its own for everything, and ``requires_grad`` of the original.
             By default what is not folded is shared and frozen.
         measure: Whether to compare every merged element with fp64.
@@ -174,7 +174,7 @@ def merge(
     if requantize and not quantized_weights(result):
         raise MergeError(
             "requantize=True stores merged weights in the format that they had, and the base is not "
-            "quantised: leave it out, and quantise the merged model (lora_fx.quantize)"
+            "quantized: leave it out, and quantize the merged model (lora_fx.quantize)"
         )
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
@@ -332,7 +332,7 @@ def _check_storage(
         raise MergeError("into keeps its dtype: leave out dtype, or cast that model before")
     if into is not None and (stored := quantized_weights(into)):
         raise MergeError(
-            f"into has quantised weights ({next(iter(stored))}): give a dense model, or leave it out and "
+            f"into has quantized weights ({next(iter(stored))}): give a dense model, or leave it out and "
             "merge with requantize=True"
         )
 

@@ -111,7 +111,7 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
     if name in over or isinstance(module, torch.jit.ScriptModule):
         old.detach().copy_(value)
         return
-    # One that was quantised again is a parameter of its library.
+    # One that was quantized again is a parameter of its library.
     if not isinstance(value, nn.Parameter) or quantization_of(value) is None:
         value = nn.Parameter(value, old.requires_grad)
     module._parameters[key] = value
@@ -183,7 +183,7 @@ def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Modul
         record: Its record.
 
     Returns:
-        The merged model; a copy of it where something is quantised, since its scales are shared, too.
+        The merged model; a copy of it where something is quantized, since its scales are shared, too.
     """
     if any(quantization_of(parameter) is not None for parameter in result.parameters()):
         return copy.deepcopy(result)

@@ -22,9 +22,9 @@ class MergedSite:
         max_ulp: Largest error of a merged element against fp64, in units in the last place of the
             weight's dtype; a correctly rounded weight has at most 0.5. NaN if it was not measured.
         relative_change: ``‖ΔW‖ / ‖W‖``; NaN if it was not measured.
-        requantization_error: ``‖Q(W') - W'‖ / ‖W'‖`` for a weight that was quantised again, with W' the exact
+        requantization_error: ``‖Q(W') - W'‖ / ‖W'‖`` for a weight that was quantized again, with W' the exact
             merged weight; NaN for any other. Where it is not below ``relative_change``, what the adapter
-            has learnt is lost in it.
+            has learned is lost in it.
     """
 
     name: str
@@ -35,13 +35,13 @@ class MergedSite:
 
     @property
     def requantized(self) -> bool:
-        """Whether it was quantised again."""
+        """Whether it was quantized again."""
         return not math.isnan(self.requantization_error)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputError:
-    """What quantising again does to the outputs, on example inputs; in evaluation, over all floating outputs.
+    """What quantizing again does to the outputs, on example inputs; in evaluation, over all floating outputs.
 
     Attributes:
         relative_error: ``‖y_q - y‖ / ‖y‖``, with y of the adapted model and y_q of the merged one.
@@ -55,7 +55,7 @@ class OutputError:
 
     def __str__(self) -> str:
         return (
-            f"outputs: off by {self.relative_error:.2e} (at most {self.largest:.2e}) after quantising "
+            f"outputs: off by {self.relative_error:.2e} (at most {self.largest:.2e}) after quantizing "
             f"again, where the adapters change them by {self.relative_change:.2e}"
         )
 
@@ -67,7 +67,7 @@ class MergeReport:
     Attributes:
         sites: One row a weight.
         untied: FQNs that shared their storage with another parameter and do not any more.
-        outputs: What quantising again does to the outputs; None if that was not measured.
+        outputs: What quantizing again does to the outputs; None if that was not measured.
         shared: FQNs of the parameters that are shared with the model that was rewritten, and frozen.
     """
 
@@ -83,7 +83,7 @@ class MergeReport:
 
     @property
     def requantization_error(self) -> float:
-        """The largest of all that were quantised again; NaN if none was."""
+        """The largest of all that were quantized again; NaN if none was."""
         errors = [site.requantization_error for site in self.sites if site.requantized]
         return max(errors, default=math.nan)
 
@@ -94,7 +94,7 @@ class MergeReport:
             said.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
             worst = self.requantization_error
-            said.append(f"{len(again)} quantised again, largest error {worst:.2e} of the weight")
+            said.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
         lines = [", ".join(said)]
         lines += [] if self.outputs is None else [str(self.outputs)]
         lines += [_line(site) for site in self.sites]
@@ -109,7 +109,7 @@ class MergeReport:
 def _line(site: MergedSite) -> str:
     error = f"{site.max_ulp:.4f} ulp"
     if site.requantized:
-        error = f"{site.requantization_error:.2e} lost by quantising again"
+        error = f"{site.requantization_error:.2e} lost by quantizing again"
     return f"  {site.name}: {error}, changed by {site.relative_change:.2e}"
 
 

@@ -23,7 +23,7 @@ def requantized_site(
     Args:
         change: What is folded in.
         old: The values of the weight, in the layout of its site.
-        weight: The quantised weight.
+        weight: The quantized weight.
 
     Returns:
         The new parameter, and its row in the report.
@@ -40,7 +40,7 @@ def requantized_site(
         made = requantized(values, weight)
     except QuantizationError as error:
         raise MergeError(
-            f"{change.name}: the merged weight cannot be quantised as it was: {error}. "
+            f"{change.name}: the merged weight cannot be quantized as it was: {error}. "
             "Merge without requantize=True: the result is dense then"
         ) from error
     lost = _relative(dense(made, torch.float64) - values, values)

@@ -149,7 +149,7 @@ def round_into(
 ) -> None:
     """Rounds once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
 
-    A value lies between the two neighbours of what it is in fp32. Where both round to the same number,
+    A value lies between the two neighbors of what it is in fp32. Where both round to the same number,
     so does the value; the few others are close to half-way between two numbers, and are rounded to odd
     on the way.
 
@@ -205,7 +205,7 @@ def _by_odd(values: torch.Tensor) -> torch.Tensor:
 
 
 def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbours of ``dtype`` around each fp64 value."""
+    """Distance between neighbors of ``dtype`` around each fp64 value."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(values)
     size = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)

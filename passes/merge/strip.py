@@ -15,7 +15,7 @@ __all__ = ["drop_graph", "stripped"]
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
 
-    Modules that ran a graph before the rewrite, over quantised weights, run it again.
+    Modules that ran a graph before the rewrite, over quantized weights, run it again.
     """
     by_hand = trained_by_hand(model, record)
     result = share_copy(model)

@@ -1,7 +1,7 @@
 """Makes one node of a linear operation and its branch.
 
 It is the fused function of the adapter kind, which reads its branch backwards from the end
-(:meth:`lora_fx.kinds.AdapterKind.fused`), or over a quantised weight
+(:meth:`lora_fx.kinds.AdapterKind.fused`), or over a quantized weight
 :func:`lora_fx.runtime.fused_quantized.quantized_lora_linear`. It comes after the branches;
 :mod:`lora_fx.passes.optimize.fuse` says which it takes.
 """
@@ -58,7 +58,7 @@ class Base:
         bias: The node of the bias, or None.
         turned: Whether the weight is [in, out].
         outputs: How many features it gives.
-        kernel: How a product with a quantised weight is computed: arguments of
+        kernel: How a product with a quantized weight is computed: arguments of
             :func:`lora_fx.runtime.fused_quantized.quantized_lora_linear`. None for any other.
     """
 
@@ -135,7 +135,7 @@ class _Chain:
 
     @property
     def quantized(self) -> bool:
-        """Whether it is a product with a quantised weight."""
+        """Whether it is a product with a quantized weight."""
         return self._operation.kernel is not None
 
     def step(self, node: Any, role: Role, *targets: Any) -> tuple[Any, ...]:
@@ -186,7 +186,7 @@ class _Chain:
 
 
 def _quantized(node: fx.Node, region: Region) -> Base | None:
-    """A product with a quantised weight."""
+    """A product with a quantized weight."""
     if target_of(node) is not quantized_linear:
         return None
     named: dict[str, Any] = arguments(node, ARGUMENTS)
@@ -215,7 +215,7 @@ def _fits(product: Product, region: Region) -> bool:
     view, weight = product.view, region.parameter(product.view.source)
     if product.left or view.indexed or len(view.shape) != 2 or weight is None:
         return False
-    # A quantised weight has a product of its own.
+    # A quantized weight has a product of its own.
     if type(weight.data) is not torch.Tensor:
         return False
     bias = product.bias

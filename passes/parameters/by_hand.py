@@ -1,4 +1,4 @@
-"""Buffers that training changed (batch-norm statistics): they are part of what was learnt."""
+"""Buffers that training changed (batch-norm statistics): they are part of what was learned."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
 
 
 def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    """Weights that want a gradient where an initialisation has put them, and the adapter of each."""
+    """Weights that want a gradient where an initialization has put them, and the adapter of each."""
     for adapter in record.active:
         entry = record.adapters[adapter]
         weights = {row.site.weight for row in entry.sites} - set(entry.given)
@@ -261,7 +261,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that a state dict has, by FQN.
 
-    No state dict is made for it: quantised embeddings of bitsandbytes refuse that.
+    No state dict is made for it: quantized embeddings of bitsandbytes refuse that.
     """
     kept = {
         join(fqn, key)

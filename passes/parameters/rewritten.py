@@ -1,4 +1,4 @@
-"""Tells the ``Trainer`` of transformers whether a quantised model has adapters.
+"""Tells the ``Trainer`` of transformers whether a quantized model has adapters.
 
 It refuses to train a model that ``is_quantized`` unless PEFT wraps it: nothing in such a model could be
 trained. With adapters in it that is not so, and the attribute says no more than that.
@@ -72,7 +72,7 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
                 yield f"{name}: adapter {adapter!r} has its own value of it, and it is not there"
     for fqn in record.base.kept:
         if fqn not in modules:
-            yield f"{fqn}: it is not there, and its quantised weight is known to its graph alone"
+            yield f"{fqn}: it is not there, and its quantized weight is known to its graph alone"
 
 
 def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def mark_adapted(model: nn.Module, *, adapted: bool) -> None:
-    """Writes ``is_quantized`` where transformers has quantised: whether weights are all that there is.
+    """Writes ``is_quantized`` where transformers has quantized: whether weights are all that there is.
 
     Args:
         model: A model of lora_fx's own.

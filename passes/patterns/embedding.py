@@ -59,7 +59,7 @@ class EmbeddingPattern:
             return None
         if named.get("max_norm") is not None:
             return reject(
-                region, node, found.source, "max_norm renormalises the weight at every lookup"
+                region, node, found.source, "max_norm renormalizes the weight at every lookup"
             )
         parameter = region.parameter(found.source)
         assert parameter is not None

@@ -1,7 +1,7 @@
 """Products with a weight that is stored in few bits: the operation is opaque, and the branch goes beside it.
 
 ``y' = q(x) + s · (x Aᵀ) Bᵀ``, where q is the kernel of the library that the weight is of (QLoRA,
-arXiv:2305.14314). Nothing of the base is dequantised for the branch.
+arXiv:2305.14314). Nothing of the base is dequantized for the branch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False 
 
 
 class QuantizedPattern(LinearPattern):
-    """:func:`lora_fx.formats.weights.quantized_linear`, which capture writes where a weight is quantised."""
+    """:func:`lora_fx.formats.weights.quantized_linear`, which capture writes where a weight is quantized."""
 
     name = "quantized"
 
@@ -41,7 +41,7 @@ class QuantizedPattern(LinearPattern):
         parameter = region.parameter(weight)
         found = quantization_of(parameter)
         if found is None:
-            return reject(region, node, weight, "its quantised weight is not initialised")
+            return reject(region, node, weight, "its quantized weight is not initialized")
         out_features, in_features = found.shape
         site = make_site(
             region,

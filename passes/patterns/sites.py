@@ -163,7 +163,7 @@ def not_floating(region: Region, node: fx.Node, weight: fx.Node) -> Rejection | 
     stored = quantization_of(parameter)
     if stored is not None:
         reason = (
-            f"its weight is quantised, {stored}, and this is no plain product with all of it: only x Wᵀ can "
+            f"its weight is quantized, {stored}, and this is no plain product with all of it: only x Wᵀ can "
             "have an adapter then"
         )
         return reject(region, node, weight, reason)

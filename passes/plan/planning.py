@@ -115,7 +115,7 @@ def start_note(config: LoraConfig) -> tuple[str, ...]:
 def refuse_quantized(
     model: nn.Module, config: LoraConfig, saved: Iterable[str], sites: Iterable[Site]
 ) -> None:
-    """Refuses to train quantised weights in full, and starts that would write into them.
+    """Refuses to train quantized weights in full, and starts that would write into them.
 
     Args:
         model: The model.
@@ -132,7 +132,7 @@ def refuse_quantized(
             if found is not None:
                 raise ConfigError(
                     f"modules_to_save names {name}, and {leaf} in it is stored as {found}, which cannot be "
-                    f"trained: leave it out, or quantise the model with exclude=[{name!r}]"
+                    f"trained: leave it out, or quantize the model with exclude=[{name!r}]"
                 )
     start = config.init_lora_weights
     if not changes_base(start):
@@ -142,7 +142,7 @@ def refuse_quantized(
             raise ConfigError(
                 f"init_lora_weights={start!r} changes the base weight, and {site.weight} is stored as "
                 f"{site.quantized}. Use it over the dense model, or use True here and then "
-                "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantising "
+                "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantizing "
                 "lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
             )
 
@@ -200,7 +200,7 @@ def make_plan(
             only what cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
-        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantised weight or a
+        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantized weight or a
             scripted module is to be trained in full or changed by a start.
     """
     _refuse_adapters(capture.model)

@@ -64,12 +64,12 @@ class Materialize(Pass):
         empty = [k for k, b in module._buffers.items() if b is not None and b.is_meta]
         if not empty:
             return
-        initialise = _initialiser(model, fqn)
-        if initialise is not None and not any(True for _ in module.parameters(recurse=False)):
+        initialize = _initializer(model, fqn)
+        if initialize is not None and not any(True for _ in module.parameters(recurse=False)):
             for key in empty:
                 module._buffers[key] = _blank(module._buffers[key], self.device)
             with torch.no_grad():
-                initialise(module)
+                initialize(module)
             empty = [key for key in empty if _is_blank(module._buffers[key])]
         if empty:
             raise QuantizationError(
@@ -78,7 +78,7 @@ class Materialize(Pass):
             )
 
 
-def _initialiser(model: nn.Module, fqn: str) -> Callable[[nn.Module], Any] | None:
+def _initializer(model: nn.Module, fqn: str) -> Callable[[nn.Module], Any] | None:
     """``_init_weights`` of the model of transformers that a module is in; None where it is in none."""
     path = fqn.split(".") if fqn else []
     for length in range(len(path), -1, -1):

@@ -144,8 +144,8 @@ def plan_quantization(
         exclude: Operations that are left as they are, by the rules of ``exclude_modules``.
 
     Raises:
-        QuantizationError: If the model is quantised already, ``exclude`` is no list of names and no regular
-            expression, a weight does not fit the format, or there is nothing to quantise.
+        QuantizationError: If the model is quantized already, ``exclude`` is no list of names and no regular
+            expression, a weight does not fit the format, or there is nothing to quantize.
     """
     _check_plain(capture.model)
     config = _exclusion(exclude)
@@ -170,7 +170,7 @@ def plan_quantization(
     if not rows:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise QuantizationError(
-            f"there is nothing to quantise in this {type(capture.model).__name__}"
+            f"there is nothing to quantize in this {type(capture.model).__name__}"
             + (f" ({reasons})" if reasons else ": it has no linear operation")
         )
     return QuantizationPlan(how, tuple(rows), tuple(left.items()))
@@ -181,7 +181,7 @@ def _check_plain(model: nn.Module) -> None:
         found = quantization_of(parameter)
         if found is not None:
             raise QuantizationError(
-                f"{name} is quantised already, {found}: quantise the model that it was made of, which has "
+                f"{name} is quantized already, {found}: quantize the model that it was made of, which has "
                 "all of the bits, or give this one to lora_fx.rewrite as it is"
             )
 
@@ -229,7 +229,7 @@ def _objections(site: Site, how: Storage) -> Iterator[str]:
     if site.rows is not None:
         yield f"rows {site.rows[0]} to {site.rows[1]} of its weight are applied by themselves"
     if any(call.pattern not in _PRODUCTS for call in site.calls) or site.view is not None:
-        yield f"it is written as {site.pattern}: F.linear(x, weight) or x @ weight can be quantised"
+        yield f"it is written as {site.pattern}: F.linear(x, weight) or x @ weight can be quantized"
     if any(call.left for call in site.calls):
         yield "its weight is the left operand of the product"
     if not how.made_by.any_dtype and any(call.cast for call in site.calls):

@@ -146,7 +146,7 @@ def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
     except MergeError as error:
         raise QuantizationError(
             f"{str(error).partition(':')[0]}: several layers have this weight in common, not all of them "
-            "apply it in a way that can be quantised, and something beside them holds it, too: name those "
+            "apply it in a way that can be quantized, and something beside them holds it, too: name those "
             "that do in exclude="
         ) from error
 

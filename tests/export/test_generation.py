@@ -369,8 +369,8 @@ IDS = torch.tensor([[4, 5, 6]])
         ),
         (
             {"input_ids": IDS},
-            {"generation_config": {"temprature": 0.1, "colour": "red"}},
-            r"temprature=0.1 \(did you mean 'temperature'\?\), colour='red', which neither",
+            {"generation_config": {"temprature": 0.1, "color": "red"}},
+            r"temprature=0.1 \(did you mean 'temperature'\?\), color='red', which neither",
         ),
     ],
 )

@@ -74,9 +74,7 @@ def test_an_axis_that_was_asked_for_and_is_fixed_names_what_fixed_it(tmp_path: P
         rf"aten\.conv2d in 'conv' \({place}\)"
     )
     with pytest.raises(ExportError, match=message):
-        export_onnx(
-            Fixing(), tmp_path / "m.onnx", example, dynamic_shapes={"image": {1: "colours"}}
-        )
+        export_onnx(Fixing(), tmp_path / "m.onnx", example, dynamic_shapes={"image": {1: "colors"}})
 
 
 class Branching(nn.Module):

@@ -1,4 +1,4 @@
-"""Models over quantised weights: the file has their values to the last bit, in few bits."""
+"""Models over quantized weights: the file has their values to the last bit, in few bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_fx
 from lora_fx.formats import dense, quantization_of
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 EXACT = [scheme for scheme in SCHEMES if scheme != "nf4 torchao"]
 OPERATORS = {
@@ -54,7 +54,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> bool:
 
 @pytest.mark.parametrize("scheme", EXACT)
 def test_a_file_has_the_values_of_the_library(scheme: str, tmp_path: Path) -> None:
-    model = quantised(nn.Sequential(nn.Linear(128, 64, bias=False)), scheme)
+    model = quantized(nn.Sequential(nn.Linear(128, 64, bias=False)), scheme)
     values = dense(model[0].weight, torch.float32)
     report, session = exported(model, tmp_path, torch.eye(128))
     assert torch.equal(only(session.run([torch.eye(128)])), values.T)
@@ -72,8 +72,8 @@ def test_a_file_has_the_values_of_the_library(scheme: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("scheme", ["nf4 double", "int8 bitsandbytes"])
-def test_a_quantised_llama_is_what_its_library_computes(scheme: str, tmp_path: Path) -> None:
-    model = quantised(llama(1), scheme).train()
+def test_a_quantized_llama_is_what_its_library_computes(scheme: str, tmp_path: Path) -> None:
+    model = quantized(llama(1), scheme).train()
     kinds = [type(module) for module in model.modules()]
     with torch.no_grad():
         want = model(IDS).logits
@@ -84,7 +84,7 @@ def test_a_quantised_llama_is_what_its_library_computes(scheme: str, tmp_path: P
     assert report.dtype == "fp32"
     assert report.verified
     # LLM.int8() rounds the input of a product, too, once it does not train; a file has weights only.
-    assert "over the values of its quantised weights" in report.reference
+    assert "over the values of its quantized weights" in report.reference
     # What was given is as it was.
     assert [type(module) for module in model.modules()] == kinds
     with torch.no_grad():
@@ -95,10 +95,10 @@ def test_a_quantised_llama_is_what_its_library_computes(scheme: str, tmp_path: P
     ("scheme", "use_dora"),
     [("nf4 double", True), ("int4 torchao", False), ("int8 bitsandbytes", True)],
 )
-def test_adapters_stay_beside_quantised_weights(
+def test_adapters_stay_beside_quantized_weights(
     scheme: str, use_dora: bool, tmp_path: Path
 ) -> None:
-    base = quantised(Mlp(), scheme).train()
+    base = quantized(Mlp(), scheme).train()
     config = lora_fx.LoraConfig(r=4, use_dora=use_dora, init_lora_weights=False)
     model = lora_fx.rewrite(base, config).train()
     x = torch.randn(5, 128)
@@ -124,7 +124,7 @@ def test_inline_adapters_of_a_dense_model(tmp_path: Path) -> None:
 
 
 def test_several_inline_adapters_and_what_one_trains_in_full(tmp_path: Path) -> None:
-    base = quantised(nn.ModuleDict({"mlp": Mlp(), "head": nn.Linear(128, 5)}), "nf4")
+    base = quantized(nn.ModuleDict({"mlp": Mlp(), "head": nn.Linear(128, 5)}), "nf4")
     base = Headed(base["mlp"])
     model = lora_fx.rewrite(
         base,
@@ -183,7 +183,7 @@ def test_inline_dora_inside_a_joined_attention_layer(
 
 def test_a_merge_makes_the_weights_dense(tmp_path: Path) -> None:
     model = lora_fx.rewrite(
-        quantised(Mlp(), "nf4"), lora_fx.LoraConfig(r=4, init_lora_weights=False)
+        quantized(Mlp(), "nf4"), lora_fx.LoraConfig(r=4, init_lora_weights=False)
     )
     x = torch.randn(5, 128)
     report, session = exported(model, tmp_path, x, adapters="merge")
@@ -192,8 +192,8 @@ def test_a_merge_makes_the_weights_dense(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["nf4 double", "int4 torchao", "int8 torchao"])
-def test_adapters_are_swapped_over_quantised_weights(scheme: str, tmp_path: Path) -> None:
-    base = quantised(Mlp(), scheme).train()
+def test_adapters_are_swapped_over_quantized_weights(scheme: str, tmp_path: Path) -> None:
+    base = quantized(Mlp(), scheme).train()
     config = lora_fx.LoraConfig(
         r=4, use_dora=True, init_lora_weights=False, target_modules=["up", "down"]
     )
@@ -210,8 +210,8 @@ def test_adapters_are_swapped_over_quantised_weights(scheme: str, tmp_path: Path
     assert close(only(session.run([x], adapter="a")), want)
 
 
-def test_a_plain_quantised_model_takes_adapters(tmp_path: Path) -> None:
-    base = quantised(Mlp(), "nf4").train()
+def test_a_plain_quantized_model_takes_adapters(tmp_path: Path) -> None:
+    base = quantized(Mlp(), "nf4").train()
     x = torch.randn(5, 128)
     _, session = exported(base, tmp_path, x, adapters="inputs")
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=3, init_lora_weights=False)).train()
@@ -238,8 +238,8 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_tokens_over_a_quantised_base(family: str, tmp_path: Path) -> None:
-    base = quantised(llama(1), "nf4") if family == "llama" else lora_fx.quantize(gpt2(), "int4")
+def test_tokens_over_a_quantized_base(family: str, tmp_path: Path) -> None:
+    base = quantized(llama(1), "nf4") if family == "llama" else lora_fx.quantize(gpt2(), "int4")
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=4, init_lora_weights=False)).eval()
     prompt = IDS[:, :5]
     report, session = exported(model, tmp_path, prompt, task="text-generation")
@@ -249,9 +249,9 @@ def test_tokens_over_a_quantised_base(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4 torchao", "int8 torchao"])
-def test_a_half_file_over_a_quantised_base(scheme: str, tmp_path: Path) -> None:
+def test_a_half_file_over_a_quantized_base(scheme: str, tmp_path: Path) -> None:
     x = torch.randn(5, 128)
-    model = quantised(Mlp(), scheme).train()
+    model = quantized(Mlp(), scheme).train()
     with torch.no_grad():
         want = model(x)
     report, session = exported(model, tmp_path, x, dtype="fp16")
@@ -264,7 +264,7 @@ def test_scales_that_half_precision_has_no_digits_for_stay_fp32(tmp_path: Path) 
     plain = nn.Sequential(nn.Linear(64, 64, bias=False))
     with torch.no_grad():
         plain[0].weight.mul_(1e-5)
-    model = quantised(plain, "nf4")
+    model = quantized(plain, "nf4")
     _, session = exported(model, tmp_path, torch.eye(64), dtype="fp16")
     got = only(session.run([1024 * torch.eye(64).half()])).float()
     assert close(got, 1024 * dense(model[0].weight).T, 1e-3)
@@ -272,7 +272,7 @@ def test_scales_that_half_precision_has_no_digits_for_stay_fp32(tmp_path: Path) 
 
 def test_the_values_are_those_of_the_codes_whatever_they_are_rounded_to(tmp_path: Path) -> None:
     # The model computes in bf16; its codes and fp32 scales stand for more digits.
-    model = quantised(Mlp().to(torch.bfloat16), "nf4")
+    model = quantized(Mlp().to(torch.bfloat16), "nf4")
     x = torch.randn(5, 128)
     report, session = exported(model, tmp_path, x, dtype="fp32")
     assert (report.dtype, report.parity[0].tolerance) == ("fp32", 1e-4)
@@ -334,7 +334,7 @@ class Products(nn.Module):
 
 
 def test_products_in_functional_code(tmp_path: Path) -> None:
-    layer = quantised(nn.Sequential(nn.Linear(64, 64)), "int8 torchao")[0]
+    layer = quantized(nn.Sequential(nn.Linear(64, 64)), "int8 torchao")[0]
     model = Products(layer.weight)
     x = torch.randn(2, 3, 64)
     weight, bias = dense(layer.weight), model.again.bias.detach()
@@ -345,7 +345,7 @@ def test_products_in_functional_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [18, 24])
 def test_every_opset(opset: int, tmp_path: Path) -> None:
-    model = nn.ModuleList([quantised(Mlp(), scheme) for scheme in ("nf4", "int8 torchao")])
+    model = nn.ModuleList([quantized(Mlp(), scheme) for scheme in ("nf4", "int8 torchao")])
     model = nn.Sequential(*model)
     x = torch.randn(2, 3, 128)
     report, _ = exported(model, tmp_path, x, opset=opset)
@@ -354,7 +354,7 @@ def test_every_opset(opset: int, tmp_path: Path) -> None:
 
 
 def test_weights_in_files_of_their_own(tmp_path: Path) -> None:
-    model = nn.Sequential(*(quantised(Mlp(), scheme) for scheme in EXACT))
+    model = nn.Sequential(*(quantized(Mlp(), scheme) for scheme in EXACT))
     x = torch.randn(3, 128)
     report, session = exported(model, tmp_path, x, external_data_bytes=0)
     assert report.data_files
@@ -363,7 +363,7 @@ def test_weights_in_files_of_their_own(tmp_path: Path) -> None:
 
 
 def test_an_input_of_one_axis(tmp_path: Path) -> None:
-    model = quantised(nn.Sequential(nn.Linear(128, 64)), "int8 torchao")
+    model = quantized(nn.Sequential(nn.Linear(128, 64)), "int8 torchao")
     x = torch.randn(128)
     _, session = exported(model, tmp_path, x)
     assert close(
@@ -379,13 +379,13 @@ def refused(model: nn.Module, folder: Path, inputs: Any) -> str:
 
 
 def test_a_table_that_no_operator_has_is_refused(tmp_path: Path) -> None:
-    text = refused(quantised(Mlp(), "nf4 torchao"), tmp_path, torch.randn(5, 128))
+    text = refused(quantized(Mlp(), "nf4 torchao"), tmp_path, torch.randn(5, 128))
     assert "'up.weight'" in text
     assert "four digits" in text
     assert "lora_fx.merge" in text
 
 
-def test_another_use_of_a_quantised_weight_is_refused(tmp_path: Path) -> None:
+def test_another_use_of_a_quantized_weight_is_refused(tmp_path: Path) -> None:
     class Doubled(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()
@@ -394,13 +394,13 @@ def test_another_use_of_a_quantised_weight_is_refused(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, torch.mul(self.layer.weight, 2))
 
-    layer = quantised(nn.Sequential(nn.Linear(64, 64)), "int8 torchao")[0]
+    layer = quantized(nn.Sequential(nn.Linear(64, 64)), "int8 torchao")[0]
     text = refused(Doubled(layer), tmp_path, torch.randn(5, 64))
     assert "'layer.weight'" in text
     assert "mul reads it" in text
 
 
-def test_a_weight_that_is_not_quantised_yet_is_refused(tmp_path: Path) -> None:
+def test_a_weight_that_is_not_quantized_yet_is_refused(tmp_path: Path) -> None:
     import bitsandbytes as bnb
 
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64))
@@ -410,8 +410,8 @@ def test_a_weight_that_is_not_quantised_yet_is_refused(tmp_path: Path) -> None:
 def test_blocks_that_a_kernel_mixes_up_are_refused(tmp_path: Path) -> None:
     from bitsandbytes.functional import get_4bit_type
 
-    # bitsandbytes quantises a matrix as one row of blocks. Its CPU kernel (0.50) begins with each row anew.
-    model = quantised(nn.Sequential(nn.Linear(96, 64, bias=False)), "nf4")
+    # bitsandbytes quantizes a matrix as one row of blocks. Its CPU kernel (0.50) begins with each row anew.
+    model = quantized(nn.Sequential(nn.Linear(96, 64, bias=False)), "nf4")
     weight: Any = model[0].weight
     codes = torch.stack([weight.data >> 4, weight.data & 15], -1).flatten().long()
     blocks = get_4bit_type("nf4", device="cpu")[codes].view(-1, 64)
@@ -424,14 +424,14 @@ def test_blocks_that_a_kernel_mixes_up_are_refused(tmp_path: Path) -> None:
 
 
 def test_scales_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    model = quantised(Mlp(), "nf4")
+    model = quantized(Mlp(), "nf4")
     model.up.weight.quant_state.absmax[3] = torch.nan
     text = refused(model, tmp_path, torch.randn(5, 128))
     assert "'up.weight' has scales that are not finite" in text
 
 
 def test_the_argument_is_not_changed(tmp_path: Path) -> None:
-    model = quantised(Mlp(), "nf4 double")
+    model = quantized(Mlp(), "nf4 double")
     state, before = model.up.weight.quant_state, copy.deepcopy(model.state_dict())
     exported(model, tmp_path, torch.randn(5, 128), dtype="fp16")
     assert model.up.weight.quant_state is state

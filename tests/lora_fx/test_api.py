@@ -15,7 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.passes.capture import auto
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import TRANSFORMERS, Block, Mlp, Residual, Shared, Tied
 
@@ -165,7 +165,7 @@ def test_names_of_base_parameters_do_not_change() -> None:
 
 
 def test_only_adapters_have_gradients() -> None:
-    adapted = randomise(lora_fx.rewrite(Residual(), LoraConfig()))
+    adapted = randomize(lora_fx.rewrite(Residual(), LoraConfig()))
     adapted(IDS).sum().backward()
     for name, parameter in adapted.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
@@ -194,7 +194,7 @@ def test_names_that_code_cannot_spell_are_no_obstacle(name: str) -> None:
     model, x = Named(), torch.randn(3, 5)
     adapted = lora_fx.rewrite(model, LoraConfig(target_modules=[f"layers.{name}"]))
     assert_same_bits(adapted(x), model(x))
-    assert_close(lora_fx.merge(randomise(adapted))(x), adapted(x))
+    assert_close(lora_fx.merge(randomize(adapted))(x), adapted(x))
 
 
 class Unlocked(Mlp):
@@ -330,14 +330,14 @@ def test_a_copy_goes_on_living_by_itself(again) -> None:
 @COPIES
 def test_a_transformers_model_survives_a_copy(again) -> None:
     model, inputs = TRANSFORMERS["llama"]()
-    adapted = randomise(lora_fx.rewrite(model, LoraConfig(r=2)), 0.1)
+    adapted = randomize(lora_fx.rewrite(model, LoraConfig(r=2)), 0.1)
     with torch.no_grad():
         assert_same_bits(again(adapted)(**inputs).logits, adapted(**inputs).logits)
 
 
 def test_a_state_dict_goes_from_one_to_another() -> None:
     config = LoraConfig(r=2)
-    first = randomise(lora_fx.rewrite(Mlp().eval(), config))
+    first = randomize(lora_fx.rewrite(Mlp().eval(), config))
     second = lora_fx.rewrite(Mlp().eval(), config)
     second.load_state_dict(first.state_dict())
     x = torch.randn(3, 5)
@@ -349,7 +349,7 @@ def test_a_state_dict_goes_from_one_to_another() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_result_can_be_cast(dtype: torch.dtype) -> None:
-    adapted = randomise(lora_fx.rewrite(Mlp().eval(), LoraConfig(r=2)))
+    adapted = randomize(lora_fx.rewrite(Mlp().eval(), LoraConfig(r=2)))
     x = torch.randn(3, 5)
     expected = adapted(x)
     cast = copy.deepcopy(adapted).to(dtype)
@@ -361,14 +361,14 @@ def test_the_result_can_be_cast(dtype: torch.dtype) -> None:
 
 
 def test_half_and_back() -> None:
-    adapted = randomise(lora_fx.rewrite(Mlp().half().eval(), LoraConfig(r=2)))
+    adapted = randomize(lora_fx.rewrite(Mlp().half().eval(), LoraConfig(r=2)))
     x = torch.randn(3, 5)
     assert adapted(x.half()).dtype == torch.float16
     assert adapted.float()(x).dtype == torch.float32
 
 
 def test_autocast_reaches_the_branch() -> None:
-    adapted = randomise(lora_fx.rewrite(Mlp().eval(), LoraConfig(r=2)))
+    adapted = randomize(lora_fx.rewrite(Mlp().eval(), LoraConfig(r=2)))
     x = torch.randn(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
         found = adapted(x)
@@ -398,8 +398,8 @@ def test_a_model_on_several_devices_is_refused_with_both() -> None:
 def test_optimize_changes_no_result(optimize: bool) -> None:
     model = Residual().double()
     config = LoraConfig(r=2)
-    reference = randomise(lora_fx.rewrite(model, config))
-    adapted = randomise(lora_fx.rewrite(model, config, optimize=optimize))
+    reference = randomize(lora_fx.rewrite(model, config))
+    adapted = randomize(lora_fx.rewrite(model, config, optimize=optimize))
     assert_close(adapted(IDS), reference(IDS))
     assert adapted.state_dict().keys() == reference.state_dict().keys()
 

@@ -127,7 +127,7 @@ def test_a_mask_of_integers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_the_causal_mask_is_recognised(batch_first: bool) -> None:
+def test_the_causal_mask_is_recognized(batch_first: bool) -> None:
     x = torch.randn(3, 5, 8) if batch_first else torch.randn(5, 3, 8)
     causal = nn.Transformer.generate_square_subsequent_mask(5)
     assert causal_hint(x, causal, None, batch_first)

@@ -125,7 +125,7 @@ CASES = [
         {"target_modules": ["embed", "up", "down", "head"], "r": 4, "lora_alpha": 16, **PATTERNS},
     ),
     Case(
-        "residual, patterns, rank-stabilised",
+        "residual, patterns, rank-stabilized",
         RESIDUAL,
         {"target_modules": r".*\.(up|down)|head", "use_rslora": True, **PATTERNS},
     ),

@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import tiny_llama
 
@@ -77,7 +77,7 @@ def test_a_resized_vocabulary_is_in_the_folder(
     assert str(lora_fx.status(loaded)) == str(lora_fx.status(model))
     again = lora_fx.save_adapter(loaded, tmp_path / "again")
     assert keys(again) == keys(folder)
-    randomise(loaded)
+    randomize(loaded)
     lora_fx.load_adapter(loaded, again)
     assert_close(run(loaded, ids), run(model, ids))
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import lora_fx
-from tests.algebra import randomise
-from tests.dora import randomise_magnitudes
+from tests.algebra import randomize
+from tests.dora import randomize_magnitudes
 from tests.numerics import assert_close
 from tests.zoo import sample, seeded
 
@@ -33,7 +33,7 @@ def convolution(dims: int, groups: int, outs: int) -> nn.Module:
 
 def trained(base: nn.Module, r: int, **options: Any) -> nn.Module:
     config = lora_fx.LoraConfig(r=r, lora_alpha=5, target_modules=["0"], use_dora=True, **options)
-    return randomise_magnitudes(randomise(lora_fx.rewrite(base, config)))
+    return randomize_magnitudes(randomize(lora_fx.rewrite(base, config)))
 
 
 def theirs(base: nn.Module, folder: Path) -> nn.Module:
@@ -68,7 +68,7 @@ def test_what_peft_trained_is_what_is_loaded(
     base, x = convolution(dims, groups, outs), sample(2, 6, *(5,) * dims, dtype=torch.float64)
     config = peft.LoraConfig(r=groups, lora_alpha=3, target_modules=["0"], use_dora=True)
     model = peft.get_peft_model(copy.deepcopy(base), config).double()
-    randomise_magnitudes(randomise(model))
+    randomize_magnitudes(randomize(model))
     down = model.base_model.model[0].lora_A.default.weight
     rows, channels = 1, 6 // groups
     with torch.no_grad():

@@ -97,7 +97,7 @@ OURS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "two of four": (attention, {"target_modules": ["attn.q", "attn.v"], "lora_alpha": 3}),
     "the output only": (attention, {"target_modules": ["out_proj"]}),
     "a large output": (attention, {"target_modules": ["q", "out_proj"], "rank_pattern": {"q": 2}}),
-    "rank-stabilised": (
+    "rank-stabilized": (
         attention,
         {"target_modules": ["attn"], "use_rslora": True, "rank_pattern": {"attn.q": 2}},
     ),

@@ -1,4 +1,4 @@
-"""Folders of adapters whose initialisation changed the base: for the base as it was, or as PEFT has it."""
+"""Folders of adapters whose initialization changed the base: for the base as it was, or as PEFT has it."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def reference(
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_the_base_is_quantised_again(
+def test_the_base_is_quantized_again(
     iterations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peft.tuners.lora.layer, "loftq_init", reference)

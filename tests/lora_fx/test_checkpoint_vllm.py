@@ -56,7 +56,7 @@ def served(folder: Path) -> dict[str, torch.Tensor]:
         {"target_modules": ["up", "down", "head"], "use_rslora": True, **PATTERNS},
         {"target_modules": ["up", "head"], "lora_alpha": 0, "alpha_pattern": {"head": 1}},
     ],
-    ids=["plain", "patterns", "rank-stabilised", "a scale of zero"],
+    ids=["plain", "patterns", "rank-stabilized", "a scale of zero"],
 )
 def test_patterns_are_folded_into_b(config: dict[str, Any], tmp_path: Path) -> None:
     base = zoo.seeded(zoo.Residual)()

@@ -1,4 +1,4 @@
-"""LoraConfig: normalised, immutable, strict about values, and PEFT's file format."""
+"""LoraConfig: normalized, immutable, strict about values, and PEFT's file format."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_peft_field_is_known() -> None:
     unsupported = set(_config_foreign.FOREIGN)
     assert ours | unsupported | set(_config_foreign.METADATA) == theirs
     assert not ours & unsupported
-    assert set(_config_fields.NORMALISERS) == ours | {"seed", "kind"}
+    assert set(_config_fields.NORMALIZERS) == ours | {"seed", "kind"}
 
 
 def test_defaults_of_unsupported_fields_are_pefts() -> None:
@@ -90,7 +90,7 @@ def test_signature_shows_the_fields() -> None:
     assert LoraConfig(16, 32).lora_alpha == 32
 
 
-def test_values_are_normalised() -> None:
+def test_values_are_normalized() -> None:
     config = LoraConfig(**RICH)
     assert config.target_modules == ("q_proj", "v_proj")
     assert config.exclude_modules == ("layers.1.q_proj",)
@@ -222,10 +222,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"task_type": "CLS"}, "task_type: found 'CLS'"),
     ({"task_type": 1}, "task_type: found 1"),
     ({"fan_in_fan_out": None}, "fan_in_fan_out: found None"),
-    ({"init_lora_weights": "kaiming"}, "the initialisations are"),
+    ({"init_lora_weights": "kaiming"}, "the initializations are"),
     ({"init_lora_weights": 1}, "init_lora_weights: found 1"),
     ({"init_lora_weights": None}, "init_lora_weights: found None"),
-    ({"init_lora_weights": "pissa_niter_"}, "the initialisations are"),
+    ({"init_lora_weights": "pissa_niter_"}, "the initializations are"),
     ({"init_lora_weights": "mica"}, "does not support it: MiCA"),
     ({"seed": -1}, "seed: found -1"),
     ({"seed": 2**63}, "seed: found"),
@@ -274,7 +274,7 @@ def test_unsupported_fields_at_pefts_default_are_accepted() -> None:
     assert LoraConfig(loftq_config=None, use_qalora=None) == LoraConfig()  # type: ignore[call-arg]
 
 
-def test_options_of_an_initialisation_are_completed() -> None:
+def test_options_of_an_initialization_are_completed() -> None:
     config = LoraConfig(init_lora_weights="eva", eva_config={"rho": 3})
     assert config.eva_config == {**dataclasses.asdict(peft.EvaConfig()), "rho": 3}
     assert LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=3)) == config
@@ -290,7 +290,7 @@ def test_options_of_an_initialisation_are_completed() -> None:
         assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_options_of_another_initialisation_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+def test_options_of_another_initialization_are_noted(caplog: pytest.LogCaptureFixture) -> None:
     LoraConfig(eva_config={})
     assert not caplog.records
     LoraConfig(eva_config={"rho": 3})

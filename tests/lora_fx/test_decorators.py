@@ -17,7 +17,7 @@ import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph.region import is_region
 from lora_fx.runtime.decorators import around, inner_of
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close
 
 
@@ -89,7 +89,7 @@ LAYERS = [OverLinears, ReadsWeights, Again, WithoutGraph]
 
 def rewritten(cls) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(lora_fx.rewrite(Model(cls), CONFIG), 0.2).train()
+    return randomize(lora_fx.rewrite(Model(cls), CONFIG), 0.2).train()
 
 
 def step(model, x):
@@ -136,7 +136,7 @@ def test_a_layer_with_a_hook_checkpoints_as_well(cls):
     model, x = Model(cls), torch.randn(64, 8)
     calls: list[object] = []
     model.first.register_forward_hook(lambda module, *_: calls.append(module))
-    model = randomise(lora_fx.rewrite(model, CONFIG), 0.2).train()
+    model = randomize(lora_fx.rewrite(model, CONFIG), 0.2).train()
     out, grads, kept = step(model, x)
     switch_on(model)
     for _ in range(2):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import lora_fx
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close
 
 VARIANTS = [{}, {"lora_dropout": 0.2}, {"use_dora": True}]
@@ -21,7 +21,7 @@ def adapted(**options: Any) -> nn.Module:
     base = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     config = lora_fx.LoraConfig(r=4, target_modules=["0", "2"], **options)
     model = lora_fx.rewrite(base, config)
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -20,7 +20,7 @@ from lora_fx import LoraConfig
 from lora_fx.errors import LoraFxError
 from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.tools.bench.counted import saved_bytes
-from tests.dora import randomise_magnitudes
+from tests.dora import randomize_magnitudes
 from tests.fused import Operands, canonical, errors, formula, fused, gradients, operands, with_gains
 from tests.lora_fx.test_fused import CHECKED, HALF, cases
 from tests.numerics import assert_close, assert_same_bits
@@ -269,7 +269,7 @@ def trained(dropout: float) -> nn.Module:
     config = LoraConfig(
         r=3, lora_dropout=dropout, target_modules=".*", use_dora=True, init_lora_weights=False
     )
-    return randomise_magnitudes(lora_fx.rewrite(base, config)).train()
+    return randomize_magnitudes(lora_fx.rewrite(base, config)).train()
 
 
 def kept_bytes(base: nn.Module, dropout: float, frozen: tuple[str, ...] = (), **options) -> int:

@@ -1,4 +1,4 @@
-"""The fused branch beside a quantised weight: against fp64 and the plain operations, and what it keeps."""
+"""The fused branch beside a quantized weight: against fp64 and the plain operations, and what it keeps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def layer(scheme: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A quantised ``nn.Linear``."""
+    """A quantized ``nn.Linear``."""
     torch.manual_seed(0)
     return SCHEMES[scheme](nn.Linear(*FEATURES, dtype=dtype)).requires_grad_(False)
 

@@ -236,7 +236,7 @@ def test_eva_is_that_of_peft(name: str, rho: float, adjust: bool, use_rslora: bo
     assert_same_bits(ours.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
-# --- what an initialised adapter is ---------------------------------------------------------------
+# --- what an initialized adapter is ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Factors that make up for what quantising lost, against singular values in fp64, and beside PEFT's."""
+"""Factors that make up for what quantizing lost, against singular values in fp64, and beside PEFT's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_fx
 from lora_fx.formats import dense
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 TARGETS = ["q_proj", "down_proj"]
 SITES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
@@ -22,7 +22,7 @@ SITES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
 
 def adapted(scheme: str = "nf4", **fields: Any) -> Any:
     fields = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS} | fields
-    return lora_fx.rewrite(quantised(llama(1), scheme), lora_fx.LoraConfig(**fields)).train()
+    return lora_fx.rewrite(quantized(llama(1), scheme), lora_fx.LoraConfig(**fields)).train()
 
 
 def product(model: nn.Module, name: str) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_factors_are_the_leading_singular_triples(scheme: str) -> None:
         assert row.after < row.before
         assert row.kept
     # What is left of the error in the outputs, over the layers that have an adapter.
-    wanted = quantised(llama(1), scheme)
+    wanted = quantized(llama(1), scheme)
     for name in SITES:
         owner, _, leaf = name.rpartition(".")
         setattr(wanted.get_submodule(owner), leaf, original.get_submodule(name))
@@ -81,7 +81,7 @@ def test_files_are_read_tensor_by_tensor(tmp_path: Path, shards: bool, prefix: b
     inner.save_pretrained(tmp_path, max_shard_size="60KB" if shards else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == shards
     config = lora_fx.LoraConfig(r=8, target_modules=TARGETS)
-    models = [lora_fx.rewrite(quantised(llama(2), "nf4"), config) for _ in range(2)]
+    models = [lora_fx.rewrite(quantized(llama(2), "nf4"), config) for _ in range(2)]
     names: list[str] = []
     lora_fx.replace_lora_weights_loftq(models[0], original)
     lora_fx.replace_lora_weights_loftq(
@@ -204,7 +204,7 @@ def test_a_folder_keeps_the_factors(tmp_path: Path) -> None:
     model = adapted()
     lora_fx.replace_lora_weights_loftq(model, llama(1))
     lora_fx.save_adapter(model, tmp_path)
-    again = lora_fx.load_adapter(quantised(llama(1), "nf4"), tmp_path)
+    again = lora_fx.load_adapter(quantized(llama(1), "nf4"), tmp_path)
     assert torch.equal(outputs(again), outputs(model))
 
 
@@ -219,8 +219,8 @@ def broken_original() -> nn.Module:
     ("original", "message"),
     [
         (lambda: nn.Linear(2, 2), r"original has no model.layers.0.self_attn.q_proj.weight"),
-        (lambda: quantised(llama(1), "nf4"), r"q_proj.weight of the original is stored as nf4"),
-        (lambda: quantised(llama(1), "int8 torchao"), r"stored as int8"),
+        (lambda: quantized(llama(1), "nf4"), r"q_proj.weight of the original is stored as nf4"),
+        (lambda: quantized(llama(1), "int8 torchao"), r"stored as int8"),
         (lambda: llama(1).to("meta"), r"on the meta device"),
         (broken_original, r"down_proj.weight of the original has values that are not finite"),
     ],

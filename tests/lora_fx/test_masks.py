@@ -74,13 +74,13 @@ def test_every_place_of_a_word_has_the_same_mean(dropout: float) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.1, 0.5, 0.9])
-# Neighbours in a byte, in a word, in the next byte and word, and one apart.
+# Neighbors in a byte, in a word, in the next byte and word, and one apart.
 @pytest.mark.parametrize("lag", [1, 2, 7, 8, 9, 32, 63, 64, 65, 128, 64 * 1000])
 def test_elements_are_independent_of_each_other(dropout: float, lag: int) -> None:
     q = kept(dropout) / 256
-    centred = sample(COUNT, dropout) - q
+    centered = sample(COUNT, dropout) - q
     # Products of independent values: their covariances are zero, even where they share a factor.
-    assert_mean(centred[lag:] * centred[:-lag], 0.0, (q * (1 - q)) ** 2)
+    assert_mean(centered[lag:] * centered[:-lag], 0.0, (q * (1 - q)) ** 2)
 
 
 def test_pairs_of_places_in_a_word_are_independent() -> None:

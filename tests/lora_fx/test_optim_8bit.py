@@ -1,4 +1,4 @@
-"""Adapters over a quantised base under optimizers whose state has 8 bits."""
+"""Adapters over a quantized base under optimizers whose state has 8 bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BITSANDBYTES = ("AdamW8bit", "PagedAdamW8bit", "Lion8bit")
 
 
 class Net(nn.Module):
-    """An embedding and two products over a quantised weight."""
+    """An embedding and two products over a quantized weight."""
 
     def __init__(self) -> None:
         super().__init__()

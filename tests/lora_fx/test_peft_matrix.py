@@ -141,7 +141,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rank": {"r": 3},
     "alpha": {"r": 2, "lora_alpha": 5},
-    "rank-stabilised": {"r": 3, "lora_alpha": 5, "use_rslora": True},
+    "rank-stabilized": {"r": 3, "lora_alpha": 5, "use_rslora": True},
     "patterns": {
         "rank_pattern": {r"layers\.1\..*": 2, "two": 5},
         "alpha_pattern": {r"0\.sub\.two": 3, r"layers\.1\..*": 7},

@@ -14,12 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, QuantizationError, prepare_for_kbit_training
 from tests.numerics import assert_same_bits
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 
 def half(scheme: str = "nf4") -> nn.Module:
-    """A Llama in bfloat16 over a quantised base, with what transformers sets on one that it has loaded."""
-    model: Any = quantised(llama().bfloat16(), scheme).train()
+    """A Llama in bfloat16 over a quantized base, with what transformers sets on one that it has loaded."""
+    model: Any = quantized(llama().bfloat16(), scheme).train()
     if "torchao" in scheme:
         model.quantization_method = "torchao"
     elif "int8" in scheme:
@@ -105,7 +105,7 @@ def test_blocks_keep_their_inputs_only() -> None:
     assert kept(checkpointed) < kept(plain) / 4
 
 
-def test_the_argument_is_not_touched_and_quantised_weights_are_shared() -> None:
+def test_the_argument_is_not_touched_and_quantized_weights_are_shared() -> None:
     base = half()
     before = {n: (p.dtype, p.requires_grad, p.data_ptr()) for n, p in base.named_parameters()}
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_a_model_without_tokens_is_checkpointed_too() -> None:
         num_labels=3,
     )
     torch.manual_seed(0)
-    base = quantised(ViTForImageClassification(config), "nf4")
+    base = quantized(ViTForImageClassification(config), "nf4")
     pixels = torch.randn(2, 3, 32, 32)
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
@@ -170,7 +170,7 @@ class Blocks(nn.Module):
 
 
 def test_a_plain_model() -> None:
-    base = quantised(Blocks().bfloat16(), "nf4")
+    base = quantized(Blocks().bfloat16(), "nf4")
     with pytest.raises(
         ConfigError, match=r"Blocks cannot checkpoint.*use_gradient_checkpointing=False"
     ):
@@ -186,7 +186,7 @@ def test_a_plain_model() -> None:
 
 
 def test_what_cannot_be_prepared_is_refused() -> None:
-    with pytest.raises(QuantizationError, match=r"nothing in LlamaForCausalLM is quantised"):
+    with pytest.raises(QuantizationError, match=r"nothing in LlamaForCausalLM is quantized"):
         prepare_for_kbit_training(llama())
     adapted = lora_fx.rewrite(half(), LoraConfig(r=4))
     with pytest.raises(ConfigError, match=r"has adapters already.*prepare the base"):

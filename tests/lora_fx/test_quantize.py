@@ -126,11 +126,11 @@ def ids_of(model: nn.Module) -> Tensor:
     return found
 
 
-def widened(model: nn.Module, quantised: nn.Module) -> nn.Module:
-    """The model with the values that the quantised one has: what it has to compute."""
+def widened(model: nn.Module, quantized: nn.Module) -> nn.Module:
+    """The model with the values that the quantized one has: what it has to compute."""
     result = copy.deepcopy(model)
-    layouts = {row.site.weight: row.site.layout for row in lora_fx.plan(quantised, CONFIG)}
-    for name, weight in quantised.named_parameters():
+    layouts = {row.site.weight: row.site.layout for row in lora_fx.plan(quantized, CONFIG)}
+    for name, weight in quantized.named_parameters():
         if quantization_of(weight) is not None:
             values = dense(weight)
             with torch.no_grad():
@@ -199,7 +199,7 @@ def test_the_result_is_planned_rewritten_and_trained(case: str, format_name: str
 
 
 @pytest.mark.parametrize("case", ["functional", "encoder"])
-def test_what_is_not_adapted_reads_its_quantised_weights_too(case: str) -> None:
+def test_what_is_not_adapted_reads_its_quantized_weights_too(case: str) -> None:
     make, call, _ = CASES[case]
     base = lora_fx.quantize(make(), "nf4")
     target = {"functional": "first", "encoder": "linear2"}[case]
@@ -303,7 +303,7 @@ def test_a_functional_operation_is_one_node() -> None:
     assert sites["transformer.h.0.mlp.c_fc"].weight_shape == (32, 128)
 
 
-def test_pictures_show_quantised_operations(tmp_path: Any) -> None:
+def test_pictures_show_quantized_operations(tmp_path: Any) -> None:
     path = lora_fx.visualize(lora_fx.quantize(gpt2(), "nf4"), tmp_path / "model.json")
     boxes = json.loads(path.read_text())["nodes"]
     assert sum(box["name"] == "quantized_linear" for box in boxes) == 4
@@ -519,9 +519,9 @@ def test_an_entry_of_exclude_that_names_nothing_is_said(caplog: pytest.LogCaptur
 # --- what is refused ----------------------------------------------------------------------------------
 
 
-def test_quantising_twice() -> None:
+def test_quantizing_twice() -> None:
     once = lora_fx.quantize(llama(1), "nf4")
-    with pytest.raises(QuantizationError, match=r"quantised already, nf4 .*lora_fx.rewrite"):
+    with pytest.raises(QuantizationError, match=r"quantized already, nf4 .*lora_fx.rewrite"):
         lora_fx.quantize(once, "int8")
     with pytest.raises(QuantizationError, match="has adapters"):
         lora_fx.quantize(lora_fx.rewrite(llama(1), CONFIG), "nf4")
@@ -553,7 +553,7 @@ def test_quantising_twice() -> None:
         ("nf4", {"exclude": 3}, "^exclude: found 3; give a list"),
         ("nf4", {"exclude": [3]}, "^exclude: found 3; every entry"),
         ("nf4", {"exclude": "("}, r"^exclude: found '\('; it is not a regular expression"),
-        ("nf4", {"exclude": r".*"}, "nothing to quantise"),
+        ("nf4", {"exclude": r".*"}, "nothing to quantize"),
     ],
 )
 def test_what_means_nothing_names_what_does(
@@ -627,7 +627,7 @@ def test_a_call_that_the_graph_was_not_made_for_says_so() -> None:
 
     result = lora_fx.quantize(Body(Branching(), 32), "nf4")
     result(torch.randn(2, 32))
-    with pytest.raises(lora_fx.CaptureError, match="does not know its quantised weight"):
+    with pytest.raises(lora_fx.CaptureError, match="does not know its quantized weight"):
         result.inner(torch.randn(2, 32), 2.0)
 
 

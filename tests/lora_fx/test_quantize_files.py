@@ -1,4 +1,4 @@
-"""Models on the meta device that are quantised weight by weight from their files."""
+"""Models on the meta device that are quantized weight by weight from their files."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_no_more_than_one_weight_is_dense_at_a_time(format_name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_llama_of_1b_is_quantised_rewritten_and_stepped_in_4_gb(tmp_path: Path) -> None:
+def test_a_llama_of_1b_is_quantized_rewritten_and_stepped_in_4_gb(tmp_path: Path) -> None:
     """Shapes of Llama 3.2 1B, random weights in bf16, written and read layer by layer."""
     for step in ("write", "step"):
         done = subprocess.run(

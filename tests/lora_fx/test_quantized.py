@@ -1,4 +1,4 @@
-"""Adapters over a base that its library has quantised: the operation stays, the branch goes beside it."""
+"""Adapters over a base that its library has quantized: the operation stays, the branch goes beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.formats import dense, quantization_of
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 BITS = {"int8 bitsandbytes": 8, "int8 torchao": 8}
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def test_the_plan_shows_the_bits(scheme: str) -> None:
-    plan = lora_fx.plan(quantised(llama(), scheme), lora_fx.LoraConfig(r=4))
+    plan = lora_fx.plan(quantized(llama(), scheme), lora_fx.LoraConfig(r=4))
     assert len(plan.sites) == 14
     assert not plan.rejections
     stored = plan.sites[0].site.quantized
@@ -29,7 +29,7 @@ def test_the_plan_shows_the_bits(scheme: str) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_rewritten_model_begins_as_its_base(scheme: str, training: bool) -> None:
-    base = quantised(llama(), scheme).train(True)
+    base = quantized(llama(), scheme).train(True)
     with torch.no_grad():
         expected = base(IDS).logits
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=4), IDS).train(training)
@@ -41,8 +41,8 @@ def test_a_rewritten_model_begins_as_its_base(scheme: str, training: bool) -> No
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_gradients_are_those_over_the_dequantised_base(scheme: str, use_dora: bool) -> None:
-    base = quantised(llama(), scheme).train()
+def test_gradients_are_those_over_the_dequantized_base(scheme: str, use_dora: bool) -> None:
+    base = quantized(llama(), scheme).train()
     config = lora_fx.LoraConfig(r=4, use_dora=use_dora, init_lora_weights=False)
     model = lora_fx.rewrite(base, config).train()
     plain = llama().train()
@@ -64,8 +64,8 @@ def test_gradients_are_those_over_the_dequantised_base(scheme: str, use_dora: bo
             torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_nothing_dequantised_is_kept_for_the_backward(scheme: str) -> None:
-    base = quantised(llama(), scheme).train()
+def test_nothing_dequantized_is_kept_for_the_backward(scheme: str) -> None:
+    base = quantized(llama(), scheme).train()
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=4)).train()
     shapes = {tuple(p.site.weight_shape) for p in lora_fx.plan(base, lora_fx.LoraConfig(r=4))}
     floats: list[tuple[int, ...]] = []

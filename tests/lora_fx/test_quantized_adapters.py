@@ -1,4 +1,4 @@
-"""What adapters do over a dense base, they do over a quantised one: compared with its dequantised twin."""
+"""What adapters do over a dense base, they do over a quantized one: compared with its dequantized twin."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.formats import dense, quantization_of
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 SOME = ["nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]
 
 
 def base_of(scheme: str) -> Any:
-    return quantised(llama(1), scheme).train()
+    return quantized(llama(1), scheme).train()
 
 
 def twin_of(scheme: str) -> Any:
@@ -137,7 +137,7 @@ def test_it_goes_as_over_the_dense_twin(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_biases_of_quantised_layers_are_trained() -> None:
+def test_biases_of_quantized_layers_are_trained() -> None:
     class Small(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -151,7 +151,7 @@ def test_biases_of_quantised_layers_are_trained() -> None:
 
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     for scheme in SCHEMES:
-        base = quantised(Small(), scheme).train()
+        base = quantized(Small(), scheme).train()
         model = lora_fx.rewrite(base, LoraConfig(r=4, bias="all", target_modules=["fc"])).train()
         model(x).square().mean().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if n.endswith("bias")}
@@ -167,7 +167,7 @@ def test_biases_of_quantised_layers_are_trained() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8 bitsandbytes", "int8 torchao"])
-def test_a_quantised_module_cannot_be_trained_in_full(scheme: str) -> None:
+def test_a_quantized_module_cannot_be_trained_in_full(scheme: str) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
     with pytest.raises(lora_fx.ConfigError, match=r"modules_to_save.*down_proj.*exclude"):
         lora_fx.rewrite(base_of(scheme), config)

@@ -1,4 +1,4 @@
-"""Adapter folders over quantised bases: read by PEFT over the same base, and PEFT's read here."""
+"""Adapter folders over quantized bases: read by PEFT over the same base, and PEFT's read here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TorchaoLoraLinear was instantiated"),
@@ -24,7 +24,7 @@ pytestmark = [
 
 def base_of(scheme: str, layers: int = 1) -> nn.Module:
     """What transformers would have loaded: PEFT asks the model what its layers are."""
-    base = quantised(llama(layers), scheme).train()
+    base = quantized(llama(layers), scheme).train()
     if "torchao" not in scheme:
         bits = 8 if "int8" in scheme else 4
         base.__dict__[f"is_loaded_in_{bits}bit"] = True
@@ -93,7 +93,7 @@ def test_what_peft_trained_computes_the_same_here(scheme: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
-def test_a_folder_of_a_model_quantised_here_runs_in_peft(kind: str, tmp_path: Path) -> None:
+def test_a_folder_of_a_model_quantized_here_runs_in_peft(kind: str, tmp_path: Path) -> None:
     base = lora_fx.quantize(llama(1), kind).train()
     model = trained(lora_fx.rewrite(base, lora_fx.LoraConfig(r=4)).train())
     lora_fx.save_adapter(model, tmp_path)
@@ -103,10 +103,10 @@ def test_a_folder_of_a_model_quantised_here_runs_in_peft(kind: str, tmp_path: Pa
 
 
 def test_in_eval_mode_peft_may_run_a_kernel_that_rounds(tmp_path: Path) -> None:
-    base = quantised(llama(1), "nf4")
+    base = quantized(llama(1), "nf4")
     base.__dict__["is_loaded_in_4bit"] = True
     model = trained(lora_fx.rewrite(base, lora_fx.LoraConfig(r=4)).train()).eval()
     lora_fx.save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(quantised(llama(1), "nf4"), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(quantized(llama(1), "nf4"), tmp_path).eval()
     # Where the processor has that kernel, bitsandbytes rounds x and the scales to bfloat16 in it.
     torch.testing.assert_close(outputs(theirs), outputs(model), atol=0.02, rtol=0)

@@ -1,4 +1,4 @@
-"""Adapters over quantised bases: compiled, checkpointed, in half precision, trained by the Trainer."""
+"""Adapters over quantized bases: compiled, checkpointed, in half precision, trained by the Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 
 import lora_fx
 from lora_fx.formats import dense, quantization_of, quantized_linear
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|enable|disable|gradient)_checkpointing")
 
@@ -69,7 +69,7 @@ class Loss(nn.Module):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_it_compiles_as_one_graph(scheme: str, training: bool) -> None:
     torch._dynamo.reset()
-    model = adapted(quantised(Loss(), scheme), target_modules=["fc", "out"]).train(training)
+    model = adapted(quantized(Loss(), scheme), target_modules=["fc", "out"]).train(training)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     seen = []
@@ -86,7 +86,7 @@ def test_it_compiles_as_one_graph(scheme: str, training: bool) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("scheme", ["nf4 double", "int8 bitsandbytes", "int8 torchao"])
 def test_checkpointing_gives_the_same_gradients(scheme: str, reentrant: bool) -> None:
-    model = adapted(quantised(llama(1), scheme))
+    model = adapted(quantized(llama(1), scheme))
     inputs = {"input_ids": IDS, "labels": IDS}
     expected = step(model, **inputs)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -96,8 +96,8 @@ def test_checkpointing_gives_the_same_gradients(scheme: str, reentrant: bool) ->
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_half_precision_casts_what_is_not_quantised(scheme: str) -> None:
-    model = adapted(quantised(llama(1), scheme))
+def test_half_precision_casts_what_is_not_quantized(scheme: str) -> None:
+    model = adapted(quantized(llama(1), scheme))
     stored = {n: dense(p).clone() for n, p in model.named_parameters() if quantization_of(p)}
     with torch.no_grad():
         expected = model(IDS).logits
@@ -115,7 +115,7 @@ def test_half_precision_casts_what_is_not_quantised(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "int4 torchao"])
 def test_double_precision_computes_the_same(scheme: str) -> None:
-    model = adapted(quantised(llama(1), scheme))
+    model = adapted(quantized(llama(1), scheme))
     expected = step(model, input_ids=IDS, labels=IDS)
     found = step(model.to(torch.float64), input_ids=IDS, labels=IDS)
     assert {g.dtype for n, g in found.items() if n != "loss"} == {torch.float64}
@@ -124,7 +124,7 @@ def test_double_precision_computes_the_same(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4 torchao"])
 def test_double_precision_keeps_no_values(scheme: str) -> None:
-    base = quantised(Loss(), scheme)
+    base = quantized(Loss(), scheme)
     model = adapted(base, target_modules=["fc", "out"]).to(torch.float64)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -136,7 +136,7 @@ def test_double_precision_keeps_no_values(scheme: str) -> None:
 
 
 def test_bitsandbytes_computes_in_double_precision_if_told_so() -> None:
-    weight = quantised(nn.ModuleList([nn.Linear(64, 32)]), "nf4").get_parameter("0.weight")
+    weight = quantized(nn.ModuleList([nn.Linear(64, 32)]), "nf4").get_parameter("0.weight")
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).double()
     exact = x @ dense(weight, torch.float64).T
     for given in (x, x.float()):
@@ -147,7 +147,7 @@ def test_bitsandbytes_computes_in_double_precision_if_told_so() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_half_is_the_same_as_a_cast(scheme: str) -> None:
-    model = adapted(quantised(llama(1), scheme))
+    model = adapted(quantized(llama(1), scheme))
     expected = step(model, input_ids=IDS, labels=IDS)
     found = step(model.half(), input_ids=IDS, labels=IDS)
     for name, value in expected.items():
@@ -158,7 +158,7 @@ def test_half_is_the_same_as_a_cast(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_adapters_of_samples_have_gradients(scheme: str, optimize: bool) -> None:
     config = lora_fx.LoraConfig(r=4, init_lora_weights=False)
-    model: Any = lora_fx.rewrite(quantised(llama(1), scheme), config, optimize=optimize).train()
+    model: Any = lora_fx.rewrite(quantized(llama(1), scheme), config, optimize=optimize).train()
     lora_fx.add_adapter(model, config, "b")
     expected = {}
     for row, name in enumerate(("b", "default")):
@@ -175,7 +175,7 @@ def test_adapters_of_samples_have_gradients(scheme: str, optimize: bool) -> None
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8 bitsandbytes", "int8 torchao", "int4 torchao"])
 def test_autocast_trains(scheme: str) -> None:
-    model = adapted(quantised(llama(1), scheme))
+    model = adapted(quantized(llama(1), scheme))
     expected = step(model, input_ids=IDS, labels=IDS)
     with torch.autocast("cpu", torch.bfloat16):
         found = step(model, input_ids=IDS, labels=IDS)
@@ -202,7 +202,7 @@ def configs() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8 bitsandbytes", "int8 torchao"])
-def test_the_trainer_trains_what_transformers_quantised(
+def test_the_trainer_trains_what_transformers_quantized(
     scheme: str, folder: Path, tmp_path: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=configs()[scheme])

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.runtime import watch
-from tests.algebra import randomise, scale_of
+from tests.algebra import randomize, scale_of
 from tests.numerics import assert_close, assert_same_bits
 
 CONFIG = lora_fx.LoraConfig(r=2, target_modules=["fc"])
@@ -196,7 +196,7 @@ def build(cls) -> nn.Module:
 
 
 def adapted(cls) -> nn.Module:
-    return randomise(lora_fx.rewrite(build(cls), CONFIG))
+    return randomize(lora_fx.rewrite(build(cls), CONFIG))
 
 
 def dense(cls, model) -> nn.Module:
@@ -352,7 +352,7 @@ class Tied(nn.Module):
 def test_recorded_ties_are_no_readers(target):
     torch.manual_seed(0)
     ids = torch.tensor([[1, 2, 6]])
-    model = randomise(lora_fx.rewrite(Tied(), lora_fx.LoraConfig(r=2, target_modules=[target])))
+    model = randomize(lora_fx.rewrite(Tied(), lora_fx.LoraConfig(r=2, target_modules=[target])))
     found = model(ids)
     assert_close(lora_fx.merge(model)(ids), found)
 
@@ -400,7 +400,7 @@ def test_the_watch_changes_no_bit(x):
     assert_same_bits(model(x), first)
     torch.manual_seed(3)
     config = lora_fx.LoraConfig(r=2, target_modules=["fc"], lora_dropout=0.5)
-    model = randomise(lora_fx.rewrite(build(Plain), config))
+    model = randomize(lora_fx.rewrite(build(Plain), config))
     torch.manual_seed(4)
     first = model(x)
     torch.manual_seed(4)
@@ -493,7 +493,7 @@ def test_a_copy_that_calls_a_layer_of_what_was_copied(x):
     REGISTRY["fc"] = base.fc
     model = lora_fx.rewrite(base, CONFIG)
     REGISTRY["fc"] = model.fc
-    randomise(model)
+    randomize(model)
     twin = copy.deepcopy(model)
     assert_close(twin(x), model(x))  # Python copies no global, and the layer has its adapter
 
@@ -625,7 +625,7 @@ def test_a_compiled_layer_of_a_watched_model_is_not_compiled_twice(x):
 
 
 def test_under_export_and_jit_it_stays_pending(x):
-    model = randomise(lora_fx.rewrite(build(Guarded), CONFIG, optimize=False))
+    model = randomize(lora_fx.rewrite(build(Guarded), CONFIG, optimize=False))
     program = torch.export.export(model, (x,))
     assert_close(program.module()(x), dense(Guarded, model)(x))
     traced = torch.jit.trace(model, (x,), check_trace=False)

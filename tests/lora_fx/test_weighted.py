@@ -339,7 +339,7 @@ def test_biases_have_no_weighted_sum(tmp_path: Path) -> None:
         ({"trainable_token_indices": {"table": [3]}}, "of trainable_token_indices={'table': (3,)}"),
         ({"use_dora": True}, "of use_dora=True there is no weighted sum"),
         ({"lora_bias": True}, "of lora_bias=True there is no weighted sum"),
-        ({"init_lora_weights": "pissa", "r": 2}, "its initialisation ('pissa') changed up.weight"),
+        ({"init_lora_weights": "pissa", "r": 2}, "its initialization ('pissa') changed up.weight"),
         ({"init_lora_weights": "eva"}, "waits for data"),
     ],
     ids=str,

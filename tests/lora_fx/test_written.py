@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_fx
-from tests.algebra import randomise, scale_of
-from tests.dora import adapted_weight, magnitude_of, randomise_magnitudes, steer
+from tests.algebra import randomize, scale_of
+from tests.dora import adapted_weight, magnitude_of, randomize_magnitudes, steer
 from tests.numerics import assert_close
 from tests.zoo import FORMS, Form, sample, seeded
 
@@ -192,7 +192,7 @@ def adapted_model(program: Program, base: nn.Module, use_dora: bool, optimize: b
     config = lora_fx.LoraConfig(
         r=2 * form.groups, lora_alpha=3, target_modules=[form.site], use_dora=use_dora
     )
-    adapted = randomise(lora_fx.rewrite(base, config, optimize=optimize))
+    adapted = randomize(lora_fx.rewrite(base, config, optimize=optimize))
     return steer(form, base, adapted) if use_dora else adapted
 
 
@@ -323,7 +323,7 @@ class Cut(nn.Module):
 def test_a_part_of_what_an_operation_gives(step: Step, use_dora: bool, optimize: bool) -> None:
     base = seeded(lambda: Cut(step))().double()
     config = lora_fx.LoraConfig(r=2, target_modules=["qk.0_6"], use_dora=use_dora)
-    adapted = randomise_magnitudes(randomise(lora_fx.rewrite(base, config, optimize=optimize)))
+    adapted = randomize_magnitudes(randomize(lora_fx.rewrite(base, config, optimize=optimize)))
     own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     a, b, *m = leaves = [p.detach().requires_grad_() for p in own.values()]
     weight = base.qk.weight.detach()

@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx.tools.zoo import oracle
 from lora_fx.tools.zoo.entries import wake
 from lora_fx.tools.zoo.training import in_fp64
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.mixtures import IDS, MODELS, SIZES, drawn
 from tests.numerics import assert_close, assert_same_bits
 
@@ -37,7 +37,7 @@ def expert_sites(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_rewrite_changes_no_bit_and_a_merge_keeps_what_was_learnt(name, implementation):
+def test_a_rewrite_changes_no_bit_and_a_merge_keeps_what_was_learned(name, implementation):
     model = built(name, implementation)
     layers = 1 if name == "deepseek_v3" else 2
     assert len(expert_sites(model)) == 2 * layers
@@ -45,7 +45,7 @@ def test_a_rewrite_changes_no_bit_and_a_merge_keeps_what_was_learnt(name, implem
     assert not lora_fx.plan(model, CONFIG).rejections
     with torch.no_grad():
         assert_same_bits(adapted(IDS).logits, model.requires_grad_(False)(IDS).logits)
-    randomise(adapted, 0.1)
+    randomize(adapted, 0.1)
     with torch.no_grad():
         found, before = adapted(IDS).logits, model(IDS).logits
         merged = lora_fx.merge(adapted)
@@ -79,7 +79,7 @@ def test_all_implementations_agree_on_gradients(name):
     grads = []
     for implementation in IMPLEMENTATIONS:
         model = built(name, implementation)
-        adapted = randomise(lora_fx.rewrite(model, CONFIG), 0.1)
+        adapted = randomize(lora_fx.rewrite(model, CONFIG), 0.1)
         adapted(IDS, labels=IDS).loss.backward()
         grads.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
         assert all(grad is not None for grad in grads[-1].values())
@@ -148,7 +148,7 @@ def test_a_changed_implementation_is_not_ignored(implementation):
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_the_whole_compiles_without_a_break(implementation):
     model = built("mixtral", implementation)
-    adapted = randomise(lora_fx.rewrite(model, CONFIG), 0.1)
+    adapted = randomize(lora_fx.rewrite(model, CONFIG), 0.1)
     compiled = torch.compile(adapted, backend="aot_eager", fullgraph=True)
     assert_close(compiled(IDS).logits, adapted(IDS).logits, 1e-5)
 
@@ -156,7 +156,7 @@ def test_the_whole_compiles_without_a_break(implementation):
 def test_dropout_and_half_precision():
     model = built("mixtral", "grouped_mm").bfloat16()
     config = lora_fx.LoraConfig(r=3, lora_dropout=0.5, target_modules=["gate_up_proj"])
-    adapted = randomise(lora_fx.rewrite(model, config), 0.1).train()
+    adapted = randomize(lora_fx.rewrite(model, config), 0.1).train()
     one, other = adapted(IDS).logits, adapted(IDS).logits
     assert not torch.equal(one, other)
     adapted.eval()
@@ -165,7 +165,7 @@ def test_dropout_and_half_precision():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_copy_and_a_pickle_answer_alike(implementation):
-    adapted = randomise(lora_fx.rewrite(built("gpt_oss", implementation), CONFIG), 0.1)
+    adapted = randomize(lora_fx.rewrite(built("gpt_oss", implementation), CONFIG), 0.1)
     with torch.no_grad():
         expected = adapted(IDS).logits
         assert_same_bits(copy.deepcopy(adapted)(IDS).logits, expected)
@@ -173,7 +173,7 @@ def test_a_copy_and_a_pickle_answer_alike(implementation):
 
 
 def test_generate_and_checkpointing_go_on_working():
-    adapted = randomise(lora_fx.rewrite(built("mixtral", "grouped_mm"), CONFIG), 0.1)
+    adapted = randomize(lora_fx.rewrite(built("mixtral", "grouped_mm"), CONFIG), 0.1)
     merged = lora_fx.merge(adapted)
     given = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(adapted.generate(IDS, **given), merged.generate(IDS, **given))
@@ -189,7 +189,7 @@ def test_generate_and_checkpointing_go_on_working():
 
 def test_an_adapter_of_experts_comes_back(tmp_path):
     model = built("qwen3_moe", "grouped_mm")
-    adapted = randomise(lora_fx.rewrite(model, CONFIG), 0.1)
+    adapted = randomize(lora_fx.rewrite(model, CONFIG), 0.1)
     lora_fx.save_adapter(adapted, tmp_path)
     loaded = lora_fx.load_adapter(model, tmp_path)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.tools.zoo import oracle
 from lora_fx.tools.zoo.training import in_fp64
 from tests import zoo
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits, relative_error, tensors
 from tests.zoo import seeded
 
@@ -163,7 +163,7 @@ def test_training_reaches_the_adapters_and_nothing_else(name):
     model, rewritten, inputs = rewrite(name)
     before, wants = state(model), [p.requires_grad for p in model.parameters()]
     modules = list(model.named_modules())
-    randomise(rewritten, 0.02)
+    randomize(rewritten, 0.02)
     optimizer = torch.optim.SGD(lora_fx.trainable_parameters(rewritten), lr=0.1)
     rewritten.train()
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_training_reaches_the_adapters_and_nothing_else(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_is_adapted(name):
     model, rewritten, inputs = rewrite(name)
-    randomise(rewritten, 0.05).eval()
+    randomize(rewritten, 0.05).eval()
     merged = lora_fx.merge(rewritten)
     assert [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
     assert merged.state_dict().keys() == model.state_dict().keys()
@@ -212,7 +212,7 @@ def test_statistics_are_learnt_and_merged(name, frontend):
 @pytest.mark.parametrize("name", ["torchvision.resnet18", "timm.vit", "llama", "bert", "t5"])
 def test_a_copy_of_a_rewritten_model_is_one(name, tmp_path):
     _, rewritten, inputs = rewrite(name)
-    randomise(rewritten, 0.05).eval()
+    randomize(rewritten, 0.05).eval()
     torch.save(rewritten, tmp_path / "model.pt")
     for other in (
         copy.deepcopy(rewritten),
@@ -238,7 +238,7 @@ def test_half_precision(name):
 
 def test_the_switch_for_checkpointing_of_timm_still_works():
     _, rewritten, inputs = rewrite("timm.mixer")
-    randomise(rewritten, 0.05).train()
+    randomize(rewritten, 0.05).train()
     loss(rewritten, inputs).backward()
     expected = [p.grad for p in lora_fx.trainable_parameters(rewritten)]
     other = copy.deepcopy(rewritten)
@@ -285,7 +285,7 @@ def test_generate(name):
     expected = generated(model, inputs)
     assert expected.shape[1] > 4
     assert torch.equal(generated(rewritten.eval(), inputs), expected)
-    merged = lora_fx.merge(randomise(rewritten, 0.5))
+    merged = lora_fx.merge(randomize(rewritten, 0.5))
     assert torch.equal(generated(rewritten, inputs), generated(merged, inputs))
 
 
@@ -294,14 +294,14 @@ def test_generate_of_an_exported_capture():
     """The graph holds for calls without a cache; the others take the model's own forward."""
     model, rewritten, inputs = rewrite("llama", "export")
     assert torch.equal(generated(rewritten.eval(), inputs), generated(model, inputs))
-    randomise(rewritten, 0.5)
+    randomize(rewritten, 0.5)
     assert torch.equal(generated(rewritten, inputs), generated(lora_fx.merge(rewritten), inputs))
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_gradient_checkpointing(name):
     _, rewritten, inputs = rewrite(name)
-    randomise(rewritten, 0.05).train()
+    randomize(rewritten, 0.05).train()
     torch.manual_seed(0)
     loss(rewritten, inputs).backward()
     expected = [p.grad.clone() for p in lora_fx.trainable_parameters(rewritten)]
@@ -321,7 +321,7 @@ def test_gradient_checkpointing(name):
 def compiled_steps(name: str, backend: str) -> None:
     torch._dynamo.reset()
     _, rewritten, inputs = rewrite(name)
-    randomise(rewritten, 0.05).eval()
+    randomize(rewritten, 0.05).eval()
     expected = run(rewritten, inputs)
     loss(rewritten, inputs).backward()
     gradients = [p.grad.clone() for p in lora_fx.trainable_parameters(rewritten)]
@@ -390,7 +390,7 @@ def test_trainer(name, tmp_path):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_merged_model_is_saved_and_loaded(name, tmp_path):
     model, rewritten, inputs = rewrite(name)
-    merged = lora_fx.merge(randomise(rewritten, 0.05)).eval()
+    merged = lora_fx.merge(randomize(rewritten, 0.05)).eval()
     merged.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():

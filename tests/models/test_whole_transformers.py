@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.runtime.watch import CODES
 from tests import zoo
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, tensors
 from tests.zoo import seeded
 
@@ -73,7 +73,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, {"input_ids": torch.randint(3, 40, (2, 6))}
 
 
-def labelled(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def labeled(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The inputs, and what makes the model compute a loss."""
     if name == "clip":
         return {**inputs, "return_loss": True}
@@ -99,11 +99,11 @@ class Both:
             key: value.to(dtype) if value.is_floating_point() else value
             for key, value in inputs.items()
         }
-        given = {**(labelled(name, self.inputs) if with_labels else self.inputs), **changes}
+        given = {**(labeled(name, self.inputs) if with_labels else self.inputs), **changes}
         before = self.original.config.to_dict()
         self.whole = lora_fx.rewrite(self.original, CONFIG, given, frontend="export")
         assert self.original.config.to_dict() == before == self.whole.config.to_dict()
-        randomise(self.whole, 0.1)
+        randomize(self.whole, 0.1)
         self.parts = lora_fx.rewrite(self.original, CONFIG, frontend="regions")
         self.parts.load_state_dict(self.whole.state_dict())
         self.past: list[int] = []
@@ -160,7 +160,7 @@ def test_calls_without_labels(name):
     both.same(inputs, graph=True, training=True)
     both.same(inputs, graph=True, **cacheless)
     both.same(inputs, graph=True, training=True, **cacheless)
-    both.same(labelled(name, inputs), graph=False, **cacheless)
+    both.same(labeled(name, inputs), graph=False, **cacheless)
     more = {k: torch.cat([v, v[:1]]) for k, v in inputs.items()}
     both.same(more, graph=True, **cacheless)
     both.same({k: v[:1] for k, v in inputs.items()}, graph=True, **cacheless)
@@ -179,7 +179,7 @@ def test_calls_without_labels(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_calls_with_labels(name):
     both = Both(name, with_labels=True)
-    inputs = labelled(name, both.inputs)
+    inputs = labeled(name, both.inputs)
     cacheless = {"use_cache": False} if takes(both.original, "use_cache") else {}
     for training in (True, False):
         found = both.same(inputs, graph=True, training=training, **cacheless)
@@ -222,7 +222,7 @@ def test_arguments_that_only_keywords_take_can_be_part_of_the_graph():
     """As the Trainer calls a model: the loss is divided by what it counted."""
     count = {"num_items_in_batch": torch.tensor(7)}
     both = Both("llama", with_labels=True, **count)
-    inputs = labelled("llama", both.inputs)
+    inputs = labeled("llama", both.inputs)
     first = both.same(inputs, graph=True, training=True, **count)
     second = both.same(inputs, graph=True, training=True, num_items_in_batch=torch.tensor(14))
     assert_close(first.loss, 2 * second.loss, 1e-6)
@@ -237,7 +237,7 @@ def test_generate_goes_past_the_graph(name):
     both = Both(name)
     first = {k: v for k, v in both.inputs.items() if not k.startswith("decoder")}
     # Adapted in earnest, or every token would be the first.
-    randomise(both.whole, 0.5)
+    randomize(both.whole, 0.5)
     both.past.clear()
     found = both.whole.eval().generate(**first, max_new_tokens=5, do_sample=False)
     assert both.past
@@ -298,7 +298,7 @@ def test_the_trainer_runs_the_graph(tmp_path):
     for told in (False, True):
         both.past.clear()
         both.whole.config.use_cache = told
-        both.whole.eval()(**labelled("bert", both.inputs), num_items_in_batch=torch.tensor(2.0))
+        both.whole.eval()(**labeled("bert", both.inputs), num_items_in_batch=torch.tensor(2.0))
         assert bool(both.past) is not told
 
 
@@ -308,7 +308,7 @@ def test_the_trainer_runs_the_graph(tmp_path):
 def test_the_trainer_checkpoints_activations(name, frontend, tmp_path):
     """A hook on a layer would make the watch look elsewhere, so the calls of a function are counted."""
     model, inputs = build(name)
-    given = labelled(name, inputs)
+    given = labeled(name, inputs)
     rewritten = lora_fx.rewrite(model, CONFIG, given, frontend=frontend)
     labels = given["labels"]
     rows = [

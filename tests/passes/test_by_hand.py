@@ -20,7 +20,7 @@ import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig, MergeError
 from lora_fx.ir.record import record_of
 from lora_fx.passes.parameters import by_hand as _by_hand
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual, Tied
 
@@ -29,7 +29,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 10]])
 
 def adapted(model: nn.Module, **options) -> nn.Module:
     config = LoraConfig(**{"r": 2, "target_modules": ["up", "down"], **options})
-    return randomise(lora_fx.rewrite(model, config))
+    return randomize(lora_fx.rewrite(model, config))
 
 
 def steps(
@@ -168,7 +168,7 @@ def test_what_is_frozen_costs_no_call(monkeypatch) -> None:
 
 def test_tied_weights_stay_tied() -> None:
     model = Tied()
-    changed = randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["body"])))
+    changed = randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["body"])))
     before = state_of(model)
     changed.embed.requires_grad_()
     steps(changed)
@@ -194,7 +194,7 @@ class OneMemory(nn.Module):
 
 def test_memory_that_parameters_share_stays_shared() -> None:
     model, x = OneMemory(), torch.randn(5, 6)
-    changed = randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["layer"])))
+    changed = randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["layer"])))
     before = state_of(model)
     changed.first.requires_grad_()
     # The original, trained as it is: what one parameter writes the other one sees.
@@ -531,7 +531,7 @@ class TestScripted:
     def adapted(self, **options) -> tuple[nn.Module, nn.Module]:
         model = Scripted().eval()
         config = LoraConfig(**{"r": 2, "target_modules": ["first", "last"], **options})
-        return model, randomise(lora_fx.rewrite(model, config))
+        return model, randomize(lora_fx.rewrite(model, config))
 
     def test_merge_and_disable(self) -> None:
         model, changed = self.adapted()

@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx.ir.graph import META_KEY, Tag
 from lora_fx.runtime.masks import dropped
-from tests.algebra import adapt, randomise, scale_of
+from tests.algebra import adapt, randomize, scale_of
 from tests.dora import (
     adapted_weight,
     directed,
     explicit_dora,
     magnitude_of,
-    randomise_magnitudes,
+    randomize_magnitudes,
     steer,
 )
 from tests.numerics import assert_close, assert_same_bits, ulp_error
@@ -37,7 +37,7 @@ EACH = pytest.mark.parametrize("form", DENSE, ids=lambda form: form.name)
 
 
 def dora(form: Form, model: nn.Module, **options) -> nn.Module:
-    return randomise_magnitudes(randomise(adapt(form, model, use_dora=True, **options)))
+    return randomize_magnitudes(randomize(adapt(form, model, use_dora=True, **options)))
 
 
 def reference(form: Form, model: nn.Module, adapted: nn.Module) -> torch.Tensor:
@@ -118,7 +118,7 @@ def decomposed(base: torch.Tensor, holder: nn.Module, scale: float = 1.0) -> tor
 def with_dora(model: nn.Module, **options) -> nn.Module:
     options = {"r": 2, "lora_alpha": 2, "use_dora": True, "target_modules": ".*", **options}
     config = lora_fx.LoraConfig(**options)
-    return randomise_magnitudes(randomise(lora_fx.rewrite(model, config)))
+    return randomize_magnitudes(randomize(lora_fx.rewrite(model, config)))
 
 
 def test_parts_of_a_fused_weight_scale_their_rows_of_the_pure_output() -> None:
@@ -171,7 +171,7 @@ def test_several_adapters_each_scale_the_pure_output(first: bool) -> None:
     for name in others:
         lora_fx.add_adapter(adapted, configs[name], name)
     lora_fx.set_adapter(adapted, [start, *others])
-    randomise_magnitudes(randomise(adapted))
+    randomize_magnitudes(randomize(adapted))
     layer, weight = adapted[0], model[0].weight.detach()
     total = weight.clone()
     for name, config in configs.items():
@@ -370,7 +370,7 @@ def losses(form: Form, use_dora: bool, optimize: bool):
     config = lora_fx.LoraConfig(
         r=2 * form.groups, target_modules=[form.site], use_dora=use_dora, lora_alpha=4
     )
-    adapted = randomise(lora_fx.rewrite(model, config, optimize=optimize))
+    adapted = randomize(lora_fx.rewrite(model, config, optimize=optimize))
     own = [*form.factors(adapted)]
     if use_dora:
         own.append(magnitude_of(form, steer(form, model, adapted)))
@@ -417,7 +417,7 @@ def test_transforms_of_a_second_adapter() -> None:
     adapted = with_dora(model)
     lora_fx.add_adapter(adapted, lora_fx.LoraConfig(target_modules=".*", use_dora=True), "second")
     lora_fx.set_adapter(adapted, ["default", "second"])
-    randomise_magnitudes(randomise(adapted))
+    randomize_magnitudes(randomize(adapted))
     trained = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}
 
     def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -452,7 +452,7 @@ def test_a_nested_tensor_gives_what_its_sequences_give(
     config = lora_fx.LoraConfig(
         r=2, target_modules=["wide", "square", "qk.0_5", "narrow"], use_dora=use_dora
     )
-    adapted = randomise_magnitudes(randomise(lora_fx.rewrite(model, config, optimize=optimize)))
+    adapted = randomize_magnitudes(randomize(lora_fx.rewrite(model, config, optimize=optimize)))
     parts = [sample(3, 6, dtype=dtype), sample(5, 6, dtype=dtype)]
     x = torch.nested.nested_tensor(parts, layout=torch.jagged)
     found = gradients(adapted, lambda: torch.cat(adapted(x).unbind()))

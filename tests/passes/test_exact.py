@@ -18,7 +18,7 @@ from lora_fx import LoraConfig
 from lora_fx.ir.record import record_of
 from lora_fx.passes.merge.rounding import Term, slices_of, sum_exactly, two_products
 from lora_fx.passes.parameters.factors import factors_of
-from tests.algebra import randomise
+from tests.algebra import randomize
 
 floats = st.floats(-1e12, 1e12, allow_nan=False).filter(
     lambda value: value == 0 or abs(value) > 1e-90
@@ -82,7 +82,7 @@ SITES = {
 def adapted(model: nn.Module, **options) -> nn.Module:
     # Three fifths is no number that has an end in base two.
     config = LoraConfig(**{"r": 6, "lora_alpha": 3.6, **options})
-    return randomise(lora_fx.rewrite(model.double(), config))
+    return randomize(lora_fx.rewrite(model.double(), config))
 
 
 def cancel(model: nn.Module, base: nn.Module, sites: dict[str, str], digits: int) -> None:
@@ -194,7 +194,7 @@ def test_a_bias_on_b() -> None:
 
 def test_a_wider_dtype_than_the_weights_own() -> None:
     base = nn.Sequential(nn.Linear(5, 4, bias=False))
-    changed = randomise(
+    changed = randomize(
         lora_fx.rewrite(base, LoraConfig(r=3, lora_alpha=1.1, target_modules=["0"]))
     )
     exact = fractions(base[0].weight) + change_of(changed, "default", "0")

@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import hf_conv1d, sample, seeded
 
@@ -183,7 +183,7 @@ def test_a_part_has_its_own_rank_and_a_merge_touches_its_rows_only(build, dtype)
     adapted = lora_fx.rewrite(model, config)
     inputs = x().to(dtype)
     assert_same_bits(adapted(inputs), model.requires_grad_(False)(inputs))
-    randomise(adapted)
+    randomize(adapted)
     found = adapted(inputs)
     merged, report = lora_fx.merge(adapted, return_report=True)
     assert report.max_ulp <= (0.5 if dtype is torch.bfloat16 else 1.0)
@@ -208,7 +208,7 @@ def test_a_part_has_its_own_rank_and_a_merge_touches_its_rows_only(build, dtype)
 
 def test_gradients_are_those_of_the_rows() -> None:
     model = seeded(Chunked)().double()
-    adapted = randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["qkv.k"])))
+    adapted = randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["qkv.k"])))
     adapted(x().double()).square().sum().backward()
     merged = lora_fx.merge(adapted).requires_grad_(True)
     merged(x().double()).square().sum().backward()
@@ -240,7 +240,7 @@ def test_parts_are_selected_like_modules(targets) -> None:
 
 def test_rows_can_be_named_by_number_wherever_they_are_cut() -> None:
     model = seeded(Interleaved)()
-    adapted = randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["qkv.4_12", "out"])))
+    adapted = randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["qkv.4_12", "out"])))
     assert adapted.qkv.get_submodule("4_12_lora").lora_B.default.shape == (8, 2)
     assert_close(lora_fx.merge(adapted)(x()), adapted(x()), 1e-5)
 
@@ -264,7 +264,7 @@ def test_an_adapter_of_parts_comes_back(build, tmp_path) -> None:
     model = seeded(build)()
     (name,) = parts(model)
     config = LoraConfig(r=2, target_modules=[f"{name}.q", f"{name}.k"])
-    adapted = randomise(lora_fx.rewrite(model, config))
+    adapted = randomize(lora_fx.rewrite(model, config))
     lora_fx.save_adapter(adapted, tmp_path)
     assert_same_bits(lora_fx.load_adapter(model, tmp_path)(x()), adapted(x()))
 
@@ -278,5 +278,5 @@ def test_export_sees_how_a_whole_model_divides_its_outputs() -> None:
     assert [row.name for row in plan] == ["qkv.v"]
     model = seeded(Viewed)()
     adapted = lora_fx.rewrite(model, LoraConfig(target_modules=["qkv.v"]), x(), frontend="export")
-    randomise(adapted)
+    randomize(adapted)
     assert_close(lora_fx.merge(adapted)(x()), adapted(x()), 1e-5)

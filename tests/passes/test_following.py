@@ -18,7 +18,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph.copies import share_copy
-from tests.algebra import randomise, scale_of
+from tests.algebra import randomize, scale_of
 from tests.numerics import assert_close, assert_same_bits
 
 CONFIG = lora_fx.LoraConfig(r=2, target_modules=["fc"])
@@ -139,7 +139,7 @@ def dense(model: nn.Module, adapted: nn.Module) -> nn.Module:
 def test_what_holds_a_layer_holds_that_of_the_copy(name, x):
     model = holding(*HOLDERS[name])
     before = model(x)
-    adapted = randomise(lora_fx.rewrite(model, CONFIG))
+    adapted = randomize(lora_fx.rewrite(model, CONFIG))
     found = adapted(x)
     assert_same_bits(model(x), before)
     assert not torch.allclose(found, before)
@@ -148,7 +148,7 @@ def test_what_holds_a_layer_holds_that_of_the_copy(name, x):
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_the_merged_model_holds_its_own_layers(name, x):
-    adapted = randomise(lora_fx.rewrite(holding(*HOLDERS[name]), CONFIG))
+    adapted = randomize(lora_fx.rewrite(holding(*HOLDERS[name]), CONFIG))
     assert_close(lora_fx.merge(adapted)(x), adapted(x))
 
 
@@ -159,7 +159,7 @@ def test_a_weight_in_a_closure_is_refused_or_adapted(x):
 
     model = holding(setup, lambda held: held)
     try:
-        adapted = randomise(lora_fx.rewrite(model, CONFIG))
+        adapted = randomize(lora_fx.rewrite(model, CONFIG))
     except lora_fx.LoraFxError:
         return
     with torch.no_grad():

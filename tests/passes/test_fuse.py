@@ -252,7 +252,7 @@ CHAIN = {"u": Letters("io", "o", "i"), "v": Letters("oi", "o", "i")}
 def test_what_one_fused_operation_gives_is_what_the_next_one_reads(options) -> None:
     model, x = seeded(Chain)().double(), sample(3, 6, dtype=torch.float64)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["u", "v"], **options)
-    adapted = algebra.randomise(lora_fx.rewrite(model, config)).eval()
+    adapted = algebra.randomize(lora_fx.rewrite(model, config)).eval()
     (graph,) = lora_fx.graphs(adapted).values()
     fused = [n for n in graph.nodes if n.target in (lora_linear, dora_linear)]
     assert len(fused) == 3
@@ -264,7 +264,7 @@ def test_a_chain_with_two_adapters() -> None:
     adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["u", "v"]))
     lora_fx.add_adapter(adapted, LoraConfig(r=3, target_modules=["v"]), "second")
     lora_fx.set_adapter(adapted, ["default", "second"])
-    algebra.check_dense(model, algebra.randomise(adapted), CHAIN, x)
+    algebra.check_dense(model, algebra.randomize(adapted), CHAIN, x)
 
 
 def test_layers_one_after_the_other_in_an_exported_graph() -> None:
@@ -273,7 +273,7 @@ def test_layers_one_after_the_other_in_an_exported_graph() -> None:
     config = LoraConfig(r=2, target_modules=["0", "1"])
     adapted = lora_fx.rewrite(model, config, frontend="export", example_inputs=(x,))
     letters = {f"{name}.weight": Letters("oi", "o", "i") for name in "01"}
-    algebra.check_dense(model, algebra.randomise(adapted), letters, x)
+    algebra.check_dense(model, algebra.randomize(adapted), letters, x)
 
 
 class Longer(nn.Module):
@@ -290,7 +290,7 @@ class Longer(nn.Module):
 def test_a_chain_over_quantized_weights() -> None:
     model, dense, x = lora_fx.quantize(seeded(Longer)(), "nf4"), seeded(Longer)(), sample(3, 64)
     config = LoraConfig(r=2, target_modules=["u", "v", "w"])
-    adapted = algebra.randomise(lora_fx.rewrite(model, config), 0.05)
+    adapted = algebra.randomize(lora_fx.rewrite(model, config), 0.05)
     (graph,) = lora_fx.graphs(adapted).values()
     fused = [n.target for n in graph.nodes if n.target in (quantized_lora_linear, lora_linear)]
     assert fused == [quantized_lora_linear, quantized_lora_linear, lora_linear]

@@ -177,7 +177,7 @@ def test_factors_are_in_the_mode_of_their_layer() -> None:
         assert not any(module.training for module in adapted.modules())
 
 
-# --- initialisation -------------------------------------------------------------------------------
+# --- initialization -------------------------------------------------------------------------------
 
 
 def test_the_same_site_gets_the_same_factors_whatever_else_is_in_the_model() -> None:

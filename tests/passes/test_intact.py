@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import CaptureError, LoraConfig
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual
 
@@ -23,7 +23,7 @@ def adapted(**options) -> nn.Module:
     config = LoraConfig(
         **{"r": 2, "target_modules": ["up", "down"], "modules_to_save": ["head"], **options}
     )
-    return randomise(lora_fx.rewrite(Residual(), config))
+    return randomize(lora_fx.rewrite(Residual(), config))
 
 
 def delete_block(model: nn.Module) -> None:
@@ -139,7 +139,7 @@ def test_rows_of_an_embedding() -> None:
 
 
 def test_many_are_counted() -> None:
-    model = randomise(lora_fx.rewrite(Residual(8), LoraConfig(r=2, target_modules=["up", "down"])))
+    model = randomize(lora_fx.rewrite(Residual(8), LoraConfig(r=2, target_modules=["up", "down"])))
     del model.blocks[2:]
     with pytest.raises(CaptureError, match="and 7 more"):
         lora_fx.merge(model)

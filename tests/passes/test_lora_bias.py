@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, MergeError
-from tests.algebra import adapt, explicit, randomise, scale_of
+from tests.algebra import adapt, explicit, randomize, scale_of
 from tests.numerics import assert_close, assert_same_bits, ulp_error
 from tests.zoo import FORMS, Form, sample, seeded
 
@@ -60,7 +60,7 @@ def test_it_is_added_to_its_feature_and_scaled(form: Form) -> None:
 
 @EACH
 def test_its_gradient_is_that_of_a_vector_that_is_added(form: Form) -> None:
-    adapted = randomise(adapt(form, form.model().double(), lora_bias=True))
+    adapted = randomize(adapt(form, form.model().double(), lora_bias=True))
     x, bias = form.x(torch.float64), bias_of(form, adapted)
     before = adapted.op(x)
     cotangent, step = seeded(torch.randn_like)(before), seeded(torch.randn_like)(bias)
@@ -76,7 +76,7 @@ def test_its_gradient_is_that_of_a_vector_that_is_added(form: Form) -> None:
 
 def with_bias(model: nn.Module, **options) -> nn.Module:
     options = {"r": 2, "lora_alpha": 3, "lora_bias": True, "target_modules": ".*", **options}
-    return randomise(lora_fx.rewrite(model, LoraConfig(**options)))
+    return randomize(lora_fx.rewrite(model, LoraConfig(**options)))
 
 
 @pytest.mark.parametrize(

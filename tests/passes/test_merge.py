@@ -20,7 +20,7 @@ from lora_fx.passes.merge.rounding import rounded
 from lora_fx.passes.merge.rounding import ulp as own_ulp
 from lora_fx.passes.patterns.registry import pattern_of
 from tests import numerics
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.golden import check_golden
 from tests.numerics import assert_close, assert_same_bits, ulp_error
 from tests.zoo import TRANSFORMERS, Lists, Mlp, Residual, Shared, Tied, seeded
@@ -29,7 +29,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 10]])
 
 
 def adapted(model: nn.Module, **options) -> nn.Module:
-    return randomise(lora_fx.rewrite(model, LoraConfig(**{"r": 2, **options})))
+    return randomize(lora_fx.rewrite(model, LoraConfig(**{"r": 2, **options})))
 
 
 def exact_weight(model: nn.Module, base: nn.Module, site: str) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_nothing_of_lora_fx_is_left(frontend: str, options) -> None:
     config = LoraConfig(
         r=2, bias="all", modules_to_save=["head"], trainable_token_indices={"embed": [1]}
     )
-    changed = randomise(lora_fx.rewrite(model, config, (IDS,), frontend=frontend))
+    changed = randomize(lora_fx.rewrite(model, config, (IDS,), frontend=frontend))
     lora_fx.add_adapter(changed, LoraConfig(r=2, use_dora=True), "other")
     changed.norm.requires_grad_(True)
     changed.norm.weight.grad = None
@@ -393,7 +393,7 @@ def test_any_weight_and_any_change_round_once(bits, change, dtype) -> None:
     assert ulp_error(merged, exact_weight(changed, model, "0")) <= 0.5
 
 
-def test_a_tie_between_two_neighbours_is_not_rounded_twice() -> None:
+def test_a_tie_between_two_neighbors_is_not_rounded_twice() -> None:
     # 1 + 2^-8 is half-way between two bfloat16 values; 2^-30 more decides, and is lost in fp32.
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     model[0].weight.data.fill_(1.0)
@@ -407,7 +407,7 @@ def test_a_tie_between_two_neighbours_is_not_rounded_twice() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(bits=st.lists(st.integers(0, 2**16 - 2), min_size=1, max_size=9), data=st.data())
 def test_what_is_next_to_a_tie_goes_to_its_own_side(dtype: torch.dtype, bits, data) -> None:
-    """Between two neighbours of a half type, subnormal ones among them: half-way, and a hair off it."""
+    """Between two neighbors of a half type, subnormal ones among them: half-way, and a hair off it."""
     low, high = (
         torch.tensor([b + up for b in bits], dtype=torch.uint16).view(dtype).double()
         for up in (0, 1)

@@ -16,7 +16,7 @@ from lora_fx.ir.record import record_of
 from lora_fx.passes.merge.fold import cannot_overflow
 from lora_fx.passes.merge.place import unshared
 from lora_fx.passes.patterns.registry import pattern_of
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits, ulp_error
 from tests.zoo import Mlp, Residual, Tied
 
@@ -40,7 +40,7 @@ class Kinds(nn.Module):
 
 
 def adapted(model: nn.Module, **options) -> nn.Module:
-    return randomise(lora_fx.rewrite(model, LoraConfig(**{"r": 2, **options})))
+    return randomize(lora_fx.rewrite(model, LoraConfig(**{"r": 2, **options})))
 
 
 def places(model: nn.Module) -> dict[str, tuple[int, int]]:

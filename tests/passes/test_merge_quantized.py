@@ -1,4 +1,4 @@
-"""Merging over a quantised base: into a dense model, or into the same format again."""
+"""Merging over a quantized base: into a dense model, or into the same format again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_fx
 from lora_fx.formats import dense, quantization_of
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 LIBRARIES = ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]
 
 
 def adapted(scheme: str, base: nn.Module | None = None, **fields: Any) -> nn.Module:
     fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, "r": 4} | fields
-    base = quantised(llama(1), scheme).train() if base is None else base
+    base = quantized(llama(1), scheme).train() if base is None else base
     return lora_fx.rewrite(base, lora_fx.LoraConfig(**fields)).train()
 
 
@@ -84,7 +84,7 @@ def test_the_dense_model_computes_what_the_adapted_one_does(scheme: str) -> None
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8 bitsandbytes", "int8 torchao"])
 def test_a_dense_layer_is_torchs_own_with_hooks_and_modes(scheme: str) -> None:
-    base = quantised(llama(1), scheme)
+    base = quantized(llama(1), scheme)
     calls: list[str] = []
     base.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append("up"))
     base.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append("down"))
@@ -104,7 +104,7 @@ def test_a_dense_layer_is_torchs_own_with_hooks_and_modes(scheme: str) -> None:
 
 
 def test_eight_bits_take_the_dtype_of_the_rest() -> None:
-    base = quantised(llama(1), "int8 bitsandbytes").to(torch.bfloat16)
+    base = quantized(llama(1), "int8 bitsandbytes").to(torch.bfloat16)
     merged = lora_fx.merge(adapted("", base))
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
 
@@ -121,7 +121,7 @@ def test_four_bits_have_the_dtype_of_their_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_requantised_weights_keep_their_format(scheme: str) -> None:
+def test_requantized_weights_keep_their_format(scheme: str) -> None:
     model = adapted(scheme, lora_alpha=8)
     expected = {name: oracle(model, name) for name in linears(model)}
     merged, report = lora_fx.merge(model, requantize=True, example_inputs=IDS, return_report=True)
@@ -130,7 +130,7 @@ def test_requantised_weights_keep_their_format(scheme: str) -> None:
     for name, values in expected.items():
         layer: Any = merged.get_submodule(name)
         old: Any = model.get_submodule(name)
-        assert type(layer) is type(quantised(llama(1), scheme).get_submodule(name))
+        assert type(layer) is type(quantized(llama(1), scheme).get_submodule(name))
         assert quantization_of(layer.weight) == quantization_of(old.weight)
         error = float((dense(layer.weight).double() - values).norm() / values.norm())
         if name not in rows:
@@ -140,21 +140,21 @@ def test_requantised_weights_keep_their_format(scheme: str) -> None:
         bits = 8 if "int8" in scheme else 4
         assert 0 < error < {8: 0.01, 4: 0.15}[bits]
         assert rows[name].relative_change > 1
-    # The same as quantising the exact merged weights anew, which each library does in its own way.
+    # The same as quantizing the exact merged weights anew, which each library does in its own way.
     anew = llama(1)
     for name in rows:
         anew.get_submodule(name).weight = nn.Parameter(expected[name].float())
     for name in rows:
-        fresh = dense(quantised(anew, scheme).get_submodule(name).weight, torch.float32)
+        fresh = dense(quantized(anew, scheme).get_submodule(name).weight, torch.float32)
         found = dense(merged.get_submodule(name).weight, torch.float32)
-        # bitsandbytes rounds to fp16 before it quantises to 8 bits, and this does not.
+        # bitsandbytes rounds to fp16 before it quantizes to 8 bits, and this does not.
         far = (fresh - found).abs() > 1e-6 * fresh.abs().max()
         assert float(far.float().mean()) < (1.0 if scheme == "int8 bitsandbytes" else 1e-3)
         assert float((fresh - found).norm() / fresh.norm()) < 0.005
     with torch.no_grad():
         adapted_outputs, base_outputs = (
             m.eval()(IDS).logits
-            for m in (model, lora_fx.rewrite(quantised(llama(1), scheme), lora_fx.LoraConfig()))
+            for m in (model, lora_fx.rewrite(quantized(llama(1), scheme), lora_fx.LoraConfig()))
         )
         found = merged.eval()(IDS).logits
     assert report.outputs is not None
@@ -164,7 +164,7 @@ def test_requantised_weights_keep_their_format(scheme: str) -> None:
     change = float((base_outputs - adapted_outputs).norm() / size)
     assert report.outputs.relative_change == pytest.approx(change, rel=1e-3)
     worst = f"{max(row.requantization_error for row in rows.values()):.2e}"
-    assert f"2 weight(s) merged, 2 quantised again, largest error {worst}" in str(report)
+    assert f"2 weight(s) merged, 2 quantized again, largest error {worst}" in str(report)
 
 
 @pytest.mark.parametrize("scheme", LIBRARIES)
@@ -180,7 +180,7 @@ def test_requantised_weights_keep_their_format(scheme: str) -> None:
 def test_a_dense_merge_runs_where_the_adapted_model_did(
     scheme: str, how: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base: Any = quantised(llama(1) if how == "cast" else llama(1).bfloat16(), scheme).train()
+    base: Any = quantized(llama(1) if how == "cast" else llama(1).bfloat16(), scheme).train()
     if how == "kbit":
         if scheme == "nf4":  # whose values are bf16, which the layers of the library leave open
             base = lora_fx.quantize(llama(1).bfloat16(), "nf4").train()
@@ -207,18 +207,18 @@ def test_a_dense_merge_runs_where_the_adapted_model_did(
     assert merged.model.rotary_emb.inv_freq.dtype == model.model.rotary_emb.inv_freq.dtype
 
 
-def test_a_base_of_quantised_weights_alone_has_the_dtype_of_their_values() -> None:
-    base = quantised(nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16(), "int4 torchao")
+def test_a_base_of_quantized_weights_alone_has_the_dtype_of_their_values() -> None:
+    base = quantized(nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16(), "int4 torchao")
     merged = lora_fx.merge(adapted("", base, target_modules=["0"]))
     assert merged.get_parameter("0.weight").dtype == torch.bfloat16
 
 
-def test_there_is_no_format_to_quantise_a_dense_base_in_again() -> None:
-    with pytest.raises(lora_fx.MergeError, match=r"base is not quantised.*lora_fx\.quantize"):
+def test_there_is_no_format_to_quantize_a_dense_base_in_again() -> None:
+    with pytest.raises(lora_fx.MergeError, match=r"base is not quantized.*lora_fx\.quantize"):
         lora_fx.merge(adapted("", llama(1)), requantize=True)
 
 
-def test_requantised_double_scales_load_and_run(tmp_path: Path) -> None:
+def test_requantized_double_scales_load_and_run(tmp_path: Path) -> None:
     merged = lora_fx.merge(adapted("nf4 double"), requantize=True)
     torch.save(merged.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -229,13 +229,13 @@ def test_requantised_double_scales_load_and_run(tmp_path: Path) -> None:
         assert torch.equal(copied(IDS).logits, merged(IDS).logits)
 
 
-def test_a_plain_weight_beside_quantised_ones_is_rounded_once() -> None:
+def test_a_plain_weight_beside_quantized_ones_is_rounded_once() -> None:
     model = adapted("nf4", target_modules=["q_proj", "lm_head"])
     merged, report = lora_fx.merge(model, requantize=True, return_report=True)
     head = next(row for row in report.sites if row.name == "lm_head")
     assert not head.requantized
     assert head.max_ulp <= 0.5
-    assert "1 quantised again" in str(report)
+    assert "1 quantized again" in str(report)
     assert type(merged.lm_head.weight) is nn.Parameter
 
 
@@ -298,9 +298,9 @@ def test_arguments_that_exclude_each_other(how: dict[str, Any], message: str) ->
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8 torchao"])
-def test_a_quantised_model_is_nothing_to_merge_into(scheme: str) -> None:
-    into = quantised(llama(1), scheme)
-    with pytest.raises(lora_fx.MergeError, match=r"quantised weights.*requantize=True"):
+def test_a_quantized_model_is_nothing_to_merge_into(scheme: str) -> None:
+    into = quantized(llama(1), scheme)
+    with pytest.raises(lora_fx.MergeError, match=r"quantized weights.*requantize=True"):
         lora_fx.merge(adapted(scheme), into=into)
 
 
@@ -315,11 +315,11 @@ def test_what_is_not_finite_is_refused(scheme: str, requantize: bool) -> None:
 
 
 def test_a_format_that_cannot_hold_a_weight_names_the_dense_merge() -> None:
-    model = adapted("int4 torchao", quantised(llama(1).to(torch.float16), "int4 torchao"))
+    model = adapted("int4 torchao", quantized(llama(1).to(torch.float16), "int4 torchao"))
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.lora_B.default.fill_(3e3)
         model.model.layers[0].self_attn.q_proj.lora_A.default.fill_(3e3)
-    with pytest.raises(lora_fx.MergeError, match=r"q_proj.*cannot be quantised.*requantize=True"):
+    with pytest.raises(lora_fx.MergeError, match=r"q_proj.*cannot be quantized.*requantize=True"):
         lora_fx.merge(model, requantize=True)
     with pytest.raises(lora_fx.MergeError, match=r"q_proj.*overflows torch.float16.*wider dtype"):
         lora_fx.merge(model)
@@ -341,7 +341,7 @@ def test_a_library_without_a_kernel_here_names_the_dense_merge(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_dtype_casts_an_unquantised_model_once(dtype: torch.dtype) -> None:
+def test_a_dtype_casts_an_unquantized_model_once(dtype: torch.dtype) -> None:
     base = llama(1)
     base.lm_head.weight = base.model.embed_tokens.weight
     model = adapted("", base, lora_alpha=8)
@@ -394,11 +394,11 @@ def test_transformers_writes_and_loads_a_dense_merge_as_a_plain_model(
     assert base.is_quantized
     assert not model.is_quantized  # has adapters, says the Trainer
     assert hasattr(base.config, "quantization_config")
-    requantised = lora_fx.merge(model, requantize=True)
-    assert requantised.is_quantized
-    requantised.save_pretrained(tmp_path / "again")
+    requantized = lora_fx.merge(model, requantize=True)
+    assert requantized.is_quantized
+    requantized.save_pretrained(tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    weights = [m.model.layers[0].self_attn.q_proj.weight for m in (loaded, requantised)]
+    weights = [m.model.layers[0].self_attn.q_proj.weight for m in (loaded, requantized)]
     assert torch.equal(weights[0].data, weights[1].data)
 
 
@@ -448,7 +448,7 @@ def test_one_layer_at_a_time_is_dense(requantize: bool, monkeypatch: pytest.Monk
         most = max(most, sum(one() is not None for one in made))
         return values
 
-    model = adapted("nf4", quantised(llama(4), "nf4"), target_modules=None)
+    model = adapted("nf4", quantized(llama(4), "nf4"), target_modules=None)
     monkeypatch.setattr(_dense, "dense", counted)
     # In another dtype, so that the result is none of the values that are made.
     dtype = None if requantize else torch.bfloat16
@@ -461,7 +461,7 @@ def test_one_layer_at_a_time_is_dense(requantize: bool, monkeypatch: pytest.Monk
 @pytest.mark.cuda
 @pytest.mark.parametrize("scheme", ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao"])
 def test_it_merges_where_the_weights_are(scheme: str) -> None:
-    base = quantised(llama(1), scheme).to("cuda", torch.bfloat16)
+    base = quantized(llama(1), scheme).to("cuda", torch.bfloat16)
     model = adapted("", base)
     merged = lora_fx.merge(model, dtype=torch.bfloat16).eval()
     again, report = lora_fx.merge(
@@ -486,7 +486,7 @@ def test_a_base_in_half_precision_is_merged_as_it_computes_after_its_preparation
 @pytest.mark.parametrize("scheme", LIBRARIES)
 def test_a_model_of_its_own_in_the_same_format(scheme: str) -> None:
     """With what its library keeps beside the weights, too."""
-    base = quantised(llama(1), scheme).train()
+    base = quantized(llama(1), scheme).train()
     model = adapted(scheme, base)
     with torch.no_grad():
         expected = base(IDS).logits

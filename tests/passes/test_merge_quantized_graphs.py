@@ -1,4 +1,4 @@
-"""Merging where a graph alone knows that a weight is quantised: functional code, [in, out], attention."""
+"""Merging where a graph alone knows that a weight is quantized: functional code, [in, out], attention."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_dense_merge_is_the_users_own_code_again(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_a_requantised_model_runs_its_graphs_again(scheme: str) -> None:
+def test_a_requantized_model_runs_its_graphs_again(scheme: str) -> None:
     model = adapted(scheme)
     merged, report = lora_fx.merge(model, requantize=True, example_inputs=X, return_report=True)
     stored = {n for n, p in model.named_parameters() if quantization_of(p)}
@@ -108,7 +108,7 @@ def test_convolutions_of_gpt2_go_back_into_their_layout(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["EmbeddingNF4", "EmbeddingFP4", "Embedding8bit"])
-def test_quantised_embeddings_become_dense_ones(name: str) -> None:
+def test_quantized_embeddings_become_dense_ones(name: str) -> None:
     import bitsandbytes as bnb
 
     class Lookup(nn.Module):

@@ -47,7 +47,7 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def quantised(format_name: str, exclude: list[str] | None = None) -> tuple[Capture, Capture]:
+def quantized(format_name: str, exclude: list[str] | None = None) -> tuple[Capture, Capture]:
     torch.manual_seed(0)
     before = capture(Model())
     plan = plan_quantization(before, find_operations(before), storage(format_name), exclude)
@@ -55,7 +55,7 @@ def quantised(format_name: str, exclude: list[str] | None = None) -> tuple[Captu
 
 
 def test_golden() -> None:
-    before, after = quantised("nf4")
+    before, after = quantized("nf4")
     check_golden(
         "quantize",
         f"# before\n{printed(before.regions['ways.0'].graph)}\n"
@@ -64,15 +64,15 @@ def test_golden() -> None:
 
 
 def test_equal_modules_share_their_graph_where_the_same_is_stored() -> None:
-    _, after = quantised("int8")
+    _, after = quantized("int8")
     assert after.regions["ways.0"].graph is after.regions["ways.1"].graph
-    _, after = quantised("int8", ["ways.1.rows"])
+    _, after = quantized("int8", ["ways.1.rows"])
     assert after.regions["ways.0"].graph is not after.regions["ways.1"].graph
     assert not after.regions["ways.0"].fallback
 
 
 def test_graphs_of_the_input_stay_and_nothing_to_do_is_said() -> None:
-    before, after = quantised("nf4")
+    before, after = quantized("nf4")
     assert "quantized_linear" not in printed(before.regions["ways.0"].graph)
     assert after.regions["head"].graph is before.regions["head"].graph
     result = Quantize((), storage("nf4"))(before)
@@ -82,7 +82,7 @@ def test_graphs_of_the_input_stay_and_nothing_to_do_is_said() -> None:
 
 @pytest.fixture
 def kept() -> nn.Module:
-    _, after = quantised("nf4")
+    _, after = quantized("nf4")
     install([after.regions["ways.0"]], kept=True)
     return after.model.ways[0]
 

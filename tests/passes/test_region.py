@@ -28,7 +28,7 @@ from lora_fx.passes.graph.region import (
     uninstall,
 )
 from tests import zoo
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.golden import printed
 from tests.models import builders
 from tests.numerics import assert_close, assert_same_bits
@@ -45,7 +45,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def rewritten(model) -> nn.Module:
-    return randomise(lora_fx.rewrite(model, CONFIG)).eval()
+    return randomize(lora_fx.rewrite(model, CONFIG)).eval()
 
 
 def as_region(module: nn.Module) -> nn.Module:
@@ -260,7 +260,7 @@ def test_manners_of_the_class_are_kept(cls):
 def test_the_module_of_a_graph_is_a_region_too():
     plain = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval())
     model = lora_fx.rewrite(plain, CONFIG)
-    randomise(model).eval()
+    randomize(model).eval()
     assert isinstance(model, fx.GraphModule)
     x = sample(2, 4)
     expected = model(x)
@@ -299,7 +299,7 @@ def test_moves_to_meta_and_back(rewritten):
 # --- attributes that went into the graph ---------------------------------------------------------
 
 
-def test_an_attribute_set_later_is_honoured():
+def test_an_attribute_set_later_is_honored():
     original = seeded(builders.Scaled)()
     for name, value in [("factor", 3.0), ("twice", True), ("extra", nn.ReLU())]:
         model = lora_fx.capture(nn.Sequential(original, nn.Linear(4, 4)), frontend="symbolic").model

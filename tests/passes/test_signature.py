@@ -17,7 +17,7 @@ from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.graph.region import install, is_region
 from lora_fx.passes.graph.signature import parameters_of
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
 
@@ -213,7 +213,7 @@ def test_each_form_of_a_call_has_a_graph_where_the_code_reads_weights(call):
 
     original = Forms().double()
     config = lora_fx.LoraConfig(r=2, target_modules=["kernel"])
-    model = randomise(lora_fx.rewrite(original, config))
+    model = randomize(lora_fx.rewrite(original, config))
     assert {"", "(mask)", "(shift)", "(mask, shift)"} == set(lora_fx.graphs(model))
     call = {name: value.double() for name, value in call.items()}
     found, merged = model(X.double(), **call), lora_fx.merge(model)(X.double(), **call)

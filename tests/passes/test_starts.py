@@ -16,7 +16,7 @@ import lora_fx
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError, NoMatchError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.insert.starts import levels, low_rank_svd, quantised
+from lora_fx.passes.insert.starts import levels, low_rank_svd, quantized
 from lora_fx.passes.parameters.matrices import as_matrices
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
@@ -202,12 +202,12 @@ def test_the_levels_are_the_published_ones() -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_each_number_goes_to_the_nearest_level(bits: int) -> None:
     values = zoo.sample(7, 30, dtype=torch.float64)
-    assert_close(quantised(values, bits), nearest(values, bits), 1e-12)
+    assert_close(quantized(values, bits), nearest(values, bits), 1e-12)
 
 
 def test_eight_bits_are_whole_numbers_row_by_row() -> None:
     values = zoo.sample(7, 30, dtype=torch.float64)
-    found = quantised(values, 8)
+    found = quantized(values, 8)
     step = values.half().double().abs().amax(1, keepdim=True) / 127
     assert ((found / step).round() - found / step).abs().max() < 1e-9
     assert ((found - values).abs() / step).max() < 0.52  # half a step, and the rounding to half
@@ -217,7 +217,7 @@ def test_eight_bits_are_whole_numbers_row_by_row() -> None:
 @pytest.mark.parametrize(
     "form", [f for f in MATRICES if "conv" not in f.pattern], ids=lambda f: f.name
 )
-def test_the_factors_are_what_quantising_loses(form: Form, bits: int, iterations: int) -> None:
+def test_the_factors_are_what_quantizing_loses(form: Form, bits: int, iterations: int) -> None:
     options = {"loftq_bits": bits, "loftq_iter": iterations}
     model = form.model()
     adapted = lora_fx.rewrite(model, config("loftq", lora_alpha=2, loftq_config=options))
@@ -227,7 +227,7 @@ def test_the_factors_are_what_quantising_loses(form: Form, bits: int, iterations
         exact = exact.narrow(row.site.axis, row.site.rows[0], row.site.rows[1] - row.site.rows[0])
     kept = exact
     for _ in range(iterations):
-        values = quantised(kept, bits)
+        values = quantized(kept, bits)
         u, s, vh = torch.linalg.svd(as_matrices(row.site, exact - values), full_matrices=False)
         product = u[:, :, :2] * s[:, None, :2] @ vh[:, :2]
         product = product if row.site.layout == "out_in" else product.mT

@@ -1,4 +1,4 @@
-"""Starts over a quantised base: those go that leave the base as it is."""
+"""Starts over a quantized base: those go that leave the base as it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.formats import dense, quantization_of
-from tests.quantized import IDS, SCHEMES, llama, quantised
+from tests.quantized import IDS, SCHEMES, llama, quantized
 
 
 def factors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -26,14 +26,14 @@ def test_a_start_that_changes_the_base_is_refused(start: str) -> None:
             lora_fx.ConfigError,
             match=rf"{start}.*q_proj.weight is stored as.*replace_lora_weights_loftq",
         ):
-            lora_fx.rewrite(quantised(llama(1), scheme), config)
+            lora_fx.rewrite(quantized(llama(1), scheme), config)
 
 
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal", False])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_drawn_starts_are_those_over_a_dense_base(scheme: str, start: bool | str) -> None:
     config = lora_fx.LoraConfig(r=4, init_lora_weights=start)
-    found = factors(lora_fx.rewrite(quantised(llama(1), scheme), config))
+    found = factors(lora_fx.rewrite(quantized(llama(1), scheme), config))
     expected = factors(lora_fx.rewrite(llama(1), config))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -44,7 +44,7 @@ def test_drawn_starts_are_those_over_a_dense_base(scheme: str, start: bool | str
     ("scheme", "atol"), [("nf4", 1e-4), ("int8 bitsandbytes", 0.02), ("int8 torchao", 1e-4)]
 )
 def test_eva_sees_the_same_inputs(scheme: str, atol: float) -> None:
-    base, twin = quantised(llama(1), scheme), llama(1)
+    base, twin = quantized(llama(1), scheme), llama(1)
     for name, layer in base.named_modules():
         if quantization_of(getattr(layer, "weight", None)):
             weight = nn.Parameter(dense(layer.weight, torch.float32))

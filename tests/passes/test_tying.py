@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Tied, seeded, tiny_gpt2, tiny_llama
 
@@ -45,7 +45,7 @@ def test_a_tied_head_gets_the_embeddings_factors_and_a_merge_keeps_the_tie(targe
     assert trained == plan.trainable_parameters
     with torch.no_grad():
         assert_same_bits(adapted(ids).logits, model.requires_grad_(False)(ids).logits)
-    randomise(adapted)
+    randomize(adapted)
     with caplog.at_level(logging.WARNING, "lora_fx"):
         merged = lora_fx.merge(adapted)
     assert not caplog.records
@@ -61,7 +61,7 @@ def test_adapters_of_one_end_alone_untie_what_another_one_ties():
     adapted = lora_fx.rewrite(model.double(), config())
     lora_fx.add_adapter(adapted, config(ensure_weight_tying=False), "table")
     lora_fx.add_adapter(adapted, LoraConfig(r=2, target_modules=["lm_head"]), "head")
-    randomise(adapted)
+    randomize(adapted)
     lora_fx.set_adapter(adapted, ["default", "table", "head"])
     merged = lora_fx.merge(adapted)
     assert merged.lm_head.weight is not merged.model.embed_tokens.weight
@@ -82,7 +82,7 @@ def test_a_tied_head_that_is_named_means_its_embedding(targets, tmp_path):
     prefix = "base_model.model."
     adapted = (name for name, one in theirs.named_modules() if isinstance(one, LoraLayer))
     assert sorted(rows) == sorted(name.removeprefix(prefix) for name in adapted)
-    randomise(model)
+    randomize(model)
     lora_fx.save_adapter(model, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,7 +95,7 @@ def test_a_tied_head_that_is_named_means_its_embedding(targets, tmp_path):
 
 def test_gradients_of_both_ends_add_up():
     model, ids = tied_llama()
-    adapted = randomise(lora_fx.rewrite(model.double(), config()))
+    adapted = randomize(lora_fx.rewrite(model.double(), config()))
     adapted(ids).logits.square().sum().backward()
     merged = lora_fx.merge(adapted).requires_grad_(True)
     merged(ids).logits.square().sum().backward()
@@ -109,7 +109,7 @@ def test_gradients_of_both_ends_add_up():
 
 def test_without_it_a_merge_unties_with_a_warning(caplog, tmp_path):
     model, ids = tied_llama()
-    adapted = randomise(lora_fx.rewrite(model, config(ensure_weight_tying=False)))
+    adapted = randomize(lora_fx.rewrite(model, config(ensure_weight_tying=False)))
     with caplog.at_level(logging.WARNING, "lora_fx"):
         merged = lora_fx.merge(adapted)
     assert "untied" in caplog.text
@@ -122,7 +122,7 @@ def test_without_it_a_merge_unties_with_a_warning(caplog, tmp_path):
 
 def test_it_comes_back_from_a_folder(tmp_path):
     model, ids = tied_llama()
-    adapted = randomise(lora_fx.rewrite(model, config()))
+    adapted = randomize(lora_fx.rewrite(model, config()))
     lora_fx.save_adapter(adapted, tmp_path)
     loaded = lora_fx.load_adapter(model, tmp_path)
     assert (
@@ -139,7 +139,7 @@ def test_peft_and_we_read_each_other(ours_first, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if ours_first:
-            adapted = randomise(lora_fx.rewrite(model, config()))
+            adapted = randomize(lora_fx.rewrite(model, config()))
             lora_fx.save_adapter(adapted, tmp_path)
             found = peft.PeftModel.from_pretrained(tied_llama()[0], tmp_path)
             expected = adapted(ids).logits
@@ -150,7 +150,7 @@ def test_peft_and_we_read_each_other(ours_first, tmp_path):
                 ensure_weight_tying=True,
                 task_type="CAUSAL_LM",
             )
-            wrapped = randomise(peft.get_peft_model(tied_llama()[0], theirs))
+            wrapped = randomize(peft.get_peft_model(tied_llama()[0], theirs))
             wrapped.save_pretrained(tmp_path)
             found, expected = lora_fx.load_adapter(model, tmp_path), wrapped(ids).logits
     assert_close(found(ids).logits, expected, 1e-5)
@@ -223,5 +223,5 @@ def test_tied_modules_of_plain_pytorch():
     adapted = lora_fx.rewrite(
         model, LoraConfig(r=2, target_modules=names, ensure_weight_tying=True)
     )
-    randomise(adapted)
+    randomize(adapted)
     assert_close(lora_fx.merge(adapted)(IDS), adapted(IDS), 1e-5)

@@ -121,17 +121,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "int_mm": (lambda: Applies(integers(), torch._int_mm), "torch.int8"),
     "float8": (
         lambda: Applies(torch.randn(4, 4).to(torch.float8_e4m3fn), cast),
-        "torch.float8_e4m3fn, a quantised format",
+        "torch.float8_e4m3fn, a quantized format",
     ),
     "float8, uncast": (
         lambda: Applies(torch.randn(4, 4).to(torch.float8_e5m2), F.linear),
         "torch.float8_e5m2",
     ),
-    "packed": (lambda: Applies(Packed(integers()), F.linear), "a Packed, which holds quantised"),
-    "dynamic": (dynamic, "it is quantised (torch.ao.nn.quantized.dynamic.modules.linear.Linear)"),
-    "static": (lambda: torch.ao.nn.quantized.Linear(4, 4), "it is quantised"),
-    "static conv": (lambda: torch.ao.nn.quantized.Conv1d(4, 4, 1), "it is quantised"),
-    "dynamic LSTM": (lambda: torch.ao.nn.quantized.dynamic.LSTM(4, 4), "it is quantised"),
+    "packed": (lambda: Applies(Packed(integers()), F.linear), "a Packed, which holds quantized"),
+    "dynamic": (dynamic, "it is quantized (torch.ao.nn.quantized.dynamic.modules.linear.Linear)"),
+    "static": (lambda: torch.ao.nn.quantized.Linear(4, 4), "it is quantized"),
+    "static conv": (lambda: torch.ao.nn.quantized.Conv1d(4, 4, 1), "it is quantized"),
+    "dynamic LSTM": (lambda: torch.ao.nn.quantized.dynamic.LSTM(4, 4), "it is quantized"),
     "complex": (lambda: linear(dtype=torch.complex64), "torch.complex64, and an adapter is real"),
     **{
         layout: (lambda layout=layout: sparse(layout), f"sparse (sparse_{layout})")
@@ -225,7 +225,7 @@ def test_a_typing_error_is_no_refusal() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parametrised_bias_is_no_obstacle(dtype: torch.dtype) -> None:
+def test_a_parametrized_bias_is_no_obstacle(dtype: torch.dtype) -> None:
     layer = linear()
     parametrize.register_parametrization(layer, "bias", nn.Tanh())
     model, x = Around(layer).to(dtype), torch.randn(3, 4, dtype=dtype)
@@ -234,7 +234,7 @@ def test_a_parametrised_bias_is_no_obstacle(dtype: torch.dtype) -> None:
     assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-6 if dtype is torch.float32 else 2e-2)
 
 
-def test_a_parametrised_layer_inside_attention() -> None:
+def test_a_parametrized_layer_inside_attention() -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     parametrizations.weight_norm(layer.self_attn.out_proj)
     plan = lora_fx.plan(Around(layer), LoraConfig())
@@ -281,11 +281,11 @@ def of_bitsandbytes(kind: str) -> nn.Linear:
 
 
 @pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
-def test_bitsandbytes_quantises_as_a_layer_is_moved(kind: str) -> None:
+def test_bitsandbytes_quantizes_as_a_layer_is_moved(kind: str) -> None:
     model = nn.Sequential(of_bitsandbytes(kind), nn.Linear(64, 64), nn.Linear(64, 2))
     (found,) = lora_fx.plan(model, LoraConfig(r=2)).rejections
     assert found.name == "0"
-    assert "it is not quantised yet (bitsandbytes.nn.modules.Linear" in found.reason
+    assert "it is not quantized yet (bitsandbytes.nn.modules.Linear" in found.reason
     assert 'model.to("cpu")' in found.reason
     plan = lora_fx.plan(model.to("cpu"), LoraConfig(r=2))
     assert [row.name for row in plan] == ["0", "1"]

@@ -103,7 +103,7 @@ def test_what_a_function_keeps_as_an_attribute_is_counted_once() -> None:
     assert saved_bytes(layer, lambda: Behind.apply(x, layer.weight.detach())) == 4 * 8 * 4 + 4 * KIB
 
 
-def test_scales_beside_a_quantised_weight_are_part_of_the_model() -> None:
+def test_scales_beside_a_quantized_weight_are_part_of_the_model() -> None:
     from lora_fx.tools.bench.step_sections import quantized_base
 
     model = quantized_base(nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 2)))

@@ -31,7 +31,7 @@ from lora_fx.tools.bench.peer_exporters import (
     runner,
     set_environments,
 )
-from lora_fx.tools.bench.served import RANK, randomise, served
+from lora_fx.tools.bench.served import RANK, randomize, served
 
 TURNS, SAME = "two adapters in turn", "one adapter all the time"
 
@@ -123,7 +123,7 @@ def test_a_file_that_takes_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_in_the_format_of_onnxruntime_is_handed_over(tmp_path: Path) -> None:
     model, ids = Lookup().eval(), torch.ones(2, 5, dtype=torch.int64)
-    adapted = randomise(lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["fc"])))
+    adapted = randomize(lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["fc"])))
     path = tmp_path / "model.onnx"
     example = {"input_ids": ids, "token_type_ids": ids}
     lora_fx.export_onnx(adapted, path, example, adapters="inputs")

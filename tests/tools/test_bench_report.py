@@ -137,7 +137,7 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert {goal.bound for goal in goals.GOALS} <= set(report.SECTIONS)
 
 
-def test_goals_over_a_quantised_base_are_judged_within_turns_and_by_all_that_is_kept() -> None:
+def test_goals_over_a_quantized_base_are_judged_within_turns_and_by_all_that_is_kept() -> None:
     names = [f"{name}, p = {p}" for name in (OURS, PEFT) for p in ("0", "0.05")]
     frozen = ("frozen", AGAIN)
     times = {**dict.fromkeys(frozen, 1.0), **dict.fromkeys(names, 1.3), f"{OURS}, p = 0": 1.2}
@@ -152,10 +152,10 @@ def test_goals_over_a_quantised_base_are_judged_within_turns_and_by_all_that_is_
             quantized_quality.NF4: changed.get("right", (0.80, 0.81)),
             quantized_quality.THEIRS: (0.79, 0.80),
         }
-        learnt = quantized_quality.Learnt(right, 5, 200)
+        learned = quantized_quality.Learned(right, 5, 200)
         found = {
             "quantized_step": {"cpu, float32": step},
-            "quantized_quality": {"cpu, float32": learnt},
+            "quantized_quality": {"cpu, float32": learned},
         }
         return {row[0]: row[-3:-1] for row in goals.rows(found) if "NF4" in row[0]}
 

@@ -287,7 +287,7 @@ def test_merge_writes_the_weights_of_the_merged_model(here: Path, adapter: Path)
     ]
 
 
-def test_merge_casts_and_quantises_again(here: Path) -> None:
+def test_merge_casts_and_quantizes_again(here: Path) -> None:
     transformers = pytest.importorskip("transformers")
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     llama().save_pretrained(here / "dense")
@@ -297,8 +297,8 @@ def test_merge_casts_and_quantises_again(here: Path) -> None:
     adapted = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, init_lora_weights=False))
     lora_fx.save_adapter(adapted, here / "nf4-adapter")
     text = worked("merge", "hf:nf4", "nf4-adapter", "again", "--requantize", "--all")
-    assert "14 quantised again" in text
-    assert "lost by quantising again" in text
+    assert "14 quantized again" in text
+    assert "lost by quantizing again" in text
     assert load(here / "again").is_quantized
     worked("merge", "hf:nf4", "nf4-adapter", "merged", "--dtype", "bf16")
     merged = load(here / "merged")
@@ -311,7 +311,7 @@ def test_merge_casts_and_quantises_again(here: Path) -> None:
     )
     assert "fp32, fp16, bf16" in refused("merge", "hf:nf4", "nf4-adapter", "o", "--dtype", "int8")
     dense = ("merge", "hf:dense", "nf4-adapter", "other", "--requantize")
-    assert "base is not quantised" in " ".join(refused(*dense).split())
+    assert "base is not quantized" in " ".join(refused(*dense).split())
 
 
 def test_merge_writes_a_folder_of_transformers(here: Path) -> None:
@@ -380,13 +380,13 @@ def test_errors_name_options(here: Path, adapter: Path) -> None:
     assert "adapters='inputs'" not in text
     assert "with --task text-generation" in refused("generate", "net.onnx", "--ids", "1 2")
     commands = typer.main.get_command(app).commands.values()
-    for message, spelt in (
+    for message, spelled in (
         ("verify=False, force=True", "--no-verify, force=True"),
         ("give max_new_tokens=4 or r=2", "give --max-new-tokens 4 or --r 2"),
         ("call f(x, dtype='fp16'), g(dtype='fp16')", "call f(x, dtype='fp16'), g(dtype='fp16')"),
         ("no such thing=True or dtype=x", "no such thing=True or dtype=x"),
     ):
-        assert as_options(message, commands) == spelt
+        assert as_options(message, commands) == spelled
 
 
 def test_random_inputs_have_the_sizes_of_given_ones(here: Path) -> None:

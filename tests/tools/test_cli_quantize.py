@@ -49,7 +49,7 @@ def test_plan_says_what_is_stored_and_what_is_left(folder: str) -> None:
 
 
 @pytest.mark.parametrize("format_name", ["nf4", "int4"])
-def test_rewrite_shows_the_quantised_operation(folder: str, format_name: str) -> None:
+def test_rewrite_shows_the_quantized_operation(folder: str, format_name: str) -> None:
     region = "model.layers.0.mlp.up_proj"
     shown = lora("rewrite", folder, "--quantize", format_name, "--region", region, "--graph")
     assert "lora_A" in shown
@@ -84,8 +84,8 @@ def test_bad_input_is_one_message(folder: str, args: tuple[str, ...], words: str
 
 
 @pytest.mark.parametrize("command", ["plan", "rewrite"])
-def test_a_folder_that_is_quantised_already_is_refused(command: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_quantized_already_is_refused(command: str, tmp_path: Path) -> None:
     lora_fx.quantize(llama(1), "nf4").save_pretrained(tmp_path)
     name = f"hf:{tmp_path}"
-    assert "is quantised already" in lora(command, name, "--quantize", "int8", code=2)
+    assert "is quantized already" in lora(command, name, "--quantize", "int8", code=2)
     assert "q_proj" in lora("plan", name)

@@ -124,7 +124,7 @@ class Vectors(nn.Module):
         return vectors
 
 
-def test_the_head_is_fitted_with_the_regularisation_that_is_best_on_text_left_out() -> None:
+def test_the_head_is_fitted_with_the_regularization_that_is_best_on_text_left_out() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     selection = pytest.importorskip("sklearn.model_selection")
     torch.manual_seed(0)

@@ -80,8 +80,8 @@ def test_a_chain_is_straight_beside_a_passing_edge() -> None:
     widths = [20.0, 60.0, 400.0, 60.0, 30.0]
     sizes = {name: (width, 20.0) for name, width in zip(ids, widths, strict=True)}
     local = flow(sizes, layers_of(ids, edges, ["x"]))
-    centres = [local.spots[name][0] + sizes[name][0] / 2 for name in ids]
-    assert max(centres) - min(centres) < 25
+    centers = [local.spots[name][0] + sizes[name][0] / 2 for name in ids]
+    assert max(centers) - min(centers) < 25
 
 
 def test_grid_stacks_small_boxes_beside_a_tall_one() -> None:

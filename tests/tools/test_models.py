@@ -113,7 +113,7 @@ def test_a_wrong_name_is_named_with_the_remedy(here: Path, name: str, words: str
     assert words in str(caught.value)
 
 
-def test_a_missing_folder_names_its_neighbours(here: Path) -> None:
+def test_a_missing_folder_names_its_neighbors(here: Path) -> None:
     (here / "my-model").mkdir()
     with pytest.raises(ConfigError, match="nearest: my-model"):
         load_model("hf:my-modl")

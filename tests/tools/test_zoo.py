@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import lora_fx
 from lora_fx.errors import ConfigError
 from lora_fx.passes.capture.check import count_weights
-from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
@@ -425,7 +425,7 @@ def test_nothing_stays_asleep():
 
 def test_the_counter_sees_weights_however_they_get_there():
     model, inputs = uses()
-    count = count_weights(model, *normalise(inputs))
+    count = count_weights(model, *normalize(inputs))
     assert set().union(*count.direct) == {"embed.weight", "stack", "low", "parts.weight"}
     assert count.computed == (frozenset({"scaled", "gain"}),)
 
@@ -440,7 +440,7 @@ def test_the_counter_sees_a_tied_weight_by_all_its_names():
 def test_what_a_plan_does_not_mention_is_unseen():
     entry = registry.find("plain/functional")
     model, inputs = entry.build()
-    count = count_weights(model, *normalise(inputs))
+    count = count_weights(model, *normalize(inputs))
     plan = lora_fx.plan(model, CONFIG, inputs)
     assert unseen(count, plan) == ()
     without = dataclasses.replace(plan, sites=plan.sites[1:])

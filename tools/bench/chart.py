@@ -13,7 +13,7 @@ __all__ = ["Group", "bars"]
 # In inches; 72 of the file's units each.
 _WIDTH, _ROW, _FRAME = 11.0, 0.3, 1.3
 _TEXT, _GRID, _MARK = "#808080", "#80808040", "#e0447c"
-_COLOURS = {OURS: "#18a38e", FROZEN: "#8080804d"}
+_COLORS = {OURS: "#18a38e", FROZEN: "#8080804d"}
 _OTHERS = "#8b95aa"
 # The same text for the same figures: names of parts are no random numbers, and text stays text.
 _STYLE = {
@@ -69,8 +69,8 @@ def bars(title: str, note: str, groups: Sequence[Group]) -> str:
                 y += 1
             start = y
             for label, value in group.bars.items():
-                colour = next((_COLOURS[one] for one in _COLOURS if label.startswith(one)), _OTHERS)
-                axes.barh(y, value, height=0.7, color=colour)
+                color = next((_COLORS[one] for one in _COLORS if label.startswith(one)), _OTHERS)
+                axes.barh(y, value, height=0.7, color=color)
                 axes.annotate(
                     _value(value), (value, y), (5, 0), "data", "offset points", va="center"
                 )

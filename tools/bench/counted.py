@@ -146,7 +146,7 @@ def _address(storage: torch.UntypedStorage) -> int:
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, and what a library keeps beside one that it has quantised."""
+    """Parameters, and what a library keeps beside one that it has quantized."""
     for parameter in model.parameters():
         yield parameter
         yield from _tensors(vars(parameter))

@@ -29,7 +29,7 @@ from lora_fx.tools.bench.peer_exporters import (
     runner,
 )
 from lora_fx.tools.bench.section import Section
-from lora_fx.tools.bench.served import RANK, Served, randomise, served
+from lora_fx.tools.bench.served import RANK, Served, randomize, served
 
 __all__ = ["KINDS", "SECTION", "Row"]
 
@@ -209,7 +209,7 @@ def _write(model: Served, kind: str, folder: Path) -> Expected:
     _write_tokenizer(folder / "base")
     layers = model.layers(base)
     adapted: Any = peft.get_peft_model(base, peft.LoraConfig(**_fields(kind, layers)))
-    randomise(adapted)
+    randomize(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
     adapted.save_pretrained(folder / "adapter")
     adapted.eval()

@@ -187,12 +187,12 @@ def _nf4_saved(found: Measured) -> Verdict | None:
     return Verdict(text, max(dense, plain - peft, dropped - their_dropped), " MiB")
 
 
-def _nf4_quality(learnt: quantized_quality.Learnt) -> Verdict:
+def _nf4_quality(learned: quantized_quality.Learned) -> Verdict:
     """Whether adapters over NF4 learn what those over fp32 do."""
     names = (quantized_quality.DENSE, quantized_quality.NF4, quantized_quality.THEIRS)
-    dense, ours, peft = (100 * learnt.mean(name) for name in names)
+    dense, ours, peft = (100 * learned.mean(name) for name in names)
     text = f"{ours:.1f} %; over fp32 {dense:.1f}; PEFT over NF4 {peft:.1f}"
-    return Verdict(text, learnt.lost(quantized_quality.NF4) - 1, " points")
+    return Verdict(text, learned.lost(quantized_quality.NF4) - 1, " points")
 
 
 def _rewrite(found: verbs.Scale) -> Verdict:
@@ -291,7 +291,7 @@ def _switching(found: Mapping[tuple[str, str], onnx_latency.Latency]) -> Verdict
 _LLAMA = "Llama 4 × 512, p = "
 _HALF_OF_PEFTS = "at most half of PEFT's overhead above the floor F"
 _AS_PEFT = "≤ PEFT's, within noise"
-_NO_WEIGHTS = "no dequantised weight, and no more than PEFT's"
+_NO_WEIGHTS = "no dequantized weight, and no more than PEFT's"
 _NEAR_FP32 = "within 1 point of fp32"
 _ONE_ROUNDING = "one rounding: half a ulp"
 _NO_TEMPORARY = "no temporary of the size of W"

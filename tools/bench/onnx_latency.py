@@ -23,7 +23,7 @@ from lora_fx.export.ort import check_provider, import_onnxruntime
 from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
 from lora_fx.tools.bench.section import Section
-from lora_fx.tools.bench.served import RANK, Served, randomise, served
+from lora_fx.tools.bench.served import RANK, Served, randomize, served
 
 __all__ = [
     "AGAIN",
@@ -114,7 +114,7 @@ def _write(model: Served, folder: Path) -> None:
         r=RANK, lora_alpha=2 * RANK, target_modules=model.layers(base), init_lora_weights=False
     )
     for seed, name in enumerate("ba"):
-        adapted = randomise(rewrite(base, config), seed)
+        adapted = randomize(rewrite(base, config), seed)
         save_onnx_adapter(adapted, folder / f"{name}.onnx_adapter")
     export_onnx(base, folder / "base.onnx", inputs)
     export_onnx(merge(adapted), folder / "merged.onnx", inputs)

@@ -157,7 +157,7 @@ class File:
 
     Attributes:
         size: Bytes, external data included.
-        nodes: Nodes as written, before ONNX Runtime optimises them.
+        nodes: Nodes as written, before ONNX Runtime optimizes them.
     """
 
     size: int

@@ -30,7 +30,7 @@ from lora_fx.tools.demo import (
     train,
 )
 
-__all__ = ["DENSE", "NF4", "SECTION", "THEIRS", "Learnt"]
+__all__ = ["DENSE", "NF4", "SECTION", "THEIRS", "Learned"]
 
 DENSE = f"{OURS} over fp32"
 NF4 = f"{OURS} over NF4"
@@ -45,7 +45,7 @@ _SEEDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Learnt:
+class Learned:
     """What came of it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Learnt:
         return 100 * (self.mean(DENSE) - self.mean(name))
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learnt]:
+def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learned]:
     """The result on the CPU; none without bitsandbytes.
 
     Repeats are seeds: of the factors, the order and the dropout; two at most.
@@ -80,15 +80,15 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learn
     held_out = _batches(corpus.held_out, corpus, settings)
     base = SentenceClassifier.pretrained(len(libraries))
     fit_head(base, _batches(corpus.train, corpus, settings), iter(()))
-    quantised = quantized_base(base).eval()
+    quantized = quantized_base(base).eval()
     found: dict[str, list[float]] = {
         FROZEN: [_judged(base, held_out)],
-        f"{FROZEN}, NF4": [_judged(quantised, held_out)],
+        f"{FROZEN}, NF4": [_judged(quantized, held_out)],
     }
     makers: dict[str, tuple[nn.Module, Callable[[nn.Module, int], nn.Module]]] = {
         DENSE: (base, _ours),
-        NF4: (quantised, _ours),
-        THEIRS: (quantised, _theirs),
+        NF4: (quantized, _ours),
+        THEIRS: (quantized, _theirs),
     }
     seeds = min(repeats, _SEEDS)
     for seed in range(seeds):
@@ -102,10 +102,10 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learn
                 progress(seed * len(makers) + place + 1, seeds * len(makers), name)
     steps = settings.epochs * -(-len(corpus.train) // settings.batch)
     accuracy = {name: tuple(one) for name, one in found.items()}
-    return {"cpu, float32": Learnt(accuracy, steps, len(corpus.held_out))}
+    return {"cpu, float32": Learned(accuracy, steps, len(corpus.held_out))}
 
 
-def _rows(results: Mapping[str, Learnt]) -> Iterator[list[str]]:
+def _rows(results: Mapping[str, Learned]) -> Iterator[list[str]]:
     for where, found in results.items():
         for name, each in found.accuracy.items():
             frozen = name.startswith(FROZEN)

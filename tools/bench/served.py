@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_fx.tools.bench.contenders import is_linear, model_floor
 from lora_fx.tools.bench.measure import Size
 
-__all__ = ["RANK", "Served", "randomise", "served"]
+__all__ = ["RANK", "Served", "randomize", "served"]
 
 RANK = 16
 
@@ -105,7 +105,7 @@ def served(size: Size) -> tuple[Served, ...]:
     return bert, llama
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Factors as after a long training: ΔW about as large as W. The model itself is given back."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -225,7 +225,7 @@ def quantized_base(model: nn.Module, scheme: str = "nf4") -> nn.Module:
         scheme: A format of :func:`lora_fx.quantize`.
     """
     base: Any = quantize(model, scheme).train(model.training)
-    # What transformers says of a model that it has quantised: PEFT asks for it.
+    # What transformers says of a model that it has quantized: PEFT asks for it.
     base.is_loaded_in_4bit = True
     result: nn.Module = base
     return result
@@ -236,11 +236,11 @@ WEIGHTS = "weights"
 
 
 class Look(NamedTuple):
-    """What is seen of a quantised base.
+    """What is seen of a quantized base.
 
     Attributes:
-        dense: Bytes of dequantised weights that each contender keeps for its backward.
-        stored: Bytes of the quantised weights, with their scales.
+        dense: Bytes of dequantized weights that each contender keeps for its backward.
+        stored: Bytes of the quantized weights, with their scales.
         plain: Bytes of the same weights before.
     """
 

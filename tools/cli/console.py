@@ -1,6 +1,6 @@
 """Where the command line writes: results to stdout, all else to stderr.
 
-Without a terminal there is no colour, no bar, and no wrapping of lines at 80 columns.
+Without a terminal there is no color, no bar, and no wrapping of lines at 80 columns.
 """
 
 from __future__ import annotations

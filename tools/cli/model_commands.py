@@ -217,14 +217,14 @@ def merge(
 ) -> None:
     """Fold an adapter into a model's weights, and say how exact the result is.
 
-    A quantised model becomes a dense one.
+    A quantized model becomes a dense one.
 
     Args:
         model: The model.
         adapter: An adapter folder.
         out: For hf: models a folder, for others a .safetensors file of the state dict.
         dtype: fp32, fp16 or bf16; as it is without it.
-        requantize: Quantise merged weights of a quantised model again.
+        requantize: Quantize merged weights of a quantized model again.
         every: The error of every weight.
         force: Write over what is there.
     """
@@ -266,7 +266,7 @@ def visualize(
     as_plan: bool = False,
     force: bool = False,
 ) -> None:
-    """Draw the rewritten model: nested modules, equal blocks folded, adapters in colour.
+    """Draw the rewritten model: nested modules, equal blocks folded, adapters in color.
 
     Args:
         model: The model.

@@ -46,7 +46,7 @@ def export(
         adapter: An adapter folder: to merge, or to have the places of.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
             encoder-decoder): a file for `lora-fx generate`.
-        adapters: merge; inline: beside the operations, as it is over quantised weights without this
+        adapters: merge; inline: beside the operations, as it is over quantized weights without this
             option; or inputs: the base model, which takes adapters as it is run.
         dtype: fp32, fp16 or bf16; as it is without it.
         opset: ONNX opset; by default 20, or 22 for bf16.

@@ -246,7 +246,7 @@ class Storing(Options):
         """What would be stored in few bits: a quantization plan, or None.
 
         Raises:
-            QuantizationError: If the model is quantised already. One of a folder is made without its
+            QuantizationError: If the model is quantized already. One of a folder is made without its
                 weights, so that only its configuration says so.
         """
         from lora_fx.adapters import plan_quantization
@@ -256,7 +256,7 @@ class Storing(Options):
         how = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
         if how is not None:
             raise QuantizationError(
-                f"{loaded.name} is quantised already, as quantization_config in its config.json says: leave "
+                f"{loaded.name} is quantized already, as quantization_config in its config.json says: leave "
                 "--quantize out, or give the folder that it was made of"
             )
         with console.progress("planning"):
@@ -269,7 +269,7 @@ class Storing(Options):
         model does; other models are loaded whole.
 
         Raises:
-            ConfigError: If the frontend is one that quantised models cannot have.
+            ConfigError: If the frontend is one that quantized models cannot have.
         """
         from lora_fx.adapters import quantize
 
@@ -277,7 +277,7 @@ class Storing(Options):
             return look.load(name)
         if look.frontend == "export":
             raise ConfigError(
-                "--frontend export takes quantised weights apart: use auto or regions"
+                "--frontend export takes quantized weights apart: use auto or regions"
             )
         if name.startswith("hf:"):
             empty = load(name, weights=False)
@@ -285,13 +285,13 @@ class Storing(Options):
             files = folder is not None and any(True for _ in folder.glob("*.safetensors"))
             try:
                 if files:
-                    with console.progress("quantising") as tell:
+                    with console.progress("quantizing") as tell:
                         made = quantize(empty.model, self.quantize, weights=folder, progress=tell)
                     return dataclasses.replace(empty, model=made)
             except CheckpointError as error:
                 _log.warning("loaded whole, not weight by weight: %s", error)
         loaded = load(name)
-        with console.progress("quantising") as tell:
+        with console.progress("quantizing") as tell:
             made = quantize(loaded.model, self.quantize, progress=tell)
         return dataclasses.replace(loaded, model=made)
 
@@ -368,7 +368,7 @@ def as_options(message: str, commands: Iterable[Any]) -> str:
         if one.param_type_name == "option"
     }
 
-    def spelt(match: re.Match[str]) -> str:
+    def spelled(match: re.Match[str]) -> str:
         option, value = options.get(match["name"]), match["value"]
         if option is None:
             return match[0]
@@ -377,4 +377,4 @@ def as_options(message: str, commands: Iterable[Any]) -> str:
         names = option.opts if value == "True" else option.secondary_opts
         return str(names[0]) if names and value in ("True", "False") else match[0]
 
-    return _ARGUMENT.sub(spelt, message)
+    return _ARGUMENT.sub(spelled, message)

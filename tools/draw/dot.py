@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-_COLOURS: dict[Kind, tuple[str, str]] = {
+_COLORS: dict[Kind, tuple[str, str]] = {
     Kind.BASE: ("#e9effb", "#4a6fb5"),
     Kind.DROPOUT: ("#eef0f3", "#7c879b"),
     Kind.DOWN: ("#dcf5f0", "#10917f"),
@@ -55,14 +55,14 @@ def _box(box: Box, indent: str) -> Iterator[str]:
     name, caption = words_of(box)
     label = _quote(f"{name}\n{caption}" if caption else name)
     if not box.children:
-        fill, line = _COLOURS.get(box.kind, _PLAIN)
-        colours = f'fillcolor="{fill}", color="{line}"'
-        yield f"{indent}{box.id} [label={label}, {colours}, tooltip={_quote(box.hover)}];"
+        fill, line = _COLORS.get(box.kind, _PLAIN)
+        colors = f'fillcolor="{fill}", color="{line}"'
+        yield f"{indent}{box.id} [label={label}, {colors}, tooltip={_quote(box.hover)}];"
         return
     yield f"{indent}subgraph cluster_{box.id} {{"
     style = "rounded,dashed" if box.kind is Kind.OPAQUE else "rounded"
-    colour = "#23a894" if box.sites else "#cbd2df"
-    yield f'{indent}  graph [label={label}, style="{style}", color="{colour}"];'
+    color = "#23a894" if box.sites else "#cbd2df"
+    yield f'{indent}  graph [label={label}, style="{style}", color="{color}"];'
     for child in box.children:
         yield from _box(child, indent + "  ")
     yield f"{indent}}}"

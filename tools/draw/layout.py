@@ -152,14 +152,14 @@ def _links(
     return links
 
 
-def _reorder(rows: Sequence[list[str]], neighbours: dict[str, list[str]]) -> None:
-    """Sorts each row by the mean place of its neighbours in the row before it, in place."""
+def _reorder(rows: Sequence[list[str]], neighbors: dict[str, list[str]]) -> None:
+    """Sorts each row by the mean place of its neighbors in the row before it, in place."""
     for before, row in itertools.pairwise(rows):
         place = {name: i for i, name in enumerate(before)}
         own = {name: i * len(before) / len(row) for i, name in enumerate(row)}
         mean = {
             name: sum(place[n] for n in near) / len(near) if near else own[name]
-            for name, near in ((name, neighbours[name]) for name in row)
+            for name, near in ((name, neighbors[name]) for name in row)
         }
         row.sort(key=mean.__getitem__)
 
@@ -248,9 +248,9 @@ def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
     """Rows from the top, each box near the middle of what it is connected to."""
     dummy = (METRICS["dummy"], 0.0)
     wide = {name: sizes.get(name, dummy)[0] for row in layers.rows for name in row}
-    centre = _centres(layers, wide)
-    left = min(centre[name] - wide[name] / 2 for name in wide)
-    width = max(centre[name] + wide[name] / 2 for name in wide) - left
+    center = _centers(layers, wide)
+    left = min(center[name] - wide[name] / 2 for name in wide)
+    width = max(center[name] + wide[name] / 2 for name in wide) - left
     spots: dict[str, Point] = {}
     bands: dict[str, Point] = {}
     y = 0.0
@@ -260,9 +260,9 @@ def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
             bands[name] = (y, y + height)
             if name in sizes:
                 w, h = sizes[name]
-                spots[name] = (centre[name] - left - w / 2, y + (height - h) / 2)
+                spots[name] = (center[name] - left - w / 2, y + (height - h) / 2)
         y += height + METRICS["flowY"]
-    middle = {name: centre[name] - left for name in wide}
+    middle = {name: center[name] - left for name in wide}
     ports = _ports(layers, middle, wide)
     wires = []
     for link, port in zip(layers.links, ports, strict=True):
@@ -276,34 +276,34 @@ def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
     return Local(width, y - METRICS["flowY"], spots, tuple(wires))
 
 
-def _centres(layers: Layers, wide: Mapping[str, float]) -> dict[str, float]:
+def _centers(layers: Layers, wide: Mapping[str, float]) -> dict[str, float]:
     above: dict[str, list[str]] = {name: [] for name in wide}
     below: dict[str, list[str]] = {name: [] for name in wide}
     for upper, lower, *_ in layers.links:
         below[upper].append(lower)
         above[lower].append(upper)
-    centre: dict[str, float] = {}
+    center: dict[str, float] = {}
     for row in layers.rows:
-        _settle(row, dict.fromkeys(row, 0.0), dict.fromkeys(row, 1.0), wide, centre)
+        _settle(row, dict.fromkeys(row, 0.0), dict.fromkeys(row, 1.0), wide, center)
     for sweep in range(int(METRICS["sweeps"])):
         near, rows = (below, layers.rows[::-1]) if sweep % 2 else (above, layers.rows)
         for row in rows:
             wanted = {
-                name: _mean(centre, near[name]) if near[name] else centre[name] for name in row
+                name: _mean(center, near[name]) if near[name] else center[name] for name in row
             }
             # What is connected to nothing stands close to the rest.
             alone = {name for name in row if not above[name] and not below[name]}
-            wanted |= dict.fromkeys(alone, centre[row[0]])
+            wanted |= dict.fromkeys(alone, center[row[0]])
             weight = {n: METRICS["slack"] if n.startswith(DUMMY) else 1.0 for n in row}
             weight |= dict.fromkeys(alone, 0.001)
-            _settle(row, wanted, weight, wide, centre)
-    return centre
+            _settle(row, wanted, weight, wide, center)
+    return center
 
 
-def _mean(centre: Mapping[str, float], names: Sequence[str]) -> float:
+def _mean(center: Mapping[str, float], names: Sequence[str]) -> float:
     # Edges that only pass do not pull where boxes do: the main line of a graph stays straight.
     pulling = [name for name in names if not name.startswith(DUMMY)] or names
-    return sum(centre[name] for name in pulling) / len(pulling)
+    return sum(center[name] for name in pulling) / len(pulling)
 
 
 def _settle(
@@ -311,7 +311,7 @@ def _settle(
     wanted: Mapping[str, float],
     weight: Mapping[str, float],
     wide: Mapping[str, float],
-    centre: dict[str, float],
+    center: dict[str, float],
 ) -> None:
     """Puts a row where it wants to be, as nearly (least squares) as order and widths allow."""
     offset = 0.0
@@ -330,7 +330,7 @@ def _settle(
     index = 0
     for total, mass, count in blocks:
         for _ in range(count):
-            centre[row[index]] = total / mass + offsets[index]
+            center[row[index]] = total / mass + offsets[index]
             index += 1
 
 
@@ -357,7 +357,7 @@ CHIPS: dict[Kind, str] = {
     Kind.ADD: "+",
     Kind.ADAPTER: "L",
 }
-"""The letter on a coloured square that marks what belongs to an adapter."""
+"""The letter on a colored square that marks what belongs to an adapter."""
 
 _NAME_CHAR, _CAPTION_CHAR = 7.3, 6.1  # widths of a monospaced character of 12 and 10 pixels
 _NAME_LIMIT, _CAPTION_LIMIT = 34, 40

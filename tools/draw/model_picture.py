@@ -1,4 +1,4 @@
-"""A model as a picture: modules become nested boxes, equal neighbours become one."""
+"""A model as a picture: modules become nested boxes, equal neighbors become one."""
 
 from __future__ import annotations
 

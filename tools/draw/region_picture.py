@@ -164,13 +164,13 @@ def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, flo
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """``float32``, or the format of a quantised weight: ``nf4``."""
+    """``float32``, or the format of a quantized weight: ``nf4``."""
     stored = quantization_of(tensor)
     return str(tensor.dtype).removeprefix("torch.") if stored is None else stored.scheme
 
 
 def size_name(tensor: torch.Tensor) -> str:
-    """``128×64``: of the values, for a quantised weight."""
+    """``128×64``: of the values, for a quantized weight."""
     stored = quantization_of(tensor)
     return times(tuple(tensor.shape) if stored is None else stored.shape)
 

@@ -38,13 +38,13 @@ const Layout = (() => {
     return { width, height: top + row, spots, wires: [] };
   }
 
-  function mean(centre, names) {
+  function mean(center, names) {
     const boxes = names.filter((name) => !isDummy(name));
     const pulling = boxes.length ? boxes : names;
-    return total(pulling.map((name) => centre.get(name))) / pulling.length;
+    return total(pulling.map((name) => center.get(name))) / pulling.length;
   }
 
-  function settle(row, wanted, weight, wide, centre, m) {
+  function settle(row, wanted, weight, wide, center, m) {
     let offset = 0;
     const offsets = [], blocks = [];
     row.forEach((name, i) => {
@@ -59,19 +59,19 @@ const Layout = (() => {
     });
     let index = 0;
     for (const [sum, mass, count] of blocks) {
-      for (let i = 0; i < count; i++, index++) centre.set(row[index], sum / mass + offsets[index]);
+      for (let i = 0; i < count; i++, index++) center.set(row[index], sum / mass + offsets[index]);
     }
   }
 
-  function centres(layers, wide, m) {
+  function centers(layers, wide, m) {
     const above = new Map(), below = new Map();
     for (const name of wide.keys()) { above.set(name, []); below.set(name, []); }
     for (const [upper, lower] of layers.links) {
       below.get(upper).push(lower);
       above.get(lower).push(upper);
     }
-    const centre = new Map();
-    for (const row of layers.rows) settle(row, () => 0, () => 1, wide, centre, m);
+    const center = new Map();
+    for (const row of layers.rows) settle(row, () => 0, () => 1, wide, center, m);
     const upward = [...layers.rows].reverse();
     for (let sweep = 0; sweep < m.sweeps; sweep++) {
       const near = sweep % 2 ? below : above;
@@ -79,14 +79,14 @@ const Layout = (() => {
         const alone = (name) => !above.get(name).length && !below.get(name).length;
         const wishes = new Map(row.map((name) => {
           const others = near.get(name);
-          if (alone(name)) return [name, centre.get(row[0])];
-          return [name, others.length ? mean(centre, others) : centre.get(name)];
+          if (alone(name)) return [name, center.get(row[0])];
+          return [name, others.length ? mean(center, others) : center.get(name)];
         }));
         const weight = (name) => (alone(name) ? 0.001 : isDummy(name) ? m.slack : 1);
-        settle(row, (name) => wishes.get(name), weight, wide, centre, m);
+        settle(row, (name) => wishes.get(name), weight, wide, center, m);
       }
     }
-    return centre;
+    return center;
   }
 
   function portsOf(layers, middle, wide, m) {
@@ -109,11 +109,11 @@ const Layout = (() => {
   function flow(sizes, layers, m) {
     const sizeOf = (name) => sizes.get(name) ?? [m.dummy, 0];
     const wide = new Map(layers.rows.flat().map((name) => [name, sizeOf(name)[0]]));
-    const centre = centres(layers, wide, m);
+    const center = centers(layers, wide, m);
     let left = Infinity, right = -Infinity;
     for (const [name, w] of wide) {
-      left = Math.min(left, centre.get(name) - w / 2);
-      right = Math.max(right, centre.get(name) + w / 2);
+      left = Math.min(left, center.get(name) - w / 2);
+      right = Math.max(right, center.get(name) + w / 2);
     }
     const spots = new Map(), bands = new Map();
     let y = 0;
@@ -123,11 +123,11 @@ const Layout = (() => {
         bands.set(name, [y, y + height]);
         if (!sizes.has(name)) continue;
         const [w, h] = sizes.get(name);
-        spots.set(name, [centre.get(name) - left - w / 2, y + (height - h) / 2]);
+        spots.set(name, [center.get(name) - left - w / 2, y + (height - h) / 2]);
       }
       y += height + m.flowY;
     }
-    const middle = new Map([...wide.keys()].map((name) => [name, centre.get(name) - left]));
+    const middle = new Map([...wide.keys()].map((name) => [name, center.get(name) - left]));
     const ports = portsOf(layers, middle, wide, m);
     const wires = layers.links.map((link, index) => {
       const [upper, lower] = link, x = middle.get(upper), port = ports[index];

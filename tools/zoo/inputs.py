@@ -67,7 +67,7 @@ def _image_grid() -> dict[str, Any]:
     found["input_ids"][:, 0] = 6
     found["input_ids"][:, 1:5] = _PATCH
     found["mm_token_type_ids"] = (found["input_ids"] == _PATCH).int()
-    # Two images of 4 x 4 patches, each patch 3 colours x 2 frames x 4 x 4 pixels.
+    # Two images of 4 x 4 patches, each patch 3 colors x 2 frames x 4 x 4 pixels.
     found["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4)
     found["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
     return found

@@ -24,7 +24,7 @@ from torch import nn
 from lora_fx.api import merge, plan, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.ir import Plan
-from lora_fx.passes.capture import Count, count_weights, normalise
+from lora_fx.passes.capture import Count, count_weights, normalize
 from lora_fx.tools.zoo import numbers
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
@@ -148,7 +148,7 @@ class _Job:
 
     def count(self, model: nn.Module, inputs: Inputs, planned: Plan) -> None:
         # On a copy: some models count their calls.
-        count = count_weights(copy.deepcopy(model), *normalise(inputs))
+        count = count_weights(copy.deepcopy(model), *normalize(inputs))
         self.row.counted = len(count.direct) + len(count.computed)
         self.row.unseen = list(unseen(count, planned))
 

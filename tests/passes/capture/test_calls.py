@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 
 CONFIG = LoraConfig(r=2)
@@ -63,7 +63,7 @@ def test_an_argument_that_the_trace_has_fixed_makes_auto_export() -> None:
     plan = lora_fx.plan(model, CONFIG, (x, 2.0))
     assert plan.frontend == "export"
     assert any("expected scale == 1.0" in note for note in plan.notes)
-    adapted = randomise(lora_fx.rewrite(model, CONFIG, (x, 2.0)))
+    adapted = randomize(lora_fx.rewrite(model, CONFIG, (x, 2.0)))
     assert_close(lora_fx.merge(adapted)(x, 2.0), adapted(x, 2.0), 1e-5)
     assert lora_fx.plan(model, CONFIG, x).frontend == "symbolic"
 
@@ -74,7 +74,7 @@ def test_an_argument_that_the_trace_left_out_has_a_graph_of_its_own() -> None:
     mask[1] = True
     assert lora_fx.plan(model, CONFIG, (x, mask)).frontend == "symbolic"
     for inputs in (None, x, (x, mask)):
-        adapted = randomise(lora_fx.rewrite(model, CONFIG, inputs))
+        adapted = randomize(lora_fx.rewrite(model, CONFIG, inputs))
         assert_close(lora_fx.merge(adapted)(x, mask), adapted(x, mask), 1e-5)
         assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
 
@@ -83,7 +83,7 @@ def test_the_weights_of_every_branch_are_adapted() -> None:
     model, x = Flagged(), torch.randn(2, 8)
     config = LoraConfig(r=2, target_modules=["w", "v"])
     assert {row.name for row in lora_fx.plan(model, config, (x, True))} == {"w", "v"}
-    adapted = randomise(lora_fx.rewrite(model, config))
+    adapted = randomize(lora_fx.rewrite(model, config))
     merged = lora_fx.merge(adapted)
     for flag in (False, True):
         assert not torch.equal(adapted(x, flag), model(x, flag))
@@ -94,7 +94,7 @@ def test_the_weights_of_every_branch_are_adapted() -> None:
 def test_two_ways_of_calling_one_module_are_both_seen(frontend) -> None:
     model, x = Both(), torch.randn(2, 8)
     config = LoraConfig(r=2, target_modules=["w", "v"])
-    adapted = randomise(lora_fx.rewrite(model, config, x, frontend=frontend))
+    adapted = randomize(lora_fx.rewrite(model, config, x, frontend=frontend))
     assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
 
 
@@ -113,7 +113,7 @@ def test_a_grouped_product_without_ends_is_a_batch_for_each_expert() -> None:
     model, x = Batches(), torch.randn(3, 4, 8)
     adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["w", "o"]), x)
     assert_same_bits(adapted(x), model.requires_grad_(False)(x))
-    randomise(adapted)
+    randomize(adapted)
     assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
 
 

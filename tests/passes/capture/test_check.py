@@ -15,7 +15,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import check_unchanged, run_reference
-from lora_fx.passes.capture.inputs import normalise
+from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.graph.region import is_region
 from tests import zoo
 from tests.numerics import assert_same_bits
@@ -163,7 +163,7 @@ def test_inputs_that_do_not_fit_are_refused_in_words():
     ],
 )
 def test_ways_of_giving_inputs(given, args, kwargs):
-    found_args, found_kwargs = normalise(given)
+    found_args, found_kwargs = normalize(given)
     assert len(found_args) == args
     assert list(found_kwargs) == kwargs
 
@@ -171,12 +171,12 @@ def test_ways_of_giving_inputs(given, args, kwargs):
 def test_a_batch_encoding_is_taken_for_a_dict():
     transformers = pytest.importorskip("transformers")
     encoding = transformers.BatchEncoding({"input_ids": torch.ones(1, 2)})
-    assert list(normalise(encoding)[1]) == ["input_ids"]
+    assert list(normalize(encoding)[1]) == ["input_ids"]
 
 
 def test_named_tuples_are_arguments():
     # A NamedTuple of inputs is a tuple of inputs.
-    args, _ = normalise(Pair(1, 2))
+    args, _ = normalize(Pair(1, 2))
     assert tuple(args) == (1, 2)
 
 

@@ -20,7 +20,7 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.runtime import watch
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close
 from tests.zoo import sample
 
@@ -322,7 +322,7 @@ def test_what_was_read_is_read_again(name, own, frontend):
     except LoraFxError:
         assert own, "a layer that is called can always be adapted"
         return
-    adapted = randomise(adapted)
+    adapted = randomize(adapted)
     merged = lora_fx.merge(adapted)
     assert_close(adapted(x), merged(x), 1e-12)
     before = merged(x)
@@ -376,7 +376,7 @@ def test_what_lies_beside_it_takes_no_graph_off(name, frontend):
     def forward(self, x):
         return x @ self.kernel * read(self)
 
-    adapted = randomise(
+    adapted = randomize(
         lora_fx.rewrite(build(forward), CONFIG, sample(3, 4).double(), frontend=frontend)
     )
     region = [cls for cls in type(adapted).__mro__ if watch.CODES in vars(cls)][-1]
@@ -475,7 +475,7 @@ def test_an_argument_that_is_no_tensor_means_what_it_meant(name):
         return QUESTIONS[name](self, x, mode)
 
     model = build(forward)
-    adapted = randomise(lora_fx.rewrite(model, CONFIG))
+    adapted = randomize(lora_fx.rewrite(model, CONFIG))
     merged = lora_fx.merge(adapted)
     x = sample(3, 4).double()
     for mode in ANSWERS:
@@ -504,7 +504,7 @@ def test_decorators_that_look_at_what_was_passed(decorate, own):
     except LoraFxError:
         assert own
         return
-    adapted = randomise(adapted)
+    adapted = randomize(adapted)
     merged = lora_fx.merge(adapted)
     x = sample(3, 4).double()
     for args, kwargs in [((x,), {}), ((x, 1.0), {}), ((x,), {"scale": 1.0}), ((x, 5.0), {})]:
@@ -561,7 +561,7 @@ def test_what_changes_from_call_to_call_is_no_constant(name):
         return self.fc(x) * STATES[name](self)
 
     model = build(forward)
-    adapted = randomise(lora_fx.rewrite(model, CONFIG))
+    adapted = randomize(lora_fx.rewrite(model, CONFIG))
     merged = lora_fx.merge(adapted)
     x = sample(3, 4).double()
     first = copy.deepcopy(merged)

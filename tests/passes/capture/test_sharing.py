@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph.copies import check_model, share_copy
 from tests import zoo
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample, seeded
 
@@ -144,7 +144,7 @@ def test_layers_in_a_plain_list_are_copied_and_run():
     assert all("lora_" in n for n, p in other.named_parameters() if p.requires_grad)
 
 
-def test_an_embedding_that_renormalises_has_weights_of_its_own():
+def test_an_embedding_that_renormalizes_has_weights_of_its_own():
     model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 4), nn.Linear(4, 2))
     before = copy.deepcopy(model.state_dict())
     other = lora_fx.rewrite(model, CONFIG)
@@ -204,13 +204,13 @@ def test_a_forward_put_on_the_instance_runs_the_copy():
         return original(x) * 2
 
     block.forward = doubled
-    other = randomise(lora_fx.rewrite(model, CONFIG))
+    other = randomize(lora_fx.rewrite(model, CONFIG))
     ids = torch.tensor([[1, 2, 3]])
     assert not torch.equal(other(ids), model(ids))
     other(ids).sum().backward()
-    learnt = [p.grad for n, p in other.named_parameters() if ".lora_" in n and "blocks.0" in n]
-    assert learnt
-    assert all(g is not None for g in learnt)
+    learned = [p.grad for n, p in other.named_parameters() if ".lora_" in n and "blocks.0" in n]
+    assert learned
+    assert all(g is not None for g in learned)
     with torch.no_grad():
         assert_same_bits(model(ids), copy.deepcopy(model)(ids))
 
@@ -219,7 +219,7 @@ def test_a_method_put_on_the_instance_runs_the_copy():
     model = seeded(zoo.Residual)()
     block = model.blocks[0]
     block.forward = types.MethodType(lambda self, x: self.down(self.up(x)), block)
-    other = randomise(lora_fx.rewrite(model, CONFIG))
+    other = randomize(lora_fx.rewrite(model, CONFIG))
     other(torch.tensor([[1, 2, 3]])).sum().backward()
     assert other.blocks[0].up.lora_A.default.grad is not None
 
@@ -239,7 +239,7 @@ def test_a_compiled_layer_is_refused_too():
 def test_a_layer_compiled_in_place_is_not_compiled_in_the_copy():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].compile(backend="eager")
-    other = randomise(lora_fx.rewrite(model, CONFIG))
+    other = randomize(lora_fx.rewrite(model, CONFIG))
     x = sample(2, 4)
     assert not torch.equal(other(x), model(x))
     other(x).sum().backward()
@@ -294,7 +294,7 @@ def test_what_cannot_be_copied_is_refused_with_the_reason():
         lora_fx.rewrite(model, CONFIG)
 
 
-# --- reparametrised layers -------------------------------------------------------------------------
+# --- reparametrized layers -------------------------------------------------------------------------
 
 NORMS = {
     "weight_norm": nn.utils.weight_norm,
@@ -307,7 +307,7 @@ NORMS = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", NORMS)
-def test_a_reparametrised_layer_goes_on_and_its_neighbours_are_adapted(name):
+def test_a_reparametrized_layer_goes_on_and_its_neighbors_are_adapted(name):
     torch.manual_seed(0)
     model = nn.Sequential(NORMS[name](nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 2)).eval()
     plan = lora_fx.plan(model, CONFIG)
@@ -325,7 +325,7 @@ def test_a_reparametrised_layer_goes_on_and_its_neighbours_are_adapted(name):
 
 def test_inside_data_parallel():
     model = nn.DataParallel(seeded(zoo.Mlp)())
-    other = randomise(lora_fx.rewrite(model, CONFIG)).eval()
+    other = randomize(lora_fx.rewrite(model, CONFIG)).eval()
     assert isinstance(other, nn.DataParallel)
     assert "module.first" in {row.name for row in lora_fx.plan(model, CONFIG).sites}
     assert_close(lora_fx.merge(other).eval()(sample(2, 5)), other(sample(2, 5)))

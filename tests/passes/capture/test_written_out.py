@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.passes.capture.decompositions import WRITTEN_OUT
-from tests.algebra import randomise
+from tests.algebra import randomize
 
 RANDOM = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
 SILENT = LoraConfig(r=2, lora_alpha=4)
@@ -198,7 +198,7 @@ def test_it_compiles_and_exports_whole(name: str) -> None:
     assert len(lora_fx.plan(model, SILENT, sample, frontend="export")) == len(
         lora_fx.plan(model, SILENT)
     )
-    randomise(exported)
+    randomize(exported)
     same([exported(*sample)], [lora_fx.merge(exported)(*sample)], 1e-11)
 
 
@@ -247,7 +247,7 @@ def test_a_transposed_convolution_gives_the_size_that_it_is_asked_for(
 ) -> None:
     model = UpSampled(layer, spatial, groups).double()
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["up"], use_dora=dora)
-    adapted = randomise(lora_fx.rewrite(model, config))
+    adapted = randomize(lora_fx.rewrite(model, config))
     a, b = (adapted.up.get_submodule(f"lora_{letter}").default for letter in "AB")
     parts = zip(b.chunk(groups), a.chunk(groups), strict=True)
     delta = torch.cat([torch.einsum("or,ri...->io...", up.flatten(1), down) for up, down in parts])
@@ -275,6 +275,6 @@ def test_a_transposed_convolution_of_its_own_is_not_written_out() -> None:
 
     model = nn.Sequential(Padded(4, 6, 3, 2)).double()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    adapted = randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["0"])))
+    adapted = randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["0"])))
     assert adapted(x).shape == model(x).shape
     same([adapted(x)], [lora_fx.merge(adapted)(x)], 1e-11)

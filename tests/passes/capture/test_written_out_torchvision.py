@@ -14,7 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.errors import CaptureError
-from tests.algebra import randomise
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import seeded, torchvision_swin, torchvision_swin3d
 
@@ -62,7 +62,7 @@ def test_adapted_is_merged(build, frontend: str) -> None:
     adapted = lora_fx.rewrite(model, CONFIG, sample, frontend=name)
     with torch.no_grad():
         assert_same_bits(adapted(x), model(x))
-        randomise(adapted)
+        randomize(adapted)
         merged = lora_fx.merge(adapted)
         assert [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
         for size in (x.shape[-1], 40):
@@ -74,7 +74,7 @@ def test_adapted_is_merged(build, frontend: str) -> None:
 def test_gradients_are_those_of_the_merged_weight(build) -> None:
     model, x = build()
     model, x = model.double(), x.double()
-    adapted = randomise(lora_fx.rewrite(model, CONFIG))
+    adapted = randomize(lora_fx.rewrite(model, CONFIG))
     adapted(x).square().sum().backward()
     factors = dict(adapted.named_parameters())
     weights, leaves = {}, {}
@@ -100,7 +100,7 @@ def test_dropout_draws_what_the_layer_draws(build) -> None:
 
 def test_it_compiles_whole(build) -> None:
     model, x = build()
-    adapted = randomise(lora_fx.rewrite(model, CONFIG))
+    adapted = randomize(lora_fx.rewrite(model, CONFIG))
     torch.compiler.reset()
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
     expected = adapted(x)

@@ -85,7 +85,7 @@ def test_any_geometry(groups, channels, kernel, stride, dilation, padding, mode,
         groups,
     )
     model = form.model().double()
-    adapted = algebra.randomise(algebra.adapt(form, model, r * groups))
+    adapted = algebra.randomize(algebra.adapt(form, model, r * groups))
     x = form.x(torch.float64)
     found, exact = adapted(x), algebra.reference(form, model, adapted)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
@@ -130,7 +130,7 @@ def test_any_transposed_geometry(
         groups,
     )
     model = form.model().double()
-    adapted = algebra.randomise(algebra.adapt(form, model, r * groups))
+    adapted = algebra.randomize(algebra.adapt(form, model, r * groups))
     x = form.x(torch.float64)
     found, exact = adapted(x), algebra.reference(form, model, adapted)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
@@ -172,12 +172,12 @@ def test_groups_that_do_not_divide_the_rank_are_left_out_with_the_remedy() -> No
     assert [row.rank for row in lora_fx.plan(model, config)] == [6, 8]
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
-class StandardisedTranspose(nn.ConvTranspose1d):
+class StandardizedTranspose(nn.ConvTranspose1d):
     def forward(self, x):
         return F.conv_transpose1d(x, self.weight - self.weight.mean(), self.bias)
 
@@ -185,8 +185,8 @@ class StandardisedTranspose(nn.ConvTranspose1d):
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
     [
-        (lambda: StandardisedTranspose(4, 4, 3), "op", "computed from it (sub)"),
-        (lambda: Standardised(4, 4, 3), "op", "computed from it (sub)"),
+        (lambda: StandardizedTranspose(4, 4, 3), "op", "computed from it (sub)"),
+        (lambda: Standardized(4, 4, 3), "op", "computed from it (sub)"),
     ],
 )
 def test_a_near_miss_is_refused_with_the_reason(build, name: str, reason: str) -> None:

@@ -95,7 +95,7 @@ def test_every_linear_equation_is_that_of_the_dense_weight(case, dora: bool) -> 
     adapted = lora_fx.rewrite(model, config)
     value = sample(*x, dtype=torch.float64)
     assert_close(adapted(value), model(value))
-    algebra.check_dense(model, algebra.randomise(adapted), {"kernel": letters}, value)
+    algebra.check_dense(model, algebra.randomize(adapted), {"kernel": letters}, value)
 
 
 HEADS = [
@@ -110,7 +110,7 @@ HEADS = [
 def test_heads_are_saved_and_loaded(equation, letters, shape, x, tmp_path) -> None:
     model = seeded(Tensors)(equation, False, *shape)
     config = lora_fx.LoraConfig(r=2, target_modules=["kernel"], use_dora=True)
-    adapted = algebra.randomise(lora_fx.rewrite(model, config))
+    adapted = algebra.randomize(lora_fx.rewrite(model, config))
     lora_fx.save_adapter(adapted, tmp_path)
     value = sample(*x, dtype=torch.float64)
     algebra.check_dense(model, lora_fx.load_adapter(model, tmp_path), {"kernel": letters}, value)
@@ -142,7 +142,7 @@ def test_a_bias_on_b_needs_to_know_where_the_outputs_are() -> None:
 def test_a_bias_on_b_is_added_where_the_outputs_are() -> None:
     model = seeded(Tensors)("bsd,hde->bhse", False, 2, 4, 3)
     config = lora_fx.LoraConfig(r=2, target_modules=["kernel"], lora_bias=True)
-    adapted = algebra.randomise(lora_fx.rewrite(model, config))
+    adapted = algebra.randomize(lora_fx.rewrite(model, config))
     x = sample(2, 5, 4, dtype=torch.float64)
     weights = algebra.dense_weights(model, adapted, {"kernel": Letters("hde", "he", "d")})
     scale = algebra.scale_of(adapted)

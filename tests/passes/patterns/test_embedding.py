@@ -55,7 +55,7 @@ def test_the_table_of_a_learns_as_the_base_table_would(build) -> None:
     # What padding_idx and scale_grad_by_freq do to the gradient of W they do to that of Aᵀ.
     table = build()
     ids = torch.tensor([[0, 2, 5, 10], [2, 2, 9, 10]])
-    adapted = algebra.randomise(
+    adapted = algebra.randomize(
         lora_fx.rewrite(nn.Sequential(table), lora_fx.LoraConfig(r=3, target_modules=["0"]))
     )
     a, b = adapted[0].lora_embedding_A.default, adapted[0].lora_embedding_B.default
@@ -72,7 +72,7 @@ def test_the_table_of_a_learns_as_the_base_table_would(build) -> None:
 
 def test_padding_counted_from_the_end_in_a_functional_call() -> None:
     (form,) = (p.values[0] for p in EMBEDDING if p.id == "F.embedding")
-    adapted = algebra.randomise(algebra.adapt(form, form.model()))
+    adapted = algebra.randomize(algebra.adapt(form, form.model()))
     adapted(form.x()).sum().backward()
     a, _ = form.factors(adapted)
     assert not a.grad[:, 10].any()
@@ -84,7 +84,7 @@ def test_indices_have_no_dropout() -> None:
     config = lora_fx.LoraConfig(target_modules=["0"], lora_dropout=0.5)
     (row,) = lora_fx.plan(model, config)
     assert row.dropout == 0.0
-    adapted = algebra.randomise(lora_fx.rewrite(model, config)).train()
+    adapted = algebra.randomize(lora_fx.rewrite(model, config)).train()
     ids = torch.arange(11)
     algebra.assert_same_bits(adapted(ids), adapted(ids))
 
@@ -105,7 +105,7 @@ def test_any_shape_and_rank(vocabulary: int, width: int, r: int, shape: list[int
         "embedding",
     )
     model = form.model().double()
-    adapted = algebra.randomise(algebra.adapt(form, model, r))
+    adapted = algebra.randomize(algebra.adapt(form, model, r))
     found, exact = adapted(form.x()), algebra.reference(form, model, adapted)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lora_fx.merge(adapted)(form.x()), found, rtol=1e-12, atol=1e-12)

@@ -79,7 +79,7 @@ def test_any_shape_and_rank(
         "linear" if build is nn.Linear else "matmul",
     )
     model = form.model().double()
-    adapted = algebra.randomise(algebra.adapt(form, model, r))
+    adapted = algebra.randomize(algebra.adapt(form, model, r))
     x = form.x(torch.float64)
     found, exact = adapted(x), algebra.reference(form, model, adapted)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)

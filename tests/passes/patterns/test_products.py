@@ -151,7 +151,7 @@ def check(case: Case, options: dict[str, Any], second: bool, **more: Any) -> Non
     if second and "use_dora" not in kept:
         lora_fx.add_adapter(adapted, LoraConfig(r=3, target_modules=targets), "second")
         lora_fx.set_adapter(adapted, ["default", "second"])
-    algebra.check_dense(model, algebra.randomise(adapted).eval(), case.letters, x)
+    algebra.check_dense(model, algebra.randomize(adapted).eval(), case.letters, x)
 
 
 class Applied(nn.Module):
@@ -236,7 +236,7 @@ def test_every_rank_of_input_and_weight(
     letters = {"k": Letters(("e" if len(shape) == 3 else "") + matrix, "o", "i")}
     for dora in (False, True)[: 1 if len(shape) == 3 else 2]:
         config = LoraConfig(r=2, lora_alpha=3, target_modules=["k"], use_dora=dora)
-        adapted = algebra.randomise(lora_fx.rewrite(model, config))
+        adapted = algebra.randomize(lora_fx.rewrite(model, config))
         algebra.check_dense(model, adapted, letters, value)
 
 
@@ -308,7 +308,7 @@ class OutOfNone(Applied):
 
 def test_none_is_what_an_argument_is_by_default() -> None:
     model, x = seeded(OutOfNone)(4, 4), sample(3, 4, dtype=torch.float64)
-    adapted = algebra.randomise(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["k"])))
+    adapted = algebra.randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["k"])))
     algebra.check_dense(model, adapted, {"k": Letters("io", "o", "i")}, x)
 
 
@@ -368,7 +368,7 @@ class Halves(Applied):
 def test_rows_are_cut_by_keyword_and_counted_from_the_end(build: type[Applied]) -> None:
     model, x = seeded(build)(4, 5), sample(3, 5, dtype=torch.float64)
     config = LoraConfig(r=2, target_modules=["k", "k.0_2", "k.2_4"])
-    adapted = algebra.randomise(lora_fx.rewrite(model, config))
+    adapted = algebra.randomize(lora_fx.rewrite(model, config))
     merged = lora_fx.merge(adapted)
     assert relative_error(merged(x), model(x)) > 0.01
     assert relative_error(adapted(x), merged(x)) < 1e-12
@@ -399,7 +399,7 @@ def test_a_sparse_input(build: type[Applied], layout: Any, options: dict[str, An
     optimize = options.get("optimize", True)
     kept = {name: value for name, value in options.items() if name != "optimize"}
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["k"], **kept)
-    adapted = algebra.randomise(lora_fx.rewrite(model, config, optimize=optimize))
+    adapted = algebra.randomize(lora_fx.rewrite(model, config, optimize=optimize))
     letters = {"k": Letters("oi" if build is Linear else "io", "o", "i")}
     weights = algebra.dense_weights(model, adapted, letters)
     exact = torch.func.functional_call(model, weights, (x,))

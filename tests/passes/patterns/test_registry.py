@@ -104,7 +104,7 @@ def test_a_registered_pattern_works_end_to_end(gained: Pattern) -> None:
     assert (row.name, row.site.pattern, row.parameters) == ("0", "gained-linear", 2 * (6 + 5))
     adapted = lora_fx.rewrite(base, config, x)
     assert_same_bits(adapted(x), base(x))
-    algebra.randomise(adapted)
+    algebra.randomize(adapted)
     a, b = adapted[0].lora_A.default, adapted[0].lora_B.default
     weight = base[0].weight + row.scale * b @ a
     exact = base[1:](3.0 * x @ weight.T)
@@ -129,7 +129,7 @@ def test_an_operation_that_reads_the_weight_of_another_is_refused(
     gained: Pattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, x = Beside(), torch.randn(4, 5)
-    adapted = algebra.randomise(lora_fx.rewrite(base, lora_fx.LoraConfig(r=2)))
+    adapted = algebra.randomize(lora_fx.rewrite(base, lora_fx.LoraConfig(r=2)))
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[__name__], "ALSO_READ", [base.other])
         with pytest.raises(
@@ -180,7 +180,7 @@ def test_a_site_of_a_pattern_that_is_not_here_says_what_to_do(gained: Pattern) -
 
 
 @pytest.mark.parametrize("form", [pytest.param(form, id=form.name) for form in FORMS])
-def test_no_form_is_recognised_with_an_argument_that_its_pattern_does_not_know(form: Form) -> None:
+def test_no_form_is_recognized_with_an_argument_that_its_pattern_does_not_know(form: Form) -> None:
     captured = capture(form.model())
     (site,) = match(captured).sites
     for call in site.calls:
