@@ -87,12 +87,12 @@ def _check_opaque(
     whole = capture.frontend == "export"
     read = read_by_code(capture)
     for weight in sites.keys() & read.keys():
-        if whole and not _returns_cache(capture):
-            # The graph of the whole model has it right, and nothing else: no call may go past it. What it
-            # does not apply at all, because the example inputs did not come to it, has nobody right.
-            if kept := [site for site in map(_in_root, sites[weight]) if site.calls]:
-                sites[weight] = kept
-                continue
+        # The graph of the whole model has it right, and nothing else: no call may go past it. Nothing has
+        # right what that graph does not apply, because the example inputs did not come to it.
+        in_root = [site for site in map(_in_root, sites[weight]) if site.calls]
+        if whole and in_root and not _returns_cache(capture):
+            sites[weight] = in_root
+            continue
         del sites[weight]
         rejections[read[weight].name] = read[weight]
     if not whole:
