@@ -125,7 +125,9 @@ def test_the_test_of_paths_finds_what_is_missing() -> None:
     assert not exists("lora_fx.passes.fuse")
 
 
-BRITISH = r"\b\w*(?:quantiz|optimiz|initializ|recogniz|normaliz|color|neighbor|behavior|licence)\w*"
+BRITISH = (
+    r"\b\w*(?:quantis|optimis|initialis|recognis|normalis|colour|neighbour|behaviour|licence)\w*"
+)
 RIDDLES = r"\b(?:anew|nobody|whoever|few bits|in the place of|beside)\b"
 
 
