@@ -301,7 +301,7 @@ def _unknown(name: str, manifest: Manifest) -> str:
             f"{own}: the file takes {whole} as a whole. Save the adapter (lora_fx.save_adapter) and give "
             "its folder, which has it as a whole"
         )
-    return f"{own}: the file takes no adapter there{hint}. {again}, if it is of this model"
+    return f"{own}: the file takes no adapter there{near}. {again}, if it is of this model"
 
 
 def _value_problems(one: AdapterInput, value: Tensor) -> Iterator[str]:
