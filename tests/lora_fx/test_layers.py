@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -333,6 +334,43 @@ def test_import_loads_no_optional_package(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split()
+
+
+ALONE = """
+import importlib, os, sys
+import lora_fx
+
+for name in sys.argv[1:]:
+    if name in sys.modules:
+        continue
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print(name, error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_module_can_be_imported_first(tmp_path: Path) -> None:
+    """Modules that import each other can be imported in one order alone."""
+    pytest.importorskip("typer")
+    pytest.importorskip("onnxruntime")
+    # The script of another exporter runs where that is installed.
+    names = [name for name in MODULES if not name.endswith("peer_script")]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *names],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
 
 
 def test_import_loads_no_compiler(tmp_path: Path) -> None:
