@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import importlib
 import math
 import re
@@ -134,6 +135,10 @@ def _named(module: str | None, name: str) -> Any:
     value: Any = sys.modules.get(module or "")
     for atom in name.split("."):
         value = getattr(value, atom, None)
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, functools.cached_property):
+        return value.func
     return getattr(value, "__func__", value)  # the function of a class method
 
 

@@ -793,3 +793,27 @@ def _in_a_global(model: Any) -> bool:
 def test_what_matters_from_the_third_call_on_is_refused(way: Callable[[Any], bool]) -> None:
     with pytest.raises(CaptureError, match="which a graph would not"):
         lora_fx.rewrite(Late(way).eval(), CONFIG, torch.randn(3, 4), frontend="export")
+
+
+class Derived(nn.Module):
+    """Has a setting that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.factor = 0.5
+
+    @property
+    def scale(self) -> float:
+        return self.factor
+
+    def forward(self, x):
+        return self.fc(x) * self.scale
+
+
+def test_an_export_that_reads_properties_can_be_pickled() -> None:
+    x = torch.randn(2, 4)
+    config = LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False)
+    model = lora_fx.rewrite(Derived(), config, x, frontend="export")
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
