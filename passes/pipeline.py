@@ -159,12 +159,11 @@ def _broken(
     if one.kind == "functional":
         if _sizes(capture) != before:
             return "it is functional, and edited a graph of its argument"
-        if result.modified == (result.capture is capture):
-            return (
-                "it says that it modified something, and returns its argument"
-                if (result.modified)
-                else "it returns another capture, and says that it modified nothing"
-            )
+        same = result.capture is capture
+        if result.modified and same:
+            return "it says that it modified something, and returns its argument"
+        if not result.modified and not same:
+            return "it returns another capture, and says that it modified nothing"
     elif result.capture is not capture:
         return "it works in place, and returns another capture"
     return None
