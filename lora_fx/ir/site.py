@@ -129,7 +129,10 @@ class Site:
         """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
         if self.parameter == "weight" and self.rows is None:
             return self.owner
-        return join(self.owner, f"{self.name.rpartition('.')[2]}_lora")
+        # Of a part (``w.0_8``) the parameter's name, too: another parameter has a part of that name.
+        part_of_parameter = self.name.rpartition(".")[0] == self.weight != self.owner
+        leaf = self.name.split(".")[-2 if part_of_parameter else -1 :]
+        return join(self.owner, f"{'_'.join(leaf)}_lora")
 
     @property
     def place(self) -> str:
