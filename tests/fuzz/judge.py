@@ -342,9 +342,8 @@ class _Run:
         ``copy.deepcopy`` copies no functions: what a closure leads to is the original's.
         """
         original = self._build()
-        try:
-            twin = copy.deepcopy(original)
-        except RuntimeError:  # results of autograd, which the copy of an adapted model goes without
+        twin = self._twin(original)
+        if twin is None:
             return True
         expected = self._outputs(copy.deepcopy(original), grad=False)
         with torch.no_grad():
@@ -355,7 +354,7 @@ class _Run:
             return False
         # What is changed in a copy has to be what the copy reads.
         changed, original = self._build(), self._build()
-        twin = copy.deepcopy(original)
+        twin = self._twin(original)
         for one in (changed, twin):
             with contextlib.suppress(Exception):
                 self.module.change(one)
@@ -368,6 +367,18 @@ class _Run:
             for a, b in zip(expected, found, strict=True)
             if not isinstance(a, Exception)
         )
+
+    def _twin(self, original: nn.Module) -> nn.Module | None:
+        """A deep copy; None if there is none."""
+        try:
+            return copy.deepcopy(original)
+        except RuntimeError:
+            # Results of autograd, which the copy of an adapted model goes without: a call replaces them.
+            self._outputs(original, grad=False)
+        try:
+            return copy.deepcopy(original)
+        except RuntimeError:
+            return None
 
     def _do_pickle(self, _: str) -> None:
         try:
