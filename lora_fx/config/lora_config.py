@@ -120,9 +120,9 @@ class LoraConfig:
         lora_alpha: The branch is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
             `use_rslora`.
         lora_dropout: Probability in [0, 1), on the adapter's input only.
-        target_modules: None: every linear operation but the output head (here lora_fx differs from
-            PEFT, which has a table of architectures). "all-linear": every linear module but the
-            output head. Any other string: a regular expression for the whole name. A list: names,
+        target_modules: None: every linear operation but the output head and the routers of mixtures of
+            experts (here lora_fx differs from PEFT, which has a table of architectures).
+            "all-linear": every linear module but the output head. Any other string: a regular expression for the whole name. A list: names,
             or their last components.
         exclude_modules: Same syntax; applied first.
         layers_to_transform: Layer indices to adapt. Not with a string as `target_modules`. An empty

@@ -89,6 +89,7 @@ class Site:
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
+        router: Whether its output decides which experts of a mixture see a token.
         quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
             those of its values.
     """
@@ -112,6 +113,7 @@ class Site:
     part_of: str = ""
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
+    router: bool = False
     quantized: Quantization | None = None
 
     @property

@@ -1,8 +1,8 @@
 """Decides which sites are adapted and with what: the dry run.
 
 Names are judged by PEFT's rules (:mod:`lora_fx.config.selection`), operations by what was matched.
-With ``target_modules=None`` every matrix product and convolution is selected but the output head;
-lookups in an embedding, and the head, are adapted when they are named.
+With ``target_modules=None`` every matrix product and convolution is selected but the output head and the
+routers of mixtures; these, and lookups in an embedding, are adapted when they are named.
 """
 
 from __future__ import annotations
@@ -256,6 +256,8 @@ def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
     if uses_default_targets(config) and site.head and "target_modules" in reason:
         return "the output head: name it in target_modules to adapt it"
+    if uses_default_targets(config) and site.router and "target_modules" in reason:
+        return "the router of a mixture of experts: name it in target_modules to adapt it"
     if uses_default_targets(config) and site.family == "embedding" and "target_modules" in reason:
         return "an embedding: name it in target_modules to adapt it"
     return reason

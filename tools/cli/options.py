@@ -138,7 +138,7 @@ class Adapters(Options):
         alpha: The branch is scaled by alpha / r.
         dropout: Of the adapters' input, in [0, 1).
         target: Name of an operation or its last part, or all-linear. Repeat it, or use commas. Without
-            it: every linear operation but the output head.
+            it: every linear operation but the output head and routers.
         target_regex: A regular expression for whole names.
         exclude: Not these; as --target.
         modules_to_save: Modules that are trained in full.
