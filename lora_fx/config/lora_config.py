@@ -122,8 +122,8 @@ class LoraConfig:
         lora_dropout: Probability in [0, 1), on the adapter's input only.
         target_modules: None: every linear operation but the output head and the routers of mixtures of
             experts (here lora_fx differs from PEFT, which has a table of architectures).
-            "all-linear": every linear module but the output head. Any other string: a regular expression for the whole name. A list: names,
-            or their last components.
+            "all-linear": every linear module but the output head. Any other string: a regular
+            expression for the whole name. A list: names, or their last components.
         exclude_modules: Same syntax; applied first.
         layers_to_transform: Layer indices to adapt. Not with a string as `target_modules`. An empty
             collection of any type, as PEFT's empty list, means no restriction.
