@@ -329,7 +329,9 @@ class _Run:
         self.oracle.write(self._chosen())
 
     def _do_copy(self, _: str) -> None:
-        if not self._copies_apart(copy.deepcopy):  # a copy of the original is none: nothing is claimed
+        if not self._copies_apart(
+            copy.deepcopy
+        ):  # a copy of the original is none: nothing is claimed
             return
         with self._stage("copy"):
             self.adapted = copy.deepcopy(self.adapted)
