@@ -212,7 +212,7 @@ def _has_weights(module: nn.Module) -> bool:
 def _name(node: fx.Node) -> str:
     target: Any = target_of(node)
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
+        return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", ""))
 
 

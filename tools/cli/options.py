@@ -141,6 +141,7 @@ class Adapters(Options):
             it: every linear operation but the output head and routers.
         target_regex: A regular expression for whole names.
         exclude: Not these; as --target.
+        scope: Only what lies in this module (model.language_model). Repeat it, or use commas.
         modules_to_save: Modules that are trained in full.
         rslora: Scale by alpha / sqrt(r).
         bias: Train biases: none, all, lora_only.
@@ -156,6 +157,7 @@ class Adapters(Options):
     target: list[str] | None = None
     target_regex: str | None = None
     exclude: list[str] | None = None
+    scope: list[str] | None = None
     modules_to_save: list[str] | None = None
     rslora: bool | None = None
     bias: str | None = None
@@ -181,6 +183,7 @@ class Adapters(Options):
             "lora_dropout": self.dropout,
             "target_modules": selected,
             "exclude_modules": _split(self.exclude),
+            "scope": _split(self.scope),
             "modules_to_save": _split(self.modules_to_save),
             "use_rslora": self.rslora,
             "bias": self.bias,
