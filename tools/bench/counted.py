@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "Memory",
-    "count_operations",
-    "measure_memory",
-    "saved_by",
-    "saved_bytes",
-]
+__all__ = ["Memory", "count_operations", "measure_memory", "saved_by", "saved_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,10 +152,7 @@ def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
 
 
 def _measured(
-    cells: list[Cell],
-    where: tuple[Place, int, int],
-    repeats: int,
-    progress: Progress | None,
+    cells: list[Cell], where: tuple[Place, int, int], repeats: int, progress: Progress | None
 ) -> dict[Cell, tuple[Sample, int | None]]:
     place, d, tokens = where
     device, dtype = place.device, place.dtype
@@ -205,9 +202,5 @@ def _text(
 
 
 SECTION = Section(
-    "one_linear",
-    ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL),
-    _run,
-    _rows,
-    _charts,
+    "one_linear", ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL), _run, _rows, _charts
 )

@@ -25,15 +25,7 @@ from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, por
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.served import RANK, Served, randomize, served
 
-__all__ = [
-    "AGAIN",
-    "BASE",
-    "MERGED",
-    "ONE",
-    "SECTION",
-    "Latency",
-    "switch_time",
-]
+__all__ = ["AGAIN", "BASE", "MERGED", "ONE", "SECTION", "Latency", "switch_time"]
 
 BASE, AGAIN = "base", "base again (A/A)"
 MERGED, BARE = "merged", "swappable, no adapter"

@@ -42,15 +42,7 @@ from lora_fx.tools.bench.workloads import (
     wide_llama,
 )
 
-__all__ = [
-    "DORA",
-    "LORA",
-    "SECTIONS",
-    "WEIGHTS",
-    "Look",
-    "available",
-    "quantized_base",
-]
+__all__ = ["DORA", "LORA", "SECTIONS", "WEIGHTS", "Look", "available", "quantized_base"]
 
 
 def _slug(where: str) -> str:
@@ -250,10 +242,7 @@ class Look(NamedTuple):
 
 
 def _look(
-    model: nn.Module,
-    base: nn.Module,
-    models: Mapping[str, nn.Module],
-    losses: Mapping[str, Any],
+    model: nn.Module, base: nn.Module, models: Mapping[str, nn.Module], losses: Mapping[str, Any]
 ) -> Look:
     found = [one.shape for p in base.parameters() if (one := quantization_of(p)) is not None]
     shapes = {*found, *(shape[::-1] for shape in found)}

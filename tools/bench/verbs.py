@@ -354,10 +354,7 @@ _MEDIAN = "median (quartiles)"
 
 SECTIONS = (
     Section(
-        "rewrite_time",
-        ("targets", "contender", _MEDIAN, "of PEFT's"),
-        _by_targets,
-        _target_cells,
+        "rewrite_time", ("targets", "contender", _MEDIAN, "of PEFT's"), _by_targets, _target_cells
     ),
     Section(
         "rewrite_scale",

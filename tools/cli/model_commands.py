@@ -239,11 +239,7 @@ def merge(
         adapted = load_adapter(loaded.model, adapter)
     with console.progress("merging") as advance:
         merged, report = merge_model(
-            adapted,
-            dtype=wanted,
-            requantize=requantize,
-            return_report=True,
-            progress=advance,
+            adapted, dtype=wanted, requantize=requantize, return_report=True, progress=advance
         )
     with console.progress("writing"):
         write_merged(merged, path, folder=loaded.folder)

@@ -70,14 +70,7 @@ def export(
     chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
-            base,
-            path,
-            inputs,
-            opset=opset,
-            verify=verify,
-            force=force,
-            progress=begin,
-            **chosen,
+            base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen
         )
     if as_json:
         sys.stdout.write(report.to_json() + "\n")

@@ -22,15 +22,7 @@ from lora_fx.errors import ConfigError
 
 __all__ = ["LIBRARIES", "MASK", "Corpus", "Sentence", "collect", "key", "masked"]
 
-LIBRARIES = (
-    "networkx",
-    "numpy",
-    "scipy",
-    "sklearn",
-    "sympy",
-    "torch",
-    "transformers",
-)
+LIBRARIES = ("networkx", "numpy", "scipy", "sklearn", "sympy", "torch", "transformers")
 MASK = "library"
 """What stands for the name of a library: a word that the encoder knows."""
 

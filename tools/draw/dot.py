@@ -10,11 +10,7 @@ import networkx as nx
 from lora_fx.tools.draw.layout import words_of
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean
 
-__all__ = [
-    "to_dot",
-    "to_graphml",
-    "to_networkx",
-]
+__all__ = ["to_dot", "to_graphml", "to_networkx"]
 
 
 _COLORS: dict[Kind, tuple[str, str]] = {

@@ -110,10 +110,7 @@ def layers_of(
 
 
 def _ranks(
-    ids: Sequence[str],
-    edges: Sequence[tuple[str, str]],
-    first: Sequence[str],
-    last: Sequence[str],
+    ids: Sequence[str], edges: Sequence[tuple[str, str]], first: Sequence[str], last: Sequence[str]
 ) -> dict[str, int]:
     graph = nx.DiGraph()
     graph.add_nodes_from(ids)

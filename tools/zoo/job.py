@@ -30,10 +30,7 @@ from lora_fx.tools.zoo.entries import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
 from lora_fx.tools.zoo.training import Reached, judge_sites, train
 
-__all__ = [
-    "run_job",
-    "unseen",
-]
+__all__ = ["run_job", "unseen"]
 
 
 def unseen(count: Count, plan: Plan) -> tuple[str, ...]:

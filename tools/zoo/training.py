@@ -13,19 +13,10 @@ from torch import nn
 from lora_fx.api import rewrite, trainable_parameters
 from lora_fx.config import LoraConfig
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
-from lora_fx.tools.zoo.numbers import (
-    floats,
-    in_double,
-)
+from lora_fx.tools.zoo.numbers import floats, in_double
 from lora_fx.tools.zoo.oracle import Narrowest, Verdict, judge
 
-__all__ = [
-    "STEPS",
-    "Reached",
-    "in_fp64",
-    "judge_sites",
-    "train",
-]
+__all__ = ["STEPS", "Reached", "in_fp64", "judge_sites", "train"]
 
 
 STEPS = 20
