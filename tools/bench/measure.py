@@ -1,4 +1,4 @@
-"""Where a section measures: on which devices and in which dtypes, one after the other."""
+"""How a section measures: at which places, how often, in which order; and what a machine counts itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +22,14 @@ import torch
 from torch.utils._triton import has_triton
 
 __all__ = [
+    "Contenders",
     "Place",
     "Progress",
     "Ratio",
+    "Run",
     "Sample",
     "Size",
     "allocator_peak",
-    "at_each",
     "compiles",
     "computes_bf16",
     "devices",
@@ -214,8 +215,12 @@ def ratio(sample: Sample, base: Sample) -> Ratio:
     return Ratio(median, low, high)
 
 
+Contenders = Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]
+"""By name: a preparation that is not timed, and what is timed, which gets the preparation's result."""
+
+
 def interleaved(
-    contenders: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]],
+    contenders: Contenders,
     *,
     repeats: int = 10,
     calls: int = 1,
@@ -228,8 +233,7 @@ def interleaved(
     """Times contenders in turn.
 
     Args:
-        contenders: By name: a preparation that is not timed, and what is timed, which gets the
-            preparation's result.
+        contenders: What is timed.
         repeats: Counted turns; one more, first, is not counted.
         calls: How often what is timed is called in a run; times are those of one call. For what takes so
             little that the clock or the scheduler would show.
@@ -340,6 +344,7 @@ def _processor() -> str:
 
 
 Found = TypeVar("Found")
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,24 +380,50 @@ def places(*, half: bool) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def at_each(
-    where: Sequence[Place],
-    work: Callable[[Place, Progress | None], Found],
-    progress: Progress | None,
-    title: str = "",
-) -> dict[str, Found]:
-    """Does the same work at each place.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a section is measured.
 
-    Args:
-        where: The places.
-        work: Gets the place, and the progress to call for its part.
-        progress: The whole's.
-        title: Stands before the name of the contender in the progress.
-
-    Returns:
-        What the work gave, by the place's name.
+    Attributes:
+        repeats: Counted runs of each contender.
+        size: How much of the section.
+        progress: Called with (done, total, contender) after each run.
     """
-    return {
-        str(place): work(place, portion(progress, index, len(where), title))
-        for index, place in enumerate(where)
-    }
+
+    repeats: int
+    size: Size
+    progress: Progress | None = None
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Reports progress, where somebody wants to know."""
+        if self.progress is not None:
+            self.progress(done, total, what)
+
+    def part(self, index: int, count: int, title: str = "") -> Run:
+        """The same for one of several pieces of work; see :func:`portion`."""
+        return dataclasses.replace(self, progress=portion(self.progress, index, count, title))
+
+    def each(
+        self, items: Collection[Item], title: Callable[[Item], str] = lambda _: ""
+    ) -> Iterator[tuple[Item, Run]]:
+        """Each of several pieces of work of about the same length, with how it is measured."""
+        for index, item in enumerate(items):
+            yield item, self.part(index, len(items), title(item))
+
+    def at_each(
+        self, where: Collection[Place], work: Callable[[Place, Run], Found]
+    ) -> dict[str, Found]:
+        """Does the same work at each place; the results by the place's name."""
+        return {str(place): work(place, run) for place, run in self.each(where)}
+
+    def times(
+        self, contenders: Contenders, device: torch.device = CPU, **options: Any
+    ) -> dict[str, Sample]:
+        """Times contenders in turn on a device; see :func:`interleaved` for the options."""
+        return interleaved(
+            contenders,
+            repeats=self.repeats,
+            synchronize=synchronizer(device),
+            progress=self.progress,
+            **options,
+        )

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.tools.bench.chart import Group
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     BUILDERS,
@@ -23,19 +22,8 @@ from lora_fx.tools.bench.contenders import (
     Settings,
     linear_floor,
 )
-from lora_fx.tools.bench.measure import (
-    Place,
-    Progress,
-    Sample,
-    Size,
-    interleaved,
-    kernel_launches,
-    places,
-    portion,
-    ratio,
-    synchronizer,
-)
-from lora_fx.tools.bench.section import Chart, Section
+from lora_fx.tools.bench.measure import Place, Run, Sample, Size, kernel_launches, places, ratio
+from lora_fx.tools.bench.section import Chart, Group, Section
 
 __all__ = ["SECTION", "Cell", "Shape"]
 
@@ -78,22 +66,17 @@ class Cell:
 Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> Results:
+def _run(run: Run) -> Results:
     """Times and, on CUDA, kernel launches, by shape and contender."""
     cases = [
         (place, d, tokens)
-        for place in places(half=size is Size.FULL)
-        for d, tokens in itertools.product(*_grid(size))
+        for place in places(half=run.size is Size.FULL)
+        for d, tokens in itertools.product(*_grid(run.size))
         if place.dtype is torch.float32 or place.on_cuda or d == _HALF_WIDTH
     ]
     return {
-        Shape(str(place), d, tokens): _measured(
-            _cells(size, d, tokens, place),
-            (place, d, tokens),
-            repeats,
-            portion(progress, index, len(cases), f"d={d}, T={tokens}"),
-        )
-        for index, (place, d, tokens) in enumerate(cases)
+        Shape(str(place), d, tokens): _measured(place, d, tokens, part)
+        for (place, d, tokens), part in run.each(cases, lambda one: f"d={one[1]}, T={one[2]}")
     }
 
 
@@ -151,10 +134,8 @@ def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
     return found
 
 
-def _measured(
-    cells: list[Cell], where: tuple[Place, int, int], repeats: int, progress: Progress | None
-) -> dict[Cell, tuple[Sample, int | None]]:
-    place, d, tokens = where
+def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[Sample, int | None]]:
+    cells = _cells(run.size, d, tokens, place)
     device, dtype = place.device, place.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -166,13 +147,11 @@ def _measured(
         settings = Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
         steps[cell] = _step(BUILDERS[cell.name](base, settings).train(), x, grad)
     titles = {f"{cell.name} r={cell.rank} p={cell.dropout:g}": cell for cell in cells}
-    timed = interleaved(
+    timed = run.times(
         {title: (lambda: None, steps[cell]) for title, cell in titles.items()},
-        repeats=repeats,
+        device,
         calls=max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2,
         seconds=_SECONDS,
-        synchronize=synchronizer(device),
-        progress=progress,
     )
     return {
         cell: (timed[title], kernel_launches(lambda cell=cell: steps[cell](None), device))  # type: ignore[misc]

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_fx.api import rewrite
 from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT, shared_copy
-from lora_fx.tools.bench.measure import Progress, Size
+from lora_fx.tools.bench.measure import Run, Size
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.step_sections import available, quantized_base
 from lora_fx.tools.demo import (
@@ -67,15 +67,15 @@ class Learned:
         return 100 * (self.mean(DENSE) - self.mean(name))
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learned]:
+def _run(run: Run) -> dict[str, Learned]:
     """The result on the CPU; none without bitsandbytes.
 
     Repeats are seeds: of the factors, the order and the dropout; two at most.
     """
     if not available():
         return {}
-    settings = _SIZES[size]
-    libraries = LIBRARIES[:3] if size is Size.TINY else LIBRARIES
+    settings = _SIZES[run.size]
+    libraries = LIBRARIES[:3] if run.size is Size.TINY else LIBRARIES
     corpus = collect(settings.train, settings.held_out, libraries=libraries)
     held_out = _batches(corpus.held_out, corpus, settings)
     base = SentenceClassifier.pretrained(len(libraries))
@@ -90,7 +90,7 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learn
         NF4: (quantized, _ours),
         THEIRS: (quantized, _theirs),
     }
-    seeds = min(repeats, _SEEDS)
+    seeds = min(run.repeats, _SEEDS)
     for seed in range(seeds):
         for place, (name, (below, adapt)) in enumerate(makers.items()):
             with torch.random.fork_rng(devices=[]):
@@ -98,8 +98,7 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learn
                 model = adapt(below, seed)
                 train(model, corpus, dataclasses.replace(settings, seed=seed))
             found.setdefault(name, []).append(_judged(model, held_out))
-            if progress is not None:
-                progress(seed * len(makers) + place + 1, seeds * len(makers), name)
+            run.tell(seed * len(makers) + place + 1, seeds * len(makers), name)
     steps = settings.epochs * -(-len(corpus.train) // settings.batch)
     accuracy = {name: tuple(one) for name, one in found.items()}
     return {"cpu, float32": Learned(accuracy, steps, len(corpus.held_out))}

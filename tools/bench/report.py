@@ -12,7 +12,6 @@ from typing import Any
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
-    closer_look,
     export_peers,
     goals,
     guards,
@@ -31,7 +30,6 @@ _LISTED = {
     one.name: one
     for one in (
         *step_sections.SECTIONS,
-        *closer_look.SECTIONS,
         *verbs.SECTIONS,
         one_linear.SECTION,
         guards.SECTION,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +20,14 @@ from lora_fx.tools.bench.contenders import (
 from lora_fx.tools.bench.counted import Memory, count_operations, measure_memory, saved_bytes
 from lora_fx.tools.bench.measure import (
     Place,
-    Progress,
     Ratio,
+    Run,
     Sample,
     Size,
     allocator_peak,
-    at_each,
-    interleaved,
     kernel_launches,
     places,
-    portion,
     ratio,
-    synchronizer,
 )
 from lora_fx.tools.bench.section import Chart, Section, no_charts
 from lora_fx.tools.bench.workloads import Workload
@@ -44,7 +39,6 @@ __all__ = [
     "Row",
     "Step",
     "Steps",
-    "compare",
     "loss_of",
     "mebibytes",
     "section_of",
@@ -142,30 +136,21 @@ class Steps:
     wrap: Callable[[nn.Module], nn.Module] | None = None
     look: Look | None = None
 
-    def measure(self, repeats: int, size: Size, progress: Progress | None) -> dict[str, Measured]:
+    def measure(self, run: Run) -> dict[str, Measured]:
         """Results by place, and by model before it where there are several."""
-        models = self.workloads(size)
-        found: dict[str, Measured] = {}
-        for index, workload in enumerate(models):
-            several = len(models) > 1
+        models = self.workloads(run.size)
+        several = len(models) > 1
+        return {
+            f"{workload.title}, {place}" if several else str(place): self._measured(
+                workload, place, here
+            )
+            for workload, part in run.each(
+                models, lambda one: one.title.partition(",")[0] * several
+            )
+            for place, here in part.each(self.where(run.size))
+        }
 
-            def work(
-                place: Place, tell: Progress | None, workload: Workload = workload
-            ) -> Measured:
-                return self._measured(workload, place, size, repeats, tell)
-
-            title = workload.title.partition(",")[0] if several else ""
-            tell = portion(progress, index, len(models), title)
-            done = at_each(self.where(size), work, tell)
-            found |= {
-                f"{workload.title}, {where}" if several else where: measured
-                for where, measured in done.items()
-            }
-        return found
-
-    def _measured(
-        self, workload: Workload, place: Place, size: Size, repeats: int, tell: Progress | None
-    ) -> Measured:
+    def _measured(self, workload: Workload, place: Place, run: Run) -> Measured:
         model = workload.make().to(place.device, place.dtype)
         inputs = workload.on(place)
         floor = None
@@ -174,57 +159,25 @@ class Steps:
             names = targets_of(model, settings)
             floor = model_floor(model, names, settings.r, lambda one: one(**inputs))
         base = self.base(model)
-        models = built(self.contenders(size, place), base, inputs)
+        models = built(self.contenders(run.size, place), base, inputs)
         running = models
         if self.wrap is not None:
             # What was compiled before would count towards the limit on compilations of one forward.
             torch.compiler.reset()
             running = {n: one if n == FROZEN else self.wrap(one) for n, one in models.items()}
         losses = {name: loss_of(one, inputs) for name, one in running.items()}
-        counted = {name for name, one in models.items() if running[name] is one}
-        steps = compare(
-            models, losses, place.device, counted, repeats, seconds=self.seconds, progress=tell
-        )
+        turns = {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()}
+        timed = run.times(turns, place.device, seconds=self.seconds)
+        steps = {
+            name: _counted(timed[name], one, losses[name], place.device)
+            if running[name] is one
+            else Step(timed[name])
+            for name, one in models.items()
+        }
         if self.wrap is not None:
             torch.compiler.reset()
         look = None if self.look is None else self.look(model, base, models, losses)
         return Measured(floor, steps, workload.title, str(place), look)
-
-
-def compare(
-    models: Mapping[str, nn.Module],
-    losses: Mapping[str, Callable[[], Tensor]],
-    device: torch.device,
-    counted: Collection[str],
-    repeats: int,
-    *,
-    seconds: float = math.inf,
-    progress: Progress | None = None,
-) -> dict[str, Step]:
-    """Measures contenders that are there.
-
-    Args:
-        models: By name, the frozen one among them.
-        losses: What each one's step goes back from.
-        device: Where they are.
-        counted: Of which more than time is measured.
-        repeats: Counted turns.
-        seconds: As for :func:`lora_fx.tools.bench.measure.interleaved`.
-        progress: Likewise.
-    """
-    timed = interleaved(
-        {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()},
-        repeats=repeats,
-        seconds=seconds,
-        synchronize=synchronizer(device),
-        progress=progress,
-    )
-    return {
-        name: _counted(timed[name], model, losses[name], device)
-        if name in counted
-        else Step(timed[name])
-        for name, model in models.items()
-    }
 
 
 def _counted(

@@ -152,8 +152,8 @@ def bench(
             repeatable.
         out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
     """
+    from lora_fx.tools.bench.export_peers import set_environments
     from lora_fx.tools.bench.measure import Size
-    from lora_fx.tools.bench.peer_exporters import set_environments
     from lora_fx.tools.bench.report import run_benchmarks, select, write
 
     select(only)

@@ -10,8 +10,10 @@ none, or another one.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,9 +24,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.ir import PlannedSite, Site, require_record
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.tools.zoo.numbers import difference, tensors
 
-__all__ = ["Narrowest", "Run", "Verdict", "dense", "judge", "stir", "tolerance_of"]
+__all__ = [
+    "Narrowest",
+    "Run",
+    "Verdict",
+    "dense",
+    "difference",
+    "fingerprint",
+    "floats",
+    "in_double",
+    "judge",
+    "stir",
+    "tensors",
+    "tolerance_of",
+    "what_changed",
+]
+
 
 Run: TypeAlias = "Callable[[nn.Module], tuple[Any, torch.Tensor]]"
 """Calls a model: its output, and a loss of it. It makes the same random draws each time."""
@@ -275,3 +291,82 @@ def _backward(loss: torch.Tensor) -> None:
 
 def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an output, in order: containers, dataclasses and what libraries make of them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, list | tuple):
+        items = value
+    elif dataclasses.is_dataclass(value):
+        items = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    for item in items:
+        yield from tensors(item)
+
+
+def floats(value: Any) -> list[torch.Tensor]:
+    """The floating-point tensors in an output that hold anything."""
+    return [t for t in tensors(value) if t.is_floating_point() and t.numel()]
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference of two outputs, relative to the largest value of each tensor.
+
+    Returns:
+        0 where no bit differs; infinity where shapes or types do, or only one is finite.
+    """
+    left, right = list(tensors(found)), list(tensors(expected))
+    if [(t.shape, t.dtype) for t in left] != [(t.shape, t.dtype) for t in right]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
+        if bool(same.all()):
+            continue
+        a, b = a.detach().double(), b.detach().double()
+        apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf)
+        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-30)
+        worst = max(worst, float(apart.max() / scale))
+    return worst
+
+
+def in_double(value: Any) -> Any:
+    """The inputs with every floating tensor in fp64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: in_double(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(in_double(item) for item in value)
+    return value
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """What must not change: values, modes, gradients, modules and their classes."""
+    found = {
+        f"class of {name or 'root'}": type(module).__qualname__
+        for name, module in model.named_modules()
+    }
+    found |= {f"mode of {n or 'root'}": str(m.training) for n, m in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        gradient = "no gradient" if parameter.grad is None else "a gradient"
+        found[f"parameter {name}"] = f"{_digest(parameter)} {parameter.requires_grad} {gradient}"
+    found |= {f"buffer {name}": _digest(buffer) for name, buffer in model.named_buffers()}
+    return found
+
+
+def what_changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """The first few differences of two fingerprints; empty if there are none."""
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import fnmatch
 from lora_fx.errors import ConfigError
 from lora_fx.tools.zoo import plain_models
 from lora_fx.tools.zoo.entries import Entry
-from lora_fx.tools.zoo.tables import read
+from lora_fx.tools.zoo.library_models import read
 
 __all__ = ["ENTRIES", "LIBRARIES", "find", "groups", "select"]
 

@@ -1,0 +1,381 @@
+"""Reads the models of libraries, which are rows of ``transformers.toml`` and the like.
+
+A table of a file is a group, a row a model: ``make`` is its class, or the name that its library makes it by;
+``inputs`` names what it takes, by default that of its group; ``with`` names options of the table ``options``,
+which its own options come after. ``"None"`` stands for None. An empty row is
+put together in ``assembled.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import tomllib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.tools.zoo.entries import Built, Entry, Inputs, ids, images
+
+__all__ = ["ASSEMBLED", "inputs_of", "read"]
+
+
+Maker = Callable[[str, str, dict[str, Any]], Built]
+"""Gets the name, the inputs and the options."""
+
+
+def read(library: str) -> tuple[Entry, ...]:
+    """The entries of a library, in the order of its file."""
+    text = Path(__file__).with_name(f"{library}.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    shared, found = tables.pop("options", {}), []
+    for group, rows in tables.items():
+        inputs = rows.pop("inputs")
+        for name, row in rows.items():
+            title, targets = f"{library}/{name}", row.pop("targets", None)
+            fields = {"note": row.pop("note", ""), "targets": targets and tuple(targets)}
+            if row:
+                what = (row.pop("make"), row.pop("inputs", inputs))
+                make = _maker(library, *what, _options(row, shared, library))
+            else:
+                make = ASSEMBLED[title]
+            found.append(Entry(title, group, make, **fields))
+    return tuple(found)
+
+
+def _maker(library: str, name: str, inputs: str, options: dict[str, Any]) -> Callable[[], Built]:
+    return lambda: _MAKERS[library](name, inputs, options)
+
+
+def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
+    """The options with those that they name, and in the types of Python."""
+    if isinstance(row, dict):
+        found: dict[str, Any] = {}
+        for name in row.get("with", ()):
+            found |= _options(shared[name], shared, library)
+        own = {name: one for name, one in row.items() if name != "with"}
+        return found | {name: _options(one, shared, library) for name, one in own.items()}
+    if isinstance(row, list):
+        # Which of the two it is matters to them.
+        kind = tuple if library in ("timm", "diffusers") else list
+        return kind(_options(one, shared, library) for one in row)
+    return None if row == "None" else row
+
+
+def _of_transformers(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    kind = getattr(importlib.import_module("transformers"), name)
+    config = kind.config_class(**options)
+    # Drawn before the weights are.
+    given = inputs_of(inputs)
+    return kind(config), given
+
+
+def _of_diffusers(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    given: Any = inputs_of(inputs)
+    made = getattr(importlib.import_module("diffusers"), name)(**options)
+    return made, {**given, "return_dict": False}
+
+
+def _of_timm(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    timm = importlib.import_module("timm")
+    module, _, class_name = name.partition(".")
+    if class_name:
+        kind = getattr(importlib.import_module(f"timm.models.{module}"), class_name)
+        return kind(num_classes=5, **options), inputs_of(inputs)
+    return timm.create_model(name, pretrained=False, num_classes=5, **options), inputs_of(inputs)
+
+
+def _of_torchvision(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    models = importlib.import_module("torchvision.models")
+    options = {"num_classes": 5, **options}
+    if name in vars(models) and isinstance(getattr(models, name), type):
+        return getattr(models, name)(**options), inputs_of(inputs)
+    return models.get_model(name, weights=None, **options), inputs_of(inputs)
+
+
+_MAKERS: Mapping[str, Maker] = {
+    "transformers": _of_transformers,
+    "diffusers": _of_diffusers,
+    "timm": _of_timm,
+    "torchvision": _of_torchvision,
+}
+
+
+_PATCH = 5  # the token that stands for a patch
+
+
+def inputs_of(words: str) -> Inputs:
+    """The arguments of one call.
+
+    Args:
+        words: A name, and the numbers that it takes.
+    """
+    name, *numbers = words.split()
+    return _INPUTS[name](*map(int, numbers))
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(2, *shape)
+
+
+def _text() -> dict[str, Any]:
+    """Tokens, the second row padded."""
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    mask[1, 4:] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def _decoded(**given: torch.Tensor) -> dict[str, Any]:
+    return {**given, "decoder_input_ids": ids(length=4), "use_cache": False}
+
+
+def _image_tokens(patches: int) -> dict[str, Any]:
+    tokens = ids(length=8) + 1
+    tokens = torch.where(tokens == _PATCH, _PATCH + 4, tokens).clamp(max=39)
+    tokens[:, 1 : 1 + patches] = _PATCH
+    mask = torch.ones_like(tokens)
+    given = {"input_ids": tokens, "attention_mask": mask, "pixel_values": images(16)}
+    return {**given, "use_cache": False}
+
+
+def _prompted_image() -> dict[str, Any]:
+    # As its processor gives them: the prompt is 0, what the model is to say 1. Without them, and
+    # without padding, its attention under SDPA is another one (docs/internals/export.md, Parity).
+    kinds = (torch.arange(8) > 5).long().expand(2, 8).contiguous()
+    return {**_image_tokens(4), "token_type_ids": kinds}
+
+
+def _listed_image() -> dict[str, Any]:
+    found = _image_tokens(1)
+    return {**found, "pixel_values": found["pixel_values"][:, None]}
+
+
+def _image_grid() -> dict[str, Any]:
+    found = _image_tokens(4)
+    del found["pixel_values"]
+    found["input_ids"][:, 0] = 6
+    found["input_ids"][:, 1:5] = _PATCH
+    found["mm_token_type_ids"] = (found["input_ids"] == _PATCH).int()
+    # Two images of 4 x 4 patches, each patch 3 colors x 2 frames x 4 x 4 pixels.
+    found["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4)
+    found["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    return found
+
+
+_TIMES = {"timestep": torch.tensor([3, 7])}
+
+
+def _noisy() -> dict[str, Any]:
+    return {"sample": images(8, 4), **_TIMES, "encoder_hidden_states": _random(5, 12)}
+
+
+def _captioned() -> dict[str, Any]:
+    return {"hidden_states": images(8, 4), "encoder_hidden_states": _random(5, 12), **_TIMES}
+
+
+def _positioned() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(16, 4),
+        "encoder_hidden_states": _random(5, 12),
+        "pooled_projections": _random(10),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": torch.randint(0, 4, (16, 3)).float(),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+_UNSIZED = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+_INPUTS: Mapping[str, Callable[..., Inputs]] = {
+    "images": lambda size: (images(size),),
+    "random": lambda *shape: (_random(*shape),),
+    "text": _text,
+    "tokens": lambda: {**_text(), "use_cache": False},
+    "ids": lambda: {"input_ids": ids()},
+    "ids_uncached": lambda: {"input_ids": ids(), "use_cache": False},
+    "bytes": lambda: {"inputs": torch.randint(0, 40, (2, 8))},
+    "pair": lambda: _decoded(input_ids=ids()),
+    "wave": lambda: {"input_values": _random(200)},
+    "sound": lambda *shape: {"input_values": _random(*shape)},
+    "mel": lambda: _decoded(input_features=_random(8, 20)),
+    "frames": lambda: _decoded(input_features=_random(20, 8)),
+    "pixels": lambda size: {"pixel_values": images(size)},
+    "video": lambda: {"pixel_values": _random(4, 3, 16, 16)},
+    "text_image": lambda: {"input_ids": ids(), "pixel_values": images(16)},
+    "image_tokens": _image_tokens,
+    "prompted_image": _prompted_image,
+    "listed_image": _listed_image,
+    "image_grid": _image_grid,
+    "sample": lambda size: {"sample": images(size)},
+    "noisy": _noisy,
+    "noisy_image": lambda: {"sample": images(8), **_TIMES},
+    "controlled": lambda: {**_noisy(), "controlnet_cond": images(64)},
+    "captioned": _captioned,
+    "captioned_size": lambda: {**_captioned(), **_UNSIZED},
+    "pooled": lambda: {
+        "hidden_states": images(8, 4),
+        "encoder_hidden_states": _random(5, 12),
+        "pooled_projections": _random(10),
+        **_TIMES,
+    },
+    "positioned": _positioned,
+    "classified": lambda: {
+        "hidden_states": images(8, 4),
+        **_TIMES,
+        "class_labels": torch.tensor([1, 2]),
+    },
+}
+
+
+def _bottleneck(**options: int) -> Built:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, **options), (images(32),)
+
+
+def _vgg() -> Built:
+    from torchvision.models.vgg import VGG, make_layers
+
+    layers = make_layers([16, "M", 32, "M", 64, 64, "M", 512, "M"], batch_norm=True)
+    model = VGG(layers, num_classes=5, init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier[0] = nn.Linear(512, 4096)
+    return model, (images(32),)
+
+
+def _swin_v2() -> Built:
+    from torchvision.models.swin_transformer import (
+        PatchMergingV2,
+        SwinTransformer,
+        SwinTransformerBlockV2,
+    )
+
+    sizes: Any = ([4, 4], 16, [2, 2], [2, 4], [4, 4])
+    blocks: Any = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+    return SwinTransformer(*sizes, num_classes=5, **blocks), (images(32),)
+
+
+def _s3d() -> Built:
+    from torchvision.models.video import s3d
+
+    model = s3d(num_classes=5)
+    model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own one wants 224 pixels
+    return model, (torch.randn(2, 3, 16, 32, 32),)
+
+
+def _mvit() -> Built:
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    def block(channels: int, outputs: int, heads: int, stride: int) -> MSBlockConfig:
+        q, kv = [1, stride, stride], [1, 2, 2]
+        return MSBlockConfig(heads, channels, outputs, [3, 3, 3], [3, 3, 3], q, kv)
+
+    model = MViT(
+        spatial_size=(32, 32),
+        temporal_size=4,
+        block_setting=[block(16, 16, 1, 1), block(16, 32, 2, 2)],
+        residual_pool=True,
+        residual_with_cls_embed=False,
+        rel_pos_embed=True,
+        proj_after_attn=True,
+        num_classes=5,
+    )
+    return model, (torch.randn(2, 3, 4, 32, 32),)
+
+
+def _swin3d() -> Built:
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    model = SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 4], [2, 4, 4], num_classes=5)
+    return model, (torch.randn(2, 3, 4, 32, 32),)
+
+
+def _resnet_fpn() -> Built:
+    from torchvision.models import resnet18
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    stages = {f"layer{i}": str(i - 1) for i in range(1, 5)}
+    backbone = BackboneWithFPN(resnet18(weights=None), stages, [64, 128, 256, 512], 32)
+    return backbone, (images(32),)
+
+
+def _mobilenet_fpn() -> Built:
+    from torchvision.models.detection.backbone_utils import mobilenet_backbone
+
+    options = {"weights": None, "trainable_layers": 6}
+    return mobilenet_backbone("mobilenet_v3_large", fpn=True, **options), (images(64),)
+
+
+def _retina_head() -> Built:
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    class OnFeatures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = RetinaNetHead(16, 3, 4)
+
+        def forward(self, large: torch.Tensor, small: torch.Tensor) -> dict[str, torch.Tensor]:
+            found: dict[str, torch.Tensor] = self.head([large, small])
+            return OrderedDict(found)
+
+    return OnFeatures(), (images(8, 16), images(4, 16))
+
+
+def _raft() -> Built:
+    from torchvision.models.optical_flow import raft_small
+
+    return raft_small(weights=None), {
+        "image1": images(128),
+        "image2": images(128),
+        "num_flow_updates": 2,
+    }
+
+
+def _trocr() -> Built:
+    import transformers
+
+    sides: Any = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    decoder = transformers.TrOCRConfig(
+        vocab_size=40,
+        d_model=16,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        cross_attention_hidden_size=16,
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**sides), decoder
+    )
+    given = {"pixel_values": images(16), "decoder_input_ids": ids(length=4), "use_cache": False}
+    return transformers.VisionEncoderDecoderModel(config), given
+
+
+ASSEMBLED: Mapping[str, Callable[[], Built]] = {
+    "torchvision/resnet bottleneck": _bottleneck,
+    "torchvision/resnext": functools.partial(_bottleneck, groups=4, width_per_group=16),
+    "torchvision/wide resnet": functools.partial(_bottleneck, width_per_group=128),
+    "torchvision/vgg": _vgg,
+    "torchvision/swin_v2": _swin_v2,
+    "torchvision/s3d": _s3d,
+    "torchvision/mvit": _mvit,
+    "torchvision/swin3d": _swin3d,
+    "torchvision/resnet18 + FPN": _resnet_fpn,
+    "torchvision/mobilenet + FPN": _mobilenet_fpn,
+    "torchvision/RetinaNet head": _retina_head,
+    "torchvision/RAFT": _raft,
+    "transformers/TrOCR": _trocr,
+}
+"""By the name of the entry."""
