@@ -23,7 +23,7 @@ from torch import nn
 from lora_fx.errors import ConfigError, hint
 from lora_fx.passes.capture import synthesise
 
-__all__ = ["FORMS", "LoadedModel", "load_folder", "load_inputs", "load_model", "quiet_transformers"]
+__all__ = ["FORMS", "LoadedModel", "load_inputs", "load_model", "quiet_transformers"]
 
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")

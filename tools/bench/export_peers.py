@@ -35,22 +35,7 @@ from lora_fx.tools.bench.measure import Run, Size
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.workloads import RANK, Served, randomize, served
 
-__all__ = [
-    "HERE",
-    "KINDS",
-    "NAMES",
-    "SECTION",
-    "Exported",
-    "File",
-    "Row",
-    "Runner",
-    "describe",
-    "environment_of",
-    "exported",
-    "largest_error",
-    "runner",
-    "set_environments",
-]
+__all__ = ["SECTION", "Row", "set_environments"]
 
 
 HERE = "here"

@@ -13,7 +13,7 @@ from lora_fx.tools.bench.one_linear import Cell, Shape
 from lora_fx.tools.bench.step_sections import DORA, LORA
 from lora_fx.tools.bench.steps import Measured
 
-__all__ = ["COLUMNS", "GOALS", "Goal", "Verdict", "rows"]
+__all__ = ["COLUMNS", "rows"]
 
 _MIB = 2**20
 

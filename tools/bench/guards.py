@@ -25,18 +25,7 @@ from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.steps import loss_of
 from lora_fx.tools.bench.workloads import Workload, resnet, small_llama
 
-__all__ = [
-    "AGAIN",
-    "FIRST",
-    "LATER",
-    "OFF",
-    "SECOND",
-    "SECTION",
-    "Case",
-    "Found",
-    "called_graphs",
-    "guard_of",
-]
+__all__ = ["AGAIN", "OFF", "SECOND", "SECTION", "Found"]
 
 FIRST, SECOND, LATER = "first step, watched", "second step", "fifth step"
 OFF, AGAIN = "a step without a watch", "a step without a watch, again (A/A)"

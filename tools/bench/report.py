@@ -24,7 +24,7 @@ from lora_fx.tools.bench import (
 from lora_fx.tools.bench.measure import Progress, Size, machine
 from lora_fx.tools.bench.section import Section, words
 
-__all__ = ["IMAGES", "SECTIONS", "reference", "run_benchmarks", "select", "without_empty", "write"]
+__all__ = ["run_benchmarks", "select", "write"]
 
 _LISTED = {
     one.name: one

@@ -13,7 +13,7 @@ from typing import Any
 from lora_fx.tools.bench.contenders import FROZEN, OURS
 from lora_fx.tools.bench.measure import Progress, Run, Size
 
-__all__ = ["Chart", "Group", "Section", "bars", "no_charts", "words"]
+__all__ = ["Chart", "Group", "Section", "no_charts", "words"]
 
 
 # In inches; 72 of the file's units each.

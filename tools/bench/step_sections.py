@@ -45,18 +45,7 @@ from lora_fx.tools.bench.workloads import (
     wide_llama,
 )
 
-__all__ = [
-    "DORA",
-    "KINDS",
-    "LORA",
-    "SECTIONS",
-    "WEIGHTS",
-    "Look",
-    "available",
-    "group_of",
-    "kind_of",
-    "quantized_base",
-]
+__all__ = ["DORA", "LORA", "SECTIONS", "available", "quantized_base"]
 
 
 def _slug(where: str) -> str:

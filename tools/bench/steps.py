@@ -32,17 +32,7 @@ from lora_fx.tools.bench.measure import (
 from lora_fx.tools.bench.section import Chart, Section, no_charts
 from lora_fx.tools.bench.workloads import Workload
 
-__all__ = [
-    "COLUMNS",
-    "Column",
-    "Measured",
-    "Row",
-    "Step",
-    "Steps",
-    "loss_of",
-    "mebibytes",
-    "section_of",
-]
+__all__ = ["COLUMNS", "Measured", "Row", "Steps", "loss_of", "mebibytes", "section_of"]
 
 
 @dataclasses.dataclass(frozen=True)

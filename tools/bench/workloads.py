@@ -19,7 +19,6 @@ __all__ = [
     "Workload",
     "bert",
     "gpt2",
-    "llama",
     "llama_block",
     "llama_shape",
     "mixtral",

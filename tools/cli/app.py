@@ -16,7 +16,7 @@ from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, ru
 from lora_fx.tools.cli.options import as_options
 from lora_fx.tools.cli.project_commands import bench, demo, zoo
 
-__all__ = ["COMMANDS", "ERROR_EXIT", "app"]
+__all__ = ["app"]
 
 ERROR_EXIT = 2
 """Exit code for every error of lora_fx, as typer's for a wrong command line."""

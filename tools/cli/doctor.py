@@ -23,7 +23,7 @@ from lora_fx.export.ort import providers
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["EXTRAS", "Finding", "State", "doctor", "examine"]
+__all__ = ["doctor"]
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnx-ir"),

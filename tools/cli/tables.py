@@ -16,7 +16,7 @@ from rich.text import Text
 from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
 from lora_fx.ir import Plan
 
-__all__ = ["Row", "folded_names", "folded_rows", "render_export", "render_plan"]
+__all__ = ["render_export", "render_plan"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lora_fx.errors import ConfigError
 
-__all__ = ["LIBRARIES", "MASK", "Corpus", "Sentence", "collect", "key", "masked"]
+__all__ = ["LIBRARIES", "Corpus", "Sentence", "collect"]
 
 LIBRARIES = ("networkx", "numpy", "scipy", "sklearn", "sympy", "torch", "transformers")
 MASK = "library"

@@ -35,19 +35,7 @@ from lora_fx.tools.draw.model_picture import picture_of_model
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
 from lora_fx.tools.draw.plan_picture import picture_of_plan
 
-__all__ = [
-    "FORMATS",
-    "classes_of",
-    "document_of",
-    "initially_open",
-    "picture_of",
-    "to_dot",
-    "to_graphml",
-    "to_html",
-    "to_networkx",
-    "to_svg",
-    "visualize",
-]
+__all__ = ["FORMATS", "visualize"]
 
 
 _MARGIN = 24

@@ -19,18 +19,10 @@ from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
 
 __all__ = [
     "CHIPS",
-    "DUMMY",
     "METRICS",
-    "Layers",
-    "Link",
-    "Local",
     "Placed",
     "Point",
     "Scene",
-    "Wire",
-    "flow",
-    "grid",
-    "layers_of",
     "place",
     "plan_layers",
     "sizes_of",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["SCHEMA", "Box", "Kind", "Picture", "clean", "elide", "fold_label", "human", "times"]
+__all__ = ["Box", "Kind", "Picture", "clean", "elide", "fold_label", "human", "times"]
 
 SCHEMA = "lora_fx.picture/1"
 

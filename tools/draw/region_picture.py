@@ -17,23 +17,15 @@ from lora_fx.tools.draw.picture import Box, Kind, elide, times
 
 __all__ = [
     "Digests",
-    "Painter",
     "RegionPainter",
     "adapters_of",
     "children_of",
     "dtype_name",
-    "follows",
     "label_of",
     "measured",
-    "node_caption",
-    "node_facts",
-    "node_kind",
-    "node_name",
     "parameter_counts",
     "runs",
     "size_name",
-    "tag_of",
-    "target_name",
 ]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images", "wake"]
+__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images"]
 
 Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
 """Keyword or positional arguments of one call."""

@@ -40,7 +40,7 @@ from lora_fx.tools.zoo.oracle import (
 )
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
 
-__all__ = ["STEPS", "Reached", "in_fp64", "judge_sites", "run_job", "train", "unseen"]
+__all__ = ["run_job"]
 
 
 def unseen(count: Count, plan: Plan) -> tuple[str, ...]:

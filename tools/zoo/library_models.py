@@ -21,7 +21,7 @@ from torch import nn
 
 from lora_fx.tools.zoo.entries import Built, Entry, Inputs, ids, images
 
-__all__ = ["ASSEMBLED", "inputs_of", "read"]
+__all__ = ["read"]
 
 
 Maker = Callable[[str, str, dict[str, Any]], Built]

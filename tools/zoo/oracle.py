@@ -27,17 +27,12 @@ from lora_fx.passes.patterns import pattern_of
 
 __all__ = [
     "Narrowest",
-    "Run",
     "Verdict",
-    "dense",
     "difference",
     "fingerprint",
     "floats",
     "in_double",
     "judge",
-    "stir",
-    "tensors",
-    "tolerance_of",
     "what_changed",
 ]
 

@@ -10,7 +10,7 @@ from lora_fx.tools.zoo import plain_models
 from lora_fx.tools.zoo.entries import Entry
 from lora_fx.tools.zoo.library_models import read
 
-__all__ = ["ENTRIES", "LIBRARIES", "find", "groups", "select"]
+__all__ = ["ENTRIES", "find", "select"]
 
 LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
 """Each with a table of its models."""

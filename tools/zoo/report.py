@@ -12,18 +12,7 @@ from typing import Any, TypeVar
 
 from lora_fx.tools.bench.measure import machine
 
-__all__ = [
-    "EXPORT",
-    "MERGE_TOLERANCE",
-    "PARTS",
-    "STAGES",
-    "Row",
-    "exceptions",
-    "page",
-    "scrubbed",
-    "summary",
-    "table",
-]
+__all__ = ["MERGE_TOLERANCE", "PARTS", "Row", "exceptions", "page", "scrubbed", "summary", "table"]
 
 
 STAGES = (
