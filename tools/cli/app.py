@@ -74,7 +74,7 @@ app = typer.Typer(
 def _version(wanted: bool) -> None:
     if wanted:
         installed = importlib.metadata.version("lora-fx")
-        console.output().print(f"lora-fx {installed}", highlight=False)
+        console.say(f"lora-fx {installed}")
         raise typer.Exit
 
 

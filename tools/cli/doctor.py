@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import typer
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from lora_fx.errors import LoraFxError
@@ -207,11 +205,10 @@ def doctor(strict: bool = False, as_json: bool = False) -> None:
 
 def _print(findings: list[Finding], problems: int) -> None:
     styles = {State.OK: "green", State.NOTE: "yellow", State.PROBLEM: "bold red"}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = console.table("", "", "", "")
+    table.show_header, table.columns[0].style = False, "bold"
+    for column in table.columns[:3]:
+        column.no_wrap = True
     topic = ""
     for one in findings:
         heading = "" if one.topic == topic else one.topic
@@ -222,9 +219,8 @@ def _print(findings: list[Finding], problems: int) -> None:
         if one.remedy:
             detail.append(f"\n{one.remedy}", "yellow")
         table.add_row(heading, one.name, Text(one.state, styles[one.state]), detail)
-    screen = console.output()
-    screen.print(table)
+    console.output().print(table)
     if problems:
-        screen.print(f"{problems} problem(s)", style="bold red")
+        console.say(f"{problems} problem(s)", "bold red")
     else:
-        screen.print("no problems", style="green")
+        console.say("no problems", "green")

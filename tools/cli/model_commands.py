@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.syntax import Syntax
 from rich.table import Table
 from torch import fx, nn
@@ -65,7 +64,7 @@ def plan(
         return
     out = console.output()
     if stored is not None:
-        out.print(stored.summary(), highlight=False, soft_wrap=True, markup=False)
+        console.say(stored.summary())
     out.print(render_plan(made, width=out.width, every=every), highlight=False)
 
 
@@ -125,14 +124,14 @@ def rewrite(
         _print_region(screen, found, region, as_graph=graph)
     elif file is None:
         screen.print(_regions(rewritten, found))
-        screen.print("--region NAME prints the code of one, --out FILE.html draws all", style="dim")
+        console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
     if file.suffix.lower() == _TEXT:
         file.write_text("\n".join(map(_as_text, found.items())), encoding="utf-8")
     else:
         draw(rewritten, file, force=force)
-    screen.print(f"wrote {file}", highlight=False, soft_wrap=True)
+    console.say(f"wrote {file}")
 
 
 class _Printer:
@@ -153,7 +152,7 @@ class _Printer:
         """Print all of it, in the order of the passes."""
         for name, text in self._seen:
             self._screen.rule(f"after {name}")
-            self._screen.print(text, highlight=False, soft_wrap=True, markup=False)
+            console.say(text, to=self._screen)
 
     def _texts(self, name: str, capture: Capture) -> Iterator[str]:
         graphs = {key: one.graph for key, one in capture.regions.items()}
@@ -184,25 +183,21 @@ def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
 
 def _print_region(screen: Any, found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
     chosen = _region_of(found, region)
-    if as_graph:
-        screen.print(str(chosen), highlight=False, soft_wrap=True, markup=False)
-        return
-    code = chosen.python_code("self").src.strip()
-    if screen.is_terminal:
+    code = str(chosen) if as_graph else chosen.python_code("self").src.strip()
+    if screen.is_terminal and not as_graph:
         screen.print(Syntax(code, "python", word_wrap=True))
     else:
-        screen.print(code, highlight=False, soft_wrap=True, markup=False)
+        console.say(code)
 
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> Table:
-    table = Table("region", "class", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("nodes", justify="right")
-    table.add_column("branches", justify="right")
+    rows = []
     for name, graph in found.items():
         roles = [getattr(node.meta.get(META_KEY), "role", None) for node in graph.nodes]
         kind = type(model.get_submodule(name)).__name__
-        table.add_row(name or "(root)", kind, str(len(roles)), str(roles.count(Role.ADD)))
-    return table
+        rows.append((name or "(root)", kind, str(len(roles)), str(roles.count(Role.ADD))))
+    counts = ("nodes", "branches")
+    return console.table("region", "class", *counts, rows=rows, right=counts)
 
 
 def _as_text(item: tuple[str, fx.Graph]) -> str:
@@ -250,10 +245,7 @@ def merge(
         write_merged(merged, path, folder=loaded.folder)
     lines = str(report).splitlines()
     shown = lines if every else [lines[0], *(line for line in lines if "untied" in line)]
-    screen = console.output()
-    for line in shown:
-        screen.print(line, highlight=False, soft_wrap=True)
-    screen.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    console.say("\n".join([*shown, f"wrote {path}"]))
 
 
 @o.command()
@@ -297,7 +289,7 @@ def visualize(
             drawn = verb(drawn, chosen, strict=adapters.strict, **how)
         written = draw(drawn, file, force=force)
     size = written.stat().st_size / 1e3
-    console.output().print(f"wrote {written} ({size:,.0f} kB)", highlight=False, soft_wrap=True)
+    console.say(f"wrote {written} ({size:,.0f} kB)")
 
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
