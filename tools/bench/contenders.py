@@ -24,18 +24,23 @@ __all__ = [
     "CANONICAL",
     "EXPORTED",
     "FROZEN",
+    "KINDS",
     "NO_DROPOUT",
+    "OTHER_KIND",
     "OURS",
     "PEERS",
     "PEFT",
+    "PLAIN_KIND",
     "THIRD",
     "Contenders",
     "Settings",
     "built",
+    "by_dropout",
     "is_linear",
     "linear_floor",
     "model_floor",
     "name_of",
+    "of_kinds",
     "shared_copy",
     "targets_of",
     "variants",
@@ -285,12 +290,19 @@ EXPORTED = "lora-fx, with example inputs"
 PEFT = "PEFT"
 
 
+KINDS: Mapping[str, Mapping[str, Any]] = {"LoRA": {}, "DoRA": {"use_dora": True}}
+"""The kinds of adapters that are compared, plain ones first, and what asks for each in a configuration."""
+
+PLAIN_KIND, OTHER_KIND = KINDS
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The adapter, in PEFT's words.
 
     Attributes:
-        r, lora_alpha, lora_dropout, target_modules, use_dora: The fields of that name.
+        r, lora_alpha, lora_dropout, target_modules: The fields of that name.
+        kind: A key of :data:`KINDS`.
         example_inputs: For the way in that exports the model.
         parameters: Whether the targets are parameters, which PEFT names in a field of its own.
     """
@@ -299,17 +311,20 @@ class Settings:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    use_dora: bool = False
+    kind: str = "LoRA"
     example_inputs: Mapping[str, Any] | None = None
     parameters: bool = False
 
     def fields(self) -> dict[str, Any]:
         """What both libraries take."""
-        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        del found["example_inputs"], found["parameters"]
-        if isinstance(self.target_modules, tuple):
-            found["target_modules"] = list(self.target_modules)
-        return found
+        targets = self.target_modules
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+            **KINDS[self.kind],
+        }
 
 
 Builder = Callable[[nn.Module, Settings], nn.Module]
@@ -399,7 +414,10 @@ def name_of(contender: str, dropout: float) -> str:
     return f"{contender}, p = {dropout:g}"
 
 
-def variants(names: Iterable[str], dropouts: Iterable[float] = (0.0, 0.05)) -> Contenders:
+_DROPOUTS = (0.0, 0.05)
+
+
+def variants(names: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
     """The frozen model, and contenders with each dropout that they know.
 
     Args:
@@ -415,6 +433,21 @@ def variants(names: Iterable[str], dropouts: Iterable[float] = (0.0, 0.05)) -> C
             if not (dropout and name in NO_DROPOUT):
                 found[name_of(name, dropout)] = (name, Settings(lora_dropout=dropout))
     return found
+
+
+def by_dropout(names: Iterable[str]) -> Contenders:
+    """The same, sorted by dropout."""
+    return {key: one for p in _DROPOUTS for key, one in variants(names, (p,)).items()}
+
+
+def of_kinds(kinds: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
+    """Kinds of adapters of both libraries: "lora-fx LoRA, p = 0" and the like."""
+    return {
+        name_of(f"{library} {kind}", p): (library, Settings(lora_dropout=p, kind=kind))
+        for p in dropouts
+        for library in (OURS, PEFT)
+        for kind in kinds
+    }
 
 
 def built(

@@ -31,6 +31,8 @@ from lora_fx.export.ort import (
     to_tensor,
 )
 from lora_fx.export.session import OnnxSession
+from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
+from lora_fx.tools.bench.contenders import OTHER_KIND, PLAIN_KIND
 from lora_fx.tools.bench.measure import Run, Size
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.workloads import RANK, Served, randomize, served
@@ -229,7 +231,7 @@ def _completed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "position_ids": positions, "token_type_ids": torch.zeros_like(ids)}
 
 
-KINDS = ("LoRA", "rank_pattern, alpha_pattern", "DoRA")
+KINDS = (PLAIN_KIND, "rank_pattern, alpha_pattern", OTHER_KIND)
 """The adapters."""
 
 _OURS: Mapping[str, Literal["merge", "inputs"]] = {
@@ -415,10 +417,8 @@ def _write(model: Served, kind: str, folder: Path) -> Expected:
 
 def _fields(kind: str, layers: list[str]) -> dict[str, Any]:
     names = sorted({name.rpartition(".")[2] for name in layers})
-    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK}
-    if kind == "DoRA":
-        fields["use_dora"] = True
-    elif kind != "LoRA":
+    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, **ADAPTER_KINDS.get(kind, {})}
+    if kind not in ADAPTER_KINDS:
         fields["rank_pattern"] = {name: 4 for name in names if name.startswith("q")}
         fields["alpha_pattern"] = {name: RANK / 2 for name in names if name.startswith("v")}
     return {**fields, "target_modules": layers}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,7 @@ _SMALLEST_RUN = 3e9
 """FLOPs of one timed run, at least: some 20 ms on two cores."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What is measured together.
 
     Attributes:
@@ -54,8 +52,7 @@ class Shape:
     tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A contender: its name, r and p; the last two are 0 for the frozen layer."""
 
     name: str

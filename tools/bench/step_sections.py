@@ -20,16 +20,20 @@ from lora_fx.tools.bench.contenders import (
     CANONICAL,
     EXPORTED,
     FROZEN,
+    OTHER_KIND,
     OURS,
     PEERS,
     PEFT,
+    PLAIN_KIND,
     THIRD,
     Contenders,
     Settings,
     built,
-    name_of,
+    by_dropout,
+    of_kinds,
     variants,
 )
+from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
 from lora_fx.tools.bench.counted import saved_by
 from lora_fx.tools.bench.measure import Place, Run, Size, compiles, places, ratio, synchronizer
 from lora_fx.tools.bench.section import Chart, Group, Section
@@ -45,7 +49,7 @@ from lora_fx.tools.bench.workloads import (
     wide_llama,
 )
 
-__all__ = ["DORA", "LORA", "SECTIONS", "available", "quantized_base"]
+__all__ = ["SECTIONS", "available", "quantized_base"]
 
 
 def _slug(where: str) -> str:
@@ -166,30 +170,12 @@ _COMPILED_COLUMNS = {
     "of frozen, compiled": _of_compiled,
 }
 
-LORA, DORA = "LoRA", "DoRA"
-
-
-def _dora_contenders(_: Size, place: Place) -> Contenders:
-    """Both kinds of both libraries: "lora-fx DoRA, p = 0" and the like."""
-    return {
-        **variants((AGAIN,)),
-        **{
-            name_of(f"{library} {kind}", p): (
-                library,
-                Settings(lora_dropout=p, use_dora=kind == DORA),
-            )
-            for p in (0.0, 0.05)
-            for library in (OURS, PEFT)
-            for kind in (LORA, DORA)
-        },
-    }
-
 
 def _of_lora(row: Row) -> tuple[str, str]:
     """Time and bytes beside plain adapters of the same library."""
-    if DORA not in row.name:
+    if OTHER_KIND not in row.name:
         return "", ""
-    plain = row.measured.steps[row.name.replace(DORA, LORA)]
+    plain = row.measured.steps[row.name.replace(OTHER_KIND, PLAIN_KIND)]
     saved = row.step.saved
     return (
         f"{ratio(row.step.sample, plain.sample).median:.2f}",
@@ -197,7 +183,7 @@ def _of_lora(row: Row) -> tuple[str, str]:
     )
 
 
-_DORA_COLUMNS = {
+_KIND_COLUMNS = {
     **COLUMNS,
     "saved MiB": lambda row: mebibytes(row.step.saved),
     "time of LoRA's": lambda row: _of_lora(row)[0],
@@ -269,10 +255,7 @@ def _look(
 
 def _nf4_contenders(size: Size, _: Place) -> Contenders:
     names = (OURS, PEFT) if size is Size.QUICK else (OURS, CANONICAL, PEFT)
-    return {
-        **variants((AGAIN,)),
-        **{key: one for p in (0.0, 0.05) for key, one in variants(names, (p,)).items()},
-    }
+    return {**variants((AGAIN,)), **by_dropout(names)}
 
 
 def _weights(row: Row) -> str:
@@ -281,10 +264,8 @@ def _weights(row: Row) -> str:
 
 
 def _contenders(*names: str) -> Contenders:
-    """The frozen model, LoRA of these with each dropout, DoRA of both libraries."""
-    plain = {key: one for p in (0.0, 0.05) for key, one in variants(names, (p,)).items()}
-    dora = {name_of(f"{name} DoRA", 0): (name, Settings(use_dora=True)) for name in (OURS, PEFT)}
-    return {**plain, **dora}
+    """The frozen model, plain adapters of these with each dropout, the other kind of both libraries."""
+    return {**by_dropout(names), **of_kinds((OTHER_KIND,), (0.0,))}
 
 
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
@@ -455,9 +436,13 @@ SECTIONS = (
         _model_charts,
     ),
     section_of(
-        "dora_step",
-        Steps(lambda size: [small_llama(size)], _dora_contenders, floor=False),
-        _DORA_COLUMNS,
+        f"{OTHER_KIND.lower()}_step",
+        Steps(
+            lambda size: [small_llama(size)],
+            lambda *_: {**variants((AGAIN,)), **of_kinds(ADAPTER_KINDS)},
+            floor=False,
+        ),
+        _KIND_COLUMNS,
     ),
     section_of(
         "expert_step",
