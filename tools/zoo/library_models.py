@@ -2,8 +2,8 @@
 
 A table of a file is a group, a row a model: ``make`` is its class, or the name that its library makes it by;
 ``inputs`` names what it takes, by default that of its group; ``with`` names options of the table ``options``,
-which its own options come after. ``"None"`` stands for None. An empty row is
-put together in ``assembled.py``.
+which its own options come after. ``"None"`` stands for None, ``"module:name"`` for what is called so there,
+and an option with ``make`` for what that gives. An empty row is put together in this module.
 """
 
 from __future__ import annotations
@@ -40,15 +40,21 @@ def read(library: str) -> tuple[Entry, ...]:
             fields = {"note": row.pop("note", ""), "targets": targets and tuple(targets)}
             if row:
                 what = (row.pop("make"), row.pop("inputs", inputs))
-                make = _maker(library, *what, _options(row, shared, library))
+                make = functools.partial(_make, library, *what, row, shared)
             else:
                 make = ASSEMBLED[title]
             found.append(Entry(title, group, make, **fields))
     return tuple(found)
 
 
-def _maker(library: str, name: str, inputs: str, options: dict[str, Any]) -> Callable[[], Built]:
-    return lambda: _MAKERS[library](name, inputs, options)
+def _make(library: str, name: str, inputs: str, row: Any, shared: Mapping[str, Any]) -> Built:
+    return _MAKERS[library](name, inputs, _options(row, shared, library))
+
+
+def _named(text: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
@@ -58,11 +64,14 @@ def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
         for name in row.get("with", ()):
             found |= _options(shared[name], shared, library)
         own = {name: one for name, one in row.items() if name != "with"}
-        return found | {name: _options(one, shared, library) for name, one in own.items()}
+        found |= {name: _options(one, shared, library) for name, one in own.items()}
+        return found.pop("make")(**found) if "make" in found else found
     if isinstance(row, list):
         # Which of the two it is matters to them.
         kind = tuple if library in ("timm", "diffusers") else list
         return kind(_options(one, shared, library) for one in row)
+    if isinstance(row, str) and ":" in row:
+        return _named(row)
     return None if row == "None" else row
 
 
@@ -90,6 +99,8 @@ def _of_timm(name: str, inputs: str, options: dict[str, Any]) -> Built:
 
 
 def _of_torchvision(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    if ":" in name:
+        return _named(name)(**options), inputs_of(inputs)
     models = importlib.import_module("torchvision.models")
     options = {"num_classes": 5, **options}
     if name in vars(models) and isinstance(getattr(models, name), type):
@@ -205,6 +216,11 @@ _INPUTS: Mapping[str, Callable[..., Inputs]] = {
     "mel": lambda: _decoded(input_features=_random(8, 20)),
     "frames": lambda: _decoded(input_features=_random(20, 8)),
     "pixels": lambda size: {"pixel_values": images(size)},
+    "image_pair": lambda size: {
+        **{name: images(size) for name in ("image1", "image2")},
+        "num_flow_updates": 2,
+    },
+    "decoded_image": lambda: _decoded(pixel_values=images(16)),
     "video": lambda: {"pixel_values": _random(4, 3, 16, 16)},
     "text_image": lambda: {"input_ids": ids(), "pixel_values": images(16)},
     "image_tokens": _image_tokens,
@@ -232,12 +248,6 @@ _INPUTS: Mapping[str, Callable[..., Inputs]] = {
 }
 
 
-def _bottleneck(**options: int) -> Built:
-    from torchvision.models.resnet import Bottleneck, ResNet
-
-    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, **options), (images(32),)
-
-
 def _vgg() -> Built:
     from torchvision.models.vgg import VGG, make_layers
 
@@ -246,18 +256,6 @@ def _vgg() -> Built:
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier[0] = nn.Linear(512, 4096)
     return model, (images(32),)
-
-
-def _swin_v2() -> Built:
-    from torchvision.models.swin_transformer import (
-        PatchMergingV2,
-        SwinTransformer,
-        SwinTransformerBlockV2,
-    )
-
-    sizes: Any = ([4, 4], 16, [2, 2], [2, 4], [4, 4])
-    blocks: Any = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
-    return SwinTransformer(*sizes, num_classes=5, **blocks), (images(32),)
 
 
 def _s3d() -> Built:
@@ -288,29 +286,6 @@ def _mvit() -> Built:
     return model, (torch.randn(2, 3, 4, 32, 32),)
 
 
-def _swin3d() -> Built:
-    from torchvision.models.video.swin_transformer import SwinTransformer3d
-
-    model = SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 4], [2, 4, 4], num_classes=5)
-    return model, (torch.randn(2, 3, 4, 32, 32),)
-
-
-def _resnet_fpn() -> Built:
-    from torchvision.models import resnet18
-    from torchvision.models.detection.backbone_utils import BackboneWithFPN
-
-    stages = {f"layer{i}": str(i - 1) for i in range(1, 5)}
-    backbone = BackboneWithFPN(resnet18(weights=None), stages, [64, 128, 256, 512], 32)
-    return backbone, (images(32),)
-
-
-def _mobilenet_fpn() -> Built:
-    from torchvision.models.detection.backbone_utils import mobilenet_backbone
-
-    options = {"weights": None, "trainable_layers": 6}
-    return mobilenet_backbone("mobilenet_v3_large", fpn=True, **options), (images(64),)
-
-
 def _retina_head() -> Built:
     from torchvision.models.detection.retinanet import RetinaNetHead
 
@@ -326,56 +301,10 @@ def _retina_head() -> Built:
     return OnFeatures(), (images(8, 16), images(4, 16))
 
 
-def _raft() -> Built:
-    from torchvision.models.optical_flow import raft_small
-
-    return raft_small(weights=None), {
-        "image1": images(128),
-        "image2": images(128),
-        "num_flow_updates": 2,
-    }
-
-
-def _trocr() -> Built:
-    import transformers
-
-    sides: Any = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    decoder = transformers.TrOCRConfig(
-        vocab_size=40,
-        d_model=16,
-        decoder_layers=2,
-        decoder_attention_heads=4,
-        decoder_ffn_dim=24,
-        max_position_embeddings=32,
-        cross_attention_hidden_size=16,
-    )
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.ViTConfig(**sides), decoder
-    )
-    given = {"pixel_values": images(16), "decoder_input_ids": ids(length=4), "use_cache": False}
-    return transformers.VisionEncoderDecoderModel(config), given
-
-
 ASSEMBLED: Mapping[str, Callable[[], Built]] = {
-    "torchvision/resnet bottleneck": _bottleneck,
-    "torchvision/resnext": functools.partial(_bottleneck, groups=4, width_per_group=16),
-    "torchvision/wide resnet": functools.partial(_bottleneck, width_per_group=128),
     "torchvision/vgg": _vgg,
-    "torchvision/swin_v2": _swin_v2,
     "torchvision/s3d": _s3d,
     "torchvision/mvit": _mvit,
-    "torchvision/swin3d": _swin3d,
-    "torchvision/resnet18 + FPN": _resnet_fpn,
-    "torchvision/mobilenet + FPN": _mobilenet_fpn,
     "torchvision/RetinaNet head": _retina_head,
-    "torchvision/RAFT": _raft,
-    "transformers/TrOCR": _trocr,
 }
 """By the name of the entry."""
