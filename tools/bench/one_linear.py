@@ -24,7 +24,7 @@ from lora_fx.tools.bench.contenders import (
 from lora_fx.tools.bench.measure import Place, Run, Sample, Size, kernel_launches, places, ratio
 from lora_fx.tools.bench.section import Chart, Group, Section
 
-__all__ = ["SECTION", "Cell", "Shape"]
+__all__ = ["SECTION", "Cell"]
 
 _CORE = (OURS, PEFT)
 _ALL = (OURS, CANONICAL, PEFT, *PEERS)

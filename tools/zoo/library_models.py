@@ -40,7 +40,7 @@ def read(library: str) -> tuple[Entry, ...]:
             fields = {"note": row.pop("note", ""), "targets": targets and tuple(targets)}
             if row:
                 what = (row.pop("make"), row.pop("inputs", inputs))
-                make = functools.partial(_make, library, *what, row, shared)
+                make: Callable[[], Built] = functools.partial(_make, library, *what, row, shared)
             else:
                 make = ASSEMBLED[title]
             found.append(Entry(title, group, make, **fields))
