@@ -123,14 +123,39 @@ def inputs_of(words: str) -> Inputs:
     """The arguments of one call.
 
     Args:
-        words: A name, and the numbers that it takes.
+        words: A name of ``inputs.toml``, of this module, or of one tensor; and the numbers that it takes.
     """
-    name, *numbers = words.split()
-    return _INPUTS[name](*map(int, numbers))
+    name, _, numbers = words.partition(" ")
+    if name in _ASSEMBLED_INPUTS:
+        return _ASSEMBLED_INPUTS[name](*map(int, numbers.split()))
+    table = _inputs()
+    return _drawn(table[name], numbers) if name in table else (_drawn(words, ""),)
 
 
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(2, *shape)
+@functools.cache
+def _inputs() -> Mapping[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("inputs.toml").read_text(encoding="utf-8"))
+
+
+def _drawn(value: Any, numbers: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _drawn(one, numbers) for name, one in value.items()}
+    if isinstance(value, list):
+        return torch.tensor(value)
+    if not isinstance(value, str):
+        return value
+    name, *shape = value.format(numbers).split()
+    return None if name == "None" else _TENSORS[name](*map(int, shape))
+
+
+_TENSORS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "ids": lambda length: ids(length=length),
+    "bytes": lambda length: torch.randint(0, 40, (2, length)),
+    "images": images,
+    "random": lambda *shape: torch.randn(2, *shape),
+    "places": lambda *shape: torch.randint(0, 4, shape).float(),
+    "zeros": torch.zeros,
+}
 
 
 def _text() -> dict[str, Any]:
@@ -139,10 +164,6 @@ def _text() -> dict[str, Any]:
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0
     return {"input_ids": tokens, "attention_mask": mask}
-
-
-def _decoded(**given: torch.Tensor) -> dict[str, Any]:
-    return {**given, "decoder_input_ids": ids(length=4), "use_cache": False}
 
 
 def _image_tokens(patches: int) -> dict[str, Any]:
@@ -178,73 +199,13 @@ def _image_grid() -> dict[str, Any]:
     return found
 
 
-_TIMES = {"timestep": torch.tensor([3, 7])}
-
-
-def _noisy() -> dict[str, Any]:
-    return {"sample": images(8, 4), **_TIMES, "encoder_hidden_states": _random(5, 12)}
-
-
-def _captioned() -> dict[str, Any]:
-    return {"hidden_states": images(8, 4), "encoder_hidden_states": _random(5, 12), **_TIMES}
-
-
-def _positioned() -> dict[str, Any]:
-    return {
-        "hidden_states": _random(16, 4),
-        "encoder_hidden_states": _random(5, 12),
-        "pooled_projections": _random(10),
-        "timestep": torch.tensor([0.3, 0.7]),
-        "img_ids": torch.randint(0, 4, (16, 3)).float(),
-        "txt_ids": torch.zeros(5, 3),
-    }
-
-
-_UNSIZED = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-
-_INPUTS: Mapping[str, Callable[..., Inputs]] = {
-    "images": lambda size: (images(size),),
-    "random": lambda *shape: (_random(*shape),),
+_ASSEMBLED_INPUTS: Mapping[str, Callable[..., Inputs]] = {
     "text": _text,
     "tokens": lambda: {**_text(), "use_cache": False},
-    "ids": lambda: {"input_ids": ids()},
-    "ids_uncached": lambda: {"input_ids": ids(), "use_cache": False},
-    "bytes": lambda: {"inputs": torch.randint(0, 40, (2, 8))},
-    "pair": lambda: _decoded(input_ids=ids()),
-    "wave": lambda: {"input_values": _random(200)},
-    "sound": lambda *shape: {"input_values": _random(*shape)},
-    "mel": lambda: _decoded(input_features=_random(8, 20)),
-    "frames": lambda: _decoded(input_features=_random(20, 8)),
-    "pixels": lambda size: {"pixel_values": images(size)},
-    "image_pair": lambda size: {
-        **{name: images(size) for name in ("image1", "image2")},
-        "num_flow_updates": 2,
-    },
-    "decoded_image": lambda: _decoded(pixel_values=images(16)),
-    "video": lambda: {"pixel_values": _random(4, 3, 16, 16)},
-    "text_image": lambda: {"input_ids": ids(), "pixel_values": images(16)},
     "image_tokens": _image_tokens,
     "prompted_image": _prompted_image,
     "listed_image": _listed_image,
     "image_grid": _image_grid,
-    "sample": lambda size: {"sample": images(size)},
-    "noisy": _noisy,
-    "noisy_image": lambda: {"sample": images(8), **_TIMES},
-    "controlled": lambda: {**_noisy(), "controlnet_cond": images(64)},
-    "captioned": _captioned,
-    "captioned_size": lambda: {**_captioned(), **_UNSIZED},
-    "pooled": lambda: {
-        "hidden_states": images(8, 4),
-        "encoder_hidden_states": _random(5, 12),
-        "pooled_projections": _random(10),
-        **_TIMES,
-    },
-    "positioned": _positioned,
-    "classified": lambda: {
-        "hidden_states": images(8, 4),
-        **_TIMES,
-        "class_labels": torch.tensor([1, 2]),
-    },
 }
 
 
