@@ -76,10 +76,8 @@ def quiet_transformers() -> None:
 
 
 def _architecture(transformers: Any, config: Any) -> Any:
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModel
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next(filter(None, named), transformers.AutoModel)
 
 
 def _build(architecture: Any, config: Any) -> nn.Module:
@@ -251,7 +249,8 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
     if "detection." in kind or "optical_flow." in kind:
         return LoadedModel(name, model.eval())
     shape = (2, 3, 16, 112, 112) if "video." in kind else (2, 3, 224, 224)
-    return LoadedModel(name, model.eval(), _random(*shape))
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return LoadedModel(name, model.eval(), inputs)
 
 
 def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
@@ -276,10 +275,6 @@ def _made(name: str, build: Callable[[], Any]) -> Any:
         return build()
     except Exception as error:
         raise ConfigError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
-
-
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 _LOADERS: Mapping[str, Callable[[str, str, bool], LoadedModel]] = {

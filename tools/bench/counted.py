@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Memory", "count_operations", "measure_memory", "saved_by", "saved_bytes"]
+__all__ = ["Memory", "count_operations", "measure_memory", "saved_by", "saved_bytes", "tensors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +143,9 @@ def _belonging(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, and what a library keeps beside one that it has quantized."""
     for parameter in model.parameters():
         yield parameter
-        yield from _tensors(vars(parameter))
+        yield from tensors(vars(parameter))
     for module in model.modules():
-        yield from _tensors(vars(module).get("state"))
+        yield from tensors(vars(module).get("state"))
 
 
 def _attributes(result: Any) -> Iterator[Tensor]:
@@ -157,10 +157,10 @@ def _attributes(result: Any) -> Iterator[Tensor]:
             continue
         seen.add(node)
         waiting += [above for above, _ in node.next_functions]
-        yield from _tensors(getattr(node, "__dict__", None))
+        yield from tensors(getattr(node, "__dict__", None))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a value, in what it holds, and in the fields of records."""
     inner: Sequence[Any] = ()
     if isinstance(value, Tensor):
@@ -174,7 +174,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif type(value).__name__ == "QuantState":
         inner = [*vars(value).values()]
     for one in inner:
-        yield from _tensors(one)
+        yield from tensors(one)
 
 
 def count_operations(step: Callable[[], Any]) -> int:

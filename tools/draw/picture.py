@@ -135,19 +135,10 @@ class Picture:
         edges: list[dict[str, str]] = []
 
         def add(box: Box, parent: str | None) -> None:
-            entry: dict[str, Any] = {
-                "id": box.id,
-                "parent": parent,
-                "kind": str(box.kind),
-                "name": box.name,
-                "caption": box.caption,
-                "fqn": box.fqn,
-                "facts": [list(fact) for fact in box.facts],
-                "repeats": list(box.repeats),
-                "sites": box.sites,
-                "trainable": box.trainable,
-                "frozen": box.frozen,
-            }
+            entry: dict[str, Any] = {"id": box.id, "parent": parent, "kind": str(box.kind)}
+            entry |= {name: getattr(box, name) for name in ("name", "caption", "fqn")}
+            entry |= {"facts": [*map(list, box.facts)], "repeats": [*box.repeats]}
+            entry |= {name: getattr(box, name) for name in ("sites", "trainable", "frozen")}
             if box.children:
                 boxes.append(entry | {"flow": box.flow, "children": [c.id for c in box.children]})
             else:
@@ -187,11 +178,8 @@ def human(count: int) -> str:
     """A count in three or four digits: ``6.74 B``."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
-            return (
-                f"{count / size:.3g} {unit}"
-                if count < 1000 * size
-                else f"{count / size:.0f} {unit}"
-            )
+            digits = ".3g" if count < 1000 * size else ".0f"
+            return f"{count / size:{digits}} {unit}"
     return str(count)
 
 

@@ -10,7 +10,6 @@ none, or another one.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.ir import PlannedSite, Site, require_record
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.tools.bench.counted import tensors
 
 __all__ = [
     "Narrowest",
@@ -288,22 +289,6 @@ def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an output, in order: containers, dataclasses and what libraries make of them."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.values()
-    elif isinstance(value, list | tuple):
-        items = value
-    elif dataclasses.is_dataclass(value):
-        items = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    for item in items:
-        yield from tensors(item)
-
-
 def floats(value: Any) -> list[torch.Tensor]:
     """The floating-point tensors in an output that hold anything."""
     return [t for t in tensors(value) if t.is_floating_point() and t.numel()]
@@ -332,13 +317,12 @@ def difference(found: Any, expected: Any) -> float:
 
 def in_double(value: Any) -> Any:
     """The inputs with every floating tensor in fp64."""
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: in_double(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(in_double(item) for item in value)
-    return value
+
+    def doubled(one: Any) -> Any:
+        floating = isinstance(one, torch.Tensor) and one.is_floating_point()
+        return one.double() if floating else one
+
+    return pytree.tree_map(doubled, value)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
