@@ -107,7 +107,7 @@ class LoadedModel:
     Attributes:
         name: How it was named.
         model: In evaluation mode.
-        example_inputs: Keyword or positional arguments that it takes; None if nobody says.
+        example_inputs: Keyword or positional arguments that it takes; None if they are unknown.
         folder: The folder that it was loaded from, for a model of transformers.
     """
 

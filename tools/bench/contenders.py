@@ -70,7 +70,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def replaced(
     model: nn.Module, names: Iterable[str], layer: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """A copy over the same parameters, with other layers in the place of some.
+    """A copy over the same parameters, with some layers replaced.
 
     Args:
         model: The base.
@@ -150,7 +150,7 @@ class WeightChange(LowRank):
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """What is chosen.
+    """How a product with a branch is computed.
 
     Attributes:
         merged_forward: Whether y = x (W + s·BA)ᵀ.

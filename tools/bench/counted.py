@@ -30,7 +30,7 @@ class Memory:
 
 
 def measure_memory(step: Callable[[], Any]) -> Memory:
-    """Runs a step and counts the storages that its operations make, as long as somebody holds them.
+    """Runs a step and counts the storages that its operations make, as long as they are referenced.
 
     What a kernel allocates for itself is not seen.
     """
@@ -115,7 +115,7 @@ def saved_by(
         kept = forward()
     for tensor in _attributes(kept):
         pack(tensor)
-    # Storages that copy on write are several, and have one memory until somebody writes.
+    # Storages that copy on write are several, and share one memory until one of them is written to.
     memory: dict[int, tuple[str, int]] = {}
     for one in tuple(seen.values()):
         if (storage := one.storage()) is not None:
@@ -140,7 +140,7 @@ def _address(storage: torch.UntypedStorage) -> int:
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, and what a library keeps beside one that it has quantized."""
+    """Parameters, and what a library stores with a quantized one."""
     for parameter in model.parameters():
         yield parameter
         yield from tensors(vars(parameter))

@@ -206,7 +206,7 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
 
 
 def largest_error(run: Runner, references: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> float:
-    """The largest difference of an element, beside the largest element: the worst of the inputs.
+    """The largest difference of an element relative to the largest element, over all inputs.
 
     Raises:
         ExportError: The file fails on one of them, or its output has another shape.
@@ -270,8 +270,9 @@ class Row:
         error: Why there is no file, or why it does not run; "" if it does.
         seconds: Of loading and exporting, and with lora-fx of the comparison with PyTorch.
         file: What was written.
-        parity: The largest error beside the largest element, over inputs of two other shapes.
-        bare: That of a file which takes adapters, without one, beside the base; or why it does not run.
+        parity: The largest error relative to the largest element, over inputs of two other shapes.
+        bare: The same without an adapter against the base, for a file that takes adapters; or why it
+            does not run.
     """
 
     error: str = ""

@@ -1,4 +1,4 @@
-"""The goals beside what was measured: ``goals.toml`` lists them, and a function here judges each."""
+"""Compares the goals with what was measured: ``goals.toml`` lists them, and a function here judges each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LATENCIES = Mapping[tuple[str, str], onnx_latency.Latency]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How a goal stands.
+    """Whether a goal is reached.
 
     Attributes:
         measured: The figures.
@@ -81,7 +81,7 @@ class Goal:
     given: tuple[float, ...] = ()
 
     def verdict(self, results: Mapping[str, Any]) -> Verdict | None:
-        """How it stands, or None if what it needs was not measured."""
+        """The verdict, or None if what it needs was not measured."""
         found = results.get(self.section)
         if found is not None and self.key is not None:
             found = found.get(self.key if isinstance(self.key, str) else tuple(self.key))
@@ -163,7 +163,7 @@ def decomposed_saved(found: Measured) -> Verdict | None:
 
 
 def decomposed_time(found: Measured) -> Verdict:
-    """The time of that kind beside plain adapters of the same library."""
+    """The time of that kind relative to plain adapters of the same library."""
     names = [[name_of(f"{library} {kind}", 0) for kind in KINDS] for library in (OURS, PEFT)]
     ours, peft = (
         ratio(found.steps[other].sample, found.steps[plain].sample).median for plain, other in names
@@ -296,7 +296,7 @@ def merged_run(found: _LATENCIES) -> Verdict:
 
 
 def swappable_run(found: _LATENCIES) -> Verdict:
-    """What a file that takes its adapter costs beside a merged one."""
+    """What a file that takes its adapter costs, relative to a merged one."""
     worst, floor = max(
         (ratio(samples[onnx_latency.ONE], samples[onnx_latency.MERGED]).median, latency.floor)
         for latency in found.values()

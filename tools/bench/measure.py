@@ -79,7 +79,7 @@ def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None
 def launches(events: Iterable[Any]) -> int:
     """How many of a profiler's events are kernels, copies and fills on a GPU.
 
-    Ranges that somebody has named are repeated on the GPU's time line and start nothing.
+    Named ranges are repeated on the GPU's time line and start nothing.
     """
     return sum(
         1 for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation
@@ -401,7 +401,7 @@ class Run:
     progress: Progress | None = None
 
     def tell(self, done: int, total: int, what: str) -> None:
-        """Reports progress, where somebody wants to know."""
+        """Reports progress if there is a callback."""
         if self.progress is not None:
             self.progress(done, total, what)
 

@@ -44,7 +44,7 @@ class Latency:
     """One model on one provider.
 
     Attributes:
-        floor: F, what a run with an adapter takes beside one without if nothing but FLOPs counts.
+        floor: F, the ratio of a run with an adapter to one without if nothing but FLOPs counts.
         runs: By batch: the contenders.
         switching: Runs of one short input with the same adapter, with two adapters in turn, and loading one.
     """

@@ -1,4 +1,4 @@
-"""What adapters over an NF4 base learn: the demo's task, equal steps, beside adapters over fp32."""
+"""What adapters over an NF4 base learn: the demo's task, equal steps, compared with adapters over fp32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SEEDS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """What came of it.
+    """The results.
 
     Attributes:
         accuracy: Share of held-out text that each contender gets right, one for each seed.

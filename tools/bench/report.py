@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes ``docs/benchmarks.md``. Nobody edits that file by hand."""
+"""Runs the benchmarks and writes ``docs/benchmarks.md``. That file is not edited by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name 
 """By name, in the order of ``page.md``."""
 
 IMAGES = "img"
-"""The folder of the pictures, beside the page."""
+"""The folder of the pictures, next to the page."""
 
 _NOTHING = ("", "–")
 
@@ -121,7 +121,7 @@ def without_empty(
 
 
 def write(path: Path, page: str, images: dict[str, str]) -> None:
-    """Writes the page and, into a folder beside it, its pictures; what is there is replaced."""
+    """Writes the page and, into a folder next to it, its pictures; existing files are replaced."""
     folder = path.parent / IMAGES
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in images.items():

@@ -105,7 +105,7 @@ def _value(value: float) -> str:
 
 
 Chart = tuple[str, str, Sequence[Group]]
-"""Of a picture: its title, how to read it, and what is drawn."""
+"""The title of a picture, how to read it, and what is drawn."""
 
 
 @functools.cache
@@ -126,7 +126,7 @@ class Section:
     """One section.
 
     Attributes:
-        name: What the command line calls it.
+        name: Its name on the command line.
         columns: Of its table.
         measure: Gives results.
         cells: Makes the rows of the table of the results.
@@ -156,7 +156,7 @@ class Section:
 
         Args:
             repeats: Counted runs of each contender.
-            size: How much of it.
+            size: How much text, and how it is trained on.
             progress: Called with (done, total, contender) after each run.
         """
         return self.measure(Run(repeats, size, progress))

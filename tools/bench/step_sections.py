@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,16 +38,7 @@ from lora_fx.tools.bench.counted import saved_by
 from lora_fx.tools.bench.measure import Place, Run, Size, compiles, places, ratio, synchronizer
 from lora_fx.tools.bench.section import Chart, Group, Section
 from lora_fx.tools.bench.steps import COLUMNS, Measured, Row, Steps, loss_of, mebibytes, section_of
-from lora_fx.tools.bench.workloads import (
-    bert,
-    gpt2,
-    llama_block,
-    mixtral,
-    nf4_llama,
-    small_llama,
-    vit,
-    wide_llama,
-)
+from lora_fx.tools.bench.workloads import MODELS, mixtral, nf4_llama, small_llama
 
 __all__ = ["SECTIONS", "available", "quantized_base"]
 
@@ -72,7 +62,7 @@ def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
     for where, one in results.items():
         times = {name: one.overhead(name).median for name in one.steps if name != FROZEN}
-        beyond = {name: one.saved_beyond(name) for name in times if not name.startswith(FROZEN)}
+        beyond = {name: one.saved_beyond(name) for name in one.adapted}
         saved = {name: size / 2**20 for name, size in beyond.items() if size is not None}
         found[f"llama-step-{_slug(where)}.svg"] = (
             f"Step of a small Llama beside the frozen one ({where})",
@@ -89,14 +79,12 @@ def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
 
 def _model_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
-    for where, here in itertools.groupby(
-        sorted(results.values(), key=lambda one: one.where), lambda one: one.where
-    ):
-        groups = []
-        for one in here:
-            names = [name for name in one.steps if not name.startswith(FROZEN)]
-            bars = {name: one.overhead(name).median for name in names}
-            groups.append(Group(one.model, bars, one.floor))
+    for where in dict.fromkeys(one.where for one in results.values()):
+        groups = [
+            Group(one.model, {name: one.overhead(name).median for name in one.adapted}, one.floor)
+            for one in results.values()
+            if one.where == where
+        ]
         found[f"model-steps-{_slug(where)}.svg"] = (
             f"Training steps beside the frozen ones ({where})",
             _HOW.format("lines are"),
@@ -109,10 +97,7 @@ _LLAMA = Steps(lambda size: [small_llama(size)], _llama_contenders, seconds=90.0
 
 _MODELS = Steps(
     # With one sequence each, so that a step stays under some 1.5 s on two cores.
-    lambda size: [
-        make(size)
-        for make in (llama_block, vit, bert, gpt2, wide_llama)[: 2 if size is Size.QUICK else 5]
-    ],
+    lambda size: [make(size) for make in MODELS[: 2 if size is Size.QUICK else None]],
     lambda size, _: variants(
         (AGAIN, OURS, EXPORTED, PEFT), (0.05,) if size is Size.QUICK else (0.0, 0.05)
     ),
@@ -163,7 +148,7 @@ _COMPILED_COLUMNS = {
 
 
 def _of_lora(row: Row) -> tuple[str, str]:
-    """Time and bytes beside plain adapters of the same library."""
+    """Time and bytes relative to plain adapters of the same library."""
     if OTHER_KIND not in row.name:
         return "", ""
     plain = row.measured.steps[row.name.replace(OTHER_KIND, PLAIN_KIND)]
@@ -208,7 +193,7 @@ WEIGHTS = "weights"
 
 
 class Look(NamedTuple):
-    """What is seen of a quantized base.
+    """What a section looks at in a quantized base.
 
     Attributes:
         dense: Bytes of dequantized weights that each contender keeps for its backward.

@@ -74,6 +74,11 @@ class Measured:
     where: str = ""
     look: Any = None
 
+    @property
+    def adapted(self) -> list[str]:
+        """The contenders with adapters."""
+        return [name for name in self.steps if not name.startswith(FROZEN)]
+
     def overhead(self, name: str) -> Ratio:
         """O."""
         return ratio(self.steps[name].sample, self.steps[FROZEN].sample)
@@ -111,8 +116,8 @@ class Steps:
         where: The places.
         seconds: After this long no further turn begins.
         floor: Whether F can be counted.
-        base: What becomes of the model before adapters are put on it.
-        wrap: What becomes of the contenders beside the frozen one (``torch.compile``); then only time is
+        base: What is done to the model before adapters are added.
+        wrap: What is done to the contenders but the frozen one (``torch.compile``); then only time is
             measured of them, since hooks and modes change what is compiled.
         look: What else is looked at, once the times are taken.
     """

@@ -1,4 +1,4 @@
-"""How long rewrites and merges take, beside PEFT's, and how exact merged weights are."""
+"""How long rewrites and merges take compared with PEFT's, and how exact merged weights are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _on_meta(**shape: Any) -> nn.Module:
 
 
 def _rewrites(make: Callable[[], nn.Module], targets: str | list[str]) -> Contenders:
-    """Rewrites of a model beside PEFT's, which changes the model that it is given and gets a new one."""
+    """Rewrites of a model, and PEFT's, which changes the model that it is given and gets a new one."""
     import peft
 
     base = make()

@@ -14,12 +14,10 @@ from lora_fx.tools.bench.contenders import is_linear, model_floor
 from lora_fx.tools.bench.measure import Place, Size
 
 __all__ = [
+    "MODELS",
     "RANK",
     "Served",
     "Workload",
-    "bert",
-    "gpt2",
-    "llama_block",
     "llama_shape",
     "mixtral",
     "nf4_llama",
@@ -27,8 +25,6 @@ __all__ = [
     "resnet",
     "served",
     "small_llama",
-    "vit",
-    "wide_llama",
 ]
 
 
@@ -166,6 +162,10 @@ def resnet(size: Size) -> Workload:
     inputs = {"pixel_values": _drawn(2, 3, edge, edge), "labels": torch.tensor([3, 4])}
     title = f"ResNet-50, 2 × {edge} × {edge}"
     return Workload(title, _maker("ResNetForImageClassification", shape), inputs)
+
+
+MODELS = (llama_block, vit, bert, gpt2, wide_llama)
+"""Of the section that compares models."""
 
 
 def _standard(

@@ -88,7 +88,7 @@ def common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """What comes before the command."""
+    """The options before the command."""
     console.log_to_stderr(debug=debug)
 
 

@@ -43,7 +43,7 @@ _BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
 class State(StrEnum):
-    """How a finding is to be taken."""
+    """How serious a finding is."""
 
     OK = "ok"
     NOTE = "note"

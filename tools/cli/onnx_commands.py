@@ -329,7 +329,7 @@ def generate(
             adapter=chosen,
         )
     seconds = time.perf_counter() - began
-    # A decoder repeats its prompt; that of an encoder-decoder begins anew.
+    # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
     for row in made[:, start:].tolist():
         shown = " ".join(map(str, row)) if reader is None else _decoded(reader, row)

@@ -1,4 +1,4 @@
-"""Commands that tell and measure what lora-fx does: demo, bench, zoo."""
+"""Commands that show and measure what lora-fx does: demo, bench, zoo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _INDENT = 8
 
 
 class _OnScreen:
-    """Shows every stage as it goes on."""
+    """Shows every stage while it runs."""
 
     def __init__(self, screen: Console) -> None:
         self.screen = screen
@@ -124,7 +124,7 @@ def bench(
     peer_env: list[str] | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measure rewrites, training steps and merges beside PEFT and others, and write the page.
+    """Measure rewrites, training steps and merges against PEFT and others, and write the page.
 
     Args:
         only: A section to run, as the error for a wrong name lists them; repeatable.
@@ -177,7 +177,7 @@ def zoo(
         onnx: Whether to export; most of the time goes there.
         out: The page to write; docs/zoo.md if the whole zoo runs, else none.
         rows: Keep all rows in this file, JSON: rows of models that do not run stay, and without exports
-            what it knows of them. zoo.json beside the page by default.
+            what it knows of them. zoo.json next to the page by default.
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """

@@ -136,7 +136,7 @@ def key(text: str) -> str:
 
 
 def _ambiguous(found: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
-    """Sentences that more than one library has: nobody can tell whose they are."""
+    """Sentences that more than one library has: their class is ambiguous."""
     owners: dict[str, set[str]] = {}
     for library, sentences in found.items():
         for sentence in sentences:

@@ -92,7 +92,7 @@ class Batch:
 
 
 def encoder_folder() -> Path:
-    """Where the weights are.
+    """The folder of the weights.
 
     Raises:
         ConfigError: The package that carries them is not installed.
@@ -183,7 +183,7 @@ def _batch(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much of it.
+    """How much text, and how it is trained on.
 
     Attributes:
         train, held_out: Sentences of each library.

@@ -44,7 +44,7 @@ _MARKER = ".lora-fx-demo"
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What came out.
+    """The results of the demo.
 
     Attributes:
         accuracy: On held-out text: ``frozen``, ``LoRA``, ``LoRA, merged``, and
@@ -74,7 +74,7 @@ class DemoReport:
 
 
 class Listener(Protocol):
-    """Who is told how the demo goes on."""
+    """Receives the progress of the demo."""
 
     def stage(self, name: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
         """A stage, as a context that gives (done, total, detail) to report within."""
@@ -117,7 +117,7 @@ def run_demo(folder: Path, settings: DemoSettings, listener: Listener) -> DemoRe
 
     Args:
         folder: Where to write; one that :func:`lora_fx.tools.demo.report.claim_folder` gave.
-        settings: How much of it.
+        settings: How much text, and how it is trained on.
         listener: Is told about every stage.
 
     Raises:

@@ -374,7 +374,7 @@ FORMATS: Mapping[str, Callable[[Picture], str]] = {
     ".json": _to_json,
     ".html": to_html,
 }
-"""What each suffix is written by."""
+"""Writers by suffix."""
 
 
 def visualize(
@@ -433,7 +433,7 @@ def picture_of(model_or_plan: object) -> Picture:
 
 
 def _plain(model: nn.Module) -> Picture:
-    """A model that nobody has captured yet: captured for the picture alone."""
+    """Captures a model for the picture alone."""
     try:
         captured = capture(model)
     except CaptureError as error:

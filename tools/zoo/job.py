@@ -284,7 +284,7 @@ def judge_sites(
 ) -> tuple[Verdict, torch.dtype]:
     """Compares every site with the dense oracle, in fp64 where the model runs in it.
 
-    In eval mode, so that no layer is left out by chance. The model is rewritten anew, since a graph of
+    In eval mode, so that no layer is left out by chance. The model is rewritten once more, since a graph of
     the whole model is one for the dtype that it was made with.
 
     Args:

@@ -1,4 +1,4 @@
-"""Judges every adapter of a model in one backward pass, beside the dense oracle.
+"""Compares every adapter of a model with the dense oracle in one backward pass.
 
 The oracle is the *original* model with ``W' = W + s·BA`` in it. It knows of lora_fx only what BA means
 in the layout of a weight (:meth:`lora_fx.ir.site.Pattern.delta`), nothing of graphs, branches or merges.
@@ -48,7 +48,7 @@ _FAINT = 1e-6  # what changes no other gradient
 
 @dataclass
 class Verdict:
-    """What came of the comparison.
+    """The result of the comparison.
 
     Attributes:
         judged: Sites whose weight has a gradient in the oracle.
@@ -111,7 +111,7 @@ def judge(original: nn.Module, adapted: nn.Module, run: Run, dtype: torch.dtype)
 
     Args:
         original: The model that was rewritten; it is copied.
-        adapted: The rewritten model; its factors are drawn anew.
+        adapted: The rewritten model; its factors get new random values.
         run: Calls either.
         dtype: The narrowest in which it computes.
 
@@ -154,7 +154,7 @@ def _verdict(
 
 
 def stir(adapted: nn.Module, share: float = _SHARE) -> None:
-    """Draws all factors anew: neither A nor B is zero, and ΔW is a small part of each weight.
+    """Gives all factors new random values: neither A nor B is zero, and ΔW is a small part of each weight.
 
     Args:
         adapted: The rewritten model.

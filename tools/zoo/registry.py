@@ -1,4 +1,4 @@
-"""All entries of the zoo, and which of them somebody wants."""
+"""All entries of the zoo, and how some of them are selected."""
 
 from __future__ import annotations
 

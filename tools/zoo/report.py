@@ -55,16 +55,16 @@ class Row:
         frontend: The front-end that captured it, and ``frontend_notes`` why no other one did.
         found, adapted, rejected: Linear operations.
         reasons: For each rejected one its name and the reason.
-        output_error: Of the rewritten model beside the original, in eval mode; 0 is no changed bit.
+        output_error: Of the rewritten model against the original, in eval mode; 0 means equal bits.
         train_error: Likewise in train mode, with the same seed.
-        argument: What the job changed in the argument of ``rewrite``: nothing, if all is well.
+        argument: What the job changed in the argument of ``rewrite``; empty if nothing.
         judged: Sites that were compared with the dense oracle, each by its own gradients.
         unreached: Sites whose weight has no gradient in the original either: this call does not come to
             them, or drops what they compute.
         passed_by: Sites whose adapter has no gradient or another one than the oracle's, with what is
             wrong.
         stray: Parameters that got a gradient and are no adapter's.
-        oracle_error: Of the outputs beside the oracle's, at random A and B.
+        oracle_error: Of the outputs against the oracle's, at random A and B.
         gradient_error: Largest difference of a gradient from the oracle's, relative to it;
             ``gradient_worst`` is whose.
         tolerance: What both may be.
@@ -73,7 +73,7 @@ class Row:
             it, too: rewritten without example inputs, as all calls of another form run.
             ``regions_passed_by`` is which of them are wrong, and how.
         losses: Before the first step and after the last.
-        merge_error: Of the merged model beside the adapted one; ``merge_error_fp64`` the same in
+        merge_error: Of the merged model against the adapted one; ``merge_error_fp64`` the same in
             fp64, measured where fp32 exceeds the tolerance.
         own_class: Whether the merged model is of the original classes, with its parameter names.
         counted: Weights that the counter saw.
