@@ -19,17 +19,9 @@ from torch import Tensor, nn
 
 from lora_fx.checkpoint import load_adapter
 from lora_fx.errors import ConfigError, ExportError, LoraFxError
+from lora_fx.export import ort
 from lora_fx.export.build import node_count
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import (
-    bound_run,
-    feed,
-    import_onnxruntime,
-    load,
-    port_of,
-    session_settings,
-    to_tensor,
-)
 from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
 from lora_fx.tools.bench.contenders import OTHER_KIND, PLAIN_KIND
@@ -181,10 +173,12 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
     Raises:
         ExportError: It cannot be loaded; and, from a run, it fails or takes something else.
     """
-    runtime = import_onnxruntime()
-    session = load(runtime, path, "cpu", {}, session_settings(runtime, None, low_memory=False))
-    ports = [port_of(value) for value in session.get_inputs()]
-    outputs = [port_of(value) for value in session.get_outputs()][:1]
+    runtime = ort.import_onnxruntime()
+    session = ort.load(
+        runtime, path, "cpu", {}, ort.session_settings(runtime, None, low_memory=False)
+    )
+    ports = [ort.port_of(value) for value in session.get_inputs()]
+    outputs = [ort.port_of(value) for value in session.get_outputs()][:1]
     held = runtime.AdapterFormat.read_adapter(str(adapter)) if adapter is not None else None
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -195,12 +189,12 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
         if missing:
             raise ExportError(f"it takes {', '.join(missing)} as well")
         feeds = {
-            port.name: feed(runtime, port, values[port.name])
+            port.name: ort.feed(runtime, port, values[port.name])
             for port in ports
             if port.name in values
         }
-        [result] = bound_run(session, feeds, factors, outputs)
-        return to_tensor(result).clone()
+        [result] = ort.bound_run(session, feeds, factors, outputs)
+        return ort.to_tensor(result).clone()
 
     return run
 

@@ -9,25 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fx.tools.bench.contenders import (
-    AGAIN,
-    BUILDERS,
-    CANONICAL,
-    FROZEN,
-    NO_DROPOUT,
-    OURS,
-    PEERS,
-    PEFT,
-    Settings,
-    linear_floor,
-)
+from lora_fx.tools.bench import contenders
 from lora_fx.tools.bench.measure import Place, Run, Sample, Size, kernel_launches, places, ratio
 from lora_fx.tools.bench.section import Chart, Group, Section
 
 __all__ = ["SECTION", "Cell"]
 
-_CORE = (OURS, PEFT)
-_ALL = (OURS, CANONICAL, PEFT, *PEERS)
+_CORE = (contenders.OURS, contenders.PEFT)
+_ALL = (contenders.OURS, contenders.CANONICAL, contenders.PEFT, *contenders.PEERS)
 _RANK = 16
 _HALF_WIDTH = 2048
 """The width that a CPU measures in bf16, too."""
@@ -80,10 +69,10 @@ def _run(run: Run) -> Results:
 def _rows(results: Results) -> Iterator[list[str]]:
     """O and η of every contender, a row for each shape, rank and dropout."""
     for shape, found in results.items():
-        frozen = found[Cell(FROZEN)][0]
-        again = ratio(found[Cell(AGAIN)][0], frozen)
+        frozen = found[Cell(contenders.FROZEN)][0]
+        again = ratio(found[Cell(contenders.AGAIN)][0], frozen)
         for rank, dropout in dict.fromkeys((one.rank, one.dropout) for one in found if one.rank):
-            floor = linear_floor(shape.d, shape.d, rank)
+            floor = contenders.linear_floor(shape.d, shape.d, rank)
             row = [shape.where, str(shape.d), str(shape.tokens), str(rank), f"{dropout:g}"]
             row += [f"{1e3 * frozen.median:.3g} ms", f"{again.median:.2f}", f"{floor:.3f}"]
             yield [*row, *(_text(found, Cell(n, rank, dropout), frozen, floor) for n in _ALL)]
@@ -97,11 +86,11 @@ def _charts(results: Results) -> dict[str, Chart]:
             Group(
                 f"d = {shape.d}, T = {shape.tokens}, p = {dropout:g}",
                 {
-                    name: ratio(cells[cell][0], cells[Cell(FROZEN)][0]).median
+                    name: ratio(cells[cell][0], cells[Cell(contenders.FROZEN)][0]).median
                     for name in _CORE
                     if (cell := Cell(name, _RANK, dropout)) in cells
                 },
-                linear_floor(shape.d, shape.d, _RANK),
+                contenders.linear_floor(shape.d, shape.d, _RANK),
             )
             for shape, cells in results.items()
             if shape.where == where
@@ -123,11 +112,15 @@ def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
     small = place.on_cuda or d * d * tokens < 4096 * 4096 * 2048
-    found = [Cell(FROZEN), Cell(AGAIN)]
+    found = [Cell(contenders.FROZEN), Cell(contenders.AGAIN)]
     for rank in (8, 16, 64) if size is Size.FULL else (16,):
         for dropout in _DROPOUTS:
             names = _ALL if rank == _RANK and small else _CORE
-            found += [Cell(n, rank, dropout) for n in names if not (dropout and n in NO_DROPOUT)]
+            found += [
+                Cell(n, rank, dropout)
+                for n in names
+                if not (dropout and n in contenders.NO_DROPOUT)
+            ]
     return found
 
 
@@ -141,8 +134,8 @@ def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[S
         grad = torch.randn(tokens, d).to(device, dtype)
     steps = {}
     for cell in cells:
-        settings = Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
-        steps[cell] = _step(BUILDERS[cell.name](base, settings).train(), x, grad)
+        settings = contenders.Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
+        steps[cell] = _step(contenders.BUILDERS[cell.name](base, settings).train(), x, grad)
     titles = {f"{cell.name} r={cell.rank} p={cell.dropout:g}": cell for cell in cells}
     timed = run.times(
         {title: (lambda: None, steps[cell]) for title, cell in titles.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -51,7 +52,7 @@ def to_svg(picture: Picture) -> str:
     width = max(scene.width, legend_width, 520) + 2 * _MARGIN
     height = scene.height + _TOP + _MARGIN
     shift = (width - scene.width) / 2
-    style = (resources.files("lora_fx.tools.draw") / "viewer" / "picture.css").read_text("utf-8")
+    style = _asset("picture.css")
     title = clean(picture.title)
     summary = " · ".join(f"{label} {value}" for label, value in picture.facts)
     size = f'width="{_n(width)}" height="{_n(height)}" viewBox="0 0 {_n(width)} {_n(height)}"'
@@ -159,21 +160,21 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-_COLORS: dict[Kind, tuple[str, str]] = {
-    Kind.BASE: ("#e9effb", "#4a6fb5"),
-    Kind.DROPOUT: ("#eef0f3", "#7c879b"),
-    Kind.DOWN: ("#dcf5f0", "#10917f"),
-    Kind.UP: ("#ebe4fd", "#7448d6"),
-    Kind.SCALE: ("#fdf0d3", "#b97a09"),
-    Kind.ADD: ("#fde3ea", "#cb3a66"),
-    Kind.ADAPTER: ("#d9f1f7", "#0d7f9c"),
-    Kind.SITE: ("#dcf5f0", "#10917f"),
-    Kind.SKIPPED: ("#f0f1f4", "#c3c8d2"),
-    Kind.REJECTED: ("#f6eeee", "#cfb3b3"),
-    Kind.INPUT: ("#e8ecf4", "#b9c2d3"),
-    Kind.OUTPUT: ("#e8ecf4", "#b9c2d3"),
-}
 _PLAIN = ("#ffffff", "#cbd2df")
+_RULE = re.compile(
+    r"^(?P<selectors>.*) { fill: (?P<fill>#\w+); stroke: (?P<line>#\w+)", re.MULTILINE
+)
+
+
+@functools.cache
+def _colors() -> dict[str, tuple[str, str]]:
+    """Fill and line of each kind, as the light part of the style sheet has them."""
+    light = _asset("picture.css").partition("@media")[0]
+    return {
+        kind: (rule["fill"], rule["line"])
+        for rule in _RULE.finditer(light)
+        for kind in re.findall(r"\.(\w+) > \.frame", rule["selectors"])
+    }
 
 
 def to_dot(picture: Picture) -> str:
@@ -197,7 +198,7 @@ def _dot_box(box: Box, indent: str) -> Iterator[str]:
     name, caption = words_of(box)
     label = _quote(f"{name}\n{caption}" if caption else name)
     if not box.children:
-        fill, line = _COLORS.get(box.kind, _PLAIN)
+        fill, line = _colors().get(box.kind, _PLAIN)
         colors = f'fillcolor="{fill}", color="{line}"'
         yield f"{indent}{box.id} [label={label}, {colors}, tooltip={_quote(box.hover)}];"
         return
