@@ -136,6 +136,10 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert {goal.bound for goal in goals.GOALS} <= set(report.SECTIONS)
 
 
+def test_every_goal_has_a_function_that_judges_it() -> None:
+    assert all(inspect.isfunction(getattr(goals, goal.judge)) for goal in goals.GOALS)
+
+
 def test_goals_over_a_quantized_base_are_judged_within_turns_and_by_all_that_is_kept() -> None:
     names = [f"{name}, p = {p}" for name in (OURS, PEFT) for p in ("0", "0.05")]
     frozen = ("frozen", AGAIN)

@@ -72,13 +72,13 @@ def set_environments(given: Iterable[str]) -> None:
     for text in given:
         name, _, folder = text.partition("=")
         if name not in NAMES or not folder:
+            known = ", ".join(NAMES)
             raise ConfigError(
-                f"{text!r} is no environment: give NAME=FOLDER, with a name of {', '.join(NAMES)}"
+                f"{text!r} is no environment: give NAME=FOLDER, with a name of {known}"
             )
-        if not _python(Path(folder)).exists():
-            raise ConfigError(
-                f"there is no {_python(Path(folder))}: `make bench-envs` makes environments"
-            )
+        python = _python(Path(folder))
+        if not python.exists():
+            raise ConfigError(f"there is no {python}: `make bench-envs` makes environments")
         os.environ[_VARIABLE + name.upper()] = folder
 
 
@@ -106,14 +106,10 @@ def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Expo
     """
     # -I: neither this folder nor the caller's variables are on the path of the other environment.
     command = [str(python), "-I", str(_SCRIPT), script, *map(str, arguments)]
+    env = {**os.environ, **_QUIET}
     try:
         done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_SECONDS,
-            env={**os.environ, **_QUIET},
+            command, capture_output=True, text=True, check=False, timeout=_SECONDS, env=env
         )
     except subprocess.TimeoutExpired:
         return Exported(error=f"not done after {_SECONDS} s")
@@ -312,13 +308,10 @@ def _rows(results: Mapping[tuple[str, str, str], Row]) -> Iterator[list[str]]:
         ]
 
 
-def _contenders() -> dict[str, Callable[[Served, Path, Expected], Row]]:
-    found: dict[str, Callable[[Served, Path, Expected], Row]] = {}
-    for name, adapters in _OURS.items():
-        found[name] = functools.partial(_ours, adapters)
-    for name, (environment, script, how) in _PEERS.items():
-        found[name] = functools.partial(_theirs, environment, script, how)
-    return found
+def _contenders() -> Mapping[str, Callable[[Served, Path, Expected], Row]]:
+    return {name: functools.partial(_ours, how) for name, how in _OURS.items()} | {
+        name: functools.partial(_theirs, *how) for name, how in _PEERS.items()
+    }
 
 
 def _ours(

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -216,15 +217,13 @@ def _merge_contenders(place: Place, layers: int, width: int) -> Contenders:
                     if "lora_" in name:
                         parameter.normal_(0, 0.02)
 
+    fresh = functools.partial(copy.deepcopy, theirs)
     return {
         OURS: (lambda: ours, merge),
         _AGAIN: (lambda: ours, merge),
         OURS_INTO: (lambda: copy.deepcopy(base), lambda given: merge(ours, into=given)),
-        PEFT_MERGE: (lambda: copy.deepcopy(theirs), lambda given: given.merge_and_unload()),
-        f"{PEFT_MERGE}, safe_merge": (
-            lambda: copy.deepcopy(theirs),
-            lambda given: given.merge_and_unload(safe_merge=True),
-        ),
+        PEFT_MERGE: (fresh, methodcaller("merge_and_unload")),
+        f"{PEFT_MERGE}, safe_merge": (fresh, methodcaller("merge_and_unload", safe_merge=True)),
         BOUND: (lambda: _factors(theirs, names), _added),
     }
 

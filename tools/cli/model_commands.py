@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -104,26 +105,20 @@ def rewrite(
     file = None if out is None else o.file_to_write(out, (*FORMATS, _TEXT), force=force)
     loaded = store.load(model, look)
     how = look.of(loaded)
-    screen = console.output()
     printer = None
     if print_after:
         known = ["capture", *(one.name for one in rewrite_passes(chosen))]
-        printer = _Printer(screen, _passes_named(print_after, known), region)
+        printer = _Printer(_passes_named(print_after, known), region)
     with console.progress("rewriting"):
-        rewritten = rewrite_model(
-            loaded.model,
-            chosen,
-            strict=adapters.strict,
-            callback=None if printer is None else printer.see,
-            **how,
-        )
+        see = None if printer is None else printer.see
+        rewritten = rewrite_model(loaded.model, chosen, strict=adapters.strict, callback=see, **how)
     found = graphs(rewritten)
     if printer is not None:
         printer.show()
     elif region is not None:
-        _print_region(screen, found, region, as_graph=graph)
+        _print_region(found, region, as_graph=graph)
     elif file is None:
-        screen.print(_regions(rewritten, found))
+        console.output().print(_regions(rewritten, found))
         console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
@@ -134,30 +129,29 @@ def rewrite(
     console.say(f"wrote {file}")
 
 
+@dataclasses.dataclass
 class _Printer:
     """Keep the graphs after some passes, and print them once no progress bar is on the screen."""
 
-    def __init__(self, screen: Any, passes: list[str], region: str | None) -> None:
-        self._screen = screen
-        self._passes = passes
-        self._region = region
-        self._seen: list[tuple[str, str]] = []
+    passes: list[str]
+    region: str | None
+    seen: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def see(self, name: str, capture: Capture) -> None:
         """Keep what a pass has left."""
-        if name in self._passes:
-            self._seen.append((name, "\n".join(self._texts(name, capture))))
+        if name in self.passes:
+            self.seen.append((name, "\n".join(self._texts(name, capture))))
 
     def show(self) -> None:
         """Print all of it, in the order of the passes."""
-        for name, text in self._seen:
-            self._screen.rule(f"after {name}")
-            console.say(text, to=self._screen)
+        for name, text in self.seen:
+            console.output().rule(f"after {name}")
+            console.say(text)
 
     def _texts(self, name: str, capture: Capture) -> Iterator[str]:
         graphs = {key: one.graph for key, one in capture.regions.items()}
-        if self._region is not None:
-            graphs = {self._region: _region_of(graphs, self._region)}
+        if self.region is not None:
+            graphs = {self.region: _region_of(graphs, self.region)}
         for key, graph in graphs.items():
             yield f"# {key or '(root)'}\n{graph}"
         if name == "plan":
@@ -181,7 +175,8 @@ def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
     return graphs[region]
 
 
-def _print_region(screen: Any, found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+    screen = console.output()
     chosen = _region_of(found, region)
     code = str(chosen) if as_graph else chosen.python_code("self").src.strip()
     if screen.is_terminal and not as_graph:

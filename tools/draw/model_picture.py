@@ -260,14 +260,6 @@ class Digests:
             yield f"{name!r} {self(child)}"
 
 
-_KINDS = {
-    Role.BASE: Kind.BASE,
-    Role.DROPOUT: Kind.DROPOUT,
-    Role.DOWN: Kind.DOWN,
-    Role.UP: Kind.UP,
-    Role.SCALE: Kind.SCALE,
-    Role.ADD: Kind.ADD,
-}
 _OPS = {
     "placeholder": Kind.INPUT,
     "output": Kind.OUTPUT,
@@ -319,7 +311,8 @@ def node_kind(node: fx.Node) -> Kind:
     """What the node is drawn as."""
     tag = tag_of(node)
     if tag is not None:
-        return _KINDS.get(tag.role, Kind.ADAPTER)
+        # Roles that are drawn in a way of their own have the names of kinds.
+        return next((kind for kind in Kind if kind.value == tag.role.value), Kind.ADAPTER)
     return _OPS.get(node.op, Kind.OP)
 
 
