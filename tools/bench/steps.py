@@ -135,15 +135,12 @@ class Steps:
         """Results by place, and by model before it where there are several."""
         models = self.workloads(run.size)
         several = len(models) > 1
-        return {
-            f"{workload.title}, {place}" if several else str(place): self._measured(
-                workload, place, here
-            )
-            for workload, part in run.each(
-                models, lambda one: one.title.partition(",")[0] * several
-            )
-            for place, here in part.each(self.where(run.size))
-        }
+        found = {}
+        for workload, part in run.each(models, lambda one: one.short if several else ""):
+            for place, here in part.each(self.where(run.size)):
+                name = f"{workload.title}, {place}" if several else str(place)
+                found[name] = self._measured(workload, place, here)
+        return found
 
     def _measured(self, workload: Workload, place: Place, run: Run) -> Measured:
         model = workload.make().to(place.device, place.dtype)
@@ -180,7 +177,7 @@ def _counted(
 ) -> Step:
     def step() -> None:
         model.zero_grad()
-        _backward(loss)(None)
+        torch.autograd.backward(loss())
 
     held: list[Memory] = []
     operations = count_operations(lambda: held.append(measure_memory(step)))
@@ -209,10 +206,7 @@ def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tens
 
 
 def _backward(loss: Callable[[], Tensor]) -> Callable[[Any], None]:
-    def step(_: Any) -> None:
-        torch.autograd.backward(loss())
-
-    return step
+    return lambda _: torch.autograd.backward(loss())
 
 
 Column = Callable[[Row], str]

@@ -42,6 +42,11 @@ class Workload:
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
 
+    @property
+    def short(self) -> str:
+        """The title without the size of the batch."""
+        return self.title.partition(",")[0]
+
     def on(self, place: Place) -> dict[str, Tensor]:
         """The batch at a place: numbers that are not whole have its dtype. They are leaves."""
         found = {}

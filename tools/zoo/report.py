@@ -214,30 +214,31 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+_SUMMED = (
+    *("rewritten", "right", "trained", "merged", "judged", "unreached"),
+    *("found", "adapted", "rejected", "counted", "unseen"),
+)
+_SUMS = """\
+{rewritten} of {models} rewritten: {bits} without a changed bit, the others within 1e-6
+{right} of {models} judged as right: the dense oracle's outputs, and its gradients at every site
+{judged} sites judged, {unreached} without effect in the original itself, {passed} passed by
+{trained} of {models} trained: the loss fell
+{merged} of {models} merged: the adapted model, as the own class
+{adapted} of {found} operations adapted, {rejected} refused with a reason
+{counted} weights counted, {unseen} of them unseen by the plan"""
+
+
 def summary(rows: Sequence[Row]) -> list[str]:
     """The sums, one sentence each."""
-    total = len(rows)
-    operations = sum(row.adapted for row in rows)
+
+    def total(field: str) -> int:
+        values = (getattr(row, field) for row in rows)
+        return sum(len(one) if isinstance(one, list | dict) else one or 0 for one in values)
+
+    passed = total("passed_by") + total("regions_passed_by")
     bits = sum(row.output_error == 0.0 for row in rows)
-    counted = sum(row.counted or 0 for row in rows)
-    missed = sum(len(row.unseen) for row in rows)
-    rewritten, right, trained, merged = (
-        sum(getattr(row, what) for row in rows)
-        for what in ("rewritten", "right", "trained", "merged")
-    )
-    judged = sum(row.judged or 0 for row in rows)
-    unreached = sum(len(row.unreached) for row in rows)
-    passed = sum(len(row.passed_by) + len(row.regions_passed_by) for row in rows)
-    found, refused = (sum(getattr(row, what) for row in rows) for what in ("found", "rejected"))
-    lines = [
-        f"{rewritten} of {total} rewritten: {bits} without a changed bit, the others within 1e-6",
-        f"{right} of {total} judged as right: the dense oracle's outputs, and its gradients at every site",
-        f"{judged} sites judged, {unreached} without effect in the original itself, {passed} passed by",
-        f"{trained} of {total} trained: the loss fell",
-        f"{merged} of {total} merged: the adapted model, as the own class",
-        f"{operations} of {found} operations adapted, {refused} refused with a reason",
-        f"{counted} weights counted, {missed} of them unseen by the plan",
-    ]
+    sums = {field: total(field) for field in _SUMMED}
+    lines = _SUMS.format(models=len(rows), bits=bits, passed=passed, **sums).splitlines()
     tried = [row for row in rows if row.torch_onnx is not None]
     if tried:
         able = [row for row in tried if row.torch_onnx]
@@ -275,17 +276,14 @@ def _exceptions(row: Row) -> Iterator[str]:
         yield f"changed its argument: {row.argument}"
     if row.output_error is not None and row.output_error > 1e-6:
         yield f"outputs differ by {row.output_error:.1e}"
-    for what, names in (
+    for what, found in (
         ("a gradient where there should be none", row.stray),
         ("unseen by the plan", row.unseen),
-        ("passed by", [f"{name} ({how})" for name, how in row.passed_by.items()]),
-        (
-            "passed by without example inputs",
-            [f"{name} ({how})" for name, how in row.regions_passed_by.items()],
-        ),
+        ("passed by", _explained(row.passed_by)),
+        ("passed by without example inputs", _explained(row.regions_passed_by)),
     ):
-        if names:
-            yield f"{what}: {_some(names)}"
+        if found:
+            yield f"{what}: {_some(found)}"
     if row.judged == 0:
         yield "none of its sites has an effect, so that nothing was judged"
     if row.oracle_error is not None and row.oracle_error > row.tolerance:
@@ -295,6 +293,10 @@ def _exceptions(row: Row) -> Iterator[str]:
     if row.merge_error is not None and not row.merged:
         own = "" if row.own_class else "; not of its own class"
         yield f"merged differs by {row.merge_error:.1e}{own}"
+
+
+def _explained(found: Mapping[str, str]) -> list[str]:
+    return [f"{name} ({how})" for name, how in found.items()]
 
 
 def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
