@@ -225,7 +225,6 @@ def merge(
     """
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
-    from lora_fx.tools.cli.model_commands import check_out, dtype_of, write_merged
 
     path = check_out(model, out, force=force)
     wanted = dtype_of(dtype)
