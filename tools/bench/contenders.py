@@ -423,7 +423,7 @@ def variants(names: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Con
 
 
 def by_dropout(names: Iterable[str]) -> Contenders:
-    """The same, sorted by dropout."""
+    """Returns the same contenders as :func:`variants`, sorted by dropout."""
     return {key: one for p in _DROPOUTS for key, one in variants(names, (p,)).items()}
 
 

@@ -153,7 +153,7 @@ def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
 
 
 def decomposed_saved(found: Measured) -> Verdict | None:
-    """The same of the other kind of adapter."""
+    """What a step with the other kind of adapter saves beyond the frozen one."""
     ours, theirs = (f"{library} {OTHER_KIND}" for library in (OURS, PEFT))
     sizes = _beyond(found, (ours, 0), (ours, 0.05), (theirs, 0))
     if sizes is None:
@@ -252,7 +252,7 @@ def merge(found: Mapping[str, verbs.Merged]) -> Verdict:
 
 
 def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
-    """Whether a merge makes a tensor as large as a weight: such a one is too large by all of it."""
+    """Whether a merge makes a tensor as large as a weight; if so, all of it is the excess."""
     ours, peft = (found[name] for name in (verbs.OURS_INTO, verbs.PEFT_MERGE))
     text = (
         f"largest tensor {ours.memory.largest / _MIB:.1f} MiB, W {ours.weight / _MIB:.1f}; "

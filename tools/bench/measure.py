@@ -293,7 +293,7 @@ def machine() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """A package and its version."""
+    """Returns a package's name and version, or says that it is not installed."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -301,7 +301,7 @@ def version_of(package: str) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """Makes the lines of a Markdown table."""
     head, *lines = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
     return [head, "|" + "---|" * len(columns), *lines]
 
@@ -406,13 +406,13 @@ class Run:
             self.progress(done, total, what)
 
     def part(self, index: int, count: int, title: str = "") -> Run:
-        """The same for one of several pieces of work; see :func:`portion`."""
+        """Returns the run of one of several pieces of work; see :func:`portion`."""
         return dataclasses.replace(self, progress=portion(self.progress, index, count, title))
 
     def each(
         self, items: Collection[Item], title: Callable[[Item], str] = lambda _: ""
     ) -> Iterator[tuple[Item, Run]]:
-        """Each of several pieces of work of about the same length, with how it is measured."""
+        """Yields pieces of work of about the same length, each with the run that measures it."""
         for index, item in enumerate(items):
             yield item, self.part(index, len(items), title(item))
 

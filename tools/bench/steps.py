@@ -76,7 +76,7 @@ class Measured:
 
     @property
     def adapted(self) -> list[str]:
-        """The contenders with adapters."""
+        """Names of the contenders with adapters."""
         return [name for name in self.steps if not name.startswith(FROZEN)]
 
     def overhead(self, name: str) -> Ratio:

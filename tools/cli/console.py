@@ -62,7 +62,7 @@ def say_error(message: str) -> None:
 def table(
     *headings: str, rows: Iterable[Iterable[RenderableType]] = (), right: Collection[str] = ()
 ) -> Table:
-    """A table, some of whose columns are set to the right; text in its cells is no markup."""
+    """Makes a table. ``right`` names the columns that are aligned right; text in cells is not markup."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
@@ -72,7 +72,7 @@ def table(
 
 
 def facts(rows: Iterable[tuple[str, RenderableType]], style: str) -> Table:
-    """Labels in a style, and what is said under each."""
+    """Makes a grid of labels, in a style, and values."""
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column(style=style, no_wrap=True)
     made.add_column(overflow="fold")

@@ -134,7 +134,7 @@ def _links(
 
 
 def _neighbors(links: Iterable[Link]) -> tuple[defaultdict[str, list[str]], ...]:
-    """What is above and what is below each box and dummy."""
+    """Returns what is above and what is below each box and dummy."""
     above, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for upper, lower, *_ in links:
         below[upper].append(lower)
