@@ -134,7 +134,7 @@ class Adapters(Options):
     """The options that say what to adapt.
 
     Attributes:
-        r: Rank of the adapters; 8 if nobody says.
+        r: Rank of the adapters; 8 by default.
         alpha: The branch is scaled by alpha / r.
         dropout: Of the adapters' input, in [0, 1).
         target: Name of an operation or its last part, or all-linear. Repeat it, or use commas. Without
@@ -211,7 +211,7 @@ class Capturing(Options):
 
     @property
     def by_default(self) -> bool:
-        """Whether nothing is said."""
+        """Whether both options are left at their defaults."""
         return self.frontend == "auto" and self.inputs is None
 
     def load(self, name: str) -> LoadedModel:
