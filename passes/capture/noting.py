@@ -15,7 +15,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -69,9 +69,10 @@ class Notes:
         """Takes notes in between, of this model and of nobody else's."""
         self._watched = {_identity(module): module for module in self._model.modules()}
         try:
-            for cls in {nn.Module, *map(type, self._watched.values())}:
-                if cls is nn.Module or _own_access(cls):
-                    self._watch_class(cls)
+            # Asked before one is watched: all seem to have a way of their own from then on.
+            own = [cls for cls in {*map(type, self._watched.values())} if _own_access(cls)]
+            for cls in dict.fromkeys((nn.Module, *own)):
+                self._watch_class(cls)
             yield
         finally:
             for cls, members in self._classes.items():
@@ -110,6 +111,8 @@ class Notes:
 
         def read(this: Any, name: str) -> Any:
             value = access(this, name)
+            if name == "__dict__" and _asked_by_torch(sys._getframe(1)):
+                return value._own if isinstance(value, _Entries) else value
             return self._found(this, name, value) if _identity(this) in self._watched else value
 
         def looked_for(this: Any, name: str) -> Any:
@@ -323,6 +326,11 @@ def _identity(value: Any) -> int:
     if issubclass(type(value), nn.Module):  # isinstance would ask the object
         return id(object.__getattribute__(value, "__dict__"))
     return id(value)
+
+
+def _asked_by_torch(caller: FrameType) -> bool:
+    """Whether PyTorch asks: its stand-ins of modules take over the dict itself."""
+    return str(caller.f_globals.get("__name__")).startswith("torch.")
 
 
 def _own_access(cls: Any) -> bool:

@@ -139,6 +139,8 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages of some tensors, each once; of a sharded one, what lies here."""
     found: dict[int, int] = {}
     for tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+        local = (
+            tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+        )
         found[_key(local)] = local.untyped_storage().nbytes()
     return sum(found.values())

@@ -42,7 +42,11 @@ class Mesh:
         sizes: dict[str, int] = {}
         for entry in text.split(","):
             found = _ENTRY.fullmatch(entry)
-            if found is None or found["name"] not in ("replicate", "fsdp") or not int(found["size"]):
+            if (
+                found is None
+                or found["name"] not in ("replicate", "fsdp")
+                or not int(found["size"])
+            ):
                 raise ConfigError(
                     f"--mesh {text!r}: {entry.strip()!r} is no dimension of a mesh: write fsdp=8, "
                     "or replicate=2,fsdp=8"

@@ -158,7 +158,9 @@ def run_step(model: nn.Module, inputs: dict[str, Any]) -> Need:
         activations=kept,
         gathered=ledger.gathered,
         peak=ledger.peak,
-        traffic=Traffic(sent["gather"], sent["scatter"], sent["reduce"], sum(ledger.calls.values())),
+        traffic=Traffic(
+            sent["gather"], sent["scatter"], sent["reduce"], sum(ledger.calls.values())
+        ),
     )
 
 
@@ -172,7 +174,9 @@ def _loss(output: Any) -> Tensor:
         if isinstance(one, Tensor) and one.requires_grad
     ]
     if not tensors:
-        raise ConfigError("no output of the model depends on what is trained: there is no step to plan")
+        raise ConfigError(
+            "no output of the model depends on what is trained: there is no step to plan"
+        )
     return torch.stack([one.float().mean() for one in tensors]).sum()
 
 
@@ -247,7 +251,9 @@ def _fake_group(size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise ConfigError("a process group is there already: plan before init_process_group, or in another process")
+        raise ConfigError(
+            "a process group is there already: plan before init_process_group, or in another process"
+        )
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
         yield

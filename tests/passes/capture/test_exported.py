@@ -817,3 +817,46 @@ def test_an_export_that_reads_properties_can_be_pickled() -> None:
     model = lora_fx.rewrite(Derived(), config, x, frontend="export")
     again = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+
+
+class Counted:
+    """What a block has beside its parameters."""
+
+    def __init__(self) -> None:
+        self.k = 2.0
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.t, self.own = 1.0, Counted()
+
+    def forward(self, x):
+        return x * self.t * self.own.k
+
+
+class TwoNames(nn.Module):
+    """A module under two names: torch.export hands out stand-ins for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Scaled()
+        self.again = self.first
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.again(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: setattr(m.first, "t", 3.0), lambda m: setattr(m.again.own, "k", 5.0)]
+)
+def test_what_a_module_under_two_names_has_is_guarded(change) -> None:
+    x = torch.randn(2, 3, 4)
+    model = TwoNames()
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+    adapted = lora_fx.rewrite(model, config, frontend="export", example_inputs=(x,))
+    assert torch.allclose(adapted(x), model(x))
+    change(model)
+    change(adapted)
+    assert torch.allclose(adapted(x), model(x))
