@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "ALLOWANCE_BYTES",
     "EXTERNAL_DATA_BYTES",
     "SHARD_BYTES",
     "Scratch",
@@ -323,7 +322,7 @@ def write(
         return {file.name: file.stat().st_size for file in stage.written()}
 
 
-ALLOWANCE_BYTES = 256 * 1024**2
+_ALLOWANCE_BYTES = 256 * 1024**2
 
 
 class Scratch:
@@ -334,7 +333,7 @@ class Scratch:
         allowance: Bytes that may stay in memory.
     """
 
-    def __init__(self, stage: Staging, allowance: int = ALLOWANCE_BYTES) -> None:
+    def __init__(self, stage: Staging, allowance: int = _ALLOWANCE_BYTES) -> None:
         self._stage = stage
         self._left = allowance
 

@@ -134,7 +134,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "OnnxSession": "lora_fx.export.session.onnx_session",
+    "OnnxSession": "lora_fx.export.session",
     "export_onnx": "lora_fx.export.onnx",
     "save_onnx_adapter": "lora_fx.export.adapters.file",
     "visualize": "lora_fx.tools.draw.drawing",

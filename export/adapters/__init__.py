@@ -12,7 +12,6 @@ from lora_fx.export.adapters.factor_model import (
     with_adapter,
 )
 from lora_fx.export.adapters.file import save_onnx_adapter, values_of, values_of_model
-from lora_fx.export.adapters.inline import fix_gains, has_gains, over_quantized
 from lora_fx.export.adapters.manifest import (
     MANIFEST_KEY,
     AdapterInput,
@@ -34,10 +33,7 @@ __all__ = [
     "Swappable",
     "base_of",
     "cast_to",
-    "fix_gains",
-    "has_gains",
     "origin_of",
-    "over_quantized",
     "random_factors",
     "save_onnx_adapter",
     "swappable",

@@ -51,10 +51,8 @@ from lora_fx.passes.pipeline import (
 )
 
 __all__ = [
-    "ADAPTER",
     "FactorModel",
     "Swappable",
-    "base_name",
     "base_of",
     "check_swappable",
     "flip",
@@ -93,7 +91,7 @@ def origin_of(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
     return entries
 
 
-def base_name(model: nn.Module) -> str:
+def _base_name(model: nn.Module) -> str:
     """The same in short, for people: ``LlamaForCausalLM (meta-llama/Llama-3.2-1B)``."""
     kind, name = original_class(model).__name__, _loaded_from(model)
     return f"{kind} ({name})" if name else kind
@@ -126,7 +124,7 @@ def _public(name: str) -> str:
     return path.name if path.is_absolute() or name[0] in ".~" else name
 
 
-ADAPTER = "inputs"
+_ADAPTER = "inputs"
 """What the one adapter is called."""
 
 
@@ -173,7 +171,7 @@ def swappable(model: nn.Module) -> Swappable:
     capture = base_capture(twin, bare)
     plan = Plan(rows, (), (), (), LoraConfig(), capture.frontend)
     capture = dataclasses.replace(capture, plan=plan)
-    bare = add_adapter_parameters(capture, bare, ADAPTER)
+    bare = add_adapter_parameters(capture, bare, _ADAPTER)
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
     install(regions_to_install(edit_graphs(capture, _with_given_gains).capture, rows))
     del twin.__dict__["_lora_fx"]  # it is no rewritten model any more: nobody switches its adapters
@@ -303,7 +301,7 @@ class FactorModel(FlatModel):
         super().__init__(model, arguments, call)
         self._made = made
         self.manifest = Manifest(
-            base_name(model), tuple(site_inputs(model, row) for row in made.rows)
+            _base_name(model), tuple(site_inputs(model, row) for row in made.rows)
         )
         self.adapter_inputs = tuple(self.manifest.inputs.values())
         self.device = next(model.parameters()).device
@@ -355,7 +353,7 @@ class FactorModel(FlatModel):
                 value = nn.Parameter(given[one.role], requires_grad=False)
                 twin.get_submodule(owner)._parameters[leaf] = value
         twin.__dict__["_lora_fx"] = self._foldable()
-        dense, _ = merge(twin, adapter_names=ADAPTER, keep=keep)
+        dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
         return FlatModel(dense, self.arguments, self.call).eval()
 
     def loose_biases(self) -> set[str]:
@@ -370,13 +368,13 @@ class FactorModel(FlatModel):
     def _foldable(self) -> Record:
         """The record, without biases that no weight can take."""
         record = self._made.record
-        adapter = record.adapters[ADAPTER]
+        adapter = record.adapters[_ADAPTER]
         rows = tuple(
             row if row.site.bias else dataclasses.replace(row, kind=_unbiased(row))
             for row in adapter.sites
         )
         return dataclasses.replace(
-            record, adapters={ADAPTER: dataclasses.replace(adapter, sites=rows)}
+            record, adapters={_ADAPTER: dataclasses.replace(adapter, sites=rows)}
         )
 
     def over(self, model: nn.Module) -> FactorModel:
@@ -490,4 +488,4 @@ def _unbiased(row: PlannedSite) -> str:
 
 def _parameters(row: PlannedSite) -> list[str]:
     """FQNs of the parameters of a site, in the order of its inputs."""
-    return [join(row.site.holder, name, ADAPTER) for name in factor_names(row).present]
+    return [join(row.site.holder, name, _ADAPTER) for name in factor_names(row).present]

@@ -41,7 +41,6 @@ __all__ = [
     "read_adapter",
     "save_onnx_adapter",
     "values_of",
-    "values_of_folder",
     "values_of_model",
 ]
 
@@ -116,7 +115,7 @@ def _site_values(
     return {one.name: _stored(one, found[one.role]) for one in inputs}
 
 
-def values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
+def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
     """Values by the names of the inputs, in the dtype of the folder.
 
     Args:
@@ -356,7 +355,7 @@ def values_of(
             "folder, or an .onnx_adapter file"
         )
     elif Path(source).is_dir():
-        values = values_of_folder(Path(source), manifest)
+        values = _values_of_folder(Path(source), manifest)
     else:
         return read_adapter(Path(source))
     return values if manifest is None else cast_to(manifest, values)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_fx.errors import ConfigError
 from lora_fx.export.adapters.manifest import AdapterInput, Manifest, check_values, ranks_of
-from lora_fx.export.ort import Device, placed
+from lora_fx.export.ort import placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 
@@ -55,7 +55,7 @@ class AdapterStore:
         self,
         runtime: Any,
         manifest: Manifest | None,
-        device: Device,
+        device: torch.device,
         file: str,
         max_rank: int | None = None,
     ) -> None:

@@ -10,26 +10,25 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram, _trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.adapters import MANIFEST_KEY, Manifest
-from lora_fx.export.convert.names import name_axes, name_values, strip_build_traces, weight_aliases
 from lora_fx.export.convert.translations import expand_grouped, expand_quantized, translation_table
 from lora_fx.export.copy import stored_formats
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.trace import (
     FlatModel,
-    Place,
+    SourceLocation,
     Trace,
     headline,
     inner_module,
@@ -40,17 +39,188 @@ from lora_fx.export.trace import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-
 __all__ = [
     "ConversionError",
     "convert",
-    "make_overridable",
-    "refuse_randomness",
-    "refuse_train_mode",
-    "repaired",
     "torch_export_context",
-    "without_chatter",
 ]
+
+
+# The names in an exported file: those that the user knows, and nothing of the build machine.
+#
+# torch.onnx calls a weight by its FQN until it folds a transpose into it, and leaves stack traces
+# with absolute paths on every node. Here inputs, outputs, weights and axes get the names that a user
+# would look for, in that order of precedence, and what nobody needs goes.
+
+_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def _weight_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """FQN of every parameter and buffer to all FQNs of the same tensor, itself among them."""
+    names: dict[int, list[str]] = {}
+    for named in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
+        for name, tensor in named:
+            names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
+
+
+def _name_values(
+    model: ir.Model,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    aliases: Mapping[str, tuple[str, ...]],
+    prefix: str,
+) -> None:
+    """Give inputs and outputs their names and every weight its FQN.
+
+    A weight that is stored transposed has the FQN too; where it is stored both ways (a tied one),
+    the other takes another of its names, or the FQN with ``.T``. Where a name is taken by an input
+    or output, the weight gets a number behind it.
+
+    Args:
+        model: Changed in place.
+        inputs: Names of the inputs, in order.
+        outputs: Names of the outputs, in order; made unique if they are not.
+        aliases: What ``weight_aliases`` says of the exported model.
+        prefix: What the FQNs in ``model`` have in front.
+    """
+    from onnx_ir.passes.common import NameFixPass
+
+    graph = model.graph
+    wanted = _weight_names(graph, aliases, prefix)
+    # Two steps: a name can only be given away once its present owner has let go of it.
+    for index, initializer in enumerate(list(graph.initializers.values())):
+        wanted.setdefault(initializer, initializer.name or "constant")
+        initializer.name = f"__lora_fx_{index}"
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name = name
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for initializer, name in wanted.items():
+        if not initializer.is_graph_output():
+            initializer.name = _free(name, taken)
+            taken.add(initializer.name)
+    NameFixPass()(model)
+
+
+def _name_axes(
+    model: ir.Model, shapes: Sequence[Sequence[int | str]], symbols: Mapping[str, str]
+) -> None:
+    """Write the axes of the inputs and rename torch's symbols in all other shapes.
+
+    Args:
+        model: Changed in place.
+        shapes: For each input its sizes and axis names.
+        symbols: torch's symbol to the name of the axis.
+    """
+    import onnx_ir as ir
+
+    for value, axes in zip(model.graph.inputs, shapes, strict=True):
+        value.shape = ir.Shape(axes)
+    known = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b") if symbols else None
+    for value in _values(model):
+        if value.shape is None or known is None:
+            continue
+        value.shape = ir.Shape([_renamed(dim, known, symbols) for dim in value.shape])
+
+
+def _strip_build_traces(model: ir.Model, prefix: str) -> None:
+    """Remove stack traces, documentation and metadata; keep each node's module scope.
+
+    Args:
+        model: Changed in place.
+        prefix: What the scopes have in front, removed too.
+    """
+    model.doc_string = None
+    model.metadata_props.clear()
+    for graph in _graphs(model):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            scopes = _scopes(node.metadata_props.get(_SCOPES, ""), prefix)
+            node.doc_string = None
+            node.metadata_props.clear()
+            if scopes:
+                node.metadata_props[_SCOPES] = repr(scopes)
+    for value in _values(model):
+        value.doc_string = None
+        value.metadata_props.clear()
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
+            if value.const_value.doc_string:  # those that are read from a proto cannot be set
+                value.const_value.doc_string = None
+
+
+def _weight_names(
+    graph: ir.Graph, aliases: Mapping[str, tuple[str, ...]], prefix: str
+) -> dict[ir.Value, str]:
+    wanted: dict[ir.Value, str] = {}
+    folded: list[tuple[ir.Value, str]] = []
+    for initializer in graph.initializers.values():
+        own = (initializer.name or "").removeprefix(prefix)
+        if own in aliases:
+            wanted[initializer] = _first_free(aliases[own], wanted.values()) or own
+            continue
+        sources = _literal(initializer.metadata_props.get(_FOLDED_FROM, ""))
+        if len(sources) == 1 and sources[0].removeprefix(prefix) in aliases:
+            folded.append((initializer, sources[0].removeprefix(prefix)))
+    for initializer, source in folded:
+        names = (source, *aliases[source])
+        wanted[initializer] = _first_free(names, wanted.values()) or f"{source}.T"
+    return wanted
+
+
+def _first_free(names: Sequence[str], taken: object) -> str | None:
+    used = set(taken)  # type: ignore[call-overload]
+    return next((name for name in names if name not in used), None)
+
+
+def _free(name: str, taken: set[str | None]) -> str:
+    candidate, number = name, 0
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def _literal(text: str) -> list[str]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return []
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else []
+
+
+def _scopes(text: str, prefix: str) -> list[str]:
+    root = prefix.removesuffix(".")
+    scopes = [scope for scope in _literal(text) if scope]
+    return ["" if scope == root else scope.removeprefix(prefix) for scope in scopes]
+
+
+def _renamed(
+    dim: int | ir.SymbolicDim, known: re.Pattern[str], symbols: Mapping[str, str]
+) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    return known.sub(lambda found: symbols[found[0]], dim.value) if dim.value else None
+
+
+def _graphs(model: ir.Model) -> list[Any]:
+    return [model.graph, *model.functions.values()]
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    values: dict[ir.Value, None] = {}
+    for graph in _graphs(model):
+        values.update(dict.fromkeys(graph.inputs))
+        values.update(dict.fromkeys(graph.outputs))
+        values.update(dict.fromkeys(getattr(graph, "initializers", {}).values()))
+        for node in graph.all_nodes():
+            values.update(dict.fromkeys(node.outputs))
+    return list(values)
 
 
 # The first warns of empty lists that torchlib itself writes, the last that it has no advice on a branch
@@ -59,7 +229,7 @@ _LOGGERS = ("onnx_ir._convenience", "torch.fx.experimental.symbolic_shapes")
 
 
 @contextlib.contextmanager
-def without_chatter() -> Iterator[None]:
+def _without_chatter() -> Iterator[None]:
     """No whole graphs and no warnings that nobody can do anything about, inside the block."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -80,7 +250,7 @@ def _nothing(*_: object, **__: object) -> None:
     """In the place of ``print``."""
 
 
-def repaired(program: ExportedProgram) -> ExportedProgram:
+def _repaired(program: ExportedProgram) -> ExportedProgram:
     """Write what has no translation as something that has one and is the same.
 
     Args:
@@ -126,7 +296,7 @@ _REMEDY = (
 )
 
 
-def refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
+def _refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
     """Refuse a program with operations that train although the model is in eval mode.
 
     Args:
@@ -152,7 +322,7 @@ def refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
             raise ExportError(f"the model trains its batch norm in eval mode: {place}. {_REMEDY}")
 
 
-def refuse_randomness(model: ir.Model, prefix: str) -> None:
+def _refuse_randomness(model: ir.Model, prefix: str) -> None:
     """Refuse a converted graph with random operations, whatever they are made of.
 
     Args:
@@ -167,7 +337,7 @@ def refuse_randomness(model: ir.Model, prefix: str) -> None:
             continue
         traces = node.metadata_props
         scopes = ast.literal_eval(traces.get("pkg.torch.onnx.name_scopes", "[]"))
-        place = Place(
+        place = SourceLocation(
             str(node.op_type),
             inner_module(scopes[:-1], prefix),  # the last one is the operation
             user_line(traces.get("pkg.torch.onnx.stack_trace", "")),
@@ -179,7 +349,7 @@ def _argument(node: fx.Node, position: int) -> object:
     return node.args[position] if len(node.args) > position else None
 
 
-def make_overridable(model: ir.Model, manifest: Manifest) -> None:
+def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
     """Give every adapter input a default, so that the file alone is the base model.
 
     The default is zeros of rank 1 (a gain of 1), see :attr:`SiteInputs.least_rank`: a product with them is
@@ -245,18 +415,18 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     """
     twin, outputs = prepared.model.model, prepared.outputs
     prefix = FlatModel.PREFIX
-    refuse_train_mode(trace.program, prefix)
+    _refuse_train_mode(trace.program, prefix)
     program = _translate(trace, len(outputs), opset)
-    refuse_randomness(program, prefix)
+    _refuse_randomness(program, prefix)
     _repair_folded_dtypes(program)
-    name_values(program, trace.input_names, outputs, weight_aliases(twin), prefix)
+    _name_values(program, trace.input_names, outputs, _weight_aliases(twin), prefix)
     expand_grouped(program)
     expand_quantized(program)
-    name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
-    strip_build_traces(program, prefix)
+    _name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
+    _strip_build_traces(program, prefix)
     _stamp(program, trace, prepared, opset)
     if prepared.manifest is not None:
-        make_overridable(program, prepared.manifest)
+        _make_overridable(program, prepared.manifest)
     return program
 
 
@@ -265,7 +435,7 @@ def torch_export_context() -> Iterator[None]:
     """What ``trace`` and ``convert`` both have to run in."""
     # MATH: the attention of the other backends has strides that are gone once it is decomposed,
     # after which torch refuses views that it recorded itself (T5). The ONNX nodes are the same.
-    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]), without_chatter():
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]), _without_chatter():
         # torch's own use of its own deprecated names, on every export.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnxscript")
@@ -278,7 +448,7 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
     try:
         with torch_export_context():
             program = torch.onnx.export(
-                repaired(trace.program),
+                _repaired(trace.program),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,

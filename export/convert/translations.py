@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-import lora_fx.export.copy.packing  # noqa: F401  # both register operators that are translated here
+import lora_fx.export.copy  # noqa: F401  # both register operators that are translated here
 from lora_fx.formats import CONTRIB, operator_named
 from lora_fx.ir import OnnxProduct
 
@@ -25,18 +25,15 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "DOMAIN",
-    "GROUPED_MATMUL",
-    "QUANTIZED_PRODUCT",
     "expand_grouped",
     "expand_quantized",
     "translation_table",
 ]
 
 
-DOMAIN = "lora_fx"
-GROUPED_MATMUL = "GroupedMatMul"
-QUANTIZED_PRODUCT = "QuantizedProduct"
+_DOMAIN = "lora_fx"
+_GROUPED_MATMUL = "GroupedMatMul"
+_QUANTIZED_PRODUCT = "QuantizedProduct"
 
 _FLOAT, _INT32, _BOOL = 1, 6, 9  # of onnx.TensorProto
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
@@ -100,14 +97,14 @@ def _grouped(rows: Any, matrices: Any, ends: Any) -> Any:
 
     parameter = onnx.defs.OpSchema.FormalParameter
     schema = onnx.defs.OpSchema(
-        GROUPED_MATMUL,
-        DOMAIN,
+        _GROUPED_MATMUL,
+        _DOMAIN,
         1,
         inputs=[parameter("rows", "T"), parameter("matrices", "T"), parameter("ends", "I")],
         outputs=[parameter("products", "T")],
         type_constraints=[("T", _FLOATS, ""), ("I", ["tensor(int32)", "tensor(int64)"], "")],
     )
-    return values.Op(values.Opset(DOMAIN, 1), GROUPED_MATMUL, schema)(rows, matrices, ends)
+    return values.Op(values.Opset(_DOMAIN, 1), _GROUPED_MATMUL, schema)(rows, matrices, ends)
 
 
 def _quantized_product(
@@ -129,8 +126,8 @@ def _quantized_product(
     parameter, attribute, kind = schemas.FormalParameter, schemas.Attribute, schemas.AttrType
     codes_of, optional = ["tensor(uint8)", "tensor(int8)"], schemas.FormalParameterOption.Optional
     schema = schemas(
-        QUANTIZED_PRODUCT,
-        DOMAIN,
+        _QUANTIZED_PRODUCT,
+        _DOMAIN,
         1,
         inputs=[
             parameter("x", "T"),
@@ -145,7 +142,7 @@ def _quantized_product(
             *(attribute(name, kind.INT) for name in ("rows", "columns", "block")),
         ],
     )
-    return values.Op(values.Opset(DOMAIN, 1), QUANTIZED_PRODUCT, schema)(
+    return values.Op(values.Opset(_DOMAIN, 1), _QUANTIZED_PRODUCT, schema)(
         x,
         codes,
         scales,
@@ -241,7 +238,7 @@ def expand_grouped(model: ir.Model) -> None:
     nodes = [
         node
         for node in model.graph.all_nodes()
-        if node.domain == DOMAIN and node.op_type == GROUPED_MATMUL
+        if node.domain == _DOMAIN and node.op_type == _GROUPED_MATMUL
     ]
     known: dict[Any, list[ir.Value]] = {}
     ends: dict[Any, list[ir.Value]] = {}
@@ -250,14 +247,13 @@ def expand_grouped(model: ir.Model) -> None:
     for weight in known:
         if weight.is_initializer() and not weight.uses():
             del weight.graph.initializers[weight.name]
-    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports.pop(_DOMAIN, None)
 
 
 def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None:
     import onnx_ir as ir
 
     rows, weight, ends = node.inputs
-    (result,) = node.outputs
     assert rows is not None
     assert weight is not None
     assert ends is not None
@@ -288,16 +284,18 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
         value.shape = ir.Shape([None, width])
     for part in parts:
         part.dtype, part.shape = rows.dtype, ir.Shape([None, weight.shape[1]])
-    joined.shape, joined.name = result.shape, result.name
-    result.name = None
-    scopes = dict(node.metadata_props)
+    _replace(node, tape, joined)
+
+
+def _replace(node: ir.Node, tape: ir.tape.Tape, made: ir.Value) -> None:
+    """Puts the nodes of a tape in the place of a node; ``made`` is its output then."""
+    import onnx_ir as ir
+
     for one in tape.nodes:
-        one.metadata_props.update(scopes)
-    graph = node.graph
-    assert graph is not None
-    graph.insert_before(node, tape.nodes)
-    result.replace_all_uses_with(joined, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+        one.metadata_props.update(node.metadata_props)
+    ir.convenience.replace_nodes_and_values(
+        node.graph, node, [node], tape.nodes, node.outputs, [made]
+    )
 
 
 def _sizes(tape: Any, rows: ir.Value, ends: ir.Value) -> ir.Value:
@@ -357,9 +355,8 @@ def expand_quantized(model: ir.Model) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph.all_nodes()):
-        if node.domain != DOMAIN or node.op_type != QUANTIZED_PRODUCT:
+        if node.domain != _DOMAIN or node.op_type != _QUANTIZED_PRODUCT:
             continue
-        (result,) = node.outputs
         tape = ir.tape.Tape()
         x, *arrays = node.inputs
         product = OnnxProduct(
@@ -372,15 +369,7 @@ def expand_quantized(model: ir.Model) -> None:
         )
         operator = operator_named(_text(node, "operator"))
         made = operator.nodes(_Builder(tape, node.name), product)
-        made.dtype, made.shape, made.name = result.dtype, result.shape, result.name
-        result.name = None
-        for one in tape.nodes:
-            one.metadata_props.update(node.metadata_props)
-        graph = node.graph
-        assert graph is not None
-        graph.insert_before(node, tape.nodes)
-        result.replace_all_uses_with(made, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        _replace(node, tape, made)
     if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.opset_imports[CONTRIB] = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,16 +13,112 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
 from lora_fx.export.adapters import AdapterChoice
-from lora_fx.export.generate.decoding import CachedDecoder, DecoderFile
-from lora_fx.export.generate.sampling import Processor, next_tokens, processors
-from lora_fx.export.generate.settings import GenerationSettings
+from lora_fx.export.generate.settings import GenerationSettings, Processor, next_tokens, processors
+from lora_fx.export.ort import Port, inputs_by_name, unwrap
 from lora_fx.export.tasks import GENERATION_KEY
 
-__all__ = [
-    "Generates",
-    "Streamer",
-    "generate",
-]
+__all__ = ["Generates", "Streamer"]
+
+
+# Steps of a decoder over a session: the cache of a step is an input of the next.
+#
+# The cache stays where ONNX Runtime has put it; logits come out, tokens go in.
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_CROSS = ".encoder."
+
+
+class _CachedDecoder:
+    """A decoder and where it is in a batch of texts.
+
+    Args:
+        session: The decoder's file.
+        batch: Number of texts.
+        source: What the encoder takes, by name, for an encoder-decoder.
+        adapter: What runs with the model.
+
+    Raises:
+        ExportError: The file has no cache, the session replays graphs, or ``source`` does not fit
+            the encoder.
+    """
+
+    def __init__(
+        self,
+        session: Generates,
+        batch: int,
+        source: Mapping[str, Tensor],
+        adapter: AdapterChoice = None,
+    ) -> None:
+        if session._replays_graphs:
+            raise ExportError(
+                "cuda_graph=True is for calls of one shape, and a text grows with each token: open "
+                "the session without it to generate"
+            )
+        self._session = session
+        # One for the whole text, also if another is loaded by its name meanwhile.
+        self._held = session._hold(adapter)
+        self._ports = {port.name: port for port in session.inputs}
+        self._outputs = [port.name for port in session.outputs]
+        self._kept = [name for name in self._outputs if name.startswith(_PRESENT)]
+        cached = [port for port in session.inputs if port.name.startswith(_PAST)]
+        if not cached or "logits" not in self._outputs:
+            raise ExportError(
+                f"{session.path.name} has no key-value cache to generate with: export the model "
+                f"with task='text-generation' or task='text2text-generation'"
+            )
+        own = [port for port in cached if _CROSS not in port.name]
+        self._nothing = {port.name: self._session._value(port, _empty(port, batch)) for port in own}
+        self._past = self._nothing
+        self._fixed: dict[str, Any] = {}
+        self._masked = "attention_mask" in self._ports
+        if session.encoder is not None:
+            self._fixed = self._encoded(session.encoder, source)
+
+    def step(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read more tokens.
+
+        Args:
+            ids: The next tokens of each text, [batch, sequence].
+            mask: Which of all tokens so far count, [batch, past and sequence].
+
+        Returns:
+            Logits after the last of them, [batch, vocabulary], fp32, on the CPU.
+        """
+        feeds = {**self._fixed, **self._past}
+        feeds["input_ids"] = self._session._value(self._ports["input_ids"], ids)
+        if self._masked:
+            feeds["attention_mask"] = self._session._value(self._ports["attention_mask"], mask)
+        results = dict(zip(self._outputs, self._session._run_held(feeds, self._held), strict=True))
+        self._past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in self._kept}
+        logits: Tensor = unwrap(results["logits"], torch.device("cpu"))
+        return logits[:, -1].float()
+
+    def forget(self) -> None:
+        """Go back to before the first token: the next step reads the whole text."""
+        self._past = self._nothing
+
+    def _encoded(self, encoder: Generates, source: Mapping[str, Tensor]) -> dict[str, Any]:
+        names = [port.name for port in encoder.outputs]
+        taken = [port.name for port in encoder.inputs]
+        given = inputs_by_name(source, taken, encoder.path.name)
+        feeds = {port.name: self._session._value(port, given[port.name]) for port in encoder.inputs}
+        values = encoder._run_held(feeds, self._held)
+        fixed = {
+            _PAST + name.removeprefix(_PRESENT): value
+            for name, value in zip(names, values, strict=True)
+        }
+        if "encoder_attention_mask" in self._ports:
+            fixed["encoder_attention_mask"] = feeds["attention_mask"]
+        return fixed
+
+
+def _empty(port: Port, batch: int) -> Tensor:
+    _, heads, _, width = port.shape
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise ExportError(
+            f"input {port} is no cache of this library: heads and width are not fixed"
+        )
+    return torch.zeros(batch, heads, 0, width, dtype=getattr(torch, port.dtype))
 
 
 class Streamer(Protocol):
@@ -32,81 +129,6 @@ class Streamer(Protocol):
 
     def end(self) -> None:
         """There will be no more."""
-
-
-def generate(
-    session: DecoderFile,
-    inputs: Mapping[str, Any],
-    changes: Mapping[str, Any],
-    *,
-    generation_config: Any = None,
-    generator: torch.Generator | None = None,
-    logits_processor: Sequence[Processor] = (),
-    stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
-    streamer: Streamer | None = None,
-    adapter: AdapterChoice = None,
-) -> Any:
-    """What ``OnnxSession.generate`` does; its docstring says what the arguments are.
-
-    Args:
-        session: A file of a task that generates text.
-        inputs: What a tokenizer or a feature extractor gives, by name; None is left out.
-        changes: Fields of ``GenerationSettings`` by name; None leaves the default.
-        generation_config: What differs from the defaults that are in the file.
-        generator: For the draws.
-        logits_processor: Further ones.
-        stopping_criteria: Further ones.
-        streamer: Told of tokens.
-        adapter: What runs with the model.
-
-    Raises:
-        ExportError: See there.
-    """
-    remembered = _remembered(session)
-    own = remembered["defaults"]
-    settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
-    given = {name: value for name, value in inputs.items() if value is not None}
-    arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
-    tensors = {name: _tensor(name, value) for name, value in given.items()}
-    device = next((v.device for v in given.values() if isinstance(v, Tensor)), torch.device("cpu"))
-
-    if session.encoder is None:
-        source: dict[str, Tensor] = {}
-        ids, mask = _prompt(tensors, settings, session.path.name)
-        counted = mask
-    else:
-        ids, source = _source(tensors, settings, session, remembered.get("prepends_start", False))
-        mask, counted = torch.ones_like(ids), None
-    length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
-    chain = processors(settings, ids, counted, length, logits_processor)
-    decoder = CachedDecoder(session, len(ids), source, adapter)
-    anew_after = remembered.get("reads_anew_after")
-
-    if streamer is not None:
-        streamer.put(ids)
-    unread, unfinished = ids, torch.ones(len(ids), dtype=torch.bool)
-    while bool(unfinished.any()) and ids.shape[1] < length:
-        past = ids.shape[1] - unread.shape[1]
-        if past and anew_after is not None and past <= anew_after < ids.shape[1]:
-            decoder.forget()
-            unread = ids
-        scores = decoder.step(unread, mask)
-        for process in chain:
-            scores = process(ids, scores)
-        unread = next_tokens(scores, settings, generator)
-        if settings.eos_token_id:
-            unread = torch.where(unfinished, unread, _padding(settings))
-            unfinished = unfinished & ~torch.isin(unread, torch.tensor(settings.eos_token_id))
-        if streamer is not None:
-            streamer.put(unread)
-        unread = unread[:, None]
-        ids = torch.cat([ids, unread], dim=1)
-        mask = torch.cat([mask, torch.ones_like(unread)], dim=1)
-        for criterion in stopping_criteria:
-            unfinished = unfinished & ~torch.as_tensor(criterion(ids, scores)).bool()
-    if streamer is not None:
-        streamer.end()
-    return ids.numpy() if arrays else ids.to(device)
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -126,7 +148,7 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value is not None}
 
 
-def _remembered(session: DecoderFile) -> dict[str, Any]:
+def _remembered(session: Generates) -> dict[str, Any]:
     text = session.metadata.get(GENERATION_KEY)
     if text is None:
         raise ExportError(
@@ -195,7 +217,7 @@ def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
 
 
 def _source(
-    given: Mapping[str, Tensor], settings: GenerationSettings, session: DecoderFile, prepends: bool
+    given: Mapping[str, Tensor], settings: GenerationSettings, session: Generates, prepends: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     assert session.encoder is not None
     names = [port.name for port in session.encoder.inputs]
@@ -241,10 +263,33 @@ def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) ->
 
 
 class Generates:
-    """A session, if the file is for generation."""
+    """A session, if the file is for generation.
 
-    def _decoder(self) -> DecoderFile:
-        """Return the file as generation sees it."""
+    Attributes:
+        path: Where the file is.
+        inputs: What it takes.
+        outputs: What it gives.
+        metadata: What the file remembers of its export.
+        encoder: The session of the encoder, of an encoder-decoder.
+    """
+
+    path: Path
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    metadata: Mapping[str, str]
+    encoder: Generates | None
+    _replays_graphs: bool
+
+    def _hold(self, adapter: AdapterChoice) -> Any:
+        """Return an adapter as every file of the model has it at this moment."""
+        raise NotImplementedError
+
+    def _value(self, port: Port, value: Tensor) -> Any:
+        """Put a tensor where the file runs, as what an input takes."""
+        raise NotImplementedError
+
+    def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
+        """Run the file. Logits come out on the CPU, all else where the file runs."""
         raise NotImplementedError
 
     def generate(
@@ -320,14 +365,51 @@ class Generates:
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
         }
-        return generate(
-            self._decoder(),
-            {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
-            changes,
-            generation_config=generation_config,
-            generator=generator,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            adapter=adapter,
+        remembered = _remembered(self)
+        own = remembered["defaults"]
+        settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
+        tensors = {name: _tensor(name, value) for name, value in given.items()}
+        device = next(
+            (v.device for v in given.values() if isinstance(v, Tensor)), torch.device("cpu")
         )
+
+        if self.encoder is None:
+            source: dict[str, Tensor] = {}
+            ids, mask = _prompt(tensors, settings, self.path.name)
+            counted = mask
+        else:
+            ids, source = _source(tensors, settings, self, remembered.get("prepends_start", False))
+            mask, counted = torch.ones_like(ids), None
+        length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
+        chain = processors(settings, ids, counted, length, logits_processor)
+        decoder = _CachedDecoder(self, len(ids), source, adapter)
+        anew_after = remembered.get("reads_anew_after")
+
+        if streamer is not None:
+            streamer.put(ids)
+        unread, unfinished = ids, torch.ones(len(ids), dtype=torch.bool)
+        while bool(unfinished.any()) and ids.shape[1] < length:
+            past = ids.shape[1] - unread.shape[1]
+            if past and anew_after is not None and past <= anew_after < ids.shape[1]:
+                decoder.forget()
+                unread = ids
+            scores = decoder.step(unread, mask)
+            for process in chain:
+                scores = process(ids, scores)
+            unread = next_tokens(scores, settings, generator)
+            if settings.eos_token_id:
+                unread = torch.where(unfinished, unread, _padding(settings))
+                unfinished = unfinished & ~torch.isin(unread, torch.tensor(settings.eos_token_id))
+            if streamer is not None:
+                streamer.put(unread)
+            unread = unread[:, None]
+            ids = torch.cat([ids, unread], dim=1)
+            mask = torch.cat([mask, torch.ones_like(unread)], dim=1)
+            for criterion in stopping_criteria:
+                unfinished = unfinished & ~torch.as_tensor(criterion(ids, scores)).bool()
+        if streamer is not None:
+            streamer.end()
+        return ids.numpy() if arrays else ids.to(device)

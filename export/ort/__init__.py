@@ -5,21 +5,19 @@ from __future__ import annotations
 from lora_fx.export.ort import providers
 from lora_fx.export.ort.calls import (
     AXIS_LIMITS_KEY,
-    INNER_SIZES_KEY,
-    EmptyAxisError,
-    check_axes,
-    empty_outputs,
-    inner_sizes,
-    inputs_by_name,
-)
-from lora_fx.export.ort.ports import (
     BF16,
     CPU,
-    Device,
+    INNER_SIZES_KEY,
+    EmptyAxisError,
     Port,
+    allocate,
     bound_run,
+    check_axes,
+    empty_outputs,
     empty_value,
     feed,
+    inner_sizes,
+    inputs_by_name,
     placed,
     port_of,
     settle,
@@ -29,15 +27,13 @@ from lora_fx.export.ort.ports import (
 )
 from lora_fx.export.ort.providers import (
     PROVIDERS,
+    PlacementReport,
+    check_arguments,
     check_provider,
     import_onnxruntime,
     load,
-    reason_of,
-)
-from lora_fx.export.ort.settings import (
-    PlacementReport,
-    check_arguments,
     read_placement,
+    reason_of,
     session_settings,
     warn_of_work,
 )
@@ -48,10 +44,10 @@ __all__ = [
     "CPU",
     "INNER_SIZES_KEY",
     "PROVIDERS",
-    "Device",
     "EmptyAxisError",
     "PlacementReport",
     "Port",
+    "allocate",
     "bound_run",
     "check_arguments",
     "check_axes",

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.tasks.cache import (
+from lora_fx.export.tasks.part import (
     CacheLayout,
+    Part,
     Past,
     cache_argument,
     cache_of,
     filled_cache,
+    generation_metadata,
+    position_limit,
     read_cache,
 )
-from lora_fx.export.tasks.defaults import generation_metadata, position_limit
-from lora_fx.export.tasks.part import Part
 from lora_fx.export.trace import Case, Checked
 
 __all__ = ["TEXT_GENERATION", "text_generation"]

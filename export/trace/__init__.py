@@ -11,13 +11,17 @@ from lora_fx.export.trace.arguments import (
     Extra,
     FlatModel,
     Outputs,
-    Runner,
     Sizes,
-    Widenable,
     cast_floating,
     named_outputs,
 )
-from lora_fx.export.trace.failures import Place, headline, inner_module, place_of, user_line
+from lora_fx.export.trace.failures import (
+    SourceLocation,
+    headline,
+    inner_module,
+    place_of,
+    user_line,
+)
 from lora_fx.export.trace.tracing import Trace, trace, widen_batch
 
 __all__ = [
@@ -29,11 +33,9 @@ __all__ = [
     "Extra",
     "FlatModel",
     "Outputs",
-    "Place",
-    "Runner",
     "Sizes",
+    "SourceLocation",
     "Trace",
-    "Widenable",
     "cast_floating",
     "headline",
     "inner_module",

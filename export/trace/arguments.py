@@ -23,9 +23,7 @@ __all__ = [
     "Extra",
     "FlatModel",
     "Outputs",
-    "Runner",
     "Sizes",
-    "Widenable",
     "axis_name",
     "cast_floating",
     "given_names",
@@ -381,24 +379,6 @@ class Checked(Protocol):
 
     def run(self, call: Callable[..., object], /, *args: Any, **kwargs: Any) -> Any:
         """``call(model, *args, **kwargs)``."""
-
-
-class Widenable(Checked, Protocol):
-    """A ``FlatModel``, or one that is handed an adapter: it can be had over another model, too."""
-
-    @property
-    def arguments(self) -> Arguments:
-        """The call that it was made for."""
-
-    def over(self, model: nn.Module, /) -> Checked:
-        """The same call of ``model``, a copy of its model with weights in fp32."""
-
-
-class Runner(Protocol):
-    """What runs the file: a session, or one with an adapter."""
-
-    def run(self, inputs: list[Tensor], /) -> dict[str, Any]:
-        """The outputs by name."""
 
 
 Cases: TypeAlias = Callable[[Checked], Iterator[Case]]

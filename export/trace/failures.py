@@ -16,13 +16,11 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 __all__ = [
-    "Place",
+    "SourceLocation",
     "Witness",
-    "fault_of",
     "headline",
     "here",
     "inner_module",
-    "op_name",
     "place_of",
     "reason_of_failure",
     "together",
@@ -39,7 +37,7 @@ _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in ')
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """A place in a model.
 
     Attributes:
@@ -58,7 +56,7 @@ class Place:
         return " ".join(filter(None, (self.op or "a condition", module, line)))
 
 
-def place_of(node: fx.Node, prefix: str) -> Place:
+def place_of(node: fx.Node, prefix: str) -> SourceLocation:
     """Where a node of an exported program comes from.
 
     Args:
@@ -68,7 +66,7 @@ def place_of(node: fx.Node, prefix: str) -> Place:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     modules = [str(entry[0]) for entry in stack]
     line = user_line(node.meta.get("stack_trace") or "")
-    return Place(op_name(node.target), inner_module(modules, prefix), line)
+    return SourceLocation(_op_name(node.target), inner_module(modules, prefix), line)
 
 
 def user_line(stack: str) -> str:
@@ -87,7 +85,7 @@ def inner_module(names: list[str], prefix: str) -> str:
     return inner[-1].removeprefix(prefix) if inner else ""
 
 
-def here(modules: Mapping[int, str]) -> Place:
+def here(modules: Mapping[int, str]) -> SourceLocation:
     """Where the model is that is being traced, read off the stack of this thread.
 
     Args:
@@ -99,7 +97,7 @@ def here(modules: Mapping[int, str]) -> Place:
         values, file = frame.f_locals, frame.f_code.co_filename
         if module is None and frame.f_code.co_name == "__torch_dispatch__":
             # The outermost is what the model called; what that is made of lies further in.
-            op = op_name(values.get("func"))
+            op = _op_name(values.get("func"))
         if module is None:
             module = modules.get(id(values.get("self")))
         if not line and not file.startswith(_NOT_THEIRS):
@@ -107,10 +105,10 @@ def here(modules: Mapping[int, str]) -> Place:
         if file == _ENTRY:
             break
         frame = frame.f_back
-    return Place(op, module or "", line)
+    return SourceLocation(op, module or "", line)
 
 
-def fault_of(error: BaseException, modules: Mapping[int, str]) -> Place:
+def _fault_of(error: BaseException, modules: Mapping[int, str]) -> SourceLocation:
     """Where in the model an error was raised, read off its traceback.
 
     Args:
@@ -125,10 +123,10 @@ def fault_of(error: BaseException, modules: Mapping[int, str]) -> Place:
             line = f"{Path(frame.f_code.co_filename).name}:{trace.tb_lineno}"
         module = modules.get(id(frame.f_locals.get("self")), module)
         trace = trace.tb_next
-    return Place(module=module, line=line)
+    return SourceLocation(module=module, line=line)
 
 
-def op_name(target: Any) -> str:
+def _op_name(target: Any) -> str:
     """``aten.add`` for ``aten.add.Tensor``, and a name for everything else."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket)
@@ -140,11 +138,11 @@ class Witness:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module): name for name, module in model.named_modules()}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, SourceLocation] = {}
         self._equal: dict[str, str] = {}
         self._symbols: dict[str, str] = {}
 
-    def place(self, dim: Any) -> Place | None:
+    def place(self, dim: Any) -> SourceLocation | None:
         """Where an axis became a number; None if that is not known.
 
         Args:
@@ -152,15 +150,15 @@ class Witness:
         """
         return self._found(str(getattr(getattr(dim, "node", None), "_expr", "")))
 
-    def place_of(self, source: str) -> Place | None:
+    def place_of(self, source: str) -> SourceLocation | None:
         """The same for an axis as torch.export calls it."""
         return self._found(self._symbols.get(source, ""))
 
-    def fault(self, error: BaseException) -> Place:
+    def fault(self, error: BaseException) -> SourceLocation:
         """Where in the model an error was raised."""
-        return fault_of(error, self._modules)
+        return _fault_of(error, self._modules)
 
-    def _found(self, symbol: str) -> Place | None:
+    def _found(self, symbol: str) -> SourceLocation | None:
         seen: set[str] = set()
         while symbol not in self._places and symbol in self._equal and symbol not in seen:
             seen.add(symbol)

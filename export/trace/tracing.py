@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from lora_fx.export.trace.arguments import Arguments, Axis, Extra, FlatModel, ax
 from lora_fx.export.trace.failures import Witness, here, reason_of_failure, together, watched
 
 __all__ = [
-    "FiniteValues",
     "Trace",
     "trace",
     "widen_batch",
@@ -45,7 +45,7 @@ _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: 
 """Those of a test whose answer is that for one finite number."""
 
 
-class FiniteValues(TorchFunctionMode):
+class _FiniteValues(TorchFunctionMode):
     """Answers conditions of the kind ``torch.isfinite(x).all()`` in a trace: all values are finite.
 
     Args:
@@ -185,7 +185,7 @@ def trace(
             with (
                 torch.no_grad(),
                 watched(model.model) as witness,
-                FiniteValues(model.model) as values,
+                _FiniteValues(model.model) as values,
             ):
                 program = torch.export.export(
                     model,
@@ -200,8 +200,8 @@ def trace(
             continue
         if len(failures) > len(failed):  # who has those before has told of them
             _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
-        fixed = _Fixed(failures, witness, task)
-        found = _read(program, arguments, specs, labels, extras, fixed)
+        reason_of = partial(_reason, failures, witness, task)
+        found = _read(program, arguments, specs, labels, extras, reason_of)
         return dataclasses.replace(
             found, description=description, attempt=attempt, finite=tuple(values.places)
         )
@@ -239,31 +239,28 @@ def _attempts(
     ]
 
 
-@dataclass(frozen=True)
-class _Fixed:
-    """Why axes are fixed.
+def _reason(
+    failures: Sequence[str], witness: Witness, task: bool, size: int, dim: Any, spec: object
+) -> str:
+    """Why an axis is fixed.
 
-    Attributes:
+    Args:
         failures: What came of the ways to trace with more dynamic axes.
         witness: What became of those that were offered.
         task: Whether a task has said which are dynamic.
+        size: Its size in the example.
+        dim: Its size in the program.
+        spec: What it was offered as.
     """
-
-    failures: Sequence[str]
-    witness: Witness
-    task: bool
-
-    def reason(self, size: int, dim: Any, spec: object) -> str:
-        """Of one axis: its size in the example and in the program, and what it was offered as."""
-        if spec is not Dim.STATIC:
-            if size == 1:
-                return "the example has size 1 here, which torch.export takes for a constant"
-            place = self.witness.place(dim)
-            because = "" if place is None else f": {place}"
-            return f"the model works with size {size} only{because}"
-        if self.failures:
-            return f"the export failed {together(self.failures)}"
-        return "not one that the task varies" if self.task else "not in dynamic_shapes"
+    if spec is not Dim.STATIC:
+        if size == 1:
+            return "the example has size 1 here, which torch.export takes for a constant"
+        place = witness.place(dim)
+        because = "" if place is None else f": {place}"
+        return f"the model works with size {size} only{because}"
+    if failures:
+        return f"the export failed {together(failures)}"
+    return "not one that the task varies" if task else "not in dynamic_shapes"
 
 
 def _read(
@@ -272,7 +269,7 @@ def _read(
     specs: Sequence[Mapping[int, Any]],
     labels: Sequence[Mapping[int, str]],
     extras: tuple[Extra, ...],
-    fixed: _Fixed,
+    reason_of: Callable[[int, Any, object], str],
 ) -> Trace:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     shapes = [values[name].shape for name in program.graph_signature.user_inputs]
@@ -291,7 +288,7 @@ def _read(
         for axis, (size, dim) in enumerate(zip(tensor.shape, shape, strict=True)):
             symbol = str(dim)
             if symbol.isdigit():  # an int, or a SymInt that the model made constant
-                row.append(Axis(size, reason=fixed.reason(size, dim, spec[axis])))
+                row.append(Axis(size, reason=reason_of(size, dim, spec[axis])))
                 continue
             if symbol not in symbols:
                 wanted = label.get(axis) or axis_name(name, axis, tensor)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from lora_fx.export.verify.difference import PrecisionError
-from lora_fx.export.verify.verifying import Parity, Verdict, verify
+from lora_fx.export.verify.verifying import Parity, PrecisionError, verify
 
 __all__ = [
     "Parity",
     "PrecisionError",
-    "Verdict",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Which provider the written file is compared with PyTorch on."""
+"""Compares a written file with PyTorch, alone and with adapters: with which model, and how closely."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +16,245 @@ from torch import Tensor, nn
 from lora_fx.errors import ExportError, MergeError, ParityError, ProviderError
 from lora_fx.export.adapters import FactorModel, Manifest, cast_to, random_factors, values_of_model
 from lora_fx.export.convert import ConversionError
-from lora_fx.export.copy import Casts, StandIn
+from lora_fx.export.copy import Casts, StandIn, cast_model
 from lora_fx.export.ort import EmptyAxisError
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import OutputParity, worse
 from lora_fx.export.session import OnnxSession
-from lora_fx.export.trace import Case, Cases, FlatModel, Outputs, Runner, Sizes, Trace
-from lora_fx.export.verify.difference import Compared, PrecisionError, described, difference, judged
+from lora_fx.export.trace import Case, Cases, FlatModel, Outputs, Sizes, Trace, cast_floating
 from lora_fx.export.verify.draws import drawn_cases
-from lora_fx.export.verify.reference import Reference
+from lora_fx.passes.capture import largest_difference
+from lora_fx.passes.graph import share_copy
 
 __all__ = [
+    "TOLERANCES",
+    "Compared",
     "Parity",
-    "Verdict",
-    "check_adapters",
-    "check_parity",
+    "PrecisionError",
+    "Reference",
+    "difference",
+    "overflows",
     "verify",
 ]
 
 
+_log = logging.getLogger("lora_fx")
+
+# Over the largest magnitude of the output. Half precision: twenty roundings to 11 and to 8 digits
+# (2⁻¹¹ and 2⁻⁸), what a deep network adds up when each operation rounds once. Single precision has
+# room to spare (2⁻²⁴): there, the order of a long sum decides.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+# Below it an output is taken for zero and the difference is compared with this instead.
+_SMALLEST_SCALE = 1e-3
+
+
+class PrecisionError(ParityError):
+    """The model itself is not what it was in the precision that it is to be exported in."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One output of one call, twice.
+
+    Attributes:
+        name: Of the output.
+        want: The reference.
+        got: What is judged by it, of the same shape.
+        precision: The coarsest dtype in which ``got`` was computed.
+        valid: What of it counts, a mask that can be expanded to its shape; None for all.
+    """
+
+    name: str
+    want: Tensor
+    got: Tensor
+    precision: torch.dtype
+    valid: Tensor | None = None
+
+    @property
+    def admitted(self) -> Tensor:
+        """``got`` with ``want`` in the positions that do not count."""
+        if self.valid is None:
+            return self.got
+        return torch.where(self.valid.bool(), self.got, self.want.to(self.got.dtype))
+
+
+def difference(output: Compared) -> OutputParity:
+    """The differences, with the tolerance of the precision; 0 for what is no floating number."""
+    want, got = output.want, output.admitted
+    tolerance = TOLERANCES[output.precision] if want.is_floating_point() else 0.0
+    left, right = want.detach().double(), got.double()
+    if got.is_floating_point():
+        # The lowest number of a dtype, with which masks are filled, is not that of another one.
+        limit = torch.finfo(got.dtype).max
+        left = torch.where(left.isfinite(), left.clamp(-limit, limit), left)
+    error, scale = largest_difference(right, left)
+    return OutputParity(output.name, error, error / max(scale, _SMALLEST_SCALE), tolerance)
+
+
+def overflows(output: Compared) -> bool:
+    """Whether ``got`` is inf or nan at a position that counts where ``want`` is a finite number."""
+    if not output.got.is_floating_point():
+        return False
+    return bool((output.want.isfinite() & ~output.admitted.isfinite()).any())
+
+
+def _judged(row: OutputParity, output: Compared, narrow: Tensor, shapes: str) -> OutputParity:
+    """Tell what half precision does to a model from what is wrong with its file.
+
+    ONNX Runtime's CPU provider computes half operations in fp32 and leaves out roundings between
+    them, so that PyTorch shows what a GPU will do.
+
+    Args:
+        row: How far the file is from the reference.
+        output: The same in full; its precision is fp16 or bf16.
+        narrow: What PyTorch gave in that precision.
+        shapes: Those of the inputs, for the message.
+
+    Returns:
+        The row, with how far PyTorch is from the reference.
+
+    Raises:
+        PrecisionError: One of the two overflows, or both are further off than the tolerance.
+    """
+    name, precision = output.name, output.precision
+    short = "fp16" if precision is torch.float16 else "bf16"
+    pytorch = dataclasses.replace(output, got=narrow)
+    if overflows(output) or overflows(pytorch):
+        remedy = "bf16, which has the range of fp32, or fp32" if short == "fp16" else "fp32"
+        raise PrecisionError(
+            f"the model overflows in {short}: output '{name}' is not finite on {shapes}, where "
+            f"it is in fp32 (the largest {short} number is {torch.finfo(precision).max:.3g}); "
+            f"nothing was written. Export it as {remedy}"
+        )
+    own = difference(pytorch)
+    if own.max_rel_error > own.tolerance:
+        words = (
+            f"{short} is too coarse for the model: on {shapes} output '{name}' of PyTorch in "
+            f"{short} differs from fp32 by {_described(own)}"
+        )
+        if row.max_rel_error > row.tolerance:
+            raise PrecisionError(
+                f"{words}, that of the file by {_described(row)}; nothing was written. Export it in "
+                f"another precision"
+            )
+        _log.warning("%s; the file is checked on a provider that rounds less often", words)
+    return dataclasses.replace(row, pytorch_rel_error=own.max_rel_error)
+
+
+def _described(row: OutputParity) -> str:
+    """The differences of a row in words."""
+    return (
+        f"{row.max_abs_error:.2e} ({row.max_rel_error:.2e} of its largest value, allowed "
+        f"{row.tolerance:.0e})"
+    )
+
+
+# What a file is compared with: the model, or for a half-precision one the same model in fp32.
+#
+# A half model run by PyTorch is no measure of a half model run by ONNX Runtime: both are off, by as
+# much as either may be. So the weights, as rounded to half precision, are widened again, exactly, and
+# the model computes with them in fp32. What then differs is the arithmetic of the file, which the
+# tolerance of its precision has to cover; the rounding of the weights is what the caller asked for.
+
+_HALF = (torch.bfloat16, torch.float16)  # the coarser one first
+
+
+class Reference:
+    """The model to compare with.
+
+    Args:
+        exported: The model that was exported, alone or with an adapter.
+        casts: Makes the widened weights.
+
+    Attributes:
+        precision: The coarsest floating dtype of the model: it sets the tolerance.
+        description: What it is, for the report.
+    """
+
+    def __init__(self, exported: FlatModel, casts: Casts) -> None:
+        self._exported = exported
+        over = (
+            ", over the values of its quantized weights"
+            if any(isinstance(module, StandIn) for module in exported.model.modules())
+            else ""
+        )
+        self._wide: FlatModel | None = None
+        self.precision = _coarsest(exported)
+        self.description = f"the model in PyTorch{over}"
+        if self.precision not in _HALF:
+            return
+        rounded = str(self.precision).removeprefix("torch.")
+        wide = exported.over(_widened(exported.model, casts))
+        inputs = cast_floating(exported.arguments.tensors, torch.float32)
+        try:
+            with torch.no_grad():
+                wide.named(inputs)
+        except ExportError:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a model raises that is made for half
+            _log.warning(
+                "the model does not run in fp32, so that it is compared as it is: %s", error
+            )
+            self.description = (
+                f"the model in PyTorch in {rounded}{over}, since it does not run in fp32"
+            )
+            return
+        self._wide = wide
+        self.description = f"the model in PyTorch in fp32{over}, its weights rounded to {rounded}"
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that computes what is expected."""
+        return (self._wide or self._exported).model
+
+    def named(self, tensors: Sequence[Tensor]) -> Outputs:
+        """The outputs with their names. What is no floating number comes from the model as it is."""
+        if self._wide is None:
+            return self._exported.named(tensors)
+        wide = self._wide.named(cast_floating(tensors, torch.float32))
+        if all(value.is_floating_point() for _, value in wide):
+            return wide
+        # An argmax over values that are rounded is another one: fp32 is no measure of it.
+        own = self._exported.named(tensors)
+        return [
+            (name, exact if exact.is_floating_point() else narrow)
+            for (name, exact), (_, narrow) in zip(wide, own, strict=True)
+        ]
+
+    def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        """``call(model, *args, **kwargs)`` in the precision of ``named``."""
+        if self._wide is None:
+            return self._exported.run(call, *args, **kwargs)
+        named = {key: _wide_argument(value) for key, value in kwargs.items()}
+        return self._wide.run(call, *map(_wide_argument, args), **named)
+
+    def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
+        """What PyTorch makes of the model in half precision; None where that is the reference."""
+        return None if self._wide is None else self._exported.named(tensors)
+
+
+def _wide_argument(value: Any) -> Any:
+    return cast_floating([value], torch.float32)[0] if isinstance(value, Tensor) else value
+
+
+def _widened(model: nn.Module, casts: Casts) -> nn.Module:
+    """A copy with every half-precision parameter and buffer in fp32."""
+    wide = share_copy(model)
+    cast_model(wide, torch.float32, casts, of=_HALF)
+    return wide.eval()
+
+
+def _coarsest(exported: FlatModel) -> torch.dtype:
+    model = exported.model
+    tensors = (*model.parameters(), *model.buffers(), *exported.arguments.tensors)
+    present = {tensor.dtype for tensor in tensors}
+    return next((dtype for dtype in _HALF if dtype in present), torch.float32)
+
+
 @dataclass
 class Parity:
-    """The outcome.
+    """How a file was compared with PyTorch.
 
     Attributes:
         reference: What the file was compared with.
@@ -44,24 +262,30 @@ class Parity:
         tried: The shapes that ran.
         skipped: Those that PyTorch refused, and why.
         note: What there is to say of the values that were tried, "" for fresh ones.
+        provider: Execution provider of the comparison.
+        reason: Why there was no comparison, else "".
     """
 
-    reference: str
+    reference: str = ""
     rows: dict[str, OutputParity] = field(default_factory=dict)
     tried: list[Sizes] = field(default_factory=list)
     skipped: dict[Sizes, str] = field(default_factory=dict)
     note: str = ""
+    provider: str = ""
+    reason: str = ""
 
 
-def check_parity(
-    model: Reference, trace: Trace, session: Runner, cases: Cases | None = None
-) -> Parity:
-    """Compare the session with the model on fresh inputs.
+_Run: TypeAlias = Callable[[list[Tensor]], dict[str, Any]]
+"""Runs a file: from the tensors of a call to the outputs by name."""
+
+
+def _check_parity(model: Reference, trace: Trace, run: _Run, cases: Cases | None = None) -> Parity:
+    """Compare a file with the model on fresh inputs.
 
     Args:
         model: What the file has to agree with.
         trace: What the file was made from.
-        session: The file.
+        run: Runs the file, from tensors to outputs by name.
         cases: The calls to compare; None to draw them by axis.
 
     Raises:
@@ -75,7 +299,7 @@ def check_parity(
         if sizes in parity.tried:
             continue
         try:
-            _compare(parity, model, trace, sizes, case, session)
+            _compare(parity, model, trace, sizes, case, run)
         except EmptyAxisError as error:  # so the session refuses such calls
             parity.skipped[sizes] = str(error)
             continue
@@ -87,12 +311,12 @@ def check_parity(
 
 
 def _compare(
-    parity: Parity, model: Reference, trace: Trace, sizes: Sizes, case: Case, session: Runner
+    parity: Parity, model: Reference, trace: Trace, sizes: Sizes, case: Case, run: _Run
 ) -> None:
     names = trace.arguments.names
     shapes = ", ".join(f"{name} {list(size)}" for name, size in zip(names, sizes, strict=True))
     try:
-        actual = session.run(list(case.inputs))
+        actual = run(list(case.inputs))
     except EmptyAxisError:
         raise
     except ExportError as error:
@@ -111,23 +335,23 @@ def _compare(
         output = Compared(name, want, got, model.precision, case.valid.get(name))
         row = difference(output)
         if name in narrow:
-            row = judged(row, output, narrow[name], shapes)
+            row = _judged(row, output, narrow[name], shapes)
         parity.rows[name] = worse(parity.rows.get(name, row), row)
         if row.max_rel_error > row.tolerance:
             raise ParityError(
                 f"output '{name}' of the exported file differs from {model.description} by "
-                f"{described(row)} on {shapes}; nothing was written"
+                f"{_described(row)} on {shapes}; nothing was written"
             )
 
-
-_log = logging.getLogger("lora_fx")
 
 # Of the lowest sites. 1 is what the defaults have, too: an axis of size 1 is the one that is taken for
 # something to broadcast.
 _RANDOM_RANKS = (3, 1)
 
 
-def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
+def _check_adapters(
+    prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
+) -> Parity:
     """Compare the file with PyTorch: alone, with every adapter of the model, and with random ones.
 
     The random ones are judged by the model with their factors folded into its weights, so that nothing of
@@ -146,7 +370,7 @@ def check_adapters(prepared: Prepared, traced: Trace, session: OnnxSession, cast
     """
     cases = prepared.cases
     base = Reference(prepared.base, casts)
-    parity = check_parity(base, traced, session, cases)
+    parity = _check_parity(base, traced, session.run, cases)
     manifest = prepared.manifest
     assert manifest is not None
     assert isinstance(prepared.model, FactorModel)
@@ -179,7 +403,7 @@ def _check_again(
 ) -> None:
     """Compare the file alone once more, in the memory that a run with an adapter has left."""
     try:
-        found = check_parity(base, traced, session, cases)
+        found = _check_parity(base, traced, session.run, cases)
     except ParityError as error:
         raise type(error)(f"alone, after a run with {what}: {error}") from error
     parity.rows |= {name: worse(parity.rows[name], row) for name, row in found.rows.items()}
@@ -211,7 +435,7 @@ def _check(
 ) -> None:
     session.load_adapter(what, values)
     try:
-        found = check_parity(model, traced, _With(session, what), cases)
+        found = _check_parity(model, traced, partial(session.run, adapter=what), cases)
     except ParityError as error:
         raise type(error)(f"with {what}: {error}") from error
     finally:
@@ -221,18 +445,7 @@ def _check(
         parity.rows[label] = dataclasses.replace(row, name=label)
 
 
-class _With:
-    """A session that runs with one adapter."""
-
-    def __init__(self, session: OnnxSession, adapter: str) -> None:
-        self._session = session
-        self._adapter = adapter
-
-    def run(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        return self._session.run(inputs, adapter=self._adapter)
-
-
-class _Adapted:
+class _Adapted(FlatModel):
     """A model with the same adapter at every call, folded into its weights where that can be.
 
     It cannot over quantized weights: there, and in half precision, which is no reference, the traced model
@@ -245,11 +458,10 @@ class _Adapted:
         values: Mapping[str, Tensor],
         keep: Callable[[Tensor], Tensor],
     ) -> None:
+        super().__init__(model.model, model.arguments, model.call)
         self._flat = model
         self._values = values
         self._keep = keep
-        self.model = model.model
-        self.arguments = model.arguments
         inputs = model.adapter_inputs
         self._factors = [
             values[one.name].to(model.device, getattr(torch, one.dtype)) for one in inputs
@@ -281,21 +493,6 @@ class _Adapted:
             return None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How a file was compared with PyTorch.
-
-    Attributes:
-        parity: The comparison; None if there was none.
-        provider: Execution provider of the comparison, else "".
-        reason: Why there was none, else "".
-    """
-
-    parity: Parity | None = None
-    provider: str = ""
-    reason: str = ""
-
-
 def verify(
     prepared: Prepared,
     traced: Trace,
@@ -303,7 +500,7 @@ def verify(
     keep: Callable[[Tensor], Tensor],
     *,
     large: bool = False,
-) -> Verdict:
+) -> Parity:
     """Run a file and the model that it was made from on the same fresh inputs.
 
     Args:
@@ -329,15 +526,15 @@ def verify(
         except ProviderError as error:
             reason = "ONNX Runtime runs bf16 on its cuda provider only, and this machine has none"
             _log.warning("not compared with PyTorch: %s: %s", reason, error)
-            return Verdict(reason=reason)
+            return Parity(reason=reason)
     except ExportError as error:
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
     casts = Casts(keep)  # one for all references: they have the same weights
-    check = check_adapters if prepared.manifest else _check_alone
-    return Verdict(check(prepared, traced, session, casts), session.provider)
+    check = _check_adapters if prepared.manifest else _check_alone
+    return dataclasses.replace(check(prepared, traced, session, casts), provider=session.provider)
 
 
 def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
-    return check_parity(Reference(prepared.model, casts), traced, session, prepared.cases)
+    return _check_parity(Reference(prepared.model, casts), traced, session.run, prepared.cases)

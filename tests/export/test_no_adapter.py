@@ -21,7 +21,7 @@ from lora_fx.export.adapters.factor_model import FactorModel, random_factors
 from lora_fx.export.adapters.file import manifest_of_file
 from lora_fx.export.adapters.manifest import MANIFEST_KEY, SiteInputs
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.static_run import filled_up
+from lora_fx.export.session import filled_up
 from lora_fx.export.verify import verifying as verify_adapters
 from tests.export.swapping import adapted, ids
 

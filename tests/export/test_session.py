@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx.errors import ConfigError, ExportError, ProviderError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.ort import providers
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 
 
 class Scaled(nn.Module):

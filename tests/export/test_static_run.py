@@ -23,10 +23,14 @@ from lora_fx.export.adapters.manifest import Manifest, SiteInputs
 from lora_fx.export.adapters.store import weighted_sum
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.ort import providers as loading
-from lora_fx.export.ort.ports import CPU, to_runtime, to_tensor
-from lora_fx.export.ort.settings import NodePlacement, PlacementReport, read_placement, warn_of_work
-from lora_fx.export.session import static_run
-from lora_fx.export.session.static_run import StaticRunner, filled_up
+from lora_fx.export.ort.calls import CPU, to_runtime, to_tensor
+from lora_fx.export.ort.providers import (
+    NodePlacement,
+    PlacementReport,
+    read_placement,
+    warn_of_work,
+)
+from lora_fx.export.session import MAX_SHAPES, StaticRunner, filled_up
 from tests.export.swapping import trained
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
@@ -149,7 +153,7 @@ def test_an_error_leaves_no_half_written_adapter(
 
 
 def test_so_many_shapes_and_no_more(static: OnnxSession) -> None:
-    for length in range(1, static_run.MAX_SHAPES + 1):
+    for length in range(1, MAX_SHAPES + 1):
         static.run(inputs(1, length))
     with pytest.raises(ExportError, match="16 combinations of input shapes"):
         static.run(inputs(1, 30))
@@ -296,7 +300,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return real(runtime, path, "cpu", {}, settings)
 
     real = loading.load
-    monkeypatch.setattr("lora_fx.export.session.onnx_session.load", load)
+    monkeypatch.setattr("lora_fx.export.ort.load", load)
     return options
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.export.build import node_count
+from lora_fx.export.onnx import node_count
 from lora_fx.export.ort import (
     bound_run,
     feed,
