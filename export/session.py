@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.export import ort
+from lora_fx.export import ort, providers
 from lora_fx.export.adapters import (
     AdapterChoice,
     AdapterInput,
@@ -25,8 +25,8 @@ from lora_fx.export.adapters import (
     SiteInputs,
     values_of,
 )
-from lora_fx.export.generate import Generates
-from lora_fx.export.tasks import ENCODER_KEY, TASK_KEY
+from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
+from lora_fx.export.generation import Generates
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
 
@@ -123,7 +123,7 @@ class StaticRunner:
         except Exception as error:
             shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
             raise ExportError(
-                f"ONNX Runtime failed on {shapes}, in a graph: {ort.reason_of(error)}"
+                f"ONNX Runtime failed on {shapes}, in a graph: {providers.reason_of(error)}"
             ) from error
 
     def _switch(self, adapter: HeldAdapter) -> None:
@@ -283,15 +283,17 @@ class OnnxSession(Generates):
         cuda_graph: bool = False,
         max_rank: int | None = None,
     ) -> None:
-        ort.check_arguments(provider, provider_options, max_rank, tf32=tf32, cuda_graph=cuda_graph)
+        providers.check_arguments(
+            provider, provider_options, max_rank, tf32=tf32, cuda_graph=cuda_graph
+        )
         self.path = Path(path)
-        self._runtime = ort.import_onnxruntime()
+        self._runtime = providers.import_onnxruntime()
         options = dict(provider_options or {})
         if provider == "cuda":
             graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
-        settings = ort.session_settings(self._runtime, session_options, low_memory=low_memory)
-        self._session = ort.load(self._runtime, self.path, provider, options, settings)
+        settings = providers.session_settings(self._runtime, session_options, low_memory=low_memory)
+        self._session = providers.load(self._runtime, self.path, provider, options, settings)
         self.provider: Literal["cuda", "cpu"] = provider
         self._device = torch.device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -322,7 +324,7 @@ class OnnxSession(Generates):
         self._replays_graphs = cuda_graph
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
         if provider == "cuda":
-            ort.warn_of_work(self._session, ort.PROVIDERS[provider], self.path.name)
+            providers.warn_of_work(self._session, providers.PROVIDERS[provider], self.path.name)
 
     def __repr__(self) -> str:
         return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"
@@ -333,13 +335,13 @@ class OnnxSession(Generates):
             "file again (OnnxSession(path)), or share the session, which threads may"
         )
 
-    def placement(self) -> ort.PlacementReport:
+    def placement(self) -> providers.PlacementReport:
         """Which provider runs which node.
 
         Raises:
             ExportError: This ONNX Runtime does not say.
         """
-        return ort.read_placement(self._session, ort.PROVIDERS[self.provider])
+        return providers.read_placement(self._session, providers.PROVIDERS[self.provider])
 
     @property
     def adapters(self) -> tuple[str, ...]:

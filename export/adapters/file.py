@@ -29,7 +29,8 @@ from lora_fx.export.adapters.manifest import (
     check_values,
 )
 from lora_fx.export.copy import DTYPES, unwrapped
-from lora_fx.export.ort import import_onnxruntime, reason_of, to_runtime, to_tensor
+from lora_fx.export.ort import to_runtime, to_tensor
+from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
 from lora_fx.ir import PlannedSite, join, require_record

@@ -16,7 +16,7 @@ from lora_fx import OnnxSession
 from lora_fx.errors import ExportError
 from lora_fx.export import ort
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort.calls import INNER_SIZES_KEY, EmptyAxisError, Port, empty_outputs, size_of
+from lora_fx.export.ort import INNER_SIZES_KEY, EmptyAxisError, Port, empty_outputs, size_of
 
 
 class Applied(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_fx.errors import ParityError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
-from lora_fx.export.verify.verifying import (
+from lora_fx.export.verify import (
     TOLERANCES,
     Compared,
     PrecisionError,

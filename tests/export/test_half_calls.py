@@ -16,7 +16,7 @@ from lora_fx.export.copy import Casts
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.staging import Scratch
-from lora_fx.export.verify.verifying import PrecisionError
+from lora_fx.export.verify import PrecisionError
 from lora_fx.passes.graph.copies import share_copy
 
 VOCABULARY = 61

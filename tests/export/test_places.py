@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import onnx as exporting
-from lora_fx.export.convert.converting import ConversionError
+from lora_fx.export.convert import ConversionError
 from lora_fx.export.onnx import export_onnx
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
+from lora_fx.export import providers as loading
 from lora_fx.export.adapters.manifest import Manifest, SiteInputs
 from lora_fx.export.adapters.store import weighted_sum
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import providers as loading
-from lora_fx.export.ort.calls import CPU, to_runtime, to_tensor
-from lora_fx.export.ort.providers import (
+from lora_fx.export.ort import CPU, to_runtime, to_tensor
+from lora_fx.export.providers import (
     NodePlacement,
     PlacementReport,
     read_placement,
@@ -300,7 +300,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return real(runtime, path, "cpu", {}, settings)
 
     real = loading.load
-    monkeypatch.setattr("lora_fx.export.ort.load", load)
+    monkeypatch.setattr("lora_fx.export.providers.load", load)
     return options
 
 

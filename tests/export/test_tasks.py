@@ -14,10 +14,10 @@ from torch import nn
 
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export import staging as placement
+from lora_fx.export.decoder_cache import Past, filled_cache
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.staging import staging
-from lora_fx.export.tasks.part import Past, filled_cache
 from tests.export.tiny import LIMIT, VOCABULARY, Pair, generator
 
 IDS = torch.arange(3, 9)[None]

@@ -19,7 +19,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import ProviderError
 from lora_fx.export.adapters import save_onnx_adapter
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import check_provider, import_onnxruntime
+from lora_fx.export.providers import check_provider, import_onnxruntime
 from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
 from lora_fx.tools.bench.section import Section

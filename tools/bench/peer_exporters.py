@@ -16,15 +16,8 @@ from torch import Tensor
 
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export.onnx import node_count
-from lora_fx.export.ort import (
-    bound_run,
-    feed,
-    import_onnxruntime,
-    load,
-    port_of,
-    session_settings,
-    to_tensor,
-)
+from lora_fx.export.ort import bound_run, feed, port_of, to_tensor
+from lora_fx.export.providers import import_onnxruntime, load, session_settings
 
 __all__ = [
     "HERE",

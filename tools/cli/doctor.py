@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_fx.errors import LoraFxError
-from lora_fx.export.ort import providers
+from lora_fx.export import providers
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 

@@ -1,8 +1,7 @@
-"""Products with quantized weights, in operators of ONNX and ONNX Runtime.
+"""Translations of operators that torch.onnx lacks, and the nodes of lora-fx that go through it.
 
-As with grouped products (:mod:`lora_fx.export.convert.translations`), a node of our own goes through
-torch.onnx, whose optimizer would make a dense constant of a ``DequantizeLinear`` over a small weight.
-
+torch.onnx has no translation of a grouped product, and its optimizer would make a dense constant of a
+``DequantizeLinear`` over a small weight. So both become one node of lora-fx, which is taken apart afterwards.
 The format of a quantized weight says which nodes its product becomes (:class:`lora_fx.ir.OnnxOperator`).
 """
 
@@ -118,7 +117,7 @@ def _quantized_product(
     block: int,
     scheme: str,
 ) -> Any:
-    """A product with a quantized weight, which :mod:`lora_fx.export.convert.translations` takes apart."""
+    """A product with a quantized weight, which :func:`expand_quantized` takes apart."""
     import onnx
     from onnxscript import values
 

@@ -1,10 +1,4 @@
-"""Calls in which an axis has size 0: one of the inputs, or one inside the model (``x[:, 2:]`` of two tokens).
-
-ONNX Runtime promises nothing for them: Einsum, LSTM and GRU end the process, Reshape divides by zero, a
-product over nothing is whatever was in memory, a mean of nothing is a number. So it is never asked. Where
-every output is empty, too, there is nothing to compute: its shape follows from the shapes in the file.
-Everything else is refused.
-"""
+"""Values of ONNX Runtime and runs over them: inputs and outputs, bindings, axes, and empty axes."""
 
 from __future__ import annotations
 
@@ -20,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
-from lora_fx.export.ort.providers import reason_of
+from lora_fx.export.providers import reason_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -364,6 +358,13 @@ def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[
         parts.append(f"has '{name}', which is no input{near}")
     return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"
 
+
+# Calls in which an axis has size 0: one of the inputs, or one inside the model (``x[:, 2:]`` of two tokens).
+#
+# ONNX Runtime promises nothing for them: Einsum, LSTM and GRU end the process, Reshape divides by zero, a
+# product over nothing is whatever was in memory, a mean of nothing is a number. So it is never asked. Where
+# every output is empty, too, there is nothing to compute: its shape follows from the shapes in the file.
+# Everything else is refused.
 
 INNER_SIZES_KEY = "lora_fx.inner_sizes"
 """In the metadata: JSON of the expressions that have to be positive, see :func:`inner_sizes`."""

@@ -1,25 +1,23 @@
-"""What a task makes of a model: the files to write, and how each is called and checked."""
+"""The key-value cache of transformers as plain tensors, and what a file remembers for generation."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.trace import Cases
 
 __all__ = [
     "ENCODER_KEY",
     "GENERATION_KEY",
     "TASK_KEY",
     "CacheLayout",
-    "Part",
     "Past",
     "cache_argument",
     "cache_of",
@@ -28,27 +26,6 @@ __all__ = [
     "position_limit",
     "read_cache",
 ]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file.
-
-    Attributes:
-        name: "" for the file that a session opens, else what it holds ("encoder").
-        call: How the model is called: ``call(model, **inputs)``.
-        inputs: The example call; its nested mappings become names with dots.
-        dynamic_shapes: Input name to its dynamic axes; None to find out which can be.
-        cases: Calls to check, or None to draw them by axis.
-        metadata: Goes into the file.
-    """
-
-    name: str
-    call: Callable[..., object]
-    inputs: Mapping[str, Any]
-    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None
-    cases: Cases | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 # The key-value cache of transformers as plain tensors, and back.
@@ -68,14 +45,12 @@ class CacheLayout:
     """The cache of a model, without its values.
 
     Attributes:
-        keys: Number of each layer that has a cache to heads and width of its keys.
-        values: The same for its values.
+        layers: Number of each layer that has a cache to heads and width of its "key" and its "value".
         dtype: Of both.
         device: Of both.
     """
 
-    keys: Mapping[int, tuple[int, int]]
-    values: Mapping[int, tuple[int, int]]
+    layers: Mapping[int, Mapping[str, tuple[int, int]]]
     dtype: torch.dtype
     device: torch.device
 
@@ -83,18 +58,21 @@ class CacheLayout:
     def of(cls, past: Past) -> CacheLayout:
         """The layout of a cache."""
         first = next(iter(past.values()))["key"]
-        keys = {index: _sizes(layer["key"]) for index, layer in past.items()}
-        values = {index: _sizes(layer["value"]) for index, layer in past.items()}
-        return cls(keys, values, first.dtype, first.device)
+        layers = {
+            index: {kind: (tensor.shape[1], tensor.shape[3]) for kind, tensor in layer.items()}
+            for index, layer in past.items()
+        }
+        return cls(layers, first.dtype, first.device)
 
     def zeros(self, batch: int, length: int) -> dict[int, dict[str, Tensor]]:
         """A cache of zeros for ``length`` positions."""
+        options: Any = {"dtype": self.dtype, "device": self.device}
         return {
             index: {
-                "key": self._zeros(batch, length, self.keys[index]),
-                "value": self._zeros(batch, length, self.values[index]),
+                kind: torch.zeros(batch, heads, length, width, **options)
+                for kind, (heads, width) in layer.items()
             }
-            for index in self.keys
+            for index, layer in self.layers.items()
         }
 
     def taken(self, past: Past) -> dict[int, dict[str, Tensor]]:
@@ -103,10 +81,6 @@ class CacheLayout:
             index: {kind: tensor.to(self.dtype) for kind, tensor in layer.items()}
             for index, layer in past.items()
         }
-
-    def _zeros(self, batch: int, length: int, sizes: tuple[int, int]) -> Tensor:
-        heads, width = sizes
-        return torch.zeros(batch, heads, length, width, dtype=self.dtype, device=self.device)
 
 
 def cache_argument(model: nn.Module) -> str | None:
@@ -165,10 +139,6 @@ def read_cache(cache: Any, owner: str) -> dict[int, dict[str, Tensor]]:
     if not past:
         raise ExportError(f"{owner} gave no key-value cache back: it is no decoder that keeps one")
     return past
-
-
-def _sizes(tensor: Tensor) -> tuple[int, int]:
-    return tensor.shape[1], tensor.shape[3]
 
 
 TASK_KEY = "lora_fx.task"

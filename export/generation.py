@@ -13,9 +13,14 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
 from lora_fx.export.adapters import AdapterChoice
-from lora_fx.export.generate.settings import GenerationSettings, Processor, next_tokens, processors
+from lora_fx.export.decoder_cache import GENERATION_KEY
+from lora_fx.export.generation_settings import (
+    GenerationSettings,
+    Processor,
+    next_tokens,
+    processors,
+)
 from lora_fx.export.ort import Port, inputs_by_name, unwrap
-from lora_fx.export.tasks import GENERATION_KEY
 
 __all__ = ["Generates", "Streamer"]
 

@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
 from lora_fx.export.adapters import MANIFEST_KEY, Manifest
-from lora_fx.export.convert.translations import expand_grouped, expand_quantized, translation_table
 from lora_fx.export.copy import stored_formats
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
 from lora_fx.export.prepare import Prepared
@@ -35,6 +34,7 @@ from lora_fx.export.trace import (
     place_of,
     user_line,
 )
+from lora_fx.export.translations import expand_grouped, expand_quantized, translation_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -17,12 +17,12 @@ from lora_fx.errors import ExportError, MergeError, ParityError, ProviderError
 from lora_fx.export.adapters import FactorModel, Manifest, cast_to, random_factors, values_of_model
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.copy import Casts, StandIn, cast_model
+from lora_fx.export.draws import drawn_cases
 from lora_fx.export.ort import EmptyAxisError
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import OutputParity, worse
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Case, Cases, FlatModel, Outputs, Sizes, Trace, cast_floating
-from lora_fx.export.verify.draws import drawn_cases
 from lora_fx.passes.capture import largest_difference
 from lora_fx.passes.graph import share_copy
 
@@ -349,9 +349,7 @@ def _compare(
 _RANDOM_RANKS = (3, 1)
 
 
-def _check_adapters(
-    prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
-) -> Parity:
+def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
     """Compare the file with PyTorch: alone, with every adapter of the model, and with random ones.
 
     The random ones are judged by the model with their factors folded into its weights, so that nothing of
@@ -368,45 +366,43 @@ def _check_adapters(
         PrecisionError: The model, or an adapter, does not bear the precision of the file.
         ParityError: An output differs, with the adapter that it was with.
     """
-    cases = prepared.cases
-    base = Reference(prepared.base, casts)
-    parity = _check_parity(base, traced, session.run, cases)
-    manifest = prepared.manifest
-    assert manifest is not None
+
+    def compared(
+        model: Reference, what: str, adapter: str | None = None
+    ) -> dict[str, OutputParity]:
+        run = partial(session.run, adapter=adapter)
+        try:
+            return _check_parity(model, traced, run, prepared.cases).rows
+        except ParityError as error:
+            raise type(error)(f"{what}: {error}") from error
+
+    def compare_adapter(what: str, model: Reference, values: Mapping[str, Tensor]) -> None:
+        session.load_adapter(what, values)
+        rows = compared(model, f"with {what}", what)
+        session.unload_adapter(what)
+        labels = {name: f"{name} with {what}" for name in rows}
+        parity.rows |= {labels[n]: dataclasses.replace(r, name=labels[n]) for n, r in rows.items()}
+
+    base, manifest = Reference(prepared.base, casts), prepared.manifest
+    parity = _check_parity(base, traced, session.run, prepared.cases)
+    if manifest is None:
+        return parity
     assert isinstance(prepared.model, FactorModel)
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
         values = _in_range(name, manifest, values_of_model(prepared.source, name))
-        model = Reference(active(), casts)
-        _check(parity, f"adapter {name!r}", model, traced, session, values, cases)
+        compare_adapter(f"adapter {name!r}", Reference(active(), casts), values)
+    # A bias that no weight can take is compared with the adapters that have trained it.
+    loose = prepared.model.loose_biases()
     for rank in _RANDOM_RANKS:
-        # A bias that no weight can take is compared with the adapters that have trained it.
-        loose = prepared.model.loose_biases()
-        values = {
-            name: torch.zeros_like(value) if name in loose else value
-            for name, value in random_factors(manifest, rank).items()
-        }
-        random = Reference(_Adapted(prepared.model, values, casts.keep), casts)
+        values = random_factors(manifest, rank)
+        values |= {name: torch.zeros_like(values[name]) for name in loose}
         what = f"a random adapter of rank {rank}"
-        _check(parity, what, random, traced, session, values, cases)
-        _check_again(parity, what, base, traced, session, cases)
+        model = Reference(_Adapted(prepared.model, values, casts.keep), casts)
+        compare_adapter(what, model, values)
+        again = compared(base, f"alone, after a run with {what}")
+        parity.rows |= {name: worse(parity.rows[name], row) for name, row in again.items()}
     return parity
-
-
-def _check_again(
-    parity: Parity,
-    what: str,
-    base: Reference,
-    traced: Trace,
-    session: OnnxSession,
-    cases: Cases | None,
-) -> None:
-    """Compare the file alone once more, in the memory that a run with an adapter has left."""
-    try:
-        found = _check_parity(base, traced, session.run, cases)
-    except ParityError as error:
-        raise type(error)(f"alone, after a run with {what}: {error}") from error
-    parity.rows |= {name: worse(parity.rows[name], row) for name, row in found.rows.items()}
 
 
 def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -422,27 +418,6 @@ def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> 
                 f"precision"
             )
     return values
-
-
-def _check(
-    parity: Parity,
-    what: str,
-    model: Reference,
-    traced: Trace,
-    session: OnnxSession,
-    values: Mapping[str, Tensor],
-    cases: Cases | None,
-) -> None:
-    session.load_adapter(what, values)
-    try:
-        found = _check_parity(model, traced, partial(session.run, adapter=what), cases)
-    except ParityError as error:
-        raise type(error)(f"with {what}: {error}") from error
-    finally:
-        session.unload_adapter(what)
-    for name, row in found.rows.items():
-        label = f"{name} with {what}"
-        parity.rows[label] = dataclasses.replace(row, name=label)
 
 
 class _Adapted(FlatModel):
@@ -532,9 +507,5 @@ def verify(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
     casts = Casts(keep)  # one for all references: they have the same weights
-    check = _check_adapters if prepared.manifest else _check_alone
-    return dataclasses.replace(check(prepared, traced, session, casts), provider=session.provider)
-
-
-def _check_alone(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
-    return _check_parity(Reference(prepared.model, casts), traced, session.run, prepared.cases)
+    parity = _check(prepared, traced, session, casts)
+    return dataclasses.replace(parity, provider=session.provider)
