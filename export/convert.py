@@ -21,19 +21,13 @@ from torch.export import ExportedProgram, _trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters import MANIFEST_KEY, Manifest
+from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
+from lora_fx.export.arguments import FlatModel
 from lora_fx.export.copy import stored_formats
+from lora_fx.export.failures import SourceLocation, headline, inner_module, place_of, user_line
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
 from lora_fx.export.prepare import Prepared
-from lora_fx.export.trace import (
-    FlatModel,
-    SourceLocation,
-    Trace,
-    headline,
-    inner_module,
-    place_of,
-    user_line,
-)
+from lora_fx.export.trace import Trace
 from lora_fx.export.translations import expand_grouped, expand_quantized, translation_table
 
 if TYPE_CHECKING:

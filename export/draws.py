@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ParityError
-from lora_fx.export.trace import Axis, Case, Checked, Outputs, Sizes, Trace
+from lora_fx.export.arguments import Axis, Case, Checked, Outputs, Sizes
+from lora_fx.export.trace import Trace
 
 __all__ = ["drawn_cases"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
-from lora_fx.export.adapters import AdapterChoice
+from lora_fx.export.adapter_store import AdapterChoice
 from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.generation_settings import (
     GenerationSettings,

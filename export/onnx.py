@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
+from lora_fx.export.failures import headline
 from lora_fx.export.prepare import Prepared, over_quantized, prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
 from lora_fx.export.staging import (
@@ -35,7 +36,7 @@ from lora_fx.export.staging import (
     write,
 )
 from lora_fx.export.tasks import find_task
-from lora_fx.export.trace import Trace, headline, trace
+from lora_fx.export.trace import Trace, trace
 from lora_fx.export.verify import Parity, PrecisionError
 from lora_fx.export.verify import verify as verify_file
 from lora_fx.files import output_file

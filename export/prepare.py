@@ -13,15 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapters import (
-    FactorModel,
-    Manifest,
-    Swappable,
-    base_of,
-    origin_of,
-    swappable,
-    with_adapter,
-)
+from lora_fx.export.adapter_manifest import Manifest
+from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
 from lora_fx.export.copy import (
     DTYPES,
     Casts,
@@ -31,8 +24,16 @@ from lora_fx.export.copy import (
     pack_quantized,
     unwrapped,
 )
+from lora_fx.export.factor_model import (
+    FactorModel,
+    Swappable,
+    base_of,
+    origin_of,
+    swappable,
+    with_adapter,
+)
 from lora_fx.export.tasks import Part, find_task
-from lora_fx.export.trace import Arguments, Cases, FlatModel, cast_floating, widen_batch
+from lora_fx.export.trace import widen_batch
 from lora_fx.ir import Region, module_of, record_of
 from lora_fx.kinds import kinds
 from lora_fx.passes.capture import State

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export import ort, providers
-from lora_fx.export.adapters import (
-    AdapterChoice,
-    AdapterInput,
-    AdapterStore,
-    HeldAdapter,
-    Manifest,
-    SiteInputs,
-    values_of,
-)
+from lora_fx.export.adapter_file import values_of
+from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
 from lora_fx.export.generation import Generates
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, hint
+from lora_fx.export.arguments import Case, Cases, Checked
 from lora_fx.export.decoder_cache import (
     TASK_KEY,
     CacheLayout,
@@ -23,7 +24,6 @@ from lora_fx.export.decoder_cache import (
     position_limit,
     read_cache,
 )
-from lora_fx.export.trace import Case, Cases, Checked
 
 __all__ = ["Part", "Task", "find_task"]
 

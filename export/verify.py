@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, MergeError, ParityError, ProviderError
-from lora_fx.export.adapters import FactorModel, Manifest, cast_to, random_factors, values_of_model
+from lora_fx.export.adapter_file import values_of_model
+from lora_fx.export.adapter_manifest import Manifest, cast_to
+from lora_fx.export.arguments import Case, Cases, FlatModel, Outputs, Sizes, cast_floating
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.copy import Casts, StandIn, cast_model
 from lora_fx.export.draws import drawn_cases
+from lora_fx.export.factor_model import FactorModel, random_factors
 from lora_fx.export.ort import EmptyAxisError
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.report import OutputParity, worse
 from lora_fx.export.session import OnnxSession
-from lora_fx.export.trace import Case, Cases, FlatModel, Outputs, Sizes, Trace, cast_floating
+from lora_fx.export.trace import Trace
 from lora_fx.passes.capture import largest_difference
 from lora_fx.passes.graph import share_copy
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import OnnxSession, save_onnx_adapter
 from lora_fx.errors import CheckpointError, ConfigError, ParityError
-from lora_fx.export.adapters.file import read_adapter
+from lora_fx.export.adapter_file import read_adapter
 from lora_fx.export.onnx import export_onnx
 
 peft = pytest.importorskip("peft")

@@ -18,9 +18,9 @@ import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import ParityError
 from lora_fx.export import verify
-from lora_fx.export.adapters.factor_model import FactorModel, random_factors
-from lora_fx.export.adapters.file import manifest_of_file
-from lora_fx.export.adapters.manifest import MANIFEST_KEY, SiteInputs
+from lora_fx.export.adapter_file import manifest_of_file
+from lora_fx.export.adapter_manifest import MANIFEST_KEY, SiteInputs
+from lora_fx.export.factor_model import FactorModel, random_factors
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import filled_up
 from tests.export.swapping import adapted, ids

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.export.adapters.factor_model import origin_of
-from lora_fx.export.adapters.manifest import Manifest
+from lora_fx.export.adapter_manifest import Manifest
+from lora_fx.export.factor_model import origin_of
 from lora_fx.export.onnx import export_onnx
 
 

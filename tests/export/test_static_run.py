@@ -20,8 +20,8 @@ import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export import providers as loading
-from lora_fx.export.adapters.manifest import Manifest, SiteInputs
-from lora_fx.export.adapters.store import weighted_sum
+from lora_fx.export.adapter_manifest import Manifest, SiteInputs
+from lora_fx.export.adapter_store import weighted_sum
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.ort import CPU, to_runtime, to_tensor
 from lora_fx.export.providers import (

@@ -105,14 +105,14 @@ def test_models_that_keep_no_cache_are_refused(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The file would be equal to what PyTorch does with this cache, and not to the model.
-    from lora_fx.export.tasks import text_generation
+    from lora_fx.export import tasks
 
     def halved(past: Past) -> Any:
         return filled_cache(
             {index: {**layer, "value": layer["value"] / 2} for index, layer in past.items()}
         )
 
-    monkeypatch.setattr(text_generation, "filled_cache", halved)
+    monkeypatch.setattr(tasks, "filled_cache", halved)
     with pytest.raises(ParityError, match="'logits'"):
         export_onnx(generator("gpt2"), tmp_path / "m.onnx", IDS, task="text-generation")
     assert not list(tmp_path.iterdir())

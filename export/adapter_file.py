@@ -18,8 +18,7 @@ from lora_fx.adapters import adapter_record, the_adapter
 from lora_fx.checkpoint import Dense, Slot, converted, gathered, read_tensors, without_prefix
 from lora_fx.config import LoraConfig, changes_base, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
-from lora_fx.export.adapters.factor_model import check_swappable, flip, site_inputs
-from lora_fx.export.adapters.manifest import (
+from lora_fx.export.adapter_manifest import (
     SUFFIXES,
     AdapterInput,
     Manifest,
@@ -29,6 +28,7 @@ from lora_fx.export.adapters.manifest import (
     check_values,
 )
 from lora_fx.export.copy import DTYPES, unwrapped
+from lora_fx.export.factor_model import check_swappable, flip, site_inputs
 from lora_fx.export.ort import to_runtime, to_tensor
 from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ConfigError
-from lora_fx.export.adapters.manifest import AdapterInput, Manifest, check_values, ranks_of
+from lora_fx.export.adapter_manifest import AdapterInput, Manifest, check_values, ranks_of
 from lora_fx.export.ort import placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]

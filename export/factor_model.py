@@ -15,9 +15,9 @@ from torch.export import Dim
 from lora_fx.adapters import base_capture, run_with
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ExportError, NoMatchError
-from lora_fx.export.adapters.manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.export.copy import DTYPES, dtype_name
-from lora_fx.export.trace import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.ir import (
     AdapterRecord,
     Choice,
@@ -281,7 +281,7 @@ class FactorModel(FlatModel):
     """A flat model that takes all adapter inputs of its manifest after the tensors of the call.
 
     Args:
-        made: What :func:`lora_fx.export.adapters.factor_model.swappable` has made.
+        made: What :func:`lora_fx.export.factor_model.swappable` has made.
         model: It again, or a copy that was cast.
         arguments: The call.
         call: How the model is called.

@@ -21,8 +21,8 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.errors import ExportError
-from lora_fx.export.trace.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
-from lora_fx.export.trace.failures import Witness, here, reason_of_failure, together, watched
+from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
+from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
 
 __all__ = [
     "Trace",
