@@ -20,7 +20,6 @@ from lora_fx.config import LoraConfig, changes_base, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export.adapter_manifest import (
     SUFFIXES,
-    AdapterInput,
     Manifest,
     Role,
     SiteInputs,
@@ -37,13 +36,7 @@ from lora_fx.ir import PlannedSite, join, require_record
 from lora_fx.kinds import chosen_kind, kind_of
 from lora_fx.passes.parameters import factor_names, trained_by_hand
 
-__all__ = [
-    "manifest_of_file",
-    "read_adapter",
-    "save_onnx_adapter",
-    "values_of",
-    "values_of_model",
-]
+__all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of", "values_of_model"]
 
 
 _WRAPPED = "base_layer"
@@ -113,7 +106,10 @@ def _site_values(
     slots = {name: tensors[join(site.holder, name, adapter)].flatten() for name in names.slots}
     found = {"A": a.double(), **kind_of(row).inputs(row, weight, a, b, slots)}
     inputs = site_inputs(model, row).inputs()
-    return {one.name: _stored(one, found[one.role]) for one in inputs}
+    return {
+        one.name: flip(one, found[one.role]).to("cpu", getattr(torch, one.dtype)).contiguous()
+        for one in inputs
+    }
 
 
 def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
@@ -237,10 +233,6 @@ def _grouped(name: str, a: Tensor, groups: int) -> Tensor:
         raise CheckpointError(f"{name}.lora_A.weight {error}") from error
 
 
-def _stored(one: AdapterInput, value: Tensor) -> Tensor:
-    return flip(one, value).to("cpu", getattr(torch, one.dtype)).contiguous()
-
-
 _VERSION = 1
 
 
@@ -261,7 +253,7 @@ def save_onnx_adapter(
 
     Args:
         source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder is enough by itself
-            but for what depends on the base weights: ``use_dora``, adapted parameters and attention
+            but for what depends on the base weights: kinds with a magnitude, adapted parameters and attention
             layers, and starts that changed the base. Load those onto the model and give that.
         path: The file to write, with the suffix ``.onnx_adapter``.
         adapter_name: Which adapter of a model; by default the only one, or the only active one.

@@ -178,12 +178,7 @@ class Manifest:
     def to_json(self) -> str:
         """What the metadata of the file hold."""
         sites = [dataclasses.asdict(site) for site in self.sites]
-        data = {
-            "format": _FORMAT,
-            "base": self.base,
-            "runs_alone": self.runs_alone,
-            "sites": sites,
-        }
+        data = {"format": _FORMAT, "base": self.base, "runs_alone": self.runs_alone, "sites": sites}
         return json.dumps(data)
 
     @classmethod

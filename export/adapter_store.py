@@ -65,7 +65,9 @@ class AdapterStore:
         self._file = file
         self._max_rank = max_rank
         self._lock = threading.Lock()
-        self._none = self._no_adapter()
+        # The defaults of the file run where there is no adapter, unless they have rank 0.
+        own = {} if manifest is None or manifest.runs_alone else manifest.no_adapter()
+        self._none = HeldAdapter({}, self._placed(own), {})
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
 
@@ -153,12 +155,6 @@ class AdapterStore:
                     self._sums.popitem(last=False)
         return total
 
-    def _no_adapter(self) -> HeldAdapter:
-        """What runs where there is no adapter: the defaults of the file, unless they have rank 0."""
-        if self._manifest is None or self._manifest.runs_alone:
-            return HeldAdapter({}, {}, {})
-        return HeldAdapter({}, self._placed(self._manifest.no_adapter()), {})
-
     def _hold(self, values: Mapping[str, Tensor]) -> HeldAdapter:
         own = {name: value.detach().cpu().contiguous() for name, value in values.items()}
         bound = {**self._none.bound, **self._placed(own)}
@@ -203,10 +199,11 @@ def weighted_sum(
         A of all beside each other, B likewise and multiplied by the weights.
     """
     found = {}
-    for name, one in manifest.inputs.items():
-        given = [(values[name], weight) for values, weight in parts if name in values]
-        if given:
-            found[name] = _joined(one, given, _groups(manifest, one))
+    for site in manifest.sites:
+        for one in site.inputs():
+            given = [(values[one.name], weight) for values, weight in parts if one.name in values]
+            if given:
+                found[one.name] = _joined(one, given, site.groups)
     return found
 
 
@@ -225,10 +222,6 @@ def _joined(one: AdapterInput, parts: list[tuple[Tensor, float]], groups: int) -
     # A of a grouped convolution: the rank is that of one group after the other.
     by_group = [value.unflatten(0, (groups, -1)) for value in tensors]  # type: ignore[no-untyped-call]
     return torch.cat(by_group, 1).flatten(0, 1)
-
-
-def _groups(manifest: Manifest, one: AdapterInput) -> int:
-    return next(site.groups for site in manifest.sites if site.name == one.site)
 
 
 def _checked_weights(choice: Mapping[str, Any]) -> dict[str, float]:

@@ -33,11 +33,7 @@ from lora_fx.export.translations import expand_grouped, expand_quantized, transl
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = [
-    "ConversionError",
-    "convert",
-    "torch_export_context",
-]
+__all__ = ["ConversionError", "convert", "torch_export_context"]
 
 
 # The names in an exported file: those that the user knows, and nothing of the build machine.
@@ -371,22 +367,19 @@ def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
 
 def _feed_as_stored(value: ir.Value) -> None:
     """Let a Gemm read a factor as it is given, where it read the transpose of its transpose."""
+    import onnx_ir as ir
+
     for node, _ in list(value.uses()):
         if node.op_type != "Transpose" or list(node.attributes.get_ints("perm", (1, 0))) != [1, 0]:
             continue
         for gemm, place in list(node.outputs[0].uses()):
             if gemm.op_type == "Gemm" and place < 2:
                 flag = ("transA", "transB")[place]
-                gemm.attributes.add(_flag(flag, 1 - gemm.attributes.get_int(flag, 0)))
+                turned = 1 - gemm.attributes.get_int(flag, 0)
+                gemm.attributes.add(ir.AttrInt64(flag, turned))
                 gemm.replace_input_with(place, value)
         if not list(node.outputs[0].uses()) and not node.outputs[0].is_graph_output():
             node.graph.remove(node, safe=True)
-
-
-def _flag(name: str, value: int) -> ir.Attr:
-    import onnx_ir as ir
-
-    return ir.AttrInt64(name, value)
 
 
 _FAILED_NODE = re.compile(r"Error when translating node %(?P<name>\w+)")

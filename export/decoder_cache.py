@@ -159,10 +159,12 @@ def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
     ``prepends_start`` says whether a decoder's prompt has to begin with its first token, and
     ``reads_anew_after`` is the length beyond which a cache is of no use any more, or null.
     """
+    config: Any = model.config
+    freely = config.model_type == "whisper" or "donut" in type(model).__name__.lower()
     remembered = {
         "defaults": _defaults(model),
         "limit": position_limit(model),
-        "prepends_start": not _starts_freely(model),
+        "prepends_start": not freely,
         "reads_anew_after": _reads_anew_after(model),
     }
     return {TASK_KEY: task, GENERATION_KEY: json.dumps(remembered, sort_keys=True)}
@@ -194,11 +196,6 @@ def _reads_anew_after(model: nn.Module) -> int | None:
         return None
     length: int = decoder.original_max_position_embeddings
     return length
-
-
-def _starts_freely(model: nn.Module) -> bool:
-    config: Any = model.config
-    return config.model_type == "whisper" or "donut" in type(model).__name__.lower()
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

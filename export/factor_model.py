@@ -19,8 +19,8 @@ from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.export.copy import DTYPES, dtype_name
 from lora_fx.ir import (
+    ActiveAdapters,
     AdapterRecord,
-    Choice,
     Plan,
     PlannedSite,
     Record,
@@ -164,7 +164,7 @@ def swappable(model: nn.Module) -> Swappable:
     if not rows:
         raise ExportError("no adapter of the model is at an operation: there is nothing to swap")
     twin = share_copy(model)
-    run_with(twin, dataclasses.replace(record, chosen=Choice(), blocks=()), anew=True)
+    run_with(twin, dataclasses.replace(record, chosen=ActiveAdapters(), blocks=()), anew=True)
     for name in record.adapters:
         drop_factors(twin, name)
     bare = dataclasses.replace(require_record(twin), adapters={}, chosen=None, optimize=False)
@@ -200,7 +200,9 @@ def with_adapter(model: nn.Module, name: str) -> nn.Module:
     """A copy of a rewritten model over the same weights in which one adapter is active."""
     twin = share_copy(model)
     record = require_record(twin)
-    run_with(twin, dataclasses.replace(record, chosen=Choice((name,)), blocks=()), anew=True)
+    run_with(
+        twin, dataclasses.replace(record, chosen=ActiveAdapters((name,)), blocks=()), anew=True
+    )
     return twin
 
 

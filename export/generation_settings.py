@@ -14,48 +14,23 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
 
-__all__ = [
-    "GenerationSettings",
-    "Processor",
-    "next_tokens",
-    "processors",
-]
+__all__ = ["GenerationSettings", "Processor", "next_tokens", "processors"]
 
 
 # What changes the tokens, or what comes back, in a way that is not done here, and the values with
 # which it does not: transformers' defaults. None is one of each key.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "constraints": (),
-    "force_words_ids": (),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "guidance_scale": (1,),
-    "sequence_bias": (),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "exponential_decay_length_penalty": (),
-    "stop_strings": (),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "max_time": (),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
-    "prompt_lookup_num_tokens": (),
-    "assistant_early_exit": (),
-    "assistant_ensemble_weight": (),
-    "speculation_type": (),
-    "use_mtp": (False,),
-    "return_dict_in_generate": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "return_timestamps": (False,),
-}
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "constraints": (),
+    "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "guidance_scale": (1,),
+    "sequence_bias": (), "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (), "exponential_decay_length_penalty": (), "stop_strings": (),
+    "watermarking_config": (), "token_healing": (False,), "max_time": (),
+    "renormalize_logits": (False,), "remove_invalid_values": (False,),
+    "prompt_lookup_num_tokens": (), "assistant_early_exit": (), "assistant_ensemble_weight": (),
+    "speculation_type": (), "use_mtp": (False,), "return_dict_in_generate": (False,),
+    "output_attentions": (False,), "output_hidden_states": (False,), "output_scores": (False,),
+    "output_logits": (False,), "return_timestamps": (False,),
+}  # fmt: skip
 _NEUTRAL_IN_SAMPLING: Mapping[str, tuple[object, ...]] = {
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
@@ -73,24 +48,12 @@ _OF_BEAMS: Mapping[str, tuple[object, ...]] = {
 
 # How fast, and not what: the cache, compilation, and how an assistant model would be used.
 _WITHOUT_EFFECT = {
-    "use_cache",
-    "cache_implementation",
-    "cache_config",
-    "max_cache_len",
-    "compile_config",
-    "disable_compile",
-    "continuous_batching_config",
-    "prefill_chunk_size",
-    "low_memory",
-    "is_assistant",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold",
-    "assistant_lookbehind",
-    "target_lookbehind",
-    "max_matching_ngram_size",
-    "transformers_version",
-}
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config",
+    "disable_compile", "continuous_batching_config", "prefill_chunk_size", "low_memory",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "max_matching_ngram_size", "transformers_version",
+}  # fmt: skip
 
 
 def _refuse_unsupported(

@@ -62,11 +62,6 @@ def over_quantized(model: nn.Module) -> bool:
     return any(row.site.quantized is not None for adapter in active for row in adapter.sites)
 
 
-def _has_gains(model: nn.Module) -> bool:
-    """Whether graphs of a model compute gains."""
-    return any(_gains(graph) for graph in graphs_of(model).values())
-
-
 @torch.no_grad()
 def _fix_gains(model: nn.Module) -> None:
     """Makes constants of the gains, ``layer.lora_gain.NAME`` in fp32.
@@ -191,7 +186,8 @@ class Prepared:
             ExportError: No operator has the values of a quantized weight.
         """
         model = self.model.model
-        if not _has_gains(model) and not any(isinstance(m, StandIn) for m in model.modules()):
+        gains = any(_gains(graph) for graph in graphs_of(model).values())
+        if not gains and not any(isinstance(module, StandIn) for module in model.modules()):
             return self
         twin = share_copy(model)
         _fix_gains(twin)  # of the weights as their libraries have them

@@ -175,13 +175,7 @@ def _loads(name: str) -> bool:
     return True
 
 
-def load(
-    runtime: Any,
-    path: Path,
-    provider: str,
-    options: Mapping[str, str],
-    settings: Any,
-) -> Any:
+def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], settings: Any) -> Any:
     """A session of ONNX Runtime.
 
     Args:

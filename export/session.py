@@ -404,7 +404,8 @@ class OnnxSession(Generates):
                 fails.
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
-        given = self._by_name(inputs)
+        names = [port.name for port in self.inputs]
+        given = ort.inputs_by_name(inputs, names, self.path.name)
         feeds = {
             port.name: ort.feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
@@ -475,6 +476,3 @@ class OnnxSession(Generates):
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
-
-    def _by_name(self, inputs: Any) -> dict[str, Any]:
-        return ort.inputs_by_name(inputs, [port.name for port in self.inputs], self.path.name)

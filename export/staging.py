@@ -275,10 +275,7 @@ _PAGE = 65536  # of every system: weights on page boundaries can be mapped into 
 
 
 def write(
-    model: ir.Model,
-    stage: Staging,
-    limit: int = EXTERNAL_DATA_BYTES,
-    shard: int = SHARD_BYTES,
+    model: ir.Model, stage: Staging, limit: int = EXTERNAL_DATA_BYTES, shard: int = SHARD_BYTES
 ) -> dict[str, int]:
     """Write the files of a model.
 

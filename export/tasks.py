@@ -144,12 +144,7 @@ def _decoder_layout(model: nn.Module, ids: Tensor, owner: str) -> CacheLayout:
 
 
 def _decode(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    past_key_values: Past,
-    *,
-    keep: int,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, past_key_values: Past, *, keep: int
 ) -> dict[str, object]:
     """One step: ``logits`` of the last ``keep`` positions (0: of all), and the ``present`` cache."""
     first = next(iter(past_key_values.values()))["key"]
@@ -211,12 +206,13 @@ def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterato
             valid = {name: seen[:, None, :, None] for name in found if name != "logits"}
             valid["logits"] = seen[:, done:][:, -keep:, None]
             yield Case(inputs, list(found.items()), valid)
-            past = layout.taken({index: _present(found, index) for index in layout.layers})
+            past = layout.taken(
+                {
+                    index: {kind: found[f"present.{index}.{kind}"] for kind in layer}
+                    for index, layer in layout.layers.items()
+                }
+            )
             done = total
-
-
-def _present(outputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    return {kind: outputs[f"present.{index}.{kind}"] for kind in ("key", "value")}
 
 
 def _without_cache(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

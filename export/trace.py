@@ -24,11 +24,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
 from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
 
-__all__ = [
-    "Trace",
-    "trace",
-    "widen_batch",
-]
+__all__ = ["Trace", "trace", "widen_batch"]
 
 
 _TESTS: Mapping[Any, bool] = {
@@ -211,11 +207,7 @@ def trace(
 
 
 def _attempts(
-    arguments: Arguments,
-    dynamic_shapes: object,
-    labels: Sequence[Mapping[int, Any]],
-    *,
-    task: bool,
+    arguments: Arguments, dynamic_shapes: object, labels: Sequence[Mapping[int, Any]], *, task: bool
 ) -> list[tuple[str, tuple[dict[int, Any], ...]]]:
     tensors = arguments.tensors
     if dynamic_shapes is not None:

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-__all__ = [
-    "expand_grouped",
-    "expand_quantized",
-    "translation_table",
-]
+__all__ = ["expand_grouped", "expand_quantized", "translation_table"]
 
 
 _DOMAIN = "lora_fx"

@@ -188,7 +188,9 @@ class Reference:
         if self.precision not in _HALF:
             return
         rounded = str(self.precision).removeprefix("torch.")
-        wide = exported.over(_widened(exported.model, casts))
+        copy = share_copy(exported.model)
+        cast_model(copy, torch.float32, casts, of=_HALF)
+        wide = exported.over(copy.eval())
         inputs = cast_floating(exported.arguments.tensors, torch.float32)
         try:
             with torch.no_grad():
@@ -239,13 +241,6 @@ class Reference:
 
 def _wide_argument(value: Any) -> Any:
     return cast_floating([value], torch.float32)[0] if isinstance(value, Tensor) else value
-
-
-def _widened(model: nn.Module, casts: Casts) -> nn.Module:
-    """A copy with every half-precision parameter and buffer in fp32."""
-    wide = share_copy(model)
-    cast_model(wide, torch.float32, casts, of=_HALF)
-    return wide.eval()
 
 
 def _coarsest(exported: FlatModel) -> torch.dtype:
@@ -431,10 +426,7 @@ class _Adapted(FlatModel):
     """
 
     def __init__(
-        self,
-        model: FactorModel,
-        values: Mapping[str, Tensor],
-        keep: Callable[[Tensor], Tensor],
+        self, model: FactorModel, values: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__(model.model, model.arguments, model.call)
         self._flat = model

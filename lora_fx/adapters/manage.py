@@ -25,7 +25,7 @@ from lora_fx.adapters.switching import (
 )
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir import AdapterRecord, Choice, require_record
+from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
 from lora_fx.passes.parameters import (
     adapter_parameters,
     base_parameters,
@@ -207,7 +207,9 @@ def set_adapter(
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     check_known(record, names)
     check_together(record, names, per_sample)
-    run_with(model, dataclasses.replace(record, chosen=Choice(names, per_sample)), anew=True)
+    run_with(
+        model, dataclasses.replace(record, chosen=ActiveAdapters(names, per_sample)), anew=True
+    )
     for name, adapter in record.adapters.items():
         if name in names and not inference_mode:
             _unfreeze(model, name, adapter)
@@ -266,7 +268,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    with _inside_block(model, Choice()):
+    with _inside_block(model, ActiveAdapters()):
         yield model
 
 
@@ -306,12 +308,12 @@ def adapter_ids(
         record = require_record(inner)
         check_known(record, names)
         check_together(record, names, per_sample=True)
-    with _inside_block(model, Choice(names, True, tuple(ids), repeats)):
+    with _inside_block(model, ActiveAdapters(names, True, tuple(ids), repeats)):
         yield model
 
 
 @contextmanager
-def _inside_block(model: nn.Module, block: Choice) -> Iterator[None]:
+def _inside_block(model: nn.Module, block: ActiveAdapters) -> Iterator[None]:
     """Lets a block count until it is left, in whatever order blocks are left."""
     with without_wrappers(model) as inner:
         record = require_record(inner)
