@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx.adapters import adapter_record, the_adapter
 from lora_fx.checkpoint import Dense, Slot, converted, gathered, read_tensors, without_prefix
 from lora_fx.config import LoraConfig, changes_base, scale_for
-from lora_fx.errors import CheckpointError, ConfigError, ExportError
+from lora_fx.errors import CheckpointError, ConfigError, ExportError, some
 from lora_fx.export.adapter_manifest import (
     SUFFIXES,
     Manifest,
@@ -68,11 +68,10 @@ def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[s
     record = adapter_record(model, adapter)
     check_swappable(adapter, record)
     if by_hand := tuple(trained_by_hand(model, require_record(model))):
-        more = f" and {len(by_hand) - 5} more" if len(by_hand) > 5 else ""
         _log.warning(
             "adapter %r: trained by hand beside it, and only in a file that is exported from this model: %s",
             adapter,
-            ", ".join(by_hand[:5]) + more,
+            some(by_hand),
         )
     own = {}
     for row in record.sites:
@@ -99,9 +98,7 @@ def _site_values(
     # The base's own weight: a start that changed it is part of the factors here.
     weight = require_record(model).originals.get(site.weight)
     weight = model.get_parameter(site.weight) if weight is None else weight
-    if (
-        names.slots and site.quantized is None
-    ):  # else it has scales beside it, and is no tensor to detach
+    if names.slots and site.quantized is None:  # else it has scales, too, and is no plain tensor
         weight = gathered(weight)
     slots = {name: tensors[join(site.holder, name, adapter)].flatten() for name in names.slots}
     found = {"A": a.double(), **kind_of(row).inputs(row, weight, a, b, slots)}
@@ -143,9 +140,8 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
     if not sites and not problems:
         problems.append("it holds no tensor")
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"{folder} cannot be converted by itself: {'; '.join(problems[:5])}{more}. Load it onto its "
+            f"{folder} cannot be converted by itself: {some(problems, between='; ')}. Load it onto its "
             "model (lora_fx.load_adapter(model, folder)) and give that instead of the folder; on the command "
             "line, name the model with --model"
         )
@@ -172,9 +168,8 @@ def _refuse_trained_in_full(
         "trainable_token_indices": config.trainable_token_indices,
     }
     by = ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
-    more = f" and {len(full) - 5} more" if len(full) > 5 else ""
     raise CheckpointError(
-        f"{folder} trains {', '.join(full[:5])}{more} in full ({by}), and only "
+        f"{folder} trains {some(full)} in full ({by}), and only "
         "factors can be inputs of a file. Merge it into a file of its own: export_onnx("
         f"lora_fx.load_adapter(model, {str(folder)!r}), ..., adapters='merge'), or on the command line "
         f"`lora-fx export MODEL FILE --adapter {folder}`"

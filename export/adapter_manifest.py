@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_fx.errors import CheckpointError, ExportError, hint
+from lora_fx.errors import CheckpointError, ExportError, hint, some
 
 __all__ = [
     "MANIFEST_KEY",
@@ -209,9 +209,6 @@ class Manifest:
             ) from error
 
 
-_SHOWN = 5
-
-
 def check_values(
     manifest: Manifest, values: Mapping[str, Tensor], what: str, max_rank: int | None = None
 ) -> None:
@@ -229,11 +226,9 @@ def check_values(
     """
     problems = list(dict.fromkeys(_problems(manifest, values, max_rank)))
     if problems:
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
             f"{what} is no adapter for this file, which was made from {manifest.base}:\n  "
-            + "\n  ".join(problems[:_SHOWN])
-            + more
+            + some(problems, between="\n  ")
         )
 
 

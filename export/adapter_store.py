@@ -92,7 +92,7 @@ class AdapterStore:
             return tuple(self._held)
 
     def load(self, name: str, values: Mapping[str, Tensor], what: str) -> None:
-        """Hold an adapter, in the place of one of this name if there is one.
+        """Hold an adapter. It replaces one of the same name.
 
         Raises:
             CheckpointError: The values are no adapter of the file. What was held still is.
@@ -119,7 +119,7 @@ class AdapterStore:
             del self._held[name]
 
     def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
-        """What to run with: what was chosen before is that still, whatever has been loaded since.
+        """The adapter to run with. A held one is returned as it is, also after others were loaded.
 
         Raises:
             ConfigError: There is no such adapter, a weight is no finite number, or the weighted ranks do
@@ -196,7 +196,7 @@ def weighted_sum(
         parts: Values by name, and the weight of each.
 
     Returns:
-        A of all beside each other, B likewise and multiplied by the weights.
+        The A of all, concatenated along the rank; the B as well, multiplied by the weights.
     """
     found = {}
     for site in manifest.sites:

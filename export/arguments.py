@@ -100,7 +100,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor that a flat model takes beside those of the call.
+    """A tensor that a flat model takes in addition to those of the call.
 
     Attributes:
         name: Its name in the file.
@@ -326,7 +326,7 @@ def _label(spec: object, name: str, tensor: Tensor) -> dict[int, str]:
 
 
 def axis_name(name: str, axis: int, tensor: Tensor) -> str:
-    """What a dynamic axis is called that nobody has named.
+    """The default name of a dynamic axis.
 
     Args:
         name: Of the input.

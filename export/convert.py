@@ -40,7 +40,7 @@ __all__ = ["ConversionError", "convert", "torch_export_context"]
 #
 # torch.onnx calls a weight by its FQN until it folds a transpose into it, and leaves stack traces
 # with absolute paths on every node. Here inputs, outputs, weights and axes get the names that a user
-# would look for, in that order of precedence, and what nobody needs goes.
+# would look for, in that order of precedence, and what is not needed is removed.
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -220,7 +220,7 @@ _LOGGERS = ("onnx_ir._convenience", "torch.fx.experimental.symbolic_shapes")
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """No whole graphs and no warnings that nobody can do anything about, inside the block."""
+    """Silence printed graphs, and warnings that a user cannot act on, inside the block."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -237,7 +237,7 @@ def _without_chatter() -> Iterator[None]:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """In the place of ``print``."""
+    """Replaces ``print``."""
 
 
 def _repaired(program: ExportedProgram) -> ExportedProgram:
@@ -313,7 +313,7 @@ def _refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
 
 
 def _refuse_randomness(model: ir.Model, prefix: str) -> None:
-    """Refuse a converted graph with random operations, whatever they are made of.
+    """Refuse a converted graph with random operations.
 
     Args:
         model: The graph, with the traces that torch.onnx leaves on its nodes.

@@ -46,7 +46,7 @@ _DENSE_INSTEAD = (
 
 
 class StandIn(nn.Module):
-    """What stands in the place of a quantized parameter [out, in].
+    """The replacement of a quantized parameter [out, in].
 
     Attributes:
         where: FQN of the parameter.
@@ -155,7 +155,7 @@ class HeldWeight(StandIn):
 
 
 def _hold_quantized(twin: nn.Module) -> None:
-    """Puts a stand-in into the place of every quantized parameter.
+    """Replaces every quantized parameter by a stand-in.
 
     Args:
         twin: A copy of a model, over the same memory. It is changed.
@@ -244,7 +244,7 @@ class PackedWeight(StandIn):
     Args:
         weight: What it is made of.
         dtype: Of the model. Scales are in it where they lose nothing but digits, else in fp32.
-        keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+        keep: Takes each tensor that is created, see ``Scratch.keep``.
 
     Attributes:
         operator: Of ONNX, which reads it.
@@ -289,12 +289,12 @@ class PackedWeight(StandIn):
 
 
 def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]) -> None:
-    """Puts arrays in the place of quantized weights.
+    """Replaces quantized weights by arrays.
 
     Args:
         twin: A copy that is exported. It is changed.
         dtype: What most of its weights are in.
-        keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+        keep: Takes each tensor that is created, see ``Scratch.keep``.
 
     Raises:
         ExportError: No operator has the values of a weight.
@@ -499,7 +499,7 @@ def _compute_parametrized(twin: nn.Module) -> None:
 
 
 class _Computed(nn.Module):
-    """A weight in the place of what computes it."""
+    """A constant weight, instead of the parametrization that computes it."""
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ class _Draw:
         self.trace = trace
         self.skipped = skipped
         self.generator = torch.Generator().manual_seed(0)
-        # By name: axes of one name are one size to whoever reads the file, traced as one or not.
+        # By name: axes of one name have one size in the file, whether they were traced as one or not.
         self.order = {
             name: index for index, name in enumerate(dict.fromkeys(trace.symbols.values()))
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -54,10 +54,12 @@ __all__ = [
     "FactorModel",
     "Swappable",
     "base_of",
+    "calls_of",
     "check_swappable",
     "flip",
     "origin_of",
     "random_factors",
+    "replace_calls",
     "site_inputs",
     "swappable",
     "with_adapter",
@@ -72,7 +74,7 @@ def origin_of(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
 
     Args:
         model: A rewritten model, or any other.
-        adapters: Where the active adapters are: "merged" into weights, or "inline" beside operations.
+        adapters: Where the active adapters are: "merged" into weights, or "inline" in the graph.
 
     Returns:
         ``lora_fx.base``: its class, and the name of its configuration if it has one, as JSON.
@@ -174,7 +176,9 @@ def swappable(model: nn.Module) -> Swappable:
     bare = add_adapter_parameters(capture, bare, _ADAPTER)
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
     install(regions_to_install(edit_graphs(capture, _with_given_gains).capture, rows))
-    del twin.__dict__["_lora_fx"]  # it is no rewritten model any more: nobody switches its adapters
+    del twin.__dict__[
+        "_lora_fx"
+    ]  # it is no longer a rewritten model, whose adapters could be switched
     return Swappable(twin, rows, bare)
 
 
@@ -242,7 +246,7 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
 
 
 def _union(record: Record) -> tuple[PlannedSite, ...]:
-    """Every place of an adapter, once, with whatever any of them has there."""
+    """Every site of any adapter, once, with the union of their kinds."""
     found: dict[str, PlannedSite] = {}
     for row in (row for adapter in record.adapters.values() for row in adapter.sites):
         before = found.get(row.name, row)
@@ -260,23 +264,29 @@ def _union(record: Record) -> tuple[PlannedSite, ...]:
 
 
 def _with_given_gains(region: Region) -> fx.Graph | None:
-    """A graph without what a file is handed ready: a gain in the place of a magnitude, and B with it."""
-    handed = tuple(one for kind in kinds() for one in kind.handed)
-    if not _calls(region.graph, handed):
+    """A graph in which gains are inputs: what computes them from magnitudes is removed."""
+    handed = [one for kind in kinds() for one in kind.handed]
+    if not calls_of(region.graph, handed):
         return None
-    graph = copy_graph(region.graph)
-    for node in _calls(graph, handed):
-        given = node.args[0]
-        assert isinstance(given, fx.Node)
-        node.replace_all_uses_with(given)
+    return replace_calls(region.graph, handed, lambda _, node: node.args[0])
+
+
+def calls_of(graph: fx.Graph, targets: Sequence[object]) -> list[fx.Node]:
+    """The nodes that call one of these functions."""
+    return [node for node in graph.nodes if any(target_of(node) is one for one in targets)]
+
+
+def replace_calls(
+    graph: fx.Graph, targets: Sequence[object], make: Callable[[fx.Graph, fx.Node], Any]
+) -> fx.Graph:
+    """A copy of a graph in which ``make`` gives what replaces each call of these functions."""
+    graph = copy_graph(graph)
+    for node in calls_of(graph, targets):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(make(graph, node))
     erase_dead(graph)
     graph.lint()
     return graph
-
-
-def _calls(graph: fx.Graph, targets: Iterable[object]) -> list[fx.Node]:
-    wanted = tuple(targets)
-    return [node for node in graph.nodes if any(target_of(node) is one for one in wanted)]
 
 
 class FactorModel(FlatModel):
@@ -430,7 +440,7 @@ def flip(one: AdapterInput, tensor: Tensor) -> Tensor:
 
 
 def random_factors(manifest: Manifest, rank: int) -> dict[str, Tensor]:
-    """An adapter that nobody has trained: it shows whether a file computes what the model does.
+    """A random adapter: it shows whether a file computes what the model does.
 
     Args:
         manifest: What the file takes.

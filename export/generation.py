@@ -340,8 +340,8 @@ class Generates:
             generation_config: A ``GenerationConfig``, or a dict of its fields. What an object leaves None,
                 or a dict leaves out, is as in the file; None in a dict switches a setting off, as it does
                 among the arguments of ``model.generate``. The arguments here come before it. What it
-                asks for is done or refused: a field that is not done here, and is not at its default,
-                is an error that names it, and so is one that nobody knows.
+                asks for is done or refused: a field that is not supported and not at its default is an
+                error that names it, and so is an unknown one.
             generator: For the draws. Without it they come from torch's own, as in transformers.
             logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to
                 scores; those of transformers are such.
@@ -357,7 +357,7 @@ class Generates:
 
         Raises:
             ExportError: The file is not for generation; inputs, settings or lengths do not fit; the
-                settings, the model's or the caller's, ask for what is not done here, such as beams.
+                settings, the model's or the caller's, ask for what is not supported, such as beams.
         """
         changes = {
             "max_new_tokens": max_new_tokens,

@@ -17,8 +17,8 @@ from lora_fx.errors import ExportError, hint
 __all__ = ["GenerationSettings", "Processor", "next_tokens", "processors"]
 
 
-# What changes the tokens, or what comes back, in a way that is not done here, and the values with
-# which it does not: transformers' defaults. None is one of each key.
+# Settings that are not supported and change the tokens or the return value, with the values at which
+# they have no effect: transformers' defaults. None has no effect for any key.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "constraints": (),
     "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "guidance_scale": (1,),
@@ -181,8 +181,8 @@ class GenerationSettings:
             model: The model's own ``GenerationConfig``, as its file remembers it.
 
         Raises:
-            ExportError: A value means nothing, or ``defaults`` asks for what is not done here or has a
-                key that nobody knows.
+            ExportError: A value means nothing, or ``defaults`` asks for what is not supported or has an
+                unknown key.
         """
         values = {**defaults, **{k: v for k, v in changes.items() if v is not None}}
         if "top_k" in values and values["top_k"] is None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ExportError, ParityError
+from lora_fx.errors import ExportError, ParityError, some
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
@@ -172,7 +172,7 @@ def _build(
         verify: Whether to compare the file with PyTorch.
         external_data_bytes: Bytes of weights from which they go into files of their own.
         shard_bytes: Bytes of one such file.
-        keep: Takes each weight that is made anew, see ``Scratch.keep``.
+        keep: Takes each weight that is created, see ``Scratch.keep``.
         clock: What says and times the stages.
 
     Returns:
@@ -262,9 +262,8 @@ def _refuse_nan(model: nn.Module) -> None:
     named = (*model.named_parameters(), *model.named_buffers())
     broken = [name for name, value in named if _has_nan(value)]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ExportError(
-            f"{', '.join(broken[:5])}{more} of {type(model).__name__} hold NaN: the training diverged, or "
+            f"{some(broken)} of {type(model).__name__} hold NaN: the training diverged, or "
             "the weights were not loaded"
         )
 
@@ -317,7 +316,7 @@ def export_onnx(
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
         adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. "inline"
-            to keep those that are active in the file, as products of their own beside the operations.
+            to keep those that are active in the file, as products of their own.
             "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
             every place where one of the model's is (for a model without adapters: at every linear
             operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
@@ -337,7 +336,7 @@ def export_onnx(
         force: Replace an existing file.
         progress: Called with the name of each stage as it begins.
         external_data_bytes: Bytes of weights from which they are written to files of their
-            own, beside ``path``: 256 MiB by default.
+            own, next to ``path``: 256 MiB by default.
         shard_bytes: Bytes of one such file: 4 GB by default.
 
     Returns:
@@ -398,7 +397,7 @@ def export_onnx(
         for prepared in beside:
             place = stage.companion(prepared.name)
             encoder = build(prepared, place)
-            main = main.beside(prepared.name, place.target.name)
+            main = main.with_companion(prepared.name, place.target.name)
             clock.start("capturing the model")
         report = build(main, stage, dynamic_shapes)
         clock.start("moving into place")

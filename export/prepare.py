@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +29,9 @@ from lora_fx.export.factor_model import (
     FactorModel,
     Swappable,
     base_of,
+    calls_of,
     origin_of,
+    replace_calls,
     swappable,
     with_adapter,
 )
@@ -37,14 +40,14 @@ from lora_fx.export.trace import widen_batch
 from lora_fx.ir import Region, module_of, record_of
 from lora_fx.kinds import kinds
 from lora_fx.passes.capture import State
-from lora_fx.passes.graph import copy_graph, erase_dead, graphs_of, install, share_copy, target_of
+from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
 from lora_fx.passes.plan import foreign_factors
 from lora_fx.runtime import AdapterFactors
 
 __all__ = ["Prepared", "over_quantized", "prepare", "prepare_swappable"]
 
 
-# Adapters that stay beside their operations in a file, as constants.
+# Adapters that stay separate from their operations in a file, as constants.
 #
 # Over a quantized weight that is what keeps it quantized: a merge would make it dense. The branches are those
 # of the model's own graphs. What would need the dense weight at every run, as the gain
@@ -72,19 +75,23 @@ def _fix_gains(model: nn.Module) -> None:
     install(list(_fixed(model)))
 
 
+def _constants() -> list[object]:
+    return [one for kind in kinds() for one in kind.constants]
+
+
 def _fixed(model: nn.Module) -> Iterator[Region]:
     edited: dict[int, fx.Graph] = {}
-    graphs = graphs_of(model)
-    holding = {module_of(key) for key, graph in graphs.items() if _gains(graph)}
+    graphs, constants = graphs_of(model), _constants()
+    holding = {module_of(key) for key, graph in graphs.items() if calls_of(graph, constants)}
     for key, graph in graphs.items():
         if module_of(key) not in holding:
             continue
         module = model.get_submodule(module_of(key))
-        for node in _gains(graph):
+        for node in calls_of(graph, constants):
             path, _, adapter = _target(node).rpartition(".")
             _factors(module, path).add(adapter, _value(module, node))
         if id(graph) not in edited:
-            edited[id(graph)] = _with_constants(graph)
+            edited[id(graph)] = replace_calls(graph, constants, _constant)
         # Its own forward would leave the adapter out.
         yield Region.at(key, module, edited[id(graph)], fallback=False)
 
@@ -99,23 +106,12 @@ def _factors(module: nn.Module, path: str) -> AdapterFactors:
     return found
 
 
-def _with_constants(graph: fx.Graph) -> fx.Graph:
-    graph = copy_graph(graph)
-    for node in _gains(graph):
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.get_attr(_target(node)))
-    erase_dead(graph)
-    graph.lint()
-    return graph
-
-
-def _gains(graph: fx.Graph) -> list[fx.Node]:
-    constants = tuple(one for kind in kinds() for one in kind.constants)
-    return [node for node in graph.nodes if any(target_of(node) is one for one in constants)]
+def _constant(graph: fx.Graph, gain: fx.Node) -> fx.Node:
+    return graph.get_attr(_target(gain))
 
 
 def _target(node: fx.Node) -> str:
-    """Where a gain is kept: beside the magnitude that it is made of."""
+    """Where a gain is kept: next to the magnitude from which it is computed."""
     magnitude = node.args[0]
     assert isinstance(magnitude, fx.Node)
     return str(magnitude.target).replace(_MAGNITUDE, _GAIN)
@@ -127,10 +123,7 @@ def _value(module: nn.Module, node: Any) -> Any:
         return node
     args = [_value(module, one) for one in node.args]
     if node.op == "get_attr":
-        value: Any = module
-        for atom in str(node.target).split("."):
-            value = getattr(value, atom)
-        return value
+        return operator.attrgetter(str(node.target))(module)
     assert target_of(node) is not None, node.format_node()
     return target_of(node)(*args, **{key: _value(module, one) for key, one in node.kwargs.items()})
 
@@ -172,21 +165,21 @@ class Prepared:
     cases: Cases | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    def beside(self, name: str, file: str) -> Prepared:
-        """The same with ``file``, which holds ``name``, in its metadata."""
+    def with_companion(self, name: str, file: str) -> Prepared:
+        """The same with the file ``file``, which holds ``name``, in its metadata."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
 
     def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
         """The same with a model that torch.export and torch.onnx see through.
 
         Args:
-            keep: Takes each tensor that is made anew, see ``Scratch.keep``.
+            keep: Takes each tensor that is created, see ``Scratch.keep``.
 
         Raises:
             ExportError: No operator has the values of a quantized weight.
         """
         model = self.model.model
-        gains = any(_gains(graph) for graph in graphs_of(model).values())
+        gains = any(calls_of(graph, _constants()) for graph in graphs_of(model).values())
         if not gains and not any(isinstance(module, StandIn) for module in model.modules()):
             return self
         twin = share_copy(model)
@@ -258,9 +251,9 @@ def prepare(
         model: Any module. It is not changed.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
         dtype: "fp32", "fp16", "bf16", or None to keep what it has.
-        keep: Takes each weight that is made anew, see ``Scratch.keep``.
+        keep: Takes each weight that is created, see ``Scratch.keep``.
         task: What it is exported for, None to export it as it is called.
-        merged: Whether to merge; else the branches of the active adapters stay beside their operations.
+        merged: Whether to merge; else the branches of the active adapters stay in the graph.
 
     Returns:
         One for each file, that which a session opens last.

@@ -257,7 +257,7 @@ _RECORD_KEY = "session.record_ep_graph_assignment_info"
 _ASK = "get_provider_graph_assignment_info"
 _CPU = "CPUExecutionProvider"
 
-# What ONNX Runtime moves to the CPU beside a GPU by itself, because it is arithmetic on a few sizes.
+# What ONNX Runtime itself moves from a GPU to the CPU, because it is arithmetic on a few sizes.
 # CUDA has a kernel for each of these, so that nothing else brings them there.
 _SHAPE_OPERATORS = frozenset(
     {

@@ -239,7 +239,7 @@ class OnnxSession(Generates):
 
     Args:
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
-            lie beside it.
+            lie in the same folder.
         provider: "cuda" or "cpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
         session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. The session

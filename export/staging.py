@@ -1,8 +1,9 @@
-"""Memory for the weights that an export makes anew: merged ones, and those of another precision.
+"""The folder in which an export is written, and memory for the weights that it creates.
 
-A model that fills the machine's memory leaves no room for a second one. So what goes beyond a small
-allowance is kept in files in the staging folder, mapped into memory: the system writes them out when
-memory runs short and reads them back when they are used.
+These are merged weights and those of another precision. A model that fills the machine's memory leaves no
+room for a second one. So what goes beyond a small allowance is kept in files in the staging folder,
+mapped into memory: the system writes them out when memory runs short and reads them back when they are
+used.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def abandoned(folder: Path) -> bool:
-    """Whether nobody holds the lock of ``folder`` any more. One without a lock is not known."""
+    """Whether the process that held the lock of ``folder`` is gone; False for one without a lock."""
     if _locks is None:
         return False
     try:
@@ -88,7 +89,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class Staging:
-    """A temporary folder beside ``target`` in which its successor is written.
+    """A temporary folder next to ``target``, in which the new file is written.
 
     Attributes:
         target: Where the model file goes.
@@ -109,7 +110,7 @@ class Staging:
         self.companions: list[Staging] = []
 
     def companion(self, name: str) -> Staging:
-        """A further model file that belongs to this one, ``STEM.xxxxxxxx.NAME.onnx`` beside it."""
+        """A further model file that belongs to this one: ``STEM.xxxxxxxx.NAME.onnx`` in the same folder."""
         file = f"{self.target.stem}.{secrets.token_hex(4)}.{name}{self.target.suffix}"
         staged = Staging(self.target.with_name(file), self.folder)
         self.companions.append(staged)
@@ -130,12 +131,12 @@ class Staging:
         return any(file.suffix == self.data.suffix for file in self.belonging())
 
     def discard(self) -> None:
-        """Delete what was written of this model, so that it can be written anew."""
+        """Delete what was written of this model, so that it can be written again."""
         for file in self.written():
             file.unlink(missing_ok=True)
 
     def commit(self, *, force: bool) -> None:
-        """Move what was written into place and delete the files beside it that it replaces.
+        """Move what was written into place and delete the files that it replaces.
 
         Raises:
             ExportError: The target came into being meanwhile, or cannot be written.
@@ -194,7 +195,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Staging]:
-    """A folder beside ``target`` that is gone afterwards, whatever happens.
+    """A folder next to ``target``, which is deleted afterwards in any case.
 
     Raises:
         ExportError: The folder of the target cannot be made or written to.
@@ -264,7 +265,7 @@ def _flush_folder(path: Path) -> None:
 
 
 # Bytes of weights from which they go into a file of their own. A model file with weights inside is
-# put together in memory, twice over; weights beside it are written one by one.
+# put together in memory, twice over; weights in files of their own are written one by one.
 EXTERNAL_DATA_BYTES = 256 * 1024**2
 
 # Bytes of one file of weights: what every file system and download takes.

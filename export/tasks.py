@@ -233,7 +233,7 @@ def _drawn(
 # ``task="text2text-generation"``: an encoder-decoder as two files.
 #
 # The encoder's file gives the keys and values that the decoder's cross-attention reads, so that they
-# are computed once. The decoder's file has them among its inputs, beside the cache of its own
+# are computed once. The decoder's file has them among its inputs, with the cache of its own
 # attention; decoding steps neither return nor copy them.
 
 _TEXT2TEXT_GENERATION = "text2text-generation"

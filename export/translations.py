@@ -283,7 +283,7 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
 
 
 def _replace(node: ir.Node, tape: ir.tape.Tape, made: ir.Value) -> None:
-    """Puts the nodes of a tape in the place of a node; ``made`` is its output then."""
+    """Replaces a node by the nodes of a tape, whose output is ``made``."""
     import onnx_ir as ir
 
     for one in tape.nodes:

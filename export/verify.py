@@ -477,7 +477,7 @@ def verify(
         prepared: The model.
         traced: What the file was made from.
         file: The written file.
-        keep: Takes each weight of the reference that is made anew, see ``Scratch.keep``.
+        keep: Takes each weight of the reference that is created, see ``Scratch.keep``.
         large: Leave the weights in the file, mapped into memory, although that is slower.
 
     Raises:

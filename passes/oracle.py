@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fx.errors import CaptureError, ConfigError, MergeError
+from lora_fx.errors import CaptureError, ConfigError, MergeError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, require_record
 from lora_fx.kinds import Slot, kind_of
@@ -88,7 +88,7 @@ class CheckReport:
             ("got no gradient", self.no_gradient),
             ("had no effect", self.no_effect),
         ):
-            lines += [f"{words}: {_listed(names)}"] if names else []
+            lines += [f"{words}: {some(names, 6)}"] if names else []
         return "\n".join(lines)
 
 
@@ -152,7 +152,7 @@ def check_rewritten(model: nn.Module, example_inputs: Any) -> None:
         return
     for words, names in (("did not run", report.not_run), ("had no effect", report.no_effect)):
         if names:
-            _log.info("adapters that %s on the example inputs: %s", words, _listed(names))
+            _log.info("adapters that %s on the example inputs: %s", words, some(names, 6))
 
 
 def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckReport:
@@ -355,7 +355,7 @@ def _look_again(
     if error <= tolerance:
         return error, tolerance
     blamed = _blamed(adapted, start, example_inputs, tolerance)
-    where = f" with an adapter on {_listed(blamed)}" if blamed else ""
+    where = f" with an adapter on {some(blamed, 6)}" if blamed else ""
     raise CaptureError(
         f"the adapted model does not compute what its dense weights W + s · BA compute{where}: relative "
         f"difference {error:.3g} on the example inputs. Some code uses these weights past the adapter: leave "
@@ -423,11 +423,6 @@ def _floats(output: Any) -> list[torch.Tensor]:
 
     visit(output, 0)
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:6])
-    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
 class _Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
