@@ -108,24 +108,6 @@ def here(modules: Mapping[int, str]) -> SourceLocation:
     return SourceLocation(op, module or "", line)
 
 
-def _fault_of(error: BaseException, modules: Mapping[int, str]) -> SourceLocation:
-    """Where in the model an error was raised, read off its traceback.
-
-    Args:
-        error: What the caller has caught around the call of the model.
-        modules: ``id`` of every module to its FQN.
-    """
-    line, module = "", ""
-    trace = error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        if not frame.f_code.co_filename.startswith(_NOT_THEIRS):
-            line = f"{Path(frame.f_code.co_filename).name}:{trace.tb_lineno}"
-        module = modules.get(id(frame.f_locals.get("self")), module)
-        trace = trace.tb_next
-    return SourceLocation(module=module, line=line)
-
-
 def _op_name(target: Any) -> str:
     """``aten.add`` for ``aten.add.Tensor``, and a name for everything else."""
     if isinstance(target, torch._ops.OpOverload):
@@ -155,8 +137,16 @@ class Witness:
         return self._found(self._symbols.get(source, ""))
 
     def fault(self, error: BaseException) -> SourceLocation:
-        """Where in the model an error was raised."""
-        return _fault_of(error, self._modules)
+        """Where in the model an error was raised, read off its traceback."""
+        line, module = "", ""
+        trace = error.__traceback__
+        while trace is not None:
+            frame = trace.tb_frame
+            if not frame.f_code.co_filename.startswith(_NOT_THEIRS):
+                line = f"{Path(frame.f_code.co_filename).name}:{trace.tb_lineno}"
+            module = self._modules.get(id(frame.f_locals.get("self")), module)
+            trace = trace.tb_next
+        return SourceLocation(module=module, line=line)
 
     def _found(self, symbol: str) -> SourceLocation | None:
         seen: set[str] = set()

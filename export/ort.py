@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = [
     "allocate",
     "bound_run",
     "check_axes",
+    "element_of",
     "empty_outputs",
     "empty_value",
     "feed",
@@ -36,11 +38,13 @@ __all__ = [
     "inputs_by_name",
     "placed",
     "port_of",
+    "run_errors",
     "settle",
     "size_of",
     "to_runtime",
     "to_tensor",
     "unwrap",
+    "write",
 ]
 
 
@@ -213,7 +217,7 @@ def bound_run(
     Raises:
         ExportError: ONNX Runtime fails, with the shapes that it failed on.
     """
-    try:
+    with run_errors(feeds):
         binding = session.io_binding()
         for name, value in (*feeds.items(), *adapter.items()):
             binding.bind_ortvalue_input(name, value)
@@ -224,10 +228,19 @@ def bound_run(
         results: list[Any] = binding.get_outputs()
         # The results keep the binding alive, and it the inputs: a cache would be held twice.
         binding.clear_binding_inputs()
+    return results
+
+
+@contextmanager
+def run_errors(feeds: Mapping[str, Any], where: str = "") -> Iterator[None]:
+    """Turns an error of ONNX Runtime into an ``ExportError`` that names the shapes of the run."""
+    try:
+        yield
+    except ExportError:
+        raise
     except Exception as error:
         shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
-        raise ExportError(f"ONNX Runtime failed on {shapes}: {reason_of(error)}") from error
-    return results
+        raise ExportError(f"ONNX Runtime failed on {shapes}{where}: {reason_of(error)}") from error
 
 
 def placed(runtime: Any, tensor: Tensor, device: torch.device) -> Any:
@@ -238,14 +251,28 @@ def placed(runtime: Any, tensor: Tensor, device: torch.device) -> Any:
         copy = tensor.to(device)
         settle([copy])
         return to_runtime(runtime, copy)
-    if tensor.dtype == torch.bfloat16:
-        # numpy has no bf16, so that ONNX Runtime takes the bytes into a place of that type.
-        place = allocate(runtime, tensor.shape, BF16, device)
-        if tensor.numel():
-            place.update_inplace(tensor.contiguous().view(torch.uint16).numpy())
-        return place
-    array = tensor.contiguous().numpy()
-    return runtime.OrtValue.ortvalue_from_numpy(array, device.type, device.index)
+    buffer = allocate(runtime, tensor.shape, element_of(tensor), device)
+    write(buffer, tensor)
+    return buffer
+
+
+def element_of(tensor: Tensor) -> Any:
+    """The dtype of a tensor on the CPU, as ONNX Runtime takes it."""
+    return BF16 if tensor.dtype == torch.bfloat16 else tensor.contiguous().numpy().dtype
+
+
+def write(buffer: Any, value: Tensor) -> None:
+    """Copies a tensor into a value of ONNX Runtime of its shape and dtype."""
+    if not value.numel():
+        return
+    if value.is_cuda:
+        to_tensor(buffer).copy_(value)
+        settle([value])
+        return
+    value = value.contiguous()
+    # The bytes are copied as they are, and numpy has no bf16.
+    raw = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+    buffer.update_inplace(raw.numpy())
 
 
 def settle(values: Sequence[Any], device: torch.device = CPU) -> None:

@@ -101,24 +101,16 @@ class StaticRunner:
         Raises:
             ExportError: ONNX Runtime fails, or there are too many shapes.
         """
-        try:
-            with self._lock:
-                self._switch(adapter)
-                graph = self._graph(feeds)
-                for name, value in feeds.items():
-                    self._write(graph.inputs[name], ort.to_tensor(value))
-                self._session.run_with_iobinding(graph.binding, graph.options)
-                return [
-                    self._taken(value, ort.CPU if port.name in host else device)
-                    for port, value in zip(self._outputs, graph.outputs, strict=True)
-                ]
-        except ExportError:
-            raise
-        except Exception as error:
-            shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
-            raise ExportError(
-                f"ONNX Runtime failed on {shapes}, in a graph: {providers.reason_of(error)}"
-            ) from error
+        with ort.run_errors(feeds, ", in a graph"), self._lock:
+            self._switch(adapter)
+            graph = self._graph(feeds)
+            for name, value in feeds.items():
+                ort.write(graph.inputs[name], ort.to_tensor(value))
+            self._session.run_with_iobinding(graph.binding, graph.options)
+            return [
+                self._taken(value, ort.CPU if port.name in host else device)
+                for port, value in zip(self._outputs, graph.outputs, strict=True)
+            ]
 
     def _switch(self, adapter: HeldAdapter) -> None:
         """Writes the factors of an adapter, unless they are there already."""
@@ -129,8 +121,8 @@ class StaticRunner:
             for one in site.inputs():
                 value = filled_up(site, one, adapter.values.get(one.name), self._max_rank)
                 if one.name not in self._factors:
-                    self._factors[one.name] = self._buffer(value.shape, _element(value))
-                self._write(self._factors[one.name], value)
+                    self._factors[one.name] = self._buffer(value.shape, ort.element_of(value))
+                ort.write(self._factors[one.name], value)
         self._loaded = adapter
 
     def _graph(self, feeds: Mapping[str, Any]) -> _Graph:
@@ -149,7 +141,7 @@ class StaticRunner:
             name: self._buffer(value.shape(), value.element_type()) for name, value in feeds.items()
         }
         for name, value in feeds.items():
-            self._write(inputs[name], ort.to_tensor(value))
+            ort.write(inputs[name], ort.to_tensor(value))
         # A first run says how large the outputs are. It must not be captured: they move.
         binding = self._bound(inputs)
         for port in self._outputs:
@@ -177,18 +169,6 @@ class StaticRunner:
     def _buffer(self, shape: Sequence[int], element: Any) -> Any:
         return ort.allocate(self._runtime, shape, element, self._device)
 
-    def _write(self, buffer: Any, value: Tensor) -> None:
-        if not value.numel():
-            return
-        if value.is_cuda:
-            ort.to_tensor(buffer).copy_(value)
-            ort.settle([value])
-            return
-        value = value.contiguous()
-        # The bytes are copied as they are, and numpy has no bf16.
-        raw = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
-        buffer.update_inplace(raw.numpy())
-
     def _taken(self, buffer: Any, device: torch.device) -> Any:
         """A copy that owns its memory: the next run writes into the buffer."""
         taken = ort.allocate(self._runtime, buffer.shape(), buffer.element_type(), device)
@@ -196,7 +176,7 @@ class StaticRunner:
             value = ort.to_tensor(buffer)
         else:
             value = torch.from_numpy(buffer.numpy())
-        self._write(taken, value if device.type != "cpu" else value.cpu())
+        ort.write(taken, value if device.type != "cpu" else value.cpu())
         return taken
 
 
@@ -226,10 +206,6 @@ def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_ran
         return whole
     whole.narrow(axis, 0, value.shape[axis]).copy_(value)
     return whole
-
-
-def _element(value: Tensor) -> Any:
-    return ort.BF16 if value.dtype == torch.bfloat16 else value.contiguous().numpy().dtype
 
 
 class OnnxSession(Generates):

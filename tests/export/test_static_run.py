@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
+from lora_fx.export import ort
 from lora_fx.export import providers as loading
 from lora_fx.export.adapter_manifest import Manifest, SiteInputs
 from lora_fx.export.adapter_store import weighted_sum
@@ -119,11 +120,11 @@ def test_addresses_stay_and_adapters_are_written_only_when_they_change(
     (graph,) = runner._graphs.values()
     bound = [value.data_ptr() for value in (*graph.inputs.values(), *graph.outputs)]
     written: list[int] = []
-    write = StaticRunner._write
+    write = ort.write
     monkeypatch.setattr(
-        StaticRunner,
-        "_write",
-        lambda self, buffer, value: (written.append(buffer.data_ptr()), write(self, buffer, value)),
+        ort,
+        "write",
+        lambda buffer, value: (written.append(buffer.data_ptr()), write(buffer, value)),
     )
     static.run(inputs(2, 5, 1), adapter="first")
     assert not set(written) & set(addresses.values())
@@ -141,11 +142,11 @@ def test_an_error_leaves_no_half_written_adapter(
     with monkeypatch.context() as patched:
         calls = iter(range(100))
 
-        def fails(self: StaticRunner, buffer: Any, value: Tensor) -> None:
+        def fails(buffer: Any, value: Tensor) -> None:
             if next(calls) == 2:
                 raise RuntimeError("no memory")
 
-        patched.setattr(StaticRunner, "_write", fails)
+        patched.setattr(ort, "write", fails)
         with pytest.raises(ExportError, match=r"failed on .*in a graph: no memory"):
             static.run(inputs(2, 5), adapter="second")
     want = loaded(OnnxSession(path, "cpu"), model).run(inputs(2, 5), adapter="first")
