@@ -40,33 +40,29 @@ class HeldAdapter:
     ranks: Mapping[str, int]
 
 
+@dataclass(eq=False)
 class AdapterStore:
     """Adapters by name. Threads may use, load and unload them at once.
 
     Args:
         runtime: The onnxruntime module.
-        manifest: What the file takes; None for one that takes no adapters.
+        takes: The inputs of the file; None for one that takes no adapters.
         device: Where the session runs.
         file: Its name, for messages.
         max_rank: The highest rank that there is room for, if there is a limit.
     """
 
-    def __init__(
-        self,
-        runtime: Any,
-        manifest: Manifest | None,
-        device: torch.device,
-        file: str,
-        max_rank: int | None = None,
-    ) -> None:
-        self._runtime = runtime
-        self._manifest = manifest
-        self._device = device
-        self._file = file
-        self._max_rank = max_rank
+    runtime: Any
+    takes: Manifest | None
+    device: torch.device
+    file: str
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         # The defaults of the file run where there is no adapter, unless they have rank 0.
-        own = {} if manifest is None or manifest.runs_alone else manifest.no_adapter()
+        alone = self.takes is None or self.takes.runs_alone
+        own = {} if alone else self.manifest.no_adapter()
         self._none = HeldAdapter({}, self._placed(own), {})
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
@@ -78,12 +74,12 @@ class AdapterStore:
         Raises:
             ConfigError: It takes no adapters.
         """
-        if self._manifest is None:
+        if self.takes is None:
             raise ConfigError(
-                f"{self._file} takes no adapters: they are merged into its weights. Export the model with "
+                f"{self.file} takes no adapters: they are merged into its weights. Export the model with "
                 "adapters='inputs' to swap them"
             )
-        return self._manifest
+        return self.takes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,7 +97,7 @@ class AdapterStore:
         given: object = name
         if not isinstance(given, str) or not given:
             raise ConfigError(f"the name of an adapter is {name!r}: give a text")
-        check_values(self.manifest, values, what, self._max_rank)
+        check_values(self.manifest, values, what, self.max_rank)
         held = self._hold(values)
         with self._lock:
             self._forget(name)
@@ -161,7 +157,7 @@ class AdapterStore:
         return HeldAdapter(own, bound, ranks_of(self.manifest, own))
 
     def _placed(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {name: placed(self._runtime, one, self._device) for name, one in values.items()}
+        return {name: placed(self.runtime, one, self.device) for name, one in values.items()}
 
     def _known(self, name: str) -> HeldAdapter:
         if name not in self._held:
@@ -179,10 +175,10 @@ class AdapterStore:
 
     def _check_room(self, weights: Mapping[str, float], total: HeldAdapter) -> None:
         rank = max(total.ranks.values(), default=0)
-        if self._max_rank is not None and rank > self._max_rank:
+        if self.max_rank is not None and rank > self.max_rank:
             raise ConfigError(
                 f"the ranks of {', '.join(map(repr, weights))} add up to {rank}, above the "
-                f"max_rank={self._max_rank} of the session"
+                f"max_rank={self.max_rank} of the session"
             )
 
 

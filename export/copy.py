@@ -20,7 +20,7 @@ from lora_fx.export.report import StoredFormat
 from lora_fx.formats import dense, format_of, formats, held, quantization_of, quantized_linear
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.passes.capture import written_out_layer
-from lora_fx.passes.graph import is_region, share_copy
+from lora_fx.passes.graph import is_region, memory_of, share_copy
 from lora_fx.passes.merge import KEPT_IN_FP32
 from lora_fx.runtime import AdapterModule
 
@@ -38,6 +38,8 @@ __all__ = [
     "unwrapped",
 ]
 
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _DENSE_INSTEAD = (
     "export a dense model instead: lora_fx.merge(model, dtype=torch.float32) makes one of a rewritten "
@@ -381,18 +383,11 @@ class Casts:
         """A frozen parameter of ``dtype`` with the values of ``parameter``."""
         if parameter.dtype == dtype:
             return parameter
-        key = (_memory(parameter), dtype)
+        key = (memory_of(parameter), parameter.dtype, dtype)
         if key not in self._made:
             cast = nn.Parameter(self.keep(parameter.detach().to(dtype)), requires_grad=False)
             self._made[key] = parameter, cast
         return self._made[key][1]
-
-
-def _memory(tensor: Tensor) -> Hashable:
-    # A subclass (a quantized weight) or an empty tensor may have no address.
-    if type(tensor) is not nn.Parameter or tensor.data_ptr() == 0:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def exportable_twin(
@@ -507,9 +502,6 @@ class _Computed(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.value
-
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def cast_model(

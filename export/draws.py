@@ -9,6 +9,7 @@ are used, in other rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -44,17 +45,19 @@ def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iter
         yield Case(inputs, expected, _admitted(names, inputs, expected), draw.note)
 
 
+@dataclass
 class _Draw:
     """Fresh inputs of the shapes that PyTorch takes, with what it makes of them."""
 
-    def __init__(self, model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> None:
-        self.model = model
-        self.trace = trace
-        self.skipped = skipped
+    model: Checked
+    trace: Trace
+    skipped: dict[Sizes, str]
+
+    def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
         # By name: axes of one name have one size in the file, whether they were traced as one or not.
         self.order = {
-            name: index for index, name in enumerate(dict.fromkeys(trace.symbols.values()))
+            name: index for index, name in enumerate(dict.fromkeys(self.trace.symbols.values()))
         }
         self.kept: list[str] = []  # inputs whose values are the example's
         self.note = ""

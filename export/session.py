@@ -48,6 +48,7 @@ class _Graph:
     options: Any
 
 
+@dataclass(eq=False)
 class StaticRunner:
     """Runs a session from buffers, one run at a time.
 
@@ -60,21 +61,14 @@ class StaticRunner:
         device: Where the session runs.
     """
 
-    def __init__(
-        self,
-        runtime: Any,
-        session: Any,
-        outputs: Sequence[ort.Port],
-        manifest: Manifest | None,
-        max_rank: int,
-        device: torch.device,
-    ) -> None:
-        self._runtime = runtime
-        self._session = session
-        self._outputs = tuple(outputs)
-        self._sites = manifest.sites if manifest else ()
-        self._max_rank = max_rank
-        self._device = device
+    runtime: Any
+    session: Any
+    outputs: Sequence[ort.Port]
+    manifest: Manifest | None
+    max_rank: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._graphs: dict[tuple[tuple[str, tuple[int, ...]], ...], _Graph] = {}
         self._loaded: HeldAdapter | None = None
@@ -106,10 +100,10 @@ class StaticRunner:
             graph = self._graph(feeds)
             for name, value in feeds.items():
                 ort.write(graph.inputs[name], ort.to_tensor(value))
-            self._session.run_with_iobinding(graph.binding, graph.options)
+            self.session.run_with_iobinding(graph.binding, graph.options)
             return [
                 self._taken(value, ort.CPU if port.name in host else device)
-                for port, value in zip(self._outputs, graph.outputs, strict=True)
+                for port, value in zip(self.outputs, graph.outputs, strict=True)
             ]
 
     def _switch(self, adapter: HeldAdapter) -> None:
@@ -117,9 +111,9 @@ class StaticRunner:
         if self._loaded is adapter:
             return
         self._loaded = None  # what an error leaves half written is written again
-        for site in self._sites:
+        for site in self.manifest.sites if self.manifest else ():
             for one in site.inputs():
-                value = filled_up(site, one, adapter.values.get(one.name), self._max_rank)
+                value = filled_up(site, one, adapter.values.get(one.name), self.max_rank)
                 if one.name not in self._factors:
                     self._factors[one.name] = self._buffer(value.shape, ort.element_of(value))
                 ort.write(self._factors[one.name], value)
@@ -144,35 +138,35 @@ class StaticRunner:
             ort.write(inputs[name], ort.to_tensor(value))
         # A first run says how large the outputs are. It must not be captured: they move.
         binding = self._bound(inputs)
-        for port in self._outputs:
-            binding.bind_output(port.name, self._device.type, self._device.index)
-        self._session.run_with_iobinding(binding, self._options(_NO_CAPTURE))
+        for port in self.outputs:
+            binding.bind_output(port.name, self.device.type, self.device.index)
+        self.session.run_with_iobinding(binding, self._options(_NO_CAPTURE))
         outputs = tuple(
             self._buffer(value.shape(), value.element_type()) for value in binding.get_outputs()
         )
         binding = self._bound(inputs)
-        for port, value in zip(self._outputs, outputs, strict=True):
+        for port, value in zip(self.outputs, outputs, strict=True):
             binding.bind_ortvalue_output(port.name, value)
         return _Graph(inputs, outputs, binding, self._options(str(number)))
 
     def _bound(self, inputs: Mapping[str, Any]) -> Any:
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for name, value in (*inputs.items(), *self._factors.items()):
             binding.bind_ortvalue_input(name, value)
         return binding
 
     def _options(self, graph: str) -> Any:
-        options = self._runtime.RunOptions()
+        options = self.runtime.RunOptions()
         options.add_run_config_entry(_GRAPH_ID, graph)
         return options
 
     def _buffer(self, shape: Sequence[int], element: Any) -> Any:
-        return ort.allocate(self._runtime, shape, element, self._device)
+        return ort.allocate(self.runtime, shape, element, self.device)
 
     def _taken(self, buffer: Any, device: torch.device) -> Any:
         """A copy that owns its memory: the next run writes into the buffer."""
-        taken = ort.allocate(self._runtime, buffer.shape(), buffer.element_type(), device)
-        if self._device.type == "cpu" or torch.cuda.is_available():
+        taken = ort.allocate(self.runtime, buffer.shape(), buffer.element_type(), device)
+        if self.device.type == "cpu" or torch.cuda.is_available():
             value = ort.to_tensor(buffer)
         else:
             value = torch.from_numpy(buffer.numpy())

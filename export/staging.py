@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -323,6 +324,7 @@ def write(
 _ALLOWANCE_BYTES = 256 * 1024**2
 
 
+@dataclass
 class Scratch:
     """Takes tensors out of memory.
 
@@ -331,9 +333,8 @@ class Scratch:
         allowance: Bytes that may stay in memory.
     """
 
-    def __init__(self, stage: Staging, allowance: int = _ALLOWANCE_BYTES) -> None:
-        self._stage = stage
-        self._left = allowance
+    stage: Staging
+    allowance: int = _ALLOWANCE_BYTES
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, or once the allowance is used up its values in a mapped file.
@@ -343,11 +344,11 @@ class Scratch:
         """
         if tensor.device.type != "cpu":
             return tensor
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
+        if tensor.nbytes <= self.allowance:
+            self.allowance -= tensor.nbytes
             return tensor
-        with write_errors(self._stage.target, tensor.nbytes):
-            return _mapped(tensor, self._stage.folder)
+        with write_errors(self.stage.target, tensor.nbytes):
+            return _mapped(tensor, self.stage.folder)
 
 
 def _mapped(tensor: Tensor, folder: Path) -> Tensor:
