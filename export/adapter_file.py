@@ -285,7 +285,7 @@ def save_onnx_adapter(
     elif dtype is not None:
         # A gain near 1 would lose its digits.
         values = {
-            name: value if name.endswith(".lora_gain") else value.to(DTYPES[dtype])
+            name: value if name.endswith(f".{SUFFIXES['gain']}") else value.to(DTYPES[dtype])
             for name, value in values.items()
         }
     broken = [name for name, value in values.items() if not bool(value.isfinite().all())]

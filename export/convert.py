@@ -49,12 +49,9 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def _weight_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """FQN of every parameter and buffer to all FQNs of the same tensor, itself among them."""
     names: dict[int, list[str]] = {}
-    for named in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
-        for name, tensor in named:
-            names.setdefault(id(tensor), []).append(name)
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(tensor), []).append(name)
     return {name: tuple(group) for group in names.values() for name in group}
 
 

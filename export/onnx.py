@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, ParityError, some
+from lora_fx.export.arguments import Sizes
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
@@ -87,8 +88,11 @@ _PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
 
 def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any]:
     """The fields of an ``ExportReport`` that say what is in the file and how it was checked."""
-    names_of = trace.arguments.names
-    axes = dict(zip(names_of, trace.axes, strict=True))
+
+    def by_name(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        return dict(zip(trace.arguments.names, sizes, strict=True))
+
+    axes = dict(zip(trace.arguments.names, trace.axes, strict=True))
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     return {
         "nodes": operators.total(),
@@ -111,12 +115,10 @@ def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any
         "provider": parity.provider,
         "reference": parity.reference,
         "parity": tuple(parity.rows.values()),
-        "shapes_tried": tuple(dict(zip(names_of, sizes, strict=True)) for sizes in parity.tried),
+        "shapes_tried": tuple(map(by_name, parity.tried)),
         "values_tried": parity.note,
         "shapes_skipped": {
-            ", ".join(f"{name} {list(size)}" for name, size in zip(names_of, sizes, strict=True)): (
-                reason
-            )
+            ", ".join(f"{name} {list(size)}" for name, size in by_name(sizes).items()): reason
             for sizes, reason in parity.skipped.items()
         },
         "metadata": dict(model.metadata_props),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.adapter_manifest import Manifest
+from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
 from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
 from lora_fx.export.copy import (
     DTYPES,
@@ -53,7 +53,7 @@ __all__ = ["Prepared", "over_quantized", "prepare", "prepare_swappable"]
 # of the model's own graphs. What would need the dense weight at every run, as the gain
 # ``m / ‖W + s·BA‖``, is computed here once.
 
-_MAGNITUDE, _GAIN = "lora_magnitude_vector", "lora_gain"
+_MAGNITUDE, _GAIN = "lora_magnitude_vector", SUFFIXES["gain"]
 
 
 def over_quantized(model: nn.Module) -> bool:
