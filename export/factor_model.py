@@ -57,7 +57,7 @@ __all__ = [
     "calls_of",
     "check_swappable",
     "flip",
-    "origin_of",
+    "origin_metadata",
     "random_factors",
     "replace_calls",
     "site_inputs",
@@ -69,7 +69,7 @@ __all__ = [
 _NAME = "base_model_name_or_path"
 
 
-def origin_of(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
+def origin_metadata(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
     """Metadata entries about a model: nothing of the machine that it is on.
 
     Args:

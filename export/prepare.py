@@ -30,7 +30,7 @@ from lora_fx.export.factor_model import (
     Swappable,
     base_of,
     calls_of,
-    origin_of,
+    origin_metadata,
     replace_calls,
     swappable,
     with_adapter,
@@ -264,7 +264,7 @@ def prepare(
     model = unwrapped(model)
     casts = Casts(keep)
     whole = _merged(model, keep) if merged else model
-    origin = origin_of(model, "merged" if merged else "inline")
+    origin = origin_metadata(model, "merged" if merged else "inline")
     return tuple(
         dataclasses.replace(one, origin=origin)
         for one in _prepared(whole, example_inputs, dtype, casts, task)
@@ -275,7 +275,7 @@ def _prepared(
     model: nn.Module, example_inputs: object, dtype: str | None, casts: Casts, task: str | None
 ) -> tuple[Prepared, ...]:
     """The files of a model without adapters."""
-    twin, origin = exportable_twin(model, dtype, casts), origin_of(model)
+    twin, origin = exportable_twin(model, dtype, casts), origin_metadata(model)
     arguments = Arguments.of(twin, example_inputs)
     if dtype is not None:
         arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
