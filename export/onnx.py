@@ -8,37 +8,236 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
+import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ExportError
-from lora_fx.export.adapters import over_quantized
-from lora_fx.export.build import Options, Stages, build
-from lora_fx.export.copy import DTYPES, unwrapped
-from lora_fx.export.prepare import prepare, prepare_swappable
+from lora_fx.errors import ExportError, ParityError, some
+from lora_fx.export.arguments import Sizes
+from lora_fx.export.convert import ConversionError, convert, torch_export_context
+from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
+from lora_fx.export.failures import headline
+from lora_fx.export.prepare import Prepared, over_quantized, prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
-from lora_fx.export.staging import EXTERNAL_DATA_BYTES, SHARD_BYTES, Scratch, check_target, staging
+from lora_fx.export.staging import (
+    EXTERNAL_DATA_BYTES,
+    SHARD_BYTES,
+    Scratch,
+    Staging,
+    check_target,
+    staging,
+    write,
+)
 from lora_fx.export.tasks import find_task
+from lora_fx.export.trace import Trace, trace
+from lora_fx.export.verify import Parity, PrecisionError
+from lora_fx.export.verify import verify as verify_file
 from lora_fx.files import output_file
 from lora_fx.ir import record_of
 from lora_fx.passes.capture import ONE_AT_A_TIME
 from lora_fx.passes.parameters import check_intact
 from lora_fx.runtime import without_autocast
 
-__all__ = [
-    "export_onnx",
-    "refuse_nan",
-    "without_ambient_autocast",
-]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["export_onnx", "node_count"]
+
+
+_log = logging.getLogger("lora_fx")
+
+
+class _Stages:
+    """One stage is open at a time.
+
+    Attributes:
+        seconds: Wall-clock seconds of each stage, in order; one that came twice has both.
+    """
+
+    def __init__(self, progress: Callable[[str], None] | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._open: tuple[str, float] | None = None
+
+    def start(self, stage: str) -> None:
+        """End the open stage and begin another."""
+        self.stop()
+        self._open = (stage, time.perf_counter())
+        _log.info("export: %s", stage)
+        if self._progress is not None:
+            self._progress(stage)
+
+    def stop(self) -> None:
+        """End the open stage."""
+        if self._open is not None:
+            stage, began = self._open
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+            self._open = None
+
+
+_PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+
+
+def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any]:
+    """The fields of an ``ExportReport`` that say what is in the file and how it was checked."""
+
+    def by_name(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        return dict(zip(trace.arguments.names, sizes, strict=True))
+
+    axes = dict(zip(trace.arguments.names, trace.axes, strict=True))
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
+    return {
+        "nodes": operators.total(),
+        "operators": dict(operators.most_common()),
+        "initializers": len(model.graph.initializers),
+        "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
+        "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},
+        "dynamic_axes": trace.dynamic_axes(),
+        "axis_limits": trace.axis_limits(),
+        "fixed_axes": {
+            f"{name}[{index}]": axis.reason
+            for name, row in axes.items()
+            for index, axis in enumerate(row)
+            if axis.name is None
+        },
+        "baked_arguments": dict(trace.arguments.baked),
+        "finite": trace.finite,
+        "verified": not parity.reason,
+        "unverified_reason": parity.reason,
+        "provider": parity.provider,
+        "reference": parity.reference,
+        "parity": tuple(parity.rows.values()),
+        "shapes_tried": tuple(map(by_name, parity.tried)),
+        "values_tried": parity.note,
+        "shapes_skipped": {
+            ", ".join(f"{name} {list(size)}" for name, size in by_name(sizes).items()): reason
+            for sizes, reason in parity.skipped.items()
+        },
+        "metadata": dict(model.metadata_props),
+        "versions": _versions(),
+    }
+
+
+def node_count(path: Path) -> int:
+    """How many nodes a file has, those inside of others included."""
+    import onnx_ir as ir
+
+    return sum(1 for _ in ir.load(path).graph.all_nodes())
+
+
+def _axes_of(value: ir.Value) -> tuple[int | str, ...]:
+    shape = () if value.shape is None else value.shape
+    return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in shape)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+_DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
+_BF16_OPSET = 22, "the first in which convolutions and pooling take bf16"
+
+
+def _build(
+    prepared: Prepared,
+    stage: Staging,
+    dynamic_shapes: object = None,
+    *,
+    opset: int | None,
+    verify: bool,
+    external_data_bytes: int,
+    shard_bytes: int,
+    keep: Callable[[Tensor], Tensor],
+    clock: _Stages,
+) -> ExportReport:
+    """Write the file of a model into its staging folder.
+
+    Args:
+        prepared: The model.
+        stage: Where to. It is not moved into place.
+        dynamic_shapes: The user's; None for the task's, or for every axis that can be dynamic.
+        opset: ONNX opset; None for that of the dtype.
+        verify: Whether to compare the file with PyTorch.
+        external_data_bytes: Bytes of weights from which they go into files of their own.
+        shard_bytes: Bytes of one such file.
+        keep: Takes each weight that is created, see ``Scratch.keep``.
+        clock: What says and times the stages.
+
+    Returns:
+        The report of this file, without the stages and what the whole export knows.
+
+    Raises:
+        ParityError: The file computes something else.
+        ExportError: The model cannot be captured or converted, or the disk is full.
+    """
+    why = "asked for"
+    if opset is None:
+        opset, why = _BF16_OPSET if prepared.dtype == "bf16" else _DEFAULT_OPSET
+    failures: list[str] = []
+    original, prepared = prepared, prepared.to_trace(keep)
+    traced = _traced(prepared, dynamic_shapes, failures, 0)
+    while True:
+        assert traced is not None
+        try:
+            clock.start("converting to ONNX")
+            program = convert(traced, prepared, opset)
+            clock.start("writing the file")
+            files = write(program, stage, external_data_bytes, shard_bytes)
+            parity = Parity(reason="verify=False")
+            if verify:
+                clock.start("comparing with PyTorch in ONNX Runtime")
+                large = stage.has_data()
+                parity = verify_file(original, traced, stage.model, keep, large=large)
+            break
+        except PrecisionError:
+            raise
+        except (ConversionError, ParityError) as error:
+            # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
+            failures.append(f"{traced.description}: {headline(error)}")
+            stage.discard()
+            clock.start("capturing the model with fewer dynamic axes")
+            traced = _traced(prepared, dynamic_shapes, failures, traced.attempt + 1)
+            if traced is None:
+                raise
+            _log.warning("export with fewer dynamic axes: %s", failures[-1])
+    return ExportReport(
+        path=str(stage.target),
+        files=files,
+        opset=opset,
+        opset_reason=why,
+        dtype=prepared.dtype,
+        quantized=stored_formats(prepared.model.model, program.graph.initializers),
+        seconds={},
+        swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
+        **_graph_facts(traced, program, parity),
+    )
+
+
+def _traced(
+    prepared: Prepared, dynamic_shapes: object, failures: list[str], attempt: int
+) -> Trace | None:
+    task = dynamic_shapes is None and prepared.dynamic_shapes is not None
+    wanted = prepared.dynamic_shapes if task else dynamic_shapes
+    with torch_export_context():
+        return trace(prepared.model, prepared.arguments, wanted, failures, attempt, task=task)
 
 
 @contextlib.contextmanager
-def without_ambient_autocast(model: nn.Module) -> Iterator[None]:
+def _without_ambient_autocast(model: nn.Module) -> Iterator[None]:
     """Autocast off wherever the model is: it would be traced, and the dtype of a file is an argument.
 
     Autocast that the model enters by itself stays as it is.
@@ -52,10 +251,9 @@ def without_ambient_autocast(model: nn.Module) -> Iterator[None]:
 
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 24  # elements that are looked at at once
 
 
-def refuse_nan(model: nn.Module) -> None:
+def _refuse_nan(model: nn.Module) -> None:
     """Refuse a model with parameters or buffers that are not numbers: every output would be equal to them.
 
     Infinite values pass: masks are filled with them.
@@ -66,9 +264,8 @@ def refuse_nan(model: nn.Module) -> None:
     named = (*model.named_parameters(), *model.named_buffers())
     broken = [name for name, value in named if _has_nan(value)]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ExportError(
-            f"{', '.join(broken[:5])}{more} of {type(model).__name__} hold NaN: the training diverged, or "
+            f"{some(broken)} of {type(model).__name__} hold NaN: the training diverged, or "
             "the weights were not loaded"
         )
 
@@ -76,18 +273,9 @@ def refuse_nan(model: nn.Module) -> None:
 @torch.no_grad()
 def _has_nan(value: Tensor) -> bool:
     plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
-    if not plain or value.is_meta or value.dtype not in _DTYPES:
+    if not plain or value.is_meta or value.dtype not in _DTYPES or not value.numel():
         return False
-    return any(bool(part.isnan().any()) for part in _parts(value))
-
-
-def _parts(value: Tensor) -> Iterator[Tensor]:
-    """Views of a tensor, none of them large where it has rows."""
-    if value.dim() == 0 or value.numel() <= _CHUNK:
-        yield value
-        return
-    rows = max(1, _CHUNK * value.shape[0] // value.numel())
-    yield from torch.split(value, rows)
+    return bool(value.amax().isnan())  # NaN is the largest of all
 
 
 _OPSETS = (18, 19, 20, 21, 22, 24)
@@ -130,7 +318,7 @@ def export_onnx(
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
         adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. "inline"
-            to keep those that are active in the file, as products of their own beside the operations.
+            to keep those that are active in the file, as products of their own.
             "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
             every place where one of the model's is (for a model without adapters: at every linear
             operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
@@ -150,7 +338,7 @@ def export_onnx(
         force: Replace an existing file.
         progress: Called with the name of each stage as it begins.
         external_data_bytes: Bytes of weights from which they are written to files of their
-            own, beside ``path``: 256 MiB by default.
+            own, next to ``path``: 256 MiB by default.
         shard_bytes: Bytes of one such file: 4 GB by default.
 
     Returns:
@@ -184,13 +372,21 @@ def export_onnx(
     target = output_file(path, (".onnx",))
     check_target(target, force=force)
     _require_packages()
-    clock = Stages(progress)
+    clock = _Stages(progress)
 
-    with ONE_AT_A_TIME, without_ambient_autocast(model), staging(target) as stage:
+    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(target) as stage:
         keep = Scratch(stage).keep
-        options = Options(opset, verify, external_data_bytes, shard_bytes, keep, clock)
+        build = partial(
+            _build,
+            opset=opset,
+            verify=verify,
+            external_data_bytes=external_data_bytes,
+            shard_bytes=shard_bytes,
+            keep=keep,
+            clock=clock,
+        )
         clock.start("capturing the model")
-        refuse_nan(model)
+        _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
         preparing = (
@@ -202,10 +398,10 @@ def export_onnx(
         encoder: ExportReport | None = None
         for prepared in beside:
             place = stage.companion(prepared.name)
-            encoder = build(prepared, place, options)
-            main = main.beside(prepared.name, place.target.name)
+            encoder = build(prepared, place)
+            main = main.with_companion(prepared.name, place.target.name)
             clock.start("capturing the model")
-        report = build(main, stage, options, dynamic_shapes)
+        report = build(main, stage, dynamic_shapes)
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()

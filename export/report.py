@@ -120,7 +120,7 @@ class ExportReport:
         metadata: What the file says of itself: version, base model, adapters and their configurations.
         versions: Version of each package that had a part in it.
         task: What it was exported for, None if as the model is called.
-        encoder: Of the file with the encoder, which has to stay beside this one; None if there is
+        encoder: Of the file with the encoder, which has to stay in the same folder; None if there is
             none.
         swappable: Sites that take an adapter when the file is run; none if adapters were merged.
         opset_reason: Why the file has its opset.

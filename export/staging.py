@@ -1,8 +1,9 @@
-"""Memory for the weights that an export makes anew: merged ones, and those of another precision.
+"""The folder in which an export is written, and memory for the weights that it creates.
 
-A model that fills the machine's memory leaves no room for a second one. So what goes beyond a small
-allowance is kept in files in the staging folder, mapped into memory: the system writes them out when
-memory runs short and reads them back when they are used.
+These are merged weights and those of another precision. A model that fills the machine's memory leaves no
+room for a second one. So what goes beyond a small allowance is kept in files in the staging folder,
+mapped into memory: the system writes them out when memory runs short and reads them back when they are
+used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "ALLOWANCE_BYTES",
     "EXTERNAL_DATA_BYTES",
     "SHARD_BYTES",
     "Scratch",
@@ -72,7 +73,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def abandoned(folder: Path) -> bool:
-    """Whether nobody holds the lock of ``folder`` any more. One without a lock is not known."""
+    """Whether the process that held the lock of ``folder`` is gone; False for one without a lock."""
     if _locks is None:
         return False
     try:
@@ -89,7 +90,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class Staging:
-    """A temporary folder beside ``target`` in which its successor is written.
+    """A temporary folder next to ``target``, in which the new file is written.
 
     Attributes:
         target: Where the model file goes.
@@ -110,7 +111,7 @@ class Staging:
         self.companions: list[Staging] = []
 
     def companion(self, name: str) -> Staging:
-        """A further model file that belongs to this one, ``STEM.xxxxxxxx.NAME.onnx`` beside it."""
+        """A further model file that belongs to this one: ``STEM.xxxxxxxx.NAME.onnx`` in the same folder."""
         file = f"{self.target.stem}.{secrets.token_hex(4)}.{name}{self.target.suffix}"
         staged = Staging(self.target.with_name(file), self.folder)
         self.companions.append(staged)
@@ -131,12 +132,12 @@ class Staging:
         return any(file.suffix == self.data.suffix for file in self.belonging())
 
     def discard(self) -> None:
-        """Delete what was written of this model, so that it can be written anew."""
+        """Delete what was written of this model, so that it can be written again."""
         for file in self.written():
             file.unlink(missing_ok=True)
 
     def commit(self, *, force: bool) -> None:
-        """Move what was written into place and delete the files beside it that it replaces.
+        """Move what was written into place and delete the files that it replaces.
 
         Raises:
             ExportError: The target came into being meanwhile, or cannot be written.
@@ -195,7 +196,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Staging]:
-    """A folder beside ``target`` that is gone afterwards, whatever happens.
+    """A folder next to ``target``, which is deleted afterwards in any case.
 
     Raises:
         ExportError: The folder of the target cannot be made or written to.
@@ -265,7 +266,7 @@ def _flush_folder(path: Path) -> None:
 
 
 # Bytes of weights from which they go into a file of their own. A model file with weights inside is
-# put together in memory, twice over; weights beside it are written one by one.
+# put together in memory, twice over; weights in files of their own are written one by one.
 EXTERNAL_DATA_BYTES = 256 * 1024**2
 
 # Bytes of one file of weights: what every file system and download takes.
@@ -276,10 +277,7 @@ _PAGE = 65536  # of every system: weights on page boundaries can be mapped into 
 
 
 def write(
-    model: ir.Model,
-    stage: Staging,
-    limit: int = EXTERNAL_DATA_BYTES,
-    shard: int = SHARD_BYTES,
+    model: ir.Model, stage: Staging, limit: int = EXTERNAL_DATA_BYTES, shard: int = SHARD_BYTES
 ) -> dict[str, int]:
     """Write the files of a model.
 
@@ -323,9 +321,10 @@ def write(
         return {file.name: file.stat().st_size for file in stage.written()}
 
 
-ALLOWANCE_BYTES = 256 * 1024**2
+_ALLOWANCE_BYTES = 256 * 1024**2
 
 
+@dataclass
 class Scratch:
     """Takes tensors out of memory.
 
@@ -334,9 +333,8 @@ class Scratch:
         allowance: Bytes that may stay in memory.
     """
 
-    def __init__(self, stage: Staging, allowance: int = ALLOWANCE_BYTES) -> None:
-        self._stage = stage
-        self._left = allowance
+    stage: Staging
+    allowance: int = _ALLOWANCE_BYTES
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, or once the allowance is used up its values in a mapped file.
@@ -346,11 +344,11 @@ class Scratch:
         """
         if tensor.device.type != "cpu":
             return tensor
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
+        if tensor.nbytes <= self.allowance:
+            self.allowance -= tensor.nbytes
             return tensor
-        with write_errors(self._stage.target, tensor.nbytes):
-            return _mapped(tensor, self._stage.folder)
+        with write_errors(self.stage.target, tensor.nbytes):
+            return _mapped(tensor, self.stage.folder)
 
 
 def _mapped(tensor: Tensor, folder: Path) -> Tensor:

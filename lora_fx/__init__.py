@@ -71,7 +71,7 @@ from lora_fx.passes.oracle import CheckReport, check
 from lora_fx.passes.patterns import register_pattern
 
 if _TYPE_CHECKING:
-    from lora_fx.export.adapters import save_onnx_adapter
+    from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.tools.draw import visualize
@@ -134,9 +134,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "OnnxSession": "lora_fx.export.session.onnx_session",
+    "OnnxSession": "lora_fx.export.session",
     "export_onnx": "lora_fx.export.onnx",
-    "save_onnx_adapter": "lora_fx.export.adapters.file",
+    "save_onnx_adapter": "lora_fx.export.adapter_file",
     "visualize": "lora_fx.tools.draw.drawing",
 }
 

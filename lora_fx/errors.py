@@ -7,7 +7,7 @@ things: what was found, where (a fully qualified name), and what to do about it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CaptureError",
@@ -23,6 +23,7 @@ __all__ = [
     "ProviderError",
     "QuantizationError",
     "hint",
+    "some",
 ]
 
 
@@ -47,6 +48,13 @@ def hint(
     """
     near = difflib.get_close_matches(str(name), list(known), count, cutoff)
     return form.format(between.join(near)) if near else ""
+
+
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """The first names for an error, and how many more there are."""
+    joint = " " if between == ", " else between
+    more = f"{joint}and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 class LoraFxError(Exception):

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torch import nn
 
-from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError
+from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError, some
 
 __all__ = [
     "WeightFiles",
@@ -147,9 +147,9 @@ class WeightFiles:
         ]
         if missing or unexpected or other:
             words = [
-                *([f"without {_some(missing)}"] if missing else []),
+                *([f"without {some(missing, 3)}"] if missing else []),
                 *(
-                    [f"with {_some(unexpected)}, which the model does not have"]
+                    [f"with {some(unexpected, 3)}, which the model does not have"]
                     if unexpected
                     else []
                 ),
@@ -226,7 +226,3 @@ def _listed(path: Path) -> dict[Path, list[str]]:
             f"{index} is no index of shards ({error!r}); copy it again"
         ) from error
     return result
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fx.errors import CaptureError, ConfigError, MergeError
+from lora_fx.errors import CaptureError, ConfigError, MergeError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, require_record
 from lora_fx.kinds import Slot, kind_of
-from lora_fx.passes.capture import run_once
+from lora_fx.passes.capture import relative_difference, run_once
 from lora_fx.passes.graph import is_lazy, share_copy
 from lora_fx.passes.merge import delta_weight, merge
 from lora_fx.passes.parameters import factor_names, factors_of, inside, rows_name, tokens_of
@@ -88,7 +88,7 @@ class CheckReport:
             ("got no gradient", self.no_gradient),
             ("had no effect", self.no_effect),
         ):
-            lines += [f"{words}: {_listed(names)}"] if names else []
+            lines += [f"{words}: {some(names, 6)}"] if names else []
         return "\n".join(lines)
 
 
@@ -152,7 +152,7 @@ def check_rewritten(model: nn.Module, example_inputs: Any) -> None:
         return
     for words, names in (("did not run", report.not_run), ("had no effect", report.no_effect)):
         if names:
-            _log.info("adapters that %s on the example inputs: %s", words, _listed(names))
+            _log.info("adapters that %s on the example inputs: %s", words, some(names, 6))
 
 
 def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckReport:
@@ -174,7 +174,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     with torch.enable_grad(), watch.reading(adapted) as read, choices.replayed():
         found = _floats(run_once(adapted, example_inputs))
     tolerance = _tolerance(adapted, expected)
-    error = _difference(found, expected)
+    error = relative_difference(found, expected)
     if not error <= tolerance:
         with torch.no_grad():
             error, tolerance = _look_again(
@@ -337,11 +337,11 @@ def _look_again(
         CaptureError: If the outputs are not those of the dense weights.
     """
     found, expected = outputs
-    error = _difference(found, expected)
+    error = relative_difference(found, expected)
     choices = _Choices()
     with choices:
         again = _floats(run_once(dense, example_inputs))
-    if _difference(again, expected) > tolerance:
+    if relative_difference(again, expected) > tolerance:
         raise _CannotTell("two runs of it on the same inputs give different outputs")
     for parameter in dense.parameters():
         if parameter.is_floating_point() and quantization_of(parameter) is None:
@@ -350,12 +350,12 @@ def _look_again(
             # Not in place: the memory is the user's.
             parameter.data = parameter.data * (1 + step)
     with choices.replayed():
-        rounded = _difference(_floats(run_once(dense, example_inputs)), expected)
+        rounded = relative_difference(_floats(run_once(dense, example_inputs)), expected)
     tolerance = max(tolerance, 30 * rounded)
     if error <= tolerance:
         return error, tolerance
     blamed = _blamed(adapted, start, example_inputs, tolerance)
-    where = f" with an adapter on {_listed(blamed)}" if blamed else ""
+    where = f" with an adapter on {some(blamed, 6)}" if blamed else ""
     raise CaptureError(
         f"the adapted model does not compute what its dense weights W + s · BA compute{where}: relative "
         f"difference {error:.3g} on the example inputs. Some code uses these weights past the adapter: leave "
@@ -386,7 +386,7 @@ def _blamed(
             expected = _floats(run_once(merge(adapted)[0], example_inputs))
         with choices.replayed():
             outputs = _floats(run_once(adapted, example_inputs))
-        if not _difference(outputs, expected) <= tolerance / 10:
+        if not relative_difference(outputs, expected) <= tolerance / 10:
             found.append(alone[0])
     return found
 
@@ -397,23 +397,6 @@ def _tolerance(model: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
     worst = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     quantized = any(quantization_of(parameter) is not None for parameter in model.parameters())
     return max(worst, _QUANTIZED) if quantized else worst
-
-
-def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    if [one.shape for one in found] != [one.shape for one in expected]:
-        return math.inf
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if not a.numel():
-            continue
-        a, b = a.detach().double(), b.detach().double().to(a.device)
-        same = (a == b) | (a.isnan() & b.isnan())  # masks are infinite in both
-        a, b = torch.where(same, 0, a), torch.where(same, 0, b)
-        scale = torch.where(b.isfinite(), b, 0).abs().max()
-        largest = float((a - b).abs().max())
-        if largest:
-            worst = max(worst, largest / max(float(scale), 1e-30))
-    return math.inf if math.isnan(worst) else worst
 
 
 def _floats(output: Any) -> list[torch.Tensor]:
@@ -440,11 +423,6 @@ def _floats(output: Any) -> list[torch.Tensor]:
 
     visit(output, 0)
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:6])
-    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
 class _Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.adapters.adapter_status import status
 from lora_fx.adapters.initialization import initialize, restart
-from lora_fx.adapters.loftq import replace_lora_weights_loftq
 from lora_fx.adapters.manage import (
     active_adapters,
     adapter_ids,
@@ -16,10 +14,16 @@ from lora_fx.adapters.manage import (
     note_start,
     put_adapter,
     set_adapter,
+    status,
     the_adapter,
 )
 from lora_fx.adapters.optim import correct_gradients, parameter_groups
-from lora_fx.adapters.quantized_base import plan_quantization, prepare_for_kbit_training, quantize
+from lora_fx.adapters.quantized_base import (
+    plan_quantization,
+    prepare_for_kbit_training,
+    quantize,
+    replace_lora_weights_loftq,
+)
 from lora_fx.adapters.settings import (
     WRAPPER,
     Layout,

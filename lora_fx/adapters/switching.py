@@ -13,8 +13,8 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import (
+    ActiveAdapters,
     Capture,
-    Choice,
     PlannedSite,
     PlannedTokens,
     Record,
@@ -156,7 +156,7 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
     _assign(model, wanted)
 
 
-def leave(model: nn.Module, block: Choice) -> None:
+def leave(model: nn.Module, block: ActiveAdapters) -> None:
     """Lets a block count no longer, also where what counted before cannot be had any more.
 
     Raises:
@@ -173,13 +173,13 @@ def leave(model: nn.Module, block: Choice) -> None:
         raise
 
 
-def wanted_of(record: Record) -> Choice:
+def wanted_of(record: Record) -> ActiveAdapters:
     """What a model is to run with: the base if some block disables adapters, else what the innermost says.
 
     Graphs that have a branch for each adapter that samples name serve them as they are.
     """
     if any(not block.ids for block in record.blocks):
-        return Choice()
+        return ActiveAdapters()
     wanted = record.choice
     for block in record.blocks:
         served = wanted.per_sample and set(block.names) <= set(wanted.names)
@@ -187,7 +187,7 @@ def wanted_of(record: Record) -> Choice:
     return wanted
 
 
-def _assign(model: nn.Module, wanted: Choice) -> None:
+def _assign(model: nn.Module, wanted: ActiveAdapters) -> None:
     """Says which sample of a batch has which adapter, or that nobody has said."""
     ids, rows = wanted.ids, {}
     for name in dict.fromkeys(one for one in ids if one is not None):
@@ -196,7 +196,7 @@ def _assign(model: nn.Module, wanted: Choice) -> None:
         holder.assign(len(ids), rows, wanted.repeats)
 
 
-def _edit(model: nn.Module, record: Record, wanted: Choice) -> None:
+def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
     check_intact(model, require_record(model))
     names, per_sample = wanted.names, wanted.per_sample

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
-from lora_fx.checkpoint.forms import Dense, gathered
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
-from lora_fx.checkpoint.keys import Slot
+from lora_fx.checkpoint.keys import Dense, Slot, gathered
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start, the_adapter
 from lora_fx.checkpoint.folder import load_adapter
-from lora_fx.checkpoint.forms import write
+from lora_fx.checkpoint.keys import write
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, require_record
 from lora_fx.kinds import kind_of

@@ -23,27 +23,23 @@ one of more dimensions than PEFT reads, ``P.<name>_lora.lora_A.weight``; the wei
 ``lora_A.weight``. Parts of a weight (``attn.q``) have such names, too, until
 :mod:`lora_fx.checkpoint.joined` makes one adapter of them. All of these are read as well where PEFT has
 another name: lora_fx wrote them once.
+
+A form is how a tensor is stored where that differs from the model: its stored shape and the conversions both
+ways. What is stored in it and does not fit a model is refused in words that follow the name of a key: "is
+dense, ...".
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lora_fx.adapters import WRAPPER, Layout
-from lora_fx.checkpoint.forms import (
-    PLAIN,
-    Dense,
-    Form,
-    StackedDown,
-    StackedUp,
-    Transposed,
-    for_file,
-    gathered,
-)
+from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import (
@@ -57,7 +53,212 @@ from lora_fx.passes.parameters import (
 )
 from lora_fx.passes.patterns import pattern_of
 
-__all__ = ["PREFIX", "Slot", "base_name", "slots_of"]
+__all__ = [
+    "PLAIN",
+    "PREFIX",
+    "Dense",
+    "Form",
+    "Slot",
+    "StackedDown",
+    "StackedUp",
+    "Transposed",
+    "base_name",
+    "gathered",
+    "slots_of",
+    "write",
+]
+
+
+def _for_file(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers on the CPU, contiguous, with storage of their own."""
+    return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this."""
+    found: Any = tensor.detach()
+    whole: torch.Tensor = found.full_tensor() if _is_sharded(found) else found
+    return whole
+
+
+def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded."""
+    if _is_sharded(tensor):
+        # The package loads with the first DTensor, not with lora_fx.
+        from torch.distributed.tensor import distribute_tensor
+
+        place: Any = tensor
+        value = value.to(tensor.device, tensor.dtype)
+        # Every rank has read the same file: nothing has to be sent.
+        value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+_Shape = tuple[int, ...]
+
+
+class Form(Protocol):
+    """One way of storing a tensor."""
+
+    def stored(self, shape: _Shape) -> _Shape:
+        """The stored shape of a tensor that has this shape in the model."""
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """What is stored; perhaps a view of ``value``."""
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """What was stored, as the model has it; perhaps a view.
+
+        Raises:
+            CheckpointError: If no tensor of the model's form holds it, with the reason.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plain:
+    """As it is."""
+
+    def stored(self, shape: _Shape) -> _Shape:
+        """See :class:`Form`."""
+        return shape
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return value
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return stored
+
+
+PLAIN = _Plain()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transposed:
+    """The other way round: the factors of a head are those of the embedding that it is tied to."""
+
+    def stored(self, shape: _Shape) -> _Shape:
+        """See :class:`Form`."""
+        return shape[::-1]
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return value.T
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return stored.T
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dense:
+    """The A of a grouped convolution, [r, in/g, *k], stored as PEFT trains it: [r, in, *k].
+
+    Attributes:
+        groups: g. The rows of group i see the channels of group i; the rest is zero.
+    """
+
+    groups: int
+
+    def stored(self, shape: _Shape) -> _Shape:
+        """See :class:`Form`."""
+        return (shape[0], shape[1] * self.groups, *shape[2:])
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        dense = value.new_zeros(self.stored(tuple(value.shape)))
+        for rows, channels in self._blocks(dense):
+            dense[rows, channels] = value[rows]
+        return dense
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        rest = stored.clone()
+        parts = []
+        for rows, channels in self._blocks(stored):
+            parts.append(stored[rows, channels])
+            rest[rows, channels] = 0
+        if rest.any():
+            raise CheckpointError(
+                "is dense, as PEFT trains it, and so reads channels that a convolution with "
+                f"{self.groups} groups does not: no weight of that shape holds the sum. Train it with "
+                "lora_fx, or leave this module out"
+            )
+        return torch.cat(parts)
+
+    def _blocks(self, dense: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+        rows, channels = (size // self.groups for size in dense.shape[:2])
+        for group in range(self.groups):
+            yield (
+                slice(group * rows, (group + 1) * rows),
+                slice(group * channels, (group + 1) * channels),
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackedDown:
+    """What comes first of the factors of several experts, [E, r, n], stored as [E·r, n]: PEFT's A.
+
+    Attributes:
+        experts: E.
+        transposed: Whether the model has [E, n, r]: what is A to PEFT, which goes by the order of the
+            weight's dimensions, is B in an operation that reads them the other way round.
+    """
+
+    experts: int
+    transposed: bool = False
+
+    def stored(self, shape: _Shape) -> _Shape:
+        """See :class:`Form`."""
+        experts, rank, size = _turned(shape) if self.transposed else shape
+        return (experts * rank, size)
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return (value.mT if self.transposed else value).flatten(0, 1)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        value = stored.reshape(self.experts, -1, stored.shape[1])
+        return value.mT if self.transposed else value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackedUp:
+    """What comes second, [E, n, r], stored as [n, r·E] with the expert fastest: PEFT's B.
+
+    Attributes:
+        experts: E.
+        transposed: Whether the model has [E, r, n]; see :class:`StackedDown`.
+    """
+
+    experts: int
+    transposed: bool = False
+
+    def stored(self, shape: _Shape) -> _Shape:
+        """See :class:`Form`."""
+        experts, size, rank = _turned(shape) if self.transposed else shape
+        return (size, rank * experts)
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return (value.mT if self.transposed else value).permute(1, 2, 0).flatten(1, 2)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        value = stored.reshape(len(stored), -1, self.experts).permute(2, 0, 1)
+        return value.mT if self.transposed else value
+
+
+def _turned(shape: _Shape) -> _Shape:
+    return (*shape[:-2], shape[-1], shape[-2])
+
 
 PREFIX = "base_model.model."
 """What PEFT writes before every key."""
@@ -90,7 +291,7 @@ class Slot:
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
-        return for_file(self.form.encode(gathered(self.tensor)))
+        return _for_file(self.form.encode(gathered(self.tensor)))
 
 
 def slots_of(

@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters import adapter_record, restart
-from lora_fx.checkpoint.forms import gathered
-from lora_fx.checkpoint.keys import Slot
+from lora_fx.checkpoint.keys import Slot, gathered
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join

@@ -14,9 +14,9 @@ from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.quantization import Quantization
 from lora_fx.ir.record import (
+    ActiveAdapters,
     AdapterRecord,
     Base,
-    Choice,
     Record,
     freeze,
     record_of,
@@ -41,6 +41,7 @@ from lora_fx.ir.site import (
 
 __all__ = [
     "META_KEY",
+    "ActiveAdapters",
     "AdapterRecord",
     "Base",
     "BranchBuilder",
@@ -48,7 +49,6 @@ __all__ = [
     "BranchReader",
     "Call",
     "Capture",
-    "Choice",
     "Factors",
     "FusedBranch",
     "Kind",

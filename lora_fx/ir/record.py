@@ -18,9 +18,9 @@ from lora_fx.ir.plan import PlannedSite, PlannedTokens
 from lora_fx.ir.site import Matches
 
 __all__ = [
+    "ActiveAdapters",
     "AdapterRecord",
     "Base",
-    "Choice",
     "Record",
     "freeze",
     "record_of",
@@ -214,7 +214,7 @@ class Base:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Choice:
+class ActiveAdapters:
     """Which adapters a model is to run with. Two are the same only if they are one object.
 
     Attributes:
@@ -263,14 +263,14 @@ class Record:
     originals: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     per_sample: bool = False
     optimize: bool = True
-    chosen: Choice | None = None
-    blocks: tuple[Choice, ...] = ()
+    chosen: ActiveAdapters | None = None
+    blocks: tuple[ActiveAdapters, ...] = ()
     by_hand: frozenset[str] = frozenset()
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> ActiveAdapters:
         """What counts outside of all ``with`` blocks."""
-        return self.chosen or Choice(self.active, self.per_sample)
+        return self.chosen or ActiveAdapters(self.active, self.per_sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         return self._outside()

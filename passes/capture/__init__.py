@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from lora_fx.passes.capture.auto import Frontend, capture
-from lora_fx.passes.capture.check import Count, count_weights, run_once, run_reference
+from lora_fx.passes.capture.check import (
+    Count,
+    count_weights,
+    largest_difference,
+    relative_difference,
+    run_once,
+    run_reference,
+)
 from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.capture.lock import ONE_AT_A_TIME
@@ -19,7 +26,9 @@ __all__ = [
     "capture",
     "count_weights",
     "holds_quantized",
+    "largest_difference",
     "normalize",
+    "relative_difference",
     "run_once",
     "run_reference",
     "synthesise",

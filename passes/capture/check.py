@@ -6,7 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ __all__ = [
     "check_unchanged",
     "count_weights",
     "goes_past",
+    "largest_difference",
+    "relative_difference",
     "run_once",
     "run_reference",
     "watch_reference",
@@ -387,16 +390,39 @@ def _difference(reference: Any, found: Any) -> float:
     right, right_spec = pytree.tree_flatten(found)
     if left_spec != right_spec:
         raise CaptureError(f"the captured model returns {right_spec}, the original {left_spec}")
-    worst = 0.0
+    pairs = []
     for a, b in zip(left, right, strict=True):
         if not isinstance(a, torch.Tensor) or a.device.type == "meta":
             continue
-        if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-            return float("inf")
-        if torch.equal(a, b):
-            continue
-        if not torch.equal(a.isnan(), b.isnan()):
-            return float("inf")
-        a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
-        worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
-    return worst
+        if not isinstance(b, torch.Tensor) or a.dtype != b.dtype:
+            return math.inf
+        pairs.append((b, a))
+    return relative_difference(*zip(*pairs, strict=True)) if pairs else 0.0
+
+
+def relative_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest difference, each relative to the largest value of its expected tensor.
+
+    Returns:
+        0.0 for equal values; infinity where shapes differ, or only one value is finite.
+    """
+    if [one.shape for one in found] != [one.shape for one in expected]:
+        return math.inf
+    pairs = [largest_difference(a, b) for a, b in zip(found, expected, strict=True)]
+    return max((error / max(scale, 1e-30) for error, scale in pairs), default=0.0)
+
+
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """The largest absolute difference of two tensors of one shape, and the largest finite expected value.
+
+    Equal infinities are no difference, nor is NaN in both; one that is in one of them only is infinite.
+    """
+    if not found.numel():
+        return 0.0, 0.0
+    a, b = (
+        (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one).detach().double()
+        for one in (found.to(expected.device), expected)
+    )
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    return float(apart.max()), float(torch.where(b.isfinite(), b.abs(), 0.0).max())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 from tests.export.tiny import Pair, example, generator
 
 

@@ -24,9 +24,9 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession, save_onnx_adapter
 from lora_fx.errors import CheckpointError, ConfigError, ExportError, NoMatchError
-from lora_fx.export.adapters.factor_model import random_factors
-from lora_fx.export.adapters.file import manifest_of_file, read_adapter, values_of_model
-from lora_fx.export.adapters.manifest import MANIFEST_KEY, Manifest
+from lora_fx.export.adapter_file import manifest_of_file, read_adapter, values_of_model
+from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
+from lora_fx.export.factor_model import random_factors
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.report import ExportReport
 from tests.export.swapping import Net, adapted, ids, trained

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from lora_fx import OnnxSession
 from lora_fx.errors import ExportError
+from lora_fx.export import ort
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort.calls import INNER_SIZES_KEY, EmptyAxisError, empty_outputs, size_of
-from lora_fx.export.ort.ports import Port
-from lora_fx.export.session import onnx_session as session_module
+from lora_fx.export.ort import INNER_SIZES_KEY, EmptyAxisError, Port, empty_outputs, size_of
 
 
 class Applied(nn.Module):
@@ -73,8 +72,8 @@ def test_no_call_with_an_empty_axis_reaches_onnx_runtime(
     export_onnx(model, tmp_path / "m.onnx", torch.randn(3, 5, 6))
     session = OnnxSession(tmp_path / "m.onnx", "cpu")
     ran: list[object] = []
-    run = session_module.bound_run
-    monkeypatch.setattr(session_module, "bound_run", lambda *a: ran.append(a) or run(*a))
+    run = ort.bound_run
+    monkeypatch.setattr(ort, "bound_run", lambda *a: ran.append(a) or run(*a))
     right = 0
     for shape in (
         (0, 5, 6),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.export import build
+from lora_fx.export import onnx as exporting
 from tests.mixtures import IDS, MODELS  # which imports transformers, and its operation
 from tests.numerics import assert_close
 
@@ -170,7 +170,7 @@ def test_weights_of_single_experts_are_no_copies(
     base = MODELS[name]().eval()
     stacks = {n: p.detach().numpy() for n, p in base.named_parameters() if p.ndim == 3}
     shared: dict[str, bool] = {}
-    original = build.write
+    original = exporting.write
 
     def looking(model: ir.Model, *options: Any) -> dict[str, int]:
         for value in model.graph.initializers.values():
@@ -180,7 +180,7 @@ def test_weights_of_single_experts_are_no_copies(
                 shared[f"{stack}.{index}"] = np.shares_memory(array, stacks[stack][int(index)])
         return original(model, *options)
 
-    monkeypatch.setattr(build, "write", looking)
+    monkeypatch.setattr(exporting, "write", looking)
     lora_fx.export_onnx(
         base, tmp_path / "m.onnx", {"input_ids": IDS}, external_data_bytes=0, verify=False
     )

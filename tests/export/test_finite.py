@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.report import ExportReport
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 
 
 class Clamping(nn.Module):

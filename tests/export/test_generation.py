@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
-from lora_fx.export.tasks.defaults import GENERATION_KEY
+from lora_fx.export.session import OnnxSession
 from tests.export.tiny import LIMIT, SWITCH, VOCABULARY, Pair
 
 slow = pytest.mark.slow

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ParityError
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
-from lora_fx.export.verify.difference import (
+from lora_fx.export.session import OnnxSession
+from lora_fx.export.verify import (
     TOLERANCES,
     Compared,
     PrecisionError,

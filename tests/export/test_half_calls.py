@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.export import onnx as pipeline
-from lora_fx.export.copy.twin import Casts
+from lora_fx.export.copy import Casts
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 from lora_fx.export.staging import Scratch
-from lora_fx.export.verify.difference import PrecisionError
+from lora_fx.export.verify import PrecisionError
 from lora_fx.passes.graph.copies import share_copy
 
 VOCABULARY = 61

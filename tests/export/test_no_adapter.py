@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import ParityError
-from lora_fx.export.adapters.factor_model import FactorModel, random_factors
-from lora_fx.export.adapters.file import manifest_of_file
-from lora_fx.export.adapters.manifest import MANIFEST_KEY, SiteInputs
+from lora_fx.export import verify
+from lora_fx.export.adapter_file import manifest_of_file
+from lora_fx.export.adapter_manifest import MANIFEST_KEY, SiteInputs
+from lora_fx.export.factor_model import FactorModel, random_factors
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.static_run import filled_up
-from lora_fx.export.verify import verifying as verify_adapters
+from lora_fx.export.session import filled_up
 from tests.export.swapping import adapted, ids
 
 TARGETS = ["einsum", "left", "fc"]
@@ -223,13 +223,13 @@ def test_the_traced_model_does_not_judge_itself(
 
 def test_every_place_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    init = verify_adapters._Adapted.__init__
+    init = verify._Adapted.__init__
 
     def seen(self: Any, *args: Any) -> None:
         init(self, *args)
         made.append(self._dense)
 
-    monkeypatch.setattr(verify_adapters._Adapted, "__init__", seen)
+    monkeypatch.setattr(verify._Adapted, "__init__", seen)
     # Lookups, attention, convolutions, DoRA, biases on B, parts: nothing is judged unmerged.
     export_onnx(adapted(), tmp_path / "m.onnx", ids(2, 7), adapters="inputs")
     assert len(made) == 2

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 
 TINY = {
     "vocab_size": 99,

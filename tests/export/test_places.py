@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export import build
-from lora_fx.export.convert.converting import ConversionError
+from lora_fx.export import onnx as exporting
+from lora_fx.export.convert import ConversionError
 from lora_fx.export.onnx import export_onnx
 
 
@@ -109,7 +109,7 @@ class OnlySmall(nn.Module):
 def test_a_way_that_failed_is_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert = build.convert
+    convert = exporting.convert
     calls = []
 
     def late(*args: Any) -> Any:
@@ -118,7 +118,7 @@ def test_a_way_that_failed_is_warned_of_once(
             raise ConversionError("not with a dynamic batch")
         return convert(*args)
 
-    monkeypatch.setattr(build, "convert", late)
+    monkeypatch.setattr(exporting, "convert", late)
     report = export_onnx(OnlySmall(), tmp_path / "m.onnx", torch.randn(2, 4))
     assert report.inputs == {"x": (2, 4)}
     said = "\n".join(one.getMessage() for one in caplog.records if one.levelname == "WARNING")

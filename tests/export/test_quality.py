@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.export.adapters.factor_model import origin_of
-from lora_fx.export.adapters.manifest import Manifest
+from lora_fx.export.adapter_manifest import Manifest
+from lora_fx.export.factor_model import origin_metadata
 from lora_fx.export.onnx import export_onnx
 
 
@@ -136,6 +136,6 @@ def test_a_file_that_takes_adapters_names_its_base_alone(tmp_path: Path) -> None
 def test_names_of_models_stay_and_folders_lose_their_path(name: str, public: str | None) -> None:
     model = Mixed()
     model.config = type("Config", (), {"_name_or_path": name})()  # type: ignore[assignment]
-    entries = origin_of(model)
+    entries = origin_metadata(model)
     assert json.loads(entries["lora_fx.base"]).get("name") == public
     assert "lora_fx.merged" not in entries

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
-from lora_fx.export.adapters.file import manifest_of_file
-from lora_fx.export.adapters.manifest import Manifest
+from lora_fx.export.adapter_file import manifest_of_file
+from lora_fx.export.adapter_manifest import Manifest
 from lora_fx.export.onnx import export_onnx
 
 WIDTH, HEADS, VOCABULARY = 6, 2, 11

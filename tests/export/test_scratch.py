@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.export import onnx as pipeline
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 from lora_fx.export.staging import Scratch, staging
 
 

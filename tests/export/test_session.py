@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError, ProviderError
+from lora_fx.export import providers
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import providers
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 
 
 class Scaled(nn.Module):
@@ -176,9 +176,7 @@ def test_session_that_fell_back_is_not_handed_out(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if every library were there and CUDA failed all the same, which ONNX Runtime does not say.
-    monkeypatch.setattr(
-        "lora_fx.export.ort.providers.check_provider", lambda runtime, provider: None
-    )
+    monkeypatch.setattr("lora_fx.export.providers.check_provider", lambda runtime, provider: None)
     fell_back = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **options: fell_back)
     with pytest.raises(ProviderError, match=r"asked for cuda.*gave CPUExecutionProvider"):

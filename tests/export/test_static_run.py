@@ -19,14 +19,19 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx import LoraConfig, OnnxSession
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
-from lora_fx.export.adapters.manifest import Manifest, SiteInputs
-from lora_fx.export.adapters.store import weighted_sum
+from lora_fx.export import ort
+from lora_fx.export import providers as loading
+from lora_fx.export.adapter_manifest import Manifest, SiteInputs
+from lora_fx.export.adapter_store import weighted_sum
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import providers as loading
-from lora_fx.export.ort.ports import CPU, to_runtime, to_tensor
-from lora_fx.export.ort.settings import NodePlacement, PlacementReport, read_placement, warn_of_work
-from lora_fx.export.session import static_run
-from lora_fx.export.session.static_run import StaticRunner, filled_up
+from lora_fx.export.ort import CPU, to_runtime, to_tensor
+from lora_fx.export.providers import (
+    NodePlacement,
+    PlacementReport,
+    read_placement,
+    warn_of_work,
+)
+from lora_fx.export.session import MAX_SHAPES, StaticRunner, filled_up
 from tests.export.swapping import trained
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
@@ -115,11 +120,11 @@ def test_addresses_stay_and_adapters_are_written_only_when_they_change(
     (graph,) = runner._graphs.values()
     bound = [value.data_ptr() for value in (*graph.inputs.values(), *graph.outputs)]
     written: list[int] = []
-    write = StaticRunner._write
+    write = ort.write
     monkeypatch.setattr(
-        StaticRunner,
-        "_write",
-        lambda self, buffer, value: (written.append(buffer.data_ptr()), write(self, buffer, value)),
+        ort,
+        "write",
+        lambda buffer, value: (written.append(buffer.data_ptr()), write(buffer, value)),
     )
     static.run(inputs(2, 5, 1), adapter="first")
     assert not set(written) & set(addresses.values())
@@ -137,11 +142,11 @@ def test_an_error_leaves_no_half_written_adapter(
     with monkeypatch.context() as patched:
         calls = iter(range(100))
 
-        def fails(self: StaticRunner, buffer: Any, value: Tensor) -> None:
+        def fails(buffer: Any, value: Tensor) -> None:
             if next(calls) == 2:
                 raise RuntimeError("no memory")
 
-        patched.setattr(StaticRunner, "_write", fails)
+        patched.setattr(ort, "write", fails)
         with pytest.raises(ExportError, match=r"failed on .*in a graph: no memory"):
             static.run(inputs(2, 5), adapter="second")
     want = loaded(OnnxSession(path, "cpu"), model).run(inputs(2, 5), adapter="first")
@@ -149,7 +154,7 @@ def test_an_error_leaves_no_half_written_adapter(
 
 
 def test_so_many_shapes_and_no_more(static: OnnxSession) -> None:
-    for length in range(1, static_run.MAX_SHAPES + 1):
+    for length in range(1, MAX_SHAPES + 1):
         static.run(inputs(1, length))
     with pytest.raises(ExportError, match="16 combinations of input shapes"):
         static.run(inputs(1, 30))
@@ -296,7 +301,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return real(runtime, path, "cpu", {}, settings)
 
     real = loading.load
-    monkeypatch.setattr("lora_fx.export.session.onnx_session.load", load)
+    monkeypatch.setattr("lora_fx.export.providers.load", load)
     return options
 
 

@@ -11,7 +11,7 @@ import torch
 import lora_fx
 from lora_fx.errors import ConfigError
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 from tests.export.tiny import VOCABULARY, example, generator
 
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from lora_fx.errors import ExportError, ParityError
 from lora_fx.export import staging as placement
+from lora_fx.export.decoder_cache import Past, filled_cache
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 from lora_fx.export.staging import staging
-from lora_fx.export.tasks.cache import Past, filled_cache
 from tests.export.tiny import LIMIT, VOCABULARY, Pair, generator
 
 IDS = torch.arange(3, 9)[None]
@@ -105,14 +105,14 @@ def test_models_that_keep_no_cache_are_refused(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The file would be equal to what PyTorch does with this cache, and not to the model.
-    from lora_fx.export.tasks import text_generation
+    from lora_fx.export import tasks
 
     def halved(past: Past) -> Any:
         return filled_cache(
             {index: {**layer, "value": layer["value"] / 2} for index, layer in past.items()}
         )
 
-    monkeypatch.setattr(text_generation, "filled_cache", halved)
+    monkeypatch.setattr(tasks, "filled_cache", halved)
     with pytest.raises(ParityError, match="'logits'"):
         export_onnx(generator("gpt2"), tmp_path / "m.onnx", IDS, task="text-generation")
     assert not list(tmp_path.iterdir())

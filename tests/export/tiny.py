@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fx.export.session.onnx_session import OnnxSession
+from lora_fx.export.session import OnnxSession
 
 Pair = tuple[Any, OnnxSession]
 

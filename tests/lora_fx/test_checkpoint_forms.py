@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_fx.checkpoint.forms import PLAIN, Dense, StackedDown, StackedUp, Transposed
+from lora_fx.checkpoint.keys import PLAIN, Dense, StackedDown, StackedUp, Transposed
 from lora_fx.errors import CheckpointError
 from tests.numerics import assert_close
 

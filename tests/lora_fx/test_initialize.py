@@ -20,7 +20,7 @@ from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from torch import nn
 
 import lora_fx
-from lora_fx.adapters import eva as _eva
+from lora_fx.adapters import initialization
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir.record import record_of
@@ -413,7 +413,7 @@ def test_labels_that_are_ignored_leave_tokens_out() -> None:
 def test_a_search_that_does_not_end_is_noted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_eva, "_MOST_BATCHES", 8)
+    monkeypatch.setattr(initialization, "_MOST_BATCHES", 8)
     model, _ = zoo.tiny_llama()
     config = LoraConfig(
         r=4, target_modules=["q_proj"], init_lora_weights="eva", eva_config={"tau": 1.0}

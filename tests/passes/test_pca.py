@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.adapters.eva import Components
+from lora_fx.adapters.initialization import Components
 from tests.numerics import assert_close
 from tests.zoo import sample
 

@@ -442,7 +442,7 @@ def test_a_model_without_inputs_cannot_be_exported(here: Path) -> None:
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_fx.export.ort import providers
+    from lora_fx.export import providers
 
     assert "versions" in worked("doctor")
     rows = json.loads(worked("doctor", "--json"))

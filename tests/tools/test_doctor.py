@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import ProviderError
-from lora_fx.export.ort import providers
+from lora_fx.export import providers
 from lora_fx.tools.cli import doctor
 from lora_fx.tools.cli.doctor import EXTRAS, Finding, State, examine
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from lora_fx.checkpoint import load_adapter
 from lora_fx.errors import ConfigError, ExportError, LoraFxError
-from lora_fx.export import ort
-from lora_fx.export.build import node_count
-from lora_fx.export.onnx import export_onnx
+from lora_fx.export import ort, providers
+from lora_fx.export.onnx import export_onnx, node_count
 from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
 from lora_fx.tools.bench.contenders import OTHER_KIND, PLAIN_KIND
@@ -169,9 +168,9 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
     Raises:
         ExportError: It cannot be loaded; and, from a run, it fails or takes something else.
     """
-    runtime = ort.import_onnxruntime()
-    session = ort.load(
-        runtime, path, "cpu", {}, ort.session_settings(runtime, None, low_memory=False)
+    runtime = providers.import_onnxruntime()
+    session = providers.load(
+        runtime, path, "cpu", {}, providers.session_settings(runtime, None, low_memory=False)
     )
     ports = [ort.port_of(value) for value in session.get_inputs()]
     outputs = [ort.port_of(value) for value in session.get_outputs()][:1]

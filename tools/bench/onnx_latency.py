@@ -17,9 +17,9 @@ from torch import Tensor
 from lora_fx.api import merge, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ProviderError
-from lora_fx.export.adapters import save_onnx_adapter
+from lora_fx.export.adapter_file import save_onnx_adapter
 from lora_fx.export.onnx import export_onnx
-from lora_fx.export.ort import check_provider, import_onnxruntime
+from lora_fx.export.providers import check_provider, import_onnxruntime
 from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.measure import Run, Sample, Size, ratio
 from lora_fx.tools.bench.section import Section

@@ -18,7 +18,7 @@ import typer
 from rich.text import Text
 
 from lora_fx.errors import LoraFxError
-from lora_fx.export.ort import providers
+from lora_fx.export import providers
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 

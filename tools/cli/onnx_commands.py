@@ -97,7 +97,7 @@ def export_adapter(
         force: Write over what is there.
     """
     from lora_fx.checkpoint import load_adapter
-    from lora_fx.export.adapters import save_onnx_adapter
+    from lora_fx.export.adapter_file import save_onnx_adapter
 
     path = o.file_to_write(out, (".onnx_adapter",), force=force)
     source: Any = folder

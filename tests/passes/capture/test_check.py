@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.capture.check import check_unchanged, run_reference
+from lora_fx.passes.capture.check import check_unchanged, relative_difference, run_reference
 from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.graph.region import is_region
 from tests import zoo
@@ -51,6 +51,16 @@ def test_another_result_is_refused():
     capture = broken(capture_model(model), scale_output(1.01))
     with pytest.raises(CaptureError, match=r"\(symbolic\) computes something else.*0\.01"):
         check_unchanged(model, capture, sample(3, 5))
+
+
+def test_an_infinite_value_hides_no_other_difference():
+    expected = torch.tensor([1.0, -torch.inf, torch.nan, 2.0])
+    assert relative_difference([expected], [expected]) == 0.0
+    assert relative_difference([expected + 0.5], [expected]) == 0.25
+    assert relative_difference([expected.nan_to_num()], [expected]) == torch.inf
+    turned = torch.tensor([1 + 2j]), torch.tensor([1 + 4j])
+    assert relative_difference(turned[:1], turned[1:]) == 0.5
+    assert relative_difference([expected], [expected[:2]]) == torch.inf
 
 
 def test_rounding_is_let_pass_and_said(caplog):

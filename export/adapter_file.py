@@ -1,0 +1,395 @@
+"""``save_onnx_adapter`` and the way back: files that ONNX Runtime reads as ``onnxruntime.LoraAdapter``."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters import adapter_record, the_adapter
+from lora_fx.checkpoint import Dense, Slot, converted, gathered, read_tensors, without_prefix
+from lora_fx.config import LoraConfig, changes_base, scale_for
+from lora_fx.errors import CheckpointError, ConfigError, ExportError, some
+from lora_fx.export.adapter_manifest import (
+    SUFFIXES,
+    Manifest,
+    Role,
+    SiteInputs,
+    cast_to,
+    check_values,
+)
+from lora_fx.export.copy import DTYPES, unwrapped
+from lora_fx.export.factor_model import check_swappable, flip, site_inputs
+from lora_fx.export.ort import to_runtime, to_tensor
+from lora_fx.export.providers import import_onnxruntime, reason_of
+from lora_fx.export.staging import check_target, staging, write_errors
+from lora_fx.files import output_file
+from lora_fx.ir import PlannedSite, join, require_record
+from lora_fx.kinds import chosen_kind, kind_of
+from lora_fx.passes.parameters import factor_names, trained_by_hand
+
+__all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of", "values_of_model"]
+
+
+_WRAPPED = "base_layer"
+_ROLES: dict[str, Role] = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_B.bias": "bias",
+}
+_log = logging.getLogger("lora_fx")
+_KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES))})")
+
+
+@torch.no_grad()
+def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """Values by the names of the inputs, in the dtype of the weights that they adapt.
+
+    Args:
+        model: A rewritten model.
+        adapter_name: Which adapter; by default the only one, or the only active one.
+
+    Raises:
+        ConfigError: The model has no such adapter, or several could be meant.
+        ExportError: The adapter trains something that has no factors.
+        CheckpointError: The model is on the meta device.
+    """
+    adapter = the_adapter(model, adapter_name)
+    record = adapter_record(model, adapter)
+    check_swappable(adapter, record)
+    if by_hand := tuple(trained_by_hand(model, require_record(model))):
+        _log.warning(
+            "adapter %r: trained by hand beside it, and only in a file that is exported from this model: %s",
+            adapter,
+            some(by_hand),
+        )
+    own = {}
+    for row in record.sites:
+        for name in factor_names(row).present:
+            place = join(row.site.holder, name, adapter)
+            own[place] = Slot(place, place, model.get_parameter(place))
+    if any(slot.tensor.is_meta for slot in own.values()):
+        raise CheckpointError("the model is on the meta device: there are no values to write")
+    whole = converted(model, record, adapter, own)
+    tensors = {slot.name: gathered(slot.tensor) for slot in whole.slots.values()}
+    values: dict[str, Tensor] = {}
+    for row in whole.record.sites:
+        values |= _site_values(model, row, adapter, tensors)
+    return values
+
+
+def _site_values(
+    model: nn.Module, row: PlannedSite, adapter: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    names, site = factor_names(row), row.site
+    a, b = (tensors[join(site.holder, name, adapter)] for name in names.pair)
+    if row.tied:  # the embedding's factors, which change places
+        a, b = a.T, b.T
+    # The base's own weight: a start that changed it is part of the factors here.
+    weight = require_record(model).originals.get(site.weight)
+    weight = model.get_parameter(site.weight) if weight is None else weight
+    if names.slots and site.quantized is None:  # else it has scales, too, and is no plain tensor
+        weight = gathered(weight)
+    slots = {name: tensors[join(site.holder, name, adapter)].flatten() for name in names.slots}
+    found = {"A": a.double(), **kind_of(row).inputs(row, weight, a, b, slots)}
+    inputs = site_inputs(model, row).inputs()
+    return {
+        one.name: flip(one, found[one.role]).to("cpu", getattr(torch, one.dtype)).contiguous()
+        for one in inputs
+    }
+
+
+def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
+    """Values by the names of the inputs, in the dtype of the folder.
+
+    Args:
+        folder: An adapter folder of PEFT or lora_fx. Nothing else is needed where PEFT's names are those
+            of the sites.
+        manifest: What the file takes, if it is known.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or holds something that is no input of low
+            rank, or that depends on the base weights.
+        ConfigError: The adapter needs a feature that lora_fx does not have.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the local folder of a PEFT adapter")
+    config = LoraConfig.from_pretrained(folder)
+    tensors = without_prefix(read_tensors(folder)[0])
+    _refuse_trained_in_full(folder, config, tensors)
+    problems = [*_unfit(config)]
+    sites: dict[str, dict[Role, Tensor]] = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        names = key.split(".")
+        # "in_lora" is what PEFT has no name for, and lora_fx calls so beside its operation.
+        if found is None or _WRAPPED in names or (found["site"] or "").endswith("_lora"):
+            problems.append(f"{key} is no factor of an operation")
+        else:
+            sites.setdefault(found["site"] or "", {})[_ROLES[found["kind"]]] = value
+    if not sites and not problems:
+        problems.append("it holds no tensor")
+    if problems:
+        raise CheckpointError(
+            f"{folder} cannot be converted by itself: {some(problems, between='; ')}. Load it onto its "
+            "model (lora_fx.load_adapter(model, folder)) and give that instead of the folder; on the command "
+            "line, name the model with --model"
+        )
+    known = {site.name: site for site in manifest.sites} if manifest else {}
+    values: dict[str, Tensor] = {}
+    for name, parts in sites.items():
+        try:
+            values |= _folder_site(name, parts, scale_for(name, config), known.get(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+    return values
+
+
+def _refuse_trained_in_full(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """What no way leads into a file as an input, so that loading it onto the model is no advice."""
+    full = [key.replace(f".{_WRAPPED}", "") for key in tensors if "lora_" not in key]
+    if not full:
+        return
+    settings = {
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias != "none",
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    by = ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
+    raise CheckpointError(
+        f"{folder} trains {some(full)} in full ({by}), and only "
+        "factors can be inputs of a file. Merge it into a file of its own: export_onnx("
+        f"lora_fx.load_adapter(model, {str(folder)!r}), ..., adapters='merge'), or on the command line "
+        f"`lora-fx export MODEL FILE --adapter {folder}`"
+    )
+
+
+def _unfit(config: LoraConfig) -> Iterator[str]:
+    """What makes a folder depend on its model."""
+    kind = chosen_kind(config)
+    if kind.depends:
+        yield kind.depends
+    if not kind.low_rank:
+        yield f"no file takes what its kind trains ({kind.name!r})"
+    if config.target_parameters:
+        yield "which operations read its parameters (target_parameters), only the model knows"
+    if changes_base(config.init_lora_weights):
+        yield f"its start (init_lora_weights={config.init_lora_weights!r}) changed the base weights"
+
+
+def _folder_site(
+    name: str, parts: dict[Role, Tensor], scale: float, known: SiteInputs | None
+) -> dict[str, Tensor]:
+    if not {"A", "B"} <= parts.keys():
+        lacks = "B" if "A" in parts else "A"
+        raise CheckpointError(f"{name} lacks its factor {lacks}: save the adapter again")
+    a, b = parts["A"], parts["B"]
+    _check_pair(name, a, b)
+    conv = a.dim() > 2
+    if conv:
+        groups = known.groups if known else len(a) // max(1, parts["B"].shape[1])
+        if groups > 1 and (known is None or a.shape[1] != known.a[1]):
+            a = _grouped(name, a, groups)
+    values = {}
+    for role, value in {**parts, "A": a}.items():
+        # In double precision, so that the scale costs one rounding.
+        scaled = value if role == "A" else (value.double() * scale).to(value.dtype)
+        turned = scaled if conv or role == "bias" else scaled.T
+        values[join(name, SUFFIXES[role])] = turned.contiguous()
+    return values
+
+
+def _check_pair(name: str, a: Tensor, b: Tensor) -> None:
+    fits = a.dim() == b.dim() >= 2 and (a.dim() > 2 or a.shape[0] == b.shape[1])
+    if not fits or not (a.is_floating_point() and b.is_floating_point()):
+        raise CheckpointError(
+            f"{name} has A {list(a.shape)} of {a.dtype} and B {list(b.shape)} of {b.dtype}: they are no pair "
+            "of factors [r, in] and [out, r]"
+        )
+
+
+def _grouped(name: str, a: Tensor, groups: int) -> Tensor:
+    """A of a grouped convolution from PEFT's, which is dense."""
+    try:
+        return Dense(groups).decode(a)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}.lora_A.weight {error}") from error
+
+
+_VERSION = 1
+
+
+def save_onnx_adapter(
+    source: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write an adapter as an ``.onnx_adapter`` file, for exports with ``adapters="inputs"``.
+
+    The file is whole or not there at all, also after an error. ONNX Runtime's own ``LoraAdapter`` reads
+    it, too. The format has no place for a checksum: a truncated file is seen when it is loaded, and so
+    are values that are not finite, but a number that changed on its way is a number like others.
+
+    Args:
+        source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder is enough by itself
+            but for what depends on the base weights: kinds with a magnitude, adapted parameters and attention
+            layers, and starts that changed the base. Load those onto the model and give that.
+        path: The file to write, with the suffix ``.onnx_adapter``.
+        adapter_name: Which adapter of a model; by default the only one, or the only active one.
+        base: The ``.onnx`` file that the adapter is for: it is checked against that, and has its dtypes.
+        dtype: "fp32", "fp16" or "bf16", where there is no ``base``; by default that of the weights that a
+            model adapts, or of the tensors of a folder.
+        force: Replace an existing file.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        CheckpointError: The folder is damaged or cannot be converted by itself, or the adapter is none
+            for ``base``, or holds values that are not finite.
+        ConfigError: An argument cannot mean anything, or the model has no such adapter.
+        ExportError: The file exists or cannot be written (with the bytes that it takes, if the disk is
+            full), or ``base`` takes no adapters.
+        OutputPathError: ``path`` is a folder, or has another suffix.
+        ProviderError: ONNX Runtime, which has the format, is not installed.
+    """
+    target = output_file(path, (".onnx_adapter",))
+    if base is not None and dtype is not None:
+        raise ConfigError(
+            "base and dtype were both given: the file of base says which dtype it takes"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown: give one of {', '.join(DTYPES)} or None")
+    check_target(target, force=force)
+    runtime = import_onnxruntime()
+    manifest = None if base is None else manifest_of_file(Path(base))
+    values = values_of(source, adapter_name, manifest)
+    if manifest is not None:
+        check_values(manifest, values, _named(source))
+    elif dtype is not None:
+        # A gain near 1 would lose its digits.
+        values = {
+            name: value if name.endswith(f".{SUFFIXES['gain']}") else value.to(DTYPES[dtype])
+            for name, value in values.items()
+        }
+    broken = [name for name, value in values.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{_named(source)}: {', '.join(broken[:5])} would hold values that are not finite: the adapter "
+            "is broken, or too large for its dtype"
+        )
+    form = runtime.AdapterFormat()
+    form.set_adapter_version(_VERSION)
+    form.set_model_version(_VERSION)
+    form.set_parameters({name: to_runtime(runtime, value) for name, value in values.items()})
+    size = sum(value.nbytes for value in values.values())
+    with staging(target) as stage, write_errors(target, size):
+        try:
+            form.export_adapter(str(stage.model))
+        except RuntimeError as error:
+            raise _write_error(error, stage.folder, size) from error
+        stage.commit(force=force)
+    return target
+
+
+def _write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
+    """ONNX Runtime does not say why it cannot write."""
+    full = shutil.disk_usage(folder).free < size
+    return OSError(errno.ENOSPC if full else errno.EIO, f"ONNX Runtime fails: {reason_of(error)}")
+
+
+def values_of(
+    source: Any, adapter_name: str | None = None, manifest: Manifest | None = None
+) -> dict[str, Tensor]:
+    """The values of an adapter, wherever it is, in the dtypes of ``manifest`` where those may be chosen.
+
+    Args:
+        source: A rewritten model, an adapter folder, an ``.onnx_adapter`` file, or values by name.
+        adapter_name: Which adapter of a model.
+        manifest: What they are for, if it is known.
+
+    Raises:
+        CheckpointError, ConfigError, ExportError: As :func:`save_onnx_adapter`.
+    """
+    if adapter_name is not None and not isinstance(source, nn.Module):
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} chooses among the adapters of a model, and this is a single "
+            "adapter: leave it out"
+        )
+    if isinstance(source, nn.Module):
+        values = values_of_model(unwrapped(source), adapter_name)
+    elif isinstance(source, Mapping):
+        # Not what the caller may write into later.
+        return {str(name): torch.as_tensor(value).clone() for name, value in source.items()}
+    elif not isinstance(source, str | os.PathLike):
+        raise ConfigError(
+            f"an adapter cannot be read from a {type(source).__name__}: give a rewritten model, an adapter "
+            "folder, or an .onnx_adapter file"
+        )
+    elif Path(source).is_dir():
+        values = _values_of_folder(Path(source), manifest)
+    else:
+        return read_adapter(Path(source))
+    return values if manifest is None else cast_to(manifest, values)
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """The values of an ``.onnx_adapter`` file, on the CPU, with storage of their own.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or no such file.
+        ProviderError: ONNX Runtime is not installed.
+    """
+    runtime = import_onnxruntime()
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no adapter at {path}: lora_fx.save_onnx_adapter writes one"
+        )
+    try:
+        read = runtime.AdapterFormat.read_adapter(str(path))  # the values lie in what it has mapped
+        return {name: to_tensor(value).clone() for name, value in read.get_parameters().items()}
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no .onnx_adapter file: write it again with "
+            "lora_fx.save_onnx_adapter"
+        ) from error
+
+
+def manifest_of_file(path: Path) -> Manifest:
+    """The adapter inputs of an ``.onnx`` file; its weights are not loaded.
+
+    Raises:
+        ExportError: It is missing, damaged, or takes no adapters.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise ExportError(f"there is no file {path}: export a model to it first")
+    try:
+        properties = onnx.load(str(path), load_external_data=False).metadata_props
+    except Exception as error:
+        raise ExportError(f"{path} is damaged or no ONNX file: export it again") from error
+    manifest = Manifest.from_metadata({one.key: one.value for one in properties})
+    if manifest is None:
+        raise ExportError(f"{path} takes no adapters: export it with adapters='inputs'")
+    return manifest
+
+
+def _named(source: object) -> str:
+    return f"this {type(source).__name__}" if isinstance(source, nn.Module) else str(source)

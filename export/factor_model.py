@@ -1,0 +1,503 @@
+"""A model that is handed its factors: the adapter inputs of a file, as torch.export sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from lora_fx.adapters import base_capture, run_with
+from lora_fx.config import LoraConfig
+from lora_fx.errors import ExportError, NoMatchError
+from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
+from lora_fx.export.copy import DTYPES, dtype_name
+from lora_fx.ir import (
+    ActiveAdapters,
+    AdapterRecord,
+    Plan,
+    PlannedSite,
+    Record,
+    Region,
+    join,
+    record_of,
+    require_record,
+)
+from lora_fx.kinds import kind_of, kind_with, kinds, union_of
+from lora_fx.passes.graph import (
+    copy_graph,
+    edit_graphs,
+    erase_dead,
+    install,
+    original_class,
+    share_copy,
+    target_of,
+)
+from lora_fx.passes.merge import merge, stripped
+from lora_fx.passes.parameters import drop_factors, factor_names
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.pipeline import (
+    add_adapter_parameters,
+    branch_passes,
+    regions_to_install,
+    rewrite_model,
+    run_passes,
+)
+
+__all__ = [
+    "FactorModel",
+    "Swappable",
+    "base_of",
+    "calls_of",
+    "check_swappable",
+    "flip",
+    "origin_metadata",
+    "random_factors",
+    "replace_calls",
+    "site_inputs",
+    "swappable",
+    "with_adapter",
+]
+
+
+_NAME = "base_model_name_or_path"
+
+
+def origin_metadata(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
+    """Metadata entries about a model: nothing of the machine that it is on.
+
+    Args:
+        model: A rewritten model, or any other.
+        adapters: Where the active adapters are: "merged" into weights, or "inline" in the graph.
+
+    Returns:
+        ``lora_fx.base``: its class, and the name of its configuration if it has one, as JSON.
+        ``lora_fx.merged`` or ``lora_fx.inline``, for a rewritten model: name to configuration of the
+        adapters that are active, as JSON, without the fields that have their default value.
+    """
+    kind = original_class(model)
+    base = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+    if name := _loaded_from(model):
+        base["name"] = name
+    entries = {"lora_fx.base": json.dumps(base)}
+    record = record_of(model)
+    if record is not None:
+        active = {name: _changed(record.adapters[name].config) for name in record.active}
+        entries[f"lora_fx.{adapters}"] = json.dumps(active)
+    return entries
+
+
+def _base_name(model: nn.Module) -> str:
+    """The same in short, for people: ``LlamaForCausalLM (meta-llama/Llama-3.2-1B)``."""
+    kind, name = original_class(model).__name__, _loaded_from(model)
+    return f"{kind} ({name})" if name else kind
+
+
+def _loaded_from(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    name = (
+        getattr(config, "name_or_path", None)
+        or getattr(config, "_name_or_path", None)
+        or vars(model).get("name_or_path")
+    )
+    return _public(name) if isinstance(name, str) and name else ""
+
+
+def _changed(config: LoraConfig) -> dict[str, object]:
+    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    always = ("r", "lora_alpha", "target_modules")
+    kept = {
+        key: value for key, value in values.items() if key in always or value != defaults.get(key)
+    }
+    if isinstance(name := kept.get(_NAME), str):
+        kept[_NAME] = _public(name)
+    return kept
+
+
+def _public(name: str) -> str:
+    """The name of a model as it is; of a folder, no more than its own name."""
+    path = PureWindowsPath(name) if "\\" in name else PurePosixPath(name)
+    return path.name if path.is_absolute() or name[0] in ".~" else name
+
+
+_ADAPTER = "inputs"
+"""What the one adapter is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Swappable:
+    """A copy of a model over the same weights, with the one adapter.
+
+    Attributes:
+        model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
+        rows: Where the adapter is.
+        record: What is known of the copy, which does not carry it.
+    """
+
+    model: nn.Module
+    rows: tuple[PlannedSite, ...]
+    record: Record
+
+
+def swappable(model: nn.Module) -> Swappable:
+    """Makes the copy.
+
+    Args:
+        model: A plain or a rewritten model. It is not changed.
+
+    Raises:
+        ExportError: An adapter trains something that has no factors.
+        NoMatchError: A plain model has no operation to adapt, with what to do.
+        CaptureError: As :func:`lora_fx.rewrite`, for a plain model.
+    """
+    record = record_of(model)
+    if record is None:
+        model = _rewritten(model)
+        record = require_record(model)
+    for name, adapter in record.adapters.items():
+        check_swappable(name, adapter)
+    rows = _union(record)
+    if not rows:
+        raise ExportError("no adapter of the model is at an operation: there is nothing to swap")
+    twin = share_copy(model)
+    run_with(twin, dataclasses.replace(record, chosen=ActiveAdapters(), blocks=()), anew=True)
+    for name in record.adapters:
+        drop_factors(twin, name)
+    bare = dataclasses.replace(require_record(twin), adapters={}, chosen=None, optimize=False)
+    capture = base_capture(twin, bare)
+    plan = Plan(rows, (), (), (), LoraConfig(), capture.frontend)
+    capture = dataclasses.replace(capture, plan=plan)
+    bare = add_adapter_parameters(capture, bare, _ADAPTER)
+    capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
+    install(regions_to_install(edit_graphs(capture, _with_given_gains).capture, rows))
+    del twin.__dict__[
+        "_lora_fx"
+    ]  # it is no longer a rewritten model, whose adapters could be switched
+    return Swappable(twin, rows, bare)
+
+
+def _rewritten(model: nn.Module) -> nn.Module:
+    try:
+        return rewrite_model(model, LoraConfig(), optimize=False)
+    except NoMatchError as error:
+        reason = str(error).split("\n", 1)[-1].strip()
+        raise NoMatchError(
+            "the model has no adapters, and adapters='inputs' then takes one at every linear operation but "
+            f"the head, of which there is none ({reason}): rewrite the model first, with what to adapt in "
+            "target_modules, or export it with adapters='merge'"
+        ) from error
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without adapters: a copy over the same weights, or the model itself if it is a plain one."""
+    record = record_of(model)
+    return model if record is None else stripped(model, record)
+
+
+def with_adapter(model: nn.Module, name: str) -> nn.Module:
+    """A copy of a rewritten model over the same weights in which one adapter is active."""
+    twin = share_copy(model)
+    record = require_record(twin)
+    run_with(
+        twin, dataclasses.replace(record, chosen=ActiveAdapters((name,)), blocks=()), anew=True
+    )
+    return twin
+
+
+def check_swappable(name: str, adapter: AdapterRecord) -> None:
+    """Refuses an adapter that does more than add a product of low rank.
+
+    Raises:
+        ExportError: With everything that is more.
+    """
+    more = list(dict.fromkeys(_more(adapter)))
+    if more:
+        raise ExportError(
+            f"the adapter {name!r} cannot be an input of a file: {'; '.join(more)}. Only factors can be "
+            "swapped: merge it into a file of its own, with export_onnx(..., adapters='merge')"
+        )
+
+
+def _more(adapter: AdapterRecord) -> Iterator[str]:
+    start = adapter.config.init_lora_weights
+    if start == "loftq":
+        yield "its base was quantized for it (init_lora_weights='loftq')"
+    for row in adapter.sites:
+        kind = kind_of(row)
+        if not kind.low_rank or not all(slot.role for slot in kind.slots(row.site)):
+            yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
+    yield from (f"{name} is trained in full (modules_to_save)" for name in adapter.saved_modules)
+    inside = tuple(f"{name}." for name in adapter.saved_modules)
+    yield from (
+        f"{name} is trained (bias)" for name in adapter.biases if not name.startswith(inside)
+    )
+    yield from (
+        f"rows of {row.name} are trained (trainable_token_indices)" for row in adapter.tokens
+    )
+    yield from (f"{name} came with its folder" for name in adapter.given)
+    if not adapter.initialized:
+        yield f"it waits for data (init_lora_weights={start!r}): lora_fx.initialize gives it some"
+
+
+def _union(record: Record) -> tuple[PlannedSite, ...]:
+    """Every site of any adapter, once, with the union of their kinds."""
+    found: dict[str, PlannedSite] = {}
+    for row in (row for adapter in record.adapters.values() for row in adapter.sites):
+        before = found.get(row.name, row)
+        found[row.name] = dataclasses.replace(
+            row,
+            rank=row.site.groups,
+            alpha=1.0,
+            scale=1.0,
+            dropout=0.0,
+            # A tied head gets the embedding's factors as values of its own.
+            tied="",
+            kind=union_of((before.kind, row.kind), row.site),
+        )
+    return tuple(found.values())
+
+
+def _with_given_gains(region: Region) -> fx.Graph | None:
+    """A graph in which gains are inputs: what computes them from magnitudes is removed."""
+    handed = [one for kind in kinds() for one in kind.handed]
+    if not calls_of(region.graph, handed):
+        return None
+    return replace_calls(region.graph, handed, lambda _, node: node.args[0])
+
+
+def calls_of(graph: fx.Graph, targets: Sequence[object]) -> list[fx.Node]:
+    """The nodes that call one of these functions."""
+    return [node for node in graph.nodes if any(target_of(node) is one for one in targets)]
+
+
+def replace_calls(
+    graph: fx.Graph, targets: Sequence[object], make: Callable[[fx.Graph, fx.Node], Any]
+) -> fx.Graph:
+    """A copy of a graph in which ``make`` gives what replaces each call of these functions."""
+    graph = copy_graph(graph)
+    for node in calls_of(graph, targets):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(make(graph, node))
+    erase_dead(graph)
+    graph.lint()
+    return graph
+
+
+class FactorModel(FlatModel):
+    """A flat model that takes all adapter inputs of its manifest after the tensors of the call.
+
+    Args:
+        made: What :func:`lora_fx.export.factor_model.swappable` has made.
+        model: It again, or a copy that was cast.
+        arguments: The call.
+        call: How the model is called.
+
+    Attributes:
+        manifest: The adapter inputs.
+        adapter_inputs: The same in order.
+    """
+
+    def __init__(
+        self,
+        made: Swappable,
+        model: nn.Module,
+        arguments: Arguments,
+        call: Callable[..., object] = nn.Module.__call__,
+    ) -> None:
+        super().__init__(model, arguments, call)
+        self._made = made
+        self.manifest = Manifest(
+            _base_name(model), tuple(site_inputs(model, row) for row in made.rows)
+        )
+        self.adapter_inputs = tuple(self.manifest.inputs.values())
+        self.device = next(model.parameters()).device
+        self._places = tuple(name for row in made.rows for name in _parameters(row))
+
+    def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """The outputs with their names.
+
+        Args:
+            tensors: Those of the call, and then the adapter inputs.
+        """
+        own = len(self.arguments.tensors)
+        args, kwargs = self.arguments.fill(tensors[:own])
+        return named_outputs(self.handed(tensors[own:], self.call, *args, **kwargs))
+
+    def handed(
+        self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
+    ) -> Any:
+        """``call(model, *args, **kwargs)`` with values for the adapter inputs."""
+        given = zip(self._places, self.adapter_inputs, factors, strict=True)
+        values = {f"model.{name}": flip(one, tensor) for name, one, tensor in given}
+        return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
+
+    @torch.no_grad()
+    def merged(self, factors: Sequence[Tensor], keep: Callable[[Tensor], Tensor]) -> FlatModel:
+        """The same call of the model with values for the adapter inputs folded into its weights.
+
+        Nothing of what runs in the file is in it: no branch, no graph, no product of low rank. The values of
+        :meth:`loose_biases` are left out.
+
+        Args:
+            factors: The values, in the order of the inputs.
+            keep: Takes each folded weight, see ``Scratch.keep``.
+
+        Raises:
+            MergeError: Something cannot be folded.
+        """
+        twin = share_copy(self.model)
+        values = dict(zip((one.name for one in self.adapter_inputs), factors, strict=True))
+        for row, site in zip(self._made.rows, self.manifest.sites, strict=True):
+            given: dict[str, Tensor] = {
+                one.role: flip(one, values[one.name]) for one in site.inputs()
+            }
+            weight = twin.get_parameter(row.site.weight)
+            own = kind_of(row).from_inputs(row.site, weight, given)
+            given = {one.role: own.get(one.role, given[one.role]) for one in site.inputs()}
+            for name, one in zip(_parameters(row), site.inputs(), strict=True):
+                owner, _, leaf = name.rpartition(".")
+                value = nn.Parameter(given[one.role], requires_grad=False)
+                twin.get_submodule(owner)._parameters[leaf] = value
+        twin.__dict__["_lora_fx"] = self._foldable()
+        dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
+        return FlatModel(dense, self.arguments, self.call).eval()
+
+    def loose_biases(self) -> set[str]:
+        """Inputs that are a bias on B of an operation without a bias: no weight can take them."""
+        return {
+            one.name
+            for row, site in zip(self._made.rows, self.manifest.sites, strict=True)
+            for one in site.inputs()
+            if one.role == "bias" and row.site.bias is None
+        }
+
+    def _foldable(self) -> Record:
+        """The record, without biases that no weight can take."""
+        record = self._made.record
+        adapter = record.adapters[_ADAPTER]
+        rows = tuple(
+            row if row.site.bias else dataclasses.replace(row, kind=_unbiased(row))
+            for row in adapter.sites
+        )
+        return dataclasses.replace(
+            record, adapters={_ADAPTER: dataclasses.replace(adapter, sites=rows)}
+        )
+
+    def over(self, model: nn.Module) -> FactorModel:
+        """The same call of another copy of its model."""
+        return FactorModel(self._made, model, self.arguments, self.call).eval()
+
+    def extras(self) -> tuple[Extra, ...]:
+        """The adapter inputs as torch.export sees them.
+
+        Both factors of a site share the rank, and no two sites do: each may have its own.
+        """
+        found = []
+        for index, site in enumerate(self.manifest.sites):
+            rank = f"lora_rank_{index}"
+            dim = Dim(rank, min=1)
+            for one in site.inputs():
+                # A of a grouped convolution has the rank of all groups, B that of one.
+                times = site.groups // one.multiple
+                dims: dict[int, object] = dict.fromkeys(range(len(one.shape)), Dim.STATIC)
+                if one.rank_axis is not None:
+                    dims[one.rank_axis] = dim * times if times > 1 else dim
+                label = f"{times}*{rank}" if times > 1 else rank
+                labels = tuple(label if size is None else size for size in one.shape)
+                plain = one.rank_axis if times == 1 else None
+                shape, dtype = one.sized(2 * site.groups), getattr(torch, one.dtype)
+                example = torch.zeros(shape, dtype=dtype, device=self.device)
+                found.append(Extra(one.name, example, dims, labels, plain))
+        return tuple(found)
+
+
+class _Called(nn.Module):
+    """A model under a way to call it, since ``functional_call`` takes a module."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., object]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        return self.call(self.model, *args, **kwargs)
+
+
+def flip(one: AdapterInput, tensor: Tensor) -> Tensor:
+    """From an adapter input to the parameter that it stands for, or back: a view.
+
+    Matrices of a file are multiplied as they are, A being [in, r] and B [r, out]; parameters are the other
+    way round. What a convolution takes is the same in both.
+    """
+    matrix = one.role in ("A", "B") and not one.conv
+    return tensor.mT if matrix else tensor
+
+
+def random_factors(manifest: Manifest, rank: int) -> dict[str, Tensor]:
+    """A random adapter: it shows whether a file computes what the model does.
+
+    Args:
+        manifest: What the file takes.
+        rank: Its lowest rank; sites differ by up to 2, and grouped convolutions need a multiple of their
+            groups.
+
+    Returns:
+        Values by the names of the inputs. A keeps the size of what it is applied to, B is a tenth of that.
+    """
+    draw = torch.Generator().manual_seed(0)
+    found = {}
+    for index, site in enumerate(manifest.sites):
+        # Not the same everywhere: that shows a rank which was taken for another one.
+        ranked = site.groups * max(1, (rank + index % 3) // site.groups)
+        for one in site.inputs():
+            shape = one.sized(ranked)
+            value = torch.randn(shape, generator=draw)
+            if one.role == "A" and site.family != "embedding":
+                value /= max(1, value[..., 0].numel() if not one.conv else value[0].numel()) ** 0.5
+            elif one.role in ("B", "gain"):
+                value *= 0.1 / ranked**0.5 if one.role == "B" else 0.1
+            found[one.name] = (one.neutral + value).to(getattr(torch, one.dtype))
+    return found
+
+
+def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
+    """What a file takes for a site of a rewritten model."""
+    site, conv = row.site, row.site.family == "conv"
+    roles = {slot.role for slot in kind_of(row).slots(site)}
+    shapes = pattern_of(site).factors(site, site.groups)
+    a: tuple[int | None, ...] = (None, *shapes.a[1:]) if conv else (*shapes.a[:0:-1], None)
+    b: tuple[int | None, ...] = (shapes.b[0], None, *shapes.b[2:]) if conv else (None, shapes.b[0])
+    if shapes.stacked:
+        a, b = (shapes.a[0], shapes.a[2], None), (shapes.b[0], None, shapes.b[1])
+    if site.quantized is None:
+        dtype = model.get_parameter(site.weight).dtype
+    else:  # its values are in the dtype of what it is multiplied by
+        dtype = DTYPES.get(dtype_name(model), torch.float32)
+    return SiteInputs(
+        row.name,
+        site.family,
+        str(dtype).removeprefix("torch."),
+        a,
+        b,
+        site.out_features,
+        site.groups,
+        bias="bias" in roles,
+        gain="gain" in roles,
+    )
+
+
+def _unbiased(row: PlannedSite) -> str:
+    """The kind of a site without what its bias would have to take."""
+    slots = kind_of(row).slots(row.site)
+    return kind_with([slot.name for slot in slots if slot.role != "bias"], row.site)
+
+
+def _parameters(row: PlannedSite) -> list[str]:
+    """FQNs of the parameters of a site, in the order of its inputs."""
+    return [join(row.site.holder, name, _ADAPTER) for name in factor_names(row).present]

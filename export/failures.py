@@ -1,0 +1,237 @@
+"""Why ``torch.export`` refused a model, in words of the caller's: inputs, axes, modules and lines."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+__all__ = [
+    "SourceLocation",
+    "Witness",
+    "headline",
+    "here",
+    "inner_module",
+    "place_of",
+    "reason_of_failure",
+    "together",
+    "user_line",
+    "watched",
+]
+
+
+# Lines in here are no lines of the user's; "<" begins the names of generated code.
+_NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+# Where the call of the model begins: what lies further out is the caller of the export.
+_ENTRY = str(Path(__file__).with_name("arguments.py"))
+_FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in ')
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """A place in a model.
+
+    Attributes:
+        op: The operation ("aten.conv2d"), "" for plain Python.
+        module: FQN of the module that it is in, "" for the root.
+        line: File and line of the user's code, "" if there is none.
+    """
+
+    op: str = ""
+    module: str = ""
+    line: str = ""
+
+    def __str__(self) -> str:
+        module = f"in '{self.module}'" if self.module else ""
+        line = f"({self.line})" if self.line else ""
+        return " ".join(filter(None, (self.op or "a condition", module, line)))
+
+
+def place_of(node: fx.Node, prefix: str) -> SourceLocation:
+    """Where a node of an exported program comes from.
+
+    Args:
+        node: The node.
+        prefix: What the FQNs of its modules have in front.
+    """
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    modules = [str(entry[0]) for entry in stack]
+    line = user_line(node.meta.get("stack_trace") or "")
+    return SourceLocation(_op_name(node.target), inner_module(modules, prefix), line)
+
+
+def user_line(stack: str) -> str:
+    """The innermost line of a stack trace that is the user's: ``nets.py:12``, or ""."""
+    frames = _FRAME.findall(stack)
+    lines = [
+        f"{Path(file).name}:{line}" for file, line in frames if not file.startswith(_NOT_THEIRS)
+    ]
+    return lines[-1] if lines else ""
+
+
+def inner_module(names: list[str], prefix: str) -> str:
+    """The innermost of the modules in ``names``, without the prefix of all of them."""
+    root = prefix.removesuffix(".")
+    inner = [name for name in names if name and name != root]
+    return inner[-1].removeprefix(prefix) if inner else ""
+
+
+def here(modules: Mapping[int, str]) -> SourceLocation:
+    """Where the model is that is being traced, read off the stack of this thread.
+
+    Args:
+        modules: ``id`` of every module to its FQN.
+    """
+    op, line, module = "", "", None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (module is None or not line):
+        values, file = frame.f_locals, frame.f_code.co_filename
+        if module is None and frame.f_code.co_name == "__torch_dispatch__":
+            # The outermost is what the model called; what that is made of lies further in.
+            op = _op_name(values.get("func"))
+        if module is None:
+            module = modules.get(id(values.get("self")))
+        if not line and not file.startswith(_NOT_THEIRS):
+            line = f"{Path(file).name}:{frame.f_lineno}"
+        if file == _ENTRY:
+            break
+        frame = frame.f_back
+    return SourceLocation(op, module or "", line)
+
+
+def _op_name(target: Any) -> str:
+    """``aten.add`` for ``aten.add.Tensor``, and a name for everything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket)
+    return str(getattr(target, "__name__", target or ""))
+
+
+class Witness:
+    """What became of the symbols while a model was traced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._places: dict[str, SourceLocation] = {}
+        self._equal: dict[str, str] = {}
+        self._symbols: dict[str, str] = {}
+
+    def place(self, dim: Any) -> SourceLocation | None:
+        """Where an axis became a number; None if that is not known.
+
+        Args:
+            dim: Its size in the shape of a traced input.
+        """
+        return self._found(str(getattr(getattr(dim, "node", None), "_expr", "")))
+
+    def place_of(self, source: str) -> SourceLocation | None:
+        """The same for an axis as torch.export calls it."""
+        return self._found(self._symbols.get(source, ""))
+
+    def fault(self, error: BaseException) -> SourceLocation:
+        """Where in the model an error was raised, read off its traceback."""
+        line, module = "", ""
+        trace = error.__traceback__
+        while trace is not None:
+            frame = trace.tb_frame
+            if not frame.f_code.co_filename.startswith(_NOT_THEIRS):
+                line = f"{Path(frame.f_code.co_filename).name}:{trace.tb_lineno}"
+            module = self._modules.get(id(frame.f_locals.get("self")), module)
+            trace = trace.tb_next
+        return SourceLocation(module=module, line=line)
+
+    def _found(self, symbol: str) -> SourceLocation | None:
+        seen: set[str] = set()
+        while symbol not in self._places and symbol in self._equal and symbol not in seen:
+            seen.add(symbol)
+            symbol = self._equal[symbol]
+        return self._places.get(symbol)
+
+    def note(self, symbol: object, value: Any, sources: Iterable[Any] = ()) -> None:
+        """A symbol, of the axes ``sources``, is replaced by a number or by another symbol."""
+        self._symbols.update((source.name, str(symbol)) for source in sources)
+        if getattr(value, "is_Integer", False):
+            self._places.setdefault(str(symbol), here(self._modules))
+        elif getattr(value, "is_Symbol", False):
+            self._equal.setdefault(str(symbol), str(value))
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Witness]:
+    """Watch the traces that begin inside the block."""
+    witness = Witness(model)
+    original = ShapeEnv._set_replacement
+
+    def replace(env: ShapeEnv, symbol: Any, value: Any, message: str) -> None:
+        witness.note(symbol, value, env.var_to_sources.get(symbol, ()))
+        original(env, symbol, value, message)
+
+    ShapeEnv._set_replacement = replace  # type: ignore[assignment, method-assign]
+    try:
+        yield witness
+    finally:
+        ShapeEnv._set_replacement = original  # type: ignore[method-assign]
+
+
+# What torch.export calls an axis of a ``FlatModel``, whose one argument is a tuple.
+_AXIS = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+
+
+def headline(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def reason_of_failure(
+    error: Exception, witness: Witness, names: Sequence[str], tensors: Sequence[Tensor]
+) -> str:
+    """What one trace failed for.
+
+    Args:
+        error: What torch.export has raised.
+        witness: Of that trace.
+        names: Of the inputs.
+        tensors: The inputs of the call that was traced.
+    """
+    place = witness.fault(error)
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            f"{place} is data-dependent: a graph cannot branch on values. Write both sides and choose "
+            "with torch.where, or capture a model without that branch"
+        )
+    if "Constraints violated" in str(error):
+        axes = dict.fromkeys((int(i), int(axis)) for i, axis in _AXIS.findall(str(error)))
+        fixed = [_fixed(i, axis, witness, names, tensors) for i, axis in axes if i < len(names)]
+        if fixed:
+            return "; ".join(fixed)
+    return f"{headline(error)}, at {place}" if place.line else headline(error)
+
+
+def _fixed(
+    index: int, axis: int, witness: Witness, names: Sequence[str], tensors: Sequence[Tensor]
+) -> str:
+    place = witness.place_of(f"L['tensors'][{index}].size()[{axis}]")
+    because = "" if place is None else f": {place}"
+    size = tensors[index].shape[axis]
+    return (
+        f"axis {axis} of '{names[index]}' is fixed, the model works with size {size} only{because}"
+    )
+
+
+def together(failures: Iterable[str]) -> str:
+    """What came of several ways, ``way: reason`` each, with equal reasons once."""
+    ways: dict[str, list[str]] = {}
+    for failure in failures:
+        way, _, reason = failure.partition(": ")
+        ways.setdefault(reason, []).append(way)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in ways.items())

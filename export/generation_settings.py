@@ -1,0 +1,404 @@
+"""How to generate: the model's own defaults, and what a caller changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_fx.errors import ExportError, hint
+
+__all__ = ["GenerationSettings", "Processor", "next_tokens", "processors"]
+
+
+# Settings that are not supported and change the tokens or the return value, with the values at which
+# they have no effect: transformers' defaults. None has no effect for any key.
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "constraints": (),
+    "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "guidance_scale": (1,),
+    "sequence_bias": (), "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (), "exponential_decay_length_penalty": (), "stop_strings": (),
+    "watermarking_config": (), "token_healing": (False,), "max_time": (),
+    "renormalize_logits": (False,), "remove_invalid_values": (False,),
+    "prompt_lookup_num_tokens": (), "assistant_early_exit": (), "assistant_ensemble_weight": (),
+    "speculation_type": (), "use_mtp": (False,), "return_dict_in_generate": (False,),
+    "output_attentions": (False,), "output_hidden_states": (False,), "output_scores": (False,),
+    "output_logits": (False,), "return_timestamps": (False,),
+}  # fmt: skip
+_NEUTRAL_IN_SAMPLING: Mapping[str, tuple[object, ...]] = {
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+}
+
+# Of beam search alone. Without beams they do nothing, which is what a model's own configuration
+# may well say; a caller who asks for them expects something.
+_OF_BEAMS: Mapping[str, tuple[object, ...]] = {
+    "early_stopping": (False,),
+    "length_penalty": (1,),
+    "diversity_penalty": (0,),
+}
+
+# How fast, and not what: the cache, compilation, and how an assistant model would be used.
+_WITHOUT_EFFECT = {
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config",
+    "disable_compile", "continuous_batching_config", "prefill_chunk_size", "low_memory",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "max_matching_ngram_size", "transformers_version",
+}  # fmt: skip
+
+
+def _refuse_unsupported(
+    values: Mapping[str, Any], done: Collection[str], model: Mapping[str, Any]
+) -> None:
+    """Refuse keys that ask for something which ``generate`` does not do.
+
+    Args:
+        values: What a call asks for, without what is None.
+        done: The keys that are done.
+        model: The model's own ``generation_config``. A key of it that is none of transformers' is what
+            ``GenerationMixin.generate`` does not look at, either.
+
+    Raises:
+        ExportError: It names all of them.
+    """
+    refused = dict(_NEUTRAL)
+    if values.get("do_sample"):
+        refused.update(_NEUTRAL_IN_SAMPLING)
+    if values.get("cache_implementation") == "quantized":
+        refused["cache_implementation"] = ()
+    asked = [name for name in refused if name in values and values[name] not in refused[name]]
+    own = _plain(model)
+    extra = {name: value for name, value in values.items() if _plain(value) != own.get(name)}
+    asked += [name for name in _OF_BEAMS if name in extra and extra[name] not in _OF_BEAMS[name]]
+    if asked:
+        without = {name: next(iter({**refused, **_OF_BEAMS}[name]), None) for name in asked}
+        raise ExportError(
+            f"the generation_config (the model's, or the one that was passed) asks for "
+            f"{', '.join(f'{name}={values[name]!r}' for name in asked)}, which generate does not do: "
+            f"what comes back would be other than what model.generate gives. Pass "
+            f"generation_config={without} to generate all the same"
+        )
+    known = {*done, *_NEUTRAL, *_NEUTRAL_IN_SAMPLING, *_OF_BEAMS, *_WITHOUT_EFFECT}
+    unknown = [name for name in extra if name not in known and not str(name).startswith("_")]
+    if unknown:
+        raise ExportError(
+            f"the generation_config has {', '.join(_named(name, extra, known) for name in unknown)}, "
+            f"which neither generate nor the model's own generation_config knows"
+        )
+
+
+def _named(name: str, values: Mapping[str, Any], known: Collection[str]) -> str:
+    return f"{name}={values[name]!r}" + hint(name, known, " (did you mean '{}'?)", count=1)
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file remembers it: JSON has no tuples, and its keys are texts."""
+    return json.loads(json.dumps(value, default=str))
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Names and meaning are those of transformers' ``GenerationConfig``; so are the defaults.
+
+    Attributes:
+        max_new_tokens: Tokens to generate at most, without the prompt.
+        max_length: The same with the prompt; counts where ``max_new_tokens`` is None.
+        min_new_tokens: Tokens before which no end-of-sequence token comes.
+        min_length: The same with the prompt.
+        do_sample: Draw the next token, else take the likeliest.
+        temperature: What logits are divided by.
+        top_k: Draw from so many tokens only; 0 for all.
+        top_p: Draw from the likeliest tokens that have this probability together.
+        min_p: Draw from tokens that have this share of the likeliest one's probability.
+        repetition_penalty: What the logits of tokens that were there are divided by.
+        no_repeat_ngram_size: Length of the sequences that do not come twice; 0 for none.
+        eos_token_id: Tokens that end a sequence.
+        pad_token_id: What follows in rows that have ended before others.
+        bos_token_id: First token of a text.
+        decoder_start_token_id: First token of the decoder of an encoder-decoder.
+        forced_bos_token_id: Token after the first one.
+        forced_eos_token_id: Last token where the length ends the sequence.
+        suppress_tokens: Tokens that never come.
+        begin_suppress_tokens: Tokens that do not come first.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("max_length", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if value is not None and (not _whole(value) or value < least):
+                raise ExportError(f"{name}={value!r}: give a whole number from {least}")
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(self, name)
+            if not _real(value) or not value > 0:
+                raise ExportError(
+                    f"{name}={getattr(self, name)!r}: give a number above 0 (the likeliest tokens "
+                    f"are what do_sample=False takes)"
+                )
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not (_real(value) and 0 <= value <= 1):
+                raise ExportError(f"{name}={value!r}: give a probability, from 0 to 1")
+
+    @classmethod
+    def of(
+        cls, defaults: Mapping[str, Any], changes: Mapping[str, Any], model: Mapping[str, Any]
+    ) -> GenerationSettings:
+        """The settings of one call.
+
+        Args:
+            defaults: Fields of a ``GenerationConfig``, those of beam search, output and the like
+                among them; None is for a setting that is off.
+            changes: What the caller gives; None leaves the default.
+            model: The model's own ``GenerationConfig``, as its file remembers it.
+
+        Raises:
+            ExportError: A value means nothing, or ``defaults`` asks for what is not supported or has an
+                unknown key.
+        """
+        values = {**defaults, **{k: v for k, v in changes.items() if v is not None}}
+        if "top_k" in values and values["top_k"] is None:
+            values["top_k"] = 0  # the one setting that is on by itself
+        values = {name: value for name, value in values.items() if value is not None}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        _refuse_unsupported(values, fields, model)
+        own = {name: value for name, value in values.items() if name in fields}
+        for name, field in fields.items():
+            if name in own and "tuple" in str(field.type):
+                own[name] = _tokens(name, own[name])
+        return cls(**own)
+
+    def new_tokens(self, prompt: int, limit: int | None) -> int:
+        """How many tokens to generate at most after ``prompt`` of them.
+
+        Args:
+            prompt: Tokens that are there.
+            limit: Positions that the model has.
+
+        Raises:
+            ExportError: The model has not so many positions, or ``max_length`` leaves no room.
+        """
+        if limit is not None and prompt > limit:
+            raise ExportError(
+                f"the prompt has {prompt} tokens, and the model has {limit} positions: shorten it"
+            )
+        if self.max_new_tokens is not None:
+            wanted = self.max_new_tokens
+        elif self.max_length is not None:
+            wanted = self.max_length - prompt
+        else:
+            wanted = 20 if limit is None else min(20, limit - prompt)
+        if wanted < 1:
+            of = f"max_length={self.max_length}" if self.max_length else f"{limit} positions"
+            raise ExportError(
+                f"the prompt has {prompt} tokens, so {of} leave no room for a new one"
+            )
+        if limit is not None and prompt + wanted > limit:
+            raise ExportError(
+                f"a prompt of {prompt} tokens and {wanted} new ones are more than the {limit} "
+                f"positions of the model: pass max_new_tokens={limit - prompt} or less"
+            )
+        return wanted
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    tokens = (
+        tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    )
+    if not all(map(_whole, tokens)):
+        raise ExportError(f"{name}={value!r}: give the number of a token, or a list of them")
+    return tuple(map(int, tokens))
+
+
+def _whole(value: Any) -> bool:
+    """Whether something is a whole number, of NumPy too."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+# From logits to the next token, in transformers' order, so that equal seeds give equal tokens.
+#
+# Everything takes the tokens so far, [batch, length], and scores in fp32, [batch, vocabulary].
+
+Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From tokens and scores to scores; those of transformers (``LogitsProcessor``) are such."""
+
+
+def processors(
+    settings: GenerationSettings,
+    prompt: Tensor,
+    mask: Tensor | None,
+    length: int,
+    own: Sequence[Processor] = (),
+) -> list[Processor]:
+    """What scores go through, in order.
+
+    Args:
+        settings: What to do.
+        prompt: The tokens that are there, [batch, length].
+        mask: Which of them count, of the same shape; None for all.
+        length: Of the sequence when it is full.
+        own: The caller's, between those that forbid and those that narrow down a draw.
+    """
+    found: list[Processor] = []
+    if settings.repetition_penalty != 1:
+        found.append(_repetition(settings.repetition_penalty, mask))
+    if settings.no_repeat_ngram_size:
+        found.append(_no_repeat(settings.no_repeat_ngram_size))
+    least = settings.min_length
+    if settings.min_new_tokens is not None:
+        least = prompt.shape[1] + settings.min_new_tokens
+    if least and settings.eos_token_id:
+        found.append(_at(range(least), _forbid(settings.eos_token_id)))
+    if settings.forced_bos_token_id is not None:
+        found.append(_at(range(1, 2), _force((settings.forced_bos_token_id,))))
+    if settings.forced_eos_token_id:
+        found.append(_at(range(length - 1, length), _force(settings.forced_eos_token_id)))
+    if settings.suppress_tokens:
+        found.append(_forbid(settings.suppress_tokens))
+    if settings.begin_suppress_tokens:
+        first = prompt.shape[1]
+        first += first == 1 and settings.forced_bos_token_id is not None
+        found.append(_at(range(first, first + 1), _forbid(settings.begin_suppress_tokens)))
+    found += own
+    if settings.do_sample:
+        found += _warpers(settings)
+    return found
+
+
+def next_tokens(
+    scores: Tensor, settings: GenerationSettings, generator: torch.Generator | None
+) -> Tensor:
+    """One token for each row, [batch]."""
+    if not settings.do_sample:
+        return scores.argmax(dim=-1)
+    drawn = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator)
+    return drawn.squeeze(1)
+
+
+def _warpers(settings: GenerationSettings) -> list[Processor]:
+    found: list[Processor] = []
+    if settings.temperature != 1:
+        found.append(lambda ids, scores: scores / settings.temperature)
+    if settings.top_k:
+        found.append(_top_k(settings.top_k))
+    if settings.top_p < 1:
+        found.append(_top_p(settings.top_p))
+    if settings.min_p is not None:
+        found.append(_min_p(settings.min_p))
+    return found
+
+
+def _at(lengths: range, processor: Processor) -> Processor:
+    """Only while the sequence has one of ``lengths``."""
+    return lambda ids, scores: processor(ids, scores) if ids.shape[1] in lengths else scores
+
+
+def _forbid(tokens: Sequence[int]) -> Processor:
+    def forbid(ids: Tensor, scores: Tensor) -> Tensor:
+        # isin, not indexing: a configuration may name tokens beyond the vocabulary.
+        chosen = torch.isin(torch.arange(scores.shape[1]), torch.tensor(tokens))
+        return scores.masked_fill(chosen, -torch.inf)
+
+    return forbid
+
+
+def _force(tokens: Sequence[int]) -> Processor:
+    def force(ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, list(tokens)] = 0
+        return forced
+
+    return force
+
+
+def _repetition(penalty: float, mask: Tensor | None) -> Processor:
+    """Divides positive and multiplies negative logits of tokens that were there (1909.05858)."""
+    padding = None if mask is None else (mask != 0).int().argmax(dim=1)
+
+    def penalize(ids: Tensor, scores: Tensor) -> Tensor:
+        vocabulary = scores.shape[1]
+        if padding is not None:
+            positions = torch.arange(ids.shape[1])
+            ids = ids.masked_fill(positions[None] < padding[:, None], vocabulary)
+        seen = torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool).scatter(1, ids, True)
+        changed = torch.where(scores < 0, scores * penalty, scores / penalty)
+        return torch.where(seen[:, :vocabulary], changed, scores)
+
+    return penalize
+
+
+def _no_repeat(size: int) -> Processor:
+    def forbid(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] + 1 < size:
+            return scores
+        scores = scores.clone()
+        for row, tokens in enumerate(ids.tolist()):
+            last = tokens[len(tokens) - size + 1 :]
+            runs = (tokens[start : start + size] for start in range(len(tokens) - size + 1))
+            scores[row, [run[-1] for run in runs if run[:-1] == last]] = -torch.inf
+        return scores
+
+    return forbid
+
+
+def _top_k(count: int) -> Processor:
+    def narrow(ids: Tensor, scores: Tensor) -> Tensor:
+        least = scores.topk(min(count, scores.shape[1]))[0][:, -1, None]
+        return scores.masked_fill(scores < least, -torch.inf)
+
+    return narrow
+
+
+def _top_p(share: float) -> Processor:
+    """Nucleus sampling (1904.09751)."""
+
+    def narrow(ids: Tensor, scores: Tensor) -> Tensor:
+        ascending, order = scores.sort(descending=False)
+        out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - share
+        out[:, -1] = False  # the likeliest stays
+        return scores.masked_fill(out.scatter(1, order, out), -torch.inf)
+
+    return narrow
+
+
+def _min_p(share: float) -> Processor:
+    """Min-p sampling (2407.01082)."""
+
+    def narrow(ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = scores.softmax(dim=-1)
+        least = share * probabilities.amax(dim=-1, keepdim=True)
+        return scores.masked_fill(probabilities < least, -torch.inf)
+
+    return narrow

@@ -1,0 +1,375 @@
+"""From the caller's model and example to a model and a call that can be traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
+from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
+from lora_fx.export.copy import (
+    DTYPES,
+    Casts,
+    StandIn,
+    dtype_name,
+    exportable_twin,
+    pack_quantized,
+    unwrapped,
+)
+from lora_fx.export.factor_model import (
+    FactorModel,
+    Swappable,
+    base_of,
+    calls_of,
+    origin_metadata,
+    replace_calls,
+    swappable,
+    with_adapter,
+)
+from lora_fx.export.tasks import Part, find_task
+from lora_fx.export.trace import widen_batch
+from lora_fx.ir import Region, module_of, record_of
+from lora_fx.kinds import kinds
+from lora_fx.passes.capture import State
+from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
+from lora_fx.passes.plan import foreign_factors
+from lora_fx.runtime import AdapterFactors
+
+__all__ = ["Prepared", "over_quantized", "prepare", "prepare_swappable"]
+
+
+# Adapters that stay separate from their operations in a file, as constants.
+#
+# Over a quantized weight that is what keeps it quantized: a merge would make it dense. The branches are those
+# of the model's own graphs. What would need the dense weight at every run, as the gain
+# ``m / ‖W + s·BA‖``, is computed here once.
+
+_MAGNITUDE, _GAIN = "lora_magnitude_vector", SUFFIXES["gain"]
+
+
+def over_quantized(model: nn.Module) -> bool:
+    """Whether an active adapter of a model is at a quantized weight."""
+    record = record_of(model)
+    if record is None:
+        return False
+    active = (record.adapters[name] for name in record.active)
+    return any(row.site.quantized is not None for adapter in active for row in adapter.sites)
+
+
+@torch.no_grad()
+def _fix_gains(model: nn.Module) -> None:
+    """Makes constants of the gains, ``layer.lora_gain.NAME`` in fp32.
+
+    Args:
+        model: A copy of a rewritten model. Its graphs are replaced.
+    """
+    install(list(_fixed(model)))
+
+
+def _constants() -> list[object]:
+    return [one for kind in kinds() for one in kind.constants]
+
+
+def _fixed(model: nn.Module) -> Iterator[Region]:
+    edited: dict[int, fx.Graph] = {}
+    graphs, constants = graphs_of(model), _constants()
+    holding = {module_of(key) for key, graph in graphs.items() if calls_of(graph, constants)}
+    for key, graph in graphs.items():
+        if module_of(key) not in holding:
+            continue
+        module = model.get_submodule(module_of(key))
+        for node in calls_of(graph, constants):
+            path, _, adapter = _target(node).rpartition(".")
+            _factors(module, path).add(adapter, _value(module, node))
+        if id(graph) not in edited:
+            edited[id(graph)] = replace_calls(graph, constants, _constant)
+        # Its own forward would leave the adapter out.
+        yield Region.at(key, module, edited[id(graph)], fallback=False)
+
+
+def _factors(module: nn.Module, path: str) -> AdapterFactors:
+    owner, _, name = path.rpartition(".")
+    holder = module.get_submodule(owner)
+    if name not in holder._modules:
+        holder.add_module(name, AdapterFactors())
+    found = holder.get_submodule(name)
+    assert isinstance(found, AdapterFactors)
+    return found
+
+
+def _constant(graph: fx.Graph, gain: fx.Node) -> fx.Node:
+    return graph.get_attr(_target(gain))
+
+
+def _target(node: fx.Node) -> str:
+    """Where a gain is kept: next to the magnitude from which it is computed."""
+    magnitude = node.args[0]
+    assert isinstance(magnitude, fx.Node)
+    return str(magnitude.target).replace(_MAGNITUDE, _GAIN)
+
+
+def _value(module: nn.Module, node: Any) -> Any:
+    """What a node computes of parameters alone."""
+    if not isinstance(node, fx.Node):
+        return node
+    args = [_value(module, one) for one in node.args]
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(module)
+    assert target_of(node) is not None, node.format_node()
+    return target_of(node)(*args, **{key: _value(module, one) for key, one in node.kwargs.items()})
+
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is traced, and what the file is compared with.
+
+    Attributes:
+        model: The model in eval mode, tensors in and out.
+        arguments: The call that is traced.
+        outputs: Names of the outputs, in order.
+        dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
+        origin: Metadata entries about the base model and the adapters that are merged into it.
+        dynamic_shapes: Input name to its dynamic axes where a task says so, else None.
+        name: What the file holds; "" for the one that a session opens.
+        cases: The calls on which the file is compared, None to draw them by axis.
+        metadata: What the file remembers of its task.
+        base: What the file computes by itself: ``model``, or the model without its adapters.
+        manifest: The adapter inputs; None for a model whose adapters are merged.
+        adapters: The adapters that the model has, by name: each makes a model in which it is active.
+        source: The rewritten model that has them.
+    """
+
+    model: FlatModel
+    arguments: Arguments
+    outputs: tuple[str, ...]
+    dtype: str
+    origin: Mapping[str, str]
+    base: FlatModel
+    manifest: Manifest | None = None
+    adapters: Mapping[str, Callable[[], FlatModel]] = field(default_factory=dict)
+    source: nn.Module | None = None
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None
+    name: str = ""
+    cases: Cases | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def with_companion(self, name: str, file: str) -> Prepared:
+        """The same with the file ``file``, which holds ``name``, in its metadata."""
+        return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
+
+    def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
+        """The same with a model that torch.export and torch.onnx see through.
+
+        Args:
+            keep: Takes each tensor that is created, see ``Scratch.keep``.
+
+        Raises:
+            ExportError: No operator has the values of a quantized weight.
+        """
+        model = self.model.model
+        gains = any(calls_of(graph, _constants()) for graph in graphs_of(model).values())
+        if not gains and not any(isinstance(module, StandIn) for module in model.modules()):
+            return self
+        twin = share_copy(model)
+        _fix_gains(twin)  # of the weights as their libraries have them
+        pack_quantized(twin, DTYPES.get(self.dtype, torch.float32), keep)
+        return dataclasses.replace(self, model=self.model.over(twin))
+
+
+def prepare_swappable(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
+) -> tuple[Prepared, ...]:
+    """:func:`prepare` for files whose adapters are inputs.
+
+    Raises:
+        ExportError: As :func:`prepare`, and if an adapter trains something that has no factors.
+        NoMatchError: A plain model has no linear operation.
+    """
+    model = unwrapped(model)
+    casts = Casts(keep)  # one for all copies: they have the same weights
+    # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
+    fit = model if record_of(model) else exportable_twin(model, None, casts, to_rewrite=True)
+    made = swappable(fit)
+    bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
+    twin = exportable_twin(made.model, dtype, casts)
+    return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
+
+
+def _with_inputs(
+    base: Prepared,
+    model: nn.Module,
+    made: Swappable,
+    twin: nn.Module,
+    dtype: str | None,
+    casts: Casts,
+) -> Prepared:
+    call = base.model.call
+    flat = FactorModel(made, twin, base.arguments, call).eval()
+    record = record_of(model)
+
+    def active(name: str) -> FlatModel:
+        adapted = exportable_twin(with_adapter(model, name), dtype, casts)
+        return FlatModel(adapted, base.arguments, call).eval()
+
+    return dataclasses.replace(
+        base,
+        model=flat,
+        manifest=flat.manifest,
+        adapters={name: partial(active, name) for name in (record.adapters if record else ())},
+        source=model,
+    )
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
+    *,
+    merged: bool = True,
+) -> tuple[Prepared, ...]:
+    """Merge, copy and cast a model, and run it once.
+
+    Args:
+        model: Any module. It is not changed.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor.
+        dtype: "fp32", "fp16", "bf16", or None to keep what it has.
+        keep: Takes each weight that is created, see ``Scratch.keep``.
+        task: What it is exported for, None to export it as it is called.
+        merged: Whether to merge; else the branches of the active adapters stay in the graph.
+
+    Returns:
+        One for each file, that which a session opens last.
+
+    Raises:
+        ExportError: The model cannot be copied, does not run on the inputs, or does not do the task.
+    """
+    model = unwrapped(model)
+    casts = Casts(keep)
+    whole = _merged(model, keep) if merged else model
+    origin = origin_metadata(model, "merged" if merged else "inline")
+    return tuple(
+        dataclasses.replace(one, origin=origin)
+        for one in _prepared(whole, example_inputs, dtype, casts, task)
+    )
+
+
+def _prepared(
+    model: nn.Module, example_inputs: object, dtype: str | None, casts: Casts, task: str | None
+) -> tuple[Prepared, ...]:
+    """The files of a model without adapters."""
+    twin, origin = exportable_twin(model, dtype, casts), origin_metadata(model)
+    arguments = Arguments.of(twin, example_inputs)
+    if dtype is not None:
+        arguments = arguments.replace(cast_floating(arguments.tensors, DTYPES[dtype]))
+    if task is not None:
+        parts = find_task(task)(twin, _by_name(arguments))
+        return tuple(_of_part(twin, part, origin) for part in parts)
+    for name, value in arguments.baked.items():
+        _log.info("argument '%s' is no tensor: its value %s is fixed in the file", name, value)
+    flat, arguments, outputs = _first_run(FlatModel(twin, arguments))
+    return (Prepared(flat, arguments, tuple(outputs), dtype_name(twin), origin, flat),)
+
+
+def _by_name(arguments: Arguments) -> dict[str, Any]:
+    constants = {key: arguments.kwargs[key] for key in arguments.baked if key in arguments.kwargs}
+    return dict(zip(arguments.names, arguments.tensors, strict=True)) | constants
+
+
+def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared:
+    flat = FlatModel(twin, Arguments.of(twin, part.inputs), part.call)
+    flat, arguments, outputs = _first_run(flat)
+    return Prepared(
+        flat,
+        arguments,
+        tuple(outputs),
+        dtype_name(twin),
+        origin,
+        flat,
+        dynamic_shapes=part.dynamic_shapes,
+        name=part.name,
+        cases=part.cases,
+        metadata=part.metadata,
+    )
+
+
+def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
+    if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
+        if (name := next(foreign_factors(model), None)) is not None:
+            _log.warning(
+                "export: the adapters of another library in the model, such as that at %s, are not merged: "
+                "they stay products of their own in the file. For PEFT, export what merge_and_unload() "
+                "gives, or the base model with its adapter from lora_fx.load_adapter",
+                name or "its root",
+            )
+        return model
+    from lora_fx.passes.merge import merge
+
+    merged, report = merge(model, keep=keep)
+    _log.info("export: %s", report)
+    return merged
+
+
+def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
+    """Run once: on a widened batch if the model takes it, else on the examples as they are."""
+    arguments = flat.eval().arguments
+    failure: Exception | None = None
+    for candidate in (widen_batch(arguments), arguments):
+        try:
+            return flat, candidate, _named(flat, candidate.tensors)
+        except ExportError:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a model raises; re-raised below
+            failure = error
+    given = ", ".join(
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in zip(arguments.names, arguments.tensors, strict=True)
+    )
+    raise ExportError(
+        f"{type(flat.model).__name__} does not run on the example inputs ({given}): {failure}"
+    ) from failure
+
+
+def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
+    """Runs a model once, and again if that has left something behind in its objects.
+
+    Raises:
+        ExportError: If the second call returns other values: a file has no such state.
+    """
+    before = State(flat.model)
+    drawn = torch.get_rng_state()
+    with torch.no_grad():
+        first = flat.named(tensors)
+    changed = before.changed()
+    if changed is None:
+        return [name for name, _ in first]
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.set_rng_state(drawn)
+        second = flat.named(tensors)
+    alike = all(
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        for (_, a), (_, b) in zip(first, second, strict=True)
+    )
+    if not alike:
+        raise ExportError(
+            f"{type(flat.model).__name__}: {changed}, and its next call on the same inputs returns other "
+            "values. A file has no such state: export a model that computes the same in each call"
+        )
+    return [name for name, _ in first]

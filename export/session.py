@@ -1,0 +1,448 @@
+"""Running an exported file."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ConfigError, ExportError
+from lora_fx.export import ort, providers
+from lora_fx.export.adapter_file import values_of
+from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
+from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
+from lora_fx.export.generation import Generates
+
+__all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
+
+
+# Running at fixed shapes and fixed addresses, which is what a CUDA graph is captured from.
+#
+# A captured graph repeats its kernels on the memory that they saw. So every input, output and factor has
+# a buffer that never moves: a run writes its inputs into theirs, and a switch of adapters writes the
+# factors, filled up with zeros to the highest rank that there may be.
+
+MAX_SHAPES = 16
+"""How many combinations of input shapes have a graph, and buffers, of their own."""
+
+_GRAPH_ID = "gpu_graph_id"
+_NO_CAPTURE = "-1"
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The buffers and the binding of one combination of shapes."""
+
+    inputs: Mapping[str, Any]
+    outputs: tuple[Any, ...]
+    binding: Any
+    options: Any
+
+
+@dataclass(eq=False)
+class StaticRunner:
+    """Runs a session from buffers, one run at a time.
+
+    Args:
+        runtime: The onnxruntime module.
+        session: Its session.
+        outputs: The outputs of the file.
+        manifest: The adapter inputs; None for a file without.
+        max_rank: The rank that factors are filled up to.
+        device: Where the session runs.
+    """
+
+    runtime: Any
+    session: Any
+    outputs: Sequence[ort.Port]
+    manifest: Manifest | None
+    max_rank: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._graphs: dict[tuple[tuple[str, tuple[int, ...]], ...], _Graph] = {}
+        self._loaded: HeldAdapter | None = None
+        self._factors: dict[str, Any] = {}
+
+    def run(
+        self,
+        feeds: Mapping[str, Any],
+        adapter: HeldAdapter,
+        device: torch.device,
+        host: Collection[str] = (),
+    ) -> list[Any]:
+        """Run once.
+
+        Args:
+            feeds: Values for the inputs of the model.
+            adapter: What to run with.
+            device: Where the results are to lie.
+            host: Outputs that are to lie on the CPU all the same.
+
+        Returns:
+            Values with memory of their own, in the order of the outputs.
+
+        Raises:
+            ExportError: ONNX Runtime fails, or there are too many shapes.
+        """
+        with ort.run_errors(feeds, ", in a graph"), self._lock:
+            self._switch(adapter)
+            graph = self._graph(feeds)
+            for name, value in feeds.items():
+                ort.write(graph.inputs[name], ort.to_tensor(value))
+            self.session.run_with_iobinding(graph.binding, graph.options)
+            return [
+                self._taken(value, ort.CPU if port.name in host else device)
+                for port, value in zip(self.outputs, graph.outputs, strict=True)
+            ]
+
+    def _switch(self, adapter: HeldAdapter) -> None:
+        """Writes the factors of an adapter, unless they are there already."""
+        if self._loaded is adapter:
+            return
+        self._loaded = None  # what an error leaves half written is written again
+        for site in self.manifest.sites if self.manifest else ():
+            for one in site.inputs():
+                value = filled_up(site, one, adapter.values.get(one.name), self.max_rank)
+                if one.name not in self._factors:
+                    self._factors[one.name] = self._buffer(value.shape, ort.element_of(value))
+                ort.write(self._factors[one.name], value)
+        self._loaded = adapter
+
+    def _graph(self, feeds: Mapping[str, Any]) -> _Graph:
+        key = tuple((name, tuple(value.shape())) for name, value in sorted(feeds.items()))
+        if key not in self._graphs:
+            if len(self._graphs) >= MAX_SHAPES:
+                raise ExportError(
+                    f"a session with cuda_graph=True keeps buffers for {MAX_SHAPES} combinations of input "
+                    "shapes, and this is one more: pad the inputs to a few sizes, or run it without"
+                )
+            self._graphs[key] = self._prepared(feeds, len(self._graphs) + 1)
+        return self._graphs[key]
+
+    def _prepared(self, feeds: Mapping[str, Any], number: int) -> _Graph:
+        inputs = {
+            name: self._buffer(value.shape(), value.element_type()) for name, value in feeds.items()
+        }
+        for name, value in feeds.items():
+            ort.write(inputs[name], ort.to_tensor(value))
+        # A first run says how large the outputs are. It must not be captured: they move.
+        binding = self._bound(inputs)
+        for port in self.outputs:
+            binding.bind_output(port.name, self.device.type, self.device.index)
+        self.session.run_with_iobinding(binding, self._options(_NO_CAPTURE))
+        outputs = tuple(
+            self._buffer(value.shape(), value.element_type()) for value in binding.get_outputs()
+        )
+        binding = self._bound(inputs)
+        for port, value in zip(self.outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(port.name, value)
+        return _Graph(inputs, outputs, binding, self._options(str(number)))
+
+    def _bound(self, inputs: Mapping[str, Any]) -> Any:
+        binding = self.session.io_binding()
+        for name, value in (*inputs.items(), *self._factors.items()):
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+    def _options(self, graph: str) -> Any:
+        options = self.runtime.RunOptions()
+        options.add_run_config_entry(_GRAPH_ID, graph)
+        return options
+
+    def _buffer(self, shape: Sequence[int], element: Any) -> Any:
+        return ort.allocate(self.runtime, shape, element, self.device)
+
+    def _taken(self, buffer: Any, device: torch.device) -> Any:
+        """A copy that owns its memory: the next run writes into the buffer."""
+        taken = ort.allocate(self.runtime, buffer.shape(), buffer.element_type(), device)
+        if self.device.type == "cpu" or torch.cuda.is_available():
+            value = ort.to_tensor(buffer)
+        else:
+            value = torch.from_numpy(buffer.numpy())
+        ort.write(taken, value if device.type != "cpu" else value.cpu())
+        return taken
+
+
+def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_rank: int) -> Tensor:
+    """A factor at the highest rank: what is beyond its own rank is zero, and so adds nothing.
+
+    Args:
+        site: Where it is.
+        one: Which factor, bias or gain.
+        value: It, or None for an adapter that is not at this site.
+        max_rank: That rank; for a grouped convolution the next multiple of its groups.
+    """
+    groups = site.groups
+    rank = -(-max_rank // groups) * groups
+    whole = torch.full(one.sized(rank), one.neutral, dtype=getattr(torch, one.dtype))
+    if value is None:
+        return whole
+    axis = one.rank_axis
+    if axis is None:
+        return value
+    if one.role == "A" and groups > 1:
+        # The ranks of one group come after those of another.
+        size = len(value) // groups
+        whole.view(groups, -1, *whole.shape[1:])[:, :size] = value.view(
+            groups, size, *value.shape[1:]
+        )
+        return whole
+    whole.narrow(axis, 0, value.shape[axis]).copy_(value)
+    return whole
+
+
+class OnnxSession(Generates):
+    """An exported model, loaded and ready to run.
+
+    Threads may share it: each run has bindings of its own.
+
+    Args:
+        path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
+            lie in the same folder.
+        provider: "cuda" or "cpu". What runs is this provider or nothing.
+        provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
+        session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. The session
+            adds to it what it needs, so give each its own where they differ.
+        low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
+        tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
+            not by default either.
+        cuda_graph: Whether to capture a CUDA graph for each combination of input shapes and replay it:
+            for models that wait for launches more than for kernels. Runs are one at a time then.
+        max_rank: The highest rank of an adapter, or of a weighted sum. CUDA graphs need one where the
+            file takes adapters: every adapter runs at this rank.
+
+    Attributes:
+        inputs: What ``run`` takes.
+        outputs: What it gives.
+        metadata: What the file remembers of its export.
+        encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.
+
+    Raises:
+        ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
+            no kernel for an operation of the file.
+        ExportError: The file is missing, damaged or no ONNX model.
+        ConfigError: The arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: Literal["cuda", "cpu"] = "cuda",
+        *,
+        provider_options: Mapping[str, str] | None = None,
+        session_options: Any = None,
+        low_memory: bool = False,
+        tf32: bool = False,
+        cuda_graph: bool = False,
+        max_rank: int | None = None,
+    ) -> None:
+        providers.check_arguments(
+            provider, provider_options, max_rank, tf32=tf32, cuda_graph=cuda_graph
+        )
+        self.path = Path(path)
+        self._runtime = providers.import_onnxruntime()
+        options = dict(provider_options or {})
+        if provider == "cuda":
+            graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
+            options = {"use_tf32": str(int(tf32)), **graphs, **options}
+        settings = providers.session_settings(self._runtime, session_options, low_memory=low_memory)
+        self._session = providers.load(self._runtime, self.path, provider, options, settings)
+        self.provider: Literal["cuda", "cpu"] = provider
+        self._device = torch.device(provider, int(options.get("device_id", 0)))
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        manifest = Manifest.from_metadata(self.metadata)
+        self._limits: dict[str, int] = json.loads(self.metadata.get(ort.AXIS_LIMITS_KEY, "{}"))
+        self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))
+        self._swapping = threading.Lock()  # two files never have adapters of two loads
+        self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
+        self.inputs = tuple(ort.port_of(value) for value in self._session.get_inputs())
+        self.outputs = tuple(ort.port_of(value) for value in self._session.get_outputs())
+        self.encoder: OnnxSession | None = None
+        if ENCODER_KEY in self.metadata:
+            beside = self.path.with_name(self.metadata[ENCODER_KEY])
+            if not beside.is_file():
+                raise ExportError(
+                    f"{self.path.name} is the decoder of a model whose encoder is {beside.name}, and that "
+                    f"is not in {beside.parent}: keep both files, and their data, in one folder"
+                )
+            self.encoder = OnnxSession(
+                beside,
+                provider,
+                provider_options=provider_options,
+                session_options=session_options,
+                low_memory=low_memory,
+                tf32=tf32,
+                max_rank=max_rank,
+            )
+        self._replays_graphs = cuda_graph
+        self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
+        if provider == "cuda":
+            providers.warn_of_work(self._session, providers.PROVIDERS[provider], self.path.name)
+
+    def __repr__(self) -> str:
+        return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            f"a session of {self.path.name} holds a loaded model and cannot be copied or pickled: open the "
+            "file again (OnnxSession(path)), or share the session, which threads may"
+        )
+
+    def placement(self) -> providers.PlacementReport:
+        """Which provider runs which node.
+
+        Raises:
+            ExportError: This ONNX Runtime does not say.
+        """
+        return providers.read_placement(self._session, providers.PROVIDERS[self.provider])
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded."""
+        return self._store.names
+
+    def load_adapter(
+        self,
+        name: str,
+        source: nn.Module | str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Load an adapter onto the device. It runs when :meth:`run` is told so.
+
+        Args:
+            name: What to call it. One of this name that is there already is replaced; runs that have
+                begun end with that.
+            source: An ``.onnx_adapter`` file, an adapter folder of PEFT, a rewritten model, or values by
+                the names of the inputs.
+            adapter_name: Which adapter of a model; by default the only one, or the only active one.
+
+        Raises:
+            CheckpointError: It is missing or damaged, is for another model, has another dtype, lacks one
+                of two factors, or holds values that are not finite. The session is as it was.
+            ConfigError: The file takes no adapters, or an argument cannot mean anything.
+        """
+        manifest = self._store.manifest
+        values = values_of(source, adapter_name, manifest)
+        what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
+        with self._swapping:
+            for part in self._parts():
+                part._store.load(name, values, what)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            ConfigError: There is no adapter of this name.
+        """
+        with self._swapping:
+            for part in self._parts():
+                part._store.unload(name)
+
+    def run(
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any] | Tensor | np.ndarray[Any, Any],
+        *,
+        adapter: AdapterChoice = None,
+    ) -> dict[str, Any]:
+        """Run the model once.
+
+        Args:
+            inputs: Arrays or tensors by name, or in the order of ``self.inputs``. What lies on the
+                session's device is not copied.
+            adapter: The name of a loaded adapter, a dict of names to weights, or None for the base
+                model. Weighted changes are added up exactly; the last few sums are kept.
+
+        Returns:
+            Outputs by name: tensors, on the device of the first one given, if any of the inputs is
+            a tensor, else numpy arrays.
+
+        Raises:
+            ExportError: Names, dtypes, ranks or sizes do not fit (also those of two axes that have one
+                name), an axis has size 0 and the outputs would have elements all the same, or the model
+                fails.
+            ConfigError: There is no such adapter, or a weight is no finite number.
+        """
+        names = [port.name for port in self.inputs]
+        given = ort.inputs_by_name(inputs, names, self.path.name)
+        feeds = {
+            port.name: ort.feed(self._runtime, port, given[port.name], self._device)
+            for port in self.inputs
+        }
+        generates = TASK_KEY in self.metadata
+        ort.check_axes(self.inputs, given, self._limits, self.path.name, task=generates)
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        ort.settle(tensors)
+        device = tensors[0].device if tensors else None
+        stays = device is not None and device.type == self._device.type
+        results = self._execute(feeds, adapter, self._device if stays else ort.CPU)
+        pairs = zip(self.outputs, results, strict=True)
+        return {port.name: ort.unwrap(result, device) for port, result in pairs}
+
+    def _value(self, port: ort.Port, value: Tensor) -> Any:
+        return ort.feed(self._runtime, port, value, self._device)
+
+    def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
+        return self._execute(feeds, held[self], self._device, host=("logits",))
+
+    def _execute(
+        self,
+        feeds: Mapping[str, Any],
+        adapter: AdapterChoice | HeldAdapter = None,
+        device: torch.device = ort.CPU,
+        host: Collection[str] = (),
+    ) -> list[Any]:
+        """From values of ONNX Runtime, by name, to values in the order of the outputs.
+
+        They lie on ``device``, those that ``host`` names on the CPU.
+        """
+        held = self._store.chosen(adapter)
+        shapes = {name: value.shape() for name, value in feeds.items()}
+        nothing = ort.empty_outputs(
+            self.inputs,
+            self.outputs,
+            shapes,
+            self.path.name,
+            inner=self._inner_sizes,
+            task=TASK_KEY in self.metadata,
+        )
+        if nothing is not None:
+            return [
+                ort.empty_value(
+                    self._runtime, port, shape, ort.CPU if port.name in host else device
+                )
+                for port, shape in zip(self.outputs, nothing, strict=True)
+            ]
+        ort.settle((), self._device)
+        if self._static is not None:
+            return self._static.run(feeds, held, device, host)
+        return ort.bound_run(self._session, feeds, held.bound, self.outputs, device, host)
+
+    def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
+        if manifest is not None and max_rank is None:
+            raise ConfigError(
+                f"{self.path.name} takes adapters: with cuda_graph=True give max_rank, the highest rank that "
+                "one will have. A graph has fixed shapes, so that every adapter is filled up to that"
+            )
+        runtime, session = self._runtime, self._session
+        return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
+
+    def _hold(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
+        """An adapter as every file of the model has it at this moment."""
+        with self._swapping:
+            return {part: part._store.chosen(adapter) for part in self._parts()}
+
+    def _parts(self) -> tuple[OnnxSession, ...]:
+        # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
+        return (self,) if self.encoder is None else (self, self.encoder)

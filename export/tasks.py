@@ -1,0 +1,482 @@
+"""What a model is exported for: which files, called how, and on which calls they are checked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import ExportError, hint
+from lora_fx.export.arguments import Case, Cases, Checked
+from lora_fx.export.decoder_cache import (
+    TASK_KEY,
+    CacheLayout,
+    Past,
+    cache_argument,
+    cache_of,
+    filled_cache,
+    generation_metadata,
+    position_limit,
+    read_cache,
+)
+
+__all__ = ["Part", "Task", "find_task"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file.
+
+    Attributes:
+        name: "" for the file that a session opens, else what it holds ("encoder").
+        call: How the model is called: ``call(model, **inputs)``.
+        inputs: The example call; its nested mappings become names with dots.
+        dynamic_shapes: Input name to its dynamic axes; None to find out which can be.
+        cases: Calls to check, or None to draw them by axis.
+        metadata: Goes into the file.
+    """
+
+    name: str
+    call: Callable[..., object]
+    inputs: Mapping[str, Any]
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None
+    cases: Cases | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+# ``task="text-generation"``: a decoder with its key-value cache as inputs and outputs.
+#
+# One file does both kinds of step. A prefill has a past of length 0, a decoding step a sequence of
+# length 1; the attention mask covers past and sequence.
+
+_TEXT_GENERATION = "text-generation"
+_TAKEN = ("input_ids", "attention_mask", "logits_to_keep")
+_PAST = 5  # positions of the past in the call that is traced; any number from 2 does
+
+
+def _text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple[Part, ...]:
+    """The file of a decoder.
+
+    Args:
+        model: In eval mode.
+        example: ``input_ids`` of shape [batch, sequence] and what else a user gave.
+
+    Raises:
+        ExportError: The model is no decoder of transformers with a cache of keys and values, or
+            ``example`` has other inputs.
+    """
+    owner = type(model).__name__
+    ids = _prompt(model, example, owner)
+    layout = _decoder_layout(model, ids, owner)
+    keep = example.get("logits_to_keep", 1)
+    if keep not in (0, 1):
+        raise ExportError(
+            f"logits_to_keep is {keep!r}: give 1 for the logits of the last position, 0 for all"
+        )
+    batch, sequence = ids.shape
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": ids.new_ones(batch, _PAST + sequence),
+        "past_key_values": layout.zeros(batch, _PAST),
+    }
+    shapes = {
+        "input_ids": {0: "batch", 1: "sequence"},
+        "attention_mask": {0: "batch", 1: "total_length"},
+    }
+    for index in layout.layers:
+        for kind in ("key", "value"):
+            shapes[f"past_key_values.{index}.{kind}"] = {0: "batch", 2: "past_length"}
+    return (
+        Part(
+            name="",
+            call=functools.partial(_decode, keep=keep),
+            inputs=inputs,
+            dynamic_shapes=shapes,
+            cases=functools.partial(_decoder_cases, layout=layout, keep=keep),
+            metadata=generation_metadata(model, _TEXT_GENERATION),
+        ),
+    )
+
+
+def _prompt(model: nn.Module, example: Mapping[str, Any], owner: str) -> Tensor:
+    config: Any = getattr(model, "config", None)
+    if config is None or cache_argument(model) is None:
+        raise ExportError(
+            f"{owner} takes no key-value cache, so it is no decoder to generate text with: "
+            f"export it without task="
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExportError(f"{owner} is an encoder-decoder: use task='text2text-generation'")
+    unknown = [name for name in example if name not in _TAKEN]
+    ids = example.get("input_ids")
+    if unknown or not isinstance(ids, Tensor):
+        given = ", ".join(example) or "nothing"
+        raise ExportError(
+            f"task='text-generation' takes example_inputs with input_ids (and logits_to_keep, a "
+            f"number), and makes the mask and the cache by itself: {given} were given"
+        )
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ExportError(
+            f"input_ids is {ids.dtype} of shape {list(ids.shape)}: give whole numbers of shape "
+            f"[batch, sequence]"
+        )
+    # Sizes of 1 cannot become dynamic.
+    ids = ids.long()
+    return ids.repeat(1 if len(ids) > 1 else 2, 1 if ids.shape[1] > 1 else 2)
+
+
+def _decoder_layout(model: nn.Module, ids: Tensor, owner: str) -> CacheLayout:
+    try:
+        with torch.no_grad():
+            outputs = model(input_ids=ids[:, :2], use_cache=True)
+    except Exception as error:
+        raise ExportError(f"{owner} does not run on input_ids alone: {error}") from error
+    if cache_of(outputs) is None:
+        raise ExportError(
+            f"{owner} gives no key-value cache back: is it a decoder (config.is_decoder)?"
+        )
+    return CacheLayout.of(read_cache(cache_of(outputs), owner))
+
+
+def _decode(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, past_key_values: Past, *, keep: int
+) -> dict[str, object]:
+    """One step: ``logits`` of the last ``keep`` positions (0: of all), and the ``present`` cache."""
+    first = next(iter(past_key_values.values()))["key"]
+    steps = torch.arange(input_ids.shape[1], device=input_ids.device) + first.shape[2]
+    outputs = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        use_cache=True,
+        **{str(cache_argument(model)): filled_cache(past_key_values)},
+        **_positions(model, attention_mask, steps),
+        **_logits_kept(model, keep),
+    )
+    present = read_cache(cache_of(outputs), type(model).__name__)
+    return {"logits": outputs.logits[:, -keep:], "present": present}
+
+
+def _positions(model: nn.Module, attention_mask: Tensor, steps: Tensor) -> dict[str, Tensor]:
+    """As transformers counts: padding has no position, the first token that counts has 0."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    positions = attention_mask.cumsum(-1) - 1
+    positions = positions.masked_fill(attention_mask == 0, 0)
+    return {"position_ids": positions.index_select(1, steps)}
+
+
+def _logits_kept(model: nn.Module, keep: int) -> dict[str, int]:
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": keep} if known else {}
+
+
+@torch.no_grad()
+def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterator[Case]:
+    """A prompt with padding on the left, two tokens more, then single ones; and a lone prompt.
+
+    The logits that are expected are those of a forward over the whole text without a cache, so that
+    what the cache does is checked along with the file.
+    """
+    decoder: Any = model.model
+    embedding = decoder.get_input_embeddings()
+    limit = position_limit(decoder) or 32
+    generator = torch.Generator().manual_seed(0)
+    for batch, prompt, more in ((3, 6, (2, 1, 1)), (1, 4, (1,)), (2, 1, (1,))):
+        lengths = (prompt, *more)
+        if sum(lengths) > limit:
+            continue
+        ids = _drawn(embedding, (batch, sum(lengths)), generator, layout.device)
+        mask = torch.ones_like(ids)
+        for row in range(1, batch):
+            mask[row, : min(row + 1, prompt - 1)] = 0
+        past: Past = layout.zeros(batch, 0)
+        done = 0
+        for length in lengths:
+            total = done + length
+            seen = mask[:, :total]
+            inputs = [ids[:, done:total].contiguous(), seen.contiguous()]
+            inputs += [layer[kind] for layer in past.values() for kind in ("key", "value")]
+            found = dict(model.named(inputs))
+            found["logits"] = model.run(_without_cache, ids[:, :total], seen)[:, done:][:, -keep:]
+            valid = {name: seen[:, None, :, None] for name in found if name != "logits"}
+            valid["logits"] = seen[:, done:][:, -keep:, None]
+            yield Case(inputs, list(found.items()), valid)
+            past = layout.taken(
+                {
+                    index: {kind: found[f"present.{index}.{kind}"] for kind in layer}
+                    for index, layer in layout.layers.items()
+                }
+            )
+            done = total
+
+
+def _without_cache(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    outputs = model(
+        input_ids=ids, attention_mask=mask, use_cache=False, **_positions(model, mask, steps)
+    )
+    logits: Tensor = outputs.logits
+    return logits
+
+
+def _drawn(
+    embedding: Any, shape: tuple[int, int], generator: torch.Generator, device: torch.device
+) -> Tensor:
+    return torch.randint(0, len(embedding.weight), shape, generator=generator).to(device)
+
+
+# ``task="text2text-generation"``: an encoder-decoder as two files.
+#
+# The encoder's file gives the keys and values that the decoder's cross-attention reads, so that they
+# are computed once. The decoder's file has them among its inputs, with the cache of its own
+# attention; decoding steps neither return nor copy them.
+
+_TEXT2TEXT_GENERATION = "text2text-generation"
+
+
+@dataclass(frozen=True)
+class _Example:
+    """What an export is made from.
+
+    Attributes:
+        source: The inputs of the encoder, by name.
+        start: Token that the decoder begins with.
+        own: The cache of the decoder's attention to itself.
+        cross: That of its attention to the encoder.
+        width: Size of a hidden state of the encoder.
+    """
+
+    source: Mapping[str, Tensor]
+    start: int
+    own: CacheLayout
+    cross: CacheLayout
+    width: int
+
+    @property
+    def masked(self) -> bool:
+        """Whether the inputs have an attention mask."""
+        return "input_ids" in self.source
+
+
+def _text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple[Part, ...]:
+    """The files of an encoder-decoder, the decoder's last.
+
+    Args:
+        model: In eval mode.
+        example: What the encoder takes: ``input_ids`` (and ``attention_mask``), ``input_features``.
+
+    Raises:
+        ExportError: The model is no encoder-decoder of transformers with a cache of keys and
+            values, or does not run on ``example``.
+    """
+    found = _example(model, example)
+    states = _crossed(model, **found.source)["present"]
+    batch = len(next(iter(found.source.values())))
+    own = found.own.zeros(batch, _PAST)
+    past = {index: {"decoder": own[index], **states[index]} for index in own}
+    shapes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}}
+    ids = torch.full((batch, 3), found.start, dtype=torch.int64, device=found.own.device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if found.masked:
+        inputs["encoder_attention_mask"] = found.source["attention_mask"]
+        shapes["encoder_attention_mask"] = {0: "batch", 1: "encoder_sequence"}
+    inputs["past_key_values"] = past
+    for index in past:
+        for kind in ("key", "value"):
+            name = f"past_key_values.{index}"
+            shapes[f"{name}.decoder.{kind}"] = {0: "batch", 2: "past_length"}
+            shapes[f"{name}.encoder.{kind}"] = {0: "batch", 2: "encoder_sequence"}
+    return (
+        Part("encoder", _crossed, found.source, metadata={TASK_KEY: _TEXT2TEXT_GENERATION}),
+        Part(
+            name="",
+            call=functools.partial(_decode_encoded, width=found.width),
+            inputs=inputs,
+            dynamic_shapes=shapes,
+            cases=functools.partial(_encoded_cases, found=found),
+            metadata=generation_metadata(model, _TEXT2TEXT_GENERATION),
+        ),
+    )
+
+
+def _example(model: nn.Module, example: Mapping[str, Any]) -> _Example:
+    owner = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or cache_argument(model) is None:
+        raise ExportError(
+            f"{owner} is no encoder-decoder with a key-value cache: a decoder is exported with "
+            f"task='text-generation', and other models without task="
+        )
+    source = {
+        name: value
+        for name, value in example.items()
+        if isinstance(value, Tensor) and not name.startswith("decoder_")
+    }
+    if not source or set(example) - set(source) - {"decoder_input_ids"}:
+        raise ExportError(
+            f"task='text2text-generation' takes the inputs of the encoder as example_inputs, and "
+            f"makes those of the decoder by itself: {', '.join(example)} were given"
+        )
+    # Sizes of 1 cannot become dynamic.
+    if any(len(value) == 1 for value in source.values()):
+        source = {name: torch.cat([value, value]) for name, value in source.items()}
+    if "input_ids" in source:
+        if source["input_ids"].shape[1] == 1:
+            source = {name: torch.cat([value, value], dim=1) for name, value in source.items()}
+        source.setdefault("attention_mask", torch.ones_like(source["input_ids"]))
+    start = _start_token(model)
+    try:
+        with torch.no_grad():
+            outputs = _run_first(model, source)
+    except Exception as error:
+        raise ExportError(f"{owner} does not run on {', '.join(source)}: {error}") from error
+    cache = cache_of(outputs)
+    if cache is None or not hasattr(cache, "cross_attention_cache"):
+        raise ExportError(f"{owner} gives no cache of its attention to the encoder back")
+    return _Example(
+        source=source,
+        start=start,
+        own=CacheLayout.of(read_cache(cache.self_attention_cache, owner)),
+        cross=CacheLayout.of(read_cache(cache.cross_attention_cache, owner)),
+        width=outputs.encoder_last_hidden_state.shape[-1],
+    )
+
+
+def _start_token(model: nn.Module) -> int:
+    for config in (getattr(model, "generation_config", None), model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                return token
+    raise ExportError(
+        f"{type(model).__name__} does not say which token its decoder begins with: set "
+        f"generation_config.decoder_start_token_id"
+    )
+
+
+def _run_first(model: nn.Module, source: Mapping[str, Tensor]) -> Any:
+    """The whole model with one token for the decoder."""
+    value = next(iter(source.values()))
+    token = torch.full(
+        (value.shape[0], 1), _start_token(model), dtype=torch.int64, device=value.device
+    )
+    return model(**source, decoder_input_ids=token, use_cache=True)
+
+
+def _crossed(model: nn.Module, **source: Tensor) -> dict[str, dict[int, dict[str, Any]]]:
+    """The encoder: ``present.N.encoder.key`` and ``.value`` of each layer N of the decoder."""
+    # The decoder runs along, since only it knows its projections; what nothing reads of it is not
+    # in the file.
+    cache = cache_of(_run_first(model, source)).cross_attention_cache
+    states = read_cache(cache, type(model).__name__)
+    return {"present": {index: {"encoder": layer} for index, layer in states.items()}}
+
+
+def _decode_encoded(
+    model: nn.Module,
+    input_ids: Tensor,
+    past_key_values: Mapping[int, Mapping[str, Mapping[str, Tensor]]],
+    encoder_attention_mask: Tensor | None = None,
+    *,
+    width: int,
+) -> dict[str, object]:
+    """One step: ``logits`` of the last position, and the ``present`` cache of the decoder."""
+    from transformers.cache_utils import EncoderDecoderCache
+    from transformers.modeling_outputs import BaseModelOutput
+
+    own: Past = {index: layer["decoder"] for index, layer in past_key_values.items()}
+    cross: Past = {index: layer["encoder"] for index, layer in past_key_values.items()}
+    cache = EncoderDecoderCache(filled_cache(own), filled_cache(cross))
+    cache.is_updated = dict.fromkeys(own, True)
+    key = next(iter(cross.values()))["key"]
+    # Nothing reads its values: what they would give is in the cache.
+    states = key.new_zeros(key.shape[0], key.shape[2], width)
+    outputs = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        attention_mask=encoder_attention_mask,
+        decoder_input_ids=input_ids,
+        use_cache=True,
+        **{str(cache_argument(model)): cache},
+    )
+    present = read_cache(cache_of(outputs).self_attention_cache, type(model).__name__)
+    named = {index: {"decoder": layer} for index, layer in present.items()}
+    return {"logits": outputs.logits[:, -1:], "present": named}
+
+
+@torch.no_grad()
+def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
+    """The first token, two more, and single ones, for several batches.
+
+    The logits that are expected are those of the whole model without a cache, so that what the cache
+    and the encoder's file do is checked along with this one.
+    """
+    whole: Any = model.model
+    head = whole.get_output_embeddings()
+    limit = position_limit(whole) or 32
+    generator = torch.Generator().manual_seed(0)
+    for batch, lengths in ((2, (1, 2, 1, 1)), (1, (3, 1)), (3, (1, 1))):
+        if sum(lengths) > limit:
+            continue
+        source = {name: _rows(value, batch) for name, value in found.source.items()}
+        if found.masked and batch > 1:
+            mask = source["attention_mask"].clone()
+            mask[-1, mask.shape[1] // 2 + 1 :] = 0
+            source["attention_mask"] = mask
+        present = model.run(_crossed, **source)["present"]
+        states = found.cross.taken({index: layer["encoder"] for index, layer in present.items()})
+        ids = _drawn(head, (batch, sum(lengths)), generator, found.own.device)
+        ids[:, 0] = found.start
+        own = found.own.zeros(batch, 0)
+        done = 0
+        for length in lengths:
+            total = done + length
+            inputs = [ids[:, done:total].contiguous()]
+            if found.masked:
+                inputs.append(source["attention_mask"])
+            for index, layer in own.items():
+                inputs += [layer["key"], layer["value"], *states[index].values()]
+            outputs = dict(model.named(inputs))
+            begun = {"decoder_input_ids": ids[:, :total], "use_cache": False}
+            plain = model.run(nn.Module.__call__, **source, **begun)
+            outputs["logits"] = plain.logits[:, -1:]
+            yield Case(inputs, list(outputs.items()))
+            given = {
+                index: {kind: outputs[f"present.{index}.decoder.{kind}"] for kind in layer}
+                for index, layer in own.items()
+            }
+            own = found.own.taken(given)
+            done = total
+
+
+def _rows(value: Tensor, batch: int) -> Tensor:
+    return value.repeat(-(-batch // len(value)), *[1] * (value.ndim - 1))[:batch].contiguous()
+
+
+Task: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], tuple[Part, ...]]
+"""From a model in eval mode and example inputs by name to the files, that of the session last."""
+
+_TASKS: Mapping[str, Task] = {
+    _TEXT_GENERATION: _text_generation,
+    _TEXT2TEXT_GENERATION: _text2text_generation,
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ExportError: There is none, with the nearest names.
+    """
+    if name in _TASKS:
+        return _TASKS[name]
+    like = str(name).lower().replace("_", "-")
+    raise ExportError(
+        f"task={name!r} is unknown: the tasks are {', '.join(map(repr, _TASKS))}, and without one "
+        f"the model is exported as it is called."
+        + hint(like, _TASKS, " Did you mean '{}'?", count=1, cutoff=0.4)
+    )

@@ -1,0 +1,297 @@
+"""From a model and one call to an exported program whose axes are dynamic wherever they can be.
+
+Every axis of every input is offered to ``torch.export`` as dynamic; it keeps those that the model
+treats as such and fixes the rest (channels that meet a weight, a grid of patches). Each axis that
+stays fixed carries its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+
+from lora_fx.errors import ExportError
+from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
+from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
+
+__all__ = ["Trace", "trace", "widen_batch"]
+
+
+_TESTS: Mapping[Any, bool] = {
+    torch.isfinite: True,
+    Tensor.isfinite: True,
+    torch.isinf: False,
+    Tensor.isinf: False,
+    torch.isnan: False,
+    Tensor.isnan: False,
+}
+"""What each of them says of a finite number."""
+
+_REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
+"""Those of a test whose answer is that for one finite number."""
+
+
+class _FiniteValues(TorchFunctionMode):
+    """Answers conditions of the kind ``torch.isfinite(x).all()`` in a trace: all values are finite.
+
+    Args:
+        model: What is traced.
+
+    Attributes:
+        places: Where that was answered, in order and each once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.places: dict[str, None] = {}
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        # By identity, and alive: another tensor must not get the id of one that is gone.
+        self._tests: dict[int, tuple[Tensor, bool]] = {}
+        self._answers: dict[int, tuple[Tensor, bool]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Remembers tests and what they are reduced to, and answers when one is a condition."""
+        if func is Tensor.__bool__ and id(args[0]) in self._answers:
+            self.places.setdefault(str(here(self._modules)))
+            return self._answers[id(args[0])][1]
+        result = func(*args, **(kwargs or {}))
+        if func in _TESTS:
+            self._tests[id(result)] = result, _TESTS[func]
+        elif func in _REDUCTIONS and len(args) == 1 and not kwargs and id(args[0]) in self._tests:
+            found = self._tests[id(args[0])][1]
+            if _REDUCTIONS[func] == found:
+                self._answers[id(result)] = result, found
+        return result
+
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An exported program and what is known about its inputs.
+
+    Attributes:
+        program: The program of a ``FlatModel``.
+        arguments: The call that was traced.
+        axes: The axes of each input.
+        symbols: Symbol of torch.export to the name of the axis.
+        description: Which axes were offered as dynamic.
+        attempt: Its number among the ways that there are, from most to fewest dynamic axes.
+        extras: What the program takes after the tensors of the call.
+        extra_symbols: The same as ``symbols`` for the axes of those.
+        finite: Places with a branch that was traced as for finite values.
+    """
+
+    program: ExportedProgram
+    arguments: Arguments
+    axes: tuple[tuple[Axis, ...], ...]
+    symbols: Mapping[str, str]
+    description: str = ""
+    attempt: int = 0
+    extras: tuple[Extra, ...] = ()
+    extra_symbols: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    finite: tuple[str, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of all inputs of the program."""
+        return (*self.arguments.names, *(extra.name for extra in self.extras))
+
+    def labels(self) -> list[list[int | str]]:
+        """For each input of the program its sizes and axis names."""
+        own = [[axis.label for axis in axes] for axes in self.axes]
+        return own + [list(extra.labels) for extra in self.extras]
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Input name to its dynamic axes, by position."""
+        return {
+            name: {index: axis.name for index, axis in enumerate(axes) if axis.name is not None}
+            for name, axes in zip(self.arguments.names, self.axes, strict=True)
+        }
+
+    def axis_limits(self) -> dict[str, int]:
+        """Name of a dynamic axis to its largest size, where the model has one."""
+        return {
+            axis.name: axis.high
+            for axis in itertools.chain(*self.axes)
+            if axis.name is not None and axis.high is not None
+        }
+
+
+def widen_batch(arguments: Arguments) -> Arguments:
+    """Repeat a batch of one, where all tensors share it: a size of 1 cannot become dynamic."""
+    batched = [tensor for tensor in arguments.tensors if tensor.ndim]
+    if not batched or any(tensor.shape[0] != 1 for tensor in batched):
+        return arguments
+    return arguments.replace([torch.cat([t, t]) if t.ndim else t for t in arguments.tensors])
+
+
+def trace(
+    model: FlatModel,
+    arguments: Arguments,
+    dynamic_shapes: object = None,
+    failed: Sequence[str] = (),
+    first: int = 0,
+    *,
+    task: bool = False,
+) -> Trace | None:
+    """Export ``model`` with as many dynamic axes as it allows.
+
+    Args:
+        model: In eval mode.
+        arguments: The call to trace.
+        dynamic_shapes: None for every axis; else input name to a mapping of axis to a name (or to
+            a ``torch.export.Dim``), or a sequence of such mappings in the order of the inputs.
+            Axes that it leaves out are fixed; those that it names have to be dynamic.
+        failed: What came of the ways that were tried already: reasons of the axes that stay fixed.
+        first: Which way to try first.
+        task: Whether a task has made ``dynamic_shapes``, not the user.
+
+    Returns:
+        The first that works; None if ``first`` is beyond the last.
+
+    Raises:
+        ExportError: torch.export cannot capture the model, with its reason.
+    """
+    labels = given_names(dynamic_shapes, arguments)
+    extras = model.extras()
+    failures = list(failed)
+    attempts = list(enumerate(_attempts(arguments, dynamic_shapes, labels, task=task)))[first:]
+    if not attempts:
+        return None
+    for attempt, (description, specs) in attempts:
+        try:
+            with (
+                torch.no_grad(),
+                watched(model.model) as witness,
+                _FiniteValues(model.model) as values,
+            ):
+                program = torch.export.export(
+                    model,
+                    (*arguments.tensors, *(extra.example for extra in extras)),
+                    dynamic_shapes=((*specs, *(extra.dims for extra in extras)),),
+                    strict=False,
+                )
+        except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
+            reason = reason_of_failure(error, witness, arguments.names, arguments.tensors)
+            failures.append(f"{description}: {reason}")
+            last = error
+            continue
+        if len(failures) > len(failed):  # who has those before has told of them
+            _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
+        reason_of = partial(_reason, failures, witness, task)
+        found = _read(program, arguments, specs, labels, extras, reason_of)
+        return dataclasses.replace(
+            found, description=description, attempt=attempt, finite=tuple(values.places)
+        )
+    raise ExportError(
+        f"torch.export cannot capture {type(model.model).__name__} ({together(failures)})"
+    ) from last
+
+
+def _attempts(
+    arguments: Arguments, dynamic_shapes: object, labels: Sequence[Mapping[int, Any]], *, task: bool
+) -> list[tuple[str, tuple[dict[int, Any], ...]]]:
+    tensors = arguments.tensors
+    if dynamic_shapes is not None:
+        # Named axes are a demand: Dim.DYNAMIC fails where Dim.AUTO would quietly fix the axis.
+        wanted = tuple(
+            {axis: Dim.DYNAMIC if axis in named else Dim.STATIC for axis in range(tensor.ndim)}
+            for tensor, named in zip(tensors, labels, strict=True)
+        )
+        named = "the axes of the task" if task else "the given dynamic_shapes"
+        return [(f"with {named}", wanted)]
+    every = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
+    batch = tuple(
+        {axis: Dim.STATIC if axis else Dim.AUTO for axis in range(tensor.ndim)}
+        for tensor in tensors
+    )
+    fixed = tuple(dict.fromkeys(range(tensor.ndim), Dim.STATIC) for tensor in tensors)
+    return [
+        ("with every axis dynamic", every),
+        ("with the first axis dynamic", batch),
+        ("with fixed axes", fixed),
+    ]
+
+
+def _reason(
+    failures: Sequence[str], witness: Witness, task: bool, size: int, dim: Any, spec: object
+) -> str:
+    """Why an axis is fixed.
+
+    Args:
+        failures: What came of the ways to trace with more dynamic axes.
+        witness: What became of those that were offered.
+        task: Whether a task has said which are dynamic.
+        size: Its size in the example.
+        dim: Its size in the program.
+        spec: What it was offered as.
+    """
+    if spec is not Dim.STATIC:
+        if size == 1:
+            return "the example has size 1 here, which torch.export takes for a constant"
+        place = witness.place(dim)
+        because = "" if place is None else f": {place}"
+        return f"the model works with size {size} only{because}"
+    if failures:
+        return f"the export failed {together(failures)}"
+    return "not one that the task varies" if task else "not in dynamic_shapes"
+
+
+def _read(
+    program: ExportedProgram,
+    arguments: Arguments,
+    specs: Sequence[Mapping[int, Any]],
+    labels: Sequence[Mapping[int, str]],
+    extras: tuple[Extra, ...],
+    reason_of: Callable[[int, Any, object], str],
+) -> Trace:
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    shapes = [values[name].shape for name in program.graph_signature.user_inputs]
+    highs = {
+        str(symbol): int(limits.upper)
+        for symbol, limits in program.range_constraints.items()
+        if limits.upper.is_Integer
+    }
+    symbols: dict[str, str] = {}
+    rows: list[tuple[Axis, ...]] = []
+    batch = next((tensor.shape[0] for tensor in arguments.tensors if tensor.ndim), 0)
+    own = shapes[: len(arguments.names)]
+    inputs = zip(arguments.names, arguments.tensors, own, specs, labels, strict=True)
+    for name, tensor, shape, spec, label in inputs:
+        row = []
+        for axis, (size, dim) in enumerate(zip(tensor.shape, shape, strict=True)):
+            symbol = str(dim)
+            if symbol.isdigit():  # an int, or a SymInt that the model made constant
+                row.append(Axis(size, reason=reason_of(size, dim, spec[axis])))
+                continue
+            if symbol not in symbols:
+                wanted = label.get(axis) or axis_name(name, axis, tensor)
+                shared = axis in label or (axis == 0 and size == batch)
+                taken = wanted in symbols.values() and not shared
+                symbols[symbol] = f"{name}_{wanted}" if taken else wanted
+            row.append(Axis(size, symbols[symbol], symbol, highs.get(symbol)))
+        rows.append(tuple(row))
+    others = {
+        str(shape[extra.named_axis]): str(extra.labels[extra.named_axis])
+        for extra, shape in zip(extras, shapes[len(own) :], strict=True)
+        if extra.named_axis is not None
+    }
+    return Trace(program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=others)
