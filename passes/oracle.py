@@ -157,6 +157,9 @@ def check_rewritten(model: nn.Module, example_inputs: Any) -> None:
 
 def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckReport:
     rows = [(row, name) for name in record.active for row in record.adapters[name].sites]
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise _CannotTell(f"{name} is on the meta device: load its values first")
     adapted = share_copy(model)
     _own_zeros(adapted)
     start = _randomize(adapted, rows) | _randomize_tokens(adapted, record)

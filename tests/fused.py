@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_fx.runtime import dora
 from lora_fx.runtime.fused_dora import dora_linear
@@ -19,6 +21,7 @@ __all__ = [
     "canonical",
     "errors",
     "formula",
+    "forward_mode",
     "fused",
     "gradients",
     "operands",
@@ -214,3 +217,10 @@ def errors(
                 off.square().mean().sqrt() if root_mean_square else off.abs().max()
             )
     return result
+
+
+def forward_mode(function: Callable[..., Tensor], point: tuple[Tensor, ...]) -> Tensor:
+    """The derivative along the point itself, by dual numbers; its parts are trained, as factors are."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(one.clone().requires_grad_(), one) for one in point]
+        return forward_ad.unpack_dual(function(*duals)).tangent

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["FEW", "draw", "dropped", "kept", "masked", "transformed", "unpacked"]
 
@@ -136,8 +137,8 @@ def _few(x: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active: also while Dynamo traces it."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of ``torch.func`` or forward-mode AD is active: also while Dynamo traces it."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo, which takes seconds.

@@ -48,6 +48,7 @@ __all__ = [
     "differs",
     "given",
     "in_place",
+    "inside_of",
     "needs_modules",
     "output_padding",
     "pad_features",
@@ -232,6 +233,7 @@ class Seen:
         below: The modules and objects in it, by name.
         parameters: The names of a module's own parameters and buffers, with their shapes; None for one that
             is None.
+        inside: The names of the modules in a container, in their order; None for what is no container.
     """
 
     cls: type
@@ -239,6 +241,7 @@ class Seen:
     missing: tuple[str, ...]
     below: tuple[tuple[str, Seen], ...]
     parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
+    inside: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -354,7 +357,17 @@ def tree_differs(value: Any, seen: Seen) -> bool:
     for name, shape in seen.parameters:
         if _shape_of(value, name) != shape:
             return True
+    if inside_of(value) != seen.inside:
+        return True
     return any(tree_differs(getattr(value, name, None), inner) for name, inner in seen.below)
+
+
+def inside_of(value: Any) -> tuple[str, ...] | None:
+    """The names of the user's modules in a container of PyTorch's; None for any other object."""
+    if not isinstance(value, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return None
+    inside = value._modules.items()
+    return tuple([name for name, one in inside if not isinstance(one, AdapterModule)])
 
 
 def _shape_of(module: Any, name: str) -> Any:

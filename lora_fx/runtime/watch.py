@@ -695,8 +695,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         found: frozenset[str],
     ) -> bool:
         """Whether an operator brings a weight together with anything else."""
+        # A single number is a gain, unless a product or a lookup takes it: a batch can be that small.
         others = [
-            t for t, origin in zip(given, origins, strict=True) if not origin and t.numel() > 1
+            tensor
+            for tensor, origin in zip(given, origins, strict=True)
+            if not origin
+            and (
+                tensor.numel() > 1
+                or (
+                    kind != "pointwise"
+                    and not self._is_clean(tensor)
+                    and not self._of_model(tensor)
+                )
+            )
         ]
         if kind == "move":
             lookup = any(self._named[name][0].site.family == "embedding" for name in found)
@@ -756,7 +767,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _note_derived(self, tensor: torch.Tensor, found: frozenset[str]) -> None:
         for part in _parts(tensor):
-            if not self._inside(part):
+            # A tensor without elements holds nothing of a weight.
+            if part.numel() and not self._inside(part):
                 storage = part.untyped_storage()
                 before = self._derived.get(storage._cdata)
                 self._clean.pop(storage._cdata, None)

@@ -479,9 +479,18 @@ class Frame:
         if path is not None and path.steps:
             self.recorder.read(Read(path, "class", type(module)))
 
+    def _note_present(self, module: nn.Module) -> None:
+        path = self.recorder.path_of(module)
+        if path is not None and path.steps:
+            self.recorder.read(Read(path, "present", None))
+
     def _note_length(self, holder: nn.Module) -> None:
         path = self.recorder.path_of(holder)
-        if path is not None and len(holder._modules or holder._parameters):
+        if path is None:
+            return
+        if isinstance(holder, nn.ModuleDict | nn.ParameterDict):
+            self.recorder.read(Read(path, "keys", list(holder)))
+        else:
             self.recorder.read(Read(path, "length", len(holder)))  # type: ignore[arg-type]
 
     # --- operators ----------------------------------------------------------------------------------
@@ -562,6 +571,9 @@ class Frame:
                 return recorder.refuse(
                     "its forward asks for the type or the identity of a traced value (is)"
                 )
+        for value, other in ((left, right), (right, left)):
+            if isinstance(value, nn.Module) and other is None:
+                self._note_present(value)
         for value in (left, right):
             if isinstance(
                 value, enum.Enum | type | FunctionType | BuiltinFunctionType | torch.dtype
@@ -584,6 +596,7 @@ class Frame:
             return value in container
         if holds_traced(value) or holds_traced(container):
             self.recorder.refuse("its forward looks for something by a traced value (in)")
+        self._refuse_identity(container, value)
         if isinstance(container, nn.Module) and _holds(container):
             self._note_length(container)
             return value in container  # type: ignore[operator]
@@ -598,6 +611,16 @@ class Frame:
             return self._holds_key(container, value)
         self.iterate(container)
         return value in container
+
+    def _refuse_identity(self, container: Any, value: Any) -> None:
+        """Gives up where code asks whether a module is one of several: it may be replaced by another."""
+        several = type(container) in CONTAINERS or isinstance(
+            container, nn.ModuleList | nn.Sequential
+        )
+        if isinstance(value, nn.Module) or (
+            several and any(isinstance(one, nn.Module) for one in container)
+        ):
+            self.recorder.refuse_softly("its forward compares objects by identity")
 
     def _holds_key(self, holder: dict[Any, Any], key: Any) -> bool:
         """Whether a dict that was there before has a key."""
@@ -633,6 +656,7 @@ class Frame:
             found = recorder.owned(value)
             return value if found is None else recorder.to_bool(found)
         if isinstance(value, nn.Module):
+            self._note_present(value)
             if _holds(value):
                 self._note_length(value)
             elif _in_mro(type(value), "__len__", nn.Module) is not _MISSING:
@@ -716,11 +740,9 @@ class Frame:
             self._note_length(value)
             if isinstance(value, nn.ParameterList):
                 return [self.attribute(value, str(i)) for i in range(len(value))]
-            return (
-                list(value._modules)
-                if isinstance(value, nn.ModuleDict)
-                else list(value._modules.values())
-            )
+            if isinstance(value, nn.ModuleDict | nn.ParameterDict):
+                return list(value)
+            return list(value._modules.values())
         path = recorder.path_of(value)
         if path is not None and type(value) in CONTAINERS and id(value) not in recorder.settled:
             if isinstance(value, dict):
@@ -1037,8 +1059,14 @@ def _in_mro(cls: type, name: str, base: type | None) -> Any:
 
 def _holds(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's containers, as far as its items go."""
+    own: Any = type(module)
     return any(
-        isinstance(module, one) and type(module).__getitem__ is one.__getitem__ for one in _HOLDERS
+        isinstance(module, one)
+        and all(
+            getattr(own, name, None) is getattr(one, name, None)
+            for name in ("__getitem__", "__iter__", "__len__", "__contains__", "__bool__")
+        )
+        for one in _HOLDERS
     )
 
 
@@ -1140,7 +1168,10 @@ def _hasattr(frame: Frame, value: Any, name: str) -> bool:
 def _note_there(frame: Frame, value: Any, name: str) -> None:
     """Notes that an object has an attribute of its own: the code has a way to go where it is deleted."""
     path = frame.recorder.path_of(value)
-    if path is not None and name in getattr(value, "__dict__", ()):
+    own = [getattr(value, "__dict__", {})]
+    if isinstance(value, nn.Module):
+        own += [value._modules, value._parameters, value._buffers]
+    if path is not None and any(name in one for one in own):
         frame.recorder.read(Read(path.attribute(name), "there", None))
 
 

@@ -35,7 +35,7 @@ from lora_fx.passes.graph import (
     frozen,
     is_constant,
 )
-from lora_fx.runtime import Callee, Seen, class_of, differs
+from lora_fx.runtime import Callee, Seen, class_of, differs, inside_of
 
 __all__ = ["Notes", "noted_globals"]
 
@@ -224,7 +224,8 @@ class Notes:
                 attributes.append((name, None))
             elif id(child) not in done:
                 below.append((name, self._seen(child, done)))
-        return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
+        inside = inside_of(value)
+        return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters, inside)
 
 
 class _Entries(dict[Any, Any]):

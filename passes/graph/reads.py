@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.runtime import HeldTensor, Seen, class_of, differs, tree_differs
+from lora_fx.runtime import HeldTensor, Seen, class_of, differs, inside_of, tree_differs
 
 __all__ = [
     "CONTAINERS",
@@ -348,6 +348,8 @@ def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
             yield Read(here, "present", None)
         elif getattr(value, name).shape != shape:
             yield Read(here, "shape", shape)
+    if seen.inside is not None and inside_of(value) != seen.inside:
+        yield Read(path.attribute("_modules"), "keys", list(seen.inside))
     for name, inner in seen.below:
         yield from _changes(getattr(value, name, None), path.attribute(name), inner)
 

@@ -313,6 +313,11 @@ def _check_named(
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
     present = factors_of(model, row, adapter).present
+    if any(factor.is_meta for factor in present):
+        raise MergeError(
+            f"{row.name}: adapter {adapter!r} is on the meta device and has no values to merge: load them "
+            "first, with load_state_dict(..., assign=True)"
+        )
     if not all(torch.isfinite(factor).all() for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"

@@ -189,7 +189,7 @@ def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> torch.Tensor | 
     """
     if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
         return None
-    return torch.empty(2 * values.numel(), device=values.device)
+    return torch.empty(2 * values.numel(), dtype=torch.float32, device=values.device)
 
 
 def _by_odd(values: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,16 @@ from lora_fx.config import (
 )
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError
 from lora_fx.formats import quantization_of
-from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Site, Skipped
+from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Site, Skipped, join
 from lora_fx.kinds import chosen_kind, kind_objection, kinds
 from lora_fx.passes.graph import elements, storage_of
-from lora_fx.passes.parameters import base_modules, base_parameters, matrix_shape, module_at
+from lora_fx.passes.parameters import (
+    base_modules,
+    base_parameters,
+    factor_names,
+    matrix_shape,
+    module_at,
+)
 from lora_fx.passes.plan.choice import Choice, choices
 from lora_fx.passes.plan.costs import priced
 from lora_fx.passes.plan.tokens import planned_tokens
@@ -436,6 +442,7 @@ def _check_holders(model: nn.Module, plan: Plan) -> None:
     for row in plan.sites:
         holder = row.site.holder
         if holder == row.site.owner:
+            _check_names(module_at(model, holder), row)
             continue
         outer, _, leaf = holder.rpartition(".")
         there = getattr(module_at(model, outer), leaf, None)
@@ -445,6 +452,17 @@ def _check_holders(model: nn.Module, plan: Plan) -> None:
             raise CaptureError(
                 f"{row.name}: its factors are kept in {holder!r}, which is the name of {whose}; rename "
                 "the attribute, or leave one of them out of target_modules"
+            )
+
+
+def _check_names(holder: nn.Module, row: PlannedSite) -> None:
+    """Raises where a layer has something of its own by the name of a factor."""
+    for name in factor_names(row).present:
+        there = getattr(holder, name, None)
+        if not (there is None or isinstance(there, AdapterFactors)):
+            raise CaptureError(
+                f"{row.name}: its factors are kept in {join(row.site.holder, name)!r}, which is the name of "
+                f"a {type(there).__name__}; rename the attribute, or name {row.name!r} in exclude_modules"
             )
 
 

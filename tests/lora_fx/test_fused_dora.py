@@ -21,7 +21,17 @@ from lora_fx.errors import LoraFxError
 from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.tools.bench.counted import saved_bytes
 from tests.dora import randomize_magnitudes
-from tests.fused import Operands, canonical, errors, formula, fused, gradients, operands, with_gains
+from tests.fused import (
+    Operands,
+    canonical,
+    errors,
+    formula,
+    forward_mode,
+    fused,
+    gradients,
+    operands,
+    with_gains,
+)
 from tests.lora_fx.test_fused import CHECKED, HALF, cases
 from tests.numerics import assert_close, assert_same_bits
 
@@ -248,6 +258,7 @@ def test_func_transforms_apply(again: bool, options: dict[str, Any]) -> None:
     for transform in (
         lambda f: torch.func.grad(f, every)(*point),
         lambda f: torch.func.jvp(f, point, point)[1],
+        lambda f: forward_mode(f, point),
         lambda f: torch.func.hessian(f, every)(*point),
         lambda f: torch.vmap(torch.func.grad(f, (1, 2, 3)), (0, None, None, None))(*point),
     ):

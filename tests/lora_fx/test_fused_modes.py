@@ -17,7 +17,7 @@ import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.runtime.fused_lora import lora_linear
 from lora_fx.tools.bench.counted import saved_bytes
-from tests.fused import SEED, Operands, canonical, errors, fused, gradients, operands
+from tests.fused import SEED, Operands, canonical, errors, forward_mode, fused, gradients, operands
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual
 
@@ -266,6 +266,7 @@ def test_func_transforms_apply(options: dict[str, Any]) -> None:
         lambda f: torch.func.grad(f, (0, 1, 2))(*point),
         lambda f: torch.func.vjp(f, *point)[1](torch.ones((), dtype=torch.float64)),
         lambda f: torch.func.jvp(f, point, point)[1],
+        lambda f: forward_mode(f, point),
         lambda f: torch.func.jacrev(f, (1, 2))(*point),
         lambda f: torch.func.hessian(f, (0, 1, 2))(*point),
         lambda f: torch.vmap(torch.func.grad(f, (1, 2)), (0, None, None))(*point),

@@ -23,6 +23,7 @@ from tests.algebra import randomize, scale_of
 from tests.numerics import assert_close, assert_same_bits
 
 CONFIG = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+EVERYTHING = lora_fx.LoraConfig(r=1, target_modules=".*")
 REGISTRY: dict[str, nn.Module] = {}
 
 
@@ -693,3 +694,40 @@ def test_checkpointed_calls_are_watched_once(x):
     model(x).sum().backward()
     assert model.modes == 0
     assert_same_bits(model.fc.lora_B.default.grad, first)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("inner", [1, 4])
+@pytest.mark.parametrize("optimize", [True, False])
+def test_a_batch_of_one_number_or_none_is_data(rows, inner, optimize):
+    model = nn.Sequential(nn.Linear(1, inner), nn.Linear(inner, 1), nn.Linear(1, 4))
+    adapted = randomize(lora_fx.rewrite(model, EVERYTHING, optimize=optimize))
+    data = torch.randn(rows, 1)
+    torch.testing.assert_close(adapted(data), lora_fx.merge(adapted)(data))
+    assert not lora_fx.status(adapted).unchecked
+
+
+def test_a_lookup_of_no_token_or_one_is_no_weight():
+    model = nn.Sequential(nn.Embedding(3, 1), nn.Linear(1, 1), nn.Linear(1, 4))
+    for tokens in (torch.tensor(2), torch.tensor([], dtype=torch.long)):
+        adapted = randomize(lora_fx.rewrite(model, EVERYTHING))
+        torch.testing.assert_close(adapted(tokens), lora_fx.merge(adapted)(tokens))
+
+
+class OneNumber(Base):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.fc(x), read_weight(self.fc, x)
+
+
+def read_weight(layer, x):
+    return nn.functional.linear(x, next(iter(layer.state_dict().values())))
+
+
+def test_a_read_that_meets_one_number_is_seen():
+    adapted = lora_fx.rewrite(OneNumber(), EVERYTHING)
+    with pytest.raises(CaptureError, match=r"its weight fc\.weight is read by"):
+        adapted(torch.randn(1, 1))

@@ -293,3 +293,17 @@ def test_a_sum_is_the_nearest_number(data) -> None:
     exact = sum((fractions(one) for one in terms), fractions(total))
     sum_exactly(total, lambda: (Term(one) for one in terms))
     assert torch.equal(total, nearest(exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_merge_does_not_look_at_the_default_dtype(half, dtype) -> None:
+    config = LoraConfig(r=2, target_modules=["0"])
+    adapted = randomize(lora_fx.rewrite(nn.Sequential(nn.Linear(5, 7, dtype=half)), config))
+    expected = lora_fx.merge(adapted)[0].weight
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(lora_fx.merge(adapted)[0].weight, expected)
+    finally:
+        torch.set_default_dtype(before)

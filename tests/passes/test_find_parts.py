@@ -327,6 +327,36 @@ class NamedLikeFactors(nn.Module):
         return self.w_lora(x @ self.w)
 
 
+class HoldsAFactorsName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.lora_B = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lora_B(x @ self.weight)
+
+
+class AnswersToAFactorsName(nn.Linear):
+    def lora_A(self) -> str:
+        return "a method"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (HoldsAFactorsName, "'lora_B', which is the name of a Linear"),
+        (
+            lambda: nn.Sequential(AnswersToAFactorsName(8, 8)),
+            "'0.lora_A', which is the name of a method",
+        ),
+    ],
+)
+def test_factors_take_no_name_of_the_layers_own(build, message) -> None:
+    with pytest.raises(lora_fx.CaptureError, match=message):
+        lora_fx.plan(build(), LoraConfig(r=2, target_modules=".*"))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [(NamedLikeAPart, "those of w.0_8"), (NamedLikeFactors, "the name of a Linear")],

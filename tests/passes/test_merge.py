@@ -749,3 +749,12 @@ def test_a_registry_that_no_code_of_the_model_names_is_no_matter(emptied) -> Non
     _REGISTRY[:] = [model]
     changed = adapted(model)
     assert_close(lora_fx.merge(changed)(x), changed(x))
+
+
+def test_what_has_no_values_is_not_merged_or_checked() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).to("meta")
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(lora_fx.MergeError, match=r"0: adapter 'default' is on the meta device"):
+        lora_fx.merge(adapted)
+    with pytest.raises(lora_fx.CaptureError, match=r"0\.weight is on the meta device"):
+        lora_fx.check(adapted, torch.empty(2, 4, device="meta"))

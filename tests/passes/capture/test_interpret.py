@@ -68,6 +68,10 @@ class Base(nn.Module):
         self.fc = nn.Linear(4, 4)
         self.kernel = nn.Parameter(torch.randn(4, 4))
         self.norm = nn.LayerNorm(4)
+        self.listed = nn.ModuleList([nn.Identity(), nn.Identity()])
+        self.keyed = nn.ModuleDict({"a": nn.Identity(), "b": nn.Identity()})
+        self.empty = nn.ModuleList()
+        self.weights = nn.ParameterDict({name: torch.randn(4, 4) for name in "ab"})
         self.factor = 2.0
         self.settings = Settings()
         self.slotted = Slotted()
@@ -294,6 +298,58 @@ READS = {
     "parameter is there": (
         lambda self: 2.0 if self.fc.bias is not None else 3.0,
         lambda m: setattr(m.fc, "bias", None),
+    ),
+    "child is there": (
+        lambda self: 2.0 if self.norm is not None else 3.0,
+        lambda m: setattr(m, "norm", None),
+    ),
+    "truth of a child": (
+        lambda self: 2.0 if self.norm else 3.0,
+        lambda m: setattr(m, "norm", None),
+    ),
+    "getattr of a child": (
+        lambda self: 2.0 if getattr(self, "norm", None) is not None else 3.0,
+        lambda m: delattr(m, "norm"),
+    ),
+    "hasattr of a child": (
+        lambda self: 2.0 if hasattr(self, "norm") else 3.0,
+        lambda m: delattr(m, "norm"),
+    ),
+    "hasattr of a parameter": (
+        lambda self: 2.0 if hasattr(self.norm, "weight") else 3.0,
+        lambda m: delattr(m.norm, "weight"),
+    ),
+    "child in a list": (
+        lambda self: 2.0 if self.norm in self.listed else 3.0,
+        lambda m: m.listed.__setitem__(0, m.norm),
+    ),
+    "child in a tuple": (
+        lambda self: 2.0 if self.norm not in (None, 0) else 3.0,
+        lambda m: setattr(m, "norm", None),
+    ),
+    "None among children": (
+        lambda self: 2.0 if None not in [self.norm, self.fc] else 3.0,
+        lambda m: setattr(m, "norm", None),
+    ),
+    "key of a child": (
+        lambda self: 2.0 if "a" in self.keyed else 3.0,
+        lambda m: (m.keyed.pop("a"), m.keyed.update({"c": nn.Identity()})),
+    ),
+    "keys of children": (
+        lambda self: 2.0 if next(iter(self.keyed)) == "a" else 3.0,
+        lambda m: m.keyed.update({"a": m.keyed.pop("a")}),
+    ),
+    "keys of parameters": (
+        lambda self: 2.0 if next(iter(self.weights)) == "a" else 3.0,
+        lambda m: m.weights.__setitem__("a", m.weights.pop("a")),
+    ),
+    "children in a list": (
+        lambda self: 2.0 + sum(1 for _ in self.listed),
+        lambda m: m.listed.append(nn.Identity()),
+    ),
+    "no children in a list": (
+        lambda self: 2.0 + sum(1 for _ in self.empty),
+        lambda m: m.empty.append(nn.Identity()),
     ),
     "shape": (
         lambda self: self.norm.weight.shape[0],
@@ -685,7 +741,14 @@ def matches_settings(self, x):
     return x
 
 
+def goes_through_parameters(self, x):
+    for name in self.weights:
+        x = (x @ self.weights[name]).relu()
+    return self.fc(x)
+
+
 FORMS = [
+    goes_through_parameters,
     unpacks,
     chains,
     comprehends,
@@ -706,6 +769,28 @@ def test_every_form_of_code_traces_to_what_it_does(forward):
     captured = lora_fx.capture(model, frontend="symbolic").model
     x = sample(3, 4).double()
     assert_close(captured(x), model(x), 1e-15)
+
+
+class Backwards(nn.ModuleList):
+    def __iter__(self):
+        return reversed(list(self._modules.values()))
+
+
+class InAnOrderOfItsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = Backwards([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).relu()
+        return x
+
+
+def test_a_container_with_an_order_of_its_own_keeps_it():
+    model = InAnOrderOfItsOwn()
+    captured = lora_fx.capture(model.requires_grad_(False)).model
+    assert_close(captured(sample(3, 4)), model(sample(3, 4)), 1e-6)
 
 
 def test_a_private_name_is_that_of_the_class():
