@@ -20,9 +20,8 @@ from lora_fx.passes.capture.check import (
     run_reference,
     watch_reference,
 )
-from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalize
 from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.capture.synthesis import synthesise
+from lora_fx.passes.capture.synthesis import by_place, describe, named_inputs, normalize, synthesise
 from lora_fx.passes.graph import (
     check_model,
     is_built_in,

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.capture.state import State, difference, state_of
+from lora_fx.passes.capture.synthesis import normalize
 from lora_fx.passes.graph import install, is_matrix, share_copy, storage_of, uninstall
 
 __all__ = [

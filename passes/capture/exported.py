@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +23,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.decompositions import written_out
-from lora_fx.passes.capture.inputs import CACHE, named_inputs
-from lora_fx.passes.capture.lock import ONE_AT_A_TIME
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.questions import Questions
 from lora_fx.passes.capture.state import State, difference, state_of
+from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.capture.unbake import convert_masks, unbake_devices, unbake_modes
 from lora_fx.passes.graph import (
     CONSTANT,
@@ -44,6 +44,7 @@ from lora_fx.passes.graph import (
 from lora_fx.runtime import differs
 
 __all__ = [
+    "ONE_AT_A_TIME",
     "cache_condition",
     "call_parameters",
     "export_root",
@@ -434,3 +435,12 @@ def _container(graph: fx.Graph, value: Any) -> Any:
     if isinstance(value, fx.Node | int | float | str | bool | None):
         return value
     raise CaptureError(f"an output of type {type(value).__name__} cannot be rebuilt from a graph")
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever runs ``torch.export`` or the ONNX exporter.
+
+Both keep what they are at in global state, and a capture by ``torch.export`` takes notes by way of classes
+that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in
+between, in the same thread.
+"""

@@ -16,8 +16,12 @@ from torch import fx, nn
 
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Region, join
-from lora_fx.passes.capture.decompositions import written_conditions, written_out
-from lora_fx.passes.capture.quantized import make_opaque, setup_of
+from lora_fx.passes.capture.decompositions import (
+    make_opaque,
+    setup_of,
+    written_conditions,
+    written_out,
+)
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.graph import (
     UNINITIALIZED,

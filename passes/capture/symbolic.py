@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
-from lora_fx.passes.capture.eager import Eager
 from lora_fx.passes.capture.instrument import instrumented
 from lora_fx.passes.capture.interpret import Frame, path_in
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
@@ -37,7 +37,8 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import inner_of
 
-__all__ = ["Recorder", "Untraceable", "trace"]
+__all__ = ["Eager", "Recorder", "Untraceable", "trace"]
+
 
 # What generated code calls by these names: a parameter of the same name would hide it.
 _TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
@@ -424,3 +425,30 @@ def _is_part(target: Any) -> bool:
 def _words(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+# What does not depend on anything that may change between a trace and a call.
+_FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
+
+
+class Eager(TorchFunctionMode):
+    """A function mode that lets calls with traced values through, and no others."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if holds_traced(args) or holds_traced(kwargs):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = func.__self__.__name__
+        if name == "_set_grad_enabled":
+            self._recorder.refuse(
+                "its forward switches gradients on or off, which a graph would lose"
+            )
+        if name not in _FIXED:
+            self._recorder.refuse(f"its forward computes without its input ({name})")
+        return func(*args, **kwargs)

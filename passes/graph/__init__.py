@@ -12,12 +12,16 @@ from lora_fx.passes.graph.copies import (
     share_copy,
     storage_of,
 )
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.lazy import UNINITIALIZED, elements, is_lazy, is_matrix, is_uninitialized
 from lora_fx.passes.graph.nodes import (
+    UNINITIALIZED,
     arguments,
+    edit_graphs,
+    elements,
     erase_dead,
     erase_unread,
+    is_lazy,
+    is_matrix,
+    is_uninitialized,
     known_arguments,
     target_of,
     unknown_arguments,

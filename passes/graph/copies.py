@@ -21,7 +21,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
-from lora_fx.passes.graph.lazy import is_lazy
+from lora_fx.passes.graph.nodes import is_lazy
 
 __all__ = [
     "APART",

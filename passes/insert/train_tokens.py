@@ -1,9 +1,9 @@
-r"""Puts trained rows of an embedding in the place of the frozen ones.
+"""Adds rows of embeddings that are trained as a whole, and puts them in the place of the frozen ones.
 
 At a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the same weight or is named
 itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the output as it is to the last
-bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are there already
-(:mod:`lora_fx.passes.insert.add_tokens`).
+bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are parameters
+next to the weight, and start as the base's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lora_fx.errors import ConfigError
 from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    Kind,
     Pass,
     PassResult,
     PlannedTokens,
@@ -29,11 +31,62 @@ from lora_fx.ir import (
     relative,
 )
 from lora_fx.passes.graph import arguments, copy_graph
-from lora_fx.passes.insert.add_tokens import planned_rows
-from lora_fx.passes.parameters import adapter_dtype, indices_name, rows_name
+from lora_fx.passes.parameters import adapter_dtype, add_tokens, indices_name, rows_name, tokens_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
-__all__ = ["TrainTokens"]
+__all__ = ["AddTokens", "TrainTokens", "planned_rows"]
+
+
+def planned_rows(
+    rows: tuple[PlannedTokens, ...] | None, capture: Capture
+) -> tuple[PlannedTokens, ...]:
+    """Return the rows of embeddings that a pass was given, or else those of the capture's plan."""
+    if rows is not None:
+        return rows
+    return () if capture.plan is None else capture.plan.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class AddTokens(Pass):
+    """The pass.
+
+    Attributes:
+        rows: Which rows of what; None for those of the capture's plan.
+        adapter: The adapter's name.
+    """
+
+    name: ClassVar[str] = "add-tokens"
+    kind: ClassVar[Kind] = "in place"
+    rows: tuple[PlannedTokens, ...] | None = None
+    adapter: str = "default"
+
+    def requires(self, capture: Capture) -> str | None:
+        """A plan has to be there."""
+        return "nothing is planned" if self.rows is None and capture.plan is None else None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
+        model, changed = capture.model, False
+        rows = planned_rows(self.rows, capture)
+        for row in sorted(rows, key=lambda row: bool(row.tied)):
+            try:
+                tokens_of(model, row, self.adapter)
+                continue
+            except AttributeError:
+                changed = True
+            weight = model.get_parameter(row.site.weight).detach()
+            if weight.is_meta:
+                raise ConfigError(
+                    f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
+                    "it; give the model its weights first"
+                )
+            source = next((one for one in rows if one.name == row.tied), None)
+            if source is not None:
+                add_tokens(model, row, self.adapter, tokens_of(model, source, self.adapter))
+            else:
+                start = weight[list(row.indices)].to(adapter_dtype(weight), copy=True)
+                add_tokens(model, row, self.adapter, start)
+        return PassResult(capture, changed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Makes dense what a model holds in few bits, and takes what its libraries have put around that out of it.
+"""The base model of a rewritten one again: its own classes, and dense weights for those of few bits.
 
 A library's own layer becomes one of torch, of the same name and with the same hooks; it stays the same
 object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor that shows
@@ -25,21 +25,32 @@ from lora_fx.formats import (
     is_format_hook,
     quantization_of,
 )
-from lora_fx.ir import Layout, Quantization, Site
-from lora_fx.passes.graph import is_lazy, kept_graph, memory_of
-from lora_fx.passes.merge.strip import drop_graph
+from lora_fx.ir import Layout, Quantization, Record, Site, module_of
+from lora_fx.passes.graph import (
+    CONSTANT,
+    install,
+    is_lazy,
+    kept_graph,
+    memory_of,
+    share_copy,
+    uninstall,
+)
+from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
+from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
     "DTYPES",
     "KEPT_IN_FP32",
     "cast_model",
     "check_dtype",
+    "drop_graph",
     "dtype_of_all",
     "layouts_of",
     "make_dense",
     "make_plain",
     "make_savable",
     "quantized_weights",
+    "stripped",
     "values_of",
 ]
 
@@ -288,3 +299,49 @@ def _forget(model: nn.Module) -> None:
         config: Any = getattr(module, "config", None)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
+
+
+def stripped(model: nn.Module, record: Record) -> nn.Module:
+    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
+
+    Modules that ran a graph before the rewrite, over quantized weights, run it again.
+    """
+    by_hand = trained_by_hand(model, record)
+    result = share_copy(model)
+    for name in record.active:
+        place_base(result, name, record.adapters[name].own, record.originals, keep=False)
+    del result.__dict__["_lora_fx"]
+    unwatch_calls(result)
+    unprotect(result)
+    kept = {name: result.get_submodule(name) for name in record.base.kept}
+    for module in list(result.modules()):
+        if module in kept.values():
+            uninstall(module)
+        else:
+            drop_graph(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, AdapterModule):
+                del module._modules[name]
+    for name, parameter in result.named_parameters():
+        # What somebody has put into the model since was not there before.
+        new = name in by_hand and by_hand[name].requires_grad
+        parameter.requires_grad = name in record.trainable or new
+    mark_adapted(result, adapted=False)
+    base = record.base
+    install(
+        (
+            base.region(key, kept[module_of(key)], record.frontend)
+            for key in base.graphs
+            if module_of(key) in kept
+        ),
+        kept=True,
+    )
+    return result
+
+
+def drop_graph(module: nn.Module) -> None:
+    """Has a module run its own forward, without what only its graph has read."""
+    uninstall(module)
+    # A script module has its buffers in something that says their names by no iteration.
+    for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118
+        del module._buffers[name]

@@ -32,9 +32,10 @@ from lora_fx.passes.merge.dense import (
     make_dense,
     make_savable,
     quantized_weights,
+    stripped,
     values_of,
 )
-from lora_fx.passes.merge.fold import Fold
+from lora_fx.passes.merge.fold import Fold, TokenFold, tied_tokens, token_weights
 from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.place import (
     copy_shared,
@@ -42,14 +43,12 @@ from lora_fx.passes.merge.place import (
     place_biases,
     place_merged,
     place_trained,
+    requantized_site,
     trained,
     unshared,
     untie_config,
 )
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
-from lora_fx.passes.merge.requantize import requantized_site
-from lora_fx.passes.merge.strip import stripped
-from lora_fx.passes.merge.tokens import TokenFold, tied_tokens, token_weights
 from lora_fx.passes.parameters import check_intact, factors_of, parameter_of
 
 __all__ = [

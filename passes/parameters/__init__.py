@@ -18,17 +18,20 @@ from lora_fx.passes.parameters.factors import (
     SiteFactors,
     adapter_dtype,
     adapter_parameters,
+    add_tokens,
+    as_factors,
+    as_matrices,
     drop_factors,
     factor_names,
     factors_of,
-)
-from lora_fx.passes.parameters.matrices import (
-    as_factors,
-    as_matrices,
+    indices_name,
     matrix_shape,
     part_of,
+    put_tokens,
     replaced,
+    rows_name,
     subtracted,
+    tokens_of,
     wide,
 )
 from lora_fx.passes.parameters.replacements import (
@@ -47,13 +50,6 @@ from lora_fx.passes.parameters.replacements import (
     weight_at,
 )
 from lora_fx.passes.parameters.rewritten import check_intact, inside, mark_adapted, without_wrappers
-from lora_fx.passes.parameters.tokens import (
-    add_tokens,
-    indices_name,
-    put_tokens,
-    rows_name,
-    tokens_of,
-)
 
 __all__ = [
     "FactorNames",

@@ -16,9 +16,8 @@ from torch import nn
 from lora_fx.errors import CaptureError
 from lora_fx.ir import PlannedSite, Record, join, record_of
 from lora_fx.passes.parameters.by_hand import note_by_hand, protect
-from lora_fx.passes.parameters.factors import factor_names
+from lora_fx.passes.parameters.factors import factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT
-from lora_fx.passes.parameters.tokens import rows_name
 
 __all__ = [
     "check_intact",

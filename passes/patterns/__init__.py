@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.passes.patterns.embedding import lookup
-from lora_fx.passes.patterns.product import Product, product_of
-from lora_fx.passes.patterns.quantized import ARGUMENTS
+from lora_fx.passes.patterns.linear import ARGUMENTS, Product, product_of
 from lora_fx.passes.patterns.registry import (
     ConvPattern,
     ConvTransposePattern,

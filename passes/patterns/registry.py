@@ -10,8 +10,7 @@ from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
-from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
-from lora_fx.passes.patterns.quantized import QuantizedPattern
+from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern, QuantizedPattern
 from lora_fx.passes.patterns.sites import make_site, reject
 
 __all__ = [

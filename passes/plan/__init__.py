@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.plan.costs import priced
+from lora_fx.passes.plan.choice import priced
 from lora_fx.passes.plan.planning import (
     MakePlan,
     at_rank,

@@ -3,6 +3,7 @@
 PEFT adapts modules and parameters. Here the sites are operations, so that a name of either kind can mean
 several: ``nn.MultiheadAttention`` is four, and a weight that is applied in parts is one for each part. The
 rank and alpha of a site come from the pattern for its own name or, failing that, for the name that chose it.
+The costs of an adapter at a site follow from its kind and its pattern.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -27,15 +29,12 @@ from lora_fx.config import (
     uses_default_targets,
 )
 from lora_fx.errors import ConfigError
-from lora_fx.ir import Capture, Matches, Site
-from lora_fx.passes.parameters import base_modules
+from lora_fx.ir import Capture, Matches, PlannedSite, Site
+from lora_fx.kinds import kind_of
+from lora_fx.passes.parameters import base_dtype, base_modules
+from lora_fx.passes.patterns import pattern_of
 
-__all__ = [
-    "Choice",
-    "attention_of",
-    "choices",
-    "choose_parts",
-]
+__all__ = ["Choice", "attention_of", "choices", "choose_parts", "priced"]
 
 
 _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
@@ -211,3 +210,29 @@ def _in_default(site: Site, config: LoraConfig) -> bool:
         return site.family != "embedding" and not site.head
     # "all-linear" is PEFT's: it knows no other head than the one that the model declares.
     return site.family == "linear" and site.head != "declared"
+
+
+def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
+    """A planned site with what it costs: trainable elements, FLOPs and bytes saved for backward.
+
+    Args:
+        model: The model, rewritten or not.
+        row: The site, with its rank, dropout, kind and what it is tied to.
+    """
+    site, kind = row.site, kind_of(row)
+    itemsize = base_dtype(model, site).itemsize
+    extra = kind.costs(site)
+    parameters, flops, saved = extra.parameters, extra.flops, extra.saved * itemsize
+    if kind.low_rank:
+        pattern = pattern_of(site)
+        parameters += 0 if row.tied else pattern.factors(site, row.rank).numel
+        flops += pattern.flops(site, row.rank)
+        # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
+        saved += 8 if site.family == "embedding" else site.in_features * itemsize
+        saved += site.in_features * (itemsize + 1) if row.dropout else 0
+        saved += row.rank * itemsize
+    # A region of a whole model and the regions below it show the same application twice.
+    applied = max(Counter(call.region for call in site.calls).values())
+    return dataclasses.replace(
+        row, parameters=parameters, flops=flops * applied, saved=saved * applied
+    )

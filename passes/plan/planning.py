@@ -31,8 +31,7 @@ from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Si
 from lora_fx.kinds import chosen_kind, kind_objection, kinds
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import base_modules, base_parameters, matrix_shape
-from lora_fx.passes.plan.choice import Choice, choices
-from lora_fx.passes.plan.costs import priced
+from lora_fx.passes.plan.choice import Choice, choices, priced
 from lora_fx.passes.plan.tokens import planned_tokens
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
 from lora_fx.runtime import AdapterFactors
