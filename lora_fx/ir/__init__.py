@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, module_of, relative
+from lora_fx.ir.graph import (
+    META_KEY,
+    Capture,
+    FusedBranch,
+    Region,
+    Role,
+    Tag,
+    join,
+    module_of,
+    relative,
+)
 from lora_fx.ir.onnx_weight import (
     NoOperator,
     OnnxBuilder,
@@ -25,11 +35,8 @@ from lora_fx.ir.record import (
 )
 from lora_fx.ir.site import (
     BranchBuilder,
-    BranchEnds,
-    BranchReader,
     Call,
     Factors,
-    FusedBranch,
     Layout,
     Match,
     Matches,
@@ -44,8 +51,6 @@ __all__ = [
     "AdapterRecord",
     "Base",
     "BranchBuilder",
-    "BranchEnds",
-    "BranchReader",
     "Call",
     "Capture",
     "Choice",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from lora_fx.runtime import dora, experts, watch
+from lora_fx.runtime import experts, watch
 from lora_fx.runtime.attention import attend, causal_hint, zero_padding
 from lora_fx.runtime.decorators import around, inner_of
-from lora_fx.runtime.dora import spread
 from lora_fx.runtime.experts import (
     grouped_mm,
     repeated,
@@ -14,7 +13,6 @@ from lora_fx.runtime.experts import (
     tokens_of,
     unsorted,
 )
-from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.runtime.fused_lora import lora_linear, lora_linears, without_autocast
 from lora_fx.runtime.fused_quantized import quantized_lora_linear
 from lora_fx.runtime.masks import dropped
@@ -38,6 +36,7 @@ from lora_fx.runtime.ops import (
     needs_modules,
     output_padding,
     pad_features,
+    spread,
     tree_differs,
     wants_cache,
 )
@@ -84,8 +83,6 @@ __all__ = [
     "count_batch",
     "differs",
     "disarm",
-    "dora",
-    "dora_linear",
     "dropped",
     "entry",
     "experts",

@@ -25,6 +25,7 @@ from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    FusedBranch,
     Pass,
     PassResult,
     PlannedSite,
@@ -124,6 +125,9 @@ class Branch:
         self.made: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
+        self._dropout: tuple[float, str] | None = None
+        self._low_rank = False
+        self._fused: FusedBranch | None = None
         base.meta[META_KEY] = tag(Role.BASE)
 
     @property
@@ -201,11 +205,39 @@ class Branch:
         if not dropout:
             return x
         training = self._make(Role.DROPOUT, "get_attr", self._wiring.training)
+        self._dropout = dropout, training.name
         return self._make(Role.DROPOUT, "call_function", F.dropout, x, dropout, training)
 
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A tagged ``call_function`` node."""
         return self._make(role, "call_function", target, *args, **kwargs)
+
+    def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
+        """``B (A drop(x))``, plus :attr:`bias` where it is wanted, for a product that reads ``x``."""
+        self._low_rank = True
+        down = self.call(Role.DOWN, F.linear, self.dropped(x), self.a)
+        bias = self.bias if with_bias else None
+        return self.call(Role.UP, F.linear, down, self.b, *(() if bias is None else (bias,)))
+
+    def fuse_by(
+        self,
+        function: Callable[..., Any],
+        *more: Any,
+        quantized: Callable[..., Any] | None = None,
+    ) -> None:
+        """Note which function computes the operation with its branch, if no other adapter is in between."""
+        if not self._low_rank or self.total is not self.base:
+            return
+        self._fused = FusedBranch(
+            function,
+            quantized,
+            self.factor("a").name,
+            self.factor("b").name,
+            self.scale,
+            tuple(one.name if isinstance(one, fx.Node) else one for one in more),
+            self._dropout,
+            self.padding,
+        )
 
     def finish(self, up: fx.Node | None) -> fx.Node:
         """Has the kind join the branch with what is there, and puts the result in its place.
@@ -214,6 +246,7 @@ class Branch:
             up: What the pattern has written; None for a kind without factors.
         """
         total = self._kind.joined(self, up)
+        total.meta[META_KEY] = dataclasses.replace(self._tag(Role.ADD), fused=self._fused)
         mine = set(self.made)
         self.total.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
         return total
@@ -229,10 +262,7 @@ class Branch:
     def cast_factor(self, letter: str) -> fx.Node:
         """A factor in the dtype in which the branch computes."""
         # The factors are small: they follow the activation, never the other way round.
-        factor = self.cast(self._read(self._wiring.a if letter == "a" else self._wiring.b))
-        if self._wiring.transposed:
-            factor = self.call(Role.FACTOR, torch.t, factor)
-        return factor
+        return self.cast(self.factor(letter))
 
     def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
         """A slot of the kind, as it is stored."""

@@ -158,15 +158,12 @@ class LinearPattern:
         """Two products beside the base one."""
         seen = product_of(node, region)
         assert isinstance(seen, Product)
-        x = build.dropped(seen.x)
         if seen.left:
+            x, b = build.dropped(seen.x), build.b
             return build.call(
-                Role.UP, torch.matmul, build.b, build.call(Role.DOWN, torch.matmul, build.a, x)
+                Role.UP, torch.matmul, b, build.call(Role.DOWN, torch.matmul, build.a, x)
             )
-        down = build.call(Role.DOWN, F.linear, x, build.a)
-        if seen.family == "linear" and build.bias is not None:
-            return build.call(Role.UP, F.linear, down, build.b, build.bias)
-        return build.call(Role.UP, F.linear, down, build.b)
+        return build.low_rank(seen.x, with_bias=seen.family == "linear")
 
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.ir.site.Pattern`."""
@@ -249,7 +246,4 @@ class QuantizedPattern(LinearPattern):
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """Two products beside the base one."""
-        x = build.dropped(arguments(node, ARGUMENTS)["x"])
-        down = build.call(Role.DOWN, F.linear, x, build.a)
-        bias = () if build.bias is None else (build.bias,)
-        return build.call(Role.UP, F.linear, down, build.b, *bias)
+        return build.low_rank(arguments(node, ARGUMENTS)["x"])
