@@ -179,11 +179,8 @@ class Install(Pass):
 
     name: ClassVar[str] = "install"
     kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedSite | PlannedTokens, ...] | None = None
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Give each region its graph."""

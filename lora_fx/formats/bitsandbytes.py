@@ -159,22 +159,10 @@ class _Load(LoadHook):
     ``model.load_state_dict(model.state_dict())`` fails on them.
     """
 
-    def __call__(
-        self,
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Mapping[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
-        name = f"{prefix}{self.parameter}"
-        weight: Any = module._parameters.get(self.parameter)
         own = getattr(weight, "quant_state", None)
-        if own is None or name not in state:
+        if own is None:
             return
         found = {k: state[k] for k in list(state) if k.startswith(f"{name}.")}
         for key in found:

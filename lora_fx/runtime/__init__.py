@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from lora_fx.runtime import experts, watch
-from lora_fx.runtime.attention import attend, causal_hint, zero_padding
+from lora_fx.runtime import attention, experts, watch, windows
 from lora_fx.runtime.decorators import around, inner_of
-from lora_fx.runtime.experts import (
-    grouped_mm,
-    repeated,
-    sorted_by_expert,
-    summed,
-    tokens_of,
-    unsorted,
-)
 from lora_fx.runtime.fused_lora import lora_linear, lora_linears, without_autocast
 from lora_fx.runtime.fused_quantized import quantized_lora_linear
 from lora_fx.runtime.masks import dropped
@@ -49,13 +40,6 @@ from lora_fx.runtime.samples import (
     watch_calls,
 )
 from lora_fx.runtime.watch import BASE, CODES, GRAPH, Hooked, disarm, entry, is_checked
-from lora_fx.runtime.windows import (
-    attend_in_windows,
-    fitted_window,
-    partition,
-    reverse,
-    without_key_bias,
-)
 
 __all__ = [
     "BASE",
@@ -74,10 +58,8 @@ __all__ = [
     "Seen",
     "add_rows",
     "around",
-    "attend",
-    "attend_in_windows",
+    "attention",
     "cast_like",
-    "causal_hint",
     "check_adapter_name",
     "class_of",
     "count_batch",
@@ -86,9 +68,7 @@ __all__ = [
     "dropped",
     "entry",
     "experts",
-    "fitted_window",
     "given",
-    "grouped_mm",
     "in_place",
     "inner_of",
     "is_checked",
@@ -97,23 +77,15 @@ __all__ = [
     "needs_modules",
     "output_padding",
     "pad_features",
-    "partition",
     "put_rows",
     "quantized_lora_linear",
-    "repeated",
-    "reverse",
     "select_rows",
-    "sorted_by_expert",
     "spread",
-    "summed",
-    "tokens_of",
     "tree_differs",
-    "unsorted",
     "unwatch_calls",
     "wants_cache",
     "watch",
     "watch_calls",
+    "windows",
     "without_autocast",
-    "without_key_bias",
-    "zero_padding",
 ]

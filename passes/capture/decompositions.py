@@ -27,23 +27,7 @@ from lora_fx.formats import format_of, formats, quantization_of, quantized_linea
 from lora_fx.ir import Region
 from lora_fx.passes.graph import erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
-from lora_fx.runtime import (
-    attend,
-    attend_in_windows,
-    causal_hint,
-    fitted_window,
-    grouped_mm,
-    output_padding,
-    partition,
-    repeated,
-    reverse,
-    sorted_by_expert,
-    summed,
-    tokens_of,
-    unsorted,
-    without_key_bias,
-    zero_padding,
-)
+from lora_fx.runtime import attention, experts, output_padding, windows
 
 __all__ = [
     "WRITTEN_OUT",
@@ -57,13 +41,6 @@ __all__ = [
     "written_out_of_torchvision",
     "written_out_of_transformers",
 ]
-
-
-fx.wrap("attend_in_windows")
-fx.wrap("fitted_window")
-fx.wrap("partition")
-fx.wrap("reverse")
-fx.wrap("without_key_bias")
 
 
 def written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
@@ -81,12 +58,12 @@ def _swin(self: Any, x: torch.Tensor) -> Any:
 
 def _swin_v2(self: Any, x: torch.Tensor) -> Any:
     position = self.get_relative_position_bias()
-    bias = without_key_bias(self.qkv.bias)
+    bias = windows.without_key_bias(self.qkv.bias)
     return _windowed_attention(self, x, self.window_size, bias, position, self.logit_scale)
 
 
 def _swin_3d(self: Any, x: torch.Tensor) -> Any:
-    window = fitted_window(x, self.window_size)
+    window = windows.fitted_window(x, self.window_size)
     return _windowed_attention(
         self, x, window, self.qkv.bias, self.get_relative_position_bias(window)
     )
@@ -95,9 +72,9 @@ def _swin_3d(self: Any, x: torch.Tensor) -> Any:
 def _windowed_attention(
     self: Any, x: torch.Tensor, window: Any, bias: Any, position: Any, logit_scale: Any = None
 ) -> Any:
-    windows = partition(x, window, self.shift_size)
-    qkv = F.linear(windows, self.qkv.weight, bias)
-    out = attend_in_windows(
+    cut = windows.partition(x, window, self.shift_size)
+    qkv = F.linear(cut, self.qkv.weight, bias)
+    out = windows.attend_in_windows(
         qkv,
         position,
         logit_scale,
@@ -110,7 +87,7 @@ def _windowed_attention(
     )
     out = F.linear(out, self.proj.weight, self.proj.bias)
     out = F.dropout(out, self.dropout, self.training)
-    return reverse(out, x, window, self.shift_size)
+    return windows.reverse(out, x, window, self.shift_size)
 
 
 _WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
@@ -119,13 +96,6 @@ _WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"): _swin_3d,
 }
 
-
-fx.wrap("grouped_mm")
-fx.wrap("repeated")
-fx.wrap("sorted_by_expert")
-fx.wrap("summed")
-fx.wrap("tokens_of")
-fx.wrap("unsorted")
 
 _FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 
@@ -166,7 +136,7 @@ def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
         # An expert that nobody chose works on no rows.
-        found = tokens_of(expert, chosen)
+        found = experts.tokens_of(expert, chosen)
         choice, token = found[0], found[1]
         x = _projected(self, hidden[token], "up", expert)
         x = _projected(self, _activated(self, x), "down", expert)
@@ -183,9 +153,9 @@ def _projected(self: Any, x: Any, which: str, expert: int) -> Any:
 
 def _batched(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     ids = chosen.reshape(-1)
-    x = _gathered(self, repeated(hidden, chosen), "up", ids)
+    x = _gathered(self, experts.repeated(hidden, chosen), "up", ids)
     x = _gathered(self, _activated(self, x), "down", ids)
-    return summed(_normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
+    return experts.summed(_normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
 
 
 def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
@@ -198,17 +168,17 @@ def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
 
 
 def _grouped(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
-    found = sorted_by_expert(hidden, chosen, weights, self.num_experts)
+    found = experts.sorted_by_expert(hidden, chosen, weights, self.num_experts)
     x, sorted_weights, ids, ends, order = found[0], found[1], found[2], found[3], found[4]
     x = _sorted(self, x, "up", ids, ends)
     x = _sorted(self, _activated(self, x), "down", ids, ends)
-    x = unsorted(_normed(self, x) * sorted_weights.unsqueeze(-1), order)
-    return summed(x, hidden)
+    x = experts.unsorted(_normed(self, x) * sorted_weights.unsqueeze(-1), order)
+    return experts.summed(x, hidden)
 
 
 def _sorted(self: Any, x: Any, which: str, ids: Any, ends: Any) -> Any:
     weight, bias = _weights(self, which)
-    x = grouped_mm(x, weight if self.is_transposed else weight.transpose(-2, -1), ends)
+    x = experts.grouped_mm(x, weight if self.is_transposed else weight.transpose(-2, -1), ends)
     return x if bias is None else x + bias[ids]
 
 
@@ -230,12 +200,6 @@ _EXPERTS: dict[str, Callable[..., Any]] = {
     "batched_mm": _batched,
     "grouped_mm": _grouped,
 }
-
-
-fx.wrap("attend")
-fx.wrap("causal_hint")
-fx.wrap("output_padding")
-fx.wrap("zero_padding")
 
 
 def _attention(
@@ -260,7 +224,7 @@ def _attention(
     q = F.linear(query, weights[0], biases[0])
     k = F.linear(key, weights[1], biases[1])
     v = F.linear(value, weights[2], biases[2])
-    out, weight = attend(
+    out, weight = attention.attend(
         q,
         k,
         v,
@@ -304,11 +268,11 @@ def _encoder(
     src_key_padding_mask: Any = None,
     is_causal: bool | None = None,
 ) -> Any:
-    causal = causal_hint(src, mask, is_causal, self.layers[0].self_attn.batch_first)
+    causal = attention.causal_hint(src, mask, is_causal, self.layers[0].self_attn.batch_first)
     x = src
     for layer in self.layers:
         x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
-    x = zero_padding(
+    x = attention.zero_padding(
         x,
         src,
         src_key_padding_mask,
@@ -357,7 +321,9 @@ def _decoder(
     tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
 ) -> Any:
-    causal = causal_hint(tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first)
+    causal = attention.causal_hint(
+        tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first
+    )
     x = tgt
     for layer in self.layers:
         x = layer(

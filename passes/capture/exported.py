@@ -35,7 +35,6 @@ from lora_fx.passes.graph import (
     GuardedCodeGen,
     Parameter,
     Read,
-    attribute,
     install,
     parameters_of,
     storage_of,
@@ -215,7 +214,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         tensor = named[str(reference.target)]
         device = tensor.device
         unbake_devices(graph, reference, device)
-        conditions.append(f"{attribute(str(reference.target))}.dtype != {tensor.dtype}")
+        conditions.append(f"{_attribute(str(reference.target))}.dtype != {tensor.dtype}")
     # Under autocast the code chooses dtypes that the graph has as literals.
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     questions.forget("is_autocast_enabled", device.type)
@@ -444,3 +443,11 @@ Both keep what they are at in global state, and a capture by ``torch.export`` ta
 that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in
 between, in the same thread.
 """
+
+
+def _attribute(target: str) -> str:
+    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
+    path = "self"
+    for atom in filter(None, target.split(".")):
+        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
+    return path

@@ -49,6 +49,9 @@ __all__ = ["Frame", "PassedKeywords", "PassedValues", "TracedText", "path_in"]
 
 _DEPTH = 40  # calls within calls; a trace that goes deeper does not end
 _LIBRARIES = ("torch", "lora_fx")
+_RUNTIME = (
+    "lora_fx.runtime."  # what is written out calls its functions, and they are not looked into
+)
 _PLAIN = (
     *SIMPLE,
     *CONTAINERS,
@@ -209,6 +212,7 @@ class Frame:
     def attribute(self, value: Any, name: str, lookup: bool = False) -> Any:
         """``value.name``."""
         recorder = self.recorder
+        value = recorder.seen(value)
         if isinstance(value, TracedValue):
             return attribute_of(value, name)
         if isinstance(value, PassedValues | PassedKeywords):
@@ -216,14 +220,9 @@ class Frame:
                 return functools.partial(self._asked, value)
             recorder.refuse_softly(_LOOKS)
             return getattr(value, name)
-        if isinstance(value, torch.Tensor):
-            owned = recorder.owned(value)
-            if owned is not None:
-                return attribute_of(owned, name)
-            return getattr(value, name)
         if isinstance(value, nn.Module):
             return self._of_module(value, name, lookup)
-        if _answers(value):
+        if isinstance(value, torch.Tensor) or _answers(value):
             return getattr(value, name)
         if isinstance(value, (_FirstOf, *_VIEWS)):
             return recorder.refuse("its forward goes through its parameters")
@@ -253,8 +252,7 @@ class Frame:
                 tensor = own[kind][name]
                 if tensor is None:
                     return self._noted_at(None, path, name)
-                found = recorder.owned(tensor)
-                return tensor if found is None else found
+                return recorder.seen(tensor)
         if name in own["_modules"]:
             child = own["_modules"][name]
             return self._noted_at(None, path, name) if child is None else child
@@ -327,8 +325,7 @@ class Frame:
         if isinstance(value, nn.Module) and _holds(value):
             return self._item_of_holder(value, key)
         if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return value[key] if found is None else found[key]
+            return recorder.seen(value)[key]
         if type(value) in _PLAIN or isinstance(value, tuple | type):
             found = value[key]
             path = recorder.path_of(value)
@@ -376,18 +373,13 @@ class Frame:
 
     def set_item(self, value: Any, key: Any, new: Any) -> None:
         """``value[key] = new``."""
-        recorder = self.recorder
+        value = self.recorder.seen(value)
         if isinstance(value, TracedValue):
             value[key] = new
             return
-        if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            if found is not None:
-                found[key] = new
-                return
         self._check_own(value)
         if holds_traced(key):
-            recorder.refuse("its forward looks something up by a traced value")
+            self.recorder.refuse("its forward looks something up by a traced value")
         value[key] = new
 
     def _check_own(self, value: Any) -> None:
@@ -413,8 +405,7 @@ class Frame:
         if isinstance(value, TracedValue | nn.Module | types.ModuleType):
             return value
         if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return value if found is None else found
+            return recorder.seen(value)
         kind = _compared_by(value)
         if kind is not None:
             recorder.read(Read(path, kind, value))
@@ -507,19 +498,14 @@ class Frame:
 
     def _operand(self, value: Any) -> Any:
         self._check_passed(value)
-        if isinstance(value, TracedValue):
-            return value
-        if isinstance(value, torch.Tensor):
-            found = self.recorder.owned(value)
-            return value if found is None else found
-        if type(value) in _PLAIN or isinstance(value, enum.Enum | type | tuple | np.generic):
-            return value
-        self.recorder.refuse_softly(f"its forward computes with a {type(value).__name__}")
+        value = self.recorder.seen(value)
+        known = (TracedValue, torch.Tensor, enum.Enum, type, tuple, np.generic)
+        if type(value) not in _PLAIN and not isinstance(value, known):
+            self.recorder.refuse_softly(f"its forward computes with a {type(value).__name__}")
         return value
 
     def compare(self, name: str, left: Any, right: Any) -> Any:
         """A comparison of two values."""
-        recorder = self.recorder
         if name not in ("in", "not in"):
             self._check_passed(left, right)
         if name in ("is", "is not"):
@@ -531,25 +517,17 @@ class Frame:
             self._check_passed(left, right)
             found = self._contains(right, left)
             return found if name == "in" else not found
-        if isinstance(left, TracedValue) or isinstance(right, TracedValue):
-            if (
-                holds_traced(left)
-                and holds_traced(right)
-                and not (isinstance(left, TracedValue) and isinstance(right, TracedValue))
-            ):
-                recorder.refuse("its forward compares containers of traced values")
-            return getattr(operator, name)(left, right)
-        if holds_traced(left) or holds_traced(right):
-            recorder.refuse("its forward compares containers of traced values")
-        left, right = self._comparable(left), self._comparable(right)
+        if any(holds_traced(one) and not isinstance(one, TracedValue) for one in (left, right)):
+            self.recorder.refuse("its forward compares containers of traced values")
+        if not isinstance(left, TracedValue) and not isinstance(right, TracedValue):
+            left, right = self._comparable(left), self._comparable(right)
         return getattr(operator, name)(left, right)
 
     def _comparable(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            found = self.recorder.owned(value)
-            return value if found is None else found
-        known = type(value) in _PLAIN or isinstance(value, enum.Enum | type | np.generic)
-        if not known and not (isinstance(value, FunctionType | BuiltinFunctionType | tuple)):
+        value = self.recorder.seen(value)
+        known = (TracedValue, torch.Tensor, enum.Enum, type, np.generic, tuple)
+        functions = (FunctionType, BuiltinFunctionType)
+        if type(value) not in _PLAIN and not isinstance(value, (*known, *functions)):
             self.recorder.refuse_softly(f"its forward compares a {type(value).__name__}")
         return value
 
@@ -627,11 +605,11 @@ class Frame:
         """A value whose truth decides: Python asks it next."""
         recorder = self.recorder
         self._check_passed(value)
+        value = recorder.seen(value)
         if isinstance(value, TracedValue):
             return recorder.to_bool(value)
         if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return value if found is None else recorder.to_bool(found)
+            return value
         if isinstance(value, nn.Module):
             if _holds(value):
                 self._note_length(value)
@@ -705,13 +683,11 @@ class Frame:
         """Something to iterate over."""
         recorder = self.recorder
         self._check_passed(value)
-        if isinstance(value, TracedValue):
+        value = recorder.seen(value)
+        if isinstance(value, TracedValue | torch.Tensor):
             return iter(value)
         if isinstance(value, _FirstOf):
             return recorder.refuse("its forward goes through its parameters")
-        if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return iter(value if found is None else found)
         if isinstance(value, nn.Module) and _holds(value):
             self._note_length(value)
             if isinstance(value, nn.ParameterList):
@@ -826,7 +802,8 @@ class Frame:
     def _call_other(self, function: Any, args: Any, kwargs: Any) -> Any:
         # Those that make tensors of nothing are not overridable, and refused by the mode.
         if _of_torch(function) or getattr(function, "__self__", None) is _FUNCTIONS:
-            args = self._tensors(args)
+            # Parameters that code got hold of in some other way than by their names are reads, too.
+            args = tuple(map(self.recorder.seen, args))
             if _is_function(function) and (holds_traced(args) or holds_traced(kwargs)):
                 # Not by a call: that would want to see numbers where the graph has traced ones.
                 return self.recorder.create_proxy("call_function", function, args, kwargs)
@@ -844,26 +821,18 @@ class Frame:
             f"its forward calls {_name(function)}, which cannot be looked into"
         )
 
-    def _tensors(self, args: Any) -> Any:
-        """Parameters that code got hold of in some other way than by their names, as reads."""
-        found = []
-        for one in args:
-            owned = self.recorder.owned(one) if isinstance(one, torch.Tensor) else None
-            found.append(one if owned is None else owned)
-        return tuple(found)
-
     def _call_function(self, function: FunctionType, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
         if function.__code__ in recorder.codes:
             return function(*args, **kwargs)  # made by rewritten code, and so rewritten itself
-        if function in recorder.leaves:
+        if function in recorder.leaves or (function.__module__ or "").startswith(_RUNTIME):
             return recorder.call_leaf(function, args, kwargs)
         if function in _ALWAYS_FALSE:
             return False
         if function in _BUILTINS:
             return _BUILTINS[function](self, *args, **kwargs)
         if _is_leaf(function):
-            return function(*self._tensors(args), **kwargs)
+            return function(*map(recorder.seen, args), **kwargs)
         return self._invoke(function, recorder.path_of(function), args, kwargs)
 
     def _invoke(self, function: Any, path: Path | None, args: Any, kwargs: Any) -> Any:
@@ -1164,11 +1133,9 @@ def _len(frame: Frame, value: Any) -> int:
     if isinstance(value, nn.Module) and _holds(value):
         frame._note_length(value)
         return len(value)  # type: ignore[arg-type]
-    if isinstance(value, TracedValue):
+    value = frame.recorder.seen(value)
+    if isinstance(value, TracedValue | torch.Tensor):
         return len(value)
-    if isinstance(value, torch.Tensor):
-        found = frame.recorder.owned(value)
-        return len(value if found is None else found)
     method = _in_mro(type(value), "__len__", None)
     if isinstance(method, FunctionType):
         return int(frame._invoke(method, None, (value,), {}))
@@ -1179,9 +1146,7 @@ def _next(frame: Frame, iterator: Any, *default: Any) -> Any:
     if isinstance(iterator, _FirstOf):
         if not iterator:
             return next(iter(()), *default)
-        first = iterator[0]
-        owned = frame.recorder.owned(first) if isinstance(first, torch.Tensor) else None
-        return first if owned is None else owned
+        return frame.recorder.seen(iterator[0])
     if frame.recorder.path_of(iterator) is not None:
         frame.recorder.refuse("its forward uses up an iterator")
     return next(iterator, *default)

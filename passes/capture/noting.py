@@ -34,6 +34,7 @@ from lora_fx.passes.graph import (
     Read,
     frozen,
     is_constant,
+    nested,
 )
 from lora_fx.runtime import Callee, Seen, class_of, differs
 
@@ -375,7 +376,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
             elif isinstance(value, FunctionType | MethodType) or function.__module__ in homes:
                 pending.extend(_functions_in(value, path))
-        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        names = {name for code in nested(function.__code__) for name in code.co_names}
         for cls, name in itertools.product(tuple(methods), names):
             value = cls.__dict__.get(name)
             if is_constant(value, simple=_TENSORS) and value is not None and not _of_library(cls):
@@ -412,13 +413,6 @@ def _of_library(function: Any) -> bool:
     return (function.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def _in_module(value: Any, names: Iterable[str]) -> Iterator[tuple[Path, Any]]:
     """What code asks of a module of Python, and of those in it; not of a library."""
     pending, done = [value], set[int]()
@@ -441,7 +435,7 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | 
     module = function.__globals__.get("__name__", "")
     known = sys.modules.get(module)
     importable = known is not None and vars(known) is function.__globals__
-    for code in _codes(function.__code__):
+    for code in nested(function.__code__):
         for name in code.co_names:
             if name in function.__globals__:
                 path = Path(ModuleRoot(module)).attribute(name) if importable else None

@@ -299,6 +299,11 @@ class Recorder(fx.Tracer):
             self._known[name] = self.create_proxy("get_attr", name, (), {})  # type: ignore[assignment]
         return self._known[name]
 
+    def seen(self, value: Any) -> Any:
+        """A tensor of the model as a traced value; anything else as it is."""
+        owned = self.owned(value) if isinstance(value, torch.Tensor) else None
+        return value if owned is None else owned
+
     def mode_of(self, module: nn.Module) -> TracedValue:
         """``module.training``, which the graph reads itself."""
         name = self.submodule_paths.get(module)

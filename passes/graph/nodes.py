@@ -27,7 +27,6 @@ __all__ = [
     "erase_unread",
     "is_lazy",
     "is_matrix",
-    "is_uninitialized",
     "known_arguments",
     "target_of",
     "unknown_arguments",
@@ -144,9 +143,7 @@ def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> 
             known[key] = edit(region)
         if (graph := known[key]) is not None:
             regions[fqn] = dataclasses.replace(region, graph=graph)
-    if all(graph is None for graph in known.values()):
-        return PassResult(capture, False)
-    return PassResult(dataclasses.replace(capture, regions=regions), True)
+    return PassResult.of(capture, regions=regions)
 
 
 UNINITIALIZED = "its weights are not initialized yet: run the model once, then rewrite it"
@@ -158,11 +155,6 @@ def is_lazy(parameter: Tensor | None) -> bool:
     return type(parameter) is not nn.Parameter and isinstance(
         parameter, UninitializedParameter | UninitializedBuffer
     )
-
-
-def is_uninitialized(module: nn.Module) -> bool:
-    """Whether the shapes of a lazy layer's own parameters are not known yet."""
-    return any(is_lazy(p) for p in module._parameters.values())
 
 
 def is_matrix(parameter: nn.Parameter | None) -> bool:

@@ -31,7 +31,6 @@ __all__ = [
     "WANTS_CACHE",
     "GuardedCodeGen",
     "Parameter",
-    "attribute",
     "parameters_of",
     "wrapped_forward",
 ]
@@ -133,14 +132,6 @@ def wrapped_forward(forward: Any) -> Any:
             break
         forward = vars(forward)["__wrapped__"]
     return forward
-
-
-def attribute(target: str) -> str:
-    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
-    path = "self"
-    for atom in filter(None, target.split(".")):
-        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
-    return path
 
 
 class GuardedCodeGen(fx.graph.CodeGen):

@@ -20,7 +20,7 @@ from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
 from lora_fx.kinds import Slot, Starting, kind_of, kinds
 from lora_fx.passes.insert.starts import Start, initial_start, site_generator
-from lora_fx.passes.parameters import adapter_dtype, base_like, base_weight, factor_names, module_at
+from lora_fx.passes.parameters import adapter_dtype, base_weight, factor_names, module_at, weight_at
 from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
 __all__ = [
@@ -51,12 +51,9 @@ class AddFactors(Pass):
 
     name: ClassVar[str] = "add-factors"
     kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
     plan: Plan | None = None
     adapter: str = "default"
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.plan is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet."""
@@ -97,7 +94,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
         return
     # What the parts of one weight change adds up: each sees the weight as the one before it left it.
     reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
-    weight = (base_weight if reads else base_like)(model, row.site)
+    weight = (base_weight if reads else _base_like)(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
     place_slots(model, row, adapter, config)
 
@@ -252,3 +249,12 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
     if name not in owner._modules:
         owner.add_module(name, Holder().train(owner.training))
     return owner.get_submodule(name)
+
+
+def _base_like(model: nn.Module, site: Site) -> torch.Tensor:
+    """What :func:`base_weight` gives, for whoever asks nothing of its values: few bits stay few."""
+    weight = weight_at(model, site.weight)
+    if site.quantized is None:
+        return weight.detach()
+    one = torch.empty((), dtype=site.quantized.dtype, device=weight.device)
+    return one.expand(site.weight_shape)

@@ -102,8 +102,8 @@ def _adds(node: fx.Node) -> bool:
 class Branch:
     """Writes the nodes of one adapter's branch, right after what it is added to.
 
-    It is what a pattern writes a branch with, and what a kind puts it into the graph with.
-    The factors are read where they are first used.
+    It is what a pattern writes a branch with, and what a kind puts it into the graph with
+    (:class:`lora_fx.ir.OutputBuilder`). The factors are read where they are first used.
     """
 
     def __init__(
@@ -119,6 +119,9 @@ class Branch:
         self.total = running_total(base)
         self._tag = tag
         self._wiring = wiring
+        self.site, self.applied = wiring.site, wiring.call
+        self.scale, self.padding = wiring.scale, wiring.padding
+        self._names = {"a": wiring.a, "b": wiring.b}
         self._kind = kind_of(wiring)
         self._slots = dict(wiring.slots)
         self._next = self.total.next
@@ -129,26 +132,6 @@ class Branch:
         self._low_rank = False
         self._fused: FusedBranch | None = None
         base.meta[META_KEY] = tag(Role.BASE)
-
-    @property
-    def site(self) -> Site:
-        """The site, as its region sees it."""
-        return self._wiring.site
-
-    @property
-    def applied(self) -> Call:
-        """Where its weight is applied."""
-        return self._wiring.call
-
-    @property
-    def scale(self) -> float:
-        """The factor of the branch."""
-        return self._wiring.scale
-
-    @property
-    def padding(self) -> tuple[int, int] | None:
-        """How many output features of the operation come before and after the site's."""
-        return self._wiring.padding
 
     @property
     def a(self) -> fx.Node:
@@ -179,7 +162,7 @@ class Branch:
     def operand_bias(self) -> fx.Node:
         """What the operation adds."""
         names = {node.name: node for node in self.base.all_input_nodes}
-        return names[self._wiring.call.bias]
+        return names[self.applied.bias]
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
@@ -193,7 +176,7 @@ class Branch:
         All branches of a graph take it from one ``unbind``: the gradient of a selection is as large as
         what is selected from, and there would be one for each expert.
         """
-        name = self._wiring.a if letter == "a" else self._wiring.b
+        name = self._names[letter]
         if name not in self._items:
             factor = self.a if letter == "a" else self.b
             self._items[name] = self.call(Role.FACTOR, torch.unbind, factor)
@@ -253,7 +236,7 @@ class Branch:
 
     def factor(self, letter: str) -> fx.Node:
         """A factor, rank where it belongs, in its own dtype."""
-        name = self._wiring.a if letter == "a" else self._wiring.b
+        name = self._names[letter]
         factor = self._read(name)
         if not self._wiring.transposed:
             return factor
@@ -274,14 +257,14 @@ class Branch:
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
         """A slot as it meets the output: where the site is a part, a value for the rest is beside it."""
-        vector, padding = self.cast_slot(name), self._wiring.padding
+        vector, padding = self.cast_slot(name), self.padding
         if padding is not None:
             vector = self.call(Role.PAD, F.pad, vector, padding, "constant", outside)
         return self.spread(vector)
 
     def read_weight(self, role: Role) -> fx.Node:
         """The weight of the site."""
-        return self._make(role, "get_attr", self._wiring.site.weight)
+        return self._make(role, "get_attr", self.site.weight)
 
     def cast(self, node: fx.Node) -> fx.Node:
         """A node in the dtype of what the operation gives, where that is another one."""
@@ -289,13 +272,13 @@ class Branch:
 
     def padded(self, up: fx.Node) -> fx.Node:
         """The output of a branch, with zeros for the output features that are not the site's."""
-        if self._wiring.padding is None:
+        if self.padding is None:
             return up
-        return self.call(Role.PAD, pad_features, up, *self._wiring.padding)
+        return self.call(Role.PAD, pad_features, up, *self.padding)
 
     def spread(self, vector: fx.Node) -> fx.Node:
         """A vector of the output features as it meets the output."""
-        call = self._wiring.call
+        call = self.applied
         if call.axes == (-1,):
             return vector
         made = (vector, self.base, call.axes, call.sizes)
@@ -328,12 +311,9 @@ class Insert(Pass):
     """
 
     name: ClassVar[str] = "insert"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedSite, ...] | None = None
     adapter: str = "default"
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds branches where the plan wants some and there are none yet."""

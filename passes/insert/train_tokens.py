@@ -57,12 +57,9 @@ class AddTokens(Pass):
 
     name: ClassVar[str] = "add-tokens"
     kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedTokens, ...] | None = None
     adapter: str = "default"
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
@@ -99,16 +96,13 @@ class TrainTokens(Pass):
     """
 
     name: ClassVar[str] = "train-tokens"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedTokens, ...] | None = None
     adapter: str = "default"
 
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
-
     def __call__(self, capture: Capture) -> PassResult:
         """Edits the graphs that apply one of the weights, once."""
-        regions, changed = dict(capture.regions), False
+        regions = dict(capture.regions)
         for row in planned_rows(self.rows, capture):
             for call in row.site.calls:
                 region = regions.get(call.region)
@@ -122,10 +116,7 @@ class TrainTokens(Pass):
                         _Edit(capture, edited, row, one, self.adapter).apply()
                 graph.lint()
                 regions[call.region] = edited
-                changed = True
-        if not changed:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, regions=regions), True)
+        return PassResult.of(capture, regions=regions)
 
 
 class _Edit:

@@ -48,10 +48,7 @@ class FindOperations(Pass):
 
     def __call__(self, capture: Capture) -> PassResult:
         """Set the matches of the capture."""
-        found = match(capture)
-        if found == capture.matches:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, matches=found), True)
+        return PassResult.of(capture, matches=match(capture))
 
 
 def match(capture: Capture) -> Matches:

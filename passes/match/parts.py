@@ -46,18 +46,12 @@ class MarkParts(Pass):
     """The pass: marks the operations whose output is divided."""
 
     name: ClassVar[str] = "mark-parts"
-
-    def requires(self, capture: Capture) -> str | None:
-        """Operations have to be found first."""
-        return "no operations were looked for" if capture.matches is None else None
+    needs: ClassVar[str] = "matches"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Mark them."""
         assert capture.matches is not None
-        marked = find_parts(capture, capture.matches)
-        if marked == capture.matches:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, matches=marked), True)
+        return PassResult.of(capture, matches=find_parts(capture, capture.matches))
 
 
 def find_parts(capture: Capture, matches: Matches) -> Matches:

@@ -18,31 +18,17 @@ from torch import nn
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, PlannedTokens, Record
 from lora_fx.kinds import kind_of
-from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
-from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
-from lora_fx.passes.parameters import factors_of, own_value, put_tokens, tokens_of
-from lora_fx.passes.patterns import (
-    ConvPattern,
-    ConvTransposePattern,
-    EinsumPattern,
-    EmbeddingPattern,
-    ExpertsPattern,
-    LinearPattern,
-    pattern_of,
+from lora_fx.passes.merge.change import (
+    add_change,
+    exact_terms,
+    sliced_factors,
+    sums_over_rank,
+    wide_factors,
 )
+from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
+from lora_fx.passes.parameters import factors_of, own_value, tokens_of
 
 __all__ = ["Fold", "TokenFold", "TokenWeight", "cannot_overflow", "tied_tokens", "token_weights"]
-
-
-# Whose ΔW has elements that are each a sum over the rank; a user's own may be anything.
-_SUMS_OVER_RANK = (
-    ConvPattern.delta,
-    ConvTransposePattern.delta,
-    EinsumPattern.delta,
-    EmbeddingPattern.delta,
-    ExpertsPattern.delta,
-    LinearPattern.delta,
-)
 
 
 def cannot_overflow(
@@ -63,7 +49,7 @@ def cannot_overflow(
     for row, adapter in rows:
         kind, factors = kind_of(row), factors_of(model, row, adapter)
         if kind.low_rank:
-            if type(pattern_of(row.site)).delta not in _SUMS_OVER_RANK:
+            if not sums_over_rank(row):
                 return False
             change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
         if kind.transforms:
@@ -369,7 +355,7 @@ class TokenFold:
     def fold_into(self, out: torch.Tensor) -> None:
         """Writes the rows into the weight."""
         for row, adapter in self.rows:
-            put_tokens(out, row, tokens_of(self.model, row, adapter))
+            _put_tokens(out, row, tokens_of(self.model, row, adapter))
 
     def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The merged weight in fp64, in whatever dtype it is stored."""
@@ -426,3 +412,9 @@ def _adapted(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         for row in record.adapters[name].sites:
             yield name, row.site.weight
+
+
+def _put_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> None:
+    """Writes trained rows in their places into a weight, rounded to its dtype."""
+    indices = torch.tensor(row.indices, device=weight.device)
+    weight.index_copy_(0, indices, rows.detach().to(weight))

@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.parameters.by_hand import (
-    buffer_digests,
-    changed_buffers,
-    claim,
-    claim_unfrozen,
-    persistent_buffers,
-    protect,
-    trained_by_hand,
-    trained_starts,
-    unprotect,
-)
 from lora_fx.passes.parameters.factors import (
     FactorNames,
     SiteFactors,
@@ -27,16 +16,13 @@ from lora_fx.passes.parameters.factors import (
     indices_name,
     matrix_shape,
     part_of,
-    put_tokens,
     replaced,
     rows_name,
-    subtracted,
     tokens_of,
     wide,
 )
 from lora_fx.passes.parameters.replacements import (
     base_dtype,
-    base_like,
     base_modules,
     base_parameters,
     base_weight,
@@ -49,7 +35,21 @@ from lora_fx.passes.parameters.replacements import (
     put_back,
     weight_at,
 )
-from lora_fx.passes.parameters.rewritten import check_intact, inside, mark_adapted, without_wrappers
+from lora_fx.passes.parameters.rewritten import (
+    buffer_digests,
+    changed_buffers,
+    check_intact,
+    claim,
+    claim_unfrozen,
+    inside,
+    mark_adapted,
+    persistent_buffers,
+    protect,
+    trained_by_hand,
+    trained_starts,
+    unprotect,
+    without_wrappers,
+)
 
 __all__ = [
     "FactorNames",
@@ -60,7 +60,6 @@ __all__ = [
     "as_factors",
     "as_matrices",
     "base_dtype",
-    "base_like",
     "base_modules",
     "base_parameters",
     "base_weight",
@@ -86,10 +85,8 @@ __all__ = [
     "place_own",
     "protect",
     "put_back",
-    "put_tokens",
     "replaced",
     "rows_name",
-    "subtracted",
     "tokens_of",
     "trained_by_hand",
     "trained_starts",

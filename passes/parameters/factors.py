@@ -35,10 +35,8 @@ __all__ = [
     "indices_name",
     "matrix_shape",
     "part_of",
-    "put_tokens",
     "replaced",
     "rows_name",
-    "subtracted",
     "tokens_of",
     "wide",
 ]
@@ -203,15 +201,6 @@ def as_factors(
     return a.reshape(shapes.a).contiguous(), b.reshape(shapes.b).contiguous()
 
 
-def subtracted(
-    row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> torch.Tensor:
-    """``W - s · B A`` as a new tensor, rounded once; rows that are not the site's are as they were."""
-    part = wide(part_of(row.site, weight.detach()))
-    delta = pattern_of(row.site).delta(row.site, wide(a), wide(b))
-    return replaced(row.site, weight, part - delta * row.scale)
-
-
 def replaced(site: Site, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A weight as a new tensor, with other values of what :func:`part_of` gives."""
     changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
@@ -265,12 +254,6 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
     factors.add(adapter, rows)
     kept.add(adapter, indices)
     holder.train(model.get_submodule(row.site.owner).training)
-
-
-def put_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> None:
-    """Writes trained rows in their places into a weight, rounded to its dtype."""
-    indices = torch.tensor(row.indices, device=weight.device)
-    weight.index_copy_(0, indices, rows.detach().to(weight))
 
 
 def _made(model: nn.Module, fqn: str, kind: type[nn.Module]) -> nn.Module:

@@ -11,24 +11,8 @@ from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
 from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern, QuantizedPattern
-from lora_fx.passes.patterns.sites import make_site, reject
 
-__all__ = [
-    "ConvPattern",
-    "ConvTransposePattern",
-    "EinsumPattern",
-    "EmbeddingPattern",
-    "ExpertsPattern",
-    "GroupedPattern",
-    "LinearPattern",
-    "MatmulPattern",
-    "QuantizedPattern",
-    "make_site",
-    "pattern_of",
-    "patterns",
-    "register_pattern",
-    "reject",
-]
+__all__ = ["pattern_of", "patterns", "register_pattern"]
 
 _registry: tuple[Pattern, ...] = (
     GroupedPattern(),

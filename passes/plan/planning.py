@@ -31,8 +31,7 @@ from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Si
 from lora_fx.kinds import chosen_kind, kind_objection, kinds
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import base_modules, base_parameters, matrix_shape
-from lora_fx.passes.plan.choice import Choice, choices, priced
-from lora_fx.passes.plan.tokens import planned_tokens
+from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
 from lora_fx.runtime import AdapterFactors
 
@@ -167,20 +166,15 @@ class MakePlan(Pass):
     """
 
     name: ClassVar[str] = "plan"
+    needs: ClassVar[str] = "matches"
     config: LoraConfig
     strict: bool = False
-
-    def requires(self, capture: Capture) -> str | None:
-        """Operations have to be found first."""
-        return "no operations were looked for" if capture.matches is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Set the plan of the capture."""
         assert capture.matches is not None
         plan = make_plan(capture, capture.matches, self.config, strict=self.strict)
-        if plan == capture.plan:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, plan=plan), True)
+        return PassResult.of(capture, plan=plan)
 
 
 def make_plan(
