@@ -45,7 +45,6 @@ from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
     "Callback",
-    "Install",
     "add_adapter_parameters",
     "branch_passes",
     "check_config",
@@ -83,7 +82,7 @@ def rewrite_passes(
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
         *(_optimize_passes() if optimize else ()),
-        Install(),
+        _Install(),
     )
 
 
@@ -170,7 +169,7 @@ def _broken(
 
 
 @dataclasses.dataclass(frozen=True)
-class Install(Pass):
+class _Install(Pass):
     """The pass: lets the modules of the model run their graphs.
 
     Attributes:
@@ -325,7 +324,7 @@ def add_adapter_parameters(
     """Give the model of a capture the parameters of one more adapter.
 
     Args:
-        capture: A model in which no other adapter has a parameter in the place of one of the base; its plan
+        capture: A model in which no other adapter has replaced a parameter of the base; its plan
             says what the adapter is.
         record: What is known of the model.
         adapter_name: The adapter's name.

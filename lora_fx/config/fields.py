@@ -13,13 +13,7 @@ from typing import Any, Final, TypeVar
 from lora_fx.config.starts import options
 from lora_fx.errors import ConfigError
 
-__all__ = [
-    "ALL_LINEAR",
-    "NORMALIZERS",
-    "TASK_TYPES",
-    "FrozenPattern",
-    "bad",
-]
+__all__ = ["ALL_LINEAR", "NORMALIZERS", "TASK_TYPES", "FrozenPattern", "bad"]
 
 ALL_LINEAR: Final = "all-linear"
 TASK_TYPES: Final = (

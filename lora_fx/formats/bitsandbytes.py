@@ -37,13 +37,7 @@ from lora_fx.formats.base import (
 )
 from lora_fx.formats.layers import LibraryLayers
 from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, packed_sizes
-from lora_fx.formats.state import (
-    REMEDY,
-    LoadHook,
-    SaveHook,
-    StateHooks,
-    pickle_by_class,
-)
+from lora_fx.formats.state import REMEDY, LoadHook, SaveHook, StateHooks, pickle_by_class
 from lora_fx.formats.weights import dense, quantized_linear
 from lora_fx.ir import (
     NoOperator,
@@ -533,22 +527,15 @@ class BitsandbytesFormat(WeightFormat):
         """See :class:`WeightFormat`."""
         library = self.load(how.format)
         pickle_by_class(library.nn.Params4bit)
-        packed, state = library.functional.quantize_4bit(
-            values,
-            blocksize=how.block_size,
-            compress_statistics=how.double,
-            quant_type=how.format,
-            quant_storage=torch.uint8,
-        )
+        asked = {
+            "blocksize": how.block_size,
+            "compress_statistics": how.double,
+            "quant_type": how.format,
+            "quant_storage": torch.uint8,
+        }
+        packed, state = library.functional.quantize_4bit(values, **asked)
         found: nn.Parameter = library.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=how.block_size,
-            compress_statistics=how.double,
-            quant_type=how.format,
-            quant_storage=torch.uint8,
-            bnb_quantized=True,
+            packed, requires_grad=False, quant_state=state, bnb_quantized=True, **asked
         )
         return found
 

@@ -209,6 +209,11 @@ class Rejection:
     region: str = ""
     node: str = ""
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What a configuration may call it: by itself, or by the weight of it."""
+        return self.name, f"{self.name}.weight"
+
 
 Match = Site | Rejection | None
 
@@ -290,31 +295,23 @@ class OutputBuilder(BranchBuilder, Protocol):
     """What an adapter kind gets to write what an operation gives with its adapter.
 
     Factors and slots are read where they are first used, once each.
+
+    Attributes:
+        site: The site, as its region sees it.
+        applied: Where its weight is applied.
+        base: The operation without any adapter.
+        total: The operation with the adapters that are there already; ``base`` if there are none.
+        scale: The factor of the branch.
+        padding: How many output features of the operation come before and after the site's; None if it
+            has all.
     """
 
-    @property
-    def site(self) -> Site:
-        """The site, as its region sees it."""
-
-    @property
-    def applied(self) -> Call:
-        """Where its weight is applied."""
-
-    @property
-    def base(self) -> fx.Node:
-        """The operation without any adapter."""
-
-    @property
-    def total(self) -> fx.Node:
-        """The operation with the adapters that are there already; ``base`` if there are none."""
-
-    @property
-    def scale(self) -> float:
-        """The factor of the branch."""
-
-    @property
-    def padding(self) -> tuple[int, int] | None:
-        """How many output features of the operation come before and after the site's; None if it has all."""
+    site: Site
+    applied: Call
+    base: fx.Node
+    total: fx.Node
+    scale: float
+    padding: tuple[int, int] | None
 
     @property
     def operand_bias(self) -> fx.Node:

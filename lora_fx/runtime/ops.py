@@ -39,7 +39,6 @@ __all__ = [
     "Holder",
     "KeptIndices",
     "KeptTensors",
-    "Omitted",
     "Seen",
     "cast_like",
     "check_adapter_name",
@@ -203,13 +202,13 @@ def in_place(operation: str, left: Any, right: Any) -> Any:
     return getattr(operator, operation)(left, right)
 
 
-class Omitted(enum.Enum):
+class _Omitted(enum.Enum):
     """The default of an argument that tells whether it was given."""
 
     OMITTED = "omitted"
 
 
-OMITTED = Omitted.OMITTED
+OMITTED = _Omitted.OMITTED
 """What an argument is that was not given, where a decorator looks whether it was."""
 
 

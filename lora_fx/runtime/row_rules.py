@@ -69,7 +69,11 @@ class Operation(NamedTuple):
         return str(self.func.overloadpacket.__name__)
 
     def sets(self, name: str) -> Sets:
-        """The samples of an argument."""
+        """The samples of an argument, which the operator has to have."""
+        return self.reader.read(self.named[name])
+
+    def sets_if_any(self, name: str) -> Sets:
+        """The samples of an argument that it may have."""
         return self.reader.read(self.named.get(name))
 
     def all_of(self, values: Iterable[Any]) -> Sets:
@@ -195,7 +199,7 @@ def _product(first: str, second: str, *added: str) -> Rule:
     def rule(op: Operation) -> Sets | list[Sets]:
         left = _over(op.sets(first), [-1])
         right = _over(op.sets(second), [-2])
-        return union(left, right, *(op.sets(name) for name in added))
+        return union(left, right, *(op.sets_if_any(name) for name in added))
 
     return rule
 
@@ -225,7 +229,7 @@ def _each_first(*names: str) -> Rule:
 def _normalized(op: Operation) -> Sets | list[Sets]:
     count = len(op.named["normalized_shape"])
     own = _over(op.sets("input"), list(range(-count, 0)))
-    return union(own, _all(op.sets("weight")), _all(op.sets("bias")))
+    return union(own, _all(op.sets("weight")), _all(op.sets_if_any("bias")))
 
 
 def batch_normalized(op: Operation) -> Sets | list[Sets]:
@@ -240,7 +244,7 @@ def _attention(op: Operation) -> Sets | list[Sets]:
         # Heads of keys may be fewer.
         _over(op.sets("key"), [1, 2, 3]),
         _over(op.sets("value"), [1, 2, 3]),
-        _over(op.sets(mask), [-1]),
+        _over(op.sets_if_any(mask), [-1]),
     )
     batch = len(op.outs[0])
     # Beside the output are sums that the backward needs, of the same samples, and states of generators.
@@ -265,7 +269,7 @@ def _recurrent(op: Operation) -> Sets | list[Sets]:
     x = _over(x, [1, 2] if first else [0, 2])
     x = None if x is None else x.flatten(1)
     for name in ("hx", "hx_", "cx", "cx_"):
-        state = op.sets(name)
+        state = op.sets_if_any(name)
         if state is not None:
             state = _over(state, [d for d in range(state.dim() - 1) if d != state.dim() - 3])
             assert state is not None

@@ -38,12 +38,10 @@ __all__ = [
     "written_conditions",
     "written_out",
     "written_out_layer",
-    "written_out_of_torchvision",
-    "written_out_of_transformers",
 ]
 
 
-def written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
+def _written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """What to trace in the place of a class's ``forward``; None if it is none of torchvision's."""
     found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
     # A class of the same name may be another one.
@@ -110,7 +108,7 @@ def experts_implementation(module: nn.Module) -> str | None:
     return getattr(config, "_experts_implementation", None) or "eager"
 
 
-def written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
+def _written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
     """What to trace in the place of a module's ``forward``; None if that is its own."""
     found = _EXPERTS.get(experts_implementation(module) or "")
     if found is None or getattr(module, "_is_expert_parallel", False):
@@ -382,8 +380,8 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
     return (
         WRITTEN_OUT.get(cls)
         or _written_out_convolution(cls)
-        or written_out_of_torchvision(cls)
-        or written_out_of_transformers(module)
+        or _written_out_of_torchvision(cls)
+        or _written_out_of_transformers(module)
         or written_out_layer(module, cls)
     )
 

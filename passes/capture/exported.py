@@ -42,17 +42,10 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import differs
 
-__all__ = [
-    "ONE_AT_A_TIME",
-    "cache_condition",
-    "call_parameters",
-    "export_root",
-    "output_conditions",
-    "shape_conditions",
-]
+__all__ = ["ONE_AT_A_TIME", "export_root"]
 
 
-# Settings of a transformers model that change what it returns; its forward reads them anew each time.
+# Settings of a transformers model that change what it returns; its forward reads them at each call.
 _OUTPUT_SETTINGS = (
     "output_attentions",
     "output_hidden_states",
@@ -61,7 +54,7 @@ _OUTPUT_SETTINGS = (
 )
 
 
-def call_parameters(model: nn.Module, inputs: dict[str, Any]) -> tuple[Parameter, ...]:
+def _call_parameters(model: nn.Module, inputs: dict[str, Any]) -> tuple[Parameter, ...]:
     """The parameters of ``forward``: tensors are inputs of the graph, the rest is fixed.
 
     Args:
@@ -96,7 +89,7 @@ def _extras(parameters: tuple[Parameter, ...], inputs: dict[str, Any]) -> Iterat
             yield Parameter(name, kind, traced, None if traced else value, within=keywords)
 
 
-def output_conditions(model: nn.Module) -> list[str]:
+def _output_conditions(model: nn.Module) -> list[str]:
     """Conditions that are true when the configuration asks for other outputs than at the capture."""
     config = getattr(model, "config", None)
     return [
@@ -106,7 +99,7 @@ def output_conditions(model: nn.Module) -> list[str]:
     ]
 
 
-def cache_condition(value: Any) -> Iterator[str]:
+def _cache_condition(value: Any) -> Iterator[str]:
     """A condition that is true when the configuration says something else about a cache, in evaluation.
 
     In training it may say anything, as in :func:`lora_fx.runtime.ops.wants_cache`: trainers switch it off.
@@ -119,7 +112,7 @@ def cache_condition(value: Any) -> Iterator[str]:
         yield f"{here} is not ({here} if self.training else {value})"
 
 
-def shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
+def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
     """Conditions that are true for tensors that the exported graph was not made for.
 
     Args:
@@ -200,7 +193,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_constants(graph, module, model)
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    conditions = shape_conditions(
+    conditions = _shape_conditions(
         program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)]
     )
     _name_placeholders(graph, inputs)
@@ -219,13 +212,13 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     questions.forget("is_autocast_enabled", device.type)
     conditions.append(f"{NEEDS_MODULES}(self)")
-    conditions.extend(output_conditions(model))
+    conditions.extend(_output_conditions(model))
     conditions.extend(questions.conditions)
-    conditions.extend(cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
+    conditions.extend(_cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
     for node in graph.nodes:
         node.meta.clear()
     reads = (*noted_globals(model), *questions.reads, notes.read)
-    parameters = call_parameters(model, inputs)
+    parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
     below = {key: region for key, region in capture.regions.items() if region.fqn}
@@ -377,7 +370,7 @@ def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -
                 "a part of the model runs under another grad or autocast mode, in a graph of its own"
             )
         if (name := memory.get(storage_of(value))) is not None:
-            # It would be a constant beside the parameter.
+            # It would be a constant next to the parameter.
             raise CaptureError(
                 f"its code gets to {name} past the model, in which it is a parameter: by a global, or a "
                 "function around it"

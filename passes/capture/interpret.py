@@ -45,7 +45,7 @@ from lora_fx.passes.graph import (
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder
 
-__all__ = ["Frame", "PassedKeywords", "PassedValues", "TracedText", "path_in"]
+__all__ = ["Frame", "path_in"]
 
 _DEPTH = 40  # calls within calls; a trace that goes deeper does not end
 _LIBRARIES = ("torch", "lora_fx")
@@ -76,7 +76,7 @@ _OF_OPERATORS = frozenset(
     f"torch._C._{name}" for name in ("fft", "linalg", "nested", "nn", "sparse", "special")
 )
 _LOOKS = "a decorator of its forward looks at what was passed"
-_MISSING = object()
+_MISSING, _ABSENT = object(), object()
 _ANSWERING = (
     enum.Enum,
     super,
@@ -124,15 +124,15 @@ _CLASSES = frozenset(
 )  # fmt: skip
 
 
-class PassedValues(tuple[Any, ...]):
+class _PassedValues(tuple[Any, ...]):
     """``*args`` of a decorator: it may hand them on, and ask nothing of them."""
 
 
-class PassedKeywords(dict[str, Any]):
+class _PassedKeywords(dict[str, Any]):
     """``**kwargs`` of a decorator: it may ask for a name that was not given, and hand the rest on."""
 
 
-class TracedText(str):
+class _TracedText(str):
     """A text with traced values in it: a message, and nothing that a graph could hold."""
 
 
@@ -201,7 +201,7 @@ class Frame:
         """``*args`` or ``**kwargs`` as a function gets them."""
         if not self.recorder.entering:
             return value
-        return PassedKeywords(value) if isinstance(value, dict) else PassedValues(value)
+        return _PassedKeywords(value) if isinstance(value, dict) else _PassedValues(value)
 
     def super_(self, cls: type, instance: Any) -> Any:
         """``super()``."""
@@ -215,8 +215,8 @@ class Frame:
         value = recorder.seen(value)
         if isinstance(value, TracedValue):
             return attribute_of(value, name)
-        if isinstance(value, PassedValues | PassedKeywords):
-            if isinstance(value, PassedKeywords) and name in ("get", "pop"):
+        if isinstance(value, _PassedValues | _PassedKeywords):
+            if isinstance(value, _PassedKeywords) and name in ("get", "pop"):
                 return functools.partial(self._asked, value)
             recorder.refuse_softly(_LOOKS)
             return getattr(value, name)
@@ -439,7 +439,7 @@ class Frame:
         elif type(value).__module__ == "builtins" or isinstance(value, Iterator):
             what = f"its forward reads {path}, a {type(value).__name__} that may change"
             if isinstance(value, Iterator):
-                recorder.refuse(what)  # whoever goes on would use it up
+                recorder.refuse(what)  # going on would use it up
             recorder.refuse_softly(what)
         elif not (trusted and callable(value)):
             recorder.remember(value, path)
@@ -512,7 +512,7 @@ class Frame:
             same = self._same(left, right)
             return same if name == "is" else not same
         if name in ("in", "not in"):
-            if isinstance(right, PassedKeywords) and isinstance(left, str):
+            if isinstance(right, _PassedKeywords) and isinstance(left, str):
                 return self._asked(right, left, name == "not in")
             self._check_passed(left, right)
             found = self._contains(right, left)
@@ -628,7 +628,7 @@ class Frame:
     def text(self, value: Any) -> Any:
         """A value that becomes part of a text."""
         self._check_passed(value)
-        if holds_traced(value) or isinstance(value, TracedText):
+        if holds_traced(value) or isinstance(value, _TracedText):
             self.recorder.refuse("its forward turns a traced value into a text")
         if not (is_constant(value, 10**6) or isinstance(value, type | FunctionType)):
             self.recorder.refuse_softly(f"its forward turns a {type(value).__name__} into a text")
@@ -636,7 +636,7 @@ class Frame:
 
     def part(self, value: Any) -> Any:
         """A value in an f-string."""
-        if holds_traced(value) or isinstance(value, TracedText):
+        if holds_traced(value) or isinstance(value, _TracedText):
             self._traced_text = True
             return "..."
         return self.text(value)
@@ -644,7 +644,7 @@ class Frame:
     def joined(self, text: str) -> str:
         """An f-string."""
         traced, self._traced_text = self._traced_text, False
-        return TracedText(text) if traced else text
+        return _TracedText(text) if traced else text
 
     def key(self, value: Any) -> Any:
         """A key of a dict that is made."""
@@ -711,7 +711,7 @@ class Frame:
 
     def spread(self, value: Any) -> Any:
         """What ``*`` or ``**`` spreads into a call."""
-        if isinstance(value, PassedValues | PassedKeywords):
+        if isinstance(value, _PassedValues | _PassedKeywords):
             return value
         if isinstance(value, dict):
             path = self.recorder.path_of(value)
@@ -736,7 +736,7 @@ class Frame:
         end = len(items) - behind
         return (*items[:star], items[star:end], *items[end:])
 
-    def _asked(self, passed: PassedKeywords, name: str, default: Any = None) -> Any:
+    def _asked(self, passed: _PassedKeywords, name: str, default: Any = None) -> Any:
         """What a decorator finds under a name in its ``**kwargs``: nothing, as long as nothing is given."""
         if name in passed:
             self.recorder.refuse_softly(_LOOKS)
@@ -745,7 +745,7 @@ class Frame:
         return default
 
     def _check_passed(self, *values: Any) -> None:
-        if any(isinstance(value, PassedValues | PassedKeywords) for value in values):
+        if any(isinstance(value, _PassedValues | _PassedKeywords) for value in values):
             self.recorder.refuse_softly(_LOOKS)
 
     # --- calls --------------------------------------------------------------------------------------
@@ -758,7 +758,7 @@ class Frame:
                 "call_function", function, (args[0], str(args[1])), {}
             )
         message = isinstance(function, type) and issubclass(function, BaseException)
-        if not message and any(isinstance(one, TracedText) for one in (*args, *kwargs.values())):
+        if not message and any(isinstance(one, _TracedText) for one in (*args, *kwargs.values())):
             self.recorder.refuse("its forward turns a traced value into a text")
         reason = _IN_WORDS.get(function) if _hashable(function) else None
         if reason is not None and not isinstance(function, type):
@@ -1093,17 +1093,8 @@ def _getattr(frame: Frame, value: Any, name: str, default: Any = _MISSING) -> An
 
 
 def _hasattr(frame: Frame, value: Any, name: str) -> bool:
-    if isinstance(value, TracedValue):
-        frame.recorder.refuse(
-            f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
-        )
-    _note_there(frame, value, name)
-    try:
-        frame.attribute(value, name)
-    except AttributeError:
-        _note_missing(frame, value, name)
-        return False
-    return True
+    """``hasattr``."""
+    return _getattr(frame, value, name, _ABSENT) is not _ABSENT
 
 
 def _note_there(frame: Frame, value: Any, name: str) -> None:
@@ -1152,22 +1143,6 @@ def _next(frame: Frame, iterator: Any, *default: Any) -> Any:
     return next(iterator, *default)
 
 
-def _iter(frame: Frame, value: Any) -> Any:
-    return value if isinstance(value, _FirstOf) else builtins.iter(frame.iterate(value))
-
-
-def _enumerate(frame: Frame, value: Any, start: int = 0) -> Any:
-    return enumerate(frame.iterate(value), start)
-
-
-def _zip(frame: Frame, *values: Any, strict: bool = False) -> Any:
-    return zip(*map(frame.iterate, values), strict=strict)
-
-
-def _reversed(frame: Frame, value: Any) -> Any:
-    return reversed(list(frame.iterate(value)))
-
-
 def _map(frame: Frame, function: Any, *values: Any) -> Any:
     return (frame.call(function, *one) for one in zip(*map(frame.iterate, values), strict=False))
 
@@ -1211,14 +1186,6 @@ def _refused(what: str) -> Callable[..., Any]:
     return run
 
 
-def _super(frame: Frame, *args: Any) -> Any:
-    return builtins.super(*args)
-
-
-def _setattr(frame: Frame, value: Any, name: str, new: Any) -> None:
-    frame.set_attribute(value, name, new)
-
-
 def _first_of(which: Callable[..., Any]) -> Callable[..., Any]:
     def run(frame: Frame, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _FirstOf(which(module, *args, **kwargs))
@@ -1236,10 +1203,6 @@ def _children(which: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _get_submodule(frame: Frame, module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name)
-
-
 def _get_tensor(frame: Frame, module: nn.Module, name: str) -> Any:
     owner, _, key = name.rpartition(".")
     return frame.attribute(module.get_submodule(owner), key)
@@ -1249,14 +1212,16 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
     isinstance: _isinstance,
     getattr: _getattr,
     hasattr: _hasattr,
-    setattr: _setattr,
+    setattr: lambda frame, value, name, new: frame.set_attribute(value, name, new),
     type: _type,
     len: _len,
     next: _next,
-    iter: _iter,
-    enumerate: _enumerate,
-    zip: _zip,
-    reversed: _reversed,
+    iter: lambda frame, value: (
+        value if isinstance(value, _FirstOf) else builtins.iter(frame.iterate(value))
+    ),
+    enumerate: lambda frame, value, start=0: enumerate(frame.iterate(value), start),
+    zip: lambda frame, *values, strict=False: zip(*map(frame.iterate, values), strict=strict),
+    reversed: lambda frame, value: reversed(list(frame.iterate(value))),
     map: _map,
     filter: _filter,
     functools.reduce: _reduce,
@@ -1273,7 +1238,7 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
         *map(frame.iterate, values), repeat=repeat
     ),
     itertools.repeat: lambda frame, *values: itertools.repeat(*values),
-    super: _super,
+    super: lambda frame, *args: builtins.super(*args),
     id: _refused("asks for the type or the identity of a value (id)"),
     hash: _refused("asks for the identity of a value (hash)"),
     vars: _refused("looks at all attributes of an object (vars)"),
@@ -1292,7 +1257,7 @@ _MODULE_METHODS: dict[Any, Callable[..., Any]] = {
     nn.Module.named_buffers: _first_of(nn.Module.named_buffers),
     nn.Module.children: _children(nn.Module.children),
     nn.Module.named_children: _children(nn.Module.named_children),
-    nn.Module.get_submodule: _get_submodule,
+    nn.Module.get_submodule: lambda frame, module, name: module.get_submodule(name),
     nn.Module.get_parameter: _get_tensor,
     nn.Module.get_buffer: _get_tensor,
     nn.Module.state_dict: _refused("goes through its parameters (state_dict)"),

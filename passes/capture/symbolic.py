@@ -37,7 +37,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import inner_of
 
-__all__ = ["Eager", "Recorder", "Untraceable", "trace"]
+__all__ = ["Recorder", "Untraceable", "trace"]
 
 
 # What generated code calls by these names: a parameter of the same name would hide it.
@@ -226,7 +226,7 @@ class Recorder(fx.Tracer):
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.amp.autocast("cpu", enabled=False),
-            Eager(self),
+            _Eager(self),
         ):
             result = frame.call(self._forward, *positional, **keywords)
             if self.entering:
@@ -292,7 +292,7 @@ class Recorder(fx.Tracer):
         name = self._tensors.get(id(tensor))
         if name is None:
             return None
-        # A buffer is read anew each time: it may be replaced.
+        # A buffer is read each time: it may be replaced.
         if not isinstance(tensor, nn.Parameter):
             return self.create_proxy("get_attr", name, (), {})  # type: ignore[return-value]
         if name not in self._known:
@@ -386,7 +386,7 @@ class Recorder(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """A node, without type annotation: generated code does not need to know the name."""
-        # A child, or a parameter, named "self" would take the place of the module in generated code.
+        # A child, or a parameter, named "self" would hide the module in generated code.
         return super().create_node(
             kind, target, args, kwargs, name or ("self_" if target == "self" else None)
         )
@@ -436,7 +436,7 @@ def _words(error: Exception) -> str:
 _FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
 
 
-class Eager(TorchFunctionMode):
+class _Eager(TorchFunctionMode):
     """A function mode that lets calls with traced values through, and no others."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 
-__all__ = ["CACHE", "Synthesis", "by_place", "describe", "named_inputs", "normalize", "synthesise"]
+__all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalize", "synthesise"]
 
 
 CACHE = "use_cache"
@@ -136,7 +136,7 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthesis:
+class _Synthesis:
     """Inputs that were made up, or why there are none.
 
     Attributes:
@@ -148,7 +148,7 @@ class Synthesis:
     words: str
 
 
-def synthesise(model: nn.Module) -> Synthesis:
+def synthesise(model: nn.Module) -> _Synthesis:
     """Makes example inputs of two random samples: integers in range, the rest in the model's dtype.
 
     Args:
@@ -164,12 +164,12 @@ def synthesise(model: nn.Module) -> Synthesis:
     return dataclasses.replace(found, inputs=_placed(model, found.inputs))
 
 
-def _of_timm(model: Any) -> Synthesis:
+def _of_timm(model: Any) -> _Synthesis:
     settings: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = settings.get("input_size") if isinstance(settings, Mapping) else None
     if not size:
         words = "the model has neither the config of transformers nor the pretrained_cfg of timm"
-        return Synthesis(None, words)
+        return _Synthesis(None, words)
     channels, height, width = size
     # Both may have been chosen when the model was made; the settings are those of the weights.
     first = str(settings.get("first_conv"))
@@ -177,10 +177,10 @@ def _of_timm(model: Any) -> Synthesis:
     channels = getattr(found.get(first), "in_channels", channels)
     chosen = getattr(found.get(first.rpartition(".")[0]), "img_size", None)
     height, width = chosen or (height, width)
-    return Synthesis(_random(channels, height, width), "pretrained_cfg['input_size']")
+    return _Synthesis(_random(channels, height, width), "pretrained_cfg['input_size']")
 
 
-def _of_transformers(model: Any) -> Synthesis:
+def _of_transformers(model: Any) -> _Synthesis:
     main = model.main_input_name
     takes = inspect.signature(model.forward).parameters
     config = model.config
@@ -194,16 +194,18 @@ def _of_transformers(model: Any) -> Synthesis:
     elif main in ("input_features", "input_values"):
         sound = _sound(config)
         if sound is None:
-            return Synthesis(None, f"{words} do not tell the size of {main}")
+            return _Synthesis(None, f"{words} do not tell the size of {main}")
         inputs = {main: sound}
     else:
-        return Synthesis(None, f"main_input_name is {main}, of which config does not tell the size")
+        return _Synthesis(
+            None, f"main_input_name is {main}, of which config does not tell the size"
+        )
     # A classifier makes them out of the text.
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     decodes = "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False)
     if decodes and not classifies:
         inputs["decoder_input_ids"] = _ids(config, _DECODER_LENGTH)
-    return Synthesis(inputs, words)
+    return _Synthesis(inputs, words)
 
 
 def _text(config: Any, takes: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.passes.graph import arguments
 from lora_fx.runtime import count_batch
 
-__all__ = [
-    "call_owner",
-    "convert_masks",
-    "unbake_devices",
-    "unbake_modes",
-]
+__all__ = ["convert_masks", "unbake_devices", "unbake_modes"]
 
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -70,7 +65,7 @@ def _dtype(value: Any) -> torch.dtype | None:
     return found.dtype if isinstance(found, torch.Tensor) else None
 
 
-def call_owner(node: fx.Node, model: nn.Module, name: Callable[[fx.Node], str]) -> bool:
+def _call_owner(node: fx.Node, model: nn.Module, name: Callable[[fx.Node], str]) -> bool:
     """Puts a call of a module into the place of its operations. Edits the graph.
 
     Args:
@@ -235,7 +230,7 @@ def _follow_attention_dropout(graph: fx.Graph, node: fx.Node, model: nn.Module) 
 
 
 def _follow_draw(node: fx.Node, model: nn.Module) -> None:
-    if not call_owner(node, model, _owner):
+    if not _call_owner(node, model, _owner):
         raise CaptureError(
             f"{_owner(node) or 'the model'} draws random numbers ({node.target}) and torch.export does "
             "not tell whether it does so in training only"

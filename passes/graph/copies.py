@@ -119,7 +119,7 @@ def _beside(module: nn.Module) -> list[Any]:
 
 
 class _Following:
-    """Follows.
+    """Follows references from a value, and exchanges those to what is not its own.
 
     Attributes:
         all_its_own: Whether whatever is reached belongs to the model, and nothing has to be copied first.

@@ -72,7 +72,7 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
 def known_arguments(node: fx.Node, names: str) -> dict[str, Any] | None:
     """What :func:`arguments` gives, or None where the node passes something that is not among the names.
 
-    Whoever asks what a node computes may not pass over an argument that it does not know (``out=``).
+    A question about what a node computes has no answer where an argument is not known (``out=``).
     """
     return None if unknown_arguments(node, names) else arguments(node, names)
 

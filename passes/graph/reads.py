@@ -26,14 +26,11 @@ from lora_fx.runtime import HeldTensor, Seen, class_of, differs, tree_differs
 __all__ = [
     "CONTAINERS",
     "MOST",
-    "SELF",
     "SIMPLE",
     "ModuleRoot",
     "ObjectRoot",
     "Path",
     "Read",
-    "Root",
-    "SelfRoot",
     "conditions_of",
     "constants_of",
     "frozen",
@@ -52,14 +49,14 @@ MOST = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfRoot:
+class _SelfRoot:
     """The module that the graph belongs to."""
 
     def resolve(self) -> None:
         """Nothing: generated code has it as an argument."""
 
 
-SELF = SelfRoot()
+_SELF = _SelfRoot()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _reached(module: str, name: str, places: tuple[int, ...]) -> ObjectRoot:
     return ObjectRoot(value)
 
 
-Root = SelfRoot | ModuleRoot | ObjectRoot
+_Root = _SelfRoot | ModuleRoot | ObjectRoot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +159,7 @@ class Path:
         steps: ``("attribute", name)`` and ``("item", key)``, one after the other.
     """
 
-    root: Root = SELF
+    root: _Root = _SELF
     steps: tuple[tuple[str, Any], ...] = ()
 
     def attribute(self, name: str) -> Path:
@@ -259,7 +256,7 @@ class Read:
         Args:
             module: The module that the path may start at.
         """
-        value: Any = module if self.path.root is SELF else self.path.root.resolve()
+        value: Any = module if self.path.root is _SELF else self.path.root.resolve()
         for kind, key in self.path.steps:
             value = value[key] if kind == "item" else getattr(value, key)
         if self.kind == "class":
@@ -373,7 +370,7 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
     """The globals that the conditions of some reads need."""
     reads = tuple(reads)
     found: dict[str, Any] = {
-        name: root.resolve() for root, name in _named_roots(reads).items() if root is not SELF
+        name: root.resolve() for root, name in _named_roots(reads).items() if root is not _SELF
     }
     for place, read in enumerate(reads):
         if read.needs_constant:
@@ -383,8 +380,8 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
     return found | {name: helper for name, helper in helpers.items() if name in text}
 
 
-def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:
-    found: dict[Root, str] = {SELF: "self"}
+def _named_roots(reads: Iterable[Read]) -> dict[_Root, str]:
+    found: dict[_Root, str] = {_SELF: "self"}
     for read in reads:
         found.setdefault(read.path.root, f"_lora_fx_root_{len(found)}")
     return found

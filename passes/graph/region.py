@@ -39,7 +39,6 @@ __all__ = [
     "kept_graph",
     "original_class",
     "refusal",
-    "regions_of",
     "uninstall",
 ]
 
@@ -255,7 +254,7 @@ def is_built_in(module: nn.Module) -> bool:
     return cls.__module__.startswith(("torch.nn.modules.", "torch.nn.utils.", "torch.ao.nn."))
 
 
-def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The regions of a model by FQN, parents first."""
     return ((name, module) for name, module in model.named_modules() if is_region(module))
 
@@ -264,7 +263,7 @@ def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
     """The graphs of all regions of a captured or rewritten model, by key (``""`` is the root)."""
     return {
         Region(name, module, graph, form=form).key: graph
-        for name, module in regions_of(model)
+        for name, module in _regions_of(model)
         for form, graph in getattr(type(module), _FORMS).items()
     }
 

@@ -46,6 +46,10 @@ WANTS_CACHE = "_lora_fx_wants_cache"
 
 _HELPERS = {NEEDS_MODULES: needs_modules, WANTS_CACHE: wants_cache}
 _SIMPLE = (type(None), bool, int, float, str)
+_STARS: dict[int, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
 _OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
 
 
@@ -78,7 +82,12 @@ class Parameter:
     @property
     def variadic(self) -> bool:
         """Whether it is ``*args`` or ``**kwargs``."""
-        return self.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return bool(self.stars)
+
+    @property
+    def stars(self) -> str:
+        """What is before its name: ``*``, ``**`` or nothing."""
+        return _STARS.get(self.kind, "")
 
 
 def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Parameter, ...]:
@@ -207,17 +216,13 @@ class GuardedCodeGen(fx.graph.CodeGen):
         for p in self.parameters:
             if p.within:
                 continue
-            if p.kind == inspect.Parameter.VAR_POSITIONAL:
-                declared.append(f"*{p.name}")
-                keyword_only = True
-                continue
-            if p.kind == inspect.Parameter.VAR_KEYWORD:
-                declared.append(f"**{p.name}")
-                continue
             if p.kind == inspect.Parameter.KEYWORD_ONLY and not keyword_only:
                 declared.append("*")
-                keyword_only = True
-            declared.append(p.name + _default(p))
+            keyword_only |= p.kind in (
+                inspect.Parameter.KEYWORD_ONLY,
+                inspect.Parameter.VAR_POSITIONAL,
+            )
+            declared.append(f"{p.stars}{p.name}" if p.variadic else p.name + _default(p))
         return declared
 
     def _passed(self) -> list[str]:
@@ -225,21 +230,17 @@ class GuardedCodeGen(fx.graph.CodeGen):
 
         Decorators of transformers give ``use_cache`` by name if it is not among the keywords.
         """
-        spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters)
+        by_place: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
+        if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters):
+            by_place.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
         for p in self.parameters:
             if p.within:
                 continue
-            if p.kind == inspect.Parameter.VAR_POSITIONAL:
-                passed.append(f"*{p.name}")
-            elif p.omitted:
+            if p.omitted:
                 passed.append(f"**{_GIVEN}({p.name}={p.name})")
-            elif p.kind == inspect.Parameter.VAR_KEYWORD:
-                passed.append(f"**{p.name}")
-            elif p.kind == inspect.Parameter.POSITIONAL_ONLY or (
-                spread and p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
-            ):
-                passed.append(p.name)
+            elif p.variadic or p.kind in by_place:
+                passed.append(f"{p.stars}{p.name}")
             else:
                 passed.append(f"{p.name}={p.name}")
         return passed

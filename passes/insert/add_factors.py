@@ -24,12 +24,9 @@ from lora_fx.passes.parameters import adapter_dtype, base_weight, factor_names, 
 from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
 __all__ = [
-    "START_A",
-    "START_B",
     "AddFactors",
     "computed_starts",
     "drop_site",
-    "factors_module",
     "place_slots",
     "place_start",
     "slot_start",
@@ -105,7 +102,7 @@ def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -
     names = factor_names(row)
     for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
-        factors_module(model, row.site, name).add(adapter, value)
+        _factors_module(model, row.site, name).add(adapter, value)
     place_slots(model, row, adapter, plan.config)
 
 
@@ -120,7 +117,7 @@ def slot_start(
 
     Args:
         row: The site.
-        slot: What it trains beside its factors.
+        slot: What it trains besides its factors.
         weight: Its weight.
         pair: Its A and B, as they are stored; None without factors.
         config: The configuration.
@@ -133,10 +130,10 @@ def slot_start(
     return kind_of(row).start(slot, given).reshape(slot.shape).to(weight.device, dtype)
 
 
-START_A: Final = "lora_A_start"
+_START_A: Final = "lora_A_start"
 """Holds what A was at the start, where that was taken out of the base: saving needs it."""
 
-START_B: Final = "lora_B_start"
+_START_B: Final = "lora_B_start"
 """Likewise for B."""
 
 
@@ -146,10 +143,10 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
     for name, value in ((names.a, start.a), (names.b, start.b)):
         _put(model, row.site, name, adapter, value)
     if start.subtracted:
-        for name, value in ((START_A, start.a), (START_B, start.b)):
+        for name, value in ((_START_A, start.a), (_START_B, start.b)):
             # Copies: training writes into the others.
             kept = nn.Parameter(value.clone(), requires_grad=False)
-            factors_module(model, row.site, name).add(adapter, kept)
+            _factors_module(model, row.site, name).add(adapter, kept)
     if start.weight is not None:
         owner = model.get_submodule(row.site.owner)
         frozen = nn.Parameter(start.weight, requires_grad=False)
@@ -174,7 +171,7 @@ def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraCo
 
 def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:
     """A new parameter, trained if the one in whose place it is was: that of an inactive adapter is not."""
-    factors = factors_module(model, site, name)
+    factors = _factors_module(model, site, name)
     former = factors._parameters.get(adapter)
     trained = former is None or former.requires_grad
     factors.add(adapter, nn.Parameter(value, requires_grad=trained))
@@ -209,17 +206,17 @@ def start_factors(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The A and B that were taken out of the base; None if nothing was."""
     holder = model.get_submodule(row.site.holder)
-    kept = holder._modules.get(START_A)
+    kept = holder._modules.get(_START_A)
     if kept is None or adapter not in kept._parameters:
         return None
-    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (START_A, START_B))
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (_START_A, _START_B))
     return a.detach(), b.detach()
 
 
 def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
     """Forgets what an adapter has at one site."""
     holder = model.get_submodule(row.site.holder)
-    for name in (*factor_names(row).present, START_A, START_B):
+    for name in (*factor_names(row).present, _START_A, _START_B):
         factors = holder._modules.get(name)
         if isinstance(factors, AdapterFactors):
             factors._parameters.pop(adapter, None)
@@ -229,11 +226,11 @@ def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         del model.get_submodule(row.site.owner)._modules[row.site.holder.rpartition(".")[2]]
 
 
-def factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
+def _factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
     """The module that holds a factor of a site for every adapter; made if it is not there."""
     holder = _holder(model, site)
     if name not in holder._modules:
-        kept = name in (START_A, START_B)
+        kept = name in (_START_A, _START_B)
         holder.add_module(name, KeptTensors() if kept else AdapterFactors())
     factors = holder.get_submodule(name)
     assert isinstance(factors, AdapterFactors)

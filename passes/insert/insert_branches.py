@@ -42,16 +42,11 @@ from lora_fx.passes.parameters import adapter_dtype, factor_names, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.runtime import cast_like, pad_features, spread
 
-__all__ = [
-    "Branch",
-    "Insert",
-    "Wiring",
-    "running_total",
-]
+__all__ = ["Branch", "Insert"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Wiring:
+class _Wiring:
     """What a branch is made of, in names of the region.
 
     Attributes:
@@ -59,7 +54,7 @@ class Wiring:
         call: Where its weight is applied.
         a, b: The factors; empty for a kind that has none.
         kind: Name of the adapter kind.
-        slots: What that trains beside the factors: names, and where they are.
+        slots: What it trains besides the factors: names, and where they are.
         scale: The factor of the branch.
         dropout: Probability, on the branch's input.
         training: The attribute that says whether there is dropout now.
@@ -83,7 +78,7 @@ class Wiring:
     padding: tuple[int, int] | None = None
 
 
-def running_total(base: fx.Node) -> fx.Node:
+def _running_total(base: fx.Node) -> fx.Node:
     """The base operation with all branches that are added to it so far: the node that others read."""
     total = base
     while True:
@@ -111,12 +106,12 @@ class Branch:
         graph: fx.Graph,
         base: fx.Node,
         tag: Callable[[Role], Tag],
-        wiring: Wiring,
+        wiring: _Wiring,
         items: dict[str, fx.Node] | None = None,
     ) -> None:
         self._graph = graph
         self.base = base
-        self.total = running_total(base)
+        self.total = _running_total(base)
         self._tag = tag
         self._wiring = wiring
         self.site, self.applied = wiring.site, wiring.call
@@ -345,7 +340,7 @@ class Insert(Pass):
         def factor(name: str) -> str:
             return join(holder, name, self.adapter) if name else ""
 
-        wiring = Wiring(
+        wiring = _Wiring(
             site=_local(site, region.fqn),
             call=dataclasses.replace(call, region=""),
             a=factor(names.a),
@@ -382,7 +377,7 @@ class _Job:
     """One branch to write, in names of the region: equal jobs on equal graphs give equal graphs."""
 
     part: str
-    wiring: Wiring
+    wiring: _Wiring
 
 
 def _padding(site: Site) -> tuple[int, int] | None:

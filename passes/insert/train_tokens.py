@@ -34,10 +34,10 @@ from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import adapter_dtype, add_tokens, indices_name, rows_name, tokens_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
-__all__ = ["AddTokens", "TrainTokens", "planned_rows"]
+__all__ = ["AddTokens", "TrainTokens"]
 
 
-def planned_rows(
+def _planned_rows(
     rows: tuple[PlannedTokens, ...] | None, capture: Capture
 ) -> tuple[PlannedTokens, ...]:
     """Return the rows of embeddings that a pass was given, or else those of the capture's plan."""
@@ -64,7 +64,7 @@ class AddTokens(Pass):
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
         model, changed = capture.model, False
-        rows = planned_rows(self.rows, capture)
+        rows = _planned_rows(self.rows, capture)
         for row in sorted(rows, key=lambda row: bool(row.tied)):
             try:
                 tokens_of(model, row, self.adapter)
@@ -103,7 +103,7 @@ class TrainTokens(Pass):
     def __call__(self, capture: Capture) -> PassResult:
         """Edits the graphs that apply one of the weights, once."""
         regions = dict(capture.regions)
-        for row in planned_rows(self.rows, capture):
+        for row in _planned_rows(self.rows, capture):
             for call in row.site.calls:
                 region = regions.get(call.region)
                 if region is None or _done(region, _tag(row, region, self.adapter)):

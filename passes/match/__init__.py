@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.match.find_operations import FindOperations, match
-from lora_fx.passes.match.head import MarkHead, find_head
-from lora_fx.passes.match.parts import MarkParts, find_parts
+from lora_fx.passes.match.find_operations import FindOperations
+from lora_fx.passes.match.head import MarkHead
+from lora_fx.passes.match.parts import MarkParts
 from lora_fx.passes.match.readers import weights_asked
 
-__all__ = [
-    "FindOperations",
-    "MarkHead",
-    "MarkParts",
-    "find_head",
-    "find_parts",
-    "match",
-    "weights_asked",
-]
+__all__ = ["FindOperations", "MarkHead", "MarkParts", "weights_asked"]

@@ -37,7 +37,7 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.match.readers import Read, nameless, no_product, read_by_code, readers
 from lora_fx.passes.patterns import patterns, site_name
 
-__all__ = ["FindOperations", "match", "unfit"]
+__all__ = ["FindOperations", "match"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def match(capture: Capture) -> Matches:
         if unused is not None:
             rejections.setdefault(unused.name, unused)
     _check_opaque(capture, sites, rejections)
-    for weight, rejection in unfit(capture.model):
+    for weight, rejection in _unfit(capture.model):
         sites.pop(weight, None)
         rejections.pop(join(rejection.region, "parametrizations", weight.rpartition(".")[2]), None)
         rejections[rejection.name] = rejection
@@ -216,7 +216,7 @@ _QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 _REMEDY = "adapt the model before it is quantized, merge, and quantize the result"
 
 
-def unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
+def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
     """What cannot be adapted, by the FQN of the weight (of the module, where its weight has no name)."""
     for fqn, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

@@ -153,7 +153,7 @@ def add_change(
         shape = turned.shape
         sum_exactly(turned, lambda: (Term(values) for values in exact_terms(row, slices, shape)))
     turned = kind.transformed(turned, site, values)
-    # What is in the place of the weight loses nothing to a difference.
+    # Written over the weight itself, it loses nothing to a difference.
     if total.data_ptr() == base.data_ptr():
         total.copy_(turned)
     else:

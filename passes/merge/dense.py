@@ -1,7 +1,7 @@
 """The base model of a rewritten one again: its own classes, and dense weights for those of few bits.
 
 A library's own layer becomes one of torch, of the same name and with the same hooks; it stays the same
-object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor that shows
+object, so that other holders of it (a second parent, a closure) see the dense one. A tensor that shows
 its values stands for a dense one in any code, and a weight that only the graph read as quantized goes back
 into the layout in which the model's own code reads it.
 """
@@ -39,15 +39,12 @@ from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand,
 from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
-    "DTYPES",
     "KEPT_IN_FP32",
     "cast_model",
     "check_dtype",
-    "drop_graph",
     "dtype_of_all",
     "layouts_of",
     "make_dense",
-    "make_plain",
     "make_savable",
     "quantized_weights",
     "stripped",
@@ -59,7 +56,7 @@ __all__ = [
 # half precision when it loads a model, since position * frequency has no digits to spare.
 KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_dtype(dtype: object) -> None:
@@ -68,8 +65,8 @@ def check_dtype(dtype: object) -> None:
     Raises:
         MergeError: If it is something else.
     """
-    if dtype is not None and dtype not in DTYPES:
-        known = ", ".join(map(str, DTYPES))
+    if dtype is not None and dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
         raise MergeError(f"dtype is {dtype!r}; it is one of {known}")
 
 
@@ -148,7 +145,7 @@ def dtype_of_all(model: nn.Module) -> torch.dtype | None:
     plain = {
         parameter.dtype
         for parameter in model.parameters()
-        if quantization_of(parameter) is None and parameter.dtype in DTYPES
+        if quantization_of(parameter) is None and parameter.dtype in _DTYPES
     }
     return functools.reduce(torch.promote_types, plain or {one.dtype for one in stored.values()})
 
@@ -215,9 +212,9 @@ def make_dense(
                 values = values_of(model, name, layouts, dtype).to(dtype).contiguous()
                 made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
             module._parameters[leaf] = made[id(weight)]
-        make_plain(module)
+        _make_plain(module)
         if kept_graph(module) is not None and not left:
-            drop_graph(module)
+            _drop_graph(module)
     if left:
         _log.warning(
             "these weights are still quantized: only the code of their modules knows how they are read: %s",
@@ -227,7 +224,7 @@ def make_dense(
         _forget(model)
 
 
-def make_plain(module: nn.Module) -> None:
+def _make_plain(module: nn.Module) -> None:
     """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
     if not any(quantization_of(parameter) for parameter in module._parameters.values()):
         for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
@@ -318,7 +315,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
         if module in kept.values():
             uninstall(module)
         else:
-            drop_graph(module)
+            _drop_graph(module)
         for name, child in list(module.named_children()):
             if isinstance(child, AdapterModule):
                 del module._modules[name]
@@ -339,7 +336,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     return result
 
 
-def drop_graph(module: nn.Module) -> None:
+def _drop_graph(module: nn.Module) -> None:
     """Has a module run its own forward, without what only its graph has read."""
     uninstall(module)
     # A script module has its buffers in something that says their names by no iteration.

@@ -28,7 +28,7 @@ from lora_fx.passes.merge.change import (
 from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
 from lora_fx.passes.parameters import factors_of, own_value, tokens_of
 
-__all__ = ["Fold", "TokenFold", "TokenWeight", "cannot_overflow", "tied_tokens", "token_weights"]
+__all__ = ["Fold", "TokenFold", "cannot_overflow", "tied_tokens", "token_weights"]
 
 
 def cannot_overflow(
@@ -317,7 +317,7 @@ def _is_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
 
 
-TokenWeight = list[tuple[PlannedTokens, str]]
+_TokenWeight = list[tuple[PlannedTokens, str]]
 """Rows of one weight that are trained, and whose they are."""
 
 
@@ -362,7 +362,9 @@ class TokenFold:
         return self.folded(old.double())
 
 
-def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:
+def token_weights(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> dict[str, _TokenWeight]:
     """The trained rows by weight.
 
     Args:
@@ -374,7 +376,7 @@ def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dic
         MergeError: If two of the adapters have the same row, one has rows of a weight that another one
             adapts, or a row is not finite.
     """
-    found: dict[str, TokenWeight] = {}
+    found: dict[str, _TokenWeight] = {}
     for name in names:
         for row in record.adapters[name].tokens:
             found.setdefault(row.site.weight, []).append((row, name))
@@ -398,7 +400,7 @@ def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dic
     return found
 
 
-def tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
+def tied_tokens(tokens: Mapping[str, _TokenWeight]) -> dict[str, str]:
     """Heads whose rows are those of an embedding, with the weight of that."""
     weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
     return {

@@ -27,7 +27,6 @@ __all__ = [
     "place_biases",
     "place_merged",
     "place_trained",
-    "renew_layer",
     "requantized_site",
     "trained",
     "unshared",
@@ -123,7 +122,7 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
     if not isinstance(value, nn.Parameter) or quantization_of(value) is None:
         value = nn.Parameter(value, old.requires_grad)
     module._parameters[key] = value
-    renew_layer(module)
+    _renew_layer(module)
 
 
 def trained(
@@ -276,7 +275,7 @@ def requantized_site(
     return made, MergedSite(change.name, change.adapters, math.nan, moved, lost)
 
 
-def renew_layer(layer: nn.Module) -> None:
+def _renew_layer(layer: nn.Module) -> None:
     """Has a library's layer use the scales of the weight that was put into it."""
     known = format_of(layer._parameters.get("weight"))
     if known is not None:

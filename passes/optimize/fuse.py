@@ -14,16 +14,7 @@ import torch
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import (
-    META_KEY,
-    Capture,
-    FusedBranch,
-    Pass,
-    PassResult,
-    Region,
-    Role,
-    Tag,
-)
+from lora_fx.ir import META_KEY, Capture, FusedBranch, Pass, PassResult, Region, Role, Tag
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
 
@@ -128,11 +119,12 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
     if function is None:
         return False
     graph, fused = region.graph, dataclasses.replace(tag, role=Role.FUSED, fused=None)
-    options: dict[str, Any] = dict(found.kernel or {})
+    options: dict[str, Any] = {}
     if branch.dropout is not None:
-        options = {"dropout": branch.dropout[0], "training": nodes[branch.dropout[1]], **options}
+        options = {"dropout": branch.dropout[0], "training": nodes[branch.dropout[1]]}
     if branch.padding is not None:
         options["rows"] = (branch.padding[0], found.outputs - branch.padding[1])
+    options |= found.kernel or {}
     with graph.inserting_before(total):
         weight = found.weight
         if found.turned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lora_fx.passes.parameters.factors import (
-    FactorNames,
     SiteFactors,
     adapter_dtype,
     adapter_parameters,
@@ -52,7 +51,6 @@ from lora_fx.passes.parameters.rewritten import (
 )
 
 __all__ = [
-    "FactorNames",
     "SiteFactors",
     "adapter_dtype",
     "adapter_parameters",

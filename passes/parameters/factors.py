@@ -48,7 +48,7 @@ class FactorNames:
 
     Attributes:
         a, b: The factors; empty where the kind has none.
-        slots: What the kind trains beside them.
+        slots: What the kind trains besides them.
     """
 
     a: str

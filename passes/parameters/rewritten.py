@@ -35,10 +35,8 @@ __all__ = [
     "inside",
     "is_guarded",
     "mark_adapted",
-    "note_by_hand",
     "persistent_buffers",
     "protect",
-    "replaced_modules",
     "trained_by_hand",
     "trained_starts",
     "unprotect",
@@ -97,7 +95,7 @@ def claim_unfrozen(model: nn.Module) -> None:
             claim(parameter)
 
 
-def note_by_hand(model: nn.Module) -> None:
+def _note_by_hand(model: nn.Module) -> None:
     """Notes in the record of a rewritten model what is trained by hand now, so that it stays known."""
     record = record_of(model)
     if record is None:
@@ -110,7 +108,7 @@ def note_by_hand(model: nn.Module) -> None:
 def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]:
     """The base's parameters that are, or were, trained and that no adapter trains, by each of their names.
 
-    Those of a module that somebody has put in the place of one of the base are among them.
+    Those of a module that has replaced one of the base are among them.
 
     Args:
         model: A rewritten model.
@@ -118,7 +116,7 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
     """
     owned = {name for adapter in record.active for name in record.adapters[adapter].own}
     there = base_parameters(model)
-    replaced = tuple(f"{name}." for name in replaced_modules(model, record))
+    replaced = tuple(f"{name}." for name in _replaced_modules(model, record))
     return {
         name: parameter
         for name, parameter in there.items()
@@ -137,7 +135,7 @@ def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]
                 yield name, adapter
 
 
-def replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
+def _replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
     """FQNs of the modules that were put where there was a region at the rewrite."""
     if not any(is_guarded(parameter) for parameter in _distinct(model)):
         return  # it is a copy, in which nothing tells what is new
@@ -295,7 +293,7 @@ def buffer_digests(model: nn.Module) -> dict[str, str]:
 def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:
     """The persistent buffers that are not what they were at the rewrite, or whose module is new."""
     buffers = dict(model.named_buffers())
-    new = tuple(f"{name}." for name in replaced_modules(model, record))
+    new = tuple(f"{name}." for name in _replaced_modules(model, record))
     for name, digest in buffer_digests(model).items():
         if name.startswith(new) or record.buffers.get(name, digest) != digest:
             yield name, buffers[name]
@@ -344,7 +342,7 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
                 yield f"{tokens.name}: it has no trained rows of adapter {adapter!r} ({name})"
         for name in entry.own:
             owner, _, leaf = name.rpartition(".")
-            # Of an adapter that is active it is in the place of the base's.
+            # That of an active adapter has replaced the base's.
             kept = name if adapter in record.active else join(owner, KEPT + leaf, adapter)
             if not _has(modules, kept):
                 yield f"{name}: adapter {adapter!r} has its own value of it, and it is not there"
@@ -427,7 +425,7 @@ def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
     try:
         if not leaving:
             check_intact(inner, record)
-        note_by_hand(inner)
+        _note_by_hand(inner)
         yield inner
         protect(inner)
     finally:

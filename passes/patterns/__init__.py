@@ -6,11 +6,10 @@ from lora_fx.passes.patterns.embedding import EmbeddingPattern, lookup
 from lora_fx.passes.patterns.linear import ARGUMENTS, LinearPattern, Product, product_of
 from lora_fx.passes.patterns.registry import pattern_of, patterns, register_pattern
 from lora_fx.passes.patterns.sites import itemised, make_site, part_names, site_name
-from lora_fx.passes.patterns.weights import CHUNKS, SPLIT, constant_of, splits, weight_of
+from lora_fx.passes.patterns.weights import SPLIT, constant_of, part_lengths, splits, weight_of
 
 __all__ = [
     "ARGUMENTS",
-    "CHUNKS",
     "SPLIT",
     "EmbeddingPattern",
     "LinearPattern",
@@ -19,6 +18,7 @@ __all__ = [
     "itemised",
     "lookup",
     "make_site",
+    "part_lengths",
     "part_names",
     "pattern_of",
     "patterns",

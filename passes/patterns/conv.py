@@ -23,10 +23,7 @@ from lora_fx.passes.graph import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
 from lora_fx.passes.patterns.weights import weight_of
 
-__all__ = [
-    "ConvPattern",
-    "ConvTransposePattern",
-]
+__all__ = ["ConvPattern", "ConvTransposePattern"]
 
 
 _aten = torch.ops.aten

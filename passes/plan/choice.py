@@ -36,13 +36,13 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import base_dtype, base_modules
 from lora_fx.passes.patterns import lookup, pattern_of
 
-__all__ = ["Choice", "attention_of", "choices", "choose_parts", "planned_tokens", "priced"]
+__all__ = ["Choice", "attention_of", "choices", "planned_tokens", "priced"]
 
 
 _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
 
-def choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
+def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
     """The parts of a site that are adapted in its place; empty if the site itself is meant.
 
     Args:
@@ -159,7 +159,7 @@ def _choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator
             yield _as_parameter(site, entry, config)
             continue
         whole = judge(site.name, config, in_default=_in_default(site, config))
-        parts = choose_parts(site, config, whole)
+        parts = _choose_parts(site, config, whole)
         if parts:
             yield from (Choice(part, verdict, (part.name,)) for part, verdict in parts)
             continue

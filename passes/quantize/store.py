@@ -2,10 +2,10 @@
 
 A layer that is ``nn.Linear`` becomes the library's own, if it has one, and stays ``nn.Linear`` over the
 library's tensor if not. Everywhere else the operation becomes one node,
-:func:`lora_fx.formats.weights.quantized_linear`, in the graph of whoever applies the weight, and that graph
-is the module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
+:func:`lora_fx.formats.weights.quantized_linear`, in the graph of the module that applies the weight, and that
+graph is the module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
 
-One weight at a time is dense beside what is stored.
+At most one weight at a time is dense.
 
 A model on the meta device gets its values in the same way. A buffer that no file has (the frequencies of
 rotary embeddings, positions) is what the model's code makes: a model of transformers can make it again, since
