@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -98,8 +98,24 @@ class _Part(NamedTuple):
         return _Part(pair, values, sliced)
 
 
+class _Folded:
+    """What is folded into one weight."""
+
+    rows: Any
+
+    @property
+    def name(self) -> str:
+        """FQN of the first site."""
+        return str(self.rows[0][0].name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapter of every site."""
+        return tuple(adapter for _, adapter in self.rows)
+
+
 @dataclasses.dataclass(frozen=True)
-class Fold:
+class Fold(_Folded):
     """Everything that is folded into one weight.
 
     Attributes:
@@ -111,16 +127,6 @@ class Fold:
     model: nn.Module
     record: Record
     rows: tuple[tuple[PlannedSite, str], ...]
-
-    @property
-    def name(self) -> str:
-        """FQN of the first site."""
-        return self.rows[0][0].name
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The adapter of every site."""
-        return tuple(adapter for _, adapter in self.rows)
 
     def check(self, old: torch.Tensor) -> None:
         """Finds what :meth:`fold_into` cannot undo; nothing of the weight's size is made.
@@ -322,7 +328,7 @@ _TokenWeight = list[tuple[PlannedTokens, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenFold:
+class TokenFold(_Folded):
     """All rows that are trained of one weight, used as :class:`lora_fx.passes.merge.fold.Fold` is.
 
     Attributes:
@@ -332,16 +338,6 @@ class TokenFold:
 
     model: nn.Module
     rows: tuple[tuple[PlannedTokens, str], ...]
-
-    @property
-    def name(self) -> str:
-        """FQN of the first site."""
-        return self.rows[0][0].name
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The adapter of every site."""
-        return tuple(adapter for _, adapter in self.rows)
 
     def check(self, old: torch.Tensor) -> None:
         """Nothing can fail: :func:`token_weights` has looked at the values."""
