@@ -102,7 +102,7 @@ class Tag:
     weight: str
     role: Role
     adapter: str = ""
-    fused: FusedBranch | None = dataclasses.field(default=None, compare=False)
+    fused: FusedBranch | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from lora_fx.passes.graph import (
     storage_of,
     uninstall,
 )
-from lora_fx.runtime import differs
+from lora_fx.runtime import ops
 
 __all__ = ["ONE_AT_A_TIME", "export_root"]
 
@@ -235,7 +235,7 @@ def _check_globals(model: nn.Module, before: tuple[Read, ...]) -> None:
     """
     for read in before:
         try:
-            changed = differs(read.found(model), read.expected)
+            changed = ops.differs(read.found(model), read.expected)
         except (AttributeError, LookupError):
             changed = True
         if changed and read.kind == "contents":

@@ -36,7 +36,7 @@ from lora_fx.passes.graph import (
     is_constant,
     nested,
 )
-from lora_fx.runtime import Callee, Seen, class_of, differs
+from lora_fx.runtime import ops
 
 __all__ = ["Notes", "noted_globals"]
 
@@ -185,7 +185,7 @@ class Notes:
                 with _disable_current_modes():  # no part of what is exported
                     known[name] = frozen(value)
         elif isinstance(value, _FUNCTIONS):
-            known.setdefault(name, Callee.of(value))
+            known.setdefault(name, ops.Callee.of(value))
         elif _is_plain(value):
             held = self._objects.setdefault(_identity(owner), {})
             if name not in held:
@@ -198,11 +198,11 @@ class Notes:
         for key, value in self._watched.items():
             reads = self._reads.get(key, {})
             for name in [
-                n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)
+                n for n, old in reads.items() if ops.differs(getattr(value, n, _MISSING), old)
             ]:
                 del reads[name]
 
-    def _seen(self, value: Any, done: set[int]) -> Seen:
+    def _seen(self, value: Any, done: set[int]) -> ops.Seen:
         done.add(id(value))
         found = self._reads.get(_identity(value), {})
         missing = tuple(name for name, one in found.items() if one is _MISSING)
@@ -222,7 +222,7 @@ class Notes:
                 attributes.append((name, None))
             elif id(child) not in done:
                 below.append((name, self._seen(child, done)))
-        return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters)
+        return ops.Seen(ops.class_of(value), tuple(attributes), missing, tuple(below), parameters)
 
 
 class _Entries(dict[Any, Any]):
@@ -349,7 +349,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
     costs a comparison. Functions in containers count as named by code beside the classes of the modules: a
     library has long lists of them.
     """
-    classes: set[Any] = {class_of(module) for module in model.modules()}
+    classes: set[Any] = {ops.class_of(module) for module in model.modules()}
     pending = [(cls.forward, None) for cls in classes] + list(_held_functions(model))
     homes = {cls.__module__ for cls in classes}
     methods = {above for cls in classes for above in cls.__mro__}

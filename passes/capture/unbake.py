@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph import arguments
-from lora_fx.runtime import count_batch
+from lora_fx.runtime import ops
 
 __all__ = ["convert_masks", "unbake_devices", "unbake_modes"]
 
@@ -166,7 +166,7 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
         elif node.target is _aten.scaled_dot_product_attention.default:
             _follow_attention_dropout(graph, node, model)
         elif _counts_batches(node):
-            _replace(graph, node, count_batch, (node.args[0], _mode(graph, node, model)))
+            _replace(graph, node, ops.count_batch, (node.args[0], _mode(graph, node, model)))
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             _follow_draw(node, model)
 

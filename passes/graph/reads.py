@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.runtime import HeldTensor, Seen, class_of, differs, tree_differs
+from lora_fx.runtime import ops
 
 __all__ = [
     "CONTAINERS",
@@ -260,7 +260,7 @@ class Read:
         for kind, key in self.path.steps:
             value = value[key] if kind == "item" else getattr(value, key)
         if self.kind == "class":
-            return class_of(value)
+            return ops.class_of(value)
         if self.kind == "length":
             return len(value)
         if self.kind == "keys":
@@ -325,12 +325,12 @@ _CLASS = "_lora_fx_class_of"
 _TREE = "_lora_fx_tree_differs"
 
 
-def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
-    if class_of(value) is not seen.cls:
+def _changes(value: Any, path: Path, seen: ops.Seen) -> Iterator[Read]:
+    if ops.class_of(value) is not seen.cls:
         yield Read(path, "class", seen.cls)
         return
     for name, expected in seen.attributes:
-        if differs(getattr(value, name, seen), expected):
+        if ops.differs(getattr(value, name, seen), expected):
             yield Read(path.attribute(name), "value", expected)
     for name in seen.missing:
         if hasattr(value, name):
@@ -376,7 +376,7 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
         if read.needs_constant:
             found[f"_lora_fx_value_{place}"] = read.expected
     text = " ".join(condition for _, condition in conditions_of(reads))
-    helpers = {_DIFFERS: differs, _CLASS: class_of, _TREE: tree_differs}
+    helpers = {_DIFFERS: ops.differs, _CLASS: ops.class_of, _TREE: ops.tree_differs}
     return found | {name: helper for name, helper in helpers.items() if name in text}
 
 
@@ -390,7 +390,7 @@ def _named_roots(reads: Iterable[Read]) -> dict[_Root, str]:
 def frozen(value: Any) -> Any:
     """A copy of a container of simple values, which its owner may change; any other value as it is."""
     if type(value) is torch.Tensor:
-        return HeldTensor(value)
+        return ops.HeldTensor(value)
     if type(value) is dict:
         return {key: frozen(item) for key, item in value.items()}
     return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value

@@ -26,7 +26,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import FALLBACK, NEEDS_MODULES, WANTS_CACHE, GuardedCodeGen
-from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, differs, disarm, entry, inner_of
+from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, disarm, entry, inner_of, ops
 
 __all__ = [
     "CONSTANT",
@@ -393,7 +393,7 @@ class _Regional(Hooked):
         """Sets an attribute; refuses at once what the next call would refuse."""
         cls: Any = type(self)
         for read in () if getattr(cls, _FALLBACK) else _reads_of(cls, name):
-            if read.kind in ("value", "contents") and differs(value, read.expected):
+            if read.kind in ("value", "contents") and ops.differs(value, read.expected):
                 inside = (
                     "its quantized weight is known to that graph alone: set it before quantize()"
                     if getattr(cls, _KEPT)

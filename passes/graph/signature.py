@@ -23,7 +23,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
-from lora_fx.runtime import OMITTED, given, needs_modules, wants_cache
+from lora_fx.runtime import ops
 
 __all__ = [
     "FALLBACK",
@@ -44,7 +44,7 @@ NEEDS_MODULES = "_lora_fx_needs_modules"
 WANTS_CACHE = "_lora_fx_wants_cache"
 """Global name of :func:`lora_fx.runtime.ops.wants_cache` in generated code."""
 
-_HELPERS = {NEEDS_MODULES: needs_modules, WANTS_CACHE: wants_cache}
+_HELPERS = {NEEDS_MODULES: ops.needs_modules, WANTS_CACHE: ops.wants_cache}
 _SIMPLE = (type(None), bool, int, float, str)
 _STARS: dict[int, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",
@@ -192,7 +192,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         }
         found |= constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
-            found |= {_OMITTED: OMITTED, _GIVEN: given}
+            found |= {_OMITTED: ops.OMITTED, _GIVEN: ops.given}
         for p in self.parameters:
             if p.omitted:
                 continue

@@ -40,9 +40,9 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import adapter_dtype, factor_names, weight_at
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import cast_like, pad_features, spread
+from lora_fx.runtime import ops
 
-__all__ = ["Branch", "Insert"]
+__all__ = ["Branch", "Insert", "Writer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,36 @@ def _adds(node: fx.Node) -> bool:
     return isinstance(tag, Tag) and tag.role is Role.ADD
 
 
-class Branch:
+class Writer:
+    """Writes tagged nodes right after one that is there.
+
+    Attributes:
+        made: The nodes.
+    """
+
+    def __init__(self, graph: fx.Graph, after: fx.Node, tag: Callable[[Role], Tag]) -> None:
+        self._graph, self._next, self._tag = graph, after.next, tag
+        self.made: list[fx.Node] = []
+
+    def make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A tagged node."""
+        with self._graph.inserting_before(self._next):
+            node = self._graph.create_node(op, target, args, kwargs)
+        node.meta[META_KEY] = self._tag(role)
+        self.made.append(node)
+        return node
+
+    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A tagged ``call_function`` node."""
+        return self.make(role, "call_function", target, *args, **kwargs)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Has all others read one of the nodes instead of another node."""
+        mine = set(self.made)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in mine)
+
+
+class Branch(Writer):
     """Writes the nodes of one adapter's branch, right after what it is added to.
 
     It is what a pattern writes a branch with, and what a kind puts it into the graph with
@@ -119,8 +148,6 @@ class Branch:
         self._names = {"a": wiring.a, "b": wiring.b}
         self._kind = kind_of(wiring)
         self._slots = dict(wiring.slots)
-        self._next = self.total.next
-        self.made: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
         self._dropout: tuple[float, str] | None = None
@@ -182,13 +209,9 @@ class Branch:
         dropout = self._wiring.dropout
         if not dropout:
             return x
-        training = self._make(Role.DROPOUT, "get_attr", self._wiring.training)
+        training = self.make(Role.DROPOUT, "get_attr", self._wiring.training)
         self._dropout = dropout, training.name
-        return self._make(Role.DROPOUT, "call_function", F.dropout, x, dropout, training)
-
-    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A tagged ``call_function`` node."""
-        return self._make(role, "call_function", target, *args, **kwargs)
+        return self.make(Role.DROPOUT, "call_function", F.dropout, x, dropout, training)
 
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
         """``B (A drop(x))``, plus :attr:`bias` where it is wanted, for a product that reads ``x``."""
@@ -225,8 +248,7 @@ class Branch:
         """
         total = self._kind.joined(self, up)
         total.meta[META_KEY] = dataclasses.replace(self._tag(Role.ADD), fused=self._fused)
-        mine = set(self.made)
-        self.total.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
+        self.replace(self.total, total)
         return total
 
     def factor(self, letter: str) -> fx.Node:
@@ -259,17 +281,17 @@ class Branch:
 
     def read_weight(self, role: Role) -> fx.Node:
         """The weight of the site."""
-        return self._make(role, "get_attr", self.site.weight)
+        return self.make(role, "get_attr", self.site.weight)
 
     def cast(self, node: fx.Node) -> fx.Node:
         """A node in the dtype of what the operation gives, where that is another one."""
-        return self.call(Role.CAST, cast_like, node, self.base) if self._wiring.cast else node
+        return self.call(Role.CAST, ops.cast_like, node, self.base) if self._wiring.cast else node
 
     def padded(self, up: fx.Node) -> fx.Node:
         """The output of a branch, with zeros for the output features that are not the site's."""
         if self.padding is None:
             return up
-        return self.call(Role.PAD, pad_features, up, *self.padding)
+        return self.call(Role.PAD, ops.pad_features, up, *self.padding)
 
     def spread(self, vector: fx.Node) -> fx.Node:
         """A vector of the output features as it meets the output."""
@@ -277,7 +299,9 @@ class Branch:
         if call.axes == (-1,):
             return vector
         made = (vector, self.base, call.axes, call.sizes)
-        return self.once(f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, spread, *made))
+        return self.once(
+            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, ops.spread, *made)
+        )
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """What ``make`` writes, the first time that it is asked for."""
@@ -286,14 +310,7 @@ class Branch:
         return self._known[key]
 
     def _read(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
-        return self.once(name, lambda: self._make(role, "get_attr", name))
-
-    def _make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self._graph.inserting_before(self._next):
-            node = self._graph.create_node(op, target, args, kwargs)
-        node.meta[META_KEY] = self._tag(role)
-        self.made.append(node)
-        return node
+        return self.once(name, lambda: self.make(role, "get_attr", name))
 
 
 @dataclasses.dataclass(frozen=True)

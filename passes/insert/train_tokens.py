@@ -31,6 +31,7 @@ from lora_fx.ir import (
     relative,
 )
 from lora_fx.passes.graph import arguments, copy_graph
+from lora_fx.passes.insert.insert_branches import Writer
 from lora_fx.passes.parameters import adapter_dtype, add_tokens, indices_name, rows_name, tokens_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
@@ -119,19 +120,17 @@ class TrainTokens(Pass):
         return PassResult.of(capture, regions=regions)
 
 
-class _Edit:
+class _Edit(Writer):
     """What is written after one application of the weight."""
 
     def __init__(
         self, capture: Capture, region: Region, row: PlannedTokens, call: Call, adapter: str
     ) -> None:
         self._row, self._region = row, region
-        self._tag = _tag(row, region, adapter)
-        nodes = {node.name: node for node in region.graph.nodes}
-        self._base = nodes[call.output]
+        self._base = next(node for node in region.graph.nodes if node.name == call.output)
+        tag = _tag(row, region, adapter)
+        super().__init__(region.graph, self._base, lambda _: tag)
         self._x = self._read_now()
-        self._next = self._base.next
-        self._made: set[fx.Node] = set()
         self._names = {
             "rows": relative(rows_name(row, adapter), region.fqn),
             "indices": relative(indices_name(row, adapter), region.fqn),
@@ -141,9 +140,9 @@ class _Edit:
         self._cast = adapter_dtype(weight) != weight.dtype or call.cast
 
     def apply(self) -> None:
-        """Writes it and puts it in the place of the base operation's output."""
+        """Writes it and replaces the base operation's output by it."""
         result = self._lookup() if self._row.lookup else self._product()
-        self._base.replace_all_uses_with(result, delete_user_cb=lambda n: n not in self._made)
+        self.replace(self._base, result)
 
     def _lookup(self) -> fx.Node:
         place = self._call(operator.getitem, self._read("indices"), self._x)
@@ -165,7 +164,9 @@ class _Edit:
         return self._call(torch.index_add, self._base, -1, indices, added)
 
     def _typed(self, node: fx.Node) -> fx.Node:
-        return self._make("call_method", "type_as", node, self._base) if self._cast else node
+        if not self._cast:
+            return node
+        return self.make(Role.TOKENS, "call_method", "type_as", node, self._base)
 
     def _read_now(self) -> fx.Node:
         """What the operation reads: in front of it there may be a branch, which its call does not know."""
@@ -179,17 +180,10 @@ class _Edit:
         return x
 
     def _read(self, what: str) -> fx.Node:
-        return self._make("get_attr", self._names[what])
+        return self.make(Role.TOKENS, "get_attr", self._names[what])
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
-        return self._make("call_function", target, *args)
-
-    def _make(self, op: str, target: Any, *args: Any) -> fx.Node:
-        with self._region.graph.inserting_before(self._next):
-            node = self._region.graph.create_node(op, target, args)
-        node.meta[META_KEY] = self._tag
-        self._made.add(node)
-        return node
+        return self.call(Role.TOKENS, target, *args)
 
 
 def _done(region: Region, tag: Tag) -> bool:

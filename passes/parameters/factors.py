@@ -19,7 +19,7 @@ from torch import nn
 from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import AdapterFactors, Holder, KeptIndices, KeptTensors
+from lora_fx.runtime import AdapterFactors, Holder, KeptTensors, ops
 
 __all__ = [
     "FactorNames",
@@ -248,9 +248,9 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
         indices = places
     holder = _made(model, join(row.site.holder, _HOLDER), Holder)
     factors = _made(model, rows_name(row, adapter).rpartition(".")[0], AdapterFactors)
-    kept = _made(model, indices_name(row, adapter).rpartition(".")[0], KeptIndices)
+    kept = _made(model, indices_name(row, adapter).rpartition(".")[0], ops.KeptIndices)
     assert isinstance(factors, AdapterFactors)
-    assert isinstance(kept, KeptIndices)
+    assert isinstance(kept, ops.KeptIndices)
     factors.add(adapter, rows)
     kept.add(adapter, indices)
     holder.train(model.get_submodule(row.site.owner).training)
