@@ -184,13 +184,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     # --- operators ------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator, and works out whose its results are."""
         kwargs = kwargs or {}
         given = list(tensors_in((*args, *kwargs.values())))
