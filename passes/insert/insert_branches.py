@@ -138,10 +138,8 @@ class Branch(Writer):
         wiring: _Wiring,
         items: dict[str, fx.Node] | None = None,
     ) -> None:
-        self._graph = graph
-        self.base = base
-        self.total = _running_total(base)
-        self._tag = tag
+        self.base, self.total = base, _running_total(base)
+        super().__init__(graph, self.total, tag)
         self._wiring = wiring
         self.site, self.applied = wiring.site, wiring.call
         self.scale, self.padding = wiring.scale, wiring.padding
