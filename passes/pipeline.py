@@ -36,7 +36,7 @@ from lora_fx.passes.capture import Frontend, holds_quantized, written_out
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.graph import install, kept_graph
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
-from lora_fx.passes.match import FindOperations, MarkHead, MarkParts
+from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
 from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import base_parameters, buffer_digests, mark_adapted, protect
@@ -87,7 +87,7 @@ def rewrite_passes(
 
 
 def _find_passes() -> tuple[Pass, ...]:
-    return FindOperations(), MarkHead(), MarkParts()
+    return FindOperations(), MarkHead(), MarkRouters(), MarkParts()
 
 
 def _parameter_passes(adapter: str) -> tuple[Pass, ...]:

@@ -23,14 +23,7 @@ from torch import nn
 from lora_fx.errors import ConfigError, hint
 from lora_fx.passes.capture import synthesise
 
-__all__ = [
-    "FORMS",
-    "LoadedModel",
-    "load_folder",
-    "load_inputs",
-    "load_model",
-    "quiet_transformers",
-]
+__all__ = ["FORMS", "LoadedModel", "load_inputs", "load_model", "quiet_transformers"]
 
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -83,10 +76,8 @@ def quiet_transformers() -> None:
 
 
 def _architecture(transformers: Any, config: Any) -> Any:
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModel
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next(filter(None, named), transformers.AutoModel)
 
 
 def _build(architecture: Any, config: Any) -> nn.Module:
@@ -116,7 +107,7 @@ class LoadedModel:
     Attributes:
         name: How it was named.
         model: In evaluation mode.
-        example_inputs: Keyword or positional arguments that it takes; None if nobody says.
+        example_inputs: Keyword or positional arguments that it takes; None if they are unknown.
         folder: The folder that it was loaded from, for a model of transformers.
     """
 
@@ -258,7 +249,8 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
     if "detection." in kind or "optical_flow." in kind:
         return LoadedModel(name, model.eval())
     shape = (2, 3, 16, 112, 112) if "video." in kind else (2, 3, 224, 224)
-    return LoadedModel(name, model.eval(), _random(*shape))
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return LoadedModel(name, model.eval(), inputs)
 
 
 def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
@@ -283,10 +275,6 @@ def _made(name: str, build: Callable[[], Any]) -> Any:
         return build()
     except Exception as error:
         raise ConfigError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
-
-
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 _LOADERS: Mapping[str, Callable[[str, str, bool], LoadedModel]] = {

@@ -260,6 +260,7 @@ def with_targets(config: LoraConfig, targets: Iterable[Target], model: nn.Module
         target_modules=_exactly(tuple(t.name for t in targets if not t.parameter), model),
         target_parameters=tuple(t.name for t in targets if t.parameter) or None,
         exclude_modules=None,
+        scope=None,
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,

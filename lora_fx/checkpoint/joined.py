@@ -370,7 +370,7 @@ def _targets(
     if parameter:
         name = wrapped[len(wrapped) - 1 - depth]
     elif name.endswith("_lora") and name not in modules:
-        name = name.removesuffix("_lora")
+        name = _part_name(name.removesuffix("_lora"), modules)
     outer, _, leaf = name.rpartition(".")
     if leaf == "out_proj" and not parameter and f"{outer}.{WRAPPER}." in f"{holder}.":
         # Part of the adapter of the attention layer around it.
@@ -383,6 +383,18 @@ def _targets(
     if name in modules and is_attention(modules[name]):
         within = tuple(f"{name}.{projection}" for projection in _PROJECTIONS)
     yield Target(name, rank_for(name, config), alpha_for(name, config), parameter, within)
+
+
+def _part_name(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The name of a site, from that of its holder: ``w_0_8`` is the part ``w.0_8`` of a parameter ``w``."""
+    outer, _, leaf = name.rpartition(".")
+    owner = modules.get(outer)
+    parameters = () if owner is None else tuple(owner._parameters)
+    cut = [one for one in parameters if leaf.startswith(f"{one}_")]
+    if not cut or leaf in parameters:
+        return name
+    parameter = max(cut, key=len)
+    return join(outer, f"{parameter}.{leaf[len(parameter) + 1 :]}")
 
 
 def _bare(name: str) -> str:

@@ -190,6 +190,16 @@ def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], Froz
     return normalize
 
 
+def _scope(name: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    entries = _strings(name, [value] if isinstance(value, str) else value)
+    for entry in entries:
+        if entry.strip(".") != entry:
+            raise bad(name, entry, "give the name of a module, without a dot before or after it")
+    return tuple(sorted(entries)) or None
+
+
 def _parameters(name: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -228,6 +238,7 @@ NORMALIZERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "lora_dropout": _dropout,
     "target_modules": _modules,
     "exclude_modules": _modules,
+    "scope": _scope,
     "layers_to_transform": _layers,
     "layers_pattern": _layers_pattern,
     "rank_pattern": _pattern(_rank),

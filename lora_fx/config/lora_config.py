@@ -120,11 +120,14 @@ class LoraConfig:
         lora_alpha: The branch is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
             `use_rslora`.
         lora_dropout: Probability in [0, 1), on the adapter's input only.
-        target_modules: None: every linear operation but the output head (here lora_fx differs from
-            PEFT, which has a table of architectures). "all-linear": every linear module but the
-            output head. Any other string: a regular expression for the whole name. A list: names,
-            or their last components.
+        target_modules: None: every linear operation but the output head and the routers of mixtures of
+            experts (here lora_fx differs from PEFT, which has a table of architectures).
+            "all-linear": every linear module but the output head. Any other string: a regular
+            expression for the whole name. A list: names, or their last components.
         exclude_modules: Same syntax; applied first.
+        scope: Full name of a module, or a list of them: only what lies in one is adapted, whatever the
+            targets name elsewhere ("model.language_model" of a multimodal model). lora_fx only: a saved
+            adapter names its targets in full instead.
         layers_to_transform: Layer indices to adapt. Not with a string as `target_modules`. An empty
             collection of any type, as PEFT's empty list, means no restriction.
         layers_pattern: Names of the containers whose index counts, "layers" or "h".
@@ -197,6 +200,7 @@ class LoraConfig:
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    scope: str | Collection[str] | None = None
     kind: str | None = None
 
     def __post_init__(self) -> None:
@@ -208,11 +212,13 @@ class LoraConfig:
         check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON types, `kind` only if it is set; `from_dict` gives an equal config back."""
+        """All fields as JSON types; `from_dict` gives an equal config back.
+
+        `scope` and `kind`, which PEFT does not have, are in it only if they are set.
+        """
         values = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
-        if self.kind is None:
-            del values["kind"]
-        return values
+        unset = [name for name in ("scope", "kind") if values[name] is None]
+        return {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:

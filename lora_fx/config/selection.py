@@ -2,6 +2,7 @@ r"""Which names a config selects, and with which rank and scale, by PEFT's rules
 
 The rules are those of `check_target_module_exists` and `get_pattern_key` of PEFT 0.21.2, in order:
 
+0. `scope`, which PEFT does not have: a module in which the name has to lie;
 1. `exclude_modules` (string: `re.fullmatch`; list: the whole name or a `.suffix` of it);
 2. `modules_to_save`: such a module, and everything in it, is trained in full and never adapted;
 3. `target_modules`, with the same syntax;
@@ -31,6 +32,7 @@ __all__ = [
     "Verdict",
     "alpha_for",
     "excluded",
+    "in_scope",
     "judge",
     "layer_index",
     "name_matches",
@@ -84,6 +86,7 @@ class Unmatched:
         filtered: Entries that match names of which none is selected, because `exclude_modules`,
             `modules_to_save` or `layers_to_transform` took every one.
         excludes: Entries of `exclude_modules` that match no name.
+        scopes: Entries of `scope` in which no name lies.
         rank_keys: Keys of `rank_pattern` that set the rank of no selected name.
         alpha_keys: The same for `alpha_pattern`.
         layers: Indices of `layers_to_transform` in which no name is selected.
@@ -93,6 +96,7 @@ class Unmatched:
     targets: tuple[str, ...] = ()
     filtered: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
     rank_keys: tuple[str, ...] = ()
     alpha_keys: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
@@ -118,6 +122,8 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
         in_default: Whether the operation belongs to what `target_modules=None` or "all-linear"
             stands for. The caller knows, from the graph; no meaning with other targets.
     """
+    if not in_scope(name, config):
+        return Verdict(False, f"outside of scope {_listed(config.scope)}")
     excluded = _entry_for(name, config.exclude_modules) if config.exclude_modules else None
     if excluded is not None:
         return Verdict(False, f"excluded by exclude_modules {excluded!r}")
@@ -135,6 +141,19 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
     if entry == name:
         return Verdict(True, "named in target_modules")
     return _layer_objection(name, config) or Verdict(True, f"matches target {entry!r}")
+
+
+def in_scope(name: str, config: LoraConfig) -> bool:
+    """Whether a name lies in one of the modules of `scope`, or there is no scope."""
+    return config.scope is None or any(_lies_in(name, one) for one in config.scope)
+
+
+def _lies_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _listed(entries: str | Collection[str] | None) -> str:
+    return ", ".join(map(repr, _entries(entries)))
 
 
 def excluded(name: str, config: LoraConfig) -> bool:
@@ -218,7 +237,7 @@ def parameter_entry(weight: str, config: LoraConfig) -> str | None:
         weight: FQN of the parameter.
         config: What the user asks for.
     """
-    return _entry_for(weight, config.target_parameters)
+    return _entry_for(weight, config.target_parameters) if in_scope(weight, config) else None
 
 
 def unmatched(
@@ -247,6 +266,9 @@ def unmatched(
         targets=tuple(one for one in targets if one not in found),
         filtered=tuple(one for one in targets if one in found and one not in kept),
         excludes=tuple(one for one in excludes if one not in excluding),
+        scopes=tuple(
+            one for one in _entries(config.scope) if not any(_lies_in(name, one) for name in names)
+        ),
         rank_keys=_idle_keys(config.rank_pattern, selected),
         alpha_keys=_idle_keys(config.alpha_pattern, selected),
         layers=tuple(index for index in wanted if index not in seen),

@@ -86,6 +86,7 @@ class Site:
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
+        router: Whether its output decides which experts of a mixture see a token.
         quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
             those of its values.
     """
@@ -109,6 +110,7 @@ class Site:
     part_of: str = ""
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
+    router: bool = False
     quantized: Quantization | None = None
 
     @property
@@ -126,7 +128,10 @@ class Site:
         """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
         if self.parameter == "weight" and self.rows is None:
             return self.owner
-        return join(self.owner, f"{self.name.rpartition('.')[2]}_lora")
+        # Of a part (``w.0_8``) the parameter's name, too: another parameter has a part of that name.
+        part_of_parameter = self.name.rpartition(".")[0] == self.weight != self.owner
+        leaf = self.name.split(".")[-2 if part_of_parameter else -1 :]
+        return join(self.owner, f"{'_'.join(leaf)}_lora")
 
     @property
     def place(self) -> str:

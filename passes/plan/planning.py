@@ -1,8 +1,8 @@
 """Decides which sites are adapted and with what: the dry run.
 
 Names are judged by PEFT's rules (:mod:`lora_fx.config.selection`), operations by what was matched.
-With ``target_modules=None`` every matrix product and convolution is selected but the output head;
-lookups in an embedding, and the head, are adapted when they are named.
+With ``target_modules=None`` every matrix product and convolution is selected but the output head and the
+routers of mixtures; these, and lookups in an embedding, are adapted when they are named.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Site, Skipped
 from lora_fx.kinds import chosen_kind, kind_objection, kinds
 from lora_fx.passes.graph import elements, storage_of
-from lora_fx.passes.parameters import base_modules, base_parameters, matrix_shape
+from lora_fx.passes.parameters import base_modules, base_parameters, matrix_shape, module_at
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
-from lora_fx.runtime import AdapterFactors
+from lora_fx.runtime import AdapterFactors, Holder
 
 __all__ = ["MakePlan", "at_rank", "foreign_factors", "make_plan", "start_objection"]
 
@@ -241,6 +241,8 @@ def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
     if uses_default_targets(config) and site.head and "target_modules" in reason:
         return "the output head: name it in target_modules to adapt it"
+    if uses_default_targets(config) and site.router and "target_modules" in reason:
+        return "the router of a mixture of experts: name it in target_modules to adapt it"
     if uses_default_targets(config) and site.family == "embedding" and "target_modules" in reason:
         return "an embedding: name it in target_modules to adapt it"
     return reason
@@ -397,6 +399,7 @@ def _check(
     if not plan.sites and (config.target_modules != () or config.target_parameters):
         raise NoMatchError(_nothing(plan, matches))
     idle = unmatched_targets(target_names(capture.model, matches, chosen), config)
+    _check_holders(capture.model, plan)
     refused = list(refusals(idle, matches.rejections, config))
     for target, hopeless, why in idle_parameters(capture.model, config, matches, chosen):
         refused += [f"{target!r}: {why}"] if hopeless else []
@@ -410,6 +413,24 @@ def _check(
             "strict=True, and part of the configuration selects nothing:\n  "
             + "\n  ".join(plan.unmatched)
         )
+
+
+def _check_holders(model: nn.Module, plan: Plan) -> None:
+    """Raises where two sites, or a site and a module of the user, would have one name for their factors."""
+    taken: dict[str, str] = {}
+    for row in plan.sites:
+        holder = row.site.holder
+        if holder == row.site.owner:
+            continue
+        outer, _, leaf = holder.rpartition(".")
+        there = getattr(module_at(model, outer), leaf, None)
+        other = taken.setdefault(holder, row.name)
+        if other != row.name or not (there is None or isinstance(there, Holder)):
+            whose = f"those of {other}" if other != row.name else f"a {type(there).__name__}"
+            raise CaptureError(
+                f"{row.name}: its factors are kept in {holder!r}, which is the name of {whose}; rename "
+                "the attribute, or leave one of them out of target_modules"
+            )
 
 
 def _nothing(plan: Plan, matches: Matches) -> str:

@@ -98,6 +98,7 @@ def idle_entries(
         )
     for title, entries in (
         ("exclude_modules", idle.excludes),
+        ("scope", idle.scopes),
         ("rank_pattern", idle.rank_keys),
         ("alpha_pattern", idle.alpha_keys),
         ("layers_to_transform", idle.layers),

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -329,24 +329,26 @@ class _Run:
         self.oracle.write(self._chosen())
 
     def _do_copy(self, _: str) -> None:
-        if not self._copies_apart():  # a copy of the original is none: nothing is claimed
+        if not self._copies_apart(
+            copy.deepcopy
+        ):  # a copy of the original is none: nothing is claimed
             return
         with self._stage("copy"):
             self.adapted = copy.deepcopy(self.adapted)
             self._find_adapters()
         self.oracle.write(self._chosen())
 
-    def _copies_apart(self) -> bool:
+    def _copies_apart(self, copied: Callable[[nn.Module], nn.Module]) -> bool:
         """Whether a copy of the original goes on as it is when the original is spoilt.
 
-        ``copy.deepcopy`` copies no functions: what a closure leads to is the original's.
+        ``copy.deepcopy`` copies no functions: what a closure leads to is the original's. So is what the code
+        of a pickled model finds by a name.
         """
         original = self._build()
-        try:
-            twin = copy.deepcopy(original)
-        except RuntimeError:  # results of autograd, which the copy of an adapted model goes without
+        twin = self._twin(original, copied)
+        if twin is None:
             return True
-        expected = self._outputs(copy.deepcopy(original), grad=False)
+        expected = self._outputs(copied(original), grad=False)
         with torch.no_grad():
             for value in (*original.parameters(), *original.buffers()):
                 value.zero_()
@@ -355,7 +357,7 @@ class _Run:
             return False
         # What is changed in a copy has to be what the copy reads.
         changed, original = self._build(), self._build()
-        twin = copy.deepcopy(original)
+        twin = self._twin(original, copied)
         for one in (changed, twin):
             with contextlib.suppress(Exception):
                 self.module.change(one)
@@ -369,13 +371,29 @@ class _Run:
             if not isinstance(a, Exception)
         )
 
+    def _twin(
+        self, original: nn.Module, copied: Callable[[nn.Module], nn.Module]
+    ) -> nn.Module | None:
+        """A copy; None if there is none."""
+        try:
+            return copied(original)
+        except RuntimeError:
+            # Results of autograd, which the copy of an adapted model goes without: a call replaces them.
+            self._outputs(original, grad=False)
+        try:
+            return copied(original)
+        except RuntimeError:
+            return None
+
     def _do_pickle(self, _: str) -> None:
         try:
             pickle.dumps(self._build())
         except Exception:  # noqa: BLE001  the original cannot be pickled: nothing is claimed
             return
+        if not self._copies_apart(_pickled):
+            return
         with self._stage("pickle"):
-            self.adapted = pickle.loads(pickle.dumps(self.adapted))
+            self.adapted = _pickled(self.adapted)
             self._find_adapters()
         self.oracle.write(self._chosen())
 
@@ -622,6 +640,11 @@ def _limit(exact: Tensor) -> float:
     if not exact.is_floating_point() or not exact.numel():
         return 0.0
     return _DOUBLE * max(float(exact.detach().abs().max()), 1e-3)
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
 
 
 def _same_bits(a: Iterable[Any], b: Iterable[Any]) -> bool:

@@ -64,11 +64,11 @@ def test_fields_and_defaults_are_pefts() -> None:
 
 def test_every_peft_field_is_known() -> None:
     theirs = {one.name for one in dataclasses.fields(peft.LoraConfig)}
-    ours = {one.name for one in dataclasses.fields(LoraConfig)} - {"seed", "kind"}
+    ours = {one.name for one in dataclasses.fields(LoraConfig)} - {"seed", "scope", "kind"}
     unsupported = set(_config_foreign.FOREIGN)
     assert ours | unsupported | set(_config_foreign.METADATA) == theirs
     assert not ours & unsupported
-    assert set(_config_fields.NORMALIZERS) == ours | {"seed", "kind"}
+    assert set(_config_fields.NORMALIZERS) == ours | {"seed", "scope", "kind"}
 
 
 def test_defaults_of_unsupported_fields_are_pefts() -> None:

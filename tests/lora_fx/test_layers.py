@@ -67,7 +67,6 @@ LAYERS = (
     "lora_fx.tools.demo",
     "lora_fx.tools.bench",
     "lora_fx.tools.zoo",
-    "lora_fx.tools.viewer",
     "lora_fx.tools.cli",
 )
 # Their modules are named things that nobody outside the tools imports.

@@ -15,7 +15,7 @@ from lora_fx import LoraConfig, save_onnx_adapter, visualize
 from lora_fx.errors import ConfigError, ExportError, OutputPathError
 from lora_fx.export.onnx import export_onnx
 from lora_fx.files import output_file
-from lora_fx.tools.cli.merged_files import check_out
+from lora_fx.tools.cli.model_commands import check_out
 
 
 def model() -> nn.Module:

@@ -249,12 +249,7 @@ def test_blocks_are_smaller_where_64_does_not_divide_the_rows() -> None:
 
 @pytest.mark.parametrize(("format_name", "block"), [("int8", None), ("int4", 32), ("int4", 64)])
 def test_values_are_those_of_torchao(format_name: str, block: int | None) -> None:
-    from torchao.quantization import (
-        Int8WeightOnlyConfig,
-        IntxWeightOnlyConfig,
-        PerGroup,
-        quantize_,
-    )
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
     config: Any = Int8WeightOnlyConfig()
     if block is not None:

@@ -81,7 +81,7 @@ def test_every_module_travels(site: Path) -> None:
     assert installed == in_tree
 
 
-@pytest.mark.parametrize("package", ["viewer", "bench", "zoo"])
+@pytest.mark.parametrize("package", ["draw", "bench", "zoo"])
 def test_types_and_the_files_beside_the_code_travel(site: Path, package: str) -> None:
     assert (site / "lora_fx/py.typed").is_file()
     folder = ROOT / "tools" / package

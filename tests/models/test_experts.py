@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_fx
 from lora_fx.tools.zoo import oracle
 from lora_fx.tools.zoo.entries import wake
-from lora_fx.tools.zoo.training import in_fp64
+from lora_fx.tools.zoo.job import in_fp64
 from tests.algebra import randomize
 from tests.mixtures import IDS, MODELS, SIZES, drawn
 from tests.numerics import assert_close, assert_same_bits

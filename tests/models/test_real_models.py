@@ -13,7 +13,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.tools.zoo import oracle
-from lora_fx.tools.zoo.training import in_fp64
+from lora_fx.tools.zoo.job import in_fp64
 from tests import zoo
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits, relative_error, tensors

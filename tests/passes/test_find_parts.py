@@ -280,3 +280,57 @@ def test_export_sees_how_a_whole_model_divides_its_outputs() -> None:
     adapted = lora_fx.rewrite(model, LoraConfig(target_modules=["qkv.v"]), x(), frontend="export")
     randomize(adapted)
     assert_close(lora_fx.merge(adapted)(x()), adapted(x()), 1e-5)
+
+
+class TwoCut(nn.Module):
+    """Two parameters of one module, each cut in the same rows."""
+
+    def __init__(self, name: str = "u") -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 8))
+        self.name = name
+        setattr(self, name, nn.Parameter(torch.randn(16, 8)))
+
+    def forward(self, x):
+        a, b = self.w.chunk(2)
+        c, d = getattr(self, self.name).chunk(2)
+        return (x @ a.t()) * (x @ b.t()) + (x @ c.t()) * (x @ d.t())
+
+
+def test_parts_of_two_parameters_have_factors_of_their_own(tmp_path) -> None:
+    model = seeded(TwoCut)()
+    adapted = randomize(lora_fx.rewrite(model, LoraConfig(r=2, target_modules=".*")))
+    assert sum(p.requires_grad for p in adapted.parameters()) == 8
+    assert_close(lora_fx.merge(adapted)(x()), adapted(x()), 1e-4)
+    lora_fx.save_adapter(adapted, tmp_path)
+    assert_same_bits(lora_fx.load_adapter(model, tmp_path)(x()), adapted(x()))
+
+
+class NamedLikeAPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 8))
+        self.w_0_8 = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        a, b = self.w.chunk(2)
+        return x @ a.t() + x @ b.t() + x @ self.w_0_8
+
+
+class NamedLikeFactors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.w_lora = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.w_lora(x @ self.w)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(NamedLikeAPart, "those of w.0_8"), (NamedLikeFactors, "the name of a Linear")],
+)
+def test_factors_never_share_a_name(build, message) -> None:
+    with pytest.raises(lora_fx.CaptureError, match=message):
+        lora_fx.rewrite(build(), LoraConfig(r=2, target_modules=".*"))

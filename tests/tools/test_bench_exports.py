@@ -17,12 +17,10 @@ pytest.importorskip("onnxruntime")
 import lora_fx
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.tools.bench import export_peers, goals
-from lora_fx.tools.bench.export_peers import Row
-from lora_fx.tools.bench.measure import Sample, Size
-from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
-from lora_fx.tools.bench.peer_exporters import (
+from lora_fx.tools.bench.export_peers import (
     HERE,
     File,
+    Row,
     describe,
     environment_of,
     exported,
@@ -31,7 +29,9 @@ from lora_fx.tools.bench.peer_exporters import (
     runner,
     set_environments,
 )
-from lora_fx.tools.bench.served import RANK, randomize, served
+from lora_fx.tools.bench.measure import Sample, Size
+from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
+from lora_fx.tools.bench.workloads import RANK, randomize, served
 
 TURNS, SAME = "two adapters in turn", "one adapter all the time"
 

@@ -21,23 +21,22 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.bench import closer_look, goals, quantized_quality, report
+from lora_fx.tools.bench import goals, quantized_quality, report, step_sections
 from lora_fx.tools.bench import measure as hardware
-from lora_fx.tools.bench.chart import Group, bars
 from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, OURS, PEFT, Settings
 from lora_fx.tools.bench.counted import Memory
 from lora_fx.tools.bench.measure import (
     Place,
-    Progress,
+    Run,
     Sample,
     Size,
     allocator_peak,
-    at_each,
     kernel_launches,
     launches,
     places,
     synchronizer,
 )
+from lora_fx.tools.bench.section import Group, bars
 from lora_fx.tools.bench.step_sections import Look
 from lora_fx.tools.bench.steps import Measured, Step
 from lora_fx.tools.bench.verbs import BOUND, OURS_INTO, PEFT_MERGE, Merged
@@ -135,6 +134,10 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert len(goals.rows({})) == len(goals.GOALS)
     assert {goal.section for goal in goals.GOALS} <= set(report.SECTIONS)
     assert {goal.bound for goal in goals.GOALS} <= set(report.SECTIONS)
+
+
+def test_every_goal_has_a_function_that_judges_it() -> None:
+    assert all(inspect.isfunction(getattr(goals, goal.judge)) for goal in goals.GOALS)
 
 
 def test_goals_over_a_quantized_base_are_judged_within_turns_and_by_all_that_is_kept() -> None:
@@ -241,27 +244,27 @@ def test_charts_can_be_read_on_light_and_dark_pages() -> None:
 
 def test_operations_are_sorted_by_what_they_do() -> None:
     square, thin = [[64, 64], [64, 64]], [[64, 64], [64, 16]]
-    assert closer_look.group_of("aten::mm", square, 16) == "base products"
-    assert closer_look.group_of("aten::addmm_", thin, 16) == "thin products"
-    assert closer_look.group_of("aten::mm", [[64, 100], [100, 48]], 16) == "thin products"
-    assert closer_look.group_of("aten::bernoulli_", [], 16) == "random numbers"
-    assert closer_look.group_of("aten::native_dropout", [], 16) == "random numbers"
-    assert closer_look.group_of("aten::copy_", [], 16) == "copies, fills"
-    assert closer_look.group_of("aten::mul", [], 16) == "element by element"
-    assert closer_look.group_of("aten::where", [], 16) == "element by element"
+    assert step_sections.group_of("aten::mm", square, 16) == "base products"
+    assert step_sections.group_of("aten::addmm_", thin, 16) == "thin products"
+    assert step_sections.group_of("aten::mm", [[64, 100], [100, 48]], 16) == "thin products"
+    assert step_sections.group_of("aten::bernoulli_", [], 16) == "random numbers"
+    assert step_sections.group_of("aten::native_dropout", [], 16) == "random numbers"
+    assert step_sections.group_of("aten::copy_", [], 16) == "copies, fills"
+    assert step_sections.group_of("aten::mul", [], 16) == "element by element"
+    assert step_sections.group_of("aten::where", [], 16) == "element by element"
     # Views, and operations that only call others, compute nothing.
     for name in ("aten::t", "aten::view", "aten::linear", "aten::matmul", "aten::empty"):
-        assert closer_look.group_of(name, square, 16) == "between operations"
+        assert step_sections.group_of(name, square, 16) == "between operations"
 
 
 def test_what_is_kept_is_sorted_by_shape_and_type() -> None:
     rank = Settings().r
-    assert closer_look.kind_of(torch.ones(4, 40)) == closer_look.KINDS[0]
-    assert closer_look.kind_of(torch.ones(4, rank)) == closer_look.KINDS[1]
+    assert step_sections.kind_of(torch.ones(4, 40)) == step_sections.KINDS[0]
+    assert step_sections.kind_of(torch.ones(4, rank)) == step_sections.KINDS[1]
     # q, k and v share one product with their A's.
-    assert closer_look.kind_of(torch.ones(5, 3 * rank)) == closer_look.KINDS[1]
-    assert closer_look.kind_of(torch.ones(4, 40).bool()) == closer_look.KINDS[2]
-    assert closer_look.kind_of(torch.ones(1, 4, 1)) == closer_look.KINDS[3]
+    assert step_sections.kind_of(torch.ones(5, 3 * rank)) == step_sections.KINDS[1]
+    assert step_sections.kind_of(torch.ones(4, 40).bool()) == step_sections.KINDS[2]
+    assert step_sections.kind_of(torch.ones(1, 4, 1)) == step_sections.KINDS[3]
 
 
 def test_kernels_are_counted_without_named_ranges() -> None:
@@ -280,12 +283,13 @@ def test_a_section_measures_at_every_place_as_one_piece_of_work() -> None:
     where = [Place(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
     told: list[tuple[int, int, str]] = []
 
-    def work(place: Place, tell: Progress | None) -> torch.dtype:
-        assert tell is not None
-        tell(1, 1, "a")
+    def work(place: Place, run: Run) -> torch.dtype:
+        assert run.progress is not None
+        run.tell(1, 1, "a")
         return place.dtype
 
-    found = at_each(where, work, lambda *given: told.append(given), "title")
+    run = Run(1, Size.TINY, lambda *given: told.append(given)).part(0, 1, "title")
+    found = run.at_each(where, work)
     assert found == {"cpu, float32": torch.float32, "cpu, bfloat16": torch.bfloat16}
     assert told == [(1, 2, "title a"), (2, 2, "title a")]
     assert [one.dtype for one in places(half=False) if not one.on_cuda] == [torch.float32]

@@ -18,7 +18,7 @@ from lora_fx.errors import ConfigError
 from lora_fx.tools.demo import data as demo_data
 from lora_fx.tools.demo.data import LIBRARIES, MASK, Corpus, collect, key, masked
 from lora_fx.tools.demo.model import Batch, batches, fit_head
-from lora_fx.tools.demo.report import claim_folder
+from lora_fx.tools.demo.story import claim_folder
 
 SMALL = ("networkx", "numpy", "torch")
 

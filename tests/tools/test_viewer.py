@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.tools.draw.drawing import picture_of, visualize
-from lora_fx.tools.draw.html import document_of, initially_open
+from lora_fx.tools.draw.drawing import document_of, initially_open, picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
 from tests.tools.pictures import Net, Untraceable, adapted
 
@@ -39,7 +38,9 @@ def test_browser_and_python_place_alike(model: Net, everything: bool) -> None:
         entry["open"] = entry["open"] or everything
     opened = {entry["id"] for entry in document["boxes"] if entry["open"]}
     scene = place(picture, plan_layers(picture), lambda box: box.id in opened)
-    with resources.as_file(resources.files("lora_fx.tools") / "viewer" / "layout.js") as script:
+    with resources.as_file(
+        resources.files("lora_fx.tools.draw") / "viewer" / "layout.js"
+    ) as script:
         done = subprocess.run(
             [str(NODE), "-e", COMPARE, "--", str(script)],
             input=json.dumps(document),

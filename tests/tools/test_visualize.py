@@ -18,9 +18,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.tools.draw.drawing import FORMATS, picture_of, visualize
+from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
 from lora_fx.tools.draw.picture import SCHEMA
-from lora_fx.tools.draw.svg import to_svg
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"

@@ -24,11 +24,10 @@ from lora_fx.passes.capture.synthesis import normalize
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
-from lora_fx.tools.zoo import numbers, oracle, registry, report, runner
+from lora_fx.tools.zoo import oracle, registry, report, runner
 from lora_fx.tools.zoo.entries import Entry, wake
-from lora_fx.tools.zoo.job import run_job, unseen
+from lora_fx.tools.zoo.job import in_fp64, run_job, unseen
 from lora_fx.tools.zoo.report import PARTS, Row, scrubbed
-from lora_fx.tools.zoo.training import in_fp64
 from tests.zoo import seeded
 
 CONFIG = lora_fx.LoraConfig(r=2)
@@ -145,12 +144,12 @@ def test_a_job_notices_a_changed_argument(monkeypatch):
 
 
 def test_a_job_notices_an_adapter_that_is_passed_by(monkeypatch):
-    from lora_fx.tools.zoo import training
+    from lora_fx.tools.zoo import job
 
     def careless(model, config, inputs):
         return past(lora_fx.rewrite(model, config, inputs), "first")
 
-    monkeypatch.setattr(training, "rewrite", careless)
+    monkeypatch.setattr(job, "rewrite", careless)
     row = run_job(registry.find("plain/hooks"), onnx=False)
     assert row.passed_by == {"first": "no gradient"}
     assert not row.right
@@ -608,10 +607,10 @@ def test_the_page_says_what_went_wrong():
 
 def test_differences_of_outputs():
     x = torch.tensor([1.0, -2.0, float("inf")])
-    assert numbers.difference({"a": x}, {"a": x.clone()}) == 0.0
-    assert numbers.difference((x * 1.5,), (x,)) == pytest.approx(0.5)
-    assert numbers.difference(x, x.double()) == float("inf")
-    assert numbers.difference(x, torch.tensor([1.0, -2.0, 0.0])) == float("inf")
+    assert oracle.difference({"a": x}, {"a": x.clone()}) == 0.0
+    assert oracle.difference((x * 1.5,), (x,)) == pytest.approx(0.5)
+    assert oracle.difference(x, x.double()) == float("inf")
+    assert oracle.difference(x, torch.tensor([1.0, -2.0, 0.0])) == float("inf")
 
 
 # --- a sample of the real ones -----------------------------------------------------------------------

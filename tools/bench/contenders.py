@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lora_fx.api import plan, rewrite
 from lora_fx.config import LoraConfig
@@ -24,27 +27,23 @@ __all__ = [
     "CANONICAL",
     "EXPORTED",
     "FROZEN",
+    "KINDS",
     "NO_DROPOUT",
+    "OTHER_KIND",
     "OURS",
     "PEERS",
     "PEFT",
+    "PLAIN_KIND",
     "THIRD",
-    "ChosenContraction",
     "Contenders",
-    "Contraction",
-    "FiveOperations",
-    "InPlace",
-    "LowRank",
     "Settings",
-    "WeightChange",
     "built",
-    "choose",
+    "by_dropout",
     "is_linear",
     "linear_floor",
-    "matrix",
     "model_floor",
     "name_of",
-    "replaced",
+    "of_kinds",
     "shared_copy",
     "targets_of",
     "variants",
@@ -71,7 +70,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def replaced(
     model: nn.Module, names: Iterable[str], layer: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """A copy over the same parameters, with other layers in the place of some.
+    """A copy over the same parameters, with some layers replaced.
 
     Args:
         model: The base.
@@ -80,8 +79,7 @@ def replaced(
     """
     found = shared_copy(model)
     for name in names:
-        parent, _, attribute = name.rpartition(".")
-        setattr(found.get_submodule(parent), attribute, layer(found.get_submodule(name)))
+        found.set_submodule(name, layer(found.get_submodule(name)))
     return found
 
 
@@ -152,7 +150,7 @@ class WeightChange(LowRank):
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """What is chosen.
+    """How a product with a branch is computed.
 
     Attributes:
         merged_forward: Whether y = x (W + s·BA)ᵀ.
@@ -167,12 +165,7 @@ class Contraction:
 
 def choose(tokens: int, out_features: int, in_features: int, rank: int) -> Contraction:
     """The contraction with the fewest FLOPs; of equals, the one with the branch apart."""
-    options = [
-        Contraction(forward, backward, outer)
-        for forward in (False, True)
-        for backward in (False, True)
-        for outer in (False, True)
-    ]
+    options = [Contraction(*one) for one in itertools.product((False, True), repeat=3)]
     return min(options, key=lambda one: _flops(one, tokens, out_features, in_features, rank))
 
 
@@ -258,30 +251,25 @@ def model_floor(
         rank: Of all of them.
         forward: Runs the model once, to see how many tokens each layer gets.
     """
-    names = set(adapted)
+    changed = {model.get_submodule(name) for name in adapted}
     base = branches = 0
 
-    def count(module: nn.Module, given: tuple[Tensor, ...], name: str) -> None:
+    def count(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         nonlocal base, branches
+        if not is_linear(module):
+            return
         out_features, in_features = matrix(module).shape
         tokens = given[0].numel() // in_features
         base += 4 * tokens * out_features * in_features
-        if name in names:
+        if module in changed:
             branches += 6 * tokens * rank * (out_features + in_features)
 
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, given, name=name: count(module, given, name)
-        )
-        for name, module in model.named_modules()
-        if is_linear(module)
-    ]
+    hook = register_module_forward_pre_hook(count)
     try:
         with torch.no_grad():
             forward(model)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return 1 + branches / base
 
 
@@ -294,12 +282,19 @@ EXPORTED = "lora-fx, with example inputs"
 PEFT = "PEFT"
 
 
+KINDS: Mapping[str, Mapping[str, Any]] = {"LoRA": {}, "DoRA": {"use_dora": True}}
+"""The kinds of adapters that are compared, plain ones first, and what asks for each in a configuration."""
+
+PLAIN_KIND, OTHER_KIND = KINDS
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The adapter, in PEFT's words.
 
     Attributes:
-        r, lora_alpha, lora_dropout, target_modules, use_dora: The fields of that name.
+        r, lora_alpha, lora_dropout, target_modules: The fields of that name.
+        kind: A key of :data:`KINDS`.
         example_inputs: For the way in that exports the model.
         parameters: Whether the targets are parameters, which PEFT names in a field of its own.
     """
@@ -308,17 +303,20 @@ class Settings:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    use_dora: bool = False
+    kind: str = "LoRA"
     example_inputs: Mapping[str, Any] | None = None
     parameters: bool = False
 
     def fields(self) -> dict[str, Any]:
         """What both libraries take."""
-        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        del found["example_inputs"], found["parameters"]
-        if isinstance(self.target_modules, tuple):
-            found["target_modules"] = list(self.target_modules)
-        return found
+        targets = self.target_modules
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+            **KINDS[self.kind],
+        }
 
 
 Builder = Callable[[nn.Module, Settings], nn.Module]
@@ -342,17 +340,12 @@ def _wants_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
-def _ours(base: nn.Module, settings: Settings) -> nn.Module:
-    return rewrite(base, LoraConfig(**settings.fields()))
-
-
-def _canonical(base: nn.Module, settings: Settings) -> nn.Module:
-    return rewrite(base, LoraConfig(**settings.fields()), optimize=False)
+def _ours(base: nn.Module, settings: Settings, **options: Any) -> nn.Module:
+    return rewrite(base, LoraConfig(**settings.fields()), **options)
 
 
 def _exported(base: nn.Module, settings: Settings) -> nn.Module:
-    config = LoraConfig(**settings.fields())
-    return rewrite(base, config, settings.example_inputs, frontend="export")
+    return _ours(base, settings, example_inputs=settings.example_inputs, frontend="export")
 
 
 def _peft(base: nn.Module, settings: Settings) -> nn.Module:
@@ -388,7 +381,7 @@ BUILDERS: Mapping[str, Builder] = {
     AGAIN: _frozen,
     THIRD: _frozen,
     OURS: _ours,
-    CANONICAL: _canonical,
+    CANONICAL: functools.partial(_ours, optimize=False),
     EXPORTED: _exported,
     PEFT: _peft,
     **{
@@ -408,7 +401,10 @@ def name_of(contender: str, dropout: float) -> str:
     return f"{contender}, p = {dropout:g}"
 
 
-def variants(names: Iterable[str], dropouts: Iterable[float] = (0.0, 0.05)) -> Contenders:
+_DROPOUTS = (0.0, 0.05)
+
+
+def variants(names: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
     """The frozen model, and contenders with each dropout that they know.
 
     Args:
@@ -424,6 +420,21 @@ def variants(names: Iterable[str], dropouts: Iterable[float] = (0.0, 0.05)) -> C
             if not (dropout and name in NO_DROPOUT):
                 found[name_of(name, dropout)] = (name, Settings(lora_dropout=dropout))
     return found
+
+
+def by_dropout(names: Iterable[str]) -> Contenders:
+    """Returns the same contenders as :func:`variants`, sorted by dropout."""
+    return {key: one for p in _DROPOUTS for key, one in variants(names, (p,)).items()}
+
+
+def of_kinds(kinds: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
+    """Kinds of adapters of both libraries: "lora-fx LoRA, p = 0" and the like."""
+    return {
+        name_of(f"{library} {kind}", p): (library, Settings(lora_dropout=p, kind=kind))
+        for p in dropouts
+        for library in (OURS, PEFT)
+        for kind in kinds
+    }
 
 
 def built(

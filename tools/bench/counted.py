@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "Memory",
-    "count_operations",
-    "measure_memory",
-    "saved_by",
-    "saved_bytes",
-]
+__all__ = ["Memory", "count_operations", "measure_memory", "saved_by", "saved_bytes", "tensors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Memory:
 
 
 def measure_memory(step: Callable[[], Any]) -> Memory:
-    """Runs a step and counts the storages that its operations make, as long as somebody holds them.
+    """Runs a step and counts the storages that its operations make, as long as they are referenced.
 
     What a kernel allocates for itself is not seen.
     """
@@ -121,7 +115,7 @@ def saved_by(
         kept = forward()
     for tensor in _attributes(kept):
         pack(tensor)
-    # Storages that copy on write are several, and have one memory until somebody writes.
+    # Storages that copy on write are several, and share one memory until one of them is written to.
     memory: dict[int, tuple[str, int]] = {}
     for one in tuple(seen.values()):
         if (storage := one.storage()) is not None:
@@ -146,12 +140,12 @@ def _address(storage: torch.UntypedStorage) -> int:
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, and what a library keeps beside one that it has quantized."""
+    """Parameters, and what a library stores with a quantized one."""
     for parameter in model.parameters():
         yield parameter
-        yield from _tensors(vars(parameter))
+        yield from tensors(vars(parameter))
     for module in model.modules():
-        yield from _tensors(vars(module).get("state"))
+        yield from tensors(vars(module).get("state"))
 
 
 def _attributes(result: Any) -> Iterator[Tensor]:
@@ -163,10 +157,10 @@ def _attributes(result: Any) -> Iterator[Tensor]:
             continue
         seen.add(node)
         waiting += [above for above, _ in node.next_functions]
-        yield from _tensors(getattr(node, "__dict__", None))
+        yield from tensors(getattr(node, "__dict__", None))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a value, in what it holds, and in the fields of records."""
     inner: Sequence[Any] = ()
     if isinstance(value, Tensor):
@@ -180,7 +174,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif type(value).__name__ == "QuantState":
         inner = [*vars(value).values()]
     for one in inner:
-        yield from _tensors(one)
+        yield from tensors(one)
 
 
 def count_operations(step: Callable[[], Any]) -> int:

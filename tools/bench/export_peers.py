@@ -1,12 +1,16 @@
-"""Exports of the same adapters by lora-fx, by PEFT and torch.onnx, by Olive and by optimum-onnx."""
+"""Files that others have exported: how large they are, and whether they compute what PyTorch does."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +18,210 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.checkpoint import load_adapter
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import ConfigError, ExportError, LoraFxError
+from lora_fx.export import ort
+from lora_fx.export.build import node_count
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
-from lora_fx.tools.bench.measure import Progress, Size
-from lora_fx.tools.bench.peer_exporters import (
-    HERE,
-    File,
-    Runner,
-    describe,
-    environment_of,
-    exported,
-    largest_error,
-    runner,
-)
+from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
+from lora_fx.tools.bench.contenders import OTHER_KIND, PLAIN_KIND
+from lora_fx.tools.bench.measure import Run, Size
 from lora_fx.tools.bench.section import Section
-from lora_fx.tools.bench.served import RANK, Served, randomize, served
+from lora_fx.tools.bench.workloads import RANK, Served, randomize, served
 
-__all__ = ["KINDS", "SECTION", "Row"]
+__all__ = ["SECTION", "Row", "set_environments"]
 
-KINDS = ("LoRA", "rank_pattern, alpha_pattern", "DoRA")
+
+HERE = "here"
+"""The environment that the benchmark itself runs in."""
+
+NAMES = ("olive", "optimum")
+"""Of the others."""
+
+_DEFAULT = Path(".peers")
+_VARIABLE = "LORA_FX_PEER_"
+_SCRIPT = Path(__file__).with_name("peer_script.py")
+_SECONDS = 600
+# Weights are on the disk: nothing is to be looked for elsewhere, and nothing to be told.
+_QUIET = {"HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What a script says of its export.
+
+    Attributes:
+        error: Why there is no file, in a line; "" if there is one.
+        seconds: Of loading and exporting, without imports.
+        file: The model.
+        adapter: The file of the adapter where that is apart, or "".
+    """
+
+    error: str = ""
+    seconds: float = 0.0
+    file: str = ""
+    adapter: str = ""
+
+
+def set_environments(given: Iterable[str]) -> None:
+    """Takes ``NAME=FOLDER`` for this process and those that it starts.
+
+    Raises:
+        ConfigError: It is of another form, the name is unknown, or there is no Python in the folder.
+    """
+    for text in given:
+        name, _, folder = text.partition("=")
+        if name not in NAMES or not folder:
+            known = ", ".join(NAMES)
+            raise ConfigError(
+                f"{text!r} is no environment: give NAME=FOLDER, with a name of {known}"
+            )
+        python = _python(Path(folder))
+        if not python.exists():
+            raise ConfigError(f"there is no {python}: `make bench-envs` makes environments")
+        os.environ[_VARIABLE + name.upper()] = folder
+
+
+def environment_of(name: str, variables: Mapping[str, str] = os.environ) -> Path | None:
+    """The Python of an environment, or None if it is not installed.
+
+    Args:
+        name: One of :data:`NAMES`, or :data:`HERE`.
+        variables: ``LORA_FX_PEER_OLIVE`` and the like name folders; without, it is ``.peers/olive``.
+    """
+    if name == HERE:
+        return Path(sys.executable)
+    python = _python(Path(variables.get(_VARIABLE + name.upper()) or _DEFAULT / name))
+    # Absolute, but not resolved: what the link of an environment points to is the bare interpreter.
+    return python.absolute() if python.exists() else None
+
+
+def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Exported:
+    """Runs ``peer_script.py`` and reads what it says.
+
+    Args:
+        python: Of the environment.
+        script: The exporter.
+        arguments: As it takes them.
+    """
+    # -I: neither this folder nor the caller's variables are on the path of the other environment.
+    command = [str(python), "-I", str(_SCRIPT), script, *map(str, arguments)]
+    env = {**os.environ, **_QUIET}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_SECONDS, env=env
+        )
+    except subprocess.TimeoutExpired:
+        return Exported(error=f"not done after {_SECONDS} s")
+    return read(done.stdout, done.stderr)
+
+
+def read(stdout: str, stderr: str) -> Exported:
+    """What the last line of a script says; what its last line of errors says if that is nothing."""
+    for line in reversed(stdout.splitlines()):
+        if line.startswith("{"):
+            found = Exported(**json.loads(line))
+            return dataclasses.replace(found, error=_first_line(found.error))
+    lines = stderr.strip().splitlines()
+    return Exported(error=lines[-1] if lines else "it ended without a word")
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+Runner = Callable[[Mapping[str, Tensor]], Tensor]
+"""From the inputs of the model to its first output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What is in a file.
+
+    Attributes:
+        size: Bytes, external data included.
+        nodes: Nodes as written, before ONNX Runtime optimizes them.
+    """
+
+    size: int
+    nodes: int
+
+
+def describe(path: Path) -> File:
+    """Reads what is there."""
+    size = sum(
+        one.stat().st_size for one in path.parent.glob(f"{path.stem}*.onnx*") if one.is_file()
+    )
+    return File(size, node_count(path))
+
+
+def runner(path: Path, adapter: Path | None = None) -> Runner:
+    """Runs a file on the CPU, as it is: with what it takes of ids, mask, positions and types of tokens.
+
+    Args:
+        path: The file.
+        adapter: Values for inputs that are an adapter, in ONNX Runtime's format.
+
+    Raises:
+        ExportError: It cannot be loaded; and, from a run, it fails or takes something else.
+    """
+    runtime = ort.import_onnxruntime()
+    session = ort.load(
+        runtime, path, "cpu", {}, ort.session_settings(runtime, None, low_memory=False)
+    )
+    ports = [ort.port_of(value) for value in session.get_inputs()]
+    outputs = [ort.port_of(value) for value in session.get_outputs()][:1]
+    held = runtime.AdapterFormat.read_adapter(str(adapter)) if adapter is not None else None
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        values = _completed(inputs)
+        # The values of an adapter lie in the memory of what was read.
+        factors: dict[str, Any] = held.get_parameters() if held is not None else {}
+        missing = [port.name for port in ports if port.name not in {*values, *factors}]
+        if missing:
+            raise ExportError(f"it takes {', '.join(missing)} as well")
+        feeds = {
+            port.name: ort.feed(runtime, port, values[port.name])
+            for port in ports
+            if port.name in values
+        }
+        [result] = ort.bound_run(session, feeds, factors, outputs)
+        return ort.to_tensor(result).clone()
+
+    return run
+
+
+def largest_error(run: Runner, references: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> float:
+    """The largest difference of an element relative to the largest element, over all inputs.
+
+    Raises:
+        ExportError: The file fails on one of them, or its output has another shape.
+    """
+    errors = []
+    for inputs, expected in references:
+        found = run(inputs)
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"it gives {list(found.shape)} for {list(inputs['input_ids'].shape)}, "
+                f"PyTorch {list(expected.shape)}"
+            )
+        errors.append(((found - expected).abs().max() / expected.abs().max()).item())
+    # max() of a list with a NaN may be another one of them.
+    return torch.tensor(errors).max().item()
+
+
+def _completed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With what exporters make inputs of, as transformers fills it in."""
+    ids = inputs["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+    return {**inputs, "position_ids": positions, "token_type_ids": torch.zeros_like(ids)}
+
+
+KINDS = (PLAIN_KIND, "rank_pattern, alpha_pattern", OTHER_KIND)
 """The adapters."""
 
 _OURS: Mapping[str, Literal["merge", "inputs"]] = {
@@ -72,8 +260,9 @@ class Row:
         error: Why there is no file, or why it does not run; "" if it does.
         seconds: Of loading and exporting, and with lora-fx of the comparison with PyTorch.
         file: What was written.
-        parity: The largest error beside the largest element, over inputs of two other shapes.
-        bare: That of a file which takes adapters, without one, beside the base; or why it does not run.
+        parity: The largest error relative to the largest element, over inputs of two other shapes.
+        bare: The same without an adapter against the base, for a file that takes adapters; or why it
+            does not run.
     """
 
     error: str = ""
@@ -90,11 +279,11 @@ class Row:
         return "yes" if self.parity <= _EXACT else "a file that computes something else"
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> dict[tuple[str, str, str], Row]:
+def _run(run: Run) -> dict[tuple[str, str, str], Row]:
     """Rows by model, adapter and contender. Each export runs once, however many repeats."""
-    cases = [(model, kind) for model in served(size) for kind in KINDS]
-    if size is not Size.FULL:
-        cases = cases[:1] if size is Size.TINY else cases[:2]
+    cases = [(model, kind) for model in served(run.size) for kind in KINDS]
+    if run.size is not Size.FULL:
+        cases = cases[:1] if run.size is Size.TINY else cases[:2]
     found: dict[tuple[str, str, str], Row] = {}
     contenders = _contenders()
     for model, kind in cases:
@@ -102,8 +291,7 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[tuple[str,
             expected = _write(model, kind, Path(name))
             for contender, work in contenders.items():
                 found[model.title, kind, contender] = work(model, Path(name), expected)
-                if progress is not None:
-                    progress(len(found), len(cases) * len(contenders), contender)
+                run.tell(len(found), len(cases) * len(contenders), contender)
     return found
 
 
@@ -120,13 +308,10 @@ def _rows(results: Mapping[tuple[str, str, str], Row]) -> Iterator[list[str]]:
         ]
 
 
-def _contenders() -> dict[str, Callable[[Served, Path, Expected], Row]]:
-    found: dict[str, Callable[[Served, Path, Expected], Row]] = {}
-    for name, adapters in _OURS.items():
-        found[name] = functools.partial(_ours, adapters)
-    for name, (environment, script, how) in _PEERS.items():
-        found[name] = functools.partial(_theirs, environment, script, how)
-    return found
+def _contenders() -> Mapping[str, Callable[[Served, Path, Expected], Row]]:
+    return {name: functools.partial(_ours, how) for name, how in _OURS.items()} | {
+        name: functools.partial(_theirs, *how) for name, how in _PEERS.items()
+    }
 
 
 def _ours(
@@ -220,10 +405,8 @@ def _write(model: Served, kind: str, folder: Path) -> Expected:
 
 def _fields(kind: str, layers: list[str]) -> dict[str, Any]:
     names = sorted({name.rpartition(".")[2] for name in layers})
-    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK}
-    if kind == "DoRA":
-        fields["use_dora"] = True
-    elif kind != "LoRA":
+    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, **ADAPTER_KINDS.get(kind, {})}
+    if kind not in ADAPTER_KINDS:
         fields["rank_pattern"] = {name: 4 for name in names if name.startswith("q")}
         fields["alpha_pattern"] = {name: RANK / 2 for name in names if name.startswith("v")}
     return {**fields, "target_modules": layers}

@@ -20,32 +20,12 @@ from torch import nn
 from lora_fx.passes.graph import conditions_of, generated
 from lora_fx.runtime import CODES, disarm
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
-from lora_fx.tools.bench.measure import (
-    Place,
-    Progress,
-    Ratio,
-    Sample,
-    Size,
-    interleaved,
-    portion,
-    ratio,
-)
+from lora_fx.tools.bench.measure import Place, Ratio, Run, Sample, ratio
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.steps import loss_of
 from lora_fx.tools.bench.workloads import Workload, resnet, small_llama
 
-__all__ = [
-    "AGAIN",
-    "FIRST",
-    "LATER",
-    "OFF",
-    "SECOND",
-    "SECTION",
-    "Case",
-    "Found",
-    "called_graphs",
-    "guard_of",
-]
+__all__ = ["AGAIN", "OFF", "SECOND", "SECTION", "Found"]
 
 FIRST, SECOND, LATER = "first step, watched", "second step", "fifth step"
 OFF, AGAIN = "a step without a watch", "a step without a watch, again (A/A)"
@@ -95,25 +75,19 @@ class Found:
     steps: Mapping[str, Sample]
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> Found:
+def _run(run: Run) -> Found:
     """Measures the guards of two models by region and of one as a whole, then the steps of a Llama."""
-    wide, pictures = small_llama(size), resnet(size)
+    wide, pictures = small_llama(run.size), resnet(run.size)
     built = (
         ("Llama", wide, OURS, Settings()),
         ("ResNet", pictures, OURS, Settings(target_modules=("convolution",))),
         ("Llama, one graph", wide, EXPORTED, Settings()),
     )
     cases = tuple(
-        _guards(
-            title,
-            workload,
-            functools.partial(_model, workload, way, settings),
-            repeats,
-            portion(progress, index, len(built) + 1, title),
-        )
+        _guards(title, workload, way, settings, run.part(index, len(built) + 1, title))
         for index, (title, workload, way, settings) in enumerate(built)
     )
-    steps = _steps(wide, repeats, portion(progress, len(built), len(built) + 1, "watch"))
+    steps = _steps(wide, run.part(len(built), len(built) + 1, "watch"))
     return Found(cases, steps)
 
 
@@ -131,20 +105,10 @@ def _rows(results: Found) -> Iterator[list[str]]:
         yield [name, "", "", str(sample), *beside]
 
 
-def _model(workload: Workload, way: str, settings: Settings) -> nn.Module:
+def _guards(title: str, workload: Workload, way: str, settings: Settings, run: Run) -> Case:
     place = Place(torch.device("cpu"), torch.float32)
     settings = dataclasses.replace(settings, example_inputs=workload.on(place))
-    return BUILDERS[way](workload.make(), settings).train()
-
-
-def _guards(
-    title: str,
-    workload: Workload,
-    make: Callable[[], nn.Module],
-    repeats: int,
-    progress: Progress | None,
-) -> Case:
-    model = make()
+    model = BUILDERS[way](workload.make(), settings).train()
     forward = functools.partial(model, **workload.inputs)
     forward()  # the watched one
     called = list(called_graphs(forward))
@@ -155,11 +119,9 @@ def _guards(
             for module, guard in guards:
                 guard(module)
 
-    samples = interleaved(
+    samples = run.times(
         {_FORWARD: (lambda: None, lambda _: forward()), _CONDITIONS: (lambda: None, ask)},
-        repeats=repeats,
         seconds=_SECONDS,
-        progress=progress,
         clock=time.thread_time,
     )
     asked = Sample(tuple(taken / _PASSES for taken in samples[_CONDITIONS].times))
@@ -210,7 +172,7 @@ def guard_of(tests: list[str], names: dict[str, Any]) -> Callable[[nn.Module], b
     return made
 
 
-def _steps(workload: Workload, repeats: int, progress: Progress | None) -> dict[str, Sample]:
+def _steps(workload: Workload, run: Run) -> dict[str, Sample]:
     base = workload.make()
 
     def step(loss: Callable[[], torch.Tensor]) -> None:
@@ -233,13 +195,8 @@ def _steps(workload: Workload, repeats: int, progress: Progress | None) -> dict[
         OFF: functools.partial(after, 1, watch=False),
         AGAIN: functools.partial(after, 1, watch=False),
     }
-    return interleaved(
-        {name: (prepare, step) for name, prepare in prepared.items()},
-        repeats=repeats,
-        seconds=_SECONDS,
-        progress=progress,
-        clock=time.thread_time,
-    )
+    contenders = {name: (prepare, step) for name, prepare in prepared.items()}
+    return run.times(contenders, seconds=_SECONDS, clock=time.thread_time)
 
 
 SECTION = Section(

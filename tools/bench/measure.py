@@ -1,4 +1,4 @@
-"""Where a section measures: on which devices and in which dtypes, one after the other."""
+"""How a section measures: at which places, how often, in which order; and what a machine counts itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,24 +22,23 @@ import torch
 from torch.utils._triton import has_triton
 
 __all__ = [
+    "Contenders",
     "Place",
     "Progress",
     "Ratio",
+    "Run",
     "Sample",
     "Size",
     "allocator_peak",
-    "at_each",
     "compiles",
-    "computes_bf16",
     "devices",
-    "interleaved",
     "kernel_launches",
-    "launches",
     "machine",
+    "markdown",
     "places",
-    "portion",
     "ratio",
     "synchronizer",
+    "version_of",
 ]
 
 
@@ -80,7 +79,7 @@ def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None
 def launches(events: Iterable[Any]) -> int:
     """How many of a profiler's events are kernels, copies and fills on a GPU.
 
-    Ranges that somebody has named are repeated on the GPU's time line and start nothing.
+    Named ranges are repeated on the GPU's time line and start nothing.
     """
     return sum(
         1 for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation
@@ -214,8 +213,12 @@ def ratio(sample: Sample, base: Sample) -> Ratio:
     return Ratio(median, low, high)
 
 
+Contenders = Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]
+"""By name: a preparation that is not timed, and what is timed, which gets the preparation's result."""
+
+
 def interleaved(
-    contenders: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]],
+    contenders: Contenders,
     *,
     repeats: int = 10,
     calls: int = 1,
@@ -228,8 +231,7 @@ def interleaved(
     """Times contenders in turn.
 
     Args:
-        contenders: By name: a preparation that is not timed, and what is timed, which gets the
-            preparation's result.
+        contenders: What is timed.
         repeats: Counted turns; one more, first, is not counted.
         calls: How often what is timed is called in a run; times are those of one call. For what takes so
             little that the clock or the scheduler would show.
@@ -280,20 +282,28 @@ def portion(progress: Progress | None, index: int, count: int, title: str = "") 
 
 def machine() -> dict[str, str]:
     """What a reader has to know to read the numbers: hardware, versions, date."""
-    versions = []
-    for package in ("torch", "transformers", "peft"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "GPU": device,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "packages": ", ".join(versions),
+        "packages": ", ".join(map(version_of, ("torch", "transformers", "peft"))),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def version_of(package: str) -> str:
+    """Returns a package's name and version, or says that it is not installed."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Makes the lines of a Markdown table."""
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return [head, "|" + "---|" * len(columns), *lines]
 
 
 def _turns(names: list[str], repeats: int, seconds: float, seed: int) -> Iterator[tuple[int, str]]:
@@ -340,6 +350,7 @@ def _processor() -> str:
 
 
 Found = TypeVar("Found")
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,24 +386,50 @@ def places(*, half: bool) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def at_each(
-    where: Sequence[Place],
-    work: Callable[[Place, Progress | None], Found],
-    progress: Progress | None,
-    title: str = "",
-) -> dict[str, Found]:
-    """Does the same work at each place.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a section is measured.
 
-    Args:
-        where: The places.
-        work: Gets the place, and the progress to call for its part.
-        progress: The whole's.
-        title: Stands before the name of the contender in the progress.
-
-    Returns:
-        What the work gave, by the place's name.
+    Attributes:
+        repeats: Counted runs of each contender.
+        size: How much of the section.
+        progress: Called with (done, total, contender) after each run.
     """
-    return {
-        str(place): work(place, portion(progress, index, len(where), title))
-        for index, place in enumerate(where)
-    }
+
+    repeats: int
+    size: Size
+    progress: Progress | None = None
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Reports progress if there is a callback."""
+        if self.progress is not None:
+            self.progress(done, total, what)
+
+    def part(self, index: int, count: int, title: str = "") -> Run:
+        """Returns the run of one of several pieces of work; see :func:`portion`."""
+        return dataclasses.replace(self, progress=portion(self.progress, index, count, title))
+
+    def each(
+        self, items: Collection[Item], title: Callable[[Item], str] = lambda _: ""
+    ) -> Iterator[tuple[Item, Run]]:
+        """Yields pieces of work of about the same length, each with the run that measures it."""
+        for index, item in enumerate(items):
+            yield item, self.part(index, len(items), title(item))
+
+    def at_each(
+        self, where: Collection[Place], work: Callable[[Place, Run], Found]
+    ) -> dict[str, Found]:
+        """Does the same work at each place; the results by the place's name."""
+        return {str(place): work(place, run) for place, run in self.each(where)}
+
+    def times(
+        self, contenders: Contenders, device: torch.device = CPU, **options: Any
+    ) -> dict[str, Sample]:
+        """Times contenders in turn on a device; see :func:`interleaved` for the options."""
+        return interleaved(
+            contenders,
+            repeats=self.repeats,
+            synchronize=synchronizer(device),
+            progress=self.progress,
+            **options,
+        )

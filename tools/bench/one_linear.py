@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.tools.bench.chart import Group
-from lora_fx.tools.bench.contenders import (
-    AGAIN,
-    BUILDERS,
-    CANONICAL,
-    FROZEN,
-    NO_DROPOUT,
-    OURS,
-    PEERS,
-    PEFT,
-    Settings,
-    linear_floor,
-)
-from lora_fx.tools.bench.measure import (
-    Place,
-    Progress,
-    Sample,
-    Size,
-    interleaved,
-    kernel_launches,
-    places,
-    portion,
-    ratio,
-    synchronizer,
-)
-from lora_fx.tools.bench.section import Chart, Section
+from lora_fx.tools.bench import contenders
+from lora_fx.tools.bench.measure import Place, Run, Sample, Size, kernel_launches, places, ratio
+from lora_fx.tools.bench.section import Chart, Group, Section
 
-__all__ = ["SECTION", "Cell", "Shape"]
+__all__ = ["SECTION", "Cell"]
 
-_CORE = (OURS, PEFT)
-_ALL = (OURS, CANONICAL, PEFT, *PEERS)
+_CORE = (contenders.OURS, contenders.PEFT)
+_ALL = (contenders.OURS, contenders.CANONICAL, contenders.PEFT, *contenders.PEERS)
 _RANK = 16
 _HALF_WIDTH = 2048
 """The width that a CPU measures in bf16, too."""
@@ -51,8 +27,7 @@ _SMALLEST_RUN = 3e9
 """FLOPs of one timed run, at least: some 20 ms on two cores."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What is measured together.
 
     Attributes:
@@ -66,8 +41,7 @@ class Shape:
     tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A contender: its name, r and p; the last two are 0 for the frozen layer."""
 
     name: str
@@ -78,32 +52,27 @@ class Cell:
 Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> Results:
+def _run(run: Run) -> Results:
     """Times and, on CUDA, kernel launches, by shape and contender."""
     cases = [
         (place, d, tokens)
-        for place in places(half=size is Size.FULL)
-        for d, tokens in itertools.product(*_grid(size))
+        for place in places(half=run.size is Size.FULL)
+        for d, tokens in itertools.product(*_grid(run.size))
         if place.dtype is torch.float32 or place.on_cuda or d == _HALF_WIDTH
     ]
     return {
-        Shape(str(place), d, tokens): _measured(
-            _cells(size, d, tokens, place),
-            (place, d, tokens),
-            repeats,
-            portion(progress, index, len(cases), f"d={d}, T={tokens}"),
-        )
-        for index, (place, d, tokens) in enumerate(cases)
+        Shape(str(place), d, tokens): _measured(place, d, tokens, part)
+        for (place, d, tokens), part in run.each(cases, lambda one: f"d={one[1]}, T={one[2]}")
     }
 
 
 def _rows(results: Results) -> Iterator[list[str]]:
     """O and η of every contender, a row for each shape, rank and dropout."""
     for shape, found in results.items():
-        frozen = found[Cell(FROZEN)][0]
-        again = ratio(found[Cell(AGAIN)][0], frozen)
+        frozen = found[Cell(contenders.FROZEN)][0]
+        again = ratio(found[Cell(contenders.AGAIN)][0], frozen)
         for rank, dropout in dict.fromkeys((one.rank, one.dropout) for one in found if one.rank):
-            floor = linear_floor(shape.d, shape.d, rank)
+            floor = contenders.linear_floor(shape.d, shape.d, rank)
             row = [shape.where, str(shape.d), str(shape.tokens), str(rank), f"{dropout:g}"]
             row += [f"{1e3 * frozen.median:.3g} ms", f"{again.median:.2f}", f"{floor:.3f}"]
             yield [*row, *(_text(found, Cell(n, rank, dropout), frozen, floor) for n in _ALL)]
@@ -117,11 +86,11 @@ def _charts(results: Results) -> dict[str, Chart]:
             Group(
                 f"d = {shape.d}, T = {shape.tokens}, p = {dropout:g}",
                 {
-                    name: ratio(cells[cell][0], cells[Cell(FROZEN)][0]).median
+                    name: ratio(cells[cell][0], cells[Cell(contenders.FROZEN)][0]).median
                     for name in _CORE
                     if (cell := Cell(name, _RANK, dropout)) in cells
                 },
-                linear_floor(shape.d, shape.d, _RANK),
+                contenders.linear_floor(shape.d, shape.d, _RANK),
             )
             for shape, cells in results.items()
             if shape.where == where
@@ -143,21 +112,20 @@ def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
     small = place.on_cuda or d * d * tokens < 4096 * 4096 * 2048
-    found = [Cell(FROZEN), Cell(AGAIN)]
+    found = [Cell(contenders.FROZEN), Cell(contenders.AGAIN)]
     for rank in (8, 16, 64) if size is Size.FULL else (16,):
         for dropout in _DROPOUTS:
             names = _ALL if rank == _RANK and small else _CORE
-            found += [Cell(n, rank, dropout) for n in names if not (dropout and n in NO_DROPOUT)]
+            found += [
+                Cell(n, rank, dropout)
+                for n in names
+                if not (dropout and n in contenders.NO_DROPOUT)
+            ]
     return found
 
 
-def _measured(
-    cells: list[Cell],
-    where: tuple[Place, int, int],
-    repeats: int,
-    progress: Progress | None,
-) -> dict[Cell, tuple[Sample, int | None]]:
-    place, d, tokens = where
+def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[Sample, int | None]]:
+    cells = _cells(run.size, d, tokens, place)
     device, dtype = place.device, place.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -166,16 +134,14 @@ def _measured(
         grad = torch.randn(tokens, d).to(device, dtype)
     steps = {}
     for cell in cells:
-        settings = Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
-        steps[cell] = _step(BUILDERS[cell.name](base, settings).train(), x, grad)
+        settings = contenders.Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
+        steps[cell] = _step(contenders.BUILDERS[cell.name](base, settings).train(), x, grad)
     titles = {f"{cell.name} r={cell.rank} p={cell.dropout:g}": cell for cell in cells}
-    timed = interleaved(
+    timed = run.times(
         {title: (lambda: None, steps[cell]) for title, cell in titles.items()},
-        repeats=repeats,
+        device,
         calls=max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2,
         seconds=_SECONDS,
-        synchronize=synchronizer(device),
-        progress=progress,
     )
     return {
         cell: (timed[title], kernel_launches(lambda cell=cell: steps[cell](None), device))  # type: ignore[misc]
@@ -205,9 +171,5 @@ def _text(
 
 
 SECTION = Section(
-    "one_linear",
-    ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL),
-    _run,
-    _rows,
-    _charts,
+    "one_linear", ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL), _run, _rows, _charts
 )

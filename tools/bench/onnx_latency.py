@@ -21,19 +21,11 @@ from lora_fx.export.adapters import save_onnx_adapter
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.ort import check_provider, import_onnxruntime
 from lora_fx.export.session import OnnxSession
-from lora_fx.tools.bench.measure import Progress, Sample, Size, interleaved, portion, ratio
+from lora_fx.tools.bench.measure import Run, Sample, Size, ratio
 from lora_fx.tools.bench.section import Section
-from lora_fx.tools.bench.served import RANK, Served, randomize, served
+from lora_fx.tools.bench.workloads import RANK, Served, randomize, served
 
-__all__ = [
-    "AGAIN",
-    "BASE",
-    "MERGED",
-    "ONE",
-    "SECTION",
-    "Latency",
-    "switch_time",
-]
+__all__ = ["AGAIN", "BASE", "MERGED", "ONE", "SECTION", "Latency", "switch_time"]
 
 BASE, AGAIN = "base", "base again (A/A)"
 MERGED, BARE = "merged", "swappable, no adapter"
@@ -52,7 +44,7 @@ class Latency:
     """One model on one provider.
 
     Attributes:
-        floor: F, what a run with an adapter takes beside one without if nothing but FLOPs counts.
+        floor: F, the ratio of a run with an adapter to one without if nothing but FLOPs counts.
         runs: By batch: the contenders.
         switching: Runs of one short input with the same adapter, with two adapters in turn, and loading one.
     """
@@ -62,20 +54,14 @@ class Latency:
     switching: Mapping[str, Sample]
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> dict[tuple[str, str], Latency]:
+def _run(run: Run) -> dict[tuple[str, str], Latency]:
     """Results by model and provider."""
-    models = served(size)
     found: dict[tuple[str, str], Latency] = {}
-    for index, model in enumerate(models):
-        tell = portion(progress, index, len(models), model.title)
+    for model, part in run.each(served(run.size), lambda one: one.title):
         with tempfile.TemporaryDirectory() as folder:
             _write(model, Path(folder))
-            providers = _providers()
-            for place, provider in enumerate(providers):
-                part = portion(tell, place, len(providers))
-                found[model.title, provider] = _measured(
-                    model, Path(folder), provider, size, repeats, part
-                )
+            for provider, here in part.each(_providers()):
+                found[model.title, provider] = _measured(model, Path(folder), provider, here)
     return found
 
 
@@ -121,14 +107,7 @@ def _write(model: Served, folder: Path) -> None:
     export_onnx(adapted, folder / "swappable.onnx", inputs, adapters="inputs")
 
 
-def _measured(
-    model: Served,
-    folder: Path,
-    provider: _Provider,
-    size: Size,
-    repeats: int,
-    progress: Progress | None,
-) -> Latency:
+def _measured(model: Served, folder: Path, provider: _Provider, run: Run) -> Latency:
     base, merged, swappable = (
         OnnxSession(folder / f"{name}.onnx", provider) for name in ("base", "merged", "swappable")
     )
@@ -143,24 +122,19 @@ def _measured(
         ONE: functools.partial(swappable.run, adapter="a"),
         PAIR: functools.partial(swappable.run, adapter=pair),
     }
-    batches = (1,) if size is Size.TINY else (1, 8)
-    tokens = _SHORT if size is Size.TINY else _TOKENS
+    batches = (1,) if run.size is Size.TINY else (1, 8)
+    tokens = _SHORT if run.size is Size.TINY else _TOKENS
     runs = {}
     for index, batch in enumerate(batches):
         inputs = _placed(model.inputs(batch, tokens), provider)
-        runs[batch] = interleaved(
-            {
-                name: (functools.partial(_rested, work, inputs), work)
-                for name, work in chosen.items()
-            },
-            repeats=repeats,
-            calls=4 // batch or 1,
-            seconds=_SECONDS,
-            progress=portion(progress, index, len(batches) + 1, f"batch {batch}"),
-        )
+        contenders = {
+            name: (functools.partial(_rested, work, inputs), work) for name, work in chosen.items()
+        }
+        part = run.part(index, len(batches) + 1, f"batch {batch}")
+        runs[batch] = part.times(contenders, calls=4 // batch or 1, seconds=_SECONDS)
     short = _placed(model.inputs(1, _SHORT), provider)
-    tell = portion(progress, len(batches), len(batches) + 1, "switching")
-    return Latency(model.floor(), runs, _switching(swappable, short, folder, repeats, tell))
+    part = run.part(len(batches), len(batches) + 1, "switching")
+    return Latency(model.floor(), runs, _switching(swappable, short, folder, part))
 
 
 def _rested(work: Callable[[Any], Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,11 +154,7 @@ def _placed(inputs: dict[str, Tensor], provider: _Provider) -> dict[str, Tensor]
 
 
 def _switching(
-    session: OnnxSession,
-    inputs: dict[str, Tensor],
-    folder: Path,
-    repeats: int,
-    progress: Progress | None,
+    session: OnnxSession, inputs: dict[str, Tensor], folder: Path, run: Run
 ) -> dict[str, Sample]:
     def runs(names: str) -> Callable[[Any], None]:
         def work(_: Any) -> None:
@@ -197,14 +167,9 @@ def _switching(
         session.load_adapter("c", folder / "b.onnx_adapter")
 
     # Each run of "ab" but the first follows one with the other adapter.
-    contenders = {_SAME: runs("aa"), _TURNS: runs("ab"), _LOAD: load}
-    found = interleaved(
-        {name: (lambda: None, work) for name, work in contenders.items()},
-        repeats=repeats,
-        calls=10,
-        seconds=_SECONDS,
-        progress=progress,
-    )
+    works = {_SAME: runs("aa"), _TURNS: runs("ab"), _LOAD: load}
+    contenders = {name: (lambda: None, work) for name, work in works.items()}
+    found = run.times(contenders, calls=10, seconds=_SECONDS)
     halves = {name: Sample(tuple(one / 2 for one in found[name].times)) for name in (_SAME, _TURNS)}
     return {**found, **halves}
 

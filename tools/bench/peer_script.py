@@ -30,13 +30,13 @@ def _olive(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, 
     if how == "merge":
         model = passed(model, MergeAdapterWeights, "merged")
     model = passed(model, OnnxConversion, "onnx", target_opset=20, use_dynamo_exporter=True)
-    beside = ""
+    extra = ""
     if how == "inputs":
         model = passed(model, ExtractAdapters, "extracted", make_inputs=True)
         files = [str(one) for one in (model.model_attributes or {}).get("additional_files", [])]
-        beside = next((one for one in files if one.endswith(".onnx_adapter")), "")
+        extra = next((one for one in files if one.endswith(".onnx_adapter")), "")
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "file": model.model_path, "adapter": beside}
+    return {"seconds": seconds, "file": model.model_path, "adapter": extra}
 
 
 def _optimum(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What adapters over an NF4 base learn: the demo's task, equal steps, beside adapters over fp32."""
+"""What adapters over an NF4 base learn: the demo's task, equal steps, compared with adapters over fp32."""
 
 from __future__ import annotations
 
@@ -11,24 +11,11 @@ import torch
 from torch import nn
 
 from lora_fx.api import rewrite
+from lora_fx.tools import demo
 from lora_fx.tools.bench.contenders import FROZEN, OURS, PEFT, shared_copy
-from lora_fx.tools.bench.measure import Progress, Size
+from lora_fx.tools.bench.measure import Run, Size
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.step_sections import available, quantized_base
-from lora_fx.tools.demo import (
-    CONFIG,
-    LIBRARIES,
-    Batch,
-    Corpus,
-    DemoSettings,
-    SentenceClassifier,
-    batches,
-    collect,
-    fit_head,
-    logits,
-    tokens,
-    train,
-)
 
 __all__ = ["DENSE", "NF4", "SECTION", "THEIRS", "Learned"]
 
@@ -37,16 +24,16 @@ NF4 = f"{OURS} over NF4"
 THEIRS = f"{PEFT} over NF4"
 
 _SIZES = {
-    Size.FULL: DemoSettings(train=200, held_out=150, epochs=1, learning_rate=2e-3),
-    Size.QUICK: DemoSettings(train=60, held_out=60, epochs=1, learning_rate=2e-3),
-    Size.TINY: DemoSettings(train=8, held_out=8, epochs=1, batch=8),
+    Size.FULL: demo.DemoSettings(train=200, held_out=150, epochs=1, learning_rate=2e-3),
+    Size.QUICK: demo.DemoSettings(train=60, held_out=60, epochs=1, learning_rate=2e-3),
+    Size.TINY: demo.DemoSettings(train=8, held_out=8, epochs=1, batch=8),
 }
 _SEEDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """What came of it.
+    """The results.
 
     Attributes:
         accuracy: Share of held-out text that each contender gets right, one for each seed.
@@ -67,19 +54,19 @@ class Learned:
         return 100 * (self.mean(DENSE) - self.mean(name))
 
 
-def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learned]:
+def _run(run: Run) -> dict[str, Learned]:
     """The result on the CPU; none without bitsandbytes.
 
     Repeats are seeds: of the factors, the order and the dropout; two at most.
     """
     if not available():
         return {}
-    settings = _SIZES[size]
-    libraries = LIBRARIES[:3] if size is Size.TINY else LIBRARIES
-    corpus = collect(settings.train, settings.held_out, libraries=libraries)
+    settings = _SIZES[run.size]
+    libraries = demo.LIBRARIES[:3] if run.size is Size.TINY else demo.LIBRARIES
+    corpus = demo.collect(settings.train, settings.held_out, libraries=libraries)
     held_out = _batches(corpus.held_out, corpus, settings)
-    base = SentenceClassifier.pretrained(len(libraries))
-    fit_head(base, _batches(corpus.train, corpus, settings), iter(()))
+    base = demo.SentenceClassifier.pretrained(len(libraries))
+    demo.fit_head(base, _batches(corpus.train, corpus, settings), iter(()))
     quantized = quantized_base(base).eval()
     found: dict[str, list[float]] = {
         FROZEN: [_judged(base, held_out)],
@@ -90,16 +77,15 @@ def _run(repeats: int, size: Size, progress: Progress | None) -> dict[str, Learn
         NF4: (quantized, _ours),
         THEIRS: (quantized, _theirs),
     }
-    seeds = min(repeats, _SEEDS)
+    seeds = min(run.repeats, _SEEDS)
     for seed in range(seeds):
         for place, (name, (below, adapt)) in enumerate(makers.items()):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = adapt(below, seed)
-                train(model, corpus, dataclasses.replace(settings, seed=seed))
+                demo.train(model, corpus, dataclasses.replace(settings, seed=seed))
             found.setdefault(name, []).append(_judged(model, held_out))
-            if progress is not None:
-                progress(seed * len(makers) + place + 1, seeds * len(makers), name)
+            run.tell(seed * len(makers) + place + 1, seeds * len(makers), name)
     steps = settings.epochs * -(-len(corpus.train) // settings.batch)
     accuracy = {name: tuple(one) for name, one in found.items()}
     return {"cpu, float32": Learned(accuracy, steps, len(corpus.held_out))}
@@ -115,18 +101,20 @@ def _rows(results: Mapping[str, Learned]) -> Iterator[list[str]]:
             yield [*row, f"{100 * found.mean(name):.1f}", seeds, lost]
 
 
-def _batches(sentences: Sequence[Any], corpus: Corpus, settings: DemoSettings) -> list[Batch]:
-    ids = tokens(sentences, settings.max_length)
-    return batches(ids, corpus.labels(sentences), 2 * settings.batch)
+def _batches(
+    sentences: Sequence[Any], corpus: demo.Corpus, settings: demo.DemoSettings
+) -> list[demo.Batch]:
+    ids = demo.tokens(sentences, settings.max_length)
+    return demo.batches(ids, corpus.labels(sentences), 2 * settings.batch)
 
 
-def _judged(model: nn.Module, held_out: Sequence[Batch]) -> float:
-    guesses = logits(lambda inputs: model(**inputs), held_out).argmax(-1)
+def _judged(model: nn.Module, held_out: Sequence[demo.Batch]) -> float:
+    guesses = demo.logits(lambda inputs: model(**inputs), held_out).argmax(-1)
     return float((guesses == torch.cat([part.labels for part in held_out])).double().mean())
 
 
 def _ours(base: nn.Module, seed: int) -> nn.Module:
-    return rewrite(base, dataclasses.replace(CONFIG, seed=seed))
+    return rewrite(base, dataclasses.replace(demo.CONFIG, seed=seed))
 
 
 def _theirs(base: nn.Module, seed: int) -> nn.Module:
@@ -134,9 +122,9 @@ def _theirs(base: nn.Module, seed: int) -> nn.Module:
 
     names = {name.rpartition(".")[2] for name, one in base.named_modules() if _is_layer(one)}
     config = peft.LoraConfig(
-        r=CONFIG.r,
-        lora_alpha=CONFIG.lora_alpha,
-        lora_dropout=CONFIG.lora_dropout,
+        r=demo.CONFIG.r,
+        lora_alpha=demo.CONFIG.lora_alpha,
+        lora_dropout=demo.CONFIG.lora_dropout,
         target_modules=sorted(names),
         exclude_modules=["head"],
         modules_to_save=["head"],

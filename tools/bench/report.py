@@ -1,8 +1,9 @@
-"""Runs the benchmarks and writes ``docs/benchmarks.md``. Nobody edits that file by hand."""
+"""Runs the benchmarks and writes ``docs/benchmarks.md``. That file is not edited by hand."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 import time
@@ -12,7 +13,6 @@ from typing import Any
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
-    closer_look,
     export_peers,
     goals,
     guards,
@@ -22,16 +22,15 @@ from lora_fx.tools.bench import (
     step_sections,
     verbs,
 )
-from lora_fx.tools.bench.measure import Progress, Size, machine
+from lora_fx.tools.bench.measure import Progress, Size, machine, markdown
 from lora_fx.tools.bench.section import Section, words
 
-__all__ = ["IMAGES", "SECTIONS", "reference", "run_benchmarks", "select", "without_empty", "write"]
+__all__ = ["run_benchmarks", "select", "write"]
 
 _LISTED = {
     one.name: one
     for one in (
         *step_sections.SECTIONS,
-        *closer_look.SECTIONS,
         *verbs.SECTIONS,
         one_linear.SECTION,
         guards.SECTION,
@@ -44,7 +43,7 @@ SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name 
 """By name, in the order of ``page.md``."""
 
 IMAGES = "img"
-"""The folder of the pictures, beside the page."""
+"""The folder of the pictures, next to the page."""
 
 _NOTHING = ("", "–")
 
@@ -100,14 +99,14 @@ def run_benchmarks(
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     quick = "" if size is Size.FULL else f"\n{words()['quick']}\n"
     parts = [f"{words()['head']}\n{quick}\n{listed}\n"]
-    met = _table(goals.COLUMNS, goals.rows(results, functools.partial(reference, chosen)))
-    parts.append(f"## Goals\n\n{met}\n")
+    met = markdown(goals.COLUMNS, goals.rows(results, functools.partial(reference, chosen)))
+    parts.append("\n".join(["## Goals", "", *met, ""]))
     images: dict[str, str] = {}
     for name, section in chosen.items():
         drawn = section.charts(results[name])
         images |= drawn
         shown = "".join(f"![{_alt(file)}]({IMAGES}/{file})\n\n" for file in drawn)
-        table = _table(*without_empty(*section.rows(results[name])))
+        table = "\n".join(markdown(*without_empty(*section.rows(results[name]))))
         parts.append(f"## {section.title}\n\n{section.caption}\n\n{shown}{table}\n")
     return "\n".join(parts), images
 
@@ -116,14 +115,13 @@ def without_empty(
     columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """A table without the columns that say nothing in any row: those of a GPU where there is none."""
-    kept = [
-        place for place in range(len(columns)) if any(row[place] not in _NOTHING for row in rows)
-    ]
-    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    kept = [any(one not in _NOTHING for one in column) for column in zip(*rows, strict=True)]
+    left, *lines = ([*itertools.compress(one, kept)] for one in (columns, *rows))
+    return left, lines
 
 
 def write(path: Path, page: str, images: dict[str, str]) -> None:
-    """Writes the page and, into a folder beside it, its pictures; what is there is replaced."""
+    """Writes the page and, into a folder next to it, its pictures; existing files are replaced."""
     folder = path.parent / IMAGES
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in images.items():
@@ -153,8 +151,3 @@ def reference(chosen: Mapping[str, Any], name: str) -> str:
 
 def _alt(file: str) -> str:
     return file.removesuffix(".svg").replace("-", " ")
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

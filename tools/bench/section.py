@@ -4,18 +4,108 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.tools.bench.chart import Group, bars
-from lora_fx.tools.bench.measure import Progress, Size
+from lora_fx.tools.bench.contenders import FROZEN, OURS
+from lora_fx.tools.bench.measure import Progress, Run, Size
 
-__all__ = ["Chart", "Section", "no_charts", "words"]
+__all__ = ["Chart", "Group", "Section", "no_charts", "words"]
+
+
+# In inches; 72 of the file's units each.
+_WIDTH, _ROW, _FRAME = 11.0, 0.3, 1.3
+_TEXT, _GRID, _MARK = "#808080", "#80808040", "#e0447c"
+_COLORS = {OURS: "#18a38e", FROZEN: "#8080804d"}
+_OTHERS = "#8b95aa"
+# The same text for the same figures: names of parts are no random numbers, and text stays text.
+_STYLE = {
+    "svg.hashsalt": "lora-fx",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _GRID,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Bars under a heading; none if it is empty.
+
+    Attributes:
+        heading: The text.
+        bars: Values, not negative, by the label that stands before each, from the top.
+        floor: F, which is marked across them, or None.
+    """
+
+    heading: str
+    bars: Mapping[str, float]
+    floor: float | None = None
+
+
+def bars(title: str, note: str, groups: Sequence[Group]) -> str:
+    """The text of an SVG file of horizontal bars, all on one scale that begins at 0.
+
+    Args:
+        title: Above the chart.
+        note: The unit, and how to read it.
+        groups: From the top.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    rows = sum(len(group.bars) + bool(group.heading) for group in groups)
+    with mpl.rc_context(_STYLE):
+        figure = Figure((_WIDTH, _FRAME + _ROW * rows), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title, loc="left", fontsize=15, fontweight="bold")
+        axes.set_xlabel(note, loc="left")
+        labels: dict[int, str] = {}
+        y = 0
+        for group in groups:
+            if group.heading:
+                axes.text(0, y, group.heading, fontweight="bold", va="center")
+                y += 1
+            start = y
+            for label, value in group.bars.items():
+                color = next((_COLORS[one] for one in _COLORS if label.startswith(one)), _OTHERS)
+                axes.barh(y, value, height=0.7, color=color)
+                axes.annotate(
+                    _value(value), (value, y), (5, 0), "data", "offset points", va="center"
+                )
+                labels[y] = label
+                y += 1
+            if group.floor is not None:
+                axes.vlines(group.floor, start - 0.5, y - 0.5, _MARK, "dashed")
+                said = f"F {_value(group.floor)}"
+                axes.text(group.floor, start - 0.55, said, color=_MARK, fontsize=9, va="bottom")
+        axes.set_yticks([*labels], [*labels.values()])
+        axes.set_ylim(y - 0.4, -0.6)
+        axes.margins(x=0.1)
+        axes.set_xlim(left=0)
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color=_GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()
+
+
+def _value(value: float) -> str:
+    """With three digits or so."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
 
 Chart = tuple[str, str, Sequence[Group]]
-"""Of a picture: its title, how to read it, and what is drawn."""
+"""The title of a picture, how to read it, and what is drawn."""
 
 
 @functools.cache
@@ -36,16 +126,16 @@ class Section:
     """One section.
 
     Attributes:
-        name: What the command line calls it.
+        name: Its name on the command line.
         columns: Of its table.
-        measure: Gets the counted repeats, the size and the progress, and gives results.
+        measure: Gives results.
         cells: Makes the rows of the table of the results.
         pictures: Makes pictures of them, by file name.
     """
 
     name: str
     columns: Sequence[str]
-    measure: Callable[[int, Size, Progress | None], Any]
+    measure: Callable[[Run], Any]
     cells: Callable[[Any], Iterable[Sequence[str]]]
     pictures: Callable[[Any], Mapping[str, Chart]] = no_charts
 
@@ -66,10 +156,10 @@ class Section:
 
         Args:
             repeats: Counted runs of each contender.
-            size: How much of it.
+            size: How much text, and how it is trained on.
             progress: Called with (done, total, contender) after each run.
         """
-        return self.measure(repeats, size, progress)
+        return self.measure(Run(repeats, size, progress))
 
     def rows(self, results: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The table: columns and cells."""

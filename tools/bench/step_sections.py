@@ -1,10 +1,13 @@
-"""The sections that measure training steps: what runs in each, on what, and what its table says."""
+"""The sections about training steps: their times, where the time goes, what is kept for the backward."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,45 +15,32 @@ from torch import Tensor, nn
 
 from lora_fx.adapters import quantize
 from lora_fx.formats import quantization_of
-from lora_fx.tools.bench.chart import Group
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     CANONICAL,
     EXPORTED,
     FROZEN,
+    OTHER_KIND,
     OURS,
     PEERS,
     PEFT,
+    PLAIN_KIND,
     THIRD,
     Contenders,
     Settings,
-    name_of,
+    built,
+    by_dropout,
+    of_kinds,
     variants,
 )
+from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
 from lora_fx.tools.bench.counted import saved_by
-from lora_fx.tools.bench.measure import Place, Size, compiles, places, ratio
-from lora_fx.tools.bench.section import Chart
-from lora_fx.tools.bench.steps import COLUMNS, Measured, Row, Steps, mebibytes, section_of
-from lora_fx.tools.bench.workloads import (
-    bert,
-    gpt2,
-    llama_block,
-    mixtral,
-    nf4_llama,
-    small_llama,
-    vit,
-    wide_llama,
-)
+from lora_fx.tools.bench.measure import Place, Run, Size, compiles, places, ratio, synchronizer
+from lora_fx.tools.bench.section import Chart, Group, Section
+from lora_fx.tools.bench.steps import COLUMNS, Measured, Row, Steps, loss_of, mebibytes, section_of
+from lora_fx.tools.bench.workloads import MODELS, mixtral, nf4_llama, small_llama
 
-__all__ = [
-    "DORA",
-    "LORA",
-    "SECTIONS",
-    "WEIGHTS",
-    "Look",
-    "available",
-    "quantized_base",
-]
+__all__ = ["SECTIONS", "available", "quantized_base"]
 
 
 def _slug(where: str) -> str:
@@ -71,13 +61,9 @@ def _llama_contenders(size: Size, place: Place) -> Contenders:
 def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
     for where, one in results.items():
-        names = [name for name in one.steps if name != FROZEN]
-        times = {name: one.overhead(name).median for name in names}
-        saved = {
-            name: beyond / 2**20
-            for name in names
-            if not name.startswith(FROZEN) and (beyond := one.saved_beyond(name)) is not None
-        }
+        times = {name: one.overhead(name).median for name in one.steps if name != FROZEN}
+        beyond = {name: one.saved_beyond(name) for name in one.adapted}
+        saved = {name: size / 2**20 for name, size in beyond.items() if size is not None}
         found[f"llama-step-{_slug(where)}.svg"] = (
             f"Step of a small Llama beside the frozen one ({where})",
             _HOW.format("line"),
@@ -95,15 +81,7 @@ def _model_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
     for where in dict.fromkeys(one.where for one in results.values()):
         groups = [
-            Group(
-                one.model,
-                {
-                    name: one.overhead(name).median
-                    for name in one.steps
-                    if not name.startswith(FROZEN)
-                },
-                one.floor,
-            )
+            Group(one.model, {name: one.overhead(name).median for name in one.adapted}, one.floor)
             for one in results.values()
             if one.where == where
         ]
@@ -119,10 +97,7 @@ _LLAMA = Steps(lambda size: [small_llama(size)], _llama_contenders, seconds=90.0
 
 _MODELS = Steps(
     # With one sequence each, so that a step stays under some 1.5 s on two cores.
-    lambda size: [
-        make(size)
-        for make in (llama_block, vit, bert, gpt2, wide_llama)[: 2 if size is Size.QUICK else 5]
-    ],
+    lambda size: [make(size) for make in MODELS[: 2 if size is Size.QUICK else None]],
     lambda size, _: variants(
         (AGAIN, OURS, EXPORTED, PEFT), (0.05,) if size is Size.QUICK else (0.0, 0.05)
     ),
@@ -171,30 +146,12 @@ _COMPILED_COLUMNS = {
     "of frozen, compiled": _of_compiled,
 }
 
-LORA, DORA = "LoRA", "DoRA"
-
-
-def _dora_contenders(_: Size, place: Place) -> Contenders:
-    """Both kinds of both libraries: "lora-fx DoRA, p = 0" and the like."""
-    return {
-        **variants((AGAIN,)),
-        **{
-            name_of(f"{library} {kind}", p): (
-                library,
-                Settings(lora_dropout=p, use_dora=kind == DORA),
-            )
-            for p in (0.0, 0.05)
-            for library in (OURS, PEFT)
-            for kind in (LORA, DORA)
-        },
-    }
-
 
 def _of_lora(row: Row) -> tuple[str, str]:
-    """Time and bytes beside plain adapters of the same library."""
-    if DORA not in row.name:
+    """Time and bytes relative to plain adapters of the same library."""
+    if OTHER_KIND not in row.name:
         return "", ""
-    plain = row.measured.steps[row.name.replace(DORA, LORA)]
+    plain = row.measured.steps[row.name.replace(OTHER_KIND, PLAIN_KIND)]
     saved = row.step.saved
     return (
         f"{ratio(row.step.sample, plain.sample).median:.2f}",
@@ -202,7 +159,7 @@ def _of_lora(row: Row) -> tuple[str, str]:
     )
 
 
-_DORA_COLUMNS = {
+_KIND_COLUMNS = {
     **COLUMNS,
     "saved MiB": lambda row: mebibytes(row.step.saved),
     "time of LoRA's": lambda row: _of_lora(row)[0],
@@ -236,7 +193,7 @@ WEIGHTS = "weights"
 
 
 class Look(NamedTuple):
-    """What is seen of a quantized base.
+    """What a section looks at in a quantized base.
 
     Attributes:
         dense: Bytes of dequantized weights that each contender keeps for its backward.
@@ -250,10 +207,7 @@ class Look(NamedTuple):
 
 
 def _look(
-    model: nn.Module,
-    base: nn.Module,
-    models: Mapping[str, nn.Module],
-    losses: Mapping[str, Any],
+    model: nn.Module, base: nn.Module, models: Mapping[str, nn.Module], losses: Mapping[str, Any]
 ) -> Look:
     found = [one.shape for p in base.parameters() if (one := quantization_of(p)) is not None]
     shapes = {*found, *(shape[::-1] for shape in found)}
@@ -277,15 +231,170 @@ def _look(
 
 def _nf4_contenders(size: Size, _: Place) -> Contenders:
     names = (OURS, PEFT) if size is Size.QUICK else (OURS, CANONICAL, PEFT)
-    return {
-        **variants((AGAIN,)),
-        **{key: one for p in (0.0, 0.05) for key, one in variants(names, (p,)).items()},
-    }
+    return {**variants((AGAIN,)), **by_dropout(names)}
 
 
 def _weights(row: Row) -> str:
     look: Look = row.measured.look
     return f"{mebibytes(look.stored)} ({mebibytes(look.plain)})" if row.name == FROZEN else ""
+
+
+def _contenders(*names: str) -> Contenders:
+    """The frozen model, plain adapters of these with each dropout, the other kind of both libraries."""
+    return {**by_dropout(names), **of_kinds((OTHER_KIND,), (0.0,))}
+
+
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+_RANDOM = ("bernoulli", "dropout", "random", "uniform", "rand")
+_COPIES = ("copy_", "clone", "zero_", "fill_", "cat")
+_EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")
+
+_BASE, _THIN, _ATTENTION, _DRAWN, _COPIED, _ELEMENTS, _OUTSIDE = GROUPS = (
+    "base products",
+    "thin products",
+    "attention",
+    "random numbers",
+    "copies, fills",
+    "element by element",
+    "between operations",
+)
+_TURNS = 5
+
+Profile = dict[str, float]
+"""Seconds of one step by group."""
+
+
+def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
+    """Medians of the turns, by device and dtype, then by contender."""
+    workload = small_llama(run.size)
+
+    def work(place: Place, part: Run) -> dict[str, Profile]:
+        inputs = workload.on(place)
+        base = workload.make().to(place.device, place.dtype)
+        models = built(_contenders(OURS, PEFT), base)
+        turns: dict[str, list[Profile]] = {name: [] for name in models}
+        # In turn, as times are taken; the first turn is not counted.
+        counted = min(run.repeats, _TURNS)
+        for turn in range(counted + 1):
+            for done, (name, model) in enumerate(models.items(), 1):
+                found = _profiled(model, loss_of(model, inputs), place.device)
+                if turn:
+                    turns[name].append(found)
+                part.tell(turn * len(models) + done, (counted + 1) * len(models), name)
+        return {
+            name: {group: statistics.median(one[group] for one in each) for group in GROUPS}
+            for name, each in turns.items()
+        }
+
+    return run.at_each(places(half=run.size is Size.FULL), work)
+
+
+def _profile_cells(results: Mapping[str, Mapping[str, Profile]]) -> Iterator[list[str]]:
+    """Milliseconds of one step."""
+    for where, found in results.items():
+        for name, seconds in found.items():
+            times = [*(seconds[group] for group in GROUPS), sum(seconds.values())]
+            yield [where, name, *(f"{1e3 * one:.1f}" for one in times)]
+
+
+def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
+    """The group of an operation.
+
+    Args:
+        name: As the profiler has it, ``aten::mm``.
+        shapes: Of its tensors.
+        rank: Of the adapters.
+    """
+    plain = name.removeprefix("aten::")
+    if plain in _PRODUCTS:
+        return _THIN if any(_is_thin(shape, rank) for shape in shapes) else _BASE
+    if "attention" in plain:
+        return _ATTENTION
+    if any(plain.startswith(one) or one in plain for one in _RANDOM):
+        return _DRAWN
+    if plain in _COPIES:
+        return _COPIED
+    return _OUTSIDE if plain in _EMPTY or _only_calls(plain) else _ELEMENTS
+
+
+def _is_thin(shape: Sequence[int], rank: int) -> bool:
+    """Whether a dimension is a rank, or the ranks of up to three layers that share an input."""
+    return any(length in (rank, 2 * rank, 3 * rank) for length in shape)
+
+
+@functools.cache
+def _only_calls(name: str) -> bool:
+    """Whether an operation of ATen computes nothing itself: a view, or one that calls others."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    found = [getattr(packet, one) for one in packet.overloads() if not one.endswith("out")]
+    # Some overloads are TorchScript's alone; the dispatcher does not know them.
+    known = [one for one in found if torch._C._dispatch_has_kernel(one.name())]
+    return bool(known) and all(
+        one.is_view
+        or torch._C._dispatch_has_kernel_for_dispatch_key(one.name(), "CompositeImplicitAutograd")
+        for one in known
+    )
+
+
+def _profiled(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> Profile:
+    wait: Callable[[], Any] = synchronizer(device) or (lambda: None)
+    on_cuda = device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
+    model.zero_grad()
+    wait()
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+        began = time.perf_counter()
+        torch.autograd.backward(loss())
+        wait()
+        whole = time.perf_counter() - began
+    seconds = dict.fromkeys(GROUPS, 0.0)
+    for event in profile.key_averages(group_by_input_shape=True):
+        taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        if event.key.startswith("aten::"):
+            seconds[group_of(event.key, event.input_shapes, Settings().r)] += taken / 1e6
+    computed = sum(taken for group, taken in seconds.items() if group != _OUTSIDE)
+    return seconds | {_OUTSIDE: max(0.0, whole - computed)}
+
+
+_WIDE, _NARROW, _MASKS, _OTHER = KINDS = (
+    "T × width",
+    "T × r, r × width",
+    "bits and whole numbers",
+    "vectors, T × 1",
+)
+"""Of what is kept, in the order of the table."""
+
+
+def _kept(run: Run) -> dict[str, Mapping[str, int]]:
+    """Bytes by contender, then by kind. Nothing is timed, and a CPU keeps what a GPU does."""
+    workload, place = small_llama(run.size), Place(torch.device("cpu"), torch.float32)
+    inputs = workload.on(place)
+    models = built(_contenders(OURS, EXPORTED, PEFT), workload.make(), inputs)
+    found: dict[str, Mapping[str, int]] = {}
+    for done, (name, model) in enumerate(models.items(), 1):
+        found[name] = saved_by(model, loss_of(model, inputs), kind_of)
+        run.tell(done, len(models), name)
+    return found
+
+
+def _kept_cells(results: Mapping[str, Mapping[str, int]]) -> Iterator[list[str]]:
+    """MiB of each kind beyond the frozen step; in its own row, all of it."""
+    for name, found in results.items():
+        base: Mapping[str, int] = {} if name == FROZEN else results[FROZEN]
+        sizes = [found.get(kind, 0) - base.get(kind, 0) for kind in KINDS]
+        yield [name, *(f"{size / 2**20:z.2f}" for size in sizes), mebibytes(sum(sizes))]
+
+
+def kind_of(tensor: Tensor) -> str:
+    """The kind of something that is kept, at the rank of the benchmark."""
+    if not tensor.is_floating_point():
+        return _MASKS
+    if _is_thin(tensor.shape, Settings().r):
+        return _NARROW
+    return _OTHER if sum(length > 1 for length in tensor.shape) < 2 else _WIDE
 
 
 SECTIONS = (
@@ -303,9 +412,13 @@ SECTIONS = (
         _model_charts,
     ),
     section_of(
-        "dora_step",
-        Steps(lambda size: [small_llama(size)], _dora_contenders, floor=False),
-        _DORA_COLUMNS,
+        f"{OTHER_KIND.lower()}_step",
+        Steps(
+            lambda size: [small_llama(size)],
+            lambda *_: {**variants((AGAIN,)), **of_kinds(ADAPTER_KINDS)},
+            floor=False,
+        ),
+        _KIND_COLUMNS,
     ),
     section_of(
         "expert_step",
@@ -336,5 +449,12 @@ SECTIONS = (
             "of it weights, MiB": lambda row: mebibytes(row.measured.look.dense[row.name]),
             "base weights, MiB (before)": _weights,
         },
+    ),
+    Section("profile_step", ("where", "contender", *GROUPS, "sum"), _profiles, _profile_cells),
+    Section(
+        "saved_step",
+        ("contender", *(f"{kind}, MiB" for kind in KINDS), "sum, MiB"),
+        _kept,
+        _kept_cells,
     ),
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,34 +20,19 @@ from lora_fx.tools.bench.contenders import (
 from lora_fx.tools.bench.counted import Memory, count_operations, measure_memory, saved_bytes
 from lora_fx.tools.bench.measure import (
     Place,
-    Progress,
     Ratio,
+    Run,
     Sample,
     Size,
     allocator_peak,
-    at_each,
-    interleaved,
     kernel_launches,
     places,
-    portion,
     ratio,
-    synchronizer,
 )
 from lora_fx.tools.bench.section import Chart, Section, no_charts
 from lora_fx.tools.bench.workloads import Workload
 
-__all__ = [
-    "COLUMNS",
-    "Column",
-    "Measured",
-    "Row",
-    "Step",
-    "Steps",
-    "compare",
-    "loss_of",
-    "mebibytes",
-    "section_of",
-]
+__all__ = ["COLUMNS", "Measured", "Row", "Steps", "loss_of", "mebibytes", "section_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +74,11 @@ class Measured:
     where: str = ""
     look: Any = None
 
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the contenders with adapters."""
+        return [name for name in self.steps if not name.startswith(FROZEN)]
+
     def overhead(self, name: str) -> Ratio:
         """O."""
         return ratio(self.steps[name].sample, self.steps[FROZEN].sample)
@@ -127,8 +116,8 @@ class Steps:
         where: The places.
         seconds: After this long no further turn begins.
         floor: Whether F can be counted.
-        base: What becomes of the model before adapters are put on it.
-        wrap: What becomes of the contenders beside the frozen one (``torch.compile``); then only time is
+        base: What is done to the model before adapters are added.
+        wrap: What is done to the contenders but the frozen one (``torch.compile``); then only time is
             measured of them, since hooks and modes change what is compiled.
         look: What else is looked at, once the times are taken.
     """
@@ -142,30 +131,18 @@ class Steps:
     wrap: Callable[[nn.Module], nn.Module] | None = None
     look: Look | None = None
 
-    def measure(self, repeats: int, size: Size, progress: Progress | None) -> dict[str, Measured]:
+    def measure(self, run: Run) -> dict[str, Measured]:
         """Results by place, and by model before it where there are several."""
-        models = self.workloads(size)
-        found: dict[str, Measured] = {}
-        for index, workload in enumerate(models):
-            several = len(models) > 1
-
-            def work(
-                place: Place, tell: Progress | None, workload: Workload = workload
-            ) -> Measured:
-                return self._measured(workload, place, size, repeats, tell)
-
-            title = workload.title.partition(",")[0] if several else ""
-            tell = portion(progress, index, len(models), title)
-            done = at_each(self.where(size), work, tell)
-            found |= {
-                f"{workload.title}, {where}" if several else where: measured
-                for where, measured in done.items()
-            }
+        models = self.workloads(run.size)
+        several = len(models) > 1
+        found = {}
+        for workload, part in run.each(models, lambda one: one.short if several else ""):
+            for place, here in part.each(self.where(run.size)):
+                name = f"{workload.title}, {place}" if several else str(place)
+                found[name] = self._measured(workload, place, here)
         return found
 
-    def _measured(
-        self, workload: Workload, place: Place, size: Size, repeats: int, tell: Progress | None
-    ) -> Measured:
+    def _measured(self, workload: Workload, place: Place, run: Run) -> Measured:
         model = workload.make().to(place.device, place.dtype)
         inputs = workload.on(place)
         floor = None
@@ -174,57 +151,25 @@ class Steps:
             names = targets_of(model, settings)
             floor = model_floor(model, names, settings.r, lambda one: one(**inputs))
         base = self.base(model)
-        models = built(self.contenders(size, place), base, inputs)
+        models = built(self.contenders(run.size, place), base, inputs)
         running = models
         if self.wrap is not None:
             # What was compiled before would count towards the limit on compilations of one forward.
             torch.compiler.reset()
             running = {n: one if n == FROZEN else self.wrap(one) for n, one in models.items()}
         losses = {name: loss_of(one, inputs) for name, one in running.items()}
-        counted = {name for name, one in models.items() if running[name] is one}
-        steps = compare(
-            models, losses, place.device, counted, repeats, seconds=self.seconds, progress=tell
-        )
+        turns = {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()}
+        timed = run.times(turns, place.device, seconds=self.seconds)
+        steps = {
+            name: _counted(timed[name], one, losses[name], place.device)
+            if running[name] is one
+            else Step(timed[name])
+            for name, one in models.items()
+        }
         if self.wrap is not None:
             torch.compiler.reset()
         look = None if self.look is None else self.look(model, base, models, losses)
         return Measured(floor, steps, workload.title, str(place), look)
-
-
-def compare(
-    models: Mapping[str, nn.Module],
-    losses: Mapping[str, Callable[[], Tensor]],
-    device: torch.device,
-    counted: Collection[str],
-    repeats: int,
-    *,
-    seconds: float = math.inf,
-    progress: Progress | None = None,
-) -> dict[str, Step]:
-    """Measures contenders that are there.
-
-    Args:
-        models: By name, the frozen one among them.
-        losses: What each one's step goes back from.
-        device: Where they are.
-        counted: Of which more than time is measured.
-        repeats: Counted turns.
-        seconds: As for :func:`lora_fx.tools.bench.measure.interleaved`.
-        progress: Likewise.
-    """
-    timed = interleaved(
-        {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()},
-        repeats=repeats,
-        seconds=seconds,
-        synchronize=synchronizer(device),
-        progress=progress,
-    )
-    return {
-        name: _counted(timed[name], model, losses[name], device)
-        if name in counted
-        else Step(timed[name])
-        for name, model in models.items()
-    }
 
 
 def _counted(
@@ -232,7 +177,7 @@ def _counted(
 ) -> Step:
     def step() -> None:
         model.zero_grad()
-        _backward(loss)(None)
+        torch.autograd.backward(loss())
 
     held: list[Memory] = []
     operations = count_operations(lambda: held.append(measure_memory(step)))
@@ -261,10 +206,7 @@ def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tens
 
 
 def _backward(loss: Callable[[], Tensor]) -> Callable[[Any], None]:
-    def step(_: Any) -> None:
-        torch.autograd.backward(loss())
-
-    return step
+    return lambda _: torch.autograd.backward(loss())
 
 
 Column = Callable[[Row], str]

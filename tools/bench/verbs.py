@@ -1,4 +1,4 @@
-"""How long rewrites and merges take, beside PEFT's, and how exact merged weights are."""
+"""How long rewrites and merges take compared with PEFT's, and how exact merged weights are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -14,31 +15,16 @@ from torch import Tensor, nn
 from lora_fx.api import graphs, merge, rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.passes.merge import rounded, ulp
-from lora_fx.tools.bench.chart import Group
 from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT, shared_copy
 from lora_fx.tools.bench.counted import Memory, measure_memory
-from lora_fx.tools.bench.measure import (
-    Place,
-    Progress,
-    Sample,
-    Size,
-    at_each,
-    devices,
-    interleaved,
-    portion,
-    ratio,
-    synchronizer,
-)
-from lora_fx.tools.bench.section import Chart, Section
+from lora_fx.tools.bench.measure import Contenders, Place, Run, Sample, Size, devices, ratio
+from lora_fx.tools.bench.section import Chart, Group, Section
 from lora_fx.tools.bench.workloads import llama_shape
 
 __all__ = ["BOUND", "OURS_INTO", "PEFT_MERGE", "SECTIONS", "MergeError", "Merged", "Scale"]
 
 _RANK = 16
 _AGAIN = f"{OURS} again (A/A)"
-
-Timed = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""A preparation, and what is timed, which gets its result."""
 
 
 def _fields(targets: str | list[str]) -> dict[str, Any]:
@@ -53,8 +39,8 @@ def _on_meta(**shape: Any) -> nn.Module:
     return model
 
 
-def _rewrites(make: Callable[[], nn.Module], targets: str | list[str]) -> dict[str, Timed]:
-    """Rewrites of a model beside PEFT's, which changes the model that it is given and gets a new one."""
+def _rewrites(make: Callable[[], nn.Module], targets: str | list[str]) -> Contenders:
+    """Rewrites of a model, and PEFT's, which changes the model that it is given and gets a new one."""
     import peft
 
     base = make()
@@ -66,38 +52,28 @@ def _rewrites(make: Callable[[], nn.Module], targets: str | list[str]) -> dict[s
     def ours(_: Any) -> nn.Module:
         return rewrite(base, LoraConfig(**_fields(targets)))
 
-    return {
-        OURS: (_nothing, ours),
-        _AGAIN: (_nothing, ours),
-        PEFT: (fresh, lambda given: peft.get_peft_model(*given)),
-    }
+    # Ours needs no fresh model: the one that it is given stays as it is.
+    untimed = (lambda: None, ours)
+    theirs = (fresh, lambda given: peft.get_peft_model(*given))
+    return {OURS: untimed, _AGAIN: untimed, PEFT: theirs}
 
 
-def _nothing() -> None:
-    """Ours needs no fresh model: the one that it is given stays as it is."""
-
-
-def _by_targets(
-    repeats: int, size: Size, progress: Progress | None
-) -> dict[str, dict[str, Sample]]:
-    layers, few = (1, 1) if size is Size.TINY else (32, 4)
+def _by_targets(run: Run) -> dict[str, dict[str, Sample]]:
+    layers, few = (1, 1) if run.size is Size.TINY else (32, 4)
     cases: dict[str, tuple[int, str | list[str], bool]] = {
         "q, k, v, o": (layers, ["q_proj", "k_proj", "v_proj", "o_proj"], False),
         "all-linear": (layers, "all-linear", False),
         f"all-linear, {few} layers": (few, "all-linear", True),
     }
     found = {}
-    for index, (title, (count, targets, exported)) in enumerate(cases.items()):
+    for title, part in run.each(cases, str):
+        count, targets, exported = cases[title]
         make = functools.partial(_on_meta, num_hidden_layers=count)
         contenders = _rewrites(make, targets)
         if exported:
-            contenders[EXPORTED] = (make, functools.partial(_export, targets=targets))
-        found[title] = interleaved(
-            contenders,
-            repeats=repeats,
-            seconds=20.0,
-            progress=portion(progress, index, len(cases), title),
-        )
+            run_export = functools.partial(_export, targets=targets)
+            contenders = {**contenders, EXPORTED: (make, run_export)}
+        found[title] = part.times(contenders, seconds=20.0)
     return found
 
 
@@ -146,13 +122,12 @@ class Scale:
         return 1e3 * self.samples[OURS].median / self.nodes
 
 
-def _by_shape(repeats: int, size: Size, progress: Progress | None) -> dict[str, Scale]:
+def _by_shape(run: Run) -> dict[str, Scale]:
     found = {}
-    for index, name in enumerate(_SOME[size]):
+    for name, part in run.each(_SOME[run.size], str):
         shape = llama_shape(*_SHAPES[name], vocabulary=32000) | _FEW_HEADS.get(name, {})
         contenders = _rewrites(functools.partial(_on_meta, **shape), "all-linear")
-        tell = portion(progress, index, len(_SOME[size]), name)
-        samples = interleaved(contenders, repeats=repeats, seconds=20.0, progress=tell)
+        samples = part.times(contenders, seconds=20.0)
         made = graphs(contenders[OURS][1](None))
         found[name] = Scale(sum(len(graph.nodes) for graph in made.values()), samples)
     return found
@@ -196,7 +171,7 @@ class Merged:
     weight: int
 
 
-def _merges(repeats: int, size: Size, progress: Progress | None) -> dict[str, dict[str, Merged]]:
+def _merges(run: Run) -> dict[str, dict[str, Merged]]:
     # Weights are merged in half types on every machine, however slow its products in them are.
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     where = [Place(device, dtype) for device in devices() for dtype in dtypes]
@@ -204,24 +179,18 @@ def _merges(repeats: int, size: Size, progress: Progress | None) -> dict[str, di
         Size.FULL: (len(where), 25, 2048),
         Size.QUICK: (2, 4, 1024),
         Size.TINY: (1, 2, 32),
-    }[size]
+    }[run.size]
 
-    def work(place: Place, tell: Progress | None) -> dict[str, Merged]:
+    def work(place: Place, part: Run) -> dict[str, Merged]:
         contenders = _merge_contenders(place, layers, width)
-        timed = interleaved(
-            contenders,
-            repeats=repeats,
-            seconds=30.0,
-            synchronize=synchronizer(place.device),
-            progress=tell,
-        )
+        timed = part.times(contenders, place.device, seconds=30.0)
         weight = width**2 * place.dtype.itemsize
         return {
-            name: Merged(timed[name], measure_memory(functools.partial(run, prepare())), weight)
-            for name, (prepare, run) in contenders.items()
+            name: Merged(timed[name], measure_memory(functools.partial(work, prepare())), weight)
+            for name, (prepare, work) in contenders.items()
         }
 
-    return at_each(where[:count], work, progress)
+    return run.at_each(where[:count], work)
 
 
 def _merge_cells(results: Mapping[str, Mapping[str, Merged]]) -> Iterator[list[str]]:
@@ -232,7 +201,7 @@ def _merge_cells(results: Mapping[str, Mapping[str, Merged]]) -> Iterator[list[s
             yield [where, name, str(one.sample), times, *sizes]
 
 
-def _merge_contenders(place: Place, layers: int, width: int) -> dict[str, Timed]:
+def _merge_contenders(place: Place, layers: int, width: int) -> Contenders:
     import peft
 
     names = [str(index) for index in range(layers)]
@@ -248,15 +217,13 @@ def _merge_contenders(place: Place, layers: int, width: int) -> dict[str, Timed]
                     if "lora_" in name:
                         parameter.normal_(0, 0.02)
 
+    fresh = functools.partial(copy.deepcopy, theirs)
     return {
         OURS: (lambda: ours, merge),
         _AGAIN: (lambda: ours, merge),
         OURS_INTO: (lambda: copy.deepcopy(base), lambda given: merge(ours, into=given)),
-        PEFT_MERGE: (lambda: copy.deepcopy(theirs), lambda given: given.merge_and_unload()),
-        f"{PEFT_MERGE}, safe_merge": (
-            lambda: copy.deepcopy(theirs),
-            lambda given: given.merge_and_unload(safe_merge=True),
-        ),
+        PEFT_MERGE: (fresh, methodcaller("merge_and_unload")),
+        f"{PEFT_MERGE}, safe_merge": (fresh, methodcaller("merge_and_unload", safe_merge=True)),
         BOUND: (lambda: _factors(theirs, names), _added),
     }
 
@@ -290,15 +257,12 @@ class MergeError:
     wrong: float
 
 
-def _errors(
-    repeats: int, size: Size, progress: Progress | None
-) -> dict[str, dict[str, MergeError]]:
+def _errors(run: Run) -> dict[str, dict[str, MergeError]]:
     """Errors by dtype, then by contender. Nothing is timed: one run says all."""
     results = {}
     for done, dtype in enumerate((torch.bfloat16, torch.float16)):
-        if progress is not None:
-            progress(done, 2, str(dtype))
-        found = _errors_in(dtype, 32 if size is Size.TINY else 512)
+        run.tell(done, 2, str(dtype))
+        found = _errors_in(dtype, 32 if run.size is Size.TINY else 512)
         results[str(dtype).removeprefix("torch.")] = found
     return results
 
@@ -354,10 +318,7 @@ _MEDIAN = "median (quartiles)"
 
 SECTIONS = (
     Section(
-        "rewrite_time",
-        ("targets", "contender", _MEDIAN, "of PEFT's"),
-        _by_targets,
-        _target_cells,
+        "rewrite_time", ("targets", "contender", _MEDIAN, "of PEFT's"), _by_targets, _target_cells
     ),
     Section(
         "rewrite_scale",

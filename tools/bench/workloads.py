@@ -1,4 +1,4 @@
-"""Models and batches of training steps."""
+"""Models that are trained or served: their shapes and their inputs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.tools.bench.contenders import is_linear, model_floor
 from lora_fx.tools.bench.measure import Place, Size
 
 __all__ = [
+    "MODELS",
+    "RANK",
+    "Served",
     "Workload",
-    "bert",
-    "gpt2",
-    "llama",
-    "llama_block",
     "llama_shape",
     "mixtral",
     "nf4_llama",
+    "randomize",
     "resnet",
+    "served",
     "small_llama",
-    "vit",
-    "wide_llama",
 ]
 
 
@@ -41,6 +41,11 @@ class Workload:
     title: str
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
+
+    @property
+    def short(self) -> str:
+        """The title without the size of the batch."""
+        return self.title.partition(",")[0]
 
     def on(self, place: Place) -> dict[str, Tensor]:
         """The batch at a place: numbers that are not whole have its dtype. They are leaves."""
@@ -164,6 +169,10 @@ def resnet(size: Size) -> Workload:
     return Workload(title, _maker("ResNetForImageClassification", shape), inputs)
 
 
+MODELS = (llama_block, vit, bert, gpt2, wide_llama)
+"""Of the section that compares models."""
+
+
 def _standard(
     title: str, model: str, size: Size, tiny: Mapping[str, Any], vocabulary: int
 ) -> Workload:
@@ -181,10 +190,10 @@ def _of_tokens(
 
 
 def _maker(model: str, shape: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    return functools.partial(_make, model, dict(shape))
+    return functools.partial(_make, model, shape)
 
 
-def _make(model: str, shape: dict[str, Any]) -> nn.Module:
+def _make(model: str, shape: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     kind = getattr(transformers, model)
@@ -204,3 +213,87 @@ def _ids(vocabulary: int, *shape: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return torch.randint(0, vocabulary, shape)
+
+
+RANK = 16
+
+_BATCH, _TOKENS = 2, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model of transformers with random weights.
+
+    Attributes:
+        title: What the tables call it.
+        task: What exporters of others call its task.
+        architecture: Its class.
+        shape: Arguments of its configuration.
+        head: The suffix of the linear layer that gets no adapter, or "".
+    """
+
+    title: str
+    task: str
+    architecture: str
+    shape: Mapping[str, Any]
+    head: str = ""
+
+    def make(self) -> nn.Module:
+        """The model in eval mode, without a cache: the same one each time."""
+        return _make(self.architecture, {**self.shape, "use_cache": False}).eval()
+
+    def inputs(
+        self, batch: int = _BATCH, tokens: int = _TOKENS, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Token ids and a mask of ones, [batch, tokens]."""
+        draw = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.shape["vocab_size"], (batch, tokens), generator=draw)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def layers(self, model: nn.Module) -> list[str]:
+        """The linear layers of the model that get an adapter."""
+        return [
+            name
+            for name, module in model.named_modules()
+            if is_linear(module) and (not self.head or not name.endswith(self.head))
+        ]
+
+    def floor(self, rank: int = RANK) -> float:
+        """F of a run: 1 + Σ r·(d + k) / Σ d·k, the head in the second sum only.
+
+        Of three products of a training step and its two, a run has one of each: a third of 6 by a half of 4.
+        """
+        model, inputs = self.make(), self.inputs()
+        step = model_floor(model, self.layers(model), rank, lambda one: one(**inputs))
+        return 1 + (step - 1) / 1.5
+
+
+def served(size: Size) -> tuple[Served, ...]:
+    """An encoder in the shapes of MiniLM and the small Llama of the training steps."""
+    tiny = size is Size.TINY
+    width, layers, heads = (16, 1, 2) if tiny else (384, 6, 12)
+    vocabulary = 64 if tiny else 1000
+    encoder: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": 512,
+    }
+    bert = Served(f"BERT {layers} × {width}", "feature-extraction", "BertModel", encoder)
+    if tiny:
+        return (bert,)
+    decoder = llama_shape(512, 1376, 4, 8, vocabulary)
+    llama = Served("Llama 4 × 512", "text-generation", "LlamaForCausalLM", decoder, "lm_head")
+    return bert, llama
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Factors as after a long training: ΔW about as large as W. The model itself is given back."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return model

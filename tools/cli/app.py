@@ -16,7 +16,7 @@ from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, ru
 from lora_fx.tools.cli.options import as_options
 from lora_fx.tools.cli.project_commands import bench, demo, zoo
 
-__all__ = ["COMMANDS", "ERROR_EXIT", "app"]
+__all__ = ["app"]
 
 ERROR_EXIT = 2
 """Exit code for every error of lora_fx, as typer's for a wrong command line."""
@@ -74,7 +74,7 @@ app = typer.Typer(
 def _version(wanted: bool) -> None:
     if wanted:
         installed = importlib.metadata.version("lora-fx")
-        console.output().print(f"lora-fx {installed}", highlight=False)
+        console.say(f"lora-fx {installed}")
         raise typer.Exit
 
 
@@ -88,7 +88,7 @@ def common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """What comes before the command."""
+    """The options before the command."""
     console.log_to_stderr(debug=debug)
 
 

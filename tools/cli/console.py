@@ -9,22 +9,28 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import IO
 
-from rich.console import Console
+from rich import box
+from rich import progress as bars
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Advance", "error_console", "log_to_stderr", "output", "progress", "say_error", "steps"]
+__all__ = [
+    "Advance",
+    "error_console",
+    "facts",
+    "log_to_stderr",
+    "output",
+    "progress",
+    "say",
+    "say_error",
+    "steps",
+    "table",
+]
 
 Advance = Callable[[int, int, str], None]
 """(done, total, what is being done): what :func:`progress` gives and the library takes."""
@@ -42,10 +48,37 @@ def error_console() -> Console:
     return _console(sys.stderr)
 
 
+def say(text: str, style: str = "", *, to: Console | None = None) -> None:
+    """Prints text as it is: nothing in it is markup, and long lines stay whole."""
+    (to or output()).print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
 def say_error(message: str) -> None:
     """One red message."""
     text = Text.assemble(("error: ", "bold red"), (message, "red"))
     error_console().print(text, soft_wrap=True, highlight=False)
+
+
+def table(
+    *headings: str, rows: Iterable[Iterable[RenderableType]] = (), right: Collection[str] = ()
+) -> Table:
+    """Makes a table. ``right`` names the columns that are aligned right; text in cells is not markup."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(one) if isinstance(one, str) else one for one in row))
+    return made
+
+
+def facts(rows: Iterable[tuple[str, RenderableType]], style: str) -> Table:
+    """Makes a grid of labels, in a style, and values."""
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style=style, no_wrap=True)
+    made.add_column(overflow="fold")
+    for label, said in rows:
+        made.add_row(label, Text(said) if isinstance(said, str) else said)
+    return made
 
 
 def log_to_stderr(*, debug: bool = False) -> None:
@@ -67,16 +100,15 @@ def progress(title: str, console: Console | None = None) -> Iterator[Advance]:
     """
     console = console or error_console()
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=24),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("[dim]{task.fields[what]}"),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
+    hidden = not console.is_terminal
+    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
         task = shown.add_task(title, total=None, what="")
 
         def advance(done: int, total: int, what: str = "") -> None:

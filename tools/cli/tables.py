@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +15,9 @@ from rich.text import Text
 
 from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
 from lora_fx.ir import Plan
+from lora_fx.tools.cli import console
 
-__all__ = ["Row", "folded_names", "folded_rows", "render_export", "render_plan"]
+__all__ = ["render_export", "render_plan"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
@@ -167,71 +168,63 @@ def render_export(report: ExportReport) -> RenderableType:
     Args:
         report: What ``export_onnx`` returned.
     """
-    parts: list[RenderableType] = [_facts(report), _ports(report)]
     # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
-    if report.fixed_axes and report.task is None:
-        rows = report.fixed_axes.items()
-        parts.append(_table(("fixed axis", "because"), rows))
-    if report.baked_arguments:
-        parts.append(_table(("fixed argument", "value"), report.baked_arguments.items()))
+    fixed = report.fixed_axes if report.task is None else {}
+    parts: list[RenderableType] = [
+        console.facts(_facts(report), "dim"),
+        console.table("", "name", "axes", "at most", rows=_ports(report)),
+        *_pairs(("fixed axis", "because"), fixed),
+        *_pairs(("fixed argument", "value"), report.baked_arguments),
+    ]
     if report.verified:
         parts.append(_parity(report))
-    if report.shapes_skipped:
-        rows = report.shapes_skipped.items()
-        parts.append(_table(("shape not tried", "because PyTorch says"), rows))
+    parts += _pairs(("shape not tried", "because PyTorch says"), report.shapes_skipped)
     if report.encoder is not None:
         parts += [Text("with the encoder beside it:", "dim"), render_export(report.encoder)]
     return Group(*parts)
 
 
-def _facts(report: ExportReport) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+def _pairs(headings: tuple[str, str], found: Mapping[str, str]) -> list[Table]:
+    return [console.table(*headings, rows=found.items())] if found else []
+
+
+def _facts(report: ExportReport) -> Iterator[tuple[str, str | Text]]:
     for name, size in report.files.items():
-        table.add_row(
-            "file" if name not in report.data_files else "weights", f"{name}  {size_text(size)}"
-        )
-    table.add_row("written as", f"{report.dtype}, opset {report.opset}")
+        yield "weights" if name in report.data_files else "file", f"{name}  {size_text(size)}"
+    yield "written as", f"{report.dtype}, opset {report.opset}"
     if report.task is not None:
-        table.add_row("task", report.task)
-    for form in report.quantized:
-        table.add_row("few bits", str(form))
+        yield "task", report.task
+    yield from (("few bits", str(form)) for form in report.quantized)
     if report.adapters == "inline":
-        table.add_row("adapters", "are products of their own beside the operations")
-    if report.swappable:
-        sites = len(report.swappable)
-        table.add_row("adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
+        yield "adapters", "are products of their own beside the operations"
+    if sites := len(report.swappable):
+        yield "adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}"
     named = [f"{count} {op}" for op, count in list(report.operators.items())[:_OPERATORS]]
     more = ", …" if len(report.operators) > _OPERATORS else ""
-    table.add_row("nodes", f"{report.nodes}: {', '.join(named)}{more}")
-    table.add_row("tensors", str(report.initializers))
+    yield "nodes", f"{report.nodes}: {', '.join(named)}{more}"
+    yield "tensors", str(report.initializers)
     if report.verified:
-        table.add_row("checked", f"on {report.provider} against {report.reference}")
-        if report.values_tried:
-            table.add_row("values", Text(report.values_tried))
+        yield "checked", f"on {report.provider} against {report.reference}"
     else:
-        table.add_row("checked", Text(f"NOT CHECKED: {report.unverified_reason}", "bold yellow"))
+        yield "checked", Text(f"NOT CHECKED: {report.unverified_reason}", "bold yellow")
+    if report.verified and report.values_tried:
+        yield "values", report.values_tried
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
-    table.add_row("seconds", f"{report.total_seconds:.1f}: {stages}")
-    return table
+    yield "seconds", f"{report.total_seconds:.1f}: {stages}"
 
 
-def _ports(report: ExportReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "name", "axes", "at most"):
-        table.add_column(heading)
+def _ports(report: ExportReport) -> Iterator[tuple[str, str, str, str]]:
     for kind, ports in (("input", report.inputs), ("output", report.outputs)):
         for name, axes in short(ports).items():
             limits = {axis: report.axis_limits.get(str(axis)) for axis in axes}
             bounded = [f"{axis} {limit}" for axis, limit in limits.items() if limit is not None]
-            table.add_row(kind, Text(name), ", ".join(map(str, axes)), ", ".join(bounded))
-    return table
+            yield kind, name, ", ".join(map(str, axes)), ", ".join(bounded)
 
 
 def _parity(report: ExportReport) -> Table:
     half = any(row.pytorch_rel_error is not None for row in report.parity)
     headings = [f"parity on {len(report.shapes_tried)} shapes", "largest error", "relative"]
+    headings += [f"PyTorch in {report.dtype}"] if half else []
     rows = []
     for row in worst_by_layer(report.parity):
         cells = [row.name, f"{row.max_abs_error:.1e}", f"{row.max_rel_error:.1e}"]
@@ -239,15 +232,4 @@ def _parity(report: ExportReport) -> Table:
             narrow = row.pytorch_rel_error
             cells.append("" if narrow is None else f"{narrow:.1e}")
         rows.append([*cells, f"{row.tolerance:.0e}" if row.tolerance else "equal"])
-    if half:
-        headings.append(f"PyTorch in {report.dtype}")
-    return _table((*headings, "allowed"), rows)
-
-
-def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+    return console.table(*headings, "allowed", rows=rows)

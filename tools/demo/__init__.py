@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from lora_fx.tools.demo.data import LIBRARIES, Corpus, collect
-from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
-from lora_fx.tools.demo.report import FULL, QUICK, DemoReport, DemoSettings, claim_folder
-from lora_fx.tools.demo.story import CONFIG, run_demo
-from lora_fx.tools.demo.training import train
+from lora_fx.tools.demo.model import (
+    FULL,
+    QUICK,
+    Batch,
+    DemoSettings,
+    SentenceClassifier,
+    batches,
+    fit_head,
+    logits,
+    tokens,
+    train,
+)
+from lora_fx.tools.demo.story import CONFIG, DemoReport, claim_folder, run_demo
 
 __all__ = [
     "CONFIG",

@@ -20,17 +20,9 @@ from pathlib import Path
 
 from lora_fx.errors import ConfigError
 
-__all__ = ["LIBRARIES", "MASK", "Corpus", "Sentence", "collect", "key", "masked"]
+__all__ = ["LIBRARIES", "Corpus", "Sentence", "collect"]
 
-LIBRARIES = (
-    "networkx",
-    "numpy",
-    "scipy",
-    "sklearn",
-    "sympy",
-    "torch",
-    "transformers",
-)
+LIBRARIES = ("networkx", "numpy", "scipy", "sklearn", "sympy", "torch", "transformers")
 MASK = "library"
 """What stands for the name of a library: a word that the encoder knows."""
 
@@ -144,7 +136,7 @@ def key(text: str) -> str:
 
 
 def _ambiguous(found: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
-    """Sentences that more than one library has: nobody can tell whose they are."""
+    """Sentences that more than one library has: their class is ambiguous."""
     owners: dict[str, set[str]] = {}
     for library, sentences in found.items():
         for sentence in sentences:

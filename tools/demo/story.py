@@ -11,9 +11,10 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,91 @@ from torch import Tensor, nn
 from lora_fx.api import merge, plan, rewrite, trainable_parameters
 from lora_fx.checkpoint import load_adapter, save_adapter
 from lora_fx.config import LoraConfig
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.ir import Plan
 from lora_fx.tools.demo.data import Corpus, collect
-from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, fit_head, logits, tokens
-from lora_fx.tools.demo.report import DemoReport, DemoSettings, Listener
-from lora_fx.tools.demo.training import train
+from lora_fx.tools.demo.model import (
+    Batch,
+    DemoSettings,
+    SentenceClassifier,
+    batches,
+    fit_head,
+    logits,
+    tokens,
+    train,
+)
 
-__all__ = ["CONFIG", "run_demo"]
+__all__ = ["CONFIG", "DemoReport", "claim_folder", "run_demo"]
+
+
+_MARKER = ".lora-fx-demo"
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The results of the demo.
+
+    Attributes:
+        accuracy: On held-out text: ``frozen``, ``LoRA``, ``LoRA, merged``, and
+            ``merged, in ONNX Runtime``.
+        sentences: Size of the training and of the held-out part.
+        libraries: The classes.
+        trainable, parameters: Elements that were trained, and all.
+        reload_error: Largest difference of the reloaded adapter's outputs; 0 is every bit.
+        merge_ulp: Largest error of a merged weight, in units in the last place.
+        merge_error: Largest difference of the merged model's outputs on the held-out text.
+        parity_error: The same of ONNX Runtime against the merged model.
+        files: What was written, with sizes in bytes.
+        seconds: Of each stage.
+    """
+
+    accuracy: dict[str, float]
+    sentences: tuple[int, int]
+    libraries: tuple[str, ...]
+    trainable: int
+    parameters: int
+    reload_error: float
+    merge_ulp: float
+    merge_error: float
+    parity_error: float
+    files: dict[str, int]
+    seconds: dict[str, float]
+
+
+class Listener(Protocol):
+    """Receives the progress of the demo."""
+
+    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+        """A stage, as a context that gives (done, total, detail) to report within."""
+
+    def note(self, text: str) -> None:
+        """A result of the stage."""
+
+    def planned(self, made: Plan) -> None:
+        """The dry run."""
+
+
+def claim_folder(folder: Path, *, force: bool = False) -> None:
+    """Makes the folder, or takes over that of an earlier demo.
+
+    Raises:
+        ConfigError: Something else is there.
+        LoraFxError: The folder cannot be made.
+    """
+    marker = folder / _MARKER
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: give a folder with --out")
+    if folder.is_dir() and any(folder.iterdir()) and not marker.exists() and not force:
+        raise ConfigError(
+            f"{folder} holds files that are not of the demo: give another folder with --out, or "
+            "--force to write into it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise LoraFxError(f"{folder} cannot be written: {error}") from error
+
 
 CONFIG = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, modules_to_save=["head"])
 """The output head, which target_modules=None leaves out, is trained in full."""
@@ -38,7 +117,7 @@ def run_demo(folder: Path, settings: DemoSettings, listener: Listener) -> DemoRe
 
     Args:
         folder: Where to write; one that :func:`lora_fx.tools.demo.report.claim_folder` gave.
-        settings: How much of it.
+        settings: How much text, and how it is trained on.
         listener: Is told about every stage.
 
     Raises:

@@ -4,7 +4,4 @@ from __future__ import annotations
 
 from lora_fx.tools.draw.drawing import FORMATS, visualize
 
-__all__ = [
-    "FORMATS",
-    "visualize",
-]
+__all__ = ["FORMATS", "visualize"]

@@ -10,7 +10,8 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import networkx as nx
@@ -19,18 +20,10 @@ from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
 
 __all__ = [
     "CHIPS",
-    "DUMMY",
     "METRICS",
-    "Layers",
-    "Link",
-    "Local",
     "Placed",
     "Point",
     "Scene",
-    "Wire",
-    "flow",
-    "grid",
-    "layers_of",
     "place",
     "plan_layers",
     "sizes_of",
@@ -92,11 +85,7 @@ def layers_of(
     for name in ids:
         rows[rank[name]].append(name)
     links = _links(edges, rank, rows)
-    below: dict[str, list[str]] = {name: [] for row in rows for name in row}
-    above: dict[str, list[str]] = {name: [] for row in rows for name in row}
-    for upper, lower, *_ in links:
-        below[upper].append(lower)
-        above[lower].append(upper)
+    above, below = _neighbors(links)
     best, fewest = [list(row) for row in rows], _crossings(rows, below)
     for sweep in range(_SWEEPS):
         if not fewest:
@@ -110,24 +99,16 @@ def layers_of(
 
 
 def _ranks(
-    ids: Sequence[str],
-    edges: Sequence[tuple[str, str]],
-    first: Sequence[str],
-    last: Sequence[str],
+    ids: Sequence[str], edges: Sequence[tuple[str, str]], first: Sequence[str], last: Sequence[str]
 ) -> dict[str, int]:
     graph = nx.DiGraph()
     graph.add_nodes_from(ids)
     graph.add_edges_from(edges)
-    rank: dict[str, int] = {}
-    order = list(
-        nx.lexicographical_topological_sort(graph, key={n: i for i, n in enumerate(ids)}.get)
-    )
-    for name in order:
-        rank[name] = max((rank[p] + 1 for p in graph.predecessors(name)), default=0)
+    rank = {n: i for i, row in enumerate(nx.topological_generations(graph)) for n in row}
     # What nothing flows into (constants, masks) stands just above what reads it.
-    for name in reversed(order):
+    for name in ids:
         if not graph.in_degree(name) and graph.out_degree(name) and name not in first:
-            rank[name] = min(rank[s] for s in graph.successors(name)) - 1
+            rank[name] = min(rank[reader] for reader in graph.successors(name)) - 1
     bottom = max(rank.values(), default=0)
     rank |= {name: bottom for name in last if not graph.out_degree(name)}
     return rank
@@ -150,6 +131,15 @@ def _links(
             chain.append(dummy)
         links.append(Link(chain[rank[target] - rank[source] - 1], target, source, target))
     return links
+
+
+def _neighbors(links: Iterable[Link]) -> tuple[defaultdict[str, list[str]], ...]:
+    """Returns what is above and what is below each box and dummy."""
+    above, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for upper, lower, *_ in links:
+        below[upper].append(lower)
+        above[lower].append(upper)
+    return above, below
 
 
 def _reorder(rows: Sequence[list[str]], neighbors: dict[str, list[str]]) -> None:
@@ -277,11 +267,7 @@ def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
 
 
 def _centers(layers: Layers, wide: Mapping[str, float]) -> dict[str, float]:
-    above: dict[str, list[str]] = {name: [] for name in wide}
-    below: dict[str, list[str]] = {name: [] for name in wide}
-    for upper, lower, *_ in layers.links:
-        below[upper].append(lower)
-        above[lower].append(upper)
+    above, below = _neighbors(layers.links)
     center: dict[str, float] = {}
     for row in layers.rows:
         _settle(row, dict.fromkeys(row, 0.0), dict.fromkeys(row, 1.0), wide, center)

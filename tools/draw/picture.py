@@ -8,16 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["SCHEMA", "Box", "Kind", "Picture", "clean", "elide", "fold_label", "human", "times"]
+__all__ = [
+    "Box",
+    "Kind",
+    "Picture",
+    "clean",
+    "elide",
+    "fold_label",
+    "follows",
+    "human",
+    "label_of",
+    "runs",
+    "times",
+]
 
 SCHEMA = "lora_fx.picture/1"
 
 # What XML 1.0 cannot carry, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+_NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$", re.DOTALL)
 
 
 class Kind(StrEnum):
@@ -120,19 +135,10 @@ class Picture:
         edges: list[dict[str, str]] = []
 
         def add(box: Box, parent: str | None) -> None:
-            entry: dict[str, Any] = {
-                "id": box.id,
-                "parent": parent,
-                "kind": str(box.kind),
-                "name": box.name,
-                "caption": box.caption,
-                "fqn": box.fqn,
-                "facts": [list(fact) for fact in box.facts],
-                "repeats": list(box.repeats),
-                "sites": box.sites,
-                "trainable": box.trainable,
-                "frozen": box.frozen,
-            }
+            entry: dict[str, Any] = {"id": box.id, "parent": parent, "kind": str(box.kind)}
+            entry |= {name: getattr(box, name) for name in ("name", "caption", "fqn")}
+            entry |= {"facts": [*map(list, box.facts)], "repeats": [*box.repeats]}
+            entry |= {name: getattr(box, name) for name in ("sites", "trainable", "frozen")}
             if box.children:
                 boxes.append(entry | {"flow": box.flow, "children": [c.id for c in box.children]})
             else:
@@ -172,11 +178,8 @@ def human(count: int) -> str:
     """A count in three or four digits: ``6.74 B``."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
-            return (
-                f"{count / size:.3g} {unit}"
-                if count < 1000 * size
-                else f"{count / size:.0f} {unit}"
-            )
+            digits = ".3g" if count < 1000 * size else ".0f"
+            return f"{count / size:{digits}} {unit}"
     return str(count)
 
 
@@ -188,3 +191,27 @@ def times(shape: tuple[int, ...]) -> str:
 def fold_label(names: tuple[str, ...]) -> str:
     """What is written on a box that stands for several: ``layers.0 … layers.31 (×32)``."""
     return f"{names[0]} … {names[-1]} (×{len(names)})"
+
+
+def follows(first: str, second: str) -> bool:
+    """Whether two names differ only in their last number, and the second counts one on."""
+    a, b = _NUMBERED.match(first), _NUMBERED.match(second)
+    if a is None or b is None:
+        return False
+    return (a[1], a[3]) == (b[1], b[3]) and int(b[2]) == int(a[2]) + 1
+
+
+def runs(names: Sequence[str], digests: Sequence[str]) -> Iterator[range]:
+    """Splits siblings into runs that are drawn as one box: equal, and numbered in sequence."""
+    start = 0
+    for i in range(1, len(names) + 1):
+        same = i < len(names) and digests[i] == digests[start] and follows(names[i - 1], names[i])
+        if not same:
+            yield range(start, i)
+            start = i
+
+
+def label_of(fqn: str) -> str:
+    """The last part of a name, with the one before it where it is only a number."""
+    parts = fqn.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]

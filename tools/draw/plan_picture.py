@@ -7,8 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from lora_fx.ir import Plan, PlannedSite, Rejection, Skipped, join
-from lora_fx.tools.draw.picture import Box, Kind, Picture, fold_label, human, times
-from lora_fx.tools.draw.region_picture import label_of, runs
+from lora_fx.tools.draw.picture import Box, Kind, Picture, fold_label, human, label_of, runs, times
 
 __all__ = ["picture_of_plan"]
 

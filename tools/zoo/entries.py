@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images", "wake"]
+__all__ = ["Built", "Entry", "Inputs", "call", "ids", "images"]
 
 Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
 """Keyword or positional arguments of one call."""
@@ -24,7 +24,7 @@ Built: TypeAlias = "tuple[nn.Module, Inputs]"
 
 _SEED = 1234
 _SMALL_SCALE = 0.1  # below it a scale that is the same everywhere (LayerScale) hides its branch
-_VARIATION = 0.2  # of what is drawn in the place of a value that is the same everywhere
+_VARIATION = 0.2  # of what replaces a value that is the same everywhere
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def ids(vocabulary: int = 40, length: int = 6, batch: int = 2) -> torch.Tensor:
-    """Token numbers [batch, length] beside the special ones, which are below 3."""
+    """Token ids [batch, length] without the special ones, which are below 3."""
     return torch.randint(3, vocabulary, (batch, length))
 
 

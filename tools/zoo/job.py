@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import datetime as dt
 import logging
 import re
@@ -15,25 +16,31 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lora_fx.api import merge, plan, rewrite
+from lora_fx.api import merge, plan, rewrite, trainable_parameters
 from lora_fx.config import LoraConfig
 from lora_fx.ir import Plan
 from lora_fx.passes.capture import Count, count_weights, normalize
-from lora_fx.tools.zoo import numbers
 from lora_fx.tools.zoo.entries import Entry, Inputs, call
+from lora_fx.tools.zoo.oracle import (
+    Narrowest,
+    Verdict,
+    difference,
+    fingerprint,
+    floats,
+    in_double,
+    judge,
+    what_changed,
+)
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
-from lora_fx.tools.zoo.training import Reached, judge_sites, train
 
-__all__ = [
-    "run_job",
-    "unseen",
-]
+__all__ = ["run_job"]
 
 
 def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
@@ -107,9 +114,9 @@ class _Job:
         built = self.stage("build", self.build)
         if built is not None:
             model, reached = built
-            before = numbers.fingerprint(model)
+            before = fingerprint(model)
             self.work_on(model, reached, onnx=onnx)
-            self.row.argument = numbers.what_changed(before, numbers.fingerprint(model))
+            self.row.argument = what_changed(before, fingerprint(model))
         self.row.stage = ""
 
     def build(self) -> tuple[nn.Module, Reached]:
@@ -155,7 +162,7 @@ class _Job:
     def compare(self, model: nn.Module, adapted: nn.Module, reached: Reached) -> None:
         inputs = reached.inputs
         found = _output(adapted.eval(), inputs)
-        self.row.output_error = numbers.difference(found, reached.reference)
+        self.row.output_error = difference(found, reached.reference)
         self.row.train_error = _train_error(model, adapted, inputs)
         if self.row.train_error > MERGE_TOLERANCE:
             # Batch norm over two values makes a rounding as large as it likes: look again in fp64.
@@ -182,7 +189,7 @@ class _Job:
 
     def merge(self, model: nn.Module, adapted: nn.Module, inputs: Inputs) -> nn.Module:
         row, merged = self.row, merge(adapted.eval()).eval()
-        row.merge_error = numbers.difference(_output(merged, inputs), _output(adapted, inputs))
+        row.merge_error = difference(_output(merged, inputs), _output(adapted, inputs))
         same_classes = [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
         row.own_class = same_classes and merged.state_dict().keys() == model.state_dict().keys()
         if row.merge_error > MERGE_TOLERANCE:
@@ -211,13 +218,13 @@ def _train_error(
     original, rewritten = copy.deepcopy(model).train(), copy.deepcopy(adapted).train()
     if double:
         original, rewritten = original.double(), rewritten.double()
-        inputs = numbers.in_double(inputs)
-    return numbers.difference(_output(rewritten, inputs), _output(original, inputs))
+        inputs = in_double(inputs)
+    return difference(_output(rewritten, inputs), _output(original, inputs))
 
 
 def _merge_error_fp64(adapted: nn.Module, inputs: Inputs) -> float:
-    doubled, exact = numbers.in_double(inputs), copy.deepcopy(adapted).double()
-    return numbers.difference(_output(merge(exact).eval(), doubled), _output(exact, doubled))
+    doubled, exact = in_double(inputs), copy.deepcopy(adapted).double()
+    return difference(_output(merge(exact).eval(), doubled), _output(exact, doubled))
 
 
 def _where_fp64_runs(measure: Callable[[], float]) -> float | None:
@@ -253,3 +260,124 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+STEPS = 20
+_RATES = (5e-3, 5e-4, 5e-5)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One call of a model.
+
+    Attributes:
+        inputs: Its arguments.
+        reference: What the original returns.
+    """
+
+    inputs: Inputs
+    reference: Any
+
+
+def judge_sites(
+    entry: Entry, model: nn.Module, reached: Reached, config: LoraConfig, *, examples: bool = True
+) -> tuple[Verdict, torch.dtype]:
+    """Compares every site with the dense oracle, in fp64 where the model runs in it.
+
+    In eval mode, so that no layer is left out by chance. The model is rewritten once more, since a graph of
+    the whole model is one for the dtype that it was made with.
+
+    Args:
+        entry: The model's entry.
+        model: The original; it is copied.
+        reached: The call and the original's result.
+        config: What it is rewritten with.
+        examples: Whether ``rewrite`` gets the inputs of the call, too.
+
+    Returns:
+        What differs, and the dtype in which it was looked at.
+    """
+    exact = in_fp64(model, reached.inputs)
+    dtype = torch.float32 if exact is None else torch.float64
+    original, inputs, narrowest = exact or (model, reached.inputs, dtype)
+    adapted = rewrite(original, config, inputs if examples else None).eval()
+    here = dataclasses.replace(reached, inputs=inputs)
+    verdict = judge(original, adapted, lambda m: _output_and_loss(entry, m, here), narrowest)
+    return verdict, dtype
+
+
+def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.dtype] | None:
+    """A copy of a model and of its inputs in fp64, and the narrowest dtype that it computes in.
+
+    None for a model that has fp32 written into it in such a way that it does not run, or that gives what
+    is not finite: a mask that is the least number of fp32 is another one in fp64.
+    """
+    exact, doubled = copy.deepcopy(model).double(), in_double(inputs)
+    try:
+        torch.manual_seed(0)
+        with torch.no_grad(), Narrowest() as seen:
+            output = call(exact, doubled)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not all(bool(found.isfinite().all()) for found in floats(output)):
+        return None
+    return exact, doubled, seen.dtype
+
+
+def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
+    """Twenty steps of AdamW on one batch, in eval mode.
+
+    A model of random weights may be as steep as it likes: where the loss rises, the steps are taken
+    again from the start, smaller.
+
+    Args:
+        entry: The model's entry.
+        adapted: The rewritten model; it is trained.
+        built: The call and the original's result.
+
+    Returns:
+        The loss before the first step and after the last.
+    """
+    adapted.eval()
+    parameters = list(trainable_parameters(adapted))
+    start = [parameter.detach().clone() for parameter in parameters]
+    losses: list[float] = []
+    for rate in _RATES:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+        optimizer = torch.optim.AdamW(parameters, lr=rate)
+        losses = []
+        for step in range(STEPS + 1):
+            optimizer.zero_grad()
+            loss = _loss(entry, adapted, built)
+            losses.append(float(loss))
+            if step < STEPS:
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        if losses[-1] < losses[0]:
+            break
+    return losses[0], losses[-1]
+
+
+def _loss(entry: Entry, model: nn.Module, built: Reached) -> torch.Tensor:
+    return _output_and_loss(entry, model, built)[1]
+
+
+def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[Any, torch.Tensor]:
+    torch.manual_seed(0)
+    output = call(model, built.inputs)
+    if entry.loss is not None:
+        return output, entry.loss(output)
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(())
+    for found, start in zip(floats(output), floats(built.reference), strict=True):
+        noise = torch.randn(start.shape, generator=generator)
+        if not found.requires_grad or not bool(start.isfinite().all()):
+            continue
+        # Away from where the model starts, by as much as its outputs vary.
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        start = start.to(found)
+        spread = (start.std() if start.numel() > 1 else start.abs()).clamp_min(1e-3)
+        total = total + ((found - start) / spread - noise).square().mean()
+    return output, total

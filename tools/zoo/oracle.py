@@ -1,4 +1,4 @@
-"""Judges every adapter of a model in one backward pass, beside the dense oracle.
+"""Compares every adapter of a model with the dense oracle in one backward pass.
 
 The oracle is the *original* model with ``W' = W + s·BA`` in it. It knows of lora_fx only what BA means
 in the layout of a weight (:meth:`lora_fx.ir.site.Pattern.delta`), nothing of graphs, branches or merges.
@@ -10,21 +10,33 @@ none, or another one.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.ir import PlannedSite, Site, require_record
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.tools.zoo.numbers import difference, tensors
+from lora_fx.tools.bench.counted import tensors
 
-__all__ = ["Narrowest", "Run", "Verdict", "dense", "judge", "stir", "tolerance_of"]
+__all__ = [
+    "Narrowest",
+    "Verdict",
+    "difference",
+    "fingerprint",
+    "floats",
+    "in_double",
+    "judge",
+    "what_changed",
+]
+
 
 Run: TypeAlias = "Callable[[nn.Module], tuple[Any, torch.Tensor]]"
 """Calls a model: its output, and a loss of it. It makes the same random draws each time."""
@@ -36,7 +48,7 @@ _FAINT = 1e-6  # what changes no other gradient
 
 @dataclass
 class Verdict:
-    """What came of the comparison.
+    """The result of the comparison.
 
     Attributes:
         judged: Sites whose weight has a gradient in the oracle.
@@ -99,7 +111,7 @@ def judge(original: nn.Module, adapted: nn.Module, run: Run, dtype: torch.dtype)
 
     Args:
         original: The model that was rewritten; it is copied.
-        adapted: The rewritten model; its factors are drawn anew.
+        adapted: The rewritten model; its factors get new random values.
         run: Calls either.
         dtype: The narrowest in which it computes.
 
@@ -142,7 +154,7 @@ def _verdict(
 
 
 def stir(adapted: nn.Module, share: float = _SHARE) -> None:
-    """Draws all factors anew: neither A nor B is zero, and ΔW is a small part of each weight.
+    """Gives all factors new random values: neither A nor B is zero, and ΔW is a small part of each weight.
 
     Args:
         adapted: The rewritten model.
@@ -275,3 +287,65 @@ def _backward(loss: torch.Tensor) -> None:
 
 def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
+
+
+def floats(value: Any) -> list[torch.Tensor]:
+    """The floating-point tensors in an output that hold anything."""
+    return [t for t in tensors(value) if t.is_floating_point() and t.numel()]
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference of two outputs, relative to the largest value of each tensor.
+
+    Returns:
+        0 where no bit differs; infinity where shapes or types do, or only one is finite.
+    """
+    left, right = list(tensors(found)), list(tensors(expected))
+    if [(t.shape, t.dtype) for t in left] != [(t.shape, t.dtype) for t in right]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
+        if bool(same.all()):
+            continue
+        a, b = a.detach().double(), b.detach().double()
+        apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf)
+        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-30)
+        worst = max(worst, float(apart.max() / scale))
+    return worst
+
+
+def in_double(value: Any) -> Any:
+    """The inputs with every floating tensor in fp64."""
+
+    def doubled(one: Any) -> Any:
+        floating = isinstance(one, torch.Tensor) and one.is_floating_point()
+        return one.double() if floating else one
+
+    return pytree.tree_map(doubled, value)
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """What must not change: values, modes, gradients, modules and their classes."""
+    found = {
+        f"class of {name or 'root'}": type(module).__qualname__
+        for name, module in model.named_modules()
+    }
+    found |= {f"mode of {n or 'root'}": str(m.training) for n, m in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        gradient = "no gradient" if parameter.grad is None else "a gradient"
+        found[f"parameter {name}"] = f"{_digest(parameter)} {parameter.requires_grad} {gradient}"
+    found |= {f"buffer {name}": _digest(buffer) for name, buffer in model.named_buffers()}
+    return found
+
+
+def what_changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """The first few differences of two fingerprints; empty if there are none."""
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]

@@ -11,18 +11,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 
 from lora_fx.tools.zoo.entries import Built, Entry, ids, images
 
-__all__ = [
-    "ENTRIES",
-    "Attention",
-    "BatchedExperts",
-    "Bilinear",
-    "Classifier",
-    "IndexedExperts",
-    "RawAttention",
-    "Recurrent",
-    "TiedDecoder",
-    "UNet",
-]
+__all__ = ["ENTRIES"]
 
 
 class RawAttention(nn.Module):

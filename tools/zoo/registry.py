@@ -1,4 +1,4 @@
-"""All entries of the zoo, and which of them somebody wants."""
+"""All entries of the zoo, and how some of them are selected."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import fnmatch
 from lora_fx.errors import ConfigError
 from lora_fx.tools.zoo import plain_models
 from lora_fx.tools.zoo.entries import Entry
-from lora_fx.tools.zoo.tables import read
+from lora_fx.tools.zoo.library_models import read
 
-__all__ = ["ENTRIES", "LIBRARIES", "find", "groups", "select"]
+__all__ = ["ENTRIES", "find", "select"]
 
 LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
 """Each with a table of its models."""

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lora_fx.tools.bench.measure import machine
+from lora_fx.tools.bench.measure import machine, markdown, version_of
 
-__all__ = [
-    "EXPORT",
-    "MERGE_TOLERANCE",
-    "PARTS",
-    "STAGES",
-    "Row",
-    "exceptions",
-    "page",
-    "scrubbed",
-    "summary",
-    "table",
-]
+__all__ = ["MERGE_TOLERANCE", "PARTS", "Row", "exceptions", "page", "scrubbed", "summary", "table"]
 
 
 STAGES = (
@@ -67,16 +55,16 @@ class Row:
         frontend: The front-end that captured it, and ``frontend_notes`` why no other one did.
         found, adapted, rejected: Linear operations.
         reasons: For each rejected one its name and the reason.
-        output_error: Of the rewritten model beside the original, in eval mode; 0 is no changed bit.
+        output_error: Of the rewritten model against the original, in eval mode; 0 means equal bits.
         train_error: Likewise in train mode, with the same seed.
-        argument: What the job changed in the argument of ``rewrite``: nothing, if all is well.
+        argument: What the job changed in the argument of ``rewrite``; empty if nothing.
         judged: Sites that were compared with the dense oracle, each by its own gradients.
         unreached: Sites whose weight has no gradient in the original either: this call does not come to
             them, or drops what they compute.
         passed_by: Sites whose adapter has no gradient or another one than the oracle's, with what is
             wrong.
         stray: Parameters that got a gradient and are no adapter's.
-        oracle_error: Of the outputs beside the oracle's, at random A and B.
+        oracle_error: Of the outputs against the oracle's, at random A and B.
         gradient_error: Largest difference of a gradient from the oracle's, relative to it;
             ``gradient_worst`` is whose.
         tolerance: What both may be.
@@ -85,7 +73,7 @@ class Row:
             it, too: rewritten without example inputs, as all calls of another form run.
             ``regions_passed_by`` is which of them are wrong, and how.
         losses: Before the first step and after the last.
-        merge_error: Of the merged model beside the adapted one; ``merge_error_fp64`` the same in
+        merge_error: Of the merged model against the adapted one; ``merge_error_fp64`` the same in
             fp64, measured where fp32 exceeds the tolerance.
         own_class: Whether the merged model is of the original classes, with its parameter names.
         counted: Weights that the counter saw.
@@ -172,8 +160,8 @@ class Row:
     def with_export_of(self, earlier: Row) -> Row:
         """This row with what an earlier one knows of exports: no part of it was run again."""
         kept = dataclasses.replace(self, **{name: getattr(earlier, name) for name in _EXPORT})
-        kept.errors = {**self.errors, **_of_export(earlier.errors)}
-        kept.seconds = {**self.seconds, **_of_export(earlier.seconds)}
+        kept.errors = {**self.errors, **_exports(earlier.errors)}
+        kept.seconds = {**self.seconds, **_exports(earlier.seconds)}
         kept.dates = {**self.dates, **{k: v for k, v in earlier.dates.items() if k == "export"}}
         return kept
 
@@ -183,7 +171,7 @@ class Row:
         return sum(self.seconds.values())
 
 
-def _of_export(stages: Mapping[str, V]) -> dict[str, V]:
+def _exports(stages: Mapping[str, V]) -> dict[str, V]:
     return {stage: value for stage, value in stages.items() if stage in EXPORT}
 
 
@@ -194,24 +182,6 @@ def scrubbed(text: str) -> str:
     return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
 
 
-_COLUMNS = (
-    "model",
-    "front-end",
-    "found",
-    "adapted",
-    "refused",
-    "outputs",
-    "train mode",
-    "judged",
-    "unreached",
-    "passed by",
-    "loss",
-    "merge",
-    "torch.onnx",
-    "export",
-    "unseen",
-    "seconds",
-)
 _PACKAGES = ("torchvision", "timm", "diffusers", "onnxruntime", "onnxruntime-gpu", "onnxscript")
 _DRAWS = 1e-4  # beyond rounding
 
@@ -220,7 +190,8 @@ def page(rows: Sequence[Row]) -> str:
     """The whole page."""
     text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     head, legend = text.split("\n<!-- the tables -->\n\n")
-    facts = {**machine(), "also": ", ".join(_versions())}
+    found = [one for one in map(version_of, _PACKAGES) if not one.endswith("not installed")]
+    facts = {**machine(), "also": ", ".join(found)}
     facts["page written"] = facts.pop("date")
     lines = [head]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -243,30 +214,31 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+_SUMMED = (
+    *("rewritten", "right", "trained", "merged", "judged", "unreached"),
+    *("found", "adapted", "rejected", "counted", "unseen"),
+)
+_SUMS = """\
+{rewritten} of {models} rewritten: {bits} without a changed bit, the others within 1e-6
+{right} of {models} judged as right: the dense oracle's outputs, and its gradients at every site
+{judged} sites judged, {unreached} without effect in the original itself, {passed} passed by
+{trained} of {models} trained: the loss fell
+{merged} of {models} merged: the adapted model, as the own class
+{adapted} of {found} operations adapted, {rejected} refused with a reason
+{counted} weights counted, {unseen} of them unseen by the plan"""
+
+
 def summary(rows: Sequence[Row]) -> list[str]:
     """The sums, one sentence each."""
-    total = len(rows)
-    operations = sum(row.adapted for row in rows)
+
+    def total(field: str) -> int:
+        values = (getattr(row, field) for row in rows)
+        return sum(len(one) if isinstance(one, list | dict) else one or 0 for one in values)
+
+    passed = total("passed_by") + total("regions_passed_by")
     bits = sum(row.output_error == 0.0 for row in rows)
-    counted = sum(row.counted or 0 for row in rows)
-    missed = sum(len(row.unseen) for row in rows)
-    rewritten, right, trained, merged = (
-        sum(getattr(row, what) for row in rows)
-        for what in ("rewritten", "right", "trained", "merged")
-    )
-    judged = sum(row.judged or 0 for row in rows)
-    unreached = sum(len(row.unreached) for row in rows)
-    passed = sum(len(row.passed_by) + len(row.regions_passed_by) for row in rows)
-    found, refused = (sum(getattr(row, what) for row in rows) for what in ("found", "rejected"))
-    lines = [
-        f"{rewritten} of {total} rewritten: {bits} without a changed bit, the others within 1e-6",
-        f"{right} of {total} judged as right: the dense oracle's outputs, and its gradients at every site",
-        f"{judged} sites judged, {unreached} without effect in the original itself, {passed} passed by",
-        f"{trained} of {total} trained: the loss fell",
-        f"{merged} of {total} merged: the adapted model, as the own class",
-        f"{operations} of {found} operations adapted, {refused} refused with a reason",
-        f"{counted} weights counted, {missed} of them unseen by the plan",
-    ]
+    sums = {field: total(field) for field in _SUMMED}
+    lines = _SUMS.format(models=len(rows), bits=bits, passed=passed, **sums).splitlines()
     tried = [row for row in rows if row.torch_onnx is not None]
     if tried:
         able = [row for row in tried if row.torch_onnx]
@@ -290,8 +262,7 @@ def exceptions(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """One group's table."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    return [*lines, *("| " + " | ".join(_cells(row)) + " |" for row in rows)]
+    return markdown([*_COLUMNS], [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
 def _exceptions(row: Row) -> Iterator[str]:
@@ -305,17 +276,14 @@ def _exceptions(row: Row) -> Iterator[str]:
         yield f"changed its argument: {row.argument}"
     if row.output_error is not None and row.output_error > 1e-6:
         yield f"outputs differ by {row.output_error:.1e}"
-    for what, names in (
+    for what, found in (
         ("a gradient where there should be none", row.stray),
         ("unseen by the plan", row.unseen),
-        ("passed by", [f"{name} ({how})" for name, how in row.passed_by.items()]),
-        (
-            "passed by without example inputs",
-            [f"{name} ({how})" for name, how in row.regions_passed_by.items()],
-        ),
+        ("passed by", _explained(row.passed_by)),
+        ("passed by without example inputs", _explained(row.regions_passed_by)),
     ):
-        if names:
-            yield f"{what}: {_some(names)}"
+        if found:
+            yield f"{what}: {_some(found)}"
     if row.judged == 0:
         yield "none of its sites has an effect, so that nothing was judged"
     if row.oracle_error is not None and row.oracle_error > row.tolerance:
@@ -327,32 +295,15 @@ def _exceptions(row: Row) -> Iterator[str]:
         yield f"merged differs by {row.merge_error:.1e}{own}"
 
 
+def _explained(found: Mapping[str, str]) -> list[str]:
+    return [f"{name} ({how})" for name, how in found.items()]
+
+
 def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if "torch.onnx" in row.errors:
             ours = "exported by export_onnx" if row.exported else row.errors.get("export_onnx", "")
             yield _escaped(f"{row.name}: {row.errors['torch.onnx']}; {ours or 'not rewritten'}")
-
-
-def _cells(row: Row) -> Iterator[str]:
-    yield row.name.partition("/")[2]
-    yield row.frontend or "none"
-    yield from (str(number) for number in (row.found, row.adapted, row.rejected))
-    yield _difference(row.output_error)
-    train = row.train_error
-    yield "other draws" if train is not None and train > _DRAWS else _difference(train)
-    yield "" if row.judged is None else str(row.judged)
-    yield "" if row.judged is None else str(len(row.unreached))
-    yield "" if row.judged is None else str(len(row.passed_by) + len(row.regions_passed_by))
-    yield "" if row.losses is None else f"{row.losses[0]:.2f} to {row.losses[1]:.2f}"
-    merged = "" if row.merge_error is None else f"{row.merge_error:.0e}"
-    if row.merge_error_fp64 is not None:
-        merged += f" (fp64 {row.merge_error_fp64:.0e})"
-    yield merged
-    yield _yes_no(row.torch_onnx)
-    yield f"{row.parity:.0e}" if row.exported and row.parity is not None else _yes_no(row.exported)
-    yield "" if row.counted is None else f"{len(row.unseen)} of {row.counted}"
-    yield f"{row.total_seconds:.0f}"
 
 
 def _dates(rows: Sequence[Row]) -> Iterator[str]:
@@ -395,9 +346,41 @@ def _escaped(text: str) -> str:
     return scrubbed(text).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _versions() -> Iterator[Any]:
-    for package in _PACKAGES:
-        try:
-            yield f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def _of_train_mode(row: Row) -> str:
+    error = row.train_error
+    return "other draws" if error is not None and error > _DRAWS else _difference(error)
+
+
+def _of_merge(row: Row) -> str:
+    found, exact = row.merge_error, row.merge_error_fp64
+    return ("" if found is None else f"{found:.0e}") + (
+        "" if exact is None else f" (fp64 {exact:.0e})"
+    )
+
+
+def _of_export(row: Row) -> str:
+    return f"{row.parity:.0e}" if row.exported and row.parity is not None else _yes_no(row.exported)
+
+
+def _if_judged(count: Callable[[Row], int | None]) -> Callable[[Row], str]:
+    return lambda row: "" if row.judged is None else str(count(row))
+
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "model": lambda row: row.name.partition("/")[2],
+    "front-end": lambda row: row.frontend or "none",
+    "found": lambda row: str(row.found),
+    "adapted": lambda row: str(row.adapted),
+    "refused": lambda row: str(row.rejected),
+    "outputs": lambda row: _difference(row.output_error),
+    "train mode": _of_train_mode,
+    "judged": _if_judged(lambda row: row.judged),
+    "unreached": _if_judged(lambda row: len(row.unreached)),
+    "passed by": _if_judged(lambda row: len(row.passed_by) + len(row.regions_passed_by)),
+    "loss": lambda row: "" if row.losses is None else "{:.2f} to {:.2f}".format(*row.losses),
+    "merge": _of_merge,
+    "torch.onnx": lambda row: _yes_no(row.torch_onnx),
+    "export": _of_export,
+    "unseen": lambda row: "" if row.counted is None else f"{len(row.unseen)} of {row.counted}",
+    "seconds": lambda row: f"{row.total_seconds:.0f}",
+}

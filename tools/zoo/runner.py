@@ -96,7 +96,7 @@ def run_jobs(
 
 @dataclass
 class _Running:
-    """A process and the latest of what it said about itself."""
+    """A process and the latest row that it sent."""
 
     process: Any
     results: Connection
@@ -114,7 +114,7 @@ class _Running:
         return cls(process, results, Row(entry.name, entry.group, entry.note), time.monotonic())
 
     def poll(self, timeout: float) -> bool:
-        """Reads what there is; whether the job is over, by itself or not."""
+        """Reads messages; says whether the job is over, by itself or not."""
         for message in self.messages():
             self.row = message
             if not self.begun:

@@ -1,1 +1,0 @@
-"""Part of lora_fx: see docs/architecture.md."""
