@@ -17,9 +17,9 @@ from lora_fx.ir import META_KEY, Capture
 from lora_fx.passes.capture import capture
 from lora_fx.passes.graph import install
 from lora_fx.passes.insert import AddFactors, Insert
-from lora_fx.passes.match import find_head, find_parts, match
+from lora_fx.passes.match import FindOperations, MarkHead, MarkParts
 from lora_fx.passes.optimize import Fuse
-from lora_fx.passes.plan import make_plan
+from lora_fx.passes.plan import MakePlan
 
 PAGE = Path(__file__).with_name("architecture.md")
 
@@ -71,12 +71,15 @@ def steps() -> dict[str, str]:
     captured = capture(model)
     found["capture"] = graphs(captured)
 
-    matches = find_parts(captured, find_head(captured, match(captured)))
+    for one in (FindOperations(), MarkHead(), MarkParts(), MakePlan(config)):
+        captured = one(captured).capture
+    plan, matches = captured.plan, captured.matches
+    assert plan is not None
+    assert matches is not None
     site = matches.sites[0]
     fields = ("name", "pattern", "weight", "bias")
     found["match"] = "\n".join(f"{name} = {getattr(site, name)!r}" for name in fields)
 
-    plan = make_plan(captured, matches, config)
     found["plan"] = str(plan)
 
     captured = AddFactors(plan)(captured).capture

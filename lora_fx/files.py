@@ -15,11 +15,7 @@ from torch import nn
 
 from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError, some
 
-__all__ = [
-    "WeightFiles",
-    "output_file",
-    "replacing",
-]
+__all__ = ["WeightFiles", "output_file", "replacing"]
 
 
 def output_file(

@@ -446,9 +446,7 @@ class _Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         with self:
             yield
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator, or chooses."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__

@@ -45,7 +45,6 @@ from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
     "Callback",
-    "Install",
     "add_adapter_parameters",
     "branch_passes",
     "check_config",
@@ -83,7 +82,7 @@ def rewrite_passes(
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
         *(_optimize_passes() if optimize else ()),
-        Install(),
+        _Install(),
     )
 
 
@@ -170,7 +169,7 @@ def _broken(
 
 
 @dataclasses.dataclass(frozen=True)
-class Install(Pass):
+class _Install(Pass):
     """The pass: lets the modules of the model run their graphs.
 
     Attributes:
@@ -179,11 +178,8 @@ class Install(Pass):
 
     name: ClassVar[str] = "install"
     kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedSite | PlannedTokens, ...] | None = None
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Give each region its graph."""
@@ -328,7 +324,7 @@ def add_adapter_parameters(
     """Give the model of a capture the parameters of one more adapter.
 
     Args:
-        capture: A model in which no other adapter has a parameter in the place of one of the base; its plan
+        capture: A model in which no other adapter has replaced a parameter of the base; its plan
             says what the adapter is.
         record: What is known of the model.
         adapter_name: The adapter's name.

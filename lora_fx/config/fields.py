@@ -6,20 +6,14 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Final, TypeVar
 
-from lora_fx.config.starts import options
+from lora_fx.config.starts import FrozenOptions, options
 from lora_fx.errors import ConfigError
 
-__all__ = [
-    "ALL_LINEAR",
-    "NORMALIZERS",
-    "TASK_TYPES",
-    "FrozenPattern",
-    "bad",
-]
+__all__ = ["ALL_LINEAR", "NORMALIZERS", "TASK_TYPES", "FrozenPattern", "bad"]
 
 ALL_LINEAR: Final = "all-linear"
 TASK_TYPES: Final = (
@@ -37,40 +31,20 @@ _INITS: Final = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "co
 _NITER: Final = re.compile(r"pissa_niter_\d+")
 
 
-class FrozenPattern(Mapping[str, _V]):
+class FrozenPattern(FrozenOptions[_V]):
     """A read-only, hashable `dict` that keeps its order, because the first matching key wins.
 
     Two of them are equal when they hold the same items in the same order; one equals a plain
     mapping when the items are the same in any order.
     """
 
-    __slots__ = ("_data",)
-
-    def __init__(self, items: Mapping[str, _V]) -> None:
-        self._data: dict[str, _V] = dict(items)
-
-    def __getitem__(self, key: str) -> _V:
-        return self._data[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
-
-    def __len__(self) -> int:
-        return len(self._data)
+    __slots__ = ()
+    __hash__ = FrozenOptions.__hash__
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, FrozenPattern):
             return tuple(self.items()) == tuple(other.items())
-        return isinstance(other, Mapping) and self._data == dict(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._data.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._data)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenPattern, (dict(self._data),)
+        return super().__eq__(other)
 
 
 def bad(name: str, found: object, remedy: str) -> ConfigError:

@@ -43,7 +43,7 @@ FOREIGN: Final[Mapping[str, Foreign]] = {
     "monteclora_config": Foreign(None, "MonteCLoRA, another method than LoRA"),
     "qalora_group_size": Foreign(16, "QALoRA, another method than LoRA"),
     "runtime_config": Foreign(
-        None, "PEFT's runtime (offloading of DoRA), which saves nothing here"
+        None, "PEFT's runtime (offloading of norms), which saves nothing here"
     ),
     "use_bdlora": Foreign(None, "BD-LoRA, another method than LoRA"),
     "use_qalora": Foreign(False, "QALoRA, another method than LoRA"),

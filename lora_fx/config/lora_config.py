@@ -290,7 +290,7 @@ def _peft_type(kind: object) -> str:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, FrozenPattern | FrozenOptions):
+    if isinstance(value, FrozenOptions):
         return {key: _plain(one) for key, one in value.items()}
     return list(value) if isinstance(value, tuple) else value
 

@@ -7,7 +7,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lora_fx.errors import ConfigError
 
@@ -30,15 +30,18 @@ def needs_data(start: bool | str) -> bool:
     return start in _NEEDS_DATA
 
 
-class FrozenOptions(Mapping[str, Any]):
-    """Options of an initialization, complete and read-only; hashable."""
+_V = TypeVar("_V")
+
+
+class FrozenOptions(Mapping[str, _V]):
+    """A read-only, hashable `dict`: the options of an initialization, complete."""
 
     __slots__ = ("_data",)
 
-    def __init__(self, items: Mapping[str, Any]) -> None:
-        self._data: dict[str, Any] = dict(items)
+    def __init__(self, items: Mapping[str, _V]) -> None:
+        self._data: dict[str, _V] = dict(items)
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> _V:
         return self._data[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -57,7 +60,7 @@ class FrozenOptions(Mapping[str, Any]):
         return repr(self._data)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenOptions, (dict(self._data),)
+        return type(self), (dict(self._data),)
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -130,7 +133,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 }
 
 
-def options(name: str, value: object) -> FrozenOptions | None:
+def options(name: str, value: object) -> FrozenOptions[Any] | None:
     """Reads the options of an initialization: a mapping, or an instance of PEFT's class.
 
     Raises:
@@ -153,7 +156,7 @@ def options(name: str, value: object) -> FrozenOptions | None:
     return complete_options(name, value)
 
 
-def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions:
+def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
     """The options of an initialization with defaults for those that are not given.
 
     Raises:

@@ -339,7 +339,7 @@ def format_named(name: str) -> WeightFormat:
 def held(weight: Any) -> Any:
     """What a parameter holds: some libraries' parameters are classes of their own, others wrap a tensor.
 
-    An export has a module in the place of a parameter, whose ``held`` it is.
+    An export replaces a parameter by a module, whose ``held`` it is.
     """
     weight = getattr(weight, "held", weight)
     named = type(weight).__name__

@@ -37,13 +37,7 @@ from lora_fx.formats.base import (
 )
 from lora_fx.formats.layers import LibraryLayers
 from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, packed_sizes
-from lora_fx.formats.state import (
-    REMEDY,
-    LoadHook,
-    SaveHook,
-    StateHooks,
-    pickle_by_class,
-)
+from lora_fx.formats.state import REMEDY, LoadHook, SaveHook, StateHooks, pickle_by_class
 from lora_fx.formats.weights import dense, quantized_linear
 from lora_fx.ir import (
     NoOperator,
@@ -159,22 +153,10 @@ class _Load(LoadHook):
     ``model.load_state_dict(model.state_dict())`` fails on them.
     """
 
-    def __call__(
-        self,
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Mapping[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
-        name = f"{prefix}{self.parameter}"
-        weight: Any = module._parameters.get(self.parameter)
         own = getattr(weight, "quant_state", None)
-        if own is None or name not in state:
+        if own is None:
             return
         found = {k: state[k] for k in list(state) if k.startswith(f"{name}.")}
         for key in found:
@@ -545,22 +527,15 @@ class BitsandbytesFormat(WeightFormat):
         """See :class:`WeightFormat`."""
         library = self.load(how.format)
         pickle_by_class(library.nn.Params4bit)
-        packed, state = library.functional.quantize_4bit(
-            values,
-            blocksize=how.block_size,
-            compress_statistics=how.double,
-            quant_type=how.format,
-            quant_storage=torch.uint8,
-        )
+        asked = {
+            "blocksize": how.block_size,
+            "compress_statistics": how.double,
+            "quant_type": how.format,
+            "quant_storage": torch.uint8,
+        }
+        packed, state = library.functional.quantize_4bit(values, **asked)
         found: nn.Parameter = library.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=how.block_size,
-            compress_statistics=how.double,
-            quant_type=how.format,
-            quant_storage=torch.uint8,
-            bnb_quantized=True,
+            packed, requires_grad=False, quant_state=state, bnb_quantized=True, **asked
         )
         return found
 

@@ -19,9 +19,7 @@ __all__ = [
     "CONTRIB",
     "DEQUANTIZE_LINEAR",
     "MATMUL_N_BITS",
-    "OPERATOR_BLOCKS",
     "STANDARD_OPERATORS",
-    "packed_pairs",
     "packed_sizes",
     "whole_numbers",
 ]
@@ -29,7 +27,7 @@ __all__ = [
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
-OPERATOR_BLOCKS = (128, 64, 32, 16)
+_OPERATOR_BLOCKS = (128, 64, 32, 16)
 """Those that every provider has a kernel for."""
 
 
@@ -84,9 +82,9 @@ def whole_numbers(
     zeros = None if zeros is None else _spread(zeros, rows)
     if zeros is not None and not bool((zeros == zeros.round()).all()):
         return None
-    size = next((size for size in OPERATOR_BLOCKS if block % size == 0), None)
+    size = next((size for size in _OPERATOR_BLOCKS if block % size == 0), None)
     if bits == 4 and size is None and block == columns:
-        size = OPERATOR_BLOCKS[-1]  # one scale a row: the last block need not be full
+        size = _OPERATOR_BLOCKS[-1]  # one scale a row: the last block need not be full
     if bits == 4 and size is not None:
         return _blocks_of_four_bits(codes, scales, zeros, size)
     if zeros is not None:
@@ -106,14 +104,14 @@ def _blocks_of_four_bits(
     scales = scales.repeat_interleave(-(-blocks // scales.shape[1]), 1)
     if zeros is not None and bool(zeros.any()):
         zeros = zeros.repeat_interleave(-(-blocks // zeros.shape[1]), 1)
-        zeros = packed_pairs(F.pad((zeros + 8).to(torch.uint8), (0, blocks % 2), value=8))
+        zeros = _packed_pairs(F.pad((zeros + 8).to(torch.uint8), (0, blocks % 2), value=8))
     else:
         zeros = None
-    pairs = packed_pairs(kept).view(rows, blocks, size // 2)
+    pairs = _packed_pairs(kept).view(rows, blocks, size // 2)
     return OnnxWeight(MATMUL_N_BITS, pairs, scales, zeros, size, fresh=True)
 
 
-def packed_pairs(codes: Tensor) -> Tensor:
+def _packed_pairs(codes: Tensor) -> Tensor:
     """Two codes of 4 bits in a byte, the first in the lower half."""
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 

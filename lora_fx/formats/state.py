@@ -61,19 +61,22 @@ class SaveHook(FormatHook, abc.ABC):
 class LoadHook(FormatHook, abc.ABC):
     """Reads what lies beside a weight, or refuses a state dict that it cannot be read from."""
 
-    @abc.abstractmethod
-    def __call__(
-        self,
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Mapping[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        """Called before the module reads its own."""
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Called before the module reads its own; the last argument is the list of errors."""
+        name = f"{prefix}{self.parameter}"
+        if name in state:
+            self.load(module._parameters.get(self.parameter), name, state, rest[-1])
+
+    def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
+        """Reads what a state dict has for a weight.
+
+        Args:
+            weight: The weight.
+            name: Its name in the state dict.
+            state: The state dict; what is taken out of it is read.
+            errors: Takes what is wrong.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,22 +111,10 @@ def follow_state(module: nn.Module, parameter: str, *, layer: bool) -> None:
 class _Check(LoadHook):
     """Looks at how a weight of a state dict is stored."""
 
-    def __call__(
-        self,
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Mapping[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
-        name = f"{prefix}{self.parameter}"
-        weight = module._parameters.get(self.parameter)
         own = quantization_of(weight)
-        if own is None or name not in state:
+        if own is None:
             return
         found = quantization_of(state[name])
         if found is not None and _format(found) == _format(own):

@@ -16,7 +16,6 @@ The library is imported when a weight is stored; a model that has such a weight 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
@@ -36,45 +35,34 @@ __all__ = ["TorchaoFormat"]
 # --- what a weight is, and its values ----------------------------------------------------------------
 
 
-def _describe_int8(weight: Any) -> Quantization | None:
-    # With quantized activations the product is no product with this matrix.
-    if weight.dim() != 2 or weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
-        return None
-    return _described("int8", 8, weight, weight.block_size[-1])
-
-
-def _describe_intx(weight: Any) -> Quantization | None:
-    bits = {"torch.int4": 4, "torch.int8": 8}.get(str(weight.target_dtype))
-    if bits is None or weight.dim() != 2 or weight.activation_quantization is not None:
-        return None
-    return _described(f"int{bits}", bits, weight, weight.block_size[-1])
-
-
-def _describe_int4(weight: Any) -> Quantization | None:
-    if weight.dim() != 2 or weight.act_pre_scale is not None:
-        return None
-    return _described("int4", 4, weight, weight.block_size[-1])
-
-
-def _describe_nf4(weight: Any) -> Quantization | None:
-    if weight.dim() != 2:
-        return None
-    return dataclasses.replace(_described("nf4", 4, weight, weight.block_size), double=True)
-
-
-def _described(scheme: str, bits: int, weight: Any, block: int) -> Quantization:
-    shape = (int(weight.shape[0]), int(weight.shape[1]))
-    size = None if block == shape[1] and scheme != "nf4" else int(block)
-    return Quantization(scheme, bits, "torchao", shape, weight.dtype, size)
-
-
-_DESCRIBED: Final[Mapping[str, Callable[[Any], Quantization | None]]] = {
-    "Int8Tensor": _describe_int8,
-    "IntxUnpackedToInt8Tensor": _describe_intx,
-    "Int4Tensor": _describe_int4,
-    "NF4Tensor": _describe_nf4,
+_ACTIVATIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "Int8Tensor": ("act_quant_kwargs", "act_pre_scale"),
+    "IntxUnpackedToInt8Tensor": ("activation_quantization",),
+    "Int4Tensor": ("act_pre_scale",),
+    "NF4Tensor": (),
 }
-"""What a weight is, by its class; None where that is not known here."""
+"""What a class has where activations are quantized, too: the product is none with its matrix then."""
+
+
+def _scheme(weight: Any) -> str | None:
+    """The name of the format of a weight; None where that is not known here."""
+    kind = type(weight).__name__
+    if kind == "IntxUnpackedToInt8Tensor":
+        return {"torch.int4": "int4", "torch.int8": "int8"}.get(str(weight.target_dtype))
+    return {"Int8Tensor": "int8", "Int4Tensor": "int4"}.get(kind, "nf4")
+
+
+def _described(weight: Any) -> Quantization | None:
+    scheme, asked = _scheme(weight), _ACTIVATIONS[type(weight).__name__]
+    if scheme is None or weight.dim() != 2:
+        return None
+    if any(getattr(weight, name) is not None for name in asked):
+        return None
+    shape, double = (int(weight.shape[0]), int(weight.shape[1])), scheme == "nf4"
+    block = int(weight.block_size if double else weight.block_size[-1])
+    size = None if block == shape[1] and not double else block
+    bits = 8 if scheme == "int8" else 4
+    return Quantization(scheme, bits, "torchao", shape, weight.dtype, size, double)
 
 
 # --- other values in the same form: made by the library's own arithmetic, in the dtype of the old ---
@@ -160,7 +148,7 @@ class TorchaoFormat(WeightFormat):
 
     library = "torchao"
     names = ("int8", "int4")
-    classes = frozenset(_DESCRIBED)
+    classes = frozenset(_ACTIVATIONS)
     kernel_packages = frozenset({"torchao"})
     blocks: ClassVar[tuple[int, ...]] = (16, *BLOCKS)
     any_dtype = False
@@ -172,7 +160,7 @@ class TorchaoFormat(WeightFormat):
 
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
-        return _DESCRIBED[type(weight).__name__](weight)
+        return _described(weight)
 
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
         """See :class:`WeightFormat`."""

@@ -2,7 +2,7 @@
 
 What a weight is, its format says (:mod:`lora_fx.formats.base`). What the kernel of its library computes is
 that library's business (the operation is opaque); here is what every user of one asks: its values
-(:func:`dense`), and ``x Wᵀ + b`` (:func:`quantized_linear`), whose backward makes the values anew and keeps
+(:func:`dense`), and ``x Wᵀ + b`` (:func:`quantized_linear`), whose backward makes the values again and keeps
 none of them.
 
 No library is imported here: a model that has such a weight has loaded its library.
@@ -20,11 +20,7 @@ from torch.overrides import handle_torch_function
 from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import WeightFormat, format_of, held, quantization_of
 
-__all__ = [
-    "dense",
-    "quantized_linear",
-    "requantized",
-]
+__all__ = ["dense", "quantized_linear", "requantized"]
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from lora_fx.ir.graph import META_KEY, Capture, Region, Role, Tag, join, module_of, relative
-from lora_fx.ir.onnx_weight import (
-    NoOperator,
-    OnnxBuilder,
-    OnnxOperator,
-    OnnxProduct,
-    OnnxWeight,
+from lora_fx.ir.graph import (
+    META_KEY,
+    Capture,
+    FusedBranch,
+    Region,
+    Role,
+    Tag,
+    join,
+    module_of,
+    relative,
 )
+from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
 from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.quantization import Quantization
@@ -25,11 +29,8 @@ from lora_fx.ir.record import (
 )
 from lora_fx.ir.site import (
     BranchBuilder,
-    BranchEnds,
-    BranchReader,
     Call,
     Factors,
-    FusedBranch,
     Layout,
     Match,
     Matches,
@@ -45,8 +46,6 @@ __all__ = [
     "AdapterRecord",
     "Base",
     "BranchBuilder",
-    "BranchEnds",
-    "BranchReader",
     "Call",
     "Capture",
     "Factors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from lora_fx.ir.plan import Plan
     from lora_fx.ir.site import Matches, Site
 
-__all__ = ["META_KEY", "Capture", "Region", "Role", "Tag", "join", "module_of", "relative"]
+__all__ = [
+    "META_KEY",
+    "Capture",
+    "FusedBranch",
+    "Region",
+    "Role",
+    "Tag",
+    "join",
+    "module_of",
+    "relative",
+]
 
 
 META_KEY = "lora_fx"
@@ -55,6 +65,30 @@ class Role(StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class FusedBranch:
+    """How one function computes an operation together with its branch; nodes are named, for copies.
+
+    Attributes:
+        function: It takes input, weight, bias, A, B, the scale and ``more``.
+        quantized: The same over a quantized weight; None if nothing computes that.
+        a, b: The nodes of A and B, in their own dtypes.
+        scale: The factor of the branch.
+        more: Names of nodes, and values.
+        dropout: Probability, and the node that says whether there is any now; None for none.
+        padding: How many output features come before and after those of the branch; None if it has all.
+    """
+
+    function: Callable[..., Any]
+    quantized: Callable[..., Any] | None
+    a: str
+    b: str
+    scale: float
+    more: tuple[Any, ...] = ()
+    dropout: tuple[float, str] | None = None
+    padding: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tag:
     """What ``node.meta["lora_fx"]`` holds.
 
@@ -62,11 +96,13 @@ class Tag:
         weight: The adapted weight, as a name *inside the region*: equal blocks have equal tags.
         role: What the node does.
         adapter: Whose branch it belongs to; empty for the base operation.
+        fused: On the sum of an operation and its branch: what computes both; None if nothing does.
     """
 
     weight: str
     role: Role
     adapter: str = ""
+    fused: FusedBranch | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

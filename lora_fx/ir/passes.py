@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from lora_fx.ir.graph import Capture
 
@@ -25,6 +25,13 @@ class PassResult:
     capture: Capture
     modified: bool
 
+    @classmethod
+    def of(cls, capture: Capture, **fields: Any) -> PassResult:
+        """The capture with other values of some fields; the capture itself where it has them already."""
+        if all(getattr(capture, name) == value for name, value in fields.items()):
+            return cls(capture, False)
+        return cls(dataclasses.replace(capture, **fields), True)
+
 
 class Pass(abc.ABC):
     """A frozen dataclass whose fields are its options; calling it runs it.
@@ -36,14 +43,20 @@ class Pass(abc.ABC):
     Attributes:
         name: Its name in errors, logs and on the command line, in kebab case.
         kind: Whether it is functional or works in place.
+        needs: What the capture has to have, ``matches`` or ``plan``, unless the pass is given its own
+            (``plan``, ``rows``); empty for nothing.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind] = "functional"
+    needs: ClassVar[str] = ""
 
     def requires(self, capture: Capture) -> str | None:
         """Say what the capture lacks for the pass to run; None if it lacks nothing. It has to be cheap."""
-        return None
+        given = any(getattr(self, option, None) is not None for option in ("plan", "rows"))
+        if not self.needs or given or getattr(capture, self.needs) is not None:
+            return None
+        return "nothing is planned" if self.needs == "plan" else "no operations were looked for"
 
     def ensures(self, before: Capture, after: Capture) -> str | None:
         """Say what is wrong with the result; None if nothing is. It has to be cheap."""

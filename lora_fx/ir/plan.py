@@ -11,13 +11,7 @@ from typing import Any, ClassVar
 from lora_fx.config import LoraConfig
 from lora_fx.ir.site import Rejection, Site
 
-__all__ = [
-    "Plan",
-    "PlannedSite",
-    "PlannedTokens",
-    "Skipped",
-    "plan_text",
-]
+__all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped", "plan_text"]
 
 
 def plan_text(plan: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,9 +44,8 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
             node.op,
             node.name,
             _freeze_target(node.target),
-            _map(node.args, lambda n: _Ref(n.name)),
-            _map(node.kwargs, lambda n: _Ref(n.name)),
-            node.meta.get(META_KEY),
+            *(_map(one, fx.Node, lambda n: _Ref(n.name)) for one in (node.args, node.kwargs)),
+            _written(node.meta.get(META_KEY)),
         )
         for node in graph.nodes
     ]
@@ -60,13 +59,17 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
     graph.set_codegen(codegen)
     named: dict[str, fx.Node] = {}
     for op, name, target, args, kwargs, tag in nodes:
-        found = graph.create_node(
-            op, _thaw_target(target), _unmap(args, named), _unmap(kwargs, named), name=name
-        )
+        args, kwargs = (_map(one, _Ref, named.__getitem__) for one in (args, kwargs))
+        found = graph.create_node(op, _thaw_target(target), args, kwargs, name=name)
         named[name] = found
         if isinstance(tag, Tag):
             found.meta[META_KEY] = tag
     return graph
+
+
+def _written(tag: Any) -> Any:
+    """A tag without what only the passes after it need."""
+    return dataclasses.replace(tag, fused=None) if isinstance(tag, Tag) else tag
 
 
 def _freeze_target(target: Any) -> Any:
@@ -94,33 +97,19 @@ def _thaw_target(target: Any) -> Any:
     return getattr(getattr(getattr(torch.ops, path[0]), path[1]), path[2])
 
 
-def _map(value: Any, fn: Any) -> Any:
+def _map(value: Any, cls: type, fn: Callable[[Any], Any]) -> Any:
+    """Puts something else in the place of each object of a class in the arguments of a node."""
     # Not fx.map_arg: its containers are immutable subclasses that need torch to unpickle.
-    if isinstance(value, fx.Node):
+    if isinstance(value, cls):
         return fn(value)
     if isinstance(value, dict):
-        return {key: _map(item, fn) for key, item in value.items()}
+        return {key: _map(item, cls, fn) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(_map(value.start, fn), _map(value.stop, fn), _map(value.step, fn))
+        return slice(*(_map(item, cls, fn) for item in (value.start, value.stop, value.step)))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, fn) for item in value))
+        return type(value)(*(_map(item, cls, fn) for item in value))
     if isinstance(value, list | tuple):
-        items = [_map(item, fn) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def _unmap(value: Any, named: dict[str, fx.Node]) -> Any:
-    if isinstance(value, _Ref):
-        return named[value]
-    if isinstance(value, dict):
-        return {key: _unmap(item, named) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_unmap(item, named) for item in (value.start, value.stop, value.step)))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_unmap(item, named) for item in value))
-    if isinstance(value, list | tuple):
-        items = [_unmap(item, named) for item in value]
+        items = [_map(item, cls, fn) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
 
@@ -251,7 +240,7 @@ class Record:
         chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
         blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
         by_hand: FQNs of the base's parameters that were trained although no adapter trains them
-            (:mod:`lora_fx.passes.parameters.by_hand`).
+            (:mod:`lora_fx.passes.parameters.rewritten`).
     """
 
     adapters: Mapping[str, AdapterRecord]

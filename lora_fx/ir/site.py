@@ -14,11 +14,8 @@ from lora_fx.ir.quantization import Quantization
 
 __all__ = [
     "BranchBuilder",
-    "BranchEnds",
-    "BranchReader",
     "Call",
     "Factors",
-    "FusedBranch",
     "Layout",
     "Match",
     "Matches",
@@ -217,6 +214,11 @@ class Rejection:
     region: str = ""
     node: str = ""
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What a configuration may call it: by itself, or by the weight of it."""
+        return self.name, f"{self.name}.weight"
+
 
 Match = Site | Rejection | None
 
@@ -287,6 +289,9 @@ class BranchBuilder(Protocol):
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node."""
 
+    def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
+        """``B (A drop(x))``, plus :attr:`bias`, for a product that reads ``x``: it can become one node."""
+
     def item(self, letter: str, index: int) -> fx.Node:
         """One expert's matrix of the factor ``a`` or ``b``."""
 
@@ -295,31 +300,23 @@ class OutputBuilder(BranchBuilder, Protocol):
     """What an adapter kind gets to write what an operation gives with its adapter.
 
     Factors and slots are read where they are first used, once each.
+
+    Attributes:
+        site: The site, as its region sees it.
+        applied: Where its weight is applied.
+        base: The operation without any adapter.
+        total: The operation with the adapters that are there already; ``base`` if there are none.
+        scale: The factor of the branch.
+        padding: How many output features of the operation come before and after the site's; None if it
+            has all.
     """
 
-    @property
-    def site(self) -> Site:
-        """The site, as its region sees it."""
-
-    @property
-    def applied(self) -> Call:
-        """Where its weight is applied."""
-
-    @property
-    def base(self) -> fx.Node:
-        """The operation without any adapter."""
-
-    @property
-    def total(self) -> fx.Node:
-        """The operation with the adapters that are there already; ``base`` if there are none."""
-
-    @property
-    def scale(self) -> float:
-        """The factor of the branch."""
-
-    @property
-    def padding(self) -> tuple[int, int] | None:
-        """How many output features of the operation come before and after the site's; None if it has all."""
+    site: Site
+    applied: Call
+    base: fx.Node
+    total: fx.Node
+    scale: float
+    padding: tuple[int, int] | None
 
     @property
     def operand_bias(self) -> fx.Node:
@@ -368,76 +365,19 @@ class OutputBuilder(BranchBuilder, Protocol):
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """What ``make`` writes, the first time that it is asked for."""
 
+    def fuse_by(
+        self,
+        function: Callable[..., Any],
+        *more: Any,
+        quantized: Callable[..., Any] | None = None,
+    ) -> None:
+        """Say which function computes an operation with its branch, where that is :meth:`low_rank`.
 
-@dataclasses.dataclass(frozen=True)
-class BranchEnds:
-    """The two small products of a branch: what they read.
-
-    Attributes:
-        a: The node of A.
-        b: The node of B.
-        shift: What the outer one adds, if that was asked for.
-        dropout: Probability, and the node that says whether there is any now.
-    """
-
-    a: fx.Node
-    b: fx.Node
-    shift: Any
-    dropout: tuple[float, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedBranch:
-    """A branch as one function with its operation.
-
-    Attributes:
-        function: It takes input, weight, bias, A, B and the scale.
-        ends: What the two small products read.
-        b: The node of B.
-        scale: The factor of the branch.
-        padding: How many output features come before and after those of the branch; None if it has all.
-        more: What it takes after those.
-    """
-
-    function: Callable[..., Any]
-    ends: BranchEnds
-    b: fx.Node
-    scale: float
-    padding: Any = None
-    more: tuple[Any, ...] = ()
-
-
-class BranchReader(Protocol):
-    """What an adapter kind gets to read a branch backwards, from its end.
-
-    Nodes that were passed go away if the branch is fused.
-    """
-
-    @property
-    def bias(self) -> Any:
-        """What the operation adds; None for nothing."""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it is a product with a quantized weight."""
-
-    def step(self, node: Any, role: Role, *targets: Any) -> tuple[Any, ...]:
-        """The arguments of a node of the branch, which is passed; empty if it is another one."""
-
-    def skip(self, node: Any, role: Role, *targets: Any) -> Any:
-        """The first argument of a node where it is one of these, otherwise the node itself."""
-
-    def is_call(self, node: Any, role: Role, target: Any) -> bool:
-        """Whether a node calls a function, in a role; it is not passed."""
-
-    def uncast(self, factor: fx.Node) -> fx.Node:
-        """A factor in its own dtype."""
-
-    def past_cast(self, factor: fx.Node) -> fx.Node:
-        """The same, and the cast is passed."""
-
-    def ends(self, up: Any, operands: int) -> BranchEnds | None:
-        """``linear(linear(drop(x), A), B)``, and what the outer one adds if it has three operands."""
+        Args:
+            function: It takes input, weight, bias, A, B and the scale.
+            more: What it takes after those: nodes and values.
+            quantized: The same over a quantized weight; None if nothing computes that.
+        """
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir import BranchReader, FusedBranch, OutputBuilder, PlannedSite, Site
+from lora_fx.ir import OutputBuilder, PlannedSite, Site
 
 __all__ = ["AdapterKind", "Costs", "Slot", "Starting", "along"]
 
@@ -105,7 +105,6 @@ class AdapterKind:
         constants: Functions of parameters alone, in its graphs, whose values a file is to have in their
             place.
         handed: Functions whose first argument comes ready in a file that takes adapters as inputs.
-        endings: Functions with which its adapter ends in a graph, and that :meth:`fused` can read.
     """
 
     name: str = ""
@@ -119,7 +118,6 @@ class AdapterKind:
     depends: str = ""
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
-    endings: tuple[Any, ...] = ()
 
     # --- what there is ----------------------------------------------------------------------------
 
@@ -194,22 +192,14 @@ class AdapterKind:
         """Writes what the operation gives with the adapter, and returns its node.
 
         The node has the role ``ADD`` and ``build.total`` for its first argument. Where that is not
-        ``build.base``, other adapters are in it, and what this one changes is added to it.
+        ``build.base``, other adapters are in it, and what this one changes is added to it. A kind names its
+        fused function here (:meth:`lora_fx.ir.OutputBuilder.fuse_by`).
 
         Args:
             build: Writes nodes.
             up: What the pattern has written, ``B A x``; None without factors.
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what it computes (joined)")
-
-    def fused(self, total: fx.Node, read: BranchReader) -> FusedBranch | None:
-        """The adapter that ends in a node as one function with its operation; None if it is another form.
-
-        Args:
-            total: A node of one of :attr:`endings`.
-            read: Reads the branch backwards; nodes that it passes go away.
-        """
-        return None
 
     # --- merges -----------------------------------------------------------------------------------
 

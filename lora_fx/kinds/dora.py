@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from lora_fx.ir import BranchReader, FusedBranch, OutputBuilder, PlannedSite, Role, Site
+from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
 from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting, along
 from lora_fx.kinds.lora import BIAS, bias_slot, bias_start
-from lora_fx.runtime import dora, dora_linear, pad_features
+from lora_fx.runtime import dora, fused_dora
 
-__all__ = ["Dora"]
+__all__ = ["KINDS", "Dora"]
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
 _LINEAR = (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
@@ -48,7 +48,6 @@ class Dora(AdapterKind):
     depends = "the norms of DoRA (use_dora) are those of the base weights"
     constants = (dora.gain,)
     handed = (dora.gain, dora.steered)
-    endings = (dora.rescaled, dora.recomputed)
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
@@ -111,6 +110,8 @@ class Dora(AdapterKind):
         gains = _gain(build)
         if self.bias and not build.bias_taken:
             up = build.call(Role.UP, operator.add, up, build.spread(build.cast_slot(BIAS)))
+        if not self.bias:
+            build.fuse_by(fused_dora.dora_linear, gains, _again(build))
         if build.padding is not None:
             up = build.padded(up)
             gains = build.call(Role.PAD, F.pad, gains, build.padding, "constant", 1.0)
@@ -127,43 +128,6 @@ class Dora(AdapterKind):
             return build.call(Role.ADD, dora.rescaled, build.base, None, up, met, *kept)
         base = None if build.total is build.base else build.base
         return build.call(Role.ADD, dora.rescaled, build.total, base, up, met)
-
-    def fused(self, total: fx.Node, read: BranchReader) -> FusedBranch | None:
-        """``rescaled(base, None, up, gain, ...)`` or ``recomputed(base, up, gain, ...)``."""
-        if read.quantized:
-            return None
-        again = total.target is dora.recomputed
-        given: tuple[Any, ...] = total.args
-        up, gain = given[1:3] if again else given[2:4]
-        if not again and given[1] is not None:
-            return None
-        padded = read.step(gain, Role.PAD, F.pad)
-        gain = padded[0] if padded else gain
-        # The gain may also meet the output as more than a vector at its end: that is not this function.
-        if not read.is_call(gain, Role.MAGNITUDE, dora.gain):
-            return None
-        # The bias less its gain is added to the branch, or by the product with B itself.
-        added = read.step(up, Role.MAGNITUDE, operator.add)
-        up, shift = added or (up, None)
-        up = read.skip(up, Role.PAD, pad_features) if padded else up
-        ends = read.ends(up, 2 if added or read.bias is None else 3)
-        if ends is None:
-            return None
-        shift = ends.shift if shift is None else shift
-        steered = read.step(read.past_cast(ends.b), Role.SCALE, dora.steered)
-        shifted = read.step(shift, Role.MAGNITUDE, dora.shifted)
-        if not steered or (shift is not None and not shifted):
-            return None
-        for constant in (steered[1], *shifted[1:2]):
-            read.step(constant, Role.MAGNITUDE, dora.held)
-        return FusedBranch(
-            dora_linear,
-            ends,
-            steered[0],
-            steered[2],
-            padded[1] if padded else None,
-            (gain, again),
-        )
 
     # --- merges -----------------------------------------------------------------------------------
 
@@ -271,3 +235,6 @@ def _norm(weight: Tensor, site: Site) -> Tensor:
     grouped = torch.unflatten(kernels, 0, (site.groups, -1))
     norm = torch.linalg.vector_norm(grouped, dim=(1, 3)).flatten()
     return norm
+
+
+KINDS = (Dora(), Dora(bias=True))

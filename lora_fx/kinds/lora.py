@@ -10,11 +10,11 @@ from typing import Final
 import torch
 from torch import Tensor, fx
 
-from lora_fx.ir import BranchReader, FusedBranch, OutputBuilder, Role, Site
+from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting
-from lora_fx.runtime import lora_linear, pad_features
+from lora_fx.runtime import fused_lora, fused_quantized
 
-__all__ = ["BIAS", "Lora", "bias_slot", "bias_start"]
+__all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start"]
 
 BIAS: Final = "lora_bias"
 """Where the bias of B is."""
@@ -40,7 +40,6 @@ class Lora(AdapterKind):
     """Two factors, and with ``bias`` a vector that is added to what B gives."""
 
     does = "a bias on B adds to"
-    endings = (operator.add,)
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
@@ -75,26 +74,20 @@ class Lora(AdapterKind):
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """``total + pad(up · s)``."""
         assert up is not None
-        if self.bias and not build.bias_taken:
+        if not self.bias:
+            build.fuse_by(fused_lora.lora_linear, quantized=fused_quantized.quantized_lora_linear)
+        elif not build.bias_taken:
             bias = build.bias
             assert bias is not None
             up = build.call(Role.UP, operator.add, up, build.spread(bias))
         scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
         return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
 
-    def fused(self, total: fx.Node, read: BranchReader) -> FusedBranch | None:
-        """``base + pad(linear(linear(drop(x), A), B) · s)``."""
-        padded = read.step(total.args[1], Role.PAD, pad_features)
-        scaled = read.step(padded[0] if padded else total.args[1], Role.SCALE, operator.mul)
-        ends = read.ends(scaled[0], 2) if scaled else None
-        if ends is None:
-            return None
-        return FusedBranch(
-            lora_linear, ends, read.uncast(ends.b), scaled[1], padded[1:] if padded else None
-        )
-
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
     ) -> Sequence[tuple[Tensor, float]]:
         """``s`` times the bias of B."""
         return ((values[BIAS], scale),) if self.bias else ()
+
+
+KINDS = (Lora(), Lora(bias=True))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Protocol
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Site
 from lora_fx.kinds.base import AdapterKind
-from lora_fx.kinds.dora import Dora
-from lora_fx.kinds.lora import Lora
 
 __all__ = [
     "chosen_kind",
@@ -24,8 +25,18 @@ __all__ = [
     "union_of",
 ]
 
-_PLAIN = Lora()
-_BUILT_IN: tuple[AdapterKind, ...] = (_PLAIN, Lora(bias=True), Dora(), Dora(bias=True))
+
+def _built_in() -> tuple[AdapterKind, ...]:
+    """The kinds of every file of this package: its ``KINDS``, those first that only add to the operation."""
+    package = __name__.rpartition(".")[0]
+    files = pkgutil.iter_modules([str(Path(__file__).parent)])
+    modules = (importlib.import_module(f"{package}.{file.name}") for file in files)
+    found = (kind for module in modules for kind in getattr(module, "KINDS", ()))
+    return tuple(sorted(found, key=lambda kind: bool(kind.transforms)))
+
+
+_BUILT_IN = _built_in()
+_PLAIN = next(kind for kind in _BUILT_IN if kind.name == "lora")
 _registry: tuple[AdapterKind, ...] = _BUILT_IN
 
 
@@ -40,7 +51,7 @@ def register_adapter_kind(kind: AdapterKind) -> None:
     A configuration chooses it by its name, ``LoraConfig(kind="ia3", target_modules=[...])``. All of PEFT's
     fields keep their meaning: they say which operations are adapted and what is trained beside the adapters,
     and fields that say something of A and B are refused by a kind that has none. PEFT's own variants have no
-    ``kind``: there their fields choose (``use_dora``, ``lora_bias``), so that PEFT reads what is saved.
+    ``kind``: there their fields choose (``lora_bias`` and the like), so that PEFT reads what is saved.
     An adapter folder has the name in ``adapter_config.json``, with a ``peft_type`` that PEFT does not take
     for LoRA; it can be loaded where the kind is registered.
 

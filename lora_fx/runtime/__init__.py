@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from lora_fx.runtime import dora, experts, watch
-from lora_fx.runtime.attention import attend, causal_hint, zero_padding
-from lora_fx.runtime.decorators import around, inner_of
-from lora_fx.runtime.dora import spread
-from lora_fx.runtime.experts import (
-    grouped_mm,
-    repeated,
-    sorted_by_expert,
-    summed,
-    tokens_of,
-    unsorted,
+from lora_fx.runtime import (
+    attention,
+    experts,
+    fused_lora,
+    fused_quantized,
+    masks,
+    ops,
+    watch,
+    windows,
 )
-from lora_fx.runtime.fused_dora import dora_linear
-from lora_fx.runtime.fused_lora import lora_linear, lora_linears, without_autocast
-from lora_fx.runtime.fused_quantized import quantized_lora_linear
-from lora_fx.runtime.masks import dropped
+from lora_fx.runtime.decorators import around, inner_of
+from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.ops import (
-    OMITTED,
     AdapterFactors,
     AdapterModule,
-    Callee,
-    HeldTensor,
     Holder,
-    KeptIndices,
     KeptTensors,
-    Seen,
-    cast_like,
     check_adapter_name,
-    class_of,
-    count_batch,
-    differs,
-    given,
     in_place,
-    inside_of,
-    needs_modules,
     output_padding,
-    pad_features,
-    tree_differs,
-    wants_cache,
 )
 from lora_fx.runtime.samples import (
     SampleRows,
@@ -51,74 +32,37 @@ from lora_fx.runtime.samples import (
     watch_calls,
 )
 from lora_fx.runtime.watch import BASE, CODES, GRAPH, Hooked, disarm, entry, is_checked
-from lora_fx.runtime.windows import (
-    attend_in_windows,
-    fitted_window,
-    partition,
-    reverse,
-    without_key_bias,
-)
 
 __all__ = [
     "BASE",
     "CODES",
     "GRAPH",
-    "OMITTED",
     "AdapterFactors",
     "AdapterModule",
-    "Callee",
-    "HeldTensor",
     "Holder",
     "Hooked",
-    "KeptIndices",
     "KeptTensors",
     "SampleRows",
-    "Seen",
     "add_rows",
     "around",
-    "attend",
-    "attend_in_windows",
-    "cast_like",
-    "causal_hint",
+    "attention",
     "check_adapter_name",
-    "class_of",
-    "count_batch",
-    "differs",
     "disarm",
-    "dora",
-    "dora_linear",
-    "dropped",
     "entry",
     "experts",
-    "fitted_window",
-    "given",
-    "grouped_mm",
+    "fused_lora",
+    "fused_quantized",
     "in_place",
     "inner_of",
-    "inside_of",
     "is_checked",
-    "lora_linear",
-    "lora_linears",
-    "needs_modules",
+    "masks",
+    "ops",
     "output_padding",
-    "pad_features",
-    "partition",
     "put_rows",
-    "quantized_lora_linear",
-    "repeated",
-    "reverse",
     "select_rows",
-    "sorted_by_expert",
-    "spread",
-    "summed",
-    "tokens_of",
-    "tree_differs",
-    "unsorted",
     "unwatch_calls",
-    "wants_cache",
     "watch",
     "watch_calls",
+    "windows",
     "without_autocast",
-    "without_key_bias",
-    "zero_padding",
 ]

@@ -30,7 +30,6 @@ __all__ = [
     "recomputed",
     "rescaled",
     "shifted",
-    "spread",
     "steered",
     "weight_norm",
 ]
@@ -263,28 +262,6 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
 def shifted(bias: Tensor, gains: Tensor, like: Tensor) -> Tensor:
     """``(1 - g) ∘ bias``: what the gain takes off the bias in a base output, in the dtype of ``like``."""
     return ((1 - gains) * bias).to(like.dtype)
-
-
-def spread(vector: Tensor, like: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """A vector of the output features in the shape in which it meets an output.
-
-    Args:
-        vector: [out].
-        like: The output. A matrix times a vector has its features where a product has its rows.
-        axes: Where the features lie in an output, counted from its end.
-        sizes: Their sizes, where they are several dimensions.
-
-    Returns:
-        A view with 1 for every other dimension behind the first of the axes.
-    """
-    if like.dim() < -min(axes):
-        return vector
-    if len(axes) > 1:
-        order = sorted(range(len(axes)), key=lambda place: axes[place])
-        vector = vector.view(tuple(sizes)).permute(order)
-    kept = iter(vector.shape)
-    first = min(axes)
-    return vector.reshape([next(kept) if axis in axes else 1 for axis in range(first, 0)])
 
 
 def rescaled(

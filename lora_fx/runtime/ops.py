@@ -39,7 +39,6 @@ __all__ = [
     "Holder",
     "KeptIndices",
     "KeptTensors",
-    "Omitted",
     "Seen",
     "cast_like",
     "check_adapter_name",
@@ -52,6 +51,7 @@ __all__ = [
     "needs_modules",
     "output_padding",
     "pad_features",
+    "spread",
     "tree_differs",
     "wants_cache",
 ]
@@ -203,13 +203,13 @@ def in_place(operation: str, left: Any, right: Any) -> Any:
     return getattr(operator, operation)(left, right)
 
 
-class Omitted(enum.Enum):
+class _Omitted(enum.Enum):
     """The default of an argument that tells whether it was given."""
 
     OMITTED = "omitted"
 
 
-OMITTED = Omitted.OMITTED
+OMITTED = _Omitted.OMITTED
 """What an argument is that was not given, where a decorator looks whether it was."""
 
 
@@ -485,3 +485,27 @@ def output_padding(
     size: Any = output_size
     found: Sequence[int] = nn.ConvTranspose2d._output_padding(layer, x, size, *geometry)
     return found
+
+
+def spread(
+    vector: torch.Tensor, like: torch.Tensor, axes: Sequence[int], sizes: Sequence[int]
+) -> torch.Tensor:
+    """A vector of the output features in the shape in which it meets an output.
+
+    Args:
+        vector: [out].
+        like: The output. A matrix times a vector has its features where a product has its rows.
+        axes: Where the features lie in an output, counted from its end.
+        sizes: Their sizes, where they are several dimensions.
+
+    Returns:
+        A view with 1 for every other dimension behind the first of the axes.
+    """
+    if like.dim() < -min(axes):
+        return vector
+    if len(axes) > 1:
+        order = sorted(range(len(axes)), key=lambda place: axes[place])
+        vector = vector.view(tuple(sizes)).permute(order)
+    kept = iter(vector.shape)
+    first = min(axes)
+    return vector.reshape([next(kept) if axis in axes else 1 for axis in range(first, 0)])

@@ -11,8 +11,8 @@ samples of all its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from torch import Tensor
 from lora_fx.formats import row_operators
 
 __all__ = [
-    "Named",
+    "Operation",
     "Reader",
     "Rule",
+    "Sets",
     "batch_normalized",
     "rule_of",
     "tensors_in",
@@ -43,8 +44,61 @@ class Reader(Protocol):
         """Notes that values of the batch decide where an element lies."""
 
 
-Named = Mapping[str, Any]
-Rule = Callable[[Reader, Any, Named, Sequence[Tensor]], "Sequence[Tensor | None]"]
+Sets = Tensor | None
+"""The samples of each element of a tensor; None if no element has one."""
+
+
+class Operation(NamedTuple):
+    """A call of an operator.
+
+    Attributes:
+        reader: What is known so far.
+        func: The operator.
+        named: Its arguments by name, with defaults.
+        outs: Its results.
+    """
+
+    reader: Reader
+    func: Any
+    named: Mapping[str, Any]
+    outs: Sequence[Tensor]
+
+    @property
+    def name(self) -> str:
+        """The operator's name."""
+        return str(self.func.overloadpacket.__name__)
+
+    def sets(self, name: str) -> Sets:
+        """The samples of an argument, which the operator has to have."""
+        return self.reader.read(self.named[name])
+
+    def sets_if_any(self, name: str) -> Sets:
+        """The samples of an argument that it may have."""
+        return self.reader.read(self.named.get(name))
+
+    def all_of(self, values: Iterable[Any]) -> Sets:
+        """The samples of everything in some arguments."""
+        return union(*(_all(self.reader.read(one)) for one in tensors_in(list(values))))
+
+    def but(self, names: Sequence[str]) -> Sets:
+        """The samples of everything in the arguments but some."""
+        return self.all_of(value for name, value in self.named.items() if name not in names)
+
+    def functional(self) -> Operation:
+        """The same with the operator of a new result that one in place has."""
+        if not self.name.endswith("_"):
+            return self
+        packet = getattr(torch.ops.aten, self.name[:-1])
+        return self._replace(func=getattr(packet, self.func._overloadname))
+
+    def results(self, rule: Rule) -> Sequence[Sets]:
+        """The samples of each result by a rule."""
+        found = rule(self)
+        return found if isinstance(found, list) else [found] * len(self.outs)
+
+
+Rule = Callable[[Operation], "Sets | list[Sets]"]
+"""Gives the samples of each result of an operation, or those that all of them have."""
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -99,58 +153,53 @@ def _leading(sets: Tensor | None, dims: int) -> Tensor | None:
 # --- families of operators ----------------------------------------------------------------------------
 
 
-def _everything(
-    reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]
-) -> list[Tensor | None]:
+def _everything(op: Operation) -> Sets | list[Sets]:
     """Each result may be computed from everything."""
-    met = union(*(_all(reader.read(one)) for one in tensors_in(list(named.values()))))
-    return [met] * len(outs)
+    return op.all_of(op.named.values())
 
 
-def _nothing(_: Reader, __: Any, ___: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
+def _nothing(op: Operation) -> Sets | list[Sets]:
     """Values that do not depend on the arguments: zeros of the same shape, random numbers."""
-    return [None] * len(outs)
+    return None
 
 
-def _pointwise(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-    met = union(*(reader.read(one) for one in tensors_in(list(named.values()))))
-    return [met] * len(outs)
+def _pointwise(op: Operation) -> Sets | list[Sets]:
+    return union(*(op.reader.read(one) for one in tensors_in(list(op.named.values()))))
 
 
-def _same(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
+def _same(op: Operation) -> Sets | list[Sets]:
     """The first argument's elements in their order, in whatever shape; other results are not of the batch."""
-    sets = reader.read(next(tensors_in(list(named.values()))))
+    sets = op.reader.read(next(tensors_in(list(op.named.values()))))
     if sets is not None:
-        sets = sets.reshape(sets.shape[0], *outs[0].shape)
-    return [sets, *[None] * (len(outs) - 1)]
+        sets = sets.reshape(sets.shape[0], *op.outs[0].shape)
+    return [sets, *[None] * (len(op.outs) - 1)]
 
 
-def _reduced(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    sets = reader.read(named["self"])
-    dims = named.get("dim")
+def _reduced(op: Operation) -> Sets | list[Sets]:
+    if torch.Tag.pointwise in op.func.tags:
+        return _pointwise(op)  # the greater of two tensors
+    sets = op.sets("self")
+    dims = op.named.get("dim")
     if sets is None or dims is None or dims == []:
-        return _everything(reader, func, named, outs)
+        return _everything(op)
     dims = [dims] if isinstance(dims, int) else list(dims)
-    return [_over(sets, dims, bool(named.get("keepdim", False)))] * len(outs)
+    return _over(sets, dims, bool(op.named.get("keepdim", False)))
 
 
-def _along(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
+def _along(op: Operation) -> Sets | list[Sets]:
     """Every element along some axes may be computed from all of these axes, which may change their sizes."""
-    dims = named.get("dim", -1)
+    dims = op.named.get("dim", -1)
     dims = [dims] if isinstance(dims, int) else list(dims)
-    return [_over(reader.read(named["self"]), dims)] * len(outs)
+    return _over(op.sets("self"), dims)
 
 
 def _product(first: str, second: str, *added: str) -> Rule:
     """A matrix product, or one of each of a batch."""
 
-    def rule(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-        left = _over(reader.read(named[first]), [-1])
-        right = _over(reader.read(named[second]), [-2])
-        met = union(left, right, *(reader.read(named.get(name)) for name in added))
-        return [met] * len(outs)
+    def rule(op: Operation) -> Sets | list[Sets]:
+        left = _over(op.sets(first), [-1])
+        right = _over(op.sets(second), [-2])
+        return union(left, right, *(op.sets_if_any(name) for name in added))
 
     return rule
 
@@ -158,13 +207,9 @@ def _product(first: str, second: str, *added: str) -> Rule:
 def _rows(*names: str) -> Rule:
     """A function of each vector along the last axis, and of everything in the other arguments."""
 
-    def rule(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-        rest = [value for name, value in named.items() if name not in names]
-        met = union(
-            *(_over(reader.read(named[name]), [-1]) for name in names),
-            *(_all(reader.read(one)) for one in tensors_in(rest)),
-        )
-        return [met, *[_all(met)] * (len(outs) - 1)]
+    def rule(op: Operation) -> Sets | list[Sets]:
+        met = union(*(_over(op.sets(name), [-1]) for name in names), op.but(names))
+        return [met, *[_all(met)] * (len(op.outs) - 1)]
 
     return rule
 
@@ -172,83 +217,68 @@ def _rows(*names: str) -> Rule:
 def _each_first(*names: str) -> Rule:
     """A function of each slice along the first axis, and of everything in the other arguments."""
 
-    def rule(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-        rest = [value for name, value in named.items() if name not in names]
-        other = union(*(_all(reader.read(one)) for one in tensors_in(rest)))
-        results = []
-        for out in outs:
-            mine = (_leading(reader.read(named[name]), out.dim()) for name in names)
-            results.append(union(*mine, other))
-        return results
+    def rule(op: Operation) -> Sets | list[Sets]:
+        other = op.but(names)
+        return [
+            union(*(_leading(op.sets(name), out.dim()) for name in names), other) for out in op.outs
+        ]
 
     return rule
 
 
-def _normalized(
-    reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    count = len(named["normalized_shape"])
-    met = union(
-        _over(reader.read(named["input"]), list(range(-count, 0))),
-        _all(reader.read(named["weight"])),
-        _all(reader.read(named.get("bias"))),
-    )
-    return [met] * len(outs)
+def _normalized(op: Operation) -> Sets | list[Sets]:
+    count = len(op.named["normalized_shape"])
+    own = _over(op.sets("input"), list(range(-count, 0)))
+    return union(own, _all(op.sets("weight")), _all(op.sets_if_any("bias")))
 
 
-def batch_normalized(
-    reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]
-) -> list[Tensor | None]:
+def batch_normalized(op: Operation) -> Sets | list[Sets]:
     """In training the statistics are of the whole batch; the elements are still those of their samples."""
-    return [reader.read(named["input"]), *[None] * (len(outs) - 1)]
+    return [op.sets("input"), *[None] * (len(op.outs) - 1)]
 
 
-def _attention(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-    mask = named.get("attn_mask")
-    mask = named.get("attn_bias") if mask is None else mask
+def _attention(op: Operation) -> Sets | list[Sets]:
+    mask = "attn_bias" if op.named.get("attn_mask") is None else "attn_mask"
     met = union(
-        _over(reader.read(named["query"]), [-1]),
+        _over(op.sets("query"), [-1]),
         # Heads of keys may be fewer.
-        _over(reader.read(named["key"]), [1, 2, 3]),
-        _over(reader.read(named["value"]), [1, 2, 3]),
-        _over(reader.read(mask), [-1]),
+        _over(op.sets("key"), [1, 2, 3]),
+        _over(op.sets("value"), [1, 2, 3]),
+        _over(op.sets_if_any(mask), [-1]),
     )
-    batch = len(outs[0])
+    batch = len(op.outs[0])
     # Beside the output are sums that the backward needs, of the same samples, and states of generators.
     rest = [
         _leading(met, out.dim()) if out.dim() > 1 and len(out) == batch else None
-        for out in outs[1:]
+        for out in op.outs[1:]
     ]
     return [met, *rest]
 
 
-def _embedded(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-    ids = reader.read(named["indices"])
-    met = union(None if ids is None else ids.unsqueeze(-1), _all(reader.read(named["weight"])))
-    return [met] * len(outs)
+def _embedded(op: Operation) -> Sets | list[Sets]:
+    ids = op.sets("indices")
+    return union(None if ids is None else ids.unsqueeze(-1), _all(op.sets("weight")))
 
 
-def _recurrent(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+def _recurrent(op: Operation) -> Sets | list[Sets]:
     """A layer of [time, sample, feature], or [sample, time, feature], and states [.., sample, feature]."""
-    if named.get("batch_sizes"):
-        return _everything(reader, func, named, outs)
-    first = bool(named.get("batch_first")) and func.overloadpacket.__name__ == "_cudnn_rnn"
-    x = reader.read(named["input"])
+    if op.named.get("batch_sizes"):
+        return _everything(op)
+    first = bool(op.named.get("batch_first")) and op.name == "_cudnn_rnn"
+    x = op.sets("input")
     x = _over(x, [1, 2] if first else [0, 2])
     x = None if x is None else x.flatten(1)
     for name in ("hx", "hx_", "cx", "cx_"):
-        state = reader.read(named.get(name))
+        state = op.sets_if_any(name)
         if state is not None:
             state = _over(state, [d for d in range(state.dim() - 1) if d != state.dim() - 3])
             assert state is not None
             x = union(x, state.flatten(1))
     if x is None:
-        return [None] * len(outs)
+        return None
     by_sample = x[:, :, None] if not first else x[:, :, None, None]
-    results: list[Tensor | None] = [by_sample]
-    for out in outs[1:]:
+    results: list[Sets] = [by_sample]
+    for out in op.outs[1:]:
         fits = out.dim() >= 2 and out.shape[-2] == x.shape[1]
         results.append(x[:, :, None] if fits else _all(x))
     return results
@@ -257,8 +287,9 @@ def _recurrent(
 # --- operators that move elements -------------------------------------------------------------------
 
 
-def _channels(reader: Reader, named: Named, moved: Sequence[str]) -> int:
-    found = (reader.read(one) for name in moved for one in tensors_in(named.get(name)))
+def _channels(op: Operation, moved: Sequence[str]) -> int:
+    given = (one for name in moved for one in tensors_in(op.named.get(name)))
+    found = (op.reader.read(one) for one in given)
     return max((len(sets) for sets in found if sets is not None), default=0)
 
 
@@ -270,33 +301,31 @@ def _full(reader: Reader, tensor: Tensor, channels: int) -> Tensor:
     return sets
 
 
-def _moved(*moved: str, fill: str = "") -> Rule:
+def _moved(*moved: str, fill: str = "") -> Callable[[Operation], Sets]:
     """An operator that does with the samples what it does with the elements."""
 
-    def rule(
-        reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        count = _channels(reader, named, moved)
+    def rule(op: Operation) -> Sets:
+        count = _channels(op, moved)
         if not count:
-            return [None] * len(outs)
-        given = dict(named)
+            return None
+        given = dict(op.named)
         if fill:
-            given[fill] = reader.empty
+            given[fill] = op.reader.empty
         results = []
         for channel in range(count):
             for name in moved:
-                value = named[name]
+                value = op.named[name]
                 if isinstance(value, Tensor):
-                    given[name] = _full(reader, value, count)[channel]
+                    given[name] = _full(op.reader, value, count)[channel]
                 elif isinstance(value, list | tuple):
-                    given[name] = [_full(reader, one, count)[channel] for one in value]
-            results.append(_called(func, given))
-        return [torch.stack(results)] * len(outs)
+                    given[name] = [_full(op.reader, one, count)[channel] for one in value]
+            results.append(_called(op.func, given))
+        return torch.stack(results)
 
     return rule
 
 
-def _called(func: Any, named: Named) -> Tensor:
+def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
     args = [named[one.name] for one in func._schema.arguments if not one.kwarg_only]
     only = (one.name for one in func._schema.arguments if one.kwarg_only)
     result: Tensor = func(*args, **{name: named[name] for name in only if name in named})
@@ -319,7 +348,7 @@ def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
             reader.placed()
 
 
-def _where_empty(reader: Reader, sets: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _where_empty(reader: Reader, sets: Sets, other: Sets) -> Sets:
     """What was chosen has the samples of its elements, or, where it has none, those of the choice."""
     if sets is None or other is None:
         return other if sets is None else sets
@@ -329,29 +358,25 @@ def _where_empty(reader: Reader, sets: Tensor | None, other: Tensor | None) -> T
     return torch.where(has, sets, other)
 
 
-def _selected(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+def _selected(op: Operation) -> Sets | list[Sets]:
     """index_select and gather."""
-    index, dim = named["index"], named["dim"]
-    if not named["self"].dim():
-        return _everything(reader, func, named, outs)
-    dim %= named["self"].dim()
-    _note_placed(reader, named["self"], {dim: index})
-    (sets,) = _moved("self")(reader, func, named, outs)
-    chosen = reader.read(index)
-    if chosen is not None and func.overloadpacket.__name__ == "index_select":
-        shape = [1] * named["self"].dim()
+    index, dim = op.named["index"], op.named["dim"]
+    if not op.named["self"].dim():
+        return _everything(op)
+    dim %= op.named["self"].dim()
+    _note_placed(op.reader, op.named["self"], {dim: index})
+    sets = _moved("self")(op)
+    chosen = op.reader.read(index)
+    if chosen is not None and op.name == "index_select":
+        shape = [1] * op.named["self"].dim()
         shape[dim] = -1
         chosen = chosen.reshape(len(chosen), *shape)
-    return [_where_empty(reader, sets, chosen)]
+    return _where_empty(op.reader, sets, chosen)
 
 
-def _indexed(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+def _indexed(op: Operation) -> Sets | list[Sets]:
     """``x[i, j]``."""
-    indices = named["indices"]
+    indices = op.named["indices"]
     places: dict[int, Tensor] = {}
     dim = 0
     for one in indices:
@@ -359,298 +384,171 @@ def _indexed(
             places[dim] = one
         masks = one is not None and one.dtype in (torch.bool, torch.uint8)
         dim += one.dim() if masks else 1
-    _note_placed(reader, named["self"], places)
-    (sets,) = _moved("self")(reader, func, named, outs)
-    chosen = union(*(reader.read(one) for one in places.values()))
+    _note_placed(op.reader, op.named["self"], places)
+    sets = _moved("self")(op)
+    chosen = union(*(op.reader.read(one) for one in places.values()))
     if chosen is None:
-        return [sets]
+        return sets
     if any(one.dtype in (torch.bool, torch.uint8) for one in places.values()):
-        return [_where_empty(reader, sets, _all(chosen))]
+        return _where_empty(op.reader, sets, _all(chosen))
     numbers = list(places)
     together = numbers == list(range(numbers[0], numbers[-1] + 1))
     before = numbers[0] if together else 0
-    after = outs[0].dim() - before - (chosen.dim() - 1)
+    after = op.outs[0].dim() - before - (chosen.dim() - 1)
     chosen = chosen.reshape(len(chosen), *[1] * before, *chosen.shape[1:], *[1] * after)
-    return [_where_empty(reader, sets, chosen)]
+    return _where_empty(op.reader, sets, chosen)
 
 
-def _accumulated(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+def _accumulated(op: Operation) -> Sets | list[Sets]:
     """index_add and scatter_add: what meets in one place has the samples of all of it."""
-    name = func.overloadpacket.__name__.removesuffix("_")
+    name = op.name.removesuffix("_")
     source = "source" if name == "index_add" else "src"
-    count = _channels(reader, named, ("self", source))
+    count = _channels(op, ("self", source))
     _note_placed(
-        reader, named[source], {named["dim"] % max(1, named["self"].dim()): named["index"]}
+        op.reader,
+        op.named[source],
+        {op.named["dim"] % max(1, op.named["self"].dim()): op.named["index"]},
     )
-    if not count or not named["self"].dim():
-        return _everything(reader, func, named, outs)
-    x, more = (_full(reader, named[one], count) for one in ("self", source))
-    dim, index = named["dim"] % named["self"].dim(), named["index"]
+    if not count or not op.named["self"].dim():
+        return _everything(op)
+    x, more = (_full(op.reader, op.named[one], count) for one in ("self", source))
+    dim, index = op.named["dim"] % op.named["self"].dim(), op.named["index"]
     if name == "index_add":
         index = index.reshape([-1 if axis == dim else 1 for axis in range(more.dim() - 1)])
         index = index.expand(more.shape[1:])
     if index.shape != more.shape[1:]:
-        return _everything(reader, func, named, outs)
+        return _everything(op)
     index = index.expand(more.shape)
-    return [x.scatter_reduce(dim + 1, index, more, "amin")]
+    return x.scatter_reduce(dim + 1, index, more, "amin")
 
 
-def _put(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+def _put(op: Operation) -> Sets | list[Sets]:
     """``x[i, j] = values``."""
-    if named.get("accumulate"):
-        return _everything(reader, func, named, outs)
-    if any(reader.read(one) is not None for one in named["indices"] if one is not None):
-        reader.placed()
-    return _moved("self", "values")(reader, _functional(func), named, outs)
+    if op.named.get("accumulate"):
+        return _everything(op)
+    if any(op.reader.read(one) is not None for one in op.named["indices"] if one is not None):
+        op.reader.placed()
+    return _moved("self", "values")(op.functional())
 
 
 def _copied_to(source: str) -> Rule:
     """index_copy, scatter and masked_scatter: elements of the source in some places of x."""
 
-    def rule(
-        reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        index = named.get("index", named.get("mask"))
-        if isinstance(index, Tensor) and reader.read(index) is not None:
-            reader.placed()
-        if not isinstance(named.get(source), Tensor):
-            return _pointwise(reader, func, named, outs)
-        return _moved("self", source)(reader, _functional(func), named, outs)
+    def rule(op: Operation) -> Sets | list[Sets]:
+        index = op.named.get("index", op.named.get("mask"))
+        if isinstance(index, Tensor) and op.reader.read(index) is not None:
+            op.reader.placed()
+        if not isinstance(op.named.get(source), Tensor):
+            return _pointwise(op)
+        return _moved("self", source)(op.functional())
 
     return rule
 
 
-def _functional(func: Any) -> Any:
-    """The operator of a new result that one in place has beside it."""
-    packet = func.overloadpacket
-    name = packet.__name__
-    if not name.endswith("_"):
-        return func
-    return getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname)
-
-
-def _data_dependent(
-    reader: Reader, func: Any, named: Named, outs: Sequence[Tensor]
-) -> list[Tensor | None]:
+def _data_dependent(op: Operation) -> Sets | list[Sets]:
     """Results whose very shape follows the values."""
-    results = _everything(reader, func, named, outs)
-    if any(one is not None for one in results):
-        reader.placed()
-    return results
+    met = op.all_of(op.named.values())
+    if met is not None:
+        op.reader.placed()
+    return met
 
 
-def _copied(reader: Reader, _: Any, named: Named, outs: Sequence[Tensor]) -> list[Tensor | None]:
-    return [reader.read(named["src"])]
+def _copied(op: Operation) -> Sets | list[Sets]:
+    return op.sets("src")
 
 
-_RULES: dict[str, Rule] = {
-    "copy": _copied,
-    "addbmm": _everything,
-    "mm": _product("self", "mat2"),
-    "bmm": _product("self", "mat2"),
-    "addmm": _product("mat1", "mat2", "self"),
-    "_addmm_activation": _product("mat1", "mat2", "self"),
-    "baddbmm": _product("batch1", "batch2", "self"),
-    "_int_mm": _product("self", "mat2"),
-    "linear": _rows("input"),
-    "convolution": _each_first("input"),
-    "convolution_overrideable": _each_first("input"),
-    "mkldnn_convolution": _each_first("self"),
-    "_convolution": _each_first("input"),
-    "native_layer_norm": _normalized,
-    "_fused_rms_norm": _normalized,
-    "native_group_norm": _each_first("input"),
-    "_thnn_fused_lstm_cell": _each_first("input_gates", "hidden_gates", "cx"),
-    "_thnn_fused_gru_cell": _each_first("input_gates", "hidden_gates", "hx"),
-    "mkldnn_rnn_layer": _recurrent,
-    "_cudnn_rnn": _recurrent,
-    "embedding": _embedded,
-    "index": _indexed,
-    "_unsafe_index": _indexed,
-    "index_select": _selected,
-    "gather": _selected,
-    "index_add": _accumulated,
-    "scatter_add": _accumulated,
-    "index_put": _put,
-    "_index_put_impl": _everything,
-    "index_copy": _copied_to("source"),
-    "scatter": _copied_to("src"),
-    "masked_scatter": _copied_to("source"),
-    "masked_fill": _pointwise,
-    "cat": _moved("tensors"),
-    "stack": _moved("tensors"),
-    "constant_pad_nd": _moved("self", fill="value"),
-    "native_dropout": _same,
-    "tril": _same,
-    "triu": _same,
-    "nonzero": _data_dependent,
-    "masked_select": _data_dependent,
-    "bincount": _data_dependent,
-    "_unique2": _data_dependent,
-    "unique_dim": _data_dependent,
-    "unique_consecutive": _data_dependent,
-}
-_RULES |= dict.fromkeys(
-    [
-        "_softmax",
-        "_log_softmax",
-        "cumsum",
-        "cumprod",
-        "logcumsumexp",
-        "cummax",
-        "cummin",
-        "sort",
-        "topk",
-        "_fft_r2c",
-        "_fft_c2r",
-        "_fft_c2c",
-    ],
-    _along,
+_FAMILIES: tuple[tuple[Rule, str], ...] = (
+    (_copied, "copy"),
+    (_everything, "addbmm _index_put_impl"),
+    (_product("self", "mat2"), "mm bmm _int_mm"),
+    (_product("mat1", "mat2", "self"), "addmm _addmm_activation"),
+    (_product("batch1", "batch2", "self"), "baddbmm"),
+    (_rows("input"), "linear"),
+    (_each_first("input"), "convolution convolution_overrideable _convolution native_group_norm"),
+    (
+        _each_first("self"),
+        (
+            "mkldnn_convolution avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
+            "_adaptive_avg_pool3d adaptive_max_pool2d max_pool2d_with_indices max_pool3d_with_indices "
+            "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
+            "upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa "
+            "_upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d "
+            "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+            "replication_pad3d im2col col2im"
+        ),
+    ),
+    (_normalized, "native_layer_norm _fused_rms_norm"),
+    (_each_first("input_gates", "hidden_gates", "cx"), "_thnn_fused_lstm_cell"),
+    (_each_first("input_gates", "hidden_gates", "hx"), "_thnn_fused_gru_cell"),
+    (_recurrent, "mkldnn_rnn_layer _cudnn_rnn"),
+    (_embedded, "embedding"),
+    (_indexed, "index _unsafe_index"),
+    (_selected, "index_select gather"),
+    (_accumulated, "index_add scatter_add"),
+    (_put, "index_put"),
+    (_copied_to("source"), "index_copy masked_scatter"),
+    (_copied_to("src"), "scatter"),
+    (_pointwise, "masked_fill"),
+    (_moved("tensors"), "cat stack"),
+    (_moved("self", fill="value"), "constant_pad_nd"),
+    (
+        _same,
+        (
+            "native_dropout tril triu clone contiguous _to_copy detach alias lift_fresh _unsafe_view "
+            "_reshape_alias view_copy _conj_physical"
+        ),
+    ),
+    (_data_dependent, "nonzero masked_select bincount _unique2 unique_dim unique_consecutive"),
+    (
+        _along,
+        (
+            "_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort topk _fft_r2c "
+            "_fft_c2r _fft_c2c"
+        ),
+    ),
+    (
+        _moved("self"),
+        "repeat roll flip pixel_shuffle pixel_unshuffle unfold_copy expand_copy channel_shuffle",
+    ),
+    (_moved("self", "src"), "slice_scatter select_scatter diagonal_scatter"),
+    (
+        batch_normalized,
+        (
+            "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+            "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm"
+        ),
+    ),
+    (
+        _attention,
+        (
+            "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+            "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+            "_scaled_dot_product_fused_attention_overrideable"
+        ),
+    ),
+    (_each_first("input", "grid"), "grid_sampler_2d grid_sampler_3d"),
+    (
+        _reduced,
+        (
+            "sum mean amax amin any all prod var std argmax argmin max min logsumexp norm "
+            "linalg_vector_norm var_mean std_mean nansum"
+        ),
+    ),
+    (
+        _nothing,
+        (
+            "zero zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
+            "new_zeros new_ones new_empty new_full new_empty_strided"
+        ),
+    ),
 )
-_RULES |= dict.fromkeys(
-    [
-        "clone",
-        "contiguous",
-        "_to_copy",
-        "detach",
-        "alias",
-        "lift_fresh",
-        "_unsafe_view",
-        "_reshape_alias",
-        "view_copy",
-        "_conj_physical",
-    ],
-    _same,
-)
-_RULES |= dict.fromkeys(
-    [
-        "repeat",
-        "roll",
-        "flip",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "unfold_copy",
-        "expand_copy",
-        "channel_shuffle",
-    ],
-    _moved("self"),
-)
-_RULES |= dict.fromkeys(
-    ("slice_scatter", "select_scatter", "diagonal_scatter"), _moved("self", "src")
-)
-_RULES |= dict.fromkeys(
-    [
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "_batch_norm_with_update",
-        "_batch_norm_no_update",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-    ],
-    batch_normalized,
-)
-_RULES |= dict.fromkeys(
-    [
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-    ],
-    _attention,
-)
-_RULES |= dict.fromkeys(
-    [
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "_adaptive_avg_pool2d",
-        "_adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "upsample_bilinear2d",
-        "upsample_bicubic2d",
-        "upsample_linear1d",
-        "upsample_trilinear3d",
-        "_upsample_bilinear2d_aa",
-        "_upsample_bicubic2d_aa",
-        "_upsample_nearest_exact1d",
-        "_upsample_nearest_exact2d",
-        "reflection_pad1d",
-        "reflection_pad2d",
-        "reflection_pad3d",
-        "replication_pad1d",
-        "replication_pad2d",
-        "replication_pad3d",
-        "im2col",
-        "col2im",
-    ],
-    _each_first("self"),
-)
-_RULES["grid_sampler_2d"] = _RULES["grid_sampler_3d"] = _each_first("input", "grid")
-_RULES |= dict.fromkeys(
-    [
-        "zero",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "new_empty_strided",
-    ],
-    _nothing,
-)
+_RULES = {name: rule for rule, names in _FAMILIES for name in names.split()}
+
 # In place, with numbers for parameters.
-_FILLED = frozenset(
-    [
-        "fill_",
-        "bernoulli_",
-        "uniform_",
-        "normal_",
-        "random_",
-        "exponential_",
-        "cauchy_",
-        "log_normal_",
-    ]
-)
-_REDUCTIONS = frozenset(
-    [
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "any",
-        "all",
-        "prod",
-        "var",
-        "std",
-        "argmax",
-        "argmin",
-        "max",
-        "min",
-        "logsumexp",
-        "norm",
-        "linalg_vector_norm",
-        "var_mean",
-        "std_mean",
-        "nansum",
-    ]
-)
+_FILLED = {
+    *("fill_", "bernoulli_", "uniform_", "normal_"),
+    *("random_", "exponential_", "cauchy_", "log_normal_"),
+}
 
 
 def rule_of(func: Any) -> Rule:
@@ -665,9 +563,4 @@ def rule_of(func: Any) -> Rule:
     quantized = row_operators()
     if name in quantized:
         return _rows(quantized[name])
-    if torch.Tag.pointwise in func.tags:
-        return _pointwise
-    if name in _REDUCTIONS:
-        # Of two tensors, max and min are pointwise.
-        return _pointwise if func._overloadname == "other" else _reduced
-    return _everything
+    return _pointwise if torch.Tag.pointwise in func.tags else _everything

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.row_rules import batch_normalized, rule_of, tensors_in, union
+from lora_fx.runtime.row_rules import Operation, batch_normalized, rule_of, tensors_in, union
 
 __all__ = ["Follower", "caller"]
 
@@ -184,13 +184,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     # --- operators ------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator, and works out whose its results are."""
         kwargs = kwargs or {}
         given = list(tensors_in((*args, *kwargs.values())))
@@ -238,7 +232,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             return
         with torch.no_grad():
             try:
-                found = rule(self, func, named, outs)
+                found = Operation(self, func, named, outs).results(rule)
             except ConfigError:
                 raise
             except Exception:  # noqa: BLE001  an operator of another form than its rule knows

@@ -11,12 +11,10 @@ from lora_fx.passes.capture.check import (
     run_once,
     run_reference,
 )
-from lora_fx.passes.capture.decompositions import written_out
-from lora_fx.passes.capture.inputs import normalize
-from lora_fx.passes.capture.lock import ONE_AT_A_TIME
-from lora_fx.passes.capture.quantized import holds_quantized, written_out_layer
+from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
+from lora_fx.passes.capture.exported import ONE_AT_A_TIME
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.capture.synthesis import synthesise
+from lora_fx.passes.capture.synthesis import normalize, synthesise
 
 __all__ = [
     "ONE_AT_A_TIME",

@@ -14,15 +14,9 @@ from torch import nn
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Quantization
-from lora_fx.passes.capture.check import (
-    check_unchanged,
-    goes_past,
-    run_reference,
-    watch_reference,
-)
-from lora_fx.passes.capture.inputs import by_place, describe, named_inputs, normalize
+from lora_fx.passes.capture.check import check_unchanged, goes_past, run_reference, watch_reference
 from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.capture.synthesis import synthesise
+from lora_fx.passes.capture.synthesis import by_place, describe, named_inputs, normalize, synthesise
 from lora_fx.passes.graph import (
     check_model,
     is_built_in,

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.inputs import normalize
 from lora_fx.passes.capture.state import State, difference, state_of
+from lora_fx.passes.capture.synthesis import normalize
 from lora_fx.passes.graph import install, is_matrix, share_copy, storage_of, uninstall
 
 __all__ = [
@@ -127,13 +127,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         }
         self._parameters = frozenset(names)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and notes what its results are made of."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

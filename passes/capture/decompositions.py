@@ -5,6 +5,10 @@ every adapter. What is here computes the same from operations that can be seen: 
 and v, the attention between them (:func:`lora_fx.runtime.attention.attend`), one projection out. A
 transposed convolution takes the size of its output from its caller. Each function has the signature of the
 ``forward`` that it stands for, and its graph holds for every call.
+
+A library of quantized weights may have modules of its own, whose forward changes them as they run: what its
+format writes out stands for it, over the same weight and kernels. ``nn.Linear`` and other code stay as they
+are, and their products with such a weight are hidden from autograd.
 """
 
 from __future__ import annotations
@@ -19,44 +23,25 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.passes.capture.quantized import written_out_layer
-from lora_fx.passes.graph import original_class
-from lora_fx.runtime import (
-    attend,
-    attend_in_windows,
-    causal_hint,
-    fitted_window,
-    grouped_mm,
-    output_padding,
-    partition,
-    repeated,
-    reverse,
-    sorted_by_expert,
-    summed,
-    tokens_of,
-    unsorted,
-    without_key_bias,
-    zero_padding,
-)
+from lora_fx.formats import format_of, formats, quantization_of, quantized_linear
+from lora_fx.ir import Region
+from lora_fx.passes.graph import erase_unread, original_class
+from lora_fx.passes.patterns import Product, product_of
+from lora_fx.runtime import attention, experts, output_padding, windows
 
 __all__ = [
     "WRITTEN_OUT",
     "experts_implementation",
+    "holds_quantized",
+    "make_opaque",
+    "setup_of",
     "written_conditions",
     "written_out",
-    "written_out_of_torchvision",
-    "written_out_of_transformers",
+    "written_out_layer",
 ]
 
 
-fx.wrap("attend_in_windows")
-fx.wrap("fitted_window")
-fx.wrap("partition")
-fx.wrap("reverse")
-fx.wrap("without_key_bias")
-
-
-def written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
+def _written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """What to trace in the place of a class's ``forward``; None if it is none of torchvision's."""
     found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
     # A class of the same name may be another one.
@@ -71,12 +56,12 @@ def _swin(self: Any, x: torch.Tensor) -> Any:
 
 def _swin_v2(self: Any, x: torch.Tensor) -> Any:
     position = self.get_relative_position_bias()
-    bias = without_key_bias(self.qkv.bias)
+    bias = windows.without_key_bias(self.qkv.bias)
     return _windowed_attention(self, x, self.window_size, bias, position, self.logit_scale)
 
 
 def _swin_3d(self: Any, x: torch.Tensor) -> Any:
-    window = fitted_window(x, self.window_size)
+    window = windows.fitted_window(x, self.window_size)
     return _windowed_attention(
         self, x, window, self.qkv.bias, self.get_relative_position_bias(window)
     )
@@ -85,9 +70,9 @@ def _swin_3d(self: Any, x: torch.Tensor) -> Any:
 def _windowed_attention(
     self: Any, x: torch.Tensor, window: Any, bias: Any, position: Any, logit_scale: Any = None
 ) -> Any:
-    windows = partition(x, window, self.shift_size)
-    qkv = F.linear(windows, self.qkv.weight, bias)
-    out = attend_in_windows(
+    cut = windows.partition(x, window, self.shift_size)
+    qkv = F.linear(cut, self.qkv.weight, bias)
+    out = windows.attend_in_windows(
         qkv,
         position,
         logit_scale,
@@ -100,7 +85,7 @@ def _windowed_attention(
     )
     out = F.linear(out, self.proj.weight, self.proj.bias)
     out = F.dropout(out, self.dropout, self.training)
-    return reverse(out, x, window, self.shift_size)
+    return windows.reverse(out, x, window, self.shift_size)
 
 
 _WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
@@ -109,13 +94,6 @@ _WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"): _swin_3d,
 }
 
-
-fx.wrap("grouped_mm")
-fx.wrap("repeated")
-fx.wrap("sorted_by_expert")
-fx.wrap("summed")
-fx.wrap("tokens_of")
-fx.wrap("unsorted")
 
 _FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 
@@ -130,7 +108,7 @@ def experts_implementation(module: nn.Module) -> str | None:
     return getattr(config, "_experts_implementation", None) or "eager"
 
 
-def written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
+def _written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
     """What to trace in the place of a module's ``forward``; None if that is its own."""
     found = _EXPERTS.get(experts_implementation(module) or "")
     if found is None or getattr(module, "_is_expert_parallel", False):
@@ -156,7 +134,7 @@ def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
         # An expert that nobody chose works on no rows.
-        found = tokens_of(expert, chosen)
+        found = experts.tokens_of(expert, chosen)
         choice, token = found[0], found[1]
         x = _projected(self, hidden[token], "up", expert)
         x = _projected(self, _activated(self, x), "down", expert)
@@ -173,9 +151,9 @@ def _projected(self: Any, x: Any, which: str, expert: int) -> Any:
 
 def _batched(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     ids = chosen.reshape(-1)
-    x = _gathered(self, repeated(hidden, chosen), "up", ids)
+    x = _gathered(self, experts.repeated(hidden, chosen), "up", ids)
     x = _gathered(self, _activated(self, x), "down", ids)
-    return summed(_normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
+    return experts.summed(_normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
 
 
 def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
@@ -188,17 +166,17 @@ def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
 
 
 def _grouped(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
-    found = sorted_by_expert(hidden, chosen, weights, self.num_experts)
+    found = experts.sorted_by_expert(hidden, chosen, weights, self.num_experts)
     x, sorted_weights, ids, ends, order = found[0], found[1], found[2], found[3], found[4]
     x = _sorted(self, x, "up", ids, ends)
     x = _sorted(self, _activated(self, x), "down", ids, ends)
-    x = unsorted(_normed(self, x) * sorted_weights.unsqueeze(-1), order)
-    return summed(x, hidden)
+    x = experts.unsorted(_normed(self, x) * sorted_weights.unsqueeze(-1), order)
+    return experts.summed(x, hidden)
 
 
 def _sorted(self: Any, x: Any, which: str, ids: Any, ends: Any) -> Any:
     weight, bias = _weights(self, which)
-    x = grouped_mm(x, weight if self.is_transposed else weight.transpose(-2, -1), ends)
+    x = experts.grouped_mm(x, weight if self.is_transposed else weight.transpose(-2, -1), ends)
     return x if bias is None else x + bias[ids]
 
 
@@ -220,12 +198,6 @@ _EXPERTS: dict[str, Callable[..., Any]] = {
     "batched_mm": _batched,
     "grouped_mm": _grouped,
 }
-
-
-fx.wrap("attend")
-fx.wrap("causal_hint")
-fx.wrap("output_padding")
-fx.wrap("zero_padding")
 
 
 def _attention(
@@ -250,7 +222,7 @@ def _attention(
     q = F.linear(query, weights[0], biases[0])
     k = F.linear(key, weights[1], biases[1])
     v = F.linear(value, weights[2], biases[2])
-    out, weight = attend(
+    out, weight = attention.attend(
         q,
         k,
         v,
@@ -294,11 +266,11 @@ def _encoder(
     src_key_padding_mask: Any = None,
     is_causal: bool | None = None,
 ) -> Any:
-    causal = causal_hint(src, mask, is_causal, self.layers[0].self_attn.batch_first)
+    causal = attention.causal_hint(src, mask, is_causal, self.layers[0].self_attn.batch_first)
     x = src
     for layer in self.layers:
         x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
-    x = zero_padding(
+    x = attention.zero_padding(
         x,
         src,
         src_key_padding_mask,
@@ -347,7 +319,9 @@ def _decoder(
     tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
 ) -> Any:
-    causal = causal_hint(tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first)
+    causal = attention.causal_hint(
+        tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first
+    )
     x = tgt
     for layer in self.layers:
         x = layer(
@@ -406,8 +380,8 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
     return (
         WRITTEN_OUT.get(cls)
         or _written_out_convolution(cls)
-        or written_out_of_torchvision(cls)
-        or written_out_of_transformers(module)
+        or _written_out_of_torchvision(cls)
+        or _written_out_of_transformers(module)
         or written_out_layer(module, cls)
     )
 
@@ -420,3 +394,66 @@ def written_conditions(module: nn.Module) -> tuple[str, ...]:
         if chosen is None
         else (f"(self.config._experts_implementation or 'eager') != {chosen!r}",)
     )
+
+
+def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """What to trace in the place of a quantized layer's ``forward``; None if it is no library's own.
+
+    Args:
+        module: The layer.
+        cls: Its own class.
+    """
+    for known in formats():
+        forward = known.layers.forward(cls)
+        if forward is not None:
+            return None if quantization_of(module._parameters.get("weight")) is None else forward
+    return None
+
+
+def holds_quantized(module: nn.Module) -> bool:
+    """Whether a module below has a quantized weight: code that reads it past that module would be wrong."""
+    below = (p for child in module.children() for p in child.parameters())
+    return any(quantization_of(p) is not None for p in below)
+
+
+def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
+    """All that the graph of a quantized layer of a library depends on; None for any other module."""
+    if written_out_layer(module, original_class(module)) is None:
+        return None
+    known = format_of(module._parameters["weight"])
+    return None if known is None else known.layers.setup(module)
+
+
+def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
+    """Puts :func:`quantized_linear` in the place of products with a tensor that holds few bits.
+
+    What multiplies such a weight in another way (rows of it, its transpose) stays, and is refused by name.
+
+    Args:
+        graph: The module's; it is edited.
+        module: The module.
+    """
+    if not any(quantization_of(p) for p in module.parameters()):
+        return graph
+    region = Region("", module, graph)
+    for node in list(graph.nodes):
+        seen = product_of(node, region)
+        if not isinstance(seen, Product) or seen.left or seen.layout != "out_in":
+            continue
+        view = seen.view
+        if quantization_of(region.parameter(view.source)) is None or view.rows or view.indexed:
+            continue
+        bias = region.parameter(seen.bias)
+        if (
+            (seen.bias is not None and (bias is None or bias.dim() != 1))
+            or view.cast
+            or view.viewed
+        ):
+            continue
+        with graph.inserting_before(node):
+            operands: Any = (seen.x, view.source, seen.bias)
+            made = graph.call_function(quantized_linear, operands)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        erase_unread(graph, seen.operand)
+    return graph

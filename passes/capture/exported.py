@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +23,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.decompositions import written_out
-from lora_fx.passes.capture.inputs import CACHE, named_inputs
-from lora_fx.passes.capture.lock import ONE_AT_A_TIME
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.questions import Questions
 from lora_fx.passes.capture.state import State, difference, state_of
+from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.capture.unbake import convert_masks, unbake_devices, unbake_modes
 from lora_fx.passes.graph import (
     CONSTANT,
@@ -35,24 +35,17 @@ from lora_fx.passes.graph import (
     GuardedCodeGen,
     Parameter,
     Read,
-    attribute,
     install,
     parameters_of,
     storage_of,
     uninstall,
 )
-from lora_fx.runtime import differs
+from lora_fx.runtime import ops
 
-__all__ = [
-    "cache_condition",
-    "call_parameters",
-    "export_root",
-    "output_conditions",
-    "shape_conditions",
-]
+__all__ = ["ONE_AT_A_TIME", "export_root"]
 
 
-# Settings of a transformers model that change what it returns; its forward reads them anew each time.
+# Settings of a transformers model that change what it returns; its forward reads them at each call.
 _OUTPUT_SETTINGS = (
     "output_attentions",
     "output_hidden_states",
@@ -61,7 +54,7 @@ _OUTPUT_SETTINGS = (
 )
 
 
-def call_parameters(model: nn.Module, inputs: dict[str, Any]) -> tuple[Parameter, ...]:
+def _call_parameters(model: nn.Module, inputs: dict[str, Any]) -> tuple[Parameter, ...]:
     """The parameters of ``forward``: tensors are inputs of the graph, the rest is fixed.
 
     Args:
@@ -96,7 +89,7 @@ def _extras(parameters: tuple[Parameter, ...], inputs: dict[str, Any]) -> Iterat
             yield Parameter(name, kind, traced, None if traced else value, within=keywords)
 
 
-def output_conditions(model: nn.Module) -> list[str]:
+def _output_conditions(model: nn.Module) -> list[str]:
     """Conditions that are true when the configuration asks for other outputs than at the capture."""
     config = getattr(model, "config", None)
     return [
@@ -106,7 +99,7 @@ def output_conditions(model: nn.Module) -> list[str]:
     ]
 
 
-def cache_condition(value: Any) -> Iterator[str]:
+def _cache_condition(value: Any) -> Iterator[str]:
     """A condition that is true when the configuration says something else about a cache, in evaluation.
 
     In training it may say anything, as in :func:`lora_fx.runtime.ops.wants_cache`: trainers switch it off.
@@ -119,7 +112,7 @@ def cache_condition(value: Any) -> Iterator[str]:
         yield f"{here} is not ({here} if self.training else {value})"
 
 
-def shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
+def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
     """Conditions that are true for tensors that the exported graph was not made for.
 
     Args:
@@ -200,7 +193,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_constants(graph, module, model)
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    conditions = shape_conditions(
+    conditions = _shape_conditions(
         program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)]
     )
     _name_placeholders(graph, inputs)
@@ -214,18 +207,18 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         tensor = named[str(reference.target)]
         device = tensor.device
         unbake_devices(graph, reference, device)
-        conditions.append(f"{attribute(str(reference.target))}.dtype != {tensor.dtype}")
+        conditions.append(f"{_attribute(str(reference.target))}.dtype != {tensor.dtype}")
     # Under autocast the code chooses dtypes that the graph has as literals.
     conditions.append(f"torch.is_autocast_enabled({device.type!r})")
     questions.forget("is_autocast_enabled", device.type)
     conditions.append(f"{NEEDS_MODULES}(self)")
-    conditions.extend(output_conditions(model))
+    conditions.extend(_output_conditions(model))
     conditions.extend(questions.conditions)
-    conditions.extend(cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
+    conditions.extend(_cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
     for node in graph.nodes:
         node.meta.clear()
     reads = (*noted_globals(model), *questions.reads, notes.read)
-    parameters = call_parameters(model, inputs)
+    parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
     below = {key: region for key, region in capture.regions.items() if region.fqn}
@@ -242,7 +235,7 @@ def _check_globals(model: nn.Module, before: tuple[Read, ...]) -> None:
     """
     for read in before:
         try:
-            changed = differs(read.found(model), read.expected)
+            changed = ops.differs(read.found(model), read.expected)
         except (AttributeError, LookupError):
             changed = True
         if changed and read.kind == "contents":
@@ -377,7 +370,7 @@ def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -
                 "a part of the model runs under another grad or autocast mode, in a graph of its own"
             )
         if (name := memory.get(storage_of(value))) is not None:
-            # It would be a constant beside the parameter.
+            # It would be a constant next to the parameter.
             raise CaptureError(
                 f"its code gets to {name} past the model, in which it is a parameter: by a global, or a "
                 "function around it"
@@ -434,3 +427,20 @@ def _container(graph: fx.Graph, value: Any) -> Any:
     if isinstance(value, fx.Node | int | float | str | bool | None):
         return value
     raise CaptureError(f"an output of type {type(value).__name__} cannot be rebuilt from a graph")
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever runs ``torch.export`` or the ONNX exporter.
+
+Both keep what they are at in global state, and a capture by ``torch.export`` takes notes by way of classes
+that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in
+between, in the same thread.
+"""
+
+
+def _attribute(target: str) -> str:
+    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
+    path = "self"
+    for atom in filter(None, target.split(".")):
+        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
+    return path

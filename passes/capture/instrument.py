@@ -20,26 +20,11 @@ from typing import Any
 
 from lora_fx.passes.graph import SCOPES, bound_by, compiled, nested, tree_of
 
-__all__ = ["RECORDER", "SourceError", "instrumented"]
+__all__ = ["IN_PLACE", "RECORDER", "SourceError", "instrumented"]
 
 RECORDER = "_lora_fx_recorder"
 """The name under which rewritten code finds the recorder."""
 
-_IN_PLACE = {
-    ast.Add: "iadd",
-    ast.Sub: "isub",
-    ast.Mult: "imul",
-    ast.MatMult: "imatmul",
-    ast.Div: "itruediv",
-    ast.FloorDiv: "ifloordiv",
-    ast.Mod: "imod",
-    ast.Pow: "ipow",
-    ast.BitAnd: "iand",
-    ast.BitOr: "ior",
-    ast.BitXor: "ixor",
-    ast.LShift: "ilshift",
-    ast.RShift: "irshift",
-}
 _BINARY = {
     ast.Add: "add",
     ast.Sub: "sub",
@@ -55,6 +40,8 @@ _BINARY = {
     ast.LShift: "lshift",
     ast.RShift: "rshift",
 }
+IN_PLACE = {operator: f"i{name.rstrip('_')}" for operator, name in _BINARY.items()}
+"""Names of the functions of Python that operate in place."""
 _UNARY = {ast.USub: "neg", ast.UAdd: "pos", ast.Invert: "invert"}
 _COMPARE = {
     ast.Eq: "eq",
@@ -380,7 +367,7 @@ class _Rewriter(ast.NodeTransformer):
         return [] if node.value is None else self._stored(node.target, self.visit(node.value))
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
-        name = ast.Constant(_IN_PLACE[type(node.op)])
+        name = ast.Constant(IN_PLACE[type(node.op)])
         value = self.visit(node.value)
         if isinstance(node.target, ast.Name):
             left = self.visit_Name(ast.Name(node.target.id, ast.Load()))

@@ -45,10 +45,13 @@ from lora_fx.passes.graph import (
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder
 
-__all__ = ["Frame", "PassedKeywords", "PassedValues", "TracedText", "path_in"]
+__all__ = ["Frame", "path_in"]
 
 _DEPTH = 40  # calls within calls; a trace that goes deeper does not end
 _LIBRARIES = ("torch", "lora_fx")
+_RUNTIME = (
+    "lora_fx.runtime."  # what is written out calls its functions, and they are not looked into
+)
 _PLAIN = (
     *SIMPLE,
     *CONTAINERS,
@@ -73,7 +76,7 @@ _OF_OPERATORS = frozenset(
     f"torch._C._{name}" for name in ("fft", "linalg", "nested", "nn", "sparse", "special")
 )
 _LOOKS = "a decorator of its forward looks at what was passed"
-_MISSING = object()
+_MISSING, _ABSENT = object(), object()
 _ANSWERING = (
     enum.Enum,
     super,
@@ -121,15 +124,15 @@ _CLASSES = frozenset(
 )  # fmt: skip
 
 
-class PassedValues(tuple[Any, ...]):
+class _PassedValues(tuple[Any, ...]):
     """``*args`` of a decorator: it may hand them on, and ask nothing of them."""
 
 
-class PassedKeywords(dict[str, Any]):
+class _PassedKeywords(dict[str, Any]):
     """``**kwargs`` of a decorator: it may ask for a name that was not given, and hand the rest on."""
 
 
-class TracedText(str):
+class _TracedText(str):
     """A text with traced values in it: a message, and nothing that a graph could hold."""
 
 
@@ -198,7 +201,7 @@ class Frame:
         """``*args`` or ``**kwargs`` as a function gets them."""
         if not self.recorder.entering:
             return value
-        return PassedKeywords(value) if isinstance(value, dict) else PassedValues(value)
+        return _PassedKeywords(value) if isinstance(value, dict) else _PassedValues(value)
 
     def super_(self, cls: type, instance: Any) -> Any:
         """``super()``."""
@@ -209,21 +212,17 @@ class Frame:
     def attribute(self, value: Any, name: str, lookup: bool = False) -> Any:
         """``value.name``."""
         recorder = self.recorder
+        value = recorder.seen(value)
         if isinstance(value, TracedValue):
             return attribute_of(value, name)
-        if isinstance(value, PassedValues | PassedKeywords):
-            if isinstance(value, PassedKeywords) and name in ("get", "pop"):
+        if isinstance(value, _PassedValues | _PassedKeywords):
+            if isinstance(value, _PassedKeywords) and name in ("get", "pop"):
                 return functools.partial(self._asked, value)
             recorder.refuse_softly(_LOOKS)
             return getattr(value, name)
-        if isinstance(value, torch.Tensor):
-            owned = recorder.owned(value)
-            if owned is not None:
-                return attribute_of(owned, name)
-            return getattr(value, name)
         if isinstance(value, nn.Module):
             return self._of_module(value, name, lookup)
-        if _answers(value):
+        if isinstance(value, torch.Tensor) or _answers(value):
             return getattr(value, name)
         if isinstance(value, (_FirstOf, *_VIEWS)):
             return recorder.refuse("its forward goes through its parameters")
@@ -253,8 +252,7 @@ class Frame:
                 tensor = own[kind][name]
                 if tensor is None:
                     return self._noted_at(None, path, name)
-                found = recorder.owned(tensor)
-                return tensor if found is None else found
+                return recorder.seen(tensor)
         if name in own["_modules"]:
             child = own["_modules"][name]
             return self._noted_at(None, path, name) if child is None else child
@@ -327,8 +325,7 @@ class Frame:
         if isinstance(value, nn.Module) and _holds(value):
             return self._item_of_holder(value, key)
         if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return value[key] if found is None else found[key]
+            return recorder.seen(value)[key]
         if type(value) in _PLAIN or isinstance(value, tuple | type):
             found = value[key]
             path = recorder.path_of(value)
@@ -376,18 +373,13 @@ class Frame:
 
     def set_item(self, value: Any, key: Any, new: Any) -> None:
         """``value[key] = new``."""
-        recorder = self.recorder
+        value = self.recorder.seen(value)
         if isinstance(value, TracedValue):
             value[key] = new
             return
-        if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            if found is not None:
-                found[key] = new
-                return
         self._check_own(value)
         if holds_traced(key):
-            recorder.refuse("its forward looks something up by a traced value")
+            self.recorder.refuse("its forward looks something up by a traced value")
         value[key] = new
 
     def _check_own(self, value: Any) -> None:
@@ -413,8 +405,7 @@ class Frame:
         if isinstance(value, TracedValue | nn.Module | types.ModuleType):
             return value
         if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return value if found is None else found
+            return recorder.seen(value)
         kind = _compared_by(value)
         if kind is not None:
             recorder.read(Read(path, kind, value))
@@ -448,7 +439,7 @@ class Frame:
         elif type(value).__module__ == "builtins" or isinstance(value, Iterator):
             what = f"its forward reads {path}, a {type(value).__name__} that may change"
             if isinstance(value, Iterator):
-                recorder.refuse(what)  # whoever goes on would use it up
+                recorder.refuse(what)  # going on would use it up
             recorder.refuse_softly(what)
         elif not (trusted and callable(value)):
             recorder.remember(value, path)
@@ -516,49 +507,36 @@ class Frame:
 
     def _operand(self, value: Any) -> Any:
         self._check_passed(value)
-        if isinstance(value, TracedValue):
-            return value
-        if isinstance(value, torch.Tensor):
-            found = self.recorder.owned(value)
-            return value if found is None else found
-        if type(value) in _PLAIN or isinstance(value, enum.Enum | type | tuple | np.generic):
-            return value
-        self.recorder.refuse_softly(f"its forward computes with a {type(value).__name__}")
+        value = self.recorder.seen(value)
+        known = (TracedValue, torch.Tensor, enum.Enum, type, tuple, np.generic)
+        if type(value) not in _PLAIN and not isinstance(value, known):
+            self.recorder.refuse_softly(f"its forward computes with a {type(value).__name__}")
         return value
 
     def compare(self, name: str, left: Any, right: Any) -> Any:
         """A comparison of two values."""
-        recorder = self.recorder
         if name not in ("in", "not in"):
             self._check_passed(left, right)
         if name in ("is", "is not"):
             same = self._same(left, right)
             return same if name == "is" else not same
         if name in ("in", "not in"):
-            if isinstance(right, PassedKeywords) and isinstance(left, str):
+            if isinstance(right, _PassedKeywords) and isinstance(left, str):
                 return self._asked(right, left, name == "not in")
             self._check_passed(left, right)
             found = self._contains(right, left)
             return found if name == "in" else not found
-        if isinstance(left, TracedValue) or isinstance(right, TracedValue):
-            if (
-                holds_traced(left)
-                and holds_traced(right)
-                and not (isinstance(left, TracedValue) and isinstance(right, TracedValue))
-            ):
-                recorder.refuse("its forward compares containers of traced values")
-            return getattr(operator, name)(left, right)
-        if holds_traced(left) or holds_traced(right):
-            recorder.refuse("its forward compares containers of traced values")
-        left, right = self._comparable(left), self._comparable(right)
+        if any(holds_traced(one) and not isinstance(one, TracedValue) for one in (left, right)):
+            self.recorder.refuse("its forward compares containers of traced values")
+        if not isinstance(left, TracedValue) and not isinstance(right, TracedValue):
+            left, right = self._comparable(left), self._comparable(right)
         return getattr(operator, name)(left, right)
 
     def _comparable(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            found = self.recorder.owned(value)
-            return value if found is None else found
-        known = type(value) in _PLAIN or isinstance(value, enum.Enum | type | np.generic)
-        if not known and not (isinstance(value, FunctionType | BuiltinFunctionType | tuple)):
+        value = self.recorder.seen(value)
+        known = (TracedValue, torch.Tensor, enum.Enum, type, np.generic, tuple)
+        functions = (FunctionType, BuiltinFunctionType)
+        if type(value) not in _PLAIN and not isinstance(value, (*known, *functions)):
             self.recorder.refuse_softly(f"its forward compares a {type(value).__name__}")
         return value
 
@@ -650,11 +628,11 @@ class Frame:
         """A value whose truth decides: Python asks it next."""
         recorder = self.recorder
         self._check_passed(value)
+        value = recorder.seen(value)
         if isinstance(value, TracedValue):
             return recorder.to_bool(value)
         if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return value if found is None else recorder.to_bool(found)
+            return value
         if isinstance(value, nn.Module):
             self._note_present(value)
             if _holds(value):
@@ -674,7 +652,7 @@ class Frame:
     def text(self, value: Any) -> Any:
         """A value that becomes part of a text."""
         self._check_passed(value)
-        if holds_traced(value) or isinstance(value, TracedText):
+        if holds_traced(value) or isinstance(value, _TracedText):
             self.recorder.refuse("its forward turns a traced value into a text")
         if not (is_constant(value, 10**6) or isinstance(value, type | FunctionType)):
             self.recorder.refuse_softly(f"its forward turns a {type(value).__name__} into a text")
@@ -682,7 +660,7 @@ class Frame:
 
     def part(self, value: Any) -> Any:
         """A value in an f-string."""
-        if holds_traced(value) or isinstance(value, TracedText):
+        if holds_traced(value) or isinstance(value, _TracedText):
             self._traced_text = True
             return "..."
         return self.text(value)
@@ -690,7 +668,7 @@ class Frame:
     def joined(self, text: str) -> str:
         """An f-string."""
         traced, self._traced_text = self._traced_text, False
-        return TracedText(text) if traced else text
+        return _TracedText(text) if traced else text
 
     def key(self, value: Any) -> Any:
         """A key of a dict that is made."""
@@ -729,13 +707,11 @@ class Frame:
         """Something to iterate over."""
         recorder = self.recorder
         self._check_passed(value)
-        if isinstance(value, TracedValue):
+        value = recorder.seen(value)
+        if isinstance(value, TracedValue | torch.Tensor):
             return iter(value)
         if isinstance(value, _FirstOf):
             return recorder.refuse("its forward goes through its parameters")
-        if isinstance(value, torch.Tensor):
-            found = recorder.owned(value)
-            return iter(value if found is None else found)
         if isinstance(value, nn.Module) and _holds(value):
             self._note_length(value)
             if isinstance(value, nn.ParameterList):
@@ -757,7 +733,7 @@ class Frame:
 
     def spread(self, value: Any) -> Any:
         """What ``*`` or ``**`` spreads into a call."""
-        if isinstance(value, PassedValues | PassedKeywords):
+        if isinstance(value, _PassedValues | _PassedKeywords):
             return value
         if isinstance(value, dict):
             path = self.recorder.path_of(value)
@@ -782,7 +758,7 @@ class Frame:
         end = len(items) - behind
         return (*items[:star], items[star:end], *items[end:])
 
-    def _asked(self, passed: PassedKeywords, name: str, default: Any = None) -> Any:
+    def _asked(self, passed: _PassedKeywords, name: str, default: Any = None) -> Any:
         """What a decorator finds under a name in its ``**kwargs``: nothing, as long as nothing is given."""
         if name in passed:
             self.recorder.refuse_softly(_LOOKS)
@@ -791,7 +767,7 @@ class Frame:
         return default
 
     def _check_passed(self, *values: Any) -> None:
-        if any(isinstance(value, PassedValues | PassedKeywords) for value in values):
+        if any(isinstance(value, _PassedValues | _PassedKeywords) for value in values):
             self.recorder.refuse_softly(_LOOKS)
 
     # --- calls --------------------------------------------------------------------------------------
@@ -804,7 +780,7 @@ class Frame:
                 "call_function", function, (args[0], str(args[1])), {}
             )
         message = isinstance(function, type) and issubclass(function, BaseException)
-        if not message and any(isinstance(one, TracedText) for one in (*args, *kwargs.values())):
+        if not message and any(isinstance(one, _TracedText) for one in (*args, *kwargs.values())):
             self.recorder.refuse("its forward turns a traced value into a text")
         reason = _IN_WORDS.get(function) if _hashable(function) else None
         if reason is not None and not isinstance(function, type):
@@ -848,7 +824,8 @@ class Frame:
     def _call_other(self, function: Any, args: Any, kwargs: Any) -> Any:
         # Those that make tensors of nothing are not overridable, and refused by the mode.
         if _of_torch(function) or getattr(function, "__self__", None) is _FUNCTIONS:
-            args = self._tensors(args)
+            # Parameters that code got hold of in some other way than by their names are reads, too.
+            args = tuple(map(self.recorder.seen, args))
             if _is_function(function) and (holds_traced(args) or holds_traced(kwargs)):
                 # Not by a call: that would want to see numbers where the graph has traced ones.
                 return self.recorder.create_proxy("call_function", function, args, kwargs)
@@ -866,26 +843,18 @@ class Frame:
             f"its forward calls {_name(function)}, which cannot be looked into"
         )
 
-    def _tensors(self, args: Any) -> Any:
-        """Parameters that code got hold of in some other way than by their names, as reads."""
-        found = []
-        for one in args:
-            owned = self.recorder.owned(one) if isinstance(one, torch.Tensor) else None
-            found.append(one if owned is None else owned)
-        return tuple(found)
-
     def _call_function(self, function: FunctionType, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
         if function.__code__ in recorder.codes:
             return function(*args, **kwargs)  # made by rewritten code, and so rewritten itself
-        if function in recorder.leaves:
+        if function in recorder.leaves or (function.__module__ or "").startswith(_RUNTIME):
             return recorder.call_leaf(function, args, kwargs)
         if function in _ALWAYS_FALSE:
             return False
         if function in _BUILTINS:
             return _BUILTINS[function](self, *args, **kwargs)
         if _is_leaf(function):
-            return function(*self._tensors(args), **kwargs)
+            return function(*map(recorder.seen, args), **kwargs)
         return self._invoke(function, recorder.path_of(function), args, kwargs)
 
     def _invoke(self, function: Any, path: Path | None, args: Any, kwargs: Any) -> Any:
@@ -1152,17 +1121,8 @@ def _getattr(frame: Frame, value: Any, name: str, default: Any = _MISSING) -> An
 
 
 def _hasattr(frame: Frame, value: Any, name: str) -> bool:
-    if isinstance(value, TracedValue):
-        frame.recorder.refuse(
-            f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
-        )
-    _note_there(frame, value, name)
-    try:
-        frame.attribute(value, name)
-    except AttributeError:
-        _note_missing(frame, value, name)
-        return False
-    return True
+    """``hasattr``."""
+    return _getattr(frame, value, name, _ABSENT) is not _ABSENT
 
 
 def _note_there(frame: Frame, value: Any, name: str) -> None:
@@ -1195,11 +1155,9 @@ def _len(frame: Frame, value: Any) -> int:
     if isinstance(value, nn.Module) and _holds(value):
         frame._note_length(value)
         return len(value)  # type: ignore[arg-type]
-    if isinstance(value, TracedValue):
+    value = frame.recorder.seen(value)
+    if isinstance(value, TracedValue | torch.Tensor):
         return len(value)
-    if isinstance(value, torch.Tensor):
-        found = frame.recorder.owned(value)
-        return len(value if found is None else found)
     method = _in_mro(type(value), "__len__", None)
     if isinstance(method, FunctionType):
         return int(frame._invoke(method, None, (value,), {}))
@@ -1210,28 +1168,10 @@ def _next(frame: Frame, iterator: Any, *default: Any) -> Any:
     if isinstance(iterator, _FirstOf):
         if not iterator:
             return next(iter(()), *default)
-        first = iterator[0]
-        owned = frame.recorder.owned(first) if isinstance(first, torch.Tensor) else None
-        return first if owned is None else owned
+        return frame.recorder.seen(iterator[0])
     if frame.recorder.path_of(iterator) is not None:
         frame.recorder.refuse("its forward uses up an iterator")
     return next(iterator, *default)
-
-
-def _iter(frame: Frame, value: Any) -> Any:
-    return value if isinstance(value, _FirstOf) else builtins.iter(frame.iterate(value))
-
-
-def _enumerate(frame: Frame, value: Any, start: int = 0) -> Any:
-    return enumerate(frame.iterate(value), start)
-
-
-def _zip(frame: Frame, *values: Any, strict: bool = False) -> Any:
-    return zip(*map(frame.iterate, values), strict=strict)
-
-
-def _reversed(frame: Frame, value: Any) -> Any:
-    return reversed(list(frame.iterate(value)))
 
 
 def _map(frame: Frame, function: Any, *values: Any) -> Any:
@@ -1277,14 +1217,6 @@ def _refused(what: str) -> Callable[..., Any]:
     return run
 
 
-def _super(frame: Frame, *args: Any) -> Any:
-    return builtins.super(*args)
-
-
-def _setattr(frame: Frame, value: Any, name: str, new: Any) -> None:
-    frame.set_attribute(value, name, new)
-
-
 def _first_of(which: Callable[..., Any]) -> Callable[..., Any]:
     def run(frame: Frame, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _FirstOf(which(module, *args, **kwargs))
@@ -1302,10 +1234,6 @@ def _children(which: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _get_submodule(frame: Frame, module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name)
-
-
 def _get_tensor(frame: Frame, module: nn.Module, name: str) -> Any:
     owner, _, key = name.rpartition(".")
     return frame.attribute(module.get_submodule(owner), key)
@@ -1315,14 +1243,16 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
     isinstance: _isinstance,
     getattr: _getattr,
     hasattr: _hasattr,
-    setattr: _setattr,
+    setattr: lambda frame, value, name, new: frame.set_attribute(value, name, new),
     type: _type,
     len: _len,
     next: _next,
-    iter: _iter,
-    enumerate: _enumerate,
-    zip: _zip,
-    reversed: _reversed,
+    iter: lambda frame, value: (
+        value if isinstance(value, _FirstOf) else builtins.iter(frame.iterate(value))
+    ),
+    enumerate: lambda frame, value, start=0: enumerate(frame.iterate(value), start),
+    zip: lambda frame, *values, strict=False: zip(*map(frame.iterate, values), strict=strict),
+    reversed: lambda frame, value: reversed(list(frame.iterate(value))),
     map: _map,
     filter: _filter,
     functools.reduce: _reduce,
@@ -1339,7 +1269,7 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
         *map(frame.iterate, values), repeat=repeat
     ),
     itertools.repeat: lambda frame, *values: itertools.repeat(*values),
-    super: _super,
+    super: lambda frame, *args: builtins.super(*args),
     id: _refused("asks for the type or the identity of a value (id)"),
     hash: _refused("asks for the identity of a value (hash)"),
     vars: _refused("looks at all attributes of an object (vars)"),
@@ -1358,7 +1288,7 @@ _MODULE_METHODS: dict[Any, Callable[..., Any]] = {
     nn.Module.named_buffers: _first_of(nn.Module.named_buffers),
     nn.Module.children: _children(nn.Module.children),
     nn.Module.named_children: _children(nn.Module.named_children),
-    nn.Module.get_submodule: _get_submodule,
+    nn.Module.get_submodule: lambda frame, module, name: module.get_submodule(name),
     nn.Module.get_parameter: _get_tensor,
     nn.Module.get_buffer: _get_tensor,
     nn.Module.state_dict: _refused("goes through its parameters (state_dict)"),

@@ -34,8 +34,9 @@ from lora_fx.passes.graph import (
     Read,
     frozen,
     is_constant,
+    nested,
 )
-from lora_fx.runtime import Callee, Seen, class_of, differs, inside_of
+from lora_fx.runtime import ops
 
 __all__ = ["Notes", "noted_globals"]
 
@@ -187,7 +188,7 @@ class Notes:
                 with _disable_current_modes():  # no part of what is exported
                     known[name] = frozen(value)
         elif isinstance(value, _FUNCTIONS):
-            known.setdefault(name, Callee.of(value))
+            known.setdefault(name, ops.Callee.of(value))
         elif _is_plain(value):
             held = self._objects.setdefault(_identity(owner), {})
             if name not in held:
@@ -200,11 +201,11 @@ class Notes:
         for key, value in self._watched.items():
             reads = self._reads.get(key, {})
             for name in [
-                n for n, old in reads.items() if differs(getattr(value, n, _MISSING), old)
+                n for n, old in reads.items() if ops.differs(getattr(value, n, _MISSING), old)
             ]:
                 del reads[name]
 
-    def _seen(self, value: Any, done: set[int]) -> Seen:
+    def _seen(self, value: Any, done: set[int]) -> ops.Seen:
         done.add(id(value))
         found = self._reads.get(_identity(value), {})
         missing = tuple(name for name, one in found.items() if one is _MISSING)
@@ -224,8 +225,8 @@ class Notes:
                 attributes.append((name, None))
             elif id(child) not in done:
                 below.append((name, self._seen(child, done)))
-        inside = inside_of(value)
-        return Seen(class_of(value), tuple(attributes), missing, tuple(below), parameters, inside)
+        inside, cls = ops.inside_of(value), ops.class_of(value)
+        return ops.Seen(cls, tuple(attributes), missing, tuple(below), parameters, inside)
 
 
 class _Entries(dict[Any, Any]):
@@ -357,7 +358,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
     costs a comparison. Functions in containers count as named by code beside the classes of the modules: a
     library has long lists of them.
     """
-    classes: set[Any] = {class_of(module) for module in model.modules()}
+    classes: set[Any] = {ops.class_of(module) for module in model.modules()}
     pending = [(cls.forward, None) for cls in classes] + list(_held_functions(model))
     homes = {cls.__module__ for cls in classes}
     methods = {above for cls in classes for above in cls.__mro__}
@@ -384,7 +385,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
                 reads.setdefault(path, Read(path, "contents", frozen(value)))
             elif isinstance(value, FunctionType | MethodType) or function.__module__ in homes:
                 pending.extend(_functions_in(value, path))
-        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        names = {name for code in nested(function.__code__) for name in code.co_names}
         for cls, name in itertools.product(tuple(methods), names):
             value = cls.__dict__.get(name)
             if is_constant(value, simple=_TENSORS) and value is not None and not _of_library(cls):
@@ -421,13 +422,6 @@ def _of_library(function: Any) -> bool:
     return (function.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def _in_module(value: Any, names: Iterable[str]) -> Iterator[tuple[Path, Any]]:
     """What code asks of a module of Python, and of those in it; not of a library."""
     pending, done = [value], set[int]()
@@ -450,7 +444,7 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | 
     module = function.__globals__.get("__name__", "")
     known = sys.modules.get(module)
     importable = known is not None and vars(known) is function.__globals__
-    for code in _codes(function.__code__):
+    for code in nested(function.__code__):
         for name in code.co_names:
             if name in function.__globals__:
                 path = Path(ModuleRoot(module)).attribute(name) if importable else None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import fx
 
+from lora_fx.passes.capture.instrument import IN_PLACE
 from lora_fx.runtime import in_place
 
 if TYPE_CHECKING:
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModeProxy", "TracedValue", "attribute_of", "holds_traced"]
 
-_IN_PLACE = (
-    "iadd",
-    "isub",
-    "imul",
-    "imatmul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-)
 _ABOUT_SHAPE: dict[str, Callable[..., Any]] = {
     "size": lambda shape, dim=None: shape if dim is None else shape[dim],
     "dim": len,
@@ -163,5 +149,5 @@ def _in_place(name: str) -> Callable[[TracedValue, Any], fx.Proxy]:
     return method
 
 
-for _name in _IN_PLACE:
+for _name in IN_PLACE.values():
     setattr(TracedValue, f"__{_name}__", _in_place(_name))

@@ -16,8 +16,12 @@ from torch import fx, nn
 
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Region, join
-from lora_fx.passes.capture.decompositions import written_conditions, written_out
-from lora_fx.passes.capture.quantized import make_opaque, setup_of
+from lora_fx.passes.capture.decompositions import (
+    make_opaque,
+    setup_of,
+    written_conditions,
+    written_out,
+)
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.graph import (
     UNINITIALIZED,
@@ -25,7 +29,6 @@ from lora_fx.passes.graph import (
     is_built_in,
     is_lazy,
     is_matrix,
-    is_uninitialized,
     kept_graph,
     parameters_of,
     uninstall,
@@ -176,7 +179,7 @@ def _holders(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
 
     def holds(module: nn.Module) -> bool:
-        own = any(map(is_matrix, module._parameters.values())) or is_uninitialized(module)
+        own = any(map(is_matrix, module._parameters.values())) or _is_uninitialized(module)
         # All of them are asked, also after one has answered.
         below = [holds(child) for child in module.children()]
         if own or any(below):
@@ -265,7 +268,7 @@ def _why_sealed(module: nn.Module) -> str | None:
     """Why nothing in a module can be looked at; None for most."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module: use the module that it was made from"
-    if is_uninitialized(module):
+    if _is_uninitialized(module):
         return UNINITIALIZED
     if is_built_in(module) and _sealed(module):
         return f"torch.nn.{type(module).__name__} applies its weights inside one opaque call"
@@ -282,3 +285,8 @@ def _sealed(module: nn.Module) -> bool:
 def _container(module: nn.Module) -> bool:
     # A subclass that defines no forward is never called, whatever its class.
     return type(module).forward is nn.Module.forward
+
+
+def _is_uninitialized(module: nn.Module) -> bool:
+    """Whether the shapes of a lazy layer's own parameters are not known yet."""
+    return any(is_lazy(p) for p in module._parameters.values())

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
-from lora_fx.passes.capture.eager import Eager
 from lora_fx.passes.capture.instrument import instrumented
 from lora_fx.passes.capture.interpret import Frame, path_in
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
@@ -38,6 +38,7 @@ from lora_fx.passes.graph import (
 from lora_fx.runtime import inner_of
 
 __all__ = ["Recorder", "Untraceable", "trace"]
+
 
 # What generated code calls by these names: a parameter of the same name would hide it.
 _TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
@@ -225,7 +226,7 @@ class Recorder(fx.Tracer):
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.amp.autocast("cpu", enabled=False),
-            Eager(self),
+            _Eager(self),
         ):
             result = frame.call(self._forward, *positional, **keywords)
             if self.entering:
@@ -291,12 +292,17 @@ class Recorder(fx.Tracer):
         name = self._tensors.get(id(tensor))
         if name is None:
             return None
-        # A buffer is read anew each time: it may be replaced.
+        # A buffer is read each time: it may be replaced.
         if not isinstance(tensor, nn.Parameter):
             return self.create_proxy("get_attr", name, (), {})  # type: ignore[return-value]
         if name not in self._known:
             self._known[name] = self.create_proxy("get_attr", name, (), {})  # type: ignore[assignment]
         return self._known[name]
+
+    def seen(self, value: Any) -> Any:
+        """A tensor of the model as a traced value; anything else as it is."""
+        owned = self.owned(value) if isinstance(value, torch.Tensor) else None
+        return value if owned is None else owned
 
     def mode_of(self, module: nn.Module) -> TracedValue:
         """``module.training``, which the graph reads itself."""
@@ -380,7 +386,7 @@ class Recorder(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """A node, without type annotation: generated code does not need to know the name."""
-        # A child, or a parameter, named "self" would take the place of the module in generated code.
+        # A child, or a parameter, named "self" would hide the module in generated code.
         return super().create_node(
             kind, target, args, kwargs, name or ("self_" if target == "self" else None)
         )
@@ -424,3 +430,30 @@ def _is_part(target: Any) -> bool:
 def _words(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+# What does not depend on anything that may change between a trace and a call.
+_FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
+
+
+class _Eager(TorchFunctionMode):
+    """A function mode that lets calls with traced values through, and no others."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if holds_traced(args) or holds_traced(kwargs):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = func.__self__.__name__
+        if name == "_set_grad_enabled":
+            self._recorder.refuse(
+                "its forward switches gradients on or off, which a graph would lose"
+            )
+        if name not in _FIXED:
+            self._recorder.refuse(f"its forward computes without its input ({name})")
+        return func(*args, **kwargs)

@@ -1,7 +1,8 @@
-"""Example inputs for a model that says what it takes.
+"""Example inputs: in what form they come, and made up for a model that says what it takes.
 
-Those of transformers say it by their configuration, those of timm by ``pretrained_cfg``. No library is
-imported: whoever made such a model has done so.
+They are a tuple of arguments, a dict of keyword arguments, or a single tensor. Models of transformers say
+what they take by their configuration, those of timm by ``pretrained_cfg``. No library is imported: who made
+such a model has imported it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,119 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-__all__ = ["Synthesis", "synthesise"]
+from lora_fx.errors import CaptureError
+
+__all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalize", "synthesise"]
+
+
+CACHE = "use_cache"
+"""The argument by which a caller of a transformers model says whether it wants a cache back."""
+
+
+def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as ``(args, kwargs)``.
+
+    Raises:
+        CaptureError: If they are something else.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, list):
+        return tuple(example_inputs), {}
+    if hasattr(example_inputs, "keys"):
+        return (), {str(key): example_inputs[key] for key in example_inputs.keys()}  # noqa: SIM118  a BatchEncoding is no dict
+    raise CaptureError(
+        "example_inputs must be a tuple of arguments, a dict of keyword arguments or a tensor, found "
+        f"{type(example_inputs).__name__}"
+    )
+
+
+def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The call that a graph of the whole model is made for: every argument by its name.
+
+    A model of transformers that is not told otherwise returns a cache. No graph does, so the call is
+    one with ``use_cache=False``, unless the example inputs say something else.
+
+    Args:
+        model: The model.
+        example_inputs: As for :func:`normalize`.
+
+    Returns:
+        The arguments, those that ``**kwargs`` takes among them.
+
+    Raises:
+        CaptureError: If they do not fit, or hold what ``torch.export`` cannot follow.
+    """
+    args, kwargs = normalize(example_inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    inputs: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            inputs.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise CaptureError(f"torch.export cannot follow *{name}: pass them by name")
+        else:
+            inputs[name] = value
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) and any(
+            isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)
+        ):
+            raise CaptureError(
+                f"torch.export cannot follow tensors inside the argument {name!r}: pass tensors"
+            )
+    if CACHE in signature.parameters and hasattr(model, "config") and inputs.get(CACHE) is None:
+        inputs[CACHE] = False
+    return inputs
+
+
+def by_place(
+    model: nn.Module, example_inputs: Any, named: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """The same call with arguments by place, where code can tell it from the one by name.
+
+    A decorator that takes ``*args, **kwargs`` can. A graph has one forward for both.
+
+    Args:
+        model: The model.
+        example_inputs: As for :func:`normalize`.
+        named: :func:`named_inputs` of them.
+
+    Returns:
+        The arguments; None if nothing can tell, or some can be given by name only.
+    """
+    code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
+    if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        return None
+    args, _ = normalize(example_inputs)
+    if args:
+        return args
+    parameters = inspect.signature(model.forward).parameters.values()
+    places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][: len(named)]
+    return tuple(named[name] for name in places) if set(places) == set(named) else None
+
+
+def describe(inputs: Any) -> str:
+    """Names, dtypes and shapes of example inputs, in a line."""
+    args, kwargs = normalize(inputs)
+    named = [("", value) for value in args] + [(f"{key} ", value) for key, value in kwargs.items()]
+    return ", ".join(
+        f"{name}{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else f"{name}{value!r}"
+        for name, value in named
+    )
+
 
 _BATCH = 2  # torch.export takes a batch of one for the only size there is
 _LENGTH, _DECODER_LENGTH = 12, 7
@@ -24,7 +136,7 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthesis:
+class _Synthesis:
     """Inputs that were made up, or why there are none.
 
     Attributes:
@@ -36,7 +148,7 @@ class Synthesis:
     words: str
 
 
-def synthesise(model: nn.Module) -> Synthesis:
+def synthesise(model: nn.Module) -> _Synthesis:
     """Makes example inputs of two random samples: integers in range, the rest in the model's dtype.
 
     Args:
@@ -52,12 +164,12 @@ def synthesise(model: nn.Module) -> Synthesis:
     return dataclasses.replace(found, inputs=_placed(model, found.inputs))
 
 
-def _of_timm(model: Any) -> Synthesis:
+def _of_timm(model: Any) -> _Synthesis:
     settings: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = settings.get("input_size") if isinstance(settings, Mapping) else None
     if not size:
         words = "the model has neither the config of transformers nor the pretrained_cfg of timm"
-        return Synthesis(None, words)
+        return _Synthesis(None, words)
     channels, height, width = size
     # Both may have been chosen when the model was made; the settings are those of the weights.
     first = str(settings.get("first_conv"))
@@ -65,10 +177,10 @@ def _of_timm(model: Any) -> Synthesis:
     channels = getattr(found.get(first), "in_channels", channels)
     chosen = getattr(found.get(first.rpartition(".")[0]), "img_size", None)
     height, width = chosen or (height, width)
-    return Synthesis(_random(channels, height, width), "pretrained_cfg['input_size']")
+    return _Synthesis(_random(channels, height, width), "pretrained_cfg['input_size']")
 
 
-def _of_transformers(model: Any) -> Synthesis:
+def _of_transformers(model: Any) -> _Synthesis:
     main = model.main_input_name
     takes = inspect.signature(model.forward).parameters
     config = model.config
@@ -82,16 +194,18 @@ def _of_transformers(model: Any) -> Synthesis:
     elif main in ("input_features", "input_values"):
         sound = _sound(config)
         if sound is None:
-            return Synthesis(None, f"{words} do not tell the size of {main}")
+            return _Synthesis(None, f"{words} do not tell the size of {main}")
         inputs = {main: sound}
     else:
-        return Synthesis(None, f"main_input_name is {main}, of which config does not tell the size")
+        return _Synthesis(
+            None, f"main_input_name is {main}, of which config does not tell the size"
+        )
     # A classifier makes them out of the text.
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     decodes = "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False)
     if decodes and not classifies:
         inputs["decoder_input_ids"] = _ids(config, _DECODER_LENGTH)
-    return Synthesis(inputs, words)
+    return _Synthesis(inputs, words)
 
 
 def _text(config: Any, takes: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,14 +19,9 @@ from torch import fx, nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph import arguments
-from lora_fx.runtime import count_batch
+from lora_fx.runtime import ops
 
-__all__ = [
-    "call_owner",
-    "convert_masks",
-    "unbake_devices",
-    "unbake_modes",
-]
+__all__ = ["convert_masks", "unbake_devices", "unbake_modes"]
 
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -70,7 +65,7 @@ def _dtype(value: Any) -> torch.dtype | None:
     return found.dtype if isinstance(found, torch.Tensor) else None
 
 
-def call_owner(node: fx.Node, model: nn.Module, name: Callable[[fx.Node], str]) -> bool:
+def _call_owner(node: fx.Node, model: nn.Module, name: Callable[[fx.Node], str]) -> bool:
     """Puts a call of a module into the place of its operations. Edits the graph.
 
     Args:
@@ -171,7 +166,7 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
         elif node.target is _aten.scaled_dot_product_attention.default:
             _follow_attention_dropout(graph, node, model)
         elif _counts_batches(node):
-            _replace(graph, node, count_batch, (node.args[0], _mode(graph, node, model)))
+            _replace(graph, node, ops.count_batch, (node.args[0], _mode(graph, node, model)))
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             _follow_draw(node, model)
 
@@ -235,7 +230,7 @@ def _follow_attention_dropout(graph: fx.Graph, node: fx.Node, model: nn.Module) 
 
 
 def _follow_draw(node: fx.Node, model: nn.Module) -> None:
-    if not call_owner(node, model, _owner):
+    if not _call_owner(node, model, _owner):
         raise CaptureError(
             f"{_owner(node) or 'the model'} draws random numbers ({node.target}) and torch.export does "
             "not tell whether it does so in training only"

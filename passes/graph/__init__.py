@@ -12,12 +12,15 @@ from lora_fx.passes.graph.copies import (
     share_copy,
     storage_of,
 )
-from lora_fx.passes.graph.edit import edit_graphs
-from lora_fx.passes.graph.lazy import UNINITIALIZED, elements, is_lazy, is_matrix, is_uninitialized
 from lora_fx.passes.graph.nodes import (
+    UNINITIALIZED,
     arguments,
+    edit_graphs,
+    elements,
     erase_dead,
     erase_unread,
+    is_lazy,
+    is_matrix,
     known_arguments,
     target_of,
     unknown_arguments,
@@ -51,7 +54,6 @@ from lora_fx.passes.graph.signature import (
     WANTS_CACHE,
     GuardedCodeGen,
     Parameter,
-    attribute,
     parameters_of,
     wrapped_forward,
 )
@@ -75,7 +77,6 @@ __all__ = [
     "Path",
     "Read",
     "arguments",
-    "attribute",
     "bound_by",
     "check_model",
     "children",
@@ -96,7 +97,6 @@ __all__ = [
     "is_lazy",
     "is_matrix",
     "is_region",
-    "is_uninitialized",
     "kept_graph",
     "known_arguments",
     "memory_of",

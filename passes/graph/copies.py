@@ -21,7 +21,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
-from lora_fx.passes.graph.lazy import is_lazy
+from lora_fx.passes.graph.nodes import is_lazy
 
 __all__ = [
     "APART",
@@ -119,7 +119,7 @@ def _beside(module: nn.Module) -> list[Any]:
 
 
 class _Following:
-    """Follows.
+    """Follows references from a value, and exchanges those to what is not its own.
 
     Attributes:
         all_its_own: Whether whatever is reached belongs to the model, and nothing has to be copied first.

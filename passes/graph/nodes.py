@@ -1,16 +1,32 @@
-"""Low-level work on ``fx`` graphs: what would be ``node.args[1]`` elsewhere."""
+"""Low-level work on ``fx`` graphs: what would be ``node.args[1]`` elsewhere.
+
+Also the loop of every pass that edits graphs one by one, and questions about parameters of lazy layers that
+have not run yet: these have no shape, and refuse every question about it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Capture, PassResult, Region
 
 __all__ = [
+    "UNINITIALIZED",
     "arguments",
+    "edit_graphs",
+    "elements",
     "erase_dead",
     "erase_unread",
+    "is_lazy",
+    "is_matrix",
     "known_arguments",
     "target_of",
     "unknown_arguments",
@@ -56,7 +72,7 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
 def known_arguments(node: fx.Node, names: str) -> dict[str, Any] | None:
     """What :func:`arguments` gives, or None where the node passes something that is not among the names.
 
-    Whoever asks what a node computes may not pass over an argument that it does not know (``out=``).
+    A question about what a node computes has no answer where an argument is not known (``out=``).
     """
     return None if unknown_arguments(node, names) else arguments(node, names)
 
@@ -110,3 +126,45 @@ def erase_dead(graph: fx.Graph) -> None:
 def _stays(node: fx.Node) -> bool:
     # fx asks the module of a call what it does, and a graph by itself has none: such a call stays.
     return node.op == "call_module" or node.is_impure()
+
+
+def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> PassResult:
+    """Edits each graph of a capture once: equal layers share theirs before and after.
+
+    Args:
+        capture: What to edit. It stays as it is.
+        edit: Gives an edited copy of a region's graph, or None where there is nothing to do.
+    """
+    known: dict[int, fx.Graph | None] = {}
+    regions = dict(capture.regions)
+    for fqn, region in regions.items():
+        key = id(region.graph)
+        if key not in known:
+            known[key] = edit(region)
+        if (graph := known[key]) is not None:
+            regions[fqn] = dataclasses.replace(region, graph=graph)
+    return PassResult.of(capture, regions=regions)
+
+
+UNINITIALIZED = "its weights are not initialized yet: run the model once, then rewrite it"
+
+
+def is_lazy(parameter: Tensor | None) -> bool:
+    """Whether the shape of a parameter is not known yet. Unlike torch's, it narrows no type."""
+    # torch asks at length for the rest.
+    return type(parameter) is not nn.Parameter and isinstance(
+        parameter, UninitializedParameter | UninitializedBuffer
+    )
+
+
+def is_matrix(parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter has two or more dimensions, as far as one knows."""
+    return parameter is not None and not is_lazy(parameter) and parameter.dim() > 1
+
+
+def elements(parameter: Tensor) -> int:
+    """Number of elements, of values for a quantized weight; 0 where it is not known yet."""
+    if is_lazy(parameter):
+        return 0
+    stored = quantization_of(parameter)
+    return parameter.numel() if stored is None else math.prod(stored.shape)

@@ -21,19 +21,16 @@ from typing import Any
 
 import torch
 
-from lora_fx.runtime import HeldTensor, Seen, class_of, differs, inside_of, tree_differs
+from lora_fx.runtime import ops
 
 __all__ = [
     "CONTAINERS",
     "MOST",
-    "SELF",
     "SIMPLE",
     "ModuleRoot",
     "ObjectRoot",
     "Path",
     "Read",
-    "Root",
-    "SelfRoot",
     "conditions_of",
     "constants_of",
     "frozen",
@@ -52,14 +49,14 @@ MOST = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfRoot:
+class _SelfRoot:
     """The module that the graph belongs to."""
 
     def resolve(self) -> None:
         """Nothing: generated code has it as an argument."""
 
 
-SELF = SelfRoot()
+_SELF = _SelfRoot()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _reached(module: str, name: str, places: tuple[int, ...]) -> ObjectRoot:
     return ObjectRoot(value)
 
 
-Root = SelfRoot | ModuleRoot | ObjectRoot
+_Root = _SelfRoot | ModuleRoot | ObjectRoot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +159,7 @@ class Path:
         steps: ``("attribute", name)`` and ``("item", key)``, one after the other.
     """
 
-    root: Root = SELF
+    root: _Root = _SELF
     steps: tuple[tuple[str, Any], ...] = ()
 
     def attribute(self, name: str) -> Path:
@@ -259,11 +256,11 @@ class Read:
         Args:
             module: The module that the path may start at.
         """
-        value: Any = module if self.path.root is SELF else self.path.root.resolve()
+        value: Any = module if self.path.root is _SELF else self.path.root.resolve()
         for kind, key in self.path.steps:
             value = value[key] if kind == "item" else getattr(value, key)
         if self.kind == "class":
-            return class_of(value)
+            return ops.class_of(value)
         if self.kind == "length":
             return len(value)
         if self.kind == "keys":
@@ -328,12 +325,12 @@ _CLASS = "_lora_fx_class_of"
 _TREE = "_lora_fx_tree_differs"
 
 
-def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
-    if class_of(value) is not seen.cls:
+def _changes(value: Any, path: Path, seen: ops.Seen) -> Iterator[Read]:
+    if ops.class_of(value) is not seen.cls:
         yield Read(path, "class", seen.cls)
         return
     for name, expected in seen.attributes:
-        if differs(getattr(value, name, seen), expected):
+        if ops.differs(getattr(value, name, seen), expected):
             yield Read(path.attribute(name), "value", expected)
     for name in seen.missing:
         if hasattr(value, name):
@@ -348,7 +345,7 @@ def _changes(value: Any, path: Path, seen: Seen) -> Iterator[Read]:
             yield Read(here, "present", None)
         elif getattr(value, name).shape != shape:
             yield Read(here, "shape", shape)
-    if seen.inside is not None and inside_of(value) != seen.inside:
+    if seen.inside is not None and ops.inside_of(value) != seen.inside:
         yield Read(path.attribute("_modules"), "keys", list(seen.inside))
     for name, inner in seen.below:
         yield from _changes(getattr(value, name, None), path.attribute(name), inner)
@@ -375,18 +372,18 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
     """The globals that the conditions of some reads need."""
     reads = tuple(reads)
     found: dict[str, Any] = {
-        name: root.resolve() for root, name in _named_roots(reads).items() if root is not SELF
+        name: root.resolve() for root, name in _named_roots(reads).items() if root is not _SELF
     }
     for place, read in enumerate(reads):
         if read.needs_constant:
             found[f"_lora_fx_value_{place}"] = read.expected
     text = " ".join(condition for _, condition in conditions_of(reads))
-    helpers = {_DIFFERS: differs, _CLASS: class_of, _TREE: tree_differs}
+    helpers = {_DIFFERS: ops.differs, _CLASS: ops.class_of, _TREE: ops.tree_differs}
     return found | {name: helper for name, helper in helpers.items() if name in text}
 
 
-def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:
-    found: dict[Root, str] = {SELF: "self"}
+def _named_roots(reads: Iterable[Read]) -> dict[_Root, str]:
+    found: dict[_Root, str] = {_SELF: "self"}
     for read in reads:
         found.setdefault(read.path.root, f"_lora_fx_root_{len(found)}")
     return found
@@ -395,7 +392,7 @@ def _named_roots(reads: Iterable[Read]) -> dict[Root, str]:
 def frozen(value: Any) -> Any:
     """A copy of a container of simple values, which its owner may change; any other value as it is."""
     if type(value) is torch.Tensor:
-        return HeldTensor(value)
+        return ops.HeldTensor(value)
     if type(value) is dict:
         return {key: frozen(item) for key, item in value.items()}
     return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value

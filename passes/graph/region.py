@@ -26,7 +26,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import FALLBACK, NEEDS_MODULES, WANTS_CACHE, GuardedCodeGen
-from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, differs, disarm, entry, inner_of
+from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, disarm, entry, inner_of, ops
 
 __all__ = [
     "CONSTANT",
@@ -38,8 +38,6 @@ __all__ = [
     "is_region",
     "kept_graph",
     "original_class",
-    "refusal",
-    "regions_of",
     "uninstall",
 ]
 
@@ -93,18 +91,14 @@ _IN_WORDS = {
 }
 
 
-def refusal(
-    base: type[nn.Module],
-    guards: Sequence[tuple[list[str], tuple[Read, ...], dict[str, Any]]],
-    *,
-    quantized: bool = False,
+def _refusal(
+    base: type[nn.Module], forms: Sequence[_Form], *, quantized: bool = False
 ) -> Callable[..., Any]:
     """A stand-in for ``base.forward`` that says which condition a call fails.
 
     Args:
         base: The module's own class.
-        guards: Of each graph: expressions over the arguments and ``self`` that are true where it does not
-            apply, what it takes for granted, and the globals of its code.
+        forms: The graphs.
         quantized: Whether the graph is there for a quantized weight, not for an adapter.
     """
     left, remedy = (
@@ -120,7 +114,7 @@ def refusal(
         bound = inspect.signature(base.forward).bind(self, *args, **kwargs)
         bound.apply_defaults()
         names = {**bound.arguments, "self": self}
-        reasons = [_reasons(self, names, *guard) for guard in guards]
+        reasons = [_reasons(self, names, form) for form in forms]
         # What the graph that comes closest asks for.
         closest = min((found for found in reasons if found), key=len, default=[])
         reason, changed = closest[0] if closest else ("it is another call", False)
@@ -137,21 +131,19 @@ def refusal(
     return refuse
 
 
-def _reasons(
-    module: nn.Module,
-    names: dict[str, Any],
-    conditions: list[str],
-    reads: tuple[Read, ...],
-    known: dict[str, Any],
-) -> list[tuple[str, bool]]:
+def _reasons(module: nn.Module, names: dict[str, Any], form: _Form) -> list[tuple[str, bool]]:
     """Why a graph does not apply, each with whether something has changed since the capture."""
     found: list[tuple[str, bool]] = []
     try:
-        found.extend((reason, False) for reason in _failed(conditions, dict(known), dict(names)))
+        failed = _failed(form.conditions, dict(form.namespace), dict(names))
+        found.extend((reason, False) for reason in failed)
     except (AttributeError, LookupError, TypeError):
         # A condition that only makes sense where those before it hold: the guard does not come to it.
         return found
-    return [*found, *((reason, True) for reason in _changed(reads, dict(known), module))]
+    return [
+        *found,
+        *((reason, True) for reason in _changed(form.reads, dict(form.namespace), module)),
+    ]
 
 
 def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) -> Iterator[str]:
@@ -255,7 +247,7 @@ def is_built_in(module: nn.Module) -> bool:
     return cls.__module__.startswith(("torch.nn.modules.", "torch.nn.utils.", "torch.ao.nn."))
 
 
-def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The regions of a model by FQN, parents first."""
     return ((name, module) for name, module in model.named_modules() if is_region(module))
 
@@ -264,7 +256,7 @@ def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
     """The graphs of all regions of a captured or rewritten model, by key (``""`` is the root)."""
     return {
         Region(name, module, graph, form=form).key: graph
-        for name, module in regions_of(model)
+        for name, module in _regions_of(model)
         for form, graph in getattr(type(module), _FORMS).items()
     }
 
@@ -330,14 +322,13 @@ def _region_class(
         return known
     forward: Any = entry("fallback", inner_of(base.forward))
     if not fallback:
-        guards = [(form.conditions, form.reads, dict(form.namespace)) for form in forms]
-        forward = refusal(base, guards, quantized=kept)
+        forward = _refusal(base, forms, quantized=kept)
     original = base.forward
     codes: dict[types.CodeType, fx.Graph] = {}
     for form, graph in reversed([*zip(forms, graphs.values(), strict=True)]):
         # A call that a graph does not apply to goes on to the next one.
-        form.namespace[FALLBACK] = forward
-        forward = generated(form.source, form.namespace, base.__name__)
+        namespace = {**form.namespace, FALLBACK: forward}
+        forward = generated(form.source, namespace, base.__name__)
         forward.__doc__ = original.__doc__
         forward.__signature__ = inspect.signature(original)
         codes[forward.__code__] = graph
@@ -367,18 +358,14 @@ class _Form:
 
     def __init__(self, graph: fx.Graph) -> None:
         code = graph.python_code(root_module="self")
-        codegen = graph._codegen
-        guarded = isinstance(codegen, GuardedCodeGen)
+        guard = graph._codegen if isinstance(graph._codegen, GuardedCodeGen) else None
         self.source = code.src
-        self.namespace: dict[str, Any] = {
-            **code.globals,
-            **(codegen.constants() if isinstance(codegen, GuardedCodeGen) else {}),
-        }
-        self.conditions = codegen.conditions() if isinstance(codegen, GuardedCodeGen) else []
-        self.reads = codegen.reads if isinstance(codegen, GuardedCodeGen) else ()
+        self.namespace = {**code.globals, **(guard.constants() if guard else {})}
+        self.conditions = guard.conditions() if guard else []
+        self.reads = guard.reads if guard else ()
         tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
         names = tuple(sorted((name, id(value)) for name, value in self.namespace.items()))
-        self.key = (code.src, names, tags, guarded)
+        self.key = (code.src, names, tags, guard is not None)
 
 
 class _Regional(Hooked):
@@ -394,7 +381,7 @@ class _Regional(Hooked):
         """Sets an attribute; refuses at once what the next call would refuse."""
         cls: Any = type(self)
         for read in () if getattr(cls, _FALLBACK) else _reads_of(cls, name):
-            if read.kind in ("value", "contents") and differs(value, read.expected):
+            if read.kind in ("value", "contents") and ops.differs(value, read.expected):
                 inside = (
                     "its quantized weight is known to that graph alone: set it before quantize()"
                     if getattr(cls, _KEPT)

@@ -23,7 +23,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
-from lora_fx.runtime import OMITTED, given, needs_modules, wants_cache
+from lora_fx.runtime import ops
 
 __all__ = [
     "FALLBACK",
@@ -31,7 +31,6 @@ __all__ = [
     "WANTS_CACHE",
     "GuardedCodeGen",
     "Parameter",
-    "attribute",
     "parameters_of",
     "wrapped_forward",
 ]
@@ -45,8 +44,12 @@ NEEDS_MODULES = "_lora_fx_needs_modules"
 WANTS_CACHE = "_lora_fx_wants_cache"
 """Global name of :func:`lora_fx.runtime.ops.wants_cache` in generated code."""
 
-_HELPERS = {NEEDS_MODULES: needs_modules, WANTS_CACHE: wants_cache}
+_HELPERS = {NEEDS_MODULES: ops.needs_modules, WANTS_CACHE: ops.wants_cache}
 _SIMPLE = (type(None), bool, int, float, str)
+_STARS: dict[int, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
 _OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
 
 
@@ -79,7 +82,12 @@ class Parameter:
     @property
     def variadic(self) -> bool:
         """Whether it is ``*args`` or ``**kwargs``."""
-        return self.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return bool(self.stars)
+
+    @property
+    def stars(self) -> str:
+        """What is before its name: ``*``, ``**`` or nothing."""
+        return _STARS.get(self.kind, "")
 
 
 def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Parameter, ...]:
@@ -135,14 +143,6 @@ def wrapped_forward(forward: Any) -> Any:
     return forward
 
 
-def attribute(target: str) -> str:
-    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
-    path = "self"
-    for atom in filter(None, target.split(".")):
-        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
-    return path
-
-
 class GuardedCodeGen(fx.graph.CodeGen):
     """Generates ``forward`` with the original signature and the guard of this module.
 
@@ -192,7 +192,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         }
         found |= constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
-            found |= {_OMITTED: OMITTED, _GIVEN: given}
+            found |= {_OMITTED: ops.OMITTED, _GIVEN: ops.given}
         for p in self.parameters:
             if p.omitted:
                 continue
@@ -216,17 +216,13 @@ class GuardedCodeGen(fx.graph.CodeGen):
         for p in self.parameters:
             if p.within:
                 continue
-            if p.kind == inspect.Parameter.VAR_POSITIONAL:
-                declared.append(f"*{p.name}")
-                keyword_only = True
-                continue
-            if p.kind == inspect.Parameter.VAR_KEYWORD:
-                declared.append(f"**{p.name}")
-                continue
             if p.kind == inspect.Parameter.KEYWORD_ONLY and not keyword_only:
                 declared.append("*")
-                keyword_only = True
-            declared.append(p.name + _default(p))
+            keyword_only |= p.kind in (
+                inspect.Parameter.KEYWORD_ONLY,
+                inspect.Parameter.VAR_POSITIONAL,
+            )
+            declared.append(f"{p.stars}{p.name}" if p.variadic else p.name + _default(p))
         return declared
 
     def _passed(self) -> list[str]:
@@ -234,21 +230,17 @@ class GuardedCodeGen(fx.graph.CodeGen):
 
         Decorators of transformers give ``use_cache`` by name if it is not among the keywords.
         """
-        spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters)
+        by_place: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
+        if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters):
+            by_place.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
         for p in self.parameters:
             if p.within:
                 continue
-            if p.kind == inspect.Parameter.VAR_POSITIONAL:
-                passed.append(f"*{p.name}")
-            elif p.omitted:
+            if p.omitted:
                 passed.append(f"**{_GIVEN}({p.name}={p.name})")
-            elif p.kind == inspect.Parameter.VAR_KEYWORD:
-                passed.append(f"**{p.name}")
-            elif p.kind == inspect.Parameter.POSITIONAL_ONLY or (
-                spread and p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
-            ):
-                passed.append(p.name)
+            elif p.variadic or p.kind in by_place:
+                passed.append(f"{p.stars}{p.name}")
             else:
                 passed.append(f"{p.name}={p.name}")
         return passed

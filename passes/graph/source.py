@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
-__all__ = ["COMPREHENSIONS", "SCOPES", "bound_by", "compiled", "nested", "tree_of"]
+__all__ = ["SCOPES", "bound_by", "compiled", "nested", "tree_of"]
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def nested(code: CodeType) -> Iterator[CodeType]:
@@ -226,7 +226,7 @@ def bound_by(scope: Any, *, only_imports: bool = False) -> Iterator[str]:
             isinstance(node, ast.MatchAs | ast.MatchStar) and node.name
         ):
             yield node.name
-        if isinstance(node, COMPREHENSIONS):
+        if isinstance(node, _COMPREHENSIONS):
             # Targets are its own; a walrus in it binds here.
             pending.extend(one for one in ast.walk(node) if isinstance(one, ast.NamedExpr))
             continue

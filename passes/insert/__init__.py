@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.insert.add_factors import AddFactors
-from lora_fx.passes.insert.add_tokens import AddTokens
-from lora_fx.passes.insert.insert_branches import Insert
-from lora_fx.passes.insert.observe import See, observed
-from lora_fx.passes.insert.place_starts import (
+from lora_fx.passes.insert.add_factors import (
+    AddFactors,
     computed_starts,
     drop_site,
     place_slots,
@@ -14,6 +11,8 @@ from lora_fx.passes.insert.place_starts import (
     slot_start,
     start_factors,
 )
+from lora_fx.passes.insert.insert_branches import Insert
+from lora_fx.passes.insert.observe import See, observed
 from lora_fx.passes.insert.select_rows import ROWS, SelectRows, check_rows
 from lora_fx.passes.insert.starts import (
     Start,
@@ -24,7 +23,7 @@ from lora_fx.passes.insert.starts import (
     signs,
     site_generator,
 )
-from lora_fx.passes.insert.train_tokens import TrainTokens
+from lora_fx.passes.insert.train_tokens import AddTokens, TrainTokens
 from lora_fx.passes.insert.unfreeze import Unfreeze
 
 __all__ = [

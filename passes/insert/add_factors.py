@@ -3,24 +3,36 @@
 The model of the capture is the pipeline's own. The names of its base parameters do not change. Some
 initializations (:mod:`lora_fx.passes.insert.starts`) change the base: the weight of the site is then a new
 parameter, and the one that the argument of the rewrite has is not written.
+What is tied to it elsewhere keeps the old one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Final
 
+import torch
 from torch import nn
 
 from lora_fx.config import LoraConfig, changes_base, needs_data
-from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite
-from lora_fx.kinds import kind_of, kinds
-from lora_fx.passes.insert.place_starts import factors_module, place_slots, place_start
-from lora_fx.passes.insert.starts import initial_start
-from lora_fx.passes.parameters import base_like, base_weight, factor_names, module_at
+from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
+from lora_fx.kinds import Slot, Starting, kind_of, kinds
+from lora_fx.passes.insert.starts import Start, initial_start, site_generator
+from lora_fx.passes.parameters import adapter_dtype, base_weight, factor_names, module_at, weight_at
+from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
-__all__ = ["AddFactors"]
+__all__ = [
+    "AddFactors",
+    "computed_starts",
+    "drop_site",
+    "place_slots",
+    "place_start",
+    "slot_start",
+    "start_factors",
+]
+
 
 _log = logging.getLogger("lora_fx")
 
@@ -36,12 +48,9 @@ class AddFactors(Pass):
 
     name: ClassVar[str] = "add-factors"
     kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
     plan: Plan | None = None
     adapter: str = "default"
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.plan is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet."""
@@ -82,7 +91,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
         return
     # What the parts of one weight change adds up: each sees the weight as the one before it left it.
     reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
-    weight = (base_weight if reads else base_like)(model, row.site)
+    weight = (base_weight if reads else _base_like)(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
     place_slots(model, row, adapter, config)
 
@@ -93,5 +102,156 @@ def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -
     names = factor_names(row)
     for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
-        factors_module(model, row.site, name).add(adapter, value)
+        _factors_module(model, row.site, name).add(adapter, value)
     place_slots(model, row, adapter, plan.config)
+
+
+def slot_start(
+    row: PlannedSite,
+    slot: Slot,
+    weight: torch.Tensor,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    config: LoraConfig,
+) -> torch.Tensor:
+    """What a slot of the site's kind starts with, as it is stored.
+
+    Args:
+        row: The site.
+        slot: What it trains besides its factors.
+        weight: Its weight.
+        pair: Its A and B, as they are stored; None without factors.
+        config: The configuration.
+    """
+    dtype = adapter_dtype(weight)
+    if weight.device.type == "meta":
+        return torch.empty(slot.shape, dtype=dtype, device="meta")
+    a, b = pair or (None, None)
+    given = Starting(row, weight, a, b, config, lambda name: site_generator(name, config))
+    return kind_of(row).start(slot, given).reshape(slot.shape).to(weight.device, dtype)
+
+
+_START_A: Final = "lora_A_start"
+"""Holds what A was at the start, where that was taken out of the base: saving needs it."""
+
+_START_B: Final = "lora_B_start"
+"""Likewise for B."""
+
+
+def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
+    """Puts a start in, in the place of the adapter's former one if there is one."""
+    names = factor_names(row)
+    for name, value in ((names.a, start.a), (names.b, start.b)):
+        _put(model, row.site, name, adapter, value)
+    if start.subtracted:
+        for name, value in ((_START_A, start.a), (_START_B, start.b)):
+            # Copies: training writes into the others.
+            kept = nn.Parameter(value.clone(), requires_grad=False)
+            _factors_module(model, row.site, name).add(adapter, kept)
+    if start.weight is not None:
+        owner = model.get_submodule(row.site.owner)
+        frozen = nn.Parameter(start.weight, requires_grad=False)
+        frozen.__dict__.update(owner._parameters[row.site.parameter].__dict__)
+        owner._parameters[row.site.parameter] = frozen
+
+
+def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
+    """Puts in what the kind trains beside the factors: a tied site has its own, too."""
+    kind, names = kind_of(row), factor_names(row)
+    if not names.slots:
+        return
+    weight, pair = base_weight(model, row.site), None
+    if kind.low_rank:
+        holder = module_at(model, row.site.holder)
+        a, b = (holder.get_submodule(name).get_parameter(adapter) for name in names.pair)
+        pair = a, b
+    for slot in kind.slots(row.site):
+        value = slot_start(row, slot, weight, pair, config)
+        _put(model, row.site, slot.name, adapter, value)
+
+
+def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:
+    """A new parameter, trained if the one in whose place it is was: that of an inactive adapter is not."""
+    factors = _factors_module(model, site, name)
+    former = factors._parameters.get(adapter)
+    trained = former is None or former.requires_grad
+    factors.add(adapter, nn.Parameter(value, requires_grad=trained))
+
+
+def computed_starts(
+    model: nn.Module,
+    rows: Iterable[PlannedSite],
+    make: Callable[[PlannedSite, torch.Tensor], Start],
+) -> list[tuple[PlannedSite, Start]]:
+    """The starts of sites; nothing is placed yet, so that an error leaves the model as it was.
+
+    Args:
+        model: A rewritten model.
+        rows: The sites.
+        make: The start of one, from its weight. Of several parts of one weight, each sees the weight as
+            the one before left it.
+    """
+    now: dict[str, torch.Tensor] = {}
+    made: list[tuple[PlannedSite, Start]] = []
+    for row in rows:
+        name = row.site.weight
+        start = make(row, now.get(name, base_weight(model, row.site)))
+        if start.weight is not None:
+            now[name] = start.weight
+        made.append((row, dataclasses.replace(start, weight=None)))
+    return [(row, dataclasses.replace(one, weight=now.get(row.site.weight))) for row, one in made]
+
+
+def start_factors(
+    model: nn.Module, row: PlannedSite, adapter: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The A and B that were taken out of the base; None if nothing was."""
+    holder = model.get_submodule(row.site.holder)
+    kept = holder._modules.get(_START_A)
+    if kept is None or adapter not in kept._parameters:
+        return None
+    a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (_START_A, _START_B))
+    return a.detach(), b.detach()
+
+
+def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    """Forgets what an adapter has at one site."""
+    holder = model.get_submodule(row.site.holder)
+    for name in (*factor_names(row).present, _START_A, _START_B):
+        factors = holder._modules.get(name)
+        if isinstance(factors, AdapterFactors):
+            factors._parameters.pop(adapter, None)
+            if not factors._parameters:
+                del holder._modules[name]
+    if isinstance(holder, Holder) and not holder._modules:
+        del model.get_submodule(row.site.owner)._modules[row.site.holder.rpartition(".")[2]]
+
+
+def _factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
+    """The module that holds a factor of a site for every adapter; made if it is not there."""
+    holder = _holder(model, site)
+    if name not in holder._modules:
+        kept = name in (_START_A, _START_B)
+        holder.add_module(name, KeptTensors() if kept else AdapterFactors())
+    factors = holder.get_submodule(name)
+    assert isinstance(factors, AdapterFactors)
+    factors.train(holder.training)
+    return factors
+
+
+def _holder(model: nn.Module, site: Site) -> nn.Module:
+    owner = module_at(model, site.owner)
+    if site.holder == site.owner:
+        return owner
+    name = site.holder.rpartition(".")[2]
+    if name not in owner._modules:
+        owner.add_module(name, Holder().train(owner.training))
+    return owner.get_submodule(name)
+
+
+def _base_like(model: nn.Module, site: Site) -> torch.Tensor:
+    """What :func:`base_weight` gives, for whoever asks nothing of its values: few bits stay few."""
+    weight = weight_at(model, site.weight)
+    if site.quantized is None:
+        return weight.detach()
+    one = torch.empty((), dtype=site.quantized.dtype, device=weight.device)
+    return one.expand(site.weight_shape)

@@ -25,6 +25,7 @@ from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    FusedBranch,
     Pass,
     PassResult,
     PlannedSite,
@@ -39,18 +40,13 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import adapter_dtype, factor_names, weight_at
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import cast_like, pad_features, spread
+from lora_fx.runtime import ops
 
-__all__ = [
-    "Branch",
-    "Insert",
-    "Wiring",
-    "running_total",
-]
+__all__ = ["Branch", "Insert", "Writer"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Wiring:
+class _Wiring:
     """What a branch is made of, in names of the region.
 
     Attributes:
@@ -58,7 +54,7 @@ class Wiring:
         call: Where its weight is applied.
         a, b: The factors; empty for a kind that has none.
         kind: Name of the adapter kind.
-        slots: What that trains beside the factors: names, and where they are.
+        slots: What it trains besides the factors: names, and where they are.
         scale: The factor of the branch.
         dropout: Probability, on the branch's input.
         training: The attribute that says whether there is dropout now.
@@ -82,7 +78,7 @@ class Wiring:
     padding: tuple[int, int] | None = None
 
 
-def running_total(base: fx.Node) -> fx.Node:
+def _running_total(base: fx.Node) -> fx.Node:
     """The base operation with all branches that are added to it so far: the node that others read."""
     total = base
     while True:
@@ -98,11 +94,40 @@ def _adds(node: fx.Node) -> bool:
     return isinstance(tag, Tag) and tag.role is Role.ADD
 
 
-class Branch:
+class Writer:
+    """Writes tagged nodes right after one that is there.
+
+    Attributes:
+        made: The nodes.
+    """
+
+    def __init__(self, graph: fx.Graph, after: fx.Node, tag: Callable[[Role], Tag]) -> None:
+        self._graph, self._next, self._tag = graph, after.next, tag
+        self.made: list[fx.Node] = []
+
+    def make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A tagged node."""
+        with self._graph.inserting_before(self._next):
+            node = self._graph.create_node(op, target, args, kwargs)
+        node.meta[META_KEY] = self._tag(role)
+        self.made.append(node)
+        return node
+
+    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A tagged ``call_function`` node."""
+        return self.make(role, "call_function", target, *args, **kwargs)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Has all others read one of the nodes instead of another node."""
+        mine = set(self.made)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in mine)
+
+
+class Branch(Writer):
     """Writes the nodes of one adapter's branch, right after what it is added to.
 
-    It is what a pattern writes a branch with, and what a kind puts it into the graph with.
-    The factors are read where they are first used.
+    It is what a pattern writes a branch with, and what a kind puts it into the graph with
+    (:class:`lora_fx.ir.OutputBuilder`). The factors are read where they are first used.
     """
 
     def __init__(
@@ -110,41 +135,23 @@ class Branch:
         graph: fx.Graph,
         base: fx.Node,
         tag: Callable[[Role], Tag],
-        wiring: Wiring,
+        wiring: _Wiring,
         items: dict[str, fx.Node] | None = None,
     ) -> None:
-        self._graph = graph
-        self.base = base
-        self.total = running_total(base)
-        self._tag = tag
+        self.base, self.total = base, _running_total(base)
+        super().__init__(graph, self.total, tag)
         self._wiring = wiring
+        self.site, self.applied = wiring.site, wiring.call
+        self.scale, self.padding = wiring.scale, wiring.padding
+        self._names = {"a": wiring.a, "b": wiring.b}
         self._kind = kind_of(wiring)
         self._slots = dict(wiring.slots)
-        self._next = self.total.next
-        self.made: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
+        self._dropout: tuple[float, str] | None = None
+        self._low_rank = False
+        self._fused: FusedBranch | None = None
         base.meta[META_KEY] = tag(Role.BASE)
-
-    @property
-    def site(self) -> Site:
-        """The site, as its region sees it."""
-        return self._wiring.site
-
-    @property
-    def applied(self) -> Call:
-        """Where its weight is applied."""
-        return self._wiring.call
-
-    @property
-    def scale(self) -> float:
-        """The factor of the branch."""
-        return self._wiring.scale
-
-    @property
-    def padding(self) -> tuple[int, int] | None:
-        """How many output features of the operation come before and after the site's."""
-        return self._wiring.padding
 
     @property
     def a(self) -> fx.Node:
@@ -175,7 +182,7 @@ class Branch:
     def operand_bias(self) -> fx.Node:
         """What the operation adds."""
         names = {node.name: node for node in self.base.all_input_nodes}
-        return names[self._wiring.call.bias]
+        return names[self.applied.bias]
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
@@ -189,7 +196,7 @@ class Branch:
         All branches of a graph take it from one ``unbind``: the gradient of a selection is as large as
         what is selected from, and there would be one for each expert.
         """
-        name = self._wiring.a if letter == "a" else self._wiring.b
+        name = self._names[letter]
         if name not in self._items:
             factor = self.a if letter == "a" else self.b
             self._items[name] = self.call(Role.FACTOR, torch.unbind, factor)
@@ -200,12 +207,36 @@ class Branch:
         dropout = self._wiring.dropout
         if not dropout:
             return x
-        training = self._make(Role.DROPOUT, "get_attr", self._wiring.training)
-        return self._make(Role.DROPOUT, "call_function", F.dropout, x, dropout, training)
+        training = self.make(Role.DROPOUT, "get_attr", self._wiring.training)
+        self._dropout = dropout, training.name
+        return self.make(Role.DROPOUT, "call_function", F.dropout, x, dropout, training)
 
-    def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A tagged ``call_function`` node."""
-        return self._make(role, "call_function", target, *args, **kwargs)
+    def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
+        """``B (A drop(x))``, plus :attr:`bias` where it is wanted, for a product that reads ``x``."""
+        self._low_rank = True
+        down = self.call(Role.DOWN, F.linear, self.dropped(x), self.a)
+        bias = self.bias if with_bias else None
+        return self.call(Role.UP, F.linear, down, self.b, *(() if bias is None else (bias,)))
+
+    def fuse_by(
+        self,
+        function: Callable[..., Any],
+        *more: Any,
+        quantized: Callable[..., Any] | None = None,
+    ) -> None:
+        """Note which function computes the operation with its branch, if no other adapter is in between."""
+        if not self._low_rank or self.total is not self.base:
+            return
+        self._fused = FusedBranch(
+            function,
+            quantized,
+            self.factor("a").name,
+            self.factor("b").name,
+            self.scale,
+            tuple(one.name if isinstance(one, fx.Node) else one for one in more),
+            self._dropout,
+            self.padding,
+        )
 
     def finish(self, up: fx.Node | None) -> fx.Node:
         """Has the kind join the branch with what is there, and puts the result in its place.
@@ -214,13 +245,13 @@ class Branch:
             up: What the pattern has written; None for a kind without factors.
         """
         total = self._kind.joined(self, up)
-        mine = set(self.made)
-        self.total.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
+        total.meta[META_KEY] = dataclasses.replace(self._tag(Role.ADD), fused=self._fused)
+        self.replace(self.total, total)
         return total
 
     def factor(self, letter: str) -> fx.Node:
         """A factor, rank where it belongs, in its own dtype."""
-        name = self._wiring.a if letter == "a" else self._wiring.b
+        name = self._names[letter]
         factor = self._read(name)
         if not self._wiring.transposed:
             return factor
@@ -229,10 +260,7 @@ class Branch:
     def cast_factor(self, letter: str) -> fx.Node:
         """A factor in the dtype in which the branch computes."""
         # The factors are small: they follow the activation, never the other way round.
-        factor = self.cast(self._read(self._wiring.a if letter == "a" else self._wiring.b))
-        if self._wiring.transposed:
-            factor = self.call(Role.FACTOR, torch.t, factor)
-        return factor
+        return self.cast(self.factor(letter))
 
     def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
         """A slot of the kind, as it is stored."""
@@ -244,32 +272,34 @@ class Branch:
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
         """A slot as it meets the output: where the site is a part, a value for the rest is beside it."""
-        vector, padding = self.cast_slot(name), self._wiring.padding
+        vector, padding = self.cast_slot(name), self.padding
         if padding is not None:
             vector = self.call(Role.PAD, F.pad, vector, padding, "constant", outside)
         return self.spread(vector)
 
     def read_weight(self, role: Role) -> fx.Node:
         """The weight of the site."""
-        return self._make(role, "get_attr", self._wiring.site.weight)
+        return self.make(role, "get_attr", self.site.weight)
 
     def cast(self, node: fx.Node) -> fx.Node:
         """A node in the dtype of what the operation gives, where that is another one."""
-        return self.call(Role.CAST, cast_like, node, self.base) if self._wiring.cast else node
+        return self.call(Role.CAST, ops.cast_like, node, self.base) if self._wiring.cast else node
 
     def padded(self, up: fx.Node) -> fx.Node:
         """The output of a branch, with zeros for the output features that are not the site's."""
-        if self._wiring.padding is None:
+        if self.padding is None:
             return up
-        return self.call(Role.PAD, pad_features, up, *self._wiring.padding)
+        return self.call(Role.PAD, ops.pad_features, up, *self.padding)
 
     def spread(self, vector: fx.Node) -> fx.Node:
         """A vector of the output features as it meets the output."""
-        call = self._wiring.call
+        call = self.applied
         if call.axes == (-1,):
             return vector
         made = (vector, self.base, call.axes, call.sizes)
-        return self.once(f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, spread, *made))
+        return self.once(
+            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, ops.spread, *made)
+        )
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """What ``make`` writes, the first time that it is asked for."""
@@ -278,14 +308,7 @@ class Branch:
         return self._known[key]
 
     def _read(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
-        return self.once(name, lambda: self._make(role, "get_attr", name))
-
-    def _make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self._graph.inserting_before(self._next):
-            node = self._graph.create_node(op, target, args, kwargs)
-        node.meta[META_KEY] = self._tag(role)
-        self.made.append(node)
-        return node
+        return self.once(name, lambda: self.make(role, "get_attr", name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,12 +321,9 @@ class Insert(Pass):
     """
 
     name: ClassVar[str] = "insert"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedSite, ...] | None = None
     adapter: str = "default"
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds branches where the plan wants some and there are none yet."""
@@ -335,7 +355,7 @@ class Insert(Pass):
         def factor(name: str) -> str:
             return join(holder, name, self.adapter) if name else ""
 
-        wiring = Wiring(
+        wiring = _Wiring(
             site=_local(site, region.fqn),
             call=dataclasses.replace(call, region=""),
             a=factor(names.a),
@@ -372,7 +392,7 @@ class _Job:
     """One branch to write, in names of the region: equal jobs on equal graphs give equal graphs."""
 
     part: str
-    wiring: Wiring
+    wiring: _Wiring
 
 
 def _padding(site: Site) -> tuple[int, int] | None:

@@ -1,6 +1,6 @@
 """Lets each adapter's branch compute with the rows of its own samples, for batches of several adapters.
 
-It comes after the branches: whatever activation a branch reads is cut down to those rows, and its result is
+It comes after the branches: each activation that a branch reads is cut down to those rows, and its result is
 added to them. What a branch computes, and how, stays as the pattern wrote it.
 """
 

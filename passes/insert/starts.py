@@ -21,7 +21,6 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     part_of,
     replaced,
-    subtracted,
     wide,
 )
 from lora_fx.passes.patterns import pattern_of
@@ -443,7 +442,7 @@ def _from_weight(
 
 def _taken_out(row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Start:
     a, b = _placed(a, b, weight)
-    return Start(a, b, subtracted(row, weight, a, b), subtracted=True)
+    return Start(a, b, _subtracted(row, weight, a, b), subtracted=True)
 
 
 def _placed(
@@ -458,3 +457,12 @@ def _without_values(shapes: Factors, weight: torch.Tensor, start: bool | str) ->
     a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in (shapes.a, shapes.b))
     changed = changes_base(start)
     return Start(a, b, torch.empty_like(weight) if changed else None, changed and start != "loftq")
+
+
+def _subtracted(
+    row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    """``W - s · B A`` as a new tensor, rounded once; rows that are not the site's are as they were."""
+    part = wide(part_of(row.site, weight.detach()))
+    delta = pattern_of(row.site).delta(row.site, wide(a), wide(b))
+    return replaced(row.site, weight, part - delta * row.scale)

@@ -1,9 +1,9 @@
-r"""Puts trained rows of an embedding in the place of the frozen ones.
+"""Adds rows of embeddings that are trained as a whole, and puts them in the place of the frozen ones.
 
 At a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the same weight or is named
 itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the output as it is to the last
-bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are there already
-(:mod:`lora_fx.passes.insert.add_tokens`).
+bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are parameters
+next to the weight, and start as the base's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lora_fx.errors import ConfigError
 from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    Kind,
     Pass,
     PassResult,
     PlannedTokens,
@@ -29,11 +31,60 @@ from lora_fx.ir import (
     relative,
 )
 from lora_fx.passes.graph import arguments, copy_graph
-from lora_fx.passes.insert.add_tokens import planned_rows
-from lora_fx.passes.parameters import adapter_dtype, indices_name, rows_name
+from lora_fx.passes.insert.insert_branches import Writer
+from lora_fx.passes.parameters import adapter_dtype, add_tokens, indices_name, rows_name, tokens_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
-__all__ = ["TrainTokens"]
+__all__ = ["AddTokens", "TrainTokens"]
+
+
+def _planned_rows(
+    rows: tuple[PlannedTokens, ...] | None, capture: Capture
+) -> tuple[PlannedTokens, ...]:
+    """Return the rows of embeddings that a pass was given, or else those of the capture's plan."""
+    if rows is not None:
+        return rows
+    return () if capture.plan is None else capture.plan.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class AddTokens(Pass):
+    """The pass.
+
+    Attributes:
+        rows: Which rows of what; None for those of the capture's plan.
+        adapter: The adapter's name.
+    """
+
+    name: ClassVar[str] = "add-tokens"
+    kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
+    rows: tuple[PlannedTokens, ...] | None = None
+    adapter: str = "default"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
+        model, changed = capture.model, False
+        rows = _planned_rows(self.rows, capture)
+        for row in sorted(rows, key=lambda row: bool(row.tied)):
+            try:
+                tokens_of(model, row, self.adapter)
+                continue
+            except AttributeError:
+                changed = True
+            weight = model.get_parameter(row.site.weight).detach()
+            if weight.is_meta:
+                raise ConfigError(
+                    f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
+                    "it; give the model its weights first"
+                )
+            source = next((one for one in rows if one.name == row.tied), None)
+            if source is not None:
+                add_tokens(model, row, self.adapter, tokens_of(model, source, self.adapter))
+            else:
+                start = weight[list(row.indices)].to(adapter_dtype(weight), copy=True)
+                add_tokens(model, row, self.adapter, start)
+        return PassResult(capture, changed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +97,14 @@ class TrainTokens(Pass):
     """
 
     name: ClassVar[str] = "train-tokens"
+    needs: ClassVar[str] = "plan"
     rows: tuple[PlannedTokens, ...] | None = None
     adapter: str = "default"
 
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.rows is None and capture.plan is None else None
-
     def __call__(self, capture: Capture) -> PassResult:
         """Edits the graphs that apply one of the weights, once."""
-        regions, changed = dict(capture.regions), False
-        for row in planned_rows(self.rows, capture):
+        regions = dict(capture.regions)
+        for row in _planned_rows(self.rows, capture):
             for call in row.site.calls:
                 region = regions.get(call.region)
                 if region is None or _done(region, _tag(row, region, self.adapter)):
@@ -69,25 +117,20 @@ class TrainTokens(Pass):
                         _Edit(capture, edited, row, one, self.adapter).apply()
                 graph.lint()
                 regions[call.region] = edited
-                changed = True
-        if not changed:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, regions=regions), True)
+        return PassResult.of(capture, regions=regions)
 
 
-class _Edit:
+class _Edit(Writer):
     """What is written after one application of the weight."""
 
     def __init__(
         self, capture: Capture, region: Region, row: PlannedTokens, call: Call, adapter: str
     ) -> None:
         self._row, self._region = row, region
-        self._tag = _tag(row, region, adapter)
-        nodes = {node.name: node for node in region.graph.nodes}
-        self._base = nodes[call.output]
+        self._base = next(node for node in region.graph.nodes if node.name == call.output)
+        tag = _tag(row, region, adapter)
+        super().__init__(region.graph, self._base, lambda _: tag)
         self._x = self._read_now()
-        self._next = self._base.next
-        self._made: set[fx.Node] = set()
         self._names = {
             "rows": relative(rows_name(row, adapter), region.fqn),
             "indices": relative(indices_name(row, adapter), region.fqn),
@@ -97,9 +140,9 @@ class _Edit:
         self._cast = adapter_dtype(weight) != weight.dtype or call.cast
 
     def apply(self) -> None:
-        """Writes it and puts it in the place of the base operation's output."""
+        """Writes it and replaces the base operation's output by it."""
         result = self._lookup() if self._row.lookup else self._product()
-        self._base.replace_all_uses_with(result, delete_user_cb=lambda n: n not in self._made)
+        self.replace(self._base, result)
 
     def _lookup(self) -> fx.Node:
         place = self._call(operator.getitem, self._read("indices"), self._x)
@@ -121,7 +164,9 @@ class _Edit:
         return self._call(torch.index_add, self._base, -1, indices, added)
 
     def _typed(self, node: fx.Node) -> fx.Node:
-        return self._make("call_method", "type_as", node, self._base) if self._cast else node
+        if not self._cast:
+            return node
+        return self.make(Role.TOKENS, "call_method", "type_as", node, self._base)
 
     def _read_now(self) -> fx.Node:
         """What the operation reads: in front of it there may be a branch, which its call does not know."""
@@ -135,17 +180,10 @@ class _Edit:
         return x
 
     def _read(self, what: str) -> fx.Node:
-        return self._make("get_attr", self._names[what])
+        return self.make(Role.TOKENS, "get_attr", self._names[what])
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
-        return self._make("call_function", target, *args)
-
-    def _make(self, op: str, target: Any, *args: Any) -> fx.Node:
-        with self._region.graph.inserting_before(self._next):
-            node = self._region.graph.create_node(op, target, args)
-        node.meta[META_KEY] = self._tag
-        self._made.add(node)
-        return node
+        return self.call(Role.TOKENS, target, *args)
 
 
 def _done(region: Region, tag: Tag) -> bool:

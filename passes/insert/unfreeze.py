@@ -27,11 +27,8 @@ class Unfreeze(Pass):
 
     name: ClassVar[str] = "unfreeze"
     kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
     plan: Plan | None = None
-
-    def requires(self, capture: Capture) -> str | None:
-        """A plan has to be there."""
-        return "nothing is planned" if self.plan is None and capture.plan is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""

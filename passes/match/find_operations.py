@@ -3,6 +3,10 @@
 Nothing is edited and nothing is chosen here. A weight that is applied in several places is one
 site. A weight that something else reads as well is refused: folding an adapter into it would change
 that, too.
+
+A merge writes ``W + s·BA`` back into the weight. That needs a dense weight of real floating-point numbers,
+and one that is not computed from others before each call. Every other weight is refused, whatever a graph
+does with it.
 """
 
 from __future__ import annotations
@@ -13,13 +17,24 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.errors import CaptureError, LoraFxError
+from lora_fx.formats import LibraryLayers, formats, quantization_of
 from lora_fx.ir import Capture, Match, Matches, Pass, PassResult, Region, Rejection, Site, join
-from lora_fx.passes.graph import WANTS_CACHE, is_built_in, is_matrix, storage_of
+from lora_fx.passes.graph import (
+    UNINITIALIZED,
+    WANTS_CACHE,
+    is_built_in,
+    is_lazy,
+    is_matrix,
+    original_class,
+    storage_of,
+)
 from lora_fx.passes.match.readers import Read, nameless, no_product, read_by_code, readers
-from lora_fx.passes.match.unadaptable import unfit
 from lora_fx.passes.patterns import patterns, site_name
 
 __all__ = ["FindOperations", "match"]
@@ -33,10 +48,7 @@ class FindOperations(Pass):
 
     def __call__(self, capture: Capture) -> PassResult:
         """Set the matches of the capture."""
-        found = match(capture)
-        if found == capture.matches:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, matches=found), True)
+        return PassResult.of(capture, matches=match(capture))
 
 
 def match(capture: Capture) -> Matches:
@@ -59,7 +71,7 @@ def match(capture: Capture) -> Matches:
         if unused is not None:
             rejections.setdefault(unused.name, unused)
     _check_opaque(capture, sites, rejections)
-    for weight, rejection in unfit(capture.model):
+    for weight, rejection in _unfit(capture.model):
         sites.pop(weight, None)
         rejections.pop(join(rejection.region, "parametrizations", weight.rpartition(".")[2]), None)
         rejections[rejection.name] = rejection
@@ -197,3 +209,109 @@ def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
         others = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
         for site in sites.get(name, ()):
             yield dataclasses.replace(site, tied_to=others)
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+_REMEDY = "adapt the model before it is quantized, merge, and quantize the result"
+
+
+def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
+    """What cannot be adapted, by the FQN of the weight (of the module, where its weight has no name)."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        known = isinstance(module, nn.Linear) and quantization_of(module._parameters.get("weight"))
+        cls = original_class(module)
+        layers = _library_of(cls)
+        foreign = layers is not None or cls.__module__.startswith(_QUANTIZED)
+        if foreign and not known and _holds_weights(module):
+            named = f"{cls.__module__}.{cls.__qualname__}"
+            lacking = None if layers is None else layers.unfinished(module, named)
+            reason = lacking or f"it is quantized ({named}): {_REMEDY}"
+            yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
+            continue
+        for name, reason in (*_tensors(module), *_parametrized(module), *_hooked(module)):
+            weight = join(fqn, name)
+            yield weight, Rejection(site_name(weight), reason, fqn)
+
+
+def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:
+    """The layers that a class is one of."""
+    return next((one.layers for one in formats() if one.layers.owns(cls)), None)
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Whether a quantized module is a layer, not the holder of packed weights in one."""
+    return "Packed" not in original_class(module).__name__
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if is_lazy(parameter):
+            if "bias" not in name:
+                yield name, UNINITIALIZED
+        elif is_matrix(parameter) and (reason := _reason(parameter)):
+            yield name, reason
+    for name, buffer in module._buffers.items():
+        # Other buffers of integers are positions and masks.
+        if buffer is not None and buffer.dim() > 1 and "weight" in name:
+            small = buffer.dtype not in _FLOATS and not buffer.is_complex()
+            if small and (reason := _reason(buffer)):
+                yield name, reason
+
+
+def _reason(weight: torch.Tensor) -> str | None:
+    if quantization_of(weight) is not None:
+        return None
+    if weight.layout is not torch.strided:
+        kind = str(weight.layout).removeprefix("torch.")
+        return f"its weight is sparse ({kind}), and B A is dense: use a dense weight (to_dense())"
+    if weight.is_complex():
+        return f"its weight is {weight.dtype}, and an adapter is real"
+    if weight.dtype not in _FLOATS:
+        what = "a quantized format" if weight.is_floating_point() else "not floating point"
+        return f"its weight is {weight.dtype}, {what}: {_REMEDY}"
+    held: Any = weight.data if isinstance(weight, nn.Parameter) else weight
+    if is_traceable_wrapper_subclass(held):
+        inner = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+        if any(t.dtype not in _FLOATS and t.dim() > 1 for t in inner):
+            return (
+                f"its weight is a {type(held).__name__}, which holds quantized numbers: {_REMEDY}"
+            )
+    return None
+
+
+def _parametrized(module: nn.Module) -> Iterator[tuple[str, str]]:
+    if not parametrize.is_parametrized(module):
+        return
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    for name, steps in parametrizations.items():
+        if all(p.dim() < 2 for p in steps.parameters(recurse=False)):
+            continue
+        how = ", ".join(type(step).__name__.strip("_") for step in steps.children())
+        reason = (
+            f"its {name} is computed by a parametrization ({how}), into which no merge could fold an "
+            "adapter: take it off with torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+        yield name, reason
+
+
+def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Weights that a hook computes before each call: the older weight_norm, spectral_norm, pruning."""
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        if not isinstance(name, str) or name in module._parameters:
+            continue
+        sources = [n for n in module._parameters if n in (f"{name}_orig", f"{name}_v", f"{name}_g")]
+        if not sources:
+            continue
+        reason = (
+            f"its {name} is computed from {' and '.join(sources)} before each call by a hook "
+            f"({type(hook).__name__}), into which no merge could fold an adapter: take it off first "
+            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove)"
+        )
+        yield name, reason

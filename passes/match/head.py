@@ -5,7 +5,7 @@ back to the input (`networkx.immediate_dominators`): a residual connection aroun
 that it is not the head. A block that repeats is never searched: its last layer is a layer like the
 others. Where a model names its head itself (``get_output_embeddings`` of transformers,
 ``get_classifier`` of timm), that is believed. A transformers model without a graph of its own has
-its head beside its base model.
+its head next to its base model.
 """
 
 from __future__ import annotations
@@ -44,18 +44,12 @@ class MarkHead(Pass):
     """The pass: marks the output head among the operations."""
 
     name: ClassVar[str] = "mark-head"
-
-    def requires(self, capture: Capture) -> str | None:
-        """Operations have to be found first."""
-        return "no operations were looked for" if capture.matches is None else None
+    needs: ClassVar[str] = "matches"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Mark them."""
         assert capture.matches is not None
-        marked = find_head(capture, capture.matches)
-        if marked == capture.matches:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, matches=marked), True)
+        return PassResult.of(capture, matches=find_head(capture, capture.matches))
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:
@@ -82,7 +76,7 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
         )
 
         if not found and ("" not in capture.regions or capture.frontend == "export"):
-            # An exported graph ends in the arithmetic of whatever is done with the output.
+            # An exported graph ends in what the model does with the output of its head.
             found = frozenset(_named(capture.model, matches.sites))
 
     def marked(site: Site) -> Site:

@@ -20,7 +20,7 @@ from torch import fx
 
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Site, join, module_of
 from lora_fx.passes.graph import arguments, target_of
-from lora_fx.passes.patterns import CHUNKS, SPLIT, part_names, splits
+from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
 __all__ = ["MarkParts", "find_parts"]
 
@@ -46,18 +46,12 @@ class MarkParts(Pass):
     """The pass: marks the operations whose output is divided."""
 
     name: ClassVar[str] = "mark-parts"
-
-    def requires(self, capture: Capture) -> str | None:
-        """Operations have to be found first."""
-        return "no operations were looked for" if capture.matches is None else None
+    needs: ClassVar[str] = "matches"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Mark them."""
         assert capture.matches is not None
-        marked = find_parts(capture, capture.matches)
-        if marked == capture.matches:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, matches=marked), True)
+        return PassResult.of(capture, matches=find_parts(capture, capture.matches))
 
 
 def find_parts(capture: Capture, matches: Matches) -> Matches:
@@ -126,12 +120,8 @@ def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
 def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
     target = target_of(user)
     if splits(user):
-        named = arguments(user, SPLIT)
-        how = named["size"]
-        numbers = how if isinstance(how, list | tuple) else (how,)
-        if named["dim"] in _LAST and all(isinstance(number, int) for number in numbers):
-            function = torch.chunk if target in CHUNKS else torch.split
-            yield from _between(_lengths(function, size, how))
+        if arguments(user, SPLIT)["dim"] in _LAST:
+            yield from _between(part_lengths(user, size))
     elif target in _SHAPES:
         yield from _viewed(user, size)
     elif target is operator.getitem:
@@ -147,13 +137,6 @@ def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
         start, length = named["start"], named["length"]
         if named["dim"] in _LAST and isinstance(start, int) and isinstance(length, int):
             yield start, start + length
-
-
-def _lengths(function: Any, size: int, how: Any) -> list[int]:
-    try:
-        return [len(part) for part in function(torch.empty(size, device="meta"), how)]
-    except RuntimeError:
-        return []
 
 
 def _between(lengths: Iterable[int]) -> Iterator[_Rows]:

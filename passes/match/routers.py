@@ -57,18 +57,12 @@ class MarkRouters(Pass):
     """The pass: marks the routers among the operations."""
 
     name: ClassVar[str] = "mark-routers"
-
-    def requires(self, capture: Capture) -> str | None:
-        """Operations have to be found first."""
-        return "no operations were looked for" if capture.matches is None else None
+    needs: ClassVar[str] = "matches"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Mark them."""
         assert capture.matches is not None
-        marked = find_routers(capture, capture.matches)
-        if marked == capture.matches:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, matches=marked), True)
+        return PassResult.of(capture, matches=find_routers(capture, capture.matches))
 
 
 def find_routers(capture: Capture, matches: Matches) -> Matches:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.change import delta_weight
 from lora_fx.passes.merge.combining import Combination, Election, Term, combine
-from lora_fx.passes.merge.dense import KEPT_IN_FP32
+from lora_fx.passes.merge.dense import KEPT_IN_FP32, stripped
 from lora_fx.passes.merge.merging import MergeReport, merge
 from lora_fx.passes.merge.report import OutputError
 from lora_fx.passes.merge.rounding import rounded, ulp
-from lora_fx.passes.merge.strip import stripped
 
 __all__ = [
     "KEPT_IN_FP32",

@@ -20,12 +20,12 @@ __all__ = [
     "exact_terms",
     "merged_biases",
     "sliced_factors",
+    "sums_over_rank",
     "wide_factors",
 ]
 
 # Patterns may replace what ΔW is: these are the plain products.
 _PRODUCTS = (LinearPattern.delta, EmbeddingPattern.delta)
-# Those of lora_fx add up as many products as the rank is.
 _OURS = "lora_fx.passes.patterns."
 
 
@@ -67,6 +67,11 @@ def wide_factors(
     return a, b * row.scale
 
 
+def sums_over_rank(row: PlannedSite) -> bool:
+    """Whether each element of ΔW is a sum over the rank: somebody's own pattern may say anything."""
+    return type(pattern_of(row.site)).delta.__module__.startswith(_OURS)
+
+
 _Slices = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
@@ -84,7 +89,7 @@ def sliced_factors(
     Returns:
         None if numbers are too large for that, or ΔW is what somebody's own pattern says.
     """
-    if not type(pattern_of(row.site)).delta.__module__.startswith(_OURS):
+    if not sums_over_rank(row):
         return None
     a, b = (f.detach().to(device, torch.float64) for f in factors_of(model, row, adapter).pair)
     if row.tied:
@@ -148,7 +153,7 @@ def add_change(
         shape = turned.shape
         sum_exactly(turned, lambda: (Term(values) for values in exact_terms(row, slices, shape)))
     turned = kind.transformed(turned, site, values)
-    # What is in the place of the weight loses nothing to a difference.
+    # Written over the weight itself, it loses nothing to a difference.
     if total.data_ptr() == base.data_ptr():
         total.copy_(turned)
     else:

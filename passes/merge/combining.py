@@ -24,24 +24,14 @@ import torch
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Layout
 
-__all__ = [
-    "COMBINATIONS",
-    "Combination",
-    "Election",
-    "Term",
-    "average_of_majority",
-    "combine",
-    "keep_largest",
-    "keep_random",
-    "weighted_sum",
-]
+__all__ = ["COMBINATIONS", "Combination", "Election", "Term", "combine"]
 
 
 Election = Literal["total", "frequency"]
 """What elects a sign: the sum of the values, or the number of positive against negative ones."""
 
 
-def keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
+def _keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """Zeros all but the ``⌊density · n⌋`` elements of the largest magnitude."""
     count = int(density * tensor.numel())
     kept = tensor.abs().flatten().topk(count).indices
@@ -50,7 +40,7 @@ def keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
     return tensor.where(mask.view(tensor.shape), 0)
 
 
-def keep_random(
+def _keep_random(
     tensor: torch.Tensor, density: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Keeps each element with probability ``density`` and divides it by that: DARE.
@@ -67,12 +57,12 @@ def keep_random(
     return tensor * kept / density
 
 
-def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+def _weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """``Σ wᵢ Tᵢ``."""
     return (torch.stack(tuple(tensors)) * _column(weights, tensors[0])).sum(0)
 
 
-def average_of_majority(
+def _average_of_majority(
     tensors: Sequence[torch.Tensor], weights: Sequence[float], election: Election
 ) -> torch.Tensor:
     """The mean of the weighted elements that have the elected sign; 0 where none has.
@@ -367,9 +357,9 @@ def _mixed(
 ) -> torch.Tensor:
     """One tensor of several and their weights."""
     if how.density is not None and how.kind.startswith("dare"):
-        tensors = [keep_random(one, how.density, generator) for one in tensors]
+        tensors = [_keep_random(one, how.density, generator) for one in tensors]
     elif how.density is not None and how.prunes:
-        tensors = [keep_largest(one, how.density) for one in tensors]
+        tensors = [_keep_largest(one, how.density) for one in tensors]
     if "ties" in how.kind:
-        return average_of_majority(tensors, weights, how.majority_sign_method)
-    return weighted_sum(tensors, weights)
+        return _average_of_majority(tensors, weights, how.majority_sign_method)
+    return _weighted_sum(tensors, weights)

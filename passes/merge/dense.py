@@ -1,7 +1,7 @@
-"""Makes dense what a model holds in few bits, and takes what its libraries have put around that out of it.
+"""The base model of a rewritten one again: its own classes, and dense weights for those of few bits.
 
 A library's own layer becomes one of torch, of the same name and with the same hooks; it stays the same
-object, so that whoever else holds it (a second parent, a closure) sees the dense one. A tensor that shows
+object, so that other holders of it (a second parent, a closure) see the dense one. A tensor that shows
 its values stands for a dense one in any code, and a weight that only the graph read as quantized goes back
 into the layout in which the model's own code reads it.
 """
@@ -25,21 +25,29 @@ from lora_fx.formats import (
     is_format_hook,
     quantization_of,
 )
-from lora_fx.ir import Layout, Quantization, Site
-from lora_fx.passes.graph import is_lazy, kept_graph, memory_of
-from lora_fx.passes.merge.strip import drop_graph
+from lora_fx.ir import Layout, Quantization, Record, Site, module_of
+from lora_fx.passes.graph import (
+    CONSTANT,
+    install,
+    is_lazy,
+    kept_graph,
+    memory_of,
+    share_copy,
+    uninstall,
+)
+from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
+from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
-    "DTYPES",
     "KEPT_IN_FP32",
     "cast_model",
     "check_dtype",
     "dtype_of_all",
     "layouts_of",
     "make_dense",
-    "make_plain",
     "make_savable",
     "quantized_weights",
+    "stripped",
     "values_of",
 ]
 
@@ -48,7 +56,7 @@ __all__ = [
 # half precision when it loads a model, since position * frequency has no digits to spare.
 KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_dtype(dtype: object) -> None:
@@ -57,8 +65,8 @@ def check_dtype(dtype: object) -> None:
     Raises:
         MergeError: If it is something else.
     """
-    if dtype is not None and dtype not in DTYPES:
-        known = ", ".join(map(str, DTYPES))
+    if dtype is not None and dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
         raise MergeError(f"dtype is {dtype!r}; it is one of {known}")
 
 
@@ -137,7 +145,7 @@ def dtype_of_all(model: nn.Module) -> torch.dtype | None:
     plain = {
         parameter.dtype
         for parameter in model.parameters()
-        if quantization_of(parameter) is None and parameter.dtype in DTYPES
+        if quantization_of(parameter) is None and parameter.dtype in _DTYPES
     }
     return functools.reduce(torch.promote_types, plain or {one.dtype for one in stored.values()})
 
@@ -204,9 +212,9 @@ def make_dense(
                 values = values_of(model, name, layouts, dtype).to(dtype).contiguous()
                 made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
             module._parameters[leaf] = made[id(weight)]
-        make_plain(module)
+        _make_plain(module)
         if kept_graph(module) is not None and not left:
-            drop_graph(module)
+            _drop_graph(module)
     if left:
         _log.warning(
             "these weights are still quantized: only the code of their modules knows how they are read: %s",
@@ -216,7 +224,7 @@ def make_dense(
         _forget(model)
 
 
-def make_plain(module: nn.Module) -> None:
+def _make_plain(module: nn.Module) -> None:
     """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
     if not any(quantization_of(parameter) for parameter in module._parameters.values()):
         for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
@@ -288,3 +296,49 @@ def _forget(model: nn.Module) -> None:
         config: Any = getattr(module, "config", None)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
+
+
+def stripped(model: nn.Module, record: Record) -> nn.Module:
+    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
+
+    Modules that ran a graph before the rewrite, over quantized weights, run it again.
+    """
+    by_hand = trained_by_hand(model, record)
+    result = share_copy(model)
+    for name in record.active:
+        place_base(result, name, record.adapters[name].own, record.originals, keep=False)
+    del result.__dict__["_lora_fx"]
+    unwatch_calls(result)
+    unprotect(result)
+    kept = {name: result.get_submodule(name) for name in record.base.kept}
+    for module in list(result.modules()):
+        if module in kept.values():
+            uninstall(module)
+        else:
+            _drop_graph(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, AdapterModule):
+                del module._modules[name]
+    for name, parameter in result.named_parameters():
+        # What somebody has put into the model since was not there before.
+        new = name in by_hand and by_hand[name].requires_grad
+        parameter.requires_grad = name in record.trainable or new
+    mark_adapted(result, adapted=False)
+    base = record.base
+    install(
+        (
+            base.region(key, kept[module_of(key)], record.frontend)
+            for key in base.graphs
+            if module_of(key) in kept
+        ),
+        kept=True,
+    )
+    return result
+
+
+def _drop_graph(module: nn.Module) -> None:
+    """Has a module run its own forward, without what only its graph has read."""
+    uninstall(module)
+    # A script module has its buffers in something that says their names by no iteration.
+    for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118
+        del module._buffers[name]

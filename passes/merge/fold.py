@@ -2,6 +2,7 @@
 
 A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). A kind that
 makes another weight of that sum rounds, too: that leaves a few units in the last place.
+Trained rows of an embedding are written into it as they are.
 """
 
 from __future__ import annotations
@@ -9,42 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
-from lora_fx.ir import PlannedSite, Record
+from lora_fx.ir import PlannedSite, PlannedTokens, Record
 from lora_fx.kinds import kind_of
-from lora_fx.passes.merge.change import add_change, exact_terms, sliced_factors, wide_factors
+from lora_fx.passes.merge.change import (
+    add_change,
+    exact_terms,
+    sliced_factors,
+    sums_over_rank,
+    wide_factors,
+)
 from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
-from lora_fx.passes.parameters import factors_of, own_value
-from lora_fx.passes.patterns import (
-    ConvPattern,
-    ConvTransposePattern,
-    EinsumPattern,
-    EmbeddingPattern,
-    ExpertsPattern,
-    LinearPattern,
-    pattern_of,
-)
+from lora_fx.passes.parameters import factors_of, own_value, tokens_of
 
-__all__ = [
-    "Fold",
-    "cannot_overflow",
-]
-
-
-# Whose ΔW has elements that are each a sum over the rank; a user's own may be anything.
-_SUMS_OVER_RANK = (
-    ConvPattern.delta,
-    ConvTransposePattern.delta,
-    EinsumPattern.delta,
-    EmbeddingPattern.delta,
-    ExpertsPattern.delta,
-    LinearPattern.delta,
-)
+__all__ = ["Fold", "TokenFold", "cannot_overflow", "tied_tokens", "token_weights"]
 
 
 def cannot_overflow(
@@ -65,7 +49,7 @@ def cannot_overflow(
     for row, adapter in rows:
         kind, factors = kind_of(row), factors_of(model, row, adapter)
         if kind.low_rank:
-            if type(pattern_of(row.site)).delta not in _SUMS_OVER_RANK:
+            if not sums_over_rank(row):
                 return False
             change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
         if kind.transforms:
@@ -114,8 +98,24 @@ class _Part(NamedTuple):
         return _Part(pair, values, sliced)
 
 
+class _Folded:
+    """What is folded into one weight."""
+
+    rows: Any
+
+    @property
+    def name(self) -> str:
+        """FQN of the first site."""
+        return str(self.rows[0][0].name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapter of every site."""
+        return tuple(adapter for _, adapter in self.rows)
+
+
 @dataclasses.dataclass(frozen=True)
-class Fold:
+class Fold(_Folded):
     """Everything that is folded into one weight.
 
     Attributes:
@@ -127,16 +127,6 @@ class Fold:
     model: nn.Module
     record: Record
     rows: tuple[tuple[PlannedSite, str], ...]
-
-    @property
-    def name(self) -> str:
-        """FQN of the first site."""
-        return self.rows[0][0].name
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The adapter of every site."""
-        return tuple(adapter for _, adapter in self.rows)
 
     def check(self, old: torch.Tensor) -> None:
         """Finds what :meth:`fold_into` cannot undo; nothing of the weight's size is made.
@@ -331,3 +321,98 @@ class Fold:
 def _is_finite(values: torch.Tensor) -> bool:
     """One pass without a temporary; a minimum and a maximum take over what is not a number."""
     return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
+
+
+_TokenWeight = list[tuple[PlannedTokens, str]]
+"""Rows of one weight that are trained, and whose they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFold(_Folded):
+    """All rows that are trained of one weight, used as :class:`lora_fx.passes.merge.fold.Fold` is.
+
+    Attributes:
+        model: The rewritten model.
+        rows: The rows, each with the name of its adapter.
+    """
+
+    model: nn.Module
+    rows: tuple[tuple[PlannedTokens, str], ...]
+
+    def check(self, old: torch.Tensor) -> None:
+        """Nothing can fail: :func:`token_weights` has looked at the values."""
+
+    def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy of the weight with the rows in it, in another dtype if one is given."""
+        merged = old.to(dtype or old.dtype, copy=True)
+        self.fold_into(merged)
+        return merged
+
+    def fold_into(self, out: torch.Tensor) -> None:
+        """Writes the rows into the weight."""
+        for row, adapter in self.rows:
+            _put_tokens(out, row, tokens_of(self.model, row, adapter))
+
+    def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The merged weight in fp64, in whatever dtype it is stored."""
+        return self.folded(old.double())
+
+
+def token_weights(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> dict[str, _TokenWeight]:
+    """The trained rows by weight.
+
+    Args:
+        model: A rewritten model.
+        record: What it knows of itself.
+        names: The adapters to merge.
+
+    Raises:
+        MergeError: If two of the adapters have the same row, one has rows of a weight that another one
+            adapts, or a row is not finite.
+    """
+    found: dict[str, _TokenWeight] = {}
+    for name in names:
+        for row in record.adapters[name].tokens:
+            found.setdefault(row.site.weight, []).append((row, name))
+            if not torch.isfinite(tokens_of(model, row, name)).all():
+                raise MergeError(
+                    f"{row.name}: adapter {name!r} has rows that are not finite; nothing was merged"
+                )
+    for weight, several in found.items():
+        indices = [index for row, _ in several for index in row.indices]
+        if len(set(indices)) < len(indices):
+            raise MergeError(
+                f"several of the adapters have their own value of a row of {weight} "
+                "(trainable_token_indices): merge one"
+            )
+    for name, place in _adapted(record, names):
+        if place in found:
+            raise MergeError(
+                f"{found[place][0][1]!r} has rows of its own in {place} (trainable_token_indices), and "
+                f"{name!r} adapts it: merge one"
+            )
+    return found
+
+
+def tied_tokens(tokens: Mapping[str, _TokenWeight]) -> dict[str, str]:
+    """Heads whose rows are those of an embedding, with the weight of that."""
+    weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
+    return {
+        weight: weights[rows[0][0].tied]
+        for weight, rows in tokens.items()
+        if all(row.tied for row, _ in rows) and len(rows) == len(tokens[weights[rows[0][0].tied]])
+    }
+
+
+def _adapted(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        for row in record.adapters[name].sites:
+            yield name, row.site.weight
+
+
+def _put_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> None:
+    """Writes trained rows in their places into a weight, rounded to its dtype."""
+    indices = torch.tensor(row.indices, device=weight.device)
+    weight.index_copy_(0, indices, rows.detach().to(weight))

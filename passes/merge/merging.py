@@ -1,6 +1,6 @@
 """Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
 
-Where the initialization of an adapter has put W₀ in the place of W, ``W' = W + (W₀ - W) + s · B A``.
+Where the initialization of an adapter has replaced W by W₀, ``W' = W + (W₀ - W) + s · B A``.
 
 Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
 its own where something was folded or trained and shares all others, which are frozen: an optimizer would
@@ -32,9 +32,10 @@ from lora_fx.passes.merge.dense import (
     make_dense,
     make_savable,
     quantized_weights,
+    stripped,
     values_of,
 )
-from lora_fx.passes.merge.fold import Fold
+from lora_fx.passes.merge.fold import Fold, TokenFold, tied_tokens, token_weights
 from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.place import (
     copy_shared,
@@ -42,30 +43,22 @@ from lora_fx.passes.merge.place import (
     place_biases,
     place_merged,
     place_trained,
+    requantized_site,
     trained,
     unshared,
     untie_config,
 )
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
-from lora_fx.passes.merge.requantize import requantized_site
-from lora_fx.passes.merge.strip import stripped
-from lora_fx.passes.merge.tokens import TokenFold, tied_tokens, token_weights
 from lora_fx.passes.parameters import check_intact, factors_of, parameter_of
 
-__all__ = [
-    "MergeReport",
-    "MergedSite",
-    "fold_all",
-    "merge",
-    "stripped",
-]
+__all__ = ["MergeReport", "merge"]
 
 
 _NOWHERE: Mapping[str, torch.dtype] = {}
 _NOTHING: Mapping[str, nn.Parameter] = {}
 
 
-def fold_all(
+def _fold_all(
     changes: Mapping[str, Fold | TokenFold],
     old_of: Callable[[str], torch.Tensor],
     *,
@@ -193,7 +186,7 @@ def merge(
     if common is not None:
         dtypes |= dict.fromkeys(changes, common)
     # The last that can fail, before its first write: `into` is changed as a whole or not at all.
-    merged, sites = fold_all(
+    merged, sites = _fold_all(
         changes,
         lambda weight: _unadapted(
             values_of(result, weight, layouts, dtypes.get(weight)), weight, full

@@ -1,4 +1,4 @@
-"""What the code of a model leads to beside it: globals, variables around functions, attributes of classes.
+"""What the code of a model leads to outside of it: globals, variables around functions, class attributes.
 
 A copy of a model has copies of whatever its modules hold (``passes/graph/copies.py``). Its classes are
 those of the original, and so is what their code names: a list that every layer is entered in goes on

@@ -1,18 +1,24 @@
-"""Puts what was merged or trained into a model of the base class."""
+"""Puts what was merged or trained into a model of the base class.
+
+A weight that was quantized may go back into its format: what that loses is measured.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lora_fx.formats import quantization_of
+from lora_fx.errors import MergeError, QuantizationError
+from lora_fx.formats import dense, format_of, quantization_of, requantized
 from lora_fx.ir import Record
 from lora_fx.passes.graph import is_lazy, memory_of, storage_of
-from lora_fx.passes.merge.requantize import renew_layer
+from lora_fx.passes.merge.fold import Fold
+from lora_fx.passes.merge.report import MergedSite
 from lora_fx.passes.parameters import changed_buffers, own_value, parameter_of, trained_by_hand
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "place_biases",
     "place_merged",
     "place_trained",
+    "requantized_site",
     "trained",
     "unshared",
     "untie_config",
@@ -115,7 +122,7 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
     if not isinstance(value, nn.Parameter) or quantization_of(value) is None:
         value = nn.Parameter(value, old.requires_grad)
     module._parameters[key] = value
-    renew_layer(module)
+    _renew_layer(module)
 
 
 def trained(
@@ -234,3 +241,48 @@ def untie_config(model: nn.Module) -> None:
     weights = [getattr(end, "weight", None) for end in ends]
     if None not in ends and weights[0] is not weights[1]:
         config.tie_word_embeddings = False
+
+
+def requantized_site(
+    change: Fold, old: torch.Tensor, weight: nn.Parameter
+) -> tuple[nn.Parameter, MergedSite]:
+    """The merged weight in the old one's format; one matrix in fp64 is made for it.
+
+    Args:
+        change: What is folded in.
+        old: The values of the weight, in the layout of its site.
+        weight: The quantized weight.
+
+    Returns:
+        The new parameter, and its row in the report.
+
+    Raises:
+        MergeError: If the format cannot hold the merged weight.
+    """
+    exact = change.exact(old)
+    before = old.double()
+    moved = _relative(exact - before, before)
+    del before
+    values = exact if change.rows[0][0].site.layout == "out_in" else exact.T
+    try:
+        made = requantized(values, weight)
+    except QuantizationError as error:
+        raise MergeError(
+            f"{change.name}: the merged weight cannot be quantized as it was: {error}. "
+            "Merge without requantize=True: the result is dense then"
+        ) from error
+    lost = _relative(dense(made, torch.float64) - values, values)
+    return made, MergedSite(change.name, change.adapters, math.nan, moved, lost)
+
+
+def _renew_layer(layer: nn.Module) -> None:
+    """Has a library's layer use the scales of the weight that was put into it."""
+    known = format_of(layer._parameters.get("weight"))
+    if known is not None:
+        known.layers.renew(layer)
+
+
+def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:
+    """The Frobenius norm of a difference, relative to another's."""
+    tiny = torch.finfo(torch.float64).tiny
+    return float(difference.norm() / to.norm().clamp_min(tiny))

@@ -6,8 +6,4 @@ from lora_fx.passes.optimize.cheap_dropout import CheapDropout
 from lora_fx.passes.optimize.fuse import Fuse
 from lora_fx.passes.optimize.share_inputs import ShareInputs
 
-__all__ = [
-    "CheapDropout",
-    "Fuse",
-    "ShareInputs",
-]
+__all__ = ["CheapDropout", "Fuse", "ShareInputs"]

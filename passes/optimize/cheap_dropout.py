@@ -10,7 +10,7 @@ from torch import fx
 
 from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Role, Tag
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs
-from lora_fx.runtime import dropped
+from lora_fx.runtime import masks
 
 __all__ = ["CheapDropout"]
 
@@ -33,7 +33,7 @@ def _edited(region: Region) -> fx.Graph | None:
     for node in graph.nodes:
         if _drops(node):
             given: dict[str, Any] = arguments(node, "input p=0.5 training=True")
-            node.target, node.kwargs = dropped, {}
+            node.target, node.kwargs = masks.dropped, {}
             node.args = (given["input"], given["p"], given["training"])
     graph.lint()
     return graph

@@ -1,51 +1,24 @@
 """Makes one node of a linear operation and its branch.
 
-It is the fused function of the adapter kind, which reads its branch backwards from the end
-(:meth:`lora_fx.kinds.AdapterKind.fused`), or over a quantized weight
-:func:`lora_fx.runtime.fused_quantized.quantized_lora_linear`. It comes after the branches;
-:mod:`lora_fx.passes.optimize.fuse` says which it takes.
+The adapter kind has named the function (:meth:`lora_fx.ir.OutputBuilder.fuse_by`), and ``insert`` has left
+it on the sum of both. Whether the operation is a product that the function computes is looked at here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import (
-    META_KEY,
-    BranchEnds,
-    Capture,
-    FusedBranch,
-    Pass,
-    PassResult,
-    Region,
-    Role,
-    Tag,
-)
-from lora_fx.kinds import kinds
+from lora_fx.ir import META_KEY, Capture, FusedBranch, Pass, PassResult, Region, Role, Tag
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
-from lora_fx.runtime import (
-    cast_like,
-    quantized_lora_linear,
-)
 
-__all__ = [
-    "Base",
-    "Fusable",
-    "Fuse",
-    "fusable",
-    "role_of",
-]
-
-
-_LINEAR = (F.linear, torch._C._nn.linear)
+__all__ = ["Base", "Fuse"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,121 +41,6 @@ class Base:
     turned: bool
     outputs: int
     kernel: Mapping[str, Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Fusable:
-    """A branch that can be fused with its operation.
-
-    Attributes:
-        operation: The operation.
-        base: Its node.
-        total: The sum of both.
-        inner: The nodes between them: not those that read the factors.
-        branch: What the kind has read.
-        a: The node that reads A.
-        rows: Which outputs the branch is added to; None for all.
-    """
-
-    operation: Base
-    base: fx.Node
-    total: fx.Node
-    inner: tuple[fx.Node, ...]
-    branch: FusedBranch
-    a: fx.Node
-    rows: tuple[int, int] | None = None
-
-
-def role_of(node: object) -> Role | None:
-    """What a node does for an adapter; None if nothing, or no node."""
-    tag = node.meta.get(META_KEY) if isinstance(node, fx.Node) else None
-    return tag.role if isinstance(tag, Tag) else None
-
-
-def fusable(total: fx.Node, region: Region) -> Fusable | None:
-    """The branch that a node adds to a linear operation; None if it is something else."""
-    if role_of(total) is not Role.ADD:
-        return None
-    base = total.args[0]
-    if not isinstance(base, fx.Node) or role_of(base) is not Role.BASE:
-        return None
-    for kind in kinds():
-        if not any(total.target is ending for ending in kind.endings):
-            continue
-        operation = _quantized(base, region) or _multiplied(base, region)
-        if operation is None:
-            return None
-        chain = _Chain(operation)
-        branch = kind.fused(total, chain)
-        if branch is not None and _only_inside(base, (*chain.inner, total)):
-            rows = None if branch.padding is None else _rows(branch.padding, operation)
-            a = _uncast(branch.ends.a)
-            return Fusable(operation, base, total, chain.inner, branch, a, rows)
-    return None
-
-
-class _Chain:
-    """Steps along a branch from its end, and the nodes that were passed."""
-
-    def __init__(self, operation: Base) -> None:
-        self.passed: dict[fx.Node, None] = {}
-        self._operation = operation
-
-    @property
-    def bias(self) -> Any:
-        """What the operation adds; None for nothing."""
-        return self._operation.bias
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it is a product with a quantized weight."""
-        return self._operation.kernel is not None
-
-    def step(self, node: Any, role: Role, *targets: Any) -> tuple[Any, ...]:
-        """The arguments of a node of the branch; empty if it is another one."""
-        if not isinstance(node, fx.Node) or role_of(node) is not role or node.kwargs:
-            return ()
-        if target_of(node) not in targets:
-            return ()
-        self.passed[node] = None
-        return node.args
-
-    def skip(self, node: Any, role: Role, *targets: Any) -> Any:
-        """The first argument of a node where it is one of these, otherwise the node itself."""
-        args = self.step(node, role, *targets)
-        return args[0] if args else node
-
-    @property
-    def inner(self) -> tuple[fx.Node, ...]:
-        """Readers before what they read: in the order in which nodes can be erased."""
-        return tuple(sorted(self.passed, reverse=True))
-
-    def is_call(self, node: Any, role: Role, target: Any) -> bool:
-        """Whether a node calls a function, in a role."""
-        return role_of(node) is role and target_of(node) is target
-
-    def uncast(self, factor: fx.Node) -> fx.Node:
-        """A factor in its own dtype."""
-        return _uncast(factor)
-
-    def past_cast(self, factor: fx.Node) -> fx.Node:
-        """As :meth:`uncast`, of what is between: the cast goes away with it."""
-        uncast = _uncast(factor)
-        if uncast is not factor:
-            self.passed[factor] = None
-        return uncast
-
-    def ends(self, up: Any, operands: int) -> BranchEnds | None:
-        """``linear(linear(drop(x), A), B)``, and what the outer one adds if it has three operands."""
-        outer = self.step(up, Role.UP, *_LINEAR)
-        inner = self.step(outer[0], Role.DOWN, *_LINEAR) if len(outer) == operands else ()
-        if len(inner) != 2:
-            return None
-        dropped = self.step(inner[0], Role.DROPOUT, F.dropout)
-        if (dropped[0] if dropped else inner[0]) is not self._operation.x:
-            return None
-        dropout = (dropped[1], dropped[2]) if dropped else (0.0, False)
-        return BranchEnds(inner[1], outer[1], outer[2] if operands == 3 else None, dropout)
 
 
 def _quantized(node: fx.Node, region: Region) -> Base | None:
@@ -226,23 +84,6 @@ def _fits(product: Product, region: Region) -> bool:
     return source is not None and len(source.shape) == 1
 
 
-def _rows(padding: Sequence[int], operation: Base) -> tuple[int, int]:
-    """Which outputs are left where others are padded with zeros."""
-    return padding[0], operation.outputs - padding[1]
-
-
-def _only_inside(base: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:
-    """Whether nothing else needs the output without the branch."""
-    return all(user in nodes or role_of(user) is Role.CAST for user in base.users)
-
-
-def _uncast(factor: fx.Node) -> fx.Node:
-    """The factor in its own dtype: the function casts by itself."""
-    if role_of(factor) is Role.CAST and target_of(factor) is cast_like:
-        (factor, _) = factor.args  # type: ignore[assignment]
-    return factor
-
-
 @dataclasses.dataclass(frozen=True)
 class Fuse(Pass):
     """The pass."""
@@ -256,60 +97,77 @@ class Fuse(Pass):
 
 def _fused(region: Region) -> fx.Graph | None:
     """The graph with every branch fused that can be; None if there is none."""
-    if not any(_tag(node) for node in region.graph.nodes):
+    if not any(_offer(node) for node in region.graph.nodes):
         return None
     graph = copy_graph(region.graph)
     copied = dataclasses.replace(region, graph=graph)
-    fused = False
+    nodes = {node.name: node for node in graph.nodes}
     # One after the other, as values flow: what one operation gives may be what the next one reads.
-    for node in list(graph.nodes):
-        found = fusable(node, copied)
-        if found is not None:
-            _replace(graph, found)
-            fused = True
+    fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
     graph.lint()
-    return graph if fused else None
+    return graph if any(fused) else None
 
 
-def _replace(graph: fx.Graph, found: Fusable) -> None:
-    tag = dataclasses.replace(found.total.meta[META_KEY], role=Role.FUSED)
-    base, branch = found.operation, found.branch
-    with graph.inserting_before(found.total):
-        weight = base.weight
-        if base.turned:
+def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
+    """Puts one node in the place of an operation and its branch; False where that is not possible."""
+    tag: Tag = total.meta[META_KEY]
+    base: Any = total.args[0]
+    branch, found = tag.fused, _quantized(base, region) or _multiplied(base, region)
+    if branch is None or found is None or not _only_inside(base, tag):
+        return False
+    function = branch.function if found.kernel is None else branch.quantized
+    if function is None:
+        return False
+    graph, fused = region.graph, dataclasses.replace(tag, role=Role.FUSED, fused=None)
+    options: dict[str, Any] = {}
+    if branch.dropout is not None:
+        options = {"dropout": branch.dropout[0], "training": nodes[branch.dropout[1]]}
+    if branch.padding is not None:
+        options["rows"] = (branch.padding[0], found.outputs - branch.padding[1])
+    options |= found.kernel or {}
+    with graph.inserting_before(total):
+        weight = found.weight
+        if found.turned:
             weight = graph.call_function(torch.t, (weight,))
-            weight.meta[META_KEY] = tag
-        given: tuple[Any, ...] = (
-            base.x,
-            weight,
-            base.bias,
-            found.a,
-            branch.b,
-            branch.scale,
-            *branch.more,
-        )
-        function: Any = branch.function
-        options: dict[str, Any] = {}
-        if branch.ends.dropout[0]:
-            options = {"dropout": branch.ends.dropout[0], "training": branch.ends.dropout[1]}
-        if found.rows is not None:
-            options["rows"] = found.rows
-        if base.kernel is not None:
-            function, options = quantized_lora_linear, {**options, **base.kernel}
+            weight.meta[META_KEY] = fused
+        a, b, *more = (nodes.get(one, one) for one in (branch.a, branch.b, *branch.more))
+        given = (found.x, weight, found.bias, a, b, branch.scale, *more)
         node = graph.call_function(function, given, options)
-    node.meta[META_KEY] = tag
-    found.total.replace_all_uses_with(node)
-    for old in (found.total, *found.inner):
-        graph.erase_node(old)
-    for user in tuple(found.base.users):
-        # A cast to the dtype of the output: of this branch's factors, or of another adapter's.
-        if user.users:
-            user.replace_input_with(found.base, node)
-        else:
-            graph.erase_node(user)
-    graph.erase_node(found.base)
+    node.meta[META_KEY] = fused
+    total.replace_all_uses_with(node)
+    for old in _from(total, base):
+        if not old.users and _is_of(old, tag) and old is not node:
+            graph.erase_node(old)
+    for user in tuple(base.users):
+        # A cast to the dtype of the output, of another adapter's factors.
+        user.replace_input_with(base, node)
+    graph.erase_node(base)
+    return True
 
 
-def _tag(node: fx.Node) -> Tag | None:
+def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after one up to another, backwards; each may be erased."""
+    while last is not first:
+        before = last.prev
+        yield last
+        last = before
+
+
+def _offer(node: fx.Node) -> FusedBranch | None:
+    """What computes a node together with the operation to which it adds a branch."""
     tag = node.meta.get(META_KEY)
-    return tag if isinstance(tag, Tag) and tag.adapter else None
+    return tag.fused if isinstance(tag, Tag) else None
+
+
+def _is_of(node: fx.Node, branch: Tag) -> bool:
+    """Whether a node belongs to a branch."""
+    tag = node.meta.get(META_KEY)
+    return isinstance(tag, Tag) and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
+
+
+def _only_inside(base: fx.Node, branch: Tag) -> bool:
+    """Whether nothing but the branch needs the output without it, except for its dtype."""
+    return all(
+        _is_of(user, branch) or getattr(user.meta.get(META_KEY), "role", None) is Role.CAST
+        for user in base.users
+    )

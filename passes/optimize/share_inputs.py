@@ -18,7 +18,7 @@ from torch import fx
 
 from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Tag
 from lora_fx.passes.graph import copy_graph, edit_graphs, target_of
-from lora_fx.runtime import in_place, lora_linear, lora_linears
+from lora_fx.runtime import fused_lora, in_place
 
 __all__ = ["ShareInputs"]
 
@@ -57,7 +57,7 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
     writes = 0
     for node in graph.nodes:
         writes += _may_write(node)
-        if node.target is lora_linear and "dropout" not in node.kwargs:
+        if node.target is fused_lora.lora_linear and "dropout" not in node.kwargs:
             # What is written into between two operations is not the same for both.
             groups[node.args[0], _parent(node), writes].append(node)
     return [group for group in groups.values() if len(group) > 1]
@@ -99,7 +99,7 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
     columns = list(zip(*(node.args[1:] for node in group), strict=True))
     rows = tuple(node.kwargs.get("rows") for node in group)
     with graph.inserting_before(first):
-        joint = graph.call_function(lora_linears, (first.args[0], *columns, rows))
+        joint = graph.call_function(fused_lora.lora_linears, (first.args[0], *columns, rows))
         joint.meta[META_KEY] = first.meta[META_KEY]
         for place, node in enumerate(group):
             item = graph.call_function(operator.getitem, (joint, place))

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.parameters.by_hand import (
-    buffer_digests,
-    changed_buffers,
-    claim,
-    claim_unfrozen,
-    persistent_buffers,
-    protect,
-    trained_by_hand,
-    trained_starts,
-    unprotect,
-)
 from lora_fx.passes.parameters.factors import (
-    FactorNames,
     SiteFactors,
     adapter_dtype,
     adapter_parameters,
+    add_tokens,
+    as_factors,
+    as_matrices,
     drop_factors,
     factor_names,
     factors_of,
-)
-from lora_fx.passes.parameters.matrices import (
-    as_factors,
-    as_matrices,
+    indices_name,
     matrix_shape,
     part_of,
     replaced,
-    subtracted,
+    rows_name,
+    tokens_of,
     wide,
 )
 from lora_fx.passes.parameters.replacements import (
     base_dtype,
-    base_like,
     base_modules,
     base_parameters,
     base_weight,
@@ -46,17 +34,23 @@ from lora_fx.passes.parameters.replacements import (
     put_back,
     weight_at,
 )
-from lora_fx.passes.parameters.rewritten import check_intact, inside, mark_adapted, without_wrappers
-from lora_fx.passes.parameters.tokens import (
-    add_tokens,
-    indices_name,
-    put_tokens,
-    rows_name,
-    tokens_of,
+from lora_fx.passes.parameters.rewritten import (
+    buffer_digests,
+    changed_buffers,
+    check_intact,
+    claim,
+    claim_unfrozen,
+    inside,
+    mark_adapted,
+    persistent_buffers,
+    protect,
+    trained_by_hand,
+    trained_starts,
+    unprotect,
+    without_wrappers,
 )
 
 __all__ = [
-    "FactorNames",
     "SiteFactors",
     "adapter_dtype",
     "adapter_parameters",
@@ -64,7 +58,6 @@ __all__ = [
     "as_factors",
     "as_matrices",
     "base_dtype",
-    "base_like",
     "base_modules",
     "base_parameters",
     "base_weight",
@@ -90,10 +83,8 @@ __all__ = [
     "place_own",
     "protect",
     "put_back",
-    "put_tokens",
     "replaced",
     "rows_name",
-    "subtracted",
     "tokens_of",
     "trained_by_hand",
     "trained_starts",

@@ -15,7 +15,6 @@ from lora_fx.runtime import AdapterModule, KeptTensors
 __all__ = [
     "KEPT",
     "base_dtype",
-    "base_like",
     "base_modules",
     "base_parameters",
     "base_weight",
@@ -188,15 +187,6 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     # Not detached: the scales are attributes of the parameter.
     values = dense(weight)
     return values if site.layout == "out_in" else values.T
-
-
-def base_like(model: nn.Module, site: Site) -> torch.Tensor:
-    """What :func:`base_weight` gives, for whoever asks nothing of its values: few bits stay few."""
-    weight = weight_at(model, site.weight)
-    if site.quantized is None:
-        return weight.detach()
-    one = torch.empty((), dtype=site.quantized.dtype, device=weight.device)
-    return one.expand(site.weight_shape)
 
 
 def base_dtype(model: nn.Module, site: Site) -> torch.dtype:

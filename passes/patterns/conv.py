@@ -1,8 +1,8 @@
-"""Transposed convolutions: ``y' = convᵀ(x, W) + s · conv₁(convᵀ(x, Aᵀ), B)``.
+"""Convolutions, ``y' = conv(x, W) + s · conv₁(conv(x, A), B)``, and transposed ones.
 
-The weight is stored [in, out, *k]. A is [r, in, *k], rank first as everywhere, and is read with its first two
-dimensions swapped; it has the base operation's stride, padding, output padding and dilation. B is a 1 x 1
-convolution [out, r, 1, ...]. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
+A [r, in, *k] has the base operation's stride, padding and dilation, and B [out, r, 1, ...] is a 1 x 1
+convolution. The weight of a transposed one is stored [in, out, *k], and A is read with its first two
+dimensions swapped. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
 
 With g groups W is [in, out/g, *k], and both factors are grouped as those of other convolutions are:
 A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the shape of W and can be merged.
@@ -11,21 +11,19 @@ A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the shape of W and can be
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
+from lora_fx.ir import BranchBuilder, Factors, Layout, Match, Region, Role, Site
 from lora_fx.passes.graph import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
 from lora_fx.passes.patterns.weights import weight_of
 
-__all__ = [
-    "ConvPattern",
-    "ConvTransposePattern",
-]
+__all__ = ["ConvPattern", "ConvTransposePattern"]
 
 
 _aten = torch.ops.aten
@@ -37,29 +35,43 @@ _FUNCTIONS: dict[int, tuple[Any, ...]] = {
 _SIGNATURE = "input weight bias=None stride=1 padding=0 dilation=1 groups=1"
 
 
+_TRANSPOSED: dict[int, tuple[Any, ...]] = {
+    1: (F.conv_transpose1d, _aten.conv_transpose1d.default),
+    2: (F.conv_transpose2d, _aten.conv_transpose2d.input),
+    3: (F.conv_transpose3d, _aten.conv_transpose3d.input),
+}
+_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED_SIGNATURE = (
+    "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1"
+)
+
+
 @dataclasses.dataclass(frozen=True)
-class ConvPattern:
-    """``conv1d``, ``conv2d`` or ``conv3d``, with groups, dilation and any padding.
+class _Convolution:
+    """What convolutions and transposed ones have in common.
 
     Attributes:
         dims: Number of spatial dimensions: 1, 2 or 3.
     """
 
+    called: ClassVar[str]
+    functions: ClassVar[Mapping[int, tuple[Any, ...]]]
+    signature: ClassVar[str]
+    layout: ClassVar[Layout]
     dims: int
 
     @property
     def name(self) -> str:
-        """``conv1d``, ``conv2d`` or ``conv3d``."""
-        return f"conv{self.dims}d"
+        """``conv1d``, ``conv-transpose1d`` and the like."""
+        return f"{self.called}{self.dims}d"
 
     def match(self, node: fx.Node, region: Region) -> Match:
         """See :class:`lora_fx.ir.site.Pattern`."""
-        target = target_of(node)
-        if target not in _FUNCTIONS[self.dims]:
+        if target_of(node) not in self.functions[self.dims]:
             return None
-        named = known_arguments(node, _SIGNATURE)
+        named = known_arguments(node, self.signature)
         if named is None:
-            return unknown(region, node, _SIGNATURE)
+            return unknown(region, node, self.signature)
         found = weight_of(named["weight"], region)
         if found is None or not found.plain:
             return computed(region, node, named["weight"])
@@ -68,9 +80,11 @@ class ConvPattern:
         if parameter.dim() != self.dims + 2:
             reason = f"its weight has {parameter.dim()} dimensions; that of {self.name} has {self.dims + 2}"
             return reject(region, node, found.source, reason)
-        if not isinstance(named["groups"], int):
-            return reject(region, node, found.source, "its number of groups depends on the input")
         groups = named["groups"]
+        if not isinstance(groups, int):
+            return reject(region, node, found.source, "its number of groups depends on the input")
+        first, second = parameter.shape[:2]
+        forward = self.layout == "out_in"
         return make_site(
             region,
             pattern=self.name,
@@ -79,8 +93,8 @@ class ConvPattern:
             bias=named["bias"],
             x=named["input"],
             output=node,
-            sizes=(parameter.shape[1] * groups, parameter.shape[0]),
-            layout="out_in",
+            sizes=(second * groups, first) if forward else (first, second * groups),
+            layout=self.layout,
             groups=groups,
             axes=(-1 - self.dims,),
         )
@@ -90,6 +104,19 @@ class ConvPattern:
         kernel = site.weight_shape[2:]
         a = (rank, site.in_features // site.groups, *kernel)
         return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
+
+    def flops(self, site: Site, rank: int) -> int:
+        """Twice the elements of both factors, for one output position."""
+        return 2 * self.factors(site, rank).numel
+
+
+class ConvPattern(_Convolution):
+    """``conv1d``, ``conv2d`` or ``conv3d``, with groups, dilation and any padding."""
+
+    called = "conv"
+    functions = _FUNCTIONS
+    signature = _SIGNATURE
+    layout = "out_in"
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """The base convolution's geometry with A, then a 1 x 1 convolution with B."""
@@ -106,74 +133,14 @@ class ConvPattern:
         grouped_b = b.reshape(g, b.shape[0] // g, -1)
         return (grouped_b @ grouped_a).reshape(-1, *site.weight_shape[1:])
 
-    def flops(self, site: Site, rank: int) -> int:
-        """Twice the elements of both factors, for one output position."""
-        return 2 * self.factors(site, rank).numel
 
+class ConvTransposePattern(_Convolution):
+    """``conv_transpose1d``, ``2d`` or ``3d``, with groups, dilation and output padding."""
 
-_TRANSPOSED: dict[int, tuple[Any, ...]] = {
-    1: (F.conv_transpose1d, _aten.conv_transpose1d.default),
-    2: (F.conv_transpose2d, _aten.conv_transpose2d.input),
-    3: (F.conv_transpose3d, _aten.conv_transpose3d.input),
-}
-_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED_SIGNATURE = (
-    "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvTransposePattern:
-    """``conv_transpose1d``, ``2d`` or ``3d``, with groups, dilation and output padding.
-
-    Attributes:
-        dims: Number of spatial dimensions: 1, 2 or 3.
-    """
-
-    dims: int
-
-    @property
-    def name(self) -> str:
-        """``conv-transpose1d``, ``conv-transpose2d`` or ``conv-transpose3d``."""
-        return f"conv-transpose{self.dims}d"
-
-    def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
-        if target_of(node) not in _TRANSPOSED[self.dims]:
-            return None
-        named = known_arguments(node, _TRANSPOSED_SIGNATURE)
-        if named is None:
-            return unknown(region, node, _TRANSPOSED_SIGNATURE)
-        found = weight_of(named["weight"], region)
-        if found is None or not found.plain:
-            return computed(region, node, named["weight"])
-        parameter = region.parameter(found.source)
-        assert parameter is not None
-        if parameter.dim() != self.dims + 2:
-            reason = f"its weight has {parameter.dim()} dimensions; that of {self.name} has {self.dims + 2}"
-            return reject(region, node, found.source, reason)
-        groups = named["groups"]
-        if not isinstance(groups, int):
-            return reject(region, node, found.source, "its number of groups depends on the input")
-        return make_site(
-            region,
-            pattern=self.name,
-            family="conv",
-            weight=found,
-            bias=named["bias"],
-            x=named["input"],
-            output=node,
-            sizes=(parameter.shape[0], parameter.shape[1] * groups),
-            layout="in_out",
-            groups=groups,
-            axes=(-1 - self.dims,),
-        )
-
-    def factors(self, site: Site, rank: int) -> Factors:
-        """A [r, in/g, *k], B [out, r/g, 1, ...]."""
-        kernel = site.weight_shape[2:]
-        a = (rank, site.in_features // site.groups, *kernel)
-        return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
+    called = "conv-transpose"
+    functions = _TRANSPOSED
+    signature = _TRANSPOSED_SIGNATURE
+    layout = "in_out"
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
         """The base operation's geometry with A, then a 1 x 1 convolution with B."""
@@ -199,10 +166,6 @@ class ConvTransposePattern:
         grouped_a = a.reshape(site.groups, -1, *a.shape[1:])
         grouped_b = b.reshape(site.groups, -1, b.shape[1])
         return torch.einsum("gor,gri...->gio...", grouped_b, grouped_a).flatten(0, 1)
-
-    def flops(self, site: Site, rank: int) -> int:
-        """Twice the elements of both factors, for one input position."""
-        return 2 * self.factors(site, rank).numel
 
 
 def _turned(site: Site, build: BranchBuilder) -> fx.Node:

@@ -14,7 +14,7 @@ from torch import fx
 
 from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
 from lora_fx.passes.graph import arguments, known_arguments, target_of
-from lora_fx.passes.patterns.product import Product, applied, product_of
+from lora_fx.passes.patterns.linear import Product, applied, product_of
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
 from lora_fx.passes.patterns.weights import WeightView
 from lora_fx.runtime import experts

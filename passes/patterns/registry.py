@@ -10,26 +10,9 @@ from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
 from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern
 from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
-from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern
-from lora_fx.passes.patterns.quantized import QuantizedPattern
-from lora_fx.passes.patterns.sites import make_site, reject
+from lora_fx.passes.patterns.linear import LinearPattern, MatmulPattern, QuantizedPattern
 
-__all__ = [
-    "ConvPattern",
-    "ConvTransposePattern",
-    "EinsumPattern",
-    "EmbeddingPattern",
-    "ExpertsPattern",
-    "GroupedPattern",
-    "LinearPattern",
-    "MatmulPattern",
-    "QuantizedPattern",
-    "make_site",
-    "pattern_of",
-    "patterns",
-    "register_pattern",
-    "reject",
-]
+__all__ = ["pattern_of", "patterns", "register_pattern"]
 
 _registry: tuple[Pattern, ...] = (
     GroupedPattern(),

@@ -7,6 +7,7 @@ expert, or one for each token, of a weight that holds a matrix for each expert.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +18,17 @@ from torch import fx
 from lora_fx.ir import Region
 from lora_fx.passes.graph import arguments, known_arguments, target_of
 
-__all__ = ["CHUNKS", "SPLIT", "WeightView", "constant_of", "splits", "weight_of"]
+__all__ = ["SPLIT", "WeightView", "constant_of", "part_lengths", "splits", "weight_of"]
 
 _aten = torch.ops.aten
-CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
-"""What cuts a tensor into a number of parts; the other splits say how long each is."""
+# What cuts a tensor into a number of parts; the other splits say how long each is.
+_CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
 
 SPLIT = "input|self|tensor size|split_size_or_sections|split_size|split_sizes|chunks dim=0"
 """The arguments of all of these, as :func:`lora_fx.passes.graph.nodes.arguments` takes them."""
 
 _SPLITS: tuple[Any, ...] = (
-    *CHUNKS,
+    *_CHUNKS,
     torch.split,
     torch.Tensor.split,
     _aten.split.Tensor,
@@ -98,6 +99,18 @@ def weight_of(node: object, region: Region) -> WeightView | None:
 def splits(node: fx.Node) -> bool:
     """Whether a node only cuts its operand into parts, for others to take one each."""
     return target_of(node) in _SPLITS
+
+
+def part_lengths(node: fx.Node, size: int) -> list[int]:
+    """How long the parts are into which a split divides so many elements; none if that is not known."""
+    how = arguments(node, SPLIT)["size"]
+    if not all(isinstance(one, int) for one in (how if isinstance(how, list | tuple) else (how,))):
+        return []
+    function = torch.chunk if target_of(node) in _CHUNKS else torch.split
+    try:
+        return [len(part) for part in function(torch.empty(size, device="meta"), how)]
+    except RuntimeError:
+        return []
 
 
 def constant_of(node: object, region: Region) -> fx.Node | None:
@@ -264,15 +277,11 @@ def _split(cut: fx.Node, index: Any, region: Region) -> WeightView | None:
     inner = None if named is None else weight_of(named["input"], region)
     if named is None or inner is None or not _is_first(named["dim"], inner):
         return None
-    size = named["size"]
-    sizes = size if isinstance(size, list | tuple) else (size,)
-    if not isinstance(index, int) or not all(isinstance(one, int) for one in sizes):
+    lengths = part_lengths(cut, inner.shape[0])
+    if not isinstance(index, int) or not lengths:
         return None
-    function = torch.chunk if target_of(cut) in CHUNKS else torch.split
-    ends = [0]
-    for part in function(torch.empty(inner.shape[0], device="meta"), size):
-        ends.append(ends[-1] + len(part))
-    index %= len(ends) - 1
+    ends = [0, *itertools.accumulate(lengths)]
+    index %= len(lengths)
     return _rows(inner, ends[index], ends[index + 1])
 
 

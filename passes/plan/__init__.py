@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.plan.costs import priced
-from lora_fx.passes.plan.planning import (
-    MakePlan,
-    at_rank,
-    foreign_factors,
-    make_plan,
-    start_objection,
-)
+from lora_fx.passes.plan.choice import priced
+from lora_fx.passes.plan.planning import MakePlan, at_rank, foreign_factors, start_objection
 
-__all__ = [
-    "MakePlan",
-    "at_rank",
-    "foreign_factors",
-    "make_plan",
-    "priced",
-    "start_objection",
-]
+__all__ = ["MakePlan", "at_rank", "foreign_factors", "priced", "start_objection"]

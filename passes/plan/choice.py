@@ -3,6 +3,8 @@
 PEFT adapts modules and parameters. Here the sites are operations, so that a name of either kind can mean
 several: ``nn.MultiheadAttention`` is four, and a weight that is applied in parts is one for each part. The
 rank and alpha of a site come from the pattern for its own name or, failing that, for the name that chose it.
+The costs of an adapter at a site follow from its kind and its pattern. Which rows of which embedding are
+trained (``trainable_token_indices``) follows PEFT's rules, too.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -18,6 +21,7 @@ from lora_fx.config import (
     LoraConfig,
     Verdict,
     alpha_for,
+    bad,
     excluded,
     judge,
     parameter_entry,
@@ -27,21 +31,18 @@ from lora_fx.config import (
     uses_default_targets,
 )
 from lora_fx.errors import ConfigError
-from lora_fx.ir import Capture, Matches, Site
-from lora_fx.passes.parameters import base_modules
+from lora_fx.ir import Capture, Matches, PlannedSite, PlannedTokens, Site
+from lora_fx.kinds import kind_of
+from lora_fx.passes.parameters import base_dtype, base_modules
+from lora_fx.passes.patterns import lookup, pattern_of
 
-__all__ = [
-    "Choice",
-    "attention_of",
-    "choices",
-    "choose_parts",
-]
+__all__ = ["Choice", "attention_of", "choices", "planned_tokens", "priced"]
 
 
 _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
 
-def choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
+def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
     """The parts of a site that are adapted in its place; empty if the site itself is meant.
 
     Args:
@@ -158,7 +159,7 @@ def _choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator
             yield _as_parameter(site, entry, config)
             continue
         whole = judge(site.name, config, in_default=_in_default(site, config))
-        parts = choose_parts(site, config, whole)
+        parts = _choose_parts(site, config, whole)
         if parts:
             yield from (Choice(part, verdict, (part.name,)) for part, verdict in parts)
             continue
@@ -211,3 +212,198 @@ def _in_default(site: Site, config: LoraConfig) -> bool:
         return site.family != "embedding" and not site.head and not site.router
     # "all-linear" is PEFT's: it knows no other head than the one that the model declares.
     return site.family == "linear" and site.head != "declared"
+
+
+def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
+    """A planned site with what it costs: trainable elements, FLOPs and bytes saved for backward.
+
+    Args:
+        model: The model, rewritten or not.
+        row: The site, with its rank, dropout, kind and what it is tied to.
+    """
+    site, kind = row.site, kind_of(row)
+    itemsize = base_dtype(model, site).itemsize
+    extra = kind.costs(site)
+    parameters, flops, saved = extra.parameters, extra.flops, extra.saved * itemsize
+    if kind.low_rank:
+        pattern = pattern_of(site)
+        parameters += 0 if row.tied else pattern.factors(site, row.rank).numel
+        flops += pattern.flops(site, row.rank)
+        # An index is saved as it is; a vector a second time, masked, with its mask, for dropout.
+        saved += 8 if site.family == "embedding" else site.in_features * itemsize
+        saved += site.in_features * (itemsize + 1) if row.dropout else 0
+        saved += row.rank * itemsize
+    # A region of a whole model and the regions below it show the same application twice.
+    applied = max(Counter(call.region for call in site.calls).values())
+    return dataclasses.replace(
+        row, parameters=parameters, flops=flops * applied, saved=saved * applied
+    )
+
+
+_NAME = "trainable_token_indices"
+
+
+def planned_tokens(
+    capture: Capture,
+    matches: Matches,
+    config: LoraConfig,
+    rows: Sequence[PlannedSite],
+    saved: Sequence[str],
+) -> tuple[PlannedTokens, ...]:
+    """The embeddings, and heads, of which rows are trained.
+
+    A list is about the model's input embedding. The keys of a dict are names of modules, or their ends; a
+    key that ends several names is about all of them. A head that the model declares as tied to an embedding
+    gets the rows of that; so does, with ``ensure_weight_tying``, any that shares its weight.
+
+    Args:
+        capture: The model as graphs.
+        matches: Its linear operations.
+        config: The configuration.
+        rows: What gets factors.
+        saved: Modules that are trained in full.
+
+    Raises:
+        ConfigError: If there is no such embedding, it has no such row, it is adapted or trained in full as
+            well, or its rows cannot be trained each by itself.
+    """
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return ()
+    model = capture.model
+    sites = {site.weight: site for site in matches.sites if _has_rows(site)}
+    if isinstance(wanted, Mapping):
+        found = list(_named_tokens(model, matches, sites, wanted))
+    else:
+        name = _input_embedding(model, matches)
+        found = [(site, wanted) for site in sites.values() if site.name == name]
+        if not found:
+            raise bad(_NAME, wanted, _why_no_tokens(name, matches))
+    planned = {site.name: PlannedTokens(site, tuple(indices)) for site, indices in found}
+    if config.ensure_weight_tying or _declares_tying(model):
+        planned = _with_tied(planned, sites, config)
+    for row in planned.values():
+        _check_tokens(capture, row, rows, saved)
+    return tuple(planned.values())
+
+
+def _has_rows(site: Site) -> bool:
+    """Whether a token is a row of the weight: of a lookup, or of a product that makes the vocabulary."""
+    if site.rows is not None or site.experts or site.view or any(c.left for c in site.calls):
+        return False
+    if site.family == "embedding":
+        return all(call.pattern == "embedding" for call in site.calls)
+    # A registered pattern may do more than a product, and an einsum has its outputs anywhere.
+    known = all(call.pattern in ("linear", "matmul", "quantized") for call in site.calls)
+    return site.family == "linear" and site.layout == "out_in" and known
+
+
+def _input_embedding(model: nn.Module, matches: Matches) -> str:
+    """The embedding that a list is about."""
+    names = {id(module): name for name, module in base_modules(model)}
+    getter = getattr(model, "get_input_embeddings", None)
+    # Some models have the method and raise in it, or answer with something else.
+    try:
+        own = names.get(id(getter())) if callable(getter) else None
+    except NotImplementedError:
+        own = None
+    if own is not None:
+        return own
+    lookups = [site.name for site in matches.sites if site.family == "embedding"]
+    tokens = [name for name in lookups if name.rpartition(".")[2] == "embed_tokens"] or lookups
+    if len(tokens) != 1:
+        has = f"it has {', '.join(tokens)}: give a dict by name" if tokens else "it has none"
+        raise ConfigError(f"LoraConfig.{_NAME}: a list is about the model's one embedding; {has}")
+    return tokens[0]
+
+
+def _named_tokens(
+    model: nn.Module,
+    matches: Matches,
+    sites: Mapping[str, Site],
+    wanted: Mapping[str, Collection[int]],
+) -> Iterator[tuple[Site, Collection[int]]]:
+    by_name = {site.name: site for site in sites.values()}
+    names = [name for name, _ in base_modules(model, every_name=True) if name]
+    for key, indices in wanted.items():
+        meant = [name for name in names if name.endswith(key)]
+        if not meant:
+            lookups = [site.name for site in sites.values() if site.family == "embedding"]
+            has = ", ".join(lookups) or "none"
+            raise bad(_NAME, key, f"no module has a name that ends so; the embeddings are {has}")
+        for name in meant:
+            if name not in by_name:
+                raise bad(_NAME, key, _why_no_tokens(name, matches))
+            yield by_name[name], indices
+
+
+def _why_no_tokens(name: str, matches: Matches) -> str:
+    for rejection in matches.rejections:
+        if rejection.name in (name, f"{name}.weight"):
+            return f"{name} cannot be used so: {rejection.reason}"
+    return f"{name} is neither an embedding whose lookup is seen nor a linear layer"
+
+
+def _declares_tying(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _with_tied(
+    planned: Mapping[str, PlannedTokens], sites: Mapping[str, Site], config: LoraConfig
+) -> dict[str, PlannedTokens]:
+    """Gives what shares the weight of an embedding the rows of that, unless it has others of its own."""
+    result = dict(planned)
+    for row in planned.values():
+        for weight in row.site.tied_to if row.lookup else ():
+            tied = sites.get(weight)
+            if tied is None:
+                raise bad(
+                    _NAME,
+                    list(row.indices),
+                    f"{row.name} shares its weight with {weight}, which no operation is seen to apply by "
+                    "rows, so that both cannot be trained alike",
+                )
+            own = planned.get(tied.name)
+            if own is None or own.indices == row.indices:
+                result[tied.name] = PlannedTokens(tied, row.indices, row.name)
+            elif config.ensure_weight_tying:
+                raise bad(
+                    _NAME,
+                    list(own.indices),
+                    f"{tied.name} is to stay tied to {row.name} (ensure_weight_tying), which has others: "
+                    f"{list(row.indices)}",
+                )
+    return result
+
+
+def _check_tokens(
+    capture: Capture, row: PlannedTokens, rows: Sequence[PlannedSite], saved: Sequence[str]
+) -> None:
+    size = row.site.weight_shape[0]
+    outside = [index for index in row.indices if index >= size]
+    if outside:
+        raise bad(_NAME, outside, f"{row.name} has {size} rows, 0 to {size - 1}")
+    if any(one.site.weight == row.site.weight for one in rows):
+        raise bad(
+            _NAME,
+            list(row.indices),
+            f"{row.name} is adapted as well; take it out of the targets, or leave out its tokens",
+        )
+    for module in saved:
+        if row.site.weight.startswith(f"{module}."):
+            raise bad(
+                _NAME,
+                list(row.indices),
+                f"{row.name} is trained in full as part of {module} (modules_to_save); choose one of both",
+            )
+    for call in row.site.calls if row.lookup else ():
+        graph = capture.regions[call.region].graph
+        node = next(node for node in graph.nodes if node.name == call.output)
+        if lookup(node)[2]:
+            raise bad(
+                _NAME,
+                list(row.indices),
+                f"{row.name} scales gradients by the frequency of a token (scale_grad_by_freq), which is "
+                "not known of some tokens alone",
+            )

@@ -37,21 +37,11 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     module_at,
 )
-from lora_fx.passes.plan.choice import Choice, choices
-from lora_fx.passes.plan.costs import priced
-from lora_fx.passes.plan.tokens import planned_tokens
+from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
 from lora_fx.runtime import AdapterFactors, Holder
 
-__all__ = [
-    "MakePlan",
-    "at_rank",
-    "foreign_factors",
-    "make_plan",
-    "refuse_quantized",
-    "start_note",
-    "start_objection",
-]
+__all__ = ["MakePlan", "at_rank", "foreign_factors", "make_plan", "start_objection"]
 
 
 def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
@@ -107,7 +97,7 @@ def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) ->
     )
 
 
-def start_note(config: LoraConfig) -> tuple[str, ...]:
+def _start_note(config: LoraConfig) -> tuple[str, ...]:
     """What a plan has to say about the start."""
     if not needs_data(config.init_lora_weights):
         return ()
@@ -118,7 +108,7 @@ def start_note(config: LoraConfig) -> tuple[str, ...]:
     return (note,)
 
 
-def refuse_quantized(
+def _refuse_quantized(
     model: nn.Module, config: LoraConfig, saved: Iterable[str], sites: Iterable[Site]
 ) -> None:
     """Refuses to train quantized weights in full, and starts that would write into them.
@@ -174,20 +164,15 @@ class MakePlan(Pass):
     """
 
     name: ClassVar[str] = "plan"
+    needs: ClassVar[str] = "matches"
     config: LoraConfig
     strict: bool = False
-
-    def requires(self, capture: Capture) -> str | None:
-        """Operations have to be found first."""
-        return "no operations were looked for" if capture.matches is None else None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Set the plan of the capture."""
         assert capture.matches is not None
         plan = make_plan(capture, capture.matches, self.config, strict=self.strict)
-        if plan == capture.plan:
-            return PassResult(capture, False)
-        return PassResult(dataclasses.replace(capture, plan=plan), True)
+        return PassResult.of(capture, plan=plan)
 
 
 def make_plan(
@@ -227,7 +212,7 @@ def make_plan(
             chosen.append(choice)
         else:
             skipped.append(Skipped(site, objection))
-    refuse_quantized(capture.model, config, saved, (choice.site for choice in chosen))
+    _refuse_quantized(capture.model, config, saved, (choice.site for choice in chosen))
     rows = [_row(capture, choice, config) for choice in chosen]
     if config.ensure_weight_tying:
         rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
@@ -242,7 +227,7 @@ def make_plan(
         ),
         config=config,
         frontend=capture.frontend,
-        notes=(*capture.notes, *start_note(config)),
+        notes=(*capture.notes, *_start_note(config)),
         saved_modules=saved,
         biases=biases,
         base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),

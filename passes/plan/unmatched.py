@@ -19,16 +19,10 @@ from lora_fx.ir import Capture, Matches, PlannedSite, Rejection, Site
 from lora_fx.passes.parameters import base_parameters
 from lora_fx.passes.plan.choice import Choice, attention_of
 
-__all__ = [
-    "idle_entries",
-    "idle_parameters",
-    "named_by",
-    "refusals",
-    "target_names",
-]
+__all__ = ["idle_entries", "idle_parameters", "refusals", "target_names"]
 
 
-def named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -> list[Rejection]:
+def _named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -> list[Rejection]:
     """The refusals that an entry of ``target_modules`` runs into; those left out otherwise do not count.
 
     Args:
@@ -36,14 +30,11 @@ def named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -
         rejections: All of them.
         config: What excludes, saves in full, or is for some layers only.
     """
-    found = []
-    for rejection in rejections:
-        for name in (rejection.name, f"{rejection.name}.weight"):
-            meant = name == target or name.endswith(f".{target}")
-            if meant and judge(name, config).selected:
-                found.append(rejection)
-                break
-    return found
+    return [
+        one
+        for one in rejections
+        if any(_named(target, name) and judge(name, config).selected for name in one.names)
+    ]
 
 
 def refusals(
@@ -57,7 +48,7 @@ def refusals(
         config: The configuration.
     """
     for target in targets:
-        found = named_by(target, rejections, config)
+        found = _named_by(target, rejections, config)
         reasons: dict[str, list[str]] = {}
         for rejection in found:
             reasons.setdefault(rejection.reason, []).append(rejection.name)
@@ -156,7 +147,7 @@ def idle_parameters(
 
 
 def _names_weight(target: str, rejection: Rejection) -> bool:
-    return any(_named(target, name) for name in (rejection.name, f"{rejection.name}.weight"))
+    return any(_named(target, name) for name in rejection.names)
 
 
 def _filtered(target: str, chosen: Iterable[Choice] | Iterable[PlannedSite]) -> str:

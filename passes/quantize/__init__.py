@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.quantize.materialize import Materialize
 from lora_fx.passes.quantize.planning import QuantizationPlan, plan_quantization
-from lora_fx.passes.quantize.store import Quantize, Values
+from lora_fx.passes.quantize.store import Materialize, Quantize, Values
 
-__all__ = [
-    "Materialize",
-    "QuantizationPlan",
-    "Quantize",
-    "Values",
-    "plan_quantization",
-]
+__all__ = ["Materialize", "QuantizationPlan", "Quantize", "Values", "plan_quantization"]

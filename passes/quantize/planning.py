@@ -1,6 +1,6 @@
 """Chooses which weights are stored in few bits: those of matrix products, apart from the output head.
 
-Everything that looks and nothing that edits: what is left as it is has the reason beside it.
+It looks and edits nothing. Each operation that is left as it is has a reason.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ from lora_fx.formats import Storage, quantization_of
 from lora_fx.ir import Capture, Matches, Site, join
 from lora_fx.passes.match import weights_asked
 
-__all__ = [
-    "PlannedWeight",
-    "QuantizationPlan",
-    "plan_quantization",
-]
+__all__ = ["PlannedWeight", "QuantizationPlan", "plan_quantization"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ LAYERS = (
     "lora_fx.export.onnx",
     "lora_fx.api",
     "lora_fx.tools.models",
+    "lora_fx.tools.cluster",
     "lora_fx.tools.draw",
     "lora_fx.tools.demo",
     "lora_fx.tools.bench",

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig, MergeError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.parameters import by_hand as _by_hand
+from lora_fx.passes.parameters import rewritten as _by_hand
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual, Tied

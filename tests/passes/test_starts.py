@@ -17,7 +17,7 @@ from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError, NoMatchError
 from lora_fx.ir.record import record_of
 from lora_fx.passes.insert.starts import levels, low_rank_svd, quantized
-from lora_fx.passes.parameters.matrices import as_matrices
+from lora_fx.passes.parameters.factors import as_matrices
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error
 from tests.zoo import Form

@@ -1,0 +1,479 @@
+"""What a training step needs on each GPU of a cluster, found without the GPUs.
+
+One step of the sharded model runs on stand-ins without memory, in a process group that moves nothing:
+PyTorch's own FSDP2, optimizer and autograd do what they do as rank 0 of a group of any size. What is kept,
+gathered and sent is counted as it happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Ledger", "Mesh", "Need", "Traffic", "devices_of", "plan_step", "run_step", "shard"]
+
+_ENTRY = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<size>\d+)\s*")
+_GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_", "all_gather_into_tensor")
+_SCATTERS = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_tensor")
+_REDUCES = ("allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_")
+_FILLS = ("all_gather_copy_in", "split_with_sizes_copy")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A mesh of GPUs.
+
+    Attributes:
+        replicate: Groups that each hold a whole copy of the model between them (HSDP, or DDP with
+            ``fsdp=1``).
+        fsdp: GPUs that the weights of one such copy are sharded over.
+    """
+
+    replicate: int = 1
+    fsdp: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """Read ``fsdp=8`` or ``replicate=2,fsdp=8``.
+
+        Raises:
+            ConfigError: An entry is no dimension of a mesh, is there twice, or its size is below 1.
+        """
+        sizes: dict[str, int] = {}
+        for entry in text.split(","):
+            found = _ENTRY.fullmatch(entry)
+            if (
+                found is None
+                or found["name"] not in ("replicate", "fsdp")
+                or not int(found["size"])
+            ):
+                raise ConfigError(
+                    f"--mesh {text!r}: {entry.strip()!r} is no dimension of a mesh: write fsdp=8, "
+                    "or replicate=2,fsdp=8"
+                )
+            if found["name"] in sizes:
+                raise ConfigError(f"--mesh {text!r}: {found['name']} is there twice")
+            sizes[found["name"]] = int(found["size"])
+        return cls(**sizes)
+
+    @property
+    def size(self) -> int:
+        """How many GPUs there are."""
+        return self.replicate * self.fsdp
+
+    def __str__(self) -> str:
+        parts = [("replicate", self.replicate), ("fsdp", self.fsdp)]
+        return " x ".join(f"{name} {size}" for name, size in parts if size > 1) or "one GPU"
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a model, which are sharded each on its own: children of its outermost module lists."""
+    pending: list[nn.Module] = [model]
+    while pending:
+        for child in pending.pop().children():
+            if isinstance(child, nn.ModuleList):
+                yield from (one for one in child if any(True for _ in one.parameters()))
+            else:
+                pending.append(child)
+
+
+def devices_of(mesh: Mesh) -> DeviceMesh:
+    """Return the mesh over the members of the default process group, which are as many."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if mesh.size != dist.get_world_size():
+        raise ConfigError(f"the mesh has {mesh.size} members, the group {dist.get_world_size()}")
+    if mesh.replicate == 1:
+        return init_device_mesh("cpu", (mesh.fsdp,), mesh_dim_names=("fsdp",))
+    sizes = (mesh.replicate, mesh.fsdp)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "fsdp"))
+
+
+def shard(model: nn.Module, devices: DeviceMesh) -> None:
+    """Spread a model over a mesh in place: FSDP2 for each block and for what is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks_of(model):
+        fully_shard(block, mesh=devices)
+    fully_shard(model, mesh=devices)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a GPU sends in one step, in bytes, with rings.
+
+    Attributes:
+        gather: Weights that are gathered, in the forward and in the backward.
+        scatter: Gradients that are reduced and scattered.
+        reduce: Gradients that are reduced over copies of the model.
+        calls: How many collectives those are.
+    """
+
+    gather: int = 0
+    scatter: int = 0
+    reduce: int = 0
+    calls: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gather + self.scatter + self.reduce
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one GPU holds during a training step, in bytes.
+
+    Attributes:
+        weights: Its shards of the frozen parameters, and the buffers.
+        adapters: Its shards of what is trained.
+        gradients: Of those.
+        optimizer: The optimizer's state for those.
+        activations: What the forward keeps for the backward and returns.
+        gathered: The most that is gathered at once of blocks that are sharded.
+        peak: The most that is live at once: less than the sum where parts are not live together, and with
+            the temporaries of operations.
+        traffic: What it sends in a step.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    gathered: int
+    peak: int
+    traffic: Traffic
+
+
+def plan_step(
+    model: nn.Module,
+    config: LoraConfig,
+    mesh: Mesh,
+    inputs: dict[str, Any],
+    *,
+    checkpointing: bool = False,
+) -> Need:
+    """Find what a step of AdamW needs on each GPU of a mesh.
+
+    Args:
+        model: On any device; nothing of it is read but names, shapes and dtypes. It is not changed.
+        config: What to adapt.
+        mesh: The GPUs.
+        inputs: Keyword arguments of one call, what one GPU gets in a step. Tensors of any device.
+        checkpointing: Whether blocks are computed again in the backward, for a model that can be told so
+            (``gradient_checkpointing_enable``).
+
+    Raises:
+        ConfigError: A process group is there already, or the model cannot checkpoint.
+        LoraFxError: As :func:`lora_fx.rewrite`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import lora_fx
+
+    rewritten = lora_fx.rewrite(model, config)
+    recompute: Any = getattr(rewritten, "gradient_checkpointing_enable", None)
+    if checkpointing and recompute is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no gradient_checkpointing_enable: leave out --checkpointing"
+        )
+    with contextlib.ExitStack() as around:
+        around.enter_context(_fake_group(mesh.size))
+        devices = devices_of(mesh)
+        around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        around.enter_context(_FlashAttention())
+        around.enter_context(_no_masks())
+        _stand_in(rewritten)
+        if checkpointing:
+            recompute()
+        rewritten.train()
+        if mesh.size > 1:
+            shard(rewritten, devices)
+        given = {
+            name: torch.empty_like(value, device="cpu") if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        return run_step(rewritten, given)
+
+
+def run_step(model: nn.Module, inputs: dict[str, Any]) -> Need:
+    """Run two steps of a model, and count the second: the first one makes what is there from then on.
+
+    Args:
+        model: A rewritten model, sharded or not, on real tensors or stand-ins.
+        inputs: Keyword arguments of one call.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ledger = Ledger()
+    ledger.hold([*model.parameters(), *model.buffers()])
+    kept = gradients = 0
+    with ledger:
+        for _ in range(2):
+            ledger.peak = ledger.gathered = 0
+            ledger.sent.clear()
+            ledger.calls.clear()
+            before = ledger.live
+            loss = _loss(model(**inputs))
+            kept = ledger.live - before - ledger.live_gathered
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+            gradients = _nbytes([p.grad for p in trained if p.grad is not None])
+            optimizer.step()
+            optimizer.zero_grad()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    state = [v for one in optimizer.state.values() for v in one.values() if isinstance(v, Tensor)]
+    sent = ledger.sent
+    return Need(
+        weights=_nbytes([*frozen, *model.buffers()]),
+        adapters=_nbytes(trained),
+        gradients=gradients,
+        optimizer=_nbytes(state),
+        activations=kept,
+        gathered=ledger.gathered,
+        peak=ledger.peak,
+        traffic=Traffic(
+            sent["gather"], sent["scatter"], sent["reduce"], sum(ledger.calls.values())
+        ),
+    )
+
+
+def _loss(output: Any) -> Tensor:
+    found = getattr(output, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    tensors = [
+        one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad
+    ]
+    if not tensors:
+        raise ConfigError(
+            "no output of the model depends on what is trained: there is no step to plan"
+        )
+    return torch.stack([one.float().mean() for one in tensors]).sum()
+
+
+def _stand_in(model: nn.Module) -> None:
+    """Put a stand-in on the CPU for each parameter and buffer; shared ones stay shared."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is None:
+                    continue
+                if id(value) not in made:
+                    new = torch.empty_like(value, device="cpu")
+                    if isinstance(value, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=value.requires_grad)
+                    made[id(value)] = new
+                held[name] = made[id(value)]
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Has attention keep what a flash kernel keeps: stand-ins get the one that keeps every probability."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _flash(*args, **kwargs)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    del enable_gqa  # fewer heads of keys than of queries are what the kernel takes
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask.to(query.dtype)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result: Tensor = kernel(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return result
+
+
+@contextlib.contextmanager
+def _no_masks() -> Iterator[None]:
+    """Has models of transformers make no mask for attention, as where nothing is padded.
+
+    They look at values to find that out, and stand-ins have none.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        yield
+        return
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+
+    MASKS["sdpa"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del MASKS["sdpa"]
+
+
+@contextlib.contextmanager
+def _fake_group(size: int) -> Iterator[None]:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ConfigError(
+            "a process group is there already: plan before init_process_group, or in another process"
+        )
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The live storages of a piece of code: it sees every operation below autograd, real or fake.
+
+    Attributes:
+        peak: The most bytes that were live at once.
+        gathered: The most bytes of gathered weights that were live at once.
+        sent: Bytes that this process sends, by collective, if each is a ring (NCCL's choice for large ones):
+            (n - 1) / n of the whole for a gather or a scatter, twice that for a reduction.
+        calls: How many collectives there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self.gathered = 0
+        self.sent: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._sizes: dict[int, int] = {}
+        self._refs: dict[int, Any] = {}
+        self._gathered: set[int] = set()
+        self._live = 0
+
+    @property
+    def live(self) -> int:
+        """Bytes that are live now."""
+        self._look_again()
+        return self._live
+
+    @property
+    def live_gathered(self) -> int:
+        """Those of them that are gathered weights."""
+        self._look_again()
+        return self._held()
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that were there before."""
+        for tensor in tensors:
+            self._see(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(one, torch.distributed.tensor.DTensor) for one in types):
+            return NotImplemented  # it comes back with the local tensors
+        name, space = func.overloadpacket.__name__, func.namespace
+        if space in ("c10d", "_c10d_functional"):
+            self._look_again()
+            self._count(name, args)
+        result = func(*args, **kwargs)
+        written = [one for one in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(one)]
+        for tensor in written:
+            self._see(tensor)
+        if name in _GATHERS or (space == "fsdp" and name in _FILLS):
+            made = [kwargs.get("out"), args[:1], result] if name in _GATHERS else [result, kwargs]
+            self._gathered |= {_key(one) for one in pytree.tree_leaves(made) if _is_tensor(one)}
+        self.peak = max(self.peak, self._live)
+        if self._gathered:
+            self.gathered = max(self.gathered, self._held())
+        return result
+
+    def _held(self) -> int:
+        return sum(self._sizes.get(key, 0) for key in self._gathered)
+
+    def _see(self, tensor: Tensor) -> None:
+        if isinstance(tensor, torch.distributed.tensor.DTensor):
+            tensor = tensor.to_local()
+        storage = tensor.untyped_storage()
+        key = _key(tensor)
+        if key not in self._refs:
+            self._refs[key] = weakref.ref(storage, functools.partial(self._drop, key))
+        self._set(key, storage.nbytes())
+
+    def _set(self, key: int, size: int) -> None:
+        self._live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+
+    def _drop(self, key: int, _: Any) -> None:
+        self._live -= self._sizes.pop(key, 0)
+        self._refs.pop(key, None)
+        self._gathered.discard(key)
+
+    def _look_again(self) -> None:
+        """FSDP frees a gathered weight by resizing its storage, which is no operation."""
+        for key, reference in list(self._refs.items()):
+            storage = reference()
+            if storage is not None:
+                self._set(key, storage.nbytes())
+
+    def _count(self, name: str, args: Any) -> None:
+        tensors = [one for one in pytree.tree_leaves(args) if _is_tensor(one)]
+        sizes = sorted(one.numel() * one.element_size() for one in tensors)
+        if name in (*_GATHERS, *_SCATTERS) and sizes[0]:
+            self.calls["gather" if name in _GATHERS else "scatter"] += 1
+            self.sent["gather" if name in _GATHERS else "scatter"] += sizes[-1] - sizes[0]
+        elif name in _REDUCES:
+            members = _members(args)
+            self.calls["reduce"] += 1
+            self.sent["reduce"] += 2 * sum(sizes) * (members - 1) // members
+
+
+def _members(args: Any) -> int:
+    for one in pytree.tree_leaves(args):
+        if isinstance(one, torch.ScriptObject):
+            with contextlib.suppress(RuntimeError):
+                return int(torch.distributed.ProcessGroup.unbox(one).size())
+    return torch.distributed.get_world_size()
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of some tensors, each once; of a sharded one, what lies here."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        local = (
+            tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+        )
+        found[_key(local)] = local.untyped_storage().nbytes()
+    return sum(found.values())
