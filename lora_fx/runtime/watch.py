@@ -473,7 +473,13 @@ def _pickles_plainly(cls: type) -> bool:
 
 
 class Hooked:
-    """Has hooks watched that are registered later."""
+    """Has hooks watched that are registered later, and modules that replace others."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. A call that was watched is watched again with another module in it."""
+        if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()):
+            arm_again()
+        super().__setattr__(name, value)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""

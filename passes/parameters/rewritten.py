@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import PlannedSite, Record, join, record_of
+from lora_fx.passes.graph import is_region, original_class
 from lora_fx.passes.parameters.by_hand import note_by_hand, protect
 from lora_fx.passes.parameters.factors import factor_names
 from lora_fx.passes.parameters.replacements import KEPT
@@ -63,7 +64,8 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
         for tokens in entry.tokens:
             name = rows_name(tokens, adapter)
             if not _has(modules, name):
-                yield f"{tokens.name}: it has no trained rows of adapter {adapter!r} ({name})"
+                found = _found(modules, tokens.site.holder)
+                yield f"{tokens.name}: it has no trained rows of adapter {adapter!r}{found}"
         for name in entry.own:
             owner, _, leaf = name.rpartition(".")
             # Of an adapter that is active it is in the place of the base's.
@@ -78,12 +80,24 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
 def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str) -> Iterator[str]:
     site = row.site
     if not _has(modules, site.weight):
-        yield f"{row.name}: its weight {site.weight} is not there"
+        yield f"{row.name}: its weight {site.weight} is not there{_found(modules, site.owner)}"
         return
     for attribute in factor_names(row).present:
         if not _has(modules, join(site.holder, attribute, adapter)):
-            yield f"{row.name}: it has no {attribute} of adapter {adapter!r}"
+            found = _found(modules, site.holder)
+            yield f"{row.name}: it has no {attribute} of adapter {adapter!r}{found}"
             return
+
+
+def _found(modules: dict[str, nn.Module], fqn: str) -> str:
+    """Say which module is where an adapter's parameters were."""
+    module = modules.get(fqn)
+    if module is None:
+        return f" (there is no module {fqn})"
+    if is_region(module):
+        return ""  # it is the module that was rewritten, without its factors
+    cls = original_class(module)
+    return f" ({fqn or 'the model'} is a {cls.__module__}.{cls.__qualname__} now)"
 
 
 def _has(modules: dict[str, nn.Module], name: str) -> bool:
