@@ -25,7 +25,13 @@ from torch import fx, nn
 from lora_fx.errors import CaptureError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
-from lora_fx.passes.graph.signature import FALLBACK, NEEDS_MODULES, WANTS_CACHE, GuardedCodeGen
+from lora_fx.passes.graph.signature import (
+    FALLBACK,
+    NEEDS_MODULES,
+    WANTS_CACHE,
+    GuardedCodeGen,
+    forwarding_source,
+)
 from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, differs, disarm, entry, inner_of
 
 __all__ = [
@@ -230,6 +236,7 @@ _GRAPH, _BASE = GRAPH, BASE
 _FORMS = "_lora_fx_forms"
 _FALLBACK = "_lora_fx_fallback"
 _KEPT = "_lora_fx_kept"
+_RUN = "_lora_fx_run"
 
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
     weakref.WeakValueDictionary()
@@ -341,7 +348,6 @@ def _region_class(
         forward.__doc__ = original.__doc__
         forward.__signature__ = inspect.signature(original)
         codes[forward.__code__] = graph
-    forward = around(original, forward)
     cls = type(
         base.__name__,
         (_Regional, base),
@@ -349,7 +355,8 @@ def _region_class(
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "forward": forward,
+            "forward": _dispatching(base),
+            _RUN: forward,
             _GRAPH: next(iter(graphs.values())),
             CODES: codes,
             _FORMS: types.MappingProxyType(dict(graphs)),
@@ -360,6 +367,34 @@ def _region_class(
     )
     _classes[key] = cls
     return cls
+
+
+_dispatchers: weakref.WeakValueDictionary[type[nn.Module], Callable[..., Any]] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def _dispatching(base: type[nn.Module]) -> Callable[..., Any]:
+    """The ``forward`` of all regions of a class: it runs what the module's class has to run now.
+
+    Trainers keep ``module.forward`` and call it from a function that they set on the module. Adapters are
+    switched by another class, so the function that they keep looks at the class of each call.
+    """
+    known = _dispatchers.get(base)
+    if known is not None:
+        return known
+    original = base.forward
+    source, namespace = forwarding_source(original, _run_of.__name__)
+    forward = generated(source, {**namespace, _run_of.__name__: _run_of}, base.__name__)
+    forward.__doc__ = original.__doc__
+    forward.__signature__ = inspect.signature(original)
+    return _dispatchers.setdefault(base, around(original, forward))
+
+
+def _run_of(module: nn.Module) -> Any:
+    """What a module runs now; without a graph (the adapter is off, or merged) its own forward."""
+    cls: Any = type(module)
+    return getattr(cls, _RUN, None) or cls.forward
 
 
 class _Form:

@@ -32,6 +32,7 @@ __all__ = [
     "GuardedCodeGen",
     "Parameter",
     "attribute",
+    "forwarding_source",
     "parameters_of",
     "wrapped_forward",
 ]
@@ -135,6 +136,33 @@ def wrapped_forward(forward: Any) -> Any:
     return forward
 
 
+def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
+    """Code of a ``forward`` that hands its arguments on as they were given, and the globals of that code.
+
+    What the caller leaves out is left out of the call, too: a decorator may look whether it is there.
+
+    Args:
+        forward: The unbound method whose signature it has.
+        chosen: The global name of a function that gives the method to call, for a module.
+    """
+    parameters = parameters_of(forward, {})
+    spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    # What comes before *args cannot be left out where those are given.
+    by_place = [inspect.Parameter.POSITIONAL_ONLY]
+    by_place += [inspect.Parameter.POSITIONAL_OR_KEYWORD] if spread else []
+    left_out = [
+        p.name
+        for p in parameters
+        if not p.variadic and p.kind not in by_place and p.default is not inspect.Parameter.empty
+    ]
+    code = GuardedCodeGen(
+        tuple(dataclasses.replace(p, omitted=p.name in left_out) for p in parameters)
+    )
+    head = f"def forward({', '.join(['self', *code._declared()])}):"
+    call = f"{chosen}(self)({', '.join(['self', *code._passed()])})"
+    return f"{head}\n    return {call}\n", code.constants()
+
+
 def attribute(target: str) -> str:
     """A dotted name as an expression over ``self``; ``""`` is ``self``."""
     path = "self"
@@ -236,13 +264,16 @@ class GuardedCodeGen(fx.graph.CodeGen):
         """
         spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters)
         passed = []
+        omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted and not p.within]
         for p in self.parameters:
             if p.within:
                 continue
             if p.kind == inspect.Parameter.VAR_POSITIONAL:
                 passed.append(f"*{p.name}")
             elif p.omitted:
-                passed.append(f"**{_GIVEN}({p.name}={p.name})")
+                if omitted:
+                    passed.append(f"**{_GIVEN}({', '.join(omitted)})")
+                    omitted = []
             elif p.kind == inspect.Parameter.VAR_KEYWORD:
                 passed.append(f"**{p.name}")
             elif p.kind == inspect.Parameter.POSITIONAL_ONLY or (
