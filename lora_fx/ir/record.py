@@ -252,6 +252,7 @@ class Record:
         blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
         by_hand: FQNs of the base's parameters that were trained although no adapter trains them
             (:mod:`lora_fx.passes.parameters.by_hand`).
+        forwards: FQNs of the modules that had a ``forward`` of their instance at the rewrite.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -266,6 +267,7 @@ class Record:
     chosen: Choice | None = None
     blocks: tuple[Choice, ...] = ()
     by_hand: frozenset[str] = frozenset()
+    forwards: frozenset[str] = frozenset()
 
     @property
     def choice(self) -> Choice:

@@ -56,6 +56,7 @@ from lora_fx.passes.graph.signature import (
     wrapped_forward,
 )
 from lora_fx.passes.graph.source import SCOPES, bound_by, compiled, nested, tree_of
+from lora_fx.passes.graph.trainers import copy_without_trainers, instance_forwards
 
 __all__ = [
     "APART",
@@ -82,6 +83,7 @@ __all__ = [
     "compiled",
     "conditions_of",
     "copy_graph",
+    "copy_without_trainers",
     "edit_graphs",
     "elements",
     "erase_dead",
@@ -91,6 +93,7 @@ __all__ = [
     "generated",
     "graphs_of",
     "install",
+    "instance_forwards",
     "is_built_in",
     "is_constant",
     "is_lazy",

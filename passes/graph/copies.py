@@ -240,7 +240,7 @@ class _Following:
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if not self._is_its_own(value):
             # It is the original's, too. What is not copied stays, and is refused in the end.
-            value = copy.deepcopy(value, self._memo)
+            value = _copied(value, self._memo)
             self._copies.update(id(one) for key, one in self._memo.items() if key != id(self._memo))
         if self._is_its_own(value):
             self.within(value)
@@ -378,11 +378,12 @@ _EMPTY = (dict, OrderedDict)
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def share_copy(model: nn.Module) -> nn.Module:
+def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
     """Copies a model, sharing its parameters' storage.
 
     Args:
         model: Any module. It is not touched.
+        left_out: Values of attributes that the copies of its modules do not have.
 
     Returns:
         A module of the same class, with every parameter frozen and ties kept. Buffers have storage
@@ -391,7 +392,8 @@ def share_copy(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
     """
-    memo: dict[int, Any] = {}
+    absent = object()
+    memo: dict[int, Any] = {id(value): absent for value in left_out if not isinstance(value, ATOMS)}
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
     libraries = [one.layers for one in formats()]
@@ -416,6 +418,9 @@ def share_copy(model: nn.Module) -> nn.Module:
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
         result = _copied(model, memo)
+    for module in result.modules() if absent in memo.values() else ():
+        for key in [key for key, value in vars(module).items() if value is absent]:
+            del vars(module)[key]
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
         _settle(module, libraries)
@@ -431,12 +436,12 @@ def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
             own.requires_grad = False
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(value, memo)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). "
+            f"{type(value).__name__} cannot be copied ({type(error).__name__}: {error}). "
             "lora_fx never changes its argument, so it needs a model that copy.deepcopy can copy."
         ) from error
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_fx.errors import MergeError
 from lora_fx.ir import Record, module_of
-from lora_fx.passes.graph import CONSTANT, install, share_copy, uninstall
+from lora_fx.passes.graph import (
+    CONSTANT,
+    copy_without_trainers,
+    install,
+    uninstall,
+)
 from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
 from lora_fx.runtime import AdapterModule, unwatch_calls
 
@@ -15,10 +21,14 @@ __all__ = ["drop_graph", "stripped"]
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
 
-    Modules that ran a graph before the rewrite, over quantized weights, run it again.
+    Modules that ran a graph before the rewrite, over quantized weights, run it again. What trainers have set
+    since is left out.
+
+    Raises:
+        MergeError: If that cannot be told from what somebody else has set.
     """
     by_hand = trained_by_hand(model, record)
-    result = share_copy(model)
+    result = copy_without_trainers(model, record.forwards, MergeError)
     for name in record.active:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
