@@ -7,6 +7,7 @@ from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.forms import Dense, gathered
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Slot
+from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
 
@@ -17,6 +18,7 @@ __all__ = [
     "converted",
     "gathered",
     "hotswap_adapter",
+    "left_out_of_checkpoints",
     "load_adapter",
     "load_adapter_state_dict",
     "prepare_hotswap",

@@ -18,6 +18,7 @@ from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.runtime.fused_lora import lora_linear, lora_linears, without_autocast
 from lora_fx.runtime.fused_quantized import quantized_lora_linear
 from lora_fx.runtime.masks import dropped
+from lora_fx.runtime.members import members_of, register_member
 from lora_fx.runtime.ops import (
     OMITTED,
     AdapterFactors,
@@ -97,12 +98,14 @@ __all__ = [
     "is_checked",
     "lora_linear",
     "lora_linears",
+    "members_of",
     "needs_modules",
     "output_padding",
     "pad_features",
     "partition",
     "put_rows",
     "quantized_lora_linear",
+    "register_member",
     "repeated",
     "reverse",
     "select_rows",

@@ -43,6 +43,7 @@ from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, record_of
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.decorators import around, inner_of
+from lora_fx.runtime.members import members_of
 from lora_fx.runtime.ops import AdapterModule
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "is_checked",
     "mark_checked",
     "reading",
+    "root_of",
     "watched_class",
 ]
 
@@ -251,6 +253,12 @@ def is_checked(model: nn.Module) -> bool:
     return known is not None and (_now.epoch, known.model.setting) in known.model.checked
 
 
+def root_of(module: nn.Module) -> nn.Module | None:
+    """The rewritten model that a watched module is in, as far as that is known."""
+    known = module.__dict__.get(STATE)
+    return None if known is None else known.model.root()
+
+
 def mark_checked(model: nn.Module) -> None:
     """Notes that a model was compared with the dense one."""
     known = model.__dict__.get(STATE)
@@ -442,6 +450,7 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
             BASE: cls,
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
+            **(members_of(cls) if whole else {}),
             _MADE: cls,
             "_lora_fx_whole": whole,
         },
@@ -472,8 +481,12 @@ def _pickles_plainly(cls: type) -> bool:
     return not made_by_itself and ways == (object.__reduce__, object.__reduce_ex__)
 
 
-class Hooked:
-    """Has hooks watched that are registered later, and modules that replace others."""
+class Hooked(nn.Module):
+    """Has hooks watched that are registered later, and modules that replace others.
+
+    It is a module, and has no ``__slots__``: Python sees another layout otherwise, and refuses to change the
+    class of a module that has it.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute. A call that was watched is watched again with another module in it."""
@@ -484,12 +497,12 @@ class Hooked:
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
-        return super().register_forward_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
-        return super().register_forward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_forward_pre_hook(*args, **kwargs)
 
 
 class _Watched(Hooked):

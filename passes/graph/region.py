@@ -417,10 +417,7 @@ class _Form:
 
 
 class _Regional(Hooked):
-    """What a region's class adds to the module's own class, besides ``forward``.
-
-    It has no ``__slots__``: Python would see another layout and refuse to change the class.
-    """
+    """What a region's class adds to the module's own class, besides ``forward``."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keeps from the module's own class that it has a subclass: it may register them."""
