@@ -170,8 +170,10 @@ def _save(
             f"{folder} is where the base was loaded from, and its weights would be replaced by those that are "
             "trained: give another folder"
         )
-    transformers = hasattr(type(model), _IGNORED)
-    if transformers and "save_original_format" in inspect.signature(method).parameters:
+    options = inspect.signature(method).parameters
+    # A model of sentence-transformers has the attribute as well, and lets the models in it save themselves.
+    transformers = hasattr(type(model), _IGNORED) and "state_dict" in options
+    if transformers and "save_original_format" in options:
         # The names of the model, which a checkpoint is loaded by.
         given["save_original_format"] = False
     result = method(*bound.args, **bound.kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_fx.runtime import dora, experts, watch
 from lora_fx.runtime.attention import attend, causal_hint, zero_padding
+from lora_fx.runtime.classes import subclass
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.dora import spread
 from lora_fx.runtime.experts import (
@@ -111,6 +112,7 @@ __all__ = [
     "select_rows",
     "sorted_by_expert",
     "spread",
+    "subclass",
     "summed",
     "tokens_of",
     "tree_differs",

@@ -42,6 +42,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, record_of
 from lora_fx.runtime.call_sizes import Sizes
+from lora_fx.runtime.classes import subclass
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.members import members_of
 from lora_fx.runtime.ops import AdapterModule
@@ -440,9 +441,9 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
     entries = {name: entry(name, method) for name, method in methods.items()}
     if whole:
         entries["forward"] = around(cls.forward, entries["forward"])
-    made = type(
-        cls.__name__,
-        (_Watched, cls),
+    made = subclass(
+        (_Watched, Hooked),
+        cls,
         {
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,

@@ -32,7 +32,18 @@ from lora_fx.passes.graph.signature import (
     GuardedCodeGen,
     forwarding_source,
 )
-from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, differs, disarm, entry, inner_of
+from lora_fx.runtime import (
+    BASE,
+    CODES,
+    GRAPH,
+    Hooked,
+    around,
+    differs,
+    disarm,
+    entry,
+    inner_of,
+    subclass,
+)
 
 __all__ = [
     "CONSTANT",
@@ -348,9 +359,9 @@ def _region_class(
         forward.__doc__ = original.__doc__
         forward.__signature__ = inspect.signature(original)
         codes[forward.__code__] = graph
-    cls = type(
-        base.__name__,
-        (_Regional, base),
+    cls = subclass(
+        (_Regional, Hooked),
+        base,
         {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
