@@ -24,7 +24,7 @@ from lora_fx.ir import (
 from lora_fx.passes.capture import written_out
 from lora_fx.passes.graph import install, is_region, uninstall
 from lora_fx.passes.insert import ROWS, check_rows
-from lora_fx.passes.parameters import check_intact, place_base, place_own
+from lora_fx.passes.parameters import check_intact, place_base, place_own, reshard
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
 from lora_fx.runtime import SampleRows, unwatch_calls, watch, watch_calls
 
@@ -236,11 +236,13 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
 
 def take_out(model: nn.Module, record: Record) -> None:
     """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
+    reshard(model)
     for name in record.active:
         place_base(model, name, record.adapters[name].own, record.originals)
 
 
 def put_in(model: nn.Module, record: Record) -> None:
     """Puts what the active adapters have beside the base into it."""
+    reshard(model)
     for name in record.active:
         place_own(model, name, record.adapters[name].own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
-from lora_fx.checkpoint.forms import Dense, gathered
+from lora_fx.checkpoint.forms import Dense
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Slot
 from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
@@ -16,7 +16,6 @@ __all__ = [
     "Slot",
     "adapter_state_dict",
     "converted",
-    "gathered",
     "hotswap_adapter",
     "left_out_of_checkpoints",
     "load_adapter",

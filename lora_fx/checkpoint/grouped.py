@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.checkpoint.forms import Dense, gathered
+from lora_fx.checkpoint.forms import Dense
 from lora_fx.checkpoint.keys import Slot
 from lora_fx.ir import AdapterRecord, PlannedSite, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
-from lora_fx.passes.parameters import factor_names
+from lora_fx.passes.parameters import factor_names, gathered
 from lora_fx.passes.patterns import pattern_of
 
 __all__ = ["from_peft", "to_peft"]

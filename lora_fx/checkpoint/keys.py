@@ -42,13 +42,13 @@ from lora_fx.checkpoint.forms import (
     StackedUp,
     Transposed,
     for_file,
-    gathered,
 )
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import (
     SiteFactors,
     factors_of,
+    gathered,
     in_adapter,
     own_value,
     parameter_of,

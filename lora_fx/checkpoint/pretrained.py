@@ -30,7 +30,13 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import Record, join, record_of
 from lora_fx.passes.graph import memory_of
 from lora_fx.passes.merge import stripped
-from lora_fx.passes.parameters import changed_buffers, in_adapter, trained_by_hand, without_wrappers
+from lora_fx.passes.parameters import (
+    changed_buffers,
+    in_adapter,
+    is_sharded,
+    trained_by_hand,
+    without_wrappers,
+)
 from lora_fx.runtime import AdapterModule, register_member, watch
 
 __all__ = ["ADAPTER_FOLDER", "BASE_FOLDER", "left_out_of_checkpoints"]
@@ -75,8 +81,8 @@ class _Part:
         """
         if not name.startswith(self.prefix):
             raise ConfigError(
-                f"{type(self.module).__name__} is saved by itself, and the adapter has {name} beside it: save "
-                "the adapter with lora_fx.save_adapter, or merge it before the model is saved"
+                f"{type(self.module).__name__} is saved by itself, and the adapter has {name} beside it: "
+                "save the adapter with lora_fx.save_adapter, or merge it before the model is saved"
             )
         return name.removeprefix(self.prefix)
 
@@ -100,7 +106,7 @@ def _part(module: nn.Module) -> _Part | None:
 
 
 def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
-    """Names in the state dict of a rewritten model that a checkpoint needs not: what is frozen, or there twice.
+    """Names in the state dict of a rewritten model that no checkpoint needs: what is frozen, or there twice.
 
     Args:
         model: A rewritten model.
@@ -161,14 +167,14 @@ def _save(
     given = bound.arguments
     if given.get("push_to_hub"):
         raise ConfigError(
-            "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: save "
-            "it without, and upload the folder"
+            "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: "
+            "save it without, and upload the folder"
         )
     origin = origin_of(model)
     if origin and Path(origin).exists() and folder.resolve() == Path(origin).resolve():
         raise ConfigError(
-            f"{folder} is where the base was loaded from, and its weights would be replaced by those that are "
-            "trained: give another folder"
+            f"{folder} is where the base was loaded from, and its weights would be replaced by those that "
+            "are trained: give another folder"
         )
     options = inspect.signature(method).parameters
     # A model of sentence-transformers has the attribute as well, and lets the models in it save themselves.
@@ -176,13 +182,16 @@ def _save(
     if transformers and "save_original_format" in options:
         # The names of the model, which a checkpoint is loaded by.
         given["save_original_format"] = False
+    state = dict(given.get("state_dict") or {})  # transformers takes out what it has written
     result = method(*bound.args, **bound.kwargs)
     if not given.get("is_main_process", True):
         return result
-    with without_wrappers(part.root), _values(part, given.get("state_dict") or {}):
+    if transformers:
+        (folder / _CONFIG).unlink(missing_ok=True)
+        origin = origin or _save_base(part, folder)
+    with without_wrappers(part.root), _values(part, state):
         if transformers:
-            (folder / _CONFIG).unlink(missing_ok=True)
-            _save_adapters(part, folder, origin or _save_base(part, folder))
+            _save_adapters(part, folder, origin)
         elif not any(hasattr(type(one), _IGNORED) for one in model.modules()):
             _save_adapters(part, folder / ADAPTER_FOLDER, origin)
             _log.warning(
@@ -229,7 +238,7 @@ def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
 
 def _save_base(part: _Part, folder: Path) -> str | None:
     """Save the base of a model that was loaded from nowhere, and give the path."""
-    if any(hasattr(parameter, "full_tensor") for parameter in part.root.parameters()):
+    if any(is_sharded(parameter) for parameter in part.root.parameters()):
         _log.warning(
             "%s: the base has no name_or_path, and is sharded: it is not saved. Save it before training, "
             "and set model.name_or_path to where it is",
@@ -255,14 +264,19 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
     A trainer gathers them on every process, and saves on one, which cannot gather again.
     """
     held = [
-        (module, leaf, parameter, state[join(fqn, leaf)])
+        (module, leaf, parameter, state.get(join(fqn, leaf)))
         for fqn, module in part.module.named_modules()
         for leaf, parameter in module._parameters.items()
-        if hasattr(parameter, "full_tensor") and isinstance(state.get(join(fqn, leaf)), torch.Tensor)
+        if hasattr(parameter, "full_tensor")
+        and isinstance(state.get(join(fqn, leaf)), torch.Tensor)
     ]
+    if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in held):
+        raise ConfigError(
+            "state_dict: it has to have the whole of every parameter of this sharded model, which one process "
+            "cannot gather by itself: get_model_state_dict with full_state_dict=True on every rank"
+        )
     try:
         for module, leaf, parameter, value in held:
-            assert parameter is not None
             module._parameters[leaf] = nn.Parameter(value.detach(), parameter.requires_grad)
         yield
     finally:

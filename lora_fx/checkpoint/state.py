@@ -21,7 +21,6 @@ from lora_fx.adapters import (
     the_adapter,
 )
 from lora_fx.checkpoint.base_weights import SaveEmbeddings, saved_by_hand, saved_embeddings
-from lora_fx.checkpoint.forms import write
 from lora_fx.checkpoint.grouped import from_peft, to_peft
 from lora_fx.checkpoint.joined import Joined, joined_of, wrapped_parameters
 from lora_fx.checkpoint.keys import PREFIX, Slot, base_name, slots_of
@@ -36,6 +35,7 @@ from lora_fx.passes.parameters import (
     own_value,
     parameter_of,
     persistent_buffers,
+    write,
 )
 
 __all__ = [

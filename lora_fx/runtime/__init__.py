@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_fx.runtime import dora, experts, watch
 from lora_fx.runtime.attention import attend, causal_hint, zero_padding
-from lora_fx.runtime.classes import subclass
+from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.dora import spread
 from lora_fx.runtime.experts import (
@@ -51,7 +51,7 @@ from lora_fx.runtime.samples import (
     unwatch_calls,
     watch_calls,
 )
-from lora_fx.runtime.watch import BASE, CODES, GRAPH, Hooked, disarm, entry, is_checked
+from lora_fx.runtime.watch import CODES, GRAPH, Hooked, disarm, entry, is_checked
 from lora_fx.runtime.windows import (
     attend_in_windows,
     fitted_window,
@@ -92,9 +92,11 @@ __all__ = [
     "entry",
     "experts",
     "fitted_window",
+    "give_class",
     "given",
     "grouped_mm",
     "in_place",
+    "inner_class",
     "inner_of",
     "is_checked",
     "lora_linear",

@@ -1,14 +1,63 @@
-"""Classes that are made at run time, for modules that exist already."""
+"""Classes that are made at run time, for modules that exist already.
+
+A library may make a subclass of such a class in turn, as FSDP2 does for every module that it shards. What it
+adds stays when the class below it is exchanged.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["subclass"]
+__all__ = ["BASE", "OVER", "give_class", "inner_class", "subclass"]
+
+BASE = "_lora_fx_base"
+"""Attribute of a class that was made at run time: the module's own class."""
+
+OVER = "_lora_fx_over"
+"""Attribute of another library's subclass: the module's own class, which it is made of again."""
+
+_outer: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
+
+
+def inner_class(module: nn.Module) -> type[nn.Module]:
+    """The class that was made for a module, or its own, without what another library has made of it since."""
+    found: type[nn.Module] = type(module)
+    for cls in found.__mro__:
+        if BASE in cls.__dict__:
+            found = cls
+            break
+        if OVER in cls.__dict__:
+            found = cls.__dict__[OVER]
+            break
+    return found
+
+
+def give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class in the place of :func:`inner_class`."""
+    made = _made_over(type(module), inner_class(module), cls)
+    # Not by the module's own __setattr__, which may keep watch over this attribute, too.
+    object.__setattr__(module, "__class__", made)
+
+
+def _made_over(outer: type, old: type, new: type) -> type:
+    if outer is old:
+        return new
+    known = _outer.get((outer, new))
+    if known is not None:
+        return known
+    bases = tuple(
+        _made_over(base, old, new) if issubclass(base, old) else base for base in outer.__bases__
+    )
+    left_out = ("__dict__", "__weakref__", OVER)
+    members = {name: value for name, value in vars(outer).items() if name not in left_out}
+    if BASE not in new.__dict__:
+        members[OVER] = new
+    return _outer.setdefault((outer, new), type(outer)(outer.__name__, bases, members))
 
 
 def subclass(

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.errors import ConfigError
+from lora_fx.runtime.classes import BASE, OVER
 
 __all__ = [
     "OMITTED",
@@ -371,7 +372,7 @@ def class_of(value: object) -> type:
         value: Any object.
     """
     cls = type(value)
-    found: type = getattr(cls, "_lora_fx_base", cls)
+    found: type = getattr(cls, BASE, None) or getattr(cls, OVER, cls)
     return found
 
 

@@ -42,7 +42,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, record_of
 from lora_fx.runtime.call_sizes import Sizes
-from lora_fx.runtime.classes import subclass
+from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.members import members_of
 from lora_fx.runtime.ops import AdapterModule
@@ -69,9 +69,6 @@ GRAPH = "_lora_fx_graph"
 
 CODES = "_lora_fx_codes"
 """Where a region's class keeps its graphs by the code that runs them."""
-
-BASE = "_lora_fx_base"
-"""Attribute of a class that was made at run time: the module's own class."""
 
 STATE = "_lora_fx_watch"
 """Attribute of a module: what was watched of it."""
@@ -205,7 +202,7 @@ def arm(model: nn.Module) -> None:
     places = (row for name in record.active for row in record.adapters[name].places)
     held = _at_or_above({row.site.owner for row in places})
     for fqn, module in model.named_modules():
-        region = GRAPH in type(module).__dict__
+        region = GRAPH in inner_class(module).__dict__
         if isinstance(module, AdapterModule | torch.jit.ScriptModule):
             continue
         if fqn and fqn not in held and not region:
@@ -219,9 +216,9 @@ def arm(model: nn.Module) -> None:
 def disarm(module: nn.Module) -> None:
     """Takes the watch off a module, which keeps its graph if it has one."""
     module.__dict__.pop(STATE, None)
-    made_of = type(module).__dict__.get(_MADE)
+    made_of = inner_class(module).__dict__.get(_MADE)
     if made_of is not None:
-        object.__setattr__(module, "__class__", made_of)
+        give_class(module, made_of)
 
 
 def arm_again() -> None:
@@ -461,7 +458,7 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
 
 
 def _watch(module: nn.Module, *, whole: bool) -> None:
-    cls: Any = type(module)
+    cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
         if cls._lora_fx_whole >= whole:
             return
@@ -473,7 +470,7 @@ def _watch(module: nn.Module, *, whole: bool) -> None:
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
-    object.__setattr__(module, "__class__", watched_class(cls, whole))
+    give_class(module, watched_class(cls, whole))
 
 
 def _pickles_plainly(cls: type) -> bool:

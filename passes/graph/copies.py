@@ -392,6 +392,7 @@ def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
     """
+    _check_whole(model)
     absent = object()
     memo: dict[int, Any] = {id(value): absent for value in left_out if not isinstance(value, ATOMS)}
     modules = list(model.modules())
@@ -418,13 +419,28 @@ def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
         result = _copied(model, memo)
-    for module in result.modules() if absent in memo.values() else ():
-        for key in [key for key, value in vars(module).items() if value is absent]:
-            del vars(module)[key]
+    _leave_out(result, absent)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
         _settle(module, libraries)
     return result
+
+
+def _leave_out(model: nn.Module, absent: object) -> None:
+    for module in model.modules():
+        for key in [key for key, value in vars(module).items() if value is absent]:
+            del vars(module)[key]
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuses a model that is sharded: a copy would have parts, which nothing puts together."""
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise CaptureError(
+                f"{name or 'the model'} is sharded by FSDP (fully_shard), and a sharded model cannot be "
+                "copied: rewrite a model before it is sharded. To merge, save the adapter on every rank "
+                "(lora_fx.save_adapter), load it onto the model that is not sharded, and merge that"
+            )
 
 
 def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:

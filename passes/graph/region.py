@@ -41,6 +41,8 @@ from lora_fx.runtime import (
     differs,
     disarm,
     entry,
+    give_class,
+    inner_class,
     inner_of,
     subclass,
 )
@@ -256,12 +258,13 @@ _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
 
 def is_region(module: nn.Module) -> bool:
     """Whether the module's forward is generated from a graph."""
-    return _GRAPH in type(module).__dict__
+    return _GRAPH in inner_class(module).__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, also where it is a region, or watched."""
-    found: type[nn.Module] = type(module).__dict__.get(_BASE, type(module))
+    cls = inner_class(module)
+    found: type[nn.Module] = cls.__dict__.get(_BASE, cls)
     return found
 
 
@@ -292,7 +295,7 @@ def kept_graph(module: nn.Module) -> tuple[Mapping[str, fx.Graph], bool] | None:
 
     By the form of the call. None for any other module, and for one that was captured or rewritten.
     """
-    cls: Any = type(module)
+    cls: Any = inner_class(module)
     return (getattr(cls, _FORMS), getattr(cls, _FALLBACK)) if cls.__dict__.get(_KEPT) else None
 
 
@@ -315,15 +318,14 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
         if key not in known:
             graphs = {region.form: region.graph for region in forms}
             known[key] = _region_class(base, graphs, fallback, kept)
-        object.__setattr__(module, "__class__", known[key])
+        give_class(module, known[key])
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives a region its own class back, and any module that is watched."""
     disarm(module)
     if is_region(module):
-        # Not by the module's own __setattr__, which may keep watch over this attribute, too.
-        object.__setattr__(module, "__class__", original_class(module))
+        give_class(module, original_class(module))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

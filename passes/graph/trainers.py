@@ -68,9 +68,9 @@ def copy_without_trainers(
         dropped[name or "the model"] = trainers
         # accelerate's hooks hold on to a forward that somebody else has set before.
         old = next((key for key in _OLD if key in held), None)
-        if old is not None and _packages(module, held[old]):
-            if not _trainers(name, module, held[old], error):
-                restored[name] = old
+        somebody = old is not None and _packages(module, held[old])
+        if old is not None and somebody and not _trainers(name, module, held[old], error):
+            restored[name] = old
         left_out += [
             held[key] for key in ("forward", *_BESIDE) if key in held and restored.get(name) != key
         ]

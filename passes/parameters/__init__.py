@@ -47,6 +47,14 @@ from lora_fx.passes.parameters.replacements import (
     weight_at,
 )
 from lora_fx.passes.parameters.rewritten import check_intact, inside, mark_adapted, without_wrappers
+from lora_fx.passes.parameters.sharded import (
+    check_not_sharded,
+    check_whole,
+    gathered,
+    is_sharded,
+    reshard,
+    write,
+)
 from lora_fx.passes.parameters.tokens import (
     add_tokens,
     indices_name,
@@ -71,14 +79,18 @@ __all__ = [
     "buffer_digests",
     "changed_buffers",
     "check_intact",
+    "check_not_sharded",
+    "check_whole",
     "claim",
     "claim_unfrozen",
     "drop_factors",
     "factor_names",
     "factors_of",
+    "gathered",
     "in_adapter",
     "indices_name",
     "inside",
+    "is_sharded",
     "mark_adapted",
     "matrix_shape",
     "module_at",
@@ -92,6 +104,7 @@ __all__ = [
     "put_back",
     "put_tokens",
     "replaced",
+    "reshard",
     "rows_name",
     "subtracted",
     "tokens_of",
@@ -101,4 +114,5 @@ __all__ = [
     "weight_at",
     "wide",
     "without_wrappers",
+    "write",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
 from lora_fx.passes.graph import memory_of
+from lora_fx.passes.parameters.sharded import is_sharded, write
 from lora_fx.runtime import AdapterModule, KeptTensors
 
 __all__ = [
@@ -111,7 +112,12 @@ def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     for _, owner, leaf in _places(model, names):
         beside = owner._modules[KEPT + leaf]
         assert isinstance(beside, KeptTensors)
-        owner._parameters[leaf] = beside._parameters.pop(adapter)
+        kept, here = beside._parameters.pop(adapter), owner._parameters[leaf]
+        assert kept is not None
+        if here is not None and is_sharded(here):
+            write(here, kept)
+        else:
+            owner._parameters[leaf] = kept
         if not beside._parameters:
             del owner._modules[KEPT + leaf]
 
@@ -137,6 +143,12 @@ def place_base(
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
         old, original = owner.get_parameter(leaf), originals[name]
+        if is_sharded(old):
+            # Its values are exchanged: the parameter is the library's, and the optimizer's.
+            if keep:
+                _beside(owner, leaf).add(adapter, nn.Parameter(old.detach().clone()))
+            write(old, original)
+            continue
         memory = memory_of(original)
         if memory not in live:
             value = original.detach().to(old.device, old.dtype)

@@ -65,7 +65,9 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_resumed_run_is_the_run(name: str, tied: bool, tmp_path: Path) -> None:
     if tied and name == "modules_to_save":
-        pytest.skip("a head that is trained in full has its own weight, which transformers ties again")
+        pytest.skip(
+            "a head that is trained in full has its own weight, which transformers ties again"
+        )
     llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "origin")
     config = LoraConfig(r=2, **CONFIGS[name])
 
@@ -141,9 +143,7 @@ def test_the_best_model_is_loaded(base: Path, tmp_path: Path) -> None:
     run = trainer(model, tmp_path / "run", learning_rate=1e-2, **options)
     run.train()
     best = Path(run.state.best_model_checkpoint)
-    assert_same_bits(
-        {name: model.state_dict()[name] for name in weights(best)}, weights(best)
-    )
+    assert_same_bits({name: model.state_dict()[name] for name in weights(best)}, weights(best))
 
 
 def test_the_folder_of_the_base_is_refused(base: Path) -> None:

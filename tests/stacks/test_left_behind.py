@@ -1,4 +1,4 @@
-"""What trainers leave on a model is in no merged model and in no export; what others set stays, or is named."""
+"""What trainers leave on a model is in no merged model and in no export; what others set stays."""
 
 from __future__ import annotations
 

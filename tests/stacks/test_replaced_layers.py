@@ -52,7 +52,7 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "set_adapter": lambda model, folder: lora_fx.set_adapter(model, "default"),
     "disable_adapter": disable,
     "delete_adapter": lambda model, folder: lora_fx.delete_adapter(model, "default"),
-    "hotswap_adapter": lambda model, folder: lora_fx.hotswap_adapter(model, folder),
+    "hotswap_adapter": lora_fx.hotswap_adapter,
     "trainable_parameters": lambda model, folder: lora_fx.trainable_parameters(model),
     "print_trainable_parameters": lambda model, folder: lora_fx.print_trainable_parameters(model),
     "parameter_groups": lambda model, folder: lora_fx.parameter_groups(model, 1e-3),
