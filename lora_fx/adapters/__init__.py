@@ -20,6 +20,7 @@ from lora_fx.adapters.manage import (
 )
 from lora_fx.adapters.optim import correct_gradients, parameter_groups
 from lora_fx.adapters.quantized_base import plan_quantization, prepare_for_kbit_training, quantize
+from lora_fx.adapters.reference import reference
 from lora_fx.adapters.settings import (
     WRAPPER,
     Layout,
@@ -59,6 +60,7 @@ __all__ = [
     "put_adapter",
     "put_in",
     "quantize",
+    "reference",
     "replace_lora_weights_loftq",
     "restart",
     "run_with",
