@@ -121,6 +121,17 @@ def fold_all(
 _log = logging.getLogger("lora_fx")
 
 
+def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
+    """Refuse a weight that a hook computes of another one: what is written into it is lost at the next call."""
+    for name in weights:
+        owner, _, leaf = name.rpartition(".")
+        if isinstance(vars(model.get_submodule(owner)).get(leaf), torch.Tensor):
+            raise MergeError(
+                f"{name} is computed before each call (torch.nn.utils.prune), so that nothing can be folded into "
+                f"it: make it permanent first, with torch.nn.utils.prune.remove(layer, {leaf!r})"
+            )
+
+
 def merge(
     model: nn.Module,
     *,
@@ -178,6 +189,7 @@ def merge(
         )
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
+    _check_stored(model, (*rows, *tokens))
     full = dict(trained(model, record, names))
     every = [pair for several in rows.values() for pair in several]
     common = dtype or (None if requantize else dtype_of_all(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ __all__ = [
     "base_modules",
     "base_parameters",
     "base_weight",
+    "computed_as_parameters",
     "in_adapter",
     "module_at",
     "own_value",
@@ -75,10 +77,12 @@ def module_at(model: nn.Module, fqn: str) -> nn.Module:
     return model.get_submodule(fqn) if found is None else found
 
 
-def weight_at(model: nn.Module, name: str) -> nn.Parameter:
-    """As ``get_parameter``, likewise."""
+def weight_at(model: nn.Module, name: str) -> torch.Tensor:
+    """As ``get_parameter``, likewise; also a weight that is computed of one (torch.nn.utils.prune)."""
     owner, _, leaf = name.rpartition(".")
-    return module_at(model, owner).get_parameter(leaf)
+    module = module_at(model, owner)
+    computed = module.__dict__.get(leaf)
+    return computed if isinstance(computed, torch.Tensor) else module.get_parameter(leaf)
 
 
 def in_adapter(model: nn.Module, name: str) -> bool:
@@ -94,6 +98,29 @@ def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
     if beside is not None and adapter in beside._parameters:
         return beside.get_parameter(adapter)
     return owner.get_parameter(leaf)
+
+
+@contextmanager
+def computed_as_parameters(model: nn.Module) -> Iterator[None]:
+    """Has weights that a hook computes before each call (torch.nn.utils.prune) as parameters, for a while.
+
+    Passes look for the weights of a graph among the parameters of its module.
+    """
+    held = [
+        (module, leaf, value)
+        for _, module in base_modules(model)
+        for leaf, value in list(vars(module).items())
+        if isinstance(value, torch.Tensor) and f"{leaf}_orig" in module._parameters
+    ]
+    for module, leaf, value in held:
+        del vars(module)[leaf]
+        module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, leaf, value in held:
+            del module._parameters[leaf]
+            vars(module)[leaf] = value
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
