@@ -272,8 +272,8 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
     ]
     if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in held):
         raise ConfigError(
-            "state_dict: it has to have the whole of every parameter of this sharded model, which one process "
-            "cannot gather by itself: get_model_state_dict with full_state_dict=True on every rank"
+            "state_dict: it has to have the whole of every parameter of this sharded model, which one "
+            "process cannot gather by itself: get_model_state_dict with full_state_dict=True on every rank"
         )
     try:
         for module, leaf, parameter, value in held:

@@ -30,6 +30,7 @@ from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord, record_of
 from lora_fx.passes.parameters import (
     changed_buffers,
+    check_whole,
     claim,
     inside,
     own_value,
@@ -191,6 +192,7 @@ def stored(
     slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
     whole = converted(model, record, adapter, slots)
     before, record, slots = record, whole.record, whole.slots
+    check_whole(((slot.name, slot.tensor) for slot in slots.values()), CheckpointError)
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")
