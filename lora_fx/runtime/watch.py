@@ -60,6 +60,7 @@ __all__ = [
     "is_checked",
     "mark_checked",
     "reading",
+    "refuse_flat",
     "root_of",
     "watched_class",
 ]
@@ -336,6 +337,9 @@ def _first(
         return result
     if entries.done.knows(*key) or _blind(module, entries.model, (args, kwargs)):
         return function(module, *args, **kwargs)
+    root = entries.model.root()
+    if root is not None:
+        refuse_flat(root)
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
@@ -344,6 +348,28 @@ def _first(
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
     return result
+
+
+def refuse_flat(model: nn.Module) -> None:
+    """Refuses a model whose parameters FSDP1 has put into flat ones: they are views that come and go.
+
+    Raises:
+        CaptureError: If there is such a parameter.
+    """
+    for fqn, module in model.named_modules():
+        if not getattr(module, "_is_fsdp_managed_module", False):
+            continue
+        for leaf, parameter in module._parameters.items():
+            # In a call a view lies before it.
+            view = isinstance(vars(module).get(leaf), torch.Tensor)
+            if not view and not getattr(parameter, "_fsdp_flattened", False):
+                continue
+            name = f"{fqn}.{leaf}" if fqn else leaf
+            raise CaptureError(
+                f"{name} is a part of a flat parameter of FSDP1 (FullyShardedDataParallel), in which an "
+                "adapter cannot be told from its base: shard the rewritten model with FSDP2, "
+                "torch.distributed.fsdp.fully_shard (in accelerate and Trainer: fsdp_version 2)"
+            )
 
 
 def _watched(

@@ -20,6 +20,7 @@ from lora_fx.passes.parameters.by_hand import note_by_hand, protect
 from lora_fx.passes.parameters.factors import factor_names
 from lora_fx.passes.parameters.replacements import KEPT
 from lora_fx.passes.parameters.tokens import rows_name
+from lora_fx.runtime import watch
 
 __all__ = [
     "check_intact",
@@ -40,8 +41,9 @@ def check_intact(model: nn.Module, record: Record) -> None:
         record: Its record.
 
     Raises:
-        CaptureError: With every such place, and what to do.
+        CaptureError: With every such place, and what to do; and of a model in FSDP1.
     """
+    watch.refuse_flat(model)
     lost = list(dict.fromkeys(_lost(model, record)))
     if not lost:
         return

@@ -1,4 +1,4 @@
-"""accelerate's offload after the rewrite: weights are loaded before a layer is called, factors when they are read."""
+"""accelerate's offload after the rewrite: factors are loaded when a graph reads them."""
 
 from __future__ import annotations
 
