@@ -277,6 +277,7 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
         )
     try:
         for module, leaf, parameter, value in held:
+            assert value is not None
             module._parameters[leaf] = nn.Parameter(value.detach(), parameter.requires_grad)
         yield
     finally:

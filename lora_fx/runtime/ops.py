@@ -79,7 +79,7 @@ class AdapterFactors(AdapterModule):
         """Sets an attribute; with accelerate's hook it becomes one whose factors are somewhere else."""
         super().__setattr__(name, value)
         if name == _HOOK and type(self) is AdapterFactors:
-            self.__class__ = OffloadedFactors
+            object.__setattr__(self, "__class__", OffloadedFactors)
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
         """Adds an adapter's factor, or puts another one in its place.
@@ -123,7 +123,7 @@ class OffloadedFactors(AdapterFactors):
         """Deletes an attribute; without the hook it is as it was."""
         super().__delattr__(name)
         if name == _HOOK:
-            self.__class__ = AdapterFactors
+            object.__setattr__(self, "__class__", AdapterFactors)
 
 
 class KeptIndices(AdapterFactors):
@@ -410,7 +410,7 @@ def class_of(value: object) -> type:
     Args:
         value: Any object.
     """
-    cls = type(value)
+    cls: Any = type(value)
     found: type = getattr(cls, BASE, None) or getattr(cls, OVER, cls)
     return found
 

@@ -418,7 +418,7 @@ def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
                     memo[id(value)] = type(value)()
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
-        result = _copied(model, memo)
+        result: nn.Module = _copied(model, memo)
     _leave_out(result, absent)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():

@@ -472,7 +472,7 @@ class _Regional(Hooked):
         frozen = {form: freeze(graph) for form, graph in getattr(cls, _FORMS).items()}
         graph = (frozen, getattr(cls, _FALLBACK), getattr(cls, _KEPT))
         if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
-            return _rebuild, (base, *graph), self.__getstate__()
+            return _rebuild, (base, *graph), self.__getstate__()  # type: ignore[no-untyped-call]
         # It has a way of its own, as fx.GraphModule does.
         plain = object.__new__(base)
         plain.__dict__.update(self.__dict__)

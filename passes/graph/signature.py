@@ -148,8 +148,8 @@ def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
     parameters = parameters_of(forward, {})
     spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
     # What comes before *args cannot be left out where those are given.
-    by_place = [inspect.Parameter.POSITIONAL_ONLY]
-    by_place += [inspect.Parameter.POSITIONAL_OR_KEYWORD] if spread else []
+    by_place = [int(inspect.Parameter.POSITIONAL_ONLY)]
+    by_place += [int(inspect.Parameter.POSITIONAL_OR_KEYWORD)] if spread else []
     left_out = [
         p.name
         for p in parameters

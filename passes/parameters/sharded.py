@@ -59,7 +59,8 @@ def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxErr
         error: What is raised.
     """
     for name, tensor in named:
-        if hasattr(tensor, "ds_id") and not tensor.numel() and getattr(tensor, "ds_numel", 0):
+        partitioned = hasattr(tensor, "ds_id") and int(getattr(tensor, "ds_numel", 0)) > 0
+        if partitioned and not tensor.numel():
             raise error(
                 f"{name} is partitioned by ZeRO-3, and has no values in this process: gather the parameters "
                 "first, `with deepspeed.zero.GatheredParameters(list(model.parameters())):` around this call "
