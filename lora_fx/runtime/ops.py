@@ -40,6 +40,7 @@ __all__ = [
     "Holder",
     "KeptIndices",
     "KeptTensors",
+    "OffloadedFactors",
     "Omitted",
     "Seen",
     "cast_like",
