@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import adapter_record, the_adapter
-from lora_fx.checkpoint import Dense, Slot, converted, gathered, read_tensors, without_prefix
+from lora_fx.checkpoint import Dense, Slot, converted, read_tensors, without_prefix
 from lora_fx.config import LoraConfig, changes_base, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, ExportError, some
 from lora_fx.export.adapter_manifest import (
@@ -34,7 +34,7 @@ from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
 from lora_fx.ir import PlannedSite, join, require_record
 from lora_fx.kinds import chosen_kind, kind_of
-from lora_fx.passes.parameters import factor_names, trained_by_hand
+from lora_fx.passes.parameters import factor_names, gathered, trained_by_hand
 
 __all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of", "values_of_model"]
 

@@ -43,6 +43,7 @@ from lora_fx.export.verify import verify as verify_file
 from lora_fx.files import output_file
 from lora_fx.ir import record_of
 from lora_fx.passes.capture import ONE_AT_A_TIME
+from lora_fx.passes.graph import copy_without_trainers, instance_forwards
 from lora_fx.passes.parameters import check_intact
 from lora_fx.runtime import without_autocast
 
@@ -374,6 +375,7 @@ def export_onnx(
     _require_packages()
     clock = _Stages(progress)
 
+    model = _without_trainers(model)
     with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(target) as stage:
         keep = Scratch(stage).keep
         build = partial(
@@ -432,6 +434,15 @@ def _check_arguments(
         )
     if opset is not None and opset not in _OPSETS:
         raise ExportError(f"opset {opset!r} is not supported: use one of {_OPSETS}")
+
+
+def _without_trainers(model: nn.Module) -> nn.Module:
+    """Give a rewritten model without what trainers have set on it, a copy where there is something."""
+    inner = unwrapped(model)
+    record = record_of(inner)
+    if record is None or instance_forwards(inner) <= record.forwards:
+        return model
+    return copy_without_trainers(inner, record.forwards, ExportError)
 
 
 def _require_packages() -> None:

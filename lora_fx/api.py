@@ -288,16 +288,21 @@ def merge(
     return (merged, report) if return_report else merged
 
 
+@inside
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters to give to an optimizer.
 
     Those of the base that were unfrozen by hand get storage of their own here, so that the model that was
     rewritten is not trained with them; elsewhere they get it with their first gradient.
+
+    Raises:
+        CaptureError: If a layer that has an adapter was deleted or replaced.
     """
     claim_unfrozen(model)
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
+@inside
 def print_trainable_parameters(model: nn.Module) -> None:
     """Prints how much is trained, in the words of PEFT."""
     trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)

@@ -34,7 +34,7 @@ from lora_fx.ir import (
 )
 from lora_fx.passes.capture import Frontend, holds_quantized, written_out
 from lora_fx.passes.capture import capture as capture_model
-from lora_fx.passes.graph import install, kept_graph
+from lora_fx.passes.graph import install, instance_forwards, kept_graph
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
 from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
@@ -278,7 +278,14 @@ def rewrite_model(
     )
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     record = Record(
-        {}, (), capture.frontend, trainable, buffer_digests(capture.model), base, optimize=optimize
+        {},
+        (),
+        capture.frontend,
+        trainable,
+        buffer_digests(capture.model),
+        base,
+        optimize=optimize,
+        forwards=instance_forwards(model),
     )
     record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 
@@ -190,9 +191,7 @@ def plan_step(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import lora_fx
-
-    rewritten = lora_fx.rewrite(model, config)
+    rewritten = rewrite(model, config)
     recompute: Any = getattr(rewritten, "gradient_checkpointing_enable", None)
     if checkpointing and recompute is None:
         raise ConfigError(

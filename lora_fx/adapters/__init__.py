@@ -24,6 +24,7 @@ from lora_fx.adapters.quantized_base import (
     quantize,
     replace_lora_weights_loftq,
 )
+from lora_fx.adapters.reference import reference
 from lora_fx.adapters.settings import (
     WRAPPER,
     Layout,
@@ -63,6 +64,7 @@ __all__ = [
     "put_adapter",
     "put_in",
     "quantize",
+    "reference",
     "replace_lora_weights_loftq",
     "restart",
     "run_with",

@@ -29,6 +29,7 @@ from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
 from lora_fx.passes.parameters import (
     adapter_parameters,
     base_parameters,
+    check_not_sharded,
     drop_factors,
     inside,
     own_value,
@@ -153,6 +154,11 @@ def put_adapter(
                     f"bias={config.bias!r}: the adapter {name!r} trains biases of the base already, and "
                     "one adapter at most can: give bias='none'"
                 )
+    check_not_sharded(
+        model,
+        f"the adapter {adapter_name!r}",
+        "add it before the model is sharded (fully_shard, deepspeed.initialize, accelerate's prepare)",
+    )
     capture = base_capture(model, record)
     take_out(model, record)
     before = base_parameters(model)

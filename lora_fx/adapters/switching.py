@@ -24,7 +24,13 @@ from lora_fx.ir import (
 from lora_fx.passes.capture import written_out
 from lora_fx.passes.graph import install, is_region, uninstall
 from lora_fx.passes.insert import ROWS, check_rows
-from lora_fx.passes.parameters import check_intact, place_base, place_own
+from lora_fx.passes.parameters import (
+    check_intact,
+    computed_as_parameters,
+    place_base,
+    place_own,
+    reshard,
+)
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
 from lora_fx.runtime import SampleRows, unwatch_calls, watch, watch_calls
 
@@ -206,7 +212,8 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     places = tuple(place for one in adapters.values() for place in one.places)
     check_regions(capture, places)
     passes = branch_passes(adapters, optimize=record.optimize, per_sample=per_sample)
-    edited = run_passes(capture, passes)
+    with computed_as_parameters(model):
+        edited = run_passes(capture, passes)
     regions = tuple(regions_to_install(edited, places))
     take_out(model, record)
     for key in capture.regions.keys() - {region.key for region in regions}:
@@ -236,11 +243,13 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
 
 def take_out(model: nn.Module, record: Record) -> None:
     """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
+    reshard(model)
     for name in record.active:
         place_base(model, name, record.adapters[name].own, record.originals)
 
 
 def put_in(model: nn.Module, record: Record) -> None:
     """Puts what the active adapters have beside the base into it."""
+    reshard(model)
     for name in record.active:
         place_own(model, name, record.adapters[name].own)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
-from lora_fx.checkpoint.keys import Dense, Slot, gathered
+from lora_fx.checkpoint.keys import Dense, Slot
+from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
 
@@ -14,8 +15,8 @@ __all__ = [
     "Slot",
     "adapter_state_dict",
     "converted",
-    "gathered",
     "hotswap_adapter",
+    "left_out_of_checkpoints",
     "load_adapter",
     "load_adapter_state_dict",
     "prepare_hotswap",

@@ -47,7 +47,7 @@ from lora_fx.passes.parameters import inside
 from lora_fx.passes.pipeline import plan_model, rewrite_model
 from lora_fx.runtime import check_adapter_name
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["folder_of", "load_adapter", "save_adapter"]
 
 
 _log = logging.getLogger("lora_fx")
@@ -101,6 +101,36 @@ def save_adapter(
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     if vllm and save_embedding_layers == "auto":
         save_embedding_layers = False
+    values, config, notes = folder_of(
+        model, record, adapter_name, save_embedding_layers, vllm=vllm, folder=folder
+    )
+    tensors = {PREFIX + key: value for key, value in values.items()}
+    write_folder(folder, tensors, config, notes=notes, force=force)
+    return folder
+
+
+def folder_of(
+    model: nn.Module,
+    record: AdapterRecord,
+    adapter_name: str,
+    save_embedding_layers: SaveEmbeddings = "auto",
+    *,
+    vllm: bool = False,
+    folder: Path | str = "save_pretrained",
+) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
+    """What is in an adapter's folder: tensors without PEFT's prefix, configuration, further metadata.
+
+    Args:
+        model: A rewritten model.
+        record: The adapter's record.
+        adapter_name: Its name.
+        save_embedding_layers: As for :func:`save_adapter`.
+        vllm: Likewise.
+        folder: What warnings name.
+
+    Raises:
+        CheckpointError: As :func:`save_adapter`.
+    """
     found = stored(model, record, adapter_name, save_embedding_layers)
     config = written_config(model, record, found.targets)
     if found.own:
@@ -129,9 +159,7 @@ def save_adapter(
     if vllm:
         # One rank for all is none of the parts: the whole is read as one adapter again.
         (values, config), notes = _for_vllm(found, record, config), {}
-    tensors = {PREFIX + key: value for key, value in values.items()}
-    write_folder(folder, tensors, config, notes=notes, force=force)
-    return folder
+    return values, config, notes
 
 
 @inside

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note_start, the_adapter
 from lora_fx.checkpoint.folder import load_adapter
-from lora_fx.checkpoint.keys import write
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
-from lora_fx.passes.parameters import SiteFactors, factors_of, inside, own_value, tokens_of
+from lora_fx.passes.parameters import SiteFactors, factors_of, inside, own_value, tokens_of, write
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan import priced
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import (
     SiteFactors,
     factors_of,
+    gathered,
     in_adapter,
     own_value,
     parameter_of,
@@ -63,40 +64,13 @@ __all__ = [
     "StackedUp",
     "Transposed",
     "base_name",
-    "gathered",
     "slots_of",
-    "write",
 ]
 
 
 def _for_file(value: torch.Tensor) -> torch.Tensor:
     """The same numbers on the CPU, contiguous, with storage of their own."""
     return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this."""
-    found: Any = tensor.detach()
-    whole: torch.Tensor = found.full_tensor() if _is_sharded(found) else found
-    return whole
-
-
-def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded."""
-    if _is_sharded(tensor):
-        # The package loads with the first DTensor, not with lora_fx.
-        from torch.distributed.tensor import distribute_tensor
-
-        place: Any = tensor
-        value = value.to(tensor.device, tensor.dtype)
-        # Every rank has read the same file: nothing has to be sent.
-        value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
-    with torch.no_grad():
-        tensor.copy_(value)
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
 _Shape = tuple[int, ...]

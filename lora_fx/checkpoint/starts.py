@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from lora_fx.adapters import adapter_record, restart
-from lora_fx.checkpoint.keys import Slot, gathered
+from lora_fx.checkpoint.keys import Slot
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import CheckpointError
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
 from lora_fx.passes.insert import start_factors
-from lora_fx.passes.parameters import factor_names
+from lora_fx.passes.parameters import factor_names, gathered
 from lora_fx.passes.plan import start_objection
 
 __all__ = ["Converted", "check_start", "converted", "other_start", "repeat_start"]

@@ -22,7 +22,7 @@ from lora_fx.adapters import (
 )
 from lora_fx.checkpoint.base_weights import SaveEmbeddings, saved_by_hand, saved_embeddings
 from lora_fx.checkpoint.joined import Joined, joined_of, wrapped_parameters
-from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, base_name, gathered, slots_of, write
+from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, base_name, slots_of
 from lora_fx.checkpoint.starts import Converted, converted, other_start
 from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError
@@ -31,12 +31,15 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
     changed_buffers,
+    check_whole,
     claim,
     factor_names,
+    gathered,
     inside,
     own_value,
     parameter_of,
     persistent_buffers,
+    write,
 )
 from lora_fx.passes.patterns import pattern_of
 
@@ -193,6 +196,7 @@ def stored(
     slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
     whole = converted(model, record, adapter, slots)
     before, record, slots = record, whole.record, whole.slots
+    check_whole(((slot.name, slot.tensor) for slot in slots.values()), CheckpointError)
     for slot in slots.values():
         if slot.tensor.is_meta:
             raise CheckpointError(f"{slot.name} is on the meta device: there are no values to save")

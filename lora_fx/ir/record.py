@@ -241,6 +241,7 @@ class Record:
         blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
         by_hand: FQNs of the base's parameters that were trained although no adapter trains them
             (:mod:`lora_fx.passes.parameters.rewritten`).
+        forwards: FQNs of the modules that had a ``forward`` of their instance at the rewrite.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -255,6 +256,7 @@ class Record:
     chosen: ActiveAdapters | None = None
     blocks: tuple[ActiveAdapters, ...] = ()
     by_hand: frozenset[str] = frozenset()
+    forwards: frozenset[str] = frozenset()
 
     @property
     def choice(self) -> ActiveAdapters:

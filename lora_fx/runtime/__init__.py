@@ -12,8 +12,10 @@ from lora_fx.runtime import (
     watch,
     windows,
 )
+from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
 from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.fused_lora import without_autocast
+from lora_fx.runtime.members import members_of, register_member
 from lora_fx.runtime.ops import (
     AdapterFactors,
     AdapterModule,
@@ -31,7 +33,7 @@ from lora_fx.runtime.samples import (
     unwatch_calls,
     watch_calls,
 )
-from lora_fx.runtime.watch import BASE, CODES, GRAPH, Hooked, disarm, entry, is_checked
+from lora_fx.runtime.watch import CODES, GRAPH, Hooked, disarm, entry, is_checked
 
 __all__ = [
     "BASE",
@@ -52,14 +54,19 @@ __all__ = [
     "experts",
     "fused_lora",
     "fused_quantized",
+    "give_class",
     "in_place",
+    "inner_class",
     "inner_of",
     "is_checked",
     "masks",
+    "members_of",
     "ops",
     "output_padding",
     "put_rows",
+    "register_member",
     "select_rows",
+    "subclass",
     "unwatch_calls",
     "watch",
     "watch_calls",

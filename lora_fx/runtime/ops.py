@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.errors import ConfigError
+from lora_fx.runtime.classes import BASE, OVER
 
 __all__ = [
     "OMITTED",
@@ -39,6 +40,7 @@ __all__ = [
     "Holder",
     "KeptIndices",
     "KeptTensors",
+    "OffloadedFactors",
     "Seen",
     "cast_like",
     "check_adapter_name",
@@ -61,6 +63,9 @@ __all__ = [
 _TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call")
 
 
+_HOOK = "_hf_hook"  # where accelerate keeps its hook
+
+
 class AdapterModule(nn.Module):
     """A module that lora_fx puts into a model: no part of the base."""
 
@@ -68,8 +73,15 @@ class AdapterModule(nn.Module):
 class AdapterFactors(AdapterModule):
     """One factor of a site, for every adapter: ``layer.lora_A.default`` is a parameter.
 
-    It has no forward: the graph reads the parameters.
+    It has no forward: the graph reads the parameters. Hooks that accelerate puts on it to load parameters
+    before a call never run, so that it then asks them itself.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; with accelerate's hook it becomes one whose factors are somewhere else."""
+        super().__setattr__(name, value)
+        if name == _HOOK and type(self) is AdapterFactors:
+            object.__setattr__(self, "__class__", OffloadedFactors)
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
         """Adds an adapter's factor, or puts another one in its place.
@@ -85,6 +97,35 @@ class AdapterFactors(AdapterModule):
         """Names and shapes."""
         shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
+
+
+class OffloadedFactors(AdapterFactors):
+    """Factors that accelerate has offloaded to a disk or to the CPU: each read loads one, to compute with."""
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute; a factor with its values.
+
+        Raises:
+            ConfigError: If it would be trained: the gradient of a loaded value reaches nothing.
+        """
+        value = super().__getattr__(name)
+        hook: Any = self.__dict__.get(_HOOK)
+        stored = getattr(hook, "weights_map", None)
+        if not isinstance(value, nn.Parameter) or not value.is_meta or stored is None:
+            return value
+        if self.training and torch.is_grad_enabled():
+            raise ConfigError(
+                f"the factors of adapter {name!r} are offloaded by accelerate, which is for inference: call "
+                "model.eval(), or take the hooks off (accelerate.hooks.remove_hook_from_submodules)"
+            )
+        loaded = stored[name].to(hook.execution_device, value.dtype)
+        return nn.Parameter(loaded, requires_grad=False)
+
+    def __delattr__(self, name: str) -> None:
+        """Deletes an attribute; without the hook it is as it was."""
+        super().__delattr__(name)
+        if name == _HOOK:
+            object.__setattr__(self, "__class__", AdapterFactors)
 
 
 class KeptIndices(AdapterFactors):
@@ -383,8 +424,8 @@ def class_of(value: object) -> type:
     Args:
         value: Any object.
     """
-    cls = type(value)
-    found: type = getattr(cls, "_lora_fx_base", cls)
+    cls: Any = type(value)
+    found: type = getattr(cls, BASE, None) or getattr(cls, OVER, cls)
     return found
 
 

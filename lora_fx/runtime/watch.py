@@ -42,7 +42,9 @@ from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, record_of
 from lora_fx.runtime.call_sizes import Sizes
+from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
 from lora_fx.runtime.decorators import around, inner_of
+from lora_fx.runtime.members import members_of
 from lora_fx.runtime.ops import AdapterModule
 
 __all__ = [
@@ -58,6 +60,8 @@ __all__ = [
     "is_checked",
     "mark_checked",
     "reading",
+    "refuse_flat",
+    "root_of",
     "watched_class",
 ]
 
@@ -66,9 +70,6 @@ GRAPH = "_lora_fx_graph"
 
 CODES = "_lora_fx_codes"
 """Where a region's class keeps its graphs by the code that runs them."""
-
-BASE = "_lora_fx_base"
-"""Attribute of a class that was made at run time: the module's own class."""
 
 STATE = "_lora_fx_watch"
 """Attribute of a module: what was watched of it."""
@@ -202,7 +203,7 @@ def arm(model: nn.Module) -> None:
     places = (row for name in record.active for row in record.adapters[name].places)
     held = _at_or_above({row.site.owner for row in places})
     for fqn, module in model.named_modules():
-        region = GRAPH in type(module).__dict__
+        region = GRAPH in inner_class(module).__dict__
         if isinstance(module, AdapterModule | torch.jit.ScriptModule):
             continue
         if fqn and fqn not in held and not region:
@@ -216,9 +217,9 @@ def arm(model: nn.Module) -> None:
 def disarm(module: nn.Module) -> None:
     """Takes the watch off a module, which keeps its graph if it has one."""
     module.__dict__.pop(STATE, None)
-    made_of = type(module).__dict__.get(_MADE)
+    made_of = inner_class(module).__dict__.get(_MADE)
     if made_of is not None:
-        object.__setattr__(module, "__class__", made_of)
+        give_class(module, made_of)
 
 
 def arm_again() -> None:
@@ -249,6 +250,12 @@ def is_checked(model: nn.Module) -> bool:
     if record is not None and not record.active:
         return True
     return known is not None and (_now.epoch, known.model.setting) in known.model.checked
+
+
+def root_of(module: nn.Module) -> nn.Module | None:
+    """The rewritten model that a watched module is in, as far as that is known."""
+    known = module.__dict__.get(STATE)
+    return None if known is None else known.model.root()
 
 
 def mark_checked(model: nn.Module) -> None:
@@ -330,6 +337,9 @@ def _first(
         return result
     if entries.done.knows(*key) or _blind(module, entries.model, (args, kwargs)):
         return function(module, *args, **kwargs)
+    root = entries.model.root()
+    if root is not None:
+        refuse_flat(root)
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
@@ -338,6 +348,28 @@ def _first(
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
     return result
+
+
+def refuse_flat(model: nn.Module) -> None:
+    """Refuses a model whose parameters FSDP1 has put into flat ones: they are views that come and go.
+
+    Raises:
+        CaptureError: If there is such a parameter.
+    """
+    for fqn, module in model.named_modules():
+        if not getattr(module, "_is_fsdp_managed_module", False):
+            continue
+        for leaf, parameter in module._parameters.items():
+            # In a call a view lies before it.
+            view = isinstance(vars(module).get(leaf), torch.Tensor)
+            if not view and not getattr(parameter, "_fsdp_flattened", False):
+                continue
+            name = f"{fqn}.{leaf}" if fqn else leaf
+            raise CaptureError(
+                f"{name} is a part of a flat parameter of FSDP1 (FullyShardedDataParallel), in which an "
+                "adapter cannot be told from its base: shard the rewritten model with FSDP2, "
+                "torch.distributed.fsdp.fully_shard (in accelerate and Trainer: fsdp_version 2)"
+            )
 
 
 def _watched(
@@ -432,9 +464,9 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
     entries = {name: entry(name, method) for name, method in methods.items()}
     if whole:
         entries["forward"] = around(cls.forward, entries["forward"])
-    made = type(
-        cls.__name__,
-        (_Watched, cls),
+    made = subclass(
+        (_Watched, Hooked),
+        cls,
         {
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
@@ -442,6 +474,7 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
             BASE: cls,
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
+            **(members_of(cls) if whole else {}),
             _MADE: cls,
             "_lora_fx_whole": whole,
         },
@@ -451,7 +484,7 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
 
 
 def _watch(module: nn.Module, *, whole: bool) -> None:
-    cls: Any = type(module)
+    cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
         if cls._lora_fx_whole >= whole:
             return
@@ -463,7 +496,7 @@ def _watch(module: nn.Module, *, whole: bool) -> None:
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
-    object.__setattr__(module, "__class__", watched_class(cls, whole))
+    give_class(module, watched_class(cls, whole))
 
 
 def _pickles_plainly(cls: type) -> bool:
@@ -472,18 +505,28 @@ def _pickles_plainly(cls: type) -> bool:
     return not made_by_itself and ways == (object.__reduce__, object.__reduce_ex__)
 
 
-class Hooked:
-    """Has hooks watched that are registered later."""
+class Hooked(nn.Module):
+    """Has hooks watched that are registered later, and modules that replace others.
+
+    It is a module, and has no ``__slots__``: Python sees another layout otherwise, and refuses to change the
+    class of a module that has it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. A call that was watched is watched again with another module in it."""
+        if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()):
+            arm_again()
+        super().__setattr__(name, value)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
-        return super().register_forward_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
-        return super().register_forward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_forward_pre_hook(*args, **kwargs)
 
 
 class _Watched(Hooked):

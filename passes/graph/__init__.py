@@ -58,6 +58,7 @@ from lora_fx.passes.graph.signature import (
     wrapped_forward,
 )
 from lora_fx.passes.graph.source import SCOPES, bound_by, compiled, nested, tree_of
+from lora_fx.passes.graph.trainers import copy_without_trainers, instance_forwards
 
 __all__ = [
     "APART",
@@ -83,6 +84,7 @@ __all__ = [
     "compiled",
     "conditions_of",
     "copy_graph",
+    "copy_without_trainers",
     "edit_graphs",
     "elements",
     "erase_dead",
@@ -92,6 +94,7 @@ __all__ = [
     "generated",
     "graphs_of",
     "install",
+    "instance_forwards",
     "is_built_in",
     "is_constant",
     "is_lazy",

@@ -240,7 +240,7 @@ class _Following:
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if not self._is_its_own(value):
             # It is the original's, too. What is not copied stays, and is refused in the end.
-            value = copy.deepcopy(value, self._memo)
+            value = _copied(value, self._memo)
             self._copies.update(id(one) for key, one in self._memo.items() if key != id(self._memo))
         if self._is_its_own(value):
             self.within(value)
@@ -378,11 +378,12 @@ _EMPTY = (dict, OrderedDict)
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def share_copy(model: nn.Module) -> nn.Module:
+def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
     """Copies a model, sharing its parameters' storage.
 
     Args:
         model: Any module. It is not touched.
+        left_out: Values of attributes that the copies of its modules do not have.
 
     Returns:
         A module of the same class, with every parameter frozen and ties kept. Buffers have storage
@@ -391,7 +392,9 @@ def share_copy(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
     """
-    memo: dict[int, Any] = {}
+    _check_whole(model)
+    absent = object()
+    memo: dict[int, Any] = {id(value): absent for value in left_out if not isinstance(value, ATOMS)}
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
     libraries = [one.layers for one in formats()]
@@ -415,11 +418,29 @@ def share_copy(model: nn.Module) -> nn.Module:
                     memo[id(value)] = type(value)()
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
-        result = _copied(model, memo)
+        result: nn.Module = _copied(model, memo)
+    _leave_out(result, absent)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
         _settle(module, libraries)
     return result
+
+
+def _leave_out(model: nn.Module, absent: object) -> None:
+    for module in model.modules():
+        for key in [key for key, value in vars(module).items() if value is absent]:
+            del vars(module)[key]
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuses a model that is sharded: a copy would have parts, which nothing puts together."""
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise CaptureError(
+                f"{name or 'the model'} is sharded by FSDP (fully_shard), and a sharded model cannot be "
+                "copied: rewrite a model before it is sharded. To merge, save the adapter on every rank "
+                "(lora_fx.save_adapter), load it onto the model that is not sharded, and merge that"
+            )
 
 
 def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
@@ -431,12 +452,12 @@ def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
             own.requires_grad = False
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(value, memo)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). "
+            f"{type(value).__name__} cannot be copied ({type(error).__name__}: {error}). "
             "lora_fx never changes its argument, so it needs a model that copy.deepcopy can copy."
         ) from error
 

@@ -25,8 +25,27 @@ from torch import fx, nn
 from lora_fx.errors import CaptureError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
-from lora_fx.passes.graph.signature import FALLBACK, NEEDS_MODULES, WANTS_CACHE, GuardedCodeGen
-from lora_fx.runtime import BASE, CODES, GRAPH, Hooked, around, disarm, entry, inner_of, ops
+from lora_fx.passes.graph.signature import (
+    FALLBACK,
+    NEEDS_MODULES,
+    WANTS_CACHE,
+    GuardedCodeGen,
+    forwarding_source,
+)
+from lora_fx.runtime import (
+    BASE,
+    CODES,
+    GRAPH,
+    Hooked,
+    around,
+    disarm,
+    entry,
+    give_class,
+    inner_class,
+    inner_of,
+    ops,
+    subclass,
+)
 
 __all__ = [
     "CONSTANT",
@@ -222,6 +241,7 @@ _GRAPH, _BASE = GRAPH, BASE
 _FORMS = "_lora_fx_forms"
 _FALLBACK = "_lora_fx_fallback"
 _KEPT = "_lora_fx_kept"
+_RUN = "_lora_fx_run"
 
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
     weakref.WeakValueDictionary()
@@ -230,12 +250,13 @@ _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
 
 def is_region(module: nn.Module) -> bool:
     """Whether the module's forward is generated from a graph."""
-    return _GRAPH in type(module).__dict__
+    return _GRAPH in inner_class(module).__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, also where it is a region, or watched."""
-    found: type[nn.Module] = type(module).__dict__.get(_BASE, type(module))
+    cls = inner_class(module)
+    found: type[nn.Module] = cls.__dict__.get(_BASE, cls)
     return found
 
 
@@ -266,7 +287,7 @@ def kept_graph(module: nn.Module) -> tuple[Mapping[str, fx.Graph], bool] | None:
 
     By the form of the call. None for any other module, and for one that was captured or rewritten.
     """
-    cls: Any = type(module)
+    cls: Any = inner_class(module)
     return (getattr(cls, _FORMS), getattr(cls, _FALLBACK)) if cls.__dict__.get(_KEPT) else None
 
 
@@ -289,15 +310,14 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
         if key not in known:
             graphs = {region.form: region.graph for region in forms}
             known[key] = _region_class(base, graphs, fallback, kept)
-        object.__setattr__(module, "__class__", known[key])
+        give_class(module, known[key])
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives a region its own class back, and any module that is watched."""
     disarm(module)
     if is_region(module):
-        # Not by the module's own __setattr__, which may keep watch over this attribute, too.
-        object.__setattr__(module, "__class__", original_class(module))
+        give_class(module, original_class(module))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -332,15 +352,15 @@ def _region_class(
         forward.__doc__ = original.__doc__
         forward.__signature__ = inspect.signature(original)
         codes[forward.__code__] = graph
-    forward = around(original, forward)
-    cls = type(
-        base.__name__,
-        (_Regional, base),
+    cls = subclass(
+        (_Regional, Hooked),
+        base,
         {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "forward": forward,
+            "forward": _dispatching(base),
+            _RUN: forward,
             _GRAPH: next(iter(graphs.values())),
             CODES: codes,
             _FORMS: types.MappingProxyType(dict(graphs)),
@@ -351,6 +371,34 @@ def _region_class(
     )
     _classes[key] = cls
     return cls
+
+
+_dispatchers: weakref.WeakValueDictionary[type[nn.Module], Callable[..., Any]] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def _dispatching(base: type[nn.Module]) -> Callable[..., Any]:
+    """The ``forward`` of all regions of a class: it runs what the module's class has to run now.
+
+    Trainers keep ``module.forward`` and call it from a function that they set on the module. Adapters are
+    switched by another class, so the function that they keep looks at the class of each call.
+    """
+    known = _dispatchers.get(base)
+    if known is not None:
+        return known
+    original = base.forward
+    source, namespace = forwarding_source(original, _run_of.__name__)
+    forward = generated(source, {**namespace, _run_of.__name__: _run_of}, base.__name__)
+    forward.__doc__ = original.__doc__
+    forward.__signature__ = inspect.signature(original)
+    return _dispatchers.setdefault(base, around(original, forward))
+
+
+def _run_of(module: nn.Module) -> Any:
+    """What a module runs now; without a graph (the adapter is off, or merged) its own forward."""
+    cls: Any = type(module)
+    return getattr(cls, _RUN, None) or cls.forward
 
 
 class _Form:
@@ -369,10 +417,7 @@ class _Form:
 
 
 class _Regional(Hooked):
-    """What a region's class adds to the module's own class, besides ``forward``.
-
-    It has no ``__slots__``: Python would see another layout and refuse to change the class.
-    """
+    """What a region's class adds to the module's own class, besides ``forward``."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keeps from the module's own class that it has a subclass: it may register them."""
@@ -414,7 +459,7 @@ class _Regional(Hooked):
         frozen = {form: freeze(graph) for form, graph in getattr(cls, _FORMS).items()}
         graph = (frozen, getattr(cls, _FALLBACK), getattr(cls, _KEPT))
         if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
-            return _rebuild, (base, *graph), self.__getstate__()
+            return _rebuild, (base, *graph), self.__getstate__()  # type: ignore[no-untyped-call]
         # It has a way of its own, as fx.GraphModule does.
         plain = object.__new__(base)
         plain.__dict__.update(self.__dict__)

@@ -31,6 +31,7 @@ __all__ = [
     "WANTS_CACHE",
     "GuardedCodeGen",
     "Parameter",
+    "forwarding_source",
     "parameters_of",
     "wrapped_forward",
 ]
@@ -143,6 +144,33 @@ def wrapped_forward(forward: Any) -> Any:
     return forward
 
 
+def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
+    """Code of a ``forward`` that hands its arguments on as they were given, and the globals of that code.
+
+    What the caller leaves out is left out of the call, too: a decorator may look whether it is there.
+
+    Args:
+        forward: The unbound method whose signature it has.
+        chosen: The global name of a function that gives the method to call, for a module.
+    """
+    parameters = parameters_of(forward, {})
+    spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    # What comes before *args cannot be left out where those are given.
+    by_place: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
+    by_place += [inspect.Parameter.POSITIONAL_OR_KEYWORD] if spread else []
+    left_out = [
+        p.name
+        for p in parameters
+        if not p.variadic and p.kind not in by_place and p.default is not inspect.Parameter.empty
+    ]
+    code = GuardedCodeGen(
+        tuple(dataclasses.replace(p, omitted=p.name in left_out) for p in parameters)
+    )
+    head = f"def forward({', '.join(['self', *code._declared()])}):"
+    call = f"{chosen}(self)({', '.join(['self', *code._passed()])})"
+    return f"{head}\n    return {call}\n", code.constants()
+
+
 class GuardedCodeGen(fx.graph.CodeGen):
     """Generates ``forward`` with the original signature and the guard of this module.
 
@@ -234,11 +262,14 @@ class GuardedCodeGen(fx.graph.CodeGen):
         if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters):
             by_place.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
+        omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted and not p.within]
         for p in self.parameters:
             if p.within:
                 continue
             if p.omitted:
-                passed.append(f"**{_GIVEN}({p.name}={p.name})")
+                if omitted and p.kind != inspect.Parameter.VAR_POSITIONAL:
+                    passed.append(f"**{_GIVEN}({', '.join(omitted)})")
+                    omitted = []
             elif p.variadic or p.kind in by_place:
                 passed.append(f"{p.stars}{p.name}")
             else:

@@ -28,11 +28,11 @@ from lora_fx.formats import (
 from lora_fx.ir import Layout, Quantization, Record, Site, module_of
 from lora_fx.passes.graph import (
     CONSTANT,
+    copy_without_trainers,
     install,
     is_lazy,
     kept_graph,
     memory_of,
-    share_copy,
     uninstall,
 )
 from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
@@ -301,10 +301,14 @@ def _forget(model: nn.Module) -> None:
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
 
-    Modules that ran a graph before the rewrite, over quantized weights, run it again.
+    Modules that ran a graph before the rewrite, over quantized weights, run it again. What trainers have set
+    since is left out.
+
+    Raises:
+        MergeError: If that cannot be told from what somebody else has set.
     """
     by_hand = trained_by_hand(model, record)
-    result = share_copy(model)
+    result = copy_without_trainers(model, record.forwards, MergeError)
     for name in record.active:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]

@@ -49,7 +49,7 @@ from lora_fx.passes.merge.place import (
     untie_config,
 )
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
-from lora_fx.passes.parameters import check_intact, factors_of, parameter_of
+from lora_fx.passes.parameters import check_intact, check_whole, factors_of, parameter_of, weight_at
 
 __all__ = ["MergeReport", "merge"]
 
@@ -114,6 +114,23 @@ def _fold_all(
 _log = logging.getLogger("lora_fx")
 
 
+def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
+    """Refuse weights that are not stored: a hook computes them before each call, or loads them."""
+    check_whole(model.named_parameters(), MergeError)
+    for name in weights:
+        owner, _, leaf = name.rpartition(".")
+        if isinstance(vars(model.get_submodule(owner)).get(leaf), torch.Tensor):
+            raise MergeError(
+                f"{name} is computed before each call (torch.nn.utils.prune), so that nothing can be folded "
+                f"into it: make it permanent first, with torch.nn.utils.prune.remove(layer, {leaf!r})"
+            )
+        if weight_at(model, name).is_meta:
+            raise MergeError(
+                f"{name} is on the meta device, so that there are no values to merge: if accelerate has "
+                "offloaded the model, take its hooks off first (accelerate.hooks.remove_hook_from_submodules)"
+            )
+
+
 def merge(
     model: nn.Module,
     *,
@@ -162,6 +179,9 @@ def merge(
     _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
+    tokens = token_weights(model, record, names)
+    rows, tied = _sites_by_weight(model, record, names)
+    _check_stored(model, (*rows, *tokens))
     result = stripped(model, record) if into is None else into
     before = list(result.named_parameters(remove_duplicate=False))
     if requantize and not quantized_weights(result):
@@ -169,8 +189,6 @@ def merge(
             "requantize=True stores merged weights in the format that they had, and the base is not "
             "quantized: leave it out, and quantize the merged model (lora_fx.quantize)"
         )
-    tokens = token_weights(model, record, names)
-    rows, tied = _sites_by_weight(model, record, names)
     full = dict(trained(model, record, names))
     every = [pair for several in rows.values() for pair in several]
     common = dtype or (None if requantize else dtype_of_all(result))

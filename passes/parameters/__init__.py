@@ -25,6 +25,7 @@ from lora_fx.passes.parameters.replacements import (
     base_modules,
     base_parameters,
     base_weight,
+    computed_as_parameters,
     in_adapter,
     module_at,
     own_value,
@@ -49,6 +50,14 @@ from lora_fx.passes.parameters.rewritten import (
     unprotect,
     without_wrappers,
 )
+from lora_fx.passes.parameters.sharded import (
+    check_not_sharded,
+    check_whole,
+    gathered,
+    is_sharded,
+    reshard,
+    write,
+)
 
 __all__ = [
     "SiteFactors",
@@ -64,14 +73,19 @@ __all__ = [
     "buffer_digests",
     "changed_buffers",
     "check_intact",
+    "check_not_sharded",
+    "check_whole",
     "claim",
     "claim_unfrozen",
+    "computed_as_parameters",
     "drop_factors",
     "factor_names",
     "factors_of",
+    "gathered",
     "in_adapter",
     "indices_name",
     "inside",
+    "is_sharded",
     "mark_adapted",
     "matrix_shape",
     "module_at",
@@ -84,6 +98,7 @@ __all__ = [
     "protect",
     "put_back",
     "replaced",
+    "reshard",
     "rows_name",
     "tokens_of",
     "trained_by_hand",
@@ -92,4 +107,5 @@ __all__ = [
     "weight_at",
     "wide",
     "without_wrappers",
+    "write",
 ]

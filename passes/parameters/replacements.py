@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
 from lora_fx.passes.graph import memory_of
+from lora_fx.passes.parameters.sharded import is_sharded, write
 from lora_fx.runtime import AdapterModule, KeptTensors
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "base_modules",
     "base_parameters",
     "base_weight",
+    "computed_as_parameters",
     "in_adapter",
     "module_at",
     "own_value",
@@ -73,10 +76,12 @@ def module_at(model: nn.Module, fqn: str) -> nn.Module:
     return model.get_submodule(fqn) if found is None else found
 
 
-def weight_at(model: nn.Module, name: str) -> nn.Parameter:
-    """As ``get_parameter``, likewise."""
+def weight_at(model: nn.Module, name: str) -> torch.Tensor:
+    """As ``get_parameter``, likewise; also a weight that is computed of one (torch.nn.utils.prune)."""
     owner, _, leaf = name.rpartition(".")
-    return module_at(model, owner).get_parameter(leaf)
+    module = module_at(model, owner)
+    computed = module.__dict__.get(leaf)
+    return computed if isinstance(computed, torch.Tensor) else module.get_parameter(leaf)
 
 
 def in_adapter(model: nn.Module, name: str) -> bool:
@@ -92,6 +97,29 @@ def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
     if beside is not None and adapter in beside._parameters:
         return beside.get_parameter(adapter)
     return owner.get_parameter(leaf)
+
+
+@contextmanager
+def computed_as_parameters(model: nn.Module) -> Iterator[None]:
+    """Has weights that a hook computes before each call (torch.nn.utils.prune) as parameters, for a while.
+
+    Passes look for the weights of a graph among the parameters of its module.
+    """
+    held = [
+        (module, leaf, value)
+        for _, module in base_modules(model)
+        for leaf, value in list(vars(module).items())
+        if isinstance(value, torch.Tensor) and f"{leaf}_orig" in module._parameters
+    ]
+    for module, leaf, value in held:
+        del vars(module)[leaf]
+        module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, leaf, value in held:
+            del module._parameters[leaf]
+            vars(module)[leaf] = value
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -110,7 +138,12 @@ def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     for _, owner, leaf in _places(model, names):
         beside = owner._modules[KEPT + leaf]
         assert isinstance(beside, KeptTensors)
-        owner._parameters[leaf] = beside._parameters.pop(adapter)
+        kept, here = beside._parameters.pop(adapter), owner._parameters[leaf]
+        assert kept is not None
+        if here is not None and is_sharded(here):
+            write(here, kept)
+        else:
+            owner._parameters[leaf] = kept
         if not beside._parameters:
             del owner._modules[KEPT + leaf]
 
@@ -136,6 +169,12 @@ def place_base(
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
         old, original = owner.get_parameter(leaf), originals[name]
+        if is_sharded(old):
+            # Its values are exchanged: the parameter is the library's, and the optimizer's.
+            if keep:
+                _beside(owner, leaf).add(adapter, nn.Parameter(old.detach().clone()))
+            write(old, original)
+            continue
         memory = memory_of(original)
         if memory not in live:
             value = original.detach().to(old.device, old.dtype)

@@ -22,9 +22,10 @@ from torch.utils.weak import TensorWeakRef
 from lora_fx.errors import CaptureError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
-from lora_fx.passes.graph import is_lazy, is_region, storage_of
+from lora_fx.passes.graph import is_lazy, is_region, original_class, storage_of
 from lora_fx.passes.parameters.factors import factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_parameters
+from lora_fx.runtime import watch
 
 __all__ = [
     "buffer_digests",
@@ -315,8 +316,9 @@ def check_intact(model: nn.Module, record: Record) -> None:
         record: Its record.
 
     Raises:
-        CaptureError: With every such place, and what to do.
+        CaptureError: With every such place, and what to do; and of a model in FSDP1.
     """
+    watch.refuse_flat(model)
     lost = list(dict.fromkeys(_lost(model, record)))
     if not lost:
         return
@@ -339,7 +341,8 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
         for tokens in entry.tokens:
             name = rows_name(tokens, adapter)
             if not _has(modules, name):
-                yield f"{tokens.name}: it has no trained rows of adapter {adapter!r} ({name})"
+                found = _found(modules, tokens.site.holder)
+                yield f"{tokens.name}: it has no trained rows of adapter {adapter!r}{found}"
         for name in entry.own:
             owner, _, leaf = name.rpartition(".")
             # That of an active adapter has replaced the base's.
@@ -354,12 +357,24 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
 def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str) -> Iterator[str]:
     site = row.site
     if not _has(modules, site.weight):
-        yield f"{row.name}: its weight {site.weight} is not there"
+        yield f"{row.name}: its weight {site.weight} is not there{_found(modules, site.owner)}"
         return
     for attribute in factor_names(row).present:
         if not _has(modules, join(site.holder, attribute, adapter)):
-            yield f"{row.name}: it has no {attribute} of adapter {adapter!r}"
+            found = _found(modules, site.holder)
+            yield f"{row.name}: it has no {attribute} of adapter {adapter!r}{found}"
             return
+
+
+def _found(modules: dict[str, nn.Module], fqn: str) -> str:
+    """Say which module is where an adapter's parameters were."""
+    module = modules.get(fqn)
+    if module is None:
+        return f" (there is no module {fqn})"
+    if is_region(module):
+        return ""  # it is the module that was rewritten, without its factors
+    cls = original_class(module)
+    return f" ({fqn or 'the model'} is a {cls.__module__}.{cls.__qualname__} now)"
 
 
 def _has(modules: dict[str, nn.Module], name: str) -> bool:

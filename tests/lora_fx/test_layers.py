@@ -149,6 +149,7 @@ PUBLIC = {
     "plan_quantization",
     "print_trainable_parameters",
     "quantize",
+    "reference",
     "register_format",
     "register_adapter_kind",
     "register_pattern",

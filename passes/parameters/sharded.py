@@ -1,0 +1,82 @@
+"""Parameters that a library has cut into parts: each process holds one, and the library owns the parameter.
+
+FSDP2 puts the whole parameter in before a call and its own part afterwards, whatever is there in between. So
+such a parameter is not exchanged: values are copied into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import ConfigError, LoraFxError
+
+__all__ = ["check_not_sharded", "check_whole", "gathered", "is_sharded", "reshard", "write"]
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is cut into parts (a DTensor)."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this."""
+    found: Any = tensor.detach()
+    whole: torch.Tensor = found.full_tensor() if is_sharded(found) else found
+    return whole
+
+
+def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded."""
+    if is_sharded(tensor) and not is_sharded(value):
+        # The package loads with the first DTensor, not with lora_fx.
+        from torch.distributed.tensor import distribute_tensor
+
+        place: Any = tensor
+        value = value.to(tensor.device, tensor.dtype)
+        # Every rank has the same value: nothing has to be sent.
+        value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Has FSDP2 put its parts of all parameters in, also where it keeps whole ones after a call."""
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            owner: Any = module
+            owner.reshard()
+
+
+def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxError]) -> None:
+    """Refuses parameters of which DeepSpeed's ZeRO-3 has left an empty tensor in this process.
+
+    Args:
+        named: Parameters by name.
+        error: What is raised.
+    """
+    for name, tensor in named:
+        partitioned = hasattr(tensor, "ds_id") and int(getattr(tensor, "ds_numel", 0)) > 0
+        if partitioned and not tensor.numel():
+            raise error(
+                f"{name} is partitioned by ZeRO-3, and has no values in this process: gather the parameters "
+                "first, `with deepspeed.zero.GatheredParameters(list(model.parameters())):` around this call "
+                "on every rank"
+            )
+
+
+def check_not_sharded(model: nn.Module, what: str, remedy: str) -> None:
+    """Refuses a model whose parameters are sharded, for what would make parameters that are not.
+
+    Raises:
+        ConfigError: With the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter) or hasattr(parameter, "ds_id"):
+            raise ConfigError(
+                f"{name} is sharded, and {what} would be whole in every process, where nothing keeps it "
+                f"equal: {remedy}"
+            )

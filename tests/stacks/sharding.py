@@ -1,0 +1,117 @@
+"""What two gloo processes do with a sharded model: each case writes what it found, for the tests to judge."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraConfig
+from tests.stacks.models import IDS, adapted, llama
+
+__all__ = ["CASES", "RANKS", "build", "run_rank"]
+
+RANKS = 2
+# A configuration, and whether the embedding and the head are units of their own, as accelerate shards them.
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({"target_modules": ["q_proj"]}, False),
+    "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+    "modules_to_save in a unit": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        True,
+    ),
+    "pissa": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, False),
+    "branches in units": ({"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, True),
+}
+
+
+def build(case: str) -> Any:
+    model = adapted(LoraConfig(r=2, **CASES[case][0]))
+    if "modules_to_save" in CASES[case][0]:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    return model
+
+
+def shard(model: Any, ends: bool) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    units = [*model.model.layers, *((model.model.embed_tokens, model.lm_head) if ends else ())]
+    for unit in (*units, model):
+        fully_shard(unit, mesh=mesh)
+    return model
+
+
+def switch(case: str) -> dict[str, Any]:
+    """Outputs with the adapter and without, before and after each switch."""
+    model = shard(build(case), CASES[case][1])
+    found = {"on": model(IDS).logits}
+    with lora_fx.disable_adapter(model):
+        found["disabled"] = model(IDS).logits
+        loss = model(IDS, labels=IDS).loss
+        if loss.requires_grad:
+            loss.backward()  # FSDP puts its parts in again
+        found["disabled, again"] = model(IDS).logits
+    model.zero_grad()
+    found["on, after it"] = model(IDS).logits
+    lora_fx.set_adapter(model, [])
+    found["off"] = model(IDS).logits
+    lora_fx.set_adapter(model, "default")
+    found["on, chosen again"] = model(IDS).logits
+    state = lora_fx.adapter_state_dict(model)
+    return {
+        "outputs": {name: one.detach() for name, one in found.items()},
+        "state": state,
+        "base": type(model.lm_head).__name__,
+    }
+
+
+def refused(model: Any) -> dict[str, str]:
+    """What the verbs say that make parameters, or copies."""
+    verbs = {
+        "add_adapter": lambda: lora_fx.add_adapter(model, LoraConfig(r=2), "new"),
+        "add_weighted_adapter": lambda: lora_fx.add_weighted_adapter(
+            model, ["default"], [1.0], "new"
+        ),
+        "merge": lambda: lora_fx.merge(model),
+        "rewrite": lambda: lora_fx.rewrite(shard(llama(), False), LoraConfig(r=2)),
+    }
+    said = {}
+    for name, verb in verbs.items():
+        try:
+            verb()
+        except lora_fx.LoraFxError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def save(model: Any, folder: Path, rank: int) -> None:
+    """What a trainer does: all gather the state, one process saves."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    found: dict[str, Any] = {case: switch(case) for case in CASES}
+    model: nn.Module = shard(build("plain"), False)
+    found["refused"] = refused(model)
+    save(model, Path(folder) / "saved", rank)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    del model
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,83 @@
+"""Libraries that replace layers of a rewritten model: every verb names the layer and what is there now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import CaptureError, LoraConfig
+from tests.stacks.models import IDS, adapted
+
+
+def float8(model: nn.Module) -> None:
+    convert = pytest.importorskip("torchao.float8").convert_to_float8_training
+    convert(model, module_filter_fn=lambda _, fqn: fqn.endswith("layers.1.self_attn.q_proj"))
+
+
+def qat(model: nn.Module) -> None:
+    qat = pytest.importorskip("torchao.quantization.qat")
+    config = qat.QATConfig(
+        weight_config=qat.IntxFakeQuantizeConfig(torch.int8, "per_channel"), step="prepare"
+    )
+    quantize = pytest.importorskip("torchao.quantization").quantize_
+    quantize(model, config, lambda _, fqn: fqn.endswith("layers.1.self_attn.q_proj"))
+
+
+def resize(model: nn.Module) -> None:
+    model.resize_token_embeddings(80, mean_resizing=False)
+
+
+LIBRARIES = {
+    "torchao float8": (float8, "model.layers.1.self_attn.q_proj", "Float8Linear"),
+    "torchao QAT": (qat, "model.layers.1.self_attn.q_proj", "FakeQuantizedLinear"),
+    "transformers resize": (resize, "lm_head", "torch.nn.modules.linear.Linear"),
+}
+
+
+def disable(model: nn.Module, folder: Path) -> None:
+    with lora_fx.disable_adapter(model):
+        pass
+
+
+VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "status": lambda model, folder: lora_fx.status(model),
+    "save_adapter": lambda model, folder: lora_fx.save_adapter(model, folder / "new"),
+    "merge": lambda model, folder: lora_fx.merge(model),
+    "set_adapter": lambda model, folder: lora_fx.set_adapter(model, "default"),
+    "disable_adapter": disable,
+    "delete_adapter": lambda model, folder: lora_fx.delete_adapter(model, "default"),
+    "hotswap_adapter": lora_fx.hotswap_adapter,
+    "trainable_parameters": lambda model, folder: lora_fx.trainable_parameters(model),
+    "print_trainable_parameters": lambda model, folder: lora_fx.print_trainable_parameters(model),
+    "parameter_groups": lambda model, folder: lora_fx.parameter_groups(model, 1e-3),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_verb_names_the_layer_and_what_is_there_now(library: str, tmp_path: Path) -> None:
+    replace, site, found = LIBRARIES[library]
+    model = adapted(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    replace(model)
+    for verb, call in VERBS.items():
+        with pytest.raises(CaptureError) as caught:
+            call(model, tmp_path)
+        words = str(caught.value)
+        assert f"{site}: it has no lora_A of adapter 'default' ({site} is a " in words, verb
+        assert f"{found} now)" in words, verb
+        assert "rewrite that" in words, verb
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_call_that_was_watched_before_is_refused(library: str) -> None:
+    replace, site, _ = LIBRARIES[library]
+    model = adapted(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    model(IDS)
+    replace(model)
+    with pytest.raises(CaptureError, match=site):
+        model(IDS)
