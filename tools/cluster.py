@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 import sys
 import weakref
@@ -26,12 +27,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.passes.capture import named_inputs
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ledger", "Mesh", "Need", "Traffic", "devices_of", "plan_step", "run_step", "shard"]
+__all__ = [
+    "Ledger",
+    "Mesh",
+    "Need",
+    "Traffic",
+    "devices_of",
+    "plan_step",
+    "run_step",
+    "shard",
+    "step_inputs",
+]
 
+_GENERATING = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel")
 _ENTRY = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<size>\d+)\s*")
 _GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_", "all_gather_into_tensor")
 _SCATTERS = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_tensor")
@@ -167,12 +180,50 @@ class Need:
     traffic: Traffic
 
 
+def step_inputs(
+    model: nn.Module, example_inputs: Any, *, batch: int, sequence: int
+) -> dict[str, Any]:
+    """Make the arguments of a training step: stand-ins of the right shapes, on the meta device.
+
+    Args:
+        model: A model. One of transformers that takes ``input_ids`` gets ids, and labels where those make its
+            loss; no padding, no cache.
+        example_inputs: For any other model, arguments of a call whose first axis is the batch.
+        batch: Samples.
+        sequence: Tokens of a sample.
+
+    Raises:
+        ConfigError: There are no example inputs and the model takes no ``input_ids``.
+    """
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" in takes and hasattr(model, "config"):
+        ids = torch.empty(batch, sequence, dtype=torch.long, device="meta")
+        given: dict[str, Any] = {"input_ids": ids}
+        if "labels" in takes and type(model).__name__.endswith(_GENERATING):
+            given["labels"] = ids
+        if "use_cache" in takes:
+            given["use_cache"] = False
+        return given
+    if example_inputs is None:
+        raise ConfigError(
+            f"{type(model).__name__} takes no input_ids, and nobody says what it takes: --inputs "
+            "MODULE:CALLABLE gives example inputs"
+        )
+    return {
+        name: torch.empty((batch, *value.shape[1:]), dtype=value.dtype, device="meta")
+        if isinstance(value, Tensor) and value.dim()
+        else value
+        for name, value in named_inputs(model, example_inputs).items()
+    }
+
+
 def plan_step(
     model: nn.Module,
     config: LoraConfig,
     mesh: Mesh,
     inputs: dict[str, Any],
     *,
+    dtype: torch.dtype | None = None,
     checkpointing: bool = False,
 ) -> Need:
     """Find what a step of AdamW needs on each GPU of a mesh.
@@ -182,6 +233,7 @@ def plan_step(
         config: What to adapt.
         mesh: The GPUs.
         inputs: Keyword arguments of one call, what one GPU gets in a step. Tensors of any device.
+        dtype: Of the floating parameters and inputs; None for their own.
         checkpointing: Whether blocks are computed again in the backward, for a model that can be told so
             (``gradient_checkpointing_enable``).
 
@@ -203,14 +255,14 @@ def plan_step(
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(_FlashAttention())
         around.enter_context(_no_masks())
-        _stand_in(rewritten)
+        _stand_in(rewritten, dtype)
         if checkpointing:
             recompute()
         rewritten.train()
         if mesh.size > 1:
             shard(rewritten, devices)
         given = {
-            name: torch.empty_like(value, device="cpu") if isinstance(value, Tensor) else value
+            name: _empty(value, dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
         return run_step(rewritten, given)
@@ -272,7 +324,7 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([one.float().mean() for one in tensors]).sum()
 
 
-def _stand_in(model: nn.Module) -> None:
+def _stand_in(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Put a stand-in on the CPU for each parameter and buffer; shared ones stay shared."""
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -281,11 +333,15 @@ def _stand_in(model: nn.Module) -> None:
                 if value is None:
                     continue
                 if id(value) not in made:
-                    new = torch.empty_like(value, device="cpu")
+                    new = _empty(value, dtype if isinstance(value, nn.Parameter) else None)
                     if isinstance(value, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=value.requires_grad)
                     made[id(value)] = new
                 held[name] = made[id(value)]
+
+
+def _empty(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty_like(value, device="cpu", dtype=dtype if value.is_floating_point() else None)
 
 
 class _FlashAttention(TorchFunctionMode):

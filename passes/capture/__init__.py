@@ -14,7 +14,7 @@ from lora_fx.passes.capture.check import (
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
 from lora_fx.passes.capture.exported import ONE_AT_A_TIME
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.capture.synthesis import normalize, synthesise
+from lora_fx.passes.capture.synthesis import named_inputs, normalize, synthesise
 
 __all__ = [
     "ONE_AT_A_TIME",
@@ -25,6 +25,7 @@ __all__ = [
     "count_weights",
     "holds_quantized",
     "largest_difference",
+    "named_inputs",
     "normalize",
     "relative_difference",
     "run_once",

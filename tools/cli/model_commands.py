@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.syntax import Syntax
 from rich.table import Table
 from torch import fx, nn
@@ -22,7 +21,7 @@ from lora_fx.ir import META_KEY, Capture, Role
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["check_out", "dtype_of", "merge", "plan", "rewrite", "visualize", "write_merged"]
+__all__ = ["check_out", "merge", "plan", "rewrite", "visualize", "write_merged"]
 
 
 _TEXT = ".txt"
@@ -35,6 +34,7 @@ def plan(
     adapters: o.Adapters,
     store: o.Storing,
     look: o.Capturing,
+    training: o.Training,
     every: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -45,11 +45,12 @@ def plan(
         adapters: What to adapt.
         store: In few bits.
         look: How to capture.
+        training: On which GPUs.
         every: One row a site; equal layers are one row without it.
         as_json: Everything, as JSON.
     """
     from lora_fx.api import plan as make_plan
-    from lora_fx.tools.cli.tables import render_plan
+    from lora_fx.tools.cli.tables import render_need, render_plan
 
     chosen = adapters.made()
     loaded = look.load(model)
@@ -57,8 +58,11 @@ def plan(
     how = look.of(loaded)
     with console.progress("planning"):
         made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
+    need = training.planned(loaded, chosen, how["example_inputs"] or loaded.example_inputs)
     if as_json:
         shown = made.to_dict()
+        if need is not None:
+            shown["training"] = dataclasses.asdict(need)
         if stored is not None:
             shown["quantization"] = stored.to_dict()
         sys.stdout.write(json.dumps(shown, indent=2) + "\n")
@@ -67,6 +71,8 @@ def plan(
     if stored is not None:
         console.say(stored.summary())
     out.print(render_plan(made, width=out.width, every=every), highlight=False)
+    if need is not None:
+        out.print(render_need(need, training), highlight=False)
 
 
 @o.command()
@@ -227,7 +233,7 @@ def merge(
     from lora_fx.checkpoint import load_adapter
 
     path = check_out(model, out, force=force)
-    wanted = dtype_of(dtype)
+    wanted = o.dtype_of(dtype)
     loaded = o.load(model)
     with console.progress("reading the adapter"):
         adapted = load_adapter(loaded.model, adapter)
@@ -286,8 +292,6 @@ def visualize(
     console.say(f"wrote {written} ({size:,.0f} kB)")
 
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")
 
 # What a folder of transformers holds besides the model, and the merged model needs as much.
@@ -302,19 +306,6 @@ _COMPANIONS = (
     "chat_template*",
     "*.model",
 )
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype that is called so; None stays None.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if name is None:
-        return None
-    if name not in _DTYPES:
-        raise ConfigError(f"--dtype {name} is unknown: give one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def check_out(name: str, given: str | Path, *, force: bool) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
+import torch
 import typer
 
 from lora_fx.config import ALL_LINEAR, LoraConfig
@@ -25,8 +26,10 @@ __all__ = [
     "Capturing",
     "ModelName",
     "Storing",
+    "Training",
     "as_options",
     "command",
+    "dtype_of",
     "file_to_write",
     "load",
     "loaded_adapter",
@@ -233,6 +236,50 @@ class Capturing(Options):
         return {"frontend": self.frontend, "example_inputs": given}
 
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class Training(Options):
+    """The options that say on which GPUs a step of training is planned.
+
+    Attributes:
+        mesh: Plan a step on GPUs: fsdp=8 shards the weights over 8, replicate=2,fsdp=8 over two such groups.
+        batch: Samples that each GPU gets in a step.
+        sequence: Tokens of a sample, for a model of text.
+        dtype: Of the weights: bf16, fp16 or fp32.
+        checkpointing: Compute blocks again in the backward instead of keeping what they need.
+    """
+
+    PANEL = "What a training step needs"
+
+    mesh: str | None = dataclasses.field(default=None, metadata={"metavar": "NAME=SIZE,..."})
+    batch: int = 1
+    sequence: int = 2048
+    dtype: str = "bf16"
+    checkpointing: bool = False
+
+    def planned(self, loaded: LoadedModel, config: LoraConfig, inputs: Any) -> Any:
+        """What a GPU of the mesh needs, or None without a mesh.
+
+        Raises:
+            ConfigError: An option has no meaning, or the model cannot be planned so.
+        """
+        if self.mesh is None:
+            return None
+        from lora_fx.tools.cluster import Mesh, plan_step, step_inputs
+
+        mesh = Mesh.parse(self.mesh)
+        if self.batch < 1 or self.sequence < 1:
+            raise ConfigError("--batch and --sequence are at least 1")
+        dtype = dtype_of(self.dtype)
+        given = step_inputs(loaded.model, inputs, batch=self.batch, sequence=self.sequence)
+        with console.progress(f"a step on {mesh}"):
+            return plan_step(
+                loaded.model, config, mesh, given, dtype=dtype, checkpointing=self.checkpointing
+            )
+
+
 @dataclasses.dataclass
 class Storing(Options):
     """The option that stores weights in few bits before a model is rewritten.
@@ -320,6 +367,19 @@ def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
     if path.exists() and not force:
         raise ConfigError(f"{path} exists: give another name, or --force to write over it")
     return path
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that is called so; None stays None.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype {name} is unknown: give one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _split(names: list[str] | None) -> list[str] | None:

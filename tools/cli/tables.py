@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,7 +17,11 @@ from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
 from lora_fx.ir import Plan
 from lora_fx.tools.cli import console
 
-__all__ = ["render_export", "render_plan"]
+if TYPE_CHECKING:
+    from lora_fx.tools.cli.options import Training
+    from lora_fx.tools.cluster import Need
+
+__all__ = ["render_export", "render_need", "render_plan"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
@@ -157,6 +161,43 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
         yield Padding(line, (0, 0, 0, 2), expand=False)
     if not every and len(listed) > _LISTED:
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
+
+
+def render_need(need: Need, training: Training) -> RenderableType:
+    """What ``lora-fx plan --mesh`` prints below the plan: memory of a GPU, and what it sends.
+
+    Args:
+        need: What was found.
+        training: What was asked.
+    """
+    more = ", blocks computed again" if training.checkpointing else ""
+    title = (
+        f"a step of AdamW on {training.mesh}: {training.batch} x {training.sequence} on each GPU, "
+        f"{training.dtype}{more}"
+    )
+    parts = [
+        ("frozen weights", need.weights),
+        ("adapters", need.adapters),
+        ("gradients", need.gradients),
+        ("optimizer state", need.optimizer),
+        ("kept activations", need.activations),
+        ("gathered blocks", need.gathered),
+        ("peak", need.peak),
+    ]
+    sent = need.traffic
+    moved = [
+        ("weights gathered", sent.gather),
+        ("gradients scattered", sent.scatter),
+        ("gradients reduced", sent.reduce),
+    ]
+    rows = [(name, _gigabytes(size)) for name, size in parts]
+    rows += [(f"sent: {name}", _gigabytes(size)) for name, size in moved if size]
+    return Group(Text(title, "bold"), console.table("on each GPU", "GB", rows=rows, right=["GB"]))
+
+
+def _gigabytes(size: int) -> str:
+    """Bytes as 10^9 of them, with three digits that count."""
+    return f"{size / 1e9:.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
 
 
 _OPERATORS = 8  # how many of them are named

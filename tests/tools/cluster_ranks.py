@@ -1,0 +1,68 @@
+"""A step of a sharded model in several processes over gloo, counted as it happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+import lora_fx
+from lora_fx.tools.cluster import Mesh, devices_of, run_step, shard
+
+__all__ = ["BATCH", "CONFIG", "SEQUENCE", "model", "run_rank"]
+
+BATCH, SEQUENCE = 2, 24
+CONFIG = lora_fx.LoraConfig(r=4, target_modules="all-linear")
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def run_rank(rank: int, folder: str, mesh: str) -> None:
+    """What a process runs; the first one writes what it has counted."""
+    torch.set_num_threads(1)
+    one = Mesh.parse(mesh)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=one.size)
+    adapted: Any = lora_fx.rewrite(model(), CONFIG).train()
+    shard(adapted, devices_of(one))
+    ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    need = run_step(adapted, inputs)
+    grown = _grown(adapted, inputs, Path(folder, f"trace{rank}.json"))
+    if rank == 0:
+        found = {**dataclasses.asdict(need), "grown": grown}
+        Path(folder, "found.json").write_text(json.dumps(found))
+    # What holds the group has to go before it: its threads abort the process otherwise, now and then.
+    del adapted
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _grown(adapted: nn.Module, inputs: dict[str, Any], trace: Path) -> int:
+    """By how much PyTorch's allocator has grown in a forward and a backward: its own profiler's figure."""
+    profiler = torch.profiler.profile(profile_memory=True)
+    with profiler:
+        adapted(**inputs).loss.backward()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    return max(one["args"]["Total Allocated"] for one in events if one["name"] == "[memory]")
