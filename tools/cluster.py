@@ -42,6 +42,7 @@ __all__ = [
     "run_step",
     "shard",
     "step_inputs",
+    "takes_text",
 ]
 
 _GENERATING = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel")
@@ -180,6 +181,11 @@ class Need:
     traffic: Traffic
 
 
+def takes_text(model: nn.Module) -> bool:
+    """Whether a model is one of transformers that takes ids of tokens."""
+    return hasattr(model, "config") and "input_ids" in inspect.signature(model.forward).parameters
+
+
 def step_inputs(
     model: nn.Module, example_inputs: Any, *, batch: int, sequence: int
 ) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def step_inputs(
         ConfigError: There are no example inputs and the model takes no ``input_ids``.
     """
     takes = inspect.signature(model.forward).parameters
-    if "input_ids" in takes and hasattr(model, "config"):
+    if takes_text(model):
         ids = torch.empty(batch, sequence, dtype=torch.long, device="meta")
         given: dict[str, Any] = {"input_ids": ids}
         if "labels" in takes and type(model).__name__.endswith(_GENERATING):
@@ -367,11 +373,14 @@ def _flash(
     del enable_gqa  # fewer heads of keys than of queries are what the kernel takes
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # flash kernels take one width
+        value = nn.functional.pad(value, (0, query.shape[-1] - width))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     result: Tensor = kernel(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
-    return result
+    return result[..., :width]
 
 
 @contextlib.contextmanager

@@ -479,3 +479,25 @@ def test_as_a_user_runs_it(here: Path) -> None:
     assert failed.stderr == (
         "error: 'cli_net_for_tests:nett': cli_net_for_tests has no 'nett'; nearest: net, Net\n"
     )
+
+
+def test_a_plan_on_a_mesh_says_what_each_gpu_needs() -> None:
+    text = worked("plan", MODEL, "--mesh", "replicate=2,fsdp=4", "--batch", "3")
+    assert "a step of AdamW on replicate 2 x fsdp 4: 3 samples on each GPU, bf16" in text
+    assert "kept activations" in text
+    made = json.loads(worked("plan", MODEL, "--mesh", "fsdp=2", "--dtype", "fp32", "--json"))
+    assert made["training"]["traffic"]["gather"] > 0
+    assert "training" not in json.loads(worked("plan", MODEL, "--json"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--mesh", "tp"), "is no dimension of a mesh"),
+        (("--mesh", "fsdp=2", "--dtype", "int8"), "fp32, fp16, bf16"),
+        (("--mesh", "fsdp=2", "--batch", "0"), "at least 1"),
+        (("--mesh", "fsdp=2", "--checkpointing"), "leave out --checkpointing"),
+    ],
+)
+def test_what_no_mesh_can_be(args: tuple[str, ...], words: str) -> None:
+    assert words in refused("plan", MODEL, *args)

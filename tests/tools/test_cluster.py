@@ -74,9 +74,9 @@ def test_a_mesh_that_is_none(text: str) -> None:
 def test_a_model_that_says_nothing() -> None:
     with pytest.raises(lora_fx.ConfigError, match="--inputs"):
         step_inputs(nn.Linear(2, 2), None, batch=1, sequence=1)
+    linear = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    inputs = step_inputs(linear, (torch.zeros(3, 2),), batch=5, sequence=1)
     with pytest.raises(lora_fx.ConfigError, match="leave out --checkpointing"):
-        linear = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
-        inputs = step_inputs(linear, (torch.zeros(3, 2),), batch=5, sequence=1)
         plan_step(linear, lora_fx.LoraConfig(r=1), Mesh(), inputs, checkpointing=True)
 
 

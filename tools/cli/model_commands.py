@@ -58,6 +58,8 @@ def plan(
     how = look.of(loaded)
     with console.progress("planning"):
         made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
+    from lora_fx.tools.cluster import takes_text
+
     need = training.planned(loaded, chosen, how["example_inputs"] or loaded.example_inputs)
     if as_json:
         shown = made.to_dict()
@@ -72,7 +74,7 @@ def plan(
         console.say(stored.summary())
     out.print(render_plan(made, width=out.width, every=every), highlight=False)
     if need is not None:
-        out.print(render_need(need, training), highlight=False)
+        out.print(render_need(need, training, text=takes_text(loaded.model)), highlight=False)
 
 
 @o.command()

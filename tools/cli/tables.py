@@ -163,17 +163,21 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
 
 
-def render_need(need: Need, training: Training) -> RenderableType:
+def render_need(need: Need, training: Training, *, text: bool) -> RenderableType:
     """What ``lora-fx plan --mesh`` prints below the plan: memory of a GPU, and what it sends.
 
     Args:
         need: What was found.
         training: What was asked.
+        text: Whether samples are made of tokens.
     """
+    from lora_fx.tools.cluster import Mesh
+
+    tokens = f"of {training.sequence} tokens " if text else ""
     more = ", blocks computed again" if training.checkpointing else ""
     title = (
-        f"a step of AdamW on {training.mesh}: {training.batch} x {training.sequence} on each GPU, "
-        f"{training.dtype}{more}"
+        f"a step of AdamW on {Mesh.parse(training.mesh or '')}: {training.batch} samples "
+        f"{tokens}on each GPU, {training.dtype}{more}"
     )
     parts = [
         ("frozen weights", need.weights),
