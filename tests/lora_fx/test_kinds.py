@@ -106,7 +106,8 @@ def test_a_kind_without_factors_changes_nothing_before_training() -> None:
     base = Several().eval()
     # Attention has another kernel in a graph than in its own forward, whatever is adapted.
     model = adapted(base, [name for name in NAMES if "proj" not in name], random=False)
-    assert torch.equal(model(ids()), base(ids()))
+    # A product and then its bias are rounded twice; PyTorch's kernel for both rounds once on some machines.
+    torch.testing.assert_close(model(ids()), base(ids()), rtol=1e-6, atol=1e-6)
     assert all("ia3_l" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
