@@ -138,8 +138,14 @@ class Region:
             graph: The graph.
             options: The other fields.
         """
+        fqn, form = cls.split(key)
+        return cls(fqn, module, graph, form=form, **options)
+
+    @staticmethod
+    def split(key: str) -> tuple[str, str]:
+        """The FQN and the form of a key."""
         fqn, _, form = key.partition("(")
-        return cls(fqn, module, graph, form=form.removesuffix(")"), **options)
+        return fqn, form.removesuffix(")")
 
     @property
     def key(self) -> str:

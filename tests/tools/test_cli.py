@@ -54,6 +54,18 @@ class Opaque(nn.Module):
 
 opaque = Opaque
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x, mask=None):
+        x = nn.functional.linear(x, self.mix)
+        return self.head(x if mask is None else x * mask)
+
+masked = Masked
+
 def pair():
     return Opaque(), (torch.randn(3, 8),)
 
@@ -191,6 +203,10 @@ def test_rewrite_prints_the_graph_between_passes(here: Path) -> None:
 
 def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
     assert "branches" in worked("rewrite", MODEL)
+    rows = [line.split() for line in worked("rewrite", "cli_net_for_tests:masked").splitlines()]
+    found = {row[0]: (row[1], row[3]) for row in rows if len(row) == 4}
+    assert found["(root)"] == found["(mask)"] == ("Masked", "1")
+    assert found["head"] == ("Linear", "0")
     code = worked("rewrite", MODEL, "--region", "layers.0")
     assert "def forward(self" in code
     assert "lora_A" in code

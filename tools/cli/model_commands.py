@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, Role
+from lora_fx.ir import META_KEY, Capture, Region
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
@@ -187,10 +187,11 @@ def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) ->
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> Table:
     rows = []
-    for name, graph in found.items():
-        roles = [getattr(node.meta.get(META_KEY), "role", None) for node in graph.nodes]
-        kind = type(model.get_submodule(name)).__name__
-        rows.append((name or "(root)", kind, str(len(roles)), str(roles.count(Role.ADD))))
+    for key, graph in found.items():
+        tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
+        branches = {(tag.weight, tag.adapter) for tag in tags if tag.adapter}
+        kind = type(model.get_submodule(Region.split(key)[0])).__name__
+        rows.append((key or "(root)", kind, str(len(graph.nodes)), str(len(branches))))
     counts = ("nodes", "branches")
     return console.table("region", "class", *counts, rows=rows, right=counts)
 
