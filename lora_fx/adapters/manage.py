@@ -38,7 +38,13 @@ from lora_fx.passes.parameters import (
     trained_by_hand,
     without_wrappers,
 )
-from lora_fx.passes.pipeline import add_adapter_parameters, check_config, check_trains, run_passes
+from lora_fx.passes.pipeline import (
+    add_adapter_parameters,
+    check_config,
+    check_trains,
+    run_passes,
+    warn_of_idle_entries,
+)
 from lora_fx.passes.plan import MakePlan
 from lora_fx.runtime import check_adapter_name, is_checked
 
@@ -168,6 +174,7 @@ def put_adapter(
         plan = capture.plan
         assert plan is not None
         check_trains(plan)
+        warn_of_idle_entries(plan)
         check_regions(capture, (*plan.sites, *plan.tokens))
         record = add_adapter_parameters(capture, record, adapter_name)
         new = record.adapters[adapter_name]

@@ -58,7 +58,9 @@ def plan_text(plan: Any) -> str:
         "fused, and a part can be named alone", _fused(row.site for row in plan.sites)
     )
     lines += _section("not selected", ((s.site.name, s.reason) for s in plan.skipped))
-    lines += _section("cannot be adapted", ((r.name, r.reason) for r in plan.rejections))
+    lines += _section(
+        "cannot be adapted", ((r.name or "(root)", r.reason) for r in plan.rejections)
+    )
     return "\n".join(lines)
 
 

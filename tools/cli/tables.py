@@ -50,7 +50,8 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
         every: One row for each site, instead of one for equal sites of numbered layers.
     """
     parts: list[RenderableType] = [
-        Text.assemble("captured by ", (plan.frontend, "bold"), *_notes(plan.notes)),
+        Text.assemble("captured by ", (plan.frontend, "bold")),
+        *(_indented(Text(note, "dim")) for note in plan.notes),
         _sites(plan, width, every),
         _totals(plan),
     ]
@@ -137,9 +138,9 @@ def _totals(plan: Plan) -> Text:
     )
 
 
-def _notes(notes: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for note in notes:
-        yield f"\n  {note}", "dim"
+def _indented(line: Text) -> Padding:
+    """A line, and what is wrapped of it, under a title."""
+    return Padding(line, (0, 0, 0, 2), expand=False)
 
 
 def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterator[RenderableType]:
@@ -154,7 +155,7 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
         count = f" ×{len(names)}" if len(names) > 1 else ""
         name = folded_names(names) if len(names) > 1 else names[0]
         line = Text.assemble((name or "(root)", "cyan"), count, f": {reason}")
-        yield Padding(line, (0, 0, 0, 2), expand=False)
+        yield _indented(line)
     if not every and len(listed) > _LISTED:
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
 
