@@ -195,6 +195,9 @@ def test_rewrite_prints_the_graph_between_passes(here: Path) -> None:
     assert "site(s)" in text
     text = worked("rewrite", MODEL, "--print-after", "all", "--region", "layers.0")
     assert text.index("after capture") < text.index("after match") < text.index("after install")
+    # What no pass has changed is there once: before, with the branch, and with both as one function.
+    assert text.count("# layers.0\n") == 3
+    assert "(1 of 1 graphs as printed above)" in text
     assert "nearest: insert" in refused("rewrite", MODEL, "--print-after", "inserts")
     assert "nearest: 'layers.0'" in refused(
         "rewrite", MODEL, "--print-after", "insert", "--region", "layers.00"

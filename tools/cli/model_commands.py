@@ -91,7 +91,8 @@ def rewrite(
         look: How to capture.
         region: Print the code of this module's forward; '' is the root.
         graph: With --region: the nodes of the graph, not the code.
-        print_after: Print the graph after this pass, of --region or of all; 'all' is after every pass.
+        print_after: Print the graph after this pass, of --region or of all; 'all' is after every pass, and
+            prints what each has changed.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
         force: Write over what is there.
     """
@@ -136,6 +137,7 @@ class _Printer:
     passes: list[str]
     region: str | None
     seen: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    last: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def see(self, name: str, capture: Capture) -> None:
         """Keep what a pass has left."""
@@ -152,8 +154,14 @@ class _Printer:
         graphs = {key: one.graph for key, one in capture.regions.items()}
         if self.region is not None:
             graphs = {self.region: _region_of(graphs, self.region)}
-        for key, graph in graphs.items():
-            yield f"# {key or '(root)'}\n{graph}"
+        changed = {
+            key: str(graph) for key, graph in graphs.items() if self.last.get(key) != str(graph)
+        }
+        self.last |= changed
+        for key, text in changed.items():
+            yield f"# {key or '(root)'}\n{text}"
+        if len(changed) < len(graphs):
+            yield f"({len(graphs) - len(changed)} of {len(graphs)} graphs as printed above)"
         if name == "plan":
             yield str(capture.plan)
 
