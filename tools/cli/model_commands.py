@@ -78,6 +78,7 @@ def rewrite(
     look: o.Capturing,
     region: str | None = None,
     graph: bool = False,
+    every: bool = False,
     print_after: list[str] | None = None,
     out: str | None = None,
     force: bool = False,
@@ -91,6 +92,7 @@ def rewrite(
         look: How to capture.
         region: Print the code of this module's forward; '' is the root.
         graph: With --region: the nodes of the graph, not the code.
+        every: One row a region; equal ones of equal layers are one row without it.
         print_after: Print the graph after this pass, of --region or of all; 'all' is after every pass, and
             prints what each has changed.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
@@ -119,7 +121,7 @@ def rewrite(
     elif region is not None:
         _print_region(found, region, as_graph=graph)
     elif file is None:
-        console.output().print(_regions(rewritten, found))
+        console.output().print(_regions(rewritten, found, every=every))
         console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
@@ -193,7 +195,9 @@ def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) ->
         console.say(code)
 
 
-def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> Table:
+def _regions(model: nn.Module, found: dict[str, fx.Graph], *, every: bool) -> Table:
+    from lora_fx.tools.cli.tables import folded
+
     rows = []
     for key, graph in found.items():
         tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
@@ -201,7 +205,11 @@ def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> Table:
         kind = type(model.get_submodule(Region.split(key)[0])).__name__
         rows.append((key or "(root)", kind, str(len(graph.nodes)), str(len(branches))))
     counts = ("nodes", "branches")
-    return console.table("region", "class", *counts, rows=rows, right=counts)
+    if every:
+        return console.table("region", "class", *counts, rows=rows, right=counts)
+    lines = [(one.name, *one.cells, one.times) for one in folded(rows)]
+    counts = (*counts, "regions")
+    return console.table("region", "class", *counts, rows=lines, right=counts)
 
 
 def _as_text(item: tuple[str, fx.Graph]) -> str:
