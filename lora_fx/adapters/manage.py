@@ -217,6 +217,10 @@ def set_adapter(
             place of any, or a site whose rows are not samples. The model is as it was then.
     """
     record = require_record(model)
+    if adapter_name is None:
+        raise ConfigError(
+            "adapter_name is None: give a name, a list of names, or [] for the model without an adapter"
+        )
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     check_known(record, names)
     check_together(record, names, per_sample)

@@ -138,14 +138,8 @@ class Region:
             graph: The graph.
             options: The other fields.
         """
-        fqn, form = cls.split(key)
-        return cls(fqn, module, graph, form=form, **options)
-
-    @staticmethod
-    def split(key: str) -> tuple[str, str]:
-        """The FQN and the form of a key."""
         fqn, _, form = key.partition("(")
-        return fqn, form.removesuffix(")")
+        return cls(fqn, module, graph, form=form.removesuffix(")"), **options)
 
     @property
     def key(self) -> str:

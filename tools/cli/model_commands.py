@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, Region
+from lora_fx.ir import META_KEY, Capture, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
@@ -202,7 +202,7 @@ def _regions(model: nn.Module, found: dict[str, fx.Graph], *, every: bool) -> Ta
     for key, graph in found.items():
         tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
         branches = {(tag.weight, tag.adapter) for tag in tags if tag.adapter}
-        kind = type(model.get_submodule(Region.split(key)[0])).__name__
+        kind = type(model.get_submodule(module_of(key))).__name__
         rows.append((key or "(root)", kind, str(len(graph.nodes)), str(len(branches))))
     counts = ("nodes", "branches")
     if every:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats import quantization_of
-from lora_fx.ir import META_KEY, Record, Region, Role, Tag, join
+from lora_fx.ir import META_KEY, Record, Region, Role, Tag, join, module_of
 from lora_fx.passes.graph import elements, original_class
 from lora_fx.tools.draw.picture import (
     Box,
@@ -56,9 +56,9 @@ def picture_of_model(
     by_module: dict[int, fx.Graph] = {}
     other_forms: dict[int, list[str]] = {}
     for key, graph in graphs.items():
-        fqn, form = Region.split(key)
-        module = model.get_submodule(fqn)
+        module = model.get_submodule(module_of(key))
         if by_module.setdefault(id(module), graph) is not graph:
+            form = Region.at(key, module, graph).form
             other_forms.setdefault(id(module), []).append(form)
     root = _Painter(model, by_module, other_forms).paint([model], [""])
     kinds = {box.kind for box in root.walk()}
