@@ -208,8 +208,8 @@ def _regions(model: nn.Module, found: dict[str, fx.Graph], *, every: bool) -> Ta
     if every:
         return console.table("region", "class", *counts, rows=rows, right=counts)
     lines = [(one.name, *one.cells, one.times) for one in folded(rows)]
-    counts = (*counts, "regions")
-    return console.table("region", "class", *counts, rows=lines, right=counts)
+    headings = ("region", "class", *counts, "regions")
+    return console.table(*headings, rows=lines, right=headings[2:])
 
 
 def _as_text(item: tuple[str, fx.Graph]) -> str:
