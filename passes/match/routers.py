@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join
-from lora_fx.passes.graph import arguments, target_of
+from lora_fx.passes.graph import arguments, is_matrix, target_of
 
 __all__ = ["MarkRouters", "find_routers"]
 
@@ -100,7 +100,7 @@ def _experts(model: nn.Module) -> dict[str, set[int]]:
             found[name.rpartition(".")[0]].add(len(module))
             found[name].add(len(module))
         for value in module._parameters.values():
-            if value is not None and value.dim() == 3:
+            if value is not None and is_matrix(value) and value.dim() == 3:
                 found[name].add(value.shape[0])
                 found[name.rpartition(".")[0]].add(value.shape[0])
     return found
