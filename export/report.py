@@ -229,8 +229,8 @@ class ExportReport:
     def _parity_lines(self) -> list[str]:
         if not self.verified:
             return [f"  NOT CHECKED against PyTorch: {self.unverified_reason}"]
-        shapes = "; ".join(_shapes(shapes) for shapes in self.shapes_tried)
-        lines = [f"  checked on {self.provider} against {self.reference}, with {shapes}"]
+        lines = [f"  checked on {self.provider} against {self.reference}, with"]
+        lines += [f"    {_shapes(shapes)}" for shapes in self.shapes_tried]
         if self.values_tried:
             lines.append(f"  {self.values_tried}")
         lines.extend(map(_parity_line, worst_by_layer(self.parity)))

@@ -46,8 +46,8 @@ def output_file(
         known = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
         has = f"the suffix {target.suffix}" if target.suffix else "no suffix"
         raise error(
-            f"{given} has {has}, and the file that is written there has {known}: call it "
-            f"{target.with_suffix(suffixes[0])}, say"
+            f"{given} has {has}, and a file of this kind has {known}: write to "
+            f"{target.with_suffix(suffixes[0])}, for example"
         )
     return target
 

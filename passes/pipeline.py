@@ -56,6 +56,7 @@ __all__ = [
     "rewrite_model",
     "rewrite_passes",
     "run_passes",
+    "warn_of_idle_entries",
 ]
 
 _log = logging.getLogger("lora_fx")
@@ -238,6 +239,11 @@ def check_config(config: object) -> None:
     Raises:
         ConfigError: If it is something else, PEFT's for instance.
     """
+    if isinstance(config, str):
+        raise ConfigError(
+            f"config must be a lora_fx.LoraConfig, found {config!r}: the configuration comes before the name "
+            "of an adapter, and lora_fx.LoraConfig.from_pretrained(folder) reads one"
+        )
     if not isinstance(config, LoraConfig):
         found = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
@@ -269,6 +275,7 @@ def rewrite_model(
     assert plan is not None
     assert matches is not None
     check_trains(plan)
+    warn_of_idle_entries(plan)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
@@ -318,6 +325,15 @@ def check_trains(plan: Plan) -> None:
         raise NoMatchError(
             "the configuration selects nothing, so that nothing would be trained: name operations in "
             "target_modules or target_parameters, or leave target_modules out to have all of them"
+        )
+
+
+def warn_of_idle_entries(plan: Plan) -> None:
+    """Log the entries of the configuration that select nothing: a dry run shows them, a rewrite would not."""
+    if plan.unmatched:
+        _log.warning(
+            "part of the configuration selects nothing (strict=True makes that an error): %s",
+            "; ".join(plan.unmatched),
         )
 
 

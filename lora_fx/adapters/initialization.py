@@ -399,7 +399,7 @@ def _components(
             if search.done:
                 break
             steady = sum(search.steady(row.name) for row in rows)
-            report(number, f"{steady} of {len(rows)} sites stand still")
+            report(number, f"{steady} of {len(rows)} sites have converged")
             search.mask = tokens_seen(batch, search.ignored_label)
             batch = on_device(batch, device_of(model))
             if number == 0:

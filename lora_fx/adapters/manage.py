@@ -38,7 +38,13 @@ from lora_fx.passes.parameters import (
     trained_by_hand,
     without_wrappers,
 )
-from lora_fx.passes.pipeline import add_adapter_parameters, check_config, check_trains, run_passes
+from lora_fx.passes.pipeline import (
+    add_adapter_parameters,
+    check_config,
+    check_trains,
+    run_passes,
+    warn_of_idle_entries,
+)
 from lora_fx.passes.plan import MakePlan
 from lora_fx.runtime import check_adapter_name, is_checked
 
@@ -168,6 +174,7 @@ def put_adapter(
         plan = capture.plan
         assert plan is not None
         check_trains(plan)
+        warn_of_idle_entries(plan)
         check_regions(capture, (*plan.sites, *plan.tokens))
         record = add_adapter_parameters(capture, record, adapter_name)
         new = record.adapters[adapter_name]
@@ -210,6 +217,10 @@ def set_adapter(
             place of any, or a site whose rows are not samples. The model is as it was then.
     """
     record = require_record(model)
+    if adapter_name is None:
+        raise ConfigError(
+            "adapter_name is None: give a name, a list of names, or [] for the model without an adapter"
+        )
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     check_known(record, names)
     check_together(record, names, per_sample)

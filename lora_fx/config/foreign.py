@@ -58,6 +58,17 @@ def is_off(value: object) -> bool:
     return value is None or value is False
 
 
+_SHORT = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "target": "target_modules",
+    "exclude": "exclude_modules",
+}
+"""What other libraries and the command line call some fields."""
+
+
 def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
     """Drops fields of other methods that are switched off.
 
@@ -74,6 +85,8 @@ def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
             kept[name] = value
         elif name not in FOREIGN:
             near = hint(name, own, "did you mean '{}'? ", cutoff=0.5, between="' or '")
+            if meant := _SHORT.get(name):
+                near = f"did you mean {meant!r}? "
             raise ConfigError(
                 f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(own)}"
             )

@@ -29,36 +29,17 @@ def plan_text(plan: Any) -> str:
         f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
         f"parameters ({share:.4f} %)"
     )
-    formats = Counter(row.site.quantized for row in plan.sites if row.site.quantized)
-    for text, count in Counter(str(one) for one in formats.elements()).items():
-        lines.append(f"the base's weight in {text}: {count} site(s)")
-    for kind, trains in plan.kinds:
-        count = sum(row.kind == kind for row in plan.sites)
-        lines.append(f"with {trains}: {count} site(s)")
-    if plan.saved_modules:
-        lines.append("trained in full: " + ", ".join(plan.saved_modules))
-    for row in plan.tokens:
-        whose = f", those of {row.tied}" if row.tied else ""
-        lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
-    if plan.biases:
-        lines.append(f"biases trained: {len(plan.biases)}")
+    lines += plan.remarks()
     lines += [f"matched nothing: {target}" for target in plan.unmatched]
-    kept = {row.site.weight for row in plan.sites if row.tied}
-    tied = [
-        (row.name, f"shared with {', '.join(row.site.tied_to)}")
-        for row in plan.sites
-        if row.site.tied_to and not row.tied and not kept & set(row.site.tied_to)
-    ]
-    lines += _section("tied weights, untied by a merge", tied)
-    lines += _section(
-        "tied weights that stay so",
-        ((row.name, f"the transposed adapter of {row.tied}") for row in plan.sites if row.tied),
-    )
+    for title, rows in plan.ties().items():
+        lines += _section(title, rows)
     lines += _section(
         "fused, and a part can be named alone", _fused(row.site for row in plan.sites)
     )
     lines += _section("not selected", ((s.site.name, s.reason) for s in plan.skipped))
-    lines += _section("cannot be adapted", ((r.name, r.reason) for r in plan.rejections))
+    lines += _section(
+        "cannot be adapted", ((r.name or "(root)", r.reason) for r in plan.rejections)
+    )
     return "\n".join(lines)
 
 
@@ -210,6 +191,38 @@ class Plan:
         return sum(row.parameters for row in self.sites) + sum(
             row.parameters for row in self.tokens
         )
+
+    def remarks(self) -> list[str]:
+        """What the table of the sites does not say: formats, kinds, and what else is trained."""
+        stored = Counter(str(row.site.quantized) for row in self.sites if row.site.quantized)
+        lines = [f"the base's weight in {text}: {count} site(s)" for text, count in stored.items()]
+        for kind, trains in self.kinds:
+            count = sum(row.kind == kind for row in self.sites)
+            lines.append(f"with {trains}: {count} site(s)")
+        if self.saved_modules:
+            lines.append("trained in full: " + ", ".join(self.saved_modules))
+        for row in self.tokens:
+            whose = f", those of {row.tied}" if row.tied else ""
+            lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
+        if self.biases:
+            lines.append(f"biases trained: {len(self.biases)}")
+        return lines
+
+    def ties(self) -> dict[str, list[tuple[str, str]]]:
+        """What becomes of tied weights, by title: names, and with what each is tied."""
+        kept = {row.site.weight for row in self.sites if row.tied}
+        return {
+            "tied weights, untied by a merge": [
+                (row.name, f"shared with {', '.join(row.site.tied_to)}")
+                for row in self.sites
+                if row.site.tied_to and not row.tied and not kept & set(row.site.tied_to)
+            ],
+            "tied weights that stay so": [
+                (row.name, f"the transposed adapter of {row.tied}")
+                for row in self.sites
+                if row.tied
+            ],
+        }
 
     def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)

@@ -292,8 +292,9 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
     record = record_of(model)
     if record is None:
         raise error(
-            f"this {type(model).__name__} has no adapters: lora_fx.rewrite makes a model that has (those of "
-            "PEFT's own models are not meant: save_pretrained writes them). Of a wrapper like "
+            f"this {type(model).__name__} has no adapters: lora_fx.rewrite and lora_fx.load_adapter return a "
+            "model that has, and change none in place. Adapters that PEFT has put into a model do not count: "
+            "its save_pretrained writes them, and lora_fx.load_adapter reads that folder. Of a wrapper like "
             "DistributedDataParallel give the model inside"
         )
     return record

@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import (
 
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
-from lora_fx.ir import META_KEY, Site, Tag, record_of
+from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
 from lora_fx.runtime.decorators import around, inner_of
@@ -629,6 +629,17 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
     return [found[place] for place in sorted(found)]
 
 
+def _without_graph(root: nn.Module | None, site: Site) -> str | None:
+    """Which module has no graph any more, where none of those that a site's branch lies in has one."""
+    names = dict.fromkeys(module_of(call.region) for call in site.calls)
+    modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
+    found = {name: modules[name] for name in names if name in modules}
+    if not found or any(GRAPH in inner_class(module).__dict__ for module in found.values()):
+        return None
+    name, module = next(iter(found.items()))
+    return f"{name or 'the model'} (a {type(module).__qualname__})"
+
+
 def _parts(value: Any) -> Iterator[torch.Tensor]:
     """The strided tensors of which a tensor is made: those inside a subclass that wraps some."""
     if not isinstance(value, torch.Tensor):
@@ -777,13 +788,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                     self.model.read.add(name)
                 continue
             weight, where = self._named[name][0], reader.words()
-            self.error = self.error or CaptureError(
-                f"{weight.site.name}: its weight {weight.site.weight} is read by {_name(func)} {where}, "
-                "outside of the graph that holds its adapter, which would be left out there. Call the layer "
-                "instead of "
-                "reading its weight (code that holds on to a layer of the original model has to be given "
-                f"the one of the rewritten model), or name {weight.site.name!r} in exclude_modules"
+            lost = _without_graph(self.model.root(), weight.site)
+            words = (
+                f"its weight {weight.site.weight} is read by {_name(func)} {where}, outside of the graph "
+                "that holds its adapter, which would be left out there. Call the layer instead of reading "
+                "its weight (code that holds on to a layer of the original model has to be given that of the "
+                f"rewritten model), or name {weight.site.name!r} in exclude_modules"
+                if lost is None
+                else f"{lost} has no graph with its adapter any more: it was replaced since the rewrite, "
+                "or an attribute was set that the graph was made for. Put back what was there, or make the "
+                "change in the original model and rewrite that"
             )
+            self.error = self.error or CaptureError(f"{weight.site.name}: {words}")
             raise self.error
 
     # --- where values are from --------------------------------------------------------------------

@@ -55,8 +55,8 @@ class OutputError:
 
     def __str__(self) -> str:
         return (
-            f"outputs: off by {self.relative_error:.2e} (at most {self.largest:.2e}) after quantizing "
-            f"again, where the adapters change them by {self.relative_change:.2e}"
+            f"outputs: off by {self.relative_error:.2e} of their norm after quantizing again (a single value "
+            f"by at most {self.largest:.2e}), where the adapters change them by {self.relative_change:.2e}"
         )
 
 

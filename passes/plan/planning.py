@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -454,8 +454,13 @@ def _check_names(holder: nn.Module, row: PlannedSite) -> None:
 def _nothing(plan: Plan, matches: Matches) -> str:
     lines = ["the configuration selects no operation of the model"]
     lines += [f"  {entry}" for entry in plan.unmatched]
-    lines += [f"  {skipped.site.name}: {skipped.reason}" for skipped in plan.skipped[:8]]
+    lines += _first_lines([f"{one.site.name}: {one.reason}" for one in plan.skipped])
     if not matches.sites:
         lines.append("  the model has no linear operation that lora_fx can see")
-    lines += [f"  {rejection.name}: {rejection.reason}" for rejection in matches.rejections[:8]]
+    lines += _first_lines([f"{one.name or '(root)'}: {one.reason}" for one in matches.rejections])
     return "\n".join(lines)
+
+
+def _first_lines(lines: Sequence[str], most: int = 8) -> list[str]:
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return [f"  {line}" for line in (*lines[:most], *more)]

@@ -85,8 +85,14 @@ def idle_entries(
     names = target_names(capture.model, matches, chosen)
     selected = [name for one in chosen for name in (one.site.name, *one.names)]
     idle = unmatched(names, config, selected=selected)
+    as_expression = isinstance(config.target_modules, str)
     for target in idle.targets:
-        yield f"target_modules {target!r}: {_why(target, capture, matches, names)}"
+        why = (
+            _why_not_whole(target, names)
+            if as_expression
+            else _why(target, capture, matches, names)
+        )
+        yield f"target_modules {target!r}: {why}"
     for target in idle.filtered:
         yield f"target_modules {target!r}: {_filtered(target, chosen)}"
     for target, _, why in idle_parameters(capture.model, config, matches, chosen):
@@ -96,14 +102,16 @@ def idle_entries(
             "ensure_weight_tying: no embedding that is adapted shares its weight with a linear head, and "
             "no module that is saved with another"
         )
+    modules = [name for name, _ in capture.model.named_modules() if name]
+    for scope in idle.scopes:
+        yield f"scope {scope!r}: matches nothing{_nearest(nearest_names(scope, modules))}"
     for title, entries in (
         ("exclude_modules", idle.excludes),
-        ("scope", idle.scopes),
         ("rank_pattern", idle.rank_keys),
         ("alpha_pattern", idle.alpha_keys),
         ("layers_to_transform", idle.layers),
         ("layers_pattern", idle.layers_patterns),
-        ("modules_to_save", unmatched_saved([n for n, _ in capture.model.named_modules()], config)),
+        ("modules_to_save", unmatched_saved(modules, config)),
     ):
         for entry in entries:
             yield f"{title} {entry!r}: matches nothing"
@@ -161,6 +169,13 @@ def _part_of(target: str, site: Site) -> bool:
     return any(_named(target, f"{site.name}.{part}") for part, _ in site.parts)
 
 
+def _why_not_whole(expression: str, names: Sequence[str]) -> str:
+    why = "a string is a regular expression for whole names, and this one matches none"
+    if any(_named(expression, name) for name in names):
+        return f"{why}; give a list, [{expression!r}], to select by the ends of names"
+    return why + _nearest(nearest_names(expression, names))
+
+
 def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> str:
     for rejection in matches.rejections:
         if _named(target, rejection.name):
@@ -170,6 +185,9 @@ def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> s
             inner = [n for n in names if n.startswith(f"{name}.")]
             holds = f"; name what it holds, e.g. {inner[0]!r}" if inner else ""
             return f"{name} is a {type(module).__name__}, not a linear operation{holds}"
+    for name in base_parameters(capture.model):
+        if _named(target, name):
+            return f"{name} is a parameter, and no linear operation over it was seen"
     return "matches nothing" + _nearest(nearest_names(target, names))
 
 

@@ -50,7 +50,7 @@ def test_text_says_what_was_written_and_how_it_was_checked() -> None:
         "sequence is at most 64",
         "fixed: scale[0]: the example has size 1 here",
         "baked in: factor = 3.0",
-        "checked on cpu against the model in PyTorch, with input_ids [2, 7], scale [1]; input_ids",
+        "checked on cpu against the model in PyTorch, with\n    input_ids [2, 7], scale [1]\n    input_ids",
         "parity logits: max error 2.5e-06 absolute, 1.0e-07 relative (allowed 1e-04)",
         "(allowed 0e+00, PyTorch in this precision 2.5e-01)",
         "  input_ids: rows of the example\n",

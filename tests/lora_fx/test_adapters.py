@@ -512,6 +512,13 @@ def test_a_model_without_adapters_has_no_verbs() -> None:
         lora_fx.add_adapter(Mlp(), ALL, "one")
 
 
+def test_none_is_no_name_of_an_adapter() -> None:
+    model = lora_fx.rewrite(Mlp(), ALL)
+    with pytest.raises(ConfigError, match=r"list of names, or \[\] for the model without"):
+        lora_fx.set_adapter(model, None)  # type: ignore[arg-type]
+    assert lora_fx.active_adapters(model) == ("default",)
+
+
 def test_merging_with_nothing_active_says_so() -> None:
     _, model = two()
     lora_fx.set_adapter(model, [])

@@ -256,6 +256,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"qalora_group_size": 32}, "qalora_group_size: found 32"),
     ({"megatron_core": "mine"}, "megatron_core: found 'mine'"),
     ({"dropout": 0.1}, "no field 'dropout'; did you mean 'lora_dropout'"),
+    ({"rank": 4}, "no field 'rank'; did you mean 'r'"),
     ({"target_module": ["q"]}, "no field 'target_module'; did you mean 'target_modules'"),
     ({"zzz": 1}, "no field 'zzz'; The fields are r, "),
 ]

@@ -731,3 +731,12 @@ def test_a_read_that_meets_one_number_is_seen():
     adapted = lora_fx.rewrite(OneNumber(), EVERYTHING)
     with pytest.raises(CaptureError, match=r"its weight fc\.weight is read by"):
         adapted(torch.randn(1, 1))
+
+
+def test_a_layer_that_was_replaced_since_is_said_to_be() -> None:
+    adapted = lora_fx.rewrite(Plain(), CONFIG)
+    adapted.fc = nn.Linear(4, 4)
+    with pytest.raises(
+        CaptureError, match=r"fc: fc \(a Linear\) has no graph .* it was replaced since"
+    ):
+        adapted(torch.randn(3, 4))

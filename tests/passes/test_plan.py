@@ -142,6 +142,69 @@ def test_no_match_names_the_nearest_and_the_reasons() -> None:
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_string_of_a_target_is_said_to_be_a_regular_expression() -> None:
+    words = r"regular expression for whole names.*give a list, \['up'\]"
+    with pytest.raises(lora_fx.NoMatchError, match=words):
+        lora_fx.plan(Residual(), LoraConfig(target_modules="up"))
+    with pytest.raises(lora_fx.NoMatchError, match=r"regular expression.*nearest: '.*up'"):
+        lora_fx.plan(Residual(), LoraConfig(target_modules=r"blocks\.0\.upp"))
+
+
+def test_a_scope_that_holds_nothing_names_the_nearest() -> None:
+    with pytest.raises(
+        lora_fx.NoMatchError, match=r"scope 'block': matches nothing; nearest: 'blocks"
+    ):
+        lora_fx.plan(Residual(), LoraConfig(scope="block"))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 4))
+        self.up = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            x = x @ self.kernel
+        return self.head(self.up(x))
+
+
+def test_a_parameter_that_no_operation_reads_is_said_to_be_one() -> None:
+    with pytest.raises(
+        lora_fx.NoMatchError, match="kernel is a parameter, and no linear operation"
+    ):
+        lora_fx.plan(Branching(), LoraConfig(target_modules=["kernel"]))
+    assert "(root): no graph: its forward branches" in str(lora_fx.plan(Branching(), LoraConfig()))
+
+
+def test_a_long_refusal_counts_what_it_leaves_out() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    with pytest.raises(lora_fx.NoMatchError, match="and 4 more"):
+        lora_fx.plan(model, LoraConfig(target_modules=["lost"]))
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_rewrite_warns_of_entries_that_select_nothing(
+    add: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoraConfig(target_modules=["up", "gone"])
+    if add:
+        model = lora_fx.rewrite(Residual(), LoraConfig())
+        lora_fx.add_adapter(model, config, "more")
+    else:
+        lora_fx.rewrite(Residual(), config)
+    [record] = caplog.records
+    assert "target_modules 'gone': matches nothing" in record.getMessage()
+    assert "strict=True" in record.getMessage()
+
+
+def test_a_name_in_front_of_the_configuration_is_refused() -> None:
+    model = lora_fx.rewrite(Residual(), LoraConfig())
+    with pytest.raises(lora_fx.ConfigError, match="the configuration comes before the name"):
+        lora_fx.add_adapter(model, "more", LoraConfig())  # type: ignore[arg-type]
+
+
 def test_a_target_that_is_no_linear_operation_says_why() -> None:
     with pytest.raises(lora_fx.NoMatchError, match="LayerNorm, not a linear operation"):
         lora_fx.plan(Residual(), LoraConfig(target_modules=["norm"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,23 @@ class Opaque(nn.Module):
         return self.head(x @ self.kernel if isinstance(x, torch.Tensor) else x)
 
 opaque = Opaque
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x, mask=None):
+        x = nn.functional.linear(x, self.mix)
+        return self.head(x if mask is None else x * mask)
+
+masked = Masked
+
+def tied():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    net[1].weight = net[0].weight
+    return net
 
 def pair():
     return Opaque(), (torch.randn(3, 8),)
@@ -172,6 +190,15 @@ def test_a_traceback_only_for_debugging() -> None:
         assert isinstance(lora(*args).exception, lora_fx.ConfigError)
 
 
+def test_plan_says_what_the_text_of_a_plan_says(here: Path) -> None:
+    text = worked("plan", "cli_net_for_tests:tied")
+    assert "tied weights, untied by a merge (2):" in text
+    assert "shared with 1.weight" in text
+    config = here / "dora.json"
+    config.write_text(json.dumps({"use_dora": True}), encoding="utf-8")
+    assert "magnitude" in worked("plan", MODEL, "--config", str(config))
+
+
 def test_rewrite_prints_the_graph_between_passes(here: Path) -> None:
     text = worked("rewrite", MODEL, "--print-after", "insert", "--region", "layers.0")
     assert "after insert" in text
@@ -183,6 +210,9 @@ def test_rewrite_prints_the_graph_between_passes(here: Path) -> None:
     assert "site(s)" in text
     text = worked("rewrite", MODEL, "--print-after", "all", "--region", "layers.0")
     assert text.index("after capture") < text.index("after match") < text.index("after install")
+    # What no pass has changed is there once: before, with the branch, and with both as one function.
+    assert text.count("# layers.0\n") == 3
+    assert "(1 of 1 graphs as printed above)" in text
     assert "nearest: insert" in refused("rewrite", MODEL, "--print-after", "inserts")
     assert "nearest: 'layers.0'" in refused(
         "rewrite", MODEL, "--print-after", "insert", "--region", "layers.00"
@@ -191,6 +221,14 @@ def test_rewrite_prints_the_graph_between_passes(here: Path) -> None:
 
 def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
     assert "branches" in worked("rewrite", MODEL)
+    rows = [line.split() for line in worked("rewrite", "cli_net_for_tests:masked").splitlines()]
+    found = {row[0]: (row[1], row[3]) for row in rows if len(row) == 4}
+    assert found["(root)"] == found["(mask)"] == ("Masked", "1")
+    assert found["head"] == ("Linear", "0")
+    text = worked("rewrite", MODEL)
+    assert re.search(r"layers\.\{0-2\} +Linear +\d+ +1 +×3", text)
+    assert "layers.1" not in text
+    assert re.search(r"layers\.1 +Linear +\d+ +1", worked("rewrite", MODEL, "--all"))
     code = worked("rewrite", MODEL, "--region", "layers.0")
     assert "def forward(self" in code
     assert "lora_A" in code

@@ -143,6 +143,30 @@ def test_counts_cover_what_is_folded_away() -> None:
     assert fold.sites == 8
 
 
+class Masked(nn.Module):
+    """Reads a weight itself, so that it has a graph for each form of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = nn.functional.linear(x, self.mix)
+        if mask is not None:
+            x = x * mask
+        return self.head(x)
+
+
+def test_a_module_with_several_forms_is_drawn_once() -> None:
+    model = adapted(nn.Sequential(Masked(), nn.ReLU()), target_modules=["mix"])
+    assert {"0", "0(mask)"} <= set(lora_fx.graphs(model))
+    root = picture_of(model).root
+    assert root.sites == 1
+    facts = [fact for box in root.walk() for fact in box.facts]
+    assert facts.count(("other graphs", "for a call with mask")) == 1
+
+
 def test_a_shared_module_is_drawn_once() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, Role
+from lora_fx.ir import META_KEY, Capture, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
@@ -86,6 +86,7 @@ def rewrite(
     look: o.Capturing,
     region: str | None = None,
     graph: bool = False,
+    every: bool = False,
     print_after: list[str] | None = None,
     out: str | None = None,
     force: bool = False,
@@ -99,7 +100,9 @@ def rewrite(
         look: How to capture.
         region: Print the code of this module's forward; '' is the root.
         graph: With --region: the nodes of the graph, not the code.
-        print_after: Print the graph after this pass, of --region or of all; 'all' is after every pass.
+        every: One row a region; equal ones of equal layers are one row without it.
+        print_after: Print the graph after this pass, of --region or of all; 'all' is after every pass, and
+            prints what each has changed.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
         force: Write over what is there.
     """
@@ -126,7 +129,7 @@ def rewrite(
     elif region is not None:
         _print_region(found, region, as_graph=graph)
     elif file is None:
-        console.output().print(_regions(rewritten, found))
+        console.output().print(_regions(rewritten, found, every=every))
         console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
@@ -144,6 +147,7 @@ class _Printer:
     passes: list[str]
     region: str | None
     seen: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    last: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def see(self, name: str, capture: Capture) -> None:
         """Keep what a pass has left."""
@@ -160,8 +164,14 @@ class _Printer:
         graphs = {key: one.graph for key, one in capture.regions.items()}
         if self.region is not None:
             graphs = {self.region: _region_of(graphs, self.region)}
-        for key, graph in graphs.items():
-            yield f"# {key or '(root)'}\n{graph}"
+        changed = {
+            key: str(graph) for key, graph in graphs.items() if self.last.get(key) != str(graph)
+        }
+        self.last |= changed
+        for key, text in changed.items():
+            yield f"# {key or '(root)'}\n{text}"
+        if len(changed) < len(graphs):
+            yield f"({len(graphs) - len(changed)} of {len(graphs)} graphs as printed above)"
         if name == "plan":
             yield str(capture.plan)
 
@@ -193,14 +203,21 @@ def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) ->
         console.say(code)
 
 
-def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> Table:
+def _regions(model: nn.Module, found: dict[str, fx.Graph], *, every: bool) -> Table:
+    from lora_fx.tools.cli.tables import folded
+
     rows = []
-    for name, graph in found.items():
-        roles = [getattr(node.meta.get(META_KEY), "role", None) for node in graph.nodes]
-        kind = type(model.get_submodule(name)).__name__
-        rows.append((name or "(root)", kind, str(len(roles)), str(roles.count(Role.ADD))))
+    for key, graph in found.items():
+        tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
+        branches = {(tag.weight, tag.adapter) for tag in tags if tag.adapter}
+        kind = type(model.get_submodule(module_of(key))).__name__
+        rows.append((key or "(root)", kind, str(len(graph.nodes)), str(len(branches))))
     counts = ("nodes", "branches")
-    return console.table("region", "class", *counts, rows=rows, right=counts)
+    if every:
+        return console.table("region", "class", *counts, rows=rows, right=counts)
+    lines = [(one.name, *one.cells, one.times) for one in folded(rows)]
+    headings = ("region", "class", *counts, "regions")
+    return console.table(*headings, rows=lines, right=headings[2:])
 
 
 def _as_text(item: tuple[str, fx.Graph]) -> str:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from lora_fx.tools.cli.options import Training
     from lora_fx.tools.cluster import Need
 
-__all__ = ["render_export", "render_need", "render_plan"]
+__all__ = ["folded", "render_export", "render_need", "render_plan"]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.(]|$)|^\d+(?=[.(]|$)")
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
 _OPTIONAL = (7, 6, 1, 4, 2)
 _GAP = 2
@@ -32,17 +32,22 @@ _LISTED = 12
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Sites that differ in the numbers of their layers alone.
+    """Sites or regions that differ in the numbers of their layers alone.
 
     Attributes:
         name: Their common name, ``layers.{0-31}.self_attn.q_proj``.
         count: How many they are.
-        cells: The other columns of :attr:`Plan.columns`.
+        cells: The other columns.
     """
 
     name: str
     count: int
     cells: tuple[str, ...]
+
+    @property
+    def times(self) -> str:
+        """``×32``; empty for one."""
+        return f"×{self.count}" if self.count > 1 else ""
 
 
 def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
@@ -54,16 +59,15 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
         every: One row for each site, instead of one for equal sites of numbered layers.
     """
     parts: list[RenderableType] = [
-        Text.assemble("captured by ", (plan.frontend, "bold"), *_notes(plan.notes)),
+        Text.assemble("captured by ", (plan.frontend, "bold")),
+        *(_indented(Text(note, "dim")) for note in plan.notes),
         _sites(plan, width, every),
         _totals(plan),
     ]
-    if plan.saved_modules:
-        parts.append(Text(f"trained in full: {', '.join(plan.saved_modules)}"))
-    parts += [Text(f"rows trained: {len(row.indices)} of {row.name}") for row in plan.tokens]
-    if plan.biases:
-        parts.append(Text(f"biases trained: {len(plan.biases)}"))
+    parts += map(Text, plan.remarks())
     parts += [Text(f"matched nothing: {entry}", "yellow") for entry in plan.unmatched]
+    for title, ties in plan.ties().items():
+        parts += _section(title, ties, every)
     divided = [
         (row.name, ", ".join(name for name, _ in row.site.parts))
         for row in plan.sites
@@ -77,10 +81,14 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
     return Group(*parts)
 
 
-def folded_rows(plan: Plan) -> list[Row]:
-    """The plan's table with equal sites in one row, in order of appearance."""
+def folded(rows: Iterable[tuple[str, ...]]) -> list[Row]:
+    """One row for all that differ in the numbers of their names alone, in order of appearance.
+
+    Args:
+        rows: Names, each with its cells.
+    """
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, *cells in plan.rows():
+    for name, *cells in rows:
         groups.setdefault((_NUMBER.sub("*", name), *cells), []).append(name)
     return [Row(folded_names(names), len(names), tuple(key[1:])) for key, names in groups.items()]
 
@@ -108,9 +116,9 @@ def _span(numbers: list[int]) -> str:
 
 def _sites(plan: Plan, width: int, every: bool) -> Table:
     single = [Row(name, 1, tuple(cells)) for name, *cells in plan.rows()]
-    rows = single if every else folded_rows(plan)
+    rows = single if every else folded(plan.rows())
     columns = (*plan.columns, "sites")
-    lines = [(row.name, *row.cells, f"×{row.count}" if row.count > 1 else "") for row in rows]
+    lines = [(row.name, *row.cells, row.times) for row in rows]
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     shown = [i for i in range(len(columns)) if columns[i] != "sites" or not every]
     for i in _OPTIONAL:
@@ -141,9 +149,9 @@ def _totals(plan: Plan) -> Text:
     )
 
 
-def _notes(notes: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for note in notes:
-        yield f"\n  {note}", "dim"
+def _indented(line: Text) -> Padding:
+    """A line, and what is wrapped of it, under a title."""
+    return Padding(line, (0, 0, 0, 2), expand=False)
 
 
 def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterator[RenderableType]:
@@ -158,7 +166,7 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
         count = f" ×{len(names)}" if len(names) > 1 else ""
         name = folded_names(names) if len(names) > 1 else names[0]
         line = Text.assemble((name or "(root)", "cyan"), count, f": {reason}")
-        yield Padding(line, (0, 0, 0, 2), expand=False)
+        yield _indented(line)
     if not every and len(listed) > _LISTED:
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats import quantization_of
-from lora_fx.ir import META_KEY, Record, Region, Role, Tag, join
+from lora_fx.ir import META_KEY, Record, Region, Role, Tag, join, module_of
 from lora_fx.passes.graph import elements, original_class
 from lora_fx.tools.draw.picture import (
     Box,
@@ -49,11 +49,18 @@ def picture_of_model(
 
     Args:
         model: Any module.
-        graphs: The graphs of its regions by FQN; a module without one is a box of its children.
+        graphs: The graphs of its regions by key; a module without one is a box of its children. Of a module
+            with several forms the first is drawn, and the others are named.
         notes: Remarks for the reader.
     """
-    by_module = {id(model.get_submodule(name)): graph for name, graph in graphs.items()}
-    root = _Painter(model, by_module).paint([model], [""])
+    by_module: dict[int, fx.Graph] = {}
+    other_forms: dict[int, list[str]] = {}
+    for key, graph in graphs.items():
+        module = model.get_submodule(module_of(key))
+        if by_module.setdefault(id(module), graph) is not graph:
+            form = Region.at(key, module, graph).form
+            other_forms.setdefault(id(module), []).append(form)
+    root = _Painter(model, by_module, other_forms).paint([model], [""])
     kinds = {box.kind for box in root.walk()}
     total = root.trainable + root.frozen
     share = f" ({100 * root.trainable / total:.3g} %)" if total else ""
@@ -73,8 +80,14 @@ def picture_of_model(
 class _Painter:
     """Paints modules; gives every box its id, in an order that depends on the model alone."""
 
-    def __init__(self, model: nn.Module, graphs: Mapping[int, fx.Graph]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graphs: Mapping[int, fx.Graph],
+        other_forms: Mapping[int, Sequence[str]],
+    ) -> None:
         self.graphs = graphs
+        self.other_forms = other_forms
         self.digest = Digests(graphs)
         self._ids = itertools.count()
         self._drawn: dict[int, str] = {}
@@ -120,6 +133,8 @@ class _Painter:
             region = RegionPainter(self, module, fqn, graph)
             children, edges = region.children()
             facts += (("graph", f"{len(graph.nodes)} nodes"), *region.hyperparameters())
+            if forms := self.other_forms.get(id(module)):
+                facts += (("other graphs", "; ".join(f"for a call with {form}" for form in forms)),)
         elif kids:
             kind = Kind.OPAQUE
             children = self._siblings(fqn, kids)
