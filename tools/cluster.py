@@ -263,7 +263,12 @@ def plan_step(
         around.enter_context(_no_masks())
         _stand_in(rewritten, dtype)
         if checkpointing:
-            recompute()
+            # The backward goes on without the mode that attention is computed in.
+            again = {
+                "use_reentrant": False,
+                "context_fn": lambda: (contextlib.nullcontext(), _FlashAttention()),
+            }
+            recompute(gradient_checkpointing_kwargs=again)
         rewritten.train()
         if mesh.size > 1:
             shard(rewritten, devices)

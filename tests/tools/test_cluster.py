@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import torch.multiprocessing
+import transformers
 from torch import nn
 
 import lora_fx
@@ -90,3 +91,32 @@ def test_a_ledger_counts_what_lives() -> None:
     del two, three
     assert ledger.live == 0
     assert ledger.peak == 8000
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_mixture_whose_keys_and_values_differ_in_width(checkpointing: bool) -> None:
+    config = transformers.DeepseekV3Config(
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        n_group=4,
+        vocab_size=100,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    )
+    with torch.device("meta"):
+        made = transformers.DeepseekV3ForCausalLM(config)
+    given = step_inputs(made, None, batch=1, sequence=32)
+    need = plan_step(
+        made, lora_fx.LoraConfig(r=2), Mesh(fsdp=2), given, checkpointing=checkpointing
+    )
+    held = sum(p.numel() for p in made.parameters()) * 4
+    assert need.weights == pytest.approx(held / 2, rel=0.02)
