@@ -119,10 +119,10 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 	.peers/$*/bin/python -m pip install --quiet $(PEER_$*)
 	@touch $@
 
-# What a stack needs beyond the test extra is in its requirement file, pins too if it has any.
+# What a stack needs is in its requirement file: this package, its tests, and pins if it has any.
 .peers/.stack-%: tests/stacks/requirements/%.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
-	.peers/$*/bin/python -m pip install --quiet --editable '.[test]' --requirement $<
+	.peers/$*/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
 $(BIN)/python:

@@ -125,7 +125,6 @@ def prefer_by_trl(model: nn.Module, reference: nn.Module, tokenizer: Any, steps:
             learning_rate=1e-3,
             beta=0.1,
             bf16=False,
-            gradient_checkpointing=False,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",

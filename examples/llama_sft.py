@@ -70,7 +70,7 @@ def trainer(model: nn.Module, tokenizer: Any, lines: list[str], options: dict[st
         data = Dataset.from_dict({"text": lines})
         return SFTTrainer(
             model,
-            SFTConfig(**options, bf16=False, gradient_checkpointing=False),
+            SFTConfig(**options, bf16=False),
             train_dataset=data.select(range(held_out, len(lines))),
             eval_dataset=data.select(range(held_out)),
             processing_class=tokenizer,
