@@ -42,14 +42,17 @@ def train(base: nn.Module, token: int) -> nn.Module:
     """An adapter that says whether a token is there."""
     torch.manual_seed(token)
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16)).train()
-    optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=5e-3)
-    for _ in range(80):
-        ids = torch.randint(10, TOKENS, (32, 6))
-        labels = torch.randint(2, (32,))
-        ids[torch.arange(32), torch.randint(6, (32,))] = torch.where(labels == 1, token, 1)
-        model(input_ids=ids, labels=labels).loss.backward()
+    optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
+    for _ in range(150):
+        ids, labels = torch.randint(TOKENS, (32, 6)), torch.randint(2, (32,))
+        ids[ids == token] = 0
+        there = labels.nonzero().squeeze(-1)
+        ids[there, torch.randint(6, there.shape)] = token
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    print(f"trained to look for token {token}: loss {loss.item():.3f}")
     return model.eval()
 
 

@@ -78,5 +78,5 @@ def test_trl_does_it_where_it_is_installed(name: str, says: str, tmp_path: Path)
 def test_each_request_gets_the_adapter_that_it_names(tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
     printed = run("export_and_serve", tmp_path).splitlines()
-    assert printed[:2] == ["has seven: [1, 0]", "has nine: [0, 1]"]
-    assert printed[3].startswith("unknown: 404")
+    assert printed[2:4] == ["has seven: [1, 0]", "has nine: [0, 1]"]
+    assert printed[5].startswith("unknown: 404")

@@ -139,7 +139,19 @@ def lightning(
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model, self.seeds = model, None
+
+        # Lightning saves no states of generators by itself.
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["seeds"] = torch.get_rng_state()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.seeds = checkpoint["seeds"]
+
+        def on_train_batch_start(self, batch: Any, _: int) -> None:
+            if self.seeds is not None:
+                torch.set_rng_state(self.seeds)
+                self.seeds = None
 
         def training_step(self, batch: Any, _: int) -> torch.Tensor:
             return self.model(**batch).loss
