@@ -132,11 +132,22 @@ def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in recorder.cases()], "versions": versions}
 
 
-def record_in(python: Path, place: str, chosen: str, *more: str) -> tuple[list[Case], dict[str, str]]:
+def record_in(
+    python: Path, place: str, chosen: str, *more: str
+) -> tuple[list[Case], dict[str, str]]:
     """The same in a process of another environment's Python."""
     with TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
-        command = [str(python), __file__, "--record", str(out), "--place", place, "--choose", chosen]
+        command = [
+            str(python),
+            __file__,
+            "--record",
+            str(out),
+            "--place",
+            place,
+            "--choose",
+            chosen,
+        ]
         said = subprocess.run([*command, *more], cwd=ROOT, check=False, stdout=subprocess.PIPE)
         if not out.is_file():
             raise SystemExit(f"{place}: {said.stdout.decode()}")
@@ -188,7 +199,9 @@ def rows(cases: list[Case]) -> list[str]:
                 count = str(len(ran))
             else:
                 where, count = same[0].reason or "no reason is known", "0"
-            found.append(f"| {feature} | {result} | [`{function}`](../{file}) | {count} | {where} |")
+            found.append(
+                f"| {feature} | {result} | [`{function}`](../{file}) | {count} | {where} |"
+            )
     return found
 
 
@@ -197,15 +210,17 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
     stacks: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         stacks[case.stack].append(case)
-    names = sorted(stacks, key=lambda name: (-len({case.feature for case in stacks[name]}), name.lower()))
+    names = sorted(
+        stacks, key=lambda name: (-len({case.feature for case in stacks[name]}), name.lower())
+    )
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     lines = [
         "# Integrations",
         "",
-        "What was tried with each training stack. Every cell comes from tests that run the library itself, and",
-        "the page is written from their results by `python docs/integrations.py --write`. *Passed* leads to the",
-        "tests; *refused* means that an error says what to do, and a test checks the error; an empty cell has no",
-        "test. [Training](guides/training.md#trainers-and-checkpoints) tells how to use the stacks.",
+        "What was tried with each training stack. Every cell comes from tests that run the library itself.",
+        "`python docs/integrations.py --write` runs them and writes the page. *Passed* leads to the tests;",
+        "*refused* means that an error says what to do, which a test checks; an empty cell has no test.",
+        "[Training](guides/training.md#trainers-and-checkpoints) tells how to use the stacks.",
         "",
         f"Run with {used}.",
         "",
@@ -223,8 +238,8 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
         "",
         "## Tests",
         "",
-        "The last columns say how many cases of a test passed, and in which environment: that of `make test`, or",
-        "the one that `make test-stacks` makes for a stack. A test that was not run says why.",
+        "The last columns say how many cases of a test passed, and in which environment: that of `make",
+        "test`, or the one that `make test-stacks` makes for a stack. A test that was not run says why.",
     ]
     for name in names:
         lines += ["", f"### {name}", "", "| feature | result | test | cases | where |"]
@@ -278,8 +293,12 @@ def main() -> None:
             more, theirs = record_in(python, place, chosen)
             cases += more
             versions = {**theirs, **versions}
-        if failed := sorted({f"{case.node} ({case.place})" for case in cases if case.outcome == "failed"}):
-            raise SystemExit("these tests failed, so the page stays as it is:\n" + "\n".join(failed))
+        if failed := sorted(
+            {f"{case.node} ({case.place})" for case in cases if case.outcome == "failed"}
+        ):
+            raise SystemExit(
+                "these tests failed, so the page stays as it is:\n" + "\n".join(failed)
+            )
         PAGE.write_text(write(best(cases), versions), encoding="utf-8")
     else:
         parser.error("--write, --check or --record")

@@ -1,6 +1,6 @@
 """A denoiser of diffusers learns to draw something new: adapters in the UNet, the noise schedule as it is.
 
-As it stands the UNet is tiny and untrained. With a real one (the folder of an unconditional ``UNet2DModel``)::
+As it stands the UNet is tiny and untrained. With a real one (an unconditional ``UNet2DModel``)::
 
     python examples/diffusers_unet.py --model FOLDER
 """

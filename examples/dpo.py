@@ -1,8 +1,8 @@
 """Preferences after supervised fine-tuning: DPO with a reference model that costs the adapter's memory only.
 
 The reference of DPO is the model as it was after fine-tuning, its adapter included: ``lora_fx.reference``.
-With TRL installed, its DPOTrainer does the second part (``--loop`` for the plain loop). As it stands the model
-is tiny and untrained. With a real one, its tokenizer beside it::
+With TRL installed, its DPOTrainer does the second part (``--loop`` for the plain loop). As it stands the
+model is tiny and untrained. With a real one, in a folder with its tokenizer::
 
     python examples/dpo.py --model FOLDER
 """
@@ -160,7 +160,9 @@ def main() -> None:
     with torch.no_grad():
         before = margins(reference, tokenizer, rows).mean().item()
         after = margins(model.eval(), tokenizer, rows).mean().item()
-    print(f"{'TRL' if by_trl else 'loop'}: margin of the chosen answers {before:.2f} -> {after:.2f}")
+    print(
+        f"{'TRL' if by_trl else 'loop'}: margin of the chosen answers {before:.2f} -> {after:.2f}"
+    )
     print(f"the reference takes memory for {own:,} of {whole:,} parameters")
     if after <= before:
         raise SystemExit("the margin did not grow")

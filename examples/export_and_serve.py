@@ -1,11 +1,11 @@
-"""A server of many adapters over one file: FastAPI, ONNX Runtime, and the adapter that each request names.
+r"""A server of many adapters over one file: FastAPI, ONNX Runtime, and the adapter that each request names.
 
 As it stands a tiny classifier and two adapters are made, exported and asked in this process. To listen on
 127.0.0.1, with a model and adapters of your own (folders that lora-fx or PEFT wrote)::
 
     pip install 'lora-fx[serve,hf,cpu]'
     python examples/export_and_serve.py --serve --model FOLDER --adapter maths=FOLDER --adapter code=FOLDER
-    curl -H 'Content-Type: application/json' -d '{"input_ids": [[5, 7, 2]], "adapter": "maths"}' \\
+    curl -H 'Content-Type: application/json' -d '{"input_ids": [[5, 7, 2]], "adapter": "maths"}' \
         http://127.0.0.1:8000/classify
 """
 
@@ -114,7 +114,10 @@ def main() -> None:
 
         client = TestClient(app)
         for name in [*adapters, None]:
-            question = {"input_ids": [[5, 7, 11, 12, 13, 14], [9, 12, 1, 14, 15, 16]], "adapter": name}
+            question = {
+                "input_ids": [[5, 7, 11, 12, 13, 14], [9, 12, 1, 14, 15, 16]],
+                "adapter": name,
+            }
             print(f"{name or 'base'}: {client.post('/classify', json=question).json()['labels']}")
         refused = client.post("/classify", json={"input_ids": [[1]], "adapter": "unknown"})
         print(f"unknown: {refused.status_code}, {refused.json()['detail']}")

@@ -2,7 +2,7 @@
 
 Groups of answers are sampled for each prompt, and answers above the mean of their group get more likely. With
 TRL installed, its GRPOTrainer does it (``--loop`` for the plain loop). As it stands the model is tiny and
-untrained, and the reward counts even tokens. With a real one, its tokenizer beside it::
+untrained, and the reward counts even tokens. With a real one, in a folder with its tokenizer::
 
     python examples/grpo.py --model FOLDER
 """
@@ -125,7 +125,9 @@ def learn_by_trl(model: nn.Module, tokenizer: Any, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="GRPO with a free reference")
-    parser.add_argument("--model", metavar="FOLDER", help="a causal language model, its tokenizer")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a causal language model and its tokenizer"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--loop", action="store_true", help="without TRL, installed or not")
     options = parser.parse_args()

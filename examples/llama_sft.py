@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a Llama: TRL's SFTTrainer if it is installed, the Trainer of transformers if not.
 
 Both save checkpoints that are adapters, and go on from them. As it stands the model is tiny and untrained.
-With a real one, its tokenizer beside it, and a file with one text in each line::
+With a real one, in a folder with its tokenizer, and a file with one text in each line::
 
     python examples/llama_sft.py --model FOLDER --data texts.txt --out out/sft
 """
@@ -87,7 +87,9 @@ def trainer(model: nn.Module, tokenizer: Any, lines: list[str], options: dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="supervised fine-tuning")
-    parser.add_argument("--model", metavar="FOLDER", help="a causal language model, its tokenizer")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a causal language model and its tokenizer"
+    )
     parser.add_argument("--data", metavar="FILE", help="one text in each line")
     parser.add_argument("--out", metavar="FOLDER", help="where checkpoints go")
     parser.add_argument("--steps", type=int, default=40)

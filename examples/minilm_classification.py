@@ -1,6 +1,6 @@
 """A sentence classifier on a small BERT (MiniLM and the like), trained by the Trainer of transformers.
 
-As it stands the model is tiny and untrained. With a real encoder, its tokenizer beside it::
+As it stands the model is tiny and untrained. With a real encoder, in a folder with its tokenizer::
 
     python examples/minilm_classification.py --model FOLDER
 """
@@ -64,7 +64,7 @@ def build(folder: str | None) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="LoRA on a sentence encoder")
-    parser.add_argument("--model", metavar="FOLDER", help="an encoder, its tokenizer beside it")
+    parser.add_argument("--model", metavar="FOLDER", help="an encoder and its tokenizer")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
 

@@ -1,6 +1,7 @@
 """One model, several adapters: each learns a task of its own, and a batch mixes them row by row.
 
-The tasks are made up: after token t comes t + 1 ("up"), t - 1 ("down"), or t ("same"). With a model of your own::
+The tasks are made up: after token t comes t + 1 ("up"), t - 1 ("down"), or t ("same"). With a model of your
+own::
 
     python examples/multi_adapter.py --model FOLDER
 """

@@ -32,9 +32,7 @@ def build(folder: str | None) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=TOKENS, initializer_range=0.1, **sizes, **heads)
-    )
+    return LlamaForCausalLM(LlamaConfig(vocab_size=TOKENS, initializer_range=0.1, **sizes, **heads))
 
 
 def work(options: dict[str, Any]) -> None:

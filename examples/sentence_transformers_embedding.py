@@ -31,7 +31,8 @@ TOPICS = {
 
 def write_tiny(folder: Path) -> None:
     """Saves an untrained encoder and a tokenizer of whole words."""
-    words = ["[PAD]", "[UNK]", "a", "and", "the", *sum(TOPICS.values(), [])]
+    about = [word for words in TOPICS.values() for word in words]
+    words = ["[PAD]", "[UNK]", "a", "and", "the", *about]
     tokenizer = Tokenizer(
         models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]")
     )

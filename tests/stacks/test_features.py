@@ -1,4 +1,4 @@
-"""What docs/integrations.md says of the stacks that train a language model: the same tests on each of them."""
+"""What docs/integrations.md says of stacks that train a language model: the same tests on each of them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ def checkpoint_activations(model: Any, how: str | None) -> None:
         model.enable_input_require_grads()
 
 
-def plain(model: Any, folder: Path, *, optimizer: str, activations: str | None, resume: bool) -> None:
+def plain(
+    model: Any, folder: Path, *, optimizer: str, activations: str | None, resume: bool
+) -> None:
     checkpoint_activations(model, activations)
     stepper = optimizer_for(model, optimizer)
     first, model = 0, model.train()
@@ -54,9 +56,7 @@ def plain(model: Any, folder: Path, *, optimizer: str, activations: str | None, 
             state = {"optimizer": stepper.state_dict(), "random": torch.get_rng_state(), "step": 2}
             if hasattr(model, "peft_config"):
                 continue
-            torch.save(
-                {**state, "adapter": lora_fx.adapter_state_dict(model)}, folder / "half.pt"
-            )
+            torch.save({**state, "adapter": lora_fx.adapter_state_dict(model)}, folder / "half.pt")
 
 
 def accelerate(
@@ -73,7 +73,8 @@ def accelerate(
     batches, first = iter(batches), 0
     if resume:
         # Seeds come back last: to begin with the batches draws from them, too.
-        for first in (1, 2):
+        first = 2
+        for _ in range(first):
             next(batches)
         accelerator.load_state(str(folder / "half"))
     for step in range(first, STEPS):
@@ -105,7 +106,9 @@ def trainer_options(optimizer: str, activations: str | None) -> dict[str, Any]:
     return options
 
 
-def trainer(model: Any, folder: Path, *, optimizer: str, activations: str | None, resume: bool) -> None:
+def trainer(
+    model: Any, folder: Path, *, optimizer: str, activations: str | None, resume: bool
+) -> None:
     from transformers import Trainer, TrainingArguments
 
     if activations == "reentrant":
@@ -117,8 +120,8 @@ def trainer(model: Any, folder: Path, *, optimizer: str, activations: str | None
 
 def trl(model: Any, folder: Path, *, optimizer: str, activations: str | None, resume: bool) -> None:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
     if activations == "reentrant":
