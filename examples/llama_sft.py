@@ -104,6 +104,7 @@ def main() -> None:
             write_tiny(Path(source))
         base = AutoModelForCausalLM.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05))
         out = Path(options.out or Path(temporary, "out"))
         settings = {

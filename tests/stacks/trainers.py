@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,4 +210,7 @@ def train(stack: str, model: Any, folder: Path, **options: Any) -> Any:
     settings: dict[str, Any] = {"optimizer": "sgd", "activations": None, "resume": False}
     with contextlib.chdir(folder):
         function(model, folder, **{**settings, **options})
+    if accelerate := sys.modules.get("accelerate"):
+        # One state for the whole process: another test asks for another precision.
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     return model
