@@ -1,8 +1,9 @@
 """Writes docs/integrations.md, the table of training stacks and of what they do, from tests that were run.
 
 ``python docs/integrations.py --write`` runs every test with the marker ``feature``, here and in each
-environment that ``make test-stacks`` has made, and writes the page. ``--check`` compares the page with the
-tests that there are, and runs none.
+environment that ``make test-stacks`` has made, and writes the page. ``--record FILE --place NAME`` runs
+them in one environment, and ``--write FILE ...`` writes the page from what was recorded. ``--check`` compares
+the page with the tests that there are, and runs none.
 """
 
 from __future__ import annotations
@@ -151,7 +152,12 @@ def record_in(
         said = subprocess.run([*command, *more], cwd=ROOT, check=False, stdout=subprocess.PIPE)
         if not out.is_file():
             raise SystemExit(f"{place}: {said.stdout.decode()}")
-        found = json.loads(out.read_text(encoding="utf-8"))
+        return read(out)
+
+
+def read(file: Path) -> tuple[list[Case], dict[str, str]]:
+    """What was recorded in a file."""
+    found = json.loads(file.read_text(encoding="utf-8"))
     return [Case(**case) for case in found["cases"]], found["versions"]
 
 
@@ -274,7 +280,9 @@ def check() -> None:
 def main() -> None:
     """Writes the page, checks it, or records one environment."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="run the tests and write the page")
+    parser.add_argument(
+        "--write", nargs="*", type=Path, metavar="FILE", help="write the page, from recorded files"
+    )
     parser.add_argument("--check", action="store_true", help="compare the page with the tests")
     parser.add_argument("--record", type=Path, metavar="FILE", help="run the tests of this Python")
     parser.add_argument("--place", default="test extra", help="what that environment is called")
@@ -286,11 +294,12 @@ def main() -> None:
         options.record.write_text(json.dumps(found), encoding="utf-8")
     elif options.check:
         check()
-    elif options.write:
+    elif options.write is not None:
         cases: list[Case] = []
         versions: dict[str, str] = {}
-        for python, place, chosen in environments():
-            more, theirs = record_in(python, place, chosen)
+        given = (read(file) for file in options.write)
+        ran = (record_in(*environment) for environment in environments())
+        for more, theirs in given if options.write else ran:
             cases += more
             versions = {**theirs, **versions}
         if failed := sorted(
