@@ -8,6 +8,7 @@ JOBS   ?= 2
 ARGS   ?=
 SRC    := lora_fx passes export tools
 LAYOUT := .mypy_cache/layout
+STACKS := $(patsubst tests/stacks/requirements/%.txt,%,$(wildcard tests/stacks/requirements/*.txt))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -35,6 +36,13 @@ test-slow: $(VENV)/.dev ## Run the tests marked slow
 .PHONY: test-cuda
 test-cuda: $(VENV)/.dev ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m cuda $(ARGS)
+
+.PHONY: test-stacks
+test-stacks: $(STACKS:%=.peers/.stack-%) ## Run the tests of training stacks, each in .peers/ (STACKS=trl: one)
+	@status=0; for stack in $(STACKS); do \
+	  echo "== $$stack"; \
+	  .peers/$$stack/bin/python -m pytest -m "stack and not cuda" $(ARGS) || status=1; \
+	done; exit $$status
 
 .PHONY: golden
 golden: $(VENV)/.dev ## Write the golden graphs anew; read the diff before committing it
@@ -109,6 +117,12 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 .peers/.%: | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
 	.peers/$*/bin/python -m pip install --quiet $(PEER_$*)
+	@touch $@
+
+# What a stack needs is in its requirement file: this package, its tests, and pins if it has any.
+.peers/.stack-%: tests/stacks/requirements/%.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
 $(BIN)/python:

@@ -1,25 +1,82 @@
-"""Every example runs as it stands, in a process of its own."""
+"""Every example runs as it stands, in a process of its own; those of a stack where it is installed."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# What an example needs that is in no extra of the tests.
+NEEDS = {"export_and_serve": "fastapi", "ray_train": "ray"}
+# What each of them does, in docs/integrations.md.
+DOES = {
+    "diffusers_unet": ("diffusers", "train", "save", "merge"),
+    "ray_train": ("Ray Train", "train", "save"),
+    "sentence_transformers_embedding": ("sentence-transformers", "train", "save"),
+    "vit_timm": ("timm", "train", "merge"),
+}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs(example: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, str(example)],
-        cwd=tmp_path,
+def run(script: str, folder: Path, *before: str, after: tuple[str, ...] = ()) -> str:
+    path = str(EXAMPLES / f"{script}.py")
+    ran = subprocess.run(
+        [sys.executable, *before, path, *after],
+        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout
+    return ran.stdout
+
+
+def case(name: str) -> object:
+    marks = [pytest.mark.feature(*DOES[name])] if name in DOES else []
+    if name in NEEDS:
+        reason = f"{NEEDS[name]} is not installed"
+        missing = pytest.mark.skipif(find_spec(NEEDS[name]) is None, reason=reason)
+        marks += [pytest.mark.stack, missing]
+    return pytest.param(name, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [case(path.stem) for path in sorted(EXAMPLES.glob("*.py"))])
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    run(name, tmp_path)
+
+
+@pytest.mark.feature("FSDP2", "train", "save")
+def test_processes_share_a_model(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run("fsdp2", tmp_path, *torchrun, after=("--out", str(tmp_path / "out")))
+    assert "2 process(es): loss" in printed
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+TRL = [
+    pytest.param("dpo", "TRL:", marks=pytest.mark.feature("TRL DPO", "train")),
+    pytest.param("grpo", "TRL:", marks=pytest.mark.feature("TRL GRPO", "train")),
+    pytest.param("llama_sft", "SFTTrainer:", marks=pytest.mark.feature("TRL SFT", "save")),
+]
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize(("name", "says"), TRL)
+def test_trl_does_it_where_it_is_installed(name: str, says: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    assert says in run(name, tmp_path)
+
+
+@pytest.mark.stack
+def test_each_request_gets_the_adapter_that_it_names(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    printed = run("export_and_serve", tmp_path).splitlines()
+    assert printed[2:4] == ["has seven: [1, 0]", "has nine: [0, 1]"]
+    assert printed[5].startswith("unknown: 404")

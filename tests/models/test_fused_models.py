@@ -24,7 +24,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
 
 
 # A process group has to be the only one of its worker's: these are run by one.
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(
+            way, marks=pytest.mark.feature("DDP" if way.startswith("ddp") else "FSDP2", "train")
+        )
+        for way in WAYS
+    ],
+)
 def test_gradients_of_several_processes(way: str, found: dict[str, dict[str, Tensor]]) -> None:
     expected = alone(way)
     assert found[way].keys() == expected.keys() != set()

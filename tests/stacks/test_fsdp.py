@@ -27,6 +27,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.feature("FSDP2", "switch")
 @pytest.mark.parametrize("case", CASES)
 def test_a_switch_is_that_of_one_process(case: str, found: list[dict[str, Any]]) -> None:
     model = build(case)
@@ -37,6 +38,7 @@ def test_a_switch_is_that_of_one_process(case: str, found: list[dict[str, Any]])
             assert_close(output, on if name.startswith("on") else off)
 
 
+@pytest.mark.feature("FSDP2", "save")
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_is_that_of_one_process(case: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
@@ -47,6 +49,7 @@ def test_units_stay_units(found: list[dict[str, Any]]) -> None:
     assert found[0]["branches in units"]["base"] == "FSDPLinear"
 
 
+@pytest.mark.feature("FSDP2", "merge", refused=True)
 def test_new_parameters_and_copies_are_refused(found: list[dict[str, Any]]) -> None:
     for rank in found:
         said = rank["refused"]

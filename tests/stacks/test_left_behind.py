@@ -61,6 +61,7 @@ def test_a_merged_model_has_nothing_of_a_trainer(trainer, caplog) -> None:
     assert "forward" in vars(model)  # the model itself goes on training
 
 
+@pytest.mark.feature("accelerate", "export")
 def test_an_export_has_nothing_of_a_trainer(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     x, base = sample(3, 5), Mlp().eval()

@@ -24,6 +24,7 @@ def offloaded(model: Any, folder: Path | None) -> Any:
     return accelerate.disk_offload(model, folder, execution_device=device)
 
 
+@pytest.mark.feature("accelerate offload", "switch")
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_outputs_are_those_of_the_whole_model(targets: str, place: str, tmp_path: Path) -> None:
@@ -37,6 +38,7 @@ def test_the_outputs_are_those_of_the_whole_model(targets: str, place: str, tmp_
     assert_same_bits(model(IDS).logits, wanted)
 
 
+@pytest.mark.feature("accelerate offload", "save")
 def test_saved_factors_have_their_values(tmp_path: Path) -> None:
     model = adapted()
     wanted = lora_fx.adapter_state_dict(model)
@@ -44,6 +46,7 @@ def test_saved_factors_have_their_values(tmp_path: Path) -> None:
     assert_same_bits(lora_fx.adapter_state_dict(model), wanted)
 
 
+@pytest.mark.feature("accelerate offload", "train", "merge", refused=True)
 def test_training_and_merging_are_refused_until_the_hooks_are_off() -> None:
     model = adapted()
     wanted = model(IDS).logits

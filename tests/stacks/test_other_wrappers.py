@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.feature("DataParallel", "train")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_replicas_of_data_parallel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own replicate; only the copies between GPUs are made on the CPU."""
@@ -74,6 +75,7 @@ def flat(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.feature("FSDP1", "train", refused=True)
 def test_fsdp1_is_refused(tmp_path: Path) -> None:
     multiprocessing.spawn(flat, (str(tmp_path),), nprocs=1)
     for words in torch.load(tmp_path / "said.pt"):

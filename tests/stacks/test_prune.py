@@ -33,6 +33,7 @@ def pruned(model: Any, *, permanent: bool = False) -> Any:
     return model
 
 
+@pytest.mark.feature("torch.nn.utils.prune", "train", "save", "switch")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_runs_trains_and_switches(name: str, tmp_path: Path) -> None:
     model = adapted(CONFIGS[name])
@@ -56,6 +57,7 @@ def test_it_runs_trains_and_switches(name: str, tmp_path: Path) -> None:
     assert_close(model(IDS).logits, other(IDS).logits)
 
 
+@pytest.mark.feature("torch.nn.utils.prune", "merge")
 def test_a_merge_waits_until_it_is_permanent() -> None:
     model = pruned(adapted())
     with pytest.raises(MergeError, match=r"q_proj\.weight is computed .*prune\.remove"):

@@ -59,7 +59,18 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.feature(
+                f"{name} after the rewrite", "save", "switch", "merge", refused=True
+            ),
+        )
+        for name in LIBRARIES
+    ],
+)
 def test_every_verb_names_the_layer_and_what_is_there_now(library: str, tmp_path: Path) -> None:
     replace, site, found = LIBRARIES[library]
     model = adapted(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))

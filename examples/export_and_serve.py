@@ -1,0 +1,127 @@
+r"""A server of many adapters over one file: FastAPI, ONNX Runtime, and the adapter that each request names.
+
+As it stands a tiny classifier and two adapters are made, exported and asked in this process. To listen on
+127.0.0.1, with a model and adapters of your own (folders that lora-fx or PEFT wrote)::
+
+    pip install 'lora-fx[serve,hf,cpu]'
+    python examples/export_and_serve.py --serve --model FOLDER --adapter maths=FOLDER --adapter code=FOLDER
+    curl -H 'Content-Type: application/json' -d '{"input_ids": [[5, 7, 2]], "adapter": "maths"}' \
+        http://127.0.0.1:8000/classify
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+import lora_fx
+
+TOKENS = 32
+MADE = {"has seven": 7, "has nine": 9}  # what a made adapter looks for among the tokens
+
+
+class Question(BaseModel):
+    """What a client sends: rows of equal length, and the adapter; none is the base model."""
+
+    input_ids: list[list[int]]
+    adapter: str | None = None
+
+
+def train(base: nn.Module, token: int) -> nn.Module:
+    """An adapter that says whether a token is there."""
+    torch.manual_seed(token)
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16)).train()
+    optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
+    for _ in range(150):
+        ids, labels = torch.randint(TOKENS, (32, 6)), torch.randint(2, (32,))
+        ids[ids == token] = 0
+        there = labels.nonzero().squeeze(-1)
+        ids[there, torch.randint(6, there.shape)] = token
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"trained to look for token {token}: loss {loss.item():.3f}")
+    return model.eval()
+
+
+def serve(session: lora_fx.OnnxSession, adapters: list[str]) -> FastAPI:
+    """The application. Its handlers run in threads, which share the session."""
+    app = FastAPI(title="adapters")
+
+    @app.get("/adapters")
+    def list_adapters() -> list[str]:
+        return adapters
+
+    @app.post("/classify")
+    def classify(question: Question) -> dict[str, list[int]]:
+        if question.adapter is not None and question.adapter not in adapters:
+            raise HTTPException(404, f"no adapter {question.adapter!r}; there are {adapters}")
+        ids = torch.tensor(question.input_ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = session.run(inputs, adapter=question.adapter)["logits"]
+        return {"labels": logits.argmax(-1).tolist()}
+
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="serve adapters over one ONNX file")
+    parser.add_argument("--model", metavar="FOLDER", help="a sequence classifier of transformers")
+    parser.add_argument("--adapter", metavar="NAME=FOLDER", action="append", default=[])
+    parser.add_argument("--serve", action="store_true", help="listen on 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    if options.model is not None:
+        base = AutoModelForSequenceClassification.from_pretrained(options.model)
+        adapters = dict(one.split("=", 1) for one in options.adapter)
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        config = BertConfig(vocab_size=TOKENS, num_attention_heads=4, **sizes)
+        config.initializer_range = 0.2
+        base = BertForSequenceClassification(config)
+        adapters = {name: train(base, token) for name, token in MADE.items()}
+
+    with TemporaryDirectory() as folder:
+        # One file for the base. Each adapter is loaded once, from a folder or from a model.
+        file, ids = Path(folder, "base.onnx"), torch.randint(TOKENS, (2, 6))
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        lora_fx.export_onnx(base.eval(), file, example, adapters="inputs")
+        session = lora_fx.OnnxSession(file, provider="cpu")
+        for name, adapter in adapters.items():
+            session.load_adapter(name, adapter)
+        app = serve(session, list(adapters))
+        if options.serve:
+            import uvicorn
+
+            uvicorn.run(app, host="127.0.0.1", port=options.port)
+            return
+
+        from fastapi.testclient import TestClient
+
+        client = TestClient(app)
+        for name in [*adapters, None]:
+            question = {
+                "input_ids": [[5, 7, 11, 12, 13, 14], [9, 12, 1, 14, 15, 16]],
+                "adapter": name,
+            }
+            print(f"{name or 'base'}: {client.post('/classify', json=question).json()['labels']}")
+        refused = client.post("/classify", json={"input_ids": [[1]], "adapter": "unknown"})
+        print(f"unknown: {refused.status_code}, {refused.json()['detail']}")
+
+
+if __name__ == "__main__":
+    main()

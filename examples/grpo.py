@@ -1,0 +1,158 @@
+"""Learning from a reward: GRPO in a plain loop, with the model that was rewritten as the free reference.
+
+Groups of answers are sampled for each prompt, and answers above the mean of their group get more likely. With
+TRL installed, its GRPOTrainer does it (``--loop`` for the plain loop). As it stands the model is tiny and
+untrained, and the reward counts even tokens. With a real one, in a folder with its tokenizer::
+
+    python examples/grpo.py --model FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import lora_fx
+
+WORDS = [f"w{number}" for number in range(30)]
+GROUP, LENGTH = 8, 8
+
+
+def build(folder: str | None) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from a folder, or tiny ones."""
+    if folder is not None:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return AutoModelForCausalLM.from_pretrained(folder), tokenizer
+    words = {word: number for number, word in enumerate(["[PAD]", "[END]", *WORDS])}
+    plain = Tokenizer(models.WordLevel(words))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", eos_token="[END]", padding_side="left"
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = LlamaConfig(vocab_size=len(words), initializer_range=0.1, **sizes, **heads, **ends)
+    return LlamaForCausalLM(config), tokenizer
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The part of an answer's tokens that are even, as TRL asks for it."""
+    return [sum(one % 2 == 0 for one in ids) / LENGTH for ids in completion_ids]
+
+
+def prompts(count: int) -> list[str]:
+    """Made-up prompts of one length."""
+    return [" ".join(random.choices(WORDS, k=4)) for _ in range(count)]
+
+
+def sample(model: nn.Module, tokenizer: Any, asked: list[str]) -> tuple[Any, Tensor]:
+    """A group of answers to each prompt: the prompts, repeated, and prompt and answer [rows, length]."""
+    rows = [prompt for prompt in asked for _ in range(GROUP)]
+    batch = tokenizer(rows, return_tensors="pt", padding=True, return_token_type_ids=False)
+    batch = batch.to(model.device)
+    limits = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH}
+    with torch.no_grad():
+        return batch, model.generate(**batch, do_sample=True, top_k=0, **limits)
+
+
+def log_probabilities(model: nn.Module, batch: Any, ids: Tensor) -> Tensor:
+    """Of each token of the answers [rows, LENGTH]."""
+    start = batch.input_ids.shape[1]
+    mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, start:])], 1)
+    logs = model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1].log_softmax(-1)
+    return logs.gather(-1, ids[:, start:, None]).squeeze(-1)
+
+
+def learn(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) -> None:
+    """GRPO with one update for each batch, and 0.02 of the divergence from the reference."""
+    optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=5e-3)
+    for _ in range(steps):
+        batch, ids = sample(model, tokenizer, prompts(8))
+        found = torch.tensor(reward(ids[:, -LENGTH:].tolist()), device=ids.device).view(-1, GROUP)
+        spread = found.std(1, keepdim=True) + 1e-4
+        advantage = ((found - found.mean(1, keepdim=True)) / spread).view(-1, 1)
+        logs = log_probabilities(model, batch, ids)
+        with torch.no_grad():
+            less = log_probabilities(reference, batch, ids) - logs
+        divergence = (less + logs.detach() - logs).exp() - (less + logs.detach() - logs) - 1
+        ratio = (logs - logs.detach()).exp()
+        (0.02 * divergence - ratio * advantage).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def learn_by_trl(model: nn.Module, tokenizer: Any, steps: int) -> None:
+    """The same by TRL's trainer, which wants no reference where beta is 0."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    with TemporaryDirectory() as folder:
+        arguments = GRPOConfig(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=8 * GROUP,
+            num_generations=GROUP,
+            max_completion_length=LENGTH,
+            learning_rate=5e-3,
+            beta=0.0,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        data = Dataset.from_dict({"prompt": prompts(256)})
+        GRPOTrainer(
+            model, reward, arguments, train_dataset=data, processing_class=tokenizer
+        ).train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="GRPO with a free reference")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a causal language model and its tokenizer"
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--loop", action="store_true", help="without TRL, installed or not")
+    options = parser.parse_args()
+
+    random.seed(0)
+    torch.manual_seed(0)
+    base, tokenizer = build(options.model)
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16)).eval()
+
+    def mean_reward() -> float:
+        _, ids = sample(model, tokenizer, prompts(16))
+        found = reward(ids[:, -LENGTH:].tolist())
+        return sum(found) / len(found)
+
+    before = mean_reward()
+    by_trl = not options.loop and importlib.util.find_spec("trl") is not None
+    if by_trl:
+        learn_by_trl(model, tokenizer, options.steps)
+    else:
+        learn(model, base.eval(), tokenizer, options.steps)  # the base shares its weights
+    after = mean_reward()
+    print(f"{'TRL' if by_trl else 'loop'}: mean reward {before:.2f} -> {after:.2f}")
+    if after <= before:
+        raise SystemExit("the reward did not grow")
+
+
+if __name__ == "__main__":
+    main()

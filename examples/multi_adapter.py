@@ -1,0 +1,96 @@
+"""One model, several adapters: each learns a task of its own, and a batch mixes them row by row.
+
+The tasks are made up: after token t comes t + 1 ("up"), t - 1 ("down"), or t ("same"). With a model of your
+own::
+
+    python examples/multi_adapter.py --model FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lora_fx
+
+TASKS = {"up": 1, "down": -1, "same": 0}
+TOKENS = 32
+
+
+def build(folder: str | None) -> nn.Module:
+    """The model from its folder, or a tiny one."""
+    if folder is not None:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=TOKENS, initializer_range=0.2, **sizes, **heads))
+
+
+def texts(task: str, count: int) -> Tensor:
+    """Rows of 12 tokens [count, 12] that follow the rule of a task."""
+    starts = torch.randint(TOKENS, (count, 1))
+    return (starts + TASKS[task] * torch.arange(12)) % TOKENS
+
+
+def train(model: nn.Module, task: str, steps: int) -> tuple[float, float]:
+    """Trains the active adapter; returns the first loss and the last."""
+    optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        ids = texts(task, 32)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses[0], losses[-1]
+
+
+def row_losses(model: Callable[..., object], ids: Tensor) -> Tensor:
+    """The mean loss of each row, without its first two tokens: the third follows from them."""
+    logits = model(input_ids=ids).logits[:, 1:-1]
+    losses = nn.functional.cross_entropy(logits.mT, ids[:, 2:], reduction="none")
+    return losses.mean(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="several adapters in one batch")
+    parser.add_argument("--model", metavar="FOLDER", help="a causal language model")
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    config = lora_fx.LoraConfig(r=8, lora_alpha=16)
+    first, *others = TASKS
+    model = lora_fx.rewrite(build(options.model), config, adapter_name=first)
+    for task in others:
+        lora_fx.add_adapter(model, config, task)
+    for task in TASKS:
+        lora_fx.set_adapter(model, task)
+        before, after = train(model, task, options.steps)
+        print(f"{task:5} loss {before:.3f} -> {after:.3f}")
+
+    # Each request names its adapter; None is the base. One call answers all of them.
+    requests = ["down", "up", None, "same", "up"]
+    ids = torch.cat([texts(task or "up", 1) for task in requests])
+    with torch.no_grad():
+        with lora_fx.adapter_ids(model, requests):
+            mixed = row_losses(model, ids)
+        for row, task in enumerate(requests):
+            lora_fx.set_adapter(model, task or [])
+            alone = row_losses(model, ids[row : row + 1])
+            torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    shown = ", ".join(
+        f"{task or 'base'} {loss:.3f}" for task, loss in zip(requests, mixed.tolist(), strict=True)
+    )
+    print(f"one batch, each row as with its adapter alone: {shown}")
+
+
+if __name__ == "__main__":
+    main()
