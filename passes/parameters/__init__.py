@@ -20,7 +20,12 @@ from lora_fx.passes.parameters.factors import (
     tokens_of,
     wide,
 )
-from lora_fx.passes.parameters.placements import check_layouts, factor_layout
+from lora_fx.passes.parameters.placements import (
+    check_can_add,
+    check_layouts,
+    check_sharded_alike,
+    factor_layout,
+)
 from lora_fx.passes.parameters.replacements import (
     base_dtype,
     base_modules,
@@ -75,9 +80,11 @@ __all__ = [
     "base_weight",
     "buffer_digests",
     "changed_buffers",
+    "check_can_add",
     "check_intact",
     "check_layouts",
     "check_not_sharded",
+    "check_sharded_alike",
     "check_whole",
     "claim",
     "claim_unfrozen",

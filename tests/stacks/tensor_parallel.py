@@ -17,7 +17,18 @@ from lora_fx import LoraConfig
 from tests.algebra import randomize
 from tests.stacks.models import IDS, llama
 
-__all__ = ["CASES", "STYLES", "alone", "build", "config", "gathered", "run", "run_rank", "step"]
+__all__ = [
+    "CASES",
+    "STYLES",
+    "TARGETS",
+    "alone",
+    "filled",
+    "gathered",
+    "parallelized",
+    "run_rank",
+    "said",
+    "step",
+]
 
 Case = dict[str, Any]
 
