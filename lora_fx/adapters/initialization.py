@@ -204,7 +204,8 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
         if not slots:
             continue
         weight = gathered(base_weight(model, row.site))
-        pair = tuple(map(gathered, there.pair)) if kind_of(row).low_rank else None
+        low_rank = kind_of(row).low_rank
+        pair = (gathered(there.a), gathered(there.b)) if low_rank else None
         for slot in slots:
             write(there.slots[slot.name], slot_start(row, slot, weight, pair, entry.config))
 
