@@ -28,6 +28,9 @@ __all__ = [
     "run_rank",
     "said",
     "step",
+    "whole",
+    "with_samples",
+    "with_two",
 ]
 
 Case = dict[str, Any]
@@ -37,6 +40,7 @@ CASES: dict[str, Case] = {
     "torch": {"style": "torch"},
     "torch, canonical": {"style": "torch", "optimize": False},
     "torch, dropout": {"style": "torch", "lora_dropout": 0.5},
+    "torch, biases": {"style": "torch", "biases": True},
     "torch, pissa": {"style": "torch", "init_lora_weights": "pissa"},
     "transformers": {"style": "transformers"},
     "transformers, dropout": {"style": "transformers", "lora_dropout": 0.5},
@@ -53,8 +57,11 @@ _COLWISE = (
 _ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
 
 
+_NOT_OPTIONS = ("style", "optimize", "biases")
+
+
 def config(case: Case) -> LoraConfig:
-    options = {key: value for key, value in case.items() if key not in ("style", "optimize")}
+    options = {key: value for key, value in case.items() if key not in _NOT_OPTIONS}
     return LoraConfig(**{"r": 2, "target_modules": TARGETS, **options})
 
 
@@ -75,20 +82,20 @@ def parallelized(model: Any, mesh: Any) -> Any:
     return parallelize_module(model, mesh, plan)
 
 
-def base(style: str, folder: str) -> Any:
+def base(case: Case, folder: str) -> Any:
     """The base in fp64, cut over all processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
-    if style == "transformers":
+    if case["style"] == "transformers":
         options = DistributedConfig(tp_size=dist.get_world_size())
         model = LlamaForCausalLM.from_pretrained(
             Path(folder) / "base", distributed_config=options, dtype=torch.float64
         )
         return model.eval()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return parallelized(llama().double(), mesh)
+    return parallelized(whole(case), mesh)
 
 
 def build(case: Case, model: nn.Module) -> Any:
@@ -100,7 +107,19 @@ def build(case: Case, model: nn.Module) -> Any:
 def alone(case: Case) -> Any:
     """The model of one process, with an adapter that changes its outputs."""
     optimize = case.get("optimize", True)
-    return randomize(lora_fx.rewrite(llama().double(), config(case), optimize=optimize))
+    return randomize(lora_fx.rewrite(whole(case), config(case), optimize=optimize))
+
+
+def whole(case: Case) -> Any:
+    """The base of one process, in fp64."""
+    if not case.get("biases"):
+        return llama().double()
+    model = llama(attention_bias=True, mlp_bias=True).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.linspace(-1, 1, len(parameter)))
+    return model
 
 
 def filled(model: nn.Module, source: nn.Module) -> Any:
@@ -158,7 +177,7 @@ def counted(model: Any) -> dict[str, int]:
 
 
 def trained(case: Case, folder: str) -> dict[str, Any]:
-    model = base(case["style"], folder)
+    model = base(case, folder)
     calls = counted(model)
     adapted = build(case, model)
     loss, gradients = step(adapted)
@@ -190,10 +209,10 @@ def said(verb: Callable[[], Any]) -> str:
 def saved_and_loaded(style: str, folder: str, rank: int) -> dict[str, Any]:
     """A folder of a cut model, and of one process, loaded into a cut model; and merges."""
     case: Case = {"style": style}
-    model = build(case, base(style, folder))
+    model = build(case, base(case, folder))
     where = Path(folder) / f"{style} {rank}"
     lora_fx.save_adapter(model, where)
-    loaded = lora_fx.load_adapter(base(style, folder), Path(folder) / "one process")
+    loaded = lora_fx.load_adapter(base(case, folder), Path(folder) / "one process")
     merged = lora_fx.merge(model)
     with torch.no_grad():
         found = {
@@ -202,24 +221,47 @@ def saved_and_loaded(style: str, folder: str, rank: int) -> dict[str, Any]:
             "weight": gathered(merged.model.layers[0].mlp.up_proj.weight),
             "placements": str(merged.model.layers[0].mlp.up_proj.weight.placements),
         }
-    return {**found, "class": type(merged).__name__}
+    sample = lora_fx.rewrite(base(case, folder), config(case), (IDS,))
+    return {
+        **found,
+        "class": type(merged).__name__,
+        "with inputs": gathered(sample(IDS).logits.detach()),
+        "check": said(lambda: lora_fx.check(model, (IDS,))),
+        "two": gathered(with_two(model)),
+        "samples": gathered(with_samples(model)),
+    }
+
+
+def with_two(model: Any) -> torch.Tensor:
+    """Outputs with another adapter, which is added now, and the first one."""
+    lora_fx.add_adapter(model, config({"r": 3, "init_lora_weights": False}), "second")
+    lora_fx.set_adapter(model, ["default", "second"])
+    with torch.no_grad():
+        logits: torch.Tensor = model(IDS).logits
+    return logits
+
+
+def with_samples(model: Any) -> torch.Tensor:
+    """Outputs where each sample has its own adapter."""
+    with lora_fx.adapter_ids(model, ["second", "default"]):
+        logits: torch.Tensor = model(IDS).logits
+    return logits.detach()
 
 
 def refusals(folder: str) -> dict[str, str]:
-    whole = llama().double()
     plain: Case = {"style": "torch"}
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     uneven = parallelized(llama(intermediate_size=25), mesh)
-    cut = base("torch", folder)
+    cut = base(plain, folder)
     layer = lora_fx.rewrite(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
     return {
         "rowwise, afterwards": said(
             lambda: parallelize_module(layer, mesh, {"0": RowwiseParallel()})
         ),
-        "parallelized afterwards": said(lambda: parallelized(build(plain, whole), mesh)),
+        "parallelized afterwards": said(lambda: parallelized(build(plain, llama().double()), mesh)),
         "dora": said(lambda: lora_fx.rewrite(cut, LoraConfig(r=2, use_dora=True))),
         "bias of B": said(lambda: lora_fx.rewrite(cut, LoraConfig(r=2, lora_bias=True))),
         "uneven": said(

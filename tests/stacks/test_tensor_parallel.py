@@ -13,7 +13,16 @@ from torch import multiprocessing
 import lora_fx
 from tests.numerics import assert_close, assert_same_bits
 from tests.stacks.models import IDS, llama
-from tests.stacks.tensor_parallel import CASES, STYLES, alone, run_rank, step
+from tests.stacks.tensor_parallel import (
+    CASES,
+    STYLES,
+    alone,
+    run_rank,
+    step,
+    whole,
+    with_samples,
+    with_two,
+)
 
 RANKS = 2
 
@@ -70,7 +79,7 @@ def test_factors_lie_as_their_weights_do(name: str, found: list[dict[str, Any]])
 def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert_same_bits(rank[name]["off"], found[0][name]["off"])
-        assert_close(rank[name]["untouched"], llama().double()(IDS).logits, 1e-6)
+        assert_close(rank[name]["untouched"], whole(CASES[name])(IDS).logits, 1e-6)
         if "pissa" not in name:
             assert_same_bits(rank[name]["off"], rank[name]["untouched"])
 
@@ -87,13 +96,22 @@ def test_a_folder_is_that_of_one_process(style: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_folder_is_loaded_and_merged_in_parts(style: str, found: list[dict[str, Any]]) -> None:
+def test_what_is_done_in_parts_is_done_as_in_one_process(
+    style: str, found: list[dict[str, Any]]
+) -> None:
     model = alone({})
     exact = lora_fx.merge(model)
+    logits, two = model(IDS).logits, alone({})
+    both = with_two(two)
+    samples = with_samples(two)
     for rank in found:
         here = rank[f"folders, {style}"]
-        assert_close(here["loaded"], model(IDS).logits, 1e-6)
-        assert_close(here["merged"], model(IDS).logits, 1e-6)
+        assert_close(here["loaded"], logits, 1e-6)
+        assert_close(here["merged"], logits, 1e-6)
+        assert_close(here["two"], both, 1e-6)
+        assert_close(here["samples"], samples, 1e-6)
+        assert_close(here["with inputs"], whole({})(IDS).logits, 1e-6)
+        assert "on a model that is whole" in here["check"]
         assert_same_bits(here["weight"], exact.model.layers[0].mlp.up_proj.weight)
         assert here["placements"] == "(Shard(dim=0),)"
         assert here["class"] == "LlamaForCausalLM"
