@@ -25,7 +25,14 @@ from lora_fx.kinds import Slot, kind_of
 from lora_fx.passes.capture import relative_difference, run_once
 from lora_fx.passes.graph import is_lazy, share_copy
 from lora_fx.passes.merge import delta_weight, merge
-from lora_fx.passes.parameters import factor_names, factors_of, inside, rows_name, tokens_of
+from lora_fx.passes.parameters import (
+    factor_names,
+    factors_of,
+    inside,
+    is_sharded,
+    rows_name,
+    tokens_of,
+)
 from lora_fx.runtime import AdapterModule, watch
 
 __all__ = ["CheckReport", "check", "check_rewritten"]
@@ -160,6 +167,11 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise _CannotTell(f"{name} is on the meta device: load its values first")
+        if is_sharded(parameter):
+            raise _CannotTell(
+                f"{name} is cut over several processes: check the adapter on a model that is whole "
+                "(lora_fx.load_adapter)"
+            )
     adapted = share_copy(model)
     _own_zeros(adapted)
     start = _randomize(adapted, rows) | _randomize_tokens(adapted, record)

@@ -28,6 +28,7 @@ from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.passes.capture import named_inputs
+from lora_fx.passes.graph import share_copy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,6 +39,7 @@ __all__ = [
     "Need",
     "Traffic",
     "devices_of",
+    "parallelize",
     "plan_step",
     "run_step",
     "shard",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _GENERATING = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel")
+_DIMENSIONS = ("replicate", "fsdp", "tp")
 _ENTRY = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<size>\d+)\s*")
 _GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_", "all_gather_into_tensor")
 _SCATTERS = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_tensor")
@@ -60,15 +63,17 @@ class Mesh:
     Attributes:
         replicate: Groups that each hold a whole copy of the model between them (HSDP, or DDP with
             ``fsdp=1``).
-        fsdp: GPUs that the weights of one such copy are sharded over.
+        fsdp: GPUs, or groups of ``tp``, that the weights of one such copy are sharded over.
+        tp: GPUs that compute parts of each layer, on the same samples (tensor parallelism).
     """
 
     replicate: int = 1
     fsdp: int = 1
+    tp: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Mesh:
-        """Read ``fsdp=8`` or ``replicate=2,fsdp=8``.
+        """Read ``fsdp=8``, ``replicate=2,fsdp=8`` or ``fsdp=8,tp=2``.
 
         Raises:
             ConfigError: An entry is no dimension of a mesh, is there twice, or its size is below 1.
@@ -76,14 +81,10 @@ class Mesh:
         sizes: dict[str, int] = {}
         for entry in text.split(","):
             found = _ENTRY.fullmatch(entry)
-            if (
-                found is None
-                or found["name"] not in ("replicate", "fsdp")
-                or not int(found["size"])
-            ):
+            if found is None or found["name"] not in _DIMENSIONS or not int(found["size"]):
                 raise ConfigError(
                     f"--mesh {text!r}: {entry.strip()!r} is no dimension of a mesh: write fsdp=8, "
-                    "or replicate=2,fsdp=8"
+                    "replicate=2,fsdp=8 or fsdp=8,tp=2"
                 )
             if found["name"] in sizes:
                 raise ConfigError(f"--mesh {text!r}: {found['name']} is there twice")
@@ -93,10 +94,10 @@ class Mesh:
     @property
     def size(self) -> int:
         """How many GPUs there are."""
-        return self.replicate * self.fsdp
+        return self.replicate * self.fsdp * self.tp
 
     def __str__(self) -> str:
-        parts = [("replicate", self.replicate), ("fsdp", self.fsdp)]
+        parts = [(name, getattr(self, name)) for name in _DIMENSIONS]
         return " x ".join(f"{name} {size}" for name, size in parts if size > 1) or "one GPU"
 
 
@@ -118,16 +119,78 @@ def devices_of(mesh: Mesh) -> DeviceMesh:
 
     if mesh.size != dist.get_world_size():
         raise ConfigError(f"the mesh has {mesh.size} members, the group {dist.get_world_size()}")
-    if mesh.replicate == 1:
-        return init_device_mesh("cpu", (mesh.fsdp,), mesh_dim_names=("fsdp",))
-    sizes = (mesh.replicate, mesh.fsdp)
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "fsdp"))
+    names = [name for name in _DIMENSIONS if name == "fsdp" or getattr(mesh, name) > 1]
+    sizes = tuple(getattr(mesh, name) for name in names)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=tuple(names))
+
+
+def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
+    """Cut a model of transformers over the ``tp`` dimension of a mesh in place, by its own plan.
+
+    Raises:
+        ConfigError: The mesh has no such dimension, the model has no plan, or its sizes do not divide.
+    """
+    if "tp" not in (devices.mesh_dim_names or ()):
+        raise ConfigError(f"the mesh {devices.mesh_dim_names} has no dimension 'tp'")
+    plan, size = _plan_of(model), devices["tp"].size()
+    config: Any = model.config
+    text = config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, name, None)
+        if isinstance(heads, int) and heads % size:
+            raise ConfigError(
+                f"tp={size}: the model has {name}={heads}, which {size} does not divide"
+            )
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    apply_tensor_parallelism(model, devices["tp"], plan)
+
+
+def _plan_of(model: nn.Module) -> dict[str, str]:
+    """How transformers cuts a model: a style for each module and parameter that it names."""
+    given = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
+    if not isinstance(given, dict) or not given:
+        raise ConfigError(
+            f"tp: {type(model).__name__} has no tp_plan, by which transformers cuts its layers: leave tp out "
+            "of the mesh, or give the model one (model.tp_plan = {'layers.*.mlp.up_proj': 'colwise', ...})"
+        )
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        style = given.get(_without_numbers(name))
+        for leaf, _ in module.named_parameters(recurse=False):
+            own = given.get(_without_numbers(f"{name}.{leaf}"), style)
+            if own is not None:
+                found[f"{name}.{leaf}"] = own
+        if style is not None:
+            found[name] = style
+    return found
+
+
+def _without_numbers(name: str) -> str:
+    """A name as a plan has it: ``layers.3.mlp`` is ``layers.*.mlp``."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model without values."""
+    result, made = share_copy(model), dict[int, nn.Parameter]()
+    for module in result.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                empty = torch.empty_like(value, device="meta")
+                made.setdefault(id(value), nn.Parameter(empty, requires_grad=False))
+                module._parameters[name] = made[id(value)]
+    return result
 
 
 def shard(model: nn.Module, devices: DeviceMesh) -> None:
-    """Spread a model over a mesh in place: FSDP2 for each block and for what is left."""
+    """Spread a model over a mesh in place: FSDP2 for each block and for what is left, over all but ``tp``."""
     from torch.distributed.fsdp import fully_shard
 
+    names = devices.mesh_dim_names or ()
+    if "tp" in names:
+        others = tuple(name for name in names if name != "tp")
+        devices = devices[others]
     for block in blocks_of(model):
         fully_shard(block, mesh=devices)
     fully_shard(model, mesh=devices)
@@ -140,7 +203,7 @@ class Traffic:
     Attributes:
         gather: Weights that are gathered, in the forward and in the backward.
         scatter: Gradients that are reduced and scattered.
-        reduce: Gradients that are reduced over copies of the model.
+        reduce: Gradients that are reduced over copies of the model, and activations over parts of layers.
         calls: How many collectives those are.
     """
 
@@ -238,26 +301,31 @@ def plan_step(
         model: On any device; nothing of it is read but names, shapes and dtypes. It is not changed.
         config: What to adapt.
         mesh: The GPUs.
-        inputs: Keyword arguments of one call, what one GPU gets in a step. Tensors of any device.
+        inputs: Keyword arguments of one call, what one GPU, or group of ``tp``, gets in a
+            step. Tensors of any device.
         dtype: Of the floating parameters and inputs; None for their own.
         checkpointing: Whether blocks are computed again in the backward, for a model that can be told so
             (``gradient_checkpointing_enable``).
 
     Raises:
-        ConfigError: A process group is there already, or the model cannot checkpoint.
+        ConfigError: A process group is there already, the model cannot checkpoint, or it cannot be cut over
+            ``tp``.
         LoraFxError: As :func:`lora_fx.rewrite`.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-    rewritten = rewrite(model, config)
-    recompute: Any = getattr(rewritten, "gradient_checkpointing_enable", None)
-    if checkpointing and recompute is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no gradient_checkpointing_enable: leave out --checkpointing"
-        )
     with contextlib.ExitStack() as around:
         around.enter_context(_fake_group(mesh.size))
         devices = devices_of(mesh)
+        if mesh.tp > 1:
+            model = _on_meta(model)
+            parallelize(model, devices)
+        rewritten = rewrite(model, config)
+        recompute: Any = getattr(rewritten, "gradient_checkpointing_enable", None)
+        if checkpointing and recompute is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no gradient_checkpointing_enable: leave out --checkpointing"
+            )
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(_FlashAttention())
         around.enter_context(_no_masks())
@@ -270,8 +338,10 @@ def plan_step(
             }
             recompute(gradient_checkpointing_kwargs=again)
         rewritten.train()
-        if mesh.size > 1:
-            shard(rewritten, devices)
+        if mesh.size > mesh.tp:
+            # It makes a mesh of two, and the ranks in that are read. Parts of stand-ins are stand-ins.
+            with unset_fake_temporarily():
+                shard(rewritten, devices)
         given = {
             name: _empty(value, dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
@@ -410,6 +480,8 @@ def _no_masks() -> Iterator[None]:
 @contextlib.contextmanager
 def _fake_group(size: int) -> Iterator[None]:
     import torch.distributed as dist
+    from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -421,6 +493,9 @@ def _fake_group(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # They hold meshes, which equal those of the next group, and name groups that are no more.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        clear_redistribute_planner_cache()
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -470,11 +545,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._look_again()
             self._count(name, args)
         result = func(*args, **kwargs)
+        if name == "wait_tensor" and _key(result) != _key(args[0]):
+            return args[0]  # the wait for a stand-in makes a second one
         written = [one for one in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(one)]
         for tensor in written:
             self._see(tensor)
-        if name in _GATHERS or (space == "fsdp" and name in _FILLS):
-            made = [kwargs.get("out"), args[:1], result] if name in _GATHERS else [result, kwargs]
+        weights = name in _GATHERS and space == "c10d"
+        if weights or (space == "fsdp" and name in _FILLS):
+            made = [kwargs.get("out"), args[:1], result] if weights else [result, kwargs]
             self._gathered |= {_key(one) for one in pytree.tree_leaves(made) if _is_tensor(one)}
         self.peak = max(self.peak, self._live)
         if self._gathered:
@@ -513,8 +591,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [one for one in pytree.tree_leaves(args) if _is_tensor(one)]
         sizes = sorted(one.numel() * one.element_size() for one in tensors)
         if name in (*_GATHERS, *_SCATTERS) and sizes[0]:
-            self.calls["gather" if name in _GATHERS else "scatter"] += 1
-            self.sent["gather" if name in _GATHERS else "scatter"] += sizes[-1] - sizes[0]
+            kind, members = "gather" if name in _GATHERS else "scatter", _members(args)
+            self.calls[kind] += 1
+            # Functional ones are given no output.
+            whole = (
+                sizes[0] * (members if kind == "gather" else 1) if len(sizes) == 1 else sizes[-1]
+            )
+            self.sent[kind] += whole * (members - 1) // members
         elif name in _REDUCES:
             members = _members(args)
             self.calls["reduce"] += 1
@@ -523,6 +606,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _members(args: Any) -> int:
     for one in pytree.tree_leaves(args):
+        if isinstance(one, str) and one not in ("sum", "avg", "max", "min", "product"):
+            groups: Any = torch.distributed.distributed_c10d
+            return int(groups._resolve_process_group(one).size())
         if isinstance(one, torch.ScriptObject):
             with contextlib.suppress(RuntimeError):
                 return int(torch.distributed.ProcessGroup.unbox(one).size())

@@ -36,9 +36,10 @@ from lora_fx.adapters.statistics import (
     tokens_seen,
 )
 from lora_fx.adapters.switching import put_in, take_out
-from lora_fx.config import LoraConfig, needs_data
+from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir import AdapterRecord, PlannedSite, Record, require_record
+from lora_fx.ir import AdapterRecord, PlannedSite, Record, Site, require_record
+from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import (
     Start,
     computed_starts,
@@ -50,8 +51,20 @@ from lora_fx.passes.insert import (
     place_start,
     signs,
     site_generator,
+    slot_start,
 )
-from lora_fx.passes.parameters import base_parameters, factors_of, inside, place_base
+from lora_fx.passes.parameters import (
+    base_dtype,
+    base_parameters,
+    base_weight,
+    factors_of,
+    gathered,
+    inside,
+    place_base,
+    reshard,
+    weight_at,
+    write,
+)
 from lora_fx.passes.plan import at_rank
 
 __all__ = [
@@ -102,14 +115,18 @@ def restart(
 @inside
 def initialize(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | None = None,
     *,
     adapter_name: str | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     forward: Forward | None = None,
     progress: bool | Callable[[int, int, str], None] = True,
 ) -> nn.Module:
-    """Gives an adapter the start that its configuration names, for those that need data.
+    """Gives an adapter the start that its configuration names, where the rewrite could not.
+
+    A model that was rewritten on the meta device, sharded and given memory (``to_empty``) has no start: call
+    this without data, in every process. The start is that of a plain rewrite to the last bit, in each
+    process its part of it. An adapter that has been trained loses that.
 
     ``eva`` (arXiv:2410.07170) looks at the inputs of the sites and shares out their ranks, ``corda``
     (arXiv:2406.05223) looks at the inputs' second moments, ``lora_ga`` (arXiv:2407.05000) at the gradients
@@ -121,9 +138,10 @@ def initialize(
 
     Args:
         model: A rewritten model; it is changed.
-        dataloader: Batches: a tensor, a tuple or list of the arguments, or a mapping of them by name. They
-            are moved to where the model is. ``eva`` may go through them several times, and leaves out
-            tokens that an ``attention_mask`` or ``labels`` leave out.
+        dataloader: None for a start that needs no data. Otherwise batches: a tensor, a tuple or list of the
+            arguments, or a mapping of them by name. They are moved to where the model is. ``eva`` may go
+            through them several times, and leaves out tokens that an ``attention_mask`` or ``labels`` leave
+            out.
         adapter_name: Which adapter; by default the only one, or the only active one.
         loss_fn: For ``lora_ga``, the loss of the model's output and the batch; by default the output's
             ``loss``, or the output itself.
@@ -135,12 +153,16 @@ def initialize(
         The model itself.
 
     Raises:
-        ConfigError: If several adapters could be meant, the adapter needs no data, has its start already or
+        ConfigError: If several adapters could be meant, the adapter needs no data and gets some, or needs
+            some and gets none, or has more than factors and no data, has its start already or
             has been trained, the data is empty, is not what the model takes, does not reach a site, or gives
             values that are not finite, or the model is on the meta device. The model is as it was then.
     """
     adapter_name = the_adapter(model, adapter_name)
     entry = adapter_record(model, adapter_name)
+    if dataloader is None:
+        _start_plainly(model, entry, adapter_name)
+        return model
     _check(model, entry, adapter_name, loss_fn)
     with ExitStack() as stack:
         report = stack.enter_context(_reporting(progress, dataloader))
@@ -158,6 +180,45 @@ def initialize(
                 model, record, entry, adapter_name, dataloader, forward, loss_fn, report
             )
     return model
+
+
+def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) -> None:
+    """Writes the start that a rewrite computes into the parameters that are there."""
+    start = entry.config.init_lora_weights
+    if needs_data(start):
+        raise ConfigError(f"init_lora_weights={start!r} needs data: give initialize() a dataloader")
+    if changes_base(start) or entry.own or entry.tokens:
+        raise ConfigError(
+            f"the adapter {adapter_name!r} has values of the base in it (init_lora_weights={start!r}, "
+            "modules_to_save, bias, trainable_token_indices): rewrite the model when it has its weights"
+        )
+    _check_has_values(model)
+    reshard(model)
+    for row in entry.sites:
+        there = factors_of(model, row, adapter_name)
+        if kind_of(row).low_rank and not row.tied:
+            begun = initial_start(row, _stand_in(model, row.site), entry.config)
+            write(there.a, begun.a)
+            write(there.b, begun.b)
+        slots = kind_of(row).slots(row.site)
+        if not slots:
+            continue
+        weight = gathered(base_weight(model, row.site))
+        low_rank = kind_of(row).low_rank
+        pair = (gathered(there.a), gathered(there.b)) if low_rank else None
+        for slot in slots:
+            write(there.slots[slot.name], slot_start(row, slot, weight, pair, entry.config))
+
+
+def _stand_in(model: nn.Module, site: Site) -> torch.Tensor:
+    """A weight's shape, dtype and device: a start that does not read it needs no more."""
+    device = weight_at(model, site.weight).device
+    return torch.empty((), dtype=base_dtype(model, site), device=device).expand(site.weight_shape)
+
+
+def _check_has_values(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("the model is on the meta device: give it its weights first")
 
 
 def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: object) -> None:
@@ -181,8 +242,7 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
             )
     if loss_fn is not None and start != "lora_ga":
         raise ConfigError(f"init_lora_weights={start!r} needs no gradients: leave out loss_fn")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError("the model is on the meta device: give it its weights first")
+    _check_has_values(model)
 
 
 def _from_components(

@@ -23,13 +23,14 @@ from lora_fx.adapters.switching import (
     run_with,
     take_out,
 )
-from lora_fx.config import LoraConfig
+from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import ConfigError
 from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
 from lora_fx.passes.parameters import (
     adapter_parameters,
     base_parameters,
-    check_not_sharded,
+    check_can_add,
+    check_sharded_alike,
     drop_factors,
     inside,
     own_value,
@@ -160,11 +161,7 @@ def put_adapter(
                     f"bias={config.bias!r}: the adapter {name!r} trains biases of the base already, and "
                     "one adapter at most can: give bias='none'"
                 )
-    check_not_sharded(
-        model,
-        f"the adapter {adapter_name!r}",
-        "add it before the model is sharded (fully_shard, deepspeed.initialize, accelerate's prepare)",
-    )
+    check_can_add(model, adapter_name, only_factors=_trains_only_factors(config))
     capture = base_capture(model, record)
     take_out(model, record)
     before = base_parameters(model)
@@ -175,6 +172,7 @@ def put_adapter(
         assert plan is not None
         check_trains(plan)
         warn_of_idle_entries(plan)
+        check_sharded_alike(model, plan.sites)
         check_regions(capture, (*plan.sites, *plan.tokens))
         record = add_adapter_parameters(capture, record, adapter_name)
         new = record.adapters[adapter_name]
@@ -188,6 +186,18 @@ def put_adapter(
     _freeze(model, adapter_name, new)
     model.__dict__["_lora_fx"] = record
     return new
+
+
+def _trains_only_factors(config: LoraConfig) -> bool:
+    """Whether an adapter has nothing but factors beside the weights that it adapts."""
+    more = (
+        config.use_dora,
+        config.lora_bias,
+        config.modules_to_save,
+        config.trainable_token_indices,
+        config.bias != "none",
+    )
+    return not any(more) and not changes_base(config.init_lora_weights)
 
 
 @inside

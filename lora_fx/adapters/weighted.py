@@ -21,7 +21,14 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite
 from lora_fx.kinds import chosen_kind, is_plain
 from lora_fx.passes.merge import Combination, Election, Term, combine
-from lora_fx.passes.parameters import factors_of, inside, own_value
+from lora_fx.passes.parameters import (
+    check_not_sharded,
+    factors_of,
+    gathered,
+    inside,
+    own_value,
+    write,
+)
 from lora_fx.runtime import check_adapter_name
 
 __all__ = [
@@ -216,6 +223,12 @@ def add_weighted_adapter(
     if adapter_name in adapter_names(model):
         raise ConfigError(f"adapter_name: there is an adapter {adapter_name!r} already")
     how = how.among(len(sources))
+    if "dare" in how.kind:
+        check_not_sharded(
+            model,
+            f"what {how.kind!r} draws",
+            "combine the adapters before the model is sharded, or by a type that draws nothing",
+        )
     tied = keeps_tied(sources)
     values = {
         name: _combined(model, name, rows, how, max(_ranks(sources)))
@@ -240,7 +253,7 @@ def _combined(
     site = parts[0][1].site
     terms = []
     for source, row in parts:
-        a, b = (factor.detach() for factor in factors_of(model, row, source.name).pair)
+        a, b = (gathered(factor) for factor in factors_of(model, row, source.name).pair)
         if a.is_meta:
             raise ConfigError(
                 f"{name}: {source.name!r} is on the meta device; load its values first"
@@ -307,7 +320,7 @@ def _fill(
             for factor, value in zip(
                 factors_of(model, row, adapter).pair, values[name], strict=True
             ):
-                factor.copy_(value)
+                write(factor, value)
         for source in sources:
             for own in source.record.own:
                 own_value(model, adapter, own).copy_(own_value(model, source.name, own))

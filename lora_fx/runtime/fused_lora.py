@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_fx.errors import LoraFxError
 from lora_fx.runtime.masks import draw, kept, masked, transformed, unpacked
+from lora_fx.runtime.parts import check_not_in_parts
 
 __all__ = [
     "Kernel",
@@ -164,6 +165,7 @@ def applied(
     Returns:
         The output of each, [..., out].
     """
+    check_not_in_parts(x)
     if x.is_nested:
         return _nested(x, dropout, options, tensors, dtype)
     mask = None

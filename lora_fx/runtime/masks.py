@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_fx.runtime.parts import is_in_parts
+
 __all__ = ["FEW", "draw", "dropped", "kept", "masked", "transformed", "unpacked"]
 
 # Elements below which a mask is drawn one by one: measured, with what reads it.
@@ -47,11 +49,33 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
     """
     if not training:
         return x
+    if is_in_parts(x):
+        return _dropped_parts(x, dropout)
     if x.layout is not torch.strided:
         return masked(x, draw(x, dropout)) * (256 / kept(dropout))
     if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed():
         return F.dropout(x, dropout)
     out: Tensor = _Dropped.apply(x, draw(x, dropout), 256 / kept(dropout))  # type: ignore[no-untyped-call]
+    return out
+
+
+def _dropped_parts(x: Any, dropout: float) -> Tensor:
+    """Dropout of a tensor in parts: the part of one mask for the whole.
+
+    Processes that draw alike (the same ``torch.manual_seed``) have the mask that one process would have.
+
+    Args:
+        x: In parts.
+        dropout: The probability with which an element becomes zero; see :func:`lora_fx.runtime.masks.kept`.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    if torch.compiler.is_compiling() or any(one.is_partial() for one in x.placements):
+        return F.dropout(x, dropout)
+    like = x._local_tensor.new_empty(()).expand(x.shape)
+    mask = unpacked(draw(like, dropout), like).to(x.dtype)
+    parts = distribute_tensor(mask, x.device_mesh, x.placements, src_data_rank=None)
+    out: Tensor = x * parts * (256 / kept(dropout))
     return out
 
 

@@ -30,6 +30,7 @@ from torch import nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.classes import BASE, OVER
+from lora_fx.runtime.parts import factor_beside, is_in_parts
 
 __all__ = [
     "OMITTED",
@@ -66,8 +67,24 @@ _TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "folded"
 _HOOK = "_hf_hook"  # where accelerate keeps its hook
 
 
+class _NoLayer(ConfigError, AttributeError):
+    """Says that a module of an adapter is taken for a layer."""
+
+
 class AdapterModule(nn.Module):
     """A module that lora_fx puts into a model: no part of the base."""
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute. Styles of tensor parallelism ask every module in a layer for its ``weight``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name != "weight":
+                raise
+            raise _NoLayer(
+                "a module that holds an adapter has no weight, and is no layer: parallelize the model first "
+                "(parallelize_module), and rewrite what that gives"
+            ) from error
 
 
 class AdapterFactors(AdapterModule):
@@ -168,10 +185,15 @@ def check_adapter_name(name: object) -> None:
 
 
 def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A factor in the dtype of an output.
+    """A factor in the dtype of an output, and in parts where that is.
 
     ``type_as`` would also want the layout of a nested tensor, which a factor cannot have.
+
+    Raises:
+        ConfigError: If a layer was parallelized after the rewrite.
     """
+    if is_in_parts(factor) or is_in_parts(like):
+        factor = factor_beside(factor, like)
     return factor.to(like.dtype)
 
 

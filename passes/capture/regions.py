@@ -32,6 +32,7 @@ from lora_fx.passes.graph import (
     kept_graph,
     parameters_of,
     uninstall,
+    wraps_own_forward,
 )
 
 __all__ = ["find_regions"]
@@ -116,7 +117,7 @@ class _Graphs:
         Raises:
             Untraceable: With the reason in words.
         """
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not wraps_own_forward(module):
             raise Untraceable("its forward was replaced on the instance")
         kind = _kind(module)
         # What agrees in everything is of one kind: of others the structure need not be looked at.

@@ -34,6 +34,7 @@ from lora_fx.passes.graph import (
     is_lazy,
     parameters_of,
     wrapped_forward,
+    wraps_own_forward,
 )
 from lora_fx.runtime import inner_of
 
@@ -78,7 +79,7 @@ def trace(
     Raises:
         Untraceable: With the reason in words.
     """
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not wraps_own_forward(module):
         raise Untraceable("its forward was replaced on the instance")
     own = inner_of(type(module).forward)
     parameters = parameters_of(forward or own, fixed)

@@ -48,6 +48,7 @@ from lora_fx.passes.graph.region import (
     kept_graph,
     original_class,
     uninstall,
+    wraps_own_forward,
 )
 from lora_fx.passes.graph.signature import (
     NEEDS_MODULES,
@@ -113,4 +114,5 @@ __all__ = [
     "uninstall",
     "unknown_arguments",
     "wrapped_forward",
+    "wraps_own_forward",
 ]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import (
@@ -36,6 +36,7 @@ from lora_fx.runtime import (
     BASE,
     CODES,
     GRAPH,
+    AdapterModule,
     Hooked,
     around,
     disarm,
@@ -58,6 +59,7 @@ __all__ = [
     "kept_graph",
     "original_class",
     "uninstall",
+    "wraps_own_forward",
 ]
 
 
@@ -304,6 +306,7 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
     for region in regions:
         modules.setdefault(region.module, []).append(region)
     for module, forms in modules.items():
+        wrapped = _wrapped(module)
         base = original_class(module)
         fallback = all(region.fallback for region in forms)
         key = (base, *((region.form, id(region.graph)) for region in forms), fallback)
@@ -311,13 +314,53 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
             graphs = {region.form: region.graph for region in forms}
             known[key] = _region_class(base, graphs, fallback, kept)
         give_class(module, known[key])
+        _keep_wrapped(module, wrapped)
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives a region its own class back, and any module that is watched."""
+    wrapped = _wrapped(module)
     disarm(module)
     if is_region(module):
         give_class(module, original_class(module))
+    _keep_wrapped(module, wrapped)
+
+
+# Where transformers keeps what runs between the collectives of a parallel layer.
+_WRAPPERS = ("transformers.distributed.",)
+
+
+def wraps_own_forward(module: nn.Module) -> bool:
+    """Whether the ``forward`` of an instance calls the module's own, and only adds to it before and after.
+
+    That is so for what transformers parallelizes (``tp_plan``): the layer computes in between as any other.
+    """
+    return _wrapped(module) is not None
+
+
+def _wrapped(module: nn.Module) -> types.CellType | None:
+    """What holds the module's own forward in one that was set on the instance."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, types.FunctionType):
+        return None
+    if not forward.__globals__.get("__name__", "").startswith(_WRAPPERS):
+        return None
+    own = type(module).forward
+    for cell in forward.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:  # the name has no value yet
+            continue
+        if isinstance(held, types.MethodType) and held.__self__ is module:
+            inner = (own, getattr(type(module), _BASE, type(module)).forward)
+            return cell if any(held.__func__ is one for one in inner) else None
+    return None
+
+
+def _keep_wrapped(module: nn.Module, cell: types.CellType | None) -> None:
+    """Has a wrapper call what the module runs now."""
+    if cell is not None:
+        cell.cell_contents = types.MethodType(type(module).forward, module)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -437,6 +480,21 @@ class _Regional(Hooked):
                     f"and {inside}"
                 )
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Adds a parameter; refuses what would be one of an adapter (``lora_A.default``) by another name.
+
+        Raises:
+            ConfigError: As where PyTorch's styles of tensor parallelism cut a layer with its adapter.
+        """
+        inside = self._modules.get(name.partition(".")[0]) if "." in name else None
+        if isinstance(inside, AdapterModule):
+            raise ConfigError(
+                f"{name} of this {type(self).__name__} is a parameter of an adapter, which follows the "
+                "weight that it adapts: parallelize the model first (parallelize_module), and rewrite what "
+                "that gives"
+            )
+        super().register_parameter(name, param)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A region of the same class."""

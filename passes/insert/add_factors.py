@@ -20,7 +20,18 @@ from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
 from lora_fx.kinds import Slot, Starting, kind_of, kinds
 from lora_fx.passes.insert.starts import Start, initial_start, site_generator
-from lora_fx.passes.parameters import adapter_dtype, base_weight, factor_names, module_at, weight_at
+from lora_fx.passes.parameters import (
+    adapter_dtype,
+    base_weight,
+    distributed,
+    distributed_as,
+    factor_layout,
+    factor_names,
+    gathered,
+    is_sharded,
+    module_at,
+    weight_at,
+)
 from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
 
 __all__ = [
@@ -91,7 +102,7 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
         return
     # What the parts of one weight change adds up: each sees the weight as the one before it left it.
     reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
-    weight = (base_weight if reads else _base_like)(model, row.site)
+    weight = gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
     place_slots(model, row, adapter, config)
 
@@ -140,6 +151,7 @@ _START_B: Final = "lora_B_start"
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
     """Puts a start in, in the place of the adapter's former one if there is one."""
     names = factor_names(row)
+    start = _where_the_weight_is(model, row, start)
     for name, value in ((names.a, start.a), (names.b, start.b)):
         _put(model, row.site, name, adapter, value)
     if start.subtracted:
@@ -152,6 +164,21 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
         frozen = nn.Parameter(start.weight, requires_grad=False)
         frozen.__dict__.update(owner._parameters[row.site.parameter].__dict__)
         owner._parameters[row.site.parameter] = frozen
+
+
+def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> Start:
+    """Gives each process its parts of a start, where the weight is cut into parts."""
+    weight = weight_at(model, row.site.weight)
+    if not is_sharded(weight):
+        return start
+    layout = factor_layout(model, row)
+    changed = start.weight
+    return dataclasses.replace(
+        start,
+        a=distributed(start.a, layout.mesh, layout.a),
+        b=distributed(start.b, layout.mesh, layout.b),
+        weight=None if changed is None else distributed_as(changed, weight),
+    )
 
 
 def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
@@ -194,7 +221,7 @@ def computed_starts(
     made: list[tuple[PlannedSite, Start]] = []
     for row in rows:
         name = row.site.weight
-        start = make(row, now.get(name, base_weight(model, row.site)))
+        start = make(row, now.get(name, gathered(base_weight(model, row.site))))
         if start.weight is not None:
             now[name] = start.weight
         made.append((row, dataclasses.replace(start, weight=None)))

@@ -38,7 +38,7 @@ from lora_fx.ir import (
 )
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
-from lora_fx.passes.parameters import adapter_dtype, factor_names, weight_at
+from lora_fx.passes.parameters import adapter_dtype, factor_names, is_sharded, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.runtime import ops
 
@@ -58,7 +58,7 @@ class _Wiring:
         scale: The factor of the branch.
         dropout: Probability, on the branch's input.
         training: The attribute that says whether there is dropout now.
-        cast: Whether the factors are cast to the base output's dtype.
+        cast: Whether the factors are cast to the base output's dtype, or brought to where it is.
         transposed: Whether the factors are stored transposed.
         padding: How many output features of the base operation come before and after those of the
             branch; None if it has them all.
@@ -365,7 +365,7 @@ class Insert(Pass):
             scale=row.scale,
             dropout=row.dropout,
             training=join(relative(site.owner, region.fqn), "training"),
-            cast=adapter_dtype(weight) != weight.dtype or call.cast,
+            cast=adapter_dtype(weight) != weight.dtype or call.cast or is_sharded(weight),
             transposed=bool(row.tied),
             padding=_padding(site),
         )

@@ -276,7 +276,8 @@ def _reason(weight: torch.Tensor) -> str | None:
         return f"its weight is {weight.dtype}, {what}: {_REMEDY}"
     held: Any = weight.data if isinstance(weight, nn.Parameter) else weight
     if is_traceable_wrapper_subclass(held):
-        inner = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+        parts = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+        inner = [part for part in parts if isinstance(part, torch.Tensor)]
         if any(t.dtype not in _FLOATS and t.dim() > 1 for t in inner):
             return (
                 f"its weight is a {type(held).__name__}, which holds quantized numbers: {_REMEDY}"

@@ -11,7 +11,7 @@ from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of
 from lora_fx.passes.merge.rounding import Term, rounded, slices_of, sum_exactly, two_products
-from lora_fx.passes.parameters import factors_of
+from lora_fx.passes.parameters import factors_of, gathered
 from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 
 __all__ = [
@@ -61,7 +61,7 @@ def wide_factors(
         device: Where; where they are by default.
     """
     factors = factors_of(model, row, adapter)
-    a, b = (factor.detach().to(device, dtype) for factor in factors.pair)
+    a, b = (gathered(factor).to(device, dtype) for factor in factors.pair)
     if row.tied:
         a, b = a.T, b.T
     return a, b * row.scale
@@ -91,7 +91,7 @@ def sliced_factors(
     """
     if not sums_over_rank(row):
         return None
-    a, b = (f.detach().to(device, torch.float64) for f in factors_of(model, row, adapter).pair)
+    a, b = (gathered(f).to(device, torch.float64) for f in factors_of(model, row, adapter).pair)
     if row.tied:
         a, b = a.T, b.T
     down, up = slices_of(a, row.rank), list[torch.Tensor]()

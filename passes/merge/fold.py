@@ -26,7 +26,7 @@ from lora_fx.passes.merge.change import (
     wide_factors,
 )
 from lora_fx.passes.merge.rounding import Term, round_into, rounding_memory, sum_exactly
-from lora_fx.passes.parameters import factors_of, own_value, tokens_of
+from lora_fx.passes.parameters import factors_of, gathered, own_value, tokens_of
 
 __all__ = ["Fold", "TokenFold", "cannot_overflow", "tied_tokens", "token_weights"]
 
@@ -62,7 +62,7 @@ def cannot_overflow(
 
 
 def _largest(values: torch.Tensor) -> float:
-    return max((abs(float(end)) for end in torch.aminmax(values.detach())), default=0.0)
+    return max((abs(float(end)) for end in torch.aminmax(gathered(values))), default=0.0)
 
 
 # Elements of a weight that are widened to fp64 at a time: what is done to them stays in a core's cache.
@@ -313,9 +313,9 @@ class Fold(_Folded):
         """The weight as initializations have left it, and what to take off for each: the base's own."""
         site = self.rows[0][0].site
         for adapter in adapters:
-            moved = own_value(self.model, adapter, site.weight).detach()
+            moved = gathered(own_value(self.model, adapter, site.weight))
             yield site.applied(moved), 1
-            yield site.applied(self.record.originals[site.weight]), -1
+            yield site.applied(gathered(self.record.originals[site.weight])), -1
 
 
 def _is_finite(values: torch.Tensor) -> bool:

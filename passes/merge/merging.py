@@ -49,7 +49,15 @@ from lora_fx.passes.merge.place import (
     untie_config,
 )
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
-from lora_fx.passes.parameters import check_intact, check_whole, factors_of, parameter_of, weight_at
+from lora_fx.passes.parameters import (
+    check_intact,
+    check_whole,
+    distributed_as,
+    factors_of,
+    gathered,
+    parameter_of,
+    weight_at,
+)
 
 __all__ = ["MergeReport", "merge"]
 
@@ -94,9 +102,11 @@ def _fold_all(
     sites: dict[str, MergedSite] = {}
     # A stable sort: those that may fail yet come first.
     for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
-        change, old = changes[weight], old_of(weight)
+        change, stored = changes[weight], old_of(weight)
         if progress is not None:
             progress(done, len(changes), change.name)
+        # Where processes hold parts of it, the whole of one weight at a time is in each of them.
+        old = gathered(stored)
         if weight in formats and isinstance(change, Fold):
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight])
             continue
@@ -106,7 +116,7 @@ def _fold_all(
             change.fold_into(new)
         else:
             before, new = old, keep(change.folded(old, dtypes.get(weight)))
-            merged[weight] = new
+            merged[weight] = distributed_as(new, stored)
         sites[weight] = compared(change.name, change.adapters, before, new, exact)
     return merged, tuple(sites[weight] for weight in changes)
 
@@ -323,7 +333,7 @@ def _check_named(
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    present = factors_of(model, row, adapter).present
+    present = [gathered(factor) for factor in factors_of(model, row, adapter).present]
     if any(factor.is_meta for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} is on the meta device and has no values to merge: load them "

@@ -20,6 +20,12 @@ from lora_fx.passes.parameters.factors import (
     tokens_of,
     wide,
 )
+from lora_fx.passes.parameters.placements import (
+    check_can_add,
+    check_layouts,
+    check_sharded_alike,
+    factor_layout,
+)
 from lora_fx.passes.parameters.replacements import (
     base_dtype,
     base_modules,
@@ -53,6 +59,8 @@ from lora_fx.passes.parameters.rewritten import (
 from lora_fx.passes.parameters.sharded import (
     check_not_sharded,
     check_whole,
+    distributed,
+    distributed_as,
     gathered,
     is_sharded,
     reshard,
@@ -72,13 +80,19 @@ __all__ = [
     "base_weight",
     "buffer_digests",
     "changed_buffers",
+    "check_can_add",
     "check_intact",
+    "check_layouts",
     "check_not_sharded",
+    "check_sharded_alike",
     "check_whole",
     "claim",
     "claim_unfrozen",
     "computed_as_parameters",
+    "distributed",
+    "distributed_as",
     "drop_factors",
+    "factor_layout",
     "factor_names",
     "factors_of",
     "gathered",

@@ -14,7 +14,16 @@ from torch import nn
 
 from lora_fx.errors import ConfigError, LoraFxError
 
-__all__ = ["check_not_sharded", "check_whole", "gathered", "is_sharded", "reshard", "write"]
+__all__ = [
+    "check_not_sharded",
+    "check_whole",
+    "distributed",
+    "distributed_as",
+    "gathered",
+    "is_sharded",
+    "reshard",
+    "write",
+]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -29,16 +38,31 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> torch.Tensor:
+    """This process's part of a value that every process has: nothing is sent.
+
+    Args:
+        value: The whole.
+        mesh: The processes (a ``DeviceMesh``).
+        placements: How it is cut, one for each dimension of the mesh.
+    """
+    # The package loads with the first DTensor, not with lora_fx.
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole value as another tensor lies; the value itself where that one is whole."""
+    if not is_sharded(like) or is_sharded(value):
+        return value
+    there: Any = like
+    return distributed(value.to(like.device), there.device_mesh, there.placements)
+
+
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded."""
-    if is_sharded(tensor) and not is_sharded(value):
-        # The package loads with the first DTensor, not with lora_fx.
-        from torch.distributed.tensor import distribute_tensor
-
-        place: Any = tensor
-        value = value.to(tensor.device, tensor.dtype)
-        # Every rank has the same value: nothing has to be sent.
-        value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
+    value = distributed_as(value, tensor)
     with torch.no_grad():
         tensor.copy_(value)
 

@@ -33,6 +33,7 @@ from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import (
     base_modules,
     base_parameters,
+    check_layouts,
     factor_names,
     matrix_shape,
     module_at,
@@ -214,6 +215,7 @@ def make_plan(
             skipped.append(Skipped(site, objection))
     _refuse_quantized(capture.model, config, saved, (choice.site for choice in chosen))
     rows = [_row(capture, choice, config) for choice in chosen]
+    check_layouts(capture.model, tuple(rows))
     if config.ensure_weight_tying:
         rows, skipped = _keep_tied(capture, matches, config, rows, skipped)
     biases = tuple(_biases(capture.model, config, rows, saved))

@@ -620,3 +620,36 @@ def test_batches_of_every_kind_are_the_same_data() -> None:
     assert_same_bits(a(torch.utils.data.DataLoader(torch.cat(ids), batch_size=1)), first)
     assert_same_bits(a(iter(ids)), first)
     assert_same_bits(a([{"x": one} for one in ids], forward=lambda m, b: m(b["x"])), first)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": False}, {"use_dora": True}])
+def test_without_data_the_start_of_a_rewrite_is_written_again(options: dict[str, Any]) -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["0"], **options)
+    model = lora_fx.rewrite(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+    before = lora_fx.adapter_state_dict(model)
+    with torch.no_grad():
+        for parameter in lora_fx.trainable_parameters(model):
+            parameter.fill_(torch.nan)
+    held = [id(parameter) for parameter in model.parameters()]
+    assert lora_fx.initialize(model) is model
+    after = lora_fx.adapter_state_dict(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert [id(parameter) for parameter in model.parameters()] == held
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "rewrite the model when it has its weights"),
+        ({"bias": "all"}, "rewrite the model when it has its weights"),
+        ({"init_lora_weights": "eva"}, "give initialize.. a dataloader"),
+    ],
+)
+def test_without_data_a_start_that_reads_some_or_the_base_is_refused(
+    options: dict[str, Any], words: str
+) -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["0"], **options)
+    model = lora_fx.rewrite(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+    with pytest.raises(lora_fx.ConfigError, match=words):
+        lora_fx.initialize(model)

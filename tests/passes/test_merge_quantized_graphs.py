@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.formats import dense, quantization_of
+from tests.numerics import assert_close
 from tests.quantized import IDS
 
 FORMATS = ("nf4", "int8", "int4")
@@ -132,7 +133,8 @@ def test_quantized_embeddings_become_dense_ones(name: str) -> None:
     assert type(merged.table) is nn.Embedding
     assert type(lora_fx.merge(model, requantize=True).table) is type(base.table)
     with torch.no_grad():
-        torch.testing.assert_close(merged(IDS), model(IDS), atol=1e-6, rtol=0)
+        # Of the largest output, which is 1.4: sums of 64 products are rounded in the order of the machine.
+        assert_close(merged(IDS), model(IDS), 1e-6)
 
 
 class Listed(nn.Module):

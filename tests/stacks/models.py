@@ -29,7 +29,7 @@ _SIZES = {
 @seeded
 def llama(**options: Any) -> LlamaForCausalLM:
     """A Llama of two layers, in eval mode."""
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, **options)).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**_SIZES, **options})).eval()
 
 
 def adapted(config: LoraConfig | None = None, base: nn.Module | None = None) -> Any:

@@ -76,19 +76,23 @@ def switch(case: str) -> dict[str, Any]:
 def refused(model: Any) -> dict[str, str]:
     """What the verbs say that make parameters, or copies."""
     verbs = {
-        "add_adapter": lambda: lora_fx.add_adapter(model, LoraConfig(r=2), "new"),
+        "add_adapter": lambda: lora_fx.add_adapter(
+            model, LoraConfig(r=2, modules_to_save=["lm_head"]), "new"
+        ),
         "add_weighted_adapter": lambda: lora_fx.add_weighted_adapter(
-            model, ["default"], [1.0], "new"
+            model, ["default", "second"], [1.0, 1.0], "new", "dare_linear", density=0.5
         ),
         "merge": lambda: lora_fx.merge(model),
         "rewrite": lambda: lora_fx.rewrite(shard(llama(), False), LoraConfig(r=2)),
     }
+    lora_fx.add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), "second")
     said = {}
     for name, verb in verbs.items():
         try:
             verb()
         except lora_fx.LoraFxError as error:
             said[name] = f"{type(error).__name__}: {error}"
+    lora_fx.delete_adapter(model, "second")
     return said
 
 

@@ -244,8 +244,9 @@ class Training(Options):
     """The options that say on which GPUs a step of training is planned.
 
     Attributes:
-        mesh: Plan a step on GPUs: fsdp=8 shards the weights over 8, replicate=2,fsdp=8 over two such groups.
-        batch: Samples that each GPU gets in a step.
+        mesh: Plan a step on GPUs: fsdp=8 shards the weights over 8, replicate=2,fsdp=8 over two such groups,
+            and tp=2 cuts layers over 2.
+        batch: Samples that each GPU, or each group of tp, gets in a step.
         sequence: Tokens of a sample, for a model of text.
         dtype: Of the weights: bf16, fp16 or fp32.
         checkpointing: Compute blocks again in the backward instead of keeping what they need.

@@ -1,0 +1,164 @@
+"""How the factors of a site lie over processes: as its weight does, which each process holds a part of.
+
+Tensor parallelism cuts a weight along its outputs (colwise) or its inputs (rowwise), FSDP2 cuts all of it for
+the time between two calls. The factors of an adapter that is added to an FSDP2 model are whole in every
+process, and small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import ConfigError
+from lora_fx.ir import PlannedSite
+from lora_fx.kinds import kind_of
+from lora_fx.passes.parameters.replacements import module_at, weight_at
+from lora_fx.passes.parameters.sharded import check_not_sharded, is_sharded
+
+__all__ = [
+    "FactorLayout",
+    "check_can_add",
+    "check_layouts",
+    "check_sharded_alike",
+    "factor_layout",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FactorLayout:
+    """Where the parts of A and B lie.
+
+    Attributes:
+        mesh: The processes (a ``DeviceMesh``).
+        a, b: Placements, one for each dimension of the mesh.
+    """
+
+    mesh: Any
+    a: tuple[Any, ...]
+    b: tuple[Any, ...]
+
+
+def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
+    """Refuses sites whose weight lies so that no factors can lie beside it.
+
+    Raises:
+        ConfigError: With the first of them, in every process alike.
+    """
+    for row in rows:
+        if is_sharded(weight_at(model, row.site.weight)):
+            factor_layout(model, row)
+
+
+def check_can_add(model: nn.Module, adapter: str, *, only_factors: bool) -> None:
+    """Refuses an adapter that would have parameters which nothing keeps equal in all processes.
+
+    Args:
+        model: A rewritten model.
+        adapter: The adapter's name.
+        only_factors: Whether it has only factors, which are whole in each process of an FSDP2 model, and get
+            the mean of all gradients.
+
+    Raises:
+        ConfigError: If the model is sharded, and it is another one.
+    """
+    owned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if owned or not only_factors:
+        check_not_sharded(
+            model,
+            f"the adapter {adapter!r}",
+            "add it before the model is sharded (fully_shard, deepspeed.initialize, accelerate's prepare)",
+        )
+
+
+def check_sharded_alike(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
+    """Refuses to adapt what FSDP2 has left out of a model that it shards.
+
+    Raises:
+        ConfigError: With the first such site.
+    """
+    if not any(_is_unit(module) for module in model.modules()):
+        return
+    for row in rows:
+        if not is_sharded(weight_at(model, row.site.weight)):
+            raise ConfigError(
+                f"{row.name}: FSDP2 shards the model and not this layer, so that nothing would keep an "
+                "adapter of it equal in all processes: call fully_shard on the model, too, or leave "
+                "the layer out with exclude_modules"
+            )
+
+
+def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
+    """Where the factors of a site lie whose weight is a ``DTensor``.
+
+    Args:
+        model: The model.
+        row: The site.
+
+    Raises:
+        ConfigError: If they cannot follow the weight.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    weight: Any = weight_at(model, row.site.weight)
+    if kind_of(row).transforms or kind_of(row).slots(row.site):
+        raise ConfigError(
+            f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and what the kind "
+            f"{row.kind!r} trains beside A and B is not cut with it: use plain LoRA (use_dora=False, "
+            "lora_bias=False); or shard the rewritten model, which FSDP2 alone can"
+        )
+    mesh, between = weight.device_mesh, _between_calls(model, row.site.owner)
+    out, inner = (0, 1) if row.site.layout == "out_in" else (1, 0)
+    a: list[Any] = []
+    b: list[Any] = []
+    for place, placement in enumerate(weight.placements):
+        if placement.is_replicate() or place in between:
+            a.append(Replicate())
+            b.append(Replicate())
+            continue
+        _check_cut(row, weight, mesh.size(place), placement)
+        # Where FSDP has cut a part once more, the part itself is cut as parallelize_module has left it.
+        a.append(Shard(1) if placement.dim % 2 == inner else Replicate())
+        b.append(Shard(0) if placement.dim % 2 == out else Replicate())
+    return FactorLayout(mesh, tuple(a), tuple(b))
+
+
+def _check_cut(row: PlannedSite, weight: torch.Tensor, size: int, placement: Any) -> None:
+    """Refuses a way of cutting a weight that no branch can follow."""
+    site, why = row.site, ""
+    plain = site.family == "linear" and len(site.weight_shape) == 2
+    if not plain or site.rows is not None or site.view is not None or site.part_of or row.tied:
+        why = "only a linear layer that applies the whole of its weight can be adapted so"
+    elif not placement.is_shard():
+        why = f"in parts that are interleaved ({placement})"
+    elif weight.shape[placement.dim] % size:
+        why = f"its {weight.shape[placement.dim]} elements there do not divide by {size}"
+    if why:
+        raise ConfigError(
+            f"{site.name}: its weight {list(weight.shape)} is cut over {size} processes along dimension "
+            f"{getattr(placement, 'dim', '?')}, and {why}; or leave it out with exclude_modules"
+        )
+
+
+def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
+    """The dimensions of a weight's mesh over which FSDP2 cuts it between two calls."""
+    layer, above = module_at(model, owner), owner
+    while True:
+        module: Any = module_at(model, above)
+        if _is_unit(module):
+            groups = module._get_fsdp_state()._fsdp_param_groups
+            managed = (held for group in groups for held in group.fsdp_params)
+            if any(held._module_info.module is layer for held in managed):
+                # In the mesh of a parameter those dimensions come first.
+                return tuple(range(groups[0].mesh_info.mesh.ndim))
+        if not above:
+            return ()
+        above = above.rpartition(".")[0]
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module as a unit."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

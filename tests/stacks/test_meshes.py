@@ -1,0 +1,66 @@
+"""FSDP2, HSDP and FSDP2 over tensor parallelism, in four processes, and adapters that are added then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+import lora_fx
+from tests.numerics import assert_close, assert_same_bits
+from tests.stacks.meshes import LATE, RANKS, WAYS, alone, config, mean_step, work
+from tests.stacks.tensor_parallel import run_rank
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(run_rank, (str(folder), RANKS, work), nprocs=RANKS)
+    return [torch.load(folder / f"work {RANKS} {rank}.pt") for rank in range(RANKS)]
+
+
+def check(found: list[dict[str, Any]], loss: torch.Tensor, gradients: dict[str, Any]) -> None:
+    mean = torch.stack([rank["loss"] for rank in found]).mean()
+    assert_close(mean, loss, 1e-6)
+    for rank in found:
+        assert rank["gradients"].keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            assert gradient.abs().max() > 0
+            assert_close(rank["gradients"][key], gradient, 1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_and_gradients_are_those_of_one_process(
+    way: str, found: list[dict[str, Any]]
+) -> None:
+    _, groups, options = WAYS[way]
+    check([rank[way] for rank in found], *mean_step(alone(options), groups))
+
+
+@pytest.mark.parametrize("way", LATE)
+def test_an_adapter_that_is_added_later_is_trained_as_in_one_process(
+    way: str, found: list[dict[str, Any]]
+) -> None:
+    _, groups, options = WAYS[way]
+    model = alone(options)
+    lora_fx.add_adapter(model, config({**options, "r": 3, "init_lora_weights": False}), "late")
+    lora_fx.add_weighted_adapter(model, ["default", "late"], [1.0, -0.5], "both", "cat")
+    lora_fx.set_adapter(model, "late")
+    check([rank[way]["late"] for rank in found], *mean_step(model, groups))
+    for rank in found:
+        before, after = rank[way]["late"]["states"]
+        assert_same_bits(before, lora_fx.adapter_state_dict(model, "late"))
+        assert_same_bits(rank[way]["late"]["both"], lora_fx.adapter_state_dict(model, "both"))
+        assert_same_bits(after, found[0][way]["late"]["states"][1])
+        assert not torch.equal(*(next(iter(state.values())) for state in (before, after)))
+
+
+@pytest.mark.parametrize("way", LATE)
+def test_more_than_factors_is_refused_when_it_is_added_later(
+    way: str, found: list[dict[str, Any]]
+) -> None:
+    for rank in found:
+        assert "ConfigError" in rank[way]["refused"]
+        assert "before the model is sharded" in rank[way]["refused"]
