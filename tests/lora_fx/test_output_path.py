@@ -80,7 +80,7 @@ def test_a_file_of_another_kind_is_refused(
     before = sorted(here.rglob("*"))
     for given in (path, Path(path)):
         with pytest.raises(
-            error, match=rf"{path} has (the suffix \.\w+|no suffix), and .*{suffix}.*call it "
+            error, match=rf"{path} has (the suffix \.\w+|no suffix), and .*{suffix}.*write to "
         ):
             write(given)
     assert sorted(here.rglob("*")) == before

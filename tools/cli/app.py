@@ -53,7 +53,9 @@ class Commands(TyperGroup):
         except LoraFxError as error:
             if ctx.params.get("debug"):
                 raise
-            console.say_error(as_options(str(error), self.commands.values()))
+            # Those of the command that ran: another one may have an option of the name of an axis.
+            ran = self.commands.get(ctx.invoked_subcommand)
+            console.say_error(as_options(str(error), [] if ran is None else [ran]))
             raise typer.Exit(ERROR_EXIT) from error
 
 

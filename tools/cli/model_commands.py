@@ -60,7 +60,8 @@ def plan(
         made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
     from lora_fx.tools.cluster import takes_text
 
-    need = training.planned(loaded, chosen, how["example_inputs"] or loaded.example_inputs)
+    given = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
+    need = training.planned(loaded, chosen, given)
     if as_json:
         shown = made.to_dict()
         if need is not None:
