@@ -53,9 +53,7 @@ class Commands(TyperGroup):
         except LoraFxError as error:
             if ctx.params.get("debug"):
                 raise
-            # Those of the command that ran: another one may have an option of the name of an axis.
-            ran = self.commands.get(ctx.invoked_subcommand)
-            console.say_error(as_options(str(error), [] if ran is None else [ran]))
+            console.say_error(as_options(str(error), self.commands.values()))
             raise typer.Exit(ERROR_EXIT) from error
 
 

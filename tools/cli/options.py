@@ -41,6 +41,7 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", sho
 
 # Where the name that Python allows is not the one to type.
 _NAMES = {"as_json": "--json", "as_plan": "--plan", "every": "--all"}
+_AFTER_OPTION = re.compile(r"--[\w-]+ $")
 _ENTRY = re.compile(r"    (?P<name>\w+): (?P<help>.*)")
 
 
@@ -434,7 +435,8 @@ def as_options(message: str, commands: Iterable[Any]) -> str:
 
     def spelled(match: re.Match[str]) -> str:
         option, value = options.get(match["name"]), match["value"]
-        if option is None:
+        # "--size batch=3" is typed so: batch is an axis there.
+        if option is None or _AFTER_OPTION.search(message[: match.start()]):
             return match[0]
         if not option.is_flag:
             return f"{option.opts[0]} {value.strip(chr(39))}"
