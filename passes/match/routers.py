@@ -9,6 +9,7 @@ around it. Where that module runs code without a graph, the operation counts as 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -78,7 +79,7 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
     experts = _experts(capture.model)
     if not experts:
         return matches
-    flow = _Flow(capture)
+    flow = functools.cache(lambda: _Flow(capture))  # most models have no candidate
 
     def marked(site: Site) -> Site:
         if site.family != "linear" or site.experts is not None or site.out_features == 1:
@@ -86,7 +87,7 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
         above = _above(site.owner)
         if not any(site.out_features in experts.get(name, ()) for name in above):
             return site
-        chooses = any(flow.decides(call.region, call.output) for call in site.calls)
+        chooses = any(flow().decides(call.region, call.output) for call in site.calls)
         return dataclasses.replace(site, router=True) if chooses else site
 
     return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
