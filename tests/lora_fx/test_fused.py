@@ -97,7 +97,8 @@ def test_no_error_is_larger_on_average(
     case = operands((4, 24), (96, 64), 8, dtype, factors, frozen=(), **options)
     found, plain = errors(fused, case, True), errors(canonical, case, True)
     for name, error in found.items():
-        assert error <= 1.1 * plain[name], f"{name}: {error} against {plain[name]}"
+        # Averages of a twentieth of a rounding, as those of b here, differ from machine to machine.
+        assert error <= max(1.1 * plain[name], 0.1), f"{name}: {error} against {plain[name]}"
 
 
 CHECKED = {

@@ -310,12 +310,18 @@ def test_per_sample_gradients_of_a_model() -> None:
         assert_close([found[name][sample] for name in names], expected)
 
 
-def test_forward_mode_outside_of_func_is_an_error() -> None:
+def test_forward_mode_outside_of_func_is_that_of_the_plain_operations() -> None:
     case = operands()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(case.x.detach(), torch.ones_like(case.x))
-        with pytest.raises(NotImplementedError, match="forward mode AD"):
-            fused(Operands(dual, case.weight, case.bias, case.a, case.b))
+        both = [
+            torch.autograd.forward_ad.unpack_dual(
+                function(Operands(dual, case.weight, case.bias, case.a, case.b))
+            )
+            for function in (fused, canonical)
+        ]
+    assert_close(both[0].primal, both[1].primal)
+    assert_close(both[0].tangent, both[1].tangent)
 
 
 # --- memory ------------------------------------------------------------------------------------
