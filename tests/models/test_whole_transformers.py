@@ -109,7 +109,7 @@ class Both:
         self.past: list[int] = []
         # Beneath the class that is watched.
         region = [cls for cls in type(self.whole).__mro__ if CODES in vars(cls)][-1]
-        namespace = vars(region)["forward"].__globals__
+        namespace = vars(region)["_lora_fx_run"].__globals__
         own = namespace["_lora_fx_fallback"]
 
         def past(*args: Any, **kwargs: Any) -> Any:
