@@ -239,6 +239,8 @@ def add_read(s: Scope) -> None:
     c = s.choices
     place = PLACES[c.feature("read", list(PLACES))]
     use = c.feature("use", list(USES))
+    if use == "hash" and "torch.tensor" in place.init:
+        use = "times"  # the hash of a tensor is that of the object: another one in each copy
     free = use in _COMPARISONS and not place.number
     value, other = c.pick(_ANY if free else _NUMBERS)
     values = {"n": s.fresh("k"), "v": value, "o": other, "C": s.name}
