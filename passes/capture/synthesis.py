@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -104,7 +105,7 @@ def by_place(
         named: :func:`named_inputs` of them.
 
     Returns:
-        The arguments; None if nothing can tell, or some can be given by name only.
+        Those arguments that have a place; None if nothing can tell, or there are none.
     """
     code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
     if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
@@ -113,8 +114,11 @@ def by_place(
     if args:
         return args
     parameters = inspect.signature(model.forward).parameters.values()
-    places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][: len(named)]
-    return tuple(named[name] for name in places) if set(places) == set(named) else None
+    # Up to the first that is not given; what only a keyword can give is left out.
+    places = itertools.takewhile(
+        named.__contains__, (p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    )
+    return tuple(named[name] for name in places) or None
 
 
 def describe(inputs: Any) -> str:

@@ -860,3 +860,29 @@ def test_what_a_module_under_two_names_has_is_guarded(change) -> None:
     change(model)
     change(adapted)
     assert torch.allclose(adapted(x), model(x))
+
+
+def doubled(forward):
+    @functools.wraps(forward)
+    def inner(*args, **kwargs):
+        return forward(*args, **kwargs) * (2 if kwargs else 3)
+
+    return inner
+
+
+class TellsKeywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    @doubled
+    def forward(self, x, **more):
+        return self.out(self.fc(x))
+
+
+def test_a_decorator_that_asks_for_keywords_is_seen_beside_other_keywords() -> None:
+    model, x = TellsKeywords(), torch.randn(2, 3, 6)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    given = {"x": x, "scale": 2.0}
+    with pytest.raises(CaptureError):
+        lora_fx.rewrite(model, config, given, frontend="export")
