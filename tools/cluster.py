@@ -171,18 +171,6 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model without values."""
-    result, made = share_copy(model), dict[int, nn.Parameter]()
-    for module in result.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                empty = torch.empty_like(value, device="meta")
-                made.setdefault(id(value), nn.Parameter(empty, requires_grad=False))
-                module._parameters[name] = made[id(value)]
-    return result
-
-
 def shard(model: nn.Module, devices: DeviceMesh) -> None:
     """Spread a model over a mesh in place: FSDP2 for each block and for what is left, over all but ``tp``."""
     from torch.distributed.fsdp import fully_shard
@@ -318,7 +306,8 @@ def plan_step(
         around.enter_context(_fake_group(mesh.size))
         devices = devices_of(mesh)
         if mesh.tp > 1:
-            model = _on_meta(model)
+            model = share_copy(model)
+            _empty_all(model, "meta")
             parallelize(model, devices)
         rewritten = rewrite(model, config)
         recompute: Any = getattr(rewritten, "gradient_checkpointing_enable", None)
@@ -329,7 +318,7 @@ def plan_step(
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(_FlashAttention())
         around.enter_context(_no_masks())
-        _stand_in(rewritten, dtype)
+        _empty_all(rewritten, "cpu", dtype)
         if checkpointing:
             # The backward goes on without the mode that attention is computed in.
             again = {
@@ -343,7 +332,7 @@ def plan_step(
             with unset_fake_temporarily():
                 shard(rewritten, devices)
         given = {
-            name: _empty(value, dtype) if isinstance(value, Tensor) else value
+            name: _empty(value, "cpu", dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
         return run_step(rewritten, given)
@@ -405,8 +394,8 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([one.float().mean() for one in tensors]).sum()
 
 
-def _stand_in(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put a stand-in on the CPU for each parameter and buffer; shared ones stay shared."""
+def _empty_all(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> None:
+    """Replace each parameter and buffer by an empty one; shared ones stay shared."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -414,15 +403,17 @@ def _stand_in(model: nn.Module, dtype: torch.dtype | None) -> None:
                 if value is None:
                     continue
                 if id(value) not in made:
-                    new = _empty(value, dtype if isinstance(value, nn.Parameter) else None)
+                    new = _empty(value, device, dtype if isinstance(value, nn.Parameter) else None)
                     if isinstance(value, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=value.requires_grad)
                     made[id(value)] = new
                 held[name] = made[id(value)]
 
 
-def _empty(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty_like(value, device="cpu", dtype=dtype if value.is_floating_point() else None)
+def _empty(value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty_like(
+        value, device=device, dtype=dtype if value.is_floating_point() else None
+    )
 
 
 class _FlashAttention(TorchFunctionMode):
