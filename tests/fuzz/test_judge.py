@@ -181,6 +181,15 @@ def test_rounding_is_no_difference_and_a_lost_adapter_is(monkeypatch: pytest.Mon
         assert (outcome.kind, outcome.stage) == ("silent", "call"), str(outcome)
 
 
+def test_what_the_rounding_of_fp64_explains_is_unstable_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.fuzz.judge._DOUBLE", 1e-18)
+    assert judge(program(actions=("call",))).label == "unstable (call)"
+    _spoil_output(monkeypatch)
+    assert judge(program(actions=("call",))).label == "silent (call)"
+
+
 def _without_adapter(rewrite: object) -> object:
     def spoiled(*args: object, **kwargs: object) -> object:
         model = rewrite(*args, **kwargs)  # type: ignore[operator]
