@@ -161,8 +161,12 @@ def _few(x: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode AD is active: also while Dynamo traces it."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether plain operations are called for: ``torch.func``, forward-mode AD or ``torch.jit.trace``.
+
+    Also while Dynamo traces a transform. A function of autograd would be an opaque node of a recorded trace.
+    """
+    transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transform or torch._C._is_tracing()
 
 
 # What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo, which takes seconds.

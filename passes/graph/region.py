@@ -496,6 +496,17 @@ class _Regional(Hooked):
             )
         super().register_parameter(name, param)
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuses ``torch.jit.script``, which compiles source and knows no graph.
+
+        Raises:
+            CaptureError: Always.
+        """
+        raise CaptureError(
+            f"torch.jit.script compiles source, and the forward of this {type(self).__name__} is a graph: "
+            "script what merge() gives, or record the adapted model with torch.export or torch.jit.trace"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A region of the same class."""
         cls: Any = type(self)

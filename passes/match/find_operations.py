@@ -266,6 +266,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _reason(weight: torch.Tensor) -> str | None:
     if quantization_of(weight) is not None:
         return None
+    if not weight.numel():
+        return "its weight has no elements"
     if weight.layout is not torch.strided:
         kind = str(weight.layout).removeprefix("torch.")
         return f"its weight is sparse ({kind}), and B A is dense: use a dense weight (to_dense())"

@@ -10,6 +10,8 @@ import pickle
 import subprocess
 import sys
 import traceback
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -395,3 +397,24 @@ def test_fx_forgets_the_code_of_regions_that_are_gone() -> None:
     del encoder
     gc.collect()
     assert set(wrapped) <= before
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.1}])
+def test_jit_records_an_adapted_model_and_does_not_script_it(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    config = lora_fx.LoraConfig(r=2, target_modules="all-linear", **options)
+    adapted = lora_fx.rewrite(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    x = torch.randn(3, 4)
+    recorded = torch.jit.trace(adapted, x[:2])
+    torch.jit.save(recorded, tmp_path / "model.pt")
+    assert_close(torch.jit.load(tmp_path / "model.pt")(x), adapted(x))
+    with pytest.raises(CaptureError, match=r"torch.jit.script .* graph: script what merge\(\) gives"):
+        torch.jit.script(adapted)
+    merged = lora_fx.merge(adapted)
+    assert_close(torch.jit.script(merged)(x), merged(x))

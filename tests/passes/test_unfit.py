@@ -298,3 +298,11 @@ def test_bitsandbytes_can_hold_weights_of_16_bits() -> None:
         model = nn.Sequential(layer.to("cpu") if moved else layer, nn.Linear(64, 2))
         with pytest.raises(NoMatchError, match="make the layer with has_fp16_weights=False"):
             lora_fx.plan(model, LoraConfig(target_modules=["0"]))
+
+
+def test_a_weight_without_elements_is_passed_by() -> None:
+    model = Around(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4)))
+    found = {one.name: one.reason for one in lora_fx.plan(model, LoraConfig(r=2)).rejections}
+    assert found == dict.fromkeys(("bad.0", "bad.1"), "its weight has no elements")
+    x = torch.randn(2, 4)
+    assert torch.equal(lora_fx.rewrite(model, LoraConfig(r=2))(x), model(x))
