@@ -481,8 +481,21 @@ class Frame:
             return
         if isinstance(holder, nn.ModuleDict | nn.ParameterDict):
             self.recorder.read(Read(path, "keys", list(holder)))
+        elif isinstance(holder, nn.ModuleList | nn.ParameterList):
+            # Their names are numbers, in order.
+            self.recorder.read(Read(path, "length", len(holder)))
         else:
-            self.recorder.read(Read(path, "length", len(holder)))  # type: ignore[arg-type]
+            self.note_children(holder)
+
+    def note_children(self, module: nn.Module) -> None:
+        """Notes which children a module has, and their order."""
+        path = self.recorder.path_of(module)
+        if path is not None:
+            names = list(module._modules)
+            self.recorder.read(Read(path.attribute("_modules"), "keys", names))
+            for name, child in module._modules.items():
+                if child is None:
+                    self._noted_at(None, path, name)
 
     # --- operators ----------------------------------------------------------------------------------
 
@@ -1226,9 +1239,7 @@ def _first_of(which: Callable[..., Any]) -> Callable[..., Any]:
 
 def _children(which: Callable[..., Any]) -> Callable[..., Any]:
     def run(frame: Frame, module: nn.Module) -> Any:
-        path = frame.recorder.path_of(module)
-        if path is not None:
-            frame.recorder.read(Read(path.attribute("_modules"), "length", len(module._modules)))
+        frame.note_children(module)
         return list(which(module))
 
     return run
@@ -1288,6 +1299,9 @@ _MODULE_METHODS: dict[Any, Callable[..., Any]] = {
     nn.Module.named_buffers: _first_of(nn.Module.named_buffers),
     nn.Module.children: _children(nn.Module.children),
     nn.Module.named_children: _children(nn.Module.named_children),
+    nn.ModuleDict.keys: _children(nn.ModuleDict.keys),
+    nn.ModuleDict.values: _children(nn.ModuleDict.values),
+    nn.ModuleDict.items: _children(nn.ModuleDict.items),
     nn.Module.get_submodule: lambda frame, module, name: module.get_submodule(name),
     nn.Module.get_parameter: _get_tensor,
     nn.Module.get_buffer: _get_tensor,

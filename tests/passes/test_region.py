@@ -414,7 +414,9 @@ def test_jit_records_an_adapted_model_and_does_not_script_it(
     recorded = torch.jit.trace(adapted, x[:2])
     torch.jit.save(recorded, tmp_path / "model.pt")
     assert_close(torch.jit.load(tmp_path / "model.pt")(x), adapted(x))
-    with pytest.raises(CaptureError, match=r"torch.jit.script .* graph: script what merge\(\) gives"):
+    with pytest.raises(
+        CaptureError, match=r"torch.jit.script .* graph: script what merge\(\) gives"
+    ):
         torch.jit.script(adapted)
     merged = lora_fx.merge(adapted)
     assert_close(torch.jit.script(merged)(x), merged(x))

@@ -837,3 +837,49 @@ def test_a_source_that_was_edited_is_not_believed(tmp_path, monkeypatch):
     instrument._rewritten.cache_clear()
     with pytest.raises(Untraceable, match="is not what its source says"):
         trace(module.M())
+
+
+class Entries(nn.Module):
+    """Goes through its children by name, and reads a weight itself."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+        self.layers["d"] = None
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        if self.way == "items":
+            for name, layer in self.layers.items():
+                x = layer(x) * 2 if name == "b" else layer(x) if layer is not None else x
+        elif self.way == "values":
+            for layer in self.layers.values():
+                x = layer(x) if layer is not None else x
+        elif self.way == "keys":
+            for name in self.layers.keys():  # noqa: SIM118
+                x = self.layers[name](x) if self.layers[name] is not None else x
+        else:
+            for name, layer in self.layers.named_children():
+                x = layer(x) * 2 if name == "b" else layer(x)
+        return x @ self.w
+
+
+@pytest.mark.parametrize("way", ["items", "values", "keys", "named_children"])
+def test_children_by_name_are_traced_and_their_order_is_guarded(way: str) -> None:
+    model = Entries(way)
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["w"]))
+    x = torch.randn(3, 4)
+    assert torch.equal(adapted(x), model(x))
+
+    def turn(one: nn.Module) -> None:
+        one.layers["a"] = one.layers.pop("a")
+
+    def fill(one: nn.Module) -> None:
+        one.layers["d"] = nn.Linear(4, 4)
+
+    for change in (turn, fill):
+        changed = copy.deepcopy(adapted)
+        change(changed)
+        with pytest.raises(LoraFxError, match=r"layers"):
+            changed(x)
