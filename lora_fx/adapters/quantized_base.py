@@ -20,8 +20,9 @@ from lora_fx.ir import AdapterRecord, Capture, PlannedSite, Region, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantized, written_out
-from lora_fx.passes.graph import check_model, install, share_copy
+from lora_fx.passes.graph import check_model, install, share_copy, storage_of
 from lora_fx.passes.insert import pissa, site_generator, slot_start
+from lora_fx.passes.merge import named_elsewhere
 from lora_fx.passes.parameters import (
     as_factors,
     as_matrices,
@@ -229,8 +230,9 @@ def quantize(
 
     Raises:
         QuantizationError: If an argument means nothing, the model is quantized or rewritten already, there is
-            nothing to quantize, a weight does not fit the format, has no values or infinite ones, or the
-            format does not run on the device or its library is missing. Each names what does work.
+            nothing to quantize, a weight does not fit the format, has no values or infinite ones, the code of
+            the model also gets to it by a global, or the format does not run on the device or its library is
+            missing. Each names what does work.
         CheckpointError: If the files are damaged, or belong to another model.
         CaptureError: If the model cannot be captured.
     """
@@ -240,6 +242,7 @@ def quantize(
     plan = make_plan(capture, find_operations(capture), how, exclude)
     for name, reason in plan.left:
         _log.info("not quantized: %s: %s", name, reason)
+    _check_named(capture.model, plan)
     read: Values | None = None
     if weights is not None:
         read = WeightFiles(Path(weights)).reader(capture.model)
@@ -262,6 +265,20 @@ def _captured(model: nn.Module) -> Capture:
             "rewrite the result"
         )
     return capture_model(model)
+
+
+def _check_named(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Refuses weights that the model's code also finds elsewhere, where they stay as they were."""
+    weights = {one.site.weight: model.get_parameter(one.site.weight) for one in plan.weights}
+    stored = {storage_of(p): name for name, p in weights.items() if not p.is_meta}
+    found = named_elsewhere(model, stored)
+    if found is not None:
+        path, name = found
+        raise QuantizationError(
+            f"{name}: the code of the model also gets to it by {path}, where it would not be quantized. Keep "
+            "the layer in an attribute of the module that uses it, or leave it as it is: "
+            f"exclude=[{name.rpartition('.')[0]!r}]"
+        )
 
 
 def _target(

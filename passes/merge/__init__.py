@@ -7,6 +7,7 @@ from lora_fx.passes.merge.change import delta_weight
 from lora_fx.passes.merge.combining import Combination, Election, Term, combine
 from lora_fx.passes.merge.dense import KEPT_IN_FP32, stripped
 from lora_fx.passes.merge.merging import MergeReport, merge
+from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.report import OutputError
 from lora_fx.passes.merge.rounding import rounded, ulp
 
@@ -21,6 +22,7 @@ __all__ = [
     "delta_weight",
     "merge",
     "merging",
+    "named_elsewhere",
     "rounded",
     "stripped",
     "ulp",
