@@ -33,6 +33,7 @@ from lora_fx.adapters.settings import (
     layout_of,
     origin_of,
     targets_of,
+    with_patterns,
     with_targets,
     written_config,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "take_out",
     "targets_of",
     "the_adapter",
+    "with_patterns",
     "with_targets",
     "written_config",
 ]

@@ -18,7 +18,7 @@ import torch
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
 
-__all__ = ["PICKLE_NAME", "WEIGHTS_NAME", "read_tensors", "write_folder"]
+__all__ = ["PICKLE_NAME", "WEIGHTS_NAME", "read_file", "read_tensors", "write_folder"]
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLE_NAME: Final = "adapter_model.bin"
@@ -33,33 +33,38 @@ def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     Raises:
         CheckpointError: If there is no file, it is damaged, or a pickle that could run code.
     """
-    path = folder / WEIGHTS_NAME
-    if path.is_file():
-        try:
-            tensors = safetensors.torch.load_file(path)
-            with safetensors.safe_open(path, "pt") as file:
-                return tensors, dict(file.metadata() or {})
-        except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or damaged ({error}); copy or save the adapter again"
-            ) from error
-    path = folder / PICKLE_NAME
-    if path.is_file():
-        return _read_pickle(path), {}
+    for name in (WEIGHTS_NAME, PICKLE_NAME):
+        if (folder / name).is_file():
+            return read_file(folder / name)
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; save the adapter again"
     )
 
 
+def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads one file of tensors, as :func:`read_tensors` does."""
+    if path.suffix != ".safetensors":
+        return _read_pickle(path), {}
+    try:
+        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            return tensors, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); copy or save the adapter again"
+        ) from error
+
+
 def write_folder(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    config: LoraConfig,
+    config: LoraConfig | None,
     *,
     notes: Mapping[str, str] | None = None,
+    name: str = WEIGHTS_NAME,
     force: bool,
 ) -> None:
-    """Writes ``adapter_model.safetensors`` and ``adapter_config.json``.
+    """Writes the file of tensors and ``adapter_config.json``.
 
     Both are written into a temporary folder first (inside the target, so that they are on its file
     system) and then moved. After an error the folder is as it was before.
@@ -67,30 +72,33 @@ def write_folder(
     Args:
         folder: Made if it is not there.
         tensors: Contiguous, on the CPU, none sharing storage with another.
-        config: What to write as the configuration.
+        config: What to write as the configuration; None to write the tensors alone.
         notes: Further metadata of the file of tensors.
+        name: Of the file of tensors.
         force: Whether an adapter that is there already may be replaced.
 
     Raises:
         CheckpointError: If an adapter is there and ``force`` is False, or the files cannot be
             written.
     """
-    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) if (folder / name).exists()]
+    names = (name,) if config is None else (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
+    there = [one for one in names if (folder / one).exists()]
     if there and not force:
         raise CheckpointError(
             f"{folder} holds an adapter already ({', '.join(there)}); give another folder, or "
             "force=True to replace it"
         )
     try:
-        with _made(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            staged = Path(name, "new")
+        with _made(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
+            staged = Path(made, "new")
             staged.mkdir()
             safetensors.torch.save_file(
-                dict(tensors), staged / WEIGHTS_NAME, metadata={"format": "pt", **(notes or {})}
+                dict(tensors), staged / name, metadata={"format": "pt", **(notes or {})}
             )
-            _flush(staged / WEIGHTS_NAME)
-            config.save_pretrained(staged)
-            _place(staged, folder, Path(name, "old"))
+            _flush(staged / name)
+            if config is not None:
+                config.save_pretrained(staged)
+            _place(staged, folder, Path(made, "old"))
     except (OSError, safetensors.SafetensorError, CheckpointError) as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
         raise CheckpointError(

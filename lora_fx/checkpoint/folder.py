@@ -6,11 +6,9 @@ the folder has its place in the model and every place is filled, or nothing is c
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +31,23 @@ from lora_fx.checkpoint.base_weights import (
     note_of_by_hand,
     place_given,
 )
-from lora_fx.checkpoint.files import read_tensors, write_folder
+from lora_fx.checkpoint.dialects import (
+    DIFFUSERS_NAME,
+    READERS,
+    Reader,
+    component_of,
+    for_diffusers,
+    for_one_rank,
+    read_dialect,
+)
+from lora_fx.checkpoint.files import PICKLE_NAME, WEIGHTS_NAME, read_tensors, write_folder
 from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.starts import check_start, repeat_start
-from lora_fx.checkpoint.state import Stored, changed, fill, fitted, stored, without_prefix
-from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries, scale_of
+from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
+from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
 from lora_fx.ir import AdapterRecord, record_of
-from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import inside
 from lora_fx.passes.pipeline import plan_model, rewrite_model
@@ -60,6 +66,8 @@ def save_adapter(
     adapter_name: str | None = None,
     *,
     force: bool = False,
+    format: Reader = "peft",  # noqa: A002  the word of such arguments
+    component: str | None = None,
     vllm: bool = False,
     save_embedding_layers: SaveEmbeddings = "auto",
 ) -> Path:
@@ -80,8 +88,13 @@ def save_adapter(
             into a subfolder of its name.
         adapter_name: Which adapter; by default the only one, or the only active one.
         force: Whether to replace an adapter that is there already.
-        vllm: Whether to write it so that vLLM serves it, which looks at no pattern: with one rank and one
-            alpha, the rest in B. PEFT and :func:`load_adapter` read that as well.
+        format: Who is to read it. "peft" for PEFT, and for vLLM where all layers have one rank and alpha.
+            "vllm" and "gguf-ready" (llama.cpp's converter), which look at no pattern: with one rank and one
+            alpha, the rest in B; PEFT reads that as well. "diffusers" for ``load_lora_weights`` of a
+            pipeline: the file ``pytorch_lora_weights.safetensors``. :func:`load_adapter` reads all of them.
+        component: With "diffusers", which part of the pipeline the model is: "unet", "transformer",
+            "text_encoder", "text_encoder_2" or "text_encoder_3". Models of diffusers say it themselves.
+        vllm: The same as ``format="vllm"``.
         save_embedding_layers: Whether the weights of the embedding and the head of a transformers model are
             written, too. By default, as in PEFT, where one called ``embed_tokens`` or ``lm_head`` is adapted
             or the vocabulary is not that of the base's ``config.json`` (if that is on this machine), but not
@@ -91,22 +104,41 @@ def save_adapter(
         The folder that was written.
 
     Raises:
-        ConfigError: If the model has no such adapter, or several could be meant.
+        ConfigError: If the model has no such adapter, several could be meant, or there is no such format or
+            component.
         CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
-            meta device, vLLM would refuse the adapter or a part of it, or the files cannot be written (a
-            full disk). The folder is then as it was.
+            meta device, the reader would refuse the adapter or a part of it, or the files cannot be written
+            (a full disk). The folder is then as it was.
     """
+    reader = _reader(format, component, vllm=vllm)
     adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
-    if vllm and save_embedding_layers == "auto":
+    if reader == "diffusers":
+        part = component_of(model, component)
+        found = stored(model, record, adapter_name, False)
+        config = written_config(model, record, found.targets)
+        tensors, notes = for_diffusers(found, record, config, part)
+        write_folder(folder, tensors, None, notes=notes, name=DIFFUSERS_NAME, force=force)
+        return folder
+    if reader != "peft" and save_embedding_layers == "auto":
         save_embedding_layers = False
     values, config, notes = folder_of(
-        model, record, adapter_name, save_embedding_layers, vllm=vllm, folder=folder
+        model, record, adapter_name, save_embedding_layers, reader=reader, folder=folder
     )
     tensors = {PREFIX + key: value for key, value in values.items()}
     write_folder(folder, tensors, config, notes=notes, force=force)
     return folder
+
+
+def _reader(named: Reader, component: str | None, *, vllm: bool) -> Reader:
+    if named not in READERS:
+        raise ConfigError(f"format={named!r}: it is one of {', '.join(map(repr, READERS))}")
+    if vllm and named not in ("peft", "vllm"):
+        raise ConfigError(f"vllm=True and format={named!r}: give format alone")
+    if component is not None and named != "diffusers":
+        raise ConfigError("component= says which part of a pipeline it is: give format='diffusers'")
+    return "vllm" if vllm else named
 
 
 def folder_of(
@@ -115,7 +147,7 @@ def folder_of(
     adapter_name: str,
     save_embedding_layers: SaveEmbeddings = "auto",
     *,
-    vllm: bool = False,
+    reader: Reader = "peft",
     folder: Path | str = "save_pretrained",
 ) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
     """What is in an adapter's folder: tensors without PEFT's prefix, configuration, further metadata.
@@ -125,7 +157,7 @@ def folder_of(
         record: The adapter's record.
         adapter_name: Its name.
         save_embedding_layers: As for :func:`save_adapter`.
-        vllm: Likewise.
+        reader: "peft", "vllm" or "gguf-ready".
         folder: What warnings name.
 
     Raises:
@@ -156,9 +188,9 @@ def folder_of(
         )
     values, notes = found.tensors, note_of(found.joined)
     notes |= note_of_by_hand({*found.by_hand, *found.given})
-    if vllm:
+    if reader != "peft":
         # One rank for all is none of the parts: the whole is read as one adapter again.
-        (values, config), notes = _for_vllm(found, record, config), {}
+        (values, config), notes = for_one_rank(found, record, config, reader), {}
     return values, config, notes
 
 
@@ -168,18 +200,23 @@ def load_adapter(
     directory: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
+    component: str | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
 ) -> nn.Module:
-    """Reads an adapter folder of PEFT or lora_fx.
+    """Reads an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
 
     Args:
         model: A model that is not rewritten, which is not touched; or one that was. If that has an
             adapter of this name, which then has to be of this shape, its values are replaced; else the
             adapter is added to those that it has, and :func:`lora_fx.set_adapter` makes it active.
         directory: A local folder. For an adapter that is not called "default", its subfolder of
-            that name if there is one.
+            that name if there is one. Or a file, ``.safetensors``, with the names of diffusers or of kohya's
+            scripts (``lora_unet_…``), or the folder of ``pytorch_lora_weights.safetensors``.
         adapter_name: What to call the adapter; the folder does not say.
+        component: Which part of a pipeline the model is ("unet", "transformer", "text_encoder",
+            "text_encoder_2", "text_encoder_3"), for a file that has several which fit it. What a file has
+            for other parts is left alone.
         example_inputs: As for :func:`lora_fx.rewrite`, for a model that is not rewritten. An adapter
             that was trained on a model rewritten with them may need them again.
         frontend: Likewise.
@@ -201,10 +238,18 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
-    config = LoraConfig.from_pretrained(folder)
+    metadata: dict[str, str] = {}
+    if folder.is_file():
+        tensors, config = read_dialect(folder, model, component)
+    elif component is not None:
+        raise ConfigError(
+            f"component={component!r}: {folder} is a folder of one adapter, and has no parts"
+        )
+    else:
+        config = LoraConfig.from_pretrained(folder)
+        read, metadata = read_tensors(folder)
+        tensors = without_prefix(read)
     check_start(config, folder)
-    read, metadata = read_tensors(folder)
-    tensors = without_prefix(read)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
@@ -252,8 +297,18 @@ def load_adapter(
 
 def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     folder = Path(directory)
+    if folder.is_file() and folder.suffix in (".safetensors", ".bin"):
+        beside = (
+            folder.name in (WEIGHTS_NAME, PICKLE_NAME) and (folder.parent / CONFIG_NAME).is_file()
+        )
+        return folder.parent if beside else folder
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the local folder of a PEFT adapter")
+        raise CheckpointError(
+            f"{folder} is not a folder; give the local folder of a PEFT adapter, or a file of diffusers or "
+            "kohya (.safetensors)"
+        )
+    if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+        return folder / DIFFUSERS_NAME
     inner = folder / adapter_name
     if adapter_name != "default" and (inner / CONFIG_NAME).is_file():
         return inner
@@ -343,95 +398,3 @@ def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:
             "not hold them: %s. For the outputs that it had, load it onto the original model",
             ", ".join(stale),
         )
-
-
-# vLLM reads PEFT's folders in part. It takes ``r`` and ``lora_alpha`` for every layer and reads no pattern:
-# with r the highest rank, smaller A and B are padded with zeros, and B is multiplied by the ratio of a
-# layer's scale to that of all. vLLM refuses what a kind trains in addition to A and B, ``modules_to_save``
-# and biases, and knows no keys but those of linear layers and embeddings.
-_KEY = re.compile(r"(?P<name>.+)\.lora_(?:(?P<plain>[AB])\.weight|embedding_(?P<embedding>[AB]))")
-
-
-def _for_vllm(
-    found: Stored, record: AdapterRecord, config: LoraConfig
-) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """What to write for vLLM.
-
-    Args:
-        found: The adapter as PEFT stores it.
-        record: Its record.
-        config: Its configuration for PEFT.
-
-    Returns:
-        Tensors by key, without the prefix, and the configuration.
-
-    Raises:
-        CheckpointError: If vLLM would refuse it or leave part of it out: all of that is named.
-    """
-    problems = list(dict.fromkeys(_problems(found, record)))
-    if problems:
-        raise CheckpointError(
-            "vLLM cannot serve this adapter; merge it into the model, or save it without vllm=True:\n  "
-            + "\n  ".join(problems)
-        )
-    rank = max(target.rank for target in found.targets)
-    scales = {one.name: scale_of(one.rank, one.alpha, config) for one in found.targets}
-    scale = max(scales.values(), key=abs)
-    tensors = {
-        key: _filled(key, value, rank, scales, scale) for key, value in found.tensors.items()
-    }
-    alpha = scale * rank
-    one_for_all = dataclasses.replace(
-        config,
-        r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        rank_pattern={},
-        alpha_pattern={},
-        use_rslora=False,
-        bias="none",
-    )
-    return tensors, one_for_all
-
-
-def _filled(
-    key: str, value: torch.Tensor, rank: int, scales: dict[str, float], scale: float
-) -> torch.Tensor:
-    match = _KEY.fullmatch(key)
-    assert match is not None, key
-    if "A" in (match["plain"], match["embedding"]):
-        return nn.functional.pad(value, (0, 0, 0, rank - value.shape[0]))
-    # All scales are zero if the largest is.
-    factor = scales[match["name"]] / scale if scale else 1.0
-    return nn.functional.pad(value, (0, rank - value.shape[1])) * factor
-
-
-def _problems(found: Stored, record: AdapterRecord) -> Iterator[str]:
-    for row in record.sites:
-        kind = kind_of(row)
-        for slot in kind.slots(row.site):
-            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
-    yield from (f"modules_to_save: {name} is trained in full" for name in record.saved_modules)
-    yield from (f"bias: {name} is trained" for name in record.biases)
-    if record.config.init_lora_weights == "loftq":
-        yield "init_lora_weights='loftq': the adapter belongs to a base that was quantized for it"
-    yield from (f"{name}: PEFT has no name for this weight" for name in found.own)
-    yield from _unknown_targets(found)
-    if not found.targets:
-        yield "there is no low-rank adapter"
-    known = {target.name for target in found.targets}
-    for key, value in found.tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match["name"] not in known:
-            if not any(key.startswith(f"{name}.") for name in record.saved_modules):
-                yield f"{key} {list(value.shape)}: it is no factor of a layer"
-        elif value.dim() != 2:
-            yield f"{match['name']}: it is a convolution"
-
-
-def _unknown_targets(found: Stored) -> Iterator[str]:
-    attention = {one.name for one in found.joined if len(one.pairs) > 1}
-    for target in found.targets:
-        if target.parameter:
-            yield f"{target.name}: it is a parameter, not a layer"
-        elif target.name in attention:
-            yield f"{target.name}: it is an nn.MultiheadAttention"

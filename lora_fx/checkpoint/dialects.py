@@ -1,0 +1,466 @@
+"""Adapter files of other libraries: diffusers and kohya, read; vLLM, llama.cpp and diffusers, written.
+
+=============  ==================================================================================
+PEFT           a folder; every adapter that has a name in PEFT
+vLLM           a folder with one rank and one alpha, since vLLM reads no pattern; the rest is in B
+llama.cpp      the same: its converter reads ``lora_alpha`` and the rank of each A, nothing else
+diffusers      ``pytorch_lora_weights.safetensors``: keys begin with the part of the pipeline
+               (``unet.``), the configuration is metadata, ``lora_adapter_metadata``
+kohya          a file whose keys are ``lora_unet_`` and the layer's name with ``_`` for ``.``; each
+               layer has a tensor ``alpha`` (read only; kohya's scripts, ComfyUI)
+=============  ==================================================================================
+
+Sources: vLLM's ``lora/peft_helper.py``, llama.cpp's ``convert_lora_to_gguf.py``, diffusers'
+``loaders/lora_base.py`` and ``utils/state_dict_utils.py``, kohya's ``networks/lora.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from torch import Tensor, nn
+
+from lora_fx.adapters import Target, with_patterns
+from lora_fx.checkpoint.files import read_file
+from lora_fx.checkpoint.state import Stored
+from lora_fx.config import LoraConfig, alpha_for, scale_of
+from lora_fx.errors import CheckpointError, ConfigError, some
+from lora_fx.ir import AdapterRecord
+from lora_fx.kinds import kind_of
+from lora_fx.passes.graph import original_class
+from lora_fx.passes.parameters import base_modules
+
+__all__ = [
+    "DIFFUSERS_METADATA",
+    "DIFFUSERS_NAME",
+    "READERS",
+    "Reader",
+    "component_of",
+    "for_diffusers",
+    "for_one_rank",
+    "read_dialect",
+]
+
+Reader = Literal["peft", "vllm", "gguf-ready", "diffusers"]
+READERS: Final = ("peft", "vllm", "gguf-ready", "diffusers")
+
+DIFFUSERS_NAME: Final = "pytorch_lora_weights.safetensors"
+DIFFUSERS_METADATA: Final = "lora_adapter_metadata"
+
+# --- writing --------------------------------------------------------------------------------------
+
+# vLLM and llama.cpp read PEFT's folders in part. They take ``lora_alpha`` for every layer and read no
+# pattern: with r the highest rank, smaller A and B are padded with zeros, and B is multiplied by the ratio of
+# a layer's scale to that of all. They refuse what a kind trains in addition to A and B, ``modules_to_save``
+# and biases, and know no keys but those of linear layers and embeddings.
+_KEY = re.compile(r"(?P<name>.+)\.lora_(?:(?P<plain>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+_REFUSALS = {
+    "vllm": "vLLM cannot serve this adapter",
+    "gguf-ready": "llama.cpp cannot convert this adapter",
+    "diffusers": "diffusers cannot load this adapter",
+}
+
+
+def for_one_rank(
+    found: Stored, record: AdapterRecord, config: LoraConfig, reader: Reader
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """What to write for a reader that knows one rank and one alpha: vLLM, llama.cpp.
+
+    Args:
+        found: The adapter as PEFT stores it.
+        record: Its record.
+        config: Its configuration for PEFT.
+        reader: "vllm" or "gguf-ready".
+
+    Returns:
+        Tensors by key, without the prefix, and the configuration.
+
+    Raises:
+        CheckpointError: If the reader would refuse it or leave part of it out: all of that is named.
+    """
+    known = {target.name for target in found.targets}
+    problems = [*_of_kinds(record), *_in_full(found, record), *_unknown_targets(found)]
+    for key, value in found.tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["name"] not in known:
+            if not any(key.startswith(f"{name}.") for name in record.saved_modules):
+                problems.append(f"{key} {list(value.shape)}: it is no factor of a layer")
+        elif value.dim() != 2:
+            problems.append(f"{match['name']}: it is a convolution")
+    _refuse(problems, reader)
+    rank = max(target.rank for target in found.targets)
+    scales = {one.name: scale_of(one.rank, one.alpha, config) for one in found.targets}
+    scale = max(scales.values(), key=abs)
+    tensors = {
+        key: _filled(key, value, rank, scales, scale) for key, value in found.tensors.items()
+    }
+    alpha = scale * rank
+    one_for_all = dataclasses.replace(
+        config,
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        bias="none",
+    )
+    return tensors, one_for_all
+
+
+def _filled(
+    key: str, value: Tensor, rank: int, scales: Mapping[str, float], scale: float
+) -> Tensor:
+    match = _KEY.fullmatch(key)
+    assert match is not None, key
+    if "A" in (match["plain"], match["embedding"]):
+        return nn.functional.pad(value, (0, 0, 0, rank - value.shape[0]))
+    # All scales are zero if the largest is.
+    factor = scales[match["name"]] / scale if scale else 1.0
+    return nn.functional.pad(value, (0, rank - value.shape[1])) * factor
+
+
+def for_diffusers(
+    found: Stored, record: AdapterRecord, config: LoraConfig, component: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What to write for diffusers.
+
+    Args:
+        found: The adapter as PEFT stores it.
+        record: Its record.
+        config: Its configuration for PEFT.
+        component: The part of the pipeline that the model is.
+
+    Returns:
+        Tensors by key, and the metadata of the file.
+
+    Raises:
+        CheckpointError: If diffusers would leave part of it out: all of that is named.
+    """
+    _refuse([*_in_full(found, record), *_unknown_targets(found)], "diffusers")
+    values = {
+        f"{component}.{name}": value for name, value in config.to_dict().items() if name != "seed"
+    }
+    tensors = {f"{component}.{key}": value for key, value in found.tensors.items()}
+    return tensors, {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
+
+
+def _refuse(problems: Iterable[str], reader: Reader) -> None:
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        raise CheckpointError(
+            f"{_REFUSALS[reader]}; merge it into the model, or save it as PEFT has it (format='peft'):\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _of_kinds(record: AdapterRecord) -> Iterator[str]:
+    for row in record.sites:
+        kind = kind_of(row)
+        for slot in kind.slots(row.site):
+            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
+
+
+def _in_full(found: Stored, record: AdapterRecord) -> Iterator[str]:
+    yield from (f"modules_to_save: {name} is trained in full" for name in record.saved_modules)
+    yield from (f"bias: {name} is trained" for name in record.biases)
+    if record.config.init_lora_weights == "loftq":
+        yield "init_lora_weights='loftq': the adapter belongs to a base that was quantized for it"
+    yield from (f"{name}: PEFT has no name for this weight" for name in found.own)
+    if not found.targets:
+        yield "there is no low-rank adapter"
+
+
+def _unknown_targets(found: Stored) -> Iterator[str]:
+    attention = {one.name for one in found.joined if len(one.pairs) > 1}
+    for target in found.targets:
+        if target.parameter:
+            yield f"{target.name}: it is a parameter, not a layer"
+        elif target.name in attention:
+            yield f"{target.name}: it is an nn.MultiheadAttention"
+
+
+# --- which part of a pipeline ---------------------------------------------------------------------
+
+# How keys of each part begin: diffusers' way, kohya's.
+_COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "unet": ("unet.", "lora_unet_"),
+    "transformer": ("transformer.", "lora_transformer_", "lora_unet_", "diffusion_model."),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
+}
+# Modules around all others of a text encoder, which transformers had until version 5.
+_AROUND = ("text_model.", "text_model_")
+
+
+def component_of(model: nn.Module, component: str | None) -> str:
+    """The part of a pipeline that a model is: as it is given, or by the class.
+
+    Raises:
+        ConfigError: If it is no part, or cannot be told.
+    """
+    if component is not None:
+        _check_component(component)
+        return component
+    cls = original_class(model)
+    if cls.__module__.startswith("diffusers."):
+        return "unet" if "UNet" in cls.__name__ else "transformer"
+    raise ConfigError(
+        f"format='diffusers' needs to know which part of a pipeline this {cls.__name__} is: give component= "
+        f"one of {', '.join(map(repr, _COMPONENTS))}"
+    )
+
+
+def _check_component(component: str) -> None:
+    if component not in _COMPONENTS:
+        raise ConfigError(
+            f"component={component!r}: it is one of {', '.join(map(repr, _COMPONENTS))}"
+        )
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+# What a tensor of a layer is, by the end of its key. "magnitude" is DoRA's as PEFT shapes it, "dora_scale" as
+# kohya does, "bias" that of B.
+_ROLES: Final = tuple(
+    (re.compile(rf"(?P<name>.+?){end}"), role)
+    for end, role in (
+        (r"\.lora_A(?:\.default)?\.weight", "A"),
+        (r"\.lora_B(?:\.default)?\.weight", "B"),
+        (r"\.lora_B(?:\.default)?\.bias", "bias"),
+        (r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
+        (r"\.lora_down\.weight", "A"),
+        (r"\.lora_up\.weight", "B"),
+        (r"\.alpha", "alpha"),
+        (r"\.dora_scale", "dora_scale"),
+        (r"\.lora(?:_linear_layer)?\.down\.weight", "A"),
+        (r"\.lora(?:_linear_layer)?\.up\.weight", "B"),
+        (r"_lora\.down\.weight", "old A"),
+        (r"_lora\.up\.weight", "old B"),
+    )
+)
+# Other methods, by what their tensors are called.
+_METHODS: Final[Mapping[str, str]] = {
+    r"\.hada_[wt]\d": "LoHa, products of two low-rank matrices, element by element",
+    r"\.lokr_[wt]\d": "LoKr, Kronecker products",
+    r"\.lora_mid\.": "LoCon's Tucker form, with a kernel between A and B",
+    r"\.oft_(?:blocks|diag)": "OFT, orthogonal factors",
+    r"\.b_norm|\.w_norm": "trained norms (LyCORIS)",
+    r"\.diff(?:_b)?$": "differences of whole weights",
+    r"\.set_weight$": "whole weights",
+    r"\.reshape_weight$": "weights of another shape than the model's",
+    r"\.scaled_lora|\.lora_ga_": "another method than LoRA",
+}
+_OLD = {
+    "to_out": ("to_out.0", "out_proj"),
+    "to_q": ("q_proj",),
+    "to_k": ("k_proj",),
+    "to_v": ("v_proj",),
+}
+
+
+def read_dialect(
+    path: Path, model: nn.Module, component: str | None
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Reads a file of diffusers or kohya as PEFT would have it.
+
+    Args:
+        path: A file of tensors.
+        model: The model that it is for, rewritten or not: its names are those that are looked for.
+        component: Which part of the pipeline the model is, where the file has several that could be meant.
+
+    Returns:
+        Tensors by PEFT's keys, without its prefix, and the configuration that goes with them.
+
+    Raises:
+        CheckpointError: If the file is damaged, of another method, of another model, or could be meant for
+            several parts.
+        ConfigError: If the component does not exist, or the metadata ask for what lora_fx does not have.
+    """
+    if component is not None:
+        _check_component(component)
+    read, metadata = read_file(path)
+    _refuse_methods(path, read)
+    modules = dict(base_modules(model, every_name=True))
+    part, layers = _layers_for(path, _layers(path, read), modules, component)
+    config = _config_in(path, metadata, part)
+    tensors: dict[str, Tensor] = {}
+    targets = []
+    for name, roles in layers.items():
+        lacking = [role for role in "AB" if role not in roles]
+        if lacking:
+            raise CheckpointError(f"{path}: {name} has no {' and no '.join(lacking)}")
+        for role, value in roles.items():
+            if role != "alpha":
+                key, found = _as_peft(path, name, role, value, modules[name], roles["B"])
+                tensors[key] = found
+        rank = roles["A"].shape[0]
+        alpha = float(roles["alpha"]) if "alpha" in roles else None
+        if alpha is None:
+            alpha = alpha_for(name, config) if config is not None else float(rank)
+        targets.append(Target(name, rank, alpha))
+    base = LoraConfig() if config is None else config
+    if any("alpha" in roles for roles in layers.values()):
+        base = dataclasses.replace(base, use_rslora=False)
+    every = list(layers.values())
+    base = dataclasses.replace(
+        base,
+        use_dora=any({"magnitude", "dora_scale"} & roles.keys() for roles in every),
+        lora_bias=any("bias" in roles for roles in every),
+        target_modules=tuple(layers),
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    return tensors, with_patterns(base, targets)
+
+
+def _refuse_methods(path: Path, keys: Iterable[str]) -> None:
+    for key in keys:
+        for end, what in _METHODS.items():
+            if re.search(end, key):
+                raise CheckpointError(
+                    f"{path}: {key} belongs to {what}. lora_fx reads LoRA and DoRA; merge this one with the "
+                    "library that made it"
+                )
+
+
+_Layers = dict[str, dict[str, Tensor]]
+
+
+def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
+    """Tensors by role, by the name of the layer as it is in the file."""
+    layers: _Layers = defaultdict(dict)
+    unknown = []
+    for key, value in read.items():
+        for end, role in _ROLES:
+            match = end.fullmatch(key)
+            if match is not None:
+                layers[match["name"] + ("|old" if role.startswith("old") else "")][
+                    role.removeprefix("old ")
+                ] = value
+                break
+        else:
+            unknown.append(f"{key} {list(value.shape)}")
+    if unknown:
+        raise CheckpointError(
+            f"{path}: these tensors are no part of a LoRA adapter of diffusers or kohya: {some(unknown)}"
+        )
+    if not layers:
+        raise CheckpointError(f"{path} holds no tensor")
+    return layers
+
+
+def _layers_for(
+    path: Path, layers: _Layers, modules: Mapping[str, nn.Module], component: str | None
+) -> tuple[str, _Layers]:
+    """The layers of a file that are this model's, by their names in it, and the part that they were under."""
+    flat: dict[str, list[str]] = defaultdict(list)
+    for name in modules:
+        flat[name.replace(".", "_")].append(name)
+    parts: dict[str, dict[str, str]] = {}
+    for part, begins in {"": ("", "base_model.model."), **_COMPONENTS}.items():
+        for start in begins:
+            named = {one: one.removeprefix(start) for one in layers if one.startswith(start)}
+            if named and (component is None or component == part):
+                parts.setdefault(part, {}).update(named)
+    found: dict[str, _Layers] = {}
+    missing: dict[str, list[str]] = {}
+    for part, named in parts.items():
+        places = {one: _place(path, rest, modules, flat) for one, rest in named.items()}
+        lost = [one for one, place in places.items() if place is None]
+        if lost:
+            missing[part] = lost
+        else:
+            found[part] = {str(place): layers[one] for one, place in places.items()}
+    # A file that is for one model has no parts.
+    if "" in found and component is None:
+        return "", found[""]
+    # Kohya calls each model that makes pictures unet.
+    if found and len({frozenset(parts[part]) for part in found}) == 1:
+        return next(iter(found.items()))
+    if found:
+        raise CheckpointError(
+            f"{path} has adapters that fit this model under {' and '.join(found)}: give component= one of "
+            "them"
+        )
+    there = sorted(set(parts) - {""}) or ["no part of a pipeline that lora_fx knows"]
+    lost = min(missing.values(), key=len) if missing else list(layers)
+    raise CheckpointError(
+        f"{path} is for another model: it has adapters for {', '.join(there)}, and of its layers this model "
+        f"has no {some([one.removesuffix('|old') for one in lost])}"
+    )
+
+
+def _place(
+    path: Path, name: str, modules: Mapping[str, nn.Module], flat: Mapping[str, list[str]]
+) -> str | None:
+    """The module that a layer of the file is, by its name or by its name with ``_`` for ``.``."""
+    name, _, old = name.partition("|")
+    candidates = [name]
+    if old:
+        owner, _, leaf = name.replace(".processor.", ".").rpartition(".")
+        candidates = [f"{owner}.{leaf}", *(f"{owner}.{one}" for one in _OLD.get(leaf, ()))]
+    candidates += [one.removeprefix(start) for one in candidates for start in _AROUND]
+    for one in candidates:
+        if one in modules and _has_weight(modules[one]):
+            return one
+    several = [
+        one
+        for named in dict.fromkeys(candidates)
+        for one in flat.get(named, ())
+        if _has_weight(modules[one])
+    ]
+    if len(several) > 1:
+        raise CheckpointError(f"{path}: {name} may be {' or '.join(several)} of this model")
+    return several[0] if several else None
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return module._parameters.get("weight") is not None
+
+
+def _as_peft(
+    path: Path, name: str, role: str, value: Tensor, module: nn.Module, b: Tensor
+) -> tuple[str, Tensor]:
+    """A tensor by PEFT's key, in PEFT's shape: a kernel has the dimensions of the layer's."""
+    dims = module.weight.dim() if isinstance(module.weight, Tensor) else 2
+    dims = max(dims, 2)
+    if role in ("A", "B"):
+        if value.dim() == 2 < dims:
+            value = value[(...,) + (None,) * (dims - 2)]
+        elif dims == 2 < value.dim() and all(size == 1 for size in value.shape[2:]):
+            value = value.flatten(1)
+        return f"{name}.lora_{role}.weight", value.contiguous()
+    if role == "bias":
+        return f"{name}.lora_B.bias", value
+    out = b.shape[0]
+    if value.numel() != out or (role == "dora_scale" and value.shape[0] != out):
+        raise CheckpointError(
+            f"{path}: the magnitudes of {name} are {list(value.shape)}, one for each input. lora_fx has "
+            f"DoRA's, one for each of the {out} outputs"
+        )
+    shape = (1, out, *(1,) * (dims - 2)) if dims > 2 else (out,)
+    return f"{name}.lora_magnitude_vector", value.reshape(shape)
+
+
+def _config_in(path: Path, metadata: Mapping[str, str], part: str) -> LoraConfig | None:
+    """The configuration that diffusers wrote beside the tensors; None where there is none."""
+    text = metadata.get(DIFFUSERS_METADATA)
+    if text is None:
+        return None
+    try:
+        written: dict[str, Any] = json.loads(text)
+        values = {
+            key.removeprefix(f"{part}."): value
+            for key, value in written.items()
+            if not part or key.startswith(f"{part}.")
+        }
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its metadata {DIFFUSERS_METADATA} are damaged") from error
+    return LoraConfig.from_dict(values) if values else None
