@@ -10,6 +10,8 @@ SRC    := lora_fx passes export tools
 LAYOUT := .mypy_cache/layout
 STACKS := $(patsubst tests/stacks/requirements/%.txt,%,$(wildcard tests/stacks/requirements/*.txt))
 
+RUNTIMES := $(patsubst tests/runtimes/requirements/%.txt,%,$(wildcard tests/runtimes/requirements/*.txt)) js
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -43,6 +45,11 @@ test-stacks: $(STACKS:%=.peers/.stack-%) ## Run the tests of training stacks, ea
 	  echo "== $$stack"; \
 	  .peers/$$stack/bin/python -m pytest -m "stack and not cuda" $(ARGS) || status=1; \
 	done; exit $$status
+
+# The runtimes are asked by scripts in environments of their own; the tests run here.
+.PHONY: test-runtimes
+test-runtimes: $(VENV)/.dev $(RUNTIMES:%=.peers/.runtime-%) ## Run exported files in other runtimes, each in .peers/ (RUNTIMES=genai: one)
+	$(BIN)/python -m pytest -m "runtime and not cuda" $(ARGS) tests/runtimes
 
 .PHONY: golden
 golden: $(VENV)/.dev ## Write the golden graphs anew; read the diff before committing it
@@ -121,6 +128,17 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 
 # What a stack needs is in its requirement file: this package, its tests, and pins if it has any.
 .peers/.stack-%: tests/stacks/requirements/%.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+.peers/.runtime-js: tests/runtimes/requirements/package.json
+	mkdir -p .peers/js
+	cp $< .peers/js/package.json
+	npm install --silent --ignore-scripts --prefix .peers/js
+	@touch $@
+
+.peers/.runtime-%: tests/runtimes/requirements/%.txt | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
 	.peers/$*/bin/python -m pip install --quiet --requirement $<
 	@touch $@

@@ -10,9 +10,10 @@ import dataclasses
 import importlib
 import importlib.metadata
 import logging
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,7 @@ from lora_fx.export.staging import (
     staging,
     write,
 )
+from lora_fx.export.targets import Written, find_runtime
 from lora_fx.export.tasks import find_task
 from lora_fx.export.trace import Trace, trace
 from lora_fx.export.verify import Parity, PrecisionError
@@ -288,6 +290,8 @@ def export_onnx(
     example_inputs: object,
     *,
     task: Literal["text-generation", "text2text-generation"] | None = None,
+    target: Literal["genai", "transformers.js"] | None = None,
+    tokenizer: Any = None,
     adapters: Literal["merge", "inline", "inputs"] | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
@@ -318,6 +322,13 @@ def export_onnx(
             ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
+        target: The runtime that is to load it, where that wants more than a file: then ``path`` is a folder.
+            "genai" for onnxruntime-genai (``og.Model(path)``), with ``genai_config.json``, the tokenizer, and
+            with ``adapters="inputs"`` each adapter of the model in ``adapters/NAME.onnx_adapter``;
+            "transformers.js" for a browser or Node, with ``onnx/model.onnx``, ``config.json`` and the
+            tokenizer. None for one file, which ``OnnxSession`` and any other runtime load.
+        tokenizer: What goes into the folder of a target: an object with ``save_pretrained``, or the folder
+            that it was saved in.
         adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. "inline"
             to keep those that are active in the file, as products of their own.
             "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
@@ -370,13 +381,24 @@ def export_onnx(
             raise ExportError(
                 f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
             )
-    target = output_file(path, (".onnx",))
-    check_target(target, force=force)
+    runtime = None if target is None else find_runtime(target)
+    data: str | None = None
+    if runtime is None:
+        if tokenizer is not None:
+            raise ExportError("tokenizer= goes into the folder of a target: give target= as well")
+        place = output_file(path, (".onnx",))
+    else:
+        runtime.check(task=task, adapters=adapters, dtype=dtype)
+        place = runtime.file(Path(path), dtype)
+        data, example_inputs = runtime.data_name(place), runtime.example(example_inputs)
+        # The runtime knows one file of weights.
+        shard_bytes = sys.maxsize if data is not None else shard_bytes
+    check_target(place, force=force)
     _require_packages()
     clock = _Stages(progress)
 
     model = _without_trainers(model)
-    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(target) as stage:
+    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(place, data) as stage:
         keep = Scratch(stage).keep
         build = partial(
             _build,
@@ -399,16 +421,46 @@ def export_onnx(
         *beside, main = preparing(model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None
         for prepared in beside:
-            place = stage.companion(prepared.name)
-            encoder = build(prepared, place)
-            main = main.with_companion(prepared.name, place.target.name)
+            companion = stage.companion(prepared.name)
+            encoder = build(prepared, companion)
+            main = main.with_companion(prepared.name, companion.target.name)
             clock.start("capturing the model")
         report = build(main, stage, dynamic_shapes)
+        if runtime is not None:
+            made = runtime.finish(Written(model, report, stage.model, stage.folder, tokenizer))
+            stage.extras = {file: Path(path, name) for file, name in made.items()}
+            sizes_made = {name: file.stat().st_size for file, name in made.items()}
+            report = dataclasses.replace(
+                _renamed(report, runtime.axes), target=target, companions=sizes_made
+            )
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
     return dataclasses.replace(
         report, task=task, adapters=adapters, seconds=clock.seconds, encoder=encoder
+    )
+
+
+def _renamed(report: ExportReport, axes: Mapping[str, str]) -> ExportReport:
+    """A report with other names for some axes."""
+
+    def named(
+        values: Mapping[str, tuple[int | str, ...]],
+    ) -> dict[str, tuple[int | str, ...]]:
+        return {
+            name: tuple(axes.get(one, one) if isinstance(one, str) else one for one in row)
+            for name, row in values.items()
+        }
+
+    return dataclasses.replace(
+        report,
+        inputs=named(report.inputs),
+        outputs=named(report.outputs),
+        dynamic_axes={
+            name: {place: axes.get(one, one) for place, one in row.items()}
+            for name, row in report.dynamic_axes.items()
+        },
+        axis_limits={axes.get(name, name): size for name, size in report.axis_limits.items()},
     )
 
 

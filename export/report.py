@@ -128,6 +128,8 @@ class ExportReport:
             are not: a file has no such branch, and does what is done with finite values.
         quantized: Weights that are stored in few bits, one entry a form; none if no weight is.
         adapters: Where the adapters are: "merge", "inline" or "inputs", as ``export_onnx`` takes it.
+        target: The runtime whose folder it lies in; None for a file by itself.
+        companions: Name to bytes of what else is in that folder.
     """
 
     path: str
@@ -161,6 +163,8 @@ class ExportReport:
     finite: tuple[str, ...] = ()
     quantized: tuple[StoredFormat, ...] = ()
     adapters: str = "merge"
+    target: str | None = None
+    companions: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -205,6 +209,8 @@ class ExportReport:
             lines.append(f"  opset {self.opset}: {self.opset_reason}")
         if self.data_files:
             lines.append(f"  weights in {', '.join(self.data_files)}: keep them beside it")
+        if self.target is not None:
+            lines.append(f"  for {self.target}, with {', '.join(self.companions)}")
         lines += [f"  input  {name}{_axes(axes)}" for name, axes in short(self.inputs).items()]
         lines += [f"  output {name}{_axes(axes)}" for name, axes in short(self.outputs).items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]

@@ -99,16 +99,18 @@ class Staging:
         data: The external data file to write, if there is to be one; several have
             ``-00001-of-00003`` before the suffix.
         companions: What is moved along, before the model file.
+        extras: Other files of the folder to the place of each; made by whoever fills it in.
     """
 
-    def __init__(self, target: Path, folder: Path) -> None:
+    def __init__(self, target: Path, folder: Path, data: str | None = None) -> None:
         self.target = target
         self.folder = folder
         self.model = folder / target.name
         # A digit first: onnx-ir would put the number of a file before what looks like a suffix.
         token = f"{secrets.randbelow(10)}{secrets.token_hex(4)[1:]}"
-        self.data = folder / f"{target.name}.{token}.data"
+        self.data = folder / (data or f"{target.name}.{token}.data")
         self.companions: list[Staging] = []
+        self.extras: dict[Path, Path] = {}
 
     def companion(self, name: str) -> Staging:
         """A further model file that belongs to this one: ``STEM.xxxxxxxx.NAME.onnx`` in the same folder."""
@@ -145,15 +147,20 @@ class Staging:
         check_target(self.target, force=force)
         stale = self._replaced()
         folder = self.target.parent
-        beside = self.belonging()
-        moved = [folder / file.name for file in beside]
+        beside = [*self.belonging(), *self.extras]
+        moved = [self.extras.get(file, folder / file.name) for file in beside]
+        kept: dict[Path, Path] = {}
         with write_errors(self.target):
             try:
                 # On the disk before anything refers to it: a crash of the machine soon after a
                 # move can otherwise leave a file of the right name and no content.
                 for file in (self.model, *beside):
                     _flush(file)
-                for file, place in zip(beside, moved, strict=True):
+                for number, (file, place) in enumerate(zip(beside, moved, strict=True)):
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    if place.exists():
+                        kept[place] = self.folder / f"kept-{number}"
+                        shutil.copy2(place, kept[place])
                     file.replace(place)
                 _flush_folder(folder)
                 self.model.replace(self.target)
@@ -161,7 +168,10 @@ class Staging:
                 # Interrupts, too. Once the model has moved, the others belong to it.
                 if self.model.exists():
                     for place in moved:
-                        place.unlink(missing_ok=True)
+                        if place in kept:
+                            kept[place].replace(place)
+                        else:
+                            place.unlink(missing_ok=True)
                 raise
         # The new model is there: what fails from here on is no failure of the export.
         for path in stale:
@@ -195,14 +205,19 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def staging(target: Path) -> Iterator[Staging]:
+def staging(target: Path, data: str | None = None) -> Iterator[Staging]:
     """A folder next to ``target``, which is deleted afterwards in any case.
+
+    Args:
+        target: The model file.
+        data: The name of its file of weights; None for one that no other file has.
 
     Raises:
         ExportError: The folder of the target cannot be made or written to.
     """
     # The same folder, hence the same file system: only there is a move atomic.
     prefix = f".{target.name}."
+    missing = [one for one in target.parents if not one.exists()]
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         for folder in target.parent.glob(f"{glob.escape(prefix)}*"):
@@ -211,9 +226,13 @@ def staging(target: Path) -> Iterator[Staging]:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         with owned(folder):
-            yield Staging(target, folder)
+            yield Staging(target, folder, data)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        # Folders that were made for a file that was not written.
+        for one in missing:
+            if one.is_dir() and not any(one.iterdir()):
+                one.rmdir()
 
 
 @contextmanager

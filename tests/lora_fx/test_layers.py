@@ -69,7 +69,7 @@ LAYERS = (
     "lora_fx.export.session",
     "lora_fx.export.draws",
     "lora_fx.export.verify",
-    "lora_fx.export.onnx",
+    "lora_fx.export.targets",
     "lora_fx.export.onnx",
     "lora_fx.api",
     "lora_fx.tools.models",

@@ -30,6 +30,8 @@ def export(
     out: str,
     adapter: Path | None = None,
     task: str | None = None,
+    target: str | None = None,
+    tokenizer: Path | None = None,
     adapters: str | None = None,
     dtype: str | None = None,
     opset: int | None = None,
@@ -41,10 +43,12 @@ def export(
 
     Args:
         model: The model.
-        out: The .onnx file.
+        out: The .onnx file; with --target the folder.
         adapter: An adapter folder: to merge, or to have the places of.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
             encoder-decoder): a file for `lora-fx generate`.
+        target: genai (onnxruntime-genai) or transformers.js: the folder that it loads.
+        tokenizer: The folder of the tokenizer that goes into that; the model's without it.
         adapters: merge; inline: beside the operations, as it is over quantized weights without this
             option; or inputs: the base model, which takes adapters as it is run.
         dtype: fp32, fp16 or bf16; as it is without it.
@@ -57,9 +61,12 @@ def export(
     from lora_fx.export.onnx import export_onnx
     from lora_fx.tools.cli.tables import render_export
 
-    path = o.file_to_write(out, (".onnx",), force=force)
+    path = Path(out) if target is not None else o.file_to_write(out, (".onnx",), force=force)
     loaded = o.load(model)
     inputs = loaded.inputs()
+    if target is not None and tokenizer is None:
+        there = loaded.folder is not None and any(loaded.folder.glob("tokenizer*"))
+        tokenizer = loaded.folder if there else None
     base: Any = loaded.model
     if loaded.folder is not None and hasattr(base.config, "use_cache"):
         base.config.use_cache = False  # a cache is no output of one pass
@@ -67,6 +74,7 @@ def export(
         with console.progress("reading the adapter"):
             base = load_adapter(base, adapter)
     chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
+    chosen |= {"target": target, "tokenizer": tokenizer}
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
             base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen

@@ -1,0 +1,128 @@
+"""What a runtime's folder is: where the model file lies in it, and what lies beside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export.report import ExportReport
+
+__all__ = ["RuntimeTarget", "Written", "add_tokenizer", "generation_defaults", "write_json"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model file that was written and checked, and is not in its place yet.
+
+    Attributes:
+        model: What was exported.
+        report: What is known of the file.
+        file: The model file.
+        folder: Where files to go beside it are made.
+        tokenizer: An object with ``save_pretrained``, or a folder with its files; None if there is none.
+    """
+
+    model: nn.Module
+    report: ExportReport
+    file: Path
+    folder: Path
+    tokenizer: Any = None
+
+
+class RuntimeTarget(Protocol):
+    """A runtime that loads a folder."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        ...
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The runtime's name for each dynamic axis that it calls otherwise."""
+        ...
+
+    def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
+        """Refuse what this runtime cannot load.
+
+        Raises:
+            ExportError: With the argument and the remedy.
+        """
+        ...
+
+    def file(self, folder: Path, dtype: str | None) -> Path:
+        """Where the model file is to lie."""
+        ...
+
+    def data_name(self, file: Path) -> str | None:
+        """The name of the file of weights; None where any will do."""
+        ...
+
+    def example(self, example: object) -> object:
+        """The example call with what the runtime wants of the file.
+
+        Raises:
+            ExportError: If the example asks for something else.
+        """
+        ...
+
+    def finish(self, written: Written) -> Mapping[Path, str]:
+        """Make the files that go beside the model file, and change what the runtime needs changed in it.
+
+        Returns:
+            Each file, and its place in the runtime's folder.
+
+        Raises:
+            ExportError: If the file cannot be run there.
+        """
+        ...
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a JSON file."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def add_tokenizer(tokenizer: Any, folder: Path) -> list[Path]:
+    """Write the files of a tokenizer.
+
+    Args:
+        tokenizer: An object with ``save_pretrained``, or a folder that has them.
+        folder: An empty folder, which is made.
+
+    Raises:
+        ExportError: If it is neither.
+    """
+    if tokenizer is None:
+        return []
+    folder.mkdir()
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    else:
+        source = Path(tokenizer)
+        named = [*source.glob("tokenizer*"), *source.glob("special_tokens_map.json")]
+        named += [*source.glob("*.jinja"), *source.glob("vocab.*"), *source.glob("merges.txt")]
+        if not any(one.name.startswith("tokenizer") for one in named):
+            raise ExportError(
+                f"tokenizer={str(tokenizer)!r} has no files of a tokenizer: give an object with "
+                "save_pretrained(), or the folder that it was saved in"
+            )
+        for one in named:
+            shutil.copyfile(one, folder / one.name)
+    return sorted(one for one in folder.iterdir() if one.is_file())
+
+
+def generation_defaults(report: ExportReport) -> dict[str, Any]:
+    """What a decoder's file remembers of its ``generation_config``."""
+    from lora_fx.export.decoder_cache import GENERATION_KEY
+
+    remembered: dict[str, Any] = json.loads(report.metadata.get(GENERATION_KEY, "{}"))
+    return remembered

@@ -1,0 +1,146 @@
+"""``target="transformers.js"``: the folder that transformers.js loads in a browser or in Node.
+
+``onnx/model.onnx`` (``onnx/model_fp16.onnx``), its weights in ``model.onnx_data``, ``config.json`` and the
+tokenizer. transformers.js knows the axis ``batch_size``, and reads what goes in and comes out as fp32.
+Source: transformers.js 4, ``src/models/session.js``, ``src/configs.js`` and ``src/models/modeling_utils.js``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_fx.errors import ExportError
+from lora_fx.export.targets.base import Written, add_tokenizer, write_json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["TransformersJsTarget"]
+
+_AXES: Final = {
+    "batch": "batch_size",
+    "sequence": "sequence_length",
+    "past_length": "past_sequence_length",
+    "total_length": "total_sequence_length",
+}
+_SUFFIXES: Final = {"fp16": "_fp16"}
+
+
+class TransformersJsTarget:
+    """transformers.js."""
+
+    name = "transformers.js"
+    axes = _AXES
+
+    def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
+        """Refuse what has no name there."""
+        if task == "text2text-generation":
+            raise ExportError(
+                "target='transformers.js' writes single models: an encoder-decoder has two files of other "
+                "names there. Export it without target="
+            )
+        if adapters == "inputs":
+            raise ExportError(
+                "transformers.js feeds no adapters to a file: give adapters='merge', and one folder each"
+            )
+        if dtype == "bf16":
+            raise ExportError("transformers.js has no bf16: give dtype='fp16' or 'fp32'")
+
+    def file(self, folder: Path, dtype: str | None) -> Path:
+        """``onnx/model.onnx``, by the dtype."""
+        return folder / "onnx" / f"model{_SUFFIXES.get(dtype or '', '')}.onnx"
+
+    def data_name(self, file: Path) -> str | None:
+        """``model.onnx_data``."""
+        return f"{file.name}_data"
+
+    def example(self, example: object) -> object:
+        """As it is."""
+        return example
+
+    def finish(self, written: Written) -> Mapping[Path, str]:
+        """Name the axes, cast to fp32 at the ends; ``config.json`` and the tokenizer."""
+        config: Any = getattr(written.model, "config", None)
+        if not hasattr(config, "to_json_string"):
+            raise ExportError(
+                "transformers.js reads config.json, and this model has no config: it is for models of "
+                "transformers. Export it without target="
+            )
+        external = _adjust(written.file)
+        values = json.loads(config.to_json_string(use_diff=False))
+        values.setdefault("architectures", [type(written.model).__name__])
+        if external:
+            named = values.setdefault("transformers.js_config", {})
+            named["use_external_data_format"] = {written.file.name: True}
+        made = {write_json(written.folder / "config.json", values): "config.json"}
+        generation: Any = getattr(written.model, "generation_config", None)
+        if generation is not None:
+            path = written.folder / "generation_config.json"
+            generation.to_json_file(path)
+            made[path] = path.name
+        for one in add_tokenizer(written.tokenizer, written.folder / "tokenizer"):
+            made[one] = one.name
+        return made
+
+
+def _adjust(path: Path) -> bool:
+    """Rename the axes of a file, and cast at its ends; whether its weights are elsewhere."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    inside = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*model.graph.inputs, *inside):
+        _rename(value)
+    _as_fp32(model)
+    external = any(
+        isinstance(one.const_value, ir.ExternalTensor) for one in model.graph.initializers.values()
+    )
+    # The weights stay where they are: only what refers to them is written again.
+    ir.save(model, path)
+    return external
+
+
+def _rename(value: ir.Value) -> None:
+    import onnx_ir as ir
+
+    if value.shape is None:
+        return
+    sizes = [
+        ir.SymbolicDim(_AXES.get(str(dim.value), dim.value))
+        if isinstance(dim, ir.SymbolicDim)
+        else dim
+        for dim in value.shape
+    ]
+    value.shape = ir.Shape(sizes)
+
+
+def _as_fp32(model: ir.Model) -> None:
+    """Let a half-precision file take and give fp32. The casts change no value that it can hold."""
+    import onnx_ir as ir
+
+    half = ir.DataType.FLOAT16
+    graph = model.graph
+    for value in list(graph.inputs):
+        if value.dtype != half:
+            continue
+        inside = ir.node("Cast", [value], {"to": half.value})
+        cast = inside.outputs[0]
+        cast.name, cast.dtype, cast.shape = f"{value.name}.fp16", half, value.shape
+        for user, place in list(value.uses()):
+            if user is not inside:
+                user.replace_input_with(place, cast)
+        graph.insert_before(graph[0], inside)
+        value.dtype = ir.DataType.FLOAT
+    for place, value in enumerate(list(graph.outputs)):
+        if value.dtype != half:
+            continue
+        name = value.name
+        value.name = f"{name}.fp16"
+        outside = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})
+        cast = outside.outputs[0]
+        cast.name, cast.dtype, cast.shape = name, ir.DataType.FLOAT, value.shape
+        graph.append(outside)
+        graph.outputs[place] = cast
