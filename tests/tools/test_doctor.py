@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from lora_fx.errors import ProviderError
+import lora_fx
+from lora_fx.errors import ExportError, ProviderError
 from lora_fx.export import providers
 from lora_fx.tools.cli import doctor
 from lora_fx.tools.cli.doctor import EXTRAS, Finding, State, examine
@@ -19,8 +23,6 @@ def found(name: str) -> Finding:
 
 
 def test_it_finds_the_versions() -> None:
-    import torch
-
     assert found("torch").detail == torch.__version__
     assert found("lora-fx").state is State.OK
 
@@ -68,3 +70,62 @@ def test_a_missing_base_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "_version", lambda package: "")
     assert found("networkx").state is State.PROBLEM
     assert found("networkx").remedy == "pip install networkx"
+
+
+def _exported(path: Path, **options: Any) -> Path:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2))
+    lora_fx.export_onnx(adapted, path, torch.randn(2, 32), **options)
+    return path
+
+
+def _problems(path: Path) -> list[Finding]:
+    return [one for one in doctor.examine_file(path) if one.state is State.PROBLEM]
+
+
+def test_a_file_is_looked_at(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    merged = _exported(tmp_path / "merged.onnx", external_data_bytes=0)
+    assert not _problems(merged)
+    assert doctor.examine_file(merged)[-1].detail == "none: the file takes no adapters"
+    swappable = _exported(tmp_path / "swappable.onnx", adapters="inputs")
+    assert not _problems(swappable)
+    assert doctor.examine_file(swappable)[-1].detail == "2 at 1 sites"
+    data = next(tmp_path.glob("merged.onnx.*.data"))
+    data.write_bytes(data.read_bytes()[:10])
+    assert [one.name for one in _problems(merged)] == [data.name]
+    data.unlink()
+    assert _problems(merged)[0].detail == "missing"
+    with pytest.raises(ExportError, match="there is no file"):
+        doctor.examine_file(tmp_path / "none.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"no protobuf")
+    with pytest.raises(ExportError, match="damaged"):
+        doctor.examine_file(tmp_path / "bad.onnx")
+
+
+def test_factors_that_a_tool_has_folded_away_are_a_problem(tmp_path: Path) -> None:
+    import onnx
+
+    runtime = pytest.importorskip("onnxruntime")
+    swappable = _exported(tmp_path / "swappable.onnx", adapters="inputs")
+    # A tool that wants constants: the inputs that have defaults are no inputs any more, and are folded.
+    model = onnx.load(swappable)
+    kept = [one for one in model.graph.input if "lora" not in one.name]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    onnx.save(model, tmp_path / "constants.onnx")
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    runtime.InferenceSession(
+        tmp_path / "constants.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    for name in ("constants", "folded"):
+        (problem,) = _problems(tmp_path / f"{name}.onnx")
+        assert "2 of 2 at 1 sites are gone" in problem.detail
+        assert "an adapter would change nothing" in problem.remedy
+    dropped = onnx.load(swappable)
+    del dropped.metadata_props[:]
+    onnx.save(dropped, tmp_path / "dropped.onnx")
+    (problem,) = _problems(tmp_path / "dropped.onnx")
+    assert (problem.name, "export again" in problem.remedy) == ("metadata", True)

@@ -59,8 +59,9 @@ def command(**special: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
     flag that is off has no opposite.
 
     Args:
-        special: By parameter: its ``name`` on the command line, where it is another, and more arguments
-            of ``typer.Option`` or ``typer.Argument``.
+        special: By parameter: its ``name`` on the command line, where it is another, ``argument`` for one
+            with a default that is an argument all the same, and more arguments of ``typer.Option`` or
+            ``typer.Argument``.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -108,7 +109,7 @@ def _option(
     if one.annotation is ModelName:
         return one
     how = {"help": _helps(owner).get(one.name), **special.get(one.name, {})}
-    if one.default is inspect.Parameter.empty:
+    if how.pop("argument", False) or one.default is inspect.Parameter.empty:
         found: Any = typer.Argument(metavar=how.pop("metavar", one.name.upper()), **how)
         found.show_default = False
     else:
