@@ -22,7 +22,7 @@ from lora_fx.export.generation_settings import (
 )
 from lora_fx.export.ort import Port, inputs_by_name, unwrap
 
-__all__ = ["Generates", "Streamer"]
+__all__ = ["Generates", "Streamer", "last_logits"]
 
 
 # Steps of a decoder over a session: the cache of a step is an input of the next.
@@ -124,6 +124,20 @@ def _empty(port: Port, batch: int) -> Tensor:
             f"input {port} is no cache of this library: heads and width are not fixed"
         )
     return torch.zeros(batch, heads, 0, width, dtype=getattr(torch, port.dtype))
+
+
+def last_logits(
+    session: Generates, ids: Tensor, mask: Tensor, adapter: AdapterChoice = None
+) -> Tensor:
+    """The logits after the last token of each text, [batch, vocabulary], fp32, on the CPU.
+
+    Texts may be padded on the right, by the mask: each is read by itself.
+    """
+    rows = []
+    for tokens, counts in zip(ids, mask, strict=True):
+        text = tokens[counts.bool()][None]
+        rows.append(_CachedDecoder(session, 1, {}, adapter).step(text, torch.ones_like(text)))
+    return torch.cat(rows)
 
 
 class Streamer(Protocol):

@@ -76,6 +76,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.tools.draw import visualize
+    from lora_fx.tools.verify import verify
 
 __version__ = "0.1.0"
 
@@ -132,6 +133,7 @@ __all__ = [
     "set_adapter",
     "status",
     "trainable_parameters",
+    "verify",
     "visualize",
 ]
 
@@ -139,6 +141,7 @@ _LAZY = {
     "OnnxSession": "lora_fx.export.session",
     "export_onnx": "lora_fx.export.onnx",
     "save_onnx_adapter": "lora_fx.export.adapter_file",
+    "verify": "lora_fx.tools.verify",
     "visualize": "lora_fx.tools.draw.drawing",
 }
 

@@ -7,12 +7,15 @@ from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot
 from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
+from lora_fx.checkpoint.receipt import Receipt, Verdict, read_receipt
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
 
 __all__ = [
     "Dense",
+    "Receipt",
     "Slot",
+    "Verdict",
     "adapter_state_dict",
     "converted",
     "hotswap_adapter",
@@ -20,6 +23,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "prepare_hotswap",
+    "read_receipt",
     "read_tensors",
     "save_adapter",
     "without_prefix",

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from lora_fx.checkpoint.receipt import RECEIPT_NAME, Receipt
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
 
@@ -62,6 +63,7 @@ def write_folder(
     *,
     notes: Mapping[str, str] | None = None,
     name: str = WEIGHTS_NAME,
+    receipt: Receipt | None = None,
     force: bool,
 ) -> None:
     """Writes the file of tensors and ``adapter_config.json``.
@@ -75,6 +77,7 @@ def write_folder(
         config: What to write as the configuration; None to write the tensors alone.
         notes: Further metadata of the file of tensors.
         name: Of the file of tensors.
+        receipt: What the adapter does, to be written beside it.
         force: Whether an adapter that is there already may be replaced.
 
     Raises:
@@ -98,7 +101,12 @@ def write_folder(
             _flush(staged / name)
             if config is not None:
                 config.save_pretrained(staged)
+            if receipt is not None:
+                receipt.write(staged / RECEIPT_NAME)
             _place(staged, folder, Path(made, "old"))
+            if receipt is None:
+                # That of an adapter that was here before says nothing of this one.
+                (folder / RECEIPT_NAME).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError, CheckpointError) as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
         raise CheckpointError(

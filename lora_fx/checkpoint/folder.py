@@ -43,6 +43,7 @@ from lora_fx.checkpoint.dialects import (
 from lora_fx.checkpoint.files import PICKLE_NAME, WEIGHTS_NAME, read_tensors, write_folder
 from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.checkpoint.receipt import make_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
@@ -69,6 +70,7 @@ def save_adapter(
     format: Reader = "peft",  # noqa: A002  the word of such arguments
     component: str | None = None,
     vllm: bool = False,
+    receipt: Any = None,
     save_embedding_layers: SaveEmbeddings = "auto",
 ) -> Path:
     """Writes an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
@@ -95,6 +97,8 @@ def save_adapter(
         component: With "diffusers", which part of the pipeline the model is: "unet", "transformer",
             "text_encoder", "text_encoder_2" or "text_encoder_3". Models of diffusers say it themselves.
         vllm: The same as ``format="vllm"``.
+        receipt: Inputs of the model, a tensor or tensors by argument: what the adapter does to them is
+            written beside it, and ``lora-fx verify`` asks a runtime or a server whether it does that.
         save_embedding_layers: Whether the weights of the embedding and the head of a transformers model are
             written, too. By default, as in PEFT, where one called ``embed_tokens`` or ``lm_head`` is adapted
             or the vocabulary is not that of the base's ``config.json`` (if that is on this machine), but not
@@ -119,7 +123,10 @@ def save_adapter(
         found = stored(model, record, adapter_name, False)
         config = written_config(model, record, found.targets)
         tensors, notes = for_diffusers(found, record, config, part)
-        write_folder(folder, tensors, None, notes=notes, name=DIFFUSERS_NAME, force=force)
+        made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
+        write_folder(
+            folder, tensors, None, notes=notes, name=DIFFUSERS_NAME, receipt=made, force=force
+        )
         return folder
     if reader != "peft" and save_embedding_layers == "auto":
         save_embedding_layers = False
@@ -127,7 +134,8 @@ def save_adapter(
         model, record, adapter_name, save_embedding_layers, reader=reader, folder=folder
     )
     tensors = {PREFIX + key: value for key, value in values.items()}
-    write_folder(folder, tensors, config, notes=notes, force=force)
+    made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
+    write_folder(folder, tensors, config, notes=notes, receipt=made, force=force)
     return folder
 
 

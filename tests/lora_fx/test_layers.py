@@ -73,6 +73,7 @@ LAYERS = (
     "lora_fx.export.onnx",
     "lora_fx.api",
     "lora_fx.tools.models",
+    "lora_fx.tools.verify",
     "lora_fx.tools.cluster",
     "lora_fx.tools.draw",
     "lora_fx.tools.demo",
@@ -158,6 +159,7 @@ PUBLIC = {
     "save_adapter",
     "save_onnx_adapter",
     "trainable_parameters",
+    "verify",
     "visualize",
 }
 

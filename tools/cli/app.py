@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli.doctor import doctor
-from lora_fx.tools.cli.model_commands import merge, plan, rewrite, visualize
+from lora_fx.tools.cli.model_commands import merge, plan, rewrite, verify, visualize
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import as_options
 from lora_fx.tools.cli.project_commands import bench, demo, zoo
@@ -30,6 +30,7 @@ COMMANDS = (
     visualize,
     run,
     generate,
+    verify,
     doctor,
     demo,
     bench,

@@ -1,4 +1,4 @@
-"""Commands on a model in PyTorch: plan, rewrite, merge, visualize."""
+"""Commands on a model: plan, rewrite, merge, visualize, verify."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.syntax import Syntax
 from rich.table import Table
 from torch import fx, nn
@@ -21,7 +22,7 @@ from lora_fx.ir import META_KEY, Capture, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["check_out", "merge", "plan", "rewrite", "visualize", "write_merged"]
+__all__ = ["check_out", "merge", "plan", "rewrite", "verify", "visualize", "write_merged"]
 
 
 _TEXT = ".txt"
@@ -400,3 +401,44 @@ def _save_weights(model: nn.Module, path: Path) -> None:
         save_model(model, str(path))  # tied weights once
     except SafetensorError as error:
         raise MergeError(f"the weights cannot be written: {error}") from error
+
+
+@o.command(folder={"metavar": "DIR"})
+def verify(
+    folder: Path,
+    onnx: Path | None = None,
+    model: str | None = None,
+    url: str | None = None,
+    name: str | None = None,
+    base_name: str | None = None,
+    provider: str = "cpu",
+    as_json: bool = False,
+) -> None:
+    """Ask a file, a model or a server whether it applies an adapter; exit with 1 if it does not.
+
+    Args:
+        folder: An adapter folder that was saved with receipt=.
+        onnx: An .onnx file; one that takes adapters is given this one.
+        model: A model that has the adapter in its weights.
+        url: The address of a server that speaks OpenAI's protocol, as http://127.0.0.1:8000/v1.
+        name: What the server calls the adapter.
+        base_name: What it calls the base, if it does not say so itself.
+        provider: cpu or cuda, for a file.
+        as_json: As JSON.
+    """
+    from lora_fx.tools.verify import verify as judge
+
+    given = [one for one in (onnx, model, url) if one is not None]
+    if len(given) != 1:
+        raise ConfigError("say what to ask: one of --onnx FILE, --model MODEL and --url ADDRESS")
+    subject: Any = onnx or url
+    if model is not None:
+        subject = o.load(model).model
+    with console.progress("asking"):
+        verdict = judge(folder, subject, name=name, base_name=base_name, provider=provider)
+    if as_json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(verdict), indent=2) + "\n")
+    else:
+        console.output().print(str(verdict), highlight=False)
+    if not verdict.applied:
+        raise typer.Exit(1)
