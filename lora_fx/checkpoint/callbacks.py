@@ -25,8 +25,8 @@ from lora_fx.passes.parameters import is_sharded
 
 __all__ = ["lightning_callback", "trainer_callback"]
 
-LAST: Final = "last"
-BEST: Final = "best"
+_LAST: Final = "last"
+_BEST: Final = "best"
 
 
 def trainer_callback(directory: str | os.PathLike[str]) -> Any:
@@ -94,7 +94,7 @@ class _ForTrainer:
         self.training = False
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        _write(given["model"], self.directory / LAST, write=state.is_world_process_zero)
+        _write(given["model"], self.directory / _LAST, write=state.is_world_process_zero)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called before the Trainer notes the metric as the best one."""
@@ -104,7 +104,7 @@ class _ForTrainer:
         name = name if name.startswith("eval_") else f"eval_{name}"
         value = (given.get("metrics") or {}).get(name)
         if value is not None and _better(value, state.best_metric, bool(args.greater_is_better)):
-            _write(given["model"], self.directory / BEST, write=state.is_world_process_zero)
+            _write(given["model"], self.directory / _BEST, write=state.is_world_process_zero)
 
 
 class _ForLightning:
@@ -162,7 +162,7 @@ class _ForLightning:
     ) -> None:
         for name in _left_out(pl_module):
             checkpoint["state_dict"].pop(name, None)
-        _write(pl_module, self.directory / LAST, write=trainer.is_global_zero)
+        _write(pl_module, self.directory / _LAST, write=trainer.is_global_zero)
 
     def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
         if self.monitor is None or trainer.sanity_checking:
@@ -176,7 +176,7 @@ class _ForLightning:
         value = float(metrics[self.monitor])
         if _better(value, self.best, self.mode == "max"):
             self.best = value
-            _write(pl_module, self.directory / BEST, write=trainer.is_global_zero)
+            _write(pl_module, self.directory / _BEST, write=trainer.is_global_zero)
 
 
 @functools.cache

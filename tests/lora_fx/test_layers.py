@@ -141,6 +141,7 @@ PUBLIC = {
     "export_onnx",
     "graphs",
     "initialize",
+    "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",
@@ -158,6 +159,7 @@ PUBLIC = {
     "save_adapter",
     "save_onnx_adapter",
     "trainable_parameters",
+    "trainer_callback",
     "visualize",
 }
 
