@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-__all__ = ["killed", "tear_tensors"]
+__all__ = ["killed", "torn"]
 
 _FILES = ("open", "os.", "shutil.", "tempfile.")
 _READING = {"os.listdir", "os.scandir", "os.walk", "os.fwalk"}
@@ -60,8 +61,6 @@ def _ends(save: Callable[[], None], folder: Path, last: int) -> bool:
 
 
 def _kill_at(folder: Path, last: int) -> None:
-    import sys
-
     steps = 0
 
     def audit(event: str, given: tuple[Any, ...]) -> None:
@@ -79,17 +78,39 @@ def _kill_at(folder: Path, last: int) -> None:
     sys.addaudithook(audit)
 
 
-def tear_tensors(count: int) -> None:
-    """Has the process killed in the middle of a file of tensors: that with this number."""
+def torn(save: Callable[[], None], number: int) -> None:
+    """Kills a process in the middle of a file of tensors.
+
+    Args:
+        save: What the process does.
+        number: Which of the files that it writes.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            _kill_in_file(number)
+            save()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _kill_in_file(number: int) -> None:
     original = safetensors.torch.save_file
     calls = 0
 
     def save_file(tensors: Any, filename: Any, metadata: Any = None) -> None:
         nonlocal calls
         original(tensors, filename, metadata)
-        if calls == count:
+        if calls == number:
             os.truncate(filename, Path(filename).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         calls += 1
 
-    safetensors.torch.save_file = save_file
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, name, save_file)

@@ -16,7 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from tests.algebra import randomize
-from tests.kills import killed, tear_tensors
+from tests.kills import killed, torn
 from tests.numerics import assert_same_bits
 from tests.zoo import Residual, seeded
 
@@ -90,12 +90,7 @@ def test_a_first_save_is_there_or_is_not(tmp_path: Path) -> None:
 def test_torn_tensors_are_not_seen(tmp_path: Path) -> None:
     old, new = adapted(2), adapted(3)
     lora_fx.save_adapter(old, tmp_path)
-
-    def save() -> None:
-        tear_tensors(0)
-        _save(new, tmp_path)
-
-    next(killed(save, tmp_path, first=10_000))
+    torn(lambda: _save(new, tmp_path), 0)
     assert_same_bits(loaded(tmp_path), state(old))
 
 
