@@ -46,10 +46,12 @@ from lora_fx.api import (
 from lora_fx.checkpoint import (
     adapter_state_dict,
     hotswap_adapter,
+    lightning_callback,
     load_adapter,
     load_adapter_state_dict,
     prepare_hotswap,
     save_adapter,
+    trainer_callback,
 )
 from lora_fx.config import LoraConfig
 from lora_fx.errors import (
@@ -112,6 +114,7 @@ __all__ = [
     "graphs",
     "hotswap_adapter",
     "initialize",
+    "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",
@@ -133,6 +136,7 @@ __all__ = [
     "set_adapter",
     "status",
     "trainable_parameters",
+    "trainer_callback",
     "verify",
     "visualize",
 ]

@@ -1,13 +1,18 @@
-"""The weights of a model in safetensors, one file or shards with an index: read one tensor at a time."""
+"""Files that are written whole or not at all, and the weights of a model in safetensors, read one by one."""
 
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import safetensors
 import torch
@@ -15,7 +20,7 @@ from torch import nn
 
 from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError, some
 
-__all__ = ["WeightFiles", "output_file", "replacing"]
+__all__ = ["WeightFiles", "current", "output_file", "replacing", "replacing_files"]
 
 
 def output_file(
@@ -65,6 +70,94 @@ def replacing(path: Path) -> Iterator[Path]:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+_SAVING: Final = ".saving-"  # what a process writes
+_PLACING: Final = ".placing-"  # what is complete, and on its way to where it belongs
+_LEFT_BEHIND = 3600  # seconds after which the process of such a folder is taken for dead
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write files into, which take the places of those of their names if all goes well.
+
+    After an error the files are as they were. A process may also be killed: :func:`current` then finds the
+    files as they were, or all new ones. What it leaves behind is deleted by one that writes later.
+
+    Args:
+        folder: It is there. The files may be in folders below.
+    """
+    _clear(folder)
+    with tempfile.TemporaryDirectory(prefix=_SAVING, dir=folder) as name:
+        staged = Path(name, "new")
+        staged.mkdir()
+        yield staged
+        _place(staged, folder, Path(name, "old"))
+
+
+def current(path: Path) -> Path:
+    """Where the file of a name is: its path, unless a process was killed while it moved a new one there."""
+    found = path
+    with contextlib.suppress(OSError):  # somebody moves it right now
+        for placing in path.parent.glob(f"{_PLACING}*"):
+            waiting = placing / path.name
+            if waiting.is_file() and not (found.exists() and _written(found) > _written(waiting)):
+                found = waiting
+    return found
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _clear(folder: Path) -> None:
+    """Deletes what killed processes have left behind."""
+    for path in (*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_PLACING}*")):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFT_BEHIND:
+                shutil.rmtree(path)
+
+
+def _place(staged: Path, folder: Path, kept: Path) -> None:
+    """Moves every file of ``staged`` into ``folder``; all of them, or none."""
+    kept.mkdir()
+    waiting = folder / staged.parent.name.replace(_SAVING, _PLACING)
+    names = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
+    if not any(folder.glob(f"{_PLACING}*")):
+        # One file that changes is one move, which no reader sees in half.
+        names = [name for name in names if not _same(staged / name, folder / name)]
+    for name in names:
+        if (folder / name).exists():
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            _keep(folder / name, kept / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    staged.replace(waiting)
+    placed: list[Path] = []
+    try:
+        for name in names:
+            (waiting / name).replace(folder / name)
+            placed.append(name)
+        shutil.rmtree(waiting)
+    except BaseException:
+        shutil.rmtree(waiting, ignore_errors=True)
+        for name in placed:
+            if (kept / name).exists():
+                (kept / name).replace(folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+
+
+def _same(path: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """A second name for a file, where the file system has such, or a copy."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)
 
 
 _INDEX = ".safetensors.index.json"

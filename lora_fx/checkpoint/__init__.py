@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.checkpoint.callbacks import lightning_callback, trainer_callback
 from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
@@ -20,11 +21,13 @@ __all__ = [
     "converted",
     "hotswap_adapter",
     "left_out_of_checkpoints",
+    "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
     "prepare_hotswap",
     "read_receipt",
     "read_tensors",
     "save_adapter",
+    "trainer_callback",
     "without_prefix",
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from lora_fx.checkpoint.receipt import RECEIPT_NAME, Receipt
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
+from lora_fx.files import current, replacing_files
 
 __all__ = ["PICKLE_NAME", "WEIGHTS_NAME", "read_file", "read_tensors", "write_folder"]
 
@@ -34,9 +33,11 @@ def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     Raises:
         CheckpointError: If there is no file, it is damaged, or a pickle that could run code.
     """
-    for name in (WEIGHTS_NAME, PICKLE_NAME):
-        if (folder / name).is_file():
-            return read_file(folder / name)
+    path = current(folder / WEIGHTS_NAME)
+    if path.is_file():
+        return read_file(path)
+    if (folder / PICKLE_NAME).is_file():
+        return read_file(folder / PICKLE_NAME)
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; save the adapter again"
     )
@@ -69,7 +70,8 @@ def write_folder(
     """Writes the file of tensors and ``adapter_config.json``.
 
     Both are written into a temporary folder first (inside the target, so that they are on its file
-    system) and then moved. After an error the folder is as it was before.
+    system) and then moved. After an error the folder is as it was before, and where the process is killed it
+    holds the adapter that was there, or the new one.
 
     Args:
         folder: Made if it is not there.
@@ -92,9 +94,7 @@ def write_folder(
             "force=True to replace it"
         )
     try:
-        with _made(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
-            staged = Path(made, "new")
-            staged.mkdir()
+        with _made(folder), replacing_files(folder) as staged:
             safetensors.torch.save_file(
                 dict(tensors), staged / name, metadata={"format": "pt", **(notes or {})}
             )
@@ -103,10 +103,9 @@ def write_folder(
                 config.save_pretrained(staged)
             if receipt is not None:
                 receipt.write(staged / RECEIPT_NAME)
-            _place(staged, folder, Path(made, "old"))
-            if receipt is None:
-                # That of an adapter that was here before says nothing of this one.
-                (folder / RECEIPT_NAME).unlink(missing_ok=True)
+        if receipt is None:
+            # That of an adapter that was here before says nothing of this one.
+            (folder / RECEIPT_NAME).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError, CheckpointError) as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
         raise CheckpointError(
@@ -149,32 +148,3 @@ def _flush(path: Path) -> None:
     # A full disk may show itself only here.
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _place(staged: Path, folder: Path, kept: Path) -> None:
-    """Moves every file of ``staged`` into ``folder``; all of them, or none."""
-    kept.mkdir()
-    names = [path.name for path in staged.iterdir()]
-    for name in names:
-        if (folder / name).exists():
-            _keep(folder / name, kept / name)
-    placed: list[str] = []
-    try:
-        for name in names:
-            (staged / name).replace(folder / name)
-            placed.append(name)
-    except BaseException:
-        for name in placed:
-            if (kept / name).exists():
-                (kept / name).replace(folder / name)
-            else:
-                (folder / name).unlink()
-        raise
-
-
-def _keep(path: Path, copy: Path) -> None:
-    """A second name for a file, where the file system has such, or a copy."""
-    try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copy2(path, copy)

@@ -48,6 +48,7 @@ from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
+from lora_fx.files import current
 from lora_fx.ir import AdapterRecord, record_of
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import inside
@@ -318,10 +319,10 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         return folder / DIFFUSERS_NAME
     inner = folder / adapter_name
-    if adapter_name != "default" and (inner / CONFIG_NAME).is_file():
+    if adapter_name != "default" and current(inner / CONFIG_NAME).is_file():
         return inner
     below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
-    if below and not (folder / CONFIG_NAME).is_file():
+    if below and not current(folder / CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{folder} has no {CONFIG_NAME}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
             'that is not called "default" is saved into a subfolder of its name'

@@ -27,6 +27,7 @@ from lora_fx.checkpoint.folder import folder_of
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.files import replacing_files
 from lora_fx.ir import Record, join, record_of
 from lora_fx.passes.graph import memory_of
 from lora_fx.passes.merge import stripped
@@ -51,6 +52,7 @@ ADAPTER_FOLDER = "adapter"
 
 _IGNORED = "_keys_to_ignore_on_save"  # transformers': names that are left out of its files
 _CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _NAMING = (
     *("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern"),
     "trainable_token_indices",
@@ -165,6 +167,7 @@ def _save(
     model = part.module
     bound = inspect.signature(method).bind(model, str(folder), *args, **kwargs)
     given = bound.arguments
+    where = list(given)[1]
     if given.get("push_to_hub"):
         raise ConfigError(
             "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: "
@@ -183,16 +186,30 @@ def _save(
         # The names of the model, which a checkpoint is loaded by.
         given["save_original_format"] = False
     state = dict(given.get("state_dict") or {})  # transformers takes out what it has written
-    result = method(*bound.args, **bound.kwargs)
     if not given.get("is_main_process", True):
-        return result
+        return method(*bound.args, **bound.kwargs)
+    # Models in it write their own folders.
+    above = not transformers and any(hasattr(type(one), _IGNORED) for one in model.modules())
+    if above:
+        result = method(*bound.args, **bound.kwargs)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_files(folder) as staged:
+            given[where] = str(staged)
+            result = method(*bound.args, **bound.kwargs)
+            if transformers:
+                (staged / _CONFIG).unlink(missing_ok=True)
+                origin = origin or _save_base(part, folder, staged)
+            new = {path.name for path in staged.iterdir()}
     if transformers:
-        (folder / _CONFIG).unlink(missing_ok=True)
-        origin = origin or _save_base(part, folder)
+        for path in folder.iterdir():
+            # Those of a model that was here before: a loader would take them for parts of this one.
+            if path.name == _CONFIG or (_WEIGHTS.fullmatch(path.name) and path.name not in new):
+                path.unlink()
     with without_wrappers(part.root), _values(part, state):
         if transformers:
             _save_adapters(part, folder, origin)
-        elif not any(hasattr(type(one), _IGNORED) for one in model.modules()):
+        elif not above:
             _save_adapters(part, folder / ADAPTER_FOLDER, origin)
             _log.warning(
                 "%s: from_pretrained of %s loads the base alone: lora_fx.load_adapter(model, %r) puts the "
@@ -236,8 +253,14 @@ def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, **{one: names(getattr(config, one)) for one in _NAMING})
 
 
-def _save_base(part: _Part, folder: Path) -> str | None:
-    """Save the base of a model that was loaded from nowhere, and give the path."""
+def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
+    """Save the base of a model that was loaded from nowhere, and give the path.
+
+    Args:
+        part: The model.
+        folder: Where it is saved.
+        staged: What is written there takes its place.
+    """
     if any(is_sharded(parameter) for parameter in part.root.parameters()):
         _log.warning(
             "%s: the base has no name_or_path, and is sharded: it is not saved. Save it before training, "
@@ -247,7 +270,7 @@ def _save_base(part: _Part, folder: Path) -> str | None:
         return None
     base: Any = stripped(part.root, part.record).get_submodule(part.prefix.removesuffix("."))
     target = folder / BASE_FOLDER
-    base.save_pretrained(target)
+    base.save_pretrained(staged / BASE_FOLDER)
     _log.warning(
         "%s: the base has no name_or_path, so that it is saved as well, in %s. Load the base with "
         "from_pretrained, or set model.name_or_path, to have checkpoints of the adapters alone",

@@ -20,7 +20,7 @@ from lora_fx.config.fields import ALL_LINEAR, NORMALIZERS, TASK_TYPES, FrozenPat
 from lora_fx.config.foreign import FOREIGN, METADATA, is_off, only_own
 from lora_fx.config.starts import OPTIONS, FrozenOptions, complete_options
 from lora_fx.errors import CheckpointError, ConfigError
-from lora_fx.files import replacing
+from lora_fx.files import current, replacing
 
 __all__ = [
     "ALL_LINEAR",
@@ -267,7 +267,7 @@ class LoraConfig:
             CheckpointError: The file is missing, is not JSON, or is not of a LoRA adapter.
             ConfigError: A value in it is wrong or asks for a feature that lora_fx does not have.
         """
-        path = Path(directory, CONFIG_NAME)
+        path = current(Path(directory, CONFIG_NAME))
         values = _read_json(path)
         kind = values.get("peft_type")
         if kind != _peft_type(values.get("kind")):

@@ -74,7 +74,7 @@ class FusedBranch:
         a, b: The nodes of A and B, in their own dtypes.
         scale: The factor of the branch.
         more: Names of nodes, and values.
-        dropout: Probability, and the node that says whether there is any now; None for none.
+        dropout: The nodes of its probability, and of whether there is any now; None for none.
         padding: How many output features come before and after those of the branch; None if it has all.
     """
 
@@ -84,7 +84,7 @@ class FusedBranch:
     b: str
     scale: float
     more: tuple[Any, ...] = ()
-    dropout: tuple[float, str] | None = None
+    dropout: tuple[str, str] | None = None
     padding: tuple[int, int] | None = None
 
 

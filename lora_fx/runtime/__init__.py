@@ -17,6 +17,7 @@ from lora_fx.runtime.decorators import around, inner_of
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.members import members_of, register_member
 from lora_fx.runtime.ops import (
+    AdapterDropouts,
     AdapterFactors,
     AdapterModule,
     Holder,
@@ -39,6 +40,7 @@ __all__ = [
     "BASE",
     "CODES",
     "GRAPH",
+    "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
     "Holder",

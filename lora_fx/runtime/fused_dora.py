@@ -26,7 +26,7 @@ from lora_fx.runtime.fused_lora import (
     flat,
     without_autocast,
 )
-from lora_fx.runtime.masks import draw, kept, masked, unpacked
+from lora_fx.runtime.masks import draw, masked, recovery, unpacked
 
 __all__ = ["dora_linear"]
 
@@ -87,7 +87,7 @@ def dora_linear(
     mask = None
     if dropout and training:
         mask = draw(x, dropout)
-        scale = scale * 256 / kept(dropout)
+        scale = scale * recovery(dropout)
     given = (x, mask, _Options(scale, rows, again or rows is not None), weight, bias, a, b, gains)
     with without_autocast(kind):
         if torch.compiler.is_compiling():

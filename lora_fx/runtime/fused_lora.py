@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.masks import draw, kept, masked, transformed, unpacked
+from lora_fx.runtime.masks import draw, masked, recovery, transformed, unpacked
 from lora_fx.runtime.parts import check_not_in_parts
 
 __all__ = [
@@ -171,7 +171,7 @@ def applied(
     mask = None
     if dropout:
         mask = draw(x, dropout)
-        more = 256 / kept(dropout)
+        more = recovery(dropout)
         options = tuple((scale * more, rows, kernel) for scale, rows, kernel in options)
     with without_autocast(x.device.type):
         if plain:

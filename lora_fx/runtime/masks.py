@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_fx.errors import ConfigError
 from lora_fx.runtime.parts import is_in_parts
 
-__all__ = ["FEW", "draw", "dropped", "kept", "masked", "transformed", "unpacked"]
+__all__ = ["FEW", "draw", "dropped", "kept", "masked", "recovery", "transformed", "unpacked"]
 
 # Elements below which a mask is drawn one by one: measured, with what reads it.
 FEW = 8192
@@ -28,13 +29,31 @@ def kept(dropout: float) -> int:
 
     A mask compares random numbers of eight bits with a threshold, so that probabilities are multiples of
     1/256: ``dropout`` is rounded to the nearest one from 1/256 to 255/256, so that it neither keeps nor drops
-    everything (0.0001 becomes 0.0039). What is kept has to be scaled by 256 / kept, so that the mean is
-    exact.
+    everything (0.0001 becomes 0.0039); only 0 and 1 themselves do.
 
     Args:
-        dropout: A probability, above 0 and below 1.
+        dropout: A probability.
+
+    Raises:
+        ConfigError: If it is none.
     """
+    if not 0 <= dropout <= 1:
+        raise ConfigError(
+            f"lora_dropout: p is {dropout!r}; a probability is at least 0 and at most 1"
+        )
+    if dropout in (0, 1):
+        return 0 if dropout else 256
     return 256 - min(max(round(dropout * 256), 1), 255)
+
+
+def recovery(dropout: float) -> float:
+    """The factor of what a mask keeps, so that the mean is exact; 0 if it keeps nothing.
+
+    Args:
+        dropout: As for :func:`kept`.
+    """
+    count = kept(dropout)
+    return 256 / count if count else 0.0
 
 
 def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
@@ -47,15 +66,15 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
         dropout: The probability with which an element becomes zero; see :func:`kept`.
         training: Whether there is dropout now.
     """
-    if not training:
+    if not (training and dropout):
         return x
     if is_in_parts(x):
         return _dropped_parts(x, dropout)
     if x.layout is not torch.strided:
-        return masked(x, draw(x, dropout)) * (256 / kept(dropout))
+        return masked(x, draw(x, dropout)) * recovery(dropout)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed():
         return F.dropout(x, dropout)
-    out: Tensor = _Dropped.apply(x, draw(x, dropout), 256 / kept(dropout))  # type: ignore[no-untyped-call]
+    out: Tensor = _Dropped.apply(x, draw(x, dropout), recovery(dropout))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -75,7 +94,7 @@ def _dropped_parts(x: Any, dropout: float) -> Tensor:
     like = x._local_tensor.new_empty(()).expand(x.shape)
     mask = unpacked(draw(like, dropout), like).to(x.dtype)
     parts = distribute_tensor(mask, x.device_mesh, x.placements, src_data_rank=None)
-    out: Tensor = x * parts * (256 / kept(dropout))
+    out: Tensor = x * parts * recovery(dropout)
     return out
 
 
@@ -111,6 +130,9 @@ def draw(x: Tensor, dropout: float) -> Tensor:
     threshold = 256 - kept(dropout)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed() or _few(x):
         return torch.rand(x.shape, device=x.device) >= threshold / 256
+    if threshold in (0, 256):
+        everything = 255 if threshold else 0
+        return torch.full(((x.numel() + 7) // 8,), everything, dtype=torch.uint8, device=x.device)
     # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
     # probability 0.b7 b6 ... b0 in binary.
     digits = [digit == "1" for digit in reversed(f"{threshold:08b}")]

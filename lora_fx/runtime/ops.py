@@ -34,6 +34,8 @@ from lora_fx.runtime.parts import factor_beside, is_in_parts
 
 __all__ = [
     "OMITTED",
+    "AdapterDropout",
+    "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
     "Callee",
@@ -156,6 +158,41 @@ class KeptIndices(AdapterFactors):
             value: Integers, [n].
         """
         self.register_buffer(adapter, value, persistent=False)
+
+
+class AdapterDropout(AdapterModule, nn.Dropout):
+    """The dropout of an adapter's branch at a site.
+
+    It is an ``nn.Dropout``, so that code that looks for these finds it (``model.eval()``, TRL's
+    ``disable_dropout``, a schedule of probabilities). The graph reads ``p`` and ``training`` at each call; it
+    never calls the module, whose hooks do not run.
+    """
+
+
+class AdapterDropouts(AdapterModule):
+    """The dropouts of a site, by adapter: ``layer.lora_dropout.default.p``, where PEFT has it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute.
+
+        Raises:
+            ConfigError: If another module would take the place of a dropout: the graph would not call it.
+        """
+        if isinstance(value, nn.Module) and not isinstance(value, AdapterDropout):
+            raise ConfigError(
+                f"lora_dropout.{name} is the dropout of an adapter, and a {type(value).__name__} in its "
+                "place would not be called: set its p instead (p = 0 for no dropout)"
+            )
+        super().__setattr__(name, value)
+
+    def add(self, adapter: str, p: float) -> None:
+        """Adds an adapter's dropout, or puts another one in its place.
+
+        Args:
+            adapter: The adapter's name.
+            p: The probability that the graph begins with.
+        """
+        self.add_module(adapter, AdapterDropout(p).train(self.training))
 
 
 class Holder(AdapterModule):

@@ -21,6 +21,7 @@ from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
 from lora_fx.kinds import Slot, Starting, kind_of, kinds
 from lora_fx.passes.insert.starts import Start, initial_start, site_generator
 from lora_fx.passes.parameters import (
+    DROPOUT,
     adapter_dtype,
     base_weight,
     distributed,
@@ -32,7 +33,7 @@ from lora_fx.passes.parameters import (
     module_at,
     weight_at,
 )
-from lora_fx.runtime import AdapterFactors, Holder, KeptTensors
+from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptTensors
 
 __all__ = [
     "AddFactors",
@@ -74,6 +75,7 @@ class AddFactors(Pass):
                 _tie_factors(capture.model, row, plan, self.adapter)
             else:
                 _add_factors(capture.model, row, plan.config, self.adapter)
+            _add_dropout(capture.model, row, self.adapter)
         for kind in kinds():
             here = [row for row in rows if row.kind == kind.name and row.site.bias is None]
             if alone := [
@@ -115,6 +117,17 @@ def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
         _factors_module(model, row.site, name).add(adapter, value)
     place_slots(model, row, adapter, plan.config)
+
+
+def _add_dropout(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    if not row.dropout:
+        return
+    holder = _holder(model, row.site)
+    dropouts = holder._modules.get(DROPOUT)
+    if not isinstance(dropouts, AdapterDropouts):
+        dropouts = AdapterDropouts().train(holder.training)
+        holder.add_module(DROPOUT, dropouts)
+    dropouts.add(adapter, row.dropout)
 
 
 def slot_start(
@@ -249,6 +262,11 @@ def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
             factors._parameters.pop(adapter, None)
             if not factors._parameters:
                 del holder._modules[name]
+    dropouts = holder._modules.get(DROPOUT)
+    if isinstance(dropouts, AdapterDropouts):
+        dropouts._modules.pop(adapter, None)
+        if not dropouts._modules:
+            del holder._modules[DROPOUT]
     if isinstance(holder, Holder) and not holder._modules:
         del model.get_submodule(row.site.owner)._modules[row.site.holder.rpartition(".")[2]]
 

@@ -38,7 +38,7 @@ from lora_fx.ir import (
 )
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
-from lora_fx.passes.parameters import adapter_dtype, factor_names, is_sharded, weight_at
+from lora_fx.passes.parameters import DROPOUT, adapter_dtype, factor_names, is_sharded, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.runtime import ops
 
@@ -56,8 +56,8 @@ class _Wiring:
         kind: Name of the adapter kind.
         slots: What it trains besides the factors: names, and where they are.
         scale: The factor of the branch.
-        dropout: Probability, on the branch's input.
-        training: The attribute that says whether there is dropout now.
+        dropout: The module that says with which probability the branch's input is dropped, and whether it
+            is now; empty for none.
         cast: Whether the factors are cast to the base output's dtype, or brought to where it is.
         transposed: Whether the factors are stored transposed.
         padding: How many output features of the base operation come before and after those of the
@@ -71,8 +71,7 @@ class _Wiring:
     kind: str = "lora"
     slots: tuple[tuple[str, str], ...] = ()
     scale: float = 1.0
-    dropout: float = 0.0
-    training: str = "training"
+    dropout: str = ""
     cast: bool = False
     transposed: bool = False
     padding: tuple[int, int] | None = None
@@ -148,7 +147,7 @@ class Branch(Writer):
         self._slots = dict(wiring.slots)
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
-        self._dropout: tuple[float, str] | None = None
+        self._dropout: tuple[str, str] | None = None
         self._low_rank = False
         self._fused: FusedBranch | None = None
         base.meta[META_KEY] = tag(Role.BASE)
@@ -203,13 +202,13 @@ class Branch(Writer):
         return self.call(Role.FACTOR, operator.getitem, self._items[name], index)
 
     def dropped(self, x: fx.Node) -> fx.Node:
-        """``x`` after dropout that follows the owner's mode; ``x`` itself where there is none."""
+        """``x`` after the adapter's dropout, as it is at each call; ``x`` itself where there is none."""
         dropout = self._wiring.dropout
         if not dropout:
             return x
-        training = self.make(Role.DROPOUT, "get_attr", self._wiring.training)
-        self._dropout = dropout, training.name
-        return self.make(Role.DROPOUT, "call_function", F.dropout, x, dropout, training)
+        p, training = (self._read(join(dropout, name), Role.DROPOUT) for name in ("p", "training"))
+        self._dropout = p.name, training.name
+        return self.call(Role.DROPOUT, F.dropout, x, p, training)
 
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
         """``B (A drop(x))``, plus :attr:`bias` where it is wanted, for a product that reads ``x``."""
@@ -363,8 +362,7 @@ class Insert(Pass):
             kind=row.kind,
             slots=tuple((name, factor(name)) for name in names.slots),
             scale=row.scale,
-            dropout=row.dropout,
-            training=join(relative(site.owner, region.fqn), "training"),
+            dropout=factor(DROPOUT) if row.dropout else "",
             cast=adapter_dtype(weight) != weight.dtype or call.cast or is_sharded(weight),
             transposed=bool(row.tied),
             padding=_padding(site),

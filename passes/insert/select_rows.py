@@ -71,11 +71,11 @@ def _edited(region: Region) -> fx.Graph | None:
         return None
     graph = copy_graph(region.graph)
     work = _Work(dataclasses.replace(region, graph=graph))
-    for node in list(graph.nodes):
-        tag = node.meta.get(META_KEY)
-        if not isinstance(tag, Tag) or not tag.adapter:
-            continue
+    tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
+    # First, since dropout comes before the factors are read.
+    for node, tag in tagged:
         work.note(node, tag)
+    for node, tag in tagged:
         if tag.role is Role.ADD:
             work.add(node, tag)
         else:

@@ -121,7 +121,8 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
     graph, fused = region.graph, dataclasses.replace(tag, role=Role.FUSED, fused=None)
     options: dict[str, Any] = {}
     if branch.dropout is not None:
-        options = {"dropout": branch.dropout[0], "training": nodes[branch.dropout[1]]}
+        p, training = branch.dropout
+        options = {"dropout": nodes[p], "training": nodes[training]}
     if branch.padding is not None:
         options["rows"] = (branch.padding[0], found.outputs - branch.padding[1])
     options |= found.kernel or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.passes.parameters.factors import (
+    DROPOUT,
     SiteFactors,
     adapter_dtype,
     adapter_parameters,
@@ -68,6 +69,7 @@ from lora_fx.passes.parameters.sharded import (
 )
 
 __all__ = [
+    "DROPOUT",
     "SiteFactors",
     "adapter_dtype",
     "adapter_parameters",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ from torch import nn
 from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import AdapterFactors, Holder, KeptTensors, ops
+from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptTensors, ops
 
 __all__ = [
+    "DROPOUT",
     "FactorNames",
     "SiteFactors",
     "adapter_dtype",
@@ -40,6 +42,10 @@ __all__ = [
     "tokens_of",
     "wide",
 ]
+
+
+DROPOUT: Final = "lora_dropout"
+"""The attribute of a site's holder that has the dropout of each adapter, where it has any."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,7 +159,9 @@ def drop_factors(model: nn.Module, adapter: str) -> None:
                 child._buffers.pop(adapter, None)
                 if not child._parameters and not child._buffers:
                     del module._modules[name]
-            if isinstance(child, Holder) and not child._modules:
+            if isinstance(child, AdapterDropouts):
+                child._modules.pop(adapter, None)
+            if isinstance(child, AdapterDropouts | Holder) and not child._modules:
                 del module._modules[name]
 
 

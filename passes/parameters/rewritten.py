@@ -23,7 +23,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
 from lora_fx.passes.graph import is_lazy, is_region, original_class, storage_of
-from lora_fx.passes.parameters.factors import factor_names, rows_name
+from lora_fx.passes.parameters.factors import DROPOUT, factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_parameters
 from lora_fx.runtime import watch
 
@@ -364,6 +364,8 @@ def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str)
             found = _found(modules, site.holder)
             yield f"{row.name}: it has no {attribute} of adapter {adapter!r}{found}"
             return
+    if row.dropout and join(site.holder, DROPOUT, adapter) not in modules:
+        yield f"{row.name}: it has no {DROPOUT} of adapter {adapter!r}{_found(modules, site.holder)}"
 
 
 def _found(modules: dict[str, nn.Module], fqn: str) -> str:

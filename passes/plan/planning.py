@@ -31,6 +31,7 @@ from lora_fx.ir import Capture, Matches, Pass, PassResult, Plan, PlannedSite, Si
 from lora_fx.kinds import chosen_kind, kind_objection, kinds
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import (
+    DROPOUT,
     base_modules,
     base_parameters,
     check_layouts,
@@ -40,7 +41,7 @@ from lora_fx.passes.parameters import (
 )
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.unmatched import idle_entries, idle_parameters, refusals, target_names
-from lora_fx.runtime import AdapterFactors, Holder
+from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder
 
 __all__ = ["MakePlan", "at_rank", "foreign_factors", "make_plan", "start_objection"]
 
@@ -444,9 +445,9 @@ def _check_holders(model: nn.Module, plan: Plan) -> None:
 
 def _check_names(holder: nn.Module, row: PlannedSite) -> None:
     """Raises where a layer has something of its own by the name of a factor."""
-    for name in factor_names(row).present:
+    for name in (*factor_names(row).present, *([DROPOUT] if row.dropout else [])):
         there = getattr(holder, name, None)
-        if not (there is None or isinstance(there, AdapterFactors)):
+        if not (there is None or isinstance(there, AdapterFactors | AdapterDropouts)):
             raise CaptureError(
                 f"{row.name}: its factors are kept in {join(row.site.holder, name)!r}, which is the name of "
                 f"a {type(there).__name__}; rename the attribute, or name {row.name!r} in exclude_modules"

@@ -142,6 +142,7 @@ PUBLIC = {
     "export_onnx",
     "graphs",
     "initialize",
+    "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",
@@ -159,6 +160,7 @@ PUBLIC = {
     "save_adapter",
     "save_onnx_adapter",
     "trainable_parameters",
+    "trainer_callback",
     "verify",
     "visualize",
 }

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import lora_fx
 from tests.stacks.models import IDS
 
-__all__ = ["on_stacks", "train"]
+__all__ = ["on_stacks", "tokenizer", "train", "trainer_options"]
 
 STEPS = 4
 DATA = [{"input_ids": row, "labels": row} for row in IDS.repeat(8, 1)]
@@ -119,19 +119,25 @@ def trainer(
     run.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
 
 
+def tokenizer() -> Any:
+    """One of 64 words, which spaces separate."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w62", eos_token="w63")
+
+
 def trl(model: Any, folder: Path, *, optimizer: str, activations: str | None, resume: bool) -> None:
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
     if activations == "reentrant":
         model.enable_input_require_grads()
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w62", eos_token="w63")
     arguments = SFTConfig(str(folder), bf16=False, **trainer_options(optimizer, activations))
     data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in DATA])
-    run = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    run = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer())
     run.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
 
 

@@ -242,7 +242,7 @@ class Digests:
 
     A hash covers the class, ``extra_repr``, the shapes of the module's own tensors, the graph with
     its tags, and the same of all children. Ranks count (they are shapes) and so do scales and
-    dropout (they are constants of the graph); values of weights do not.
+    probabilities of dropout (constants of the graph and of modules); values of weights do not.
 
     Args:
         graphs: The graphs of the regions, by ``id`` of the module.
@@ -343,17 +343,21 @@ def node_name(node: fx.Node) -> str:
     return ".".join(atoms[:2]) if isinstance(node.target, torch._ops.OpOverload) else atoms[-1]
 
 
-def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> str:
-    """The second line: the weight and its shape, or the constant that matters."""
+def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor], p: float | None = None) -> str:
+    """The second line: the weight and its shape, or the number that matters.
+
+    Args:
+        node: The node.
+        tensors: What it reads, by name.
+        p: The probability of the dropout that it computes, as it is now; None for none.
+    """
     tag = tag_of(node)
     caption = ""
     if tag is not None and tag.role in (Role.SCALE, Role.FUSED):
         caption = next((f"× {a:g}" for a in node.args if isinstance(a, int | float)), "")
-        if dropout := node.kwargs.get("dropout"):
-            caption += f" · p {dropout:g}"
+        if p is not None:
+            caption += f" · p {p:g}"
     elif tag is not None and tag.role is Role.DROPOUT:
-        constants = (*node.args[1:], *node.kwargs.values())
-        p = next((a for a in constants if isinstance(a, float)), None)
         caption = "" if p is None else f"p {p:g}"
     elif tensors:
         name, tensor = next(iter(tensors.items()))
@@ -521,13 +525,23 @@ class RegionPainter:
             id=self._painter.new_id(),
             kind=node_kind(node),
             name=node_name(node),
-            caption=node_caption(node, tensors),
+            caption=node_caption(node, tensors, self._probability(node)),
             fqn=self._fqn,
             facts=facts,
             trainable=trainable,
             frozen=frozen,
             adapter=tag.adapter if tag is not None else "",
         )
+
+    def _probability(self, node: fx.Node) -> float | None:
+        """That of the dropout in a branch, which a module says."""
+        for read in node.all_input_nodes:
+            tag = tag_of(read)
+            if read.op == "get_attr" and tag is not None and tag.role is Role.DROPOUT:
+                value = self._value(str(read.target))
+                if not isinstance(value, bool) and isinstance(value, int | float):
+                    return float(value)
+        return None
 
     def _value(self, name: str) -> object:
         value: object = self._region.module
