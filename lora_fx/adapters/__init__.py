@@ -13,6 +13,7 @@ from lora_fx.adapters.manage import (
     disable_adapter,
     note_start,
     put_adapter,
+    reference,
     set_adapter,
     status,
     the_adapter,
@@ -24,7 +25,6 @@ from lora_fx.adapters.quantized_base import (
     quantize,
     replace_lora_weights_loftq,
 )
-from lora_fx.adapters.reference import reference
 from lora_fx.adapters.settings import (
     WRAPPER,
     Layout,

@@ -13,10 +13,8 @@ from lora_fx.ir.graph import (
     module_of,
     relative,
 )
-from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
 from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
-from lora_fx.ir.quantization import Quantization
 from lora_fx.ir.record import (
     ActiveAdapters,
     AdapterRecord,
@@ -36,6 +34,7 @@ from lora_fx.ir.site import (
     Matches,
     OutputBuilder,
     Pattern,
+    Quantization,
     Rejection,
     Site,
 )
@@ -54,11 +53,6 @@ __all__ = [
     "Layout",
     "Match",
     "Matches",
-    "NoOperator",
-    "OnnxBuilder",
-    "OnnxOperator",
-    "OnnxProduct",
-    "OnnxWeight",
     "OutputBuilder",
     "Pass",
     "PassResult",

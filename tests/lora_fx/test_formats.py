@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.formats import (
     STANDARD_OPERATORS,
+    OnnxOperator,
     WeightFormat,
     base,
     format_of,
@@ -26,7 +27,7 @@ from lora_fx.formats import (
     operator_named,
     quantization_of,
 )
-from lora_fx.ir import OnnxOperator, Quantization
+from lora_fx.ir import Quantization
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where a library of quantized weights is more than a word in a docstring.
