@@ -17,17 +17,8 @@ from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.report import StoredFormat
-from lora_fx.formats import (
-    NoOperator,
-    OnnxWeight,
-    dense,
-    format_of,
-    formats,
-    held,
-    quantization_of,
-    quantized_linear,
-)
-from lora_fx.ir import Quantization
+from lora_fx.formats import dense, format_of, formats, held, quantization_of, quantized_linear
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.passes.capture import written_out_layer
 from lora_fx.passes.graph import is_region, memory_of, share_copy
 from lora_fx.passes.merge import KEPT_IN_FP32

@@ -2,7 +2,7 @@
 
 torch.onnx has no translation of a grouped product, and its optimizer would make a dense constant of a
 ``DequantizeLinear`` over a small weight. So both become one node of lora-fx, which is taken apart afterwards.
-The format of a quantized weight says which nodes its product becomes (:class:`lora_fx.formats.OnnxOperator`).
+The format of a quantized weight says which nodes its product becomes (:class:`lora_fx.ir.OnnxOperator`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import lora_fx.export.copy  # noqa: F401  # both register operators that are translated here
-from lora_fx.formats import CONTRIB, OnnxProduct, operator_named
+from lora_fx.formats import CONTRIB, operator_named
+from lora_fx.ir import OnnxProduct
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -369,7 +370,7 @@ def expand_quantized(model: ir.Model) -> None:
 
 
 class _Builder:
-    """Makes nodes on a tape: an :class:`lora_fx.formats.OnnxBuilder`."""
+    """Makes nodes on a tape: an :class:`lora_fx.ir.OnnxBuilder`."""
 
     def __init__(self, tape: ir.tape.Tape, name: str | None) -> None:
         self._tape = tape
@@ -383,7 +384,7 @@ class _Builder:
         *,
         like: Any = None,
     ) -> Any:
-        """See :class:`lora_fx.formats.OnnxBuilder`."""
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
         made = self._tape.op(name, inputs, attributes)
         return made if like is None else _typed(made, like)
 
@@ -396,21 +397,21 @@ class _Builder:
         domain: str = "",
         like: Any = None,
     ) -> Any:
-        """See :class:`lora_fx.formats.OnnxBuilder`."""
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
         made = self._tape.op(name, inputs, attributes, domain=domain, name=self._name)
         return made if like is None else _typed(made, like)
 
     def ints(self, numbers: Sequence[int]) -> Any:
-        """See :class:`lora_fx.formats.OnnxBuilder`."""
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
         return self._tape.op("Constant", [], {"value_ints": list(numbers)})
 
     def rank(self, value: Any) -> int:
-        """See :class:`lora_fx.formats.OnnxBuilder`."""
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
         assert value.shape is not None
         return len(value.shape)
 
     def same_dtype(self, one: Any, other: Any) -> bool:
-        """See :class:`lora_fx.formats.OnnxBuilder`."""
+        """See :class:`lora_fx.ir.OnnxBuilder`."""
         return bool(one.dtype == other.dtype)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import Stored, changed, fill, fitted, stored, without_prefix
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries, scale_of
-from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
+from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, some
 from lora_fx.ir import AdapterRecord, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import Frontend
@@ -144,7 +144,7 @@ def folder_of(
             "%s: these parameters are trained, and no adapter trains them: they are saved beside it, in "
             "full. modules_to_save makes them part of an adapter: %s",
             folder,
-            _some(found.by_hand),
+            some(sorted(found.by_hand)),
         )
     if config.lora_dropout != record.config.lora_dropout:
         _log.warning(
@@ -277,7 +277,7 @@ def _rewritten(
     nothing = not exact.target_modules and not exact.target_parameters
     if nothing and not saved_entries(exact) and not exact.trainable_token_indices:
         raise CheckpointError(
-            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
+            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {some(sorted(tensors)) or 'none'}"
         )
     try:
         return rewrite_model(model, exact, adapter_name=adapter_name, **how)
@@ -328,11 +328,6 @@ def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
         "Give the model that it was trained on (and the frontend and the example_inputs, if that was "
         "rewritten with some):"
     )
-
-
-def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(sorted(names)[:5]) or "none") + more
 
 
 def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:

@@ -27,11 +27,6 @@ from lora_fx.formats.operators import (
     DEQUANTIZE_LINEAR,
     MATMUL_N_BITS,
     STANDARD_OPERATORS,
-    NoOperator,
-    OnnxBuilder,
-    OnnxOperator,
-    OnnxProduct,
-    OnnxWeight,
     whole_numbers,
 )
 from lora_fx.formats.state import (
@@ -54,11 +49,6 @@ __all__ = [
     "FormatHook",
     "LibraryLayers",
     "LoadHook",
-    "NoOperator",
-    "OnnxBuilder",
-    "OnnxOperator",
-    "OnnxProduct",
-    "OnnxWeight",
     "SaveHook",
     "StateHooks",
     "Storage",

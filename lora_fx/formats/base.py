@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.formats.layers import LibraryLayers
-from lora_fx.formats.operators import STANDARD_OPERATORS, NoOperator, OnnxOperator, OnnxWeight
-from lora_fx.ir import Quantization
+from lora_fx.formats.operators import STANDARD_OPERATORS
+from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization
 
 if TYPE_CHECKING:
     from lora_fx.formats.state import StateHooks

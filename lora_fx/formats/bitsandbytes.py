@@ -36,19 +36,18 @@ from lora_fx.formats.base import (
     quantization_of,
 )
 from lora_fx.formats.layers import LibraryLayers
-from lora_fx.formats.operators import (
-    CONTRIB,
-    DEQUANTIZE_LINEAR,
+from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, packed_sizes
+from lora_fx.formats.state import REMEDY, LoadHook, SaveHook, StateHooks, pickle_by_class
+from lora_fx.formats.weights import dense, quantized_linear
+from lora_fx.ir import (
     NoOperator,
     OnnxBuilder,
     OnnxOperator,
     OnnxProduct,
     OnnxWeight,
-    packed_sizes,
+    Quantization,
+    Site,
 )
-from lora_fx.formats.state import REMEDY, LoadHook, SaveHook, StateHooks, pickle_by_class
-from lora_fx.formats.weights import dense, quantized_linear
-from lora_fx.ir import Quantization, Site
 
 __all__ = ["BitsandbytesFormat"]
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import BLOCKS, Storage, WeightFormat, import_library
 from lora_fx.formats.layers import LibraryLayers
-from lora_fx.formats.operators import NoOperator, OnnxWeight, whole_numbers
-from lora_fx.ir import Quantization
+from lora_fx.formats.operators import whole_numbers
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
 __all__ = ["TorchaoFormat"]
 

@@ -13,6 +13,7 @@ from lora_fx.ir.graph import (
     module_of,
     relative,
 )
+from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
 from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
@@ -53,6 +54,11 @@ __all__ = [
     "Layout",
     "Match",
     "Matches",
+    "NoOperator",
+    "OnnxBuilder",
+    "OnnxOperator",
+    "OnnxProduct",
+    "OnnxWeight",
     "OutputBuilder",
     "Pass",
     "PassResult",

@@ -33,6 +33,7 @@ from lora_fx.passes.graph import (
     Path,
     Read,
     frozen,
+    held_in,
     is_constant,
     nested,
 )
@@ -458,5 +459,5 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | 
         held = Path(ObjectRoot(cell))
         if place is not None:  # by names, since a cell cannot be pickled
             held = place.attribute("__closure__").item(number)
-        with contextlib.suppress(ValueError):  # the variable has no value yet
-            yield held.attribute("cell_contents"), cell.cell_contents
+        for value in held_in(cell):
+            yield held.attribute("cell_contents"), value

@@ -16,11 +16,12 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from lora_fx.passes.graph.copies import held_in
 from lora_fx.runtime import ops
 
 __all__ = [
@@ -114,18 +115,11 @@ def _inside(function: FunctionType) -> dict[FunctionType, tuple[int, ...]]:
     found: dict[FunctionType, tuple[int, ...]] = {function: ()}
     for one in (pending := [function]):
         for place, cell in enumerate(one.__closure__ or ()):
-            held = _content(cell)
-            if isinstance(held, FunctionType) and held not in found:
-                found[held] = (*found[one], place)
-                pending.append(held)
+            for held in held_in(cell):
+                if isinstance(held, FunctionType) and held not in found:
+                    found[held] = (*found[one], place)
+                    pending.append(held)
     return found
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the name has no value yet
-        return None
 
 
 def _named(module: str | None, name: str) -> Any:

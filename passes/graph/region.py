@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
+from lora_fx.passes.graph.copies import held_in
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import (
     FALLBACK,
@@ -347,13 +348,10 @@ def _wrapped(module: nn.Module) -> types.CellType | None:
         return None
     own = type(module).forward
     for cell in forward.__closure__ or ():
-        try:
-            held = cell.cell_contents
-        except ValueError:  # the name has no value yet
-            continue
-        if isinstance(held, types.MethodType) and held.__self__ is module:
-            inner = (own, getattr(type(module), _BASE, type(module)).forward)
-            return cell if any(held.__func__ is one for one in inner) else None
+        for held in held_in(cell):
+            if isinstance(held, types.MethodType) and held.__self__ is module:
+                inner = (own, getattr(type(module), _BASE, type(module)).forward)
+                return cell if any(held.__func__ is one for one in inner) else None
     return None
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.formats import (
     STANDARD_OPERATORS,
-    OnnxOperator,
     WeightFormat,
     base,
     format_of,
@@ -27,7 +26,7 @@ from lora_fx.formats import (
     operator_named,
     quantization_of,
 )
-from lora_fx.ir import Quantization
+from lora_fx.ir import OnnxOperator, Quantization
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where a library of quantized weights is more than a word in a docstring.
