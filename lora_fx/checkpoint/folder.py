@@ -276,8 +276,9 @@ def _rewritten(
 ) -> nn.Module:
     nothing = not exact.target_modules and not exact.target_parameters
     if nothing and not saved_entries(exact) and not exact.trainable_token_indices:
+        names = some(sorted(tensors)) or "none"
         raise CheckpointError(
-            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {some(sorted(tensors)) or 'none'}"
+            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {names}"
         )
     try:
         return rewrite_model(model, exact, adapter_name=adapter_name, **how)

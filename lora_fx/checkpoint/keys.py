@@ -101,7 +101,9 @@ class Transposed(Form):
         """See :class:`Form`."""
         return value.T
 
-    decode = encode
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Form`."""
+        return stored.T
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,8 +118,7 @@ class Dense(Form):
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        rank, channels, *kernel = value.shape
-        dense = value.new_zeros(rank, channels * self.groups, *kernel)
+        dense = value.new_zeros(len(value), value.shape[1] * self.groups, *value.shape[2:])
         for rows, channels in self._blocks(dense):
             dense[rows, channels] = value[rows]
         return dense

@@ -74,18 +74,23 @@ def _flag(name: str, value: object) -> bool:
     return value
 
 
-def _text(name: str, value: object) -> str | None:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is not None and not isinstance(value, str):
+def _text(name: str, value: object) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str):
         raise bad(name, value, "give a string or None")
     return value
 
 
-def _rank(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) <= 0:
-        raise bad(name, value, "a rank is a whole number of at least 1")
+def _whole(name: str, value: object, remedy: str, least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise bad(name, value, remedy)
+    if least is not None and int(value) < least:
+        raise bad(name, value, remedy)
     return int(value)
+
+
+def _rank(name: str, value: object) -> int:
+    return _whole(name, value, "a rank is a whole number of at least 1", 1)
 
 
 def _number(name: str, value: object) -> int | float:
@@ -102,11 +107,10 @@ def _dropout(name: str, value: object) -> float:
 
 
 def _seed(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise bad(name, value, "a seed is a whole number")
-    if not 0 <= int(value) < 2**63:
+    seed = _whole(name, value, "a seed is a whole number")
+    if not 0 <= seed < 2**63:
         raise bad(name, value, "a seed is at least 0 and below 2**63")
-    return int(value)
+    return seed
 
 
 def _init(name: str, value: object) -> bool | str:
@@ -152,9 +156,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sorted(value) if isinstance(value, set | frozenset) else value))
 
 
-def _modules(name: str, value: object) -> str | tuple[str, ...] | None:
-    if value is None:
-        return None
+def _modules(name: str, value: object) -> str | tuple[str, ...]:
     if not isinstance(value, str):
         return tuple(sorted(_strings(name, value)))
     if name == "target_modules" and value.lower() == ALL_LINEAR:
@@ -163,28 +165,20 @@ def _modules(name: str, value: object) -> str | tuple[str, ...] | None:
     return value
 
 
-def _saved(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _saved(name: str, value: object) -> tuple[str, ...]:
     entries = _strings(name, value)
     for entry in entries:
         _compiles(name, entry, "()")
     return entries
 
 
-def _layers(name: str, value: object) -> tuple[int, ...] | None:
-    if value is None:
-        return None
+def _layers(name: str, value: object) -> tuple[int, ...]:
     indices = value if isinstance(value, list | tuple | set | frozenset | range) else (value,)
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, numbers.Integral):
-            raise bad(name, index, "give a layer index (a whole number) or a list of them")
-    return tuple(sorted({int(index) for index in indices}))
+    remedy = "give a layer index (a whole number) or a list of them"
+    return tuple(sorted({_whole(name, index, remedy) for index in indices}))
 
 
-def _layers_pattern(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _layers_pattern(name: str, value: object) -> tuple[str, ...]:
     entries = _strings(name, ([value] if value else []) if isinstance(value, str) else value)
     for entry in entries:
         _compiles(name, entry, "(?P<idx>)")
@@ -207,8 +201,6 @@ def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], Froz
 
 
 def _scope(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
     entries = _strings(name, [value] if isinstance(value, str) else value)
     for entry in entries:
         if entry.strip(".") != entry:
@@ -216,17 +208,13 @@ def _scope(name: str, value: object) -> tuple[str, ...] | None:
     return tuple(sorted(entries)) or None
 
 
-def _parameters(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _parameters(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         raise bad(name, value, "give a list of parameter names, or of their ends")
     return tuple(sorted(_strings(name, value)))
 
 
-def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any] | None:
-    if value is None:
-        return None
+def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any]:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or not key:
@@ -238,34 +226,39 @@ def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any] | 
 def _indices(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | set | frozenset | range) or not value:
         raise bad(name, value, "give a list of token indices that is not empty")
-    for index in value:
-        if isinstance(index, bool) or not isinstance(index, numbers.Integral) or index < 0:
-            raise bad(name, index, "a token index is a whole number of at least 0")
     # The order is that of the rows in a checkpoint; PEFT keeps it, too.
-    found = tuple(int(index) for index in value)
+    remedy = "a token index is a whole number of at least 0"
+    found = tuple(_whole(name, index, remedy, 0) for index in value)
     if len(set(found)) != len(found):
         raise bad(name, value, "every token index is there once")
     return found
 
 
-NORMALIZERS: Final[Mapping[str, Callable[[str, object], object]]] = {
+def _optional(check: _Check) -> _Check:
+    """The same for a field that may be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+_Check = Callable[[str, object], object]
+
+NORMALIZERS: Final[Mapping[str, _Check]] = {
     "r": _rank,
     "lora_alpha": _number,
     "lora_dropout": _dropout,
-    "target_modules": _modules,
-    "exclude_modules": _modules,
-    "scope": _scope,
-    "layers_to_transform": _layers,
-    "layers_pattern": _layers_pattern,
+    "target_modules": _optional(_modules),
+    "exclude_modules": _optional(_modules),
+    "scope": _optional(_scope),
+    "layers_to_transform": _optional(_layers),
+    "layers_pattern": _optional(_layers_pattern),
     "rank_pattern": _pattern(_rank),
     "alpha_pattern": _pattern(_number),
     "use_rslora": _flag,
     "use_dora": _flag,
     "lora_bias": _flag,
     "bias": _bias,
-    "modules_to_save": _saved,
-    "target_parameters": _parameters,
-    "trainable_token_indices": _tokens,
+    "modules_to_save": _optional(_saved),
+    "target_parameters": _optional(_parameters),
+    "trainable_token_indices": _optional(_tokens),
     "ensure_weight_tying": _flag,
     "task_type": _task,
     "fan_in_fan_out": _flag,
@@ -276,9 +269,9 @@ NORMALIZERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "lora_ga_config": options,
     "seed": _seed,
     "inference_mode": _flag,
-    "base_model_name_or_path": _text,
-    "revision": _text,
-    "kind": _text,
+    "base_model_name_or_path": _optional(_text),
+    "revision": _optional(_text),
+    "kind": _optional(_text),
 }
 
 

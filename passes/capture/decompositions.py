@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from lora_fx.formats import format_of, formats, quantization_of, quantized_linear
 from lora_fx.ir import Region
-from lora_fx.passes.graph import erase_unread, original_class
+from lora_fx.passes.graph import Condition, erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
 from lora_fx.runtime import attention, experts, output_padding, windows
 
@@ -386,14 +386,12 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
     )
 
 
-def written_conditions(module: nn.Module) -> tuple[str, ...]:
-    """Expressions that are true when what was written out does not hold any more."""
+def written_conditions(module: nn.Module) -> tuple[Condition, ...]:
+    """What has to be so for what was written out to hold."""
     chosen = experts_implementation(module)
-    return (
-        ()
-        if chosen is None
-        else (f"(self.config._experts_implementation or 'eager') != {chosen!r}",)
-    )
+    if chosen is None:
+        return ()
+    return (Condition("(self.config._experts_implementation or 'eager')", "==", repr(chosen)),)
 
 
 def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:

@@ -400,7 +400,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
 def _held_functions(model: nn.Module) -> Iterator[tuple[Any, Path | None]]:
     """The functions that modules hold, each with where it is."""
     for name, module in model.named_modules():
-        owner = functools.reduce(Path.attribute, filter(None, name.split(".")), Path())
+        owner = Path.to(name)
         for key, value in module.__dict__.items():
             if key not in _OWN:
                 for one, place in _functions_in(value, owner.attribute(key)):

@@ -156,6 +156,11 @@ class Path:
     root: _Root = _SELF
     steps: tuple[tuple[str, Any], ...] = ()
 
+    @classmethod
+    def to(cls, name: str) -> Path:
+        """The path of what has a dotted name in the module; of the module itself for an empty one."""
+        return cls(steps=tuple(("attribute", atom) for atom in name.split(".") if atom))
+
     def attribute(self, name: str) -> Path:
         """The path of an attribute of what lies here."""
         return Path(self.root, (*self.steps, ("attribute", name)))
