@@ -284,8 +284,7 @@ def note_start(model: nn.Module, adapter_name: str) -> None:
     """Notes that an adapter has its values, and waits for no data any more."""
     record = require_record(model)
     entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
-    adapters = {**record.adapters, adapter_name: entry}
-    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
+    model.__dict__["_lora_fx"] = record.with_adapter(adapter_name, entry)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -82,7 +82,8 @@ def sources_of(
     )
     owners: dict[str, str] = {}
     for source in sources:
-        _check_source(source)
+        for objection in _objections(source):
+            raise ConfigError(f"adapter {source.name!r} cannot be combined: {objection}")
         for own in source.record.own:
             if owners.setdefault(own, source.name) != source.name:
                 raise ConfigError(
@@ -96,38 +97,31 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
-def _check_source(source: Source) -> None:
-    """Refuses what is more than ``s B A`` beside the base's own weights."""
-    config = source.record.config
-    kind, name = chosen_kind(config), "trainable_token_indices"
-    if not is_plain(config):
-        name = kind.field or "kind"
+def _objections(source: Source) -> Iterator[str]:
+    """What an adapter has more than ``s B A`` beside the base's own weights."""
+    config, record = source.record.config, source.record
     if not is_plain(config) or config.trainable_token_indices:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: of {name}={getattr(config, name)!r} "
-            "there is no weighted sum"
+        name = (
+            "trainable_token_indices" if is_plain(config) else chosen_kind(config).field or "kind"
         )
-    if not source.record.initialized:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: init_lora_weights={config.init_lora_weights!r} "
-            "waits for data; give it its start with lora_fx.initialize"
+        yield f"of {name}={getattr(config, name)!r} there is no weighted sum"
+    if not record.initialized:
+        yield (
+            f"init_lora_weights={config.init_lora_weights!r} waits for data; give it its start with "
+            "lora_fx.initialize"
         )
-    if source.record.biases:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: it trains biases of the base "
-            f"(bias={config.bias!r}), and one adapter at most can"
+    if record.biases:
+        yield f"it trains biases of the base (bias={config.bias!r}), and one adapter at most can"
+    if record.given:
+        yield (
+            f"its folder had other values of {', '.join(record.given)} than the model: give the model those "
+            "first"
         )
-    if source.record.given:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: its folder had other values of "
-            f"{', '.join(source.record.given)} than the model: give the model those first"
-        )
-    changed = {row.site.weight for row in source.record.sites} & set(source.record.own)
+    changed = {row.site.weight for row in record.sites} & set(record.own)
     if changed:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: its initialization "
-            f"({config.init_lora_weights!r}) changed {min(changed)}; save it and load it again, which "
-            "makes it one of the base's own weights"
+        yield (
+            f"its initialization ({config.init_lora_weights!r}) changed {min(changed)}; save it and load it "
+            "again, which makes it one of the base's own weights"
         )
 
 

@@ -206,8 +206,7 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
         place_base(model, adapter, own, originals)
         entry = record.adapters[adapter]
         entry = dataclasses.replace(entry, own=(*entry.own, *own), given=tuple(own))
-        adapters = {**record.adapters, adapter: entry}
-        record = dataclasses.replace(record, adapters=adapters, originals=originals)
+        record = record.with_adapter(adapter, entry, originals=originals)
         model.__dict__["_lora_fx"] = record
     except BaseException:
         put_back(model, before)

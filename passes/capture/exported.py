@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.questions import Questions
 from lora_fx.passes.capture.state import State, difference, state_of
@@ -178,7 +177,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     model = capture.model
     inputs = named_inputs(model, example_inputs)
     # Attention is exported as the regions have it, so that both show the same operations.
-    written = [r for r in capture.regions.values() if written_out(r.module)]
+    written = [r for r in capture.regions.values() if r.written_out]
     install(written)
     globals_read = tuple(noted_globals(model))
     try:

@@ -15,21 +15,6 @@ from lora_fx.tools.bench.measure import machine, markdown, version_of
 __all__ = ["MERGE_TOLERANCE", "PARTS", "Row", "exceptions", "page", "scrubbed", "summary", "table"]
 
 
-STAGES = (
-    "build",
-    "plan",
-    "rewrite",
-    "outputs",
-    "oracle",
-    "regions",
-    "training",
-    "merge",
-    "counter",
-    "torch.onnx",
-    "export_onnx",
-)
-"""The parts of the job, in order."""
-
 MERGE_TOLERANCE = 1e-5
 """What a merged model may differ by in fp32, relative to the largest output."""
 
