@@ -61,7 +61,7 @@ _OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
 _OPPOSITE: Mapping[str, str] = {"is": "is not", "is not": "is", "==": "!=", ">=": "<", "<=": ">"}
 _PLAIN = (int, float, str, type(None), set, torch.dtype)
 
-Value = Callable[[str], Any]
+_Value = Callable[[str], Any]
 """Gives the value of an expression over the arguments of a call."""
 
 
@@ -89,7 +89,7 @@ class Condition:
         subject = f"({self.subject} := {self.bound})" if self.bound else self.subject
         return f"{subject} {_OPPOSITE[self.how]} {self.wanted}"
 
-    def failure(self, value: Value) -> str:
+    def failure(self, value: _Value) -> str:
         """What to say where it is not so."""
         found, wanted = shown(value(self.subject)), shown(value(self.wanted))
         if self.how == "is not" and wanted == "None":
@@ -105,7 +105,7 @@ class TensorGiven(Condition):
         """See :class:`Condition`."""
         return f"not isinstance({self.subject}, torch.Tensor)"
 
-    def failure(self, value: Value) -> str:
+    def failure(self, value: _Value) -> str:
         """See :class:`Condition`."""
         return f"expected {self.subject} to be a tensor, found {shown(value(self.subject))}"
 
@@ -118,7 +118,7 @@ class Flag(Condition):
         """See :class:`Condition`."""
         return self.subject
 
-    def failure(self, value: Value) -> str:
+    def failure(self, value: _Value) -> str:
         """See :class:`Condition`."""
         return self.note
 
@@ -126,7 +126,7 @@ class Flag(Condition):
 class _NothingMore(Flag):
     """``*args`` or ``**kwargs`` have to be empty."""
 
-    def failure(self, value: Value) -> str:
+    def failure(self, value: _Value) -> str:
         """See :class:`Condition`."""
         extra = value(self.subject)
         found = sorted(extra) if isinstance(extra, dict) else f"{len(extra)} of them"

@@ -35,13 +35,15 @@ __all__ = [
 
 
 # Asked of a weight, these do not depend on its values.
-_METADATA_ATTRIBUTES = frozenset(
-    {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta"}
-) | {*("size", "dim", "numel", "element_size", "is_floating_point", "stride", "data_ptr")}
+_METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
+_METADATA_METHODS = frozenset(
+    {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
+)
+_METADATA_ATTRIBUTES = (
+    (_METADATA - {"layout"}) | _METADATA_METHODS | {"is_cuda", "is_meta", "data_ptr"}
+)
 # Those that say how it is stored: another answer, another result.
-_STORED = frozenset(
-    {"dtype", "shape", "ndim", "size", "dim", "numel", "element_size", "stride"}
-) | {"is_floating_point"}
+_STORED = _METADATA_METHODS | {"dtype", "shape", "ndim"}
 _ABOUT_OBJECTS = ("isinstance", "hasattr", "getattr", "type", "id", "len")
 # What gives all of a module's tensors, one after the other.
 _WALKS = frozenset({"parameters", "named_parameters", "state_dict"})
@@ -334,7 +336,6 @@ def _matrices(
         ]
 
 
-_METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
 # What gives a weight another form, and says nothing about what is done with it.
 _FORMS = frozenset(
     {"view", "reshape", "expand", "expand.default", "repeat", "unsqueeze", "squeeze", "clone", "to"}
@@ -342,9 +343,6 @@ _FORMS = frozenset(
 # What is done with tables, tokens and biases of two dimensions: nothing that a low-rank factor stands for.
 _NO_PRODUCTS = frozenset(
     {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "attend"}
-)
-_METADATA_METHODS = frozenset(
-    {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
 )
 
 
