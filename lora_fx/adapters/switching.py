@@ -43,7 +43,6 @@ __all__ = [
     "put_in",
     "run_with",
     "take_out",
-    "wanted_of",
 ]
 
 
@@ -148,7 +147,7 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
     Raises:
         ConfigError, CaptureError: If that cannot be. The model is as it was then.
     """
-    before, wanted = require_record(model), wanted_of(record)
+    before, wanted = require_record(model), _wanted_of(record)
     record = dataclasses.replace(
         record,
         active=before.active,
@@ -179,7 +178,7 @@ def leave(model: nn.Module, block: ActiveAdapters) -> None:
         raise
 
 
-def wanted_of(record: Record) -> ActiveAdapters:
+def _wanted_of(record: Record) -> ActiveAdapters:
     """What a model is to run with: the base if some block disables adapters, else what the innermost says.
 
     Graphs that have a branch for each adapter that samples name serve them as they are.

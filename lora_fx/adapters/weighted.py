@@ -35,9 +35,6 @@ __all__ = [
     "Part",
     "Source",
     "add_weighted_adapter",
-    "keeps_tied",
-    "parts_of",
-    "sources_of",
 ]
 
 
@@ -54,7 +51,7 @@ Part = tuple[Source, PlannedSite]
 """A source and what it has at a site."""
 
 
-def sources_of(
+def _sources_of(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float]
 ) -> tuple[Source, ...]:
     """The adapters by their names, if they can be combined.
@@ -125,7 +122,7 @@ def _objections(source: Source) -> Iterator[str]:
         )
 
 
-def keeps_tied(sources: Sequence[Source]) -> bool:
+def _keeps_tied(sources: Sequence[Source]) -> bool:
     """Whether heads go on having the factors of their embedding: if it is so wherever one is adapted."""
     heads = {row.name for source in sources for row in source.record.sites if row.tied}
     flags = [source.record.config.ensure_weight_tying for source in sources]
@@ -136,7 +133,7 @@ def keeps_tied(sources: Sequence[Source]) -> bool:
     return any(flags) and all(flag or not any_ for flag, any_ in zip(flags, touches, strict=True))
 
 
-def parts_of(sources: Sequence[Source], tied: bool) -> dict[str, list[Part]]:
+def _parts_of(sources: Sequence[Source], tied: bool) -> dict[str, list[Part]]:
     """Who has what at every site. Heads that stay tied are left out.
 
     Raises:
@@ -212,7 +209,7 @@ def add_weighted_adapter(
         density,
         majority_sign_method,
     )
-    sources = sources_of(model, adapters, weights)
+    sources = _sources_of(model, adapters, weights)
     check_adapter_name(adapter_name)
     if adapter_name in adapter_names(model):
         raise ConfigError(f"adapter_name: there is an adapter {adapter_name!r} already")
@@ -223,10 +220,10 @@ def add_weighted_adapter(
             f"what {how.kind!r} draws",
             "combine the adapters before the model is sharded, or by a type that draws nothing",
         )
-    tied = keeps_tied(sources)
+    tied = _keeps_tied(sources)
     values = {
         name: _combined(model, name, rows, how, max(_ranks(sources)))
-        for name, rows in parts_of(sources, tied).items()
+        for name, rows in _parts_of(sources, tied).items()
     }
     new = put_adapter(model, _config(model, sources, values, tied), adapter_name)
     try:

@@ -24,7 +24,6 @@ __all__ = [
     "METADATA",
     "NORMALIZERS",
     "TASK_TYPES",
-    "Foreign",
     "FrozenPattern",
     "bad",
     "is_off",
@@ -279,7 +278,7 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
 METADATA: Final = frozenset({"peft_type", "auto_mapping", "peft_version"})
 
 
-class Foreign(NamedTuple):
+class _Foreign(NamedTuple):
     """A field of PEFT's that lora_fx does not act on.
 
     Attributes:
@@ -291,25 +290,25 @@ class Foreign(NamedTuple):
     what: str
 
 
-FOREIGN: Final[Mapping[str, Foreign]] = {
-    "alora_invocation_tokens": Foreign(
+FOREIGN: Final[Mapping[str, _Foreign]] = {
+    "alora_invocation_tokens": _Foreign(
         None, "aLoRA, adapters that a phrase in the prompt switches on"
     ),
-    "arrow_config": Foreign(None, "Arrow, a router over several adapters"),
-    "kasa_config": Foreign(None, "KaSA, another method than LoRA"),
-    "layer_replication": Foreign(
+    "arrow_config": _Foreign(None, "Arrow, a router over several adapters"),
+    "kasa_config": _Foreign(None, "KaSA, another method than LoRA"),
+    "layer_replication": _Foreign(
         None, "the replication of layers, which makes another model: build that one first"
     ),
-    "megatron_config": Foreign(None, "Megatron, an engine that lora_fx does not run on"),
-    "megatron_core": Foreign("megatron.core", "Megatron, an engine that lora_fx does not run on"),
-    "monteclora_config": Foreign(None, "MonteCLoRA, another method than LoRA"),
-    "qalora_group_size": Foreign(16, "QALoRA, another method than LoRA"),
-    "runtime_config": Foreign(
+    "megatron_config": _Foreign(None, "Megatron, an engine that lora_fx does not run on"),
+    "megatron_core": _Foreign("megatron.core", "Megatron, an engine that lora_fx does not run on"),
+    "monteclora_config": _Foreign(None, "MonteCLoRA, another method than LoRA"),
+    "qalora_group_size": _Foreign(16, "QALoRA, another method than LoRA"),
+    "runtime_config": _Foreign(
         None, "PEFT's runtime (offloading of norms), which saves nothing here"
     ),
-    "use_bdlora": Foreign(None, "BD-LoRA, another method than LoRA"),
-    "use_qalora": Foreign(False, "QALoRA, another method than LoRA"),
-    "velora_config": Foreign(None, "VeLoRA, another method than LoRA"),
+    "use_bdlora": _Foreign(None, "BD-LoRA, another method than LoRA"),
+    "use_qalora": _Foreign(False, "QALoRA, another method than LoRA"),
+    "velora_config": _Foreign(None, "VeLoRA, another method than LoRA"),
 }
 
 

@@ -11,36 +11,7 @@ from typing import Any, ClassVar
 from lora_fx.config import LoraConfig
 from lora_fx.ir.site import Rejection, Site
 
-__all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped", "plan_text"]
-
-
-def plan_text(plan: Any) -> str:
-    """The table of the sites, the totals, and the sections under them.
-
-    Args:
-        plan: A :class:`lora_fx.ir.plan.Plan`, which is of the layer above.
-    """
-    lines = [f"captured by {plan.frontend}"]
-    lines += [f"  {note}" for note in plan.notes]
-    lines += _table(plan.columns, plan.rows())
-    total = plan.base_parameters + plan.added_parameters
-    share = 100 * plan.trainable_parameters / total if total else 0.0
-    lines.append(
-        f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
-        f"parameters ({share:.4f} %)"
-    )
-    lines += plan.remarks()
-    lines += [f"matched nothing: {target}" for target in plan.unmatched]
-    for title, rows in plan.ties().items():
-        lines += _section(title, rows)
-    lines += _section(
-        "fused, and a part can be named alone", _fused(row.site for row in plan.sites)
-    )
-    lines += _section("not selected", ((s.site.name, s.reason) for s in plan.skipped))
-    lines += _section(
-        "cannot be adapted", ((r.name or "(root)", r.reason) for r in plan.rejections)
-    )
-    return "\n".join(lines)
+__all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -282,7 +253,25 @@ class Plan:
     )
 
     def __str__(self) -> str:
-        return plan_text(self)
+        """The table of the sites, the totals, and the sections under them."""
+        lines = [f"captured by {self.frontend}"]
+        lines += [f"  {note}" for note in self.notes]
+        lines += _table(self.columns, self.rows())
+        total = self.base_parameters + self.added_parameters
+        share = 100 * self.trainable_parameters / total if total else 0.0
+        lines.append(
+            f"{len(self.sites)} site(s), {self.trainable_parameters:,} trainable of {total:,} "
+            f"parameters ({share:.4f} %)"
+        )
+        lines += self.remarks()
+        lines += [f"matched nothing: {target}" for target in self.unmatched]
+        sections = {
+            **self.ties(),
+            "fused, and a part can be named alone": _fused(row.site for row in self.sites),
+            "not selected": ((one.site.name, one.reason) for one in self.skipped),
+            "cannot be adapted": ((one.name or "(root)", one.reason) for one in self.rejections),
+        }
+        return "\n".join([*lines, *(one for pair in sections.items() for one in _section(*pair))])
 
 
 def _stored(site: Site) -> str:
