@@ -62,7 +62,15 @@ from lora_fx.passes.graph.signature import (
     parameters_of,
     wrapped_forward,
 )
-from lora_fx.passes.graph.source import SCOPES, bound_by, compiled, nested, tree_of
+from lora_fx.passes.graph.source import (
+    LIBRARIES,
+    SCOPES,
+    bound_by,
+    compiled,
+    named_by,
+    nested,
+    tree_of,
+)
 from lora_fx.passes.graph.trainers import copy_without_trainers, instance_forwards
 
 __all__ = [
@@ -70,6 +78,7 @@ __all__ = [
     "ATOMS",
     "CONSTANT",
     "CONTAINERS",
+    "LIBRARIES",
     "MOST",
     "NEEDS_MODULES",
     "SCOPES",
@@ -112,6 +121,7 @@ __all__ = [
     "kept_graph",
     "known_arguments",
     "memory_of",
+    "named_by",
     "nested",
     "original_class",
     "parameters_of",

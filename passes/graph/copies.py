@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -22,6 +21,7 @@ from torch import nn
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
+from lora_fx.passes.graph.source import LIBRARIES
 
 __all__ = [
     "APART",
@@ -46,9 +46,7 @@ ATOMS = (
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
 _CACHED = type(functools.lru_cache(lambda: None))
-APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}) - {
-    *("types", "collections", "argparse")
-}
+APART = LIBRARIES - {"types", "collections", "argparse"}
 """Packages of Python whose objects are no part of a model, and lead everywhere."""
 
 

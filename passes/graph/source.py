@@ -12,11 +12,15 @@ import functools
 import inspect
 import linecache
 import operator
+import sys
 from collections.abc import Iterable, Iterator
-from types import CodeType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["SCOPES", "bound_by", "compiled", "nested", "tree_of"]
+__all__ = ["LIBRARIES", "SCOPES", "bound_by", "compiled", "named_by", "nested", "tree_of"]
+
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}
+"""Packages of Python whose code is no part of a model."""
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -28,6 +32,29 @@ def nested(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from nested(constant)
+
+
+def named_by(function: FunctionType) -> Iterator[tuple[str, str, str, Any]]:
+    """What the code of a function names: globals, and what it may ask of modules of Python among them.
+
+    The modules of :data:`LIBRARIES` are not looked into.
+
+    Yields:
+        The words, as ``helpers.TABLE``; the module of Python in which it lies, and its name there; the value.
+    """
+    for code in nested(function.__code__):
+        pending = [("", function.__globals__.get("__name__", ""), function.__globals__)]
+        done: set[int] = set()
+        for words, module, held in pending:
+            for name in code.co_names:
+                if name not in held or (words and name.startswith("__")):
+                    continue
+                value, here = held[name], f"{words}.{name}" if words else name
+                yield here, module, name, value
+                if isinstance(value, ModuleType) and id(value) not in done:
+                    done.add(id(value))
+                    if value.__name__.partition(".")[0] not in LIBRARIES:
+                        pending.append((here, value.__name__, vars(value)))
 
 
 def tree_of(code: CodeType, qualname: str) -> tuple[Any, str] | str:
