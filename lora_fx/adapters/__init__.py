@@ -36,7 +36,7 @@ from lora_fx.adapters.settings import (
     with_targets,
     written_config,
 )
-from lora_fx.adapters.switching import base_capture, put_in, run_with, take_out
+from lora_fx.adapters.switching import base_capture, on_base, run_with
 from lora_fx.adapters.weighted import add_weighted_adapter
 
 __all__ = [
@@ -57,12 +57,12 @@ __all__ = [
     "is_attention",
     "layout_of",
     "note_start",
+    "on_base",
     "origin_of",
     "parameter_groups",
     "plan_quantization",
     "prepare_for_kbit_training",
     "put_adapter",
-    "put_in",
     "quantize",
     "reference",
     "replace_lora_weights_loftq",
@@ -70,7 +70,6 @@ __all__ = [
     "run_with",
     "set_adapter",
     "status",
-    "take_out",
     "targets_of",
     "the_adapter",
     "with_targets",

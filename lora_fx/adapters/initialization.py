@@ -32,7 +32,7 @@ from lora_fx.adapters.statistics import (
     show_inputs,
     tokens_seen,
 )
-from lora_fx.adapters.switching import put_in, take_out
+from lora_fx.adapters.switching import on_base
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, require_record
@@ -88,12 +88,10 @@ def restart(
         make: The start of a site, from its weight; by default what the entry's configuration says.
     """
     record = require_record(model)
-    take_out(model, record)
-    try:
+    with on_base(model) as before:
         starts = computed_starts(
             model, rows, make or (lambda row, weight: initial_start(row, weight, entry.config))
         )
-        before = base_parameters(model)
         for row, start in starts:
             place_start(model, row, adapter_name, start)
             place_slots(model, row, adapter_name, entry.config)
@@ -104,8 +102,6 @@ def restart(
         entry = dataclasses.replace(entry, own=tuple(dict.fromkeys((*entry.own, *own))))
         record = record.with_adapter(adapter_name, entry, originals=originals)
         model.__dict__["_lora_fx"] = record
-    finally:
-        put_in(model, record)
 
 
 @inside

@@ -19,9 +19,8 @@ from lora_fx.adapters.switching import (
     check_regions,
     check_together,
     leave,
-    put_in,
+    on_base,
     run_with,
-    take_out,
 )
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError
@@ -29,7 +28,6 @@ from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
 from lora_fx.passes.graph import copy_without_trainers
 from lora_fx.passes.parameters import (
     adapter_parameters,
-    base_parameters,
     check_can_add,
     check_sharded_alike,
     drop_factors,
@@ -38,7 +36,6 @@ from lora_fx.passes.parameters import (
     own_value,
     place_base,
     protect,
-    put_back,
     trained_by_hand,
     without_wrappers,
 )
@@ -167,26 +164,22 @@ def put_adapter(
                 )
     check_can_add(model, adapter_name, only_factors=_trains_only_factors(config))
     capture = base_capture(model, record)
-    take_out(model, record)
-    before = base_parameters(model)
-    try:
-        capture = dataclasses.replace(capture, matches=record.base.matches)
-        capture = run_passes(capture, [MakePlan(config, strict)])
-        plan = capture.plan
-        assert plan is not None
-        check_trains(plan)
-        warn_of_idle_entries(plan)
-        check_sharded_alike(model, plan.sites)
-        check_regions(capture, (*plan.sites, *plan.tokens))
-        record = add_adapter_parameters(capture, record, adapter_name)
-        new = record.adapters[adapter_name]
-        place_base(model, adapter_name, new.own, record.originals)
-    except BaseException:
-        drop_factors(model, adapter_name)
-        put_back(model, before)
-        raise
-    finally:
-        put_in(model, require_record(model))
+    with on_base(model):
+        try:
+            capture = dataclasses.replace(capture, matches=record.base.matches)
+            capture = run_passes(capture, [MakePlan(config, strict)])
+            plan = capture.plan
+            assert plan is not None
+            check_trains(plan)
+            warn_of_idle_entries(plan)
+            check_sharded_alike(model, plan.sites)
+            check_regions(capture, (*plan.sites, *plan.tokens))
+            record = add_adapter_parameters(capture, record, adapter_name)
+            new = record.adapters[adapter_name]
+            place_base(model, adapter_name, new.own, record.originals)
+        except BaseException:
+            drop_factors(model, adapter_name)
+            raise
     _freeze(model, adapter_name, new)
     model.__dict__["_lora_fx"] = record
     return new
