@@ -600,21 +600,19 @@ def picture_of_plan(plan: Plan) -> Picture:
         if place.row is None:
             place.row = row
     box = _painted([root], [""], itertools.count())
-    total = plan.base_parameters + plan.added_parameters
-    unmatched = [f"matched nothing: {target}" for target in plan.unmatched]
     return Picture(
         title="Plan",
         facts=(
             ("sites", str(len(plan.sites))),
             ("not selected", str(len(plan.skipped))),
             ("cannot be adapted", str(len(plan.rejections))),
-            ("parameters", human(total)),
-            ("trainable", _of_all(plan.trainable_parameters, total)),
+            ("parameters", human(plan.total_parameters)),
+            ("trainable", _of_all(plan.trainable_parameters, plan.total_parameters)),
             ("captured by", plan.frontend),
         ),
         root=box,
         legend=_occurring(_PLAN_LEGEND, box),
-        notes=tuple(unmatched),
+        notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
     )
 
 
