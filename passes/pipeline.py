@@ -32,7 +32,7 @@ from lora_fx.ir import (
     module_of,
     record_of,
 )
-from lora_fx.passes.capture import Frontend, holds_quantized, written_out
+from lora_fx.passes.capture import Frontend, holds_quantized
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.graph import install, instance_forwards, kept_graph
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
@@ -282,6 +282,7 @@ def rewrite_model(
         matches=matches,
         notes=capture.notes,
         kept=frozenset(name for name, module in model.named_modules() if kept_graph(module)),
+        written_out=frozenset(key for key, one in capture.regions.items() if one.written_out),
     )
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     record = Record(
@@ -411,7 +412,7 @@ def regions_to_install(
             name = name.rpartition(".")[0]
     for region in capture.regions.values():
         adapted = region.fqn in calling
-        plain = not region.fqn or written_out(region.module) is None
+        plain = not region.fqn or not region.written_out
         stored = quantization_of(region.module._parameters.get("weight")) is not None
         if adapted or plain or stored or holds_quantized(region.module):
             yield region

@@ -13,6 +13,7 @@ from lora_fx.adapters.manage import (
     disable_adapter,
     note_start,
     put_adapter,
+    reference,
     set_adapter,
     status,
     the_adapter,
@@ -24,7 +25,6 @@ from lora_fx.adapters.quantized_base import (
     quantize,
     replace_lora_weights_loftq,
 )
-from lora_fx.adapters.reference import reference
 from lora_fx.adapters.settings import (
     WRAPPER,
     Layout,
@@ -37,7 +37,7 @@ from lora_fx.adapters.settings import (
     with_targets,
     written_config,
 )
-from lora_fx.adapters.switching import base_capture, put_in, run_with, take_out
+from lora_fx.adapters.switching import base_capture, on_base, run_with
 from lora_fx.adapters.weighted import add_weighted_adapter
 
 __all__ = [
@@ -58,12 +58,12 @@ __all__ = [
     "is_attention",
     "layout_of",
     "note_start",
+    "on_base",
     "origin_of",
     "parameter_groups",
     "plan_quantization",
     "prepare_for_kbit_training",
     "put_adapter",
-    "put_in",
     "quantize",
     "reference",
     "replace_lora_weights_loftq",
@@ -71,7 +71,6 @@ __all__ = [
     "run_with",
     "set_adapter",
     "status",
-    "take_out",
     "targets_of",
     "the_adapter",
     "with_patterns",

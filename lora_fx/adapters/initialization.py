@@ -24,21 +24,18 @@ from torch import nn
 from lora_fx.adapters.manage import adapter_record, disable_adapter, the_adapter
 from lora_fx.adapters.settings import by_site, with_patterns
 from lora_fx.adapters.statistics import (
+    Data,
     Forward,
     Report,
-    called,
-    counted,
-    device_of,
     gradients,
     moments,
-    on_device,
     show_inputs,
     tokens_seen,
 )
-from lora_fx.adapters.switching import put_in, take_out
+from lora_fx.adapters.switching import on_base
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir import AdapterRecord, PlannedSite, Record, Site, require_record
+from lora_fx.ir import AdapterRecord, PlannedSite, Site, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import (
     Start,
@@ -91,12 +88,10 @@ def restart(
         make: The start of a site, from its weight; by default what the entry's configuration says.
     """
     record = require_record(model)
-    take_out(model, record)
-    try:
+    with on_base(model) as before:
         starts = computed_starts(
             model, rows, make or (lambda row, weight: initial_start(row, weight, entry.config))
         )
-        before = base_parameters(model)
         for row, start in starts:
             place_start(model, row, adapter_name, start)
             place_slots(model, row, adapter_name, entry.config)
@@ -105,11 +100,8 @@ def restart(
         originals = {**record.originals, **{name: before[name].detach() for name in own}}
         place_base(model, adapter_name, own, originals)
         entry = dataclasses.replace(entry, own=tuple(dict.fromkeys((*entry.own, *own))))
-        adapters = {**record.adapters, adapter_name: entry}
-        record = dataclasses.replace(record, adapters=adapters, originals=originals)
+        record = record.with_adapter(adapter_name, entry, originals=originals)
         model.__dict__["_lora_fx"] = record
-    finally:
-        put_in(model, record)
 
 
 @inside
@@ -167,18 +159,16 @@ def initialize(
     with ExitStack() as stack:
         report = stack.enter_context(_reporting(progress, dataloader))
         # What training mode draws is the same each time, and nobody else's numbers are used up.
-        device = device_of(model)
+        device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(entry.config.seed)
         stack.enter_context(_same_modes(model))
         stack.enter_context(disable_adapter(model))
-        record = require_record(model)
+        data = Data(dataloader, device, forward, report)
         if entry.config.init_lora_weights == "eva":
-            _from_components(model, record, entry, adapter_name, dataloader, forward, report)
+            _from_components(model, entry, adapter_name, data)
         else:
-            _from_statistics(
-                model, record, entry, adapter_name, dataloader, forward, loss_fn, report
-            )
+            _from_statistics(model, entry, adapter_name, data, loss_fn)
     return model
 
 
@@ -245,22 +235,14 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
     _check_has_values(model)
 
 
-def _from_components(
-    model: nn.Module,
-    record: Record,
-    entry: AdapterRecord,
-    adapter_name: str,
-    batches: Iterable[Any],
-    forward: Forward | None,
-    report: Report,
-) -> None:
-    found = _components(model, record, entry.sites, entry.config, batches, forward, report)
+def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, data: Data) -> None:
+    found = _components(model, entry, data)
     rows = tuple(_shared_out(model, entry, found))
     ranks = {row.name: row.rank for row in rows}
     config = with_patterns(entry.config, by_site(rows))
 
     def make(row: PlannedSite, weight: torch.Tensor) -> Start:
-        report(None, f"starting {row.name}")
+        data.report(None, f"starting {row.name}")
         return data_start(row, weight, config, found[row.name].a)
 
     started = dataclasses.replace(entry, config=config, sites=rows, initialized=True)
@@ -285,25 +267,22 @@ def _shared_out(
 
 def _from_statistics(
     model: nn.Module,
-    record: Record,
     entry: AdapterRecord,
     adapter_name: str,
-    batches: Iterable[Any],
-    forward: Forward | None,
+    data: Data,
     loss_fn: Callable[[Any, Any], Any] | None,
-    report: Report,
 ) -> None:
     config, rows = entry.config, entry.sites
     by_weight = config.init_lora_weights == "lora_ga"
     if by_weight:
-        seen = gradients(model, rows, batches, forward, loss_fn, report)
+        seen = gradients(model, rows, data, loss_fn)
     else:
         options: Any = config.corda_config
         half = options["use_float16_for_covariance"]
-        seen = moments(model, record, rows, batches, forward, report, half=half)
+        seen = moments(model, require_record(model), rows, data, half=half)
 
     def make(row: PlannedSite, weight: torch.Tensor) -> Start:
-        report(None, f"starting {row.name}")
+        data.report(None, f"starting {row.name}")
         return data_start(row, weight, config, seen[row.site.weight if by_weight else row.name])
 
     restart(model, adapter_name, dataclasses.replace(entry, initialized=True), rows, make)
@@ -428,56 +407,44 @@ class _Found:
     a: torch.Tensor
 
 
-def _components(
-    model: nn.Module,
-    record: Record,
-    rows: tuple[PlannedSite, ...],
-    config: LoraConfig,
-    batches: Iterable[Any],
-    forward: Forward | None,
-    report: Report,
-) -> dict[str, _Found]:
+def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str, _Found]:
     """Ranks and components, by site.
 
     Args:
         model: A rewritten model with no active adapter. Its graphs are other ones afterwards.
-        record: Its record.
-        rows: The sites.
-        config: Its options are ``eva_config``.
-        batches: The data; it may be gone through several times.
-        forward: How to call the model.
-        report: Is told of every batch.
+        entry: The adapter's record; options are those of ``eva_config``.
+        data: It may be gone through several times.
 
     Raises:
         ConfigError: If an input is not finite, a site is not run, or no batch has as many vectors as a site
             has components.
     """
-    search = _Search(rows, config)
-    show_inputs(model, record, rows, search.see)
+    rows = entry.sites
+    search = _Search(rows, entry.config)
+    show_inputs(model, require_record(model), rows, search.see)
     with torch.no_grad():
-        for number, batch in _again_and_again(batches, search):
+        for number, batch in _again_and_again(data, search):
             if search.done:
                 break
             steady = sum(search.steady(row.name) for row in rows)
-            report(number, f"{steady} of {len(rows)} sites have converged")
+            data.report(number, f"{steady} of {len(rows)} sites have converged")
             search.mask = tokens_seen(batch, search.ignored_label)
-            batch = on_device(batch, device_of(model))
             if number == 0:
                 search.begin()
-                called(model.eval(), batch, number, forward)
+                data.output(model.eval(), batch, number)
                 search.compare()
-            called(model.eval(), batch, number, forward)
+            data.output(model.eval(), batch, number)
             search.share()
     return search.result()
 
 
-def _again_and_again(batches: Iterable[Any], search: _Search) -> Iterator[tuple[int, Any]]:
+def _again_and_again(data: Data, search: _Search) -> Iterator[tuple[int, Any]]:
     """The batches, from the first one again after the last one, up to a limit."""
     number = 0
     while number == 0 or (number < _MOST_BATCHES and not search.lacking):
         start = number
         try:
-            for _, batch in counted(batches):
+            for _, batch in data.counted():
                 yield number, batch
                 number += 1
         except ConfigError:

@@ -1,4 +1,4 @@
-"""Several adapters on one model: added, switched, taken away.
+"""Several adapters on one model: added, switched, taken away; and the model copied as it is now.
 
 Switching edits graphs: the branches of the active adapters are inserted into the graphs that the model had
 before any adapter, so that one that is not active costs nothing when the model runs.
@@ -19,23 +19,23 @@ from lora_fx.adapters.switching import (
     check_regions,
     check_together,
     leave,
-    put_in,
+    on_base,
     run_with,
-    take_out,
 )
 from lora_fx.config import LoraConfig, changes_base
-from lora_fx.errors import ConfigError
+from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
+from lora_fx.passes.graph import copy_without_trainers
 from lora_fx.passes.parameters import (
     adapter_parameters,
-    base_parameters,
     check_can_add,
     check_sharded_alike,
     drop_factors,
+    in_adapter,
     inside,
     own_value,
     place_base,
-    put_back,
+    protect,
     trained_by_hand,
     without_wrappers,
 )
@@ -47,7 +47,7 @@ from lora_fx.passes.pipeline import (
     warn_of_idle_entries,
 )
 from lora_fx.passes.plan import MakePlan
-from lora_fx.runtime import check_adapter_name, is_checked
+from lora_fx.runtime import check_adapter_name, is_checked, watch
 
 __all__ = [
     "AdapterStatus",
@@ -61,6 +61,7 @@ __all__ = [
     "disable_adapter",
     "note_start",
     "put_adapter",
+    "reference",
     "set_adapter",
     "status",
     "the_adapter",
@@ -163,26 +164,22 @@ def put_adapter(
                 )
     check_can_add(model, adapter_name, only_factors=_trains_only_factors(config))
     capture = base_capture(model, record)
-    take_out(model, record)
-    before = base_parameters(model)
-    try:
-        capture = dataclasses.replace(capture, matches=record.base.matches)
-        capture = run_passes(capture, [MakePlan(config, strict)])
-        plan = capture.plan
-        assert plan is not None
-        check_trains(plan)
-        warn_of_idle_entries(plan)
-        check_sharded_alike(model, plan.sites)
-        check_regions(capture, (*plan.sites, *plan.tokens))
-        record = add_adapter_parameters(capture, record, adapter_name)
-        new = record.adapters[adapter_name]
-        place_base(model, adapter_name, new.own, record.originals)
-    except BaseException:
-        drop_factors(model, adapter_name)
-        put_back(model, before)
-        raise
-    finally:
-        put_in(model, require_record(model))
+    with on_base(model):
+        try:
+            capture = dataclasses.replace(capture, matches=record.base.matches)
+            capture = run_passes(capture, [MakePlan(config, strict)])
+            plan = capture.plan
+            assert plan is not None
+            check_trains(plan)
+            warn_of_idle_entries(plan)
+            check_sharded_alike(model, plan.sites)
+            check_regions(capture, (*plan.sites, *plan.tokens))
+            record = add_adapter_parameters(capture, record, adapter_name)
+            new = record.adapters[adapter_name]
+            place_base(model, adapter_name, new.own, record.originals)
+        except BaseException:
+            drop_factors(model, adapter_name)
+            raise
     _freeze(model, adapter_name, new)
     model.__dict__["_lora_fx"] = record
     return new
@@ -280,8 +277,7 @@ def note_start(model: nn.Module, adapter_name: str) -> None:
     """Notes that an adapter has its values, and waits for no data any more."""
     record = require_record(model)
     entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
-    adapters = {**record.adapters, adapter_name: entry}
-    model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters)
+    model.__dict__["_lora_fx"] = record.with_adapter(adapter_name, entry)
 
 
 @contextmanager
@@ -369,6 +365,41 @@ def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for own in adapter.own:
         value = own_value(model, name, own)
         value.requires_grad_(own not in weights and value.is_floating_point())
+
+
+@inside
+def reference(model: nn.Module) -> nn.Module:
+    """Copies a rewritten model as it is now, frozen and in eval mode, for what compares with it.
+
+    The copy runs with the adapters that are active, whose values it has of its own: what ``model`` is trained
+    to later does not reach it. Weights that nobody trains are shared, so that the copy takes no more memory
+    than the adapters do. The model that was passed to :func:`lora_fx.rewrite` is the reference without
+    adapters, and takes none.
+
+    Args:
+        model: A rewritten model; it is not changed.
+
+    Returns:
+        A rewritten model of the same class, no parameter of which wants a gradient. What trainers have set on
+        ``model`` is left out.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+        CaptureError: If it is sharded, or a layer that has an adapter was deleted or replaced.
+    """
+    record = require_record(model)
+    by_hand = trained_by_hand(model, record)
+    own = {name for adapter in record.adapters.values() for name in adapter.own}
+    trained = own | by_hand.keys()
+    result = copy_without_trainers(model, record.forwards, CaptureError)
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            if name in trained or in_adapter(result, name):
+                parameter.data = parameter.detach().clone()
+            parameter.requires_grad_(False)
+    protect(result)
+    watch.arm(result)
+    return result.eval()
 
 
 _SHOWN = 5

@@ -19,7 +19,7 @@ from lora_fx.formats import Storage, format_of, quantization_of, quantized_linea
 from lora_fx.ir import AdapterRecord, Capture, PlannedSite, Region, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
-from lora_fx.passes.capture import holds_quantized, written_out
+from lora_fx.passes.capture import holds_quantized
 from lora_fx.passes.graph import check_model, install, share_copy, storage_of
 from lora_fx.passes.insert import pissa, site_generator, slot_start
 from lora_fx.passes.merge import named_elsewhere
@@ -332,8 +332,7 @@ def _kept(capture: Capture) -> Iterator[Region]:
     """The regions that run their graph from now on: what else their module does reads dense weights."""
     for region in capture.regions.values():
         edited = any(node.target is quantized_linear for node in region.graph.nodes)
-        above = written_out(region.module) is not None and holds_quantized(region.module)
-        if edited or above:
+        if edited or (region.written_out and holds_quantized(region.module)):
             yield region
 
 

@@ -18,15 +18,12 @@ from lora_fx.passes.parameters import base_parameters, put_back
 from lora_fx.passes.pipeline import regions_to_install
 
 __all__ = [
+    "Data",
     "Forward",
     "Report",
-    "called",
-    "counted",
-    "device_of",
     "gradients",
     "loss_of",
     "moments",
-    "on_device",
     "show_inputs",
     "tokens_seen",
 ]
@@ -35,43 +32,58 @@ __all__ = [
 Forward = Callable[[nn.Module, Any], Any]
 """How to call a model with a batch."""
 
+Report = Callable[[int | None, str], None]
+"""Is told how many batches are done (None: as many as before), and what is being done."""
 
-def counted(dataloader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The batches of one pass, with their numbers.
 
-    Raises:
-        ConfigError: If there are none.
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a start is computed from.
+
+    Attributes:
+        batches: A tensor is the model's one argument, a tuple or list has all of them, and a mapping has
+            them by name.
+        device: Where the model is.
+        forward: How to call the model with a batch, where it is not so.
+        report: Is told of every batch.
     """
-    number = -1
-    for number, batch in enumerate(dataloader):
-        yield number, batch
-    if number < 0:
-        raise ConfigError("the dataloader is empty: give at least one batch")
 
+    batches: Iterable[Any]
+    device: torch.device
+    forward: Forward | None
+    report: Report
 
-def called(model: nn.Module, batch: Any, number: int, forward: Forward | None) -> Any:
-    """The model's output for a batch.
+    def counted(self) -> Iterator[tuple[int, Any]]:
+        """The batches of one pass, with their numbers, where the model is.
 
-    A tensor is the model's one argument, a tuple or list has all of them, and a mapping has them by name.
+        Raises:
+            ConfigError: If there are none.
+        """
+        number = -1
+        for number, batch in enumerate(self.batches):
+            yield number, _on_device(batch, self.device)
+        if number < 0:
+            raise ConfigError("the dataloader is empty: give at least one batch")
 
-    Raises:
-        ConfigError: If the model does not take it.
-    """
-    try:
-        if forward is not None:
-            return forward(model, batch)
-        if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-            return model(**batch)
-        if isinstance(batch, tuple | list):
-            return model(*batch)
-        return model(batch)
-    except LoraFxError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"batch {number}, a {type(batch).__name__}: the model does not take it "
-            f"({type(error).__name__}: {error}); give forward=, a function of the model and a batch"
-        ) from error
+    def output(self, model: nn.Module, batch: Any, number: int) -> Any:
+        """The model's output for a batch.
+
+        Raises:
+            ConfigError: If the model does not take it.
+        """
+        try:
+            if self.forward is not None:
+                return self.forward(model, batch)
+            if isinstance(batch, Mapping) or hasattr(batch, "keys"):
+                return model(**batch)
+            return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+        except LoraFxError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"batch {number}, a {type(batch).__name__}: the model does not take it "
+                f"({type(error).__name__}: {error}); give forward=, a function of the model and a batch"
+            ) from error
 
 
 def loss_of(output: Any, batch: Any, loss_fn: Callable[[Any, Any], Any] | None) -> torch.Tensor:
@@ -93,14 +105,14 @@ def loss_of(output: Any, batch: Any, loss_fn: Callable[[Any, Any], Any] | None) 
     return loss
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def _on_device(value: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device."""
     if hasattr(value, "to") and not isinstance(value, type):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: on_device(one, device) for key, one in value.items()}
+        return {key: _on_device(one, device) for key, one in value.items()}
     if isinstance(value, tuple | list):
-        parts = [on_device(one, device) for one in value]
+        parts = [_on_device(one, device) for one in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
@@ -127,15 +139,6 @@ def tokens_seen(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
     return torch.flatten(mask)
 
 
-Report = Callable[[int | None, str], None]
-"""Is told how many batches are done (None: as many as before), and what is being done."""
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
-    return next(model.parameters()).device
-
-
 def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...], see: See) -> None:
     """From now on a model with no active adapter shows what sites read.
 
@@ -151,9 +154,7 @@ def moments(
     model: nn.Module,
     record: Record,
     rows: tuple[PlannedSite, ...],
-    batches: Iterable[Any],
-    forward: Forward | None,
-    report: Report,
+    data: Data,
     *,
     half: bool,
 ) -> dict[str, torch.Tensor]:
@@ -163,9 +164,7 @@ def moments(
         model: A rewritten model with no active adapter. Its graphs are other ones afterwards.
         record: Its record.
         rows: The sites.
-        batches: The data.
-        forward: How to call the model.
-        report: Is told of every batch.
+        data: The data.
         half: Whether to compute in the inputs' own dtype, not in fp32 (``use_float16_for_covariance``).
 
     Raises:
@@ -187,9 +186,9 @@ def moments(
 
     show_inputs(model, record, rows, see)
     with torch.no_grad():
-        for number, batch in counted(batches):
-            report(number, "collecting second moments")
-            called(model.eval(), on_device(batch, device_of(model)), number, forward)
+        for number, batch in data.counted():
+            data.report(number, "collecting second moments")
+            data.output(model.eval(), batch, number)
     _check_run(counts)
     return {name: value / counts[name] for name, value in sums.items()}
 
@@ -197,10 +196,8 @@ def moments(
 def gradients(
     model: nn.Module,
     rows: tuple[PlannedSite, ...],
-    batches: Iterable[Any],
-    forward: Forward | None,
+    data: Data,
     loss_fn: Callable[[Any, Any], Any] | None,
-    report: Report,
 ) -> dict[str, torch.Tensor]:
     """The gradient of the mean loss, by weight: fp32, on the CPU.
 
@@ -209,10 +206,8 @@ def gradients(
     Args:
         model: A rewritten model with no active adapter.
         rows: The sites.
-        batches: The data.
-        forward: How to call the model.
+        data: The data.
         loss_fn: The loss of an output and a batch.
-        report: Is told of every batch.
 
     Raises:
         ConfigError: If a gradient is not finite, there is no loss, or a weight has no gradient.
@@ -227,11 +222,10 @@ def gradients(
         for name in counts:
             _replace(model, name, _adding(name, sums, counts))
         seen = 0
-        for number, batch in counted(batches):
-            report(number, "collecting gradients")
-            batch = on_device(batch, device_of(model))
+        for number, batch in data.counted():
+            data.report(number, "collecting gradients")
             with torch.enable_grad():
-                output = called(model.train(), batch, number, forward)
+                output = data.output(model.train(), batch, number)
                 torch.autograd.backward(loss_of(output, batch, loss_fn))
             seen = number + 1
     finally:

@@ -5,8 +5,9 @@ What counts is what :func:`lora_fx.set_adapter` has chosen, and what the ``with`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,10 +26,12 @@ from lora_fx.passes.capture import written_out
 from lora_fx.passes.graph import install, is_region, uninstall
 from lora_fx.passes.insert import ROWS, check_rows
 from lora_fx.passes.parameters import (
+    base_parameters,
     check_intact,
     computed_as_parameters,
     place_base,
     place_own,
+    put_back,
     reshard,
 )
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
@@ -40,10 +43,8 @@ __all__ = [
     "check_regions",
     "check_together",
     "leave",
-    "put_in",
+    "on_base",
     "run_with",
-    "take_out",
-    "wanted_of",
 ]
 
 
@@ -148,7 +149,7 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
     Raises:
         ConfigError, CaptureError: If that cannot be. The model is as it was then.
     """
-    before, wanted = require_record(model), wanted_of(record)
+    before, wanted = require_record(model), _wanted_of(record)
     record = dataclasses.replace(
         record,
         active=before.active,
@@ -179,7 +180,7 @@ def leave(model: nn.Module, block: ActiveAdapters) -> None:
         raise
 
 
-def wanted_of(record: Record) -> ActiveAdapters:
+def _wanted_of(record: Record) -> ActiveAdapters:
     """What a model is to run with: the base if some block disables adapters, else what the innermost says.
 
     Graphs that have a branch for each adapter that samples name serve them as they are.
@@ -215,13 +216,13 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     with computed_as_parameters(model):
         edited = run_passes(capture, passes)
     regions = tuple(regions_to_install(edited, places))
-    take_out(model, record)
+    _take_out(model, record)
     for key in capture.regions.keys() - {region.key for region in regions}:
         uninstall(capture.regions[key].module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
-    put_in(model, record)
+    _put_in(model, record)
     model.__dict__["_lora_fx"] = record
     watch.arm(model)
 
@@ -241,14 +242,32 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
         watch_calls(model, table)
 
 
-def take_out(model: nn.Module, record: Record) -> None:
+@contextlib.contextmanager
+def on_base(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
+    """Has the base's own parameters in a rewritten model for a while, then what its adapters have again.
+
+    Yields:
+        Those parameters, by FQN: they are put back also where others were put in and an error came.
+    """
+    _take_out(model, require_record(model))
+    before = base_parameters(model)
+    try:
+        yield before
+    except BaseException:
+        put_back(model, before)
+        raise
+    finally:
+        _put_in(model, require_record(model))
+
+
+def _take_out(model: nn.Module, record: Record) -> None:
     """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
     reshard(model)
     for name in record.active:
         place_base(model, name, record.adapters[name].own, record.originals)
 
 
-def put_in(model: nn.Module, record: Record) -> None:
+def _put_in(model: nn.Module, record: Record) -> None:
     """Puts what the active adapters have beside the base into it."""
     reshard(model)
     for name in record.active:

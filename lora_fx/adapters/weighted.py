@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -35,9 +35,6 @@ __all__ = [
     "Part",
     "Source",
     "add_weighted_adapter",
-    "keeps_tied",
-    "parts_of",
-    "sources_of",
 ]
 
 
@@ -54,7 +51,7 @@ Part = tuple[Source, PlannedSite]
 """A source and what it has at a site."""
 
 
-def sources_of(
+def _sources_of(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float]
 ) -> tuple[Source, ...]:
     """The adapters by their names, if they can be combined.
@@ -82,7 +79,8 @@ def sources_of(
     )
     owners: dict[str, str] = {}
     for source in sources:
-        _check_source(source)
+        for objection in _objections(source):
+            raise ConfigError(f"adapter {source.name!r} cannot be combined: {objection}")
         for own in source.record.own:
             if owners.setdefault(own, source.name) != source.name:
                 raise ConfigError(
@@ -96,42 +94,35 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
-def _check_source(source: Source) -> None:
-    """Refuses what is more than ``s B A`` beside the base's own weights."""
-    config = source.record.config
-    kind, name = chosen_kind(config), "trainable_token_indices"
-    if not is_plain(config):
-        name = kind.field or "kind"
+def _objections(source: Source) -> Iterator[str]:
+    """What an adapter has more than ``s B A`` beside the base's own weights."""
+    config, record = source.record.config, source.record
     if not is_plain(config) or config.trainable_token_indices:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: of {name}={getattr(config, name)!r} "
-            "there is no weighted sum"
+        name = (
+            "trainable_token_indices" if is_plain(config) else chosen_kind(config).field or "kind"
         )
-    if not source.record.initialized:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: init_lora_weights={config.init_lora_weights!r} "
-            "waits for data; give it its start with lora_fx.initialize"
+        yield f"of {name}={getattr(config, name)!r} there is no weighted sum"
+    if not record.initialized:
+        yield (
+            f"init_lora_weights={config.init_lora_weights!r} waits for data; give it its start with "
+            "lora_fx.initialize"
         )
-    if source.record.biases:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: it trains biases of the base "
-            f"(bias={config.bias!r}), and one adapter at most can"
+    if record.biases:
+        yield f"it trains biases of the base (bias={config.bias!r}), and one adapter at most can"
+    if record.given:
+        yield (
+            f"its folder had other values of {', '.join(record.given)} than the model: give the model those "
+            "first"
         )
-    if source.record.given:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: its folder had other values of "
-            f"{', '.join(source.record.given)} than the model: give the model those first"
-        )
-    changed = {row.site.weight for row in source.record.sites} & set(source.record.own)
+    changed = {row.site.weight for row in record.sites} & set(record.own)
     if changed:
-        raise ConfigError(
-            f"adapter {source.name!r} cannot be combined: its initialization "
-            f"({config.init_lora_weights!r}) changed {min(changed)}; save it and load it again, which "
-            "makes it one of the base's own weights"
+        yield (
+            f"its initialization ({config.init_lora_weights!r}) changed {min(changed)}; save it and load it "
+            "again, which makes it one of the base's own weights"
         )
 
 
-def keeps_tied(sources: Sequence[Source]) -> bool:
+def _keeps_tied(sources: Sequence[Source]) -> bool:
     """Whether heads go on having the factors of their embedding: if it is so wherever one is adapted."""
     heads = {row.name for source in sources for row in source.record.sites if row.tied}
     flags = [source.record.config.ensure_weight_tying for source in sources]
@@ -142,7 +133,7 @@ def keeps_tied(sources: Sequence[Source]) -> bool:
     return any(flags) and all(flag or not any_ for flag, any_ in zip(flags, touches, strict=True))
 
 
-def parts_of(sources: Sequence[Source], tied: bool) -> dict[str, list[Part]]:
+def _parts_of(sources: Sequence[Source], tied: bool) -> dict[str, list[Part]]:
     """Who has what at every site. Heads that stay tied are left out.
 
     Raises:
@@ -218,7 +209,7 @@ def add_weighted_adapter(
         density,
         majority_sign_method,
     )
-    sources = sources_of(model, adapters, weights)
+    sources = _sources_of(model, adapters, weights)
     check_adapter_name(adapter_name)
     if adapter_name in adapter_names(model):
         raise ConfigError(f"adapter_name: there is an adapter {adapter_name!r} already")
@@ -229,10 +220,10 @@ def add_weighted_adapter(
             f"what {how.kind!r} draws",
             "combine the adapters before the model is sharded, or by a type that draws nothing",
         )
-    tied = keeps_tied(sources)
+    tied = _keeps_tied(sources)
     values = {
         name: _combined(model, name, rows, how, max(_ranks(sources)))
-        for name, rows in parts_of(sources, tied).items()
+        for name, rows in _parts_of(sources, tied).items()
     }
     new = put_adapter(model, _config(model, sources, values, tied), adapter_name)
     try:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lora_fx.adapters import put_in, take_out
+from lora_fx.adapters import on_base
 from lora_fx.checkpoint.keys import base_name
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, join, require_record
@@ -29,7 +29,6 @@ from lora_fx.passes.parameters import (
     base_parameters,
     own_value,
     place_base,
-    put_back,
     trained_by_hand,
     trained_starts,
 )
@@ -177,9 +176,7 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
     if not values:
         return
     record = require_record(model)
-    take_out(model, record)
-    before = base_parameters(model)
-    try:
+    with on_base(model) as before:
         own, originals = [], dict(record.originals)
         new: dict[object, nn.Parameter] = {}
         # First those that the folder has, then what is tied to one of them.
@@ -206,14 +203,8 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
         place_base(model, adapter, own, originals)
         entry = record.adapters[adapter]
         entry = dataclasses.replace(entry, own=(*entry.own, *own), given=tuple(own))
-        adapters = {**record.adapters, adapter: entry}
-        record = dataclasses.replace(record, adapters=adapters, originals=originals)
+        record = record.with_adapter(adapter, entry, originals=originals)
         model.__dict__["_lora_fx"] = record
-    except BaseException:
-        put_back(model, before)
-        raise
-    finally:
-        put_in(model, record)
 
 
 def _ends(model: nn.Module) -> Iterator[str]:

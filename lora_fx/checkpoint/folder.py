@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from lora_fx.checkpoint.receipt import make_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
-from lora_fx.errors import CheckpointError, ConfigError, NoMatchError
+from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, some
 from lora_fx.files import current
 from lora_fx.ir import AdapterRecord, record_of
 from lora_fx.passes.capture import Frontend
@@ -185,7 +185,7 @@ def folder_of(
             "%s: these parameters are trained, and no adapter trains them: they are saved beside it, in "
             "full. modules_to_save makes them part of an adapter: %s",
             folder,
-            _some(found.by_hand),
+            some(sorted(found.by_hand)),
         )
     if config.lora_dropout != record.config.lora_dropout:
         _log.warning(
@@ -340,8 +340,9 @@ def _rewritten(
 ) -> nn.Module:
     nothing = not exact.target_modules and not exact.target_parameters
     if nothing and not saved_entries(exact) and not exact.trainable_token_indices:
+        names = some(sorted(tensors)) or "none"
         raise CheckpointError(
-            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {_some(tensors)}"
+            f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {names}"
         )
     try:
         return rewrite_model(model, exact, adapter_name=adapter_name, **how)
@@ -392,11 +393,6 @@ def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
         "Give the model that it was trained on (and the frontend and the example_inputs, if that was "
         "rewritten with some):"
     )
-
-
-def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(sorted(names)[:5]) or "none") + more
 
 
 def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:

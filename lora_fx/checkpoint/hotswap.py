@@ -65,11 +65,8 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None
         if not row.tied:
             _widen(model, row, adapter_name, rank)
     rows = tuple(_of_rank(model, row, rank, old.config.use_rslora) for row in old.sites)
-    record = require_record(model)
     new = dataclasses.replace(old, sites=rows)
-    model.__dict__["_lora_fx"] = dataclasses.replace(
-        record, adapters={**record.adapters, adapter_name: new}
-    )
+    model.__dict__["_lora_fx"] = require_record(model).with_adapter(adapter_name, new)
     return model
 
 

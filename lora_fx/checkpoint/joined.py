@@ -21,7 +21,6 @@ from lora_fx.passes.parameters import base_modules
 __all__ = [
     "NOTE",
     "Joined",
-    "Member",
     "Pair",
     "Parts",
     "Tensors",
@@ -40,7 +39,7 @@ _OUT_PROJ = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Member:
+class _Member:
     """A site, as a part of an adapter of PEFT.
 
     Attributes:
@@ -69,7 +68,7 @@ class Pair:
     keys: tuple[str, str]
     crossed: bool
     sizes: tuple[int, int]
-    members: tuple[Member, ...]
+    members: tuple[_Member, ...]
     times: int = 1
 
     @property
@@ -102,7 +101,7 @@ class Joined:
     rank_stabilized: bool
 
     @property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[_Member, ...]:
         """Of all pairs."""
         return tuple(member for pair in self.pairs for member in pair.members)
 
@@ -216,9 +215,9 @@ def _attention_pairs(layout: Layout, name: str, rows: Sequence[PlannedSite]) -> 
     )
 
 
-def _members(rows: Sequence[PlannedSite]) -> tuple[Member, ...]:
+def _members(rows: Sequence[PlannedSite]) -> tuple[_Member, ...]:
     return tuple(
-        Member(row, _keys(row.site.holder), row.site.rows or (0, row.site.out_features))
+        _Member(row, _keys(row.site.holder), row.site.rows or (0, row.site.out_features))
         for row in rows
     )
 
@@ -269,7 +268,7 @@ def _parts(pair: Pair, a: torch.Tensor, b: torch.Tensor, scale: float) -> Tensor
     return result
 
 
-def _blocks(pair: Pair, rank: int) -> Iterator[tuple[Member, slice]]:
+def _blocks(pair: Pair, rank: int) -> Iterator[tuple[_Member, slice]]:
     """Which part of the whole rank each member has: all of it, or its own."""
     shared = all(member.row.rank == rank for member in pair.members)
     start = 0

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -68,22 +67,20 @@ __all__ = [
 ]
 
 
-def _for_file(value: torch.Tensor) -> torch.Tensor:
-    """The same numbers on the CPU, contiguous, with storage of their own."""
-    return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-
-
 _Shape = tuple[int, ...]
 
 
-class Form(Protocol):
-    """One way of storing a tensor."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """One way of storing a tensor: this one as it is."""
 
     def stored(self, shape: _Shape) -> _Shape:
         """The stored shape of a tensor that has this shape in the model."""
+        return tuple(self.encode(torch.empty(shape, device="meta")).shape)
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """What is stored; perhaps a view of ``value``."""
+        return value
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """What was stored, as the model has it; perhaps a view.
@@ -91,35 +88,14 @@ class Form(Protocol):
         Raises:
             CheckpointError: If no tensor of the model's form holds it, with the reason.
         """
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Plain:
-    """As it is."""
-
-    def stored(self, shape: _Shape) -> _Shape:
-        """See :class:`Form`."""
-        return shape
-
-    def encode(self, value: torch.Tensor) -> torch.Tensor:
-        """See :class:`Form`."""
-        return value
-
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """See :class:`Form`."""
         return stored
 
 
-PLAIN = _Plain()
+PLAIN = Form()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Transposed:
+class Transposed(Form):
     """The other way round: the factors of a head are those of the embedding that it is tied to."""
-
-    def stored(self, shape: _Shape) -> _Shape:
-        """See :class:`Form`."""
-        return shape[::-1]
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
@@ -131,7 +107,7 @@ class Transposed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Form):
     """The A of a grouped convolution, [r, in/g, *k], stored as PEFT trains it: [r, in, *k].
 
     Attributes:
@@ -140,13 +116,9 @@ class Dense:
 
     groups: int
 
-    def stored(self, shape: _Shape) -> _Shape:
-        """See :class:`Form`."""
-        return (shape[0], shape[1] * self.groups, *shape[2:])
-
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        dense = value.new_zeros(self.stored(tuple(value.shape)))
+        dense = value.new_zeros(len(value), value.shape[1] * self.groups, *value.shape[2:])
         for rows, channels in self._blocks(dense):
             dense[rows, channels] = value[rows]
         return dense
@@ -176,7 +148,7 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StackedDown:
+class StackedDown(Form):
     """What comes first of the factors of several experts, [E, r, n], stored as [E·r, n]: PEFT's A.
 
     Attributes:
@@ -187,11 +159,6 @@ class StackedDown:
 
     experts: int
     transposed: bool = False
-
-    def stored(self, shape: _Shape) -> _Shape:
-        """See :class:`Form`."""
-        experts, rank, size = _turned(shape) if self.transposed else shape
-        return (experts * rank, size)
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
@@ -204,7 +171,7 @@ class StackedDown:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StackedUp:
+class StackedUp(Form):
     """What comes second, [E, n, r], stored as [n, r·E] with the expert fastest: PEFT's B.
 
     Attributes:
@@ -215,11 +182,6 @@ class StackedUp:
     experts: int
     transposed: bool = False
 
-    def stored(self, shape: _Shape) -> _Shape:
-        """See :class:`Form`."""
-        experts, size, rank = _turned(shape) if self.transposed else shape
-        return (size, rank * experts)
-
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
         return (value.mT if self.transposed else value).permute(1, 2, 0).flatten(1, 2)
@@ -228,10 +190,6 @@ class StackedUp:
         """See :class:`Form`."""
         value = stored.reshape(len(stored), -1, self.experts).permute(2, 0, 1)
         return value.mT if self.transposed else value
-
-
-def _turned(shape: _Shape) -> _Shape:
-    return (*shape[:-2], shape[-1], shape[-2])
 
 
 PREFIX = "base_model.model."
@@ -265,7 +223,8 @@ class Slot:
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
-        return _for_file(self.form.encode(gathered(self.tensor)))
+        value = self.form.encode(gathered(self.tensor))
+        return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
 
 
 def slots_of(

@@ -49,16 +49,13 @@ __all__ = [
     "changed",
     "fill",
     "fitted",
-    "leftover",
     "load_adapter_state_dict",
-    "other_scales",
     "stored",
-    "values_for",
     "without_prefix",
 ]
 
 
-def values_for(
+def _values_for(
     slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
     """What to write where, and what is wrong with it; nothing is written yet."""
@@ -96,7 +93,7 @@ def values_for(
     return list(values.values()), problems
 
 
-def other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str, str]) -> list[str]:
+def _other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str, str]) -> list[str]:
     """A model that was rewritten before has its scales in the graph.
 
     Args:
@@ -113,7 +110,7 @@ def other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str, 
     ]
 
 
-def leftover(
+def _leftover(
     key: str, value: torch.Tensor, model: nn.Module, record: AdapterRecord
 ) -> Iterator[str]:
     """What is wrong with a tensor that is no part of the adapter; nothing if the model has it.
@@ -254,7 +251,7 @@ def fitted(
         for key in done:
             del slots[key]
         settled |= {member.row.name for member in one.members} if there else set()
-    values, wrong = values_for(slots, rest)
+    values, wrong = _values_for(slots, rest)
     values = _from_peft(model, before, adapter, values, with_start)
     problems += wrong
     if with_start:
@@ -263,10 +260,10 @@ def fitted(
     if config is not None:
         rows = tuple(row for row in record.sites if row.name not in settled)
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
-        problems += other_scales(dataclasses.replace(record, sites=rows), config, names)
+        problems += _other_scales(dataclasses.replace(record, sites=rows), config, names)
         problems += [] if with_start else other_start(record, config)
     for key in rest.keys() - slots.keys():
-        problems += leftover(key, rest[key], model, record)
+        problems += _leftover(key, rest[key], model, record)
     return values, problems
 
 

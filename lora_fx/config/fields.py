@@ -1,4 +1,9 @@
-"""The fields of `LoraConfig` one by one: what each accepts and how it is normalized."""
+"""The fields of `LoraConfig` one by one: what each accepts, how it is normalized, and which are refused.
+
+Nothing that a PEFT configuration asks for is dropped in silence: a field is one of `LoraConfig`, or it is one
+of those for other methods and engines, which are known with the value that switches each off, or it does not
+exist.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,24 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from lora_fx.config.starts import FrozenOptions, options
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, hint
 
-__all__ = ["ALL_LINEAR", "NORMALIZERS", "TASK_TYPES", "FrozenPattern", "bad"]
+__all__ = [
+    "ALL_LINEAR",
+    "FOREIGN",
+    "METADATA",
+    "NORMALIZERS",
+    "TASK_TYPES",
+    "FrozenPattern",
+    "bad",
+    "is_off",
+    "only_own",
+]
 
 ALL_LINEAR: Final = "all-linear"
 TASK_TYPES: Final = (
@@ -58,18 +73,23 @@ def _flag(name: str, value: object) -> bool:
     return value
 
 
-def _text(name: str, value: object) -> str | None:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is not None and not isinstance(value, str):
+def _text(name: str, value: object) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str):
         raise bad(name, value, "give a string or None")
     return value
 
 
-def _rank(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) <= 0:
-        raise bad(name, value, "a rank is a whole number of at least 1")
+def _whole(name: str, value: object, remedy: str, least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise bad(name, value, remedy)
+    if least is not None and int(value) < least:
+        raise bad(name, value, remedy)
     return int(value)
+
+
+def _rank(name: str, value: object) -> int:
+    return _whole(name, value, "a rank is a whole number of at least 1", 1)
 
 
 def _number(name: str, value: object) -> int | float:
@@ -86,11 +106,10 @@ def _dropout(name: str, value: object) -> float:
 
 
 def _seed(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise bad(name, value, "a seed is a whole number")
-    if not 0 <= int(value) < 2**63:
+    seed = _whole(name, value, "a seed is a whole number")
+    if not 0 <= seed < 2**63:
         raise bad(name, value, "a seed is at least 0 and below 2**63")
-    return int(value)
+    return seed
 
 
 def _init(name: str, value: object) -> bool | str:
@@ -136,9 +155,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sorted(value) if isinstance(value, set | frozenset) else value))
 
 
-def _modules(name: str, value: object) -> str | tuple[str, ...] | None:
-    if value is None:
-        return None
+def _modules(name: str, value: object) -> str | tuple[str, ...]:
     if not isinstance(value, str):
         return tuple(sorted(_strings(name, value)))
     if name == "target_modules" and value.lower() == ALL_LINEAR:
@@ -147,28 +164,20 @@ def _modules(name: str, value: object) -> str | tuple[str, ...] | None:
     return value
 
 
-def _saved(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _saved(name: str, value: object) -> tuple[str, ...]:
     entries = _strings(name, value)
     for entry in entries:
         _compiles(name, entry, "()")
     return entries
 
 
-def _layers(name: str, value: object) -> tuple[int, ...] | None:
-    if value is None:
-        return None
+def _layers(name: str, value: object) -> tuple[int, ...]:
     indices = value if isinstance(value, list | tuple | set | frozenset | range) else (value,)
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, numbers.Integral):
-            raise bad(name, index, "give a layer index (a whole number) or a list of them")
-    return tuple(sorted({int(index) for index in indices}))
+    remedy = "give a layer index (a whole number) or a list of them"
+    return tuple(sorted({_whole(name, index, remedy) for index in indices}))
 
 
-def _layers_pattern(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _layers_pattern(name: str, value: object) -> tuple[str, ...]:
     entries = _strings(name, ([value] if value else []) if isinstance(value, str) else value)
     for entry in entries:
         _compiles(name, entry, "(?P<idx>)")
@@ -191,8 +200,6 @@ def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], Froz
 
 
 def _scope(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
     entries = _strings(name, [value] if isinstance(value, str) else value)
     for entry in entries:
         if entry.strip(".") != entry:
@@ -200,17 +207,13 @@ def _scope(name: str, value: object) -> tuple[str, ...] | None:
     return tuple(sorted(entries)) or None
 
 
-def _parameters(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _parameters(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         raise bad(name, value, "give a list of parameter names, or of their ends")
     return tuple(sorted(_strings(name, value)))
 
 
-def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any] | None:
-    if value is None:
-        return None
+def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any]:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or not key:
@@ -222,34 +225,39 @@ def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any] | 
 def _indices(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | set | frozenset | range) or not value:
         raise bad(name, value, "give a list of token indices that is not empty")
-    for index in value:
-        if isinstance(index, bool) or not isinstance(index, numbers.Integral) or index < 0:
-            raise bad(name, index, "a token index is a whole number of at least 0")
     # The order is that of the rows in a checkpoint; PEFT keeps it, too.
-    found = tuple(int(index) for index in value)
+    remedy = "a token index is a whole number of at least 0"
+    found = tuple(_whole(name, index, remedy, 0) for index in value)
     if len(set(found)) != len(found):
         raise bad(name, value, "every token index is there once")
     return found
 
 
-NORMALIZERS: Final[Mapping[str, Callable[[str, object], object]]] = {
+def _optional(check: _Check) -> _Check:
+    """The same for a field that may be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+_Check = Callable[[str, object], object]
+
+NORMALIZERS: Final[Mapping[str, _Check]] = {
     "r": _rank,
     "lora_alpha": _number,
     "lora_dropout": _dropout,
-    "target_modules": _modules,
-    "exclude_modules": _modules,
-    "scope": _scope,
-    "layers_to_transform": _layers,
-    "layers_pattern": _layers_pattern,
+    "target_modules": _optional(_modules),
+    "exclude_modules": _optional(_modules),
+    "scope": _optional(_scope),
+    "layers_to_transform": _optional(_layers),
+    "layers_pattern": _optional(_layers_pattern),
     "rank_pattern": _pattern(_rank),
     "alpha_pattern": _pattern(_number),
     "use_rslora": _flag,
     "use_dora": _flag,
     "lora_bias": _flag,
     "bias": _bias,
-    "modules_to_save": _saved,
-    "target_parameters": _parameters,
-    "trainable_token_indices": _tokens,
+    "modules_to_save": _optional(_saved),
+    "target_parameters": _optional(_parameters),
+    "trainable_token_indices": _optional(_tokens),
     "ensure_weight_tying": _flag,
     "task_type": _task,
     "fan_in_fan_out": _flag,
@@ -260,7 +268,98 @@ NORMALIZERS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "lora_ga_config": options,
     "seed": _seed,
     "inference_mode": _flag,
-    "base_model_name_or_path": _text,
-    "revision": _text,
-    "kind": _text,
+    "base_model_name_or_path": _optional(_text),
+    "revision": _optional(_text),
+    "kind": _optional(_text),
 }
+
+
+# What PEFT writes about itself and the base model's class: no part of what an adapter computes.
+METADATA: Final = frozenset({"peft_type", "auto_mapping", "peft_version"})
+
+
+class _Foreign(NamedTuple):
+    """A field of PEFT's that lora_fx does not act on.
+
+    Attributes:
+        off: PEFT's default, which switches it off.
+        what: What it belongs to, for the error.
+    """
+
+    off: object
+    what: str
+
+
+FOREIGN: Final[Mapping[str, _Foreign]] = {
+    "alora_invocation_tokens": _Foreign(
+        None, "aLoRA, adapters that a phrase in the prompt switches on"
+    ),
+    "arrow_config": _Foreign(None, "Arrow, a router over several adapters"),
+    "kasa_config": _Foreign(None, "KaSA, another method than LoRA"),
+    "layer_replication": _Foreign(
+        None, "the replication of layers, which makes another model: build that one first"
+    ),
+    "megatron_config": _Foreign(None, "Megatron, an engine that lora_fx does not run on"),
+    "megatron_core": _Foreign("megatron.core", "Megatron, an engine that lora_fx does not run on"),
+    "monteclora_config": _Foreign(None, "MonteCLoRA, another method than LoRA"),
+    "qalora_group_size": _Foreign(16, "QALoRA, another method than LoRA"),
+    "runtime_config": _Foreign(
+        None, "PEFT's runtime (offloading of norms), which saves nothing here"
+    ),
+    "use_bdlora": _Foreign(None, "BD-LoRA, another method than LoRA"),
+    "use_qalora": _Foreign(False, "QALoRA, another method than LoRA"),
+    "velora_config": _Foreign(None, "VeLoRA, another method than LoRA"),
+}
+
+
+def is_off(value: object) -> bool:
+    """Whether a value can only mean that a feature is not used."""
+    if isinstance(value, Collection) and not isinstance(value, str):
+        return not value
+    return value is None or value is False
+
+
+_SHORT: Final = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "target": "target_modules",
+    "exclude": "exclude_modules",
+}
+"""What other libraries and the command line call some fields."""
+
+
+def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Drops fields of other methods that are switched off.
+
+    Args:
+        values: Fields by name.
+        own: The names that lora_fx acts on.
+
+    Raises:
+        ConfigError: If a field of another method is switched on, or a name does not exist.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in own:
+            kept[name] = value
+        elif name not in FOREIGN:
+            near = hint(name, own, "did you mean '{}'? ", cutoff=0.5, between="' or '")
+            if meant := _SHORT.get(name):
+                near = f"did you mean {meant!r}? "
+            raise ConfigError(
+                f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(own)}"
+            )
+        elif not is_off(value) and value != FOREIGN[name].off and not _is_runtime(name, value):
+            off, what = FOREIGN[name]
+            raise ConfigError(
+                f"LoraConfig.{name}: found {value!r}; lora_fx does not support it: it belongs to {what}. "
+                f"Leave it out or give {off!r}"
+            )
+    return kept
+
+
+def _is_runtime(name: str, value: object) -> bool:
+    """Whether it is PEFT's `LoraRuntimeConfig` with nothing switched on."""
+    return name == "runtime_config" and is_off(getattr(value, "ephemeral_gpu_offload", True))

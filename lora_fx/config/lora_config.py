@@ -16,8 +16,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from lora_fx.config.fields import ALL_LINEAR, NORMALIZERS, TASK_TYPES, FrozenPattern, bad
-from lora_fx.config.foreign import FOREIGN, METADATA, is_off, only_own
+from lora_fx.config.fields import (
+    ALL_LINEAR,
+    FOREIGN,
+    METADATA,
+    NORMALIZERS,
+    TASK_TYPES,
+    FrozenPattern,
+    bad,
+    is_off,
+    only_own,
+)
 from lora_fx.config.starts import OPTIONS, FrozenOptions, complete_options
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.files import current, replacing

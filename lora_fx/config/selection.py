@@ -32,7 +32,6 @@ __all__ = [
     "Verdict",
     "alpha_for",
     "excluded",
-    "in_scope",
     "judge",
     "layer_index",
     "name_matches",
@@ -122,7 +121,7 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
         in_default: Whether the operation belongs to what `target_modules=None` or "all-linear"
             stands for. The caller knows, from the graph; no meaning with other targets.
     """
-    if not in_scope(name, config):
+    if not _in_scope(name, config):
         return Verdict(False, f"outside of scope {_listed(config.scope)}")
     excluded = _entry_for(name, config.exclude_modules) if config.exclude_modules else None
     if excluded is not None:
@@ -143,7 +142,7 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
     return _layer_objection(name, config) or Verdict(True, f"matches target {entry!r}")
 
 
-def in_scope(name: str, config: LoraConfig) -> bool:
+def _in_scope(name: str, config: LoraConfig) -> bool:
     """Whether a name lies in one of the modules of `scope`, or there is no scope."""
     return config.scope is None or any(_lies_in(name, one) for one in config.scope)
 
@@ -237,7 +236,7 @@ def parameter_entry(weight: str, config: LoraConfig) -> str | None:
         weight: FQN of the parameter.
         config: What the user asks for.
     """
-    return _entry_for(weight, config.target_parameters) if in_scope(weight, config) else None
+    return _entry_for(weight, config.target_parameters) if _in_scope(weight, config) else None
 
 
 def unmatched(

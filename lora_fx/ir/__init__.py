@@ -16,7 +16,6 @@ from lora_fx.ir.graph import (
 from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
 from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
-from lora_fx.ir.quantization import Quantization
 from lora_fx.ir.record import (
     ActiveAdapters,
     AdapterRecord,
@@ -36,6 +35,7 @@ from lora_fx.ir.site import (
     Matches,
     OutputBuilder,
     Pattern,
+    Quantization,
     Rejection,
     Site,
 )

@@ -119,6 +119,7 @@ class Region:
             calls that give none. A module whose code reads weights itself has a graph for each form.
         overlay: Whether the graph was not traced from the module's own forward, which calls the modules
             below and their regions.
+        written_out: Whether it was traced from what is written out in the place of that forward.
     """
 
     fqn: str
@@ -127,6 +128,7 @@ class Region:
     fallback: bool = True
     form: str = ""
     overlay: bool = False
+    written_out: bool = False
 
     @classmethod
     def at(cls, key: str, module: nn.Module, graph: fx.Graph, **options: Any) -> Region:

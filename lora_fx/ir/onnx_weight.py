@@ -30,7 +30,6 @@ class OnnxBuilder(Protocol):
             attributes: By name.
             like: A value whose dtype the output has.
         """
-        ...
 
     def product(
         self,
@@ -42,19 +41,15 @@ class OnnxBuilder(Protocol):
         like: Any = None,
     ) -> Any:
         """Make the node that has the name of the operation: the one with the product."""
-        ...
 
     def ints(self, numbers: Sequence[int]) -> Any:
         """Make a constant of whole numbers."""
-        ...
 
     def rank(self, value: Any) -> int:
         """Number of dimensions."""
-        ...
 
     def same_dtype(self, one: Any, other: Any) -> bool:
         """Whether two values have one dtype."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,36 +11,7 @@ from typing import Any, ClassVar
 from lora_fx.config import LoraConfig
 from lora_fx.ir.site import Rejection, Site
 
-__all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped", "plan_text"]
-
-
-def plan_text(plan: Any) -> str:
-    """The table of the sites, the totals, and the sections under them.
-
-    Args:
-        plan: A :class:`lora_fx.ir.plan.Plan`, which is of the layer above.
-    """
-    lines = [f"captured by {plan.frontend}"]
-    lines += [f"  {note}" for note in plan.notes]
-    lines += _table(plan.columns, plan.rows())
-    total = plan.base_parameters + plan.added_parameters
-    share = 100 * plan.trainable_parameters / total if total else 0.0
-    lines.append(
-        f"{len(plan.sites)} site(s), {plan.trainable_parameters:,} trainable of {total:,} "
-        f"parameters ({share:.4f} %)"
-    )
-    lines += plan.remarks()
-    lines += [f"matched nothing: {target}" for target in plan.unmatched]
-    for title, rows in plan.ties().items():
-        lines += _section(title, rows)
-    lines += _section(
-        "fused, and a part can be named alone", _fused(row.site for row in plan.sites)
-    )
-    lines += _section("not selected", ((s.site.name, s.reason) for s in plan.skipped))
-    lines += _section(
-        "cannot be adapted", ((r.name or "(root)", r.reason) for r in plan.rejections)
-    )
-    return "\n".join(lines)
+__all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -56,20 +27,16 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
 
 
-def _fused(sites: Iterable[Any]) -> Iterator[tuple[str, str]]:
+def _by_kind(fused: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """What the outputs of fused weights are cut into, once for each kind of layer."""
-    counts = Counter(
-        (site.name.rpartition(".")[2], ", ".join(name for name, _ in site.parts))
-        for site in sites
-        if site.parts
-    )
-    for (name, parts), count in counts.items():
-        yield name, parts + (f" ({count} layers)" if count > 1 else "")
+    counts = Counter((name.rpartition(".")[2], parts) for name, parts in fused)
+    return [
+        (name, parts + (f" ({count} layers)" if count > 1 else ""))
+        for (name, parts), count in counts.items()
+    ]
 
 
-def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
-    listed = [f"  {name}: {reason}" for name, reason in rows]
-    return [f"{title} ({len(listed)}):", *listed] if listed else []
+_FUSED = "fused, and a part can be named alone"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,6 +159,17 @@ class Plan:
             row.parameters for row in self.tokens
         )
 
+    @property
+    def total_parameters(self) -> int:
+        """What the model has with its adapters, in elements."""
+        return self.base_parameters + self.added_parameters
+
+    def totals(self) -> tuple[str, str]:
+        """What is trained, in words, and of how much."""
+        total, trained = self.total_parameters, self.trainable_parameters
+        share = 100 * trained / total if total else 0.0
+        return f"{trained:,} trainable", f" of {total:,} parameters ({share:.4f} %)"
+
     def remarks(self) -> list[str]:
         """What the table of the sites does not say: formats, kinds, and what else is trained."""
         stored = Counter(str(row.site.quantized) for row in self.sites if row.site.quantized)
@@ -208,8 +186,8 @@ class Plan:
             lines.append(f"biases trained: {len(self.biases)}")
         return lines
 
-    def ties(self) -> dict[str, list[tuple[str, str]]]:
-        """What becomes of tied weights, by title: names, and with what each is tied."""
+    def sections(self) -> dict[str, list[tuple[str, str]]]:
+        """What is listed below the table, by title: names, each with what there is to say of it."""
         kept = {row.site.weight for row in self.sites if row.tied}
         return {
             "tied weights, untied by a merge": [
@@ -222,6 +200,13 @@ class Plan:
                 for row in self.sites
                 if row.tied
             ],
+            _FUSED: [
+                (row.name, ", ".join(name for name, _ in row.site.parts))
+                for row in self.sites
+                if row.site.parts
+            ],
+            "not selected": [(one.site.name, one.reason) for one in self.skipped],
+            "cannot be adapted": [(one.name or "(root)", one.reason) for one in self.rejections],
         }
 
     def __iter__(self) -> Iterator[PlannedSite]:
@@ -282,7 +267,18 @@ class Plan:
     )
 
     def __str__(self) -> str:
-        return plan_text(self)
+        """The table of the sites, the totals, and the sections under them."""
+        lines = [f"captured by {self.frontend}"]
+        lines += [f"  {note}" for note in self.notes]
+        lines += _table(self.columns, self.rows())
+        lines.append(f"{len(self.sites)} site(s), {''.join(self.totals())}")
+        lines += self.remarks()
+        lines += [f"matched nothing: {target}" for target in self.unmatched]
+        for title, rows in self.sections().items():
+            listed = _by_kind(rows) if title == _FUSED else rows
+            lines += [f"{title} ({len(listed)}):"] if listed else []
+            lines += [f"  {name}: {text}" for name, text in listed]
+        return "\n".join(lines)
 
 
 def _stored(site: Site) -> str:

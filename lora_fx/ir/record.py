@@ -162,6 +162,7 @@ class Base:
         notes: Notes of the capture.
         kept: FQNs of the modules that ran their graph in the model that was rewritten, too: their own code
             does not know how their weights are stored (:func:`lora_fx.quantize`).
+        written_out: Keys of the regions with :attr:`lora_fx.ir.graph.Region.written_out`.
     """
 
     graphs: Mapping[str, fx.Graph]
@@ -169,6 +170,7 @@ class Base:
     matches: Matches
     notes: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
+    written_out: frozenset[str] = frozenset()
 
     def region(self, key: str, module: nn.Module, frontend: str) -> Region:
         """One of the regions, on a module of a rewritten model.
@@ -178,9 +180,13 @@ class Base:
             module: The module.
             frontend: The front-end of the capture.
         """
-        overlay = frontend == "export" and not key
         return Region.at(
-            key, module, self.graphs[key], fallback=self.fallback[key], overlay=overlay
+            key,
+            module,
+            self.graphs[key],
+            fallback=self.fallback[key],
+            overlay=frontend == "export" and not key,
+            written_out=key in self.written_out,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
@@ -192,14 +198,8 @@ class Base:
         places = {key: place for place, key in enumerate(distinct)}
         where = {fqn: places[id(graph)] for fqn, graph in self.graphs.items()}
         frozen = tuple(freeze(graph) for graph in distinct.values())
-        return _thawed, (
-            frozen,
-            where,
-            dict(self.fallback),
-            self.matches,
-            self.notes,
-            self.kept,
-        )
+        rest = (dict(self.fallback), self.matches, self.notes, self.kept, self.written_out)
+        return _thawed, (frozen, where, *rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -258,6 +258,10 @@ class Record:
     by_hand: frozenset[str] = frozenset()
     forwards: frozenset[str] = frozenset()
 
+    def with_adapter(self, name: str, adapter: AdapterRecord, **fields: Any) -> Record:
+        """The record with another entry for an adapter, and with other values of some fields."""
+        return dataclasses.replace(self, adapters={**self.adapters, name: adapter}, **fields)
+
     @property
     def choice(self) -> ActiveAdapters:
         """What counts outside of all ``with`` blocks."""
@@ -300,14 +304,6 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
     return record
 
 
-def _thawed(
-    frozen: tuple[Any, ...],
-    where: dict[str, int],
-    fallback: dict[str, bool],
-    matches: Matches,
-    notes: tuple[str, ...],
-    kept: frozenset[str] = frozenset(),
-) -> Base:
+def _thawed(frozen: tuple[Any, ...], where: dict[str, int], *rest: Any) -> Base:
     graphs = [thaw(one) for one in frozen]
-    named = {fqn: graphs[place] for fqn, place in where.items()}
-    return Base(named, fallback, matches, notes, kept)
+    return Base({fqn: graphs[place] for fqn, place in where.items()}, *rest)

@@ -1,4 +1,4 @@
-"""Sites: linear operations that were found, why others were not, and what a pattern says of one."""
+"""Sites: linear operations that were found, how their weights are stored, and what a pattern says of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from lora_fx.ir.graph import Region, Role, join
-from lora_fx.ir.quantization import Quantization
 
 __all__ = [
     "BranchBuilder",
@@ -21,6 +20,7 @@ __all__ = [
     "Matches",
     "OutputBuilder",
     "Pattern",
+    "Quantization",
     "Rejection",
     "Site",
 ]
@@ -28,6 +28,34 @@ __all__ = [
 
 Layout = Literal["out_in", "in_out"]
 """How a weight is stored: ``[out, in, ...]`` (``nn.Linear``) or ``[in, out]`` (``x @ W``)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a weight is stored.
+
+    Attributes:
+        scheme: Name of the format, as ``nf4`` or ``int8``.
+        bits: Bits of one value, without the scales.
+        library: Whose format it is: that of :class:`lora_fx.formats.WeightFormat`.
+        shape: Rows and columns of the matrix, [out, in].
+        dtype: What its values are when they are needed.
+        block_size: Values that share a scale, along a row or along the flattened matrix; None for one
+            scale a row.
+        double: Whether the scales are quantized, too (arXiv:2305.14314, section 3).
+    """
+
+    scheme: str
+    bits: int
+    library: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block_size: int | None = None
+    double: bool = False
+
+    def __str__(self) -> str:
+        blocks = "a row" if self.block_size is None else f"blocks of {self.block_size}"
+        return f"{self.scheme} ({self.library}, {blocks}{', double' if self.double else ''})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from lora_fx.formats import format_of, formats, quantization_of, quantized_linear
 from lora_fx.ir import Region
-from lora_fx.passes.graph import erase_unread, original_class
+from lora_fx.passes.graph import Condition, erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
 from lora_fx.runtime import attention, experts, output_padding, windows
 
@@ -252,11 +252,12 @@ def _encoder_layer(
     def attention(x: torch.Tensor) -> Any:
         return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
 
-    if self.norm_first:
-        x = src + attention(self.norm1(src))
-        return x + self._ff_block(self.norm2(x))
-    x = self.norm1(src + attention(src))
-    return self.norm2(x + self._ff_block(x))
+    x = _residual(self, src, self.norm1, attention)
+    return _residual(self, x, self.norm2, self._ff_block)
+
+
+def _residual(self: Any, x: Any, norm: Any, block: Any) -> Any:
+    return x + block(norm(x)) if self.norm_first else norm(x + block(x))
 
 
 def _encoder(
@@ -299,13 +300,9 @@ def _decoder_layer(
     def cross(x: torch.Tensor) -> Any:
         return self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
 
-    if self.norm_first:
-        x = tgt + attention(self.norm1(tgt))
-        x = x + cross(self.norm2(x))
-        return x + self._ff_block(self.norm3(x))
-    x = self.norm1(tgt + attention(tgt))
-    x = self.norm2(x + cross(x))
-    return self.norm3(x + self._ff_block(x))
+    x = _residual(self, tgt, self.norm1, attention)
+    x = _residual(self, x, self.norm2, cross)
+    return _residual(self, x, self.norm3, self._ff_block)
 
 
 def _decoder(
@@ -386,14 +383,12 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
     )
 
 
-def written_conditions(module: nn.Module) -> tuple[str, ...]:
-    """Expressions that are true when what was written out does not hold any more."""
+def written_conditions(module: nn.Module) -> tuple[Condition, ...]:
+    """What has to be so for what was written out to hold."""
     chosen = experts_implementation(module)
-    return (
-        ()
-        if chosen is None
-        else (f"(self.config._experts_implementation or 'eager') != {chosen!r}",)
-    )
+    if chosen is None:
+        return ()
+    return (Condition("(self.config._experts_implementation or 'eager')", "==", repr(chosen)),)
 
 
 def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:

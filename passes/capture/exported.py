@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.decompositions import written_out
 from lora_fx.passes.capture.noting import Notes, noted_globals
 from lora_fx.passes.capture.questions import Questions
 from lora_fx.passes.capture.state import State, difference, state_of
@@ -32,9 +31,13 @@ from lora_fx.passes.graph import (
     CONSTANT,
     NEEDS_MODULES,
     WANTS_CACHE,
+    Condition,
+    Flag,
     GuardedCodeGen,
     Parameter,
+    Path,
     Read,
+    TensorGiven,
     install,
     parameters_of,
     storage_of,
@@ -72,9 +75,13 @@ def _call_parameters(model: nn.Module, inputs: dict[str, Any]) -> tuple[Paramete
     parameters = parameters_of(type(model).forward, fixed)
     if CACHE in signature and inputs.get(CACHE) is False and hasattr(model, "config"):
         # A caller that says nothing wants what the model's configuration says.
-        test = f"{WANTS_CACHE}(self, {CACHE})"
+        needs = Flag(
+            f"{WANTS_CACHE}(self, {CACHE})",
+            note="the call, or the model's config, asks for a cache, which a graph does not return: pass "
+            "use_cache=False",
+        )
         parameters = tuple(
-            dataclasses.replace(p, test=test) if p.name == CACHE else p for p in parameters
+            dataclasses.replace(p, needs=needs) if p.name == CACHE else p for p in parameters
         )
     return parameters + tuple(_extras(parameters, inputs))
 
@@ -89,18 +96,18 @@ def _extras(parameters: tuple[Parameter, ...], inputs: dict[str, Any]) -> Iterat
             yield Parameter(name, kind, traced, None if traced else value, within=keywords)
 
 
-def _output_conditions(model: nn.Module) -> list[str]:
-    """Conditions that are true when the configuration asks for other outputs than at the capture."""
+def _output_conditions(model: nn.Module) -> list[Condition]:
+    """The configuration asks for the outputs that it asked for at the capture."""
     config = getattr(model, "config", None)
     return [
-        f"self.config.{name} is not {value!r}"
+        Condition(f"self.config.{name}", "is", repr(value))
         for name in _OUTPUT_SETTINGS
         if isinstance(value := getattr(config, name, None), bool)
     ]
 
 
-def _cache_condition(value: Any) -> Iterator[str]:
-    """A condition that is true when the configuration says something else about a cache, in evaluation.
+def _cache_condition(value: Any) -> Iterator[Condition]:
+    """The configuration says the same about a cache, in evaluation.
 
     In training it may say anything, as in :func:`lora_fx.runtime.ops.wants_cache`: trainers switch it off.
 
@@ -109,11 +116,13 @@ def _cache_condition(value: Any) -> Iterator[str]:
     """
     if isinstance(value, bool):
         here = f"self.config.{CACHE}"
-        yield f"{here} is not ({here} if self.training else {value})"
+        yield Condition(here, "is", f"({here} if self.training else {value})")
 
 
-def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str]) -> list[str]:
-    """Conditions that are true for tensors that the exported graph was not made for.
+def _shape_conditions(
+    program: ExportedProgram, graph: fx.Graph, names: list[str]
+) -> Iterator[Condition]:
+    """What tensors have to be that the exported graph was made for.
 
     Args:
         program: The exported program.
@@ -123,7 +132,6 @@ def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str
     Raises:
         CaptureError: If a size is tied to another one by a formula.
     """
-    conditions: list[str] = []
     seen: dict[Any, str] = {}
     tensors = [
         n.meta["val"]
@@ -131,34 +139,27 @@ def _shape_conditions(program: ExportedProgram, graph: fx.Graph, names: list[str
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
     ]
     for name, value in zip(names, tensors, strict=True):
-        conditions.append(f"not isinstance({name}, torch.Tensor)")
-        conditions.append(f"{name}.dtype != {value.dtype} or {name}.dim() != {value.dim()}")
+        yield TensorGiven(name)
+        yield Condition(f"{name}.dtype", "==", str(value.dtype))
+        yield Condition(f"{name}.dim()", "==", str(value.dim()))
         for axis, size in enumerate(value.shape):
             here = f"{name}.shape[{axis}]"
             expression = size.node.expr if isinstance(size, torch.SymInt) else size
             if isinstance(expression, int) or expression.is_Integer:
-                conditions.append(f"{here} != {int(expression)}")
+                yield Condition(here, "==", str(int(expression)))
             elif not expression.is_Symbol:
                 raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
             elif expression in seen:
-                conditions.append(f"{here} != {seen[expression]}")
+                other = seen[expression]
+                yield Condition(here, "==", other, note=f", as {other}")
             else:
                 seen[expression] = here
-                conditions.extend(
-                    _range_conditions(here, program.range_constraints.get(expression))
-                )
-    return conditions
-
-
-def _range_conditions(here: str, allowed: Any) -> list[str]:
-    # Every dynamic size starts at 2 in a trace; that says nothing about 1.
-    lower = (
-        [f"{here} < {int(allowed.lower)}"]
-        if allowed and allowed.lower.is_Integer and allowed.lower > 2
-        else []
-    )
-    upper = [f"{here} > {int(allowed.upper)}"] if allowed and allowed.upper.is_Integer else []
-    return lower + upper
+                allowed = program.range_constraints.get(expression)
+                # Every dynamic size starts at 2 in a trace; that says nothing about 1.
+                if allowed and allowed.lower.is_Integer and allowed.lower > 2:
+                    yield Condition(here, ">=", str(int(allowed.lower)))
+                if allowed and allowed.upper.is_Integer:
+                    yield Condition(here, "<=", str(int(allowed.upper)))
 
 
 def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
@@ -176,7 +177,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     model = capture.model
     inputs = named_inputs(model, example_inputs)
     # Attention is exported as the regions have it, so that both show the same operations.
-    written = [r for r in capture.regions.values() if written_out(r.module)]
+    written = [r for r in capture.regions.values() if r.written_out]
     install(written)
     globals_read = tuple(noted_globals(model))
     try:
@@ -193,9 +194,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_constants(graph, module, model)
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    conditions = _shape_conditions(
-        program, module.graph, [n for n, v in inputs.items() if isinstance(v, torch.Tensor)]
-    )
+    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+    conditions = list(_shape_conditions(program, module.graph, tensors))
     _name_placeholders(graph, inputs)
     unbake_modes(graph, model)
     convert_masks(graph)
@@ -207,11 +207,20 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         tensor = named[str(reference.target)]
         device = tensor.device
         unbake_devices(graph, reference, device)
-        conditions.append(f"{_attribute(str(reference.target))}.dtype != {tensor.dtype}")
+        weight = Path.to(str(reference.target)).expression("self")
+        conditions.append(Condition(f"{weight}.dtype", "==", str(tensor.dtype)))
     # Under autocast the code chooses dtypes that the graph has as literals.
-    conditions.append(f"torch.is_autocast_enabled({device.type!r})")
+    autocast = Flag(
+        f"torch.is_autocast_enabled({device.type!r})",
+        note="the call is made under autocast, and the graph has the dtypes of one without",
+    )
     questions.forget("is_autocast_enabled", device.type)
-    conditions.append(f"{NEEDS_MODULES}(self)")
+    hooks = Flag(
+        f"{NEEDS_MODULES}(self)",
+        note="a module inside has a hook or checkpoints its activations, and the graph calls no modules: "
+        "remove the hook, or switch checkpointing off",
+    )
+    conditions += [autocast, hooks]
     conditions.extend(_output_conditions(model))
     conditions.extend(questions.conditions)
     conditions.extend(_cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
@@ -436,11 +445,3 @@ Both keep what they are at in global state, and a capture by ``torch.export`` ta
 that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in
 between, in the same thread.
 """
-
-
-def _attribute(target: str) -> str:
-    """A dotted name as an expression over ``self``; ``""`` is ``self``."""
-    path = "self"
-    for atom in filter(None, target.split(".")):
-        path = f"{path}.{atom}" if atom.isidentifier() else f"getattr({path}, {atom!r})"
-    return path

@@ -23,7 +23,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -195,7 +195,7 @@ class Frame:
 
     def write(self, name: str, value: Any) -> None:
         """A write to a name of another scope."""
-        self.recorder.refuse(f"its forward writes to {name}, which is not its own")
+        self.refuse_here(f"writes to {name}, which is not its own")
 
     def variadic(self, value: Any) -> Any:
         """``*args`` or ``**kwargs`` as a function gets them."""
@@ -225,7 +225,7 @@ class Frame:
         if isinstance(value, torch.Tensor) or _answers(value):
             return getattr(value, name)
         if isinstance(value, (_FirstOf, *_VIEWS)):
-            return recorder.refuse("its forward goes through its parameters")
+            return self.refuse_here("goes through its parameters")
         if isinstance(value, types.ModuleType):
             path = Path(ModuleRoot(value.__name__)).attribute(name)
             root = value.__name__.partition(".")[0]
@@ -245,7 +245,7 @@ class Frame:
             return recorder.mode_of(module)
         own = vars(module)
         if name in ("__dict__", "_parameters", "_buffers", "_modules"):
-            recorder.refuse_softly(f"its forward looks at what {name} of a module holds")
+            self.refuse_softly(f"looks at what {name} of a module holds")
             return own if name == "__dict__" else own[name]
         for kind in ("_parameters", "_buffers"):
             if name in own[kind]:
@@ -262,8 +262,8 @@ class Frame:
         path = self.recorder.path_of(value)
         if path is None:
             what = type(value).__name__
-            self.recorder.refuse_softly(
-                f"its forward reads {name} of a {what} that is made on the way or comes from elsewhere"
+            self.refuse_softly(
+                f"reads {name} of a {what} that is made on the way or comes from elsewhere"
             )
         return self._looked_up(value, name, path, object, lookup=lookup)
 
@@ -289,13 +289,11 @@ class Frame:
             return self._invoke(static.fget, None, (value,), {})
         own = getattr(value, "__dict__", {})
         if isinstance(static, functools.cached_property) and name not in own:
-            return self.recorder.refuse(f"its forward writes to self.{name}")
+            return self.refuse_here(f"writes to self.{name}")
         if isinstance(static, types.MemberDescriptorType | types.GetSetDescriptorType):
             return self._noted_at(getattr(value, name), path, name, lookup)
         if static is not _MISSING and hasattr(type(static), "__set__"):
-            return self.recorder.refuse(
-                f"its forward reads {name}, which a {type(static).__name__} computes"
-            )
+            return self.refuse_here(f"reads {name}, which a {type(static).__name__} computes")
         if name in own:
             return self._noted_at(own[name], path, name, lookup)
         if isinstance(static, FunctionType):
@@ -321,7 +319,7 @@ class Frame:
         if isinstance(value, TracedValue):
             return value[key]
         if holds_traced(key):
-            recorder.refuse("its forward looks something up by a traced value")
+            self.refuse_here("looks something up by a traced value")
         if isinstance(value, nn.Module) and _holds(value):
             return self._item_of_holder(value, key)
         if isinstance(value, torch.Tensor):
@@ -334,7 +332,7 @@ class Frame:
             if isinstance(value, dict) and not _has_literal(key):
                 self._note_container(value, path)
                 if id(value) not in recorder.settled or type(found) in (list, dict, set):
-                    recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
+                    self.refuse_softly(f"looks into {path}, a dict of objects")
                 return found
             return self.noted(found, path.item(key), lookup=lookup)
         method = _in_mro(type(value), "__getitem__", None)
@@ -344,7 +342,7 @@ class Frame:
             path = recorder.path_of(value)
             if path is not None:
                 return self.noted(value[key], path.item(key))
-        return recorder.refuse(f"its forward reads an item of a {type(value).__name__}")
+        return self.refuse_here(f"reads an item of a {type(value).__name__}")
 
     def _item_of_holder(self, holder: Any, key: Any) -> Any:
         self._note_length(holder)
@@ -366,10 +364,8 @@ class Frame:
         if isinstance(value, nn.Module):
             at = self.recorder.path_of(value)
             place = f"{at}.{name}" if at is not None else name
-            self.recorder.refuse(
-                f"its forward writes to {place}, an attribute of a module ({name})"
-            )
-        self.recorder.refuse(f"its forward writes to an attribute ({name})")
+            self.refuse_here(f"writes to {place}, an attribute of a module ({name})")
+        self.refuse_here(f"writes to an attribute ({name})")
 
     def set_item(self, value: Any, key: Any, new: Any) -> None:
         """``value[key] = new``."""
@@ -379,7 +375,7 @@ class Frame:
             return
         self._check_own(value)
         if holds_traced(key):
-            self.recorder.refuse("its forward looks something up by a traced value")
+            self.refuse_here("looks something up by a traced value")
         value[key] = new
 
     def _check_own(self, value: Any) -> None:
@@ -387,7 +383,7 @@ class Frame:
         path = self.recorder.path_of(value)
         if path is not None or type(value) not in (list, dict, set):
             where = f"changes what is in {path}" if path is not None else "changes an object"
-            self.recorder.refuse(f"its forward {where}")
+            self.refuse_here(where)
 
     # --- reads --------------------------------------------------------------------------------------
 
@@ -433,26 +429,26 @@ class Frame:
     def _note_object(self, value: Any, path: Path, trusted: bool) -> None:
         recorder = self.recorder
         if isinstance(value, np.ndarray | np.generic):
-            recorder.refuse_softly(f"its forward reads {path}, a NumPy array that may change")
+            self.refuse_softly(f"reads {path}, a NumPy array that may change")
         elif type(value) in (range, slice, object):
             recorder.read(Read(path, "identity", value))
         elif type(value).__module__ == "builtins" or isinstance(value, Iterator):
-            what = f"its forward reads {path}, a {type(value).__name__} that may change"
+            what = f"reads {path}, a {type(value).__name__} that may change"
             if isinstance(value, Iterator):
-                recorder.refuse(what)  # going on would use it up
-            recorder.refuse_softly(what)
+                self.refuse_here(what)  # going on would use it up
+            self.refuse_softly(what)
         elif not (trusted and callable(value)):
             recorder.remember(value, path)
             recorder.read(Read(path, "class", type(value)))
 
     def _note_method(self, value: Any, path: Path) -> None:
         if "random" in type(value.__self__).__module__:
-            self.recorder.refuse("its forward draws random numbers that the graph would keep")
+            self.refuse_here("draws random numbers that the graph would keep")
         if (
             not isinstance(value.__self__, nn.Module)
             or self.recorder.path_of(value.__self__) is None
         ):
-            self.recorder.refuse_softly(f"its forward reads {path}, a method of another object")
+            self.refuse_softly(f"reads {path}, a method of another object")
 
     def _note_container(self, value: Any, path: Path) -> None:
         recorder = self.recorder
@@ -461,7 +457,7 @@ class Frame:
             recorder.read(Read(path, "contents", frozen(value)))
             recorder.settled.add(id(value))
         elif type(value) in (set, frozenset):
-            recorder.refuse_softly(f"its forward reads {path}, a set of objects")
+            self.refuse_softly(f"reads {path}, a set of objects")
         else:
             recorder.read(Read(path, "length", len(value)))
 
@@ -523,7 +519,7 @@ class Frame:
         value = self.recorder.seen(value)
         known = (TracedValue, torch.Tensor, enum.Enum, type, tuple, np.generic)
         if type(value) not in _PLAIN and not isinstance(value, known):
-            self.recorder.refuse_softly(f"its forward computes with a {type(value).__name__}")
+            self.refuse_softly(f"computes with a {type(value).__name__}")
         return value
 
     def compare(self, name: str, left: Any, right: Any) -> Any:
@@ -540,7 +536,7 @@ class Frame:
             found = self._contains(right, left)
             return found if name == "in" else not found
         if any(holds_traced(one) and not isinstance(one, TracedValue) for one in (left, right)):
-            self.recorder.refuse("its forward compares containers of traced values")
+            self.refuse_here("compares containers of traced values")
         if not isinstance(left, TracedValue) and not isinstance(right, TracedValue):
             left, right = self._comparable(left), self._comparable(right)
         return getattr(operator, name)(left, right)
@@ -550,7 +546,7 @@ class Frame:
         known = (TracedValue, torch.Tensor, enum.Enum, type, np.generic, tuple)
         functions = (FunctionType, BuiltinFunctionType)
         if type(value) not in _PLAIN and not isinstance(value, (*known, *functions)):
-            self.recorder.refuse_softly(f"its forward compares a {type(value).__name__}")
+            self.refuse_softly(f"compares a {type(value).__name__}")
         return value
 
     def _same(self, left: Any, right: Any) -> bool:
@@ -559,9 +555,7 @@ class Frame:
             if isinstance(value, TracedValue):
                 if other is None:
                     return recorder.is_none(value)
-                return recorder.refuse(
-                    "its forward asks for the type or the identity of a traced value (is)"
-                )
+                return self.refuse_here("asks for the type or the identity of a traced value (is)")
         for value, other in ((left, right), (right, left)):
             if isinstance(value, nn.Module) and other is None:
                 self._note_present(value)
@@ -577,7 +571,7 @@ class Frame:
             if type(value) is object or recorder.is_fixed(value):
                 continue  # the guard compares it by identity anyway
             if isinstance(value, nn.Module) or path is None:
-                recorder.refuse_softly("its forward compares objects by identity")
+                self.refuse_softly("compares objects by identity")
             else:
                 recorder.read(Read(path, "identity", value))
         return left is right
@@ -586,7 +580,7 @@ class Frame:
         if isinstance(container, TracedValue):
             return value in container
         if holds_traced(value) or holds_traced(container):
-            self.recorder.refuse("its forward looks for something by a traced value (in)")
+            self.refuse_here("looks for something by a traced value (in)")
         self._refuse_identity(container, value)
         if isinstance(container, nn.Module) and _holds(container):
             self._note_length(container)
@@ -595,7 +589,7 @@ class Frame:
         if isinstance(method, FunctionType):
             return self._invoke(method, None, (container, value), {})
         if type(container) not in _PLAIN and not isinstance(container, (*_VIEWS, tuple)):
-            self.recorder.refuse_softly(f"its forward looks into a {type(container).__name__}")
+            self.refuse_softly(f"looks into a {type(container).__name__}")
         if type(container) is str or self._settled(container):
             return value in container
         if isinstance(container, dict):
@@ -611,7 +605,7 @@ class Frame:
         if isinstance(value, nn.Module) or (
             several and any(isinstance(one, nn.Module) for one in container)
         ):
-            self.recorder.refuse_softly("its forward compares objects by identity")
+            self.refuse_softly("compares objects by identity")
 
     def _holds_key(self, holder: dict[Any, Any], key: Any) -> bool:
         """Whether a dict that was there before has a key."""
@@ -621,7 +615,7 @@ class Frame:
             self._note_container(holder, path)
             if id(holder) in self.recorder.settled:
                 return key in holder
-            self.recorder.refuse_softly(f"its forward looks into {path}, a dict of objects")
+            self.refuse_softly(f"looks into {path}, a dict of objects")
         self.recorder.read(Read(path, "holds", (key, key in holder)))
         return key in holder
 
@@ -629,7 +623,7 @@ class Frame:
         """What a dict holds that was there before, all of it noted."""
         keys = list(holder)
         if not is_constant(keys):
-            self.recorder.refuse_softly(f"its forward goes through {path}, a dict of objects")
+            self.refuse_softly(f"goes through {path}, a dict of objects")
             return holder
         self.recorder.read(Read(path, "keys", keys))
         return {key: self.noted(value, path.item(key)) for key, value in holder.items()}
@@ -651,24 +645,22 @@ class Frame:
             if _holds(value):
                 self._note_length(value)
             elif _in_mro(type(value), "__len__", nn.Module) is not _MISSING:
-                recorder.refuse_softly("its forward asks for the truth of a module")
+                self.refuse_softly("asks for the truth of a module")
             return value
         known = type(value) in _PLAIN or isinstance(value, enum.Enum | type | FunctionType | tuple)
         if not known and not isinstance(value, MethodType | BuiltinFunctionType | np.generic):
             for name in ("__bool__", "__len__"):
                 if _in_mro(type(value), name, None) is not _MISSING:
-                    recorder.refuse_softly(
-                        f"its forward asks for the truth of a {type(value).__name__}"
-                    )
+                    self.refuse_softly(f"asks for the truth of a {type(value).__name__}")
         return value
 
     def text(self, value: Any) -> Any:
         """A value that becomes part of a text."""
         self._check_passed(value)
         if holds_traced(value) or isinstance(value, _TracedText):
-            self.recorder.refuse("its forward turns a traced value into a text")
+            self.refuse_here("turns a traced value into a text")
         if not (is_constant(value, 10**6) or isinstance(value, type | FunctionType)):
-            self.recorder.refuse_softly(f"its forward turns a {type(value).__name__} into a text")
+            self.refuse_softly(f"turns a {type(value).__name__} into a text")
         return value
 
     def part(self, value: Any) -> Any:
@@ -686,29 +678,29 @@ class Frame:
     def key(self, value: Any) -> Any:
         """A key of a dict that is made."""
         if holds_traced(value):
-            self.recorder.refuse("its forward makes a key of a traced value")
+            self.refuse_here("makes a key of a traced value")
         return value
 
     def subject(self, value: Any) -> Any:
         """What a ``match`` statement compares with literals."""
         if holds_traced(value) or not is_constant(value):
-            self.recorder.refuse("its forward matches the structure of a value")
+            self.refuse_here("matches the structure of a value")
         return value
 
     def enter(self, value: Any) -> Any:
         """A context manager."""
         reason = _IN_WORDS.get(type(value)) or "enters a context manager, which a graph would lose"
-        self.recorder.refuse_softly(f"its forward {reason}")
+        self.refuse_softly(reason)
 
     def caught(self) -> None:
         """A ``try`` that is entered."""
-        self.recorder.refuse_softly(
-            "its forward catches exceptions (try), and a trace does not know which there will be"
+        self.refuse_softly(
+            "catches exceptions (try), and a trace does not know which there will be"
         )
 
-    def refuse_here(self, what: str) -> Any:
+    def refuse_here(self, what: str) -> NoReturn:
         """Code that is not known to be recorded."""
-        return self.recorder.refuse(f"its forward {what}")
+        self.recorder.refuse(f"its forward {what}")
 
     def refuse_softly(self, what: str) -> None:
         """As :meth:`refuse_here`, and goes on."""
@@ -724,7 +716,7 @@ class Frame:
         if isinstance(value, TracedValue | torch.Tensor):
             return iter(value)
         if isinstance(value, _FirstOf):
-            return recorder.refuse("its forward goes through its parameters")
+            return self.refuse_here("goes through its parameters")
         if isinstance(value, nn.Module) and _holds(value):
             self._note_length(value)
             if isinstance(value, nn.ParameterList):
@@ -741,7 +733,7 @@ class Frame:
         if isinstance(method, FunctionType):
             return self._invoke(method, path_in(type(value), "__iter__"), (value,), {})
         if path is not None and type(value) not in CONTAINERS and not isinstance(value, tuple):
-            recorder.refuse_softly(f"its forward goes through {path}, a {type(value).__name__}")
+            self.refuse_softly(f"goes through {path}, a {type(value).__name__}")
         return value
 
     def spread(self, value: Any) -> Any:
@@ -794,10 +786,10 @@ class Frame:
             )
         message = isinstance(function, type) and issubclass(function, BaseException)
         if not message and any(isinstance(one, _TracedText) for one in (*args, *kwargs.values())):
-            self.recorder.refuse("its forward turns a traced value into a text")
+            self.refuse_here("turns a traced value into a text")
         reason = _IN_WORDS.get(function) if _hashable(function) else None
         if reason is not None and not isinstance(function, type):
-            self.recorder.refuse(f"its forward {reason}")
+            self.refuse_here(reason)
         for kinds, handle in _CALLS:
             if isinstance(function, kinds):
                 return handle(self, function, args, kwargs)
@@ -805,7 +797,7 @@ class Frame:
 
     def _call_traced(self, function: Any, args: Any, kwargs: Any) -> Any:
         if "_name" not in function.__dict__:
-            self.recorder.refuse("its forward calls a traced value")
+            self.refuse_here("calls a traced value")
         return function(*args, **kwargs)
 
     def _call_child(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -814,7 +806,7 @@ class Frame:
     def _call_bound(self, method: MethodType, args: Any, kwargs: Any) -> Any:
         function, owner = method.__func__, method.__self__
         if function is _APPLY:
-            self.recorder.refuse(f"its forward calls an autograd function ({_name(owner)})")
+            self.refuse_here(f"calls an autograd function ({_name(owner)})")
         if function in _MODULE_METHODS and isinstance(owner, nn.Module):
             return _MODULE_METHODS[function](self, owner, *args, **kwargs)
         return self.call(function, owner, *args, **kwargs)
@@ -852,9 +844,7 @@ class Frame:
         if isinstance(method, FunctionType) and not isinstance(function, torch.jit.ScriptFunction):
             path = path_in(type(function), "__call__")
             return self._invoke(method, path, (function, *args), kwargs)
-        return self.recorder.refuse(
-            f"its forward calls {_name(function)}, which cannot be looked into"
-        )
+        return self.refuse_here(f"calls {_name(function)}, which cannot be looked into")
 
     def _call_function(self, function: FunctionType, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
@@ -878,11 +868,11 @@ class Frame:
         recorder.enter(function, args, kwargs)
         self._note_defaults(function)
         if recorder.depth >= _DEPTH:
-            recorder.refuse("its forward calls functions within functions without an end")
+            self.refuse_here("calls functions within functions without an end")
         try:
             made = recorder.rewritten(function, path)
         except SourceError as error:
-            return recorder.refuse(f"its forward cannot be read: {function.__qualname__} {error}")
+            return self.refuse_here(f"cannot be read: {function.__qualname__} {error}")
         recorder.depth += 1
         try:
             return made(*args, **kwargs)
@@ -922,7 +912,7 @@ class Frame:
         own = (_in_mro(cls, name, None) for name in ("__init__", "__new__"))
         if issubclass(cls, list | dict) and not any(isinstance(one, FunctionType) for one in own):
             return cls(*args, **kwargs)
-        return recorder.refuse(f"its forward makes an object ({cls.__qualname__})")
+        return self.refuse_here(f"makes an object ({cls.__qualname__})")
 
     def _call_builtin(self, function: Any, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
@@ -932,7 +922,7 @@ class Frame:
             if name == "__getattribute__" and len(args) == 1:
                 base = nn.Module if isinstance(owner, nn.Module) else object
                 return self._looked_up(owner, args[0], recorder.path_of(owner), base, generic=True)
-            return recorder.refuse(f"its forward calls {name}, which cannot be looked into")
+            return self.refuse_here(f"calls {name}, which cannot be looked into")
         if owner is None or isinstance(owner, types.ModuleType):
             if function in _PURE:
                 if function in (callable, format, repr):
@@ -940,9 +930,7 @@ class Frame:
                 if holds_traced(args) and function.__module__ == "math":
                     return recorder.create_proxy("call_function", function, args, kwargs)
                 return function(*args, **kwargs)
-            return recorder.refuse(
-                f"its forward calls {_name(function)}, which cannot be looked into"
-            )
+            return self.refuse_here(f"calls {_name(function)}, which cannot be looked into")
         if type(owner) is str or isinstance(owner, str):
             self.text(args)
             return function(*args, **kwargs)
@@ -958,7 +946,7 @@ class Frame:
             if drawn
             else f"calls {_name(function)}"
         )
-        return recorder.refuse(f"its forward {what}")
+        return self.refuse_here(what)
 
     def _call_method_of_container(
         self, function: Any, owner: Any, name: str, args: Any, kwargs: Any
@@ -968,11 +956,11 @@ class Frame:
             where = f"changes what is in {path}"
             if holds_traced(args):
                 where += ", and keeps a traced value where other code finds it"
-            self.recorder.refuse(f"its forward {where}")
+            self.refuse_here(where)
         if isinstance(owner, dict) and args and holds_traced(args[0]):
-            self.recorder.refuse("its forward looks something up by a traced value")
+            self.refuse_here("looks something up by a traced value")
         if name in ("index", "count", "remove") and (holds_traced(args) or holds_traced(owner)):
-            self.recorder.refuse("its forward looks for something by a traced value")
+            self.refuse_here("looks for something by a traced value")
         if name == "extend" and args:
             args = (self.iterate(args[0]),)
         if path is None or id(owner) in self.recorder.settled:
@@ -1109,9 +1097,7 @@ def _is_leaf(function: FunctionType) -> bool:
 def _isinstance(frame: Frame, value: Any, kinds: Any) -> bool:
     frame._check_passed(value)
     if isinstance(value, TracedValue):
-        frame.recorder.refuse_softly(
-            "its forward asks for the type of a traced value with isinstance"
-        )
+        frame.refuse_softly("asks for the type of a traced value with isinstance")
         return True
     if isinstance(value, nn.Module):
         frame._note_class(value)
@@ -1120,8 +1106,8 @@ def _isinstance(frame: Frame, value: Any, kinds: Any) -> bool:
 
 def _getattr(frame: Frame, value: Any, name: str, default: Any = _MISSING) -> Any:
     if isinstance(value, TracedValue) and default is not _MISSING:
-        frame.recorder.refuse(
-            f"its forward looks for an attribute of a traced value ({name}) with hasattr or getattr"
+        frame.refuse_here(
+            f"looks for an attribute of a traced value ({name}) with hasattr or getattr"
         )
     if default is _MISSING:
         return frame.attribute(value, name)
@@ -1156,9 +1142,7 @@ def _note_missing(frame: Frame, value: Any, name: str) -> None:
 
 def _type(frame: Frame, value: Any) -> type:
     if isinstance(value, TracedValue):
-        frame.recorder.refuse(
-            "its forward asks for the type or the identity of a traced value (type)"
-        )
+        frame.refuse_here("asks for the type or the identity of a traced value (type)")
     if isinstance(value, nn.Module):
         frame._note_class(value)
     return builtins.type(value)
@@ -1183,7 +1167,7 @@ def _next(frame: Frame, iterator: Any, *default: Any) -> Any:
             return next(iter(()), *default)
         return frame.recorder.seen(iterator[0])
     if frame.recorder.path_of(iterator) is not None:
-        frame.recorder.refuse("its forward uses up an iterator")
+        frame.refuse_here("uses up an iterator")
     return next(iterator, *default)
 
 
@@ -1225,7 +1209,7 @@ def _asked_each(which: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refused(what: str) -> Callable[..., Any]:
     def run(frame: Frame, *_: Any, **__: Any) -> Any:
-        return frame.recorder.refuse(f"its forward {what}")
+        return frame.refuse_here(what)
 
     return run
 

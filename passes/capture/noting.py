@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -33,7 +33,9 @@ from lora_fx.passes.graph import (
     Path,
     Read,
     frozen,
+    held_in,
     is_constant,
+    named_by,
     nested,
 )
 from lora_fx.runtime import ops
@@ -399,7 +401,7 @@ def noted_globals(model: nn.Module) -> Iterator[Read]:
 def _held_functions(model: nn.Module) -> Iterator[tuple[Any, Path | None]]:
     """The functions that modules hold, each with where it is."""
     for name, module in model.named_modules():
-        owner = functools.reduce(Path.attribute, filter(None, name.split(".")), Path())
+        owner = Path.to(name)
         for key, value in module.__dict__.items():
             if key not in _OWN:
                 for one, place in _functions_in(value, owner.attribute(key)):
@@ -422,35 +424,15 @@ def _of_library(function: Any) -> bool:
     return (function.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
-def _in_module(value: Any, names: Iterable[str]) -> Iterator[tuple[Path, Any]]:
-    """What code asks of a module of Python, and of those in it; not of a library."""
-    pending, done = [value], set[int]()
-    while pending:
-        one = pending.pop()
-        if not isinstance(one, ModuleType) or id(one) in done or _is_apart(one.__name__):
-            continue
-        done.add(id(one))
-        for name in names:
-            if name in vars(one) and not name.startswith("__"):
-                yield Path(ModuleRoot(one.__name__)).attribute(name), vars(one)[name]
-                pending.append(vars(one)[name])
-
-
-def _is_apart(module: str) -> bool:
-    return module.partition(".")[0] in {*_LIBRARIES, *sys.stdlib_module_names}
-
-
 def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | None, Any]]:
     module = function.__globals__.get("__name__", "")
     known = sys.modules.get(module)
     importable = known is not None and vars(known) is function.__globals__
-    for code in nested(function.__code__):
-        for name in code.co_names:
-            if name in function.__globals__:
-                path = Path(ModuleRoot(module)).attribute(name) if importable else None
-                value = function.__globals__[name]
-                yield path, value
-                yield from _in_module(value, code.co_names)
+    for _, home, name, value in named_by(function):
+        yield (
+            Path(ModuleRoot(home)).attribute(name) if importable or home != module else None,
+            value,
+        )
     root = place or Path(ObjectRoot(function))
     for name in ("__defaults__", "__kwdefaults__"):
         yield root.attribute(name), getattr(function, name) or None
@@ -458,5 +440,5 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | 
         held = Path(ObjectRoot(cell))
         if place is not None:  # by names, since a cell cannot be pickled
             held = place.attribute("__closure__").item(number)
-        with contextlib.suppress(ValueError):  # the variable has no value yet
-            yield held.attribute("cell_contents"), cell.cell_contents
+        for value in held_in(cell):
+            yield held.attribute("cell_contents"), value

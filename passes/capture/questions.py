@@ -24,7 +24,7 @@ import torch
 from torch.autograd.function import FunctionMeta
 from torch.overrides import TorchFunctionMode
 
-from lora_fx.passes.graph import ModuleRoot, Path, Read
+from lora_fx.passes.graph import Condition, ModuleRoot, Path, Read
 
 __all__ = ["Questions", "answer_of"]
 
@@ -80,13 +80,13 @@ class Questions(TorchFunctionMode):
     """What was asked.
 
     Attributes:
-        conditions: Expressions over the arguments that are true where an answer is another one.
+        conditions: What arguments have to answer.
         refused: What cannot be guarded, in words.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conditions: list[str] = []
+        self.conditions: list[Condition] = []
         self.refused: list[str] = []
         self._reads: dict[tuple[str, tuple[Any, ...]], Read] = {}
         self._arguments: dict[int, tuple[str, torch.Tensor, dict[str, Any]]] = {}
@@ -155,7 +155,7 @@ class Questions(TorchFunctionMode):
     def _note(self, name: str, tensor: torch.Tensor, answer: Any) -> None:
         argument, _, before = self._arguments.get(id(tensor), ("", None, {}))
         if name in before and answer is before[name] and answer in (True, False, None):
-            condition = f"{argument}.{name} is not {answer!r}"
+            condition = Condition(f"{argument}.{name}", "is", repr(answer))
             if condition not in self.conditions:
                 self.conditions.append(condition)
             return

@@ -73,8 +73,9 @@ def find_regions(model: nn.Module) -> Capture:
         uninstall(module)
 
     def add(module: nn.Module, fqn: str, forms: Mapping[str, fx.Graph], own: bool) -> None:
+        written = written_out(module) is not None
         for form, graph in forms.items():
-            region = Region(fqn, module, graph, own, form)
+            region = Region(fqn, module, graph, own, form, written_out=written)
             regions[region.key] = region
 
     def visit(module: nn.Module, fqn: str) -> None:

@@ -27,6 +27,7 @@ from lora_fx.passes.capture.instrument import instrumented
 from lora_fx.passes.capture.interpret import Frame, path_in
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
 from lora_fx.passes.graph import (
+    Condition,
     GuardedCodeGen,
     Parameter,
     Path,
@@ -61,7 +62,7 @@ def trace(
     *,
     check_none: bool = True,
     forward: Callable[..., Any] | None = None,
-    conditions: tuple[str, ...] = (),
+    conditions: tuple[Condition, ...] = (),
 ) -> fx.Graph:
     """Traces one module's own ``forward``.
 
@@ -71,7 +72,7 @@ def trace(
             has a default is fixed to it.
         check_none: See :class:`GuardedCodeGen`.
         forward: What to trace instead of the module's own forward; it has the same signature.
-        conditions: Expressions over ``self`` that are true where the graph does not apply.
+        conditions: What has to be so of ``self`` for the graph to apply.
 
     Returns:
         A graph with the names of ``module`` and a guarded signature.
@@ -270,9 +271,7 @@ class Recorder(fx.Tracer):
         """Where an object was read; None if nobody knows."""
         if isinstance(value, nn.Module):
             name = self.submodule_paths.get(value)
-            if name is None:
-                return None
-            return Path(steps=tuple(("attribute", atom) for atom in name.split(".") if atom))
+            return None if name is None else Path.to(name)
         found = self._paths.get(id(value))
         return None if found is None else found[1]
 
@@ -320,7 +319,7 @@ class Recorder(fx.Tracer):
         node = value.__dict__.get("node")
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        path = _path_to(str(node.target))
+        path = Path.to(str(node.target))
         owner: nn.Module | None = self.root
         *above, (_, key) = path.steps
         for _, atom in above:
@@ -338,7 +337,7 @@ class Recorder(fx.Tracer):
             if node.op == "placeholder" and self._check_none:
                 return False
             if node.op == "get_attr":
-                self.read(Read(_path_to(str(node.target)), "present", None))
+                self.read(Read(Path.to(str(node.target)), "present", None))
                 return False
             module = getattr(node.target, "__module__", None) or ""
             computed = module.partition(".")[0] in ("torch", "_operator", "lora_fx", "")
@@ -417,10 +416,6 @@ def _path_of_forward(cls: Any) -> Path:
     while outer is not inner_of(outer):
         path, outer = path.attribute("__wrapped__"), outer.__wrapped__
     return path
-
-
-def _path_to(target: str) -> Path:
-    return Path(steps=tuple(("attribute", atom) for atom in target.split(".")))
 
 
 def _is_part(target: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -22,6 +21,7 @@ from torch import nn
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
+from lora_fx.passes.graph.source import LIBRARIES
 
 __all__ = [
     "APART",
@@ -30,6 +30,7 @@ __all__ = [
     "children",
     "exchange",
     "follow",
+    "held_in",
     "memory_of",
     "share_copy",
     "storage_of",
@@ -45,9 +46,7 @@ ATOMS = (
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
 _CACHED = type(functools.lru_cache(lambda: None))
-APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}) - {
-    *("types", "collections", "argparse")
-}
+APART = LIBRARIES - {"types", "collections", "argparse"}
 """Packages of Python whose objects are no part of a model, and lead everywhere."""
 
 
@@ -257,8 +256,7 @@ class _Following:
         # One that calls itself is in its own closure.
         self._made[id(value)] = (value, made)
         for cell, old in zip(cells, value.__closure__ or (), strict=True):
-            held, full = _content(old)
-            if full:
+            for held in held_in(old):
                 cell.cell_contents = self.followed(held)
         made.__defaults__ = self.followed(value.__defaults__)
         made.__kwdefaults__ = _mapped(self.followed, value.__kwdefaults__)
@@ -297,7 +295,8 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-        yield f" -> {value.__qualname__} (its {name})", _content(cell)[0]
+        for held in held_in(cell):
+            yield f" -> {value.__qualname__} (its {name})", held
     defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
     for item in (*defaults, *value.__dict__.values()):
         yield f" -> {value.__qualname__} (a default or an attribute)", item
@@ -367,11 +366,12 @@ def _is_apart(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] in APART
 
 
-def _content(cell: types.CellType) -> tuple[Any, bool]:
+def held_in(cell: types.CellType) -> tuple[Any, ...]:
+    """What a variable around a function has; nothing as long as it has no value."""
     try:
-        return cell.cell_contents, True
-    except ValueError:  # it is empty: the name has no value yet
-        return None, False
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
 
 
 _EMPTY = (dict, OrderedDict)

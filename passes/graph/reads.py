@@ -16,11 +16,12 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from lora_fx.passes.graph.copies import held_in
 from lora_fx.runtime import ops
 
 __all__ = [
@@ -114,18 +115,11 @@ def _inside(function: FunctionType) -> dict[FunctionType, tuple[int, ...]]:
     found: dict[FunctionType, tuple[int, ...]] = {function: ()}
     for one in (pending := [function]):
         for place, cell in enumerate(one.__closure__ or ()):
-            held = _content(cell)
-            if isinstance(held, FunctionType) and held not in found:
-                found[held] = (*found[one], place)
-                pending.append(held)
+            for held in held_in(cell):
+                if isinstance(held, FunctionType) and held not in found:
+                    found[held] = (*found[one], place)
+                    pending.append(held)
     return found
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the name has no value yet
-        return None
 
 
 def _named(module: str | None, name: str) -> Any:
@@ -161,6 +155,11 @@ class Path:
 
     root: _Root = _SELF
     steps: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def to(cls, name: str) -> Path:
+        """The path of what has a dotted name in the module; of the module itself for an empty one."""
+        return cls(steps=tuple(("attribute", atom) for atom in name.split(".") if atom))
 
     def attribute(self, name: str) -> Path:
         """The path of an attribute of what lies here."""

@@ -9,14 +9,13 @@ not do by itself.
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import itertools
 import linecache
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +23,13 @@ from torch import fx, nn
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import META_KEY, Region, freeze, thaw
+from lora_fx.passes.graph.copies import held_in
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import (
     FALLBACK,
-    NEEDS_MODULES,
-    WANTS_CACHE,
     GuardedCodeGen,
     forwarding_source,
+    shown,
 )
 from lora_fx.runtime import (
     BASE,
@@ -93,25 +92,6 @@ def _forget(filename: str, namespace: int) -> None:
         del wrapped[key]
 
 
-_OPPOSITE: Mapping[type[ast.cmpop], str] = {
-    ast.Is: "is not",
-    ast.IsNot: "is",
-    ast.Eq: "!=",
-    ast.NotEq: "==",
-    ast.Lt: ">=",
-    ast.Gt: "<=",
-}
-_PLAIN = (int, float, str, type(None), set, torch.dtype)
-_IN_WORDS = {
-    NEEDS_MODULES: "a module inside has a hook or checkpoints its activations, and the graph calls "
-    "no modules: remove the hook, or switch checkpointing off",
-    WANTS_CACHE: "the call, or the model's config, asks for a cache, which a graph does not return: "
-    "pass use_cache=False",
-    "torch.is_autocast_enabled": "the call is made under autocast, and the graph has the dtypes of "
-    "one without",
-}
-
-
 def _refusal(
     base: type[nn.Module], forms: Sequence[_Form], *, quantized: bool = False
 ) -> Callable[..., Any]:
@@ -155,8 +135,14 @@ def _refusal(
 def _reasons(module: nn.Module, names: dict[str, Any], form: _Form) -> list[tuple[str, bool]]:
     """Why a graph does not apply, each with whether something has changed since the capture."""
     found: list[tuple[str, bool]] = []
+
+    def value(expression: str) -> Any:
+        return eval(expression, known, given)
+
+    known, given = dict(form.namespace), dict(names)
     try:
-        failed = _failed(form.conditions, dict(form.namespace), dict(names))
+        # In the order of the guard: what a condition names, those before it have set.
+        failed = (one.failure(value) for one in form.conditions if value(one.test))
         found.extend((reason, False) for reason in failed)
     except (AttributeError, LookupError, TypeError):
         # A condition that only makes sense where those before it hold: the guard does not come to it.
@@ -176,64 +162,10 @@ def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) 
             continue
         for one in read.changes(module) if changed else ():
             try:
-                found = _shown(one.found(module))
+                found = shown(one.found(module))
             except (AttributeError, LookupError):
                 found = "nothing"
             yield one.words(found)
-
-
-def _failed(conditions: list[str], known: dict[str, Any], names: dict[str, Any]) -> Iterator[str]:
-    for condition in conditions:
-        for atom in _atoms(ast.parse(condition, mode="eval").body):
-            # In the order of the guard: what a condition names, those before it have set.
-            if _value(atom, known, names):
-                yield _in_words(atom, known, names)
-
-
-def _atoms(tree: ast.expr) -> list[ast.expr]:
-    return tree.values if isinstance(tree, ast.BoolOp) else [tree]
-
-
-def _in_words(atom: ast.expr, known: dict[str, Any], names: dict[str, Any]) -> str:
-    called = ast.unparse(atom.func) if isinstance(atom, ast.Call) else ""
-    if called in _IN_WORDS:
-        return _IN_WORDS[called]
-    if isinstance(atom, ast.Name):
-        extra = names[atom.id]
-        if isinstance(extra, dict):
-            return f"it was captured without **{atom.id}, found {sorted(extra)}"
-        return f"it was captured without *{atom.id}, found {len(extra)} of them"
-    if isinstance(atom, ast.UnaryOp) and isinstance(atom.operand, ast.Call):
-        subject = atom.operand.args[0]
-        found = _shown(_value(subject, known, names))
-        return f"expected {ast.unparse(subject)} to be a tensor, found {found}"
-    if not isinstance(atom, ast.Compare):
-        return f"{ast.unparse(atom)} is true"
-    left = atom.left.target if isinstance(atom.left, ast.NamedExpr) else atom.left
-    found = _shown(_value(left, known, names))
-    right = atom.comparators[0]
-    wanted = _shown(_value(right, known, names))
-    name = ast.unparse(left)
-    if isinstance(atom.ops[0], ast.Is) and wanted == "None":
-        return f"{name} has to be given, found None"
-    # A size that has to be that of another argument.
-    wanted += f", as {ast.unparse(right)}" if isinstance(right, ast.Subscript) else ""
-    return f"expected {name} {_OPPOSITE[type(atom.ops[0])]} {wanted}, found {found}"
-
-
-def _value(node: ast.expr, known: dict[str, Any], names: dict[str, Any]) -> Any:
-    return eval(ast.unparse(node), known, names)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, KeysView):
-        return str(sorted(value))
-    if isinstance(value, type):
-        return value.__name__
-    plain = isinstance(value, _PLAIN)
-    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 CONSTANT = "_lora_fx_constant_"
@@ -347,13 +279,10 @@ def _wrapped(module: nn.Module) -> types.CellType | None:
         return None
     own = type(module).forward
     for cell in forward.__closure__ or ():
-        try:
-            held = cell.cell_contents
-        except ValueError:  # the name has no value yet
-            continue
-        if isinstance(held, types.MethodType) and held.__self__ is module:
-            inner = (own, getattr(type(module), _BASE, type(module)).forward)
-            return cell if any(held.__func__ is one for one in inner) else None
+        for held in held_in(cell):
+            if isinstance(held, types.MethodType) and held.__self__ is module:
+                inner = (own, getattr(type(module), _BASE, type(module)).forward)
+                return cell if any(held.__func__ is one for one in inner) else None
     return None
 
 

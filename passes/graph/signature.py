@@ -18,8 +18,10 @@ import dataclasses
 import inspect
 import math
 import types
+from collections.abc import Callable, Iterator, KeysView, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
@@ -29,10 +31,14 @@ __all__ = [
     "FALLBACK",
     "NEEDS_MODULES",
     "WANTS_CACHE",
+    "Condition",
+    "Flag",
     "GuardedCodeGen",
     "Parameter",
+    "TensorGiven",
     "forwarding_source",
     "parameters_of",
+    "shown",
     "wrapped_forward",
 ]
 
@@ -52,6 +58,90 @@ _STARS: dict[int, str] = {
     inspect.Parameter.VAR_KEYWORD: "**",
 }
 _OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
+_OPPOSITE: Mapping[str, str] = {"is": "is not", "is not": "is", "==": "!=", ">=": "<", "<=": ">"}
+_PLAIN = (int, float, str, type(None), set, torch.dtype)
+
+_Value = Callable[[str], Any]
+"""Gives the value of an expression over the arguments of a call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What has to be so for a graph to apply.
+
+    Attributes:
+        subject: An expression over the arguments of a call.
+        how: ``is``, ``is not``, ``==``, ``>=`` or ``<=``.
+        wanted: An expression for what it is compared with.
+        bound: What the subject, a name, is given by this comparison; empty if it is known before.
+        note: What is said after the value that is wanted.
+    """
+
+    subject: str
+    how: str = ""
+    wanted: str = ""
+    bound: str = ""
+    note: str = ""
+
+    @property
+    def test(self) -> str:
+        """Python code that is true where it is not so."""
+        subject = f"({self.subject} := {self.bound})" if self.bound else self.subject
+        return f"{subject} {_OPPOSITE[self.how]} {self.wanted}"
+
+    def failure(self, value: _Value) -> str:
+        """What to say where it is not so."""
+        found, wanted = shown(value(self.subject)), shown(value(self.wanted))
+        if self.how == "is not" and wanted == "None":
+            return f"{self.subject} has to be given, found None"
+        return f"expected {self.subject} {self.how} {wanted}{self.note}, found {found}"
+
+
+class TensorGiven(Condition):
+    """An argument has to be a tensor."""
+
+    @property
+    def test(self) -> str:
+        """See :class:`Condition`."""
+        return f"not isinstance({self.subject}, torch.Tensor)"
+
+    def failure(self, value: _Value) -> str:
+        """See :class:`Condition`."""
+        return f"expected {self.subject} to be a tensor, found {shown(value(self.subject))}"
+
+
+class Flag(Condition):
+    """An expression has to be false; the note says what it means that it is true."""
+
+    @property
+    def test(self) -> str:
+        """See :class:`Condition`."""
+        return self.subject
+
+    def failure(self, value: _Value) -> str:
+        """See :class:`Condition`."""
+        return self.note
+
+
+class _NothingMore(Flag):
+    """``*args`` or ``**kwargs`` have to be empty."""
+
+    def failure(self, value: _Value) -> str:
+        """See :class:`Condition`."""
+        extra = value(self.subject)
+        found = sorted(extra) if isinstance(extra, dict) else f"{len(extra)} of them"
+        return f"it was captured without {self.note}{self.subject}, found {found}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, KeysView):
+        return str(sorted(value))
+    if isinstance(value, type):
+        return value.__name__
+    return repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +155,7 @@ class Parameter:
         value: What it was fixed to.
         default: The default, or ``inspect.Parameter.empty``.
         within: Name of the ``**kwargs`` that takes it, for one that the signature does not name.
-        test: An expression that is true where the graph does not apply; by default one that follows
-            from the rest.
+        needs: What has to be so for the graph to apply; by default it follows from the rest.
         omitted: Whether the graph holds only where nothing is given for it, not the default either: a
             decorator looks whether there is something.
     """
@@ -77,7 +166,7 @@ class Parameter:
     value: Any = None
     default: Any = inspect.Parameter.empty
     within: str = ""
-    test: str = ""
+    needs: Condition | None = None
     omitted: bool = False
 
     @property
@@ -178,7 +267,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         parameters: The original signature.
         check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
             ``torch.nn`` that is one operation makes do without.
-        extra: More expressions that are true where the graph does not apply; asked last.
+        extra: What else has to be so for the graph to apply; asked last.
         reads: What the trace read, and took for granted; asked last of all.
     """
 
@@ -186,7 +275,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         self,
         parameters: tuple[Parameter, ...],
         check_none: bool = True,
-        conditions: tuple[str, ...] = (),
+        conditions: tuple[Condition, ...] = (),
         reads: tuple[Read, ...] = (),
     ) -> None:
         super().__init__()
@@ -198,7 +287,8 @@ class GuardedCodeGen(fx.graph.CodeGen):
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
         head = f"def {self._func_name}({', '.join(['self', *self._declared()])}){maybe_return_annotation}:"
-        conditions = [*self.conditions(), *(test for _, test in conditions_of(self.reads))]
+        conditions = [one.test for one in self.conditions()]
+        conditions += [test for _, test in conditions_of(self.reads)]
         if not conditions:
             return head
         call = ", ".join(["self", *self._passed()])
@@ -216,7 +306,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         found: dict[str, Any] = {
             name: helper
             for name, helper in _HELPERS.items()
-            if any(name in condition for condition in conditions)
+            if any(name in condition.test for condition in conditions)
         }
         found |= constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
@@ -230,14 +320,11 @@ class GuardedCodeGen(fx.graph.CodeGen):
                 found[f"_fixed_{p.name}"] = p.value
         return found
 
-    def conditions(self) -> list[str]:
-        """Python expressions, one of which is true where the graph does not apply."""
+    def conditions(self) -> list[Condition]:
+        """What has to be so for the graph to apply, in the order in which it is asked."""
         within = {p.name for p in self.parameters if p.within}
-        return [
-            _variadic_condition(p, within) if p.variadic else p.test or _condition(p)
-            for p in self.parameters
-            if self.check_none or not p.traced
-        ] + list(self.extra)
+        asked = [p for p in self.parameters if self.check_none or not p.traced]
+        return [*(one for p in asked for one in _conditions(p, within)), *self.extra]
 
     def _declared(self) -> list[str]:
         declared, keyword_only = [], False
@@ -290,22 +377,26 @@ def _default(p: Parameter) -> str:
     return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"
 
 
-def _variadic_condition(p: Parameter, within: set[str]) -> str:
-    if within and p.kind == inspect.Parameter.VAR_KEYWORD:
-        return f"{p.name}.keys() != {{{', '.join(map(repr, sorted(within)))}}}"
-    return p.name
-
-
-def _condition(p: Parameter) -> str:
-    # What **kwargs holds gets a name where it is looked at first.
-    name = f"({p.name} := {p.within}[{p.name!r}])" if p.within else p.name
-    if p.omitted:
-        return f"{name} is not {_OMITTED}"
-    if p.traced:
-        # A trace takes every "is not None" branch: a None has to go to the module's own forward.
-        return f"{name} is None"
-    if p.value is None or isinstance(p.value, bool):
-        return f"{name} is not {p.value!r}"
-    if _literal(p.value):
-        return f"type({name}) is not {type(p.value).__name__} or {p.name} != {p.value!r}"
-    return f"{name} is not _fixed_{p.name}"
+def _conditions(p: Parameter, within: set[str]) -> Iterator[Condition]:
+    if p.needs is not None:
+        yield p.needs
+    elif within and p.kind == inspect.Parameter.VAR_KEYWORD:
+        yield Condition(f"{p.name}.keys()", "==", f"{{{', '.join(map(repr, sorted(within)))}}}")
+    elif p.variadic:
+        yield _NothingMore(p.name, note=p.stars)
+    else:
+        # What **kwargs holds gets a name where it is looked at first.
+        bound = f"{p.within}[{p.name!r}]" if p.within else ""
+        if p.omitted:
+            yield Condition(p.name, "is", _OMITTED, bound)
+        elif p.traced:
+            # A trace takes every "is not None" branch: a None has to go to the module's own forward.
+            yield Condition(p.name, "is not", "None", bound)
+        elif p.value is None or isinstance(p.value, bool):
+            yield Condition(p.name, "is", repr(p.value), bound)
+        elif _literal(p.value):
+            named = f"({p.name} := {bound})" if bound else p.name
+            yield Condition(f"type({named})", "is", type(p.value).__name__)
+            yield Condition(p.name, "==", repr(p.value))
+        else:
+            yield Condition(p.name, "is", f"_fixed_{p.name}", bound)

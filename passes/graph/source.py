@@ -5,16 +5,22 @@ to ``assert``). So the source is compiled, and compared with the bytecode, befor
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import functools
 import inspect
 import linecache
+import operator
+import sys
 from collections.abc import Iterable, Iterator
-from types import CodeType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["SCOPES", "bound_by", "compiled", "nested", "tree_of"]
+__all__ = ["LIBRARIES", "SCOPES", "bound_by", "compiled", "named_by", "nested", "tree_of"]
+
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}
+"""Packages of Python whose code is no part of a model."""
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -26,6 +32,29 @@ def nested(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from nested(constant)
+
+
+def named_by(function: FunctionType) -> Iterator[tuple[str, str, str, Any]]:
+    """What the code of a function names: globals, and what it may ask of modules of Python among them.
+
+    The modules of :data:`LIBRARIES` are not looked into.
+
+    Yields:
+        The words, as ``helpers.TABLE``; the module of Python in which it lies, and its name there; the value.
+    """
+    for code in nested(function.__code__):
+        pending = [("", function.__globals__.get("__name__", ""), function.__globals__)]
+        done: set[int] = set()
+        for words, module, held in pending:
+            for name in code.co_names:
+                if name not in held or (words and name.startswith("__")):
+                    continue
+                value, here = held[name], f"{words}.{name}" if words else name
+                yield here, module, name, value
+                if isinstance(value, ModuleType) and id(value) not in done:
+                    done.add(id(value))
+                    if value.__name__.partition(".")[0] not in LIBRARIES:
+                        pending.append((here, value.__name__, vars(value)))
 
 
 def tree_of(code: CodeType, qualname: str) -> tuple[Any, str] | str:
@@ -138,10 +167,11 @@ def compiled(
         body = [ast.copy_location(bare, tree)]
     free = [name for name in code.co_freevars if name.isidentifier()]
     if scope:
-        body = [_class(scope, body)]
+        body = [_scope(f"class {scope}", body)]
         free = [name for name in free if name != "__class__"]
     free.extend(more)
-    made = _function("_lora_fx_factory", free, [*body, ast.Return(ast.Constant(None))])
+    head = f"def _lora_fx_factory({', '.join(free)})"
+    made = _scope(head, [*body, ast.Return(ast.Constant(None))])
     imports: list[ast.stmt] = [ast.Import([ast.alias(name)]) for name in sorted(imported)]
     module = ast.fix_missing_locations(ast.Module([*imports, made], []))
     flags = code.co_flags & _FUTURES
@@ -152,9 +182,9 @@ def compiled(
     return next((one for one in nested(outer) if one.co_name == code.co_name), None)
 
 
-_FUTURES = 0
-for _name in __import__("__future__").all_feature_names:
-    _FUTURES |= getattr(__import__("__future__"), _name).compiler_flag
+_FUTURES = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 
 def _mangles(tree: ast.AST) -> bool:
@@ -166,34 +196,23 @@ def _mangles(tree: ast.AST) -> bool:
     return False
 
 
-def _class(name: str, body: list[ast.stmt]) -> ast.ClassDef:
-    more: Any = {"type_params": []} if "type_params" in ast.ClassDef._fields else {}
-    return ast.ClassDef(name=name, bases=[], keywords=[], body=body, decorator_list=[], **more)
+def _scope(head: str, body: list[ast.stmt]) -> ast.stmt:
+    """A class or a function, by its first line."""
+    made: Any = ast.parse(f"{head}: pass").body[0]
+    made.body = body
+    return made  # type: ignore[no-any-return]
 
 
-def _function(name: str, parameters: Iterable[str], body: list[ast.stmt]) -> ast.FunctionDef:
-    more: Any = {"type_params": []} if "type_params" in ast.FunctionDef._fields else {}
-    arguments = ast.arguments(
-        posonlyargs=[],
-        args=[ast.arg(one) for one in parameters],
-        kwonlyargs=[],
-        kw_defaults=[],
-        defaults=[],
-    )
-    return ast.FunctionDef(name=name, args=arguments, body=body, decorator_list=[], **more)
+_COMPARED = tuple(
+    f"co_{name}" for name in ["code", "names", "varnames", "freevars", "cellvars", "exceptiontable"]
+)
 
 
 def _same(made: CodeType, code: CodeType) -> bool:
     """Whether two code objects do the same: all but names of files, lines and annotations."""
-    if (
-        made.co_code != code.co_code
-        or made.co_names != code.co_names
-        or made.co_varnames != code.co_varnames
-        or made.co_freevars != code.co_freevars
-        or made.co_cellvars != code.co_cellvars
-        or made.co_exceptiontable != code.co_exceptiontable
-        or len(made.co_consts) != len(code.co_consts)
-    ):
+    if any(getattr(made, name) != getattr(code, name) for name in _COMPARED):
+        return False
+    if len(made.co_consts) != len(code.co_consts):
         return False
     for mine, its in zip(made.co_consts, code.co_consts, strict=True):
         if isinstance(mine, CodeType) and isinstance(its, CodeType):

@@ -16,15 +16,14 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.errors import LoraFxError
-from lora_fx.passes.graph.copies import share_copy
+from lora_fx.errors import LoraFxError, some
+from lora_fx.passes.graph.copies import held_in, share_copy
 from lora_fx.passes.graph.region import original_class
 
 __all__ = ["copy_without_trainers", "instance_forwards"]
 
 _log = logging.getLogger("lora_fx")
 
-_SHOWN = 5
 _TRAINERS = frozenset(
     {
         *("accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"),
@@ -78,8 +77,7 @@ def copy_without_trainers(
         _log.warning(
             "the forward that %s has set for training is left out: %s",
             ", ".join(sorted({one for trainers in dropped.values() for one in trainers})),
-            ", ".join(list(dropped)[:_SHOWN])
-            + (f" and {len(dropped) - _SHOWN} more" if len(dropped) > _SHOWN else ""),
+            some(list(dropped)),
         )
     result = share_copy(model, left_out)
     for name, old in restored.items():
@@ -135,7 +133,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
         seen.add(id(one))
         if isinstance(one, types.FunctionType):
             yield one
-            cells = [_content(cell) for cell in one.__closure__ or ()]
+            cells = [held for cell in one.__closure__ or () for held in held_in(cell)]
             pending += [*cells, vars(one).get("__wrapped__")]
         elif isinstance(one, types.MethodType):
             pending.append(one.__func__)
@@ -152,10 +150,3 @@ def _package(function: types.FunctionType) -> str:
     # Not its __module__, which functools.wraps takes from what is inside.
     name: str = function.__globals__.get("__name__", "")
     return "lora_fx" if not name else name.partition(".")[0]
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the name has no value yet
-        return None

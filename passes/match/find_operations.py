@@ -174,7 +174,7 @@ def _way(site: Site) -> tuple[object, ...]:
 def _returns_cache(capture: Capture) -> bool:
     """Whether calls that want a cache, as in ``generate()``, go past the graph of the whole model."""
     codegen: Any = capture.regions[""].graph._codegen
-    return any(WANTS_CACHE in condition for condition in codegen.conditions())
+    return any(WANTS_CACHE in condition.test for condition in codegen.conditions())
 
 
 def _in_root(site: Site) -> Site:

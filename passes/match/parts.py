@@ -22,7 +22,7 @@ from lora_fx.ir import Capture, Matches, Pass, PassResult, Site, join, module_of
 from lora_fx.passes.graph import arguments, target_of
 from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
-__all__ = ["MarkParts", "find_parts"]
+__all__ = ["MarkParts"]
 
 _aten = torch.ops.aten
 _T = torch.Tensor
@@ -51,10 +51,10 @@ class MarkParts(Pass):
     def __call__(self, capture: Capture) -> PassResult:
         """Mark them."""
         assert capture.matches is not None
-        return PassResult.of(capture, matches=find_parts(capture, capture.matches))
+        return PassResult.of(capture, matches=_find_parts(capture, capture.matches))
 
 
-def find_parts(capture: Capture, matches: Matches) -> Matches:
+def _find_parts(capture: Capture, matches: Matches) -> Matches:
     """Marks the sites whose output is divided.
 
     Args:

@@ -35,13 +35,15 @@ __all__ = [
 
 
 # Asked of a weight, these do not depend on its values.
-_METADATA_ATTRIBUTES = frozenset(
-    {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta"}
-) | {*("size", "dim", "numel", "element_size", "is_floating_point", "stride", "data_ptr")}
+_METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
+_METADATA_METHODS = frozenset(
+    {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
+)
+_METADATA_ATTRIBUTES = (
+    (_METADATA - {"layout"}) | _METADATA_METHODS | {"is_cuda", "is_meta", "data_ptr"}
+)
 # Those that say how it is stored: another answer, another result.
-_STORED = frozenset(
-    {"dtype", "shape", "ndim", "size", "dim", "numel", "element_size", "stride"}
-) | {"is_floating_point"}
+_STORED = _METADATA_METHODS | {"dtype", "shape", "ndim"}
 _ABOUT_OBJECTS = ("isinstance", "hasattr", "getattr", "type", "id", "len")
 # What gives all of a module's tensors, one after the other.
 _WALKS = frozenset({"parameters", "named_parameters", "state_dict"})
@@ -60,13 +62,9 @@ def weights_read(module: nn.Module, regions: frozenset[nn.Module]) -> Iterator[t
     Yields:
         The name of each matrix, relative to ``module``, and that of the function that reads it.
     """
-    if _without_code(module):
-        return
     below = [(name, m) for name, m in module.named_modules() if name and not _without_code(m)]
     below_each: dict[nn.Module, dict[str, list[str]]] = {}
-    leaves: dict[nn.Module, set[str]] = {}
-    for fqn, owner, function in _reached(module, below, regions):
-        reads = _reads_of(function, owner, leaves)
+    for fqn, owner, function, reads in _reached(module, below, regions):
         for path in reads.used:
             for name in _matrices(owner, path, below_each):
                 yield join(fqn, name), function.__qualname__
@@ -86,12 +84,8 @@ def weights_asked(module: nn.Module) -> Iterator[tuple[str, str]]:
     Yields:
         As :func:`weights_read` does.
     """
-    if _without_code(module):
-        return
     below_each: dict[nn.Module, dict[str, list[str]]] = {}
-    leaves: dict[nn.Module, set[str]] = {}
-    for _, owner, function in _reached(module, [], frozenset()):
-        reads = _reads_of(function, owner, leaves)
+    for _, owner, function, reads in _reached(module, [], frozenset()):
         for path in reads.asked:
             for name in _matrices(owner, path, below_each):
                 yield name, function.__qualname__
@@ -99,8 +93,11 @@ def weights_asked(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _reached(
     module: nn.Module, below: list[tuple[str, nn.Module]], regions: frozenset[nn.Module]
-) -> Iterator[tuple[str, nn.Module, FunctionType]]:
-    """The functions that a module's forward may call: its own, and those of the modules that are given."""
+) -> Iterator[tuple[str, nn.Module, FunctionType, _Reads]]:
+    """The functions that a module's forward may call, of its own and of given modules, and what they read."""
+    if _without_code(module):
+        return
+    leaves: dict[nn.Module, set[str]] = {}
     forward = module.__dict__.get("forward", original_class(module).forward)
     pending: list[tuple[str, nn.Module, Any]] = [("", module, forward)]
     done: set[tuple[str, str]] = set()
@@ -111,7 +108,7 @@ def _reached(
         if not isinstance(function, FunctionType) or (fqn, function.__qualname__) in done:
             continue
         done.add((fqn, function.__qualname__))
-        yield fqn, owner, function
+        yield fqn, owner, function, _reads_of(function, owner, leaves)
         names = _names(function.__code__)
         called = [(fqn, owner)] + (below if owner is module else [])
         for name, one in called:
@@ -339,7 +336,6 @@ def _matrices(
         ]
 
 
-_METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
 # What gives a weight another form, and says nothing about what is done with it.
 _FORMS = frozenset(
     {"view", "reshape", "expand", "expand.default", "repeat", "unsqueeze", "squeeze", "clone", "to"}
@@ -347,9 +343,6 @@ _FORMS = frozenset(
 # What is done with tables, tokens and biases of two dimensions: nothing that a low-rank factor stands for.
 _NO_PRODUCTS = frozenset(
     {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "attend"}
-)
-_METADATA_METHODS = frozenset(
-    {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
 )
 
 

@@ -60,11 +60,21 @@ def wide_factors(
         dtype: In which they are wanted.
         device: Where; where they are by default.
     """
-    factors = factors_of(model, row, adapter)
-    a, b = (gathered(factor).to(device, dtype) for factor in factors.pair)
-    if row.tied:
-        a, b = a.T, b.T
+    a, b = _pair(model, row, adapter, device, dtype)
     return a, b * row.scale
+
+
+def _pair(
+    model: nn.Module,
+    row: PlannedSite,
+    adapter: str,
+    device: torch.device | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B as the site's own: those of a head that is tied to an embedding are transposed."""
+    pair = factors_of(model, row, adapter).pair
+    a, b = (gathered(factor).to(device, dtype) for factor in pair)
+    return (a.T, b.T) if row.tied else (a, b)
 
 
 def sums_over_rank(row: PlannedSite) -> bool:
@@ -91,9 +101,7 @@ def sliced_factors(
     """
     if not sums_over_rank(row):
         return None
-    a, b = (gathered(f).to(device, torch.float64) for f in factors_of(model, row, adapter).pair)
-    if row.tied:
-        a, b = a.T, b.T
+    a, b = _pair(model, row, adapter, device, torch.float64)
     down, up = slices_of(a, row.rank), list[torch.Tensor]()
     for part in two_products(b, row.scale):
         slices = slices_of(part, row.rank)

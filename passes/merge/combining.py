@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -223,8 +223,8 @@ def combine(
             finite, ranks differ where they must not, the groups do not divide the rank, or there is a
             driver for tensors that are not on CUDA.
     """
-    place = f"{where}: " if where else ""
-    _check(terms, how, groups, int(experts), place)
+    for objection in _objections(terms, how, groups, int(experts)):
+        raise ConfigError(f"{where}: {objection}" if where else objection)
     if experts:
         pairs = [(term.a, term.b) for term in terms]
     else:
@@ -253,34 +253,33 @@ def _by_group(factor: torch.Tensor, groups: int) -> torch.Tensor:
     return factor.reshape(groups, factor.shape[0] // groups, -1)
 
 
-def _check(terms: Sequence[Term], how: Combination, groups: int, axis: int, place: str) -> None:
+def _objections(terms: Sequence[Term], how: Combination, groups: int, axis: int) -> Iterator[str]:
+    """Why adapters cannot be combined so."""
     if not terms:
-        raise ConfigError(f"{place}there is no adapter to combine; name at least one")
+        yield "there is no adapter to combine; name at least one"
     for term in terms:
         if not math.isfinite(term.weight * term.scale):
             found = f"found a weight of {term.weight} at a scale of {term.scale}"
-            raise ConfigError(f"{place}{found}; give finite numbers")
+            yield f"{found}; give finite numbers"
         if not (torch.isfinite(term.a).all() and torch.isfinite(term.b).all()):
-            raise ConfigError(f"{place}an adapter has factors that are not finite; leave it out")
+            yield "an adapter has factors that are not finite; leave it out"
         if how.svd_driver is not None and not term.a.is_cuda:
-            raise ConfigError(
-                f"{place}svd_driver={how.svd_driver!r} is one of cuSOLVER's, and the adapter is on "
+            yield (
+                f"svd_driver={how.svd_driver!r} is one of cuSOLVER's, and the adapter is on "
                 f"{term.a.device}; leave it out"
             )
     shapes = {_without_rank(term, axis): None for term in terms}
     if len(shapes) > 1:
         found = "; ".join(f"A {list(a)}, B {list(b)}" for a, b in shapes)
-        raise ConfigError(f"{place}the adapters are of different shapes beside the rank: {found}")
+        yield f"the adapters are of different shapes beside the rank: {found}"
     ranks = [term.a.shape[axis] for term in terms]
     if how.needs_equal_ranks and len(set(ranks)) > 1:
-        raise ConfigError(
-            f"{place}combination_type={how.kind!r} adds factors of one rank, found {ranks}: use 'cat', "
-            "'svd' or a type that ends in 'svd'"
+        yield (
+            f"combination_type={how.kind!r} adds factors of one rank, found {ranks}: use 'cat', 'svd' or a "
+            "type that ends in 'svd'"
         )
     if how.by_product and (how.svd_rank or 0) % groups:
-        raise ConfigError(
-            f"{place}a convolution with {groups} groups needs a rank that they divide, not {how.svd_rank}"
-        )
+        yield f"a convolution with {groups} groups needs a rank that they divide, not {how.svd_rank}"
 
 
 def _without_rank(term: Term, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

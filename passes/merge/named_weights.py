@@ -12,15 +12,23 @@ import functools
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.passes.graph import APART, ATOMS, children, nested, original_class, storage_of, tree_of
+from lora_fx.passes.graph import (
+    APART,
+    ATOMS,
+    children,
+    named_by,
+    original_class,
+    storage_of,
+    tree_of,
+)
 
 __all__ = ["named_elsewhere"]
 
@@ -56,11 +64,11 @@ def named_elsewhere(model: nn.Module, storages: Mapping[int, str]) -> tuple[str,
     classes = dict.fromkeys(original_class(module) for module in model.modules())
     search = _Search(own, {above.__module__ for cls in classes for above in cls.__mro__})
     for cls in classes:
-        search.add("", cls, ())
+        search.add("", cls)
     for module in model.modules():
         for value in module.__dict__.values():
             if not isinstance(value, dict) or value:
-                search.add("", value, ())
+                search.add("", value)
     return search.first(storages)
 
 
@@ -80,22 +88,15 @@ class _Search:
     def __init__(self, own: set[int], homes: set[str]) -> None:
         self.own, self.homes = own, homes
         self._seen: dict[int, Any] = {}  # held, so that ids stay theirs
-        self._pending: deque[tuple[str, Any, Iterable[str]]] = deque()
+        self._pending: deque[tuple[str, Any]] = deque()
 
-    def add(self, path: str, value: Any, names: Iterable[str]) -> None:
+    def add(self, path: str, value: Any) -> None:
         """Has a value looked at.
 
         Args:
             path: Where it is, in words.
             value: The value.
-            names: What is asked of it, if it is a module of Python.
         """
-        if isinstance(value, ModuleType):
-            if not _is_library(value.__name__):
-                for name in names:
-                    if name in vars(value):
-                        self.add(f"{path}.{name}", vars(value)[name], ())
-            return
         if isinstance(value, type | FunctionType):
             if not self._is_followed(value.__module__):
                 return
@@ -103,7 +104,7 @@ class _Search:
             return
         if id(value) not in self._seen and id(value) not in self.own:
             self._seen[id(value)] = value
-            self._pending.append((path, value, names))
+            self._pending.append((path, value))
 
     def _is_followed(self, module: str | None) -> bool:
         """Whether the code of a Python module is looked at."""
@@ -112,48 +113,46 @@ class _Search:
     def first(self, storages: Mapping[int, str]) -> tuple[str, str] | None:
         """The nearest tensor that is one of those, as :func:`named_elsewhere` gives it."""
         while self._pending:
-            path, value, _ = self._pending.popleft()
+            path, value = self._pending.popleft()
             if isinstance(value, torch.Tensor) and (name := storages.get(_storage(value))):
                 return path, name
-            for label, child, names in _leads(value):
-                self.add(path + label, child, names)
+            for label, child in _leads(value):
+                self.add(path + label, child)
         return None
 
 
-def _leads(value: Any) -> Iterator[tuple[str, Any, Iterable[str]]]:
-    """What a value leads to, each with how, and with the names that are asked of it."""
+def _leads(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value leads to, each with how."""
     if isinstance(value, type):
         yield from _of_class(value)
     elif type(value) in _WRAPPED:
         for name in _WRAPPED[type(value)]:
-            yield "", getattr(value, name), ()
+            yield "", getattr(value, name)
     elif isinstance(value, _WEAK):
         for item in (*value, *value.values()) if hasattr(value, "values") else value:
-            yield "[...]", item, ()
+            yield "[...]", item
     elif not isinstance(value, FunctionType) or not _is_library(value.__module__):
         if isinstance(value, FunctionType):
             yield from _of_code(value)
-        for label, child in children(value):
-            yield label, child, ()
-        yield "", type(value), ()
+        yield from children(value)
+        yield "", type(value)
 
 
-def _of_class(value: type) -> Iterator[tuple[str, Any, Iterable[str]]]:
+def _of_class(value: type) -> Iterator[tuple[str, Any]]:
     for cls in value.__mro__:
         if _is_library(cls.__module__):
             continue
         left_out = ("__annotations__", *(_DONE if issubclass(cls, nn.Module) else ()))
         for name, item in vars(cls).items():
             if name not in left_out:
-                yield f"{cls.__qualname__}.{name}", item, ()
+                yield f"{cls.__qualname__}.{name}", item
 
 
-def _of_code(value: FunctionType) -> Iterator[tuple[str, Any, Iterable[str]]]:
-    read = _names(value.__code__, value.__qualname__)
-    for code in nested(value.__code__):
-        for name in code.co_names if read is None else read.intersection(code.co_names):
-            if name in value.__globals__:
-                yield f" -> {name}", value.__globals__[name], code.co_names
+def _of_code(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    read = _names(function.__code__, function.__qualname__)
+    for words, _, _, value in named_by(function):
+        if read is None or words.partition(".")[0] in read:
+            yield f" -> {words}", value
 
 
 def _storage(tensor: torch.Tensor) -> int:

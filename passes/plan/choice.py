@@ -384,26 +384,24 @@ def _check_tokens(
     outside = [index for index in row.indices if index >= size]
     if outside:
         raise bad(_NAME, outside, f"{row.name} has {size} rows, 0 to {size - 1}")
+    for objection in _token_objections(capture, row, rows, saved):
+        raise bad(_NAME, list(row.indices), f"{row.name} {objection}")
+
+
+def _token_objections(
+    capture: Capture, row: PlannedTokens, rows: Sequence[PlannedSite], saved: Sequence[str]
+) -> Iterator[str]:
+    """Why rows cannot be trained, each by itself."""
     if any(one.site.weight == row.site.weight for one in rows):
-        raise bad(
-            _NAME,
-            list(row.indices),
-            f"{row.name} is adapted as well; take it out of the targets, or leave out its tokens",
-        )
+        yield "is adapted as well; take it out of the targets, or leave out its tokens"
     for module in saved:
         if row.site.weight.startswith(f"{module}."):
-            raise bad(
-                _NAME,
-                list(row.indices),
-                f"{row.name} is trained in full as part of {module} (modules_to_save); choose one of both",
-            )
+            yield f"is trained in full as part of {module} (modules_to_save); choose one of both"
     for call in row.site.calls if row.lookup else ():
         graph = capture.regions[call.region].graph
         node = next(node for node in graph.nodes if node.name == call.output)
         if lookup(node)[2]:
-            raise bad(
-                _NAME,
-                list(row.indices),
-                f"{row.name} scales gradients by the frequency of a token (scale_grad_by_freq), which is "
-                "not known of some tokens alone",
+            yield (
+                "scales gradients by the frequency of a token (scale_grad_by_freq), which is not known of "
+                "some tokens alone"
             )

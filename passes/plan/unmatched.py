@@ -15,6 +15,7 @@ from lora_fx.config import (
     unmatched,
     unmatched_saved,
 )
+from lora_fx.errors import some
 from lora_fx.ir import Capture, Matches, PlannedSite, Rejection, Site
 from lora_fx.passes.parameters import base_parameters
 from lora_fx.passes.plan.choice import Choice, attention_of
@@ -53,8 +54,7 @@ def refusals(
         for rejection in found:
             reasons.setdefault(rejection.reason, []).append(rejection.name)
         for reason, names in reasons.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            yield f"{target!r}: {', '.join(names[:3])}{more} cannot be adapted: {reason}"
+            yield f"{target!r}: {some(names, 3)} cannot be adapted: {reason}"
 
 
 def target_names(model: nn.Module, matches: Matches, chosen: Iterable[Choice]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 
 import lora_fx
-from lora_fx.config import foreign as _config_foreign
+from lora_fx.config import fields as _config_fields
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-peft.md").read_text(encoding="utf-8")
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| `")]
@@ -40,4 +40,4 @@ def test_pefts_names_exist() -> None:
 
 def test_every_foreign_field_is_named() -> None:
     silent = {"megatron_core", "qalora_group_size", "runtime_config"}
-    assert not [f for f in _config_foreign.FOREIGN if f not in silent and f"`{f}`" not in PAGE]
+    assert not [f for f in _config_fields.FOREIGN if f not in silent and f"`{f}`" not in PAGE]

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from peft.tuners.lora import config as peft_config
 
 from lora_fx.config import fields as _config_fields
-from lora_fx.config import foreign as _config_foreign
 from lora_fx.config.lora_config import CONFIG_NAME, TASK_TYPES, FrozenPattern, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
 
@@ -65,15 +64,15 @@ def test_fields_and_defaults_are_pefts() -> None:
 def test_every_peft_field_is_known() -> None:
     theirs = {one.name for one in dataclasses.fields(peft.LoraConfig)}
     ours = {one.name for one in dataclasses.fields(LoraConfig)} - {"seed", "scope", "kind"}
-    unsupported = set(_config_foreign.FOREIGN)
-    assert ours | unsupported | set(_config_foreign.METADATA) == theirs
+    unsupported = set(_config_fields.FOREIGN)
+    assert ours | unsupported | set(_config_fields.METADATA) == theirs
     assert not ours & unsupported
     assert set(_config_fields.NORMALIZERS) == ours | {"seed", "scope", "kind"}
 
 
 def test_defaults_of_unsupported_fields_are_pefts() -> None:
     theirs = peft.LoraConfig().to_dict()
-    ours = {k: v.off for k, v in _config_foreign.FOREIGN.items() if k != "runtime_config"}
+    ours = {k: v.off for k, v in _config_fields.FOREIGN.items() if k != "runtime_config"}
     assert ours == {name: theirs[name] for name in ours}
 
 
@@ -269,7 +268,7 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
 
 
 def test_unsupported_fields_at_pefts_default_are_accepted() -> None:
-    off = {name: one.off for name, one in _config_foreign.FOREIGN.items()}
+    off = {name: one.off for name, one in _config_fields.FOREIGN.items()}
     assert LoraConfig(**off) == LoraConfig()  # type: ignore[arg-type]
     assert LoraConfig(runtime_config=peft.LoraRuntimeConfig()) == LoraConfig()  # type: ignore[call-arg]
     assert LoraConfig(loftq_config=None, use_qalora=None) == LoraConfig()  # type: ignore[call-arg]
@@ -298,9 +297,9 @@ def test_options_of_another_initialization_are_noted(caplog: pytest.LogCaptureFi
     assert "eva_config is ignored" in caplog.text
 
 
-@pytest.mark.parametrize("name", sorted(_config_foreign.FOREIGN))
+@pytest.mark.parametrize("name", sorted(_config_fields.FOREIGN))
 def test_no_unsupported_field_is_dropped(name: str) -> None:
-    what = re.escape(_config_foreign.FOREIGN[name].what)
+    what = re.escape(_config_fields.FOREIGN[name].what)
     with pytest.raises(
         ConfigError, match=f"{name}: found 'on'; lora_fx does not support it.*{what}"
     ):

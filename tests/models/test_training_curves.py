@@ -21,8 +21,7 @@ from torch import nn
 import lora_fx
 from lora_fx.runtime import fused_lora as _fused_branch
 from lora_fx.runtime.masks import kept
-from lora_fx.tools.demo.data import collect
-from lora_fx.tools.demo.model import Batch, SentenceClassifier, batches, tokens
+from lora_fx.tools.demo.task import Batch, SentenceClassifier, batches, collect, tokens
 
 pytestmark = pytest.mark.slow
 

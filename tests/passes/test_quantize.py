@@ -12,8 +12,7 @@ from lora_fx.ir.graph import Capture
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.graph.region import install, is_region, kept_graph
 from lora_fx.passes.pipeline import find_operations
-from lora_fx.passes.quantize.planning import plan_quantization
-from lora_fx.passes.quantize.store import Quantize
+from lora_fx.passes.quantize import Quantize, plan_quantization
 from tests.golden import check_golden, printed
 
 

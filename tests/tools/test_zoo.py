@@ -24,7 +24,7 @@ from lora_fx.passes.capture.synthesis import normalize
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
-from lora_fx.tools.zoo import oracle, registry, report, runner
+from lora_fx.tools.zoo import oracle, report, runner
 from lora_fx.tools.zoo.entries import Entry, wake
 from lora_fx.tools.zoo.job import in_fp64, run_job, unseen
 from lora_fx.tools.zoo.report import PARTS, Row, scrubbed
@@ -85,7 +85,7 @@ def dying(name: str) -> Entry:
 
 @pytest.mark.parametrize("name", ["functional", "shared modules", "named tuple", "keyword-only"])
 def test_a_job_goes_the_whole_way(name):
-    row = run_job(registry.find(f"plain/{name}"), onnx=False)
+    row = run_job(runner.find(f"plain/{name}"), onnx=False)
     assert not row.errors
     assert row.rewritten
     assert row.right
@@ -102,7 +102,7 @@ def test_a_job_goes_the_whole_way(name):
 def test_a_job_exports():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    row = run_job(registry.find("plain/hooks"))
+    row = run_job(runner.find("plain/hooks"))
     assert not row.errors
     assert row.torch_onnx
     assert row.exported
@@ -111,7 +111,7 @@ def test_a_job_exports():
 
 
 def test_a_weight_that_the_call_does_not_come_to_is_no_fault():
-    row = run_job(registry.find("plain/control flow on data"), onnx=False)
+    row = run_job(runner.find("plain/control flow on data"), onnx=False)
     assert row.unreached == ["negative"]
     assert row.judged == 2
     assert row.right
@@ -137,7 +137,7 @@ def test_a_job_notices_a_changed_argument(monkeypatch):
         return lora_fx.rewrite(model, config, inputs)
 
     monkeypatch.setattr(job, "rewrite", careless)
-    row = run_job(registry.find("plain/hooks"), onnx=False)
+    row = run_job(runner.find("plain/hooks"), onnx=False)
     assert row.argument == "parameter first.weight"
     assert not row.rewritten
     assert any("changed its argument" in line for line in report.exceptions([row]))
@@ -150,7 +150,7 @@ def test_a_job_notices_an_adapter_that_is_passed_by(monkeypatch):
         return past(lora_fx.rewrite(model, config, inputs), "first")
 
     monkeypatch.setattr(job, "rewrite", careless)
-    row = run_job(registry.find("plain/hooks"), onnx=False)
+    row = run_job(runner.find("plain/hooks"), onnx=False)
     assert row.passed_by == {"first": "no gradient"}
     assert not row.right
     assert "plain/hooks: passed by: first (no gradient)" in report.exceptions([row])
@@ -165,7 +165,7 @@ def test_a_job_looks_beneath_a_graph_of_the_whole_model(monkeypatch):
         asked.append(examples)
         return oracle.Verdict(1e-8, ["a"], [], {} if examples else {"b": "no gradient"}), "fp64"
 
-    entry = registry.find("plain/hooks")
+    entry = runner.find("plain/hooks")
     monkeypatch.setattr(job, "judge_sites", judge_sites)
     assert run_job(entry, onnx=False).right
     assert asked == [True]
@@ -382,7 +382,7 @@ def test_nothing_judged_is_not_right():
 )
 def test_every_layout_is_judged(name):
     """Convolutions, transposed ones, experts, parts of a weight: none is left out."""
-    row = run_job(registry.find(f"plain/{name}"), onnx=False)
+    row = run_job(runner.find(f"plain/{name}"), onnx=False)
     assert row.right
     assert row.judged == row.adapted > 0
     assert row.dtype == "float64"
@@ -437,7 +437,7 @@ def test_the_counter_sees_a_tied_weight_by_all_its_names():
 
 
 def test_what_a_plan_does_not_mention_is_unseen():
-    entry = registry.find("plain/functional")
+    entry = runner.find("plain/functional")
     model, inputs = entry.build()
     count = count_weights(model, *normalize(inputs))
     plan = lora_fx.plan(model, CONFIG, inputs)
@@ -466,22 +466,22 @@ def test_a_crash_and_a_hang_cost_one_row_each():
 
 
 def test_the_zoo_is_as_large_as_it_says():
-    names = [entry.name for entry in registry.ENTRIES]
+    names = [entry.name for entry in runner.ENTRIES]
     assert len(set(names)) == len(names)
     for kind, least in LEAST.items():
         assert sum(name.startswith(f"{kind}/") for name in names) >= least
 
 
 def test_entries_are_selected_by_part_pattern_and_group():
-    assert [e.name for e in registry.select("plain/hook*")] == ["plain/hooks"]
-    assert len(registry.select("swin")) > 3
-    assert {e.group for e in registry.select(group="timm")} == {"timm"}
+    assert [e.name for e in runner.select("plain/hook*")] == ["plain/hooks"]
+    assert len(runner.select("swin")) > 3
+    assert {e.group for e in runner.select(group="timm")} == {"timm"}
     with pytest.raises(ConfigError, match="nearest: plain/hooks"):
-        registry.select("hoks")
+        runner.select("hoks")
     with pytest.raises(ConfigError, match="no group 'nowhere': plain PyTorch, torchvision"):
-        registry.select(group="nowhere")
+        runner.select(group="nowhere")
     with pytest.raises(ConfigError, match="plain/hooks"):
-        registry.find("plain/hoks")
+        runner.find("plain/hoks")
 
 
 def test_the_command_refuses_what_selects_nothing(tmp_path, monkeypatch):
@@ -634,7 +634,7 @@ def test_differences_of_outputs():
 )
 def test_a_sample_goes_the_whole_way(name):
     pytest.importorskip(name.partition("/")[0])
-    row = run_job(registry.find(name), onnx=False)
+    row = run_job(runner.find(name), onnx=False)
     assert not report.exceptions([row])
     assert row.rewritten
     assert row.right

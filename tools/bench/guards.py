@@ -34,9 +34,6 @@ _FORWARD, _CONDITIONS = "forward", "guards"
 _PASSES = 20
 _SECONDS = 40.0
 
-Guard = tuple[nn.Module, Callable[[nn.Module], bool]]
-"""A module, and what says whether its graph does not apply."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -13,7 +13,7 @@ from lora_fx.tools.cli import console
 from lora_fx.tools.cli.doctor import doctor
 from lora_fx.tools.cli.model_commands import merge, plan, rewrite, verify, visualize
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
-from lora_fx.tools.cli.options import as_options
+from lora_fx.tools.cli.options import TypedError, as_options
 from lora_fx.tools.cli.project_commands import bench, demo, zoo
 
 __all__ = ["app"]
@@ -54,7 +54,10 @@ class Commands(TyperGroup):
         except LoraFxError as error:
             if ctx.params.get("debug"):
                 raise
-            console.say_error(as_options(str(error), self.commands.values()))
+            told = str(error)
+            if not isinstance(error, TypedError):
+                told = as_options(told, self.commands.values())
+            console.say_error(told)
             raise typer.Exit(ERROR_EXIT) from error
 
 

@@ -193,7 +193,7 @@ def _pairs(entries: list[str] | None, option: str, value: str = "value") -> dict
     for entry in entries or []:
         name, _, given = entry.partition("=")
         if not name or not given:
-            raise ConfigError(f"{option} {entry}: write name={value}")
+            raise o.TypedError(f"{option} {entry}: write name={value}")
         pairs[name] = given
     return pairs
 
@@ -202,11 +202,11 @@ def _feeds(ports: Any, files: dict[str, str], sizes: dict[str, str]) -> dict[str
     names = [port.name for port in ports]
     unknown = [name for name in files if name not in names]
     if unknown:
-        raise ConfigError(f"--input {unknown[0]}: the inputs are {', '.join(map(str, ports))}")
+        raise o.TypedError(f"--input {unknown[0]}: the inputs are {', '.join(map(str, ports))}")
     axes = {axis for port in ports for axis in port.shape if isinstance(axis, str)}
     for axis, size in sizes.items():
         if axis not in axes or not size.isdigit():
-            raise ConfigError(
+            raise o.TypedError(
                 f"--size {axis}={size}: give a whole number for one of the dynamic axes "
                 f"({', '.join(sorted(axes)) or 'there are none'})"
             )
@@ -218,7 +218,7 @@ def _feeds(ports: Any, files: dict[str, str], sizes: dict[str, str]) -> dict[str
             known = {axis: size for axis, size in sizes_of if isinstance(axis, str)}
             for axis in known.keys() & sizes.keys():
                 if known[axis] != int(sizes[axis]):
-                    raise ConfigError(
+                    raise o.TypedError(
                         f"--size {axis}={sizes[axis]}: {files[port.name]} has {known[axis]} there"
                     )
             chosen |= known

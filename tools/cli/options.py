@@ -27,6 +27,7 @@ __all__ = [
     "ModelName",
     "Storing",
     "Training",
+    "TypedError",
     "as_options",
     "command",
     "dtype_of",
@@ -41,8 +42,11 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", sho
 
 # Where the name that Python allows is not the one to type.
 _NAMES = {"as_json": "--json", "as_plan": "--plan", "every": "--all"}
-_AFTER_OPTION = re.compile(r"--[\w-]+ $")
 _ENTRY = re.compile(r"    (?P<name>\w+): (?P<help>.*)")
+
+
+class TypedError(ConfigError):
+    """What is wrong with something that was typed: it is told in the words of the command line already."""
 
 
 class Options:
@@ -436,8 +440,7 @@ def as_options(message: str, commands: Iterable[Any]) -> str:
 
     def spelled(match: re.Match[str]) -> str:
         option, value = options.get(match["name"]), match["value"]
-        # "--size batch=3" is typed so: batch is an axis there.
-        if option is None or _AFTER_OPTION.search(message[: match.start()]):
+        if option is None:
             return match[0]
         if not option.is_flag:
             return f"{option.opts[0]} {value.strip(chr(39))}"

@@ -181,9 +181,8 @@ def zoo(
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
-    from lora_fx.tools.zoo.registry import ENTRIES, select
     from lora_fx.tools.zoo.report import exceptions, page, summary, table
-    from lora_fx.tools.zoo.runner import Options, run_jobs
+    from lora_fx.tools.zoo.runner import ENTRIES, Options, run_jobs, select
 
     entries = select(only, group)
     needed = {entry.name.partition("/")[0] for entry in entries} & set(_MODELS)

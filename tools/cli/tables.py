@@ -66,18 +66,8 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
     ]
     parts += map(Text, plan.remarks())
     parts += [Text(f"matched nothing: {entry}", "yellow") for entry in plan.unmatched]
-    for title, ties in plan.ties().items():
-        parts += _section(title, ties, every)
-    divided = [
-        (row.name, ", ".join(name for name, _ in row.site.parts))
-        for row in plan.sites
-        if row.site.parts
-    ]
-    parts += _section("fused, and a part can be named alone", divided, every)
-    skipped = [(skipped.site.name, skipped.reason) for skipped in plan.skipped]
-    rejected = [(rejection.name, rejection.reason) for rejection in plan.rejections]
-    parts += _section("not selected", skipped, every)
-    parts += _section("cannot be adapted", rejected, every)
+    for title, rows in plan.sections().items():
+        parts += _section(title, rows, every)
     return Group(*parts)
 
 
@@ -136,16 +126,15 @@ def _sites(plan: Plan, width: int, every: bool) -> Table:
 
 
 def _totals(plan: Plan) -> Text:
-    total = plan.base_parameters + plan.added_parameters
-    share = 100 * plan.trainable_parameters / total if total else 0.0
+    trained, of_all = plan.totals()
     flops = sum(row.flops for row in plan.sites)
     saved = sum(row.saved for row in plan.sites)
     return Text.assemble(
         (f"{len(plan.sites):,} {'site' if len(plan.sites) == 1 else 'sites'}", "bold"),
         ", ",
-        (f"{plan.trainable_parameters:,} trainable", "bold green"),
-        f" of {total:,} parameters ({share:.4f} %); each token costs {flops:,} more FLOPs forward "
-        f"and {saved:,} bytes kept for backward",
+        (trained, "bold green"),
+        f"{of_all}; each token costs {flops:,} more FLOPs forward and {saved:,} bytes kept for "
+        "backward",
     )
 
 

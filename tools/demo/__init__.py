@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from lora_fx.tools.demo.data import LIBRARIES, Corpus, collect
-from lora_fx.tools.demo.model import (
+from lora_fx.tools.demo.story import CONFIG, DemoReport, claim_folder, run_demo
+from lora_fx.tools.demo.task import (
     FULL,
+    LIBRARIES,
     QUICK,
     Batch,
+    Corpus,
     DemoSettings,
     SentenceClassifier,
     batches,
+    collect,
     fit_head,
     logits,
     tokens,
     train,
 )
-from lora_fx.tools.demo.story import CONFIG, DemoReport, claim_folder, run_demo
 
 __all__ = [
     "CONFIG",

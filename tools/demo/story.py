@@ -1,6 +1,6 @@
 """The whole story on a real model: plan, rewrite, train, save, load, merge, export, run.
 
-The task is to say which library wrote a sentence (:mod:`lora_fx.tools.demo.data`). A frozen
+The task is to say which library wrote a sentence (:mod:`lora_fx.tools.demo.task`). A frozen
 sentence encoder with a trained head is compared with the same encoder under LoRA, which starts from
 that head.
 """
@@ -24,12 +24,13 @@ from lora_fx.checkpoint import load_adapter, save_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Plan
-from lora_fx.tools.demo.data import Corpus, collect
-from lora_fx.tools.demo.model import (
+from lora_fx.tools.demo.task import (
     Batch,
+    Corpus,
     DemoSettings,
     SentenceClassifier,
     batches,
+    collect,
     fit_head,
     logits,
     tokens,

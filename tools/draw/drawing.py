@@ -32,9 +32,8 @@ from lora_fx.tools.draw.layout import (
     sizes_of,
     words_of,
 )
-from lora_fx.tools.draw.model_picture import picture_of_model
+from lora_fx.tools.draw.painting import picture_of_model, picture_of_plan
 from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
-from lora_fx.tools.draw.plan_picture import picture_of_plan
 
 __all__ = ["FORMATS", "visualize"]
 

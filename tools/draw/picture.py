@@ -18,10 +18,10 @@ __all__ = [
     "Picture",
     "clean",
     "elide",
-    "fold_label",
     "follows",
     "human",
     "label_of",
+    "name_of",
     "runs",
     "times",
 ]
@@ -188,9 +188,10 @@ def times(shape: tuple[int, ...]) -> str:
     return "×".join(str(size) for size in shape) or "scalar"
 
 
-def fold_label(names: tuple[str, ...]) -> str:
-    """What is written on a box that stands for several: ``layers.0 … layers.31 (×32)``."""
-    return f"{names[0]} … {names[-1]} (×{len(names)})"
+def name_of(fqns: Sequence[str]) -> str:
+    """What is written on a box, of one name or of several: ``layers.0 … layers.31 (×32)``."""
+    labels = [label_of(fqn) if fqn else "model" for fqn in fqns]
+    return labels[0] if len(fqns) == 1 else f"{labels[0]} … {labels[-1]} (×{len(fqns)})"
 
 
 def follows(first: str, second: str) -> bool:

@@ -38,8 +38,6 @@ class Entry:
         loss: What training makes small, of the output; by default the distance of every floating
             tensor in it from fixed random numbers.
         targets: What is adapted; by default every linear operation but the head.
-        seeds_first: Whether the same seed has to be set before each call, for a model that draws
-            random numbers in eval mode, too.
         note: What is different about this model and expected to be; shown in the table.
     """
 
@@ -48,7 +46,6 @@ class Entry:
     make: Callable[[], Built]
     loss: Callable[[Any], torch.Tensor] | None = None
     targets: tuple[str, ...] | None = None
-    seeds_first: bool = False
     note: str = ""
 
     def build(self) -> Built:

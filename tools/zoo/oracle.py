@@ -21,7 +21,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx.errors import some
 from lora_fx.ir import PlannedSite, Site, require_record
+from lora_fx.passes.capture import relative_difference
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.bench.counted import tensors
@@ -301,18 +303,9 @@ def difference(found: Any, expected: Any) -> float:
         0 where no bit differs; infinity where shapes or types do, or only one is finite.
     """
     left, right = list(tensors(found)), list(tensors(expected))
-    if [(t.shape, t.dtype) for t in left] != [(t.shape, t.dtype) for t in right]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(left, right, strict=True):
-        same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
-        if bool(same.all()):
-            continue
-        a, b = a.detach().double(), b.detach().double()
-        apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf)
-        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-30)
-        worst = max(worst, float(apart.max() / scale))
-    return worst
+    if [t.dtype for t in left] != [t.dtype for t in right]:
+        return math.inf
+    return relative_difference(left, right)
 
 
 def in_double(value: Any) -> Any:
@@ -342,8 +335,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 def what_changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """The first few differences of two fingerprints; empty if there are none."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(keys[:3]) + more
+    return some(keys, 3)
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -9,25 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from lora_fx.errors import some
 from lora_fx.tools.bench.measure import machine, markdown, version_of
 
 __all__ = ["MERGE_TOLERANCE", "PARTS", "Row", "exceptions", "page", "scrubbed", "summary", "table"]
 
-
-STAGES = (
-    "build",
-    "plan",
-    "rewrite",
-    "outputs",
-    "oracle",
-    "regions",
-    "training",
-    "merge",
-    "counter",
-    "torch.onnx",
-    "export_onnx",
-)
-"""The parts of the job, in order."""
 
 MERGE_TOLERANCE = 1e-5
 """What a merged model may differ by in fp32, relative to the largest output."""
@@ -283,7 +269,7 @@ def _exceptions(row: Row) -> Iterator[str]:
         ("passed by without example inputs", _explained(row.regions_passed_by)),
     ):
         if found:
-            yield f"{what}: {_some(found)}"
+            yield f"{what}: {some(found, 3)}"
     if row.judged == 0:
         yield "none of its sites has an effect, so that nothing was judged"
     if row.oracle_error is not None and row.oracle_error > row.tolerance:
@@ -323,7 +309,7 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
             if row.name not in names:
                 names.append(row.name)
     ordered = sorted(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-    return [f"- {reason} ({_some(names)})" for reason, names in ordered] or ["Nothing."]
+    return [f"- {reason} ({some(names, 3)})" for reason, names in ordered] or ["Nothing."]
 
 
 def _difference(value: float | None) -> str:
@@ -334,11 +320,6 @@ def _difference(value: float | None) -> str:
 
 def _yes_no(value: bool | None) -> str:
     return "" if value is None else "yes" if value else "no"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _escaped(text: str) -> str:

@@ -1,7 +1,8 @@
-"""A model as a picture: modules become nested boxes, equal neighbors become one."""
+"""Models and plans as pictures: modules or names become nested boxes, equal neighbors become one."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -12,25 +13,37 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats import quantization_of
-from lora_fx.ir import META_KEY, Record, Region, Role, Tag, join, module_of
+from lora_fx.ir import (
+    META_KEY,
+    Plan,
+    PlannedSite,
+    Record,
+    Region,
+    Rejection,
+    Role,
+    Skipped,
+    Tag,
+    join,
+    module_of,
+)
 from lora_fx.passes.graph import elements, original_class
 from lora_fx.tools.draw.picture import (
     Box,
     Kind,
     Picture,
     elide,
-    fold_label,
     follows,
     human,
-    label_of,
+    name_of,
     runs,
     times,
 )
 
-__all__ = ["picture_of_model"]
+__all__ = ["picture_of_model", "picture_of_plan"]
 
 
-_LEGEND: tuple[tuple[Kind, str], ...] = (
+_Legend = tuple[tuple[Kind, str], ...]
+_LEGEND: _Legend = (
     (Kind.BASE, "base operation"),
     (Kind.DROPOUT, "dropout"),
     (Kind.DOWN, "A: down to the rank"),
@@ -61,20 +74,29 @@ def picture_of_model(
             form = Region.at(key, module, graph).form
             other_forms.setdefault(id(module), []).append(form)
     root = _Painter(model, by_module, other_forms).paint([model], [""])
-    kinds = {box.kind for box in root.walk()}
     total = root.trainable + root.frozen
-    share = f" ({100 * root.trainable / total:.3g} %)" if total else ""
     return Picture(
         title=original_class(model).__name__,
         facts=(
             ("parameters", human(total)),
-            ("trainable", human(root.trainable) + share),
+            ("trainable", _of_all(root.trainable, total)),
             ("adapted sites", str(root.sites)),
         ),
         root=root,
-        legend=tuple((kind, text) for kind, text in _LEGEND if kind in kinds),
+        legend=_occurring(_LEGEND, root),
         notes=tuple(notes),
     )
+
+
+def _of_all(trainable: int, total: int) -> str:
+    """How many elements are trained, and what share that is."""
+    return human(trainable) + (f" ({100 * trainable / total:.3g} %)" if total else "")
+
+
+def _occurring(legend: _Legend, root: Box) -> _Legend:
+    """The kinds that occur in a picture."""
+    kinds = {box.kind for box in root.walk()}
+    return tuple((kind, text) for kind, text in legend if kind in kinds)
 
 
 class _Painter:
@@ -116,9 +138,7 @@ class _Painter:
         trainable, frozen = parameter_counts(p for m in modules for p in m.parameters())
         total = trainable + frozen
         sites = sum(self._sites(child) for m in modules for child in m.modules())
-        name = label_of(fqn) if fqn else "model"
-        if len(fqns) > 1:
-            name = fold_label(tuple(label_of(each) for each in fqns))
+        name = name_of(fqns)
         facts = _facts(module, fqns, trainable, frozen, sites)
         again = self._drawn.setdefault(id(module), fqn)
         if again != fqn and (graph is not None or kids or total):
@@ -557,3 +577,128 @@ class RegionPainter:
         rank, scale = measured(self._region, weight, adapter)
         found = (("rank", rank), ("scale", scale))
         return tuple((label, f"{value:g}") for label, value in found if value is not None)
+
+
+_PLAN_LEGEND: _Legend = (
+    (Kind.SITE, "adapted"),
+    (Kind.SKIPPED, "not selected"),
+    (Kind.REJECTED, "cannot be adapted"),
+)
+
+
+@dataclasses.dataclass
+class _Name:
+    """A node of the tree of names: what is at it, and what is below it."""
+
+    row: PlannedSite | Skipped | Rejection | None = None
+    below: dict[str, _Name] = dataclasses.field(default_factory=dict)
+
+    def signature(self) -> object:
+        """Equal where two names look the same in the picture."""
+        below = tuple((name, child.signature()) for name, child in self.below.items())
+        return (_look(self.row), below)
+
+
+def picture_of_plan(plan: Plan) -> Picture:
+    """Draws a plan."""
+    root = _Name()
+    rows: list[tuple[str, PlannedSite | Skipped | Rejection]] = [
+        *((row.name, row) for row in plan.sites),
+        *((row.site.name, row) for row in plan.skipped),
+        *((row.name, row) for row in plan.rejections),
+    ]
+    for name, row in rows:
+        place = root
+        for atom in name.split(".") if name else ():
+            place = place.below.setdefault(atom, _Name())
+        if place.row is None:
+            place.row = row
+    box = _painted([root], [""], itertools.count())
+    return Picture(
+        title="Plan",
+        facts=(
+            ("sites", str(len(plan.sites))),
+            ("not selected", str(len(plan.skipped))),
+            ("cannot be adapted", str(len(plan.rejections))),
+            ("parameters", human(plan.total_parameters)),
+            ("trainable", _of_all(plan.trainable_parameters, plan.total_parameters)),
+            ("captured by", plan.frontend),
+        ),
+        root=box,
+        legend=_occurring(_PLAN_LEGEND, box),
+        notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
+    )
+
+
+def _painted(nodes: Sequence[_Name], fqns: Sequence[str], ids: Iterator[int]) -> Box:
+    """The box of the first of some names, which stands for all: they look the same."""
+    node, fqn, box_id = nodes[0], fqns[0], f"n{next(ids)}"
+    names, below = list(node.below), list(node.below.values())
+    children = tuple(
+        _painted([below[i] for i in run], [join(fqn, names[i]) for i in run], ids)
+        for run in runs(names, [repr(child.signature()) for child in below])
+    )
+    kind, caption, facts = _describe(node.row)
+    if len(fqns) > 1:
+        facts = (("stands for", f"{len(fqns)} equal, the last is {fqns[-1]}"), *facts)
+    planned = [row for each in nodes for row in _rows(each) if isinstance(row, PlannedSite)]
+    return Box(
+        id=box_id,
+        kind=kind if not children else Kind.OPAQUE,
+        name=name_of(fqns),
+        caption=caption,
+        fqn=fqn,
+        facts=(("name", fqn or "(root)"), *facts),
+        children=children,
+        repeats=tuple(fqns) if len(fqns) > 1 else (),
+        sites=len(planned),
+        trainable=sum(row.parameters for row in planned),
+    )
+
+
+def _rows(node: _Name) -> Iterator[PlannedSite | Skipped | Rejection]:
+    if node.row is not None:
+        yield node.row
+    for child in node.below.values():
+        yield from _rows(child)
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= 40 else reason[:39].rstrip() + "…"
+
+
+def _look(row: PlannedSite | Skipped | Rejection | None) -> object:
+    kind, caption, _ = _describe(row)
+    if isinstance(row, PlannedSite):
+        return (kind, caption, row.site.pattern, row.alpha, row.scale, row.dropout)
+    return (kind, caption)
+
+
+def _describe(
+    row: PlannedSite | Skipped | Rejection | None,
+) -> tuple[Kind, str, tuple[tuple[str, str], ...]]:
+    if isinstance(row, PlannedSite):
+        site = row.site
+        shape = times(site.shape)
+        return (
+            Kind.SITE,
+            f"r {row.rank} · {shape}" if row.rank else f"{row.kind} · {shape}",
+            (
+                ("pattern", site.pattern),
+                ("weight", f"{site.place} {shape}"),
+                ("rank", str(row.rank)),
+                ("scale", f"{row.scale:g}"),
+                ("dropout", f"{row.dropout:g}"),
+                ("trainable", f"{row.parameters:,}"),
+                ("extra FLOPs a token", f"{row.flops:,}"),
+                ("calls", str(len(site.calls))),
+            ),
+        )
+    if isinstance(row, Skipped):
+        site = row.site
+        shape = times(site.shape)
+        facts = (("pattern", site.pattern), ("weight", f"{site.place} {shape}"))
+        return Kind.SKIPPED, _short(row.reason), (*facts, ("not selected", row.reason))
+    if isinstance(row, Rejection):
+        return Kind.REJECTED, _short(row.reason), (("cannot be adapted", row.reason),)
+    return Kind.OPAQUE, "", ()

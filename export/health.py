@@ -1,0 +1,144 @@
+"""Whether an ONNX file is whole, and whether its adapter inputs still do something."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_fx.errors import ExportError, some
+from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Finding", "State", "examine_file"]
+
+
+class State(StrEnum):
+    """How serious a finding is."""
+
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        topic: Under which heading it stands.
+        name: What was looked at.
+        state: ``problem`` where something is broken, ``note`` where something is only absent.
+        detail: What was found.
+        remedy: What to do about it, if anything.
+    """
+
+    topic: str
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+_FOLDED = (
+    "a tool took them for constants (optimizers and quantizers do, as onnxslim, onnxsim and "
+    "quantize_dynamic): an adapter would change nothing. Export again, and use such tools on merged files"
+)
+
+
+def examine_file(path: Path) -> list[Finding]:
+    """Looks at an ONNX file: its weights, its operators, and whether its adapter inputs still do something.
+
+    Raises:
+        ExportError: It is missing, damaged, or of a newer lora_fx.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise ExportError(f"there is no file {path}")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise ExportError(f"{path} is damaged or no ONNX file: export it again") from error
+    return [*_operators(model), *_weights(model, path), *_adapter_inputs(model)]
+
+
+def _operators(model: onnx.ModelProto) -> Iterator[Finding]:
+    topic = "file"
+    opsets = {one.domain or "ai.onnx": one.version for one in model.opset_import}
+    yield Finding(topic, "opset", State.OK, ", ".join(f"{k} {v}" for k, v in opsets.items()))
+    other = Counter(
+        f"{node.domain}.{node.op_type}"
+        for graph in _graphs(model.graph)
+        for node in graph.node
+        if node.domain not in ("", "ai.onnx")
+    )
+    if other:
+        detail = ", ".join(f"{count} {name}" for name, count in other.most_common())
+        yield Finding(
+            topic, "operators of ONNX Runtime", State.NOTE, detail, "other runtimes lack them"
+        )
+
+
+def _weights(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+    from onnx.external_data_helper import ExternalDataInfo
+
+    ends: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == tensor.EXTERNAL:
+            info = ExternalDataInfo(tensor)
+            end = int(info.offset or 0) + int(info.length or 0)
+            ends[info.location] = max(ends.get(info.location, 0), end)
+    for name, end in sorted(ends.items()):
+        data = path.parent / name
+        if not data.is_file():
+            yield Finding("weights", name, State.PROBLEM, "missing", f"copy it next to {path.name}")
+        elif data.stat().st_size < end:
+            size = data.stat().st_size
+            detail = f"{size} bytes, where the weights need {end}"
+            yield Finding("weights", name, State.PROBLEM, detail, "copy it again")
+        else:
+            yield Finding("weights", name, State.OK, f"{data.stat().st_size} bytes")
+
+
+def _adapter_inputs(model: onnx.ModelProto) -> Iterator[Finding]:
+    topic = "adapters"
+    manifest = Manifest.from_metadata({one.key: one.value for one in model.metadata_props})
+    inputs = {one.name for one in model.graph.input}
+    read = {name for graph in _graphs(model.graph) for node in graph.node for name in node.input}
+    if manifest is None:
+        ends = tuple(f".{end}" for end in SUFFIXES.values())
+        like = [name for name in inputs if name.endswith(ends)]
+        if like:
+            detail = f"{len(like)} inputs look like factors, and the file does not say what for"
+            remedy = "a tool dropped the metadata of lora_fx: export again"
+            yield Finding(topic, "metadata", State.PROBLEM, detail, remedy)
+        else:
+            yield Finding(topic, "inputs", State.OK, "none: the file takes no adapters")
+        return
+    wanted = list(manifest.inputs)
+    gone = [name for name in wanted if name not in inputs]
+    idle = [name for name in wanted if name in inputs and name not in read]
+    detail = f"{len(wanted)} at {len(manifest.sites)} sites"
+    if gone:
+        lost = f"{len(gone)} of {detail} are gone: {some(gone, 3)}"
+        yield Finding(topic, "inputs", State.PROBLEM, lost, _FOLDED)
+    elif idle:
+        lost = f"{len(idle)} of {detail} are read by no node: {some(idle, 3)}"
+        yield Finding(topic, "inputs", State.PROBLEM, lost, _FOLDED)
+    else:
+        yield Finding(topic, "inputs", State.OK, detail)
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    yield from _graphs(inner)
