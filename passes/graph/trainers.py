@@ -81,7 +81,7 @@ def copy_without_trainers(
             ", ".join(list(dropped)[:_SHOWN])
             + (f" and {len(dropped) - _SHOWN} more" if len(dropped) > _SHOWN else ""),
         )
-    result = share_copy(model, left_out)
+    result = share_copy(model, left_out, sharded=True)
     for name, old in restored.items():
         held = vars(result.get_submodule(name))
         held["forward"] = held.pop(old)

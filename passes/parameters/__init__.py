@@ -57,6 +57,7 @@ from lora_fx.passes.parameters.rewritten import (
     without_wrappers,
 )
 from lora_fx.passes.parameters.sharded import (
+    agreed,
     check_not_sharded,
     check_whole,
     distributed,
@@ -72,6 +73,7 @@ __all__ = [
     "adapter_dtype",
     "adapter_parameters",
     "add_tokens",
+    "agreed",
     "as_factors",
     "as_matrices",
     "base_dtype",

@@ -16,6 +16,7 @@ from torch import nn
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of
+from lora_fx.passes.graph import is_unit, param_groups
 from lora_fx.passes.parameters.replacements import module_at, weight_at
 from lora_fx.passes.parameters.sharded import check_not_sharded, is_sharded
 
@@ -80,7 +81,7 @@ def check_sharded_alike(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None
     Raises:
         ConfigError: With the first such site.
     """
-    if not any(_is_unit(module) for module in model.modules()):
+    if not any(is_unit(module) for module in model.modules()):
         return
     for row in rows:
         if not is_sharded(weight_at(model, row.site.weight)):
@@ -147,9 +148,9 @@ def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
     """The dimensions of a weight's mesh over which FSDP2 cuts it between two calls."""
     layer, above = module_at(model, owner), owner
     while True:
-        module: Any = module_at(model, above)
-        if _is_unit(module):
-            groups = module._get_fsdp_state()._fsdp_param_groups
+        module = module_at(model, above)
+        if is_unit(module):
+            groups = param_groups(module)
             managed = (held for group in groups for held in group.fsdp_params)
             if any(held._module_info.module is layer for held in managed):
                 # In the mesh of a parameter those dimensions come first.
@@ -157,8 +158,3 @@ def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
         if not above:
             return ()
         above = above.rpartition(".")[0]
-
-
-def _is_unit(module: nn.Module) -> bool:
-    """Whether FSDP2 shards a module as a unit."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

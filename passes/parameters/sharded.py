@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.passes.graph import is_unit
 
 __all__ = [
+    "agreed",
     "check_not_sharded",
     "check_whole",
     "distributed",
@@ -47,9 +49,17 @@ def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> 
         placements: How it is cut, one for each dimension of the mesh.
     """
     # The package loads with the first DTensor, not with lora_fx.
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+    made = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    part: torch.Tensor = made.to_local()
+    if part.untyped_storage().nbytes() == part.nbytes:
+        return made
+    # Not a view, which would keep the memory of the whole.
+    own = part.detach().clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=made.shape, stride=made.stride()
+    )
 
 
 def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -58,6 +68,23 @@ def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return value
     there: Any = like
     return distributed(value.to(like.device), there.device_mesh, there.placements)
+
+
+def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A value that each process has drawn for itself, as the first of those that share a tensor has it.
+
+    Args:
+        value: The whole.
+        like: A tensor that they hold in parts; nothing is sent where it is whole.
+    """
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    there: Any = like
+    everywhere = [Replicate()] * there.device_mesh.ndim
+    found: torch.Tensor = distribute_tensor(value, there.device_mesh, everywhere).to_local()
+    return found
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -70,7 +97,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def reshard(model: nn.Module) -> None:
     """Has FSDP2 put its parts of all parameters in, also where it keeps whole ones after a call."""
     for module in model.modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if is_unit(module):
             owner: Any = module
             owner.reshard()
 
