@@ -42,6 +42,11 @@ class FactorLayout:
     a: tuple[Any, ...]
     b: tuple[Any, ...]
 
+    @property
+    def slot(self) -> tuple[Any, ...]:
+        """Placements of what has an element for each output feature: as B has them."""
+        return self.b
+
 
 def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
     """Refuses sites whose weight lies so that no factors can lie beside it.
@@ -105,11 +110,11 @@ def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
     from torch.distributed.tensor import Replicate, Shard
 
     weight: Any = weight_at(model, row.site.weight)
-    if kind_of(row).transforms or kind_of(row).slots(row.site):
+    if not kind_of(row).in_parts:
         raise ConfigError(
-            f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and what the kind "
-            f"{row.kind!r} trains beside A and B is not cut with it: use plain LoRA (use_dora=False, "
-            "lora_bias=False); or shard the rewritten model, which FSDP2 alone can"
+            f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and the kind "
+            f"{row.kind!r} does not say that its branch is right over parts (in_parts): use LoRA or DoRA "
+            "here; or shard the rewritten model, which FSDP2 alone can"
         )
     mesh, between = weight.device_mesh, _between_calls(model, row.site.owner)
     out, inner = (0, 1) if row.site.layout == "out_in" else (1, 0)
