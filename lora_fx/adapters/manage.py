@@ -161,7 +161,7 @@ def put_adapter(
                     f"bias={config.bias!r}: the adapter {name!r} trains biases of the base already, and "
                     "one adapter at most can: give bias='none'"
                 )
-    check_can_add(model, adapter_name, only_factors=_trains_only_factors(config))
+    check_can_add(model, adapter_name, beside_weights=_trains_beside_weights(config))
     capture = base_capture(model, record)
     take_out(model, record)
     before = base_parameters(model)
@@ -188,11 +188,9 @@ def put_adapter(
     return new
 
 
-def _trains_only_factors(config: LoraConfig) -> bool:
-    """Whether an adapter has nothing but factors beside the weights that it adapts."""
+def _trains_beside_weights(config: LoraConfig) -> bool:
+    """Whether an adapter has nothing but factors, and vectors of a site, beside the weights that it adapts."""
     more = (
-        config.use_dora,
-        config.lora_bias,
         config.modules_to_save,
         config.trainable_token_indices,
         config.bias != "none",

@@ -59,20 +59,20 @@ def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
             factor_layout(model, row)
 
 
-def check_can_add(model: nn.Module, adapter: str, *, only_factors: bool) -> None:
+def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> None:
     """Refuses an adapter that would have parameters which nothing keeps equal in all processes.
 
     Args:
         model: A rewritten model.
         adapter: The adapter's name.
-        only_factors: Whether it has only factors, which are whole in each process of an FSDP2 model, and get
-            the mean of all gradients.
+        beside_weights: Whether it has only what lies beside the weights that it adapts: that is whole in each
+            process of an FSDP2 model, and gets the mean of all gradients.
 
     Raises:
-        ConfigError: If the model is sharded, and it is another one.
+        ConfigError: If FSDP2 or ZeRO shards the model, and it is another one.
     """
     owned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if owned or not only_factors:
+    if owned or (not beside_weights and any(is_unit(module) for module in model.modules())):
         check_not_sharded(
             model,
             f"the adapter {adapter!r}",

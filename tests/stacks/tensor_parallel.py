@@ -21,7 +21,7 @@ from tests.stacks.models import IDS, llama
 
 __all__ = [
     "CASES",
-    "STYLES",
+    "FOLDERS",
     "TARGETS",
     "alone",
     "filled",
@@ -68,6 +68,15 @@ CASES: dict[str, Case] = {
     "transformers, dropout": {"style": "transformers", "lora_dropout": 0.5},
 }
 STYLES = ("torch", "transformers")
+# Adapters of which folders are written and read.
+FOLDERS: dict[str, Case] = {
+    "torch": {"style": "torch"},
+    "torch, dora": {"style": "torch", "use_dora": True, "biases": True},
+    "torch, bias of B": {"style": "torch", "lora_bias": True, "biases": True},
+    "torch, all biases": {"style": "torch", "bias": "all", "biases": True},
+    "transformers": {"style": "transformers"},
+    "transformers, dora": {"style": "transformers", "use_dora": True, "biases": True},
+}
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 _COLWISE = (
     "self_attn.q_proj",
@@ -242,13 +251,12 @@ def said(verb: Callable[[], Any]) -> str:
     return ""
 
 
-def saved_and_loaded(style: str, folder: str, rank: int) -> dict[str, Any]:
+def saved_and_loaded(name: str, folder: str, rank: int) -> dict[str, Any]:
     """A folder of a cut model, and of one process, loaded into a cut model; and merges."""
-    case: Case = {"style": style}
+    case = FOLDERS[name]
     model = build(case, base(case, folder))
-    where = Path(folder) / f"{style} {rank}"
-    lora_fx.save_adapter(model, where)
-    loaded = lora_fx.load_adapter(base(case, folder), Path(folder) / "one process")
+    lora_fx.save_adapter(model, Path(folder) / f"{name} {rank}")
+    loaded = lora_fx.load_adapter(base(case, folder), Path(folder) / f"one process, {name}")
     merged = lora_fx.merge(model)
     with torch.no_grad():
         found = {
@@ -263,14 +271,15 @@ def saved_and_loaded(style: str, folder: str, rank: int) -> dict[str, Any]:
         "class": type(merged).__name__,
         "with inputs": gathered(sample(IDS).logits.detach()),
         "check": said(lambda: lora_fx.check(model, (IDS,))),
-        "two": gathered(with_two(model)),
+        "two": gathered(with_two(model, case)),
         "samples": gathered(with_samples(model)),
     }
 
 
-def with_two(model: Any) -> torch.Tensor:
+def with_two(model: Any, case: Case) -> torch.Tensor:
     """Outputs with another adapter, which is added now, and the first one."""
-    lora_fx.add_adapter(model, config({"r": 3, "init_lora_weights": False}), "second")
+    options = {key: value for key, value in case.items() if key != "bias"}
+    lora_fx.add_adapter(model, config({**options, "r": 3, "init_lora_weights": False}), "second")
     lora_fx.set_adapter(model, ["default", "second"])
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
@@ -320,8 +329,8 @@ def refusals(folder: str) -> dict[str, str]:
 
 def run(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {name: trained(case, folder) for name, case in CASES.items()}
-    for style in STYLES:
-        found[f"folders, {style}"] = saved_and_loaded(style, folder, rank)
+    for name in FOLDERS:
+        found[f"folders, {name}"] = saved_and_loaded(name, folder, rank)
     found["refused"] = refusals(folder)
     return found
 

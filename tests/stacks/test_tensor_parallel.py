@@ -15,7 +15,7 @@ from tests.numerics import assert_close, assert_same_bits
 from tests.stacks.models import IDS, llama
 from tests.stacks.tensor_parallel import (
     CASES,
-    STYLES,
+    FOLDERS,
     alone,
     run_rank,
     sent,
@@ -33,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     llama().double().save_pretrained(folder / "base")
     whole({"biases": True}).save_pretrained(folder / "base with biases")
-    lora_fx.save_adapter(alone({}), folder / "one process")
+    for name, case in FOLDERS.items():
+        lora_fx.save_adapter(alone(case), folder / f"one process, {name}")
     multiprocessing.spawn(run_rank, (str(folder), RANKS), nprocs=RANKS)
     return folder
 
@@ -86,33 +87,35 @@ def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
             assert_same_bits(rank[name]["off"], rank[name]["untouched"])
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_a_folder_is_that_of_one_process(style: str, folder: Path) -> None:
-    one = load_file(folder / "one process" / "adapter_model.safetensors")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_that_of_one_process(name: str, folder: Path) -> None:
+    one = folder / f"one process, {name}"
     for rank in range(RANKS):
-        saved = folder / f"{style} {rank}"
-        assert_same_bits(load_file(saved / "adapter_model.safetensors"), one)
+        saved = folder / f"{name} {rank}"
+        file = "adapter_model.safetensors"
+        assert_same_bits(load_file(saved / file), load_file(one / file))
         config = (saved / "adapter_config.json").read_text()
-        if style == "torch":
-            assert config == (folder / "one process" / "adapter_config.json").read_text()
+        if FOLDERS[name]["style"] == "torch":
+            assert config == (one / "adapter_config.json").read_text()
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_done_in_parts_is_done_as_in_one_process(
-    style: str, found: list[dict[str, Any]]
+    name: str, found: list[dict[str, Any]]
 ) -> None:
-    model = alone({})
+    case = FOLDERS[name]
+    model = alone(case)
     exact = lora_fx.merge(model)
-    logits, two = model(IDS).logits, alone({})
-    both = with_two(two)
+    logits, two = model(IDS).logits, alone(case)
+    both = with_two(two, case)
     samples = with_samples(two)
     for rank in found:
-        here = rank[f"folders, {style}"]
+        here = rank[f"folders, {name}"]
         assert_close(here["loaded"], logits, 1e-6)
         assert_close(here["merged"], logits, 1e-6)
         assert_close(here["two"], both, 1e-6)
         assert_close(here["samples"], samples, 1e-6)
-        assert_close(here["with inputs"], whole({})(IDS).logits, 1e-6)
+        assert_close(here["with inputs"], whole(case)(IDS).logits, 1e-6)
         assert "on a model that is whole" in here["check"]
         assert_same_bits(here["weight"], exact.model.layers[0].mlp.up_proj.weight)
         assert here["placements"] == "(Shard(dim=0),)"
