@@ -189,7 +189,7 @@ def put_adapter(
 
 
 def _trains_beside_weights(config: LoraConfig) -> bool:
-    """Whether an adapter has nothing but factors, and vectors of a site, beside the weights that it adapts."""
+    """Whether an adapter has only factors, and vectors of a site, beside the weights that it adapts."""
     more = (
         config.modules_to_save,
         config.trainable_token_indices,

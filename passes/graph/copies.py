@@ -423,10 +423,9 @@ def share_copy(
                     memo[id(value)] = type(value)()
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
-        fill = copy_units(model, memo, _copied) if sharded else None
+        fill = copy_units(model, memo, _copied)
         result: nn.Module = _copied(model, memo)
-        if fill is not None:
-            fill()
+        fill()
     _leave_out(result, absent)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():

@@ -182,9 +182,9 @@ def shard_again(model: nn.Module, units: tuple[ShardedUnit, ...]) -> None:
             if id(parameter) not in placements
         }
         fully_shard(
-            modules[0] if len(modules) == 1 else modules,  # type: ignore[arg-type]
+            modules[0] if len(modules) == 1 else modules,
             **unit.options,
-            shard_placement_fn=lambda given, known=placements: known.get(id(given)),  # type: ignore[misc]
+            shard_placement_fn=lambda given, known=placements: known.get(id(given)),
             ignored_params=ignored,
         )
         for module, leaf, real in moved:
@@ -209,7 +209,7 @@ def copy_units(
     for unit in units:
         own = _without_fsdp(type(unit))
         made[unit] = memo[id(unit)] = object.__new__(own)
-    for module in model.modules():
+    for module in model.modules() if units else ():
         hooks = [value for key, value in vars(module).items() if key.endswith("_hooks")]
         for value in hooks:
             if isinstance(value, dict) and any(map(_is_hook_of_fsdp, value.values())):

@@ -357,8 +357,8 @@ def _check_not_units(into: nn.Module) -> None:
     """
     if any(map(is_unit, into.modules())):
         raise MergeError(
-            "into is sharded by FSDP (fully_shard): leave it out, since the merge of a sharded model gives one "
-            "that is sharded in the same way; or merge into a model that is not"
+            "into is sharded by FSDP (fully_shard): leave it out, since the merge of a sharded model gives "
+            "one that is sharded in the same way; or merge into a model that is not"
         )
 
 

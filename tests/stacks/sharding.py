@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,47 @@ import lora_fx
 from lora_fx import LoraConfig
 from tests.stacks.models import IDS, adapted, llama
 
-__all__ = ["CASES", "RANKS", "build", "drawn", "run_rank"]
+__all__ = ["ADAPTER", "CASES", "RANKS", "base", "build", "drawn", "run_rank"]
 
 RANKS = 2
-# A configuration, and whether the embedding and the head are units of their own, as accelerate shards them.
-CASES: dict[str, tuple[dict[str, Any], bool]] = {
-    "plain": ({"target_modules": ["q_proj"]}, False),
-    "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+# What belongs to an adapter, in the name of a parameter.
+ADAPTER = re.compile(r"\.lora_|\.token_adapter").search
+# A configuration, whether the embedding and the head are units of their own, as accelerate shards them, and
+# what is special about the base.
+CASES: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
+    "plain": ({"target_modules": ["q_proj"]}, False, {}),
+    "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False, {}),
     "modules_to_save in a unit": (
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         True,
+        {},
     ),
-    "pissa": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, False),
-    "branches in units": ({"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, True),
+    "pissa": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, False, {}),
+    "branches in units": ({"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, True, {}),
+    "parts of two sizes": (
+        {"target_modules": ["up_proj"], "use_dora": True},
+        False,
+        {"intermediate_size": 25, "vocab_size": 65},
+    ),
+    "tied": (
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        False,
+        {"tie_word_embeddings": True},
+    ),
+    "tokens": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5]}},
+        False,
+        {},
+    ),
 }
 
 
+def base(case: str) -> Any:
+    return llama(**CASES[case][2])
+
+
 def build(case: str) -> Any:
-    model = adapted(LoraConfig(r=2, **CASES[case][0]))
+    model = adapted(LoraConfig(r=2, **CASES[case][0]), base(case))
     if "modules_to_save" in CASES[case][0]:
         with torch.no_grad():
             model.lm_head.weight.mul_(1.5)
@@ -111,7 +135,7 @@ def merged(case: str) -> dict[str, Any]:
         "class": type(result).__mro__[2].__name__,
         "state": {name: whole(value) for name, value in result.state_dict().items()},
         "placements": {name: placed(p) for name, p in result.named_parameters()},
-        "base": {name: placed(p) for name, p in model.named_parameters() if "lora_" not in name},
+        "base": {name: placed(p) for name, p in model.named_parameters() if not ADAPTER(name)},
         "held": {name: memory(p) for name, p in result.named_parameters()},
         "logits": result(IDS).logits.detach(),
         "trained": [name for name, p in result.named_parameters() if p.requires_grad],
@@ -133,9 +157,10 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def memory(tensor: Any) -> tuple[int, int]:
-    """The bytes of a part, and those of the memory that it keeps."""
-    part = tensor.to_local().detach()
-    return part.nbytes, part.untyped_storage().nbytes()
+    """The bytes of the memory that a part keeps, and those of the largest part of the tensor."""
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    kept = tensor.to_local().detach().untyped_storage().nbytes()
+    return kept, rows * tensor[:1].numel() * tensor.element_size()
 
 
 def placed(tensor: Any) -> str:
