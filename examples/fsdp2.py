@@ -1,7 +1,7 @@
 """Training in shards: FSDP2 over the blocks of a causal language model, on any number of processes.
 
-As it stands the model is tiny and untrained; without torchrun there is one process. On two, and on each of two
-machines::
+As it stands the model is tiny and untrained; without torchrun there is one process. On two, and on each of
+two machines::
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/fsdp2.py

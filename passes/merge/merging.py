@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
@@ -63,6 +64,8 @@ from lora_fx.passes.parameters import (
     distributed_as,
     factors_of,
     gathered,
+    is_sharded,
+    own_part,
     parameter_of,
     reshard,
     weight_at,
@@ -138,8 +141,18 @@ _log = logging.getLogger("lora_fx")
 
 
 def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
-    """Refuse weights that are not stored: a hook computes them before each call, or loads them."""
+    """Refuse weights that are not stored: a hook computes them before each call, or loads them.
+
+    Also quantized ones of which each process has a part: no format puts parts together.
+    """
     check_whole(model.named_parameters(), MergeError)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter) and quantization_of(own_part(parameter)) is not None:
+            raise MergeError(
+                f"{name} is quantized, and cut into parts that several processes hold: so it is not merged. "
+                "Save the adapter on every rank (lora_fx.save_adapter), load it onto a model that is not "
+                "sharded, and merge that"
+            )
     for name in weights:
         owner, _, leaf = name.rpartition(".")
         if isinstance(vars(model.get_submodule(owner)).get(leaf), torch.Tensor):

@@ -64,6 +64,7 @@ from lora_fx.passes.parameters.sharded import (
     distributed_as,
     gathered,
     is_sharded,
+    own_part,
     reshard,
     write,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "mark_adapted",
     "matrix_shape",
     "module_at",
+    "own_part",
     "own_value",
     "parameter_of",
     "part_of",

@@ -23,6 +23,7 @@ __all__ = [
     "distributed_as",
     "gathered",
     "is_sharded",
+    "own_part",
     "reshard",
     "write",
 ]
@@ -31,6 +32,12 @@ __all__ = [
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is cut into parts (a DTensor)."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; the tensor itself where it is whole."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import multiprocessing
 
 import lora_fx
 from tests.numerics import assert_close, assert_same_bits
+from tests.stacks.features import features_in, shown
 from tests.stacks.models import IDS, llama
 from tests.stacks.tensor_parallel import (
     CASES,
@@ -26,6 +27,11 @@ from tests.stacks.tensor_parallel import (
 )
 
 RANKS = 2
+
+
+def tensor_parallel(name: str) -> str:
+    del name
+    return "tensor parallel"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"run {RANKS} {rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", shown(CASES, tensor_parallel, features_in))
 def test_losses_and_gradients_are_those_of_one_process(
     name: str, found: list[dict[str, Any]]
 ) -> None:
@@ -78,6 +84,7 @@ def test_factors_lie_as_their_weights_do(name: str, found: list[dict[str, Any]])
         assert placed == (whole if rowwise == b else f"(Shard(dim={0 if b else 1}),)")
 
 
+@pytest.mark.feature("tensor parallel", "switch")
 @pytest.mark.parametrize("name", CASES)
 def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
@@ -87,6 +94,7 @@ def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
             assert_same_bits(rank[name]["off"], rank[name]["untouched"])
 
 
+@pytest.mark.feature("tensor parallel", "save")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_is_that_of_one_process(name: str, folder: Path) -> None:
     one = folder / f"one process, {name}"
@@ -99,6 +107,7 @@ def test_a_folder_is_that_of_one_process(name: str, folder: Path) -> None:
             assert config == (one / "adapter_config.json").read_text()
 
 
+@pytest.mark.feature("tensor parallel", "merge", "add later")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_done_in_parts_is_done_as_in_one_process(
     name: str, found: list[dict[str, Any]]
