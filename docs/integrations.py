@@ -270,8 +270,8 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
         "",
         "## Several processes",
         "",
-        "Stacks in which two or four processes have one model. Losses, gradients and merged weights are those",
-        "of one process. [Many GPUs](guides/training.md#many-gpus) tells how to use them.",
+        "Stacks in which two or four processes have one model. Losses, gradients and merged weights are",
+        "those of one process. [Many GPUs](guides/training.md#many-gpus) tells how to use them.",
         "",
         *table({name: stacks[name] for name in PARALLEL if name in stacks}, PARALLEL_FEATURES),
     ]
