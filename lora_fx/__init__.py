@@ -63,6 +63,7 @@ from lora_fx.errors import (
     OutputPathError,
     ParityError,
     PartialMatchError,
+    ProcessError,
     ProviderError,
     QuantizationError,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "OutputPathError",
     "ParityError",
     "PartialMatchError",
+    "ProcessError",
     "ProviderError",
     "QuantizationError",
     "__version__",

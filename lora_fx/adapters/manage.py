@@ -29,6 +29,7 @@ from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
 from lora_fx.passes.parameters import (
     adapter_parameters,
     base_parameters,
+    check_alike,
     check_can_add,
     check_sharded_alike,
     drop_factors,
@@ -176,6 +177,7 @@ def put_adapter(
         check_regions(capture, (*plan.sites, *plan.tokens))
         record = add_adapter_parameters(capture, record, adapter_name)
         new = record.adapters[adapter_name]
+        check_alike(model, new.sites, adapter_name)
         place_base(model, adapter_name, new.own, record.originals)
     except BaseException:
         drop_factors(model, adapter_name)

@@ -265,7 +265,7 @@ class Slot:
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
-        return _for_file(self.form.encode(gathered(self.tensor)))
+        return _for_file(self.form.encode(gathered(self.tensor, self.name)))
 
 
 def slots_of(

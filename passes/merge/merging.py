@@ -116,7 +116,7 @@ def _fold_all(
     def fold(weight: str) -> None:
         change, stored = changes[weight], old_of(weight)
         # Where processes hold parts of it, the whole of one weight at a time is in each of them.
-        old = gathered(stored)
+        old = gathered(stored, weight)
         if weight in formats and isinstance(change, Fold):
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight])
             return
@@ -376,7 +376,7 @@ def _check_not_units(into: nn.Module) -> None:
 
 
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    present = [gathered(factor) for factor in factors_of(model, row, adapter).present]
+    present = [gathered(factor, row.name) for factor in factors_of(model, row, adapter).present]
     if any(factor.is_meta for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} is on the meta device and has no values to merge: load them "

@@ -21,6 +21,7 @@ from lora_fx.passes.parameters.factors import (
     wide,
 )
 from lora_fx.passes.parameters.placements import (
+    check_alike,
     check_can_add,
     check_layouts,
     check_sharded_alike,
@@ -83,6 +84,7 @@ __all__ = [
     "base_weight",
     "buffer_digests",
     "changed_buffers",
+    "check_alike",
     "check_can_add",
     "check_intact",
     "check_layouts",

@@ -8,6 +8,7 @@ process, and small.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import is_unit, param_groups
+from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
-from lora_fx.passes.parameters.sharded import check_not_sharded, is_sharded
+from lora_fx.passes.parameters.sharded import (
+    answering,
+    check_not_sharded,
+    is_sharded,
+    own_part,
+)
 
 __all__ = [
     "FactorLayout",
+    "check_alike",
     "check_can_add",
     "check_layouts",
     "check_sharded_alike",
@@ -57,6 +65,68 @@ def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
     for row in rows:
         if is_sharded(weight_at(model, row.site.weight)):
             factor_layout(model, row)
+
+
+def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -> None:
+    """Refuses an adapter that is not the same in all processes that hold parts of the model.
+
+    Nothing is sent where no parameter is in parts, and else a few bytes.
+
+    Args:
+        model: The model with the adapter.
+        rows: The adapter's sites.
+        adapter: The adapter's name.
+
+    Raises:
+        ConfigError: If it is another one somewhere: in every process, with the first site that differs.
+        ProcessError: If a process does not answer.
+    """
+    parts: list[Any] = [p for _, p in model.named_parameters() if is_sharded(p) and not p.is_meta]
+    meshes = list(dict.fromkeys(p.device_mesh for p in parts))
+    if not meshes:
+        return
+    mine = {row.name: _digest(model, row, adapter) for row in rows}
+    for mesh in meshes:
+        for place in range(mesh.ndim):
+            with answering(f"the adapter {adapter!r}"):
+                several = _from_all(mine, mesh.get_group(place))
+            _compare(several, adapter)
+
+
+def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
+    """What is equal in all processes at a site: shapes, and values that are whole."""
+    found = hashlib.sha256(f"{row.kind} {row.scale} {row.dropout}".encode())
+    for name, value in factors_of(model, row, adapter).values.items():
+        found.update(f"{name} {tuple(value.shape)}".encode())
+        own: Any = value.detach()
+        if not is_sharded(own) or all(one.is_replicate() for one in own.placements):
+            found.update(own_part(own).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _from_all(mine: dict[str, str], group: Any) -> list[dict[str, str]]:
+    """What each process of a group has; all of it only where a digest of it differs."""
+    import torch.distributed as dist
+
+    several: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(several, hashlib.sha256(repr(mine).encode()).hexdigest(), group)
+    if len(set(several)) == 1:
+        return [mine]
+    dist.all_gather_object(several, mine, group)
+    return several
+
+
+def _compare(several: list[dict[str, str]], adapter: str) -> None:
+    first = several[0]
+    for place, other in enumerate(several):
+        names = (*first, *(name for name in other if name not in first))
+        for name in names:
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"{name}: the adapter {adapter!r} is another one in process {place} than in process 0 of "
+                    "those that hold parts of the model: give every process the same configuration, and "
+                    "load the same folder"
+                )
 
 
 def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> None:

@@ -6,17 +6,19 @@ such a parameter is not exchanged: values are copied into it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.errors import ConfigError, LoraFxError, ProcessError
 from lora_fx.passes.graph import is_unit
 
 __all__ = [
     "agreed",
+    "answering",
     "check_not_sharded",
     "check_whole",
     "distributed",
@@ -40,11 +42,39 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this."""
+def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
+    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this.
+
+    Args:
+        tensor: Any.
+        name: What it is, for an error.
+
+    Raises:
+        ProcessError: If another process that holds a part of it does not answer.
+    """
     found: Any = tensor.detach()
-    whole: torch.Tensor = found.full_tensor() if is_sharded(found) else found
+    whole: torch.Tensor = found
+    if is_sharded(found):
+        with answering(name):
+            whole = found.full_tensor()
     return whole
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Says what was being sent where another process does not answer.
+
+    Raises:
+        ProcessError: If that is so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"{name}: another process that holds a part of it has ended, or has not called this within the "
+            "timeout of the process group (init_process_group(timeout=...)). Every process has to call it; "
+            f"look for the first error of the others, and start all of them again: {error}"
+        ) from error
 
 
 def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> torch.Tensor:

@@ -131,6 +131,7 @@ PUBLIC = {
     "OutputPathError",
     "ParityError",
     "PartialMatchError",
+    "ProcessError",
     "ProviderError",
     "QuantizationError",
     "__version__",

@@ -67,13 +67,11 @@ CASES: dict[str, Case] = {
     "transformers, all biases": {"style": "transformers", "biases": True, "bias": "all"},
     "transformers, dropout": {"style": "transformers", "lora_dropout": 0.5},
 }
-STYLES = ("torch", "transformers")
 # Adapters of which folders are written and read.
 FOLDERS: dict[str, Case] = {
     "torch": {"style": "torch"},
     "torch, dora": {"style": "torch", "use_dora": True, "biases": True},
     "torch, bias of B": {"style": "torch", "lora_bias": True, "biases": True},
-    "torch, all biases": {"style": "torch", "bias": "all", "biases": True},
     "transformers": {"style": "transformers"},
     "transformers, dora": {"style": "transformers", "use_dora": True, "biases": True},
 }
@@ -278,8 +276,7 @@ def saved_and_loaded(name: str, folder: str, rank: int) -> dict[str, Any]:
 
 def with_two(model: Any, case: Case) -> torch.Tensor:
     """Outputs with another adapter, which is added now, and the first one."""
-    options = {key: value for key, value in case.items() if key != "bias"}
-    lora_fx.add_adapter(model, config({**options, "r": 3, "init_lora_weights": False}), "second")
+    lora_fx.add_adapter(model, config({**case, "r": 3, "init_lora_weights": False}), "second")
     lora_fx.set_adapter(model, ["default", "second"])
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
