@@ -141,7 +141,7 @@ def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if re.search(r"mark\.feature\(|on_stacks\(", path.read_text(encoding="utf-8"))
+        if re.search(r"mark\.feature\(|on_stacks\(|shown\(", path.read_text(encoding="utf-8"))
     ]
     arguments = ["-q", "-m", chosen, "--rootdir", str(ROOT), *(["--collect-only"] * collect)]
     code = pytest.main([*arguments, *files], plugins=[recorder])

@@ -12,9 +12,9 @@ __all__ = ["features_in", "shown"]
 _WORDS = {"dropout": "dropout", "dora": "DoRA", "bias": "biases"}
 
 
-def features_in(name: str, default: str = "train") -> list[str]:
-    """What a case trains, by the words in its name."""
-    return [feature for word, feature in _WORDS.items() if word in name.lower()] or [default]
+def features_in(name: str) -> list[str]:
+    """Training, and what a case trains by the words in its name."""
+    return ["train", *(feature for word, feature in _WORDS.items() if word in name.lower())]
 
 
 def shown(
