@@ -34,6 +34,23 @@ FEATURES = (
     "merge",
     "export",
 )
+# Stacks in which several processes have one model, and what was tried with them.
+PARALLEL = ("DDP", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP", "pipeline stages")
+PARALLEL_FEATURES = (
+    "train",
+    "dropout",
+    "DoRA",
+    "biases",
+    "experts",
+    "NF4",
+    "save",
+    "switch",
+    "merge",
+    "add later",
+    "resume in other parts",
+    "start on meta",
+    "several machines",
+)
 LIBRARIES = (
     "torch",
     "transformers",
@@ -55,7 +72,7 @@ class Case:
 
     Attributes:
         stack: Whose feature it is.
-        feature: One of `FEATURES`.
+        feature: One of :func:`features_of` the stack.
         refused: The test shows that it is refused, with an error that says what to do.
         test: The file and the function.
         node: The test's node id, with its parameters.
@@ -72,6 +89,11 @@ class Case:
     outcome: str
     reason: str
     place: str
+
+
+def features_of(stack: str) -> tuple[str, ...]:
+    """The columns of the table that a stack is in."""
+    return PARALLEL_FEATURES if stack in PARALLEL else FEATURES
 
 
 class Recorder:
@@ -101,8 +123,9 @@ class Recorder:
             for mark in item.iter_markers("feature"):
                 stack, *features = mark.args
                 for feature in features:
-                    if feature not in FEATURES:
-                        raise SystemExit(f"{item.nodeid}: {feature!r} is none of {FEATURES}")
+                    known = features_of(stack)
+                    if feature not in known:
+                        raise SystemExit(f"{item.nodeid}: {feature!r} is none of {known}")
                     test = item.nodeid.partition("[")[0]
                     refused = mark.kwargs.get("refused", False)
                     case = Case(
@@ -118,7 +141,7 @@ def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if re.search(r"mark\.feature\(|on_stacks\(", path.read_text(encoding="utf-8"))
+        if re.search(r"mark\.feature\(|on_stacks\(|shown\(", path.read_text(encoding="utf-8"))
     ]
     arguments = ["-q", "-m", chosen, "--rootdir", str(ROOT), *(["--collect-only"] * collect)]
     code = pytest.main([*arguments, *files], plugins=[recorder])
@@ -191,7 +214,7 @@ def verdict(cases: list[Case]) -> str:
 def rows(cases: list[Case]) -> list[str]:
     """The tests of one stack: one row for each feature and test function."""
     found = []
-    for feature in FEATURES:
+    for feature in features_of(cases[0].stack):
         tests: dict[str, list[Case]] = defaultdict(list)
         for case in cases:
             if case.feature == feature:
@@ -209,6 +232,19 @@ def rows(cases: list[Case]) -> list[str]:
                 f"| {feature} | {result} | [`{function}`](../{file}) | {count} | {where} |"
             )
     return found
+
+
+def table(stacks: dict[str, list[Case]], features: tuple[str, ...]) -> list[str]:
+    """One row for each stack, one column for each feature."""
+    lines = ["| stack | " + " | ".join(features) + " |", "|---" * (1 + len(features)) + "|"]
+    for name, cases in stacks.items():
+        cells = []
+        for feature in features:
+            same = [case for case in cases if case.feature == feature]
+            anchor = re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-")
+            cells.append(f"[{verdict(same)}](#{anchor})" if same else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def write(cases: list[Case], versions: dict[str, str]) -> str:
@@ -230,16 +266,15 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
         "",
         f"Run with {used}.",
         "",
-        "| stack | " + " | ".join(FEATURES) + " |",
-        "|---" * (1 + len(FEATURES)) + "|",
+        *table({name: stacks[name] for name in names if name not in PARALLEL}, FEATURES),
+        "",
+        "## Several processes",
+        "",
+        "Stacks in which two or four processes have one model. Losses, gradients and merged weights are",
+        "those of one process. [Many GPUs](guides/training.md#many-gpus) tells how to use them.",
+        "",
+        *table({name: stacks[name] for name in PARALLEL if name in stacks}, PARALLEL_FEATURES),
     ]
-    for name in names:
-        cells = []
-        for feature in FEATURES:
-            same = [case for case in stacks[name] if case.feature == feature]
-            anchor = re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-")
-            cells.append(f"[{verdict(same)}](#{anchor})" if same else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "## Tests",

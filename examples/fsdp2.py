@@ -1,9 +1,12 @@
 """Training in shards: FSDP2 over the blocks of a causal language model, on any number of processes.
 
-As it stands the model is tiny and untrained; without torchrun there is one process. On two, and on machines::
+As it stands the model is tiny and untrained; without torchrun there is one process. On two, and on each of
+two machines::
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 examples/fsdp2.py --model FOLDER
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/fsdp2.py
+
+Each process has its share of one batch, so that any number of them trains the same adapter.
 """
 
 from __future__ import annotations
@@ -52,12 +55,15 @@ def join() -> torch.device:
 def main() -> None:
     parser = argparse.ArgumentParser(description="LoRA under FSDP2")
     parser.add_argument("--model", metavar="FOLDER", help="a causal language model")
-    parser.add_argument("--out", metavar="FOLDER", help="where the adapter is saved")
+    parser.add_argument("--out", metavar="FOLDER", help="where each machine saves the adapter")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=8, help="samples of all processes in a step")
     options = parser.parse_args()
 
     device = join()
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    if options.batch % ranks:
+        raise SystemExit(f"--batch {options.batch} is no multiple of the {ranks} processes")
     base = build(options.model).to(device)
     # Rewrite, then shard: blocks stay blocks, and the factors are sharded with them.
     torch.manual_seed(0)  # the same starting values everywhere
@@ -68,12 +74,13 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
 
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
-    torch.manual_seed(rank)  # each process has samples of its own
     losses = []
     model.train()
-    for _ in range(options.steps):
-        starts = torch.randint(TOKENS, (8, 1), device=device)
-        ids = (starts + 3 * torch.arange(16, device=device)) % TOKENS
+    for step in range(options.steps):
+        # All draw the same batch, and take their samples of it.
+        seeded = torch.Generator().manual_seed(step)
+        starts = torch.randint(TOKENS, (options.batch, 1), generator=seeded)
+        ids = (starts.chunk(ranks)[rank] + 3 * torch.arange(16)).to(device) % TOKENS
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -82,8 +89,9 @@ def main() -> None:
         losses.append(loss.item() / ranks)
 
     with TemporaryDirectory() as temporary:
-        # On every process, since it gathers; the folder of the first is kept.
-        keep = options.out if options.out and rank == 0 else temporary
+        # On every process, since it gathers; the folder of the first on each machine is kept.
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        keep = options.out if options.out and first else temporary
         folder = Path(keep, "adapter")
         lora_fx.save_adapter(model, folder)
         probe = torch.arange(12, device=device).view(1, 12)

@@ -65,6 +65,7 @@ from lora_fx.errors import (
     OutputPathError,
     ParityError,
     PartialMatchError,
+    ProcessError,
     ProviderError,
     QuantizationError,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "OutputPathError",
     "ParityError",
     "PartialMatchError",
+    "ProcessError",
     "ProviderError",
     "QuantizationError",
     "__version__",

@@ -20,6 +20,7 @@ __all__ = [
     "OutputPathError",
     "ParityError",
     "PartialMatchError",
+    "ProcessError",
     "ProviderError",
     "QuantizationError",
     "hint",
@@ -67,6 +68,10 @@ class ConfigError(LoraFxError, ValueError):
 
 class CaptureError(LoraFxError, RuntimeError):
     """A model could not be captured as graphs, or the captured graphs compute something else."""
+
+
+class ProcessError(LoraFxError, RuntimeError):
+    """A process that holds parts of a model has ended, or does not answer."""
 
 
 class NoMatchError(LoraFxError, ValueError):

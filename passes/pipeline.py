@@ -39,7 +39,13 @@ from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, Tra
 from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
 from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
-from lora_fx.passes.parameters import base_parameters, buffer_digests, mark_adapted, protect
+from lora_fx.passes.parameters import (
+    base_parameters,
+    buffer_digests,
+    check_alike,
+    mark_adapted,
+    protect,
+)
 from lora_fx.passes.plan import MakePlan
 from lora_fx.runtime import check_adapter_name, watch
 
@@ -297,6 +303,7 @@ def rewrite_model(
     )
     record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model
+    check_alike(result, record.adapters[adapter_name].sites, adapter_name)
     mark_adapted(result, adapted=True)
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     protect(result)

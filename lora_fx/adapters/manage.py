@@ -28,6 +28,7 @@ from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
 from lora_fx.passes.graph import copy_without_trainers
 from lora_fx.passes.parameters import (
     adapter_parameters,
+    check_alike,
     check_can_add,
     check_sharded_alike,
     drop_factors,
@@ -162,7 +163,7 @@ def put_adapter(
                     f"bias={config.bias!r}: the adapter {name!r} trains biases of the base already, and "
                     "one adapter at most can: give bias='none'"
                 )
-    check_can_add(model, adapter_name, only_factors=_trains_only_factors(config))
+    check_can_add(model, adapter_name, beside_weights=_trains_beside_weights(config))
     capture = base_capture(model, record)
     with on_base(model):
         try:
@@ -176,6 +177,7 @@ def put_adapter(
             check_regions(capture, (*plan.sites, *plan.tokens))
             record = add_adapter_parameters(capture, record, adapter_name)
             new = record.adapters[adapter_name]
+            check_alike(model, new.sites, adapter_name)
             place_base(model, adapter_name, new.own, record.originals)
         except BaseException:
             drop_factors(model, adapter_name)
@@ -185,11 +187,9 @@ def put_adapter(
     return new
 
 
-def _trains_only_factors(config: LoraConfig) -> bool:
-    """Whether an adapter has nothing but factors beside the weights that it adapts."""
+def _trains_beside_weights(config: LoraConfig) -> bool:
+    """Whether an adapter has only factors, and vectors of a site, beside the weights that it adapts."""
     more = (
-        config.use_dora,
-        config.lora_bias,
         config.modules_to_save,
         config.trainable_token_indices,
         config.bias != "none",

@@ -22,11 +22,12 @@ from lora_fx.ir import AdapterRecord, PlannedSite
 from lora_fx.kinds import chosen_kind, is_plain
 from lora_fx.passes.merge import Combination, Election, Term, combine
 from lora_fx.passes.parameters import (
-    check_not_sharded,
+    agreed,
     factors_of,
     gathered,
     inside,
     own_value,
+    weight_at,
     write,
 )
 from lora_fx.runtime import check_adapter_name
@@ -214,12 +215,6 @@ def add_weighted_adapter(
     if adapter_name in adapter_names(model):
         raise ConfigError(f"adapter_name: there is an adapter {adapter_name!r} already")
     how = how.among(len(sources))
-    if "dare" in how.kind:
-        check_not_sharded(
-            model,
-            f"what {how.kind!r} draws",
-            "combine the adapters before the model is sharded, or by a type that draws nothing",
-        )
     tied = _keeps_tied(sources)
     values = {
         name: _combined(model, name, rows, how, max(_ranks(sources)))
@@ -255,7 +250,7 @@ def _combined(
     # By default the rank is that of the adapter, and not of what it has here; as in PEFT.
     if how.by_product and how.svd_rank is None and largest % site.groups == 0:
         how = dataclasses.replace(how, svd_rank=largest)
-    return combine(
+    made = combine(
         terms,
         how,
         groups=site.groups,
@@ -263,6 +258,10 @@ def _combined(
         layout=site.layout,
         where=name,
     )
+    if "dare" not in how.kind:
+        return made
+    weight = weight_at(model, site.weight)
+    return agreed(made[0], weight), agreed(made[1], weight)
 
 
 def _config(

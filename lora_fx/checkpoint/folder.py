@@ -51,7 +51,7 @@ from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, some
 from lora_fx.files import current
 from lora_fx.ir import AdapterRecord, record_of
 from lora_fx.passes.capture import Frontend
-from lora_fx.passes.parameters import inside
+from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import plan_model, rewrite_model
 from lora_fx.runtime import check_adapter_name
 
@@ -296,6 +296,7 @@ def load_adapter(
                 "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
             )
         fill(target, adapter_name, values)
+        check_alike(target, record.sites, adapter_name)
     except BaseException:
         if target is model and not known:
             delete_adapter(model, adapter_name)

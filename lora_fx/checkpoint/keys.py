@@ -223,7 +223,7 @@ class Slot:
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""
-        value = self.form.encode(gathered(self.tensor))
+        value = self.form.encode(gathered(self.tensor, self.name))
         return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
 
 

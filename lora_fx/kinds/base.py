@@ -105,6 +105,7 @@ class AdapterKind:
         constants: Functions of parameters alone, in its graphs, whose values a file is to have in their
             place.
         handed: Functions whose first argument comes ready in a file that takes adapters as inputs.
+        in_parts: Whether its branch is right over a weight that processes hold in parts (tensor parallelism).
     """
 
     name: str = ""
@@ -118,6 +119,7 @@ class AdapterKind:
     depends: str = ""
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
+    in_parts: bool = False
 
     # --- what there is ----------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class Dora(AdapterKind):
     """
 
     transforms = True
+    in_parts = True
     does = "DoRA scales"
     trains = "a trained magnitude (DoRA)"
     depends = "the norms of DoRA (use_dora) are those of the base weights"

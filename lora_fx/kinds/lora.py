@@ -40,6 +40,7 @@ class Lora(AdapterKind):
     """Two factors, and with ``bias`` a vector that is added to what B gives."""
 
     does = "a bias on B adds to"
+    in_parts = True
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias

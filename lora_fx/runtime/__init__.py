@@ -9,6 +9,7 @@ from lora_fx.runtime import (
     fused_quantized,
     masks,
     ops,
+    parts,
     watch,
     windows,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "members_of",
     "ops",
     "output_padding",
+    "parts",
     "put_rows",
     "register_member",
     "select_rows",

@@ -20,6 +20,14 @@ from torch import Tensor
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import dense, quantization_of
 from lora_fx.runtime.masks import transformed
+from lora_fx.runtime.parts import (
+    check_not_in_parts,
+    compute_in_parts,
+    factor_beside,
+    is_in_parts,
+    own_part,
+    summed_over_inputs,
+)
 
 __all__ = [
     "applied_weight",
@@ -83,6 +91,18 @@ def weight_norm(
     Returns:
         [out], detached, in fp32, or fp64 for an fp64 weight.
     """
+    return _norm_of(_squared_norm(weight, a, b, scale, layout, groups))
+
+
+def _norm_of(square: Tensor) -> Tensor:
+    # Where B A takes all of W away, what is left of the three sums may be below zero.
+    return square.clamp_min(0).sqrt().flatten()
+
+
+def _squared_norm(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, layout: str, groups: int
+) -> Tensor:
+    """The square of :func:`weight_norm`: a sum over the inputs."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     up = b.detach().to(wide)
     # Three dimensions only for groups: what an operation costs by itself is much beside a small weight.
@@ -97,9 +117,7 @@ def weight_norm(
         own, crossed, gram = sums
         add_product = torch.addmm if groups == 1 else torch.baddbmm
         mixed = add_product(crossed, up, gram, beta=2 * scale, alpha=scale**2)
-        square = own + (mixed * up).sum(-1)
-    # Where B A takes all of W away, what is left of the three may be below zero.
-    return square.clamp_min(0).sqrt().flatten()
+        return own + (mixed * up).sum(-1)
 
 
 def _matrices(
@@ -193,11 +211,39 @@ def gain(
     Returns:
         [out], in fp32, or fp64 for an fp64 weight.
     """
+    if is_in_parts(a):
+        return _gain_in_parts(magnitude, weight, a, b, scale, layout)
+    check_not_in_parts(weight)
     applied = applied_weight(weight, layout, view, rows, order)
     norm = weight_norm(applied, a, b, scale, layout, groups)
+    return _over_norm(magnitude, norm)
+
+
+def _over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
     # The gradient of what is divided by infinity is zero; what `where` leaves out of m / 0 would have NaN.
     nothing = norm == 0
     return magnitude.flatten().to(norm.dtype) / norm.masked_fill(nothing, torch.inf) + nothing
+
+
+def _gain_in_parts(
+    magnitude: Any, weight: Tensor, a: Any, b: Any, scale: float, layout: str
+) -> Tensor:
+    """The gain of a linear layer whose factors are in parts: it lies as the magnitude does."""
+    from torch.distributed.tensor import DTensor
+
+    with torch.no_grad():
+        own = applied_weight(own_part(weight), layout)
+        square = _squared_norm(own, own_part(a), own_part(b), scale, layout, 1)
+        norm = _norm_of(summed_over_inputs(square, a))
+    gains = _over_norm(magnitude.to_local(grad_placements=magnitude.placements), norm)
+    return DTensor.from_local(
+        gains,
+        magnitude.device_mesh,
+        magnitude.placements,
+        run_check=False,
+        shape=magnitude.shape,
+        stride=magnitude.stride(),
+    )
 
 
 def applied_weight(
@@ -259,8 +305,15 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
     return b * (gains * scale).to(b.dtype).view(-1, *(1 for _ in b.shape[1:]))
 
 
-def shifted(bias: Tensor, gains: Tensor, like: Tensor) -> Tensor:
-    """``(1 - g) ∘ bias``: what the gain takes off the bias in a base output, in the dtype of ``like``."""
+def shifted(bias: Tensor | None, gains: Tensor, like: Tensor) -> Tensor | None:
+    """``(1 - g) ∘ bias``: what the gain takes off the bias in a base output, in the dtype of ``like``.
+
+    None where there is no bias: tensor parallelism may add it afterwards.
+    """
+    if bias is None:
+        return None
+    if is_in_parts(gains):
+        gains = factor_beside(gains, like)
     return ((1 - gains) * bias).to(like.dtype)
 
 
@@ -290,6 +343,8 @@ def rescaled(
         In the dtype of ``total``.
     """
     up = up.to(total.dtype)
+    if is_in_parts(gains):
+        return _rescaled_in_parts(total, base, up, gains)
     if base is not None:
         return _with_product(total + up, base, (gains - 1).to(total.dtype))
     if constant is None or constant.requires_grad or not gains.requires_grad:
@@ -316,10 +371,26 @@ def recomputed(
     It costs one more product, and no memory: the branch keeps ``x`` anyway.
     """
     up = up.to(base.dtype)
+    if is_in_parts(gains):
+        return _rescaled_in_parts(base, None, up, gains)
     if not gains.requires_grad or not _visible(gains) or base.is_nested:
         return _combined(base, up, gains)
     result: Tensor = _FromInput.apply(base, up, gains, x, weight, bias)  # type: ignore[no-untyped-call]
     return result
+
+
+def _rescaled_in_parts(total: Tensor, base: Tensor | None, up: Tensor, gains: Tensor) -> Tensor:
+    """As :func:`rescaled`, over what processes hold in parts; the base output is kept for the gain."""
+    gains = factor_beside(gains, total)
+    if not is_in_parts(total):
+        return rescaled(total, base, up, gains)
+    if base is None:
+        return compute_in_parts(_combined, (total, up), gains)
+
+    def rescale_one(total: Tensor, base: Tensor, up: Tensor, gains: Tensor) -> Tensor:
+        return rescaled(total, base, up, gains)
+
+    return compute_in_parts(rescale_one, (total, base, up), gains)
 
 
 def _visible(tensor: Tensor) -> bool:

@@ -72,6 +72,7 @@ from lora_fx.passes.graph.source import (
     tree_of,
 )
 from lora_fx.passes.graph.trainers import copy_without_trainers, instance_forwards
+from lora_fx.passes.graph.units import is_unit, param_groups, shard_again, units_of
 
 __all__ = [
     "APART",
@@ -118,18 +119,22 @@ __all__ = [
     "is_lazy",
     "is_matrix",
     "is_region",
+    "is_unit",
     "kept_graph",
     "known_arguments",
     "memory_of",
     "named_by",
     "nested",
     "original_class",
+    "param_groups",
     "parameters_of",
+    "shard_again",
     "share_copy",
     "storage_of",
     "target_of",
     "tree_of",
     "uninstall",
+    "units_of",
     "unknown_arguments",
     "wrapped_forward",
     "wraps_own_forward",

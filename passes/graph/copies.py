@@ -22,6 +22,7 @@ from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
 from lora_fx.passes.graph.source import LIBRARIES
+from lora_fx.passes.graph.units import copy_units, is_unit
 
 __all__ = [
     "APART",
@@ -378,12 +379,15 @@ _EMPTY = (dict, OrderedDict)
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
+def share_copy(
+    model: nn.Module, left_out: Iterable[Any] = (), *, sharded: bool = False
+) -> nn.Module:
     """Copies a model, sharing its parameters' storage.
 
     Args:
         model: Any module. It is not touched.
         left_out: Values of attributes that the copies of its modules do not have.
+        sharded: Whether FSDP2 may shard the model. The copy has the same shards then, and no units.
 
     Returns:
         A module of the same class, with every parameter frozen and ties kept. Buffers have storage
@@ -392,7 +396,8 @@ def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
     """
-    _check_whole(model)
+    if not sharded:
+        _check_whole(model)
     absent = object()
     memo: dict[int, Any] = {id(value): absent for value in left_out if not isinstance(value, ATOMS)}
     modules = list(model.modules())
@@ -418,7 +423,9 @@ def share_copy(model: nn.Module, left_out: Iterable[Any] = ()) -> nn.Module:
                     memo[id(value)] = type(value)()
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
+        fill = copy_units(model, memo, _copied)
         result: nn.Module = _copied(model, memo)
+        fill()
     _leave_out(result, absent)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
@@ -435,11 +442,11 @@ def _leave_out(model: nn.Module, absent: object) -> None:
 def _check_whole(model: nn.Module) -> None:
     """Refuses a model that is sharded: a copy would have parts, which nothing puts together."""
     for name, module in model.named_modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if is_unit(module):
             raise CaptureError(
-                f"{name or 'the model'} is sharded by FSDP (fully_shard), and a sharded model cannot be "
-                "copied: rewrite a model before it is sharded. To merge, save the adapter on every rank "
-                "(lora_fx.save_adapter), load it onto the model that is not sharded, and merge that"
+                f"{name or 'the model'} is sharded by FSDP (fully_shard), and a sharded model can be merged, "
+                "but neither rewritten nor exported: rewrite it before it is sharded. To export, save the "
+                "adapter on every rank (lora_fx.save_adapter), and load it onto a model that is not sharded"
             )
 
 
@@ -524,11 +531,18 @@ def storage_of(tensor: torch.Tensor) -> int:
     """What tells storages apart. A sparse tensor has none, nor has one that is not initialized."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return id(tensor)
-    return int(tensor.untyped_storage()._cdata)
+    return int(_own_part(tensor).untyped_storage()._cdata)
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """What two tensors that are tied have in common: not only a storage, but the same place in it."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return (id(tensor),)
-    return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    own = _own_part(tensor)
+    return (storage_of(own), own.storage_offset(), tuple(own.shape), own.stride())
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part that this process holds of a ``DTensor``, which has no memory of its own; or the tensor."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found

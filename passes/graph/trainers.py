@@ -79,7 +79,7 @@ def copy_without_trainers(
             ", ".join(sorted({one for trainers in dropped.values() for one in trainers})),
             some(list(dropped)),
         )
-    result = share_copy(model, left_out)
+    result = share_copy(model, left_out, sharded=True)
     for name, old in restored.items():
         held = vars(result.get_submodule(name))
         held["forward"] = held.pop(old)

@@ -200,12 +200,16 @@ def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraCo
     if not names.slots:
         return
     weight, pair = base_weight(model, row.site), None
+    layout = factor_layout(model, row) if is_sharded(weight) else None
     if kind.low_rank:
         holder = module_at(model, row.site.holder)
         a, b = (holder.get_submodule(name).get_parameter(adapter) for name in names.pair)
-        pair = a, b
+        pair = gathered(a), gathered(b)
+    weight = gathered(weight)
     for slot in kind.slots(row.site):
         value = slot_start(row, slot, weight, pair, config)
+        if layout is not None:
+            value = distributed(value, layout.mesh, layout.slot)
         _put(model, row.site, slot.name, adapter, value)
 
 

@@ -40,7 +40,7 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import DROPOUT, adapter_dtype, factor_names, is_sharded, weight_at
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import ops
+from lora_fx.runtime import ops, parts
 
 __all__ = ["Branch", "Insert", "Writer"]
 
@@ -59,6 +59,7 @@ class _Wiring:
         dropout: The module that says with which probability the branch's input is dropped, and whether it
             is now; empty for none.
         cast: Whether the factors are cast to the base output's dtype, or brought to where it is.
+        in_parts: Whether processes hold the weight in parts.
         transposed: Whether the factors are stored transposed.
         padding: How many output features of the base operation come before and after those of the
             branch; None if it has them all.
@@ -73,6 +74,7 @@ class _Wiring:
     scale: float = 1.0
     dropout: str = ""
     cast: bool = False
+    in_parts: bool = False
     transposed: bool = False
     padding: tuple[int, int] | None = None
 
@@ -267,7 +269,13 @@ class Branch(Writer):
 
     def cast_slot(self, name: str) -> fx.Node:
         """A slot in the dtype in which the branch computes."""
-        return self.once(f"cast {name}", lambda: self.cast(self.read_slot(name)))
+        return self.once(f"cast {name}", lambda: self._new_cast_slot(name))
+
+    def _new_cast_slot(self, name: str) -> fx.Node:
+        if not (self._wiring.in_parts and self._kind.low_rank):
+            return self.cast(self.read_slot(name))
+        slot, a = self.read_slot(name), self.factor("a")
+        return self.call(Role.CAST, parts.slot_beside, slot, a, self.base)
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
         """A slot as it meets the output: where the site is a part, a value for the rest is beside it."""
@@ -364,6 +372,7 @@ class Insert(Pass):
             scale=row.scale,
             dropout=factor(DROPOUT) if row.dropout else "",
             cast=adapter_dtype(weight) != weight.dtype or call.cast or is_sharded(weight),
+            in_parts=is_sharded(weight),
             transposed=bool(row.tied),
             padding=_padding(site),
         )

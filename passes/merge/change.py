@@ -197,7 +197,7 @@ def merged_biases(
         device = next(iter(slots.values())).device if source is None else source.device
         wide = torch.float32 if device.type == "mps" else torch.float64
         part = source[start:stop].to(wide) if source is not None and source.dim() == 1 else None
-        values = {name: one.detach().flatten().to(device, wide) for name, one in slots.items()}
+        values = {name: gathered(one).flatten().to(device, wide) for name, one in slots.items()}
         made = kind.bias_terms(part, values, row.scale)
         if not made:
             continue
@@ -239,4 +239,4 @@ def _own_bias(
     if site.bias is None:
         return None, start, stop
     found = trained[site.bias] if site.bias in trained else result.get_parameter(site.bias)
-    return found.detach(), start, stop
+    return gathered(found), start, stop

@@ -53,7 +53,7 @@ def cannot_overflow(
                 return False
             change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
         if kind.transforms:
-            bound = kind.bound({name: one.detach() for name, one in factors.slots.items()})
+            bound = kind.bound({name: gathered(one) for name, one in factors.slots.items()})
             # What it makes of a weight has that bound only if nothing else is added to it.
             if bound is None or len(rows) > 1 or not bound <= largest.max / 2:
                 return False
@@ -237,7 +237,7 @@ class Fold(_Folded):
                 pair = wide_factors(self.model, row, adapter, dtype, device)
                 sliced = sliced_factors(self.model, row, adapter, device) if exactly else None
             slots = factors_of(self.model, row, adapter).slots if kind.transforms else {}
-            values = {name: v.detach().flatten().to(device, dtype) for name, v in slots.items()}
+            values = {name: gathered(v).flatten().to(device, dtype) for name, v in slots.items()}
             parts.append(_Part(pair, values, sliced))
         return parts
 
@@ -351,7 +351,7 @@ class TokenFold(_Folded):
     def fold_into(self, out: torch.Tensor) -> None:
         """Writes the rows into the weight."""
         for row, adapter in self.rows:
-            _put_tokens(out, row, tokens_of(self.model, row, adapter))
+            _put_tokens(out, row, gathered(tokens_of(self.model, row, adapter)))
 
     def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The merged weight in fp64, in whatever dtype it is stored."""
@@ -376,7 +376,7 @@ def token_weights(
     for name in names:
         for row in record.adapters[name].tokens:
             found.setdefault(row.site.weight, []).append((row, name))
-            if not torch.isfinite(tokens_of(model, row, name)).all():
+            if not torch.isfinite(gathered(tokens_of(model, row, name))).all():
                 raise MergeError(
                     f"{row.name}: adapter {name!r} has rows that are not finite; nothing was merged"
                 )

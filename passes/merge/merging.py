@@ -20,9 +20,18 @@ import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
 from lora_fx.kinds import kind_of
-from lora_fx.passes.graph import exchange, is_region, original_class, storage_of
+from lora_fx.passes.graph import (
+    exchange,
+    is_region,
+    is_unit,
+    original_class,
+    shard_again,
+    storage_of,
+    units_of,
+)
 from lora_fx.passes.merge.change import merged_biases
 from lora_fx.passes.merge.dense import (
     cast_model,
@@ -55,7 +64,10 @@ from lora_fx.passes.parameters import (
     distributed_as,
     factors_of,
     gathered,
+    is_sharded,
+    own_part,
     parameter_of,
+    reshard,
     weight_at,
 )
 
@@ -100,16 +112,14 @@ def _fold_all(
             changes[weight].check(old_of(weight))
     merged: dict[str, torch.Tensor] = {}
     sites: dict[str, MergedSite] = {}
-    # A stable sort: those that may fail yet come first.
-    for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
+
+    def fold(weight: str) -> None:
         change, stored = changes[weight], old_of(weight)
-        if progress is not None:
-            progress(done, len(changes), change.name)
         # Where processes hold parts of it, the whole of one weight at a time is in each of them.
-        old = gathered(stored)
+        old = gathered(stored, weight)
         if weight in formats and isinstance(change, Fold):
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight])
-            continue
+            return
         exact = change.exact(old, dtypes.get(weight)) if measure else None
         if weight in over:
             before, new = old.clone() if measure else old, old
@@ -118,6 +128,12 @@ def _fold_all(
             before, new = old, keep(change.folded(old, dtypes.get(weight)))
             merged[weight] = distributed_as(new, stored)
         sites[weight] = compared(change.name, change.adapters, before, new, exact)
+
+    # A stable sort: those that may fail yet come first.
+    for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
+        if progress is not None:
+            progress(done, len(changes), changes[weight].name)
+        fold(weight)
     return merged, tuple(sites[weight] for weight in changes)
 
 
@@ -125,8 +141,18 @@ _log = logging.getLogger("lora_fx")
 
 
 def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
-    """Refuse weights that are not stored: a hook computes them before each call, or loads them."""
+    """Refuse weights that are not stored: a hook computes them before each call, or loads them.
+
+    Also quantized ones of which each process has a part: no format puts parts together.
+    """
     check_whole(model.named_parameters(), MergeError)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter) and quantization_of(own_part(parameter)) is not None:
+            raise MergeError(
+                f"{name} is quantized, and cut into parts that several processes hold: so it is not merged. "
+                "Save the adapter on every rank (lora_fx.save_adapter), load it onto a model that is not "
+                "sharded, and merge that"
+            )
     for name in weights:
         owner, _, leaf = name.rpartition(".")
         if isinstance(vars(model.get_submodule(owner)).get(leaf), torch.Tensor):
@@ -185,10 +211,13 @@ def merge(
     """
     record = require_record(model, MergeError)
     check_intact(model, record)
+    reshard(model)
+    units = units_of(model)
     names = _chosen(record, adapter_names)
     _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
+        _check_not_units(into)
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
     _check_stored(model, (*rows, *tokens))
@@ -254,6 +283,7 @@ def merge(
             "merge: %d parameter(s) shared with the model that was rewritten, and frozen",
             len(shared),
         )
+    shard_again(result, units)
     return result, MergeReport(sites, untied, shared=shared)
 
 
@@ -332,8 +362,21 @@ def _check_named(
         )
 
 
+def _check_not_units(into: nn.Module) -> None:
+    """Refuses to write into a model that FSDP2 shards: its parameters are the library's.
+
+    Raises:
+        MergeError: If it does.
+    """
+    if any(map(is_unit, into.modules())):
+        raise MergeError(
+            "into is sharded by FSDP (fully_shard): leave it out, since the merge of a sharded model gives "
+            "one that is sharded in the same way; or merge into a model that is not"
+        )
+
+
 def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    present = [gathered(factor) for factor in factors_of(model, row, adapter).present]
+    present = [gathered(factor, row.name) for factor in factors_of(model, row, adapter).present]
     if any(factor.is_meta for factor in present):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} is on the meta device and has no values to merge: load them "
@@ -365,7 +408,7 @@ def _check_storage(
 
 def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
     """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
-    return trained[name].detach().to(base) if name in trained else base
+    return trained[name].detach().to(base.device, base.dtype) if name in trained else base
 
 
 def _stay_tied(

@@ -19,7 +19,13 @@ from lora_fx.ir import Record
 from lora_fx.passes.graph import is_lazy, memory_of, storage_of
 from lora_fx.passes.merge.fold import Fold
 from lora_fx.passes.merge.report import MergedSite
-from lora_fx.passes.parameters import changed_buffers, own_value, parameter_of, trained_by_hand
+from lora_fx.passes.parameters import (
+    changed_buffers,
+    distributed_as,
+    own_value,
+    parameter_of,
+    trained_by_hand,
+)
 
 __all__ = [
     "copy_shared",
@@ -105,7 +111,7 @@ def place_biases(
 ) -> None:
     """Puts the merged biases in; others that they shared a parameter with keep it."""
     for name, bias in biases.items():
-        _set_parameter(result, name, bias, over)
+        _set_parameter(result, name, distributed_as(bias, result.get_parameter(name)), over)
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
@@ -152,7 +158,7 @@ def place_trained(
             value = parameter.detach()
             old = _parameter(result, name)
             if name not in over:
-                value = value.to(old, copy=True)
+                value = value.to(old.device, old.dtype, copy=True)
             _set_parameter(result, name, value, over)
             copies[id(parameter)] = _parameter(result, name)
         owner, _, key = name.rpartition(".")

@@ -22,6 +22,7 @@ from lora_fx.passes.parameters.factors import (
     wide,
 )
 from lora_fx.passes.parameters.placements import (
+    check_alike,
     check_can_add,
     check_layouts,
     check_sharded_alike,
@@ -58,12 +59,14 @@ from lora_fx.passes.parameters.rewritten import (
     without_wrappers,
 )
 from lora_fx.passes.parameters.sharded import (
+    agreed,
     check_not_sharded,
     check_whole,
     distributed,
     distributed_as,
     gathered,
     is_sharded,
+    own_part,
     reshard,
     write,
 )
@@ -74,6 +77,7 @@ __all__ = [
     "adapter_dtype",
     "adapter_parameters",
     "add_tokens",
+    "agreed",
     "as_factors",
     "as_matrices",
     "base_dtype",
@@ -82,6 +86,7 @@ __all__ = [
     "base_weight",
     "buffer_digests",
     "changed_buffers",
+    "check_alike",
     "check_can_add",
     "check_intact",
     "check_layouts",
@@ -105,6 +110,7 @@ __all__ = [
     "mark_adapted",
     "matrix_shape",
     "module_at",
+    "own_part",
     "own_value",
     "parameter_of",
     "part_of",

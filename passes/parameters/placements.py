@@ -8,6 +8,7 @@ process, and small.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -16,11 +17,19 @@ from torch import nn
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of
+from lora_fx.passes.graph import is_unit, param_groups
+from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
-from lora_fx.passes.parameters.sharded import check_not_sharded, is_sharded
+from lora_fx.passes.parameters.sharded import (
+    answering,
+    check_not_sharded,
+    is_sharded,
+    own_part,
+)
 
 __all__ = [
     "FactorLayout",
+    "check_alike",
     "check_can_add",
     "check_layouts",
     "check_sharded_alike",
@@ -41,6 +50,11 @@ class FactorLayout:
     a: tuple[Any, ...]
     b: tuple[Any, ...]
 
+    @property
+    def slot(self) -> tuple[Any, ...]:
+        """Placements of what has an element for each output feature: as B has them."""
+        return self.b
+
 
 def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
     """Refuses sites whose weight lies so that no factors can lie beside it.
@@ -53,20 +67,82 @@ def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
             factor_layout(model, row)
 
 
-def check_can_add(model: nn.Module, adapter: str, *, only_factors: bool) -> None:
+def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -> None:
+    """Refuses an adapter that is not the same in all processes that hold parts of the model.
+
+    Nothing is sent where no parameter is in parts, and else a few bytes.
+
+    Args:
+        model: The model with the adapter.
+        rows: The adapter's sites.
+        adapter: The adapter's name.
+
+    Raises:
+        ConfigError: If it is another one somewhere: in every process, with the first site that differs.
+        ProcessError: If a process does not answer.
+    """
+    parts: list[Any] = [p for _, p in model.named_parameters() if is_sharded(p) and not p.is_meta]
+    meshes = list(dict.fromkeys(p.device_mesh for p in parts))
+    if not meshes:
+        return
+    mine = {row.name: _digest(model, row, adapter) for row in rows}
+    for mesh in meshes:
+        for place in range(mesh.ndim):
+            with answering(f"the adapter {adapter!r}"):
+                several = _from_all(mine, mesh.get_group(place))
+            _compare(several, adapter)
+
+
+def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
+    """What is equal in all processes at a site: shapes, and values that are whole."""
+    found = hashlib.sha256(f"{row.kind} {row.scale} {row.dropout}".encode())
+    for name, value in factors_of(model, row, adapter).values.items():
+        found.update(f"{name} {tuple(value.shape)}".encode())
+        own: Any = value.detach()
+        if not is_sharded(own) or all(one.is_replicate() for one in own.placements):
+            found.update(own_part(own).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _from_all(mine: dict[str, str], group: Any) -> list[dict[str, str]]:
+    """What each process of a group has; all of it only where a digest of it differs."""
+    import torch.distributed as dist
+
+    several: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(several, hashlib.sha256(repr(mine).encode()).hexdigest(), group)
+    if len(set(several)) == 1:
+        return [mine]
+    dist.all_gather_object(several, mine, group)
+    return several
+
+
+def _compare(several: list[dict[str, str]], adapter: str) -> None:
+    first = several[0]
+    for place, other in enumerate(several):
+        names = (*first, *(name for name in other if name not in first))
+        for name in names:
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"{name}: the adapter {adapter!r} is another one in process {place} than in process 0 of "
+                    "those that hold parts of the model: give every process the same configuration, and "
+                    "load the same folder"
+                )
+
+
+def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> None:
     """Refuses an adapter that would have parameters which nothing keeps equal in all processes.
 
     Args:
         model: A rewritten model.
         adapter: The adapter's name.
-        only_factors: Whether it has only factors, which are whole in each process of an FSDP2 model, and get
-            the mean of all gradients.
+        beside_weights: Whether it has only what lies beside the weights that it adapts: that is whole in each
+            process of an FSDP2 model, and gets the mean of all gradients.
 
     Raises:
-        ConfigError: If the model is sharded, and it is another one.
+        ConfigError: If FSDP2 or ZeRO shards the model, and it is another one.
     """
     owned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if owned or not only_factors:
+    if owned or (not beside_weights and any(is_unit(module) for module in model.modules())):
         check_not_sharded(
             model,
             f"the adapter {adapter!r}",
@@ -80,7 +156,7 @@ def check_sharded_alike(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None
     Raises:
         ConfigError: With the first such site.
     """
-    if not any(_is_unit(module) for module in model.modules()):
+    if not any(is_unit(module) for module in model.modules()):
         return
     for row in rows:
         if not is_sharded(weight_at(model, row.site.weight)):
@@ -104,11 +180,11 @@ def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
     from torch.distributed.tensor import Replicate, Shard
 
     weight: Any = weight_at(model, row.site.weight)
-    if kind_of(row).transforms or kind_of(row).slots(row.site):
+    if not kind_of(row).in_parts:
         raise ConfigError(
-            f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and what the kind "
-            f"{row.kind!r} trains beside A and B is not cut with it: use plain LoRA (use_dora=False, "
-            "lora_bias=False); or shard the rewritten model, which FSDP2 alone can"
+            f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and the kind "
+            f"{row.kind!r} does not say that its branch is right over parts (in_parts): use LoRA or DoRA "
+            "here; or shard the rewritten model, which FSDP2 alone can"
         )
     mesh, between = weight.device_mesh, _between_calls(model, row.site.owner)
     out, inner = (0, 1) if row.site.layout == "out_in" else (1, 0)
@@ -147,9 +223,9 @@ def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
     """The dimensions of a weight's mesh over which FSDP2 cuts it between two calls."""
     layer, above = module_at(model, owner), owner
     while True:
-        module: Any = module_at(model, above)
-        if _is_unit(module):
-            groups = module._get_fsdp_state()._fsdp_param_groups
+        module = module_at(model, above)
+        if is_unit(module):
+            groups = param_groups(module)
             managed = (held for group in groups for held in group.fsdp_params)
             if any(held._module_info.module is layer for held in managed):
                 # In the mesh of a parameter those dimensions come first.
@@ -157,8 +233,3 @@ def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
         if not above:
             return ()
         above = above.rpartition(".")[0]
-
-
-def _is_unit(module: nn.Module) -> bool:
-    """Whether FSDP2 shards a module as a unit."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

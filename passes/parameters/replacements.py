@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
 from lora_fx.passes.graph import memory_of
-from lora_fx.passes.parameters.sharded import is_sharded, write
+from lora_fx.passes.parameters.sharded import distributed_as, is_sharded, write
 from lora_fx.runtime import AdapterModule, KeptTensors
 
 __all__ = [
@@ -169,6 +169,11 @@ def place_base(
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
         old, original = owner.get_parameter(leaf), originals[name]
+        if is_sharded(old) and not keep:
+            # Of a copy, whose parts another model has, too.
+            value = distributed_as(original.detach().to(old.dtype), old)
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            continue
         if is_sharded(old):
             # Its values are exchanged: the parameter is the library's, and the optimizer's.
             if keep:

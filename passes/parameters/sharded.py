@@ -6,21 +6,26 @@ such a parameter is not exchanged: values are copied into it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.errors import ConfigError, LoraFxError, ProcessError
+from lora_fx.passes.graph import is_unit
 
 __all__ = [
+    "agreed",
+    "answering",
     "check_not_sharded",
     "check_whole",
     "distributed",
     "distributed_as",
     "gathered",
     "is_sharded",
+    "own_part",
     "reshard",
     "write",
 ]
@@ -31,11 +36,45 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this."""
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; the tensor itself where it is whole."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
+
+
+def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
+    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this.
+
+    Args:
+        tensor: Any.
+        name: What it is, for an error.
+
+    Raises:
+        ProcessError: If another process that holds a part of it does not answer.
+    """
     found: Any = tensor.detach()
-    whole: torch.Tensor = found.full_tensor() if is_sharded(found) else found
+    whole: torch.Tensor = found
+    if is_sharded(found):
+        with answering(name):
+            whole = found.full_tensor()
     return whole
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Says what was being sent where another process does not answer.
+
+    Raises:
+        ProcessError: If that is so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"{name}: another process that holds a part of it has ended, or has not called this within the "
+            "timeout of the process group (init_process_group(timeout=...)). Every process has to call it; "
+            f"look for the first error of the others, and start all of them again: {error}"
+        ) from error
 
 
 def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> torch.Tensor:
@@ -47,9 +86,17 @@ def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> 
         placements: How it is cut, one for each dimension of the mesh.
     """
     # The package loads with the first DTensor, not with lora_fx.
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+    made = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    part: torch.Tensor = made.to_local()
+    if part.untyped_storage().nbytes() == part.nbytes:
+        return made
+    # Not a view, which would keep the memory of the whole.
+    own = part.detach().clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=made.shape, stride=made.stride()
+    )
 
 
 def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -58,6 +105,23 @@ def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return value
     there: Any = like
     return distributed(value.to(like.device), there.device_mesh, there.placements)
+
+
+def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A value that each process has drawn for itself, as the first of those that share a tensor has it.
+
+    Args:
+        value: The whole.
+        like: A tensor that they hold in parts; nothing is sent where it is whole.
+    """
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    there: Any = like
+    everywhere = [Replicate()] * there.device_mesh.ndim
+    found: torch.Tensor = distribute_tensor(value, there.device_mesh, everywhere).to_local()
+    return found
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -70,7 +134,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def reshard(model: nn.Module) -> None:
     """Has FSDP2 put its parts of all parameters in, also where it keeps whole ones after a call."""
     for module in model.modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if is_unit(module):
             owner: Any = module
             owner.reshard()
 

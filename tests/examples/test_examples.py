@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.numerics import assert_close, assert_same_bits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What an example needs that is in no extra of the tests.
@@ -34,7 +40,6 @@ def run(script: str, folder: Path, *before: str, after: tuple[str, ...] = ()) ->
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout
     return ran.stdout
 
 
@@ -49,15 +54,56 @@ def case(name: str) -> object:
 
 @pytest.mark.parametrize("name", [case(path.stem) for path in sorted(EXAMPLES.glob("*.py"))])
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
-    run(name, tmp_path)
+    assert run(name, tmp_path)
 
 
-@pytest.mark.feature("FSDP2", "train", "save")
-def test_processes_share_a_model(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    printed = run("fsdp2", tmp_path, *torchrun, after=("--out", str(tmp_path / "out")))
-    assert "2 process(es): loss" in printed
+TORCHRUN = ("-m", "torch.distributed.run")
+SHARED = [
+    pytest.param(
+        "fsdp2", "2 process(es): loss", marks=pytest.mark.feature("FSDP2", "train", "save")
+    ),
+    pytest.param(
+        "tensor_parallel",
+        "2 process(es), 2 for each layer: loss",
+        marks=pytest.mark.feature("tensor parallel", "train", "save", "merge", "DoRA"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "says"), SHARED)
+def test_processes_share_a_model(name: str, says: str, tmp_path: Path) -> None:
+    torchrun = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
+    printed = run(name, tmp_path, *torchrun, after=("--out", str(tmp_path / "out")))
+    assert says in printed
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.feature("FSDP2", "several machines")
+def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(node: int) -> str:
+        meeting = ("--rdzv-backend", "static", "--rdzv-endpoint", endpoint)
+        group = ("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", *meeting)
+        return run("fsdp2", tmp_path, *TORCHRUN, *group, after=out(f"node {node}"))
+
+    def out(folder: str) -> tuple[str, ...]:
+        return ("--steps", "4", "--out", str(tmp_path / folder))
+
+    with ThreadPoolExecutor() as machines:
+        printed = list(machines.map(start, range(2)))
+    assert "2 process(es): loss" in printed[0]
+    run("fsdp2", tmp_path, after=out("alone"))
+    alone = adapter(tmp_path / "alone")
+    assert alone
+    assert_same_bits(adapter(tmp_path / "node 1"), adapter(tmp_path / "node 0"))
+    assert_close(adapter(tmp_path / "node 0"), alone, 1e-4)
 
 
 TRL = [

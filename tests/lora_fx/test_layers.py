@@ -133,6 +133,7 @@ PUBLIC = {
     "OutputPathError",
     "ParityError",
     "PartialMatchError",
+    "ProcessError",
     "ProviderError",
     "QuantizationError",
     "__version__",

@@ -10,10 +10,17 @@ import torch.distributed as dist
 import lora_fx
 from lora_fx import LoraConfig
 from tests.algebra import randomize
-from tests.stacks.models import llama
-from tests.stacks.tensor_parallel import TARGETS, filled, parallelized, said, step
+from tests.stacks.tensor_parallel import (
+    TARGETS,
+    filled,
+    gathered,
+    parallelized,
+    said,
+    step,
+    whole,
+)
 
-__all__ = ["LATE", "RANKS", "WAYS", "alone", "config", "mean_step", "work"]
+__all__ = ["IDS", "LATE", "RANKS", "WAYS", "alone", "combined", "config", "mean_step", "work"]
 
 RANKS = 4
 IDS = torch.arange(48).view(4, 12)
@@ -22,10 +29,14 @@ WAYS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fsdp": ("fsdp", 4, {}),
     "hsdp, dropout": ("hsdp", 4, {"lora_dropout": 0.5}),
     "hsdp, dora": ("hsdp", 4, {"use_dora": True}),
+    "hsdp, bias of B": ("hsdp", 4, {"lora_bias": True}),
     "fsdp x tp": ("fsdp x tp", 2, {"lora_dropout": 0.5}),
+    "fsdp x tp, dora": ("fsdp x tp", 2, {"use_dora": True}),
+    "fsdp x tp, bias of B": ("fsdp x tp", 2, {"lora_bias": True}),
+    "fsdp x tp, all biases": ("fsdp x tp", 2, {"bias": "all"}),
 }
 # Those to which an adapter is added when they are sharded.
-LATE = ("fsdp", "hsdp, dropout", "fsdp x tp")
+LATE = tuple(way for way in WAYS if "biases" not in way)
 
 
 def config(options: dict[str, Any]) -> LoraConfig:
@@ -34,7 +45,21 @@ def config(options: dict[str, Any]) -> LoraConfig:
 
 def alone(options: dict[str, Any]) -> Any:
     """The model of one process, with an adapter that changes its outputs."""
-    return randomize(lora_fx.rewrite(llama().double(), config(options)))
+    return randomize(lora_fx.rewrite(base(options), config(options)))
+
+
+def base(options: dict[str, Any]) -> Any:
+    """Llama, with biases where something of them is trained."""
+    biases = "bias" in options or "lora_bias" in options
+    return whole({"biases": biases})
+
+
+def combined(model: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A combination of both adapters; nothing where there is none."""
+    if options.keys() & {"use_dora", "lora_bias"}:
+        return {}
+    lora_fx.add_weighted_adapter(model, ["default", "late"], [1.0, -0.5], "both", "cat")
+    return lora_fx.adapter_state_dict(model, "both")
 
 
 def mean_step(model: Any, groups: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -71,16 +96,19 @@ def shard(model: Any, mesh: Any) -> Any:
 def one_way(way: str) -> dict[str, Any]:
     name, groups, options = WAYS[way]
     data, tensor = meshes(name)
-    base = llama().double() if tensor is None else parallelized(llama().double(), tensor)
-    model = filled(lora_fx.rewrite(base, config(options)), alone(options))
+    own = base(options) if tensor is None else parallelized(base(options), tensor)
+    model = filled(lora_fx.rewrite(own, config(options)), alone(options))
     model = shard(model, data)
     mine = dist.get_rank() * groups // RANKS
     loss, gradients = step(model, mine, IDS.chunk(groups)[mine])
-    found: dict[str, Any] = {"loss": loss, "gradients": gradients}
+    merged = lora_fx.merge(model)
+    state = {name: gathered(value) for name, value in merged.state_dict().items()}
+    with torch.no_grad():
+        logits = gathered(merged(IDS).logits)
+    found: dict[str, Any] = {"loss": loss, "gradients": gradients, "merged": (state, logits)}
     if way in LATE:
         lora_fx.add_adapter(model, config({**options, "r": 3, "init_lora_weights": False}), "late")
-        lora_fx.add_weighted_adapter(model, ["default", "late"], [1.0, -0.5], "both", "cat")
-        both = lora_fx.adapter_state_dict(model, "both")
+        both = combined(model, options)
         lora_fx.set_adapter(model, "late")
         states = [lora_fx.adapter_state_dict(model, "late")]
         loss, gradients = step(model, mine, IDS.chunk(groups)[mine])

@@ -14,12 +14,14 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.ir import Site
+from lora_fx.kinds import AdapterKind, Slot
 from tests.algebra import randomize
 from tests.stacks.models import IDS, llama
 
 __all__ = [
     "CASES",
-    "STYLES",
+    "FOLDERS",
     "TARGETS",
     "alone",
     "filled",
@@ -27,6 +29,7 @@ __all__ = [
     "parallelized",
     "run_rank",
     "said",
+    "sent",
     "step",
     "whole",
     "with_samples",
@@ -42,10 +45,36 @@ CASES: dict[str, Case] = {
     "torch, dropout": {"style": "torch", "lora_dropout": 0.5},
     "torch, biases": {"style": "torch", "biases": True},
     "torch, pissa": {"style": "torch", "init_lora_weights": "pissa"},
+    "torch, dora": {"style": "torch", "use_dora": True},
+    "torch, dora and biases": {
+        "style": "torch",
+        "biases": True,
+        "use_dora": True,
+        "lora_dropout": 0.5,
+    },
+    "torch, bias of B": {"style": "torch", "biases": True, "lora_bias": True},
+    "torch, all biases": {"style": "torch", "biases": True, "bias": "all"},
+    "torch, dora and all biases": {
+        "style": "torch",
+        "biases": True,
+        "use_dora": True,
+        "bias": "lora_only",
+    },
     "transformers": {"style": "transformers"},
+    "transformers, dora": {"style": "transformers", "use_dora": True},
+    "transformers, dora and biases": {"style": "transformers", "biases": True, "use_dora": True},
+    "transformers, bias of B": {"style": "transformers", "biases": True, "lora_bias": True},
+    "transformers, all biases": {"style": "transformers", "biases": True, "bias": "all"},
     "transformers, dropout": {"style": "transformers", "lora_dropout": 0.5},
 }
-STYLES = ("torch", "transformers")
+# Adapters of which folders are written and read.
+FOLDERS: dict[str, Case] = {
+    "torch": {"style": "torch"},
+    "torch, dora": {"style": "torch", "use_dora": True, "biases": True},
+    "torch, bias of B": {"style": "torch", "lora_bias": True, "biases": True},
+    "transformers": {"style": "transformers"},
+    "transformers, dora": {"style": "transformers", "use_dora": True, "biases": True},
+}
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 _COLWISE = (
     "self_attn.q_proj",
@@ -91,7 +120,9 @@ def base(case: Case, folder: str) -> Any:
     if case["style"] == "transformers":
         options = DistributedConfig(tp_size=dist.get_world_size())
         model = LlamaForCausalLM.from_pretrained(
-            Path(folder) / "base", distributed_config=options, dtype=torch.float64
+            Path(folder) / ("base with biases" if case.get("biases") else "base"),
+            distributed_config=options,
+            dtype=torch.float64,
         )
         return model.eval()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
@@ -176,6 +207,18 @@ def counted(model: Any) -> dict[str, int]:
     return {str(name): count for name, count in mode.get_comm_counts().items()}
 
 
+def sent(case: Case, before: dict[str, int]) -> dict[str, int]:
+    """The collectives of a forward with an adapter, from those of the base.
+
+    The norms of DoRA are sums over the inputs: one vector for each layer that is cut along them.
+    """
+    if not case.get("use_dora"):
+        return before
+    name = next(key for key in before if "all_reduce" in key)
+    rowwise = [one for one in TARGETS if one in ("o_proj", "down_proj")]
+    return {**before, name: before[name] + len(rowwise) * whole(case).config.num_hidden_layers}
+
+
 def trained(case: Case, folder: str) -> dict[str, Any]:
     model = base(case, folder)
     calls = counted(model)
@@ -206,13 +249,12 @@ def said(verb: Callable[[], Any]) -> str:
     return ""
 
 
-def saved_and_loaded(style: str, folder: str, rank: int) -> dict[str, Any]:
+def saved_and_loaded(name: str, folder: str, rank: int) -> dict[str, Any]:
     """A folder of a cut model, and of one process, loaded into a cut model; and merges."""
-    case: Case = {"style": style}
+    case = FOLDERS[name]
     model = build(case, base(case, folder))
-    where = Path(folder) / f"{style} {rank}"
-    lora_fx.save_adapter(model, where)
-    loaded = lora_fx.load_adapter(base(case, folder), Path(folder) / "one process")
+    lora_fx.save_adapter(model, Path(folder) / f"{name} {rank}")
+    loaded = lora_fx.load_adapter(base(case, folder), Path(folder) / f"one process, {name}")
     merged = lora_fx.merge(model)
     with torch.no_grad():
         found = {
@@ -227,14 +269,14 @@ def saved_and_loaded(style: str, folder: str, rank: int) -> dict[str, Any]:
         "class": type(merged).__name__,
         "with inputs": gathered(sample(IDS).logits.detach()),
         "check": said(lambda: lora_fx.check(model, (IDS,))),
-        "two": gathered(with_two(model)),
+        "two": gathered(with_two(model, case)),
         "samples": gathered(with_samples(model)),
     }
 
 
-def with_two(model: Any) -> torch.Tensor:
+def with_two(model: Any, case: Case) -> torch.Tensor:
     """Outputs with another adapter, which is added now, and the first one."""
-    lora_fx.add_adapter(model, config({"r": 3, "init_lora_weights": False}), "second")
+    lora_fx.add_adapter(model, config({**case, "r": 3, "init_lora_weights": False}), "second")
     lora_fx.set_adapter(model, ["default", "second"])
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
@@ -248,7 +290,20 @@ def with_samples(model: Any) -> torch.Tensor:
     return logits.detach()
 
 
+class Elsewhere(AdapterKind):
+    """Somebody's own kind, which says nothing of parts."""
+
+    name = "elsewhere"
+    low_rank = False
+    transforms = True
+    keys = ("elsewhere",)
+
+    def slots(self, site: Site) -> tuple[Slot, ...]:
+        return (Slot("elsewhere", "elsewhere", (site.out_features,), "a vector", neutral=1.0),)
+
+
 def refusals(folder: str) -> dict[str, str]:
+    lora_fx.register_adapter_kind(Elsewhere())
     plain: Case = {"style": "torch"}
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
@@ -262,8 +317,7 @@ def refusals(folder: str) -> dict[str, str]:
             lambda: parallelize_module(layer, mesh, {"0": RowwiseParallel()})
         ),
         "parallelized afterwards": said(lambda: parallelized(build(plain, llama().double()), mesh)),
-        "dora": said(lambda: lora_fx.rewrite(cut, LoraConfig(r=2, use_dora=True))),
-        "bias of B": said(lambda: lora_fx.rewrite(cut, LoraConfig(r=2, lora_bias=True))),
+        "another kind": said(lambda: lora_fx.rewrite(cut, LoraConfig(r=2, kind="elsewhere"))),
         "uneven": said(
             lambda: lora_fx.rewrite(uneven, LoraConfig(r=2, target_modules=["up_proj"]))
         ),
@@ -272,8 +326,8 @@ def refusals(folder: str) -> dict[str, str]:
 
 def run(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {name: trained(case, folder) for name, case in CASES.items()}
-    for style in STYLES:
-        found[f"folders, {style}"] = saved_and_loaded(style, folder, rank)
+    for name in FOLDERS:
+        found[f"folders, {name}"] = saved_and_loaded(name, folder, rank)
     found["refused"] = refusals(folder)
     return found
 

@@ -12,10 +12,15 @@ from torch import multiprocessing
 
 import lora_fx
 from tests.numerics import assert_close, assert_same_bits
+from tests.stacks.features import shown
 from tests.stacks.meshes import config
 from tests.stacks.models import IDS, llama
 from tests.stacks.resharding import HOW, STARTS, load, load_and_train, save
 from tests.stacks.tensor_parallel import run_rank
+
+
+def stack_of(how: str) -> str:
+    return {"fsdp": "FSDP2", "tp": "tensor parallel"}[how]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,7 @@ def loaded(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"load 4 {rank}.pt") for rank in range(4)]
 
 
+@pytest.mark.feature("FSDP2", "start on meta")
 @pytest.mark.parametrize("start", STARTS)
 def test_a_start_after_the_meta_device_is_that_of_a_plain_rewrite(
     start: str, saved: list[dict[str, Any]]
@@ -48,7 +54,7 @@ def test_a_start_after_the_meta_device_is_that_of_a_plain_rewrite(
         assert "meta device" in found["refused"]
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", shown(HOW, stack_of, lambda how: ("resume in other parts",)))
 def test_four_processes_go_on_where_two_stopped(
     how: str, saved: list[dict[str, Any]], loaded: list[dict[str, Any]]
 ) -> None:
@@ -57,7 +63,7 @@ def test_four_processes_go_on_where_two_stopped(
         assert_close(rank[how]["trained"], saved[0][how]["trained"], 1e-6)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", shown(HOW, stack_of, lambda how: ("resume in other parts",)))
 def test_one_process_goes_on_where_two_stopped(
     how: str, folder: Path, saved: list[dict[str, Any]]
 ) -> None:
@@ -69,7 +75,7 @@ def test_one_process_goes_on_where_two_stopped(
     assert not any(torch.equal(before, after) for before, after in changed)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", shown(HOW, stack_of, lambda how: ("save",)))
 def test_the_adapter_folder_is_one_however_it_was_cut(
     how: str, folder: Path, saved: list[dict[str, Any]], loaded: list[dict[str, Any]]
 ) -> None:

@@ -12,12 +12,14 @@ from torch import multiprocessing
 
 import lora_fx
 from tests.numerics import assert_close, assert_same_bits
+from tests.stacks.features import features_in, shown
 from tests.stacks.models import IDS, llama
 from tests.stacks.tensor_parallel import (
     CASES,
-    STYLES,
+    FOLDERS,
     alone,
     run_rank,
+    sent,
     step,
     whole,
     with_samples,
@@ -27,11 +29,18 @@ from tests.stacks.tensor_parallel import (
 RANKS = 2
 
 
+def tensor_parallel(name: str) -> str:
+    del name
+    return "tensor parallel"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     llama().double().save_pretrained(folder / "base")
-    lora_fx.save_adapter(alone({}), folder / "one process")
+    whole({"biases": True}).save_pretrained(folder / "base with biases")
+    for name, case in FOLDERS.items():
+        lora_fx.save_adapter(alone(case), folder / f"one process, {name}")
     multiprocessing.spawn(run_rank, (str(folder), RANKS), nprocs=RANKS)
     return folder
 
@@ -41,7 +50,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"run {RANKS} {rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", shown(CASES, tensor_parallel, features_in))
 def test_losses_and_gradients_are_those_of_one_process(
     name: str, found: list[dict[str, Any]]
 ) -> None:
@@ -64,17 +73,18 @@ def test_a_forward_sends_what_that_of_the_base_sends(
     for rank in found:
         before, after = rank[name]["calls"]
         assert sum(before.values()) > 0
-        assert after == before
+        assert after == sent(CASES[name], before)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_factors_lie_as_their_weights_do(name: str, found: list[dict[str, Any]]) -> None:
     whole = "(Replicate(),)"
     for key, placed in found[0][name]["placements"].items():
-        rowwise, b = "o_proj" in key or "down_proj" in key, "lora_B" in key
+        rowwise, b = "o_proj" in key or "down_proj" in key, "lora_A" not in key
         assert placed == (whole if rowwise == b else f"(Shard(dim={0 if b else 1}),)")
 
 
+@pytest.mark.feature("tensor parallel", "switch")
 @pytest.mark.parametrize("name", CASES)
 def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
@@ -84,33 +94,37 @@ def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
             assert_same_bits(rank[name]["off"], rank[name]["untouched"])
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_a_folder_is_that_of_one_process(style: str, folder: Path) -> None:
-    one = load_file(folder / "one process" / "adapter_model.safetensors")
+@pytest.mark.feature("tensor parallel", "save")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_that_of_one_process(name: str, folder: Path) -> None:
+    one = folder / f"one process, {name}"
     for rank in range(RANKS):
-        saved = folder / f"{style} {rank}"
-        assert_same_bits(load_file(saved / "adapter_model.safetensors"), one)
+        saved = folder / f"{name} {rank}"
+        file = "adapter_model.safetensors"
+        assert_same_bits(load_file(saved / file), load_file(one / file))
         config = (saved / "adapter_config.json").read_text()
-        if style == "torch":
-            assert config == (folder / "one process" / "adapter_config.json").read_text()
+        if FOLDERS[name]["style"] == "torch":
+            assert config == (one / "adapter_config.json").read_text()
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.feature("tensor parallel", "merge", "add later")
+@pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_done_in_parts_is_done_as_in_one_process(
-    style: str, found: list[dict[str, Any]]
+    name: str, found: list[dict[str, Any]]
 ) -> None:
-    model = alone({})
+    case = FOLDERS[name]
+    model = alone(case)
     exact = lora_fx.merge(model)
-    logits, two = model(IDS).logits, alone({})
-    both = with_two(two)
+    logits, two = model(IDS).logits, alone(case)
+    both = with_two(two, case)
     samples = with_samples(two)
     for rank in found:
-        here = rank[f"folders, {style}"]
+        here = rank[f"folders, {name}"]
         assert_close(here["loaded"], logits, 1e-6)
         assert_close(here["merged"], logits, 1e-6)
         assert_close(here["two"], both, 1e-6)
         assert_close(here["samples"], samples, 1e-6)
-        assert_close(here["with inputs"], whole({})(IDS).logits, 1e-6)
+        assert_close(here["with inputs"], whole(case)(IDS).logits, 1e-6)
         assert "on a model that is whole" in here["check"]
         assert_same_bits(here["weight"], exact.model.layers[0].mlp.up_proj.weight)
         assert here["placements"] == "(Shard(dim=0),)"
@@ -121,8 +135,7 @@ def test_what_cannot_follow_is_refused_in_every_process(found: list[dict[str, An
     words = {
         "parallelized afterwards": "parallelize the model first",
         "rowwise, afterwards": "parallelize the model first",
-        "dora": "use_dora=False",
-        "bias of B": "lora_bias=False",
+        "another kind": "in_parts",
         "uneven": "its 25 elements there do not divide by 2",
     }
     for rank in found:

@@ -1,0 +1,80 @@
+"""What processes say where one of them does something else than the others, or nothing at all."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import lora_fx
+from tests.stacks.meshes import config, shard
+from tests.stacks.models import llama
+from tests.stacks.tensor_parallel import parallelized, said
+
+__all__ = ["RANKS", "TIMEOUT", "left_alone", "misuse"]
+
+RANKS = 2
+TIMEOUT = 5.0  # of the process group, in seconds
+
+
+def cut() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
+    return parallelized(llama().double(), mesh)
+
+
+def sharded() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return shard(lora_fx.rewrite(llama(), config({})), init_device_mesh("cpu", (RANKS,)))
+
+
+def misuse(rank: int, folder: str) -> dict[str, str]:
+    """Verbs that are given something else in each process."""
+    late, loading = sharded(), lora_fx.rewrite(cut(), config({}))
+    targets = [["q_proj"], ["q_proj", "v_proj"]][rank]
+    found = {
+        "another rank": said(lambda: lora_fx.rewrite(cut(), config({"r": 2 + rank}))),
+        "other layers": said(lambda: lora_fx.rewrite(cut(), config({"target_modules": targets}))),
+        "another folder": said(lambda: lora_fx.load_adapter(cut(), Path(folder) / f"{rank}")),
+        "loaded again": said(lambda: lora_fx.load_adapter(loading, Path(folder) / f"{rank}")),
+        "added later": said(lambda: lora_fx.add_adapter(late, config({"r": 2 + rank}), "late")),
+        "the same": said(lambda: lora_fx.rewrite(cut(), config({}))),
+    }
+    # What was refused is not there.
+    found["adapters"] = " ".join(one.name for one in lora_fx.status(late).adapters)
+    return found
+
+
+def left_alone(rank: int, folder: str, how: str) -> None:
+    """One process ends, or comes too late; the other one writes what it is told, and after how long."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting {how}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=dt.timedelta(seconds=TIMEOUT),
+    )
+    verbs = {
+        "merge": lambda: lora_fx.merge(model),
+        "save": lambda: lora_fx.save_adapter(model, Path(folder) / "out"),
+        "rewrite": lambda: lora_fx.rewrite(base, config({})),
+    }
+    model, base = sharded(), cut()
+    dist.barrier()
+    if rank == 1:
+        time.sleep(3 * TIMEOUT if how == "late" else 0)
+        os._exit(0)
+    found = {}
+    for name, verb in verbs.items():
+        begun = time.monotonic()
+        found[name] = (said(verb), time.monotonic() - begun)
+    torch.save(found, Path(folder) / f"{how}.pt")
+    os._exit(0)  # without the other one there is nothing to say goodbye to
