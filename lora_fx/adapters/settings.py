@@ -306,12 +306,21 @@ def written_config(
         and all(layout == "in_out" for layout in linear),
         lora_dropout=0.0 if parameters else record.config.lora_dropout,
         base_model_name_or_path=record.config.base_model_name_or_path or origin_of(model),
+        auto_mapping=record.config.auto_mapping or _class_of(model, record.config),
     )
     if record.config.init_lora_weights == "loftq":
         config = dataclasses.replace(
             config, init_lora_weights="loftq", loftq_config=record.config.loftq_config
         )
     return config
+
+
+def _class_of(model: nn.Module, config: LoraConfig) -> dict[str, str] | None:
+    """What PEFT writes about the base's class, by which it is found where the task is not known."""
+    if config.task_type is not None:
+        return None
+    cls = original_class(model)
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def with_patterns(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:

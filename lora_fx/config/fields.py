@@ -233,6 +233,13 @@ def _indices(name: str, value: object) -> tuple[int, ...]:
     return found
 
 
+def _base_class(name: str, value: object) -> FrozenOptions[Any]:
+    wanted = ("base_model_class", "parent_library")
+    if not isinstance(value, Mapping) or not all(isinstance(value.get(one), str) for one in wanted):
+        raise bad(name, value, f"give a mapping with {' and '.join(wanted)}, as PEFT writes it")
+    return FrozenOptions({str(key): one for key, one in value.items()})
+
+
 def _optional(check: _Check) -> _Check:
     """The same for a field that may be None."""
     return lambda name, value: None if value is None else check(name, value)
@@ -269,13 +276,14 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
     "seed": _seed,
     "inference_mode": _flag,
     "base_model_name_or_path": _optional(_text),
+    "auto_mapping": _optional(_base_class),
     "revision": _optional(_text),
     "kind": _optional(_text),
 }
 
 
 # What PEFT writes about itself and the base model's class: no part of what an adapter computes.
-METADATA: Final = frozenset({"peft_type", "auto_mapping", "peft_version"})
+METADATA: Final = frozenset({"peft_type", "peft_version"})
 
 
 class _Foreign(NamedTuple):

@@ -173,6 +173,8 @@ class LoraConfig:
             not look at it.
         base_model_name_or_path: Where the base model came from.
         revision: Which version of it.
+        auto_mapping: Its class, `base_model_class` and `parent_library`, by which PEFT's
+            `AutoPeftModel` finds it where there is no `task_type`. A saved folder has it then.
         kind: Name of an adapter kind of your own (:func:`lora_fx.register_adapter_kind`), in the place of
             LoRA. lora_fx only: a file has it if it is set, and then PEFT does not take it for LoRA.
 
@@ -209,6 +211,7 @@ class LoraConfig:
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    auto_mapping: Mapping[str, Any] | None = None
     scope: str | Collection[str] | None = None
     kind: str | None = None
 

@@ -22,6 +22,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -32,6 +33,7 @@ from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir.record import record_of
 from tests import zoo
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits, relative_error
 
 WEIGHTS = "adapter_model.safetensors"
@@ -965,3 +967,40 @@ def test_a_write_that_fails_leaves_the_adapter_as_it_was(
     with pytest.raises(MemoryError):
         load_adapter(model, tmp_path / "folder")
     assert_same_bits(dict(model.state_dict()), base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_base_is_found_by_its_class_where_the_task_is_not_known(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 20}
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(num_hidden_layers=1, **sizes)
+    ).save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2)).eval()
+    randomize(model)
+
+    def mapping_in(folder):
+        path = folder / "adapter_config.json"
+        return json.loads(path.read_text(encoding="utf-8"))["auto_mapping"]
+
+    folder = lora_fx.save_adapter(model, tmp_path / "adapter")
+    library = "transformers.models.llama.modeling_llama"
+    assert mapping_in(folder) == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": library,
+    }
+    ids = torch.tensor([[1, 2, 3]])
+    found = peft.AutoPeftModel.from_pretrained(folder).eval()
+    assert_close(found(ids).logits, model(ids).logits)
+    # What a folder says of the base stays so.
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(library, "transformers"))
+    again = lora_fx.load_adapter(base, folder)
+    assert mapping_in(lora_fx.save_adapter(again, tmp_path / "again")) == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers",
+    }
+    typed = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    assert mapping_in(lora_fx.save_adapter(typed, tmp_path / "typed")) is None
+    with pytest.raises(ConfigError, match=r"auto_mapping: found .* parent_library"):
+        lora_fx.LoraConfig(auto_mapping={"base_model_class": "Net"})
