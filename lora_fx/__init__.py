@@ -151,12 +151,27 @@ _LAZY = {
     "visualize": "lora_fx.tools.draw.drawing",
 }
 
+# What users of PEFT look for, and what does it here.
+_OF_PEFT = {
+    "AutoPeftModel": "load_adapter(model, folder)",
+    "AutoPeftModelForCausalLM": "load_adapter(model, folder)",
+    "PeftConfig": "LoraConfig",
+    "PeftModel": "rewrite(model, config), or load_adapter(model, folder)",
+    "TaskType": "LoraConfig(task_type='CAUSAL_LM')",
+    "get_peft_model": "rewrite(model, config)",
+    "get_peft_model_state_dict": "adapter_state_dict(model)",
+    "inject_adapter_in_model": "rewrite(model, config)",
+    "prepare_model_for_kbit_training": "prepare_for_kbit_training(model)",
+    "set_peft_model_state_dict": "load_adapter_state_dict(model, tensors)",
+}
+
 
 def __getattr__(name: str) -> object:
     """Loads what has dependencies of its own when it is first asked for."""
     if name in _LAZY:
         return getattr(_importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
+    ours = f": it is lora_fx.{_OF_PEFT[name]} here" if name in _OF_PEFT else ""
+    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}{ours}")
 
 
 def __dir__() -> list[str]:

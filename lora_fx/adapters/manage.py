@@ -420,6 +420,7 @@ class AdapterStatus:
         biases: FQNs of the biases that it trains.
         dtypes: Of its parameters.
         devices: Where they are.
+        waits: Whether its start waits for data: :func:`lora_fx.initialize` gives it.
     """
 
     name: str
@@ -432,6 +433,7 @@ class AdapterStatus:
     biases: tuple[str, ...]
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
+    waits: bool = False
 
     def __str__(self) -> str:
         state = "active" if self.active else "not active"
@@ -440,7 +442,8 @@ class AdapterStatus:
         if self.ranks is not None:
             low, high = self.ranks
             ranks = f"{self.sites} site(s) of rank {low if low == high else f'{low} to {high}'}"
-        more = [f"trains {name} in full" for name in self.saved_modules]
+        more = ["waits for data (lora_fx.initialize)"] if self.waits else []
+        more += [f"trains {name} in full" for name in self.saved_modules]
         more += [f"trains {len(self.biases)} bias(es)"] if self.biases else []
         where = f"{', '.join(self.dtypes)} on {', '.join(self.devices)}" if self.dtypes else ""
         parts = [state, trained, ranks, f"{self.parameters:,} parameters", where, *more]
@@ -526,6 +529,7 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
         biases=adapter.biases,
         dtypes=tuple(sorted({_short(p.dtype) for p in trained.values()})),
         devices=tuple(sorted({str(p.device) for p in trained.values()})),
+        waits=not adapter.initialized,
     )
 
 

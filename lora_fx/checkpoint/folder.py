@@ -109,8 +109,8 @@ def save_adapter(
         The folder that was written.
 
     Raises:
-        ConfigError: If the model has no such adapter, several could be meant, or there is no such format or
-            component.
+        ConfigError: If the model has no such adapter, several could be meant, its start still waits for data,
+            or there is no such format or component.
         CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
             meta device, the reader would refuse the adapter or a part of it, or the files cannot be written
             (a full disk). The folder is then as it was.
@@ -118,6 +118,11 @@ def save_adapter(
     reader = _reader(format, component, vllm=vllm)
     adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
+    if not record.initialized:
+        raise ConfigError(
+            f"adapter {adapter_name!r}: init_lora_weights={record.config.init_lora_weights!r} waits for data: "
+            "call lora_fx.initialize(model, batches) before training"
+        )
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     if reader == "diffusers":
         part = component_of(model, component)

@@ -205,6 +205,12 @@ class Plan:
                 for row in self.sites
                 if row.site.parts
             ],
+            "rank beyond the weight's": [
+                (row.name, f"{row.rank}, where min(in, out) is {least}")
+                for row in self.sites
+                if row.site.family != "conv"
+                and row.rank > (least := min(row.site.in_features, row.site.out_features))
+            ],
             "not selected": [(one.site.name, one.reason) for one in self.skipped],
             "cannot be adapted": [(one.name or "(root)", one.reason) for one in self.rejections],
         }

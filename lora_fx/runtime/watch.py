@@ -20,6 +20,7 @@ import copy
 import copyreg
 import functools
 import inspect
+import logging
 import operator
 import sys
 import threading
@@ -64,6 +65,8 @@ __all__ = [
     "root_of",
     "watched_class",
 ]
+
+_log = logging.getLogger("lora_fx")
 
 GRAPH = "_lora_fx_graph"
 """Attribute of a region's class: its graph."""
@@ -340,6 +343,8 @@ def _first(
     root = entries.model.root()
     if root is not None:
         refuse_flat(root)
+        if module.training and torch.is_grad_enabled():
+            _warn_of_waiting(root)
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
@@ -348,6 +353,26 @@ def _first(
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
     return result
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _warn_of_waiting(model: nn.Module) -> None:
+    """Warns, once a model, of an active adapter that is trained before it has the start that it names."""
+    record = record_of(model)
+    if record is None or model in _told:
+        return
+    for name in record.active:
+        if not record.adapters[name].initialized:
+            _told.add(model)
+            start = record.adapters[name].config.init_lora_weights
+            _log.warning(
+                "adapter %r is trained, and init_lora_weights=%r waits for data: call "
+                "lora_fx.initialize(model, batches) first",
+                name,
+                start,
+            )
 
 
 def refuse_flat(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import threading
 
 import pytest
@@ -557,3 +558,16 @@ def test_a_capture_that_computes_something_else_is_refused(monkeypatch) -> None:
     lora_fx.rewrite(Mlp().eval(), LoraConfig())
     with pytest.raises(lora_fx.CaptureError, match="computes something else than the original"):
         lora_fx.rewrite(Mlp().eval(), LoraConfig(), torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("name", sorted(lora_fx._OF_PEFT))
+def test_names_of_peft_lead_to_ours(name: str) -> None:
+    import peft
+
+    assert hasattr(peft, name)
+    with pytest.raises(
+        AttributeError, match=rf"no attribute '{name}': it is lora_fx\.(\w+)"
+    ) as raised:
+        getattr(lora_fx, name)
+    for ours in re.findall(r"lora_fx\.(\w+)|or (\w+)\(", str(raised.value)):
+        assert next(filter(None, ours)) in lora_fx.__all__

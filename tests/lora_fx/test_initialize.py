@@ -653,3 +653,25 @@ def test_without_data_a_start_that_reads_some_or_the_base_is_refused(
     model = lora_fx.rewrite(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
     with pytest.raises(lora_fx.ConfigError, match=words):
         lora_fx.initialize(model)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_that_waits_for_data_is_no_secret(
+    start: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = lora_fx.rewrite(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+        LoraConfig(r=2, init_lora_weights=start, target_modules=["0"]),
+    )
+    assert "waits for data (lora_fx.initialize)" in str(lora_fx.status(model))
+    x = torch.randn(3, 4)
+    with caplog.at_level("WARNING", "lora_fx"):
+        model.eval()(x)
+        assert not caplog.records
+        for _ in range(2):
+            model.train()(x).sum().backward()
+    (record,) = caplog.records
+    assert f"'default' is trained, and init_lora_weights={start!r} waits for data" in record.message
+    with pytest.raises(ConfigError, match=rf"init_lora_weights='{start}' waits for data"):
+        lora_fx.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

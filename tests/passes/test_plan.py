@@ -394,3 +394,10 @@ def test_planning_changes_nothing() -> None:
 def test_tied_weights_are_said_in_the_plan() -> None:
     plan = lora_fx.plan(Tied(), LoraConfig(target_modules=["embed"]))
     assert plan.sites[0].site.tied_to == ("head.weight",)
+
+
+def test_a_rank_beyond_the_weights_is_told():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(3, 2))
+    found = lora_fx.plan(model, LoraConfig(r=4, target_modules=["0", "1"]))
+    assert "1: 4, where min(in, out) is 3" in str(found)
+    assert found.sections()["rank beyond the weight's"] == [("1", "4, where min(in, out) is 3")]
