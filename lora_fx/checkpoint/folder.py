@@ -119,8 +119,9 @@ def save_adapter(
     adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
     if not record.initialized:
+        start = record.config.init_lora_weights
         raise ConfigError(
-            f"adapter {adapter_name!r}: init_lora_weights={record.config.init_lora_weights!r} waits for data: "
+            f"adapter {adapter_name!r}: init_lora_weights={start!r} waits for data: "
             "call lora_fx.initialize(model, batches) before training"
         )
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
