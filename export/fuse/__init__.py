@@ -3,6 +3,7 @@
 Each file has one family. A fusion is found by what a graph computes, whatever model it came from.
 """
 
+from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY
 from lora_fx.export.fuse.pipeline import (
     FUSIONS,
     LEVELS,
@@ -19,6 +20,7 @@ from lora_fx.export.fuse.pipeline import (
 __all__ = [
     "FUSIONS",
     "LEVELS",
+    "ONE_ROW_CHUNKS_KEY",
     "Fused",
     "Fusion",
     "Level",

@@ -28,6 +28,7 @@ __all__ = [
     "scalar",
     "sizes",
     "substitute",
+    "sum_of",
 ]
 
 
@@ -184,11 +185,16 @@ def _added(node: ir.Node) -> _Sizes:
     if one is None or other is None or len(one) != 1 or len(other) != 1:
         return None
     left, right = one[0], other[0]
-    if left is None or right is None:
-        return (None,)
-    if isinstance(left, int) and isinstance(right, int):
-        return (left + right,)
-    return (_sorted(f"{left} + {right}"),)
+    return (None if left is None or right is None else sum_of(left, right),)
+
+
+def sum_of(one: Size, other: Size) -> Size:
+    """The sum of two sizes."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one + other
+    if one == 0 or other == 0:
+        return one or other
+    return _sorted(f"{one} + {other}")
 
 
 _SIZE_OPERATORS: Mapping[str, Callable[[ir.Node], _Sizes]] = {
@@ -263,7 +269,7 @@ class Builder:
         if domain:
             self._model.opset_imports.setdefault(domain, 1)
         for value in node.outputs:
-            if like is not None:
+            if like is not None and like.dtype is not None:
                 value.dtype = like.dtype
         if shape is not None:
             node.outputs[0].shape = ir.Shape(shape)
@@ -319,6 +325,7 @@ def remove_unused(model: ir.Model) -> None:
         RemoveUnusedNodesPass,
     )
 
+    model.graph.sort()
     RemoveUnusedNodesPass()(model)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)

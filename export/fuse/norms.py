@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_fx.export.fuse.graph import (
+    CONTRIB,
     Builder,
     array_of,
     axis_size,
-    consumers,
     made_by,
+    names_of,
     nodes_of,
     only_user,
     rank,
@@ -21,7 +22,14 @@ from lora_fx.export.fuse.graph import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["RmsNorm", "divide_by_root", "find_norms"]
+__all__ = [
+    "SIMPLIFIED",
+    "RmsNorm",
+    "divide_by_root",
+    "find_norms",
+    "simplify_norms",
+    "skip_norms",
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,90 @@ def _with_gain(quotient: _Quotient) -> RmsNorm | None:
     return RmsNorm(x, gain, quotient.epsilon, output, last)
 
 
-def read_once_more(norm: RmsNorm) -> bool:
-    """Whether something else reads what is normalized, as a residual stream does."""
-    return len(consumers(norm.x)) > 1
+def simplify_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Make one ``SimplifiedLayerNormalization`` of each normalization by the root mean square.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many there were, and nothing else to say.
+    """
+    norms = find_norms(model)
+    for norm in norms:
+        builder = Builder(model, norm.last)
+        gain = norm.gain
+        if gain.dtype != norm.x.dtype:
+            assert norm.x.dtype is not None
+            gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
+        made = builder.op(
+            SIMPLIFIED,
+            [norm.x, gain],
+            {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
+            like=norm.x,
+        )
+        substitute(norm.output, made)
+    return len(norms), {}
+
+
+def skip_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Let a normalization compute the sum that it normalizes, which the residual stream reads as well.
+
+    Args:
+        model: Changed in place. :func:`simplify_norms` has been over it.
+
+    Returns:
+        How many sums were taken in, and nothing else to say.
+    """
+    done = 0
+    for node in nodes_of(model, SIMPLIFIED, "LayerNormalization"):
+        added = made_by(node.inputs[0], "Add")
+        if added is None or not _is_residual(added) or added.outputs[0].is_graph_output():
+            continue
+        if node.op_type == "LayerNormalization" and not _is_plain(node):
+            continue
+        builder = Builder(model, node)
+        total = added.outputs[0]
+        made = builder.op(
+            f"Skip{node.op_type}",
+            [*added.inputs, *node.inputs[1:]],
+            {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
+            like=total,
+            domain=CONTRIB,
+            outputs=4,
+        )
+        producer = made.producer()
+        assert producer is not None
+        for unread in producer.outputs[1:3]:  # mean and deviation, which are no matter of ours
+            unread.type = None
+        substitute(node.outputs[0], made)
+        _read_after(total, producer.outputs[3], producer)
+        done += 1
+    return done, {}
+
+
+SIMPLIFIED = "SimplifiedLayerNormalization"
+"""ONNX Runtime has it in the domain of ONNX."""
+
+
+def _is_residual(added: ir.Node) -> bool:
+    """Whether two values of one shape are added, [batch, sequence, width]."""
+    one, other = (names_of(value) for value in added.inputs)
+    return len(one) == 3 and one == other and None not in one
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a layer norm is over the last axis, with a gain, and nothing reads its mean."""
+    last = node.attributes.get_int("axis", -1) in (-1, 2)
+    return last and len(node.inputs) > 1 and not any(one.uses() for one in node.outputs[1:])
+
+
+def _read_after(old: ir.Value, new: ir.Value, node: ir.Node) -> None:
+    """Let what comes behind a node read ``new`` for ``old``."""
+    graph = node.graph
+    assert graph is not None
+    new.shape = old.shape
+    behind = set(list(graph)[list(graph).index(node) :]) - {node}
+    for user, place in list(old.uses()):
+        if user in behind:
+            user.replace_input_with(place, new)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_fx.errors import ExportError
+from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
+from lora_fx.export.fuse.gqa import group_query_attention
 from lora_fx.export.fuse.graph import remove_dead, remove_unused
-from lora_fx.export.fuse.norms import divide_by_root
-from lora_fx.export.fuse.shapes import fix_shapes, index_all
+from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_norms
+from lora_fx.export.fuse.shapes import drop_moves, fix_shapes, index_all
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -134,6 +136,44 @@ FUSIONS: tuple[Fusion, ...] = (
         mask_rows_once,
     ),
     Fusion(
+        "simplified-norm",
+        "RMSNorm becomes `SimplifiedLayerNormalization`",
+        simplify_norms,
+        {"cpu": ("fp32", "fp16"), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "skip-norm",
+        "a norm adds the residual itself: `SkipSimplifiedLayerNormalization`, `SkipLayerNormalization`",
+        skip_norms,
+        {"cpu": ("fp32", "fp16"), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "silu",
+        "`x · sigmoid(a·x)` becomes `QuickGelu`",
+        quick_gelu,
+        {"cpu": ("fp32",), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "fast-gelu",
+        "gelu with tanh becomes `FastGelu`",
+        fast_gelu,
+        {"cpu": ("fp32", "fp16"), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "bias-gelu",
+        "a gelu adds the bias in front of it: `BiasGelu`, `FastGelu`",
+        bias_gelu,
+        {"cpu": ("fp32",), "cuda": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "group-query-attention",
+        "attention over a cache becomes `GroupQueryAttention`, its rotary embedding `RotaryEmbedding`; no "
+        "key is repeated, the cache is appended to in the operator, padding is its `attention_bias`",
+        group_query_attention,
+        {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")},
+        since="1.22",
+    ),
+    Fusion(
         "grouped-heads",
         "keys and values are neither repeated for the heads of a group nor scaled",
         group_heads,
@@ -142,6 +182,11 @@ FUSIONS: tuple[Fusion, ...] = (
         "constant-shapes",
         "shapes that `Reshape` takes become constants",
         fix_shapes,
+    ),
+    Fusion(
+        "moves",
+        "reshapes and transposes that give back what was there are left out",
+        drop_moves,
     ),
 )
 """In the order in which they are applied."""

@@ -19,7 +19,7 @@ from lora_fx.export.fuse.graph import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["fix_shapes", "index_all"]
+__all__ = ["drop_moves", "fix_shapes", "index_all"]
 
 
 def fix_shapes(model: ir.Model) -> tuple[int, dict[str, int]]:
@@ -126,3 +126,47 @@ def _vector(builder: Builder, value: ir.Value | None) -> ir.Value | None:
     if node is None:
         return None
     return builder.op("Reshape", [node.inputs[1], builder.ints([-1])], like=node.inputs[1])
+
+
+def drop_moves(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Leave out reshapes and transposes that give back what was there.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many were left out, and nothing else to say.
+    """
+    done = 0
+    for node in nodes_of(model, "Reshape", "Transpose"):
+        output = node.outputs[0]
+        source = _turned_back(node) if node.op_type == "Transpose" else _reshaped_back(node)
+        if source is None or output.is_graph_output():
+            continue
+        substitute(output, source)
+        done += 1
+    return done, {}
+
+
+def _turned_back(node: ir.Node) -> ir.Value | None:
+    before = made_by(node.inputs[0], "Transpose")
+    if before is None:
+        return None
+    first = list(before.attributes.get_ints("perm", ()))
+    second = list(node.attributes.get_ints("perm", ()))
+    if not first or [first[axis] for axis in second] != list(range(len(first))):
+        return None
+    return before.inputs[0]
+
+
+def _reshaped_back(node: ir.Node) -> ir.Value | None:
+    wanted = names_of(node.outputs[0])
+    if not wanted or None in wanted:
+        return None
+    source = node.inputs[0]
+    while source is not None:
+        if names_of(source) == wanted:
+            return source
+        before = made_by(source, "Reshape")
+        source = None if before is None else before.inputs[0]
+    return None
