@@ -284,18 +284,30 @@ class Builder:
         assert like.dtype is not None
         return self.constant(np.asarray(value, like.dtype.numpy()), like.dtype)
 
-    def constant(self, array: np.ndarray[Any, Any], dtype: Any = None, name: str = "") -> ir.Value:
-        """An initializer; one without a name is shared with others of the same content."""
+    def later(
+        self, name: str, make: Callable[[], np.ndarray[Any, Any]], shape: Sequence[int], dtype: Any
+    ) -> ir.Value:
+        """An initializer whose values are made when they are read, and not kept."""
+        import onnx_ir as ir
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.tensor(make(), dtype=dtype, name=name)
+
+        lazy = ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
+        value = ir.val(name, const_value=lazy)
+        self._model.graph.register_initializer(value)
+        return value
+
+    def constant(self, array: np.ndarray[Any, Any], dtype: Any = None) -> ir.Value:
+        """An initializer of few values, shared with others of the same content."""
         import onnx_ir as ir
 
         tensor = ir.tensor(array, dtype=dtype)
         graph = self._model.graph
-        if not name:
-            key = "_".join(str(one) for one in array.reshape(-1).tolist()) or "none"
-            kind = str(tensor.dtype).lower()
-            name = f"constant_{kind}_{array.ndim}d_{key}"
-            if name in graph.initializers:
-                return graph.initializers[name]
+        key = "_".join(str(one) for one in array.reshape(-1).tolist()) or "none"
+        name = f"constant_{str(tensor.dtype).lower()}_{array.ndim}d_{key}"
+        if name in graph.initializers:
+            return graph.initializers[name]
         value = ir.val(name, const_value=tensor)
         graph.register_initializer(value)
         return value
