@@ -233,7 +233,7 @@ def _build(
         opset=opset,
         opset_reason=why,
         dtype=prepared.dtype,
-        quantized=stored_formats(prepared.model.model, made.model.graph.initializers),
+        quantized=stored_formats(prepared.model.model, converted.graph.initializers),
         seconds={},
         swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
         optimize=made.target.level,

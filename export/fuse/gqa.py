@@ -8,11 +8,13 @@ that matters: ``RotaryEmbedding`` takes the model's own angles.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.fuse.attention import Attention, find_attention
 from lora_fx.export.fuse.graph import (
     CONTRIB,
@@ -21,8 +23,7 @@ from lora_fx.export.fuse.graph import (
     axis_size,
     made_by,
     names_of,
-    nodes_of,
-    sizes,
+    size_vector,
     substitute,
     sum_of,
 )
@@ -77,7 +78,7 @@ def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
     calls = _Calls(model)
     done = 0
     for attention in find_attention(model):
-        found = _cached(attention)
+        found = _cached(model, attention)
         if isinstance(found, str):
             why[found] = why.get(found, 0) + 1
             continue
@@ -88,7 +89,7 @@ def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
     return done, why
 
 
-def _cached(attention: Attention) -> _Cached | str:
+def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
     """Read an attention as one over a cache, or say what is in the way."""
     width, sequence = axis_size(attention.query, 3), axis_size(attention.query, 2)
     if axis_size(attention.key, 3) != width or axis_size(attention.value, 3) != width:
@@ -100,6 +101,9 @@ def _cached(attention: Attention) -> _Cached | str:
         return "it has no cache among the inputs of the file"
     past = axis_size(keys[0], 2)
     total = None if past is None or sequence is None else sum_of(past, sequence)
+    names = {size for value in model.graph.inputs for size in names_of(value)}
+    if not {past, sequence, axis_size(attention.query, 0)} <= names:
+        return "its sizes are no axes of the inputs"
     mask = read_mask(attention.mask, past, total)
     if mask is None or not mask.causal:
         return "its mask is not seen to be causal"
@@ -134,7 +138,7 @@ class _Calls:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._tables = Tables(model)
+        self._tables = Tables(model, _position_limit(model))
         self._lengths: dict[tuple[Size | None, ...], tuple[ir.Value, ir.Value]] = {}
         self._biases: dict[tuple[object, ...], ir.Value | None] = {}
 
@@ -194,31 +198,35 @@ class _Calls:
 
     def _length(self, builder: Builder, one: _Cached, query: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The place of the last key, for each row, and the number of keys."""
-        name = names_of(one.past_key)
-        if name not in self._lengths:
-            past = _size_of(self._model, builder, one.past_key, 2)
-            new = _size_of(self._model, builder, query, 1)
-            batch = _size_of(self._model, builder, query, 0)
-            total = builder.op("Add", [past, new], like=past)
+        batch, past, sequence = (
+            axis_size(one.past_key, 0),
+            axis_size(one.past_key, 2),
+            axis_size(query, 1),
+        )
+        key = batch, past, sequence
+        if key not in self._lengths:
+            assert past is not None
+            assert sequence is not None
+            total = size_vector(self._model, builder, sum_of(past, sequence))
+            rows = size_vector(self._model, builder, batch)
+            assert total is not None
+            assert rows is not None
             total = builder.op("Cast", [total], {"to": 6})
             last = builder.op("Sub", [total, builder.ints([1], np.int32)], like=total)
-            self._lengths[name] = builder.op("Expand", [last, batch], like=total), total
-        return self._lengths[name]
+            self._lengths[key] = builder.op("Expand", [last, rows], like=total), total
+        return self._lengths[key]
 
     def _bias(self, builder: Builder, one: _Cached) -> ir.Value | None:
         mask = one.mask
         key = mask.low, mask.others, axis_size(one.query, 2)
         if key not in self._biases:
-            sequence = _size_of(self._model, builder, one.query, 2)
+            sequence = size_vector(self._model, builder, axis_size(one.query, 2))
+            assert sequence is not None
             self._biases[key] = bias_of(builder, mask, one.query, sequence)
         return self._biases[key]
 
 
-def _size_of(model: ir.Model, builder: Builder, value: ir.Value, axis: int) -> ir.Value:
-    """The size of an axis as a vector: one that an input of the file gives, if it has one of this name."""
-    name = axis_size(value, axis)
-    for node in nodes_of(model, "Shape"):
-        source = node.inputs[0]
-        if source is not None and source.is_graph_input() and sizes(node.outputs[0]) == (name,):
-            return node.outputs[0]
-    return builder.op("Shape", [value], {"start": axis, "end": axis + 1})
+def _position_limit(model: ir.Model) -> int | None:
+    """How many positions the model has, as the metadata of the task says."""
+    limit = json.loads(model.metadata_props.get(GENERATION_KEY, "{}")).get("limit")
+    return limit if isinstance(limit, int) else None

@@ -26,6 +26,7 @@ __all__ = [
     "remove_dead",
     "remove_unused",
     "scalar",
+    "size_vector",
     "sizes",
     "substitute",
     "sum_of",
@@ -268,9 +269,14 @@ class Builder:
         graph.insert_before(self._before, node)
         if domain:
             self._model.opset_imports.setdefault(domain, 1)
+        dtype = None if like is None else like.dtype
+        if operator == "Shape":
+            dtype = ir.DataType.INT64
+        elif operator == "Cast":
+            dtype = ir.DataType(int((attributes or {})["to"]))
         for value in node.outputs:
-            if like is not None and like.dtype is not None:
-                value.dtype = like.dtype
+            if dtype is not None:
+                value.dtype = dtype
         if shape is not None:
             node.outputs[0].shape = ir.Shape(shape)
         return node.outputs[0]
@@ -311,6 +317,27 @@ class Builder:
         value = ir.val(name, const_value=tensor)
         graph.register_initializer(value)
         return value
+
+
+def size_vector(model: ir.Model, builder: Builder, size: Size | None) -> ir.Value | None:
+    """A size as a vector of one element, from the inputs of the file; None where they do not give it."""
+    if size is None or isinstance(size, int):
+        return None if size is None else builder.ints([size])
+    total: ir.Value | None = None
+    for term in size.split(" + "):
+        part = _input_size(model, builder, term)
+        if part is None:
+            return None
+        total = part if total is None else builder.op("Add", [total, part], like=part, shape=[1])
+    return total
+
+
+def _input_size(model: ir.Model, builder: Builder, name: str) -> ir.Value | None:
+    for value in model.graph.inputs:
+        for axis, size in enumerate(names_of(value)):
+            if size == name:
+                return builder.op("Shape", [value], {"start": axis, "end": axis + 1}, shape=[1])
+    return None
 
 
 def substitute(old: ir.Value, new: ir.Value) -> None:

@@ -24,11 +24,26 @@ __all__ = ["keep_last_token"]
 # Every row of an output depends on the same row of the inputs.
 _ELEMENTWISE = frozenset(
     {
-        *("Abs", "Add", "Cast", "Clip", "Div", "Erf", "Exp", "Gelu", "LeakyRelu", "Mul", "Neg", "Pow"),
+        *(
+            "Abs",
+            "Add",
+            "Cast",
+            "Clip",
+            "Div",
+            "Erf",
+            "Exp",
+            "Gelu",
+            "LeakyRelu",
+            "Mul",
+            "Neg",
+            "Pow",
+        ),
         *("Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Tanh"),
     }
 )
-_FIRST_INPUT = frozenset({"MatMul", "MatMulNBits", "MatMulBnb4", "LayerNormalization", "ReduceMean"})
+_FIRST_INPUT = frozenset(
+    {"MatMul", "MatMulNBits", "MatMulBnb4", "LayerNormalization", "ReduceMean"}
+)
 
 
 def keep_last_token(model: ir.Model) -> tuple[int, dict[str, int]]:
@@ -67,7 +82,12 @@ def _is_cut(node: ir.Node) -> bool:
 def _can_pass(cut: ir.Node) -> bool:
     value = cut.inputs[0]
     node = None if value is None else value.producer()
-    if value is None or node is None or value.is_graph_output() or isinstance(axis_size(value, 1), int):
+    if (
+        value is None
+        or node is None
+        or value.is_graph_output()
+        or isinstance(axis_size(value, 1), int)
+    ):
         return False
     if len(node.outputs) != 1 or not all(_is_cut(user) for user in consumers(value)):
         return False
@@ -79,7 +99,10 @@ def _can_pass(cut: ir.Node) -> bool:
             return rank(node.inputs[1]) == 2
         if node.op_type == "ReduceMean":
             return len(node.inputs) > 1 and scalar(node.inputs[1]) in (-1, 2) and rank(value) == 3
-        return node.op_type != "LayerNormalization" or node.attributes.get_int("axis", -1) in (-1, 2)
+        return node.op_type != "LayerNormalization" or node.attributes.get_int("axis", -1) in (
+            -1,
+            2,
+        )
     if node.op_type not in _ELEMENTWISE or node.domain:
         return False
     return all(one is None or _has_tokens(one, value) or _is_alike(one) for one in node.inputs)

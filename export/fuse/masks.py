@@ -19,7 +19,7 @@ from lora_fx.export.fuse.graph import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Mask", "bias_of", "read_mask"]
+__all__ = ["Mask", "bias_of", "counted", "read_mask"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def _is_causal(value: ir.Value, past: Size | None, total: Size | None) -> bool:
     # One is laid out along the last axis, the other along the one before.
     if names_of(keys)[-2:] != (1, total) or names_of(queries)[-1:] != (1,):
         return False
-    return _counted(keys) == (0, total) and _counted(queries) == (past, total)
+    return counted(keys) == (0, total) and counted(queries) == (past, total)
 
 
-def _counted(value: ir.Value | None) -> tuple[Size, Size] | None:
+def counted(value: ir.Value | None) -> tuple[Size, Size] | None:
     """First number, and one more than the last, of numbers that count up by one."""
     while (node := made_by(value, "Unsqueeze", "Reshape", "Range", "Add", "Cast")) is not None:
         if node.op_type == "Range":
@@ -96,11 +96,11 @@ def _counted(value: ir.Value | None) -> tuple[Size, Size] | None:
             return None if first is None or last is None else (first, last)
         if node.op_type == "Add":
             for one, other in (node.inputs, tuple(reversed(node.inputs))):
-                counted, offset = _counted(one), sizes(other)
-                if counted is not None and offset is not None and len(offset) == 1:
+                numbers, offset = counted(one), sizes(other)
+                if numbers is not None and offset is not None and len(offset) == 1:
                     if offset[0] is None:
                         return None
-                    return sum_of(counted[0], offset[0]), sum_of(counted[1], offset[0])
+                    return sum_of(numbers[0], offset[0]), sum_of(numbers[1], offset[0])
             return None
         value = node.inputs[0]
     return None
@@ -117,13 +117,30 @@ def bias_of(builder: Builder, mask: Mask, like: ir.Value, sequence: ir.Value) ->
     """
     if not mask.others:
         return None
-    condition = mask.others[0]
+    condition, zero = mask.others[0], builder.number(0.0, like)
     for other in mask.others[1:]:
         condition = builder.op("And", [condition, other])
-        condition.shape = None
-    made = builder.op("Where", [condition, builder.number(0.0, like), mask.low], like=like)
+    padding = _padding(condition)
+    if padding is None:
+        made = builder.op("Where", [condition, zero, mask.low], like=like)
+    else:  # the positions ask for the same
+        source, shape = padding
+        masked = builder.op("Equal", [source, builder.number(0, source)])
+        masked = builder.op("Reshape", [masked, shape], like=masked)
+        made = builder.op("Where", [masked, mask.low, zero], like=like)
     if len(mask.others) == 1 and names_of(condition)[2:3] != (1,):
         return made
     ones = builder.ints([1, 1])
     shape = builder.op("Concat", [ones, sequence, builder.ints([1])], {"axis": 0})
     return builder.op("Expand", [made, shape], like=like)
+
+
+def _padding(condition: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """What is reshaped to which shape, where a condition is ``reshape(x != 0)`` of whole numbers."""
+    node = made_by(condition, "Reshape")
+    cast = None if node is None else made_by(node.inputs[0], "Cast")
+    if node is None or cast is None or cast.inputs[0] is None or node.inputs[1] is None:
+        return None
+    source = cast.inputs[0]
+    whole = source.dtype is not None and source.dtype.name in ("INT64", "INT32")
+    return (source, node.inputs[1]) if whole else None

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_fx.export.fuse.graph import CONTRIB, Builder, array_of, axis_size, names_of, rank, substitute
+from lora_fx.export.fuse.graph import (
+    CONTRIB,
+    Builder,
+    array_of,
+    axis_size,
+    names_of,
+    rank,
+    substitute,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -136,12 +144,16 @@ def _factors(products: Sequence[_Product]) -> list[_Product]:
     if x is None or first.node.op_type != "MatMul" or first.bias is not None:
         return []
     taken = {one.node for one in products}
-    readers = dict.fromkeys(node for node, _ in x.uses() if node.op_type == "MatMul" and node not in taken)
+    readers = dict.fromkeys(
+        node for node, _ in x.uses() if node.op_type == "MatMul" and node not in taken
+    )
     found = [_product(node) for node in readers if node.inputs[0] is x]
     return [
         one
         for one in found
-        if one is not None and _form(one) == _form(first) and one.width < min(p.width for p in products)
+        if one is not None
+        and _form(one) == _form(first)
+        and one.width < min(p.width for p in products)
     ]
 
 

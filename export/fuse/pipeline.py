@@ -12,8 +12,10 @@ from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
 from lora_fx.export.fuse.gqa import group_query_attention
 from lora_fx.export.fuse.graph import remove_dead, remove_unused
+from lora_fx.export.fuse.last_token import keep_last_token
 from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_norms
-from lora_fx.export.fuse.shapes import drop_moves, fix_shapes, index_all
+from lora_fx.export.fuse.packing import pack_products
+from lora_fx.export.fuse.shapes import drop_moves, fix_shapes, index_all, slice_positions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -114,7 +116,20 @@ class Fused:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("fp32", "fp16"),
+    "cuda": _ALL,
+    "webgpu": ("fp32", "fp16"),
+}
+# On CUDA GroupQueryAttention takes no attention_bias, and so no padding on the left.
+_ATTENTION: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")}
+
 FUSIONS: tuple[Fusion, ...] = (
+    Fusion(
+        "last-token",
+        "where the last token alone is read, what is computed token by token is computed for it alone",
+        keep_last_token,
+    ),
     Fusion(
         "rms-norm",
         "`x · (1 / root)` becomes `x / root`, the form that ONNX Runtime fuses",
@@ -124,6 +139,11 @@ FUSIONS: tuple[Fusion, ...] = (
         "padding-mask",
         "a padding mask is read as a whole, not element by element",
         index_all,
+    ),
+    Fusion(
+        "positions",
+        "the positions of the new tokens are a slice of those of the text",
+        slice_positions,
     ),
     Fusion(
         "nan-guard",
@@ -139,13 +159,13 @@ FUSIONS: tuple[Fusion, ...] = (
         "simplified-norm",
         "RMSNorm becomes `SimplifiedLayerNormalization`",
         simplify_norms,
-        {"cpu": ("fp32", "fp16"), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+        _KERNELS,
     ),
     Fusion(
         "skip-norm",
         "a norm adds the residual itself: `SkipSimplifiedLayerNormalization`, `SkipLayerNormalization`",
         skip_norms,
-        {"cpu": ("fp32", "fp16"), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+        _KERNELS,
     ),
     Fusion(
         "silu",
@@ -157,7 +177,7 @@ FUSIONS: tuple[Fusion, ...] = (
         "fast-gelu",
         "gelu with tanh becomes `FastGelu`",
         fast_gelu,
-        {"cpu": ("fp32", "fp16"), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+        _KERNELS,
     ),
     Fusion(
         "bias-gelu",
@@ -170,7 +190,7 @@ FUSIONS: tuple[Fusion, ...] = (
         "attention over a cache becomes `GroupQueryAttention`, its rotary embedding `RotaryEmbedding`; no "
         "key is repeated, the cache is appended to in the operator, padding is its `attention_bias`",
         group_query_attention,
-        {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")},
+        _ATTENTION,
         since="1.22",
     ),
     Fusion(
@@ -187,6 +207,12 @@ FUSIONS: tuple[Fusion, ...] = (
         "moves",
         "reshapes and transposes that give back what was there are left out",
         drop_moves,
+    ),
+    Fusion(
+        "packed-products",
+        "query, key, value and the constant factors A of adapters at them are columns of one product",
+        pack_products,
+        _ATTENTION,
     ),
 )
 """In the order in which they are applied."""

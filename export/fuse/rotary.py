@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lora_fx.export.fuse.graph import (
     CONTRIB,
@@ -161,16 +164,26 @@ def _wave(value: ir.Value | None, operator: str, x: ir.Value) -> _Wave | None:
     return _Wave(angles, factor, dtype) if same else None
 
 
-class Tables:
-    """The tables that ``RotaryEmbedding`` takes: a row for each token of the call.
+_TABLE_VALUES = 2**20
+"""Numbers in a constant table, cosine or sine, up to which there is one: 4 MiB in fp32."""
 
-    The rows are computed in the file for the positions of the call, as the model does it, so that no length
-    is beyond them and any kind of frequencies fits.
+
+class Tables:
+    """The tables that ``RotaryEmbedding`` takes, and the row of each token in them.
+
+    Where angles are positions times constant frequencies, and the positions have an end that is not far,
+    tables are constants. Else they have a row for each token of the call, computed in the file as the model
+    does it, so that any kind of frequencies fits.
+
+    Args:
+        model: Changed in place.
+        limit: How many positions the model has; None where it has no end.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, limit: int | None) -> None:
         self._model = model
-        self._tables: dict[tuple[int, str, float], ir.Value] = {}
+        self._limit = limit
+        self._tables: dict[tuple[object, ...], ir.Value] = {}
         self._rows: dict[int, ir.Value] = {}
 
     def turn(self, builder: Builder, rotary: Rotary, x: ir.Value, heads: int) -> ir.Value:
@@ -197,30 +210,106 @@ class Tables:
             domain=CONTRIB,
         )
 
+    def _constant(self, angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
+        """Positions and frequencies whose products are these angles, if a table of them is small."""
+        found = _frequencies(angles)
+        if found is None or self._limit is None or self._limit * found[1].size > _TABLE_VALUES:
+            return None
+        return found
+
     def _table(self, builder: Builder, operator: str, wave: _Wave, x: ir.Value) -> ir.Value:
-        key = id(wave.angles), operator, wave.factor
+        key = id(wave.angles), operator, wave.factor, x.dtype
         if key not in self._tables:
-            angles = wave.angles
-            half = axis_size(angles, -1)
-            assert isinstance(half, int)
-            made = builder.op("Reshape", [angles, builder.ints([-1, half])], like=angles)
-            made = builder.op(operator, [made], like=angles)
-            if wave.factor != 1.0:
-                made = builder.op("Mul", [made, builder.number(wave.factor, angles)], like=angles)
-            if angles.dtype != x.dtype:
-                assert x.dtype is not None
-                made = builder.op("Cast", [made], {"to": int(x.dtype)}, like=x)
-            self._tables[key] = made
+            found = self._constant(wave.angles)
+            self._tables[key] = (
+                self._computed(builder, operator, wave, x)
+                if found is None
+                else self._known(builder, operator, wave, found[1], x)
+            )
         return self._tables[key]
 
+    def _computed(self, builder: Builder, operator: str, wave: _Wave, x: ir.Value) -> ir.Value:
+        angles = wave.angles
+        half = axis_size(angles, -1)
+        assert isinstance(half, int)
+        made = builder.op("Reshape", [angles, builder.ints([-1, half])], like=angles)
+        made = builder.op(operator, [made], like=angles)
+        if wave.factor != 1.0:
+            made = builder.op("Mul", [made, builder.number(wave.factor, angles)], like=angles)
+        if angles.dtype != x.dtype:
+            assert x.dtype is not None
+            made = builder.op("Cast", [made], {"to": int(x.dtype)}, like=x)
+        return made
+
+    def _known(
+        self,
+        builder: Builder,
+        operator: str,
+        wave: _Wave,
+        frequencies: np.ndarray[Any, Any],
+        x: ir.Value,
+    ) -> ir.Value:
+        assert self._limit is not None
+        assert x.dtype is not None
+        limit, dtype, factor = self._limit, x.dtype, np.float32(wave.factor)
+        apply = np.cos if operator == "Cos" else np.sin
+
+        def values() -> np.ndarray[Any, Any]:
+            angles = np.arange(limit, dtype=np.float32)[:, None] * frequencies
+            made: np.ndarray[Any, Any] = (apply(angles) * factor).astype(dtype.numpy())
+            return made
+
+        name = f"rotary.{operator.lower()}.{len(self._tables)}"
+        return builder.later(name, values, [limit, frequencies.size], dtype)
+
     def _positions(self, builder: Builder, angles: ir.Value) -> ir.Value:
-        """The row of each token: [[0, …, s - 1], [s, …, 2s - 1], …]."""
+        """The row of each token, [batch, sequence]."""
         if id(angles) not in self._rows:
-            tokens = builder.op("Shape", [angles], {"start": 0, "end": 2})
-            count = builder.op("ReduceProd", [tokens], {"keepdims": 0})
-            rows = builder.op("Range", [builder.ints(0), count, builder.ints(1)])
-            self._rows[id(angles)] = builder.op("Reshape", [rows, tokens])
+            found = self._constant(angles)
+            if found is None:
+                tokens = builder.op("Shape", [angles], {"start": 0, "end": 2})
+                count = builder.op("ReduceProd", [tokens], {"keepdims": 0})
+                rows = builder.op("Range", [builder.ints(0), count, builder.ints(1)])
+                self._rows[id(angles)] = builder.op("Reshape", [rows, tokens])
+            else:
+                # Older versions of the operator read beyond the table, where Gather is an error.
+                every = builder.later(
+                    f"rotary.positions.{len(self._rows)}",
+                    partial(np.arange, self._limit),
+                    [self._limit or 0],
+                    found[0].dtype,
+                )
+                self._rows[id(angles)] = builder.op("Gather", [every, found[0]], like=found[0])
         return self._rows[id(angles)]
+
+
+def _frequencies(angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
+    """Read angles as ``float(positions)[:, :, None] · frequencies``, the frequencies being constant."""
+    product = made_by(angles, "Mul")
+    if product is None or angles.dtype is None or angles.dtype.name != "FLOAT":
+        return None
+    for one, other in (product.inputs, tuple(reversed(product.inputs))):
+        array = array_of(other)
+        if array is None or array.size != axis_size(angles, -1) or array.shape[-1] != array.size:
+            continue
+        whole = _positions_of(one)
+        if whole is not None:
+            return whole, array.reshape(-1)
+    return None
+
+
+def _positions_of(value: ir.Value | None) -> ir.Value | None:
+    """The whole numbers [batch, sequence] that a value is, as floating numbers with an axis behind."""
+    spread = False
+    while (node := made_by(value, "Unsqueeze", "Cast")) is not None:
+        value = node.inputs[0]
+        if node.op_type == "Unsqueeze":
+            axes = array_of(node.inputs[1])
+            if spread or axes is None or axes.reshape(-1).tolist() not in ([2], [-1]):
+                return None
+            spread = True
+    whole = value is not None and value.dtype is not None and value.dtype.name == "INT64"
+    return value if spread and whole and rank(value) == 2 else None
 
 
 def flat_heads(builder: Builder, value: ir.Value) -> ir.Value:

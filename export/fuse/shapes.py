@@ -11,15 +11,18 @@ from lora_fx.export.fuse.graph import (
     made_by,
     names_of,
     nodes_of,
+    rank,
     scalar,
+    size_vector,
     sizes,
     substitute,
 )
+from lora_fx.export.fuse.masks import counted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["drop_moves", "fix_shapes", "index_all"]
+__all__ = ["drop_moves", "fix_shapes", "index_all", "slice_positions"]
 
 
 def fix_shapes(model: ir.Model) -> tuple[int, dict[str, int]]:
@@ -91,7 +94,7 @@ def index_all(model: ir.Model) -> tuple[int, dict[str, int]]:
             continue
         # Not Unsqueeze: a mask of another length has to fail, as it does now.
         builder = Builder(model, node)
-        length = _vector(builder, joined.inputs[1])
+        length = size_vector(model, builder, total)
         if length is None:
             continue
         shape = builder.op("Concat", [builder.ints([0, 1, 1]), length], {"axis": 0})
@@ -121,11 +124,31 @@ def _range(value: ir.Value | None) -> ir.Node | None:
     return None
 
 
-def _vector(builder: Builder, value: ir.Value | None) -> ir.Value | None:
-    node = _range(value)
-    if node is None:
-        return None
-    return builder.op("Reshape", [node.inputs[1], builder.ints([-1])], like=node.inputs[1])
+def slice_positions(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Replace ``positions[:, [past, …, total - 1]]`` by a slice.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many were replaced, and nothing else to say.
+    """
+    done = 0
+    for node in nodes_of(model, "Gather"):
+        data, indices = node.inputs
+        found = counted(indices)
+        if data is None or found is None or node.attributes.get_int("axis", 0) != 1:
+            continue
+        builder = Builder(model, node)
+        first, last = (size_vector(model, builder, size) for size in found)
+        if rank(data) != 2 or first is None or last is None:
+            continue
+        made = builder.op(
+            "Slice", [data, first, last, builder.ints([1])], like=data, shape=node.outputs[0].shape
+        )
+        substitute(node.outputs[0], made)
+        done += 1
+    return done, {}
 
 
 def drop_moves(model: ir.Model) -> tuple[int, dict[str, int]]:
