@@ -15,6 +15,7 @@ from lora_fx.export.fuse.graph import remove_dead, remove_unused
 from lora_fx.export.fuse.last_token import keep_last_token
 from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_norms
 from lora_fx.export.fuse.packing import pack_products
+from lora_fx.export.fuse.scales import fold_scales
 from lora_fx.export.fuse.shapes import drop_moves, fix_shapes, index_all, slice_positions
 
 if TYPE_CHECKING:
@@ -129,6 +130,11 @@ FUSIONS: tuple[Fusion, ...] = (
         "last-token",
         "where the last token alone is read, what is computed token by token is computed for it alone",
         keep_last_token,
+    ),
+    Fusion(
+        "branch-scale",
+        "the constant scale of a low-rank branch is folded into its factor B",
+        fold_scales,
     ),
     Fusion(
         "rms-norm",
