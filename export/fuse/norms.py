@@ -28,6 +28,7 @@ __all__ = [
     "divide_by_root",
     "find_norms",
     "simplify_norms",
+    "skip_layer_norms",
     "skip_norms",
 ]
 
@@ -187,7 +188,7 @@ def simplify_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
 
 
 def skip_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Let a normalization compute the sum that it normalizes, which the residual stream reads as well.
+    """Let a norm of the root mean square compute its sum, which the residual stream reads as well.
 
     Args:
         model: Changed in place. :func:`simplify_norms` has been over it.
@@ -195,8 +196,24 @@ def skip_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
     Returns:
         How many sums were taken in, and nothing else to say.
     """
+    return _skip(model, SIMPLIFIED), {}
+
+
+def skip_layer_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Let a layer norm compute its sum, which the residual stream reads as well.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many sums were taken in, and nothing else to say.
+    """
+    return _skip(model, "LayerNormalization"), {}
+
+
+def _skip(model: ir.Model, operator: str) -> int:
     done = 0
-    for node in nodes_of(model, SIMPLIFIED, "LayerNormalization"):
+    for node in nodes_of(model, operator):
         added = made_by(node.inputs[0], "Add")
         if added is None or not _is_residual(added) or added.outputs[0].is_graph_output():
             continue
@@ -219,7 +236,7 @@ def skip_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
         substitute(node.outputs[0], made)
         _read_after(total, producer.outputs[3], producer)
         done += 1
-    return done, {}
+    return done
 
 
 SIMPLIFIED = "SimplifiedLayerNormalization"

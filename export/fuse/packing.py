@@ -81,10 +81,8 @@ def _source(value: ir.Value | None) -> _Product | None:
             return _product(node)
         if node.op_type in ("RotaryEmbedding", "Reshape", "SimplifiedLayerNormalization"):
             value = node.inputs[0]
-        elif node.op_type == "Mul":  # a gain, of DoRA
-            value = next((one for one in node.inputs if rank(one) == 3), None)
-        elif node.op_type == "Add" and any(rank(one) == 1 for one in node.inputs):
-            value = next((one for one in node.inputs if rank(one) == 3), None)
+        elif node.op_type in ("Mul", "Add") and any(rank(one) == 1 for one in node.inputs):
+            value = next((one for one in node.inputs if rank(one) == 3), None)  # a bias, or a gain
         elif node.op_type == "Add":
             # The wider product is the base's, the other one that of an adapter.
             sides = [_source(one) for one in node.inputs]

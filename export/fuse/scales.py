@@ -60,8 +60,9 @@ def _is_low_rank(inner: ir.Value | None, factor: ir.Value) -> bool:
     if first is None or rank(factor) != 2 or len(factor.uses()) != 1 or array_of(factor) is None:
         return False
     low, wide, source = axis_size(factor, 0), axis_size(factor, 1), axis_size(first.inputs[0], -1)
-    whole = isinstance(low, int) and isinstance(wide, int) and isinstance(source, int)
-    return whole and low < min(wide, source)  # type: ignore[operator]
+    if not isinstance(low, int) or not isinstance(wide, int) or not isinstance(source, int):
+        return False
+    return low < min(wide, source)
 
 
 def _times(builder: Builder, factor: ir.Value, number: float) -> ir.Value:

@@ -83,7 +83,10 @@ Inputs = Mapping[str, tuple[int, Sequence[int | str]]]
 
 
 def graph(
-    nodes: Sequence[Any], inputs: Inputs, outputs: Inputs, constants: Mapping[str, Any] | None = None
+    nodes: Sequence[Any],
+    inputs: Inputs,
+    outputs: Inputs,
+    constants: Mapping[str, Any] | None = None,
 ) -> ir.Model:
     """A model of a few nodes, with the shapes that inference finds."""
     made = oh.make_graph(
@@ -129,5 +132,7 @@ def fused_equally(
     remove_unused(changed)
     for want, got in zip(run(plain, **feeds), run(changed, **feeds), strict=True):
         assert want.shape == got.shape
-        np.testing.assert_allclose(got, want, rtol=2e-3 if want.dtype == np.float16 else 2e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            got, want, rtol=2e-3 if want.dtype == np.float16 else 2e-5, atol=1e-5
+        )
     return count, changed

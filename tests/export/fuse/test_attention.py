@@ -10,7 +10,12 @@ import onnx.helper as oh
 import onnx_ir as ir
 import pytest
 
-from lora_fx.export.fuse.attention import drop_nan_guards, find_attention, group_heads, mask_rows_once
+from lora_fx.export.fuse.attention import (
+    drop_nan_guards,
+    find_attention,
+    group_heads,
+    mask_rows_once,
+)
 from lora_fx.export.fuse.graph import remove_dead
 from tests.export.fuse.small import FLOAT, HALF, fused_equally, graph, operators, run
 
@@ -18,12 +23,13 @@ BOOL = oh.TensorProto.BOOL
 LOWEST = float(np.finfo(np.float32).min)
 
 
-def attention(low: float = LOWEST, *, groups: int = 4, swap: bool = True, half: bool = False) -> ir.Model:
+def attention(
+    low: float = LOWEST, *, groups: int = 4, swap: bool = True, half: bool = False
+) -> ir.Model:
     """softmax(q kᵀ/2 + where(allowed, 0, low)) v, with the guard, for 4 heads of 8 channels."""
     kind, dtype = (HALF, np.float16) if half else (FLOAT, np.float32)
     nodes, key, value = [], "k", "v"
     if groups != 4:
-        repeat = 4 // groups
         for name in ("k", "v"):
             nodes += [
                 oh.make_node("Unsqueeze", [name, "axis2"], [f"{name}5"]),

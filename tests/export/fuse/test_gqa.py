@@ -24,7 +24,9 @@ KINDS = ["llama", "qwen3", "mistral", "phi", "gpt2"]
 
 def empty(session: OnnxSession, batch: int) -> dict[str, Tensor]:
     return {
-        port.name: torch.zeros(batch, port.shape[1], 0, port.shape[3], dtype=getattr(torch, port.dtype))
+        port.name: torch.zeros(
+            batch, port.shape[1], 0, port.shape[3], dtype=getattr(torch, port.dtype)
+        )
         for port in session.inputs
         if port.name.startswith("past_key_values")
     }
@@ -42,7 +44,9 @@ def expected(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits of the last position, by a forward over the whole text."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1:]
+        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[
+            :, -1:
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +93,9 @@ def test_each_row_is_as_if_it_were_alone(exported: Callable[..., Exported], kind
         found = made.session.run(
             {"input_ids": alone, "attention_mask": torch.ones_like(alone), **empty(made.session, 1)}
         )
-        torch.testing.assert_close(together["logits"][row], found["logits"][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            together["logits"][row], found["logits"][0], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +106,12 @@ def test_generation_gives_the_tokens_of_transformers(
     ids, mask = prompts()
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
     want = made.model.generate(
-        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     assert torch.equal(made.session.generate(ids, mask, **settings), want)
 
@@ -138,7 +149,9 @@ def test_angles_without_an_end_are_computed_in_the_file(tmp_path: Any) -> None:
     assert report.operators["RotaryEmbedding"] == 4
     assert report.operators["Cos"] == 1
     session = OnnxSession(tmp_path / "long.onnx", "cpu")
-    want = made.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    want = made.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
     assert torch.equal(session.generate(ids, mask, max_new_tokens=6, eos_token_id=[]), want)
 
 
@@ -146,7 +159,12 @@ def converted(tmp_path: Any, **changes: Any) -> ir.Model:
     path = tmp_path / "plain.onnx"
     ids = torch.randint(3, VOCABULARY, (2, 6))
     export_onnx(
-        decoder("llama", **changes), path, ids, task="text-generation", optimize="none", verify=False
+        decoder("llama", **changes),
+        path,
+        ids,
+        task="text-generation",
+        optimize="none",
+        verify=False,
     )
     return ir.load(path)
 
@@ -164,7 +182,9 @@ def test_a_mask_that_shows_later_tokens_is_left(tmp_path: Any) -> None:
     made = converted(tmp_path)
     (causal,) = [node for node in made.graph if node.op_type == "LessOrEqual"]
     # Every key up to the one after the query: the operator would mask that.
-    later = ir.node("Add", [causal.inputs[1], ir.val("one", const_value=ir.tensor([1], name="one"))])
+    later = ir.node(
+        "Add", [causal.inputs[1], ir.val("one", const_value=ir.tensor([1], name="one"))]
+    )
     made.graph.register_initializer(later.inputs[1])
     made.graph.insert_before(causal, later)
     later.outputs[0].shape, later.outputs[0].dtype = causal.inputs[1].shape, causal.inputs[1].dtype

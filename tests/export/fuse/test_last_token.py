@@ -43,7 +43,7 @@ def block(start: int = -1, *, seen: bool = False, mixing: bool = False) -> ir.Mo
 def test_the_last_token_alone_is_computed() -> None:
     count, made = fused_equally(block, keep_last_token, x=VALUES)
     assert count == 3
-    assert [node.op_type for node in made.graph][0] == "Slice"
+    assert next(node.op_type for node in made.graph) == "Slice"
     assert operators(made)["Slice"] == 1
 
 

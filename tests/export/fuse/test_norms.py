@@ -11,7 +11,13 @@ import onnx_ir as ir
 import pytest
 
 from lora_fx.export.fuse.graph import remove_dead
-from lora_fx.export.fuse.norms import divide_by_root, find_norms, simplify_norms, skip_norms
+from lora_fx.export.fuse.norms import (
+    divide_by_root,
+    find_norms,
+    simplify_norms,
+    skip_layer_norms,
+    skip_norms,
+)
 from tests.export.fuse.small import FLOAT, HALF, fused_equally, graph, operators
 
 X = (FLOAT, ["batch", "sequence", 8])
@@ -120,7 +126,9 @@ def test_a_sum_that_broadcasts_is_no_residual() -> None:
 def layer_norm(axis: int) -> ir.Model:
     nodes = [
         oh.make_node("Add", ["a", "b"], ["total"]),
-        oh.make_node("LayerNormalization", ["total", "gain", "bias"], ["normed"], axis=axis, epsilon=1e-5),
+        oh.make_node(
+            "LayerNormalization", ["total", "gain", "bias"], ["normed"], axis=axis, epsilon=1e-5
+        ),
         oh.make_node("Add", ["total", "normed"], ["y"]),
     ]
     shape = (FLOAT, ["batch", 8, 8]) if axis == 1 else X
@@ -129,12 +137,12 @@ def layer_norm(axis: int) -> ir.Model:
 
 
 def test_a_layer_norm_adds_the_residual() -> None:
-    count, made = fused_equally(partial(layer_norm, -1), skip_norms, a=values(), b=values())
+    count, made = fused_equally(partial(layer_norm, -1), skip_layer_norms, a=values(), b=values())
     assert count == 1
     assert operators(made) == {"SkipLayerNormalization": 1, "Add": 1}
 
 
 def test_a_layer_norm_over_two_axes_is_left() -> None:
     x = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
-    count, _ = fused_equally(partial(layer_norm, 1), skip_norms, a=x, b=x)
+    count, _ = fused_equally(partial(layer_norm, 1), skip_layer_norms, a=x, b=x)
     assert count == 0

@@ -28,7 +28,9 @@ def export(model: Any, path: Path, **options: Any) -> ExportReport:
 
 def same_tokens(model: Any, session: OnnxSession, adapter: Any = None) -> bool:
     ids, mask = prompts()
-    want = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    want = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None
+    )
     got = session.generate(ids, mask, max_new_tokens=5, eos_token_id=[], adapter=adapter)
     return torch.equal(got, want)
 
