@@ -59,8 +59,8 @@ def pack_products(model: ir.Model) -> tuple[int, dict[str, int]]:
     done, why = 0, dict[str, int]()
     for attention in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
         products = [_source(value) for value in attention.inputs[:3]]
-        found = [one for one in products if one is not None]
-        if len(found) < 3 or len({id(one.node.inputs[0]) for one in found}) > 1:
+        found = list({one.node: one for one in products if one is not None}.values())
+        if None in products or len(found) < 2 or len({id(one.node.inputs[0]) for one in found}) > 1:
             reason = "query, key and value are no products of one input"
             why[reason] = why.get(reason, 0) + 1
             continue
@@ -86,8 +86,8 @@ def _source(value: ir.Value | None) -> _Product | None:
         elif node.op_type == "Add":
             # The wider product is the base's, the other one that of an adapter.
             sides = [_source(one) for one in node.inputs]
-            bases = [one for one in sides if one is not None and not _is_branch(one)]
-            return bases[0] if len(bases) == 1 else None
+            bases = {one.node: one for one in sides if one is not None and not _is_branch(one)}
+            return next(iter(bases.values())) if len(bases) == 1 else None
         else:
             return None
     return None
