@@ -296,6 +296,11 @@ class Builder:
         """An initializer whose values are made when they are read, and not kept."""
         import onnx_ir as ir
 
+        taken, plain, number = self._model.graph.initializers, name, 0
+        while name in taken:
+            number += 1
+            name = f"{plain}_{number}"
+
         def tensor() -> ir.TensorProtocol:
             return ir.tensor(make(), dtype=dtype, name=name)
 

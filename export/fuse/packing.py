@@ -21,11 +21,11 @@ from lora_fx.export.fuse.graph import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["pack_products"]
+__all__ = ["Product", "join_constants", "pack_products", "product_form", "read_product"]
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A product with a weight, and a bias that alone reads it.
 
     Attributes:
@@ -64,7 +64,7 @@ def pack_products(model: ir.Model) -> tuple[int, dict[str, int]]:
             reason = "query, key and value are no products of one input"
             why[reason] = why.get(reason, 0) + 1
             continue
-        if any(_form(one) != _form(found[0]) for one in found):
+        if any(product_form(one) != product_form(found[0]) for one in found):
             reason = "the weights of query, key and value are stored in different forms"
             why[reason] = why.get(reason, 0) + 1
             continue
@@ -74,11 +74,11 @@ def pack_products(model: ir.Model) -> tuple[int, dict[str, int]]:
     return done, why
 
 
-def _source(value: ir.Value | None) -> _Product | None:
+def _source(value: ir.Value | None) -> Product | None:
     """The product that a value comes from, behind positions, norms of heads and branches of adapters."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in ("MatMul", *_QUANTIZED):
-            return _product(node)
+            return read_product(node)
         if node.op_type in ("RotaryEmbedding", "Reshape", "SimplifiedLayerNormalization"):
             value = node.inputs[0]
         elif node.op_type in ("Mul", "Add") and any(rank(one) == 1 for one in node.inputs):
@@ -93,7 +93,7 @@ def _source(value: ir.Value | None) -> _Product | None:
     return None
 
 
-def _is_branch(product: _Product) -> bool:
+def _is_branch(product: Product) -> bool:
     """Whether its input is itself a product of lower rank: ``(x·A)·B``."""
     before = None if product.node.inputs[0] is None else product.node.inputs[0].producer()
     if before is None or before.op_type != "MatMul":
@@ -101,7 +101,8 @@ def _is_branch(product: _Product) -> bool:
     return isinstance(axis_size(before.inputs[1], -1), int | str)
 
 
-def _product(node: ir.Node) -> _Product | None:
+def read_product(node: ir.Node) -> Product | None:
+    """A product with constant weights that nothing else reads, and its bias."""
     if any(array is None for array in map(_shape_of_constant, node.inputs[1:])):
         return None
     if any(value is not None and len(value.uses()) > 1 for value in node.inputs[1:]):
@@ -120,7 +121,7 @@ def _product(node: ir.Node) -> _Product | None:
         other = next((one for one in added.inputs if one is not output), None)
         if rank(other) == 1 and array_of(other) is not None and axis_size(other, 0) == width:
             bias, output = other, added.outputs[0]
-    return _Product(node, bias, output, width)
+    return Product(node, bias, output, width)
 
 
 def _shape_of_constant(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -131,7 +132,7 @@ def _shape_of_constant(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(value.const_value.shape.numpy())
 
 
-def _form(product: _Product) -> tuple[object, ...]:
+def product_form(product: Product) -> tuple[object, ...]:
     """What two products have in common that can be one."""
     node = product.node
     kinds = tuple(None if one is None else (one.dtype, rank(one)) for one in node.inputs)
@@ -139,7 +140,7 @@ def _form(product: _Product) -> tuple[object, ...]:
     return node.domain, node.op_type, kinds, tuple(sorted(options.items())), product.bias is None
 
 
-def _factors(products: Sequence[_Product]) -> list[_Product]:
+def _factors(products: Sequence[Product]) -> list[Product]:
     """Products of the same input with the constant factors A of adapters at these places."""
     first = products[0]
     x = first.node.inputs[0]
@@ -149,22 +150,24 @@ def _factors(products: Sequence[_Product]) -> list[_Product]:
     readers = dict.fromkeys(
         node for node, _ in x.uses() if node.op_type == "MatMul" and node not in taken
     )
-    found = [_product(node) for node in readers if node.inputs[0] is x]
+    found = [read_product(node) for node in readers if node.inputs[0] is x]
     return [
         one
         for one in found
         if one is not None
-        and _form(one) == _form(first)
+        and product_form(one) == product_form(first)
         and one.width < min(p.width for p in products)
     ]
 
 
-def _pack(model: ir.Model, group: Sequence[_Product]) -> None:
+def _pack(model: ir.Model, group: Sequence[Product]) -> None:
     first = group[0].node
     builder = Builder(model, first)
     axis = 1 if first.op_type == "MatMul" else 0
     packed = [
-        None if value is None else _joined(builder, [one.node.inputs[place] for one in group], axis)
+        None
+        if value is None
+        else join_constants(builder, [one.node.inputs[place] for one in group], axis)
         for place, value in enumerate(first.inputs)
         if place > 0
     ]
@@ -178,7 +181,7 @@ def _pack(model: ir.Model, group: Sequence[_Product]) -> None:
         first.op_type, [x, *packed], attributes, like=x, shape=shape, domain=first.domain
     )
     if group[0].bias is not None:
-        bias = _joined(builder, [one.bias for one in group], 0)
+        bias = join_constants(builder, [one.bias for one in group], 0)
         made = builder.op("Add", [made, bias], like=x, shape=shape)
     widths = builder.ints([one.width for one in group])
     first_part = builder.op("Split", [made, widths], {"axis": -1}, like=x, outputs=len(group))
@@ -189,7 +192,7 @@ def _pack(model: ir.Model, group: Sequence[_Product]) -> None:
         substitute(one.output, part)
 
 
-def _joined(builder: Builder, values: Sequence[ir.Value | None], axis: int) -> ir.Value:
+def join_constants(builder: Builder, values: Sequence[ir.Value | None], axis: int) -> ir.Value:
     """The constants of several products as one; it is put together when it is written."""
     tensors: list[Any] = [None if one is None else one.const_value for one in values]
     shape = list(tensors[0].shape.numpy())

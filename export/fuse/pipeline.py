@@ -13,6 +13,7 @@ from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_row
 from lora_fx.export.fuse.gqa import group_query_attention
 from lora_fx.export.fuse.graph import remove_dead, remove_unused
 from lora_fx.export.fuse.last_token import keep_last_token
+from lora_fx.export.fuse.mha import multi_head_attention, whole_attention
 from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_layer_norms, skip_norms
 from lora_fx.export.fuse.packing import pack_products
 from lora_fx.export.fuse.scales import fold_scales
@@ -125,6 +126,12 @@ _KERNELS: Mapping[str, tuple[str, ...]] = {
 # On CUDA GroupQueryAttention takes no attention_bias, and so no padding on the left.
 _ATTENTION: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")}
 
+_ENCODER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("fp32",),
+    "cuda": ("fp32", "fp16"),
+    "webgpu": ("fp32", "fp16"),
+}
+
 FUSIONS: tuple[Fusion, ...] = (
     Fusion(
         "last-token",
@@ -205,6 +212,18 @@ FUSIONS: tuple[Fusion, ...] = (
         group_query_attention,
         _ATTENTION,
         since="1.22",
+    ),
+    Fusion(
+        "multi-head-attention",
+        "attention over the tokens of a call becomes `MultiHeadAttention`",
+        multi_head_attention,
+        _ENCODER,
+    ),
+    Fusion(
+        "whole-attention",
+        "it computes query, key and value itself: `Attention`",
+        whole_attention,
+        _ENCODER,
     ),
     Fusion(
         "grouped-heads",
