@@ -26,6 +26,8 @@ from lora_fx.export.arguments import Sizes
 from lora_fx.export.convert import ConversionError, convert, torch_export_context
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
+from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
+from lora_fx.export.fuse import check_target as check_fusions
 from lora_fx.export.prepare import Prepared, over_quantized, prepare, prepare_swappable
 from lora_fx.export.report import ExportReport
 from lora_fx.export.staging import (
@@ -164,6 +166,8 @@ def _build(
     verify: bool,
     external_data_bytes: int,
     shard_bytes: int,
+    optimize: Level,
+    provider: Provider,
     keep: Callable[[Tensor], Tensor],
     clock: _Stages,
 ) -> ExportReport:
@@ -177,6 +181,8 @@ def _build(
         verify: Whether to compare the file with PyTorch.
         external_data_bytes: Bytes of weights from which they go into files of their own.
         shard_bytes: Bytes of one such file.
+        optimize: How much to fuse.
+        provider: What the operators of ONNX Runtime are chosen for.
         keep: Takes each weight that is created, see ``Scratch.keep``.
         clock: What says and times the stages.
 
@@ -193,18 +199,24 @@ def _build(
     failures: list[str] = []
     original, prepared = prepared, prepared.to_trace(keep)
     traced = _traced(prepared, dynamic_shapes, failures, 0)
+
+    def store(model: ir.Model) -> dict[str, int]:
+        clock.start("writing the file")
+        return write(model, stage, external_data_bytes, shard_bytes)
+
+    def prove(trace: Trace) -> Parity:
+        if not verify:
+            return Parity(reason="verify=False")
+        clock.start("comparing with PyTorch in ONNX Runtime")
+        return verify_file(original, trace, stage.model, keep, large=stage.has_data())
+
     while True:
         assert traced is not None
         try:
             clock.start("converting to ONNX")
-            program = convert(traced, prepared, opset)
-            clock.start("writing the file")
-            files = write(program, stage, external_data_bytes, shard_bytes)
-            parity = Parity(reason="verify=False")
-            if verify:
-                clock.start("comparing with PyTorch in ONNX Runtime")
-                large = stage.has_data()
-                parity = verify_file(original, traced, stage.model, keep, large=large)
+            converted = convert(traced, prepared, opset)
+            target = Target(optimize, provider, prepared.dtype)
+            made = _write_fused(converted, target, stage, store, partial(prove, traced), clock)
             break
         except PrecisionError:
             raise
@@ -219,15 +231,79 @@ def _build(
             _log.warning("export with fewer dynamic axes: %s", failures[-1])
     return ExportReport(
         path=str(stage.target),
-        files=files,
+        files=made.files,
         opset=opset,
         opset_reason=why,
         dtype=prepared.dtype,
-        quantized=stored_formats(prepared.model.model, program.graph.initializers),
+        quantized=stored_formats(prepared.model.model, converted.graph.initializers),
         seconds={},
         swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
-        **_graph_facts(traced, program, parity),
+        optimize=made.target.level,
+        fused=dict(made.fused.done),
+        not_fused={**made.fused.refused, **made.fallbacks},
+        **_graph_facts(traced, made.model, made.parity),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A file that was written and compared.
+
+    Attributes:
+        model: The graph in it.
+        files: Name to bytes of every file.
+        parity: The comparison.
+        target: What it was fused for in the end.
+        fused: What was fused.
+        fallbacks: Level of fusions that did not hold to what was wrong with their file.
+    """
+
+    model: ir.Model
+    files: Mapping[str, int]
+    parity: Parity
+    target: Target
+    fused: Fused
+    fallbacks: Mapping[str, str]
+
+
+def _write_fused(
+    converted: ir.Model,
+    target: Target,
+    stage: Staging,
+    store: Callable[[ir.Model], Mapping[str, int]],
+    prove: Callable[[], Parity],
+    clock: _Stages,
+) -> _Written:
+    """Write a graph with its fusions, or with fewer of them where the file is not equal to the model.
+
+    Args:
+        converted: The graph. It is not changed.
+        target: What it is fused for.
+        stage: Where it is written.
+        store: Writes a graph there.
+        prove: Compares what was written with the model.
+        clock: What says and times the stages.
+
+    Raises:
+        ParityError: The file computes something else without fusions, too.
+        ConversionError: ONNX Runtime refuses it.
+    """
+    fallbacks: dict[str, str] = {}
+    while True:
+        model = converted if target.level == "none" else converted.clone()
+        fused = fuse(model, target)
+        files = store(model)
+        try:
+            return _Written(model, files, prove(), target, fused, fallbacks)
+        except (ConversionError, ParityError) as error:
+            lower = target.lower()
+            if lower is None or not fused.done:
+                raise
+            fallbacks[f"optimize={target.level!r}"] = headline(error)
+            _log.warning("export with fewer fusions: %s", headline(error))
+            stage.discard()
+            clock.start("converting to ONNX")
+            target = lower
 
 
 def _traced(
@@ -296,6 +372,8 @@ def export_onnx(
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
+    optimize: Level = "standard",
+    provider: Provider | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -345,6 +423,12 @@ def export_onnx(
         opset: ONNX opset, 18 to 22 or 24. None for the one that the providers run best: 20, and 22
             for bf16, the first in which convolutions and pooling take it. 23 is refused: a file of it
             has rotary embeddings that ONNX Runtime rejects for batches of more than one.
+        optimize: How much of the graph is fused. "standard" for operators of ONNX alone, in forms that are
+            right and fast on every provider; "runtime" for operators of ONNX Runtime as well, where
+            ``provider`` has kernels for them in the file's dtype; "none" for the graph as PyTorch gives it.
+            Where a fused file is not equal to the model, the export falls back to fewer fusions, and the
+            report says why.
+        provider: What ``optimize="runtime"`` is for: "cpu" (None), "cuda" or "webgpu".
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: Replace an existing file.
@@ -368,6 +452,7 @@ def export_onnx(
             the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
+    check_fusions(optimize, provider)
     sizes: tuple[tuple[str, object, int], ...] = (
         ("external_data_bytes", external_data_bytes, 0),
         ("shard_bytes", shard_bytes, 1),
@@ -406,6 +491,8 @@ def export_onnx(
             verify=verify,
             external_data_bytes=external_data_bytes,
             shard_bytes=shard_bytes,
+            optimize=optimize,
+            provider=provider or "cpu",
             keep=keep,
             clock=clock,
         )

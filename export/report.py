@@ -6,13 +6,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 __all__ = [
     "ExportReport",
     "OutputParity",
     "StoredFormat",
+    "fusions_text",
     "short",
     "size_text",
     "worse",
@@ -130,6 +131,10 @@ class ExportReport:
         adapters: Where the adapters are: "merge", "inline" or "inputs", as ``export_onnx`` takes it.
         target: The runtime whose folder it lies in; None for a file by itself.
         companions: Name to bytes of what else is in that folder.
+        optimize: How much was fused, as ``export_onnx`` takes it: less than was asked for where a file with
+            more fusions was not equal to the model.
+        fused: Name of a fusion to how often it was applied.
+        not_fused: Name of a fusion, or of a level of them, to why it was not, everywhere or at some places.
     """
 
     path: str
@@ -164,7 +169,10 @@ class ExportReport:
     quantized: tuple[StoredFormat, ...] = ()
     adapters: str = "merge"
     target: str | None = None
-    companions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    companions: Mapping[str, int] = field(default_factory=dict)
+    optimize: str = "standard"
+    fused: Mapping[str, int] = field(default_factory=dict)
+    not_fused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -222,6 +230,9 @@ class ExportReport:
             others = f" and {len(self.finite) - 1} more" if len(self.finite) > 1 else ""
             lines.append(f"  values are taken to be finite, at {self.finite[0]}{others}")
         lines += [f"  {form}" for form in self.quantized]
+        if self.fused:
+            lines.append(f"  fused ({self.optimize}): {fusions_text(self.fused)}")
+        lines += [f"  not fused: {name}: {why}" for name, why in self.not_fused.items()]
         if self.adapters == "inline":
             lines.append("  adapters stay beside the operations, as products of their own")
         if self.swappable:
@@ -250,6 +261,11 @@ def short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
     for name, entry in entries.items():
         found.setdefault(_LAYER.sub(r"\1.*.", name), entry)
     return found
+
+
+def fusions_text(fused: Mapping[str, int]) -> str:
+    """The fusions of a file, for people: their names and how often they were applied."""
+    return ", ".join(f"{name} {count}×" for name, count in fused.items())
 
 
 def worse(one: OutputParity, other: OutputParity) -> OutputParity:

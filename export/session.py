@@ -20,6 +20,7 @@ from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
+from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY
 from lora_fx.export.generation import Generates
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
@@ -385,10 +386,40 @@ class OnnxSession(Generates):
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         ort.settle(tensors)
         device = tensors[0].device if tensors else None
+        if self._takes_one_row(given):
+            return self._run_rows(given, adapter)
         stays = device is not None and device.type == self._device.type
         results = self._execute(feeds, adapter, self._device if stays else ort.CPU)
         pairs = zip(self.outputs, results, strict=True)
         return {port.name: ort.unwrap(result, device) for port, result in pairs}
+
+    def _takes_one_row(self, given: Mapping[str, Any]) -> bool:
+        """Whether a call is one that ONNX Runtime's attention takes a row at a time.
+
+        It has a past and several new tokens in several rows, which only a caller of :meth:`run` gives:
+        :meth:`generate` reads a prompt at once and then a token at a time.
+        """
+        if ONE_ROW_CHUNKS_KEY not in self.metadata:
+            return False
+        sizes: dict[int | str | None, int] = {}
+        for port in self.inputs:
+            sizes.update(zip(port.shape, given[port.name].shape, strict=True))
+        several = sizes.get("batch", 1) > 1 and sizes.get("sequence", 1) > 1
+        return several and sizes.get("past_length", 0) > 0
+
+    def _run_rows(self, given: Mapping[str, Any], adapter: AdapterChoice) -> dict[str, Any]:
+        """Run each row alone. Every input and output of such a file has the batch first."""
+        count = len(given[self.inputs[0].name])
+        rows = [
+            self.run({name: value[row : row + 1] for name, value in given.items()}, adapter=adapter)
+            for row in range(count)
+        ]
+        joined: dict[str, Any] = {}
+        for port in self.outputs:
+            parts = [row[port.name] for row in rows]
+            tensors = isinstance(parts[0], Tensor)
+            joined[port.name] = torch.cat(parts) if tensors else np.concatenate(parts)
+        return joined
 
     def _value(self, port: ort.Port, value: Tensor) -> Any:
         return ort.feed(self._runtime, port, value, self._device)

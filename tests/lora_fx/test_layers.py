@@ -64,6 +64,7 @@ LAYERS = (
     "lora_fx.export.adapter_store",
     "lora_fx.export.prepare",
     "lora_fx.export.translations",
+    "lora_fx.export.fuse",
     "lora_fx.export.convert",
     "lora_fx.export.generation_settings",
     "lora_fx.export.generation",

@@ -35,6 +35,8 @@ def export(
     adapters: str | None = None,
     dtype: str | None = None,
     opset: int | None = None,
+    optimize: str = "standard",
+    provider: str | None = None,
     verify: bool = True,
     force: bool = False,
     as_json: bool = False,
@@ -53,6 +55,9 @@ def export(
             option; or inputs: the base model, which takes adapters as it is run.
         dtype: fp32, fp16 or bf16; as it is without it.
         opset: ONNX opset; by default 20, or 22 for bf16.
+        optimize: standard: operators of ONNX, fast on every provider; runtime: those of ONNX Runtime as
+            well; none: as PyTorch gives the graph.
+        provider: cpu, cuda or webgpu: what --optimize runtime is for; cpu without it.
         verify: Compare ONNX Runtime with PyTorch.
         force: Write over what is there.
         as_json: The report as JSON.
@@ -75,6 +80,7 @@ def export(
             base = load_adapter(base, adapter)
     chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
     chosen |= {"target": target, "tokenizer": tokenizer}
+    chosen |= {"optimize": optimize, "provider": provider}
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
             base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_fx.export.report import ExportReport, short, size_text, worst_by_layer
+from lora_fx.export.report import ExportReport, fusions_text, short, size_text, worst_by_layer
 from lora_fx.ir import Plan
 from lora_fx.tools.cli import console
 
@@ -220,6 +220,7 @@ def render_export(report: ExportReport) -> RenderableType:
     ]
     if report.verified:
         parts.append(_parity(report))
+    parts += _pairs(("not fused", "because"), report.not_fused)
     parts += _pairs(("shape not tried", "because PyTorch says"), report.shapes_skipped)
     if report.encoder is not None:
         parts += [Text("with the encoder beside it:", "dim"), render_export(report.encoder)]
@@ -241,6 +242,8 @@ def _facts(report: ExportReport) -> Iterator[tuple[str, str | Text]]:
         yield "adapters", "are products of their own beside the operations"
     if sites := len(report.swappable):
         yield "adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}"
+    if report.fused:
+        yield "fused", f"{report.optimize}: {fusions_text(report.fused)}"
     named = [f"{count} {op}" for op, count in list(report.operators.items())[:_OPERATORS]]
     more = ", …" if len(report.operators) > _OPERATORS else ""
     yield "nodes", f"{report.nodes}: {', '.join(named)}{more}"

@@ -1,0 +1,32 @@
+"""Fusions: a converted graph is rewritten into one that computes the same in less time.
+
+Each file has one family. A fusion is found by what a graph computes, whatever model it came from.
+"""
+
+from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY
+from lora_fx.export.fuse.pipeline import (
+    FUSIONS,
+    LEVELS,
+    Fused,
+    Fusion,
+    Level,
+    Provider,
+    Target,
+    check_target,
+    fuse,
+    fusion_table,
+)
+
+__all__ = [
+    "FUSIONS",
+    "LEVELS",
+    "ONE_ROW_CHUNKS_KEY",
+    "Fused",
+    "Fusion",
+    "Level",
+    "Provider",
+    "Target",
+    "check_target",
+    "fuse",
+    "fusion_table",
+]

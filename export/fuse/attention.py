@@ -1,0 +1,342 @@
+"""Attention, ``softmax(scale · q kᵀ + mask) v``: found by what is computed, in its cheaper standard forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fx.export.fuse.graph import (
+    Builder,
+    array_of,
+    axis_size,
+    factors_of,
+    made_by,
+    names_of,
+    nodes_of,
+    only_user,
+    rank,
+    scalar,
+    sizes,
+    substitute,
+)
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["Attention", "drop_nan_guards", "find_attention", "group_heads", "mask_rows_once"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention over four axes.
+
+    Attributes:
+        query: [batch, heads, sequence, width], before it is scaled.
+        key: [batch, groups, length, width]: before it is repeated for the heads of a group, and scaled.
+        value: [batch, groups, length, width of values].
+        mask: What is added to the scores, None for nothing.
+        scale: What the scores are multiplied by.
+        heads: Heads of the query.
+        groups: Heads of key and value.
+        softmax: The node.
+        guard: The ``Where`` that replaces NaN by 0, None where there is none.
+        product: The last product.
+        output: [batch, heads, sequence, width of values].
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    mask: ir.Value | None
+    scale: float
+    heads: int
+    groups: int
+    softmax: ir.Node
+    guard: ir.Node | None
+    product: ir.Node
+    output: ir.Value
+
+
+def find_attention(model: ir.Model) -> list[Attention]:
+    """Every attention of a model, in order."""
+    found = (_attention(node) for node in nodes_of(model, "Softmax"))
+    return [one for one in found if one is not None]
+
+
+def _attention(softmax: ir.Node) -> Attention | None:
+    scores = softmax.inputs[0]
+    if scores is None or softmax.attributes.get_int("axis", -1) not in (-1, 3):
+        return None
+    mask: ir.Value | None = None
+    added = made_by(scores, "Add")
+    if added is not None:
+        pairs = (tuple(added.inputs), tuple(reversed(added.inputs)))
+        sides = [(a, b) for a, b in pairs if made_by(factors_of(a)[0], "MatMul")]
+        if len(sides) != 1:
+            return None
+        scores, mask = sides[0]
+    product, scale = factors_of(scores)
+    matmul = made_by(product, "MatMul")
+    probabilities, guard = softmax.outputs[0], None
+    if (guarded := _nan_guard(softmax)) is not None:
+        probabilities, guard = guarded.outputs[0], guarded
+    last = only_user(probabilities, "MatMul")
+    if matmul is None or last is None or last.inputs[0] is not probabilities:
+        return None
+    query, by = factors_of(matmul.inputs[0])
+    scale *= by
+    key, value = last.inputs[1], last.inputs[1]
+    key, by = factors_of(matmul.inputs[1])
+    scale *= by
+    key = _swapped(key)
+    if key is None or query is None or value is None or rank(query) != 4:
+        return None
+    key, by = factors_of(key)
+    scale *= by
+    heads = axis_size(query, 1)
+    if key is None or not isinstance(heads, int) or query.dtype != key.dtype:
+        return None
+    key, value = _once(key), _once(value)
+    groups = axis_size(key, 1)
+    if rank(key) != 4 or rank(value) != 4 or axis_size(value, 1) != groups:
+        return None
+    if not isinstance(groups, int) or heads % groups:
+        return None
+    if mask is not None and mask.dtype != query.dtype:
+        return None
+    return Attention(
+        query, key, value, mask, scale, heads, groups, softmax, guard, last, last.outputs[0]
+    )
+
+
+def _nan_guard(softmax: ir.Node) -> ir.Node | None:
+    """The ``Where(IsNaN(p), 0, p)`` that alone reads the probabilities."""
+    value = softmax.outputs[0]
+    readers = {node for node, _ in value.uses()}
+    asked = [node for node in readers if node.op_type == "IsNaN"]
+    if len(readers) != 2 or len(asked) != 1 or value.is_graph_output():
+        return None
+    where = only_user(asked[0].outputs[0], "Where")
+    if where is None or where not in readers or where.inputs[0] is not asked[0].outputs[0]:
+        return None
+    return where if scalar(where.inputs[1]) == 0 and where.inputs[2] is value else None
+
+
+def _swapped(value: ir.Value | None) -> ir.Value | None:
+    """The value of which this one is the transpose in its last two axes."""
+    node = made_by(value, "Transpose")
+    if node is not None:
+        perm = list(node.attributes.get_ints("perm", ()))
+        return node.inputs[0] if perm == [0, 1, 3, 2] else None
+    # torch.onnx contracts the axes in front, swaps two of three, and takes them apart again.
+    outer = made_by(value, "Reshape")
+    turned = None if outer is None else made_by(outer.inputs[0], "Transpose")
+    inner = None if turned is None else made_by(turned.inputs[0], "Reshape")
+    if outer is None or turned is None or inner is None:
+        return None
+    source = inner.inputs[0]
+    whole = names_of(source)
+    flat, shape = sizes(inner.inputs[1]), sizes(outer.inputs[1])
+    if list(turned.attributes.get_ints("perm", ())) != [0, 2, 1] or len(whole) != 4:
+        return None
+    if flat is None or shape is None or None in whole or len(flat) != 3 or len(shape) != 4:
+        return None
+    if flat[1:] != whole[2:] or shape[2:] != (whole[3], whole[2]):
+        return None
+    return source if shape[1] == whole[1] else None
+
+
+def _once(value: ir.Value) -> ir.Value:
+    """Keys or values before they are repeated: [b, g, t, d] → [b, g, n, t, d] → [b, g·n, t, d]."""
+    joined = made_by(value, "Reshape")
+    wide = None if joined is None else made_by(joined.inputs[0], "Expand")
+    parted = None if wide is None else made_by(wide.inputs[0], "Unsqueeze", "Reshape")
+    if joined is None or wide is None or parted is None or parted.inputs[0] is None:
+        return value
+    source, every = names_of(parted.inputs[0]), names_of(wide.outputs[0])
+    target = names_of(value)
+    if len(source) != 4 or len(every) != 5 or len(target) != 4 or None in source:
+        return value
+    batch, groups, length, width = source
+    repeated = every[2]
+    if names_of(parted.outputs[0]) != (batch, groups, 1, length, width):
+        return value
+    if every != (batch, groups, repeated, length, width) or not isinstance(repeated, int):
+        return value
+    if not isinstance(groups, int) or target != (batch, groups * repeated, length, width):
+        return value
+    return parted.inputs[0]
+
+
+# What a mask may hold so that no row of scores becomes one of -inf alone: the lowest number of fp32 and bf16
+# is further from the next one than any score is large. In fp16 it is not.
+_HALVED = {"FLOAT16"}
+
+
+def drop_nan_guards(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Leave out the guard against NaN where no row of scores can be masked whole.
+
+    A row of probabilities is NaN where all its scores are -inf. Without a mask, and with one whose values
+    are finite, there is none.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many were left out, and why others were not.
+    """
+    done, why = 0, dict[str, int]()
+    for one in find_attention(model):
+        if one.guard is None:
+            continue
+        if one.mask is not None and not _is_finite(model, one.mask):
+            reason = "its mask may hold -inf in a whole row"
+            why[reason] = why.get(reason, 0) + 1
+            continue
+        substitute(one.guard.outputs[0], one.softmax.outputs[0])
+        done += 1
+    return done, why
+
+
+def mask_rows_once(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Replace the guard over all probabilities by one mask of rows, which is applied to the output.
+
+    A row whose mask is -inf everywhere gives 0, as in PyTorch. The mask of rows is computed once for
+    all layers that share a mask.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many were replaced, and why others were not.
+    """
+    done = 0
+    dead: dict[ir.Value, ir.Value] = {}
+    for one in find_attention(model):
+        if one.guard is None or one.mask is None or one.output.is_graph_output():
+            continue
+        builder = Builder(model, one.softmax)
+        if one.mask not in dead:
+            lowest = builder.number(-np.inf, one.mask)
+            most = builder.op("ReduceMax", [one.mask, builder.ints([-1])], like=one.mask)
+            dead[one.mask] = builder.op("Equal", [most, lowest])
+        substitute(one.guard.outputs[0], one.softmax.outputs[0])
+        after = list(one.output.uses())
+        builder = _behind(model, one.product)
+        zero = builder.number(0.0, one.output)
+        clean = builder.op("Where", [dead[one.mask], zero, one.output], like=one.output)
+        clean.shape = one.output.shape
+        for node, place in after:
+            node.replace_input_with(place, clean)
+        done += 1
+    return done, {}
+
+
+def _behind(model: ir.Model, node: ir.Node) -> Builder:
+    graph = node.graph
+    assert graph is not None
+    following = list(graph)
+    return Builder(model, following[following.index(node) + 1])
+
+
+def _is_finite(model: ir.Model, mask: ir.Value) -> bool:
+    """Whether every value of a mask is finite, and stays so with a score added to it.
+
+    In fp16 the lowest number is not: it is halved where nothing else reads it.
+    """
+    array = array_of(mask)
+    if array is not None:
+        return bool(np.isfinite(array).all()) and not _is_half(mask)
+    node = made_by(mask, "Where", "Expand", "Unsqueeze", "Reshape", "Cast")
+    if node is None:
+        return False
+    if node.op_type != "Where":
+        source = node.inputs[0]
+        same = source is not None and source.dtype == mask.dtype
+        return same and _is_finite(model, source)
+    branches = [array_of(one) for one in node.inputs[1:]]
+    if any(one is None or one.size != 1 or not np.isfinite(one).all() for one in branches):
+        return False
+    if _is_half(mask):
+        for place in (1, 2):
+            number = scalar(node.inputs[place])
+            if number is not None and number < _HALF_LOWEST:
+                low = Builder(model, node).number(_HALF_LOWEST, mask)
+                node.replace_input_with(place, low)
+    return True
+
+
+_HALF_LOWEST = -32752.0  # half the lowest number of fp16: scores down to it can be added
+
+
+def _is_half(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.name in _HALVED
+
+
+def group_heads(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Compute attention over keys and values as they are cached: not repeated, not scaled.
+
+    The heads of a group are rows of one product, ``[b, g, n·s, d] · [b, g, d, t]``, so that nothing is
+    copied for each of them. The query alone is scaled.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many were rewritten, and why others were not.
+    """
+    done = 0
+    for one in find_attention(model):
+        builder = Builder(model, one.softmax)
+        dtype = one.query
+        query = one.query
+        if one.scale != 1.0:
+            query = builder.op(
+                "Mul", [query, builder.number(one.scale, query)], like=dtype, shape=query.shape
+            )
+        batch, _, length, width = names_of(one.key)
+        sequence, out = axis_size(query, 2), axis_size(one.value, 3)
+        apart = [batch, one.groups, None, width]
+        together = (batch, one.heads, sequence, length)
+        grouped = one.heads != one.groups
+        fold, unfold = builder.ints([0, one.groups, -1, 0]), builder.ints([0, one.heads, -1, 0])
+        if grouped:
+            query = builder.op("Reshape", [query, fold], like=dtype, shape=apart)
+        turned = builder.op(
+            "Transpose",
+            [one.key],
+            {"perm": [0, 1, 3, 2]},
+            like=dtype,
+            shape=(batch, one.groups, width, length),
+        )
+        scores = builder.op("MatMul", [query, turned], like=dtype)
+        if grouped:
+            scores.shape = _shape((batch, one.groups, None, length))
+            scores = builder.op("Reshape", [scores, unfold], like=dtype)
+        scores.shape = _shape(together)
+        if one.mask is not None:
+            scores = builder.op("Add", [scores, one.mask], like=dtype, shape=together)
+        one.softmax.replace_input_with(0, scores)
+        one.softmax.outputs[0].shape = _shape(together)
+        last = Builder(model, one.product)
+        weights = one.product.inputs[0]
+        assert weights is not None
+        if grouped:
+            weights = last.op("Reshape", [weights, fold], like=dtype)
+            weights.shape = _shape((batch, one.groups, None, length))
+        made = last.op("MatMul", [weights, one.value], like=dtype)
+        if grouped:
+            made.shape = _shape((batch, one.groups, None, out))
+            made = last.op("Reshape", [made, unfold], like=dtype)
+        made.shape = one.output.shape
+        substitute(one.output, made)
+        done += 1
+    return done, {}
+
+
+def _shape(axes: tuple[int | str | None, ...]) -> ir.Shape:
+    import onnx_ir as ir
+
+    return ir.Shape(axes)

@@ -1,0 +1,232 @@
+"""Attention with a cache as one ``GroupQueryAttention``, the embedding of positions as ``RotaryEmbedding``.
+
+ONNX Runtime's operator masks keys behind the query by itself. What else a model masks, padding on either
+side and windows, is its ``attention_bias``. Its own rotary embedding counts the positions of a prompt from
+the first token, padding included, and so turns keys otherwise than a model that counts from the first token
+that matters: ``RotaryEmbedding`` takes the model's own angles.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fx.export.decoder_cache import GENERATION_KEY
+from lora_fx.export.fuse.attention import Attention, find_attention
+from lora_fx.export.fuse.graph import (
+    CONTRIB,
+    Builder,
+    Size,
+    axis_size,
+    made_by,
+    names_of,
+    size_vector,
+    substitute,
+    sum_of,
+)
+from lora_fx.export.fuse.masks import Mask, bias_of, read_mask
+from lora_fx.export.fuse.rotary import Rotary, Tables, find_rotary, flat_heads
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["ONE_ROW_CHUNKS_KEY", "group_query_attention"]
+
+
+ONE_ROW_CHUNKS_KEY = "lora_fx.one_row_chunks"
+"""In the metadata: a call that has a past and several new tokens takes one text."""
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """An attention over a cache.
+
+    Attributes:
+        attention: It, over keys and values of the past and of the call.
+        past_key: The input.
+        past_value: The input.
+        query: [batch, heads, sequence, width], not yet turned.
+        key: The new keys, not yet turned.
+        value: The new values.
+        turns: The rotary embeddings of query and key; None for a model without.
+        mask: What it masks.
+    """
+
+    attention: Attention
+    past_key: ir.Value
+    past_value: ir.Value
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    turns: tuple[Rotary, Rotary] | None
+    mask: Mask
+
+
+def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Make one ``GroupQueryAttention`` of each causal attention over a cache.
+
+    Args:
+        model: Changed in place. Its metadata says what the operator does not take.
+
+    Returns:
+        How many there were, and why others were left.
+    """
+    why: dict[str, int] = {}
+    calls = _Calls(model)
+    done = 0
+    for attention in find_attention(model):
+        found = _cached(model, attention)
+        if isinstance(found, str):
+            why[found] = why.get(found, 0) + 1
+            continue
+        calls.fuse(found)
+        done += 1
+    if done:
+        model.metadata_props[ONE_ROW_CHUNKS_KEY] = "1"
+    return done, why
+
+
+def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
+    """Read an attention as one over a cache, or say what is in the way."""
+    width, sequence = axis_size(attention.query, 3), axis_size(attention.query, 2)
+    if axis_size(attention.key, 3) != width or axis_size(attention.value, 3) != width:
+        return "keys and values have different widths"
+    if not isinstance(width, int) or width % 8:
+        return "the width of a head is no multiple of 8"
+    keys, values = _appended(attention.key), _appended(attention.value)
+    if keys is None or values is None:
+        return "it has no cache among the inputs of the file"
+    past = axis_size(keys[0], 2)
+    total = None if past is None or sequence is None else sum_of(past, sequence)
+    names = {size for value in model.graph.inputs for size in names_of(value)}
+    if not {past, sequence, axis_size(attention.query, 0)} <= names:
+        return "its sizes are no axes of the inputs"
+    mask = read_mask(attention.mask, past, total)
+    if mask is None or not mask.causal:
+        return "its mask is not seen to be causal"
+    query, key = attention.query, keys[1]
+    turned = find_rotary(query), find_rotary(key)
+    turns = None
+    if turned[0] is not None and turned[1] is not None:
+        turns = turned[0], turned[1]
+        query, key = turns[0].x, turns[1].x
+        if turns[0].cosine.angles is not turns[1].cosine.angles:
+            return "query and key are turned by different angles"
+    return _Cached(attention, keys[0], values[0], query, key, values[1], turns, mask)
+
+
+def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """A cache that is an input, and what is appended to it."""
+    joined = made_by(value, "Concat")
+    if (
+        joined is None
+        or len(joined.inputs) != 2
+        or joined.attributes.get_int("axis", 0) not in (-2, 2)
+    ):
+        return None
+    past, new = joined.inputs
+    if past is None or new is None or not past.is_graph_input() or past.is_initializer():
+        return None
+    return past, new
+
+
+class _Calls:
+    """Makes the operators; what all layers share is made once."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._tables = Tables(model, _position_limit(model))
+        self._lengths: dict[tuple[Size | None, ...], tuple[ir.Value, ir.Value]] = {}
+        self._biases: dict[tuple[object, ...], ir.Value | None] = {}
+
+    def fuse(self, one: _Cached) -> None:
+        """Replace an attention."""
+        attention = one.attention
+        builder = Builder(self._model, attention.product)
+        query, key, value = (
+            flat_heads(builder, value) for value in (one.query, one.key, one.value)
+        )
+        if one.turns is not None:
+            query = self._tables.turn(builder, one.turns[0], query, attention.heads)
+            key = self._tables.turn(builder, one.turns[1], key, attention.groups)
+        last, total = self._length(builder, one, query)
+        bias = self._bias(builder, one)
+        width = axis_size(one.query, 3)
+        attributes = {
+            "num_heads": attention.heads,
+            "kv_num_heads": attention.groups,
+            "scale": float(attention.scale),
+            "do_rotary": 0,
+        }
+        inputs = [
+            query,
+            key,
+            value,
+            one.past_key,
+            one.past_value,
+            last,
+            total,
+            None,
+            None,
+            None,
+            bias,
+        ]
+        made = builder.op(
+            "GroupQueryAttention",
+            inputs,
+            attributes,
+            like=query,
+            shape=query.shape,
+            domain=CONTRIB,
+            outputs=3,
+        )
+        node = made.producer()
+        assert node is not None
+        batch, sequence, _ = names_of(query)
+        assert isinstance(width, int)
+        apart = batch, sequence, attention.heads, width
+        rows = builder.op(
+            "Reshape", [made, builder.ints([0, 0, attention.heads, width])], like=query, shape=apart
+        )
+        turned = builder.op("Transpose", [rows], {"perm": [0, 2, 1, 3]}, like=query)
+        substitute(attention.output, turned)
+        substitute(attention.key, node.outputs[1])
+        substitute(attention.value, node.outputs[2])
+
+    def _length(self, builder: Builder, one: _Cached, query: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The place of the last key, for each row, and the number of keys."""
+        batch, past, sequence = (
+            axis_size(one.past_key, 0),
+            axis_size(one.past_key, 2),
+            axis_size(query, 1),
+        )
+        key = batch, past, sequence
+        if key not in self._lengths:
+            assert past is not None
+            assert sequence is not None
+            total = size_vector(self._model, builder, sum_of(past, sequence))
+            rows = size_vector(self._model, builder, batch)
+            assert total is not None
+            assert rows is not None
+            total = builder.op("Cast", [total], {"to": 6})
+            last = builder.op("Sub", [total, builder.ints([1], np.int32)], like=total)
+            self._lengths[key] = builder.op("Expand", [last, rows], like=total), total
+        return self._lengths[key]
+
+    def _bias(self, builder: Builder, one: _Cached) -> ir.Value | None:
+        mask = one.mask
+        key = mask.low, mask.others, axis_size(one.query, 2)
+        if key not in self._biases:
+            sequence = size_vector(self._model, builder, axis_size(one.query, 2))
+            assert sequence is not None
+            self._biases[key] = bias_of(builder, mask, one.query, sequence)
+        return self._biases[key]
+
+
+def _position_limit(model: ir.Model) -> int | None:
+    """How many positions the model has, as the metadata of the task says."""
+    limit = json.loads(model.metadata_props.get(GENERATION_KEY, "{}")).get("limit")
+    return limit if isinstance(limit, int) else None

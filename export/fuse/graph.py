@@ -1,0 +1,383 @@
+"""Reading and editing an ONNX graph: constants, sizes that are computed, and replacement of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "CONTRIB",
+    "Builder",
+    "Size",
+    "array_of",
+    "axis_size",
+    "consumers",
+    "factors_of",
+    "made_by",
+    "names_of",
+    "nodes_of",
+    "only_user",
+    "rank",
+    "remove_dead",
+    "remove_unused",
+    "scalar",
+    "size_vector",
+    "sizes",
+    "substitute",
+    "sum_of",
+]
+
+
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+Size: TypeAlias = "int | str"
+"""A size: a number, or the name of an axis, a sum of names in alphabetical order."""
+
+
+def nodes_of(model: ir.Model, *operators: str) -> list[ir.Node]:
+    """The nodes of the main graph that have one of these operators, in order."""
+    return [node for node in model.graph if node.domain == "" and node.op_type in operators]
+
+
+def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The node that computes a value, if it has one of these operators of ONNX."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain != "" or node.op_type not in operators:
+        return None
+    return node
+
+
+def consumers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, each once."""
+    return list(dict.fromkeys(node for node, _ in value.uses()))
+
+
+def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The only node that reads a value, if it has one of these operators and no one else sees the value."""
+    if value is None or value.is_graph_output():
+        return None
+    users = consumers(value)
+    if len(users) != 1 or users[0].domain != "" or users[0].op_type not in operators:
+        return None
+    return users[0]
+
+
+def array_of(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The values of a constant that is no input of the file; None for all else."""
+    if value is None or value.is_graph_input():
+        return None
+    if value.const_value is not None:
+        return np.asarray(value.const_value.numpy())
+    node = made_by(value, "Constant")
+    if node is None:
+        return None
+    for name in ("value_int", "value_float", "value_ints", "value_floats"):
+        if name in node.attributes:
+            return np.asarray(node.attributes[name].value)
+    held = node.attributes.get("value")
+    return None if held is None else np.asarray(held.as_tensor().numpy())
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a constant of one element holds."""
+    array = array_of(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """How many axes a value has, where that is known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def axis_size(value: ir.Value | None, axis: int) -> Size | None:
+    """The size of an axis, where it is known."""
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return size
+    return None if size.value is None else _sorted(size.value)
+
+
+def _sorted(text: str) -> str:
+    """A sum with its terms in alphabetical order: ``s + p`` and ``p + s`` are one size."""
+    if any(sign in text for sign in "()*/-%"):
+        return text
+    return " + ".join(sorted(term.strip() for term in text.split("+")))
+
+
+def names_of(value: ir.Value | None) -> tuple[Size | None, ...]:
+    """The sizes of all axes; () where not even their number is known."""
+    count = rank(value)
+    return () if count is None else tuple(axis_size(value, axis) for axis in range(count))
+
+
+def sizes(value: ir.Value | None) -> tuple[Size | None, ...] | None:
+    """What a tensor of whole numbers holds, where it is constant or made of sizes of other values.
+
+    Args:
+        value: A scalar or a vector, as the shape that a ``Reshape`` takes.
+
+    Returns:
+        One entry an element, None for one that is not known; None where nothing is.
+    """
+    array = array_of(value)
+    if array is not None:
+        if array.dtype.kind not in "iu" or array.ndim > 1:
+            return None
+        return tuple(int(one) for one in array.reshape(-1))
+    if value is None:
+        return None
+    node = value.producer()
+    if node is None or node.domain != "":
+        return None
+    if node.op_type in ("Squeeze", "Unsqueeze", "Reshape", "Identity", "Cast"):
+        return sizes(node.inputs[0])
+    read = _SIZE_OPERATORS.get(node.op_type)
+    return None if read is None else read(node)
+
+
+_Sizes: TypeAlias = "tuple[Size | None, ...] | None"
+
+
+def _shape(node: ir.Node) -> _Sizes:
+    every = names_of(node.inputs[0])
+    start = node.attributes.get_int("start", 0)
+    end = node.attributes.get_int("end", len(every))
+    return every[slice(start, end)] if every else None
+
+
+def _joined(node: ir.Node) -> _Sizes:
+    found: list[Size | None] = []
+    for one in node.inputs:
+        part = sizes(one)
+        if part is None:
+            return None
+        found += part
+    return tuple(found)
+
+
+def _gathered(node: ir.Node) -> _Sizes:
+    every, chosen = sizes(node.inputs[0]), sizes(node.inputs[1])
+    if every is None or chosen is None:
+        return None
+    return tuple(every[one] if isinstance(one, int) else None for one in chosen)
+
+
+def _sliced(node: ir.Node) -> _Sizes:
+    every = sizes(node.inputs[0])
+    bounds = [array_of(one) for one in node.inputs[1:3]]
+    if every is None or any(bound is None or bound.size != 1 for bound in bounds):
+        return None
+    if len(node.inputs) > 4 and scalar(node.inputs[4]) != 1:
+        return None
+    start, end = (int(bound.reshape(-1)[0]) for bound in bounds if bound is not None)
+    return every[start:end]
+
+
+def _added(node: ir.Node) -> _Sizes:
+    one, other = sizes(node.inputs[0]), sizes(node.inputs[1])
+    if one is None or other is None or len(one) != 1 or len(other) != 1:
+        return None
+    left, right = one[0], other[0]
+    return (None if left is None or right is None else sum_of(left, right),)
+
+
+def sum_of(one: Size, other: Size) -> Size:
+    """The sum of two sizes."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one + other
+    if one == 0 or other == 0:
+        return one or other
+    return _sorted(f"{one} + {other}")
+
+
+_SIZE_OPERATORS: Mapping[str, Callable[[ir.Node], _Sizes]] = {
+    "Shape": _shape,
+    "Concat": _joined,
+    "Slice": _sliced,
+    "Gather": _gathered,
+    "Add": _added,
+}
+
+
+def factors_of(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """A value without the constant numbers that it is multiplied or divided by, and their product."""
+    factor = 1.0
+    while True:
+        node = made_by(value, "Mul", "Div")
+        if node is None:
+            return value, factor
+        left, right = node.inputs
+        if (number := scalar(right)) is not None and number != 0:
+            value, factor = left, (factor * number if node.op_type == "Mul" else factor / number)
+        elif node.op_type == "Mul" and (number := scalar(left)) is not None:
+            value, factor = right, factor * number
+        else:
+            return value, factor
+
+
+class Builder:
+    """Makes nodes in front of another one.
+
+    Args:
+        model: The model; its constants are shared by their content.
+        before: The nodes are inserted before this one.
+    """
+
+    def __init__(self, model: ir.Model, before: ir.Node) -> None:
+        self._model = model
+        self._before = before
+
+    def op(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        like: ir.Value | None = None,
+        shape: Sequence[Size | None] | None = None,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> ir.Value:
+        """Make a node with one output, or give the first of several (the others: ``.producer().outputs``).
+
+        Args:
+            operator: Its operator.
+            inputs: Its inputs; None for an optional one that is left out.
+            attributes: Its attributes.
+            like: What the outputs have the dtype of.
+            shape: The axes of the first output, if they are known.
+            domain: Of the operator.
+            outputs: Their number.
+        """
+        import onnx_ir as ir
+
+        taken = list(inputs)
+        while taken and taken[-1] is None:
+            taken.pop()
+        node = ir.node(operator, taken, attributes or {}, domain=domain, num_outputs=outputs)
+        node.metadata_props.update(self._before.metadata_props)
+        graph = self._before.graph
+        assert graph is not None
+        graph.insert_before(self._before, node)
+        if domain:
+            self._model.opset_imports.setdefault(domain, 1)
+        dtype = None if like is None else like.dtype
+        if operator == "Shape":
+            dtype = ir.DataType.INT64
+        elif operator == "Cast":
+            dtype = ir.DataType(int((attributes or {})["to"]))
+        for value in node.outputs:
+            if dtype is not None:
+                value.dtype = dtype
+        if shape is not None:
+            node.outputs[0].shape = ir.Shape(shape)
+        return node.outputs[0]
+
+    def ints(self, numbers: Sequence[int] | int, dtype: Any = np.int64) -> ir.Value:
+        """A constant of whole numbers: a vector, or a scalar for a single number."""
+        return self.constant(np.asarray(numbers, dtype))
+
+    def number(self, value: float, like: ir.Value) -> ir.Value:
+        """A scalar constant with the dtype of another value."""
+        assert like.dtype is not None
+        return self.constant(np.asarray(value, like.dtype.numpy()), like.dtype)
+
+    def later(
+        self, name: str, make: Callable[[], np.ndarray[Any, Any]], shape: Sequence[int], dtype: Any
+    ) -> ir.Value:
+        """An initializer whose values are made when they are read, and not kept."""
+        import onnx_ir as ir
+
+        taken, plain, number = self._model.graph.initializers, name, 0
+        while name in taken:
+            number += 1
+            name = f"{plain}_{number}"
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.tensor(make(), dtype=dtype, name=name)
+
+        lazy = ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
+        value = ir.val(name, const_value=lazy)
+        self._model.graph.register_initializer(value)
+        return value
+
+    def constant(self, array: np.ndarray[Any, Any], dtype: Any = None) -> ir.Value:
+        """An initializer of few values, shared with others of the same content."""
+        import onnx_ir as ir
+
+        tensor = ir.tensor(array, dtype=dtype)
+        graph = self._model.graph
+        key = "_".join(str(one) for one in array.reshape(-1).tolist()) or "none"
+        name = f"constant_{str(tensor.dtype).lower()}_{array.ndim}d_{key}"
+        if name in graph.initializers:
+            return graph.initializers[name]
+        value = ir.val(name, const_value=tensor)
+        graph.register_initializer(value)
+        return value
+
+
+def size_vector(model: ir.Model, builder: Builder, size: Size | None) -> ir.Value | None:
+    """A size as a vector of one element, from the inputs of the file; None where they do not give it."""
+    if size is None or isinstance(size, int):
+        return None if size is None else builder.ints([size])
+    total: ir.Value | None = None
+    for term in size.split(" + "):
+        part = _input_size(model, builder, term)
+        if part is None:
+            return None
+        total = part if total is None else builder.op("Add", [total, part], like=part, shape=[1])
+    return total
+
+
+def _input_size(model: ir.Model, builder: Builder, name: str) -> ir.Value | None:
+    for value in model.graph.inputs:
+        for axis, size in enumerate(names_of(value)):
+            if size == name:
+                return builder.op("Shape", [value], {"start": axis, "end": axis + 1}, shape=[1])
+    return None
+
+
+def substitute(old: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads ``old`` read ``new``, which takes its name if that is one of an output."""
+    graph = old.graph
+    if new.shape is None:
+        new.shape = old.shape
+    if old.is_graph_output():
+        assert graph is not None
+        name, old.name = old.name, None
+        for index, value in enumerate(graph.outputs):
+            if value is old:
+                graph.outputs[index] = new
+        new.name = name
+        new.shape, new.dtype = old.shape, old.dtype
+    old.replace_all_uses_with(new)
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Remove nodes and constants that nothing reads, and compute nothing twice."""
+    from onnx_ir.passes.common import (
+        CommonSubexpressionEliminationPass,
+        NameFixPass,
+        RemoveUnusedNodesPass,
+    )
+
+    model.graph.sort()
+    RemoveUnusedNodesPass()(model)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)
+
+
+def remove_dead(model: ir.Model) -> None:
+    """Remove nodes and constants that nothing reads."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)

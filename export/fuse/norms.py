@@ -1,0 +1,266 @@
+"""Normalization by the root mean square: ``x / sqrt(mean(x²) + eps) · gain``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_fx.export.fuse.graph import (
+    CONTRIB,
+    Builder,
+    array_of,
+    axis_size,
+    made_by,
+    names_of,
+    nodes_of,
+    only_user,
+    rank,
+    scalar,
+    substitute,
+)
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "SIMPLIFIED",
+    "RmsNorm",
+    "divide_by_root",
+    "find_norms",
+    "simplify_norms",
+    "skip_layer_norms",
+    "skip_norms",
+]
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """One normalization over the last axis.
+
+    Attributes:
+        x: What is normalized, in the dtype that the layer takes.
+        gain: What the result is multiplied by, one number a channel.
+        epsilon: What is added to the mean of the squares, under the root.
+        output: The result.
+        last: The node that computes it.
+    """
+
+    x: ir.Value
+    gain: ir.Value
+    epsilon: float
+    output: ir.Value
+    last: ir.Node
+
+
+@dataclass(frozen=True)
+class _Quotient:
+    """``x`` over its root mean square, without the gain: as a product or as a quotient."""
+
+    x: ir.Value
+    root: ir.Value
+    epsilon: float
+    node: ir.Node
+
+
+def divide_by_root(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Write ``x · (1 / root)`` as ``x / root``, which is the form that ONNX Runtime fuses.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many were rewritten, and nothing else to say.
+    """
+    done = 0
+    for node in nodes_of(model, "Mul"):
+        found = _quotient(node)
+        if found is None:
+            continue
+        builder = Builder(model, node)
+        made = builder.op("Div", [found.x, found.root], like=node.outputs[0])
+        substitute(node.outputs[0], made)
+        done += 1
+    return done, {}
+
+
+def find_norms(model: ir.Model) -> list[RmsNorm]:
+    """Every normalization with a gain over the last axis."""
+    found = []
+    for node in nodes_of(model, "Mul", "Div"):
+        quotient = _quotient(node)
+        if quotient is not None and (norm := _with_gain(quotient)) is not None:
+            found.append(norm)
+    return found
+
+
+def _quotient(node: ir.Node) -> _Quotient | None:
+    """Read ``Mul(x, Reciprocal(root))`` or ``Div(x, root)``, the root being that of the mean square of x."""
+    if node.op_type == "Div":
+        return _over_root(node, node.inputs[0], node.inputs[1])
+    for x, other in (node.inputs, tuple(reversed(node.inputs))):
+        inverse = made_by(other, "Reciprocal")
+        if inverse is not None and (found := _over_root(node, x, inverse.inputs[0])) is not None:
+            return found
+    return None
+
+
+def _over_root(node: ir.Node, x: ir.Value | None, root: ir.Value | None) -> _Quotient | None:
+    taken = made_by(root, "Sqrt")
+    added = None if taken is None else made_by(taken.inputs[0], "Add")
+    if added is None or x is None or root is None:
+        return None
+    for mean, constant in (added.inputs, tuple(reversed(added.inputs))):
+        epsilon = scalar(constant)
+        if epsilon is not None and _is_mean_square(mean, x):
+            return _Quotient(x, root, epsilon, node)
+    return None
+
+
+def _is_mean_square(value: ir.Value | None, x: ir.Value) -> bool:
+    """Whether it is the mean of x² over the last axis, which stays with size 1."""
+    mean = made_by(value, "ReduceMean")
+    if mean is None or mean.attributes.get_int("keepdims", 1) != 1 or len(mean.inputs) < 2:
+        return False
+    axes = array_of(mean.inputs[1])
+    count = rank(x)
+    if (
+        axes is None
+        or axes.size != 1
+        or count is None
+        or int(axes.reshape(-1)[0]) not in (-1, count - 1)
+    ):
+        return False
+    power = made_by(mean.inputs[0], "Pow")
+    if power is not None:
+        return power.inputs[0] is x and scalar(power.inputs[1]) == 2
+    product = made_by(mean.inputs[0], "Mul")
+    return product is not None and product.inputs[0] is x and product.inputs[1] is x
+
+
+def _with_gain(quotient: _Quotient) -> RmsNorm | None:
+    """The whole layer: x may be widened before, and the quotient narrowed before or after the gain."""
+    value = quotient.node.outputs[0]
+    if (narrowed := only_user(value, "Cast")) is not None:
+        value = narrowed.outputs[0]
+    product = only_user(value, "Mul")
+    if product is None:
+        return None
+    gain = next((one for one in product.inputs if one is not value), None)
+    if gain is None or rank(gain) != 1 or axis_size(gain, 0) != axis_size(quotient.x, -1):
+        return None
+    output, last, x = product.outputs[0], product, quotient.x
+    widened = made_by(x, "Cast")
+    if widened is not None and widened.inputs[0] is not None:
+        source = widened.inputs[0]
+        if output.dtype != source.dtype and (after := only_user(output, "Cast")) is not None:
+            output, last = after.outputs[0], after
+        if output.dtype == source.dtype:
+            x = source
+    if output.dtype != x.dtype:
+        return None
+    return RmsNorm(x, gain, quotient.epsilon, output, last)
+
+
+def simplify_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Make one ``SimplifiedLayerNormalization`` of each normalization by the root mean square.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many there were, and nothing else to say.
+    """
+    norms = find_norms(model)
+    for norm in norms:
+        builder = Builder(model, norm.last)
+        gain = norm.gain
+        if gain.dtype != norm.x.dtype:
+            assert norm.x.dtype is not None
+            gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
+        made = builder.op(
+            SIMPLIFIED,
+            [norm.x, gain],
+            {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
+            like=norm.x,
+        )
+        substitute(norm.output, made)
+    return len(norms), {}
+
+
+def skip_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Let a norm of the root mean square compute its sum, which the residual stream reads as well.
+
+    Args:
+        model: Changed in place. :func:`simplify_norms` has been over it.
+
+    Returns:
+        How many sums were taken in, and nothing else to say.
+    """
+    return _skip(model, SIMPLIFIED), {}
+
+
+def skip_layer_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Let a layer norm compute its sum, which the residual stream reads as well.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        How many sums were taken in, and nothing else to say.
+    """
+    return _skip(model, "LayerNormalization"), {}
+
+
+def _skip(model: ir.Model, operator: str) -> int:
+    done = 0
+    for node in nodes_of(model, operator):
+        added = made_by(node.inputs[0], "Add")
+        if added is None or not _is_residual(added) or added.outputs[0].is_graph_output():
+            continue
+        if node.op_type == "LayerNormalization" and not _is_plain(node):
+            continue
+        builder = Builder(model, node)
+        total = added.outputs[0]
+        made = builder.op(
+            f"Skip{node.op_type}",
+            [*added.inputs, *node.inputs[1:]],
+            {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
+            like=total,
+            domain=CONTRIB,
+            outputs=4,
+        )
+        producer = made.producer()
+        assert producer is not None
+        for unread in producer.outputs[1:3]:  # mean and deviation, which are no matter of ours
+            unread.type = None
+        substitute(node.outputs[0], made)
+        _read_after(total, producer.outputs[3], producer)
+        done += 1
+    return done
+
+
+SIMPLIFIED = "SimplifiedLayerNormalization"
+"""ONNX Runtime has it in the domain of ONNX."""
+
+
+def _is_residual(added: ir.Node) -> bool:
+    """Whether two values of one shape are added, [batch, sequence, width]."""
+    one, other = (names_of(value) for value in added.inputs)
+    return len(one) == 3 and one == other and None not in one
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a layer norm is over the last axis, with a gain, and nothing reads its mean."""
+    last = node.attributes.get_int("axis", -1) in (-1, 2)
+    return last and len(node.inputs) > 1 and not any(one.uses() for one in node.outputs[1:])
+
+
+def _read_after(old: ir.Value, new: ir.Value, node: ir.Node) -> None:
+    """Let what comes behind a node read ``new`` for ``old``."""
+    graph = node.graph
+    assert graph is not None
+    new.shape = old.shape
+    behind = set(list(graph)[list(graph).index(node) :]) - {node}
+    for user, place in list(old.uses()):
+        if user in behind:
+            user.replace_input_with(place, new)

@@ -1,0 +1,317 @@
+"""The fusions in order, where each of them holds, and the pass over a graph that applies them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from lora_fx.errors import ExportError
+from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
+from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
+from lora_fx.export.fuse.gqa import group_query_attention
+from lora_fx.export.fuse.graph import remove_dead, remove_unused
+from lora_fx.export.fuse.last_token import keep_last_token
+from lora_fx.export.fuse.mha import multi_head_attention, whole_attention
+from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_layer_norms, skip_norms
+from lora_fx.export.fuse.packing import pack_products
+from lora_fx.export.fuse.scales import fold_scales
+from lora_fx.export.fuse.shapes import drop_moves, fix_shapes, index_all, slice_positions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "FUSIONS",
+    "LEVELS",
+    "Fused",
+    "Fusion",
+    "Level",
+    "Provider",
+    "Target",
+    "check_target",
+    "fuse",
+    "fusion_table",
+]
+
+
+_log = logging.getLogger("lora_fx")
+
+Level: TypeAlias = Literal["standard", "runtime", "none"]
+LEVELS = ("standard", "runtime", "none")
+Provider: TypeAlias = Literal["cpu", "cuda", "webgpu"]
+
+_ALL = ("fp32", "fp16", "bf16")
+_Apply: TypeAlias = "Callable[[ir.Model], tuple[int, Mapping[str, int]]]"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a file is fused for.
+
+    Attributes:
+        level: "standard" for operators of ONNX, "runtime" for those of ONNX Runtime as well, "none" for no
+            fusion.
+        provider: The execution provider that the operators of ONNX Runtime are chosen for.
+        dtype: "fp32", "fp16", "bf16" or another name of torch's.
+    """
+
+    level: Level
+    provider: Provider = "cpu"
+    dtype: str = "fp32"
+
+    def lower(self) -> Target | None:
+        """The target to fall back to; None where nothing is fused."""
+        below: Mapping[str, Level] = {"runtime": "standard", "standard": "none"}
+        if self.level == "none":
+            return None
+        return Target(below[self.level], self.provider, self.dtype)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One rewriting of a graph.
+
+    Attributes:
+        name: Its name in reports.
+        what: What it does, for the table in the documentation.
+        apply: Changes a graph. It returns how often, and the reasons where it could not, with their number.
+        holds: Execution provider to the dtypes in which its operators have kernels there; None for
+            operators of ONNX, which hold everywhere.
+        since: The first ONNX Runtime with these operators as they are used; "" for any.
+    """
+
+    name: str
+    what: str
+    apply: _Apply
+    holds: Mapping[str, tuple[str, ...]] | None = None
+    since: str = ""
+
+    @property
+    def level(self) -> Level:
+        """The lowest level at which it is applied."""
+        return "standard" if self.holds is None else "runtime"
+
+    def objection(self, target: Target) -> str:
+        """Why it is not for a target, "" where it is."""
+        if self.holds is None:
+            return ""
+        dtypes = self.holds.get(target.provider, ())
+        if not dtypes:
+            return f"it is not for the {target.provider} provider"
+        if target.dtype not in dtypes:
+            return f"the {target.provider} provider has no kernel for it in {target.dtype}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was fused in a graph.
+
+    Attributes:
+        done: Name of a fusion to how often it was applied.
+        refused: Name of a fusion to why it was not, everywhere or at some places.
+    """
+
+    done: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("fp32", "fp16"),
+    "cuda": _ALL,
+    "webgpu": ("fp32", "fp16"),
+}
+# On CUDA GroupQueryAttention takes no attention_bias, and so no padding on the left.
+_ATTENTION: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")}
+
+_ENCODER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("fp32",),
+    "cuda": ("fp32", "fp16"),
+    "webgpu": ("fp32", "fp16"),
+}
+
+FUSIONS: tuple[Fusion, ...] = (
+    Fusion(
+        "last-token",
+        "where the last token alone is read, what is computed token by token is computed for it alone",
+        keep_last_token,
+    ),
+    Fusion(
+        "branch-scale",
+        "the constant scale of a low-rank branch is folded into its factor B",
+        fold_scales,
+    ),
+    Fusion(
+        "rms-norm",
+        "`x · (1 / root)` becomes `x / root`, the form that ONNX Runtime fuses",
+        divide_by_root,
+    ),
+    Fusion(
+        "padding-mask",
+        "a padding mask is read as a whole, not element by element",
+        index_all,
+    ),
+    Fusion(
+        "positions",
+        "the positions of the new tokens are a slice of those of the text",
+        slice_positions,
+    ),
+    Fusion(
+        "nan-guard",
+        "`Where(IsNaN(p), 0, p)` over probabilities is left out where no row can be masked whole",
+        drop_nan_guards,
+    ),
+    Fusion(
+        "row-mask",
+        "elsewhere the guard becomes one mask of rows, applied to the output",
+        mask_rows_once,
+    ),
+    Fusion(
+        "simplified-norm",
+        "RMSNorm becomes `SimplifiedLayerNormalization`",
+        simplify_norms,
+        _KERNELS,
+    ),
+    Fusion(
+        "skip-norm",
+        "an RMSNorm adds the residual itself: `SkipSimplifiedLayerNormalization`",
+        skip_norms,
+        _KERNELS,
+    ),
+    Fusion(
+        "skip-layer-norm",
+        "a layer norm adds the residual itself: `SkipLayerNormalization`",
+        skip_layer_norms,
+        # The kernel of the CPU provider is slower than a sum and a layer norm from 1.30 on.
+        {"cuda": _ALL, "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "silu",
+        "`x · sigmoid(a·x)` becomes `QuickGelu`",
+        quick_gelu,
+        {"cpu": ("fp32",), "cuda": _ALL, "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "fast-gelu",
+        "gelu with tanh becomes `FastGelu`",
+        fast_gelu,
+        _KERNELS,
+    ),
+    Fusion(
+        "bias-gelu",
+        "a gelu adds the bias in front of it: `BiasGelu`, `FastGelu`",
+        bias_gelu,
+        {"cpu": ("fp32",), "cuda": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")},
+    ),
+    Fusion(
+        "group-query-attention",
+        "attention over a cache becomes `GroupQueryAttention`, its rotary embedding `RotaryEmbedding`; no "
+        "key is repeated, the cache is appended to in the operator, padding is its `attention_bias`",
+        group_query_attention,
+        _ATTENTION,
+        since="1.22",
+    ),
+    Fusion(
+        "multi-head-attention",
+        "attention over the tokens of a call becomes `MultiHeadAttention`",
+        multi_head_attention,
+        _ENCODER,
+    ),
+    Fusion(
+        "whole-attention",
+        "it computes query, key and value itself: `Attention`",
+        whole_attention,
+        _ENCODER,
+    ),
+    Fusion(
+        "grouped-heads",
+        "keys and values are neither repeated for the heads of a group nor scaled",
+        group_heads,
+    ),
+    Fusion(
+        "constant-shapes",
+        "shapes that `Reshape` takes become constants",
+        fix_shapes,
+    ),
+    Fusion(
+        "moves",
+        "reshapes and transposes that give back what was there are left out",
+        drop_moves,
+    ),
+    Fusion(
+        "packed-products",
+        "query, key, value and the constant factors A of adapters at them are columns of one product",
+        pack_products,
+        _ATTENTION,
+    ),
+)
+"""In the order in which they are applied."""
+
+
+def fuse(model: ir.Model, target: Target) -> Fused:
+    """Apply the fusions of a target.
+
+    Args:
+        model: Changed in place.
+        target: What it is for.
+    """
+    if target.level == "none":
+        return Fused()
+    done: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for fusion in FUSIONS:
+        if target.level == "standard" and fusion.level == "runtime":
+            continue
+        if objection := fusion.objection(target):
+            if fusion.apply(model.clone())[0]:
+                refused[fusion.name] = objection
+            continue
+        count, reasons = fusion.apply(model)
+        if count:
+            done[fusion.name] = count
+        if reasons:
+            several = (f"{reason} ({number}×)" for reason, number in reasons.items())
+            refused[fusion.name] = "; ".join(several)
+        remove_dead(model)
+    remove_unused(model)
+    _log.info(
+        "export: fused %s", ", ".join(f"{name} {n}×" for name, n in done.items()) or "nothing"
+    )
+    return Fused(done, refused)
+
+
+def fusion_table() -> str:
+    """The fusions as a table in Markdown: what each does and where it holds."""
+    lines = ["| fusion | `optimize=` | what it does | where |", "|---|---|---|---|"]
+    for fusion in FUSIONS:
+        where = "everywhere"
+        if fusion.holds is not None:
+            parts = [f"{name} {', '.join(dtypes)}" for name, dtypes in fusion.holds.items()]
+            where = "; ".join(parts) + (f"; ONNX Runtime ≥ {fusion.since}" if fusion.since else "")
+        lines.append(f"| {fusion.name} | {fusion.level} | {fusion.what} | {where} |")
+    return "\n".join(lines)
+
+
+def check_target(optimize: object, provider: object) -> None:
+    """Refuse levels and providers that do not exist.
+
+    Raises:
+        ExportError: It names those that do.
+    """
+    if optimize not in LEVELS:
+        raise ExportError(
+            f"optimize={optimize!r} is unknown: give 'standard' for operators of ONNX, 'runtime' for those "
+            "of ONNX Runtime as well, or 'none'"
+        )
+    providers: tuple[Any, ...] = ("cpu", "cuda", "webgpu", None)
+    if provider not in providers:
+        raise ExportError(
+            f"provider={provider!r} is unknown: give 'cpu', 'cuda' or 'webgpu', which optimize='runtime' "
+            "is for"
+        )
+    if provider is not None and optimize != "runtime":
+        raise ExportError(
+            f"provider={provider!r} is for optimize='runtime': operators of ONNX are right on every provider"
+        )

@@ -1,0 +1,332 @@
+"""Rotary embeddings: ``x · cos + rotate_half(x) · sin``, over all or the first channels of a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_fx.export.fuse.graph import (
+    CONTRIB,
+    Builder,
+    Size,
+    array_of,
+    axis_size,
+    made_by,
+    names_of,
+    rank,
+    scalar,
+)
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["Rotary", "Tables", "find_rotary", "flat_heads"]
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """A cosine or sine of angles, [batch, sequence, half the channels], times a number."""
+
+    angles: ir.Value
+    factor: float
+    dtype: ir.DataType | None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """One rotary embedding.
+
+    Attributes:
+        x: What is turned, [batch, heads, sequence, width].
+        cosine: Of the angles.
+        sine: Of the angles.
+        turned: How many channels of a head are turned: all, or the first of them.
+    """
+
+    x: ir.Value
+    cosine: _Wave
+    sine: _Wave
+    turned: int
+
+
+def find_rotary(value: ir.Value) -> Rotary | None:
+    """Read a value as the output of a rotary embedding, [batch, heads, sequence, width]."""
+    whole = _whole(value)
+    if whole is not None:
+        return whole
+    joined = made_by(value, "Concat")
+    if (
+        joined is None
+        or len(joined.inputs) != 2
+        or joined.attributes.get_int("axis", 0) not in (-1, 3)
+    ):
+        return None
+    first, rest = joined.inputs
+    found = None if first is None else _whole(first)
+    if found is None:
+        return None
+    source, bounds = _part(found.x)
+    other, behind = _part(rest)
+    if source is None or source is not other or bounds != (0, found.turned):
+        return None
+    if behind != (found.turned, axis_size(source, -1)):
+        return None
+    return Rotary(source, found.cosine, found.sine, found.turned)
+
+
+def _whole(value: ir.Value) -> Rotary | None:
+    added = made_by(value, "Add")
+    if added is None or rank(value) != 4:
+        return None
+    for one, other in (added.inputs, tuple(reversed(added.inputs))):
+        plain, turned = made_by(one, "Mul"), made_by(other, "Mul")
+        if plain is None or turned is None:
+            continue
+        for x, cosine in (plain.inputs, tuple(reversed(plain.inputs))):
+            for half, sine in (turned.inputs, tuple(reversed(turned.inputs))):
+                width = axis_size(x, -1)
+                if x is None or not isinstance(width, int) or not _is_turned(half, x, width):
+                    continue
+                waves = _wave(cosine, "Cos", x), _wave(sine, "Sin", x)
+                if waves[0] is None or waves[1] is None:
+                    continue
+                if waves[0].angles is waves[1].angles:
+                    return Rotary(x, waves[0], waves[1], width)
+    return None
+
+
+def _is_turned(value: ir.Value | None, x: ir.Value, width: int) -> bool:
+    """Whether a value is ``concat(-x[..., d/2:], x[..., :d/2])``."""
+    joined = made_by(value, "Concat")
+    if (
+        joined is None
+        or len(joined.inputs) != 2
+        or joined.attributes.get_int("axis", 0) not in (-1, 3)
+    ):
+        return False
+    negated = made_by(joined.inputs[0], "Neg")
+    if negated is None:
+        return False
+    upper, lower = _part(negated.inputs[0]), _part(joined.inputs[1])
+    half = width // 2
+    return upper == (x, (half, width)) and lower == (x, (0, half))
+
+
+def _part(value: ir.Value | None) -> tuple[ir.Value | None, tuple[int, Size | None]]:
+    """The value of which this one is a part of the last axis, and the part's bounds."""
+    node = made_by(value, "Slice")
+    nothing = (None, (0, 0))
+    if node is None or len(node.inputs) < 4 or node.inputs[0] is None:
+        return nothing
+    start, end, axis = (scalar(one) for one in node.inputs[1:4])
+    step = scalar(node.inputs[4]) if len(node.inputs) > 4 else 1
+    count, width = rank(node.inputs[0]), axis_size(node.inputs[0], -1)
+    if start is None or end is None or axis is None or step != 1 or count is None:
+        return nothing
+    if axis not in (-1, count - 1) or not isinstance(width, int):
+        return nothing
+    first, last, _ = slice(int(start), int(end)).indices(width)
+    return node.inputs[0], (first, last)
+
+
+def _wave(value: ir.Value | None, operator: str, x: ir.Value) -> _Wave | None:
+    """Read ``unsqueeze(cos(concat(angles, angles)), 1)``, with a factor and casts on the way."""
+    factor, dtype = 1.0, None if value is None else value.dtype
+    spread = False
+    while (node := made_by(value, "Unsqueeze", "Cast", "Mul", operator)) is not None:
+        if node.op_type == operator:
+            break
+        value = node.inputs[0]
+        if node.op_type == "Unsqueeze":
+            axes = array_of(node.inputs[1])
+            if spread or axes is None or axes.reshape(-1).tolist() != [1] or rank(value) != 3:
+                return None
+            spread = True
+        elif node.op_type == "Mul":
+            sides = [scalar(one) for one in node.inputs]
+            numbers = [number for number in sides if number is not None]
+            if len(numbers) != 1:
+                return None
+            factor *= numbers[0]
+            value = node.inputs[0] if sides[0] is None else node.inputs[1]
+    if node is None or not spread:
+        return None
+    joined = made_by(node.inputs[0], "Concat")
+    if joined is None or len(joined.inputs) != 2 or joined.inputs[0] is not joined.inputs[1]:
+        return None
+    angles = joined.inputs[0]
+    if angles is None or joined.attributes.get_int("axis", 0) not in (-1, 2) or rank(angles) != 3:
+        return None
+    same = names_of(angles)[:2] == (axis_size(x, 0), axis_size(x, 2))
+    return _Wave(angles, factor, dtype) if same else None
+
+
+_TABLE_VALUES = 2**20
+"""Numbers in a constant table, cosine or sine, up to which there is one: 4 MiB in fp32."""
+
+
+class Tables:
+    """The tables that ``RotaryEmbedding`` takes, and the row of each token in them.
+
+    Where angles are positions times constant frequencies, and the positions have an end that is not far,
+    tables are constants. Else they have a row for each token of the call, computed in the file as the model
+    does it, so that any kind of frequencies fits.
+
+    Args:
+        model: Changed in place.
+        limit: How many positions the model has; None where it has no end.
+    """
+
+    def __init__(self, model: ir.Model, limit: int | None) -> None:
+        self._model = model
+        self._limit = limit
+        self._tables: dict[tuple[object, ...], ir.Value] = {}
+        self._rows: dict[int, ir.Value] = {}
+
+    def turn(self, builder: Builder, rotary: Rotary, x: ir.Value, heads: int) -> ir.Value:
+        """Make the node.
+
+        Args:
+            builder: Where to.
+            rotary: What it computes.
+            x: What is turned, as [batch, sequence, heads · width].
+            heads: The number of heads.
+        """
+        cosine = self._table(builder, "Cos", rotary.cosine, x)
+        sine = self._table(builder, "Sin", rotary.sine, x)
+        width = axis_size(rotary.x, -1)
+        attributes = {"num_heads": heads, "interleaved": 0}
+        if rotary.turned != width:
+            attributes["rotary_embedding_dim"] = rotary.turned
+        return builder.op(
+            "RotaryEmbedding",
+            [x, self._positions(builder, rotary.cosine.angles), cosine, sine],
+            attributes,
+            like=x,
+            shape=x.shape,
+            domain=CONTRIB,
+        )
+
+    def _constant(self, angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
+        """Positions and frequencies whose products are these angles, if a table of them is small."""
+        found = _frequencies(angles)
+        if found is None or self._limit is None or self._limit * found[1].size > _TABLE_VALUES:
+            return None
+        return found
+
+    def _table(self, builder: Builder, operator: str, wave: _Wave, x: ir.Value) -> ir.Value:
+        key = id(wave.angles), operator, wave.factor, x.dtype
+        if key not in self._tables:
+            found = self._constant(wave.angles)
+            self._tables[key] = (
+                self._computed(builder, operator, wave, x)
+                if found is None
+                else self._known(builder, operator, wave, found[1], x)
+            )
+        return self._tables[key]
+
+    def _computed(self, builder: Builder, operator: str, wave: _Wave, x: ir.Value) -> ir.Value:
+        angles = wave.angles
+        half = axis_size(angles, -1)
+        assert isinstance(half, int)
+        made = builder.op("Reshape", [angles, builder.ints([-1, half])], like=angles)
+        made = builder.op(operator, [made], like=angles)
+        if wave.factor != 1.0:
+            made = builder.op("Mul", [made, builder.number(wave.factor, angles)], like=angles)
+        if angles.dtype != x.dtype:
+            assert x.dtype is not None
+            made = builder.op("Cast", [made], {"to": int(x.dtype)}, like=x)
+        return made
+
+    def _known(
+        self,
+        builder: Builder,
+        operator: str,
+        wave: _Wave,
+        frequencies: np.ndarray[Any, Any],
+        x: ir.Value,
+    ) -> ir.Value:
+        assert self._limit is not None
+        assert x.dtype is not None
+        limit, dtype, factor = self._limit, x.dtype, np.float32(wave.factor)
+        apply = np.cos if operator == "Cos" else np.sin
+
+        def values() -> np.ndarray[Any, Any]:
+            angles = np.arange(limit, dtype=np.float32)[:, None] * frequencies
+            made: np.ndarray[Any, Any] = (apply(angles) * factor).astype(dtype.numpy())
+            return made
+
+        name = f"rotary.{operator.lower()}.{len(self._tables)}"
+        return builder.later(name, values, [limit, frequencies.size], dtype)
+
+    def _positions(self, builder: Builder, angles: ir.Value) -> ir.Value:
+        """The row of each token, [batch, sequence]."""
+        if id(angles) not in self._rows:
+            found = self._constant(angles)
+            if found is None:
+                tokens = builder.op("Shape", [angles], {"start": 0, "end": 2})
+                count = builder.op("ReduceProd", [tokens], {"keepdims": 0})
+                rows = builder.op("Range", [builder.ints(0), count, builder.ints(1)])
+                self._rows[id(angles)] = builder.op("Reshape", [rows, tokens])
+            else:
+                # Older versions of the operator read beyond the table, where Gather is an error.
+                every = builder.later(
+                    f"rotary.positions.{len(self._rows)}",
+                    partial(np.arange, self._limit),
+                    [self._limit or 0],
+                    found[0].dtype,
+                )
+                self._rows[id(angles)] = builder.op("Gather", [every, found[0]], like=found[0])
+        return self._rows[id(angles)]
+
+
+def _frequencies(angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
+    """Read angles as ``float(positions)[:, :, None] · frequencies``, the frequencies being constant."""
+    product = made_by(angles, "Mul")
+    if product is None or angles.dtype is None or angles.dtype.name != "FLOAT":
+        return None
+    for one, other in (product.inputs, tuple(reversed(product.inputs))):
+        array = array_of(other)
+        if array is None or array.size != axis_size(angles, -1) or array.shape[-1] != array.size:
+            continue
+        whole = _positions_of(one)
+        if whole is not None:
+            return whole, array.reshape(-1)
+    return None
+
+
+def _positions_of(value: ir.Value | None) -> ir.Value | None:
+    """The whole numbers [batch, sequence] that a value is, as floating numbers with an axis behind."""
+    spread = False
+    while (node := made_by(value, "Unsqueeze", "Cast")) is not None:
+        value = node.inputs[0]
+        if node.op_type == "Unsqueeze":
+            axes = array_of(node.inputs[1])
+            if spread or axes is None or axes.reshape(-1).tolist() not in ([2], [-1]):
+                return None
+            spread = True
+    whole = value is not None and value.dtype is not None and value.dtype.name == "INT64"
+    return value if spread and whole and rank(value) == 2 else None
+
+
+def flat_heads(builder: Builder, value: ir.Value) -> ir.Value:
+    """[batch, heads, sequence, width] as [batch, sequence, heads · width]."""
+    batch, heads, sequence, width = names_of(value)
+    assert isinstance(heads, int)
+    assert isinstance(width, int)
+    turned = made_by(value, "Transpose")
+    if turned is not None and list(turned.attributes.get_ints("perm", ())) == [0, 2, 1, 3]:
+        apart = turned.inputs[0]
+        assert apart is not None
+    else:  # a norm of each head came in between
+        apart = builder.op("Transpose", [value], {"perm": [0, 2, 1, 3]}, like=value)
+    joined = batch, sequence, heads * width
+    source = made_by(apart, "Reshape")
+    if source is not None and source.inputs[0] is not None and names_of(source.inputs[0]) == joined:
+        return source.inputs[0]
+    return builder.op(
+        "Reshape", [apart, builder.ints([0, 0, heads * width])], like=apart, shape=joined
+    )
