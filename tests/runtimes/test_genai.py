@@ -63,14 +63,22 @@ def adapted(seed: int = 0, **options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("optimize", ["standard", "runtime"])
 @pytest.mark.parametrize("dtype", [None, "fp16"])
 def test_a_merged_model_generates_what_pytorch_does(
-    dtype: Any, tmp_path: Path, consume: Callable[..., Any]
+    dtype: Any, optimize: Any, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
     model = adapted()
     report = lora_fx.export_onnx(
-        model, tmp_path / "m", IDS, task="text-generation", target="genai", dtype=dtype
+        model,
+        tmp_path / "m",
+        IDS,
+        task="text-generation",
+        target="genai",
+        dtype=dtype,
+        optimize=optimize,
     )
+    assert ("GroupQueryAttention" in report.operators) == (optimize == "runtime")
     assert set(report.companions) == {"genai_config.json"}
     assert sorted(one.name for one in (tmp_path / "m").iterdir()) == [
         "genai_config.json",
@@ -83,13 +91,22 @@ def test_a_merged_model_generates_what_pytorch_does(
     assert len(expected[0]) >= 8
 
 
-def test_padded_batches_and_two_adapters(tmp_path: Path, consume: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("optimize", ["standard", "runtime"])
+def test_padded_batches_and_two_adapters(
+    optimize: Any, tmp_path: Path, consume: Callable[..., Any]
+) -> None:
     model = adapted(1)
     lora_fx.add_adapter(model, LoraConfig(r=8, lora_alpha=4), "code")
     randomize(model)
     folder = tmp_path / "m"
     report = lora_fx.export_onnx(
-        model, folder, IDS, task="text-generation", target="genai", adapters="inputs"
+        model,
+        folder,
+        IDS,
+        task="text-generation",
+        target="genai",
+        adapters="inputs",
+        optimize=optimize,
     )
     assert sorted(report.companions) == [
         "adapters/code.onnx_adapter",

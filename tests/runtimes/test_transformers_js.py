@@ -44,6 +44,7 @@ def test_a_decoder_generates_what_pytorch_does(
         task="text-generation",
         target="transformers.js",
         dtype=dtype,
+        optimize="runtime" if external else "standard",
         external_data_bytes=0 if external else 1 << 28,
     )
     stem = "model_fp16" if dtype else "model"
