@@ -20,7 +20,7 @@ from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
-from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY
+from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, check_attention
 from lora_fx.export.generation import Generates
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
@@ -262,6 +262,7 @@ class OnnxSession(Generates):
         self.provider: Literal["cuda", "cpu"] = provider
         self._device = torch.device(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        check_attention(self.metadata, provider, self.path.name)
         manifest = Manifest.from_metadata(self.metadata)
         self._limits: dict[str, int] = json.loads(self.metadata.get(ort.AXIS_LIMITS_KEY, "{}"))
         self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))

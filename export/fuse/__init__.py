@@ -3,7 +3,7 @@
 Each file has one family. A fusion is found by what a graph computes, whatever model it came from.
 """
 
-from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY
+from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY, check_attention
 from lora_fx.export.fuse.pipeline import (
     FUSIONS,
     LEVELS,
@@ -26,6 +26,7 @@ __all__ = [
     "Level",
     "Provider",
     "Target",
+    "check_attention",
     "check_target",
     "fuse",
     "fusion_table",

@@ -9,11 +9,13 @@ that matters: ``RotaryEmbedding`` takes the model's own angles.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_fx.errors import ProviderError
 from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.fuse.attention import Attention, find_attention
 from lora_fx.export.fuse.graph import (
@@ -33,11 +35,29 @@ from lora_fx.export.fuse.rotary import Rotary, Tables, find_rotary, flat_heads
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ONE_ROW_CHUNKS_KEY", "group_query_attention"]
+__all__ = ["ONE_ROW_CHUNKS_KEY", "check_attention", "group_query_attention"]
 
 
 ONE_ROW_CHUNKS_KEY = "lora_fx.one_row_chunks"
 """In the metadata: a call that has a past and several new tokens takes one text."""
+
+
+def check_attention(metadata: Mapping[str, str], provider: str, file: str) -> None:
+    """Refuse a file whose attention a provider does not run.
+
+    Args:
+        metadata: Of the file.
+        provider: "cpu" or "cuda".
+        file: Its name, for the message.
+
+    Raises:
+        ProviderError: With what to export.
+    """
+    if provider == "cuda" and ONE_ROW_CHUNKS_KEY in metadata:
+        raise ProviderError(
+            f"{file} has GroupQueryAttention with a mask, which the cuda provider does not run: export the "
+            "model with optimize='runtime' and provider='cuda', or with optimize='standard'"
+        )
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,14 @@ class Fusion:
         apply: Changes a graph. It returns how often, and the reasons where it could not, with their number.
         holds: Execution provider to the dtypes in which its operators have kernels there; None for
             operators of ONNX, which hold everywhere.
-        since: The first ONNX Runtime with these operators as they are used; "" for any.
+        since: The first ONNX Runtime whose operators were compared with PyTorch.
     """
 
     name: str
     what: str
     apply: _Apply
     holds: Mapping[str, tuple[str, ...]] | None = None
-    since: str = ""
+    since: str = "1.22"
 
     @property
     def level(self) -> Level:
@@ -211,7 +211,6 @@ FUSIONS: tuple[Fusion, ...] = (
         "key is repeated, the cache is appended to in the operator, padding is its `attention_bias`",
         group_query_attention,
         _ATTENTION,
-        since="1.22",
     ),
     Fusion(
         "multi-head-attention",
@@ -289,7 +288,7 @@ def fusion_table() -> str:
         where = "everywhere"
         if fusion.holds is not None:
             parts = [f"{name} {', '.join(dtypes)}" for name, dtypes in fusion.holds.items()]
-            where = "; ".join(parts) + (f"; ONNX Runtime ≥ {fusion.since}" if fusion.since else "")
+            where = "; ".join((*parts, f"ONNX Runtime ≥ {fusion.since}"))
         lines.append(f"| {fusion.name} | {fusion.level} | {fusion.what} | {where} |")
     return "\n".join(lines)
 

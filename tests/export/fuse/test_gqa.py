@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import lora_fx
-from lora_fx.errors import ExportError
-from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Target, fuse
+from lora_fx.errors import ExportError, ProviderError
+from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Target, check_attention, fuse
 from lora_fx.export.fuse.gqa import group_query_attention
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
@@ -128,6 +128,14 @@ def test_several_tokens_after_a_past_run_row_by_row(exported: Callable[..., Expo
     got = made.session.run({"input_ids": more, "attention_mask": mask, **following(begun)})
     torch.testing.assert_close(got["logits"], expected(made.model, ids, mask), rtol=1e-4, atol=1e-4)
     assert got["present.0.key"].shape == (3, 2, 10, 16)
+
+
+def test_cuda_is_refused_where_it_has_no_kernel(exported: Callable[..., Exported]) -> None:
+    metadata = exported("llama").session.metadata
+    check_attention(metadata, "cpu", "model.onnx")
+    check_attention({}, "cuda", "model.onnx")
+    with pytest.raises(ProviderError, match="provider='cuda'"):
+        check_attention(metadata, "cuda", "model.onnx")
 
 
 def test_positions_beyond_the_table_are_refused(exported: Callable[..., Exported]) -> None:
