@@ -144,7 +144,14 @@ def for_diffusers(
     values = {
         f"{component}.{name}": value for name, value in config.to_dict().items() if name != "seed"
     }
-    tensors = {f"{component}.{key}": value for key, value in found.tensors.items()}
+    # Text encoders are loaded by transformers, which looks for magnitudes by the name of the parameter, and
+    # makes new ones where it finds none; others by PEFT, which leaves ".weight" out.
+    by_name = component.startswith("text_encoder")
+    end = ".lora_magnitude_vector"
+    tensors = {
+        f"{component}.{key}{'.weight' if by_name and key.endswith(end) else ''}": value
+        for key, value in found.tensors.items()
+    }
     return tensors, {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
 
 

@@ -396,3 +396,36 @@ def test_a_model_of_diffusers_that_is_no_part_is_asked_for_its_part(tmp_path: Pa
     randomize(model)
     with pytest.raises(ConfigError, match="which part of a pipeline this ControlNetModel is"):
         lora_fx.save_adapter(model, tmp_path / "control", format="diffusers")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_diffusers_loads_what_is_saved_for_a_text_encoder(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers loads it there, and makes new values where it does not find a tensor."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    values = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **options}
+    model = lora_fx.rewrite(text_encoder(), LoraConfig(**values)).eval()
+    randomize(model)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    lora_fx.save_adapter(model, tmp_path, format="diffusers", component="text_encoder")
+    state, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(tmp_path), return_lora_metadata=True
+    )[::2]
+    theirs = text_encoder()
+    StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+        state, None, theirs, prefix="text_encoder", metadata=metadata
+    )
+    with torch.no_grad():
+        wanted = model(ids)[0]
+        assert_close(theirs(ids)[0], wanted)
+        assert_close(lora_fx.load_adapter(text_encoder(), tmp_path).eval()(ids)[0], wanted)
