@@ -320,20 +320,38 @@ def test_the_effect_on_an_output_is_a_share_of_it(size: float, tmp_path: Path) -
     assert not (tmp_path / "b").exists()
 
 
+class Broken(nn.Module):
+    """Gives what it should for all rows but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _scaled(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return torch.cat([out[:3], out[3:] * float("nan")])
+
+
 def test_what_is_not_a_number_is_not_applied(tmp_path: Path) -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = _scaled(1.0)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out = self.inner(x)
-            return torch.cat([out[:3], out[3:] * float("nan")])
-
     folder = lora_fx.save_adapter(_scaled(1.0), tmp_path / "a", receipt=X)
     assert lora_fx.verify(folder, Broken()).verdict == "applied otherwise"
     with pytest.raises(ConfigError, match="is not finite"):
         lora_fx.save_adapter(_scaled(float("inf")), tmp_path / "b", receipt=X)
+
+
+def test_the_command_writes_json_without_infinity_and_wants_an_address(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lora_fx.tools.cli.app import app
+
+    folder = str(lora_fx.save_adapter(_scaled(1.0), tmp_path / "a", receipt=X))
+    done = CliRunner().invoke(app, ["verify", folder, "--model", f"{__name__}:Broken", "--json"])
+    assert done.exit_code == 1
+    assert "Infinity" not in done.stdout
+    assert json.loads(done.stdout)["evidence"]["distance to the base"] is None
+    done = CliRunner().invoke(app, ["verify", folder, "--url", "localhost:8000/v1"])
+    assert done.exit_code == 2
+    assert "begins with http://" in done.output
 
 
 def test_modes_of_submodules_stay_as_they_are(tmp_path: Path) -> None:
