@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
@@ -65,6 +67,9 @@ def examine_file(path: Path) -> list[Finding]:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise ExportError(f"{path} is damaged or no ONNX file: export it again") from error
+    if not model.graph.output:
+        # No bytes at all are a message without fields.
+        raise ExportError(f"{path} is empty, a model without outputs: export it again")
     return [*_operators(model), *_weights(model, path), *_adapter_inputs(model)]
 
 
@@ -88,22 +93,57 @@ def _operators(model: onnx.ModelProto) -> Iterator[Finding]:
 def _weights(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
     from onnx.external_data_helper import ExternalDataInfo
 
+    topic = "weights"
     ends: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location == tensor.EXTERNAL:
+    for tensor in _tensors(model):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        size = _bytes_of(tensor)
+        try:
             info = ExternalDataInfo(tensor)
-            end = int(info.offset or 0) + int(info.length or 0)
-            ends[info.location] = max(ends.get(info.location, 0), end)
+            start, length = int(info.offset or 0), int(info.length or size)
+        except ValueError as error:
+            yield Finding(topic, tensor.name, State.PROBLEM, str(error), "export it again")
+            continue
+        if length != size or not info.location:
+            detail = f"{length} bytes in {info.location or 'no file'}, where its shape needs {size}"
+            yield Finding(topic, tensor.name, State.PROBLEM, detail, "export it again")
+        else:
+            ends[info.location] = max(ends.get(info.location, 0), start + length)
     for name, end in sorted(ends.items()):
         data = path.parent / name
-        if not data.is_file():
-            yield Finding("weights", name, State.PROBLEM, "missing", f"copy it next to {path.name}")
+        # By name: the file may be a link to elsewhere, as in caches of downloads.
+        if not Path(os.path.normpath(data.absolute())).is_relative_to(path.parent.absolute()):
+            detail = f"outside {path.parent}, where runtimes do not read"
+            remedy = f"copy it next to {path.name}, and export it again"
+            yield Finding(topic, name, State.PROBLEM, detail, remedy)
+        elif not data.is_file():
+            yield Finding(topic, name, State.PROBLEM, "missing", f"copy it next to {path.name}")
         elif data.stat().st_size < end:
             size = data.stat().st_size
             detail = f"{size} bytes, where the weights need {end}"
-            yield Finding("weights", name, State.PROBLEM, detail, "copy it again")
+            yield Finding(topic, name, State.PROBLEM, detail, "copy it again")
         else:
-            yield Finding("weights", name, State.OK, f"{data.stat().st_size} bytes")
+            yield Finding(topic, name, State.OK, f"{data.stat().st_size} bytes")
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """The constants of all graphs, as initializers and as attributes."""
+    for graph in _graphs(model.graph):
+        yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    import onnx_ir as ir
+
+    count: int = math.prod(tensor.dims)
+    width: float = ir.DataType(tensor.data_type).itemsize
+    return math.ceil(count * width)
 
 
 def _adapter_inputs(model: onnx.ModelProto) -> Iterator[Finding]:

@@ -514,7 +514,9 @@ def export_onnx(
             clock.start("capturing the model")
         report = build(main, stage, dynamic_shapes)
         if runtime is not None:
-            made = runtime.finish(Written(model, report, stage.model, stage.folder, tokenizer))
+            made = runtime.finish(
+                Written(model, report, stage.model, stage.folder, Path(path), tokenizer)
+            )
             stage.extras = {file: Path(path, name) for file, name in made.items()}
             sizes_made = {name: file.stat().st_size for file, name in made.items()}
             report = dataclasses.replace(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import glob
 import logging
 import os
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, some
 from lora_fx.export.report import size_text
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class Staging:
             ExportError: The target came into being meanwhile, or cannot be written.
         """
         check_target(self.target, force=force)
+        self._check_extras(force=force)
         stale = self._replaced()
         folder = self.target.parent
         beside = [*self.belonging(), *self.extras]
@@ -180,6 +182,19 @@ class Staging:
             except OSError as error:
                 _log.warning("cannot delete %s, which no model uses any more: %s", path, error)
         _flush_folder(folder)
+
+    def _check_extras(self, *, force: bool) -> None:
+        """Without ``force`` a file beside the model may be one more of the same content, and no other."""
+        other = [
+            place
+            for file, place in self.extras.items()
+            if place.exists() and not (place.is_file() and filecmp.cmp(file, place, shallow=False))
+        ]
+        if other and not force:
+            raise ExportError(
+                f"{some([str(one) for one in other])} exists with another content: pass force=True (--force) "
+                "to replace it, or give another folder"
+            )
 
     def _replaced(self) -> list[Path]:
         data = r"\.[0-9a-f]{8}(-\d{5}-of-\d{5})?\.data"

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.checkpoint import Receipt, Verdict, read_receipt
+from lora_fx.checkpoint import Receipt, Verdict, call_with, read_receipt
 from lora_fx.errors import ConfigError, some
 
 __all__ = ["verify"]
 
 _SECONDS = 120
 _AS_ID = "token_id:"
+_OR = {"adapter": "", "subject": ", an address or a model"}
 
 
 def verify(
@@ -46,32 +47,39 @@ def verify(
 
     Raises:
         CheckpointError: If the folder has no receipt, or that of another model.
-        ConfigError: If the server cannot be asked so.
+        ConfigError: If the model or the server cannot be asked so.
         ExportError, ProviderError: If the file cannot be run.
     """
+    for what, given in (("adapter", adapter), ("subject", subject)):
+        if not isinstance(given, str | os.PathLike) and not (
+            what == "subject" and isinstance(given, nn.Module)
+        ):
+            raise ConfigError(f"{what} is a {type(given).__name__}: give a path{_OR[what]}")
     folder = Path(adapter)
     receipt = read_receipt(folder)
-    if isinstance(subject, nn.Module):
-        return receipt.judge(receipt.read(_run(subject, receipt)))
-    if str(subject).startswith(("http://", "https://")):
-        return _judge_server(receipt, str(subject).rstrip("/"), name, base_name)
-    if name is not None or base_name is not None:
+    at_server = str(subject).startswith(("http://", "https://"))
+    if not at_server and not (name is None and base_name is None):
         raise ConfigError(
             "name= and base_name= are what a server calls its models: give its address"
         )
+    if isinstance(subject, nn.Module):
+        return receipt.judge(receipt.read(_run(subject, receipt)))
+    if at_server:
+        return _judge_server(receipt, str(subject).rstrip("/"), name, base_name)
     return _judge_file(receipt, Path(subject), folder, provider)
 
 
 def _run(model: nn.Module, receipt: Receipt) -> Any:
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
     inputs = {key: value.to(device) for key, value in receipt.inputs.items()}
     model.eval()
     try:
         with torch.no_grad():
-            return model(inputs[""]) if "" in inputs else model(**inputs)
+            return call_with(model, inputs)
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
 
 
 def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Any) -> Verdict:

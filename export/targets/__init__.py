@@ -16,14 +16,14 @@ TARGETS: Final[dict[str, RuntimeTarget]] = {
 }
 
 
-def find_runtime(name: str) -> RuntimeTarget:
+def find_runtime(name: object) -> RuntimeTarget:
     """The target of this name.
 
     Raises:
         ExportError: If there is none.
     """
-    if name not in TARGETS:
-        near = hint(name, TARGETS, "did you mean {!r}? ")
+    if not isinstance(name, str) or name not in TARGETS:
+        near = hint(str(name), TARGETS, "did you mean {!r}? ")
         raise ExportError(
             f"target={name!r} is unknown; {near}leave it out for a plain file, or give one of "
             f"{', '.join(map(repr, TARGETS))}"

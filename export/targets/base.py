@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Written:
         report: What is known of the file.
         file: The model file.
         folder: Where files to go beside it are made.
+        root: The runtime's folder, which may be there already, and not be.
         tokenizer: An object with ``save_pretrained``, or a folder with its files; None if there is none.
     """
 
@@ -33,6 +35,7 @@ class Written:
     report: ExportReport
     file: Path
     folder: Path
+    root: Path
     tokenizer: Any = None
 
 
@@ -107,6 +110,11 @@ def add_tokenizer(tokenizer: Any, folder: Path) -> list[Path]:
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     else:
+        if not isinstance(tokenizer, str | os.PathLike):
+            raise ExportError(
+                f"tokenizer= is a {type(tokenizer).__name__}: give an object with save_pretrained(), or the "
+                "folder that it was saved in"
+            )
         source = Path(tokenizer)
         named = [*source.glob("tokenizer*"), *source.glob("special_tokens_map.json")]
         named += [*source.glob("*.jinja"), *source.glob("vocab.*"), *source.glob("merges.txt")]

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_fx.errors import ExportError
+from lora_fx.export.copy import unwrapped
 from lora_fx.export.targets.base import Written, add_tokenizer, write_json
+from lora_fx.passes.graph import original_class
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,12 +71,15 @@ class TransformersJsTarget:
                 "transformers.js reads config.json, and this model has no config: it is for models of "
                 "transformers. Export it without target="
             )
+        self.check(task=None, adapters=None, dtype=written.report.dtype)
         external = _adjust(written.file)
         values = json.loads(config.to_json_string(use_diff=False))
-        values.setdefault("architectures", [type(written.model).__name__])
-        if external:
+        if not values.get("architectures"):
+            values["architectures"] = [original_class(unwrapped(written.model)).__name__]
+        elsewhere = _external_files(written.root / "config.json")
+        if external or elsewhere:
             named = values.setdefault("transformers.js_config", {})
-            named["use_external_data_format"] = {written.file.name: True}
+            named["use_external_data_format"] = {**elsewhere, written.file.name: external}
         made = {write_json(written.folder / "config.json", values): "config.json"}
         generation: Any = getattr(written.model, "generation_config", None)
         if generation is not None:
@@ -84,6 +89,16 @@ class TransformersJsTarget:
         for one in add_tokenizer(written.tokenizer, written.folder / "tokenizer"):
             made[one] = one.name
         return made
+
+
+def _external_files(path: Path) -> dict[str, bool]:
+    """Which other files of the folder have their weights elsewhere, by the config that is there."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["transformers.js_config"]
+        named = found["use_external_data_format"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {str(k): bool(v) for k, v in named.items()} if isinstance(named, dict) else {}
 
 
 def _adjust(path: Path) -> bool:

@@ -8,7 +8,7 @@ from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot
 from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
-from lora_fx.checkpoint.receipt import Receipt, Verdict, read_receipt
+from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
 
@@ -18,6 +18,7 @@ __all__ = [
     "Slot",
     "Verdict",
     "adapter_state_dict",
+    "call_with",
     "converted",
     "hotswap_adapter",
     "left_out_of_checkpoints",

@@ -38,7 +38,6 @@ from lora_fx.passes.parameters import base_modules
 
 __all__ = [
     "DIFFUSERS_METADATA",
-    "DIFFUSERS_NAME",
     "READERS",
     "Reader",
     "component_of",
@@ -50,7 +49,6 @@ __all__ = [
 Reader = Literal["peft", "vllm", "gguf-ready", "diffusers"]
 READERS: Final = ("peft", "vllm", "gguf-ready", "diffusers")
 
-DIFFUSERS_NAME: Final = "pytorch_lora_weights.safetensors"
 DIFFUSERS_METADATA: Final = "lora_adapter_metadata"
 
 # --- writing --------------------------------------------------------------------------------------
@@ -146,7 +144,14 @@ def for_diffusers(
     values = {
         f"{component}.{name}": value for name, value in config.to_dict().items() if name != "seed"
     }
-    tensors = {f"{component}.{key}": value for key, value in found.tensors.items()}
+    # Text encoders are loaded by transformers, which looks for magnitudes by the name of the parameter, and
+    # makes new ones where it finds none; others by PEFT, which leaves ".weight" out.
+    by_name = component.startswith("text_encoder")
+    end = ".lora_magnitude_vector"
+    tensors = {
+        f"{component}.{key}{'.weight' if by_name and key.endswith(end) else ''}": value
+        for key, value in found.tensors.items()
+    }
     return tensors, {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
 
 
@@ -195,6 +200,9 @@ _COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
     "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
 }
+_FLATTENED: Final = tuple(
+    start for begins in _COMPONENTS.values() for start in begins if start.endswith("_")
+)
 # Modules around all others of a text encoder, which transformers had until version 5.
 _AROUND = ("text_model.", "text_model_")
 
@@ -209,8 +217,15 @@ def component_of(model: nn.Module, component: str | None) -> str:
         _check_component(component)
         return component
     cls = original_class(model)
-    if cls.__module__.startswith("diffusers."):
-        return "unet" if "UNet" in cls.__name__ else "transformer"
+    for base in cls.__mro__:
+        if base.__module__.startswith("diffusers.") and "ControlNet" not in base.__name__:
+            for word, part in (
+                ("UNet", "unet"),
+                ("Transformer", "transformer"),
+                ("DiT", "transformer"),
+            ):
+                if word in base.__name__:
+                    return part
     raise ConfigError(
         f"format='diffusers' needs to know which part of a pipeline this {cls.__name__} is: give component= "
         f"one of {', '.join(map(repr, _COMPONENTS))}"
@@ -218,7 +233,7 @@ def component_of(model: nn.Module, component: str | None) -> str:
 
 
 def _check_component(component: str) -> None:
-    if component not in _COMPONENTS:
+    if component not in tuple(_COMPONENTS):
         raise ConfigError(
             f"component={component!r}: it is one of {', '.join(map(repr, _COMPONENTS))}"
         )
@@ -288,7 +303,7 @@ def read_dialect(
     read, metadata = read_file(path)
     _refuse_methods(path, read)
     modules = dict(base_modules(model, every_name=True))
-    part, layers = _layers_for(path, _layers(path, read), modules, component)
+    part, names, layers = _layers_for(path, _layers(path, read), modules, component)
     config = _config_in(path, metadata, part)
     tensors: dict[str, Tensor] = {}
     targets = []
@@ -296,6 +311,7 @@ def read_dialect(
         lacking = [role for role in "AB" if role not in roles]
         if lacking:
             raise CheckpointError(f"{path}: {name} has no {' and no '.join(lacking)}")
+        _check_values(path, name, roles)
         for role, value in roles.items():
             if role != "alpha":
                 key, found = _as_peft(path, name, role, value, modules[name], roles["B"])
@@ -303,7 +319,8 @@ def read_dialect(
         rank = roles["A"].shape[0]
         alpha = float(roles["alpha"]) if "alpha" in roles else None
         if alpha is None:
-            alpha = alpha_for(name, config) if config is not None else float(rank)
+            # Patterns are about the names that the layers have in the file.
+            alpha = alpha_for(names[name], config) if config is not None else float(rank)
         targets.append(Target(name, rank, alpha))
     base = LoraConfig() if config is None else config
     if any("alpha" in roles for roles in layers.values()):
@@ -330,6 +347,25 @@ def _refuse_methods(path: Path, keys: Iterable[str]) -> None:
                 )
 
 
+def _check_values(path: Path, name: str, roles: Mapping[str, Tensor]) -> None:
+    for role, value in roles.items():
+        if role in ("A", "B") and (value.dim() < 2 or not value.is_floating_point()):
+            raise CheckpointError(
+                f"{path}: {role} of {name} is {value.dtype} {list(value.shape)}, and a factor is a matrix "
+                "or a kernel of floating-point numbers"
+            )
+    alpha = roles.get("alpha")
+    if alpha is None:
+        return
+    if alpha.numel() != 1:
+        raise CheckpointError(f"{path}: alpha of {name} is {list(alpha.shape)}, not one number")
+    if float(alpha) == 0:
+        raise CheckpointError(
+            f"{path}: alpha of {name} is 0. Kohya's scripts take that for the rank, diffusers for no "
+            "adapter: write the alpha that is meant into the file"
+        )
+
+
 _Layers = dict[str, dict[str, Tensor]]
 
 
@@ -341,9 +377,13 @@ def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
         for end, role in _ROLES:
             match = end.fullmatch(key)
             if match is not None:
-                layers[match["name"] + ("|old" if role.startswith("old") else "")][
-                    role.removeprefix("old ")
-                ] = value
+                roles = layers[match["name"] + ("|old" if role.startswith("old") else "")]
+                role = role.removeprefix("old ")
+                if role in roles:
+                    raise CheckpointError(
+                        f"{path}: {match['name']} has several tensors for its {role}"
+                    )
+                roles[role] = value
                 break
         else:
             unknown.append(f"{key} {list(value.shape)}")
@@ -358,32 +398,49 @@ def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
 
 def _layers_for(
     path: Path, layers: _Layers, modules: Mapping[str, nn.Module], component: str | None
-) -> tuple[str, _Layers]:
-    """The layers of a file that are this model's, by their names in it, and the part that they were under."""
+) -> tuple[str, dict[str, str], _Layers]:
+    """The layers of a file that are this model's.
+
+    Returns:
+        The part that they were under, their names in the file by those in the model, and their tensors.
+    """
     flat: dict[str, list[str]] = defaultdict(list)
-    for name in modules:
-        flat[name.replace(".", "_")].append(name)
+    first: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        first.setdefault(module, name)
+        # A module that has several names is one layer, by the first of them.
+        if first[module] not in flat[name.replace(".", "_")]:
+            flat[name.replace(".", "_")].append(first[module])
     parts: dict[str, dict[str, str]] = {}
+    flattened = {one for one in layers if one.startswith(_FLATTENED)}
     for part, begins in {"": ("", "base_model.model."), **_COMPONENTS}.items():
         for start in begins:
             named = {one: one.removeprefix(start) for one in layers if one.startswith(start)}
             if named and (component is None or component == part):
                 parts.setdefault(part, {}).update(named)
-    found: dict[str, _Layers] = {}
+    found: dict[str, tuple[str, dict[str, str], _Layers]] = {}
     missing: dict[str, list[str]] = {}
     for part, named in parts.items():
-        places = {one: _place(path, rest, modules, flat) for one, rest in named.items()}
+        places = {
+            one: _place(path, rest, modules, flat, exact=one not in flattened or rest == one)
+            for one, rest in named.items()
+        }
         lost = [one for one, place in places.items() if place is None]
         if lost:
             missing[part] = lost
         else:
-            found[part] = {str(place): layers[one] for one, place in places.items()}
+            _check_once(path, places)
+            found[part] = (
+                part,
+                {str(place): named[one] for one, place in places.items()},
+                {str(place): layers[one] for one, place in places.items()},
+            )
     # A file that is for one model has no parts.
     if "" in found and component is None:
-        return "", found[""]
+        return found[""]
     # Kohya calls each model that makes pictures unet.
     if found and len({frozenset(parts[part]) for part in found}) == 1:
-        return next(iter(found.items()))
+        return next(iter(found.values()))
     if found:
         raise CheckpointError(
             f"{path} has adapters that fit this model under {' and '.join(found)}: give component= one of "
@@ -397,25 +454,49 @@ def _layers_for(
     )
 
 
+def _check_once(path: Path, places: Mapping[str, str | None]) -> None:
+    """Refuses two adapters of one layer: only one of them would be loaded."""
+    first: dict[str, str] = {}
+    for one, place in places.items():
+        other = first.setdefault(str(place), one)
+        if other != one:
+            names = " and ".join(name.removesuffix("|old") for name in (other, one))
+            raise CheckpointError(f"{path} has two adapters for {place} of this model: {names}")
+
+
 def _place(
-    path: Path, name: str, modules: Mapping[str, nn.Module], flat: Mapping[str, list[str]]
+    path: Path,
+    name: str,
+    modules: Mapping[str, nn.Module],
+    flat: Mapping[str, list[str]],
+    *,
+    exact: bool,
 ) -> str | None:
-    """The module that a layer of the file is, by its name or by its name with ``_`` for ``.``."""
+    """The module that a layer of the file is.
+
+    Args:
+        path: The file.
+        name: The name in the file, without the part.
+        modules: Those of the model.
+        flat: Their names, by the name with ``_`` for ``.``.
+        exact: Whether a module of just this name is meant if there is one. In a flattened name each ``_`` may
+            be a dot.
+    """
     name, _, old = name.partition("|")
     candidates = [name]
     if old:
         owner, _, leaf = name.replace(".processor.", ".").rpartition(".")
         candidates = [f"{owner}.{leaf}", *(f"{owner}.{one}" for one in _OLD.get(leaf, ()))]
     candidates += [one.removeprefix(start) for one in candidates for start in _AROUND]
-    for one in candidates:
+    for one in candidates if exact else ():
         if one in modules and _has_weight(modules[one]):
-            return one
+            return next(
+                known for known in flat[one.replace(".", "_")] if modules[known] is modules[one]
+            )
     several = [
-        one
-        for named in dict.fromkeys(candidates)
-        for one in flat.get(named, ())
-        if _has_weight(modules[one])
+        one for named in candidates for one in flat.get(named, ()) if _has_weight(modules[one])
     ]
+    several = list(dict.fromkeys(several))
     if len(several) > 1:
         raise CheckpointError(f"{path}: {name} may be {' or '.join(several)} of this model")
     return several[0] if several else None

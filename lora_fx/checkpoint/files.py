@@ -7,21 +7,33 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import safetensors
 import safetensors.torch
 import torch
 
-from lora_fx.checkpoint.receipt import RECEIPT_NAME, Receipt
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
 from lora_fx.files import current, replacing_files
 
-__all__ = ["PICKLE_NAME", "WEIGHTS_NAME", "read_file", "read_tensors", "write_folder"]
+if TYPE_CHECKING:
+    from lora_fx.checkpoint.receipt import Receipt
+
+__all__ = [
+    "DIFFUSERS_NAME",
+    "PICKLE_NAME",
+    "RECEIPT_NAME",
+    "WEIGHTS_NAME",
+    "read_file",
+    "read_tensors",
+    "write_folder",
+]
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
+DIFFUSERS_NAME: Final = "pytorch_lora_weights.safetensors"
 PICKLE_NAME: Final = "adapter_model.bin"
+RECEIPT_NAME: Final = "adapter_receipt.safetensors"
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -63,7 +75,6 @@ def write_folder(
     config: LoraConfig | None,
     *,
     notes: Mapping[str, str] | None = None,
-    name: str = WEIGHTS_NAME,
     receipt: Receipt | None = None,
     force: bool,
 ) -> None:
@@ -76,17 +87,25 @@ def write_folder(
     Args:
         folder: Made if it is not there.
         tensors: Contiguous, on the CPU, none sharing storage with another.
-        config: What to write as the configuration; None to write the tensors alone.
+        config: What to write as the configuration; None to write the tensors alone, as diffusers does.
         notes: Further metadata of the file of tensors.
-        name: Of the file of tensors.
         receipt: What the adapter does, to be written beside it.
         force: Whether an adapter that is there already may be replaced.
 
     Raises:
-        CheckpointError: If an adapter is there and ``force`` is False, or the files cannot be
-            written.
+        CheckpointError: If an adapter is there and ``force`` is False, one of another format is there, or
+            the files cannot be written.
     """
-    names = (name,) if config is None else (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
+    name = DIFFUSERS_NAME if config is None else WEIGHTS_NAME
+    alone = (DIFFUSERS_NAME,)
+    peft = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
+    names, others = (alone, peft) if config is None else (peft, alone)
+    found = [one for one in others if (folder / one).exists()]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds an adapter of another format ({', '.join(found)}), which a reader might take "
+            "for this one: give another folder, or delete that adapter"
+        )
     there = [one for one in names if (folder / one).exists()]
     if there and not force:
         raise CheckpointError(

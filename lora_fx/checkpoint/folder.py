@@ -32,7 +32,6 @@ from lora_fx.checkpoint.base_weights import (
     place_given,
 )
 from lora_fx.checkpoint.dialects import (
-    DIFFUSERS_NAME,
     READERS,
     Reader,
     component_of,
@@ -40,7 +39,13 @@ from lora_fx.checkpoint.dialects import (
     for_one_rank,
     read_dialect,
 )
-from lora_fx.checkpoint.files import PICKLE_NAME, WEIGHTS_NAME, read_tensors, write_folder
+from lora_fx.checkpoint.files import (
+    DIFFUSERS_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    read_tensors,
+    write_folder,
+)
 from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.receipt import make_receipt
@@ -111,7 +116,8 @@ def save_adapter(
     Raises:
         ConfigError: If the model has no such adapter, several could be meant, its start still waits for data,
             or there is no such format or component.
-        CheckpointError: If an adapter is there already and ``force`` is False, the model is on the
+        CheckpointError: If an adapter is there already and ``force`` is False, one of another format is
+            there, the model is on the
             meta device, the reader would refuse the adapter or a part of it, or the files cannot be written
             (a full disk). The folder is then as it was.
     """
@@ -131,9 +137,7 @@ def save_adapter(
         config = written_config(model, record, found.targets)
         tensors, notes = for_diffusers(found, record, config, part)
         made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
-        write_folder(
-            folder, tensors, None, notes=notes, name=DIFFUSERS_NAME, receipt=made, force=force
-        )
+        write_folder(folder, tensors, None, notes=notes, receipt=made, force=force)
         return folder
     if reader != "peft" and save_embedding_layers == "auto":
         save_embedding_layers = False

@@ -33,19 +33,27 @@ from lora_fx.adapters import (
     reference,
     set_adapter,
 )
-from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.checkpoint.files import (
+    DIFFUSERS_NAME,
+    PICKLE_NAME,
+    RECEIPT_NAME,
+    WEIGHTS_NAME,
+    read_file,
+    read_tensors,
+)
+from lora_fx.errors import CheckpointError, ConfigError, LoraFxError
+from lora_fx.files import current
 from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import factors_of
 
 __all__ = [
-    "RECEIPT_NAME",
     "Receipt",
     "Verdict",
+    "call_with",
     "make_receipt",
     "read_receipt",
 ]
 
-RECEIPT_NAME: Final = "adapter_receipt.safetensors"
 _KEY: Final = "lora_fx.receipt"
 _FORMAT: Final = 1
 _SCALES: Final = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -54,7 +62,7 @@ _ELEMENTS: Final = 4096
 # Shares of the adapter's own effect: what rounding in half precision and quantized kernels stay below.
 _NEAR: Final = 0.1
 _ON_CURVE: Final = 0.2
-# A smaller effect drowns in the rounding of half precision.
+# A smaller effect drowns in the rounding of half precision. A share, but of log-probabilities.
 _LEAST_EFFECT: Final = 1e-2
 
 
@@ -123,10 +131,13 @@ class Receipt:
         """
         value = _main(outputs).detach().cpu()
         try:
-            if not self.tokens:
-                return value.flatten().double()[self.chosen]
-            rows = _last(value, self.inputs.get("attention_mask"))
-            return rows.log_softmax(-1).gather(-1, self.chosen)
+            if self.tokens:
+                rows = _last(value, _mask(self.inputs))
+                answer = rows.log_softmax(-1).gather(-1, self.chosen)
+            else:
+                answer = value.flatten().double()[self.chosen]
+            # NaN is what a server does not report. What a model computes counts, whatever it is.
+            return answer.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
         except (IndexError, RuntimeError) as error:
             raise CheckpointError(
                 f"the receipt is of another model: the output has shape {list(value.shape)}"
@@ -136,11 +147,11 @@ class Receipt:
         """What an answer says of the runtime that gave it.
 
         Args:
-            answer: Of :meth:`read`, with the adapter.
+            answer: Of :meth:`read`, with the adapter; NaN where it is not known.
             base: Likewise, of the runtime without it, if it could be asked.
         """
         effect = self.effect
-        known = answer.isfinite()
+        known = ~answer.isnan()
 
         def far(one: Tensor, other: Tensor) -> float:
             return _distance(one[known], other[known]) / effect
@@ -150,7 +161,7 @@ class Receipt:
             "distance to the base": far(answer, self.answers[0.0]),
         }
         if base is not None:
-            seen = base.isfinite()
+            seen = ~base.isnan()
             evidence["distance of the runtime's base to the base"] = (
                 _distance(base[seen], self.answers[0.0][seen]) / effect
             )
@@ -206,15 +217,20 @@ def _main(outputs: Any) -> Tensor:
     raise ConfigError("the model gives no floating-point tensor: there is nothing to compare")
 
 
+def _mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which positions of the logits are tokens: those of the decoder, where there is one."""
+    decoder = any(name.startswith("decoder_") for name in inputs)
+    return inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+
+
 def _last(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The logits after each row's last token, [rows, vocabulary]."""
     logits = logits.double()
     if logits.dim() == 2:
         return logits
-    if logits.shape[1] == 1 or mask is None:
+    if mask is None or mask.shape != logits.shape[:2]:
         return logits[:, -1]
-    length = torch.arange(mask.shape[1])
-    last = (mask * length).amax(1)
+    last = (mask.bool() * torch.arange(mask.shape[1])).amax(1)
     return logits[torch.arange(len(logits)), last]
 
 
@@ -230,10 +246,14 @@ def make_receipt(
         tensors: The adapter as it is saved.
 
     Raises:
-        ConfigError: If the inputs are no tensors, or the adapter changes nothing for them.
+        ConfigError: If the inputs are no tensors, the model cannot be called with them, or the adapter
+            changes nothing for them.
     """
     named = {"": inputs} if isinstance(inputs, Tensor) else inputs
-    if not isinstance(named, Mapping) or not all(isinstance(one, Tensor) for one in named.values()):
+    if not isinstance(named, Mapping) or not all(
+        isinstance(name, str) and isinstance(one, Tensor) and (name or named is not inputs)
+        for name, one in named.items()
+    ):
         raise ConfigError("receipt= is a tensor, or a mapping of argument names to tensors")
     twin = reference(model)
     if active_adapters(twin) != (adapter_name,):
@@ -242,13 +262,13 @@ def make_receipt(
     outputs = {}
     for scale in scales:
         with torch.no_grad(), _at_scale(twin, adapter_name, scale):
-            outputs[scale] = _main(twin(inputs) if "" in named else twin(**named)).detach().cpu()
+            outputs[scale] = _main(call_with(twin, named)).detach().cpu()
     tokens = outputs[1.0].dim() == 3 and any(
         not one.is_floating_point() and one.dim() == 2 for one in named.values()
     )
     kept = {name: value.detach().cpu().clone() for name, value in named.items()}
     if tokens:
-        ends = [_last(outputs[one], kept.get("attention_mask")) for one in (0.0, 1.0)]
+        ends = [_last(outputs[one], _mask(kept)) for one in (0.0, 1.0)]
         count = min(_TOKENS, ends[0].shape[-1])
         # What a server reports when it applies the adapter, and when it does not.
         chosen = torch.cat([one.topk(count).indices for one in ends], 1)
@@ -263,13 +283,40 @@ def make_receipt(
     receipt = Receipt(kept, chosen, {}, tokens, facts)
     answers = {scale: receipt.read(value) for scale, value in outputs.items()}
     receipt = dataclasses.replace(receipt, answers=answers)
-    if not receipt.effect >= _LEAST_EFFECT:
+    compared = answers[0.0], answers[1.0]
+    if not all(one.isfinite().all() for one in compared):
+        raise ConfigError(
+            f"receipt=: what comes for these inputs is not finite, with adapter {adapter_name!r} or without: "
+            "give inputs like those that it was trained on"
+        )
+    # Rounding moves log-probabilities by about as much as logits, and other outputs in proportion to them.
+    typical = 1.0 if tokens else max(float(one.square().mean().sqrt()) for one in compared)
+    least = _LEAST_EFFECT * typical
+    if not receipt.effect >= least or not receipt.effect:
         raise ConfigError(
             f"receipt=: adapter {adapter_name!r} changes what is compared by {receipt.effect:.1e} for these "
-            f"inputs, and rounding in half precision may change it by {_LEAST_EFFECT:.0e}: give inputs like "
-            "those that it was trained on"
+            f"inputs, and rounding in half precision may change it by {least:.0e}: give inputs "
+            "like those that it was trained on"
         )
     return receipt
+
+
+def call_with(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """Calls a model with the inputs of a receipt.
+
+    Raises:
+        ConfigError: If it cannot be called so.
+    """
+    try:
+        return model(inputs[""]) if "" in inputs else model(**inputs)
+    except LoraFxError:
+        raise
+    except Exception as error:
+        found = ", ".join(f"{key or 'a tensor'} {list(one.shape)}" for key, one in inputs.items())
+        raise ConfigError(
+            f"this {type(model).__name__} cannot be called with the inputs of the receipt "
+            f"({found or 'none'}): {type(error).__name__}: {error}"
+        ) from error
 
 
 def _scalable(model: nn.Module, adapter_name: str) -> bool:
@@ -318,31 +365,63 @@ def read_receipt(directory: Path) -> Receipt:
     """Reads the receipt of an adapter's folder.
 
     Raises:
-        CheckpointError: If there is none, it is damaged, or of a newer lora_fx.
+        CheckpointError: If there is none, it is damaged, of another adapter than the folder's, or of a newer
+            lora_fx.
     """
-    path = directory if directory.is_file() else directory / RECEIPT_NAME
+    path = directory if directory.is_file() else current(directory / RECEIPT_NAME)
     if not path.is_file():
         raise CheckpointError(
             f"{directory} has no {RECEIPT_NAME}: save the adapter with receipt=inputs, a few inputs on "
             "which it changes something"
         )
     try:
-        tensors = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            values: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
-        if values["format"] != _FORMAT:
-            raise CheckpointError(f"{path} was written by a newer lora_fx: update this one")
-        named = {
-            start: {
-                name.removeprefix(start): value
-                for name, value in tensors.items()
-                if name.startswith(start)
-            }
-            for start in ("input.", "answer.")
-        }
-        answers = {float(scale): value for scale, value in named["answer."].items()}
-        return Receipt(
-            named["input."], tensors["chosen"], answers, bool(values["tokens"]), values["facts"]
-        )
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        receipt, written = _parse(path)
+    except (
+        safetensors.SafetensorError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged: save the adapter again") from error
+    if receipt is None:
+        raise CheckpointError(f"{path} was written in format {written}: update lora_fx")
+    tensors = _adapter_beside(path)
+    if tensors is not None and _hash(tensors) != receipt.facts.get("adapter"):
+        raise CheckpointError(
+            f"{path} is of another adapter than the one in {path.parent}: save the adapter again with "
+            "receipt="
+        )
+    return receipt
+
+
+def _parse(path: Path) -> tuple[Receipt | None, Any]:
+    """A receipt, None if its format is not known; and the format."""
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        values: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
+    if values["format"] != _FORMAT:
+        return None, values["format"]
+    named = {
+        start: {
+            name.removeprefix(start): value
+            for name, value in tensors.items()
+            if name.startswith(start)
+        }
+        for start in ("input.", "answer.")
+    }
+    answers = {float(scale): value for scale, value in named["answer."].items()}
+    if not {0.0, 1.0} <= answers.keys():
+        raise ValueError("no answers of the base and of the adapter")
+    facts = {**values["facts"]}
+    receipt = Receipt(named["input."], tensors["chosen"], answers, bool(values["tokens"]), facts)
+    return receipt, _FORMAT
+
+
+def _adapter_beside(path: Path) -> Mapping[str, Tensor] | None:
+    folder = path.parent
+    if any(current(folder / one).is_file() for one in (WEIGHTS_NAME, PICKLE_NAME)):
+        return read_tensors(folder)[0]
+    alone = current(folder / DIFFUSERS_NAME)
+    return read_file(alone)[0] if alone.is_file() else None

@@ -24,7 +24,7 @@ __all__ = ["FEW", "draw", "dropped", "kept", "masked", "recovery", "transformed"
 FEW = 8192
 
 
-def kept(dropout: float) -> int:
+def kept(dropout: Any) -> int:
     """How many of 256 elements a mask keeps on average.
 
     A mask compares random numbers of eight bits with a threshold, so that probabilities are multiples of
@@ -37,7 +37,7 @@ def kept(dropout: float) -> int:
     Raises:
         ConfigError: If it is none.
     """
-    if not 0 <= dropout <= 1:
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ConfigError(
             f"lora_dropout: p is {dropout!r}; a probability is at least 0 and at most 1"
         )

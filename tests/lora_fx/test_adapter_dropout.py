@@ -151,8 +151,8 @@ def test_masks_at_the_ends(p: float) -> None:
     assert recovery(p) * kept(p) == (0 if p == 1 else 256)
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
-def test_what_is_no_probability_is_refused(p: float) -> None:
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan"), "0.5", torch.tensor(0.5)])
+def test_what_is_no_probability_is_refused(p: Any) -> None:
     model, inputs = built("linear")
     dropouts(model)[0].p = p
     with pytest.raises(ConfigError, match="a probability is at least 0 and at most 1"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
-from lora_fx.checkpoint.dialects import DIFFUSERS_NAME
+from lora_fx.checkpoint.files import DIFFUSERS_NAME
 from tests.algebra import randomize
 from tests.numerics import assert_close
 
@@ -278,3 +278,154 @@ def test_a_folder_for_llama_cpp_has_one_alpha_and_no_pattern(tmp_path: Path) -> 
     dora = lora_fx.rewrite(base, LoraConfig(r=2, use_dora=True))
     with pytest.raises(CheckpointError, match=r"llama.cpp cannot convert .*\n  use_dora"):
         lora_fx.save_adapter(dora, tmp_path / "other", format="gguf-ready")
+
+
+class Named(nn.Module):
+    """Layers whose names are one name when they are flattened, one that has two names, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.ModuleDict({"b": nn.Linear(4, 4)})
+        self.a_b = nn.Linear(4, 4)
+        self.lin = nn.Linear(4, 4)
+        self.twin = nn.ModuleDict({"lin": self.lin})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lin(self.a_b(self.a["b"](x)))
+        return out
+
+
+def _written(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def _kohya(name: str, **others: Tensor) -> dict[str, Tensor]:
+    values = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2), **others}
+    return {f"lora_unet_{name}.{role}": value for role, value in values.items()}
+
+
+def _dotted(name: str) -> dict[str, Tensor]:
+    return {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (_kohya("a_b"), "a_b may be a.b or a_b of this model"),
+        (
+            {**_dotted("lin"), "lin.lora_A.default.weight": torch.zeros(2, 4)},
+            "lin has several tensors for its A",
+        ),
+        (
+            {**_dotted("lin"), **_dotted("text_model.lin")},
+            "two adapters for lin of this model: lin and text_model.lin",
+        ),
+        (
+            {**_dotted("lin"), **_dotted("twin.lin")},
+            "two adapters for lin of this model: lin and twin.lin",
+        ),
+        (_kohya("lin", alpha=torch.tensor(0.0)), "alpha of lin is 0"),
+        (_kohya("lin", alpha=torch.ones(2)), "alpha of lin is"),
+        (_kohya("lin", **{"lora_down.weight": torch.tensor(1.0)}), "a factor is a matrix"),
+        (
+            _kohya("lin", **{"lora_down.weight": torch.ones(2, 4, dtype=torch.int8)}),
+            "A of lin is torch.int8",
+        ),
+    ],
+)
+def test_a_file_that_can_be_read_in_two_ways_is_refused(
+    tensors: dict[str, Tensor], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        lora_fx.load_adapter(Named(), _written(tmp_path / "one.safetensors", tensors))
+
+
+def test_a_layer_of_two_names_is_one_layer(tmp_path: Path) -> None:
+    model = Named()
+    path = _written(tmp_path / "one.safetensors", _kohya("twin_lin"))
+    assert any(
+        name.startswith("lin.lora_A")
+        for name, _ in lora_fx.load_adapter(model, path).named_parameters()
+    )
+
+
+def test_patterns_are_about_the_names_in_the_file(tmp_path: Path) -> None:
+    """Text encoders of transformers 4 had ``text_model`` around their layers."""
+    values = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"text_model.lin": 10}}
+    named = {f"text_encoder.{name}": value for name, value in values.items()}
+    path = _written(
+        tmp_path / "one.safetensors",
+        {**_dotted("text_encoder.text_model.lin"), **_dotted("text_encoder.text_model.a.b")},
+        lora_adapter_metadata=json.dumps(named),
+    )
+    base = Named().eval()
+    exact = copy.deepcopy(base).double()
+    exact.lin.weight.data += 10 / 2 * 2 * torch.ones(4, 4)
+    exact.a["b"].weight.data += 4 / 2 * 2 * torch.ones(4, 4)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert_close(lora_fx.load_adapter(base, path)(x).detach(), exact(x.double()).float().detach())
+
+
+def test_two_formats_do_not_share_a_folder(tmp_path: Path) -> None:
+    """load_adapter, and other readers, would take the one for the other."""
+    model = adapted()
+    lora_fx.save_adapter(model, tmp_path / "peft", receipt=SAMPLE)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match=r"of another format .adapter_config\.json"):
+            lora_fx.save_adapter(model, tmp_path / "peft", format="diffusers", force=force)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+    lora_fx.save_adapter(model, tmp_path / "diffusers", format="diffusers")
+    with pytest.raises(CheckpointError, match=r"of another format .pytorch_lora_weights"):
+        lora_fx.save_adapter(model, tmp_path / "diffusers", force=True)
+
+
+def test_a_model_of_diffusers_that_is_no_part_is_asked_for_its_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    control = diffusers.ControlNetModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(8, 8),
+    )
+    model = lora_fx.rewrite(control, LoraConfig(r=2, target_modules=["to_q"]))
+    randomize(model)
+    with pytest.raises(ConfigError, match="which part of a pipeline this ControlNetModel is"):
+        lora_fx.save_adapter(model, tmp_path / "control", format="diffusers")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_diffusers_loads_what_is_saved_for_a_text_encoder(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers loads it there, and makes new values where it does not find a tensor."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    values = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **options}
+    model = lora_fx.rewrite(text_encoder(), LoraConfig(**values)).eval()
+    randomize(model)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    lora_fx.save_adapter(model, tmp_path, format="diffusers", component="text_encoder")
+    state, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(tmp_path), return_lora_metadata=True
+    )[::2]
+    theirs = text_encoder()
+    StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+        state, None, theirs, prefix="text_encoder", metadata=metadata
+    )
+    with torch.no_grad():
+        wanted = model(ids)[0]
+        assert_close(theirs(ids)[0], wanted)
+        assert_close(lora_fx.load_adapter(text_encoder(), tmp_path).eval()(ids)[0], wanted)

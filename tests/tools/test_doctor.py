@@ -103,6 +103,62 @@ def test_a_file_is_looked_at(tmp_path: Path) -> None:
         doctor.examine_file(tmp_path / "bad.onnx")
 
 
+def _with_external(path: Path, *, inner: bool = False, shape: int = 4, **where: str) -> Path:
+    """A file with one tensor of four bytes an element elsewhere, in the graph or in a branch of it."""
+    onnx = pytest.importorskip("onnx")
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[shape])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in where.items():
+        tensor.external_data.add(key=key, value=value)
+    named = {
+        name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [shape])
+        for name in ("x", "y")
+    }
+    add = onnx.helper.make_node("Add", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([add], "g", [named["x"]], [named["y"]], [tensor])
+    if inner:
+        branch = onnx.helper.make_graph([add], "branch", [], [named["y"]], [tensor])
+        which = onnx.helper.make_tensor_value_info("which", onnx.TensorProto.BOOL, [])
+        same = onnx.helper.make_node("Identity", ["x"], ["y"])
+        other = onnx.helper.make_graph([same], "other", [], [named["y"]])
+        node = onnx.helper.make_node("If", ["which"], ["y"], then_branch=branch, else_branch=other)
+        graph = onnx.helper.make_graph([node], "g", [which, named["x"]], [named["y"]])
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ({"location": "d"}, ""),
+        ({"location": "d", "offset": "0", "length": "16"}, ""),
+        ({"location": "gone"}, "missing"),
+        ({"location": "d", "offset": "a"}, "invalid literal"),
+        ({"location": "d", "offset": "-4"}, "non-negative"),
+        ({"location": "d", "offset": "4"}, "16 bytes, where the weights need 20"),
+        ({"location": "d", "length": "12"}, "12 bytes in d, where its shape needs 16"),
+        ({}, "16 bytes in no file"),
+        ({"location": "../d"}, "outside"),
+    ],
+)
+def test_weights_in_other_files_are_looked_at(
+    where: dict[str, str], says: str, inner: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "data").write_bytes(b"0" * 16)
+    (tmp_path / "d").symlink_to(tmp_path / "data")
+    found = _problems(_with_external(tmp_path / "model.onnx", inner=inner, **where))
+    assert len(found) == bool(says)
+    assert not says or says in found[0].detail
+
+
+def test_a_file_without_bytes_is_no_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(ExportError, match="is empty"):
+        doctor.examine_file(tmp_path / "empty.onnx")
+
+
 def test_factors_that_a_tool_has_folded_away_are_a_problem(tmp_path: Path) -> None:
     import onnx
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
+from lora_fx.checkpoint import read_receipt
 from tests.algebra import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -256,3 +258,161 @@ def test_the_command_says_so_and_exits_with_it(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert json.loads(done.stdout)["verdict"] == "not applied"
     assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 2
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_ff": 48, "num_heads": 4, "d_kv": 8, "vocab_size": 64}
+    return T5ForConditionalGeneration(T5Config(num_layers=1, **sizes)).eval()
+
+
+@pytest.mark.parametrize("length", [2, 4, 6])
+def test_an_encoder_decoder_is_compared_after_the_last_token_of_its_decoder(
+    length: int, tmp_path: Path
+) -> None:
+    model = lora_fx.rewrite(_t5(), LoraConfig(r=4, target_modules=["q", "v"])).eval()
+    randomize(model)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    decoder = torch.arange(2 * length).reshape(2, length)
+    inputs = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": decoder}
+    folder = lora_fx.save_adapter(model, tmp_path / "a", receipt=inputs)
+    assert lora_fx.verify(folder, model).applied
+    receipt = read_receipt(folder)
+    with torch.no_grad():
+        last = model(**inputs).logits[:, -1].double().log_softmax(-1)
+    assert torch.allclose(receipt.answers[1.0], last.gather(-1, receipt.chosen), atol=1e-5)
+
+
+class _Scaled(nn.Module):
+    """A layer whose output has any size."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size = size
+        self.layer = nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.drop(self.layer(x)) * self.size
+        return out
+
+
+def _scaled(size: float, factor: float = 1.0) -> nn.Module:
+    model = lora_fx.rewrite(_Scaled(size), LoraConfig(r=4, target_modules=["layer"]))
+    randomize(model)
+    for parameter in _bs(model):
+        parameter.data.mul_(factor)
+    return model
+
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def test_the_effect_on_an_output_is_a_share_of_it(size: float, tmp_path: Path) -> None:
+    folder = lora_fx.save_adapter(_scaled(size), tmp_path / "a", receipt=X)
+    assert lora_fx.verify(folder, _scaled(size)).applied
+    with pytest.raises(ConfigError, match="changes what is compared by"):
+        lora_fx.save_adapter(_scaled(size, 1e-4), tmp_path / "b", receipt=X)
+    assert not (tmp_path / "b").exists()
+
+
+class Broken(nn.Module):
+    """Gives what it should for all rows but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _scaled(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return torch.cat([out[:3], out[3:] * float("nan")])
+
+
+def test_what_is_not_a_number_is_not_applied(tmp_path: Path) -> None:
+    folder = lora_fx.save_adapter(_scaled(1.0), tmp_path / "a", receipt=X)
+    assert lora_fx.verify(folder, Broken()).verdict == "applied otherwise"
+    with pytest.raises(ConfigError, match="is not finite"):
+        lora_fx.save_adapter(_scaled(float("inf")), tmp_path / "b", receipt=X)
+
+
+def test_the_command_writes_json_without_infinity_and_wants_an_address(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lora_fx.tools.cli.app import app
+
+    folder = str(lora_fx.save_adapter(_scaled(1.0), tmp_path / "a", receipt=X))
+    done = CliRunner().invoke(app, ["verify", folder, "--model", f"{__name__}:Broken", "--json"])
+    assert done.exit_code == 1
+    assert "Infinity" not in done.stdout
+    assert json.loads(done.stdout)["evidence"]["distance to the base"] is None
+    done = CliRunner().invoke(app, ["verify", folder, "--url", "localhost:8000/v1"])
+    assert done.exit_code == 2
+    assert "begins with http://" in done.output
+
+
+def test_modes_of_submodules_stay_as_they_are(tmp_path: Path) -> None:
+    model = _scaled(1.0)
+    folder = lora_fx.save_adapter(model, tmp_path / "a", receipt=X)
+    model.train()
+    model.get_submodule("drop").eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    lora_fx.verify(folder, model)
+    assert before == {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"y": X}, r"this _Scaled.* cannot be called with .*y \[4, 8\]"),
+        (X[:, :3], "cannot be called with the inputs of the receipt"),
+        ({"": X}, "receipt= is a tensor"),
+        ({0: X}, "receipt= is a tensor"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_refused(
+    inputs: Any, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        lora_fx.save_adapter(_scaled(1.0), tmp_path / "a", receipt=inputs)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_receipt_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    model = _scaled(1.0)
+    folder = lora_fx.save_adapter(model, tmp_path / "a", receipt=X)
+    other = lora_fx.save_adapter(_scaled(1.0, 2.0), tmp_path / "b", receipt=X)
+    name = "adapter_receipt.safetensors"
+    (folder / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(CheckpointError, match="of another adapter than the one in"):
+        lora_fx.verify(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ('{"format": 2}', "written in format 2: update lora_fx"),
+        ("[1]", "damaged"),
+        ('{"format": 1, "tokens": false, "facts": []}', "damaged"),
+    ],
+)
+def test_a_damaged_receipt_is_refused(written: str, says: str, tmp_path: Path) -> None:
+    model = _scaled(1.0)
+    folder = lora_fx.save_adapter(model, tmp_path / "a", receipt=X)
+    path = folder / "adapter_receipt.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, metadata={"lora_fx.receipt": written})
+    with pytest.raises(CheckpointError, match=says):
+        lora_fx.verify(folder, model)
+
+
+def test_other_subjects_are_refused(tmp_path: Path) -> None:
+    model = _scaled(1.0)
+    folder = lora_fx.save_adapter(model, tmp_path / "a", receipt=X)
+    with pytest.raises(ConfigError, match="subject is a NoneType"):
+        lora_fx.verify(folder, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="what a server calls its models"):
+        lora_fx.verify(folder, model, name="a")

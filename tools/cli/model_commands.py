@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -431,13 +432,18 @@ def verify(
     given = [one for one in (onnx, model, url) if one is not None]
     if len(given) != 1:
         raise ConfigError("say what to ask: one of --onnx FILE, --model MODEL and --url ADDRESS")
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url}: an address begins with http:// or https://")
     subject: Any = onnx or url
     if model is not None:
         subject = o.load(model).model
     with console.progress("asking"):
         verdict = judge(folder, subject, name=name, base_name=base_name, provider=provider)
     if as_json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(verdict), indent=2) + "\n")
+        # JSON has no infinity.
+        evidence = {k: v if math.isfinite(v) else None for k, v in verdict.evidence.items()}
+        values = {**dataclasses.asdict(verdict), "evidence": evidence}
+        sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
     else:
         console.output().print(str(verdict), highlight=False)
     if not verdict.applied:
