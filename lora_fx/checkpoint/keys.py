@@ -45,12 +45,12 @@ from lora_fx.passes.parameters import (
     SiteFactors,
     factors_of,
     gathered,
-    whole_shape,
     in_adapter,
     own_value,
     parameter_of,
     rows_name,
     tokens_of,
+    whole_shape,
 )
 from lora_fx.passes.patterns import pattern_of
 

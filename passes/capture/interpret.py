@@ -861,7 +861,9 @@ class Frame:
             return False
         if function in _BUILTINS:
             return _BUILTINS[function](self, *args, **kwargs)
-        if (standing := _STANDING_IN.get(f"{function.__module__}.{function.__qualname__}")) is not None:
+        if (
+            standing := _STANDING_IN.get(f"{function.__module__}.{function.__qualname__}")
+        ) is not None:
             return self.call(standing, *args, **kwargs)
         if _is_leaf(function):
             return function(*map(recorder.seen, args), **kwargs)

@@ -217,7 +217,9 @@ class Branch(Writer):
         self._low_rank = True
         down = self.call(Role.DOWN, torch._C._nn.linear, self.dropped(x), self.a)
         bias = self.bias if with_bias else None
-        return self.call(Role.UP, torch._C._nn.linear, down, self.b, *(() if bias is None else (bias,)))
+        return self.call(
+            Role.UP, torch._C._nn.linear, down, self.b, *(() if bias is None else (bias,))
+        )
 
     def fuse_by(
         self,

@@ -183,7 +183,7 @@ def place_base(
         if is_sharded(old) or is_partitioned(old):
             # Its values are exchanged: the parameter is the library's, and the optimizer's.
             if keep:
-                own = gathered(old, name) if is_partitioned(old) else old.detach().clone()
+                own = (gathered(old, name) if is_partitioned(old) else old.detach()).clone()
                 _beside(owner, leaf).add(adapter, nn.Parameter(own))
             write(old, original)
             continue

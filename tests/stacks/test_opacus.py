@@ -1,4 +1,4 @@
-"""Opacus: gradients of single samples are those of a loop over samples, or it is refused before the first call."""
+"""Opacus: gradients of single samples are those of a loop over samples, or refused before the first call."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def one_by_one(model: Any) -> dict[str, torch.Tensor]:
         torch.autograd.grad(loss_of(model, x[None], y[None]), list(named.values()))
         for x, y in zip(X, Y, strict=True)
     ]
-    return {name: torch.stack(row) for name, row in zip(named, zip(*rows, strict=True), strict=True)}
+    return {
+        name: torch.stack(row) for name, row in zip(named, zip(*rows, strict=True), strict=True)
+    }
 
 
 def by_samples(model: Any) -> dict[str, torch.Tensor]:
@@ -120,5 +122,5 @@ def test_gradients_of_torch_func_in_a_private_step(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_hooks_are_refused(mode: str, case: str) -> None:
     opacus = pytest.importorskip("opacus.grad_sample")
-    with pytest.raises(ConfigError, match="optimize=False.*no_op"):
+    with pytest.raises(ConfigError, match=r"optimize=False.*no_op"):
         opacus.wrap_model(build(case), grad_sample_mode=mode)

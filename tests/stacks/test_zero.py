@@ -78,9 +78,7 @@ def test_a_step_is_that_of_one_process(case: str, found: list[dict[str, Any]]) -
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_has_whole_tensors(
-    case: str, folder: Path, found: list[dict[str, Any]]
-) -> None:
+def test_a_folder_has_whole_tensors(case: str, folder: Path, found: list[dict[str, Any]]) -> None:
     stored = load_file(folder / case / "adapter_model.safetensors")
     assert all(value.numel() for value in stored.values())
     again = lora_fx.load_adapter(llama(), folder / case)
@@ -101,7 +99,6 @@ def test_what_needs_whole_weights_is_refused(case: str, found: list[dict[str, An
         assert "before the model is sharded" in said["add"]
 
 
-@pytest.mark.feature(STACK, "start on meta", refused=True)
 def test_a_base_that_is_partitioned_before_the_rewrite_is_refused(
     found: list[dict[str, Any]],
 ) -> None:

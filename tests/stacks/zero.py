@@ -99,7 +99,9 @@ def trained(case: str, rank: int, folder: str) -> dict[str, Any]:
         found["loaded"] = lora_fx.adapter_state_dict(model)
     found["said"] = {
         "merge": said(lambda: lora_fx.merge(model)),
-        "export": said(lambda: lora_fx.export_onnx(model, Path(folder) / "no.onnx", {"input_ids": IDS})),
+        "export": said(
+            lambda: lora_fx.export_onnx(model, Path(folder) / "no.onnx", {"input_ids": IDS})
+        ),
         "merge of all, gathered": said(lambda: merged_of(model)),
         "add": said(lambda: lora_fx.add_adapter(model, LoraConfig(r=2, **CASES[case]), "more")),
     }
