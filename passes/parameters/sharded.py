@@ -182,8 +182,8 @@ def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxErr
         if is_partitioned(tensor):
             raise error(
                 f"{name} is partitioned by ZeRO-3, which takes its values away between calls: save the "
-                "adapter on every rank (lora_fx.save_adapter, which gathers it), load it onto a model that is "
-                "not partitioned, and merge or export that"
+                "adapter on every rank (lora_fx.save_adapter, which gathers it), load it onto a model that "
+                "is not partitioned, and merge or export that"
             )
 
 
