@@ -6,6 +6,7 @@ such a parameter is not exchanged: values are copied into it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,10 +78,14 @@ def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
 
 def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """A copy of what the processes of ZeRO-3 hold of a parameter: the parameter itself is empty again."""
-    import deepspeed  # it has made the parameter
-
-    with answering(name), deepspeed.zero.GatheredParameters([tensor]):
+    with answering(name), _put_together(tensor):
         return tensor.detach().clone()
+
+
+def _put_together(tensor: torch.Tensor, **options: Any) -> Any:
+    """DeepSpeed's context in which a parameter of its own has all of its values."""
+    deepspeed: Any = importlib.import_module("deepspeed")  # it has made the parameter
+    return deepspeed.zero.GatheredParameters([tensor], **options)
 
 
 @contextmanager
@@ -153,9 +158,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     Every rank has to call this where it is: what the first one has is taken.
     """
     if is_partitioned(tensor):
-        import deepspeed  # it has made the parameter
-
-        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
+        with _put_together(tensor, modifier_rank=0), torch.no_grad():
             tensor.copy_(value)
         return
     value = distributed_as(value, tensor)
