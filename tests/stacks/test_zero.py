@@ -97,6 +97,7 @@ def test_what_needs_whole_weights_is_refused(case: str, found: list[dict[str, An
         for verb in ("merge", "merge of all, gathered", "export"):
             assert "save the adapter on every rank" in said[verb], verb
         assert "before the model is sharded" in said["add"]
+        assert "would write it empty" in said["save_pretrained"]
 
 
 def test_a_base_that_is_partitioned_before_the_rewrite_is_refused(

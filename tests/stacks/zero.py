@@ -99,6 +99,7 @@ def trained(case: str, rank: int, folder: str) -> dict[str, Any]:
         found["loaded"] = lora_fx.adapter_state_dict(model)
     found["said"] = {
         "merge": said(lambda: lora_fx.merge(model)),
+        "save_pretrained": said(lambda: model.save_pretrained(Path(folder) / f"{case} {rank}")),
         "export": said(
             lambda: lora_fx.export_onnx(model, Path(folder) / "no.onnx", {"input_ids": IDS})
         ),
