@@ -35,7 +35,15 @@ FEATURES = (
     "export",
 )
 # Stacks in which several processes have one model, and what was tried with them.
-PARALLEL = ("DDP", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP", "pipeline stages")
+PARALLEL = (
+    "DDP",
+    "FSDP2",
+    "HSDP",
+    "tensor parallel",
+    "FSDP2 x TP",
+    "pipeline stages",
+    "DeepSpeed ZeRO-3",
+)
 PARALLEL_FEATURES = (
     "train",
     "dropout",
@@ -56,8 +64,10 @@ LIBRARIES = (
     "transformers",
     "peft",
     "accelerate",
+    "deepspeed",
     "diffusers",
     "lightning",
+    "opacus",
     "ray",
     "sentence-transformers",
     "timm",

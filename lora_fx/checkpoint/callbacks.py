@@ -21,7 +21,7 @@ from lora_fx.checkpoint.folder import save_adapter
 from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Record, join, record_of
-from lora_fx.passes.parameters import is_sharded
+from lora_fx.passes.parameters import is_partitioned, is_sharded
 
 __all__ = ["lightning_callback", "trainer_callback"]
 
@@ -214,7 +214,8 @@ def _write(module: nn.Module, folder: Path, *, write: bool) -> None:
     """
     models = _rewritten(module)
     for name, (model, record) in models.items():
-        if not write and not any(is_sharded(one) for one in model.parameters()):
+        parts = (is_sharded(one) or is_partitioned(one) for one in model.parameters())
+        if not write and not any(parts):
             continue
         target = folder if len(models) == 1 else folder / name
         for adapter in record.adapters:

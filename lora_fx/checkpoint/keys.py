@@ -50,6 +50,7 @@ from lora_fx.passes.parameters import (
     parameter_of,
     rows_name,
     tokens_of,
+    whole_shape,
 )
 from lora_fx.passes.patterns import pattern_of
 
@@ -219,7 +220,7 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
-        return self.form.stored(tuple(self.tensor.shape))
+        return self.form.stored(tuple(whole_shape(self.tensor)))
 
     def encoded(self) -> torch.Tensor:
         """What is stored: contiguous, on the CPU, with storage of its own."""

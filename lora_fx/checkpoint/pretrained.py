@@ -34,8 +34,10 @@ from lora_fx.passes.merge import stripped
 from lora_fx.passes.parameters import (
     changed_buffers,
     in_adapter,
+    is_partitioned,
     is_sharded,
     trained_by_hand,
+    whole_shape,
     without_wrappers,
 )
 from lora_fx.runtime import AdapterModule, register_member, watch
@@ -186,6 +188,7 @@ def _save(
         # The names of the model, which a checkpoint is loaded by.
         given["save_original_format"] = False
     state = dict(given.get("state_dict") or {})  # transformers takes out what it has written
+    _check_gathered(model, state)
     if not given.get("is_main_process", True):
         return method(*bound.args, **bound.kwargs)
     # Models in it write their own folders.
@@ -253,6 +256,22 @@ def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, **{one: names(getattr(config, one)) for one in _NAMING})
 
 
+def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuses to save what ZeRO-3 has partitioned without its values: empty tensors would be written.
+
+    Raises:
+        ConfigError: With the first parameter that is trained and is not in the state dict.
+    """
+    for name, parameter in model.named_parameters():
+        whole = getattr(state.get(name), "shape", None) == whole_shape(parameter)
+        if is_partitioned(parameter) and parameter.requires_grad and not whole:
+            raise ConfigError(
+                f"{name} is partitioned by ZeRO-3, and save_pretrained would write it empty: call "
+                "lora_fx.save_adapter on every rank, which gathers it, or give a state_dict with all values "
+                "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's configuration)"
+            )
+
+
 def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
     """Save the base of a model that was loaded from nowhere, and give the path.
 
@@ -261,7 +280,7 @@ def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
         folder: Where it is saved.
         staged: What is written there takes its place.
     """
-    if any(is_sharded(parameter) for parameter in part.root.parameters()):
+    if any(is_sharded(one) or is_partitioned(one) for one in part.root.parameters()):
         _log.warning(
             "%s: the base has no name_or_path, and is sharded: it is not saved. Save it before training, "
             "and set model.name_or_path to where it is",
@@ -290,7 +309,7 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
         (module, leaf, parameter, state.get(join(fqn, leaf)))
         for fqn, module in part.module.named_modules()
         for leaf, parameter in module._parameters.items()
-        if hasattr(parameter, "full_tensor")
+        if (hasattr(parameter, "full_tensor") or is_partitioned(parameter))
         and isinstance(state.get(join(fqn, leaf)), torch.Tensor)
     ]
     if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in held):

@@ -102,6 +102,23 @@ class AdapterFactors(AdapterModule):
         if name == _HOOK and type(self) is AdapterFactors:
             object.__setattr__(self, "__class__", OffloadedFactors)
 
+    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Registers a hook.
+
+        Raises:
+            ConfigError: If it is to compute gradients of single samples: no call of this module would run it.
+        """
+        library = type(getattr(getattr(hook, "func", hook), "__self__", None)).__module__
+        if library.partition(".")[0] == "opacus":
+            raise ConfigError(
+                "Opacus computes the gradients of single samples by hooks on layers, and the factors of an "
+                "adapter are read by the graph of the layer that they adapt: no hook on them runs. Use "
+                "grad_sample_mode='ew' with a model of lora_fx.rewrite(..., optimize=False), where linear "
+                "layers have LoRA; or grad_sample_mode='no_op', and set grad_sample of the parameters from "
+                "torch.func (vmap over grad of functional_call), which any adapter goes with"
+            )
+        return super().register_full_backward_hook(hook, prepend)
+
     def add(self, adapter: str, value: torch.Tensor) -> None:
         """Adds an adapter's factor, or puts another one in its place.
 

@@ -106,6 +106,11 @@ _IN_WORDS: dict[Any, str] = {
     nn.Module.train: "calls train() or eval()",
     nn.Module.eval: "calls train() or eval()",
 }
+# Functions that a library puts in the place of one of torch's, in the whole process and for good: what they
+# compute is the same.
+_STANDING_IN: dict[str, Any] = {
+    "deepspeed.runtime.zero.linear.zero3_linear_wrap": torch._C._nn.linear,
+}
 # Answers that do not change between a trace and a call without a compiler.
 _ALWAYS_FALSE: tuple[Any, ...] = (vars(torch.jit)["is_scripting"], vars(torch.jit)["is_tracing"])
 _PURE = frozenset(
@@ -856,6 +861,10 @@ class Frame:
             return False
         if function in _BUILTINS:
             return _BUILTINS[function](self, *args, **kwargs)
+        if (
+            standing := _STANDING_IN.get(f"{function.__module__}.{function.__qualname__}")
+        ) is not None:
+            return self.call(standing, *args, **kwargs)
         if _is_leaf(function):
             return function(*map(recorder.seen, args), **kwargs)
         return self._invoke(function, recorder.path_of(function), args, kwargs)

@@ -448,6 +448,16 @@ def _check_whole(model: nn.Module) -> None:
                 "but neither rewritten nor exported: rewrite it before it is sharded. To export, save the "
                 "adapter on every rank (lora_fx.save_adapter), and load it onto a model that is not sharded"
             )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise CaptureError(
+                f"{name} is partitioned by ZeRO-3 (deepspeed.zero.Init, or deepspeed.initialize), and such a "
+                "model can be neither rewritten nor exported: rewrite it before deepspeed.initialize, which "
+                "partitions what rewrite() returns, and build it outside of zero.Init. transformers builds "
+                "within it from the time at which TrainingArguments(deepspeed=...) are made: make them after "
+                "from_pretrained and rewrite(). To export, save the adapter on every rank "
+                "(lora_fx.save_adapter), and load it onto a model that is not partitioned"
+            )
 
 
 def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:

@@ -65,9 +65,11 @@ from lora_fx.passes.parameters.sharded import (
     distributed,
     distributed_as,
     gathered,
+    is_partitioned,
     is_sharded,
     own_part,
     reshard,
+    whole_shape,
     write,
 )
 
@@ -106,6 +108,7 @@ __all__ = [
     "in_adapter",
     "indices_name",
     "inside",
+    "is_partitioned",
     "is_sharded",
     "mark_adapted",
     "matrix_shape",
@@ -127,6 +130,7 @@ __all__ = [
     "trained_starts",
     "unprotect",
     "weight_at",
+    "whole_shape",
     "wide",
     "without_wrappers",
     "write",

@@ -23,6 +23,7 @@ from lora_fx.passes.parameters.replacements import module_at, weight_at
 from lora_fx.passes.parameters.sharded import (
     answering,
     check_not_sharded,
+    is_partitioned,
     is_sharded,
     own_part,
 )
@@ -141,7 +142,7 @@ def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> No
     Raises:
         ConfigError: If FSDP2 or ZeRO shards the model, and it is another one.
     """
-    owned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    owned = any(is_partitioned(parameter) for parameter in model.parameters())
     if owned or (not beside_weights and any(is_unit(module) for module in model.modules())):
         check_not_sharded(
             model,

@@ -11,7 +11,13 @@ from torch import nn
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
 from lora_fx.passes.graph import memory_of
-from lora_fx.passes.parameters.sharded import distributed_as, is_sharded, write
+from lora_fx.passes.parameters.sharded import (
+    distributed_as,
+    gathered,
+    is_partitioned,
+    is_sharded,
+    write,
+)
 from lora_fx.runtime import AdapterModule, KeptTensors
 
 __all__ = [
@@ -140,7 +146,7 @@ def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
         assert isinstance(beside, KeptTensors)
         kept, here = beside._parameters.pop(adapter), owner._parameters[leaf]
         assert kept is not None
-        if here is not None and is_sharded(here):
+        if here is not None and (is_sharded(here) or is_partitioned(here)):
             write(here, kept)
         else:
             owner._parameters[leaf] = kept
@@ -174,10 +180,11 @@ def place_base(
             value = distributed_as(original.detach().to(old.dtype), old)
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             continue
-        if is_sharded(old):
+        if is_sharded(old) or is_partitioned(old):
             # Its values are exchanged: the parameter is the library's, and the optimizer's.
             if keep:
-                _beside(owner, leaf).add(adapter, nn.Parameter(old.detach().clone()))
+                own = (gathered(old, name) if is_partitioned(old) else old.detach()).clone()
+                _beside(owner, leaf).add(adapter, nn.Parameter(own))
             write(old, original)
             continue
         memory = memory_of(original)
@@ -227,7 +234,8 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight in the layout of the site: the parameter's own memory, or values made of few bits."""
     weight = weight_at(model, site.weight)
     if site.quantized is None:
-        return weight.detach()
+        # What ZeRO-3 keeps of a parameter is found by its attributes.
+        return weight if is_partitioned(weight) else weight.detach()
     # Not detached: the scales are attributes of the parameter.
     values = dense(weight)
     return values if site.layout == "out_in" else values.T

@@ -6,6 +6,7 @@ such a parameter is not exchanged: values are copied into it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +25,11 @@ __all__ = [
     "distributed",
     "distributed_as",
     "gathered",
+    "is_partitioned",
     "is_sharded",
     "own_part",
     "reshard",
+    "whole_shape",
     "write",
 ]
 
@@ -36,6 +39,17 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 owns a tensor: it is empty between calls, and the parts lie elsewhere."""
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of all of a tensor, also where ZeRO-3 has left an empty one."""
+    found: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return found
+
+
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor; the tensor itself where it is whole."""
     found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
@@ -43,7 +57,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
-    """All of a tensor, which FSDP2 shards (a DTensor): then every rank has to call this.
+    """All of a tensor, which FSDP2 shards (a DTensor) or ZeRO-3: then every rank has to call this.
 
     Args:
         tensor: Any.
@@ -52,12 +66,26 @@ def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
     Raises:
         ProcessError: If another process that holds a part of it does not answer.
     """
+    if is_partitioned(tensor) and tensor.shape != whole_shape(tensor):
+        return _from_partitions(tensor, name)
     found: Any = tensor.detach()
     whole: torch.Tensor = found
     if is_sharded(found):
         with answering(name):
             whole = found.full_tensor()
     return whole
+
+
+def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A copy of what the processes of ZeRO-3 hold of a parameter: the parameter itself is empty again."""
+    with answering(name), _put_together(tensor):
+        return tensor.detach().clone()
+
+
+def _put_together(tensor: torch.Tensor, **options: Any) -> Any:
+    """DeepSpeed's context in which a parameter of its own has all of its values."""
+    deepspeed: Any = importlib.import_module("deepspeed")  # it has made the parameter
+    return deepspeed.zero.GatheredParameters([tensor], **options)
 
 
 @contextmanager
@@ -125,7 +153,14 @@ def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded."""
+    """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded.
+
+    Every rank has to call this where it is: what the first one has is taken.
+    """
+    if is_partitioned(tensor):
+        with _put_together(tensor, modifier_rank=0), torch.no_grad():
+            tensor.copy_(value)
+        return
     value = distributed_as(value, tensor)
     with torch.no_grad():
         tensor.copy_(value)
@@ -140,19 +175,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxError]) -> None:
-    """Refuses parameters of which DeepSpeed's ZeRO-3 has left an empty tensor in this process.
+    """Refuses parameters that DeepSpeed's ZeRO-3 owns: nothing that shares their memory keeps its values.
 
     Args:
         named: Parameters by name.
         error: What is raised.
     """
     for name, tensor in named:
-        partitioned = hasattr(tensor, "ds_id") and int(getattr(tensor, "ds_numel", 0)) > 0
-        if partitioned and not tensor.numel():
+        if is_partitioned(tensor):
             raise error(
-                f"{name} is partitioned by ZeRO-3, and has no values in this process: gather the parameters "
-                "first, `with deepspeed.zero.GatheredParameters(list(model.parameters())):` around this call "
-                "on every rank"
+                f"{name} is partitioned by ZeRO-3, which takes its values away between calls: save the "
+                "adapter on every rank (lora_fx.save_adapter, which gathers it), load it onto a model that "
+                "is not partitioned, and merge or export that"
             )
 
 
@@ -163,7 +197,7 @@ def check_not_sharded(model: nn.Module, what: str, remedy: str) -> None:
         ConfigError: With the first such parameter.
     """
     for name, parameter in model.named_parameters():
-        if is_sharded(parameter) or hasattr(parameter, "ds_id"):
+        if is_sharded(parameter) or is_partitioned(parameter):
             raise ConfigError(
                 f"{name} is sharded, and {what} would be whole in every process, where nothing keeps it "
                 f"equal: {remedy}"

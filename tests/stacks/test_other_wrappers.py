@@ -1,4 +1,4 @@
-"""DataParallel runs, FSDP1 and ZeRO-3 are refused by name, and so is a loss that reads an adapted weight."""
+"""DataParallel runs, FSDP1 is refused by name, and so is a loss that reads an adapted weight."""
 
 from __future__ import annotations
 
