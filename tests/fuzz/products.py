@@ -316,7 +316,8 @@ ELEMENTWISE = {
     "Tanh": ("nn.Tanh()", "x = {m}(x)"),
     "sigmoid": ("", "x = x.sigmoid() * x"),
     "LayerNorm": ("nn.LayerNorm({D})", "x = {m}(x)"),
-    "RMSNorm": ("nn.RMSNorm({D})", "x = {m}(x)"),
+    # By default its eps is that of the dtype: the oracle, in fp64, would have another.
+    "RMSNorm": ("nn.RMSNorm({D}, eps=1e-6)", "x = {m}(x)"),
     "BatchNorm1d": ("nn.BatchNorm1d({D})", "x = {m}(x.mT).mT"),
     "GroupNorm": ("nn.GroupNorm(2, {D})", "x = {m}(x.mT).mT"),
     "Dropout": ("nn.Dropout(0.5)", "x = {m}(x)"),
