@@ -82,6 +82,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.feature("FSDP2", "several machines")
 def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
     with socket.socket() as free:

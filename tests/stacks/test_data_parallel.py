@@ -12,6 +12,9 @@ from tests.numerics import assert_close
 from tests.stacks.data_parallel import CASES, RANKS, STACKS, alone, data_parallel
 from tests.stacks.tensor_parallel import run_rank
 
+# Several processes for each setup: minutes in all.
+pytestmark = pytest.mark.slow
+
 # Those that compute in fp32.
 TOLERANCES = {"experts": 1e-5, "NF4": 1e-5}
 

@@ -21,7 +21,10 @@ from tests.numerics import assert_same_bits
 from tests.stacks.models import IDS, adapted, llama
 from tests.stacks.trainers import DATA, trainer_options
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked"),
+]
 CONFIG = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5)
 
 

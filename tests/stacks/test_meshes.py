@@ -14,6 +14,9 @@ from tests.stacks.features import features_in, shown
 from tests.stacks.meshes import IDS, LATE, RANKS, WAYS, alone, combined, config, mean_step, work
 from tests.stacks.tensor_parallel import run_rank
 
+# Several processes for each setup: minutes in all.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -15,6 +15,9 @@ from tests.stacks.misuse import RANKS, TIMEOUT, left_alone, misuse
 from tests.stacks.models import llama
 from tests.stacks.tensor_parallel import run_rank
 
+# Several processes for each setup: minutes in all.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:

@@ -15,6 +15,9 @@ from tests.stacks.models import llama
 from tests.stacks.pipelines import IDS, OPTIONS, RANKS, SCHEDULES, build, pipelines, trained
 from tests.stacks.tensor_parallel import run_rank
 
+# Several processes for each setup: minutes in all.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,9 @@ from tests.stacks.models import IDS, llama
 from tests.stacks.resharding import HOW, STARTS, load, load_and_train, save
 from tests.stacks.tensor_parallel import run_rank
 
+# Several processes for each setup: minutes in all.
+pytestmark = pytest.mark.slow
+
 
 def stack_of(how: str) -> str:
     return {"fsdp": "FSDP2", "tp": "tensor parallel"}[how]

@@ -127,6 +127,7 @@ def test_seeded_faults_are_seen(
         assert found.scale == pytest.approx(2.0 if fault is _twice else 1.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_file_is_asked_merged_swappable_and_with_a_cache(tmp_path: Path) -> None:
     model, folder = saved(tmp_path / "a")
     options = {"task": "text-generation"}
