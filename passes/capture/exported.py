@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.noting import Notes, noted_globals
-from lora_fx.passes.capture.questions import Questions
+from lora_fx.passes.capture.questions import OF_GRAD_MODE, Questions
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.capture.unbake import convert_masks, unbake_devices, unbake_modes
@@ -181,7 +181,12 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     install(written)
     globals_read = tuple(noted_globals(model))
     try:
-        program, notes, questions = _exported(model, _prepared(inputs), dynamic_shapes)
+        program, *taken = _exported(model, _prepared(inputs), dynamic_shapes)
+        notes, questions = [taken[0]], [taken[1]]
+        if questions[0].grad_mode:
+            other = _exported_otherwise(program, model, _prepared(inputs), dynamic_shapes)
+            notes.append(other[0])
+            questions.append(other[1])
     finally:
         for region in written:
             uninstall(region.module)
@@ -214,7 +219,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         f"torch.is_autocast_enabled({device.type!r})",
         note="the call is made under autocast, and the graph has the dtypes of one without",
     )
-    questions.forget("is_autocast_enabled", device.type)
+    for one in questions:
+        one.forget("is_autocast_enabled", device.type)
     hooks = Flag(
         f"{NEEDS_MODULES}(self)",
         note="a module inside has a hook or checkpoints its activations, and the graph calls no modules: "
@@ -222,11 +228,13 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     )
     conditions += [autocast, hooks]
     conditions.extend(_output_conditions(model))
-    conditions.extend(questions.conditions)
-    conditions.extend(_cache_condition(notes.forget(getattr(model, "config", None), CACHE)))
+    conditions.extend(dict.fromkeys(c for one in questions for c in one.conditions))
+    cached = [one.forget(getattr(model, "config", None), CACHE) for one in notes]
+    conditions.extend(_cache_condition(cached[0]))
     for node in graph.nodes:
         node.meta.clear()
-    reads = (*noted_globals(model), *questions.reads, notes.read)
+    asked = dict.fromkeys(read for one in questions for read in one.reads)
+    reads = (*noted_globals(model), *asked, *(one.read for one in notes))
     parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
@@ -290,6 +298,34 @@ def _exported(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _exported_otherwise(
+    program: ExportedProgram, model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[Notes, Questions]:
+    """Exports a model that asks for the grad mode in the other one, and wants the same graph.
+
+    Raises:
+        CaptureError: If it is another one.
+    """
+    refusal = CaptureError(f"its forward {OF_GRAD_MODE}: frontend='regions' keeps it")
+    if torch.is_inference_mode_enabled():
+        raise refusal
+    with torch.set_grad_enabled(not torch.is_grad_enabled()):
+        other, notes, questions = _exported(model, inputs, dynamic_shapes)
+    if _told(program) != _told(other):
+        raise refusal
+    return notes, questions
+
+
+def _told(program: ExportedProgram) -> tuple[str, ...]:
+    """All that a program computes, in words."""
+    constants = [
+        (name, str(value.tolist()) if isinstance(value, torch.Tensor) else str(value))
+        for name, value in sorted(program.constants.items())
+    ]
+    graphs = [str(one.graph) for one in program.graph_module.modules() if hasattr(one, "graph")]
+    return (*graphs, str(program.graph_signature), str(program.range_constraints), str(constants))
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 An export answers such a question once, and the graph has that answer for good. Where a call can be asked the
 same before it runs, the answer becomes a guard: how PyTorch is set, and whether an argument
 has a gradient. Whether a result in between has one depends on what is trained then, which no guard knows:
-the export is refused. So it is for the grad mode, which training and evaluation have another, as it is in
-:mod:`.interpret`, and where the code changes what a backward pass does, since a graph has operations and no
-more.
+the export is refused. So it is where the code changes what a backward pass does, since a graph has
+operations and no more. Training and evaluation have another grad mode: a model that asks for it is exported
+in both, and has to give one graph.
 
 Only the code of the model is listened to. What PyTorch's own functions ask decides between ways to compute
 the same.
@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from lora_fx.passes.graph import Condition, ModuleRoot, Path, Read
 
-__all__ = ["Questions", "answer_of"]
+__all__ = ["OF_GRAD_MODE", "Questions", "answer_of"]
 
 _GRAD_MODE = ("is_grad_enabled", "is_inference_mode_enabled")
-_OF_GRAD_MODE = "asks PyTorch for the grad mode, which may be another when the graph runs"
+OF_GRAD_MODE = "asks PyTorch for the grad mode, which may be another when the graph runs"
 # Functions that say how PyTorch is set, some of them for a kind of device.
 _STATE = (
     "are_deterministic_algorithms_enabled",
@@ -82,12 +82,15 @@ class Questions(TorchFunctionMode):
     Attributes:
         conditions: What arguments have to answer.
         refused: What cannot be guarded, in words.
+        grad_mode: Whether the grad mode was asked for. Training and evaluation have another one, so that no
+            guard may: the graph has to be the same in both.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.conditions: list[Condition] = []
         self.refused: list[str] = []
+        self.grad_mode = False
         self._reads: dict[tuple[str, tuple[Any, ...]], Read] = {}
         self._arguments: dict[int, tuple[str, torch.Tensor, dict[str, Any]]] = {}
         self._before: dict[str, Any] = {}
@@ -164,8 +167,11 @@ class Questions(TorchFunctionMode):
         )
 
     def _note_state(self, name: str, args: tuple[Any, ...], answer: Any) -> None:
+        if name == "is_grad_enabled":
+            self.grad_mode = True
+            return
         if name in _GRAD_MODE:
-            self.refused.append(_OF_GRAD_MODE)
+            self.refused.append(OF_GRAD_MODE)
             return
         # What it says in between is decided by what it says before, and by the code.
         answer = self._before.get(name, answer)

@@ -120,3 +120,37 @@ def test_functions_of_pytorch_are_its_own_again() -> None:
         exported("asks for is_leaf")
     assert (torch.is_grad_enabled, torch.get_default_dtype) == before
     assert "__getattribute__" not in vars(type(torch.autograd.Function))
+
+
+class Checkpoints(nn.Module):
+    """Asks for the grad mode as models do that can checkpoint their activations, and catches exceptions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            scale = 2.0
+        except ValueError:
+            scale = 1.0
+        if torch.is_grad_enabled() and self.checkpointing:
+            scale = scale * 3
+        return self.head(self.fc(x) @ self.w * scale)
+
+
+def test_a_grad_mode_that_decides_nothing_costs_no_graph() -> None:
+    model = Checkpoints().eval()
+    x = torch.randn(3, 4)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["w"]), x).eval()
+        assert lora_fx.plan(model, LoraConfig(r=2), x).frontend == "export"
+        assert torch.equal(adapted(x), model(x))
+        with torch.no_grad():
+            assert torch.equal(adapted(x), model(x))
+        adapted.checkpointing = True
+        with pytest.raises(CaptureError, match="checkpointing was False when"):
+            adapted(x)
