@@ -181,12 +181,12 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     install(written)
     globals_read = tuple(noted_globals(model))
     try:
-        program, *taken = _exported(model, _prepared(inputs), dynamic_shapes)
-        notes, questions = [taken[0]], [taken[1]]
-        if questions[0].grad_mode:
-            other = _exported_otherwise(program, model, _prepared(inputs), dynamic_shapes)
-            notes.append(other[0])
-            questions.append(other[1])
+        program, noted, asked = _exported(model, _prepared(inputs), dynamic_shapes)
+        notes, questions = [noted], [asked]
+        if asked.grad_mode:
+            noted, asked = _exported_otherwise(program, model, _prepared(inputs), dynamic_shapes)
+            notes.append(noted)
+            questions.append(asked)
     finally:
         for region in written:
             uninstall(region.module)
@@ -233,8 +233,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.extend(_cache_condition(cached[0]))
     for node in graph.nodes:
         node.meta.clear()
-    asked = dict.fromkeys(read for one in questions for read in one.reads)
-    reads = (*noted_globals(model), *asked, *(one.read for one in notes))
+    answers = dict.fromkeys(read for one in questions for read in one.reads)
+    reads = (*noted_globals(model), *answers, *(one.read for one in notes))
     parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
