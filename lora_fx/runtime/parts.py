@@ -4,7 +4,7 @@ The factors lie as the weight does. Cut along its outputs, B is cut along its ow
 process; cut along its inputs, A is cut along them, and B is whole. Then ``x Aᵀ Bᵀ`` comes out as ``x Wᵀ``
 does, in parts or as terms of a sum, and nothing more is sent in a forward. The gradient of a factor that is
 whole is a sum over the processes, or the mean over those that have other samples. What an adapter has for
-each output feature besides (a magnitude, a bias) is cut as B is. The norms of DoRA are sums over the inputs:
+each output feature besides (a magnitude, a bias) is cut as B is. Norms of weights are sums over the inputs:
 where those are cut, each forward sums one vector over the processes.
 """
 
