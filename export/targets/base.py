@@ -15,7 +15,7 @@ from torch import nn
 from lora_fx.errors import ExportError
 from lora_fx.export.report import ExportReport
 
-__all__ = ["RuntimeTarget", "Written", "add_tokenizer", "generation_defaults", "write_json"]
+__all__ = ["RuntimeTarget", "Written", "add_tokenizer", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,21 @@ def write_json(path: Path, values: Mapping[str, Any]) -> Path:
     return path
 
 
-def add_tokenizer(tokenizer: Any, folder: Path) -> list[Path]:
+def add_tokenizer(tokenizer: Any, folder: Path) -> dict[Path, str]:
     """Write the files of a tokenizer.
 
     Args:
         tokenizer: An object with ``save_pretrained``, or a folder that has them.
         folder: An empty folder, which is made.
 
+    Returns:
+        Each file, and its place in the runtime's folder.
+
     Raises:
         ExportError: If it is neither.
     """
     if tokenizer is None:
-        return []
+        return {}
     folder.mkdir()
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
@@ -125,12 +128,4 @@ def add_tokenizer(tokenizer: Any, folder: Path) -> list[Path]:
             )
         for one in named:
             shutil.copyfile(one, folder / one.name)
-    return sorted(one for one in folder.iterdir() if one.is_file())
-
-
-def generation_defaults(report: ExportReport) -> dict[str, Any]:
-    """What a decoder's file remembers of its ``generation_config``."""
-    from lora_fx.export.decoder_cache import GENERATION_KEY
-
-    remembered: dict[str, Any] = json.loads(report.metadata.get(GENERATION_KEY, "{}"))
-    return remembered
+    return {one: one.name for one in sorted(folder.iterdir()) if one.is_file()}

@@ -7,18 +7,15 @@ the right and reads the logits of each row's last token. Source of the fields: o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import ExportError
-from lora_fx.export.targets.base import (
-    Written,
-    add_tokenizer,
-    generation_defaults,
-    write_json,
-)
+from lora_fx.export.decoder_cache import GENERATION_KEY
+from lora_fx.export.targets.base import Written, add_tokenizer, write_json
 from lora_fx.ir import record_of
 
 __all__ = ["GenaiTarget"]
@@ -66,8 +63,7 @@ class GenaiTarget:
         made = {
             write_json(written.folder / "genai_config.json", _config(written)): "genai_config.json"
         }
-        for one in add_tokenizer(written.tokenizer, written.folder / "tokenizer"):
-            made[one] = one.name
+        made |= add_tokenizer(written.tokenizer, written.folder / "tokenizer")
         if written.report.swappable:
             made |= _adapters(written)
         return made
@@ -97,7 +93,7 @@ def _adapters(written: Written) -> dict[Path, str]:
 def _config(written: Written) -> dict[str, Any]:
     report, model = written.report, written.model
     layers, heads, width = _cache_sizes(report.inputs)
-    remembered = generation_defaults(report)
+    remembered: dict[str, Any] = json.loads(report.metadata.get(GENERATION_KEY, "{}"))
     defaults: dict[str, Any] = remembered.get("defaults", {})
     config: Any = model.config
     text = config.get_text_config(decoder=True)

@@ -86,9 +86,7 @@ class TransformersJsTarget:
             path = written.folder / "generation_config.json"
             generation.to_json_file(path)
             made[path] = path.name
-        for one in add_tokenizer(written.tokenizer, written.folder / "tokenizer"):
-            made[one] = one.name
-        return made
+        return made | add_tokenizer(written.tokenizer, written.folder / "tokenizer")
 
 
 def _external_files(path: Path) -> dict[str, bool]:
