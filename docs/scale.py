@@ -6,7 +6,6 @@ python docs/scale.py --write    # into docs/scale.md
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from tables import show_or_write
 from torch import nn
 
 import lora_fx
@@ -102,19 +102,5 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    """Prints the table, or writes it into the page."""
-    text = table()
-    if "--write" not in sys.argv:
-        sys.stdout.write(text + "\n")
-        return
-    page = PAGE.read_text(encoding="utf-8")
-    pattern = re.compile(r"(<!-- steps -->\n).*?(<!-- end -->)", re.DOTALL)
-    new, count = pattern.subn(lambda found: f"{found[1]}{text}\n{found[2]}", page)
-    if count != 1:
-        raise SystemExit(f"{PAGE.name} has no place for the table")
-    PAGE.write_text(new, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    show_or_write(table(), PAGE, "steps")
