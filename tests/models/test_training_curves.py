@@ -20,7 +20,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.runtime import fused_lora as _fused_branch
-from lora_fx.runtime.masks import kept
+from lora_fx.runtime.masks import recovery
 from lora_fx.tools.demo.task import Batch, SentenceClassifier, batches, collect, tokens
 
 pytestmark = pytest.mark.slow
@@ -144,8 +144,8 @@ def test_a_mask_that_is_not_scaled_is_seen(
     task: Task, found: dict[str, Curves], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison has the power to find such an error."""
-    monkeypatch.setattr(_fused_branch, "kept", lambda _: 256)
-    assert kept(0.5) == 128
+    monkeypatch.setattr(_fused_branch, "recovery", lambda _: 1.0)
+    assert recovery(0.5) == 2
     wrong = task.curves("fused")
     assert differs(wrong.last, found["canonical"].last) or differs(
         wrong.held_out, found["canonical"].held_out
