@@ -6,6 +6,7 @@ A new one is a subclass of :class:`WeightFormat` and a call of :func:`register_f
 from __future__ import annotations
 
 from lora_fx.formats.base import (
+    LibraryLayers,
     Storage,
     WeightFormat,
     format_named,
@@ -21,7 +22,6 @@ from lora_fx.formats.base import (
     stored,
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat
-from lora_fx.formats.layers import LibraryLayers
 from lora_fx.formats.operators import (
     CONTRIB,
     DEQUANTIZE_LINEAR,
@@ -29,17 +29,19 @@ from lora_fx.formats.operators import (
     STANDARD_OPERATORS,
     whole_numbers,
 )
-from lora_fx.formats.state import (
+from lora_fx.formats.torchao import TorchaoFormat
+from lora_fx.formats.weights import (
     FormatHook,
     LoadHook,
     SaveHook,
     StateHooks,
+    dense,
     follow_state,
     is_format_hook,
     pickle_by_class,
+    quantized_linear,
+    requantized,
 )
-from lora_fx.formats.torchao import TorchaoFormat
-from lora_fx.formats.weights import dense, quantized_linear, requantized
 
 __all__ = [
     "CONTRIB",

@@ -1,7 +1,8 @@
 """The protocol of a weight format, the registry, and how a weight is to be stored.
 
 A format is how a library stores a matrix in few bits: a parameter of a class of its own, which it alone can
-read. Everyone else asks the format, which is found by the name of that class.
+read. All others ask the format, which is found by the name of that class. Where a library has layers of its
+own, :class:`LibraryLayers` says what copying, tracing, merging and exporting a model ask of them.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ import abc
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, QuantizationError
-from lora_fx.formats.layers import LibraryLayers
 from lora_fx.formats.operators import STANDARD_OPERATORS
-from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization
+from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization, Site
 
 if TYPE_CHECKING:
-    from lora_fx.formats.state import StateHooks
+    from lora_fx.formats.weights import StateHooks
 
 __all__ = [
     "BLOCKS",
     "FLOATS",
+    "LibraryLayers",
     "Storage",
     "WeightFormat",
     "format_named",
@@ -41,6 +42,85 @@ __all__ = [
     "storage",
     "stored",
 ]
+
+
+class LibraryLayers:
+    """The layers of a library that has none of its own; subclass it for one that has.
+
+    Attributes:
+        attributes: Names of what the library keeps in a layer beside its parameters.
+    """
+
+    attributes: tuple[str, ...] = ()
+
+    def owns(self, cls: type[nn.Module]) -> bool:
+        """Whether a class is the library's."""
+        return False
+
+    def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
+        """What to trace in the place of a layer's ``forward``, with ``quantized_linear``; None for its own.
+
+        Args:
+            cls: Of the layer. A subclass may compute something else: it has its own forward.
+        """
+        return None
+
+    def setup(self, layer: nn.Module) -> tuple[Any, ...]:
+        """All that the graph of a layer depends on, which :meth:`forward` is traced for."""
+        return ()
+
+    def plain(self, cls: type[nn.Module]) -> type[nn.Module] | None:
+        """The class of PyTorch that a layer is with a dense weight in it; None if it is not the library's."""
+        return None
+
+    def become(self, layer: nn.Module, how: Storage) -> None:
+        """Make an ``nn.Linear`` one of the library's, over the weight that was just packed for it.
+
+        It stays the same object, with its hooks and bias.
+        """
+
+    def unfinished(self, layer: nn.Module, named: str) -> str | None:
+        """Say what a layer of the library lacks whose weight is not in few bits; None if it lacks nothing.
+
+        Args:
+            layer: The layer.
+            named: Its class, as it is called.
+        """
+        return None
+
+    def owns_hook(self, hook: object) -> bool:
+        """Whether the library has put a hook on a layer, which a dense weight does not need."""
+        return False
+
+    def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
+        """Have a copy of a layer keep objects of its own over the same tensors.
+
+        Args:
+            layer: Any module of the model that is copied; its parameters are in ``memo``.
+            memo: For ``copy.deepcopy``.
+        """
+
+    def settle(self, layer: nn.Module) -> None:
+        """Put right what a module of a copy, any of them, or one just made may not have."""
+
+    def renew(self, layer: nn.Module) -> None:
+        """Have a layer use the scales of another weight of the format, which was put into it."""
+
+    def release(self, layer: nn.Module) -> None:
+        """Drop what a module, any of a copy that is exported, remembers of its weight beside it."""
+
+    def describe_model(
+        self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
+    ) -> None:
+        """Set what others ask before they take a model for a quantized one.
+
+        Args:
+            model: A quantized model that nobody else has, its configuration neither.
+            how: The format.
+            sites: The operations whose weights are stored so.
+            dtype: Of the first one's values.
+        """
+
 
 BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)

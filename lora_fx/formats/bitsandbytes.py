@@ -30,15 +30,22 @@ from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import (
     BLOCKS,
     FLOATS,
+    LibraryLayers,
     Storage,
     WeightFormat,
     import_library,
     quantization_of,
 )
-from lora_fx.formats.layers import LibraryLayers
 from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, packed_sizes
-from lora_fx.formats.state import REMEDY, LoadHook, SaveHook, StateHooks, pickle_by_class
-from lora_fx.formats.weights import dense, quantized_linear
+from lora_fx.formats.weights import (
+    REMEDY,
+    LoadHook,
+    SaveHook,
+    StateHooks,
+    dense,
+    pickle_by_class,
+    quantized_linear,
+)
 from lora_fx.ir import (
     NoOperator,
     OnnxBuilder,

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.formats.base import BLOCKS, Storage, WeightFormat, import_library
-from lora_fx.formats.layers import LibraryLayers
+from lora_fx.formats.base import BLOCKS, LibraryLayers, Storage, WeightFormat, import_library
 from lora_fx.formats.operators import whole_numbers
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 

@@ -6,6 +6,9 @@ from lora_fx.ir.graph import (
     META_KEY,
     Capture,
     FusedBranch,
+    Kind,
+    Pass,
+    PassResult,
     Region,
     Role,
     Tag,
@@ -14,7 +17,6 @@ from lora_fx.ir.graph import (
     relative,
 )
 from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
-from lora_fx.ir.passes import Kind, Pass, PassResult
 from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
     ActiveAdapters,

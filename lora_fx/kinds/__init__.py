@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting, along
-from lora_fx.kinds.registry import (
+from lora_fx.kinds.base import (
+    AdapterKind,
+    Costs,
+    Slot,
+    Starting,
+    along,
     chosen_kind,
     is_plain,
     kind_objection,

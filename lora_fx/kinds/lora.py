@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting
-from lora_fx.runtime import fused_lora, fused_quantized
+from lora_fx.runtime import fused_lora
 
 __all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start"]
 
@@ -76,7 +76,7 @@ class Lora(AdapterKind):
         """``total + pad(up · s)``."""
         assert up is not None
         if not self.bias:
-            build.fuse_by(fused_lora.lora_linear, quantized=fused_quantized.quantized_lora_linear)
+            build.fuse_by(fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear)
         elif not build.bias_taken:
             bias = build.bias
             assert bias is not None

@@ -6,17 +6,22 @@ from lora_fx.runtime import (
     attention,
     experts,
     fused_lora,
-    fused_quantized,
     masks,
     ops,
     parts,
     watch,
-    windows,
 )
-from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
-from lora_fx.runtime.decorators import around, inner_of
+from lora_fx.runtime.classes import (
+    BASE,
+    around,
+    give_class,
+    inner_class,
+    inner_of,
+    members_of,
+    register_member,
+    subclass,
+)
 from lora_fx.runtime.fused_lora import without_autocast
-from lora_fx.runtime.members import members_of, register_member
 from lora_fx.runtime.ops import (
     AdapterDropouts,
     AdapterFactors,
@@ -56,7 +61,6 @@ __all__ = [
     "entry",
     "experts",
     "fused_lora",
-    "fused_quantized",
     "give_class",
     "in_place",
     "inner_class",
@@ -74,6 +78,5 @@ __all__ = [
     "unwatch_calls",
     "watch",
     "watch_calls",
-    "windows",
     "without_autocast",
 ]

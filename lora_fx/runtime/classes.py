@@ -1,19 +1,35 @@
-"""Classes that are made at run time, for modules that exist already.
+"""Classes that are made at run time for modules that exist already, and what they take from the class below.
 
 A library may make a subclass of such a class in turn, as FSDP2 does for every module that it shards. What it
 adds stays when the class below it is exchanged.
+
+A trainer saves a rewritten model by the methods of its own class, which know nothing of adapters: the members
+that are registered here (:func:`register_member`) take their place. Layers of transformers checkpoint their
+activations in a decorator of ``forward`` that compares itself with ``type(self).forward``: a new class gets a
+copy of it that knows itself as that class's (:func:`around`).
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["BASE", "OVER", "give_class", "inner_class", "subclass"]
+__all__ = [
+    "BASE",
+    "OVER",
+    "around",
+    "give_class",
+    "inner_class",
+    "inner_of",
+    "members_of",
+    "register_member",
+    "subclass",
+]
 
 BASE = "_lora_fx_base"
 """Attribute of a class that was made at run time: the module's own class."""
@@ -107,3 +123,81 @@ def _copied(value: Any, cell: CellType) -> Any:
     made.__defaults__, made.__kwdefaults__ = value.__defaults__, value.__kwdefaults__
     made.__doc__ = value.__doc__
     return made
+
+
+_members: dict[str, Callable[[Any], Any]] = {}
+
+
+def register_member(name: str, make: Callable[[Any], Any]) -> None:
+    """Has modules that have a member of this name get another one when they are watched.
+
+    Args:
+        name: Its name.
+        make: Is given what the class has, and returns what takes its place.
+    """
+    _members[name] = make
+
+
+def members_of(cls: type) -> dict[str, Any]:
+    """The members that take the place of those of a class."""
+    return {name: make(getattr(cls, name)) for name, make in _members.items() if hasattr(cls, name)}
+
+
+def inner_of(function: Any) -> Any:
+    """What a function decorates, if it is a decorator that asks whether a class has it; else the function.
+
+    Args:
+        function: The function that a class has.
+    """
+    while (inner := _decorated(function)) is not None:
+        function = inner
+    return function
+
+
+def around(function: Any, inner: Any) -> Any:
+    """What a class has to have in the place of a function, so that ``inner`` runs where that did.
+
+    Args:
+        function: The function that a class has.
+        inner: What takes the place of :func:`inner_of` it.
+
+    Returns:
+        ``inner``, within copies of the decorators that :func:`inner_of` goes through.
+    """
+    decorated = _decorated(function)
+    if decorated is None:
+        return inner
+    below = around(decorated, inner)
+    made = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(CellType() for _ in function.__closure__),
+    )
+    instead = {id(function): made, id(decorated): below}
+    for cell, old in zip(made.__closure__ or (), function.__closure__, strict=True):
+        for held in _held(old):
+            cell.cell_contents = instead.get(id(held), held)
+    made.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(made, function)
+    made.__dict__["__wrapped__"] = below
+    return made
+
+
+def _decorated(function: Any) -> Any:
+    """The function that a decorator holds, if the decorator holds itself as well."""
+    if not isinstance(function, FunctionType):
+        return None
+    held = [one for cell in function.__closure__ or () for one in _held(cell)]
+    inner = vars(function).get("__wrapped__")
+    known = any(one is function for one in held) and any(one is inner for one in held)
+    return inner if known and isinstance(inner, FunctionType) else None
+
+
+def _held(cell: CellType) -> tuple[Any, ...]:
+    """What a variable has, if it has a value by now."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()

@@ -43,9 +43,15 @@ from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
 from lora_fx.runtime.call_sizes import Sizes
-from lora_fx.runtime.classes import BASE, give_class, inner_class, subclass
-from lora_fx.runtime.decorators import around, inner_of
-from lora_fx.runtime.members import members_of
+from lora_fx.runtime.classes import (
+    BASE,
+    around,
+    give_class,
+    inner_class,
+    inner_of,
+    members_of,
+    subclass,
+)
 from lora_fx.runtime.ops import AdapterModule
 
 __all__ = [

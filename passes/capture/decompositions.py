@@ -27,7 +27,7 @@ from lora_fx.formats import format_of, formats, quantization_of, quantized_linea
 from lora_fx.ir import Region
 from lora_fx.passes.graph import Condition, erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
-from lora_fx.runtime import attention, experts, output_padding, windows
+from lora_fx.runtime import attention, experts, output_padding
 
 __all__ = [
     "WRITTEN_OUT",
@@ -56,12 +56,12 @@ def _swin(self: Any, x: torch.Tensor) -> Any:
 
 def _swin_v2(self: Any, x: torch.Tensor) -> Any:
     position = self.get_relative_position_bias()
-    bias = windows.without_key_bias(self.qkv.bias)
+    bias = attention.without_key_bias(self.qkv.bias)
     return _windowed_attention(self, x, self.window_size, bias, position, self.logit_scale)
 
 
 def _swin_3d(self: Any, x: torch.Tensor) -> Any:
-    window = windows.fitted_window(x, self.window_size)
+    window = attention.fitted_window(x, self.window_size)
     return _windowed_attention(
         self, x, window, self.qkv.bias, self.get_relative_position_bias(window)
     )
@@ -70,9 +70,9 @@ def _swin_3d(self: Any, x: torch.Tensor) -> Any:
 def _windowed_attention(
     self: Any, x: torch.Tensor, window: Any, bias: Any, position: Any, logit_scale: Any = None
 ) -> Any:
-    cut = windows.partition(x, window, self.shift_size)
+    cut = attention.partition(x, window, self.shift_size)
     qkv = F.linear(cut, self.qkv.weight, bias)
-    out = windows.attend_in_windows(
+    out = attention.attend_in_windows(
         qkv,
         position,
         logit_scale,
@@ -85,7 +85,7 @@ def _windowed_attention(
     )
     out = F.linear(out, self.proj.weight, self.proj.bias)
     out = F.dropout(out, self.dropout, self.training)
-    return windows.reverse(out, x, window, self.shift_size)
+    return attention.reverse(out, x, window, self.shift_size)
 
 
 _WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {

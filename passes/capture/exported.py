@@ -22,8 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.noting import Notes, noted_globals
-from lora_fx.passes.capture.questions import OF_GRAD_MODE, Questions
+from lora_fx.passes.capture.noting import OF_GRAD_MODE, Notes, Questions, noted_globals
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.capture.unbake import convert_masks, unbake_devices, unbake_modes

@@ -23,8 +23,7 @@ from lora_fx.passes.insert.starts import (
     signs,
     site_generator,
 )
-from lora_fx.passes.insert.train_tokens import AddTokens, TrainTokens
-from lora_fx.passes.insert.unfreeze import Unfreeze
+from lora_fx.passes.insert.trained_whole import AddTokens, TrainTokens, Unfreeze
 
 __all__ = [
     "ROWS",

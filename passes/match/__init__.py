@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from lora_fx.passes.match.find_operations import FindOperations
-from lora_fx.passes.match.head import MarkHead
+from lora_fx.passes.match.head import MarkHead, MarkRouters
 from lora_fx.passes.match.parts import MarkParts
 from lora_fx.passes.match.readers import weights_asked
-from lora_fx.passes.match.routers import MarkRouters
 
 __all__ = ["FindOperations", "MarkHead", "MarkParts", "MarkRouters", "weights_asked"]

@@ -1,26 +1,40 @@
-"""Finds the output head: the linear operation that every path to the output goes through last.
+"""Finds what the default leaves out: the output head, and the routers of mixtures of experts.
 
-In a graph that is the first linear operation on the chain of dominators that leads from an output
-back to the input (`networkx.immediate_dominators`): a residual connection around an operation means
-that it is not the head. A block that repeats is never searched: its last layer is a layer like the
-others. Where a model names its head itself (``get_output_embeddings`` of transformers,
-``get_classifier`` of timm), that is believed. A transformers model without a graph of its own has
-its head next to its base model.
+The head is the linear operation that every path to the output goes through last. In a graph that is the first
+linear operation on the chain of dominators that leads from an output back to the input
+(`networkx.immediate_dominators`): a residual connection around an operation means that it is not the head. A
+block that repeats is never searched: its last layer is a layer like the others. Where a model names its head
+itself (``get_output_embeddings`` of transformers, ``get_classifier`` of timm), that is believed. A
+transformers model without a graph of its own has its head next to its base model.
+
+A router's output decides a top-k of experts. It goes through operations that keep the score of each
+expert apart (a softmax, a bias, the best of each group) into a choice along its last axis, and it has one
+feature for each expert. It is followed from graph to graph: a router is often a module of its own, and
+the choice is in the module around it. Where that module runs code without a graph,
+the operation counts as any other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator
-from typing import ClassVar
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import networkx as nx
+import torch
 from torch import fx, nn
 
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join
+from lora_fx.passes.graph import arguments, is_lazy, target_of
 
-__all__ = ["MarkHead", "find_head"]
+__all__ = [
+    "MarkHead",
+    "MarkRouters",
+    "find_head",
+    "find_routers",
+]
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
@@ -164,3 +178,210 @@ def _is_block(model: nn.Module, fqn: str) -> bool:
         return False
     kinds = Counter(type(child) for child in model.get_submodule(parent).children())
     return kinds[type(module)] > 1 and any(True for _ in module.children())
+
+
+# Names of functions, of methods and of ATen operators alike; what they are called with comes in args.
+_CHOICES = {
+    "topk": "input|self k=None dim=-1",
+    "argmax": "input|self dim=None",
+    "max": "input|self dim=None",
+    "sort": "input|self dim=-1",
+    "argsort": "input|self dim=-1",
+}
+_KEEPING = frozenset(
+    (
+        *(
+            "softmax",
+            "_softmax",
+            "log_softmax",
+            "_log_softmax",
+            "sigmoid",
+            "tanh",
+            "relu",
+            "softplus",
+        ),
+        *("sqrt", "exp", "neg", "abs", "clamp", "clamp_", "nan_to_num", "dropout"),
+        *("add", "sub", "mul", "div", "truediv", "true_divide", "where", "masked_fill"),
+        *("add_", "sub_", "mul_", "div_", "masked_fill_", "iadd", "isub", "imul", "itruediv"),
+        *("to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"),
+        *("contiguous", "clone", "detach", "alias", "view", "reshape", "_unsafe_view", "flatten"),
+        *("unflatten", "unsqueeze", "squeeze", "expand", "getitem", "getattr"),
+        *("topk", "sort", "sum", "amax"),  # the best of each group
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkRouters(Pass):
+    """The pass: marks the routers among the operations."""
+
+    name: ClassVar[str] = "mark-routers"
+    needs: ClassVar[str] = "matches"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Mark them."""
+        assert capture.matches is not None
+        return PassResult.of(capture, matches=find_routers(capture, capture.matches))
+
+
+def find_routers(capture: Capture, matches: Matches) -> Matches:
+    """Mark the routers among the sites of a model.
+
+    Args:
+        capture: The model.
+        matches: Its linear operations.
+
+    Returns:
+        The same with ``Site.router`` set.
+    """
+    experts = _experts(capture.model)
+    if not experts:
+        return matches
+    flow = functools.cache(lambda: _Flow(capture))  # most models have no candidate
+
+    def marked(site: Site) -> Site:
+        if site.family != "linear" or site.experts is not None or site.out_features == 1:
+            return site
+        above = _above(site.owner)
+        if not any(site.out_features in experts.get(name, ()) for name in above):
+            return site
+        chooses = any(flow().decides(call.region, call.output) for call in site.calls)
+        return dataclasses.replace(site, router=True) if chooses else site
+
+    return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
+
+
+def _experts(model: nn.Module) -> dict[str, set[int]]:
+    """How many experts there may be below a module, by its FQN: lengths of lists, and of stacked weights."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            found[name.rpartition(".")[0]].add(len(module))
+            found[name].add(len(module))
+        for value in module._parameters.values():
+            if value is not None and not is_lazy(value) and value.dim() == 3:
+                found[name].add(value.shape[0])
+                found[name.rpartition(".")[0]].add(value.shape[0])
+    return found
+
+
+def _above(owner: str) -> Iterator[str]:
+    """The module that owns the weight, its parent and that one's parent."""
+    for _ in range(3):
+        yield owner
+        if not owner:
+            return
+        owner = owner.rpartition(".")[0]
+
+
+class _Flow:
+    """Follows an output along operations that keep its last axis, from graph to graph."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._regions: dict[str, Region] = dict(capture.regions)
+        self._of_module: dict[str, list[Region]] = defaultdict(list)
+        for region in self._regions.values():
+            self._of_module[region.fqn].append(region)
+        self._callers: dict[str, list[tuple[Region, fx.Node]]] = defaultdict(list)
+        for region in self._regions.values():
+            for node in region.graph.nodes:
+                if node.op == "call_module":
+                    self._callers[join(region.fqn, str(node.target))].append((region, node))
+        self._modules = dict(capture.model.named_modules())
+
+    def decides(self, key: str, name: str) -> bool:
+        """Whether something is chosen by the value that a node gives, along its last axis."""
+        region = self._regions.get(key)
+        if region is None:
+            return False
+        start = next((node for node in region.graph.nodes if node.name == name), None)
+        pending = [] if start is None else [(region, start)]
+        seen: set[tuple[str, fx.Node]] = set()
+        while pending:
+            region, node = pending.pop()
+            for user in node.users:
+                if _chooses(user, node):
+                    return True
+                for reached in self._reached(region, node, user):
+                    place = (reached[0].key, reached[1])
+                    if place not in seen:
+                        seen.add(place)
+                        pending.append(reached)
+        return False
+
+    def _reached(
+        self, region: Region, node: fx.Node, user: fx.Node
+    ) -> Iterator[tuple[Region, fx.Node]]:
+        if user.op == "output":
+            yield from self._returned(region, node, user)
+        elif user.op == "call_module":
+            yield from self._entered(region, node, user)
+        elif _name(user) in _KEEPING:
+            yield region, user
+
+    def _returned(
+        self, region: Region, node: fx.Node, output: fx.Node
+    ) -> Iterator[tuple[Region, fx.Node]]:
+        value = output.args[0]
+        for caller, call in self._callers[region.fqn]:
+            if value is node:
+                yield caller, call
+            elif isinstance(value, tuple | list):
+                places = [place for place, one in enumerate(value) if one is node]
+                yield from (
+                    (caller, user)
+                    for user in call.users
+                    if _name(user) == "getitem" and user.args[1] in places
+                )
+
+    def _entered(
+        self, region: Region, node: fx.Node, call: fx.Node
+    ) -> Iterator[tuple[Region, fx.Node]]:
+        name = join(region.fqn, str(call.target))
+        for inner in self._of_module[name]:
+            inputs = [one for one in inner.graph.nodes if one.op == "placeholder"]
+            for one in _passed(inputs, call, node):
+                yield inner, one
+        module = self._modules.get(name)
+        if not self._of_module[name] and module is not None and not _has_weights(module):
+            # An activation or a dropout, left whole.
+            yield region, call
+
+
+def _passed(inputs: Iterable[fx.Node], call: fx.Node, node: fx.Node) -> Iterator[fx.Node]:
+    inputs = list(inputs)
+    for one, value in zip(inputs, call.args, strict=False):
+        if value is node:
+            yield one
+    for one in inputs:
+        if call.kwargs.get(str(one.target)) is node:
+            yield one
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = target_of(node)
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", ""))
+
+
+def _chooses(user: fx.Node, value: fx.Node) -> bool:
+    declared = _CHOICES.get(_name(user))
+    if declared is None or user.args[:1] != (value,):
+        return False
+    dim = arguments(user, declared)["dim"]
+    # Counted from the front the last axis is 1 of [tokens, experts], and 2 of [batch, sequence, experts].
+    if not isinstance(dim, int) or (dim != -1 and dim <= 0):
+        return False
+    if _name(user) in ("argmax", "argsort"):
+        return True
+    # The largest values alone choose nothing: where they are matters.
+    return any(_is_index(one) and one.users for one in user.users)
+
+
+def _is_index(node: fx.Node) -> bool:
+    return _name(node) in ("getitem", "getattr") and node.args[1] in (1, "indices")

@@ -8,8 +8,7 @@ from lora_fx.passes.merge.combining import Combination, Election, Term, combine
 from lora_fx.passes.merge.dense import KEPT_IN_FP32, stripped
 from lora_fx.passes.merge.merging import MergeReport, merge
 from lora_fx.passes.merge.named_weights import named_elsewhere
-from lora_fx.passes.merge.report import OutputError
-from lora_fx.passes.merge.rounding import rounded, ulp
+from lora_fx.passes.merge.rounding import OutputError, rounded, ulp
 
 __all__ = [
     "KEPT_IN_FP32",

@@ -57,7 +57,7 @@ from lora_fx.passes.merge.place import (
     unshared,
     untie_config,
 )
-from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
+from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
     check_intact,
     check_whole,

@@ -18,7 +18,7 @@ from lora_fx.formats import dense, format_of, quantization_of, requantized
 from lora_fx.ir import Record
 from lora_fx.passes.graph import is_lazy, memory_of, storage_of
 from lora_fx.passes.merge.fold import Fold
-from lora_fx.passes.merge.report import MergedSite
+from lora_fx.passes.merge.rounding import MergedSite
 from lora_fx.passes.parameters import (
     changed_buffers,
     distributed_as,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.optimize.cheap_dropout import CheapDropout
-from lora_fx.passes.optimize.fuse import Fuse
-from lora_fx.passes.optimize.share_inputs import ShareInputs
+from lora_fx.passes.optimize.fuse import CheapDropout, Fuse, ShareInputs
 
 __all__ = ["CheapDropout", "Fuse", "ShareInputs"]

@@ -490,7 +490,7 @@ def test_bad_calls_leave_the_model_alone(
 def test_a_failure_on_the_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = two(HEAD, LISTED)
     before, out = state(model), model(IDS)
-    import lora_fx.passes.insert.unfreeze as unfreeze
+    import lora_fx.passes.insert.trained_whole as unfreeze
 
     def fails(*_: object) -> bool:
         raise MemoryError("no more memory")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph.region import is_region
-from lora_fx.runtime.decorators import around, inner_of
+from lora_fx.runtime.classes import around, inner_of
 from tests.algebra import randomize
 from tests.numerics import assert_close
 

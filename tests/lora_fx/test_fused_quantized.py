@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx.formats import dense, quantized_linear
 from lora_fx.ir.graph import META_KEY, Role
-from lora_fx.runtime.fused_quantized import quantized_lora_linear
+from lora_fx.runtime.fused_lora import quantized_lora_linear
 from lora_fx.runtime.masks import FEW, draw
 from tests.fused import SEED, Operands, errors, gradients, operands
 from tests.golden import check_golden, printed

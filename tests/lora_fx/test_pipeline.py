@@ -10,8 +10,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.passes import Kind, Pass, PassResult
+from lora_fx.ir.graph import Capture, Kind, Pass, PassResult
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.parameters.rewritten import buffer_digests
 from lora_fx.passes.pipeline import plan_model, rewrite_passes, run_passes

@@ -8,13 +8,12 @@ import pytest
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.ir.graph import Region, Role, Tag, join
-from lora_fx.ir.passes import Pass
+from lora_fx.ir.graph import Pass, Region, Role, Tag, join
 from lora_fx.ir.site import Factors
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.insert.add_factors import AddFactors
 from lora_fx.passes.insert.insert_branches import Insert
-from lora_fx.passes.insert.unfreeze import Unfreeze
+from lora_fx.passes.insert.trained_whole import Unfreeze
 from tests.zoo import Residual
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_fx.runtime.windows import (
+from lora_fx.runtime.attention import (
     attend_in_windows,
     fitted_window,
     partition,

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, MergeError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.insert.train_tokens import AddTokens, TrainTokens
+from lora_fx.passes.insert.trained_whole import AddTokens, TrainTokens
 from lora_fx.passes.pipeline import plan_model
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits

@@ -5,10 +5,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.ir.graph import Capture
-from lora_fx.ir.passes import PassResult
+from lora_fx.ir.graph import Capture, PassResult
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.insert.unfreeze import Unfreeze
+from lora_fx.passes.insert.trained_whole import Unfreeze
 from lora_fx.passes.pipeline import plan_capture
 from tests.golden import check_golden
 from tests.numerics import assert_same_bits

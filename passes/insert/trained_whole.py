@@ -1,9 +1,12 @@
-"""Adds rows of embeddings that are trained as a whole, and puts them in the place of the frozen ones.
+"""Decides what is trained whole: rows of embeddings, biases, and modules.
 
-At a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the same weight or is named
-itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the output as it is to the last
-bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The rows are parameters
-next to the weight, and start as the base's.
+What training writes into gets storage of its own, so that the model that was given to ``rewrite`` does not
+change with it.
+
+Rows of embeddings: at a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the
+same weight or is named itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the
+output as it is to the last bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The
+rows are parameters next to the weight, and start as the base's.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import (
@@ -24,6 +27,7 @@ from lora_fx.ir import (
     Kind,
     Pass,
     PassResult,
+    Plan,
     PlannedTokens,
     Region,
     Role,
@@ -32,10 +36,21 @@ from lora_fx.ir import (
 )
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.insert.insert_branches import Writer
-from lora_fx.passes.parameters import adapter_dtype, add_tokens, indices_name, rows_name, tokens_of
+from lora_fx.passes.parameters import (
+    adapter_dtype,
+    add_tokens,
+    base_modules,
+    indices_name,
+    rows_name,
+    tokens_of,
+)
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
-__all__ = ["AddTokens", "TrainTokens"]
+__all__ = [
+    "AddTokens",
+    "TrainTokens",
+    "Unfreeze",
+]
 
 
 def _planned_rows(
@@ -192,3 +207,63 @@ def _done(region: Region, tag: Tag) -> bool:
 
 def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:
     return Tag(relative(row.site.weight, region.fqn), Role.TOKENS, adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfreeze(Pass):
+    """The pass.
+
+    Attributes:
+        plan: Names the biases and the modules; None for the plan of the capture.
+    """
+
+    name: ClassVar[str] = "unfreeze"
+    kind: ClassVar[Kind] = "in place"
+    needs: ClassVar[str] = "plan"
+    plan: Plan | None = None
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        done = []
+        plan = self.plan or capture.plan
+        assert plan is not None
+        for name in plan.saved_modules:
+            done.append(_unfreeze_module(capture.model.get_submodule(name), copies))
+            if not plan.config.ensure_weight_tying:
+                copies = {}
+        done += [_unfreeze_bias(capture.model, name) for name in plan.biases]
+        return PassResult(capture, any(done))
+
+
+def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) -> bool:
+    """Trains a module in full: a weight tied to one outside is trained here, frozen there.
+
+    Args:
+        root: The module.
+        copies: What stands for which parameter; extended.
+    """
+    changed = False
+    # What other adapters have inside is theirs: their starts, and what they have in place of a weight.
+    for _, module in base_modules(root):
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
+                continue
+            if parameter not in copies:
+                copies[parameter] = nn.Parameter(parameter.detach().clone())
+            module._parameters[name] = copies[parameter]
+            changed = True
+    return changed
+
+
+def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
+    """Trains a bias, everywhere where it is used."""
+    old = model.get_parameter(fqn)
+    if old.requires_grad:
+        return False
+    new = nn.Parameter(old.detach().clone())
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[name] = new
+    return True
