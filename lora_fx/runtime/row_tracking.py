@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.row_rules import Operation, batch_normalized, rule_of, tensors_in, union
@@ -24,7 +24,6 @@ from lora_fx.runtime.row_rules import Operation, batch_normalized, rule_of, tens
 __all__ = ["Follower", "caller"]
 
 _READS = frozenset(("numpy", "tolist", "__array__", "__dlpack__", "data_ptr"))
-_PURGE_AFTER = 1000
 # What these ask of a batch's values decides about masks, and about when to stop.
 _ASK_OF_MASKS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
 
@@ -38,8 +37,7 @@ class _Shadow:
         size: Bytes of an element.
     """
 
-    def __init__(self, storage: Any) -> None:
-        self.alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # of torch
+    def __init__(self) -> None:
         self.sets: Tensor | None = None
         self.start = 0
         self.size = 1
@@ -72,8 +70,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         self.mixed_by = ""
         self.error: BaseException | None = None
         self._presumed_at: list[str] = []
-        self._shadows: dict[int, _Shadow] = {}
-        self._calls = 0
+        # By storage, for as long as something else holds it.
+        self._shadows: Any = WeakIdKeyDictionary()
         self._reads = _Reads(self)
 
     # --- what is known of tensors ---------------------------------------------------------------------
@@ -123,20 +121,18 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         self.by_values = True
 
     def _shadow(self, tensor: Tensor) -> _Shadow | None:
-        key = _key(tensor)
-        found = self._shadows.get(key)
-        if found is not None and found.alive.expired():  # type: ignore[no-untyped-call]  # of torch
-            del self._shadows[key]
-            return None
+        storage = _storage(tensor)
+        found: _Shadow | None = None if storage is None else self._shadows.get(storage)
         return found
 
     def _new(self, tensor: Tensor) -> _Shadow:
         """A shadow for a tensor that has samples."""
-        if not _key(tensor):
+        storage = _storage(tensor)
+        if storage is None:
             self._refuse(
                 f"a tensor of type {type(tensor).__name__} and layout {tensor.layout} cannot be followed"
             )
-        shadow = self._shadows[_key(tensor)] = _Shadow(tensor.untyped_storage())
+        shadow = self._shadows[storage] = _Shadow()
         return shadow
 
     def _open(self, shadow: _Shadow, tensor: Tensor) -> None:
@@ -194,9 +190,6 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         except BaseException as error:
             self.error = self.error or error
             raise
-        self._calls += 1
-        if self._calls % _PURGE_AFTER == 0:
-            self._purge()
         return result
 
     def _note(
@@ -299,11 +292,6 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             )
         confirmed = presumed & owned
         return torch.cat([sets[:2], sets[2:].masked_fill(confirmed, self.empty)])
-
-    def _purge(self) -> None:
-        for key, one in list(self._shadows.items()):
-            if one.alive.expired():  # type: ignore[no-untyped-call]  # of torch
-                del self._shadows[key]
 
     # --- sites and results -----------------------------------------------------------------------------
 
@@ -473,12 +461,16 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _key(tensor: Tensor) -> int:
-    """What names a tensor's storage while something holds it; 0 for a tensor that has none."""
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """A tensor's storage, which is one object while anything holds it; None for a tensor that has none."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
-        return 0
+        return None
+
+
+def _key(tensor: Tensor) -> int:
+    return id(_storage(tensor))
 
 
 def _mixed(sets: Tensor, empty: int) -> Tensor:

@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
 )
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
@@ -143,8 +143,8 @@ class _Model:
     Attributes:
         setting: A number for the adapters that run. Others are watched anew.
         checked: The settings under which a call of the whole model was watched to its end.
-        derived: Values that are computed from adapted weights and outlive the call, by storage, with the
-            names of the weights.
+        derived: The names of the adapted weights that values are computed from, by storage, for as long as
+            something else holds that.
         read: Takes the names of weights that are read beside their branch, if somebody wants them.
         copied: The weights of which those of this model are copies: code that holds on to a layer by a global
             or a closure computes with them, whatever is copied.
@@ -155,14 +155,14 @@ class _Model:
         self.setting = 0
         self.settings: list[tuple[Any, ...]] = []
         self.checked: set[tuple[int, int]] = set()
-        self.derived: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
+        self.derived: Any = WeakIdKeyDictionary()
         self.read: set[str] | None = None
         self.copied: list[_Weight] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
         made = _Model()
         made.copied = [
-            one for one in (*self.copied, *_weights(self, every=True)) if not _is_gone(one.alive)
+            one for one in (*self.copied, *_weights(self, every=True)) if one.alive() is not None
         ]
         return made
 
@@ -617,14 +617,14 @@ class _Weight(NamedTuple):
     Attributes:
         site: Where it is adapted.
         start, stop: Its bytes.
-        alive: Its storage, whose address no other has for as long.
+        alive: Its storage, whose address no other has for as long as it gives one.
         tied: The names of other parameters that are known to be the same.
     """
 
     site: Site
     start: int
     stop: int
-    alive: StorageWeakRef
+    alive: weakref.ref[torch.UntypedStorage]
     tied: tuple[str, ...]
 
 
@@ -651,11 +651,11 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
                 start = _address(part)
                 if not start and part.numel():
                     return []  # it is somewhere else
-                stop, alive = start + _span(part), _weakly(part.untyped_storage())
+                stop, alive = start + _span(part), weakref.ref(part.untyped_storage())
                 found.setdefault((start, stop), _Weight(site, start, stop, alive, site.tied_to))
     adapted = {weight.site.weight for weight in found.values()}
     for one in model.copied:
-        if one.site.weight in adapted and not _is_gone(one.alive):
+        if one.site.weight in adapted and one.alive() is not None:
             found.setdefault((one.start, one.stop), one)
     return [found[place] for place in sorted(found)]
 
@@ -693,11 +693,14 @@ def _span(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+_NONE: frozenset[str] = frozenset()
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Looks at every operation of a call for values of adapted weights.
 
-    It holds nothing alive: a value that is computed from a weight is known by a weak reference to its
-    storage, whose address is not given to another one for as long.
+    It holds nothing alive: a value that is computed from a weight is known by its storage, which is one
+    object in Python for as long as anything holds it.
 
     Attributes:
         model: Of which model.
@@ -716,7 +719,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             self._named.setdefault(weight.site.weight, []).append(weight)
         self._starts = [weight.start for weight in weights]
         self._derived = model.derived
-        self._clean: dict[int, StorageWeakRef] = {}
+        self._clean: Any = WeakIdKeyDictionary()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -726,8 +729,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def forget(self) -> None:
         """Keeps of what it has learned what outlives the call."""
         self._clean.clear()
-        for storage in [s for s, (held, _) in self._derived.items() if _is_gone(held)]:
-            del self._derived[storage]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -850,9 +851,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 found |= {self._weights[place].site.weight}
                 place += 1
             if self._derived:
-                known = self._derived.get(part.untyped_storage()._cdata)
-                if known is not None:
-                    found |= known[1] & self._named.keys()
+                found |= self._derived.get(part.untyped_storage(), _NONE) & self._named.keys()
         return found
 
     def _note_derived(self, tensor: torch.Tensor, found: frozenset[str]) -> None:
@@ -860,12 +859,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             # A tensor without elements holds nothing of a weight.
             if part.numel() and not self._inside(part):
                 storage = part.untyped_storage()
-                before = self._derived.get(storage._cdata)
-                self._clean.pop(storage._cdata, None)
-                self._derived[storage._cdata] = (
-                    before[0] if before else _weakly(storage),
-                    found | before[1] if before else found,
-                )
+                self._clean.pop(storage, None)
+                self._derived[storage] = found | self._derived.get(storage, _NONE)
 
     def _inside(self, tensor: torch.Tensor) -> bool:
         start = _address(tensor)
@@ -875,19 +870,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _note_clean(self, result: Any) -> None:
         for tensor in _tensors((result,)):
             for part in _parts(tensor):
-                storage = part.untyped_storage()
-                if storage._cdata not in self._clean:
-                    self._clean[storage._cdata] = _weakly(storage)
+                self._clean[part.untyped_storage()] = True
 
     def _becomes_data(self, func: Any, given: list[torch.Tensor]) -> None:
         """What data are written into is data."""
         if func._schema.is_mutable:
             for part in _parts(given[0]) if given else ():
-                self._clean.pop(part.untyped_storage()._cdata, None)
+                self._clean.pop(part.untyped_storage(), None)
 
     def _is_clean(self, tensor: torch.Tensor) -> bool:
         """Whether a value was made in this call of no data."""
-        return any(part.untyped_storage()._cdata in self._clean for part in _parts(tensor))
+        return any(part.untyped_storage() in self._clean for part in _parts(tensor))
 
     def _of_model(self, tensor: torch.Tensor) -> bool:
         """Whether it is a parameter or a buffer: a gain, or a mask."""
@@ -897,14 +890,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         return any(
             part.untyped_storage()._cdata in storages for value in values for part in _parts(value)
         )
-
-
-def _weakly(storage: torch.UntypedStorage) -> StorageWeakRef:
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # of torch
-
-
-def _is_gone(held: StorageWeakRef) -> bool:
-    return bool(held.expired())  # type: ignore[no-untyped-call]  # of torch
 
 
 def _has_values(tensor: torch.Tensor) -> bool:

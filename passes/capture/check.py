@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import normalize
-from lora_fx.passes.graph import install, is_matrix, share_copy, storage_of, uninstall
+from lora_fx.passes.graph import holder_of, install, is_matrix, share_copy, storage_of, uninstall
 
 __all__ = [
     "Count",
@@ -114,18 +114,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.direct: set[frozenset[str]] = set()
         self.computed: set[frozenset[str]] = set()
-        # An address is not given to another storage while there is a weak reference to the first.
-        self._held: dict[int, StorageWeakRef] = {}
-        self._named: list[torch.Tensor] = []
-        self._data = {storage_of(tensor) for tensor in _tensors(inputs)}
+        # By what holds the values, for as long as something else holds that.
+        self._origin: Any = WeakIdKeyDictionary()
+        self._data: Any = WeakIdKeyDictionary({holder_of(one): True for one in _tensors(inputs)})
         names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(storage_of(parameter), set()).add(name)
-        self._origin = {
-            storage: _Origin(frozenset({frozenset(group)}), direct=True)
-            for storage, group in names.items()
-        }
         self._parameters = frozenset(names)
+        for parameter in model.parameters():
+            group = frozenset(names[storage_of(parameter)])
+            self._origin[holder_of(parameter)] = _Origin(frozenset({group}), direct=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and notes what its results are made of."""
@@ -137,10 +135,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             self._becomes_data(result)
             return result
         given = list(_tensors(args[:1])) if name in _SELECT else list(_tensors((args, kwargs)))
-        if any(storage_of(tensor) in self._data for tensor in given):
+        if any(holder_of(tensor) in self._data for tensor in given):
             self._becomes_data(result)
             return result
-        origins = [self._origin[s] for t in given if (s := storage_of(t)) in self._origin]
+        origins = [o for t in given if (o := self._origin.get(holder_of(t))) is not None]
         if origins:
             copied = name in _SELECT or name in _COPY
             self._becomes(result, origins, copied and all(o.direct for o in origins))
@@ -150,9 +148,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         least = 1 if name in _VECTORS else 2
         operands = [
             [
-                self._origin[s]
+                o
                 for t in _tensors((args[i],))
-                if t.dim() >= least and (s := storage_of(t)) in self._origin
+                if t.dim() >= least and (o := self._origin.get(holder_of(t))) is not None
             ]
             for i in _OPERANDS[name]
             if i < len(args)
@@ -168,24 +166,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _becomes_data(self, result: Any) -> None:
         for tensor in _tensors((result,)):
-            self._hold(tensor)
             if storage_of(tensor) not in self._parameters:
-                self._origin.pop(storage_of(tensor), None)
-                self._data.add(storage_of(tensor))
+                self._origin.pop(holder_of(tensor), None)
+                self._data[holder_of(tensor)] = True
 
     def _becomes(self, result: Any, origins: list[_Origin], direct: bool) -> None:
         merged = _Origin(frozenset().union(*(o.names for o in origins)), direct)
         for tensor in _tensors((result,)):
-            self._hold(tensor)
             # A view has the storage, and with it the origin, of what it is a view of.
-            self._origin.setdefault(storage_of(tensor), merged)
-
-    def _hold(self, tensor: torch.Tensor) -> None:
-        if tensor.layout is torch.strided and storage_of(tensor) not in self._held:
-            held = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # of torch
-            self._held[storage_of(tensor)] = held
-        elif tensor.layout is not torch.strided:
-            self._named.append(tensor)  # it is known by its own address
+            self._origin.setdefault(holder_of(tensor), merged)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

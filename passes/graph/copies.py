@@ -32,6 +32,7 @@ __all__ = [
     "exchange",
     "follow",
     "held_in",
+    "holder_of",
     "memory_of",
     "share_copy",
     "storage_of",
@@ -537,11 +538,19 @@ def _detach_results(value: Any, memo: dict[int, Any]) -> None:
             _detach_results(item, memo)
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """What tells storages apart. A sparse tensor has none, nor has one that is not initialized."""
+def holder_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:
+    """The storage of a tensor, which is one object for all views of it and for as long as anything holds it.
+
+    A sparse tensor has none, nor has one that is not initialized: they hold their values themselves.
+    """
     if is_lazy(tensor) or tensor.layout is not torch.strided:
-        return id(tensor)
-    return int(_own_part(tensor).untyped_storage()._cdata)
+        return tensor
+    return _own_part(tensor).untyped_storage()
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells storages apart while they are held: the identity of :func:`holder_of`."""
+    return id(holder_of(tensor))
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
