@@ -7,7 +7,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import TypeVar
+
+from lora_fx.ir import html_block, html_table
 
 __all__ = [
     "ExportReport",
@@ -90,9 +93,9 @@ class OutputParity:
     pytorch_rel_error: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportReport:
-    """What ``export_onnx`` wrote.
+    """What ``export_onnx`` wrote: print it for all of it; a notebook shows tables.
 
     Attributes:
         path: The file that was written.
@@ -207,12 +210,50 @@ class ExportReport:
         # A difference from or to a value that is not finite is no JSON number.
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
 
-    def __str__(self) -> str:
-        head = (
+    def __repr__(self) -> str:
+        checked = f"error {self.max_rel_error:.1e}" if self.verified else "NOT CHECKED"
+        return f"<ExportReport: {self._head()}, {checked}; print it for more>"
+
+    def _repr_html_(self) -> str:
+        ports = [
+            (kind, name, ", ".join(map(str, axes)))
+            for kind, found in (("input", self.inputs), ("output", self.outputs))
+            for name, axes in short(found).items()
+        ]
+        parity = [
+            (
+                row.name,
+                f"{row.max_abs_error:.1e}",
+                f"{row.max_rel_error:.1e}",
+                f"{row.tolerance:.0e}",
+            )
+            for row in worst_by_layer(self.parity)
+        ]
+        operators = [(name, str(count)) for name, count in self.operators.items()]
+        blocks = [
+            html_block(
+                "inputs and outputs", html_table(("", "name", "axes"), ports, 3), opened=True
+            )
+        ]
+        if self.verified:
+            columns = ("output", "largest error", "relative", "allowed")
+            title = f"checked on {self.provider} against {self.reference}"
+            blocks.append(html_block(title, html_table(columns, parity), opened=True))
+        blocks.append(
+            html_block(f"nodes ({self.nodes})", html_table(("operator", "nodes"), operators))
+        )
+        blocks.append(html_block("all of it", f"<pre>{escape(str(self))}</pre>"))
+        unchecked = "" if self.verified else f"NOT CHECKED: {self.unverified_reason}"
+        return f"<div><div>{escape(self._head())}</div><div>{escape(unchecked)}</div>{''.join(blocks)}</div>"
+
+    def _head(self) -> str:
+        return (
             f"{self.path}: {size_text(self.size_bytes)}, opset {self.opset}, {self.dtype}, "
             f"{self.nodes} nodes, {self.initializers} initializers, {self.total_seconds:.1f} s"
         )
-        lines = [head]
+
+    def __str__(self) -> str:
+        lines = [self._head()]
         if self.opset_reason:
             lines.append(f"  opset {self.opset}: {self.opset_reason}")
         if self.data_files:

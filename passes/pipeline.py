@@ -46,7 +46,7 @@ from lora_fx.passes.parameters import (
     mark_adapted,
     protect,
 )
-from lora_fx.passes.plan import MakePlan
+from lora_fx.passes.plan import MakePlan, with_sample_cost
 from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
@@ -212,7 +212,8 @@ def plan_model(
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
     captured = _captured(model, config, example_inputs, frontend)
-    return captured, plan_capture(captured, config, strict=strict)
+    plan = plan_capture(captured, config, strict=strict)
+    return captured, with_sample_cost(plan, captured, example_inputs)
 
 
 def _captured(model: nn.Module, config: object, example_inputs: Any, frontend: Frontend) -> Capture:
@@ -337,12 +338,14 @@ def check_trains(plan: Plan) -> None:
 
 
 def warn_of_idle_entries(plan: Plan) -> None:
-    """Log the entries of the configuration that select nothing: a dry run shows them, a rewrite would not."""
+    """Log what a dry run would show first: entries that select nothing, and modules that nothing trains."""
     if plan.unmatched:
         _log.warning(
             "part of the configuration selects nothing (strict=True makes that an error): %s",
             "; ".join(plan.unmatched),
         )
+    for name in plan.fresh:
+        _log.warning("%s starts at random and nothing trains it: put it into modules_to_save", name)
 
 
 def add_adapter_parameters(

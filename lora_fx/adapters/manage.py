@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from lora_fx.adapters.switching import (
 )
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
+from lora_fx.ir import ActiveAdapters, AdapterRecord, html_table, require_record
 from lora_fx.passes.graph import copy_without_trainers
 from lora_fx.passes.parameters import (
     adapter_parameters,
@@ -403,6 +404,7 @@ def reference(model: nn.Module) -> nn.Module:
 
 
 _SHOWN = 5
+_TRAINED = {True: "trainable", False: "frozen", None: "trainable in part"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,13 +437,18 @@ class AdapterStatus:
     devices: tuple[str, ...]
     waits: bool = False
 
+    @property
+    def rank_text(self) -> str:
+        """The rank, or the lowest and the highest; empty without sites."""
+        if self.ranks is None:
+            return ""
+        low, high = self.ranks
+        return str(low) if low == high else f"{low} to {high}"
+
     def __str__(self) -> str:
         state = "active" if self.active else "not active"
-        trained = {True: "trainable", False: "frozen", None: "trainable in part"}[self.trainable]
-        ranks = "no site"
-        if self.ranks is not None:
-            low, high = self.ranks
-            ranks = f"{self.sites} site(s) of rank {low if low == high else f'{low} to {high}'}"
+        trained = _TRAINED[self.trainable]
+        ranks = f"{self.sites} site(s) of rank {self.rank_text}" if self.ranks else "no site"
         more = ["waits for data (lora_fx.initialize)"] if self.waits else []
         more += [f"trains {name} in full" for name in self.saved_modules]
         more += [f"trains {len(self.biases)} bias(es)"] if self.biases else []
@@ -450,7 +457,7 @@ class AdapterStatus:
         return f"{self.name}: {', '.join(part for part in parts if part)}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ModelStatus:
     """The adapters of a model, in the order in which they were added.
 
@@ -472,8 +479,34 @@ class ModelStatus:
     def __iter__(self) -> Iterator[AdapterStatus]:
         return iter(self.adapters)
 
+    def __repr__(self) -> str:
+        named = [f"{one.name} ({'active' if one.active else 'not active'})" for one in self]
+        return f"<ModelStatus: {', '.join(named) or 'no adapter'}; print it for more>"
+
+    def _repr_html_(self) -> str:
+        columns = ("adapter", "", "trained", "sites", "rank", "parameters", "dtype", "device")
+        rows = [
+            (
+                one.name,
+                "active" if one.active else "not active",
+                _TRAINED[one.trainable],
+                str(one.sites),
+                one.rank_text,
+                f"{one.parameters:,}",
+                ", ".join(one.dtypes),
+                ", ".join(one.devices),
+            )
+            for one in self
+        ]
+        said = "".join(f"<div>{escape(line)}</div>" for line in self._remarks())
+        return f"<div>{html_table(columns, rows, left=3)}{said}</div>"
+
     def __str__(self) -> str:
         lines = [str(adapter) for adapter in self.adapters] or ["no adapter"]
+        return "\n".join([*lines, *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        lines: list[str] = []
         if self.per_sample:
             lines.append("each sample of a batch has one of the active adapters, or none")
         if self.by_hand:
@@ -487,7 +520,7 @@ class ModelStatus:
             lines.append(
                 "unchecked: no eager call of the model with these adapters has been watched yet"
             )
-        return "\n".join(lines)
+        return lines
 
 
 @inside

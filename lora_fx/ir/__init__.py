@@ -41,6 +41,14 @@ from lora_fx.ir.site import (
     Rejection,
     Site,
 )
+from lora_fx.ir.tables import (
+    FoldedRow,
+    folded,
+    folded_names,
+    html_block,
+    html_table,
+    text_table,
+)
 
 __all__ = [
     "META_KEY",
@@ -51,6 +59,7 @@ __all__ = [
     "Call",
     "Capture",
     "Factors",
+    "FoldedRow",
     "FusedBranch",
     "Kind",
     "Layout",
@@ -76,11 +85,16 @@ __all__ = [
     "Site",
     "Skipped",
     "Tag",
+    "folded",
+    "folded_names",
     "freeze",
+    "html_block",
+    "html_table",
     "join",
     "module_of",
     "record_of",
     "relative",
     "require_record",
+    "text_table",
     "thaw",
 ]

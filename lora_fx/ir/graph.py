@@ -6,10 +6,13 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import fx, nn
+
+from lora_fx.ir.tables import folded, html_block, html_table
 
 if TYPE_CHECKING:
     from lora_fx.ir.plan import Plan
@@ -179,7 +182,7 @@ class Region:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Capture:
     """A model as graphs, without any change of meaning.
 
@@ -204,6 +207,32 @@ class Capture:
     begun: Mapping[str, fx.Graph] = dataclasses.field(default_factory=dict)
     matches: Matches | None = None
     plan: Plan | None = None
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        return (
+            f"<Capture of {name} by {self.frontend}: {len(self.regions)} region(s), {len(self.opaque)} "
+            "module(s) without a graph; print it for each>"
+        )
+
+    def _repr_html_(self) -> str:
+        regions = [
+            (key or "(root)", str(len(one.graph.nodes))) for key, one in self.regions.items()
+        ]
+        opaque = [(name or "(root)", reason) for name, reason in self.opaque.items()]
+        shown = [(one.name, one.times, *one.cells) for one in folded(regions)]
+        blocks = html_block(
+            f"regions ({len(regions)})",
+            html_table(("region", "", "nodes"), shown, left=2),
+            opened=True,
+        )
+        if opaque:
+            rows = [(one.name, one.times, *one.cells) for one in folded(opaque)]
+            table = html_table(("module", "", "because"), rows, left=3)
+            blocks += html_block(f"without a graph ({len(opaque)})", table)
+        said = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
+        name = escape(type(self.model).__name__)
+        return f"<div><div>{name}, captured by {escape(self.frontend)}</div>{blocks}{said}</div>"
 
     def __str__(self) -> str:
         lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]

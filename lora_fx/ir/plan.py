@@ -5,35 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from html import escape
+from typing import Any, Literal
 
 from lora_fx.config import LoraConfig
 from lora_fx.ir.site import Rejection, Site
+from lora_fx.ir.tables import FoldedRow, folded, html_block, html_table, text_table
 
 __all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-
-    def line(cells: tuple[str, ...]) -> str:
-        # Names and patterns read from the left, numbers from the right.
-        return "  ".join(
-            c.ljust(w) if i < 3 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-
-    return [line(columns), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
-
-
-def _by_kind(fused: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """What the outputs of fused weights are cut into, once for each kind of layer."""
-    counts = Counter((name.rpartition(".")[2], parts) for name, parts in fused)
-    return [
-        (name, parts + (f" ({count} layers)" if count > 1 else ""))
-        for (name, parts), count in counts.items()
-    ]
+def _often(row: FoldedRow) -> str:
+    return f" {row.times}" if row.times else ""
 
 
 _FUSED = "fused, and a part can be named alone"
@@ -111,11 +95,12 @@ class Skipped:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """The dry run: what ``rewrite`` would do, and why.
 
-    ``str(plan)`` is a table; ``plan.to_json()`` has everything in it.
+    ``str(plan)`` is a table, in which equal layers are one row; a notebook shows one that folds and sorts;
+    ``plan.to_json()`` has everything in it.
 
     Attributes:
         sites: What is adapted.
@@ -131,6 +116,10 @@ class Plan:
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
         tokens: Rows of embeddings that are trained (``trainable_token_indices``).
         kinds: The kinds of the sites that train more than A and B, by name, each with what in words.
+        sample_cost: Extra FLOPs and saved bytes for one sample, where sites differ in their positions; None
+            where that is not known, or nothing differs.
+        fresh: FQNs of modules of the base that start at random, since no checkpoint has them, and that
+            nothing trains: a new classification head.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -146,6 +135,46 @@ class Plan:
     extra_parameters: int = 0
     tokens: tuple[PlannedTokens, ...] = ()
     kinds: tuple[tuple[str, str], ...] = ()
+    sample_cost: tuple[int, int] | None = None
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """What an optimizer would get, in elements: another name of ``trainable_parameters``."""
+        return self.trainable_parameters
+
+    @property
+    def unit(self) -> Literal["token", "sample", "position"]:
+        """What :attr:`flops` and :attr:`saved` are of.
+
+        Convolutions compute an output at each position, and layers differ in how many they have. Where those
+        of a sample are known, it is the sample.
+        """
+        if all(row.site.family != "conv" for row in self.sites):
+            return "token"
+        return "position" if self.sample_cost is None else "sample"
+
+    @property
+    def flops(self) -> int:
+        """Extra forward FLOPs of all adapters for one :attr:`unit`."""
+        return self.sample_cost[0] if self.sample_cost else sum(row.flops for row in self.sites)
+
+    @property
+    def saved(self) -> int:
+        """Bytes kept for backward for one :attr:`unit`, beyond what the frozen model keeps."""
+        return self.sample_cost[1] if self.sample_cost else sum(row.saved for row in self.sites)
+
+    def cost(self) -> str:
+        """What the adapters cost beyond the frozen model, in words."""
+        text = (
+            f"each {self.unit} costs {self.flops:,} more FLOPs forward and {self.saved:,} bytes kept for "
+            "backward"
+        )
+        if self.unit == "position":
+            text += (
+                ", but layers differ in their positions: example_inputs tell the cost of a sample"
+            )
+        return text
 
     @property
     def trainable_parameters(self) -> int:
@@ -228,6 +257,8 @@ class Plan:
             "notes": list(self.notes),
             "trainable_parameters": self.trainable_parameters,
             "base_parameters": self.base_parameters,
+            "cost": {"unit": self.unit, "flops": self.flops, "saved": self.saved},
+            "fresh": list(self.fresh),
             "sites": [_site_dict(row) for row in self.sites],
             "skipped": [
                 {"name": s.site.name, "pattern": s.site.pattern, "reason": s.reason}
@@ -261,30 +292,69 @@ class Plan:
             for row in self.sites
         ]
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "site",
-        "pattern",
-        "weight",
-        "r",
-        "scale",
-        "trainable",
-        "FLOPs/token",
-        "saved B/token",
-    )
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings of :meth:`rows`."""
+        each = "token" if self.unit == "token" else "position"
+        sizes = ("weight", "r", "scale", "trainable", f"FLOPs/{each}", f"saved B/{each}")
+        return ("site", "pattern", *sizes)
+
+    def warnings(self) -> list[str]:
+        """What comes first, before the table: what is likely to be a mistake."""
+        lines = [
+            f"starts at random, and nothing trains it: {name}; it is in no checkpoint, so put it into "
+            "modules_to_save (or set task_type, which does that for heads)"
+            for name in self.fresh
+        ]
+        return [*lines, *(f"matched nothing: {target}" for target in self.unmatched)]
 
     def __str__(self) -> str:
-        """The table of the sites, the totals, and the sections under them."""
+        """The table of the sites, equal layers in one row, the totals, and the sections under them."""
         lines = [f"captured by {self.frontend}"]
+        lines += self.warnings()
         lines += [f"  {note}" for note in self.notes]
-        lines += _table(self.columns, self.rows())
-        lines.append(f"{len(self.sites)} site(s), {''.join(self.totals())}")
+        rows = folded(self.rows())
+        many = any(row.count > 1 for row in rows)
+        columns = (*self.columns, *(["sites"] if many else []))
+        cells = [(row.name, *row.cells, *([row.times] if many else [])) for row in rows]
+        lines += text_table(columns, cells, left=3)
+        lines.append(f"{len(self.sites)} site(s), {''.join(self.totals())}; {self.cost()}")
         lines += self.remarks()
-        lines += [f"matched nothing: {target}" for target in self.unmatched]
-        for title, rows in self.sections().items():
-            listed = _by_kind(rows) if title == _FUSED else rows
+        for title, listed in self.sections().items():
             lines += [f"{title} ({len(listed)}):"] if listed else []
-            lines += [f"  {name}: {text}" for name, text in listed]
+            lines += [f"  {row.name}{_often(row)}: {row.cells[0]}" for row in folded(listed)]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {len(self.sites)} site(s), {''.join(self.totals())}; captured by {self.frontend}; "
+            "print it for the table>"
+        )
+
+    def _repr_html_(self) -> str:
+        """The plan as a notebook shows it: what is wrong first, then tables that fold and sort."""
+        marks = "".join(f"<div>⚠ {escape(text)}</div>" for text in self.warnings())
+        facts = "".join(
+            f"<div>{escape(text)}</div>"
+            for text in (
+                f"{len(self.sites)} site(s), {''.join(self.totals())}",
+                self.cost(),
+                *self.remarks(),
+            )
+        )
+        rows = folded(self.rows())
+        sites = html_table(
+            (*self.columns, "sites"), [(r.name, *r.cells, str(r.count)) for r in rows], left=3
+        )
+        blocks = [html_block(f"adapted ({len(self.sites)})", sites, opened=True)]
+        for title, listed in self.sections().items():
+            if listed:
+                cells = [(r.name + _often(r), *r.cells) for r in folded(listed)]
+                table = html_table(("name", "because"), cells, left=2)
+                blocks.append(html_block(f"{title} ({len(listed)})", table))
+        how = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
+        blocks.append(html_block(f"captured by {self.frontend}", how))
+        return f"<div>{marks}{facts}{''.join(blocks)}</div>"
 
 
 def _stored(site: Site) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from html import escape
 from typing import NamedTuple
 
 import torch
+
+from lora_fx.ir import html_block, html_table
 
 __all__ = [
     "MergeReport",
@@ -264,9 +267,9 @@ class OutputError:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did.
+    """What a merge did: print it for a line a weight; a notebook shows a table that sorts.
 
     Attributes:
         sites: One row a weight.
@@ -291,7 +294,30 @@ class MergeReport:
         errors = [site.requantization_error for site in self.sites if site.requantized]
         return max(errors, default=math.nan)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"<MergeReport: {self._summary()}; print it for each weight>"
+
+    def _repr_html_(self) -> str:
+        columns = ("weight", "adapters", "error (ulp)", "changed by", "lost by quantizing again")
+        rows = [
+            (
+                site.name,
+                ", ".join(site.adapters),
+                *(
+                    "" if math.isnan(x) else f"{x:.4g}"
+                    for x in (site.max_ulp, site.relative_change)
+                ),
+                f"{site.requantization_error:.2e}" if site.requantized else "",
+            )
+            for site in self.sites
+        ]
+        lines = [self._summary(), *([] if self.outputs is None else [str(self.outputs)])]
+        lines += [f"untied: {name}" for name in self.untied]
+        said = "".join(f"<div>{escape(line)}</div>" for line in lines)
+        table = html_table(columns, rows, left=2)
+        return f"<div>{said}{html_block(f'weights ({len(rows)})', table)}</div>"
+
+    def _summary(self) -> str:
         again = [site for site in self.sites if site.requantized]
         said = [f"{len(self.sites)} weight(s) merged"]
         if len(again) < len(self.sites) or not again:
@@ -299,7 +325,10 @@ class MergeReport:
         if again:
             worst = self.requantization_error
             said.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
-        lines = [", ".join(said)]
+        return ", ".join(said)
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
         lines += [] if self.outputs is None else [str(self.outputs)]
         lines += [_line(site) for site in self.sites]
         lines += [f"  untied: {name}" for name in self.untied]

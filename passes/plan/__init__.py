@@ -4,5 +4,13 @@ from __future__ import annotations
 
 from lora_fx.passes.plan.choice import priced
 from lora_fx.passes.plan.planning import MakePlan, at_rank, foreign_factors, start_objection
+from lora_fx.passes.plan.sample_cost import with_sample_cost
 
-__all__ = ["MakePlan", "at_rank", "foreign_factors", "priced", "start_objection"]
+__all__ = [
+    "MakePlan",
+    "at_rank",
+    "foreign_factors",
+    "priced",
+    "start_objection",
+    "with_sample_cost",
+]

@@ -237,9 +237,31 @@ def make_plan(
         extra_parameters=_extra_parameters(capture.model, saved, biases),
         tokens=planned_tokens(capture, matches, config, rows, saved),
         kinds=_kinds_of(rows),
+        fresh=tuple(_fresh(capture.model, saved, [row.site for row in rows])),
     )
     _check(capture, plan, matches, chosen, strict)
     return plan
+
+
+_LOADED = "_is_hf_initialized"
+"""Attribute that transformers gives the parameters that it has read from a checkpoint."""
+
+
+def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Iterator[str]:
+    """Modules that no checkpoint has, and that nothing trains: the outermost ones, by FQN."""
+    loaded = {name: hasattr(p, _LOADED) for name, p in base_parameters(model).items()}
+    if not any(loaded.values()) or all(loaded.values()):
+        return
+    trained = tuple(f"{name}." for name in saved)
+    adapted = [site.weight for site in sites]
+    outer: list[str] = []
+    for name, _ in base_modules(model):
+        inside = [known for leaf, known in loaded.items() if leaf.startswith(f"{name}.")]
+        known = f"{name}.".startswith((*trained, *outer))
+        if name and inside and not any(inside) and not known:
+            outer.append(f"{name}.")
+            if not any(weight.startswith(f"{name}.") for weight in adapted):
+                yield name
 
 
 def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, module_of
+from lora_fx.ir import META_KEY, Capture, folded, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
@@ -207,8 +207,6 @@ def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) ->
 
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph], *, every: bool) -> Table:
-    from lora_fx.tools.cli.tables import folded
-
     rows = []
     for key, graph in found.items():
         tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]

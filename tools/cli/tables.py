@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich import box
@@ -14,40 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_fx.export.report import ExportReport, fusions_text, short, size_text, worst_by_layer
-from lora_fx.ir import Plan
+from lora_fx.ir import FoldedRow, Plan, folded
 from lora_fx.tools.cli import console
 
 if TYPE_CHECKING:
     from lora_fx.tools.cli.options import Training
     from lora_fx.tools.cluster import Need
 
-__all__ = ["folded", "render_export", "render_need", "render_plan"]
+__all__ = ["render_export", "render_need", "render_plan"]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=[.(]|$)|^\d+(?=[.(]|$)")
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
 _OPTIONAL = (7, 6, 1, 4, 2)
 _GAP = 2
 _LISTED = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Sites or regions that differ in the numbers of their layers alone.
-
-    Attributes:
-        name: Their common name, ``layers.{0-31}.self_attn.q_proj``.
-        count: How many they are.
-        cells: The other columns.
-    """
-
-    name: str
-    count: int
-    cells: tuple[str, ...]
-
-    @property
-    def times(self) -> str:
-        """``×32``; empty for one."""
-        return f"×{self.count}" if self.count > 1 else ""
 
 
 def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
@@ -60,52 +37,19 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
     """
     parts: list[RenderableType] = [
         Text.assemble("captured by ", (plan.frontend, "bold")),
+        *(Text(line, "yellow") for line in plan.warnings()),
         *(_indented(Text(note, "dim")) for note in plan.notes),
-        _sites(plan, width, every),
+        *_sites(plan, width, every),
         _totals(plan),
     ]
     parts += map(Text, plan.remarks())
-    parts += [Text(f"matched nothing: {entry}", "yellow") for entry in plan.unmatched]
     for title, rows in plan.sections().items():
         parts += _section(title, rows, every)
     return Group(*parts)
 
 
-def folded(rows: Iterable[tuple[str, ...]]) -> list[Row]:
-    """One row for all that differ in the numbers of their names alone, in order of appearance.
-
-    Args:
-        rows: Names, each with its cells.
-    """
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, *cells in rows:
-        groups.setdefault((_NUMBER.sub("*", name), *cells), []).append(name)
-    return [Row(folded_names(names), len(names), tuple(key[1:])) for key, names in groups.items()]
-
-
-def folded_names(names: Sequence[str]) -> str:
-    """One name for names that differ in numbers: ``h.{0-11}.attn``, ``h.{0,2}.{1-3}``."""
-    if len(names) == 1:
-        return names[0]
-    numbers = [_NUMBER.findall(name) for name in names]
-    columns: list[set[int]] = [{int(n) for n in column} for column in zip(*numbers, strict=True)]
-    spans = iter(_span(sorted(column)) for column in columns)
-    return _NUMBER.sub(lambda _: next(spans), names[0])
-
-
-def _span(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-    return f"{{{text}}}" if len(numbers) > 1 else text
-
-
-def _sites(plan: Plan, width: int, every: bool) -> Table:
-    single = [Row(name, 1, tuple(cells)) for name, *cells in plan.rows()]
+def _sites(plan: Plan, width: int, every: bool) -> Iterator[RenderableType]:
+    single = [FoldedRow(name, 1, tuple(cells)) for name, *cells in plan.rows()]
     rows = single if every else folded(plan.rows())
     columns = (*plan.columns, "sites")
     lines = [(row.name, *row.cells, row.times) for row in rows]
@@ -114,6 +58,7 @@ def _sites(plan: Plan, width: int, every: bool) -> Table:
     for i in _OPTIONAL:
         if sum(widths[i] + _GAP for i in shown) > width:
             shown.remove(i)
+    left_out = [columns[i] for i in range(len(columns)) if i not in shown and columns[i] != "sites"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i in shown:
         # Names and patterns read from the left, numbers from the right.
@@ -122,19 +67,18 @@ def _sites(plan: Plan, width: int, every: bool) -> Table:
         table.add_column(columns[i], justify=justify, no_wrap=i > 0, overflow="fold", style=style)
     for line in lines:
         table.add_row(*(Text(line[i]) for i in shown))
-    return table
+    yield table
+    if left_out:
+        yield Text(f"too narrow for {', '.join(left_out)}: widen it, or --json", "dim")
 
 
 def _totals(plan: Plan) -> Text:
     trained, of_all = plan.totals()
-    flops = sum(row.flops for row in plan.sites)
-    saved = sum(row.saved for row in plan.sites)
     return Text.assemble(
         (f"{len(plan.sites):,} {'site' if len(plan.sites) == 1 else 'sites'}", "bold"),
         ", ",
         (trained, "bold green"),
-        f"{of_all}; each token costs {flops:,} more FLOPs forward and {saved:,} bytes kept for "
-        "backward",
+        f"{of_all}; {plan.cost()}",
     )
 
 
@@ -146,16 +90,11 @@ def _indented(line: Text) -> Padding:
 def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterator[RenderableType]:
     if not rows:
         return
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, reason in rows:
-        groups.setdefault((name if every else _NUMBER.sub("*", name), reason), []).append(name)
     yield Text(f"{title} ({len(rows)}):", "bold")
-    listed = list(groups.items())
-    for (_, reason), names in listed if every else listed[:_LISTED]:
-        count = f" ×{len(names)}" if len(names) > 1 else ""
-        name = folded_names(names) if len(names) > 1 else names[0]
-        line = Text.assemble((name or "(root)", "cyan"), count, f": {reason}")
-        yield _indented(line)
+    listed = [FoldedRow(name, 1, (reason,)) for name, reason in rows] if every else folded(rows)
+    for row in listed if every else listed[:_LISTED]:
+        count = f" {row.times}" if row.times else ""
+        yield _indented(Text.assemble((row.name or "(root)", "cyan"), count, f": {row.cells[0]}"))
     if not every and len(listed) > _LISTED:
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
 

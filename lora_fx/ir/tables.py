@@ -1,0 +1,131 @@
+"""Tables for people: rows of equal layers folded into one, as text and as HTML.
+
+Plans, reports and status show themselves by what is in here, in a terminal and in a notebook.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+__all__ = ["FoldedRow", "folded", "folded_names", "html_block", "html_table", "text_table"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.(]|$)|^\d+(?=[.(]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedRow:
+    """Rows that differ in the numbers of their names alone.
+
+    Attributes:
+        name: Their common name, ``layers.{0-31}.self_attn.q_proj``.
+        count: How many they are.
+        cells: The other columns.
+    """
+
+    name: str
+    count: int
+    cells: tuple[str, ...]
+
+    @property
+    def times(self) -> str:
+        """``×32``; empty for one."""
+        return f"×{self.count}" if self.count > 1 else ""
+
+
+def folded(rows: Iterable[tuple[str, ...]]) -> list[FoldedRow]:
+    """Fold all rows that differ in the numbers of their names alone into one, in order of appearance.
+
+    Args:
+        rows: Names, each with its cells.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        groups.setdefault((_NUMBER.sub("*", name), *cells), []).append(name)
+    return [
+        FoldedRow(folded_names(names), len(names), tuple(key[1:])) for key, names in groups.items()
+    ]
+
+
+def folded_names(names: Sequence[str]) -> str:
+    """Give one name for names that differ in numbers: ``h.{0-11}.attn``, ``h.{0,2}.{1-3}``."""
+    if len(names) == 1:
+        return names[0]
+    numbers = [_NUMBER.findall(name) for name in names]
+    columns: list[set[int]] = [{int(n) for n in column} for column in zip(*numbers, strict=True)]
+    spans = iter(_span(sorted(column)) for column in columns)
+    return _NUMBER.sub(lambda _: next(spans), names[0])
+
+
+def _span(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+    return f"{{{text}}}" if len(numbers) > 1 else text
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lay a table out in lines of text.
+
+    Args:
+        columns: The headings.
+        rows: The cells.
+        left: How many columns are aligned left: names are, numbers are not.
+    """
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    return [line(columns), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+# A click on a heading sorts by that column, numbers as numbers, and the other way the next time.
+_SORT = (
+    "const h=this,i=h.cellIndex,b=h.closest('table').tBodies[0],u=h.dataset.up!=='1',"
+    "v=r=>r.cells[i].textContent,n=t=>parseFloat(t.replace(/[,×]/g,''));h.dataset.up=u?1:0;"
+    "[...b.rows].sort((p,q)=>{const s=v(p),t=v(q),c=isNaN(n(s))||isNaN(n(t))"
+    "?s.localeCompare(t,undefined,{numeric:true}):n(s)-n(t);return u?c:-c})"
+    ".forEach(r=>b.append(r))"
+)
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Lay a table out in HTML: names are text, whatever is in them, and a click on a heading sorts.
+
+    Args:
+        columns: The headings.
+        rows: The cells.
+        left: How many columns are aligned left.
+    """
+
+    def cells(tag: str, texts: Sequence[str], more: str = "") -> str:
+        return "".join(
+            f'<{tag} style="text-align:{"left" if i < left else "right"}"{more}>{escape(text)}</{tag}>'
+            for i, text in enumerate(texts)
+        )
+
+    click = f' title="sort" onclick="{escape(_SORT)}"'
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    head = f"<thead><tr>{cells('th', columns, click)}</tr></thead>"
+    return f"<table>{head}<tbody>{body}</tbody></table>"
+
+
+def html_block(title: str, body: str, *, opened: bool = False) -> str:
+    """Wrap HTML in a block that a click on its title opens and closes.
+
+    Args:
+        title: Text.
+        body: HTML.
+        opened: Whether it is open at first.
+    """
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
