@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapters import set_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import MergeError
-from lora_fx.ir import Capture, Plan, require_record
+from lora_fx.ir import Capture, ModelT, Plan, require_record
 from lora_fx.passes import pipeline
 from lora_fx.passes.capture import Frontend, run_reference
 from lora_fx.passes.capture import capture as capture_model
@@ -133,7 +133,7 @@ def plan(
 
 
 def rewrite(
-    model: nn.Module,
+    model: ModelT,
     config: LoraConfig,
     example_inputs: Any = None,
     *,
@@ -142,7 +142,7 @@ def rewrite(
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
-) -> nn.Module:
+) -> ModelT:
     """Puts LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
 
     Args:
@@ -170,7 +170,7 @@ def rewrite(
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
-    return pipeline.rewrite_model(
+    adapted = pipeline.rewrite_model(
         model,
         config,
         example_inputs,
@@ -180,6 +180,7 @@ def rewrite(
         frontend=frontend,
         callback=callback,
     )
+    return cast("ModelT", adapted)
 
 
 @inside
@@ -193,43 +194,43 @@ def graphs(model: nn.Module) -> dict[str, fx.Graph]:
 
 @overload
 def merge(
-    model: nn.Module,
+    model: ModelT,
     *,
     adapter_names: Sequence[str] | str | None = ...,
-    into: nn.Module | None = ...,
+    into: ModelT | None = ...,
     dtype: torch.dtype | None = ...,
     requantize: bool = ...,
     own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[False] = ...,
     progress: Callable[[int, int, str], None] | None = ...,
-) -> nn.Module: ...
+) -> ModelT: ...
 @overload
 def merge(
-    model: nn.Module,
+    model: ModelT,
     *,
     adapter_names: Sequence[str] | str | None = ...,
-    into: nn.Module | None = ...,
+    into: ModelT | None = ...,
     dtype: torch.dtype | None = ...,
     requantize: bool = ...,
     own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[True],
     progress: Callable[[int, int, str], None] | None = ...,
-) -> tuple[nn.Module, MergeReport]: ...
+) -> tuple[ModelT, MergeReport]: ...
 @inside
 def merge(
-    model: nn.Module,
+    model: ModelT,
     *,
     adapter_names: Sequence[str] | str | None = None,
-    into: nn.Module | None = None,
+    into: ModelT | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
     own: bool = False,
     example_inputs: Any = None,
     return_report: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
-) -> nn.Module | tuple[nn.Module, MergeReport]:
+) -> ModelT | tuple[ModelT, MergeReport]:
     """Folds trained adapters into the weights.
 
     What is not folded is shared with the model that was rewritten, and copied only if that is asked for. So
@@ -285,7 +286,8 @@ def merge(
     if example_inputs is not None:
         outputs = output_error(model, merged, example_inputs, adapter_names)
         report = dataclasses.replace(report, outputs=outputs)
-    return (merged, report) if return_report else merged
+    dense = cast("ModelT", merged)
+    return (dense, report) if return_report else dense
 
 
 @inside

@@ -35,7 +35,7 @@ from lora_fx.adapters.statistics import (
 from lora_fx.adapters.switching import on_base
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError
-from lora_fx.ir import AdapterRecord, PlannedSite, Site, require_record
+from lora_fx.ir import AdapterRecord, ModelT, PlannedSite, Site, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import (
     Start,
@@ -106,14 +106,14 @@ def restart(
 
 @inside
 def initialize(
-    model: nn.Module,
+    model: ModelT,
     dataloader: Iterable[Any] | None = None,
     *,
     adapter_name: str | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     forward: Forward | None = None,
     progress: bool | Callable[[int, int, str], None] = True,
-) -> nn.Module:
+) -> ModelT:
     """Gives an adapter the start that its configuration names, where the rewrite could not.
 
     A model that was rewritten on the meta device, sharded and given memory (``to_empty``) has no start: call

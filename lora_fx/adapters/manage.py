@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from lora_fx.adapters.switching import (
 )
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError
-from lora_fx.ir import ActiveAdapters, AdapterRecord, html_table, require_record
+from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_table, require_record
 from lora_fx.passes.graph import copy_without_trainers
 from lora_fx.passes.parameters import (
     adapter_parameters,
@@ -369,7 +370,7 @@ def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 
 
 @inside
-def reference(model: nn.Module) -> nn.Module:
+def reference(model: ModelT) -> ModelT:
     """Copies a rewritten model as it is now, frozen and in eval mode, for what compares with it.
 
     The copy runs with the adapters that are active, whose values it has of its own: what ``model`` is trained
@@ -400,7 +401,7 @@ def reference(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(False)
     protect(result)
     watch.arm(result)
-    return result.eval()
+    return cast("ModelT", result.eval())
 
 
 _SHOWN = 5

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from lora_fx.adapters.manage import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
 from lora_fx.formats import Storage, format_of, quantization_of, quantized_linear, storage
-from lora_fx.ir import AdapterRecord, Capture, PlannedSite, Region, record_of
+from lora_fx.ir import AdapterRecord, Capture, ModelT, PlannedSite, Region, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantized
@@ -51,10 +51,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def prepare_for_kbit_training(
-    model: nn.Module,
+    model: ModelT,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> ModelT:
     """Makes a quantized model ready for adapters: PEFT's ``prepare_model_for_kbit_training`` as one step.
 
     It is called before :func:`lora_fx.rewrite`:
@@ -108,7 +108,7 @@ def prepare_for_kbit_training(
         _widen(prepared)
     if use_gradient_checkpointing:
         _checkpoint(prepared, gradient_checkpointing_kwargs)
-    return prepared
+    return cast("ModelT", prepared)
 
 
 def _wants_half(weight: nn.Parameter) -> bool:
@@ -179,7 +179,7 @@ def plan_quantization(
 
 
 def quantize(
-    model: nn.Module,
+    model: ModelT,
     format: str,  # noqa: A002  the name that it has for users
     *,
     exclude: Sequence[str] | str | None = None,
@@ -189,7 +189,7 @@ def quantize(
     device: torch.device | str | int | None = None,
     weights: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> nn.Module:
+) -> ModelT:
     """Stores the weight of every linear operation but the output head in few bits.
 
     Operations are found by what they compute, as :func:`lora_fx.rewrite` finds them: functional ones, too,
@@ -255,7 +255,7 @@ def quantize(
     install(_kept(capture), kept=True)
     sites = [one.site for one in plan.weights]
     how.made_by.layers.describe_model(result, how, sites, plan.weights[0].dtype)
-    return result
+    return cast("ModelT", result)
 
 
 def _captured(model: nn.Module) -> Capture:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_pref
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, some
 from lora_fx.files import current
-from lora_fx.ir import AdapterRecord, record_of
+from lora_fx.ir import AdapterRecord, ModelT, record_of
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import plan_model, rewrite_model
@@ -215,14 +215,14 @@ def folder_of(
 
 @inside
 def load_adapter(
-    model: nn.Module,
+    model: ModelT,
     directory: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
     component: str | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
-) -> nn.Module:
+) -> ModelT:
     """Reads an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
 
     Args:
@@ -312,7 +312,7 @@ def load_adapter(
             delete_adapter(model, adapter_name)
         raise
     _note_stale_buffers(target, {slot.name for slot, _ in values})
-    return target
+    return cast("ModelT", target)
 
 
 def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:

@@ -329,6 +329,8 @@ def is_off(value: object) -> bool:
 
 _SHORT: Final = {
     "rank": "r",
+    "lora_rank": "r",
+    "lora_r": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "targets": "target_modules",

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from html import escape
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,7 @@ __all__ = [
     "Capture",
     "FusedBranch",
     "Kind",
+    "ModelT",
     "Pass",
     "PassResult",
     "Region",
@@ -32,6 +33,9 @@ __all__ = [
     "module_of",
     "relative",
 ]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+"""The class of a user's model: verbs return what they were given."""
 
 META_KEY = "lora_fx"
 """The one key of ``node.meta`` that lora_fx writes; its value is always a :class:`Tag`."""
