@@ -36,6 +36,7 @@ from lora_fx.adapters import (
 )
 from lora_fx.api import (
     capture,
+    compare,
     graphs,
     merge,
     plan,
@@ -109,6 +110,7 @@ __all__ = [
     "add_weighted_adapter",
     "capture",
     "check",
+    "compare",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",

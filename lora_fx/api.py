@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapters import set_adapter
 from lora_fx.config import LoraConfig
-from lora_fx.errors import MergeError
-from lora_fx.ir import Capture, ModelT, Plan, require_record
+from lora_fx.errors import ConfigError, MergeError
+from lora_fx.ir import Capture, Comparison, ModelT, Plan, require_record
 from lora_fx.passes import pipeline
 from lora_fx.passes.capture import Frontend, run_reference
 from lora_fx.passes.capture import capture as capture_model
@@ -130,6 +130,34 @@ def plan(
         CaptureError: If the model cannot be captured.
     """
     return pipeline.plan_model(model, config, example_inputs, strict=strict, frontend=frontend)[1]
+
+
+def compare(
+    configs: Mapping[str, LoraConfig],
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    frontend: Frontend = "auto",
+) -> Comparison:
+    """Plans several configurations for one model, to choose by what they cost. Nothing is changed.
+
+    Args:
+        configs: Configurations by a name of your own.
+        model: Any module that is not rewritten yet.
+        example_inputs: As for :func:`capture`.
+        frontend: As for :func:`capture`.
+
+    Returns:
+        The plans: print it for one table of sites, parameters, FLOPs, bytes and ranks.
+
+    Raises:
+        ConfigError: If there is no configuration.
+        NoMatchError: If one selects nothing; it is named.
+        CaptureError: If the model cannot be captured.
+    """
+    if not configs:
+        raise ConfigError("compare takes a dict of at least one LoraConfig by a name of your own")
+    return Comparison(pipeline.plan_all(model, configs, example_inputs, frontend=frontend))
 
 
 def rewrite(

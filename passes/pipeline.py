@@ -56,6 +56,7 @@ __all__ = [
     "check_config",
     "check_trains",
     "find_operations",
+    "plan_all",
     "plan_capture",
     "plan_model",
     "regions_to_install",
@@ -214,6 +215,33 @@ def plan_model(
     captured = _captured(model, config, example_inputs, frontend)
     plan = plan_capture(captured, config, strict=strict)
     return captured, with_sample_cost(plan, captured, example_inputs)
+
+
+def plan_all(
+    model: nn.Module,
+    configs: Mapping[str, LoraConfig],
+    example_inputs: Any = None,
+    *,
+    frontend: Frontend = "auto",
+) -> dict[str, Plan]:
+    """Capture a model once, and plan its rewrite by each configuration.
+
+    Raises:
+        ConfigError: If one is no :class:`LoraConfig`, or the model is rewritten already.
+        NoMatchError: If one selects nothing.
+    """
+    for config in configs.values():
+        check_config(config)
+    captured = _captured(model, next(iter(configs.values())), example_inputs, frontend)
+    plans: dict[str, Plan] = {}
+    for name, config in configs.items():
+        try:
+            plan = plan_capture(captured, config)
+        except LoraFxError as error:
+            error.add_note(f"in the configuration {name!r}")
+            raise
+        plans[name] = with_sample_cost(plan, captured, example_inputs)
+    return plans
 
 
 def _captured(model: nn.Module, config: object, example_inputs: Any, frontend: Frontend) -> Capture:

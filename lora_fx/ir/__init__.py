@@ -18,7 +18,7 @@ from lora_fx.ir.graph import (
     relative,
 )
 from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
-from lora_fx.ir.plan import Plan, PlannedSite, PlannedTokens, Skipped
+from lora_fx.ir.plan import Comparison, Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
     ActiveAdapters,
     AdapterRecord,
@@ -59,6 +59,7 @@ __all__ = [
     "BranchBuilder",
     "Call",
     "Capture",
+    "Comparison",
     "Factors",
     "FoldedRow",
     "FusedBranch",

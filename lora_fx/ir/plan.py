@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.ir.site import Rejection, Site
 from lora_fx.ir.tables import FoldedRow, folded, html_block, html_table, text_table
 
-__all__ = ["Plan", "PlannedSite", "PlannedTokens", "Skipped"]
+__all__ = ["Comparison", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
 def _often(row: FoldedRow) -> str:
@@ -355,6 +355,71 @@ class Plan:
         how = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
         blocks.append(html_block(f"captured by {self.frontend}", how))
         return f"<div>{marks}{facts}{''.join(blocks)}</div>"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison:
+    """Plans of one model side by side: ``str()`` is a table, a notebook shows one that sorts.
+
+    Attributes:
+        plans: By name, in the order in which they were given.
+    """
+
+    plans: Mapping[str, Plan]
+
+    def __getitem__(self, name: str) -> Plan:
+        return self.plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings of :meth:`rows`."""
+        unit = next((plan.unit for plan in self.plans.values()), "token")
+        return ("config", "sites", "trainable", "%", f"FLOPs/{unit}", f"saved B/{unit}", "ranks")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table as cells, under :attr:`columns`."""
+        return [
+            (
+                name,
+                f"{len(plan)}",
+                f"{plan.parameters:,}",
+                f"{100 * plan.parameters / max(plan.total_parameters, 1):.4f}",
+                f"{plan.flops:,}",
+                f"{plan.saved:,}",
+                _span_of([row.rank for row in plan.sites if row.rank]),
+            )
+            for name, plan in self.plans.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON: each plan by its name."""
+        return {name: plan.to_dict() for name, plan in self.plans.items()}
+
+    def __str__(self) -> str:
+        lines = text_table(self.columns, self.rows(), left=1)
+        for name, plan in self.plans.items():
+            lines += [f"{name}: {text}" for text in (*plan.warnings(), *plan.remarks())]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self.plans)}; print it for the table>"
+
+    def _repr_html_(self) -> str:
+        blocks = [html_block(name, plan._repr_html_()) for name, plan in self.plans.items()]
+        return f"<div>{html_table(self.columns, self.rows())}{''.join(blocks)}</div>"
+
+
+def _span_of(ranks: list[int]) -> str:
+    if not ranks:
+        return "-"
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def _stored(site: Site) -> str:
