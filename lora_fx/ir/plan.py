@@ -10,6 +10,7 @@ from html import escape
 from typing import Any, Literal
 
 from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError, hint
 from lora_fx.ir.site import Rejection, Site
 from lora_fx.ir.tables import FoldedRow, folded, html_block, html_table, text_table
 
@@ -38,6 +39,7 @@ class PlannedSite:
             input, the masked input with its mask if there is dropout, the rank-r activation, and what the
             kind keeps.
         kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
+        reason: What in the configuration selects it.
     """
 
     site: Site
@@ -50,6 +52,7 @@ class PlannedSite:
     saved: int
     tied: str = ""
     kind: str = "lora"
+    reason: str = ""
 
     @property
     def name(self) -> str:
@@ -242,6 +245,63 @@ class Plan:
             ],
             "not selected": [(one.site.name, one.reason) for one in self.skipped],
             "cannot be adapted": [(one.name or "(root)", one.reason) for one in self.rejections],
+        }
+
+    def why(self, name: str) -> dict[str, str]:
+        """Say of each operation that a name means what becomes of it, and why.
+
+        Args:
+            name: An FQN, the end of one (``q_proj``), or a module with operations inside.
+
+        Raises:
+            ConfigError: If it means none; with the nearest names.
+        """
+        told = {row.name: f"adapted: {row.reason}; {self._given(row)}" for row in self.sites}
+        told |= {one.site.name: f"not selected: {one.reason}" for one in self.skipped}
+        told |= {one.name: f"cannot be adapted: {one.reason}" for one in self.rejections}
+        told |= dict.fromkeys(self.saved_modules, "trained in full: modules_to_save")
+        told |= {
+            row.name: f"rows trained: {len(row.indices)} (trainable_token_indices)"
+            for row in self.tokens
+        }
+        meant = {
+            one: text
+            for one, text in told.items()
+            if f".{one}".endswith(f".{name}") or one.startswith(f"{name}.") or not name
+        }
+        if not meant:
+            ends = {one.rpartition(".")[2] for one in told}
+            near = hint(name, [*told, *ends], "; did you mean {}?", cutoff=0.4)
+            raise ConfigError(f"no linear operation is called {name!r}{near}")
+        return meant
+
+    @staticmethod
+    def _given(row: PlannedSite) -> str:
+        """What a site gets, in a line."""
+        size = f"{row.site.pattern} of {_stored(row.site)}"
+        if not row.rank:
+            return f"{size}, {row.kind}"
+        kind = "" if row.kind == "lora" else f", {row.kind}"
+        drop = f", dropout {row.dropout:g}" if row.dropout else ""
+        return f"{size}, r {row.rank}, scale {row.scale:g}{drop}{kind}"
+
+    def changes(self, other: Plan) -> dict[str, tuple[str, str]]:
+        """Say what differs in another plan of the same model: names, each with what it has here and there.
+
+        Args:
+            other: The other plan.
+        """
+        here, there = (
+            {row.name: self._given(row) for row in plan.sites}
+            | dict.fromkeys(plan.saved_modules, "trained in full")
+            | dict.fromkeys(plan.biases, "trained")
+            | {row.name: f"{len(row.indices)} rows trained" for row in plan.tokens}
+            for plan in (self, other)
+        )
+        return {
+            name: (here.get(name, "-"), there.get(name, "-"))
+            for name in {**here, **there}
+            if here.get(name) != there.get(name)
         }
 
     def __iter__(self) -> Iterator[PlannedSite]:

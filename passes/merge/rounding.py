@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from html import escape
@@ -293,6 +294,17 @@ class MergeReport:
         """The largest of all that were quantized again; NaN if none was."""
         errors = [site.requantization_error for site in self.sites if site.requantized]
         return max(errors, default=math.nan)
+
+    def to_json(self) -> str:
+        """The report as JSON text; what was not measured is null."""
+
+        def plain(value: object) -> object:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        def finite(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            return {name: plain(value) for name, value in pairs}
+
+        return json.dumps(dataclasses.asdict(self, dict_factory=finite), indent=2, allow_nan=False)
 
     def __repr__(self) -> str:
         return f"<MergeReport: {self._summary()}; print it for each weight>"

@@ -304,6 +304,7 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         flops=0,
         saved=0,
         kind=kind.name,
+        reason=choice.verdict.reason,
     )
     return priced(capture.model, row)
 

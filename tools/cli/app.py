@@ -69,7 +69,7 @@ app = typer.Typer(
     "folder of transformers), timm:NAME or torchvision:NAME (both untrained). Nothing is "
     "downloaded, and nothing is overwritten without --force.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = ["check_out", "merge", "plan", "rewrite", "verify", "visualize", "writ
 
 
 _TEXT = ".txt"
+_HERE = "this"
+_TRAINED = ("adapted", "trained", "rows trained")
 
 
 @o.command()
@@ -37,10 +39,14 @@ def plan(
     store: o.Storing,
     look: o.Capturing,
     training: o.Training,
+    why: str | None = None,
+    diff: Path | None = None,
     every: bool = False,
     as_json: bool = False,
 ) -> None:
     """Show what would be adapted, what not and why, and what it costs. Changes nothing.
+
+    With --why or --diff the exit code is 1 where the answer is no: not adapted, or not the same.
 
     Args:
         model: The model.
@@ -48,9 +54,12 @@ def plan(
         store: In few bits.
         look: How to capture.
         training: On which GPUs.
+        why: What becomes of one operation, or of those in a module, and why: its name, or the end of it.
+        diff: Another configuration, as for --config: what it would do otherwise.
         every: One row a site; equal layers are one row without it.
         as_json: Everything, as JSON.
     """
+    from lora_fx.api import compare
     from lora_fx.api import plan as make_plan
     from lora_fx.tools.cli.tables import render_need, render_plan
 
@@ -59,7 +68,25 @@ def plan(
     stored = store.planned(loaded)
     how = look.of(loaded)
     with console.progress("planning"):
-        made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
+        if diff is not None:
+            both = compare({_HERE: chosen, str(diff): o.config_in(diff)}, loaded.model, **how)
+            made = both[_HERE]
+        else:
+            made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
+    if why is not None:
+        _answer(("operation", "what becomes of it"), made.why(why).items(), as_json)
+        if not any(text.startswith(_TRAINED) for text in made.why(why).values()):
+            raise typer.Exit(1)
+        return
+    if diff is not None:
+        changed = made.changes(both[str(diff)])
+        if not as_json:
+            console.say(str(both))
+        rows = [(name, *texts) for name, texts in changed.items()]
+        _answer(("differs", _HERE, str(diff)), rows, as_json)
+        if changed:
+            raise typer.Exit(1)
+        return
     from lora_fx.tools.cluster import takes_text
 
     given = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
@@ -93,6 +120,7 @@ def rewrite(
     print_after: list[str] | None = None,
     out: str | None = None,
     force: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Rewrite a model and look at the result: its regions, their code, or a picture of them.
 
@@ -108,6 +136,7 @@ def rewrite(
             prints what each has changed.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
         force: Write over what is there.
+        as_json: The regions as JSON.
     """
     from lora_fx.api import graphs
     from lora_fx.api import rewrite as rewrite_model
@@ -131,8 +160,11 @@ def rewrite(
         printer.show()
     elif region is not None:
         _print_region(found, region, as_graph=graph)
+    elif as_json:
+        told = [dict(zip(_REGION, row, strict=True)) for row in _regions(rewritten, found)]
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
     elif file is None:
-        console.output().print(_regions(rewritten, found, every=every))
+        console.output().print(_region_table(_regions(rewritten, found), every=every))
         console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
@@ -141,6 +173,20 @@ def rewrite(
     else:
         draw(rewritten, file, force=force)
     console.say(f"wrote {file}")
+
+
+def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: bool) -> None:
+    """Print rows with names that folded rows have in common, or as JSON."""
+    rows = list(rows)
+    if as_json:
+        told = {name: cells[0] if len(cells) == 1 else cells for name, *cells in rows}
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return
+    lines = [
+        (row.name + (f" {row.times}" if row.times else ""), *row.cells) for row in folded(rows)
+    ]
+    if lines:
+        console.output().print(console.table(*columns, rows=lines))
 
 
 @dataclasses.dataclass
@@ -206,18 +252,26 @@ def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) ->
         console.say(code)
 
 
-def _regions(model: nn.Module, found: dict[str, fx.Graph], *, every: bool) -> Table:
+_REGION = ("region", "class", "nodes", "branches")
+
+
+def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
+    """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
     rows = []
     for key, graph in found.items():
         tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
         branches = {(tag.weight, tag.adapter) for tag in tags if tag.adapter}
         kind = type(model.get_submodule(module_of(key))).__name__
-        rows.append((key or "(root)", kind, str(len(graph.nodes)), str(len(branches))))
-    counts = ("nodes", "branches")
+        rows.append((key or "(root)", kind, len(graph.nodes), len(branches)))
+    return rows
+
+
+def _region_table(rows: list[tuple[str, str, int, int]], *, every: bool) -> Table:
+    cells = [(name, kind, str(nodes), str(branches)) for name, kind, nodes, branches in rows]
     if every:
-        return console.table("region", "class", *counts, rows=rows, right=counts)
-    lines = [(one.name, *one.cells, one.times) for one in folded(rows)]
-    headings = ("region", "class", *counts, "regions")
+        return console.table(*_REGION, rows=cells, right=_REGION[2:])
+    lines = [(one.name, *one.cells, one.times) for one in folded(cells)]
+    headings = (*_REGION, "regions")
     return console.table(*headings, rows=lines, right=headings[2:])
 
 
@@ -235,6 +289,7 @@ def merge(
     requantize: bool = False,
     every: bool = False,
     force: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Fold an adapter into a model's weights, and say how exact the result is.
 
@@ -248,6 +303,7 @@ def merge(
         requantize: Quantize merged weights of a quantized model again.
         every: The error of every weight.
         force: Write over what is there.
+        as_json: The report as JSON.
     """
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
@@ -263,6 +319,9 @@ def merge(
         )
     with console.progress("writing"):
         write_merged(merged, path, folder=loaded.folder)
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+        return
     lines = str(report).splitlines()
     shown = lines if every else [lines[0], *(line for line in lines if "untied" in line)]
     console.say("\n".join([*shown, f"wrote {path}"]))

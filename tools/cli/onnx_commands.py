@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,7 @@ def run(
     output: str | None = None,
     repeat: int = 10,
     force: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Run an ONNX file on the device that is asked for, and show what comes out.
 
@@ -148,6 +151,7 @@ def run(
         output: Write the outputs to this .npz file.
         repeat: Runs that are timed.
         force: Write over what is there.
+        as_json: Shapes, figures and times as JSON.
     """
     from lora_fx.export.session import OnnxSession
 
@@ -167,9 +171,24 @@ def run(
             results = session.run(feeds, adapter=chosen)
             seconds.append(time.perf_counter() - began)
     screen = console.output()
+    median = 1e3 * statistics.median(seconds)
+    if as_json:
+        told = {
+            "provider": session.provider,
+            "milliseconds": {
+                "median": median,
+                "least": 1e3 * min(seconds),
+                "most": 1e3 * max(seconds),
+            },
+            "inputs": _figures(feeds),
+            "outputs": _figures(results),
+        }
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        if written is not None:
+            _write(written, results)
+        return
     screen.print(_table("input", feeds))
     screen.print(_table("output", results))
-    median = 1e3 * statistics.median(seconds)
     console.say(
         f"{session.provider}: {median:.2f} ms a run (median of {repeat}, "
         f"{1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f})"
@@ -271,17 +290,35 @@ def _drawn(port: Any, sizes: dict[str, int], random: np.random.Generator) -> Any
     return random.integers(0, 2, shape).astype(dtype)
 
 
-def _table(title: str, values: dict[str, Any]) -> Table:
-    rows = []
+_MEASURES: dict[str, Callable[[Any], Any]] = {"min": np.min, "mean": np.mean, "max": np.max}
+
+
+def _figures(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What there is to say of arrays: dtype, shape and a few figures, which an empty one has not."""
+    told = {}
     for name, value in values.items():
         numbers = np.asarray(value.float() if hasattr(value, "float") else value)
         numbers = numbers.astype(np.float64)
-        measures = (np.min, np.mean, np.max)
-        stats = [f"{measure(numbers):.4g}" if numbers.size else "" for measure in measures]
-        shape = "×".join(map(str, value.shape)) or "scalar"
-        rows.append((name, str(value.dtype).removeprefix("torch."), shape, *stats))
-    right = ("min", "mean", "max")
-    return console.table(title, "dtype", "shape", *right, rows=rows, right=right)
+        figures = {
+            key: float(measure(numbers)) if np.isfinite(numbers).all() and numbers.size else None
+            for key, measure in _MEASURES.items()
+        }
+        dtype = str(value.dtype).removeprefix("torch.")
+        told[name] = {"dtype": dtype, "shape": list(value.shape), **figures}
+    return told
+
+
+def _table(title: str, values: dict[str, Any]) -> Table:
+    rows = [
+        (
+            name,
+            one["dtype"],
+            "×".join(map(str, one["shape"])) or "scalar",
+            *("" if one[key] is None else f"{one[key]:.4g}" for key in _MEASURES),
+        )
+        for name, one in _figures(values).items()
+    ]
+    return console.table(title, "dtype", "shape", *_MEASURES, rows=rows, right=tuple(_MEASURES))
 
 
 @o.command(inputs={"name": "--input"}, sample={"name": "--sample/--greedy"})
@@ -299,6 +336,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    as_json: bool = False,
 ) -> None:
     """Continue prompts with an exported model, and show tokens, or text with --tokenizer.
 
@@ -316,6 +354,7 @@ def generate(
         top_k: Draw from so many tokens; 0 for all.
         top_p: Draw from tokens of this probability together.
         seed: Of the draws.
+        as_json: Tokens, text and times as JSON.
     """
     import torch
 
@@ -345,10 +384,15 @@ def generate(
     seconds = time.perf_counter() - began
     # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
-    for row in made[:, start:].tolist():
-        shown = " ".join(map(str, row)) if reader is None else _decoded(reader, row)
-        console.say(shown)
+    rows = made[:, start:].tolist()
+    texts = None if reader is None else [_decoded(reader, row) for row in rows]
     new = made.shape[1] - start
+    if as_json:
+        told = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return
+    for shown in texts or [" ".join(map(str, row)) for row in rows]:
+        console.say(shown)
     console.say(
         f"{session.provider}: {len(made)} × {new} tokens in {seconds:.2f} s, "
         f"{len(made) * new / seconds:.0f} a second",

@@ -30,6 +30,7 @@ __all__ = [
     "TypedError",
     "as_options",
     "command",
+    "config_in",
     "dtype_of",
     "file_to_write",
     "load",
@@ -154,7 +155,7 @@ class Adapters(Options):
         modules_to_save: Modules that are trained in full.
         rslora: Scale by alpha / sqrt(r).
         bias: Train biases: none, all, lora_only.
-        config: A JSON file, or an adapter folder, to start from; the other options change it.
+        config: A JSON or YAML file, or an adapter folder, to start from; the other options change it.
         strict: Fail if a target selects nothing.
     """
 
@@ -200,7 +201,7 @@ class Adapters(Options):
         changes: dict[str, Any] = {name: one for name, one in given.items() if one is not None}
         if self.config is None:
             return LoraConfig(**changes)
-        return dataclasses.replace(_read(self.config), **changes)
+        return dataclasses.replace(config_in(self.config), **changes)
 
 
 @dataclasses.dataclass
@@ -395,19 +396,39 @@ def _split(names: list[str] | None) -> list[str] | None:
     return [part.strip() for name in names for part in name.split(",") if part.strip()]
 
 
-def _read(source: Path) -> LoraConfig:
+def config_in(source: Path) -> LoraConfig:
+    """The configuration in a JSON or YAML file, or in an adapter folder.
+
+    Raises:
+        ConfigError: If it is none, or PyYAML is missing for a YAML file.
+        CheckpointError: If it is a folder without a readable configuration.
+    """
     if source.is_dir() or not source.exists():
         return LoraConfig.from_pretrained(source)
+    as_yaml = source.suffix.lower() in (".yaml", ".yml")
+    kind = "YAML" if as_yaml else "JSON"
     try:
-        values = json.loads(source.read_text(encoding="utf-8"))
+        text = source.read_text(encoding="utf-8")
+        values = _parse_yaml(text) if as_yaml else json.loads(text)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{source} is not readable JSON: {error}") from error
+        raise ConfigError(f"{source} is not readable {kind}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{source} does not hold a JSON object of LoraConfig's fields")
+        raise ConfigError(f"{source} does not hold a {kind} object of LoraConfig's fields")
     try:
         return LoraConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigError("a YAML file needs PyYAML: pip install 'lora-fx[cli]'") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def loaded_adapter(session: Any, adapter: Path | None) -> str | None:

@@ -69,7 +69,7 @@ def _sites(plan: Plan, width: int, every: bool) -> Iterator[RenderableType]:
         table.add_row(*(Text(line[i]) for i in shown))
     yield table
     if left_out:
-        yield Text(f"too narrow for {', '.join(left_out)}: widen it, or --json", "dim")
+        yield Text(f"not shown at this width: {', '.join(left_out)} (--json has them)", "dim")
 
 
 def _totals(plan: Plan) -> Text:
