@@ -79,6 +79,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
+    from lora_fx.tools.adapter_folder import inspect_adapter
     from lora_fx.tools.draw import visualize
     from lora_fx.tools.verify import verify
 
@@ -118,6 +119,7 @@ __all__ = [
     "graphs",
     "hotswap_adapter",
     "initialize",
+    "inspect_adapter",
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
@@ -148,6 +150,7 @@ __all__ = [
 _LAZY = {
     "OnnxSession": "lora_fx.export.session",
     "export_onnx": "lora_fx.export.onnx",
+    "inspect_adapter": "lora_fx.tools.adapter_folder",
     "save_onnx_adapter": "lora_fx.export.adapter_file",
     "verify": "lora_fx.tools.verify",
     "visualize": "lora_fx.tools.draw.drawing",

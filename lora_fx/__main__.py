@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.tools.cli import main
-
 if __name__ == "__main__":
+    from lora_fx.tools.cli import main
+
     main()

@@ -23,6 +23,7 @@ from lora_fx.passes.parameters import claim_unfrozen, inside, protect
 
 __all__ = [
     "capture",
+    "compare",
     "graphs",
     "merge",
     "output_error",

@@ -6,7 +6,7 @@ from lora_fx.checkpoint.callbacks import lightning_callback, trainer_callback
 from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
-from lora_fx.checkpoint.keys import Dense, Slot
+from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
 from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
 from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
@@ -16,6 +16,8 @@ __all__ = [
     "Dense",
     "Receipt",
     "Slot",
+    "StackedDown",
+    "StackedUp",
     "Verdict",
     "adapter_state_dict",
     "call_with",

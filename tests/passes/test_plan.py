@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from html import escape
 
 import peft
 import pytest
@@ -358,8 +360,11 @@ def test_json_says_everything_and_reads_back() -> None:
 def test_the_table_has_a_line_for_everything() -> None:
     plan = full_plan()
     text = str(plan)
-    for row in plan:
-        assert row.name in text
+    for row in plan.rows():
+        # Equal layers share a row, ``blocks.{0-1}.up``.
+        assert any(
+            re.sub(r"\d+", "{0-1}", row[0]) in line or row[0] in line for line in text.split("\n")
+        )
     for skipped in plan.skipped:
         assert f"{skipped.site.name}: {skipped.reason}" in text
     assert f"{plan.trainable_parameters:,} trainable" in text
@@ -401,3 +406,171 @@ def test_a_rank_beyond_the_weights_is_told():
     found = lora_fx.plan(model, LoraConfig(r=4, target_modules=["0", "1"]))
     assert "1: 4, where min(in, out) is 3" in str(found)
     assert found.sections()["rank beyond the weight's"] == [("1", "4, where min(in, out) is 3")]
+
+
+def test_a_plan_shows_itself_short_and_as_html() -> None:
+    plan = full_plan()
+    assert repr(plan).startswith(f"<Plan: {len(plan)} site(s), ")
+    assert len(repr(plan)) < 200
+    html = plan._repr_html_()
+    assert html.count("<table>") == html.count("</table>") >= 2
+    assert all(escape(entry) in html for entry in plan.unmatched)
+    assert "<details open>" in html
+
+
+def test_names_are_text_in_html() -> None:
+    model = nn.ModuleDict({"<img src=x>": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.parts["b"](self.parts["<img src=x>"](x))
+
+    html = lora_fx.plan(Net(), LoraConfig(target_modules="parts.*"))._repr_html_()
+    assert "<img" not in html
+    assert "&lt;img" in html
+
+
+def test_sums_are_attributes() -> None:
+    plan = lora_fx.plan(Residual(), LoraConfig(r=2))
+    assert plan.unit == "token"
+    assert plan.flops == sum(row.flops for row in plan)
+    assert plan.saved == sum(row.saved for row in plan)
+    assert plan.parameters == plan.trainable_parameters
+    assert f"each token costs {plan.flops:,} more FLOPs" in str(plan)
+
+
+class Convolutions(nn.Module):
+    """Two resolutions, and a linear operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.mix = nn.Linear(6, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()).flatten(2).mean(2)
+        return self.head(self.mix(x).relu())
+
+
+def test_convolutions_cost_by_the_sample() -> None:
+    config = LoraConfig(r=2)
+    blind = lora_fx.plan(Convolutions(), config)
+    assert blind.unit == "position"
+    assert "example_inputs tell the cost of a sample" in str(blind)
+    plan = lora_fx.plan(Convolutions(), config, torch.randn(3, 3, 8, 8))
+    assert plan.unit == "sample"
+    # Of a branch at one position: A reads in · k², B makes out; two operations for each product.
+    first, second, mix = 64 * 2 * 2 * (27 + 4), 16 * 2 * 2 * (36 + 6), 2 * 2 * (6 + 5)
+    assert plan.flops == first + second + mix
+    # The input, and what A makes of it.
+    kept = (64 * 3 + 64 * 2) + (64 * 4 + 16 * 2) + (6 + 2)
+    assert plan.saved == 4 * kept
+    larger = lora_fx.plan(Convolutions(), config, torch.randn(1, 3, 16, 16))
+    assert larger.flops == 4 * (first + second) + mix
+
+
+def test_a_new_head_comes_first(tmp_path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes = transformers.BertConfig(**small, num_attention_heads=2, vocab_size=32)
+    transformers.BertModel(sizes).save_pretrained(tmp_path)
+    of = transformers.BertForSequenceClassification
+    model = of.from_pretrained(tmp_path, num_labels=3)
+    plan = lora_fx.plan(model, LoraConfig())
+    assert plan.fresh == ("classifier",)
+    assert (
+        str(plan).splitlines()[1].startswith("starts at random, and nothing trains it: classifier")
+    )
+    assert plan.to_dict()["fresh"] == ["classifier"]
+    for config in (
+        LoraConfig(modules_to_save=["classifier"]),
+        LoraConfig(task_type="SEQ_CLS"),
+        LoraConfig(target_modules=["query", "classifier"]),
+    ):
+        assert lora_fx.plan(model, config).fresh == ()
+    # One that was never read from a checkpoint has no new part.
+    assert lora_fx.plan(of(sizes), LoraConfig()).fresh == ()
+
+
+def test_a_rewrite_warns_of_a_new_head(tmp_path, caplog) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes = transformers.BertConfig(**small, num_attention_heads=2, vocab_size=32)
+    transformers.BertModel(sizes).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="lora_fx"):
+        lora_fx.rewrite(model, LoraConfig())
+    assert "classifier starts at random and nothing trains it" in caplog.text
+
+
+def test_why() -> None:
+    plan = full_plan()
+    (told,) = plan.why("blocks.0.up").values()
+    assert told.startswith("adapted: ")
+    assert "r " in told
+    assert plan.why("head") == {"head": "trained in full: modules_to_save"}
+    assert set(plan.why("blocks.1")) == {"blocks.1.up", "blocks.1.down"}
+    assert set(plan.why("up")) == {"blocks.0.up", "blocks.1.up"}
+    assert plan.why("embed")["embed"].startswith("not selected: ")
+    with pytest.raises(
+        lora_fx.ConfigError, match="no linear operation is called 'upp'; did you mean"
+    ):
+        plan.why("upp")
+
+
+def test_changes() -> None:
+    model = Residual()
+    one = lora_fx.plan(model, LoraConfig(r=2, target_modules=["up"]))
+    other = lora_fx.plan(model, LoraConfig(r=4, target_modules=["up", "down"], bias="lora_only"))
+    changed = one.changes(other)
+    assert one.changes(one) == {}
+    assert changed["blocks.0.down"][0] == "-"
+    assert "r 2" in changed["blocks.0.up"][0]
+    assert "r 4" in changed["blocks.0.up"][1]
+    assert changed["blocks.0.up.bias"] == ("-", "trained")
+
+
+def test_compare() -> None:
+    configs = {"small": LoraConfig(r=2), "large": LoraConfig(r=8, target_modules=["up"])}
+    both = lora_fx.compare(configs, Residual())
+    assert list(both) == ["small", "large"]
+    for name, config in configs.items():
+        assert both[name].to_dict() == lora_fx.plan(Residual(), config).to_dict()
+        assert any(line.startswith(name) for line in str(both).splitlines())
+    assert [row[1] for row in both.rows()] == ["4", "2"]
+    assert "<table>" in both._repr_html_()
+    assert repr(both) == "<Comparison of small, large; print it for the table>"
+    with pytest.raises(lora_fx.ConfigError, match="at least one"):
+        lora_fx.compare({}, Residual())
+    with pytest.raises(lora_fx.NoMatchError) as error:
+        lora_fx.compare({"none": LoraConfig(target_modules=["zzz"])}, Residual())
+    assert "in the configuration 'none'" in error.value.__notes__
+
+
+def test_what_is_trained_is_said_alike_everywhere(capsys) -> None:
+    plan = full_plan()
+    adapted = lora_fx.rewrite(seeded(Residual)(), plan.config)
+    lora_fx.print_trainable_parameters(adapted)
+    assert f"trainable params: {plan.parameters:,d} " in capsys.readouterr().out
+    (status,) = lora_fx.status(adapted)
+    assert status.parameters == plan.parameters
+    assert sum(p.numel() for p in lora_fx.trainable_parameters(adapted)) == plan.parameters
+
+
+def test_other_reports_show_themselves_short_and_as_html() -> None:
+    model = Residual()
+    captured = lora_fx.capture(model)
+    assert repr(captured).startswith("<Capture of Residual by symbolic: ")
+    assert "<table>" in captured._repr_html_()
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2))
+    status = lora_fx.status(adapted)
+    assert repr(status) == "<ModelStatus: default (active); print it for more>"
+    assert "<table>" in status._repr_html_()
+    _, report = lora_fx.merge(adapted, return_report=True)
+    assert repr(report).startswith("<MergeReport: 4 weight(s) merged, ")
+    assert "<table>" in report._repr_html_()
+    assert len(json.loads(report.to_json())["sites"]) == 4

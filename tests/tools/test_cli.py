@@ -539,3 +539,68 @@ def test_a_plan_on_a_mesh_says_what_each_gpu_needs() -> None:
 )
 def test_what_no_mesh_can_be(args: tuple[str, ...], words: str) -> None:
     assert words in refused("plan", MODEL, *args)
+
+
+def test_why_one_operation_is_adapted() -> None:
+    assert "adapted: " in worked("plan", MODEL, "--why", "layers.1")
+    no = lora("plan", MODEL, "--why", "head")
+    assert no.exit_code == 1
+    assert "not selected: the output head" in no.output
+    told = json.loads(worked("plan", MODEL, "--why", "layers", "--json"))
+    assert set(told) == {"layers.0", "layers.1", "layers.2"}
+    assert lora("plan", MODEL, "--why", "nothing").exit_code == 2
+
+
+def test_what_another_configuration_would_do(here: Path) -> None:
+    (here / "other.yaml").write_text("r: 4\ntarget_modules: [layers.0]\n", encoding="utf-8")
+    differs = lora("plan", MODEL, "--diff", "other.yaml")
+    assert differs.exit_code == 1
+    assert "layers.{1-2}" in differs.output
+    same = lora("plan", MODEL, "--config", "other.yaml", "--diff", "other.yaml")
+    assert same.exit_code == 0
+    told = json.loads(lora("plan", MODEL, "--diff", "other.yaml", "--json").stdout)
+    assert set(told) == {"layers.0", "layers.1", "layers.2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("r: [", "is not readable YAML"),
+        ("- 1", "does not hold a YAML object"),
+        ("rank: 3", "did you mean 'r'"),
+    ],
+)
+def test_bad_yaml_is_refused(here: Path, text: str, words: str) -> None:
+    (here / "bad.yaml").write_text(text, encoding="utf-8")
+    result = lora("plan", MODEL, "--config", "bad.yaml")
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_columns_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    assert "not shown at this width: pattern" in " ".join(worked("plan", MODEL).split())
+
+
+def test_reports_as_json(here: Path) -> None:
+    regions = json.loads(worked("rewrite", MODEL, "--json"))
+    assert {row["region"]: row["branches"] for row in regions}["layers.0"] == 1
+    torch.manual_seed(0)
+    import cli_net_for_tests
+
+    model, _ = cli_net_for_tests.net()
+    lora_fx.save_adapter(lora_fx.rewrite(model, lora_fx.LoraConfig(r=2)), here / "adapter")
+    merged = json.loads(worked("merge", MODEL, "adapter", "merged.safetensors", "--json"))
+    assert len(merged["sites"]) == 3
+    report = json.loads(worked("inspect", "adapter", "--json"))
+    assert [one["rank"] for one in report["sites"]] == [2, 2, 2]
+    assert "no update at 3 site(s)" in worked("inspect", "adapter", "--all")
+    assert lora("inspect", "nowhere").exit_code == 2
+
+
+def test_python_runs_the_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_fx", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("lora-fx ")
+    assert "--install-completion" in worked("--help")

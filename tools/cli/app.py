@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli.doctor import doctor
-from lora_fx.tools.cli.model_commands import merge, plan, rewrite, verify, visualize
+from lora_fx.tools.cli.model_commands import inspect, merge, plan, rewrite, verify, visualize
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import TypedError, as_options
 from lora_fx.tools.cli.project_commands import bench, demo, zoo
@@ -31,6 +31,7 @@ COMMANDS = (
     run,
     generate,
     verify,
+    inspect,
     doctor,
     demo,
     bench,

@@ -23,7 +23,16 @@ from lora_fx.ir import META_KEY, Capture, folded, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["check_out", "merge", "plan", "rewrite", "verify", "visualize", "write_merged"]
+__all__ = [
+    "check_out",
+    "inspect",
+    "merge",
+    "plan",
+    "rewrite",
+    "verify",
+    "visualize",
+    "write_merged",
+]
 
 
 _TEXT = ".txt"
@@ -369,6 +378,35 @@ def visualize(
         written = draw(drawn, file, force=force)
     size = written.stat().st_size / 1e3
     console.say(f"wrote {written} ({size:,.0f} kB)")
+
+
+@o.command(folder={"metavar": "DIR"})
+def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
+    """Show what an adapter folder holds: configuration, sites, norms, singular values, a heat map.
+
+    Args:
+        folder: An adapter folder.
+        every: One row a site, below the heat map.
+        as_json: Everything, all singular values too, as JSON.
+    """
+    from lora_fx.tools.adapter_folder import inspect_adapter
+    from lora_fx.tools.cli.tables import render_heat
+
+    with console.progress("looking at the factors"):
+        report = inspect_adapter(folder)
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+        return
+    out = console.output()
+    out.print(console.facts(report.facts(), "dim"))
+    for line in report.warnings():
+        console.say(line, "yellow")
+    for title, what in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank")):
+        out.print(render_heat(title, *report.heat(what), width=out.width))
+    if every:
+        out.print(console.table(*report.columns, rows=report.rows(), right=report.columns[1:]))
+    for row in folded((key, "x".join(map(str, shape))) for key, shape in report.others.items()):
+        console.say(f"also: {row.name} {row.cells[0]} {row.times}".rstrip())
 
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_fx.tools.cli.options import Training
     from lora_fx.tools.cluster import Need
 
-__all__ = ["render_export", "render_need", "render_plan"]
+__all__ = ["render_export", "render_heat", "render_need", "render_plan"]
 
 # Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
 _OPTIONAL = (7, 6, 1, 4, 2)
@@ -138,6 +138,53 @@ def render_need(need: Need, training: Training, *, text: bool) -> RenderableType
 def _gigabytes(size: int) -> str:
     """Bytes as 10^9 of them, with three digits that count."""
     return f"{size / 1e9:.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
+
+
+def render_heat(
+    title: str,
+    layers: Sequence[str],
+    modules: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    width: int,
+) -> RenderableType:
+    """Draw layers × modules in the terminal: the brighter a cell, the larger its value.
+
+    Args:
+        title: What the values are.
+        layers: Names of the rows.
+        modules: Names of the columns; their last parts are shown.
+        values: A row for each layer; None where there is nothing.
+        width: Columns of the terminal; modules that do not fit are named below.
+    """
+    known = [one for row in values for one in row if one is not None and one == one]
+    most = max(known, default=0.0)
+    names = [module.rpartition(".")[2] for module in modules]
+    room = width - max((len(layer) for layer in layers), default=0) - 2
+    shown = 0
+    for name in names:
+        room -= max(len(name), 7) + 2
+        shown += room >= 0
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for name in names[:shown]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer, row in zip(layers, values, strict=True):
+        cells = [Text("" if one is None else f"{one:.3g}", _heat(one, most)) for one in row[:shown]]
+        table.add_row(Text(layer or "(root)", "cyan"), *cells)
+    if shown == len(names):
+        return table
+    left_out = ", ".join(modules[shown:])
+    return Group(table, Text(f"not shown at this width: {left_out} (--json has them)", "dim"))
+
+
+def _heat(value: float | None, most: float) -> str:
+    """The colors of a cell."""
+    if value is None or not most or value != value:
+        return ""
+    share = min(abs(value) / most, 1.0)
+    ink = "black" if share > 0.5 else "white"
+    return f"{ink} on rgb({int(20 + 30 * share)},{int(40 + 160 * share)},{int(90 + 150 * share)})"
 
 
 _OPERATORS = 8  # how many of them are named

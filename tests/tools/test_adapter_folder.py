@@ -1,0 +1,138 @@
+"""``lora_fx.inspect_adapter``: figures from the factors alone, compared with the whole ΔW in fp64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraConfig
+from tests.mixtures import mixtral
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.conv = nn.Conv1d(8, 6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.emb(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.conv(x.mT)
+
+
+def trained(model: nn.Module, config: LoraConfig) -> nn.Module:
+    adapted = lora_fx.rewrite(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def deltas(model: nn.Module, adapted: nn.Module) -> dict[str, torch.Tensor]:
+    """ΔW of every weight, by the merge."""
+    before = {name: p.double() for name, p in model.named_parameters()}
+    merged = lora_fx.merge(adapted)
+    return {
+        name: p.detach().double() - before[name].detach() for name, p in merged.named_parameters()
+    }
+
+
+def test_figures_are_those_of_the_whole_update(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net().double()
+    targets = ["emb", "conv", "layers.0", "layers.1", "layers.2"]
+    adapted = trained(model, LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    report = lora_fx.inspect_adapter(tmp_path / "adapter")
+    change = deltas(model, adapted)
+    assert {one.name for one in report.sites} == set(targets)
+    for one in report.sites:
+        wanted = torch.linalg.svdvals(change[f"{one.name}.weight"].flatten(1))[:3]
+        assert one.values == pytest.approx(wanted.tolist(), rel=1e-6)
+        assert one.norm == pytest.approx(float(wanted.norm()), rel=1e-6)
+        shares = wanted / wanted.sum()
+        entropy = -(shares * shares.log()).sum()
+        assert one.effective_rank == pytest.approx(float(entropy.exp()), rel=1e-6)
+        assert (one.rank, one.scale) == (3, pytest.approx(5 / 3))
+    layers, modules, values = report.heat()
+    assert modules
+    assert len(values) == len(layers)
+    assert all(len(row) == len(modules) for row in values)
+
+
+def test_experts_are_measured_one_by_one(tmp_path: Path) -> None:
+    model = mixtral().double()
+    parameters = ["mlp.experts.gate_up_proj"]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=parameters)
+    adapted = trained(model, config)
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    report = lora_fx.inspect_adapter(tmp_path / "adapter")
+    change = {
+        name: one for name, one in deltas(model, adapted).items() if name.endswith("gate_up_proj")
+    }
+    assert len(report.sites) == len(change)
+    for one, wanted in zip(report.sites, change.values(), strict=True):
+        assert one.experts == len(wanted)
+        assert one.rank == 2
+        assert one.norm == pytest.approx(float(wanted.norm()), rel=1e-6)
+
+
+def test_what_is_likely_a_mistake_comes_first(tmp_path: Path) -> None:
+    adapted = lora_fx.rewrite(Net(), LoraConfig(r=2, target_modules=["layers.0", "layers.1"]))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    broken = next(key for key in tensors if "layers.1" in key and "lora_B" in key)
+    tensors[broken][0, 0] = math.nan
+    save_file(tensors, file)
+    report = lora_fx.inspect_adapter(tmp_path / "adapter")
+    idle, wrong = report.warnings()
+    assert idle == "no update at 1 site(s): layers.0"
+    assert wrong == "not finite at 1 site(s): layers.1"
+    assert "no update" in str(report)
+    assert json.loads(report.to_json())["sites"][1]["norm"] is None
+    html = report._repr_html_()
+    assert "<table>" in html
+    assert "no update" in html
+
+
+def test_a_folder_of_peft(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["layers.1"], use_dora=True)
+    peft.get_peft_model(Net(), config).save_pretrained(tmp_path)
+    report = lora_fx.inspect_adapter(tmp_path)
+    assert [(one.name, one.kind) for one in report.sites] == [("layers.1", "dora")]
+    assert len(report.others) == 1
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(lora_fx.CheckpointError, match="is not a folder"):
+        lora_fx.inspect_adapter(tmp_path / "nothing")
+    adapted = lora_fx.rewrite(Net(), LoraConfig(r=2, target_modules=["layers.0"]))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({key: value for key, value in whole.items() if "lora_A" in key}, file)
+    with pytest.raises(lora_fx.CheckpointError, match="has lora_A and no lora_B"):
+        lora_fx.inspect_adapter(tmp_path / "adapter")
+    save_file({key: v[:, :1].clone() if "lora_B" in key else v for key, v in whole.items()}, file)
+    with pytest.raises(lora_fx.CheckpointError, match="they are no pair"):
+        lora_fx.inspect_adapter(tmp_path / "adapter")
+
+
+def test_names_are_text_in_a_notebook() -> None:
+    from lora_fx.tools.adapter_folder import heat_map
+
+    assert "<script" not in heat_map(["<script>x"], ["<b>"], [[1.0]])

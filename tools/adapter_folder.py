@@ -1,0 +1,312 @@
+"""``inspect_adapter``: what an adapter folder holds, in figures and as a heat map of layers and modules.
+
+The singular values of an update ``ΔW = s · B A`` come from the factors alone: with the QR decompositions
+``B = Q R`` and ``Aᵀ = P S`` they are those of ``s · R Sᵀ``, a matrix of the rank's size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.checkpoint import StackedDown, StackedUp, read_tensors, without_prefix
+from lora_fx.config import LoraConfig, rank_for, scale_for
+from lora_fx.errors import CheckpointError
+from lora_fx.ir import folded, html_block, html_table, text_table
+
+__all__ = ["AdapterReport", "SiteFigures", "heat_map", "inspect_adapter"]
+
+_FACTOR = re.compile(
+    r"(?:(?P<site>.+)\.)?lora_(?:embedding_)?(?P<which>[AB])(?:\.weight)?(?P<bias>\.bias)?"
+)
+_OF_SITE = re.compile(r"(?:(?P<site>.+)\.)?lora_magnitude_vector(?:\.weight)?")
+_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SiteFigures:
+    """The update of one weight, ``ΔW = s · B A``.
+
+    Attributes:
+        name: FQN of the module, or of the parameter.
+        rank: Of the factors.
+        scale: s, as the configuration has it.
+        shape: [out, in] of the update; kernels and groups count as inputs.
+        experts: Matrices that it has; 1 for a plain weight.
+        norm: ``‖ΔW‖``, Frobenius; over all experts.
+        values: Singular values, the largest first; of all experts together for experts.
+        effective_rank: ``exp(-Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σ σ`` (Roy and Vetterli 2007, EUSIPCO), the mean
+            over experts; 0 where nothing was learned.
+        kind: ``lora``, or ``dora`` where a magnitude lies next to it.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    shape: tuple[int, int]
+    experts: int
+    norm: float
+    values: tuple[float, ...]
+    effective_rank: float
+    kind: str = "lora"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AdapterReport:
+    """What an adapter folder holds: print it; a notebook shows it with a heat map.
+
+    Attributes:
+        path: The folder.
+        config: Its configuration.
+        sites: The figures of each adapted weight, in the order of the file.
+        others: Whatever else is trained and saved: key to shape.
+        parameters: Elements of all tensors.
+        size: Bytes of the folder's files.
+    """
+
+    path: Path
+    config: LoraConfig
+    sites: tuple[SiteFigures, ...]
+    others: Mapping[str, tuple[int, ...]]
+    parameters: int
+    size: int
+
+    columns = ("site", "r", "scale", "ΔW", "‖ΔW‖", "largest σ", "effective rank")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The sites as cells, under :attr:`columns`."""
+        return [
+            (
+                one.name,
+                str(one.rank),
+                f"{one.scale:g}",
+                (f"{one.experts}x" if one.experts > 1 else "") + "x".join(map(str, one.shape)),
+                f"{one.norm:.4g}",
+                f"{one.values[0] if one.values else 0:.4g}",
+                f"{one.effective_rank:.2f}",
+            )
+            for one in self.sites
+        ]
+
+    def heat(self, what: str = "norm") -> tuple[list[str], list[str], list[list[float | None]]]:
+        """Lay the sites out as layers × modules.
+
+        Args:
+            what: ``norm``, ``effective_rank``, ``rank`` or ``scale``.
+
+        Returns:
+            Names of the layers, names of the modules, and the values, None where there is no site.
+        """
+        cells: dict[tuple[str, str], float] = {}
+        for one in self.sites:
+            found = _LAYER.match(one.name)
+            place = (
+                (f"{found['before']}.{found['layer']}", found["rest"]) if found else ("", one.name)
+            )
+            cells[place] = float(getattr(one, what))
+        layers = list(dict.fromkeys(layer for layer, _ in cells))
+        modules = list(dict.fromkeys(module for _, module in cells))
+        return layers, modules, [[cells.get((one, m)) for m in modules] for one in layers]
+
+    def warnings(self) -> list[str]:
+        """What is likely to be a mistake: nothing learned, or values that are no numbers."""
+        idle = [one.name for one in self.sites if one.norm == 0]
+        broken = [one.name for one in self.sites if not math.isfinite(one.norm)]
+        lines = []
+        if idle:
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            lines.append(f"no update at {len(idle)} site(s): {', '.join(idle[:3])}{more}")
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            lines.append(f"not finite at {len(broken)} site(s): {', '.join(broken[:3])}{more}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON; what is not finite is None."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, float) and not math.isfinite(value):
+                return None
+            return [plain(one) for one in value] if isinstance(value, tuple) else value
+
+        return {
+            "path": str(self.path),
+            "config": self.config.to_dict(),
+            "parameters": self.parameters,
+            "bytes": self.size,
+            "sites": [
+                {field.name: plain(getattr(one, field.name)) for field in dataclasses.fields(one)}
+                for one in self.sites
+            ],
+            "others": {key: list(shape) for key, shape in self.others.items()},
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What there is to say of the folder as a whole."""
+        base = self.config.base_model_name_or_path
+        kinds = sorted({one.kind for one in self.sites})
+        return [
+            ("folder", str(self.path)),
+            *([("base", str(base))] if base else []),
+            ("kind", ", ".join(kinds) or "no factors"),
+            ("rank", f"r {self.config.r}, alpha {self.config.lora_alpha:g}"),
+            (
+                "holds",
+                f"{len(self.sites)} site(s), {self.parameters:,} parameters, {self.size:,} bytes",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{label}: {text}" for label, text in self.facts()]
+        lines += self.warnings()
+        lines += text_table(self.columns, self.rows(), left=1)
+        lines += [f"also: {row.name} {row.cells[0]} {row.times}".rstrip() for row in self._others()]
+        return "\n".join(lines)
+
+    def _others(self) -> Any:
+        return folded((key, "x".join(map(str, shape))) for key, shape in self.others.items())
+
+    def __repr__(self) -> str:
+        return f"<AdapterReport: {self.facts()[-1][1]}; print it for each site>"
+
+    def _repr_html_(self) -> str:
+        said = "".join(
+            f"<div>{escape(label)}: {escape(text)}</div>" for label, text in self.facts()
+        )
+        said += "".join(f"<div>⚠ {escape(text)}</div>" for text in self.warnings())
+        maps = "".join(
+            html_block(title, heat_map(*self.heat(what)), opened=what == "norm")
+            for title, what in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank"))
+        )
+        table = html_block(f"sites ({len(self.sites)})", html_table(self.columns, self.rows()))
+        return f"<div>{said}{maps}{table}</div>"
+
+
+def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
+    """Say what an adapter folder holds: configuration, sites, norms, singular values, effective ranks.
+
+    No model is needed, and no weight of the base is read.
+
+    Args:
+        folder: An adapter folder of PEFT or lora_fx.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or a factor has no partner.
+        ConfigError: The adapter needs a feature that lora_fx does not have.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: give the local folder of an adapter")
+    config = LoraConfig.from_pretrained(path)
+    tensors = without_prefix(read_tensors(path)[0])
+    pairs: dict[str, dict[str, Tensor]] = {}
+    scaled: set[str] = set()
+    others: dict[str, tuple[int, ...]] = {}
+    for key, value in tensors.items():
+        found = _FACTOR.fullmatch(key)
+        if found is not None and not found["bias"]:
+            pairs.setdefault(found["site"] or "", {})[found["which"]] = value
+            continue
+        if (magnitude := _OF_SITE.fullmatch(key)) is not None:
+            scaled.add(magnitude["site"] or "")
+        others[key] = tuple(value.shape)
+    return AdapterReport(
+        path,
+        config,
+        tuple(_figures(pairs, scaled, config, path)),
+        others,
+        sum(value.numel() for value in tensors.values()),
+        sum(one.stat().st_size for one in path.iterdir() if one.is_file()),
+    )
+
+
+@torch.no_grad()
+def _figures(
+    pairs: Mapping[str, Mapping[str, Tensor]], scaled: set[str], config: LoraConfig, path: Path
+) -> Iterator[SiteFigures]:
+    for name, factors in pairs.items():
+        if len(factors) < 2:
+            (which,) = factors
+            other = "B" if which == "A" else "A"
+            raise CheckpointError(
+                f"{path}: {name or 'the root'} has lora_{which} and no lora_{other}: the file was cut, or "
+                "its keys were renamed"
+            )
+        a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
+        rank, scale = len(a), scale_for(name, config)
+        planned = rank_for(name, config)
+        experts = rank // planned if rank > planned and rank % planned == 0 else 1
+        if a.shape[0] != b.shape[1]:
+            raise CheckpointError(
+                f"{path}: {name or 'the root'}: lora_A has {a.shape[0]} rows and lora_B {b.shape[1]} "
+                "columns: they are no pair"
+            )
+        if experts > 1:
+            downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
+        else:
+            downs, ups = a[None], b[None]
+        each = [_singular_values(scale, down, up) for down, up in zip(downs, ups, strict=True)]
+        values = torch.cat(each).sort(descending=True).values
+        yield SiteFigures(
+            name,
+            rank // experts,
+            scale,
+            (b.shape[0], a.shape[1]),
+            experts,
+            float(values.norm()),
+            tuple(values.tolist()),
+            sum(map(_effective_rank, each)) / experts,
+            "dora" if name in scaled else "lora",
+        )
+
+
+def _singular_values(scale: float, a: Tensor, b: Tensor) -> Tensor:
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return a.new_full((min(len(a), b.shape[1]),), math.nan)
+    small: Tensor = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+    found: Tensor = scale * torch.linalg.svdvals(small)
+    return found
+
+
+def _effective_rank(values: Tensor) -> float:
+    total = values.sum()
+    if not total > 0:
+        return float(total) if total.isnan() else 0.0
+    shares = values / total
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+def heat_map(layers: list[str], modules: list[str], values: list[list[float | None]]) -> str:
+    """Draw layers × modules as an HTML table: the darker a cell, the larger its value, which it shows."""
+    most = max(
+        (abs(one) for row in values for one in row if one is not None and one == one), default=0
+    )
+
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "<td></td>"
+        share = abs(value) / most if most and math.isfinite(value) else 0.0
+        color = f"rgba(35,120,200,{0.08 + 0.8 * share:.2f})"
+        ink = ";color:#fff" if share > 0.6 else ""
+        return f'<td style="background:{color}{ink};text-align:right">{value:.3g}</td>'
+
+    head = "".join(f"<th>{escape(one)}</th>" for one in ("", *modules))
+    body = "".join(
+        f"<tr><th>{escape(layer)}</th>{''.join(map(cell, row))}</tr>"
+        for layer, row in zip(layers, values, strict=True)
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
