@@ -52,7 +52,9 @@ def load_folder(folder: Path, *, weights: bool = True) -> nn.Module:
         architecture = _architecture(transformers, config)
         if not weights:
             with torch.device("meta"):
-                return _build(architecture, config)
+                empty = _build(architecture, config)
+            _mark_loaded(empty, folder)
+            return empty
         if any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
             model: nn.Module = architecture.from_pretrained(folder, local_files_only=True)
             return model
@@ -85,6 +87,25 @@ def _build(architecture: Any, config: Any) -> nn.Module:
     make = getattr(architecture, "_from_config", None) or architecture.from_config
     model: nn.Module = make(config)
     return model
+
+
+def _mark_loaded(model: Any, folder: Path) -> None:
+    """Mark what a checkpoint has as transformers does when it reads one, so that a plan can tell a new head.
+
+    Only the head is judged: what is inside the base model may have other names in a file.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    inside = f"{model.base_model_prefix}." if hasattr(model, "base_model_prefix") else ""
+    if not shapes or len(inside) < 2:
+        return
+    for name, parameter in model.named_parameters():
+        if name.startswith(inside) or shapes.get(name) == list(parameter.shape):
+            parameter._is_hf_initialized = True
 
 
 def _nearest_folder(folder: Path) -> str:

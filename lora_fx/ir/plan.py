@@ -378,7 +378,7 @@ class Plan:
         columns = (*self.columns, *(["sites"] if many else []))
         cells = [(row.name, *row.cells, *([row.times] if many else [])) for row in rows]
         lines += text_table(columns, cells, left=3)
-        lines.append(f"{len(self.sites)} site(s), {''.join(self.totals())}; {self.cost()}")
+        lines += [f"{len(self.sites)} site(s), {''.join(self.totals())}", self.cost()]
         lines += self.remarks()
         for title, listed in self.sections().items():
             lines += [f"{title} ({len(listed)}):"] if listed else []

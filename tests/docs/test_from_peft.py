@@ -27,7 +27,7 @@ def test_the_page_names_every_verb() -> None:
     """What a user of PEFT would look for has a place on it."""
     verbs = {name for name in lora_fx.__all__ if name.islower() and not name.startswith("_")}
     elsewhere = {"capture", "export_onnx", "save_onnx_adapter", "trainable_parameters", "verify"}
-    elsewhere |= {"visualize"}
+    elsewhere |= {"visualize", "compare", "inspect_adapter"}
     assert verbs - elsewhere <= set(re.findall(r"lora_fx\.(\w+)", PAGE))
 
 
