@@ -70,10 +70,13 @@ style: $(VENV)/.dev
 # mypy cannot see through the package-dir mapping, so it gets the folders laid out by symbolic links
 # as they are installed, and is run from there. The sed turns lora_fx/passes/x.py back into the path
 # in the repository.
-.PHONY: typecheck
-typecheck: $(VENV)/.dev
+.PHONY: layout
+layout:
 	@rm -rf $(LAYOUT) && mkdir -p $(LAYOUT)/lora_fx
 	@ln -s "$(CURDIR)"/lora_fx/* "$(CURDIR)/passes" "$(CURDIR)/export" "$(CURDIR)/tools" $(LAYOUT)/lora_fx/
+
+.PHONY: typecheck
+typecheck: $(VENV)/.dev layout
 	@cd $(LAYOUT) && { status=0; \
 	  "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" \
 	    --python-executable "$(CURDIR)/$(BIN)/python" -p lora_fx > ../mypy.log 2>&1 || status=$$?; \
@@ -95,6 +98,11 @@ bench-envs: .peers/.olive .peers/.optimum ## Install other exporters, each into 
 zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARGS='--only swin')
 	$(BIN)/lora-fx zoo $(ARGS)
 
+.PHONY: docs
+docs: $(VENV)/.docs layout ## Build the site of the documentation into out/site/; any warning is an error
+	$(BIN)/python docs/site/api.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # setuptools takes up whatever an earlier build left in build/, deleted modules too.
 .PHONY: wheel
 wheel: $(BIN)/python ## Build dist/*.whl
@@ -112,6 +120,7 @@ clean: ## Remove what was built and cached; `rm -rf .venv` for the rest
 EXTRAS_demo := demo
 EXTRAS_dev  := test,lint
 EXTRAS_zoo  := zoo
+EXTRAS_docs := docs
 
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+import lora_fx
 from lora_fx.passes.patterns import registry
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 
-WRITTEN_BY_TOOLS = ("docs/benchmarks.md", "docs/zoo.md")
+WRITTEN_BY_TOOLS = ("docs/api.md", "docs/benchmarks.md", "docs/zoo.md")
 
 
 def named(page: Path) -> str:
@@ -176,3 +177,9 @@ def test_the_architecture_shows_what_the_compiler_does(
     parts = re.findall(r"^## ([\w-]+)\n\n(.*?)(?=\n\n## |\Z)", printed, re.DOTALL | re.MULTILINE)
     assert len(shown) == 8
     assert {name: text.rstrip() for name, text in parts} == shown
+
+
+def test_every_error_has_a_remedy() -> None:
+    page = (ROOT / "docs/guides/errors.md").read_text(encoding="utf-8")
+    named = {name for name in lora_fx.__all__ if name.endswith("Error")} - {"LoraFxError"}
+    assert {name for name in named if f"| `{name}` |" not in page} == set()

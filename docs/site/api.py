@@ -1,0 +1,73 @@
+"""``python docs/site/api.py --write``: the page of the API, a section for each public name of lora_fx."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import lora_fx
+
+PAGE = Path(__file__).resolve().parents[1] / "api.md"
+
+_SECTIONS = {
+    "From a model to an adapted one": """
+        LoraConfig plan compare rewrite capture graphs check CheckReport
+    """,
+    "Training": """
+        trainable_parameters print_trainable_parameters parameter_groups correct_gradients
+        initialize reference trainer_callback lightning_callback
+    """,
+    "Adapters": """
+        add_adapter set_adapter delete_adapter disable_adapter active_adapters
+        adapter_names adapter_ids add_weighted_adapter status
+    """,
+    "Files": """
+        save_adapter load_adapter adapter_state_dict load_adapter_state_dict
+        hotswap_adapter prepare_hotswap inspect_adapter verify
+    """,
+    "Quantized bases": """
+        quantize plan_quantization prepare_for_kbit_training replace_lora_weights_loftq
+    """,
+    "Merging and exporting": """
+        merge export_onnx OnnxSession save_onnx_adapter
+    """,
+    "Looking": """
+        visualize
+    """,
+    "Extending": """
+        register_pattern register_adapter_kind register_format
+    """,
+    "Errors": """
+        LoraFxError ConfigError NoMatchError PartialMatchError CaptureError
+        CheckpointError MergeError QuantizationError ExportError OutputPathError
+        ParityError ProviderError ProcessError
+    """,
+}
+
+
+def text() -> str:
+    """The page."""
+    named = [name for names in _SECTIONS.values() for name in names.split()]
+    missing = set(lora_fx.__all__) - {*named, "__version__"}
+    unknown = set(named) - set(lora_fx.__all__)
+    if missing or unknown:
+        sys.exit(f"docs/site/api.py: no section has {sorted(missing)}; unknown: {sorted(unknown)}")
+    lines = ["# API", "", "All public names; each is `lora_fx.NAME`.", ""]
+    for title, names in _SECTIONS.items():
+        lines += [f"## {title}", ""]
+        for name in names.split():
+            found = getattr(lora_fx, name)
+            lines += [f"::: {found.__module__}.{found.__qualname__}", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write docs/api.md")
+    parser.add_argument("--check", action="store_true", help="fail if docs/api.md is not that page")
+    chosen = parser.parse_args()
+    if chosen.write:
+        PAGE.write_text(text(), encoding="utf-8")
+    elif chosen.check and text() != PAGE.read_text(encoding="utf-8"):
+        sys.exit("docs/api.md is old: python docs/site/api.py --write")
