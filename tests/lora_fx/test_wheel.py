@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -36,15 +37,20 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing of an earlier build gets in and nothing is left behind."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that nothing of an earlier build gets in and nothing is left behind."""
     source = tmp_path_factory.mktemp("source")
     for folder in FOLDERS:
         shutil.copytree(
             ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "editable.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
     run(*pip, "--wheel-dir", out, source, cwd=out)
@@ -113,3 +119,93 @@ def test_the_build_knows_the_licence(site: Path) -> None:
     (info,) = site.glob("*.dist-info")
     assert "License-Expression: Apache-2.0" in (info / "METADATA").read_text(encoding="utf-8")
     assert (info / "licenses/LICENSE").is_file()
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.passes.patterns import LinearPattern
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def mine(self) -> int:
+        return 3
+
+
+adapted = lora_fx.rewrite(Net(), lora_fx.LoraConfig(r=2))
+number: int = adapted.mine()
+merged: Net = lora_fx.merge(adapted)
+loaded: Net = lora_fx.load_adapter(Net(), "adapter")
+nodes: int = lora_fx.export_onnx(merged, "model.onnx", torch.randn(2, 3)).nodes
+rows: list[tuple[str, ...]] = lora_fx.plan(Net(), lora_fx.LoraConfig()).rows()
+pattern: type[LinearPattern] = LinearPattern
+wrong: str = lora_fx.plan(Net(), lora_fx.LoraConfig()).parameters
+"""
+
+
+@pytest.fixture(scope="module")
+def editable(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where an editable install leads: the folder of links that its .pth file names."""
+    target = tmp_path_factory.mktemp("editable")
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
+    run(*pip, "--no-index", "--target", target, "--editable", source, cwd=target)
+    (named,) = target.glob("lora_fx_for_type_checkers.pth")
+    return Path(named.read_text(encoding="utf-8").strip())
+
+
+@pytest.mark.parametrize("install", ["site", "editable"])
+def test_mypy_sees_types(install: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """One error, which is the script's own: all else is known, and of the right type."""
+    pytest.importorskip("mypy")
+    where: Path = request.getfixturevalue(install)
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "script.py")
+    done = subprocess.run(
+        mypy,
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(where), "MYPY_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1, done.stdout
+    assert 'expression has type "int", variable has type "str"' in errors[0]
+
+
+PYRIGHT = shutil.which("pyright") or ROOT / ".peers/js/node_modules/.bin/pyright"
+
+
+@pytest.mark.skipif(not Path(PYRIGHT).exists(), reason="no pyright: make .peers/.runtime-js")
+@pytest.mark.parametrize("install", ["site", "editable"])
+def test_pyright_sees_types(install: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    where: Path = request.getfixturevalue(install)
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    settings = {
+        "include": ["script.py"],
+        "extraPaths": [str(where)],
+        "reportMissingTypeStubs": False,
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = (str(PYRIGHT), "--outputjson", "--pythonpath", sys.executable)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = [
+        one for one in json.loads(done.stdout)["generalDiagnostics"] if one["severity"] == "error"
+    ]
+    assert len(found) == 1, found
+    assert '"int" is not assignable to "str"' in found[0]["message"]
+
+
+def test_the_links_are_those_of_the_wheel(editable: Path, site: Path) -> None:
+    def modules(root: Path) -> set[str]:
+        # A link to a folder is not entered by rglob.
+        found = {root, *(one.resolve() for one in root.iterdir() if one.is_dir())}
+        return {one.name for folder in found for one in folder.rglob("*.py")}
+
+    assert modules(editable / "lora_fx") == modules(site / "lora_fx")
