@@ -1,8 +1,8 @@
 """The build backend: setuptools, whose editable installs type checkers and editors can read, too.
 
-``passes/``, ``export/`` and ``tools/`` are imported as ``lora_fx.passes`` and so on. setuptools maps them by an
-import hook, which only a running Python sees. So an editable install also has a folder of links that looks like
-an installed package (``.editable/``), and a ``.pth`` file that leads there; mypy and pyright read it.
+``passes/``, ``export/`` and ``tools/`` are imported as ``lora_fx.passes`` and so on. setuptools maps them by
+an import hook, which only a running Python sees. So an editable install also has a folder of links that looks
+like an installed package (``.editable/``), and a ``.pth`` file that leads there; mypy and pyright read it.
 """
 
 from __future__ import annotations
