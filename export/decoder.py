@@ -213,14 +213,12 @@ class _ReturnedCache:
     Args:
         runtime: The onnxruntime module.
         entries: What it holds.
-        outputs: The names of the file's outputs, in order.
         batch: Number of texts.
         place: Where outputs are to lie.
     """
 
     runtime: Any
     entries: Sequence[_Entry]
-    outputs: Sequence[str]
     batch: int
     place: torch.device | Place
     _values: dict[str, Any] = field(default_factory=dict)
@@ -238,8 +236,9 @@ class _ReturnedCache:
 
     def taken(self, binding: Any) -> None:
         """Take what a step has written."""
-        results = dict(zip(self.outputs, binding.get_outputs(), strict=True))
-        self._values = {entry.past.name: results[entry.present] for entry in self.entries}
+        # They come in the order in which they were bound, and the logits after them.
+        for entry, value in zip(self.entries, binding.get_outputs(), strict=False):
+            self._values[entry.past.name] = value
 
     def reorder(self, rows: Tensor, past: int) -> None:
         """Let row i go on from row ``rows[i]``, by way of the CPU."""
@@ -294,7 +293,7 @@ class Decoder:
         self._mask[:, : mask.shape[1]] = mask
         self._past = 0
         self._entries = [_Entry.of(port) for port in cached if _CROSS not in port.name]
-        self._cache = self._made(outputs, batch, length)
+        self._cache = self._made(batch, length)
         # One for the whole text, also if another is loaded by its name meanwhile.
         self._held = session._hold(adapter)
         self._binding = session._binding(self._held)
@@ -349,13 +348,11 @@ class Decoder:
         """Go back to before the first token: the next step reads the whole text."""
         self._past = 0
 
-    def _made(
-        self, outputs: Mapping[str, Port], batch: int, length: int
-    ) -> _BufferCache | _ReturnedCache:
+    def _made(self, batch: int, length: int) -> _BufferCache | _ReturnedCache:
         place = self._session._cache_place
         entries, runtime = self._entries, self._session._runtime
         if isinstance(place, Place):
-            return _ReturnedCache(runtime, entries, [*outputs], batch, place)
+            return _ReturnedCache(runtime, entries, batch, place)
         shared = SHARED_CACHE_KEY in self._session.metadata
         return _BufferCache(runtime, entries, batch, length, place, shared)
 
@@ -395,8 +392,7 @@ class Decoder:
         self._binding.bind_output(port.name, "cpu", 0, element, known, address)
 
     def _returned_logits(self) -> Tensor:
-        names = [port.name for port in self._session.outputs]
-        return ort.to_tensor(self._binding.get_outputs()[names.index(_LOGITS)])
+        return ort.to_tensor(self._binding.get_outputs()[-1])  # bound last
 
     def _encoded(
         self, encoder: Decodes, source: Mapping[str, Tensor], copies: int

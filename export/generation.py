@@ -24,7 +24,7 @@ from lora_fx.export.generation_settings import (
     processors,
 )
 
-__all__ = ["Generates", "Streamer"]
+__all__ = ["Criterion", "Generates", "Streamer"]
 
 
 class Streamer(Protocol):

@@ -206,7 +206,7 @@ class OnnxSession(Generates):
     Args:
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
             lie in the same folder.
-        provider: "cuda" or "cpu". What runs is this provider or nothing.
+        provider: "cuda", "cpu" or "webgpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
         session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. The session
             adds to it what it needs, so give each its own where they differ.
@@ -234,7 +234,7 @@ class OnnxSession(Generates):
     def __init__(
         self,
         path: str | Path,
-        provider: Literal["cuda", "cpu"] = "cuda",
+        provider: Literal["cuda", "cpu", "webgpu"] = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
@@ -254,9 +254,8 @@ class OnnxSession(Generates):
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
         settings = providers.session_settings(self._runtime, session_options, low_memory=low_memory)
         self._session = providers.load(self._runtime, self.path, provider, options, settings)
-        self.provider: Literal["cuda", "cpu"] = provider
-        self._device = torch.device(provider, int(options.get("device_id", 0)))
-        self._cache_place = self._device
+        self.provider: Literal["cuda", "cpu", "webgpu"] = provider
+        self._device, self._cache_place = _places(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         check_attention(self.metadata, provider, self.path.name)
         manifest = Manifest.from_metadata(self.metadata)
@@ -285,7 +284,7 @@ class OnnxSession(Generates):
             )
         self._replays_graphs = cuda_graph
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
-        if provider == "cuda":
+        if provider != "cpu":
             providers.warn_of_work(self._session, providers.PROVIDERS[provider], self.path.name)
 
     def __repr__(self) -> str:
@@ -484,3 +483,14 @@ class OnnxSession(Generates):
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
+
+
+def _places(provider: str, index: int) -> tuple[torch.device, torch.device | ort.Place]:
+    """Where inputs and factors of a session lie, and where its caches do.
+
+    PyTorch has no memory on WebGPU: what a caller gives goes there with each run, and a cache stays there.
+    """
+    if provider == "webgpu":
+        return ort.CPU, ort.Place(provider, index)
+    device = torch.device(provider, index)
+    return device, device

@@ -57,7 +57,7 @@ def check_attention(metadata: Mapping[str, str], provider: str, file: str) -> No
 
     Args:
         metadata: Of the file.
-        provider: "cpu" or "cuda".
+        provider: "cpu", "cuda" or "webgpu".
         file: Its name, for the message.
 
     Raises:
