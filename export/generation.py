@@ -509,7 +509,8 @@ class Generates(Decodes):
             mask = torch.ones_like(ids)
         if alone:
             _check_alone(len(ids), settings)
-        ids, mask = (one.repeat_interleave(settings.copies, dim=0) for one in (ids, mask))
+        copies = settings.copies
+        ids, mask = (one.repeat_interleave(copies, dim=0) for one in (ids, mask))
         length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
         counted = mask if self.encoder is None else None
         return _Call(
@@ -519,7 +520,7 @@ class Generates(Decodes):
             processors(settings, ids, counted, length, logits_processor),
             criteria,
             generator,
-            Decoder(self, mask, source, adapter, length=length, copies=settings.copies),
+            Decoder(self, mask, source, adapter, length=length, copies=copies),
             remembered.get("reads_anew_after"),
             arrays,
             device,
