@@ -311,8 +311,8 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
             ) from error
         if provider == "webgpu" and "WebGPU adapter" in str(error):
             raise ProviderError(
-                f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of Vulkan, "
-                "Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
+                f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of "
+                "Vulkan, Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
             ) from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "

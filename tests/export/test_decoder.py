@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.export import decoder
+from lora_fx.errors import ExportError
+from lora_fx.export import decoder, ort
 from lora_fx.export.decoder import Decoder, last_logits
+from lora_fx.export.session import OnnxSession
 from tests.export.tiny import LIMIT, VOCABULARY, Pair
 
 
@@ -58,13 +60,50 @@ def test_rows_go_on_from_others(exported: Callable[[str], Pair]) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_cache_that_the_runtime_allocates(exported: Callable[[str], Pair], kind: str) -> None:
+    """As on WebGPU, where PyTorch has no memory."""
+    model, session = exported(kind)
+    other = OnnxSession(session.path, "cpu")
+    other._cache_place = ort.Place("cpu", 0)
+    ids = torch.randint(3, VOCABULARY, (2, 4))
+    for options in ({"max_new_tokens": 8}, {"max_new_tokens": 8, "num_beams": 3}):
+        assert torch.equal(other.generate(ids, **options), model.generate(ids, **options))
+    made = Decoder(other, torch.ones_like(ids), {"input_ids": ids, "attention_mask": ids}, length=9)
+    kept = made.step(ids).clone()
+    made.forget()
+    assert torch.equal(made.step(ids), kept)
+
+
+def test_logits_of_an_unknown_shape_are_allocated_too(exported: Callable[[str], Pair]) -> None:
+    model, session = exported("llama")
+    other = OnnxSession(session.path, "cpu")
+    logits, *caches = other.outputs
+    other.outputs = (ort.Port(logits.name, logits.dtype, ("batch", None, VOCABULARY)), *caches)
+    ids = torch.randint(3, VOCABULARY, (2, 4))
+    assert torch.equal(other.generate(ids, max_new_tokens=8), model.generate(ids, max_new_tokens=8))
+
+
+def test_what_a_session_cannot_generate_with_is_refused(
+    exported: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session = exported("llama")
+    other = OnnxSession(session.path, "cpu")
+    monkeypatch.setattr(other, "_replays_graphs", True)
+    with pytest.raises(ExportError, match="open the session without it to generate"):
+        other.generate(torch.tensor([[4, 5]]))
+    monkeypatch.setattr(other, "_replays_graphs", False)
+    ids, *others = other.inputs
+    monkeypatch.setattr(other, "inputs", (ort.Port(ids.name, ids.dtype, (1, "sequence")), *others))
+    with pytest.raises(ExportError, match=r"'input_ids' has shape \[2, 2\], the file takes"):
+        other.generate(torch.tensor([[4, 5], [6, 7]]))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
 def test_a_gpu_goes_on_as_the_cpu_does(
     exported: Callable[[str], Pair], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_fx.export.session import OnnxSession
-
     _, session = exported("llama")
     on_gpu = OnnxSession(session.path, "cuda")
     monkeypatch.setattr(decoder, "_ROOM", 1)  # buffers that grow
