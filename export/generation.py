@@ -511,10 +511,10 @@ class Generates(Decodes):
             _check_alone(len(ids), settings)
         copies = settings.copies
         ids, mask = (one.repeat_interleave(copies, dim=0) for one in (ids, mask))
-        own: Any = adapter
-        if isinstance(own, (list, tuple)) and copies > 1:
+        chosen: Any = adapter
+        if isinstance(chosen, (list, tuple)) and copies > 1:
             # A choice for each row: the encoder has to have them, too.
-            own = [one for one in own for _ in range(copies)]
+            chosen = [one for one in chosen for _ in range(copies)]
             source = {name: v.repeat_interleave(copies, dim=0) for name, v in source.items()}
             copies = 1
         length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
@@ -526,7 +526,7 @@ class Generates(Decodes):
             processors(settings, ids, counted, length, logits_processor),
             criteria,
             generator,
-            Decoder(self, mask, source, own, length=length, copies=copies),
+            Decoder(self, mask, source, chosen, length=length, copies=copies),
             remembered.get("reads_anew_after"),
             arrays,
             device,
