@@ -92,7 +92,7 @@ bench: $(VENV)/.dev ## Measure and write docs/benchmarks.md
 	$(BIN)/lora-fx bench $(ARGS)
 
 .PHONY: bench-envs
-bench-envs: .peers/.olive .peers/.optimum ## Install other exporters, each into .peers/, for make bench to compare with
+bench-envs: .peers/.olive .peers/.optimum .peers/.runtime-genai ## Install other exporters, each into .peers/, for make bench to compare with
 
 .PHONY: zoo
 zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARGS='--only swin')

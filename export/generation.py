@@ -1,11 +1,11 @@
-"""The part of a session that generates: what its arguments mean."""
+"""The part of a session that generates: what its arguments mean, and the loop over tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -13,131 +13,18 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
 from lora_fx.export.adapter_store import AdapterChoice
+from lora_fx.export.beams import BeamSearch
+from lora_fx.export.decoder import Decoder, Decodes
 from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.generation_settings import (
     GenerationSettings,
     Processor,
     next_tokens,
+    padding_of,
     processors,
 )
-from lora_fx.export.ort import Port, inputs_by_name, unwrap
 
-__all__ = ["Generates", "Streamer", "last_logits"]
-
-
-# Steps of a decoder over a session: the cache of a step is an input of the next.
-#
-# The cache stays where ONNX Runtime has put it; logits come out, tokens go in.
-
-_PAST, _PRESENT = "past_key_values.", "present."
-_CROSS = ".encoder."
-
-
-class _CachedDecoder:
-    """A decoder and where it is in a batch of texts.
-
-    Args:
-        session: The decoder's file.
-        batch: Number of texts.
-        source: What the encoder takes, by name, for an encoder-decoder.
-        adapter: What runs with the model.
-
-    Raises:
-        ExportError: The file has no cache, the session replays graphs, or ``source`` does not fit
-            the encoder.
-    """
-
-    def __init__(
-        self,
-        session: Generates,
-        batch: int,
-        source: Mapping[str, Tensor],
-        adapter: AdapterChoice = None,
-    ) -> None:
-        if session._replays_graphs:
-            raise ExportError(
-                "cuda_graph=True is for calls of one shape, and a text grows with each token: open "
-                "the session without it to generate"
-            )
-        self._session = session
-        # One for the whole text, also if another is loaded by its name meanwhile.
-        self._held = session._hold(adapter)
-        self._ports = {port.name: port for port in session.inputs}
-        self._outputs = [port.name for port in session.outputs]
-        self._kept = [name for name in self._outputs if name.startswith(_PRESENT)]
-        cached = [port for port in session.inputs if port.name.startswith(_PAST)]
-        if not cached or "logits" not in self._outputs:
-            raise ExportError(
-                f"{session.path.name} has no key-value cache to generate with: export the model "
-                f"with task='text-generation' or task='text2text-generation'"
-            )
-        own = [port for port in cached if _CROSS not in port.name]
-        self._nothing = {port.name: self._session._value(port, _empty(port, batch)) for port in own}
-        self._past = self._nothing
-        self._fixed: dict[str, Any] = {}
-        self._masked = "attention_mask" in self._ports
-        if session.encoder is not None:
-            self._fixed = self._encoded(session.encoder, source)
-
-    def step(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read more tokens.
-
-        Args:
-            ids: The next tokens of each text, [batch, sequence].
-            mask: Which of all tokens so far count, [batch, past and sequence].
-
-        Returns:
-            Logits after the last of them, [batch, vocabulary], fp32, on the CPU.
-        """
-        feeds = {**self._fixed, **self._past}
-        feeds["input_ids"] = self._session._value(self._ports["input_ids"], ids)
-        if self._masked:
-            feeds["attention_mask"] = self._session._value(self._ports["attention_mask"], mask)
-        results = dict(zip(self._outputs, self._session._run_held(feeds, self._held), strict=True))
-        self._past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in self._kept}
-        logits: Tensor = unwrap(results["logits"], torch.device("cpu"))
-        return logits[:, -1].float()
-
-    def forget(self) -> None:
-        """Go back to before the first token: the next step reads the whole text."""
-        self._past = self._nothing
-
-    def _encoded(self, encoder: Generates, source: Mapping[str, Tensor]) -> dict[str, Any]:
-        names = [port.name for port in encoder.outputs]
-        taken = [port.name for port in encoder.inputs]
-        given = inputs_by_name(source, taken, encoder.path.name)
-        feeds = {port.name: self._session._value(port, given[port.name]) for port in encoder.inputs}
-        values = encoder._run_held(feeds, self._held)
-        fixed = {
-            _PAST + name.removeprefix(_PRESENT): value
-            for name, value in zip(names, values, strict=True)
-        }
-        if "encoder_attention_mask" in self._ports:
-            fixed["encoder_attention_mask"] = feeds["attention_mask"]
-        return fixed
-
-
-def _empty(port: Port, batch: int) -> Tensor:
-    _, heads, _, width = port.shape
-    if not isinstance(heads, int) or not isinstance(width, int):
-        raise ExportError(
-            f"input {port} is no cache of this library: heads and width are not fixed"
-        )
-    return torch.zeros(batch, heads, 0, width, dtype=getattr(torch, port.dtype))
-
-
-def last_logits(
-    session: Generates, ids: Tensor, mask: Tensor, adapter: AdapterChoice = None
-) -> Tensor:
-    """The logits after the last token of each text, [batch, vocabulary], fp32, on the CPU.
-
-    Texts may be padded on the right, by the mask: each is read by itself.
-    """
-    rows = []
-    for tokens, counts in zip(ids, mask, strict=True):
-        text = tokens[counts.bool()][None]
-        rows.append(_CachedDecoder(session, 1, {}, adapter).step(text, torch.ones_like(text)))
-    return torch.cat(rows)
+__all__ = ["Criterion", "Generates", "Streamer"]
 
 
 class Streamer(Protocol):
@@ -167,7 +54,7 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value is not None}
 
 
-def _remembered(session: Generates) -> dict[str, Any]:
+def _remembered(session: Decodes) -> dict[str, Any]:
     text = session.metadata.get(GENERATION_KEY)
     if text is None:
         raise ExportError(
@@ -236,7 +123,7 @@ def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
 
 
 def _source(
-    given: Mapping[str, Tensor], settings: GenerationSettings, session: Generates, prepends: bool
+    given: Mapping[str, Tensor], settings: GenerationSettings, session: Decodes, prepends: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     assert session.encoder is not None
     names = [port.name for port in session.encoder.inputs]
@@ -269,11 +156,6 @@ def _source(
     return first if prompt is None else torch.cat([first, prompt], dim=1), source
 
 
-def _padding(settings: GenerationSettings) -> int:
-    pad = settings.pad_token_id
-    return settings.eos_token_id[0] if pad is None else pad
-
-
 def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) -> None:
     for name in given:
         if name not in names:
@@ -281,35 +163,159 @@ def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) ->
             raise ExportError(f"{file} takes {', '.join(names)}, not '{name}'{near}")
 
 
-class Generates:
-    """A session, if the file is for generation.
+Criterion: TypeAlias = Callable[[Tensor, Any], Any]
+"""From tokens [batch, length] and scores to True where a text has ended; those of transformers are such."""
+
+
+@dataclass
+class _Call:
+    """One call, its arguments read.
 
     Attributes:
-        path: Where the file is.
-        inputs: What it takes.
-        outputs: What it gives.
-        metadata: What the file remembers of its export.
-        encoder: The session of the encoder, of an encoder-decoder.
+        ids: The prompts, each as often as it is continued, [rows, sequence].
+        length: Tokens that a text has at most.
+        settings: How to go on.
+        chain: What scores go through.
+        criteria: What ends a text, end-of-sequence tokens and the length apart.
+        generator: For the draws.
+        decoder: The file, before its first step.
+        anew_after: The length beyond which the cache is of no use any more.
+        arrays: Whether arrays were given, and are wanted.
+        device: Where tensors were given.
     """
 
-    path: Path
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    metadata: Mapping[str, str]
-    encoder: Generates | None
-    _replays_graphs: bool
+    ids: Tensor
+    length: int
+    settings: GenerationSettings
+    chain: Sequence[Processor]
+    criteria: Sequence[Criterion]
+    generator: torch.Generator | None
+    decoder: Decoder
+    anew_after: int | None
+    arrays: bool
+    device: torch.device
 
-    def _hold(self, adapter: AdapterChoice) -> Any:
-        """Return an adapter as every file of the model has it at this moment."""
-        raise NotImplementedError
+    def __post_init__(self) -> None:
+        self._read = 0  # tokens that the decoder has read
+        self._ends = torch.tensor(self.settings.eos_token_id, dtype=torch.long)
 
-    def _value(self, port: Port, value: Tensor) -> Any:
-        """Put a tensor where the file runs, as what an input takes."""
-        raise NotImplementedError
+    def scores(self, ids: Tensor) -> Tensor:
+        """Logits after all of ``ids``, of which the decoder reads what is new to it."""
+        total = ids.shape[1]
+        if self.anew_after is not None and 0 < self._read <= self.anew_after < total:
+            self.decoder.forget()
+            self._read = 0
+        unread = ids[:, self._read :]
+        self._read = total
+        return self.decoder.step(unread)
 
-    def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
-        """Run the file. Logits come out on the CPU, all else where the file runs."""
-        raise NotImplementedError
+    def ended(self, tokens: Tensor) -> Tensor:
+        """Which of the newest tokens, [rows], end their text by themselves."""
+        return (tokens[:, None] == self._ends).any(dim=1)
+
+    def sampled(self) -> Iterator[Tensor]:
+        """Go on token by token, [rows] each. ``ids`` are all tokens so far, the one that is given too."""
+        settings = self.settings
+        count = self.ids.shape[1]
+        whole = torch.empty(len(self.ids), self.length, dtype=torch.long)
+        whole[:, :count] = self.ids
+        ids, unfinished = self.ids, torch.ones(len(self.ids), dtype=torch.bool)
+        while count < self.length and bool(unfinished.any()):
+            scores = self.scores(ids)
+            for process in self.chain:
+                scores = process(ids, scores)
+            tokens = next_tokens(scores, settings, self.generator)
+            if settings.eos_token_id:
+                tokens = torch.where(unfinished, tokens, padding_of(settings))
+                unfinished = unfinished & ~self.ended(tokens)
+            whole[:, count] = tokens
+            count += 1
+            # Of one row it is contiguous as it is; others' functions may want that.
+            self.ids = ids = whole[:, :count].contiguous()
+            yield tokens
+            for criterion in self.criteria:
+                unfinished = unfinished & ~torch.as_tensor(criterion(ids, scores)).bool()
+
+    def searched(self) -> Tensor:
+        """The texts of beam search, [batch · num_return_sequences, length]."""
+
+        def ends(ids: Tensor) -> Tensor:
+            found = torch.full((len(ids),), ids.shape[1] >= self.length)
+            if self.settings.eos_token_id:
+                found = found | self.ended(ids[:, -1])
+            for criterion in self.criteria:
+                found = found | torch.as_tensor(criterion(ids, None)).bool()
+            return found
+
+        search = BeamSearch(self.ids, self.length, self.settings, ends, self.generator)
+        while not search.over:
+            rows = search.advance(self.scores(search.ids), self.chain)
+            self.decoder.reorder(rows)
+        return search.result()
+
+    def given_back(self, ids: Tensor) -> Any:
+        """As the prompts were given."""
+        return ids.numpy() if self.arrays else ids.to(self.device)
+
+
+def _stop_criteria(settings: GenerationSettings, tokenizer: Any) -> list[Criterion]:
+    """What ends texts at ``stop_strings``: the criterion of transformers, whose tokenizers it reads."""
+    strings = settings.stop_strings
+    if strings is None:
+        return []
+    texts = [strings] if isinstance(strings, str) else strings
+    if not isinstance(texts, Sequence) or not texts or not all(map(_is_text, texts)):
+        raise ExportError(f"stop_strings={strings!r}: give a text, or a list of them")
+    if tokenizer is None:
+        raise ExportError(
+            f"stop_strings={strings!r} needs tokenizer=, the model's tokenizer, which says what tokens spell"
+        )
+    _check_tokenizer(tokenizer)
+    from transformers import StopStringCriteria
+
+    return [StopStringCriteria(tokenizer=tokenizer, stop_strings=list(texts))]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    if not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "decode"):
+        raise ExportError(
+            f"tokenizer is a {type(tokenizer).__name__}: give one of transformers "
+            "(AutoTokenizer.from_pretrained)"
+        )
+
+
+def _pieces(call: _Call, tokenizer: Any, decode: Mapping[str, Any]) -> Iterator[str]:
+    """Text as transformers' streamers cut it: what later tokens do not change any more."""
+    from transformers import TextStreamer
+
+    pieces: list[str] = []
+
+    class Collecting(TextStreamer):  # type: ignore[misc]  # transformers is untyped here
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+
+    streamer = Collecting(tokenizer, **decode)
+    for tokens in call.sampled():
+        streamer.put(tokens)
+        yield from filter(None, pieces)
+        pieces.clear()
+    streamer.end()
+    yield from filter(None, pieces)
+
+
+_CHANGES = (
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences", "stop_strings",
+)  # fmt: skip
+"""Settings that are arguments of their own."""
+
+
+class Generates(Decodes):
+    """A session, if the file is for generation."""
 
     def generate(
         self,
@@ -325,10 +331,14 @@ class Generates:
         repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        num_beams: int | None = None,
+        num_return_sequences: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
         generation_config: Any = None,
         generator: torch.Generator | None = None,
         logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Callable[[Tensor, Tensor], Any]] = (),
+        stopping_criteria: Sequence[Criterion] = (),
         streamer: Streamer | None = None,
         adapter: AdapterChoice = None,
         **inputs: Any,
@@ -351,84 +361,187 @@ class Generates:
             repetition_penalty: What the logits of tokens that were there are divided by.
             eos_token_id: The token or tokens that end a text; an empty list for none.
             pad_token_id: What follows in rows that end before others.
+            num_beams: How many beginnings of each text beam search goes on with; 1 for none.
+            num_return_sequences: How many texts each prompt is continued to, by draws or of the beams.
+            stop_strings: Texts that end a row, which keeps them. They need ``tokenizer``.
+            tokenizer: The model's, of transformers, for ``stop_strings``.
             generation_config: A ``GenerationConfig``, or a dict of its fields. What an object leaves None,
                 or a dict leaves out, is as in the file; None in a dict switches a setting off, as it does
                 among the arguments of ``model.generate``. The arguments here come before it. What it
                 asks for is done or refused: a field that is not supported and not at its default is an
                 error that names it, and so is an unknown one.
             generator: For the draws. Without it they come from torch's own, as in transformers.
-            logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to
-                scores; those of transformers are such.
-            stopping_criteria: Functions from tokens and scores to True where a text has ended.
-            streamer: Told of the prompt, each token, and the end, as transformers' are.
+            logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary], tensors
+                on the CPU, to scores; those of transformers are such.
+            stopping_criteria: Functions from tokens and scores to True where a text has ended. In beam
+                search the scores are None.
+            streamer: Told of the prompt, each token, and the end, as transformers' are; not of beams.
             adapter: As for :meth:`run`.
             **inputs: ``input_features`` and the like, what an encoder takes instead of ids, and
                 ``decoder_input_ids``, with which its decoder begins.
 
         Returns:
-            The prompts and what follows, [batch, length]: a tensor, or an array if all that was given
-            are arrays. For an encoder-decoder what its decoder says.
+            The prompts and what follows, [batch · num_return_sequences, length]: a tensor, or an array if
+            all that was given are arrays. For an encoder-decoder what its decoder says.
 
         Raises:
-            ExportError: The file is not for generation; inputs, settings or lengths do not fit; the
-                settings, the model's or the caller's, ask for what is not supported, such as beams.
+            ExportError: The file is not for generation; inputs, settings or lengths do not fit or
+                contradict each other; the settings, the model's or the caller's, ask for what is not
+                supported.
         """
-        changes = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-        }
+        given = locals()
+        call = self._call(
+            {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
+            {name: given[name] for name in _CHANGES},
+            tokenizer=tokenizer,
+            generation_config=generation_config,
+            generator=generator,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            adapter=adapter,
+        )
+        if call.settings.num_beams > 1:
+            if streamer is not None:
+                raise ExportError(
+                    f"streamer and num_beams={call.settings.num_beams}: beam search does not know its tokens "
+                    "before it ends. Pass num_beams=1, or no streamer"
+                )
+            return call.given_back(call.searched())
+        if streamer is not None:
+            streamer.put(call.ids)
+        for tokens in call.sampled():
+            if streamer is not None:
+                streamer.put(tokens)
+        if streamer is not None:
+            streamer.end()
+        return call.given_back(call.ids)
+
+    def stream(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *,
+        tokenizer: Any = None,
+        text: bool | None = None,
+        decode: Mapping[str, Any] | None = None,
+        generation_config: Any = None,
+        generator: torch.Generator | None = None,
+        logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        adapter: AdapterChoice = None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Continue one text, and give what follows as it comes: ``for token in session.stream(ids)``.
+
+        Arguments are read, and refused, before the first token is asked for. To stop early, leave the loop.
+
+        Args:
+            input_ids: As for :meth:`generate`, one row.
+            attention_mask: As there.
+            tokenizer: The model's, of transformers: pieces of text come instead of tokens. They are those of
+                ``TextIteratorStreamer(tokenizer, skip_prompt=True)``.
+            text: False for tokens although there is a tokenizer, for ``stop_strings``.
+            decode: What ``tokenizer.decode`` is told, as ``{"skip_special_tokens": True}``.
+            generation_config: As there.
+            generator: As there.
+            logits_processor: As there.
+            stopping_criteria: As there.
+            adapter: As there.
+            **options: Other settings and inputs of :meth:`generate`.
+
+        Returns:
+            An iterator of tokens, whole numbers, the end-of-sequence token among them; or of pieces of text.
+
+        Raises:
+            ExportError: As for :meth:`generate`; and there are several rows, beams, or a streamer.
+        """
+        if "streamer" in options:
+            raise ExportError("stream takes no streamer: it gives tokens itself, or use generate")
+        as_text = tokenizer is not None if text is None else text
+        if as_text and tokenizer is None:
+            raise ExportError("text=True needs tokenizer=, the model's tokenizer")
+        if as_text:
+            _check_tokenizer(tokenizer)
+        changes = {name: options.pop(name, None) for name in _CHANGES}
+        call = self._call(
+            {"input_ids": input_ids, "attention_mask": attention_mask, **options},
+            changes,
+            tokenizer=tokenizer,
+            generation_config=generation_config,
+            generator=generator,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            adapter=adapter,
+            alone=True,
+        )
+        if as_text:
+            return _pieces(call, tokenizer, decode or {})
+        return (int(tokens) for tokens in call.sampled())
+
+    def _call(
+        self,
+        inputs: Mapping[str, Any],
+        changes: Mapping[str, Any],
+        *,
+        tokenizer: Any,
+        generation_config: Any,
+        generator: torch.Generator | None,
+        logits_processor: Sequence[Processor],
+        stopping_criteria: Sequence[Criterion],
+        adapter: AdapterChoice,
+        alone: bool = False,
+    ) -> _Call:
         remembered = _remembered(self)
         own = remembered["defaults"]
         settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        criteria = [*_stop_criteria(settings, tokenizer), *stopping_criteria]
         given = {name: value for name, value in inputs.items() if value is not None}
-        arrays = given and all(isinstance(value, np.ndarray) for value in given.values())
+        arrays = bool(given) and all(isinstance(value, np.ndarray) for value in given.values())
         tensors = {name: _tensor(name, value) for name, value in given.items()}
         device = next(
             (v.device for v in given.values() if isinstance(v, Tensor)), torch.device("cpu")
         )
-
+        source: dict[str, Tensor] = {}
         if self.encoder is None:
-            source: dict[str, Tensor] = {}
             ids, mask = _prompt(tensors, settings, self.path.name)
-            counted = mask
         else:
             ids, source = _source(tensors, settings, self, remembered.get("prepends_start", False))
-            mask, counted = torch.ones_like(ids), None
+            mask = torch.ones_like(ids)
+        if alone:
+            _check_alone(len(ids), settings)
+        copies = settings.copies
+        ids, mask = (one.repeat_interleave(copies, dim=0) for one in (ids, mask))
+        chosen: Any = adapter
+        if isinstance(chosen, (list, tuple)) and copies > 1:
+            # A choice for each row: the encoder has to have them, too.
+            chosen = [one for one in chosen for _ in range(copies)]
+            source = {name: v.repeat_interleave(copies, dim=0) for name, v in source.items()}
+            copies = 1
         length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
-        chain = processors(settings, ids, counted, length, logits_processor)
-        decoder = _CachedDecoder(self, len(ids), source, adapter)
-        anew_after = remembered.get("reads_anew_after")
+        counted = mask if self.encoder is None else None
+        return _Call(
+            ids,
+            length,
+            settings,
+            processors(settings, ids, counted, length, logits_processor),
+            criteria,
+            generator,
+            Decoder(self, mask, source, chosen, length=length, copies=copies),
+            remembered.get("reads_anew_after"),
+            arrays,
+            device,
+        )
 
-        if streamer is not None:
-            streamer.put(ids)
-        unread, unfinished = ids, torch.ones(len(ids), dtype=torch.bool)
-        while bool(unfinished.any()) and ids.shape[1] < length:
-            past = ids.shape[1] - unread.shape[1]
-            if past and anew_after is not None and past <= anew_after < ids.shape[1]:
-                decoder.forget()
-                unread = ids
-            scores = decoder.step(unread, mask)
-            for process in chain:
-                scores = process(ids, scores)
-            unread = next_tokens(scores, settings, generator)
-            if settings.eos_token_id:
-                unread = torch.where(unfinished, unread, _padding(settings))
-                unfinished = unfinished & ~torch.isin(unread, torch.tensor(settings.eos_token_id))
-            if streamer is not None:
-                streamer.put(unread)
-            unread = unread[:, None]
-            ids = torch.cat([ids, unread], dim=1)
-            mask = torch.cat([mask, torch.ones_like(unread)], dim=1)
-            for criterion in stopping_criteria:
-                unfinished = unfinished & ~torch.as_tensor(criterion(ids, scores)).bool()
-        if streamer is not None:
-            streamer.end()
-        return ids.numpy() if arrays else ids.to(device)
+
+def _check_alone(rows: int, settings: GenerationSettings) -> None:
+    found = {
+        "rows": rows,
+        "num_beams": settings.num_beams,
+        "num_return_sequences": settings.num_return_sequences,
+    }
+    several = [f"{name}={count}" for name, count in found.items() if count > 1]
+    if several:
+        raise ExportError(
+            f"stream continues one text, and {', '.join(several)} are several: stream each by itself, in "
+            "threads if need be, or use generate"
+        )

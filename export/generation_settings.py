@@ -14,16 +14,16 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
 
-__all__ = ["GenerationSettings", "Processor", "next_tokens", "processors"]
+__all__ = ["GenerationSettings", "Processor", "next_tokens", "padding_of", "processors"]
 
 
 # Settings that are not supported and change the tokens or the return value, with the values at which
 # they have no effect: transformers' defaults. None has no effect for any key.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "constraints": (),
+    "num_beam_groups": (1,), "constraints": (), "diversity_penalty": (0,),
     "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "guidance_scale": (1,),
     "sequence_bias": (), "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (), "exponential_decay_length_penalty": (), "stop_strings": (),
+    "bad_words_ids": (), "exponential_decay_length_penalty": (),
     "watermarking_config": (), "token_healing": (False,), "max_time": (),
     "renormalize_logits": (False,), "remove_invalid_values": (False,),
     "prompt_lookup_num_tokens": (), "assistant_early_exit": (), "assistant_ensemble_weight": (),
@@ -43,7 +43,6 @@ _NEUTRAL_IN_SAMPLING: Mapping[str, tuple[object, ...]] = {
 _OF_BEAMS: Mapping[str, tuple[object, ...]] = {
     "early_stopping": (False,),
     "length_penalty": (1,),
-    "diversity_penalty": (0,),
 }
 
 # How fast, and not what: the cache, compilation, and how an assistant model would be used.
@@ -78,7 +77,10 @@ def _refuse_unsupported(
     asked = [name for name in refused if name in values and values[name] not in refused[name]]
     own = _plain(model)
     extra = {name: value for name, value in values.items() if _plain(value) != own.get(name)}
-    asked += [name for name in _OF_BEAMS if name in extra and extra[name] not in _OF_BEAMS[name]]
+    if values.get("num_beams", 1) == 1:
+        asked += [
+            name for name in _OF_BEAMS if name in extra and extra[name] not in _OF_BEAMS[name]
+        ]
     if asked:
         without = {name: next(iter({**refused, **_OF_BEAMS}[name]), None) for name in asked}
         raise ExportError(
@@ -129,6 +131,12 @@ class GenerationSettings:
         forced_eos_token_id: Last token where the length ends the sequence.
         suppress_tokens: Tokens that never come.
         begin_suppress_tokens: Tokens that do not come first.
+        num_beams: How many beginnings beam search goes on with; 1 for none.
+        early_stopping: Whether beam search ends with ``num_beams`` whole texts; "never" if it goes on as long
+            as a better one may come.
+        length_penalty: Exponent of the length that the score of a beam is divided by.
+        num_return_sequences: How many texts each prompt is continued to.
+        stop_strings: Texts that end a sequence.
     """
 
     max_new_tokens: int | None = None
@@ -150,9 +158,15 @@ class GenerationSettings:
     forced_eos_token_id: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    num_beams: int = 1
+    early_stopping: bool | str = False
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    stop_strings: Any = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("max_length", 1), ("top_k", 0)):
+        counts = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+        for name, least in (*((name, 1) for name in counts), ("top_k", 0)):
             value = getattr(self, name)
             if value is not None and (not _whole(value) or value < least):
                 raise ExportError(f"{name}={value!r}: give a whole number from {least}")
@@ -167,6 +181,30 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and not (_real(value) and 0 <= value <= 1):
                 raise ExportError(f"{name}={value!r}: give a probability, from 0 to 1")
+        if self.early_stopping not in (True, False, "never"):
+            raise ExportError(
+                f"early_stopping={self.early_stopping!r}: give True, False or 'never'"
+            )
+        if not _real(self.length_penalty):
+            raise ExportError(f"length_penalty={self.length_penalty!r}: give a number")
+        self._check_sequences()
+
+    def _check_sequences(self) -> None:
+        count, beams = self.num_return_sequences, self.num_beams
+        if count > 1 and beams == 1 and not self.do_sample:
+            raise ExportError(
+                f"num_return_sequences={count}: the likeliest tokens are one text. "
+                "Pass do_sample=True, or num_beams"
+            )
+        if count > beams > 1:
+            raise ExportError(
+                f"num_return_sequences={count} is more than num_beams={beams}: beam search has no more texts"
+            )
+
+    @property
+    def copies(self) -> int:
+        """How many rows go on with one prompt."""
+        return max(self.num_beams, self.num_return_sequences)
 
     @classmethod
     def of(
@@ -227,6 +265,12 @@ class GenerationSettings:
                 f"positions of the model: pass max_new_tokens={limit - prompt} or less"
             )
         return wanted
+
+
+def padding_of(settings: GenerationSettings) -> int:
+    """The token that follows in rows that have ended; only where some token ends a row."""
+    pad = settings.pad_token_id
+    return settings.eos_token_id[0] if pad is None else pad
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
@@ -308,15 +352,17 @@ def next_tokens(
 
 
 def _warpers(settings: GenerationSettings) -> list[Processor]:
+    # As in transformers: a beam that may end needs another token to go on with.
+    least = 1 if settings.num_beams == 1 else max(2, len(settings.eos_token_id) + 1)
     found: list[Processor] = []
     if settings.temperature != 1:
         found.append(lambda ids, scores: scores / settings.temperature)
     if settings.top_k:
-        found.append(_top_k(settings.top_k))
+        found.append(_top_k(max(settings.top_k, least)))
     if settings.top_p < 1:
-        found.append(_top_p(settings.top_p))
+        found.append(_top_p(settings.top_p, least))
     if settings.min_p is not None:
-        found.append(_min_p(settings.min_p))
+        found.append(_min_p(settings.min_p, least))
     return found
 
 
@@ -381,24 +427,25 @@ def _top_k(count: int) -> Processor:
     return narrow
 
 
-def _top_p(share: float) -> Processor:
+def _top_p(share: float, least: int) -> Processor:
     """Nucleus sampling (1904.09751)."""
 
     def narrow(ids: Tensor, scores: Tensor) -> Tensor:
         ascending, order = scores.sort(descending=False)
         out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - share
-        out[:, -1] = False  # the likeliest stays
+        out[:, -least:] = False  # the likeliest stay
         return scores.masked_fill(out.scatter(1, order, out), -torch.inf)
 
     return narrow
 
 
-def _min_p(share: float) -> Processor:
+def _min_p(share: float, least: int) -> Processor:
     """Min-p sampling (2407.01082)."""
 
     def narrow(ids: Tensor, scores: Tensor) -> Tensor:
         probabilities = scores.softmax(dim=-1)
-        least = share * probabilities.amax(dim=-1, keepdim=True)
-        return scores.masked_fill(probabilities < least, -torch.inf)
+        out = probabilities < share * probabilities.amax(dim=-1, keepdim=True)
+        kept = probabilities.topk(min(least, scores.shape[1]))[1]
+        return scores.masked_fill(out.scatter(1, kept, False), -torch.inf)
 
     return narrow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,16 +26,20 @@ __all__ = [
     "CPU",
     "INNER_SIZES_KEY",
     "EmptyAxisError",
+    "Place",
     "Port",
     "allocate",
     "bound_run",
     "check_axes",
+    "check_shape",
+    "element_named",
     "element_of",
     "empty_outputs",
     "empty_value",
     "feed",
     "inner_sizes",
     "inputs_by_name",
+    "on_host",
     "placed",
     "port_of",
     "run_errors",
@@ -61,6 +65,19 @@ _DTYPES = {
     **{f"tensor({name})": name for name in _SAME_NAMES},
 }
 CPU = torch.device("cpu", 0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Memory that ONNX Runtime knows and PyTorch does not; what has both is a ``torch.device``.
+
+    Attributes:
+        type: ONNX Runtime's name of the kind of device: "webgpu".
+        index: Which of them.
+    """
+
+    type: str
+    index: int
 
 
 @dataclass(frozen=True)
@@ -111,12 +128,7 @@ def feed(runtime: Any, port: Port, value: Any, device: torch.device = CPU) -> An
             f"input '{port.name}' is {dtype}, the file takes {port.dtype}: convert it first"
         )
     shape = tuple(value.shape)
-    fits = len(shape) == len(port.shape) and all(
-        not isinstance(axis, int) or axis == size
-        for axis, size in zip(port.shape, shape, strict=True)
-    )
-    if not fits:
-        raise ExportError(f"input '{port.name}' has shape {list(shape)}, the file takes {port}")
+    check_shape(port, shape)
     if isinstance(value, Tensor):
         here = value.device.type != "cpu" and device.type == value.device.type
         return to_runtime(runtime, value.to(device) if here else value.cpu())
@@ -125,6 +137,20 @@ def feed(runtime: Any, port: Port, value: Any, device: torch.device = CPU) -> An
         raw = np.ascontiguousarray(value).view(np.uint16)
         return values.ortvalue_from_numpy_with_onnx_type(raw, BF16)
     return values.ortvalue_from_numpy(np.ascontiguousarray(value).reshape(shape))
+
+
+def check_shape(port: Port, shape: Sequence[int]) -> None:
+    """Refuse a shape that an input does not take.
+
+    Raises:
+        ExportError: The rank is another one, or a fixed size.
+    """
+    fits = len(shape) == len(port.shape) and all(
+        not isinstance(axis, int) or axis == size
+        for axis, size in zip(port.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ExportError(f"input '{port.name}' has shape {list(shape)}, the file takes {port}")
 
 
 def unwrap(result: Any, device: torch.device | None) -> Any:
@@ -158,9 +184,14 @@ def to_runtime(runtime: Any, tensor: Tensor) -> Any:
 
 def empty_value(runtime: Any, port: Port, shape: Sequence[int], device: torch.device) -> Any:
     """A value of ONNX Runtime without an element, for an output."""
-    bf16 = port.dtype == "bfloat16"
-    element = BF16 if bf16 else getattr(np, "bool_" if port.dtype == "bool" else port.dtype)
-    return allocate(runtime, shape, element, device)
+    return allocate(runtime, shape, element_named(port.dtype), device)
+
+
+def element_named(dtype: str) -> Any:
+    """A dtype by torch's name of it, as ONNX Runtime takes it."""
+    if dtype == "bfloat16":
+        return BF16
+    return getattr(np, "bool_" if dtype == "bool" else dtype)
 
 
 def allocate(runtime: Any, shape: Sequence[int], element: Any, device: torch.device) -> Any:
@@ -181,6 +212,13 @@ def to_tensor(value: Any) -> Tensor:
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
 
 
+def on_host(value: Any) -> Tensor:
+    """A value of ONNX Runtime as a tensor on the CPU; over the same memory where it lies there."""
+    if value.device_name().lower() == "cpu" or torch.cuda.is_available():
+        return to_tensor(value).cpu()
+    return torch.from_numpy(value.numpy())
+
+
 class _Bytes:
     """A tensor of bool as ONNX Runtime takes it through DLPack: bytes that are said to be bool."""
 
@@ -199,7 +237,6 @@ def bound_run(
     adapter: Mapping[str, Any],
     outputs: Sequence[Port],
     device: torch.device = CPU,
-    host: Collection[str] = (),
 ) -> list[Any]:
     """Run once. Nothing is shared with other runs but the values, which are only read.
 
@@ -209,7 +246,6 @@ def bound_run(
         adapter: Values for adapter inputs; those that are not there are the file's defaults.
         outputs: The outputs of the file.
         device: Where the results are to lie.
-        host: Names of outputs that are to lie on the CPU all the same.
 
     Returns:
         Values in the order of the outputs.
@@ -222,8 +258,7 @@ def bound_run(
         for name, value in (*feeds.items(), *adapter.items()):
             binding.bind_ortvalue_input(name, value)
         for port in outputs:
-            place = CPU if port.name in host else device
-            binding.bind_output(port.name, place.type, place.index)
+            binding.bind_output(port.name, device.type, device.index)
         session.run_with_iobinding(binding)
         results: list[Any] = binding.get_outputs()
         # The results keep the binding alive, and it the inputs: a cache would be held twice.
@@ -233,14 +268,23 @@ def bound_run(
 
 @contextmanager
 def run_errors(feeds: Mapping[str, Any], where: str = "") -> Iterator[None]:
-    """Turns an error of ONNX Runtime into an ``ExportError`` that names the shapes of the run."""
+    """Turns an error of ONNX Runtime into an ``ExportError`` that names the shapes of the run.
+
+    Args:
+        feeds: Values of ONNX Runtime, or shapes, by the names of the inputs.
+        where: Stands after the shapes.
+    """
     try:
         yield
     except ExportError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{name} {value.shape()}" for name, value in feeds.items())
+        shapes = ", ".join(f"{name} {_shape(value)}" for name, value in feeds.items())
         raise ExportError(f"ONNX Runtime failed on {shapes}{where}: {reason_of(error)}") from error
+
+
+def _shape(value: Any) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else list(value.shape())
 
 
 def placed(runtime: Any, tensor: Tensor, device: torch.device) -> Any:
@@ -283,6 +327,8 @@ def settle(values: Sequence[Any], device: torch.device = CPU) -> None:
         device: Where the session runs. Results that were handed out and let go of may still be read
             there, and the next run takes their memory.
     """
+    if not values and device.type == "cpu":
+        return
     devices = {value.device for value in values if isinstance(value, Tensor) and value.is_cuda}
     if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices.add(device)

@@ -12,24 +12,28 @@ import importlib.metadata
 import io
 import logging
 import mmap
+import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_fx.errors import ConfigError, ExportError, ProviderError, hint
 
 __all__ = [
     "PROVIDERS",
+    "SLOW_OR_BROKEN",
     "NodePlacement",
+    "Optimizer",
     "PlacementReport",
     "check_arguments",
     "check_provider",
     "import_onnxruntime",
     "load",
     "missing_cuda_libraries",
+    "optimizers_off",
     "read_placement",
     "reason_of",
     "session_settings",
@@ -38,9 +42,82 @@ __all__ = [
 ]
 
 
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+}
 
 _log = logging.getLogger("lora_fx")
+
+
+class Optimizer(NamedTuple):
+    """An optimization of ONNX Runtime that a session goes without.
+
+    Attributes:
+        name: Its name there.
+        providers: Where.
+        since: The first version of ONNX Runtime, (major, minor).
+        before: The first version after that where it is fine; None if there is none.
+        mark: Bytes that such a file has; b"" for every file.
+        reason: What was measured.
+    """
+
+    name: str
+    providers: tuple[str, ...]
+    since: tuple[int, int]
+    before: tuple[int, int] | None
+    mark: bytes
+    reason: str
+
+
+SLOW_OR_BROKEN = (
+    Optimizer(
+        "SkipLayerNormFusion",
+        ("cpu",),
+        (1, 30),
+        None,
+        b"",
+        "the fused kernel is slower than a sum and a layer norm: BERT 6 x 384 takes 0.89 of the time without "
+        "it on 1.31 and 1.32, and 1.12 to 1.14 on 1.27",
+    ),
+    Optimizer(
+        "FuseFp16InitializerToFp32NodeTransformer",
+        ("cpu", "webgpu"),
+        (1, 23),
+        (1, 29),
+        b"lora_fx.adapters",
+        "it ends the process on adapter inputs in fp16, from 1.23.2 to 1.28.0",
+    ),
+)
+"""Measured on the versions that ``reason`` names."""
+
+
+def optimizers_off(version: str, provider: str, path: Path) -> list[str]:
+    """Names of the optimizations that a session of a file goes without.
+
+    Args:
+        version: Of ONNX Runtime.
+        provider: "cuda", "cpu" or "webgpu".
+        path: The file.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    number = (int(found[1]), int(found[2])) if found else (0, 0)
+    chosen = [
+        one
+        for one in SLOW_OR_BROKEN
+        if provider in one.providers
+        and number >= one.since
+        and (one.before is None or number < one.before)
+    ]
+    return [one.name for one in chosen if _contains(path, one.mark)]
+
+
+def _contains(path: Path, mark: bytes) -> bool:
+    if not mark or not path.stat().st_size:
+        return not mark
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(mark) >= 0
 
 
 def import_onnxruntime() -> Any:
@@ -66,12 +143,20 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+_REMEDIES = {
+    "cuda": "pip uninstall onnxruntime, then pip install 'lora-fx[gpu]'",
+    "cpu": "pip install 'lora-fx[cpu]'",
+    "webgpu": "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-webgpu: they share a "
+    "folder",
+}
+
+
 def check_provider(runtime: Any, provider: str) -> None:
     """Refuse a provider that cannot work on this machine.
 
     Args:
         runtime: The onnxruntime module.
-        provider: "cuda" or "cpu".
+        provider: "cuda", "cpu" or "webgpu".
 
     Raises:
         ProviderError: With what is missing and what to do about it.
@@ -79,14 +164,13 @@ def check_provider(runtime: Any, provider: str) -> None:
     if provider not in PROVIDERS:
         near = hint(str(provider).lower(), PROVIDERS, " Did you mean '{}'?", count=1)
         raise ProviderError(
-            f"unknown provider {provider!r}: the providers are 'cuda' and 'cpu'.{near}"
+            f"unknown provider {provider!r}: the providers are 'cuda', 'cpu' and 'webgpu'.{near}"
         )
     available = runtime.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise ProviderError(
             f"this ONNX Runtime ({runtime.__version__}) has no {provider} provider, only "
-            f"{', '.join(available)}. "
-            + (wheel_conflict() or "pip uninstall onnxruntime, then pip install 'lora-fx[gpu]'")
+            f"{', '.join(available)}. " + (wheel_conflict() or _REMEDIES[provider])
         )
     if provider == "cuda":
         _check_cuda(runtime, available)
@@ -95,14 +179,14 @@ def check_provider(runtime: Any, provider: str) -> None:
 def wheel_conflict() -> str:
     """What to do about both ONNX Runtime wheels being installed; "" if they are not."""
     found = []
-    for name in ("onnxruntime", "onnxruntime-gpu"):
+    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     if len(found) < 2:
         return ""
     return (
         f"{' and '.join(found)} are both installed and overwrite each other: pip uninstall both, "
-        f"then pip install 'lora-fx[gpu]'"
+        f"then pip install 'lora-fx[gpu]', or the one that has the provider"
     )
 
 
@@ -181,7 +265,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
     Args:
         runtime: The onnxruntime module.
         path: The ``.onnx`` file.
-        provider: "cuda" or "cpu".
+        provider: "cuda", "cpu" or "webgpu".
         options: Of the provider.
         settings: ``SessionOptions``, see ``session_settings``.
 
@@ -201,7 +285,13 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
     wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]
     try:
         # enable_fallback=0: else ONNX Runtime retries on the CPU by itself.
-        session = runtime.InferenceSession(str(path), settings, providers=wanted, enable_fallback=0)
+        session = runtime.InferenceSession(
+            str(path),
+            settings,
+            providers=wanted,
+            enable_fallback=0,
+            disabled_optimizers=optimizers_off(runtime.__version__, provider, path),
+        )
     except Exception as error:
         reason = reason_of(error)
         kind = type(error).__name__
@@ -219,6 +309,11 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
             raise ProviderError(
                 f"the {provider} provider cannot run {path}: {bf16 or reason}"
             ) from error
+        if provider == "webgpu" and "WebGPU adapter" in str(error):
+            raise ProviderError(
+                f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of "
+                "Vulkan, Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
+            ) from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
             f"external data beside it? Export it again if not"
@@ -226,7 +321,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
     actual = session.get_providers()[0]
     if actual != name:
         raise ProviderError(
-            f"asked for {provider}, ONNX Runtime gave {actual}: the CUDA provider did not "
+            f"asked for {provider}, ONNX Runtime gave {actual}: that provider did not "
             f"start on this machine. {wheel_conflict() or 'Run `lora-fx doctor`'}"
         )
     session.disable_fallback()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -80,7 +80,6 @@ class StaticRunner:
         feeds: Mapping[str, Any],
         adapter: HeldAdapter,
         device: torch.device,
-        host: Collection[str] = (),
     ) -> list[Any]:
         """Run once.
 
@@ -88,7 +87,6 @@ class StaticRunner:
             feeds: Values for the inputs of the model.
             adapter: What to run with.
             device: Where the results are to lie.
-            host: Outputs that are to lie on the CPU all the same.
 
         Returns:
             Values with memory of their own, in the order of the outputs.
@@ -102,10 +100,7 @@ class StaticRunner:
             for name, value in feeds.items():
                 ort.write(graph.inputs[name], ort.to_tensor(value))
             self.session.run_with_iobinding(graph.binding, graph.options)
-            return [
-                self._taken(value, ort.CPU if port.name in host else device)
-                for port, value in zip(self.outputs, graph.outputs, strict=True)
-            ]
+            return [self._taken(value, device) for value in graph.outputs]
 
     def _switch(self, adapter: HeldAdapter) -> None:
         """Writes the factors of an adapter, unless they are there already."""
@@ -211,7 +206,7 @@ class OnnxSession(Generates):
     Args:
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
             lie in the same folder.
-        provider: "cuda" or "cpu". What runs is this provider or nothing.
+        provider: "cuda", "cpu" or "webgpu". What runs is this provider or nothing.
         provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
         session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. The session
             adds to it what it needs, so give each its own where they differ.
@@ -239,7 +234,7 @@ class OnnxSession(Generates):
     def __init__(
         self,
         path: str | Path,
-        provider: Literal["cuda", "cpu"] = "cuda",
+        provider: Literal["cuda", "cpu", "webgpu"] = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
@@ -259,8 +254,8 @@ class OnnxSession(Generates):
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
         settings = providers.session_settings(self._runtime, session_options, low_memory=low_memory)
         self._session = providers.load(self._runtime, self.path, provider, options, settings)
-        self.provider: Literal["cuda", "cpu"] = provider
-        self._device = torch.device(provider, int(options.get("device_id", 0)))
+        self.provider: Literal["cuda", "cpu", "webgpu"] = provider
+        self._device, self._cache_place = _places(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         check_attention(self.metadata, provider, self.path.name)
         manifest = Manifest.from_metadata(self.metadata)
@@ -289,7 +284,7 @@ class OnnxSession(Generates):
             )
         self._replays_graphs = cuda_graph
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
-        if provider == "cuda":
+        if provider != "cpu":
             providers.warn_of_work(self._session, providers.PROVIDERS[provider], self.path.name)
 
     def __repr__(self) -> str:
@@ -426,19 +421,31 @@ class OnnxSession(Generates):
         return ort.feed(self._runtime, port, value, self._device)
 
     def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
-        return self._execute(feeds, held[self], self._device, host=("logits",))
+        return self._execute(feeds, held[self], self._device)
+
+    def _binding(self, held: Any) -> Any:
+        binding = self._session.io_binding()
+        for name, value in held[self].bound.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+    def _run_bound(self, binding: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+        ort.settle((), self._device)
+        with ort.run_errors(shapes):
+            if self._device.type == "cpu":
+                self._session.run_with_iobinding(binding)
+                return
+            binding.synchronize_inputs()
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
 
     def _execute(
         self,
         feeds: Mapping[str, Any],
         adapter: AdapterChoice | HeldAdapter = None,
         device: torch.device = ort.CPU,
-        host: Collection[str] = (),
     ) -> list[Any]:
-        """From values of ONNX Runtime, by name, to values in the order of the outputs.
-
-        They lie on ``device``, those that ``host`` names on the CPU.
-        """
+        """From values of ONNX Runtime, by name, to values on ``device``, in the order of the outputs."""
         held = self._store.chosen(adapter)
         shapes = {name: value.shape() for name, value in feeds.items()}
         nothing = ort.empty_outputs(
@@ -451,15 +458,13 @@ class OnnxSession(Generates):
         )
         if nothing is not None:
             return [
-                ort.empty_value(
-                    self._runtime, port, shape, ort.CPU if port.name in host else device
-                )
+                ort.empty_value(self._runtime, port, shape, device)
                 for port, shape in zip(self.outputs, nothing, strict=True)
             ]
         ort.settle((), self._device)
         if self._static is not None:
-            return self._static.run(feeds, held, device, host)
-        return ort.bound_run(self._session, feeds, held.bound, self.outputs, device, host)
+            return self._static.run(feeds, held, device)
+        return ort.bound_run(self._session, feeds, held.bound, self.outputs, device)
 
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
         if manifest is not None and max_rank is None:
@@ -478,3 +483,14 @@ class OnnxSession(Generates):
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
+
+
+def _places(provider: str, index: int) -> tuple[torch.device, torch.device | ort.Place]:
+    """Where inputs and factors of a session lie, and where its caches do.
+
+    PyTorch has no memory on WebGPU: what a caller gives goes there with each run, and a cache stays there.
+    """
+    if provider == "webgpu":
+        return ort.CPU, ort.Place(provider, index)
+    device = torch.device(provider, index)
+    return device, device

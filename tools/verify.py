@@ -102,8 +102,8 @@ class _Asked:
 
     def with_adapter(self, adapter: str | None) -> Tensor:
         """What it answers with an adapter; with None as it is."""
+        from lora_fx.export.decoder import last_logits
         from lora_fx.export.decoder_cache import TASK_KEY
-        from lora_fx.export.generation import last_logits
 
         inputs = self._receipt.inputs
         if TASK_KEY in self._session.metadata:

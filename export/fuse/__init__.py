@@ -3,7 +3,7 @@
 Each file has one family. A fusion is found by what a graph computes, whatever model it came from.
 """
 
-from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY, check_attention
+from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY, SHARED_CACHE_KEY, check_attention
 from lora_fx.export.fuse.pipeline import (
     FUSIONS,
     LEVELS,
@@ -21,6 +21,7 @@ __all__ = [
     "FUSIONS",
     "LEVELS",
     "ONE_ROW_CHUNKS_KEY",
+    "SHARED_CACHE_KEY",
     "Fused",
     "Fusion",
     "Level",

@@ -9,7 +9,7 @@ that matters: ``RotaryEmbedding`` takes the model's own angles.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from lora_fx.export.fuse.graph import (
     made_by,
     names_of,
     size_vector,
+    sizes,
     substitute,
     sum_of,
 )
@@ -35,11 +36,20 @@ from lora_fx.export.fuse.rotary import Rotary, Tables, find_rotary, flat_heads
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ONE_ROW_CHUNKS_KEY", "check_attention", "group_query_attention"]
+__all__ = [
+    "ONE_ROW_CHUNKS_KEY",
+    "SHARED_CACHE_KEY",
+    "check_attention",
+    "group_query_attention",
+    "share_cache",
+]
 
 
 ONE_ROW_CHUNKS_KEY = "lora_fx.one_row_chunks"
 """In the metadata: a call that has a past and several new tokens takes one text."""
+
+SHARED_CACHE_KEY = "lora_fx.shared_cache"
+"""In the metadata: a cache may have room for more positions than are filled, and be appended to in place."""
 
 
 def check_attention(metadata: Mapping[str, str], provider: str, file: str) -> None:
@@ -47,7 +57,7 @@ def check_attention(metadata: Mapping[str, str], provider: str, file: str) -> No
 
     Args:
         metadata: Of the file.
-        provider: "cpu" or "cuda".
+        provider: "cpu", "cuda" or "webgpu".
         file: Its name, for the message.
 
     Raises:
@@ -151,6 +161,56 @@ def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if past is None or new is None or not past.is_graph_input() or past.is_initializer():
         return None
     return past, new
+
+
+def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
+    """Count past positions by the mask and not by the cache, which may have room for what follows then.
+
+    ``GroupQueryAttention`` appends where it is if one buffer is both its past and its present.
+
+    Args:
+        model: Changed in place. Its metadata says that a cache may be shared.
+
+    Returns:
+        How many caches there are, and why they cannot be shared.
+    """
+    caches = [
+        value
+        for value in model.graph.inputs
+        if (value.name or "").startswith("past_key_values.") and ".encoder." not in str(value.name)
+    ]
+    attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    if not caches or not attention:
+        return 0, {}
+    past = axis_size(caches[0], 2)
+    counted = []
+    for node in _readers(caches, attention):
+        read = sizes(node.outputs[0]) if node.op_type == "Shape" else (past, None)
+        if read is None or (past in read and len(read) > 1) or node.inputs[0] not in caches:
+            return 0, {"a cache is read outside of GroupQueryAttention": 1}
+        if past in read:
+            counted.append(node)
+    for node in counted:
+        builder = Builder(model, node)
+        total = size_vector(model, builder, "total_length")
+        new = size_vector(model, builder, "sequence")
+        if total is None or new is None:
+            return 0, {"no input of the file has the length of the whole text": 1}
+        count = builder.op("Sub", [total, new], like=total, shape=node.outputs[0].shape)
+        substitute(node.outputs[0], count)
+    model.metadata_props[SHARED_CACHE_KEY] = "1"
+    return len(caches), {}
+
+
+def _readers(caches: Sequence[ir.Value], attention: Sequence[ir.Node]) -> Iterator[ir.Node]:
+    """What else reads a cache, before a step or after it."""
+    for value in caches:
+        for node, place in value.uses():
+            if node not in attention or place not in (3, 4):
+                yield node
+    for made in attention:
+        for value in made.outputs[1:]:
+            yield from (node for node, _ in value.uses())
 
 
 class _Calls:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lora_fx.errors import ExportError
 from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
-from lora_fx.export.fuse.gqa import group_query_attention
+from lora_fx.export.fuse.gqa import group_query_attention, share_cache
 from lora_fx.export.fuse.graph import remove_dead, remove_unused
 from lora_fx.export.fuse.last_token import keep_last_token
 from lora_fx.export.fuse.mha import multi_head_attention, whole_attention
@@ -243,6 +243,12 @@ FUSIONS: tuple[Fusion, ...] = (
         "packed-products",
         "query, key, value and the constant factors A of adapters at them are columns of one product",
         pack_products,
+        _ATTENTION,
+    ),
+    Fusion(
+        "shared-cache",
+        "past positions are counted by the mask: `OnnxSession.generate` appends to a cache where it is",
+        share_cache,
         _ATTENTION,
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -174,27 +173,53 @@ def test_processors_criteria_and_streamers_of_transformers_work(
     assert not len(heard[-1])
 
 
-def test_the_cache_is_not_copied_through_numpy(
+class Watched:
+    """A binding, and what it was told to bind."""
+
+    def __init__(self, binding: Any) -> None:
+        self._own = binding
+        self.inputs: list[tuple[str, Any, list[int]]] = []
+        self.outputs: list[tuple[str, Any, list[int]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def bind_input(self, name: str, *where: Any) -> None:
+        self.inputs.append((name, where[-1], where[-2]))
+        self._own.bind_input(name, *where)
+
+    def bind_output(self, name: str, *where: Any) -> None:
+        self.outputs.append((name, where[-1], where[-2]))
+        self._own.bind_output(name, *where)
+
+
+def watched(session: OnnxSession, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Watched:
+    """The binding of a text of six tokens, three of them new."""
+    made: list[Watched] = []
+    bound = session._binding
+
+    def watch(held: Any) -> Watched:
+        made.append(Watched(bound(held)))
+        return made[-1]
+
+    monkeypatch.setattr(session, "_binding", watch)
+    session.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, eos_token_id=[], **options)
+    (binding,) = made  # one for the whole text
+    return binding
+
+
+def test_the_cache_goes_to_and_fro_between_two_buffers(
     exported: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, session = exported("llama")
-    steps: list[dict[str, Any]] = []
-    run = session._execute
-
-    def watched(feeds: dict[str, Any], *args: Any, **options: Any) -> list[Any]:
-        results = run(feeds, *args, **options)
-        steps.append({"feeds": feeds, "results": results})
-        return results
-
-    monkeypatch.setattr(session, "_execute", watched)
-    session.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, eos_token_id=[])
-    assert [step["feeds"]["input_ids"].shape() for step in steps] == [[1, 3], [1, 1], [1, 1]]
-    names = [port.name for port in session.outputs]
-    for before, after in itertools.pairwise(steps):
-        for name, value in zip(names, before["results"], strict=True):
-            if name != "logits":
-                assert after["feeds"][name.replace("present", "past_key_values")] is value
-    assert all(step["results"][0].shape() == [1, 1, VOCABULARY] for step in steps)
+    binding = watched(exported("llama")[1], monkeypatch)
+    read = [one for one in binding.inputs if one[0] == "past_key_values.0.key"]
+    written = [one for one in binding.outputs if one[0] == "present.0.key"]
+    assert [shape[2] for _, _, shape in read] == [0, 3, 4]
+    assert [shape[2] for _, _, shape in written] == [3, 4, 5]
+    assert [address for _, address, _ in read[1:]] == [address for _, address, _ in written[:-1]]
+    assert len({address for _, address, _ in read + written}) == 2
+    assert [one[2] for one in binding.inputs if one[0] == "input_ids"] == [[1, 3], [1, 1], [1, 1]]
+    assert [one[2] for one in binding.outputs if one[0] == "logits"] == [[1, 1, VOCABULARY]] * 2
 
 
 @pytest.mark.cuda
@@ -256,13 +281,13 @@ def test_what_the_model_asks_for_and_is_not_done_can_be_switched_off(
     exported: Callable[[str], Pair],
 ) -> None:
     _, plain = exported("llama")
-    session = _with_defaults(plain, {"num_beams": 4, "max_time": 3.0})
+    session = _with_defaults(plain, {"num_beam_groups": 4, "max_time": 3.0})
     with pytest.raises(
-        ExportError, match=r"generation_config=\{'num_beams': 1, 'max_time': None\}"
+        ExportError, match=r"generation_config=\{'num_beam_groups': 1, 'max_time': None\}"
     ):
         session.generate(IDS, max_new_tokens=4)
     got = session.generate(
-        IDS, max_new_tokens=4, generation_config={"num_beams": 1, "max_time": None}
+        IDS, max_new_tokens=4, generation_config={"num_beam_groups": 1, "max_time": None}
     )
     assert torch.equal(got, plain.generate(IDS, max_new_tokens=4))
 
@@ -331,7 +356,7 @@ IDS = torch.tensor([[4, 5, 6]])
         ({"input_ids": IDS[:, :0]}, {}, "at least one"),
         ({"input_ids": [[1, 2]]}, {}, "'input_ids' is a list"),
         ({"input_ids": IDS - 100}, {}, "holds -.*labels"),
-        ({"input_ids": IDS}, {"num_beams": 4}, "'num_beams' is a int.*generation_config="),
+        ({"input_ids": IDS}, {"max_time": 4}, "'max_time' is a int.*generation_config="),
         ({"input_ids": IDS, "attention_mask": IDS[:, :2]}, {}, r"shape \[1, 2\].*\[1, 3\]"),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]])},
@@ -349,7 +374,11 @@ IDS = torch.tensor([[4, 5, 6]])
         ({"input_ids": IDS}, {"generation_config": 3}, "generation_config is a int"),
         ({"input_ids": IDS}, {"top_k": -1}, "top_k=-1: give a whole number from 0"),
         ({"input_ids": IDS}, {"eos_token_id": ["a"]}, "eos_token_id=.*number of a token"),
-        ({"input_ids": IDS}, {"generation_config": {"num_beams": 4}}, "asks for num_beams=4"),
+        (
+            {"input_ids": IDS},
+            {"generation_config": {"num_beam_groups": 4}},
+            "for num_beam_groups=4",
+        ),
         ({"input_ids": IDS}, {"generation_config": {"max_length": 3}}, "leave no room"),
         (
             {"input_ids": IDS},

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError, ProviderError
 from lora_fx.export import providers
+from lora_fx.export.adapter_manifest import MANIFEST_KEY
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 
@@ -151,7 +153,7 @@ def test_missing_file_and_missing_external_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cud", "gpu", "CUDAExecutionProvider", ""])
 def test_unknown_provider(path: Path, name: Any) -> None:
-    with pytest.raises(ProviderError, match="the providers are 'cuda' and 'cpu'"):
+    with pytest.raises(ProviderError, match="the providers are 'cuda', 'cpu' and 'webgpu'"):
         OnnxSession(path, name)
 
 
@@ -187,6 +189,68 @@ def test_provider_that_is_not_compiled_in(path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ProviderError, match=r"only CPUExecutionProvider.*lora-fx\[gpu\]"):
         OnnxSession(path, "cuda")
+
+
+def test_webgpu_has_a_wheel_of_its_own(path: Path) -> None:
+    if "WebGpuExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("it is here")
+    with pytest.raises(ProviderError, match=r"no webgpu provider.*pip install onnxruntime-webgpu"):
+        OnnxSession(path, "webgpu")
+    with pytest.raises(ConfigError, match="cuda_graph=True is for provider='cuda'"):
+        OnnxSession(path, "webgpu", cuda_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "provider", "off"),
+    [
+        ("1.22.1", "cpu", []),
+        ("1.23.2", "cpu", ["FuseFp16InitializerToFp32NodeTransformer"]),
+        ("1.28.0", "webgpu", ["FuseFp16InitializerToFp32NodeTransformer"]),
+        ("1.28.0", "cuda", []),
+        ("1.29.0", "cpu", []),
+        ("1.30.0", "cpu", ["SkipLayerNormFusion"]),
+        ("1.33.0.dev20261101", "cpu", ["SkipLayerNormFusion"]),
+        ("1.31.1", "webgpu", []),
+        ("2.0.0", "cpu", ["SkipLayerNormFusion"]),
+        ("unknown", "cpu", []),
+    ],
+)
+def test_what_a_version_is_bad_at_is_left_out(
+    tmp_path: Path, version: str, provider: str, off: list[str]
+) -> None:
+    plain, swappable = tmp_path / "plain.onnx", tmp_path / "swappable.onnx"
+    plain.write_bytes(b"weights")
+    swappable.write_bytes(b"weights" + MANIFEST_KEY.encode() + b"{}")
+    assert providers.optimizers_off(version, provider, swappable) == off
+    everywhere = {one.name for one in providers.SLOW_OR_BROKEN if not one.mark}
+    assert providers.optimizers_off(version, provider, plain) == [
+        name for name in off if name in everywhere
+    ]
+    plain.write_bytes(b"")
+    assert set(providers.optimizers_off(version, provider, plain)) <= everywhere
+
+
+def test_a_session_goes_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.linear(x))
+
+    def operators(name: str) -> set[str]:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / name)
+        OnnxSession(tmp_path / "m.onnx", "cpu", session_options=options)
+        return {node.op_type for node in onnx.load(tmp_path / name).graph.node}
+
+    export_onnx(Residual(), tmp_path / "m.onnx", torch.randn(2, 3, 8))
+    # The version that is installed has the kernel that is slow; another one may not have it.
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
+    assert "SkipLayerNormalization" not in operators("without.onnx")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.29.0")
+    assert "SkipLayerNormalization" in operators("with.onnx")
 
 
 def test_both_wheels_at_once_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_tokens_are_those_of_the_adapted_model(
     for name, tokens in expected.items():
         assert torch.equal(session.generate(ids, adapter=name, **options), tokens)
     assert torch.equal(session.generate(ids, **options), alone)
+
+    # Adapters of several ranks by turns, each in a thread of its own, too.
+    with ThreadPoolExecutor(3) as pool:
+        names = ["one", "two", None] * 4
+        runs = [pool.submit(session.generate, ids, adapter=name, **options) for name in names]
+        for name, run in zip(names, runs, strict=True):
+            assert torch.equal(run.result(), alone if name is None else expected[name])
+    for name, model in adapted.items():
+        beams = {**options, "num_beams": 3, "num_return_sequences": 2}
+        got = session.generate(ids, adapter=name, **beams)
+        assert torch.equal(got, model.generate(ids, **beams))
+    if session.encoder is None:
+        alone_row = list(session.stream(ids[:1], adapter="one", max_new_tokens=10))
+        assert alone_row == expected["one"][0, 6 : 6 + len(alone_row)].tolist()
 
     class Swaps:
         """Loads another adapter by the name that is running, in the middle of a text."""

@@ -29,6 +29,9 @@ from lora_fx.tools.bench.export_peers import (
     runner,
     set_environments,
 )
+from lora_fx.tools.bench.generation import ADAPTED, PEER, Generated
+from lora_fx.tools.bench.generation import AGAIN as PEER_AGAIN
+from lora_fx.tools.bench.generation import MERGED as GENERATED
 from lora_fx.tools.bench.measure import Sample, Size
 from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
 from lora_fx.tools.bench.workloads import RANK, randomize, served
@@ -194,6 +197,25 @@ def test_runs_and_switches_are_judged_by_the_worst() -> None:
     assert found["run, merged / base"][1] == "no, by 0.03"
     assert found["run, swappable / merged, r = 16"] == ("1.14 at most; F 1.040", "no, by 0.093")
     assert found["switch of adapters"][1] == "no, by 2 ms"
+
+
+def text_times(merged: float, adapted: float) -> Generated:
+    taken = {PEER: 1.0, PEER_AGAIN: 1.01, GENERATED: merged, ADAPTED: adapted, "a bare loop": 1.0}
+    return Generated({name: Sample((value,) * 5) for name, value in taken.items()}, 64, ())
+
+
+def test_generated_tokens_are_judged_beside_the_peer() -> None:
+    found = verdicts("generation", text_times(1.05, 1.10))
+    assert found["a generated token / onnxruntime-genai's"] == (
+        "1.05; A/A 1.01 (1.01 to 1.01)",
+        "yes",
+    )
+    assert found["the same with an adapter of rank 16"][1] == "yes"
+    found = verdicts("generation", text_times(1.11, 1.30))
+    assert found["a generated token / onnxruntime-genai's"][1] == "no, by 0.05"
+    assert found["the same with an adapter of rank 16"][1] == "no, by 0.14"
+    alone = Generated({GENERATED: Sample((1.0,) * 5)}, 64, (), "not installed: make bench-envs")
+    assert verdicts("generation", alone)["the same with an adapter of rank 16"][1] == "–"
 
 
 def test_reasons_fit_into_a_cell() -> None:

@@ -28,18 +28,27 @@ from lora_fx.tools.bench.measure import Run, Size
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.workloads import RANK, Served, randomize, served
 
-__all__ = ["SECTION", "Row", "set_environments"]
+__all__ = [
+    "HERE",
+    "SCRIPT",
+    "SECTION",
+    "Row",
+    "environment_of",
+    "exported",
+    "set_environments",
+    "write_tokenizer",
+]
 
 
 HERE = "here"
 """The environment that the benchmark itself runs in."""
 
-NAMES = ("olive", "optimum")
+NAMES = ("olive", "optimum", "genai")
 """Of the others."""
 
 _DEFAULT = Path(".peers")
 _VARIABLE = "LORA_FX_PEER_"
-_SCRIPT = Path(__file__).with_name("peer_script.py")
+SCRIPT = Path(__file__).with_name("peer_script.py")
 _SECONDS = 600
 # Weights are on the disk: nothing is to be looked for elsewhere, and nothing to be told.
 _QUIET = {"HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -104,7 +113,7 @@ def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Expo
         arguments: As it takes them.
     """
     # -I: neither this folder nor the caller's variables are on the path of the other environment.
-    command = [str(python), "-I", str(_SCRIPT), script, *map(str, arguments)]
+    command = [str(python), "-I", str(SCRIPT), script, *map(str, arguments)]
     env = {**os.environ, **_QUIET}
     try:
         done = subprocess.run(
@@ -390,7 +399,7 @@ def _write(model: Served, kind: str, folder: Path) -> Expected:
 
     base: Any = model.make()
     base.save_pretrained(folder / "base")
-    _write_tokenizer(folder / "base")
+    write_tokenizer(folder / "base")
     layers = model.layers(base)
     adapted: Any = peft.get_peft_model(base, peft.LoraConfig(**_fields(kind, layers)))
     randomize(adapted)
@@ -418,8 +427,8 @@ def _references(model: Served, adapted: nn.Module) -> Iterator[tuple[dict[str, T
             yield inputs, adapted(**inputs)[0]
 
 
-def _write_tokenizer(folder: Path) -> None:
-    # Olive copies one and gives up where there is none.
+def write_tokenizer(folder: Path) -> None:
+    """Writes the files of a tokenizer, which exporters copy: some give up where there are none."""
     import tokenizers
     import transformers
 

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_fx.tools.bench import export_peers, guards, onnx_latency, quantized_quality, verbs
+from lora_fx.tools.bench import (
+    export_peers,
+    generation,
+    guards,
+    onnx_latency,
+    quantized_quality,
+    verbs,
+)
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     EXPORTED,
@@ -303,6 +310,17 @@ def swappable_run(found: _LATENCIES) -> Verdict:
         for samples in latency.runs.values()
     )
     return Verdict(f"{worst:.2f} at most; F {floor:.3f}", worst - 1.05)
+
+
+def generated(found: generation.Generated, adapted: float, most: float) -> Verdict | None:
+    """What a token takes beside the peer; the peer's own second process shows the noise."""
+    if generation.PEER not in found.samples:
+        return None
+    name = generation.ADAPTED if adapted else generation.MERGED
+    base = found.samples[generation.PEER]
+    ours, again = ratio(found.samples[name], base), ratio(found.samples[generation.AGAIN], base)
+    noise = max(0.0, again.high - 1)
+    return Verdict(f"{ours.median:.2f}; A/A {again}", ours.median - most - noise)
 
 
 def switching(found: _LATENCIES) -> Verdict:

@@ -1,12 +1,14 @@
 """Exports with another library, where it is installed. Nothing imports this, and it imports no lora-fx.
 
 Arguments: the exporter, base folder, adapter folder, output folder, task, and how: "merge", "inputs" of
-Olive or "folder" of optimum.
+Olive or "folder" of optimum. "builder" takes the base, the packages of onnxruntime-genai and the output
+folder; "genai" takes a folder, a length and a prompt, and generates for each line that it reads.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,44 @@ def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[
     return {"seconds": time.perf_counter() - began, "file": str(path)}
 
 
+def _builder(base: str, packages: str, out: str) -> dict[str, Any]:
+    """onnxruntime-genai's model builder, with the torch and transformers of this environment."""
+    import runpy
+    from contextlib import redirect_stdout
+
+    sys.path.append(packages)
+    began = time.perf_counter()
+    sys.argv = ["builder", "-i", base, "-o", out, "-p", "fp32", "-e", "cpu", "-c", f"{out}-cache"]
+    with redirect_stdout(sys.stderr):
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+    path = Path(out, "genai_config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    threads = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
+    config["model"]["decoder"]["session_options"].update(threads)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return {"seconds": time.perf_counter() - began, "file": f"{out}/model.onnx"}
+
+
+def _genai(folder: str, length: str, prompt: str) -> dict[str, Any]:
+    """Generates for each line that comes, and says the tokens and what CPU time they took."""
+    import onnxruntime_genai as og
+
+    model = og.Model(folder)
+    for _ in sys.stdin:
+        began = time.process_time()
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=int(length), do_sample=False, batch_size=1)
+        generator = og.Generator(model, params)
+        generator.append_tokens(json.loads(prompt))
+        while not generator.is_done():
+            generator.generate_next_token()
+        tokens = [int(token) for token in generator.get_sequence(0)]
+        seconds = time.process_time() - began
+        sys.stdout.write(json.dumps({"seconds": seconds, "tokens": tokens}) + "\n")
+        sys.stdout.flush()
+    return {}
+
+
 _ENCODER = "feature-extraction"
 
 
@@ -91,7 +131,13 @@ def _auto(task: str) -> Any:
     return transformers.AutoModel if task == _ENCODER else transformers.AutoModelForCausalLM
 
 
-EXPORTERS = {"olive": _olive, "optimum": _optimum, "torch_onnx": _torch_onnx}
+EXPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "olive": _olive,
+    "optimum": _optimum,
+    "torch_onnx": _torch_onnx,
+    "builder": _builder,
+    "genai": _genai,
+}
 
 if __name__ == "__main__":
     sys.excepthook = lambda kind, error, _: print(

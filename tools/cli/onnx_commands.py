@@ -144,7 +144,7 @@ def run(
 
     Args:
         file: An .onnx file.
-        provider: cpu or cuda: that one, or an error.
+        provider: cpu, cuda or webgpu: that one, or an error.
         inputs: name=FILE.npy; random values without it. Repeat it.
         sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
         adapter: An .onnx_adapter file, or an adapter folder, to run with.
@@ -346,7 +346,7 @@ def generate(
         text: A prompt, with --tokenizer. Repeat it for a batch.
         tokenizer: A local folder with a tokenizer of transformers.
         inputs: name=FILE.npy: what else an encoder takes. Repeat it.
-        provider: cpu or cuda: that one, or an error.
+        provider: cpu, cuda or webgpu: that one, or an error.
         adapter: An .onnx_adapter file, or an adapter folder, to run with.
         max_new_tokens: 20 if the file says nothing.
         sample: Draw tokens or take the likeliest.

@@ -130,7 +130,7 @@ def bench(
         only: A section to run, as the error for a wrong name lists them; repeatable.
         repeats: Counted runs of each contender; 10, and 3 with --quick.
         quick: Smaller shapes and few repeats: two minutes or so.
-        peer_env: An environment of olive or optimum, for export_peers; .peers/NAME by default;
+        peer_env: An environment of olive, optimum or genai; .peers/NAME by default;
             repeatable.
         out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
     """

@@ -12,7 +12,14 @@ from torch import Tensor
 
 import lora_fx
 from lora_fx.errors import ExportError, ProviderError
-from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Target, check_attention, fuse
+from lora_fx.export import decoder as decoder_module
+from lora_fx.export.fuse import (
+    ONE_ROW_CHUNKS_KEY,
+    SHARED_CACHE_KEY,
+    Target,
+    check_attention,
+    fuse,
+)
 from lora_fx.export.fuse.gqa import group_query_attention
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
@@ -211,3 +218,73 @@ def test_attention_without_a_cache_is_left(tmp_path: Any) -> None:
     assert report.optimize == "runtime"
     assert report.not_fused["group-query-attention"].startswith("it has no cache")
     assert operators(path)["GroupQueryAttention"] == 0
+
+
+def bound(
+    session: OnnxSession, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], dict[str, set[int]]]:
+    """Where the cache of the text that is generated next is read and written."""
+    made: list[Any] = []
+    make = session._binding
+
+    class Watched:
+        def __init__(self, own: Any) -> None:
+            self._own, self.addresses = own, {"bind_input": set(), "bind_output": set()}
+
+        def __getattr__(self, name: str) -> Any:
+            called = getattr(self._own, name)
+            if name not in self.addresses:
+                return called
+
+            def bind(value: str, *where: Any) -> None:
+                if value in ("past_key_values.0.key", "present.0.key"):
+                    self.addresses[name].add(where[-1])
+                called(value, *where)
+
+            return bind
+
+    def watch(held: Any) -> Any:
+        made.append(Watched(make(held)))
+        return made[-1]
+
+    monkeypatch.setattr(session, "_binding", watch)
+    return lambda: made[-1].addresses
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_cache_is_appended_to_where_it_is(
+    exported: Callable[..., Exported], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported(kind)
+    assert made.report.fused["shared-cache"] == 4
+    assert made.session.metadata[SHARED_CACHE_KEY] == "1"
+    seen = bound(made.session, monkeypatch)
+    ids, mask = prompts()
+    settings = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    want = made.model.generate(ids, attention_mask=mask, do_sample=False, **settings)
+    assert torch.equal(made.session.generate(ids, mask, generation_config=settings), want)
+    read, written = seen().values()
+    assert read == written
+    assert len(read) == 1
+    # Buffers that grow on the way are filled with what was there.
+    monkeypatch.setattr(decoder_module, "_ROOM", 1)
+    assert torch.equal(made.session.generate(ids, mask, generation_config=settings), want)
+    assert len(seen()["bind_input"]) > 1
+    beams = made.model.generate(ids, attention_mask=mask, num_beams=3, **settings)
+    got = made.session.generate(ids, mask, num_beams=3, generation_config=settings)
+    assert torch.equal(got, beams)
+
+
+def test_a_cache_that_is_read_elsewhere_is_not_shared(tmp_path: Any) -> None:
+    made = converted(tmp_path)
+    assert "shared-cache" not in fuse(made.clone(), Target("standard")).done
+    present = next(value for value in made.graph.outputs if value.name == "present.0.key")
+    length = ir.node("Shape", [present])
+    length.outputs[0].name = "length"
+    length.outputs[0].dtype, length.outputs[0].shape = ir.DataType.INT64, ir.Shape([4])
+    made.graph.append(length)
+    made.graph.outputs.append(length.outputs[0])
+    fused = fuse(made, Target("runtime"))
+    assert fused.done["group-query-attention"] == 2
+    assert fused.refused["shared-cache"] == "a cache is read outside of GroupQueryAttention (1×)"
+    assert SHARED_CACHE_KEY not in made.metadata_props

@@ -1,0 +1,432 @@
+"""A decoder over a session, step by step: bound once for a text, its cache in buffers that stay.
+
+What no step changes is bound when the text begins: the factors of an adapter, what the encoder gave. A step
+binds its tokens and the mask, and where the cache is read and written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.errors import ExportError
+from lora_fx.export import ort
+from lora_fx.export.adapter_store import AdapterChoice
+from lora_fx.export.fuse import SHARED_CACHE_KEY
+from lora_fx.export.ort import Place, Port
+
+__all__ = ["Decoder", "Decodes", "last_logits"]
+
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_CROSS = ".encoder."
+_LOGITS = "logits"
+
+_ROOM = 256
+"""Positions that buffers have beyond the prompt at first, if the text may become so long."""
+
+
+class Decodes:
+    """What a decoder needs of a session.
+
+    Attributes:
+        path: Where the file is.
+        inputs: What it takes.
+        outputs: What it gives.
+        metadata: What the file remembers of its export.
+        encoder: The session of the encoder, of an encoder-decoder.
+    """
+
+    path: Path
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    metadata: Mapping[str, str]
+    encoder: Decodes | None
+    _runtime: Any
+    _device: torch.device
+    _replays_graphs: bool
+    _inner_sizes: Sequence[str]
+    _cache_place: torch.device | Place
+
+    def _hold(self, adapter: AdapterChoice) -> Any:
+        """Return an adapter as every file of the model has it at this moment."""
+        raise NotImplementedError
+
+    def _value(self, port: Port, value: Tensor) -> Any:
+        """Put a tensor where the file runs, as what an input takes."""
+        raise NotImplementedError
+
+    def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
+        """Run the file once. Everything comes out where the file runs."""
+        raise NotImplementedError
+
+    def _binding(self, held: Any) -> Any:
+        """Make a binding that has an adapter."""
+        raise NotImplementedError
+
+    def _run_bound(self, binding: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Run what is bound; ``shapes`` are for the message of an error."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The keys or the values of one layer.
+
+    Attributes:
+        past: The input.
+        present: The name of the output.
+        heads: Of both.
+        width: Of both.
+    """
+
+    past: Port
+    present: str
+    heads: int
+    width: int
+
+    @classmethod
+    def of(cls, port: Port) -> _Entry:
+        """Read an input.
+
+        Raises:
+            ExportError: Its heads or width are not fixed.
+        """
+        _, heads, _, width = port.shape
+        if not isinstance(heads, int) or not isinstance(width, int):
+            raise ExportError(
+                f"input {port} is no cache of this library: heads and width are not fixed"
+            )
+        return cls(port, _PRESENT + port.name.removeprefix(_PAST), heads, width)
+
+    def shape(self, batch: int, length: int) -> list[int]:
+        """Of a cache of so many positions."""
+        return [batch, self.heads, length, self.width]
+
+
+@dataclass(eq=False)
+class _BufferCache:
+    """A cache in buffers where the file runs.
+
+    A step reads the buffers of one set and writes those of another, by turns. A file whose attention leaves
+    what is there where it is (``shared``) has one set, with room for more positions than are filled, and
+    only appends to it.
+
+    Args:
+        runtime: The onnxruntime module.
+        entries: What it holds.
+        batch: Number of texts.
+        limit: Positions that there are at most.
+        place: Where the file runs.
+        shared: Whether what is read is also what is written.
+    """
+
+    runtime: Any
+    entries: Sequence[_Entry]
+    batch: int
+    limit: int
+    place: torch.device
+    shared: bool
+    _sets: list[dict[str, Any]] = field(default_factory=list)
+    _room: int = 0
+
+    def bind(self, binding: Any, past: int, total: int) -> None:
+        """Bind a step that reads ``past`` positions and leaves ``total``."""
+        grows = total > self._room
+        before = self._sets
+        if grows:
+            self._room = min(self.limit, max(total + _ROOM, 2 * self._room))
+            self._sets = [self._buffers() for _ in range(1 if self.shared else 2)]
+            if self.shared and past:
+                for name, buffer in self._sets[0].items():
+                    ort.to_tensor(buffer)[:, :, :past] = ort.to_tensor(before[0][name])[:, :, :past]
+        if self.shared:
+            if grows:
+                self._bind(binding, self._sets[0], self._sets[0], self._room, self._room)
+            return
+        # What was written last is read from where it is, also where that is too small by now.
+        source = before[0] if grows and past else self._sets[0]
+        self._bind(binding, source, self._sets[1], past, total)
+        self._kept = source
+        self._sets.reverse()
+
+    def taken(self, binding: Any) -> None:
+        """Take what a step has written: it is there."""
+
+    def reorder(self, rows: Tensor, past: int) -> None:
+        """Let row i go on from row ``rows[i]``."""
+        if self.place.type != "cpu" and not torch.cuda.is_available():
+            raise ExportError(
+                f"beam search reorders a cache on {self.place.type} with PyTorch, and this PyTorch has no "
+                "CUDA: install one that has, or generate with num_beams=1"
+            )
+        rows = rows.to(self.place)
+        for entry in self.entries:
+            value = ort.to_tensor(self._sets[0][entry.past.name])
+            if self.shared:
+                filled = value[:, :, :past]
+                filled.copy_(filled[rows])
+            else:
+                shape = entry.shape(self.batch, past)
+                filled = value.view(-1)[: math.prod(shape)].view(shape)
+                filled.copy_(filled[rows])
+
+    def _buffers(self) -> dict[str, Any]:
+        return {
+            entry.past.name: ort.allocate(
+                self.runtime,
+                entry.shape(self.batch, self._room),
+                ort.element_named(entry.past.dtype),
+                self.place,
+            )
+            for entry in self.entries
+        }
+
+    def _bind(
+        self,
+        binding: Any,
+        source: Mapping[str, Any],
+        target: Mapping[str, Any],
+        past: int,
+        total: int,
+    ) -> None:
+        kind, index = self.place.type, self.place.index
+        for entry in self.entries:
+            name, element = entry.past.name, ort.element_named(entry.past.dtype)
+            address = source[name].data_ptr()
+            binding.bind_input(name, kind, index, element, entry.shape(self.batch, past), address)
+            address = target[name].data_ptr()
+            shape = entry.shape(self.batch, total)
+            binding.bind_output(entry.present, kind, index, element, shape, address)
+
+
+@dataclass(eq=False)
+class _ReturnedCache:
+    """A cache in memory that ONNX Runtime allocates at each step, where PyTorch has no buffers.
+
+    Args:
+        runtime: The onnxruntime module.
+        entries: What it holds.
+        batch: Number of texts.
+        place: Where outputs are to lie.
+    """
+
+    runtime: Any
+    entries: Sequence[_Entry]
+    batch: int
+    place: torch.device | Place
+    _values: dict[str, Any] = field(default_factory=dict)
+
+    def bind(self, binding: Any, past: int, total: int) -> None:
+        """Bind a step that reads ``past`` positions and leaves ``total``."""
+        for entry in self.entries:
+            if not past:
+                empty = torch.zeros(
+                    entry.shape(self.batch, 0), dtype=getattr(torch, entry.past.dtype)
+                )
+                self._values[entry.past.name] = ort.to_runtime(self.runtime, empty)
+            binding.bind_ortvalue_input(entry.past.name, self._values[entry.past.name])
+            binding.bind_output(entry.present, self.place.type, self.place.index)
+
+    def taken(self, binding: Any) -> None:
+        """Take what a step has written."""
+        # They come in the order in which they were bound, and the logits after them.
+        for entry, value in zip(self.entries, binding.get_outputs(), strict=False):
+            self._values[entry.past.name] = value
+
+    def reorder(self, rows: Tensor, past: int) -> None:
+        """Let row i go on from row ``rows[i]``, by way of the CPU."""
+        for name, value in self._values.items():
+            moved = torch.from_numpy(value.numpy())[rows]
+            self._values[name] = ort.to_runtime(self.runtime, moved)
+
+
+class Decoder:
+    """A decoder and where it is in a batch of texts.
+
+    Args:
+        session: The decoder's file.
+        mask: Which tokens of the prompts count, [batch, sequence]; those that follow do.
+        source: What the encoder takes, by name, for an encoder-decoder.
+        adapter: What runs with the model.
+        length: Tokens that a text has at most, the prompt included.
+        copies: How many rows of ``mask`` in a row continue one text of ``source``.
+
+    Raises:
+        ExportError: The file has no cache, the session replays graphs, or ``source`` does not fit
+            the encoder.
+    """
+
+    def __init__(
+        self,
+        session: Decodes,
+        mask: Tensor,
+        source: Mapping[str, Tensor],
+        adapter: AdapterChoice = None,
+        *,
+        length: int,
+        copies: int = 1,
+    ) -> None:
+        if session._replays_graphs:
+            raise ExportError(
+                "cuda_graph=True is for calls of one shape, and a text grows with each token: open "
+                "the session without it to generate"
+            )
+        self._session = session
+        self._ports = {port.name: port for port in session.inputs}
+        outputs = {port.name: port for port in session.outputs}
+        cached = [port for port in session.inputs if port.name.startswith(_PAST)]
+        if not cached or _LOGITS not in outputs:
+            raise ExportError(
+                f"{session.path.name} has no key-value cache to generate with: export the model "
+                f"with task='text-generation' or task='text2text-generation'"
+            )
+        self._logits_port = outputs[_LOGITS]
+        batch = len(mask)
+        self._mask = torch.ones(batch, length, dtype=torch.long)
+        self._mask[:, : mask.shape[1]] = mask
+        self._past = 0
+        self._entries = [_Entry.of(port) for port in cached if _CROSS not in port.name]
+        self._cache = self._made(batch, length)
+        # One for the whole text, also if another is loaded by its name meanwhile.
+        self._held = session._hold(adapter)
+        self._binding = session._binding(self._held)
+        self._fixed: dict[str, Any] = {}
+        if session.encoder is not None:
+            self._fixed = self._encoded(session.encoder, source, copies)
+        for name, value in self._fixed.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._given: dict[str, Tensor] = {}
+        self._shapes: dict[str, list[int]] = {
+            name: value.shape() for name, value in self._fixed.items()
+        }
+        self._logits: Tensor | None = None  # what a step writes; None where its shape is not known
+        self._new = 0  # tokens of the last step
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read more tokens.
+
+        Args:
+            ids: The next tokens of each text, [batch, sequence].
+
+        Returns:
+            Logits after the last of them, [batch, vocabulary], fp32, on the CPU, in memory of their own.
+
+        Raises:
+            ExportError: ONNX Runtime fails, or a fixed axis of the file has another size.
+        """
+        batch, new = ids.shape
+        past, total = self._past, self._past + new
+        self._bind("input_ids", ids)
+        if "attention_mask" in self._ports:
+            self._bind("attention_mask", self._mask[:, :total])
+        self._cache.bind(self._binding, past, total)
+        for entry in self._entries:
+            self._shapes[entry.past.name] = entry.shape(batch, past)
+        if past == 0 or self._session._inner_sizes:
+            self._check()
+        if new != self._new:
+            self._bind_logits()
+            self._new = new
+        self._session._run_bound(self._binding, self._shapes)
+        self._cache.taken(self._binding)
+        self._past = total
+        logits = self._returned_logits() if self._logits is None else self._logits
+        return logits[:, -1].to(torch.float32, copy=True)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let text i go on from what text ``rows[i]`` has read. Both have the same mask and source."""
+        self._cache.reorder(rows, self._past)
+
+    def forget(self) -> None:
+        """Go back to before the first token: the next step reads the whole text."""
+        self._past = 0
+
+    def _made(self, batch: int, length: int) -> _BufferCache | _ReturnedCache:
+        place = self._session._cache_place
+        entries, runtime = self._entries, self._session._runtime
+        if isinstance(place, Place):
+            return _ReturnedCache(runtime, entries, batch, place)
+        shared = SHARED_CACHE_KEY in self._session.metadata
+        return _BufferCache(runtime, entries, batch, length, place, shared)
+
+    def _bind(self, name: str, value: Tensor) -> None:
+        port = self._ports[name]
+        value = value.to(getattr(torch, port.dtype)).contiguous()
+        self._given[name] = value  # a binding holds no memory
+        self._shapes[name] = shape = list(value.shape)
+        element = ort.element_named(port.dtype)
+        self._binding.bind_input(name, "cpu", 0, element, shape, value.data_ptr())
+
+    def _check(self) -> None:
+        """Refuse shapes that the file does not take, as each call of a session does."""
+        session = self._session
+        for name, shape in self._shapes.items():
+            ort.check_shape(self._ports[name], shape)
+        inner = session._inner_sizes
+        file = session.path.name
+        ort.empty_outputs(
+            session.inputs, session.outputs, self._shapes, file, inner=inner, task=True
+        )
+
+    def _bind_logits(self) -> None:
+        port = self._logits_port
+        sizes: dict[str, int] = {}
+        for name, given in self._shapes.items():
+            labels = zip(self._ports[name].shape, given, strict=True)
+            sizes.update((label, size) for label, size in labels if isinstance(label, str))
+        shape = [ort.size_of(axis, sizes) for axis in port.shape]
+        known = [size for size in shape if size is not None]
+        if len(known) < len(shape):
+            self._logits = None
+            self._binding.bind_output(port.name, "cpu", 0)
+            return
+        self._logits = torch.empty(known, dtype=getattr(torch, port.dtype))
+        element, address = ort.element_named(port.dtype), self._logits.data_ptr()
+        self._binding.bind_output(port.name, "cpu", 0, element, known, address)
+
+    def _returned_logits(self) -> Tensor:
+        return ort.to_tensor(self._binding.get_outputs()[-1])  # bound last
+
+    def _encoded(
+        self, encoder: Decodes, source: Mapping[str, Tensor], copies: int
+    ) -> dict[str, Any]:
+        names = [port.name for port in encoder.outputs]
+        taken = [port.name for port in encoder.inputs]
+        given = ort.inputs_by_name(source, taken, encoder.path.name)
+        feeds = {port.name: encoder._value(port, given[port.name]) for port in encoder.inputs}
+        values = encoder._run_held(feeds, self._held)
+        fixed = {
+            _PAST + name.removeprefix(_PRESENT): value
+            for name, value in zip(names, values, strict=True)
+        }
+        if "encoder_attention_mask" in self._ports:
+            fixed["encoder_attention_mask"] = feeds["attention_mask"]
+        if copies == 1:
+            return fixed
+        runtime, device = self._session._runtime, self._session._device
+        return {
+            name: ort.placed(runtime, ort.on_host(value).repeat_interleave(copies, dim=0), device)
+            for name, value in fixed.items()
+        }
+
+
+def last_logits(
+    session: Decodes, ids: Tensor, mask: Tensor, adapter: AdapterChoice = None
+) -> Tensor:
+    """The logits after the last token of each text, [batch, vocabulary], fp32, on the CPU.
+
+    Texts may be padded on the right, by the mask: each is read by itself.
+    """
+    rows = []
+    for tokens, counts in zip(ids, mask, strict=True):
+        text = tokens[counts.bool()][None]
+        length = text.shape[1]
+        rows.append(Decoder(session, torch.ones_like(text), {}, adapter, length=length).step(text))
+    return torch.cat(rows)
