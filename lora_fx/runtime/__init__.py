@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_fx.runtime import (
     attention,
+    banked,
     experts,
     fused_lora,
     fused_quantized,
@@ -27,11 +28,14 @@ from lora_fx.runtime.ops import (
     in_place,
     output_padding,
 )
+from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
     SampleRows,
     add_rows,
+    follow,
     put_rows,
     select_rows,
+    unfollow,
     unwatch_calls,
     watch_calls,
 )
@@ -44,6 +48,7 @@ __all__ = [
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
+    "Follower",
     "Holder",
     "Hooked",
     "KeptTensors",
@@ -51,10 +56,12 @@ __all__ = [
     "add_rows",
     "around",
     "attention",
+    "banked",
     "check_adapter_name",
     "disarm",
     "entry",
     "experts",
+    "follow",
     "fused_lora",
     "fused_quantized",
     "give_class",
@@ -71,6 +78,7 @@ __all__ = [
     "register_member",
     "select_rows",
     "subclass",
+    "unfollow",
     "unwatch_calls",
     "watch",
     "watch_calls",
