@@ -406,7 +406,7 @@ def prove_rows(model: BankModel) -> None:
 
 
 def make_bank_overridable(
-    model: ir.Model, manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]]
+    model: ir.Model, manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]], batched: str
 ) -> None:
     """Give the ids and the banks defaults: no adapter for any row, and the adapters of the model.
 
@@ -414,9 +414,10 @@ def make_bank_overridable(
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
         adapters: Values by name, in the order of the manifest's bank.
+        batched: Name of an input that has the batch first.
 
     Raises:
-        ExportError: The batch is fixed in the graph.
+        ExportError: The graph reads the number of ids in a way that says nothing of the batch.
     """
     import onnx_ir as ir
 
@@ -431,19 +432,22 @@ def make_bank_overridable(
             tensor = ir.tensor(raw, dtype=ir.DataType.BFLOAT16, name=name)
         port.const_value = tensor
         model.graph.register_initializer(port)
-    _name_rows(model, {inputs[name] for name in defaults | banks})
+    _part_rows_from_batch(
+        model, inputs[SLOTS_INPUT], inputs[batched], {inputs[name] for name in defaults | banks}
+    )
 
 
-def _name_rows(model: ir.Model, given: set[ir.Value]) -> None:
-    """Name the axis of what is computed of ids and banks alone.
+def _part_rows_from_batch(
+    model: ir.Model, rows: ir.Value, batched: ir.Value, given: set[ir.Value]
+) -> None:
+    """Let the ids have one element for the whole batch as well as one for each row.
 
-    Where all rows have one adapter it has size 1, which is not that of the batch: ONNX Runtime takes memory
-    of one value for another where their axes have one name.
+    In the trace both axes have one size. Here the size of the batch is read from an input that has it, and
+    what is computed of ids and banks alone has an axis of another name: ONNX Runtime takes memory of one value
+    for another where their axes have one name.
     """
     import onnx_ir as ir
 
-    inputs = {value.name: value for value in model.graph.inputs}
-    rows = inputs[SLOTS_INPUT]
     known = set(given)
     constant: Callable[[ir.Value | None], bool] = lambda value: (  # noqa: E731
         value is None or value.const_value is not None
@@ -453,10 +457,8 @@ def _name_rows(model: ir.Model, given: set[ir.Value]) -> None:
         if not any(value in of_ids for value in node.inputs):
             continue
         if node.op_type in ("Shape", "Size"):
-            raise ExportError(
-                "a size of the graph is that of the ids of adapters, and not of the batch: report this as a "
-                "bug of lora-fx"
-            )
+            _read_size(node, batched)
+            continue
         if not all(value in known or constant(value) for value in node.inputs):
             continue
         known.update(node.outputs)
@@ -464,3 +466,19 @@ def _name_rows(model: ir.Model, given: set[ir.Value]) -> None:
         for output in node.outputs:
             if output.shape is not None and len(output.shape):
                 output.shape = ir.Shape([ROWS_AXIS, *list(output.shape)[1:]])
+
+
+def _read_size(node: ir.Node, batched: ir.Value) -> None:
+    """Have a node that reads the number of ids read that of the batch."""
+    import onnx_ir as ir
+
+    whole = node.inputs[0].shape if node.inputs[0] is not None else None
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 2**31)
+    if node.op_type != "Shape" or start != 0 or (end != 1 and (whole is None or len(whole) != 1)):
+        raise ExportError(
+            f"the graph reads the sizes of what is gathered for the rows ({node.op_type}), and not that of the "
+            "batch: export with adapters='inputs', which runs one adapter for the whole batch"
+        )
+    node.replace_input_with(0, batched)
+    node.attributes.add(ir.AttrInt64("start", 0))
+    node.attributes.add(ir.AttrInt64("end", 1))

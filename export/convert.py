@@ -362,18 +362,20 @@ def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
             _feed_as_stored(value)
 
 
-def _refuse_fixed_rows(trace: Trace) -> None:
-    """Refuse a bank where the batch has one size only.
+def _input_with_rows(trace: Trace) -> str:
+    """The name of the first input with a batch, which a bank needs to be of any size.
 
     Raises:
-        ExportError: With the reason why.
+        ExportError: It is fixed, with the reason why.
     """
-    first = next(axes[0] for axes in trace.axes if axes)
+    pairs = zip(trace.arguments.names, trace.axes, strict=True)
+    name, first = next((name, axes[0]) for name, axes in pairs if axes)
     if first.name is None:
         raise ExportError(
             f"a bank of adapters needs a batch of any size, and it is fixed: {first.reason}. Export with "
             "adapters='inputs', which runs one adapter for the whole batch"
         )
+    return name
 
 
 def _feed_as_stored(value: ir.Value) -> None:
@@ -428,8 +430,8 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
         if manifest.bank is None:
             _make_overridable(program, manifest)
         else:
-            _refuse_fixed_rows(trace)
-            make_bank_overridable(program, manifest, prepared.banked())
+            batched = _input_with_rows(trace)
+            make_bank_overridable(program, manifest, prepared.banked(), batched)
         program.metadata_props[MANIFEST_KEY] = manifest.to_json()
     return program
 

@@ -432,7 +432,8 @@ class _RowsReference(Reference):
         ]
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
-        return _mixed(self._each(args, lambda one: one.run(call, *args, **kwargs)))
+        given = (*args, *kwargs.values())
+        return _mixed(self._each(given, lambda one: one.run(call, *args, **kwargs)))
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
         made = self._each(tensors, lambda one: one.narrow(tensors))
@@ -454,9 +455,17 @@ class _RowsReference(Reference):
         return [known[id(one)] for one in rows]
 
 
-def _mixed(values: Sequence[Tensor]) -> Tensor:
-    """Row n of value n."""
-    return torch.cat([value[row : row + 1] for row, value in enumerate(values)])
+def _mixed(values: Sequence[Any]) -> Any:
+    """Row n of value n, of tensors and of mappings and sequences of them; what else there is has no rows."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat([value[row : row + 1] for row, value in enumerate(values)])
+    if isinstance(first, Mapping):
+        made = {key: _mixed([value[key] for value in values]) for key in first}
+        return made if type(first) is dict else type(first)(**made)
+    if isinstance(first, list | tuple):
+        return type(first)(_mixed(parts) for parts in zip(*values, strict=True))
+    return None
 
 
 def _check_bank(
