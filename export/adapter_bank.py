@@ -22,8 +22,8 @@ __all__ = ["AdapterBank"]
 class AdapterBank(AdapterStore):
     """Adapters by name, in one stack for each factor. Threads may use, load and unload them at once.
 
-    A stack is never written after it was handed out: an adapter that is loaded or unloaded makes new ones, and
-    runs that have begun end with what they have. Until then the stacks of the file are used.
+    A stack is never written after it was handed out: an adapter that is loaded or unloaded makes new ones,
+    and runs that have begun end with what they have. Until then the stacks of the file are used.
 
     Args:
         path: The file, whose adapters are in the bank from the start.
@@ -51,8 +51,8 @@ class AdapterBank(AdapterStore):
         """Put an adapter into the bank. It replaces one of the same name.
 
         Raises:
-            CheckpointError: The values are no adapter of the file, or do not fit into its bank. What was there
-                still is.
+            CheckpointError: The values are no adapter of the file, or do not fit into its bank. What was
+                there still is.
             ConfigError: The name is none, or the bank is full.
         """
         given: object = name

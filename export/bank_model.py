@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from lora_fx.export.factor_model import FactorModel, Swappable
 from lora_fx.export.report import BankSize
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
+from lora_fx.passes.parameters import factor_names
 from lora_fx.runtime import Follower, banked, follow, unfollow
 
 if TYPE_CHECKING:
@@ -37,12 +38,11 @@ __all__ = [
     "BankModel",
     "check_bank_sites",
     "check_ranks",
-    "give_slots",
     "make_bank_overridable",
     "prove_rows",
     "put",
+    "row_editor",
     "stacked",
-    "with_rows",
 ]
 
 
@@ -145,28 +145,34 @@ def put(slot: Tensor, one: AdapterInput, value: Tensor | None) -> None:
 # --- the graphs ---------------------------------------------------------------------------------------
 
 
-def give_slots(model: nn.Module, rows: Sequence[PlannedSite]) -> None:
-    """Put a buffer with slots beside the factors of every site."""
+def row_editor(
+    model: nn.Module, rows: Sequence[PlannedSite]
+) -> Callable[[Region], fx.Graph | None]:
+    """What makes branches take stacks of factors, and read the slots of the rows.
+
+    Args:
+        model: A copy with one adapter. It gets a buffer with slots beside the factors of every site.
+        rows: Where the adapter is.
+    """
     for row in rows:
-        holder = model.get_submodule(row.site.holder)
         device = model.get_parameter(row.site.weight).device
-        holder.register_buffer(
-            _SLOTS, torch.zeros(1, dtype=torch.long, device=device), persistent=False
-        )
+        slots = torch.zeros(1, dtype=torch.long, device=device)
+        model.get_submodule(row.site.holder).register_buffer(_SLOTS, slots, persistent=False)
+    vectors = frozenset(name for row in rows for name in factor_names(row).slots)
 
+    def edit(region: Region) -> fx.Graph | None:
+        if not any(_tag(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        work = _Work(graph, region.fqn, vectors)
+        for node in list(graph.nodes):
+            if _tag(node) is not None:
+                work.edit(node)
+        erase_dead(graph)
+        graph.lint()
+        return graph
 
-def with_rows(region: Region) -> fx.Graph | None:
-    """A graph whose branches take stacks of factors, and read the slots of the rows."""
-    if not any(_tag(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    work = _Work(graph, region.fqn)
-    for node in list(graph.nodes):
-        if _tag(node) is not None:
-            work.edit(node)
-    erase_dead(graph)
-    graph.lint()
-    return graph
+    return edit
 
 
 def _tag(node: fx.Node) -> Tag | None:
@@ -178,10 +184,9 @@ def _tag(node: fx.Node) -> Tag | None:
 class _Work:
     """One graph that is being edited."""
 
-    def __init__(self, graph: fx.Graph, fqn: str) -> None:
-        self._graph, self._fqn = graph, fqn
+    def __init__(self, graph: fx.Graph, fqn: str, vectors: Collection[str]) -> None:
+        self._graph, self._fqn, self._vectors = graph, fqn, vectors
         self._holders: dict[str, str] = {}
-        self._bases: dict[str, fx.Node] = {}
         self._slots: dict[str, fx.Node] = {}
         for node in graph.nodes:
             tag = node.meta.get(META_KEY)
@@ -215,10 +220,7 @@ class _Work:
 
     def _is_vector(self, node: fx.Node) -> bool:
         """Whether a node reads a slot of the kind: a bias or a gain."""
-        tag = _tag(node)
-        assert tag is not None
-        name = str(node.target).rpartition(".")[0].rpartition(".")[2]
-        return tag.role in (Role.FACTOR, Role.MAGNITUDE) and name not in ("lora_A", "lora_B", *_TABLES)
+        return str(node.target).rpartition(".")[0].rpartition(".")[2] in self._vectors
 
     def _spread(self, node: fx.Node) -> None:
         """Read a stack of vectors as those of the rows."""
@@ -259,9 +261,6 @@ class _Work:
         made.meta[META_KEY] = tag
         node.replace_all_uses_with(made)
         self._graph.erase_node(node)
-
-
-_TABLES = ("lora_embedding_A", "lora_embedding_B")
 
 
 # --- the model ----------------------------------------------------------------------------------------
@@ -309,7 +308,8 @@ class BankModel(FactorModel):
         own = len(self.arguments.tensors)
         args, kwargs = self.arguments.fill(tensors[:own])
         ids, banks = tensors[own], tensors[own + 1 :]
-        torch._check(ids.shape[0] == tensors[self.batched].shape[0])
+        same = ids.shape[0] == tensors[self.batched].shape[0]
+        torch._check(same)  # type: ignore[no-untyped-call]  # of torch
         # Whatever is negative means none. Other providers count from the end, or read anything.
         slots = ids.clamp(min=-1) + 1
         values = dict.fromkeys((f"model.{name}" for name in self._slots), slots)
@@ -397,8 +397,8 @@ def prove_rows(model: BankModel) -> None:
     for output, value in outputs:
         if not value.dim() or value.shape[0] != rows:
             raise ExportError(
-                f"{name} takes no bank of adapters: its output {output!r} of shape {list(value.shape)} has no "
-                f"row for each of the {rows} of the batch. {instead}"
+                f"{name} takes no bank of adapters: its output {output!r} of shape {list(value.shape)} has "
+                f"no row for each of the {rows} of the batch. {instead}"
             )
 
 
@@ -443,15 +443,12 @@ def _part_rows_from_batch(
     """Let the ids have one element for the whole batch as well as one for each row.
 
     In the trace both axes have one size. Here the size of the batch is read from an input that has it, and
-    what is computed of ids and banks alone has an axis of another name: ONNX Runtime takes memory of one value
-    for another where their axes have one name.
+    what is computed of ids and banks alone has an axis of another name: ONNX Runtime takes memory of one
+    value for another where their axes have one name.
     """
     import onnx_ir as ir
 
     known = set(given)
-    constant: Callable[[ir.Value | None], bool] = lambda value: (  # noqa: E731
-        value is None or value.const_value is not None
-    )
     of_ids = {rows}
     for node in model.graph:
         if not any(value in of_ids for value in node.inputs):
@@ -459,7 +456,8 @@ def _part_rows_from_batch(
         if node.op_type in ("Shape", "Size"):
             _read_size(node, batched)
             continue
-        if not all(value in known or constant(value) for value in node.inputs):
+        fixed = [value is None or value.const_value is not None for value in node.inputs]
+        if not all(value in known or one for value, one in zip(node.inputs, fixed, strict=True)):
             continue
         known.update(node.outputs)
         of_ids.update(node.outputs)
@@ -476,8 +474,8 @@ def _read_size(node: ir.Node, batched: ir.Value) -> None:
     start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 2**31)
     if node.op_type != "Shape" or start != 0 or (end != 1 and (whole is None or len(whole) != 1)):
         raise ExportError(
-            f"the graph reads the sizes of what is gathered for the rows ({node.op_type}), and not that of the "
-            "batch: export with adapters='inputs', which runs one adapter for the whole batch"
+            f"the graph reads the sizes of what is gathered for the rows ({node.op_type}), and not that of "
+            "the batch: export with adapters='inputs', which runs one adapter for the whole batch"
         )
     node.replace_input_with(0, batched)
     node.attributes.add(ir.AttrInt64("start", 0))

@@ -147,15 +147,14 @@ class Swappable:
 
 def swappable(
     model: nn.Module,
-    edit: Callable[[Region], fx.Graph | None] | None = None,
-    ready: Callable[[nn.Module, Sequence[PlannedSite]], None] | None = None,
+    editor: Callable[[nn.Module, Sequence[PlannedSite]], Callable[[Region], fx.Graph | None]]
+    | None = None,
 ) -> Swappable:
     """Makes the copy.
 
     Args:
         model: A plain or a rewritten model. It is not changed.
-        edit: What is done with each graph at the end; None for nothing.
-        ready: What is done with the copy and its sites before that; None for nothing.
+        editor: Takes the copy and its sites, and gives what edits each graph at the end.
 
     Raises:
         ExportError: An adapter trains something that has no factors.
@@ -182,10 +181,8 @@ def swappable(
     bare = add_adapter_parameters(capture, bare, _ADAPTER)
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
     capture = edit_graphs(capture, _with_given_gains).capture
-    if ready is not None:
-        ready(twin, rows)
-    if edit is not None:
-        capture = edit_graphs(capture, edit).capture
+    if editor is not None:
+        capture = edit_graphs(capture, editor(twin, rows)).capture
     install(regions_to_install(capture, rows))
     del twin.__dict__[
         "_lora_fx"

@@ -460,15 +460,14 @@ def export_onnx(
         ParityError: The file computes something else.
         OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ``verify=True`` without ONNX Runtime.
-        NoMatchError: ``adapters="inputs"`` or ``"bank"`` of a model that has neither adapters nor an operation to
-            adapt.
+        NoMatchError: ``adapters="inputs"`` or ``"bank"`` of a model that has neither adapters nor an
+            operation to adapt.
         ExportError: Anything else: arguments that mean nothing, an existing file, a model that
             cannot be captured or is random, a folder that cannot be written to, a full disk (with
             the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
-    if adapters != "bank" and (max_adapters is not None or max_rank is not None):
-        raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
+    _check_bank_arguments(adapters, max_adapters, max_rank)
     check_fusions(optimize, provider)
     sizes: tuple[tuple[str, object, int], ...] = (
         ("external_data_bytes", external_data_bytes, 0),
@@ -517,14 +516,13 @@ def export_onnx(
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        preparing: Callable[..., tuple[Prepared, ...]]
-        if adapters == "bank":
-            preparing = partial(prepare_bank, capacity=max_adapters, rank=max_rank)
-        elif adapters == "inputs":
-            preparing = prepare_swappable
-        else:
-            preparing = partial(prepare, merged=adapters == "merge")
-        *beside, main = preparing(model, example_inputs, dtype, keep, task)
+        how: dict[str, Callable[..., tuple[Prepared, ...]]] = {
+            "merge": prepare,
+            "inline": partial(prepare, merged=False),
+            "inputs": prepare_swappable,
+            "bank": partial(prepare_bank, capacity=max_adapters, rank=max_rank),
+        }
+        *beside, main = how[adapters](model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None
         for prepared in beside:
             companion = stage.companion(prepared.name)
@@ -595,6 +593,11 @@ def _check_arguments(
         )
     if opset is not None and opset not in _OPSETS:
         raise ExportError(f"opset {opset!r} is not supported: use one of {_OPSETS}")
+
+
+def _check_bank_arguments(adapters: str | None, *sizes: object) -> None:
+    if adapters != "bank" and any(size is not None for size in sizes):
+        raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
 
 
 def _without_trainers(model: nn.Module) -> nn.Module:

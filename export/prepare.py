@@ -17,13 +17,7 @@ from lora_fx.errors import ExportError, some
 from lora_fx.export.adapter_file import values_of_model
 from lora_fx.export.adapter_manifest import SUFFIXES, Manifest, cast_to
 from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
-from lora_fx.export.bank_model import (
-    BankModel,
-    check_bank_sites,
-    give_slots,
-    prove_rows,
-    with_rows,
-)
+from lora_fx.export.bank_model import BankModel, check_bank_sites, prove_rows, row_editor
 from lora_fx.export.copy import (
     DTYPES,
     Casts,
@@ -247,7 +241,11 @@ def prepare_bank(
     """:func:`prepare` for files in which each row of a batch has its own adapter.
 
     Args:
-        model, example_inputs, dtype, keep, task: As :func:`prepare`.
+        model: A plain or a rewritten model. It is not changed.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor.
+        dtype: "fp32", "fp16", "bf16", or None to keep what it has.
+        keep: Takes each weight that is created, see ``Scratch.keep``.
+        task: What it is exported for, None to export it as it is called.
         capacity: How many adapters there may be; None for those of the model, and 8 at least.
         rank: Their highest rank; None for that of the model's, and 16 for a model without adapters.
 
@@ -274,7 +272,7 @@ def prepare_bank(
     fit = model if record else exportable_twin(model, None, casts, to_rewrite=True)
     single = swappable(fit)
     check_bank_sites(single.rows)
-    made = swappable(fit, with_rows, give_slots)
+    made = swappable(fit, row_editor)
     bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
     twins = [exportable_twin(one.model, dtype, casts) for one in (single, made)]
     found = []
@@ -297,10 +295,12 @@ def _check_size(size: BankSize, ranks: Mapping[tuple[str, str], int]) -> None:
             raise ExportError(f"{name}={value!r}: give a whole number of at least 1")
     if len(size.adapters) > size.capacity:
         raise ExportError(
-            f"the model has {len(size.adapters)} adapters ({some([repr(one) for one in size.adapters])}), and "
-            f"max_adapters={size.capacity}: give {len(size.adapters)} or more, or delete some"
+            f"the model has {len(size.adapters)} adapters ({some([repr(one) for one in size.adapters])}), "
+            f"and max_adapters={size.capacity}: give {len(size.adapters)} or more, or delete some"
         )
-    high = [f"{name!r} has rank {r} at {site}" for (name, site), r in ranks.items() if r > size.rank]
+    high = [
+        f"{name!r} has rank {r} at {site}" for (name, site), r in ranks.items() if r > size.rank
+    ]
     if high:
         raise ExportError(
             f"adapter {some(high)}, above max_rank={size.rank} of the bank: give "

@@ -76,9 +76,7 @@ class BankSize:
     rank: int
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.adapters)} of at most {self.capacity} adapters, filled up to rank {self.rank}"
-        )
+        return f"{len(self.adapters)} of at most {self.capacity} adapters, filled up to rank {self.rank}"
 
 
 def size_text(size: int) -> str:

@@ -472,8 +472,8 @@ class OnnxSession(Generates):
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
         if manifest is not None and manifest.bank is not None:
             raise ConfigError(
-                f"{self.path.name} has a bank of adapters, whose size changes with what is loaded, and a CUDA "
-                "graph has fixed sizes: open it without cuda_graph, or export with adapters='inputs'"
+                f"{self.path.name} has a bank of adapters, whose size changes with what is loaded, and a "
+                "CUDA graph has fixed sizes: open it without cuda_graph, or export with adapters='inputs'"
             )
         if manifest is not None and max_rank is None:
             raise ConfigError(

@@ -83,7 +83,9 @@ def _source(value: ir.Value | None) -> Product | None:
             value = node.inputs[0]
         elif node.op_type in ("Mul", "Add") and any(_is_vector(one) for one in node.inputs):
             # A bias, or a gain.
-            value = next((one for one in node.inputs if rank(one) == 3 and not _is_vector(one)), None)
+            value = next(
+                (one for one in node.inputs if rank(one) == 3 and not _is_vector(one)), None
+            )
         elif node.op_type == "Add":
             # The wider product is the base's, the other one that of an adapter.
             sides = [_source(one) for one in node.inputs]

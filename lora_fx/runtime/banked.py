@@ -1,7 +1,7 @@
 """Branches in which each row of a batch has its own factors, out of a stack of those of many adapters.
 
-A *bank* is the factor A (or B, or a vector) of every adapter, [slots, in, out]; what has no adapter is in slot
-0. ``slots``, [rows], says for each row of the batch which of them it has. A batch whose samples have several
+A *bank* is the factor A (or B, or a vector) of every adapter, [slots, in, out]; slot 0 changes nothing.
+``slots``, [rows], says for each row of the batch which of them it has. A batch whose samples have several
 rows each has them one after the other, [rows * t, in].
 
 While a call is followed (:mod:`lora_fx.runtime.row_tracking`), each of these functions has it looked at

@@ -140,9 +140,7 @@ def test_a_single_name_is_that_of_all_rows(
     torch.testing.assert_close(session.run(x, adapter=[name] * 3)["output"], want, **EXACT)
 
 
-def test_other_programs_give_ids(
-    exported: tuple[Path, ExportReport], model: nn.Module
-) -> None:
+def test_other_programs_give_ids(exported: tuple[Path, ExportReport], model: nn.Module) -> None:
     stock = onnxruntime.InferenceSession(str(exported[0]), providers=["CPUExecutionProvider"])
     x = ids(4, 3)
     for given, names in (
@@ -335,7 +333,11 @@ def test_a_file_without_a_bank_takes_no_list(tmp_path: Path) -> None:
     [
         (Swaps, torch.randn(2, 3, 4), r"Swaps takes no bank.*fc\.weight.*adapters='inputs'"),
         (Mixes, torch.randn(2, 4), r"Mixes takes no bank.*several samples.*adapters='inputs'"),
-        (lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), torch.randn(2, 4), "no row for each"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)),
+            torch.randn(2, 4),
+            "no row for each",
+        ),
     ],
 )
 def test_models_whose_rows_are_not_seen_are_refused(
@@ -352,7 +354,10 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, model: nn.Module)
         ({"adapters": "inputs", "max_rank": 4}, "are of adapters='bank'"),
         ({"adapters": "bank", "max_rank": 0}, "max_rank=0"),
         ({"adapters": "bank", "max_adapters": 2}, "3 adapters .'plain', 'dora', 'biased'.*2"),
-        ({"adapters": "bank", "max_rank": 3}, r"'plain' has rank 4 at embed.*max_rank=3.*max_rank=4"),
+        (
+            {"adapters": "bank", "max_rank": 3},
+            r"'plain' has rank 4 at embed.*max_rank=3.*max_rank=4",
+        ),
         ({"adapters": "bank", "target": "genai", "task": "text-generation"}, "adapters='inputs'"),
         ({"adapters": "bank", "target": "transformers.js"}, "adapters='merge'"),
     ):
@@ -410,9 +415,7 @@ def test_each_text_is_that_of_its_adapter(
     lora_fx.add_adapter(model, LoraConfig(r=5, seed=3, **options), "two")
     model.eval()
     file = tmp_path / "m.onnx"
-    report = export_onnx(
-        model, file, example(kind), task=task, adapters="bank", optimize=optimize
-    )
+    report = export_onnx(model, file, example(kind), task=task, adapters="bank", optimize=optimize)
     assert report.optimize == optimize
     assert "logits with an adapter for each row" in {row.name for row in report.parity}
     session = OnnxSession(file, "cpu")
@@ -424,7 +427,10 @@ def test_each_text_is_that_of_its_adapter(
     texts: Any = {"attention_mask": mask, "max_new_tokens": 8}
     got = session.generate(ids, adapter=names, **texts)
     want = tokens_of(model, ids, names, texts)
-    assert len({tuple(one.tolist()) for one in tokens_of(model, ids[:1].repeat(3, 1), names, texts)}) > 1
+    assert (
+        len({tuple(one.tolist()) for one in tokens_of(model, ids[:1].repeat(3, 1), names, texts)})
+        > 1
+    )
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine[: len(theirs)], theirs)
     single = session.generate(ids[:1], adapter="two", **texts | {"attention_mask": mask[:1]})
