@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
+    bank_latency,
     export_peers,
     goals,
     guards,
@@ -37,6 +38,7 @@ _LISTED = {
         quantized_quality.SECTION,
         export_peers.SECTION,
         onnx_latency.SECTION,
+        bank_latency.SECTION,
     )
 }
 SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name in _LISTED}
