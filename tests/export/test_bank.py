@@ -257,6 +257,20 @@ def test_adapters_are_added_and_replaced(
     torch.testing.assert_close(got, want, **EXACT)
 
 
+def test_adapters_are_read_from_files_of_their_own(tmp_path: Path, model: nn.Module) -> None:
+    file = tmp_path / "net.onnx"
+    report = export_onnx(model, file, ids(2, 7), adapters="bank", external_data_bytes=0)
+    assert report.data_files
+    session = OnnxSession(file, "cpu", low_memory=True)
+    x = ids(len(MIXED), 4)
+    want = session.run(x, adapter=MIXED)["output"]
+    session.load_adapter("other", model, adapter_name="dora")
+    got = session.run(x, adapter=["other", *MIXED[1:]])["output"]
+    torch.testing.assert_close(got, want, **EXACT)
+    (tmp_path / report.data_files[0]).unlink()
+    session.unload_adapter("other")  # what was read once is kept
+
+
 def test_what_has_begun_ends_with_what_it_had(session: OnnxSession, model: nn.Module) -> None:
     held = session._store.chosen(["plain", "biased"])
     x = ids(2, 4)
