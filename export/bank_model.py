@@ -29,7 +29,7 @@ from lora_fx.export.report import BankSize
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
-from lora_fx.runtime import Follower, banked, follow, unfollow
+from lora_fx.runtime import Follower, banked, follow, ops, unfollow
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,7 +49,13 @@ __all__ = [
 _SLOTS = "lora_slots"
 """Name of the buffer beside the factors of a site that says which slot each row has."""
 
+_aten = torch.ops.aten
 _LINEAR = (F.linear, torch._C._nn.linear)
+_CONVOLUTIONS = (
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
+    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
+)
 
 
 def check_bank_sites(rows: Sequence[PlannedSite]) -> None:
@@ -73,8 +79,8 @@ def check_bank_sites(rows: Sequence[PlannedSite]) -> None:
 def _objections(row: PlannedSite) -> Iterator[str]:
     if row.site.experts:
         yield "the rows of experts are tokens sorted by expert, not rows of the batch"
-    elif row.site.family == "conv":
-        yield "no operator applies another kernel of a convolution to each row"
+    elif row.site.family == "conv" and (row.site.groups > 1 or row.site.layout == "in_out"):
+        yield "a convolution with groups, or a transposed one, has no form with a kernel for each row"
     elif any(call.pattern == "einsum" for call in row.site.calls):
         yield "an einsum, in which any letter may be the batch"
     elif any(call.left for call in row.site.calls):
@@ -202,6 +208,15 @@ class _Work:
         if tag.role in (Role.DOWN, Role.UP) and any(target is one for one in _LINEAR):
             x, factor, *bias = node.args
             self._replace(node, banked.banked_linear, x, factor, self._read_slots(node), *bias)
+        elif tag.role is Role.DOWN and any(target is one for one in _CONVOLUTIONS):
+            x, kernel, _, *geometry = node.args
+            taken = (x, kernel, self._read_slots(node), *geometry[:3])
+            self._replace(node, banked.banked_conv, *taken)
+        elif tag.role is Role.UP and any(target is one for one in _CONVOLUTIONS):
+            taken = (*node.args[:2], self._read_slots(node), node.args[2])
+            self._replace(node, banked.banked_pointwise, *taken)
+        elif target is ops.spread and self._has_channels(node):
+            self._replace(node, banked.spread_channels, *node.args[:2], named=False)
         elif tag.role is Role.DOWN and target is F.embedding:
             x, table = node.args[:2]
             assert isinstance(table, fx.Node)
@@ -229,8 +244,13 @@ class _Work:
             made = self._graph.call_function(banked.banked_vector)
         slots = self._read_slots(node)
         node.replace_all_uses_with(made)
-        made.args = (node, slots, base)
+        made.args = (node, slots, base, self._has_channels(node))
         made.meta[META_KEY] = node.meta[META_KEY]
+
+    def _has_channels(self, node: fx.Node) -> bool:
+        """Whether a node belongs to a convolution, whose outputs have their features second."""
+        target = target_of(self._base_of(node))
+        return any(target is one for one in _CONVOLUTIONS)
 
     def _base_of(self, node: fx.Node) -> fx.Node:
         """The nearest operation before a node to which it belongs."""
@@ -254,10 +274,13 @@ class _Work:
             self._slots[tag.weight] = made
         return self._slots[tag.weight]
 
-    def _replace(self, node: fx.Node, function: Callable[..., Tensor], *args: Any) -> None:
+    def _replace(
+        self, node: fx.Node, function: Callable[..., Tensor], *args: Any, named: bool = True
+    ) -> None:
         tag = node.meta[META_KEY]
+        more = {"weight": tag.weight} if named else {}
         with self._graph.inserting_before(node):
-            made = self._graph.call_function(function, tuple(args), {"weight": tag.weight})
+            made = self._graph.call_function(function, tuple(args), more)
         made.meta[META_KEY] = tag
         node.replace_all_uses_with(made)
         self._graph.erase_node(node)

@@ -41,6 +41,21 @@ class Folds(nn.Module):
         return self.outer(self.inner(windows).tanh()).reshape(x.shape[0], -1, 3)
 
 
+class Convolves(nn.Module):
+    """Convolutions of one and two dimensions, one of them without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(8, 6, 1, bias=False)
+        self.third = nn.Conv1d(6, 5, 3, dilation=2, padding="same")
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.third(x.flatten(2)).mean(2))
+
+
 class Swaps(nn.Module):
     """The sequence comes first where the layer is."""
 
@@ -213,6 +228,24 @@ def test_rows_that_are_folded(tmp_path: Path) -> None:
     torch.testing.assert_close(got, row_by_row(model, x, ["dora"] * 3), **EXACT)
 
 
+def test_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    places = {"target_modules": ["first", "second", "third"], "init_lora_weights": False}
+    model = lora_fx.rewrite(Convolves().eval(), LoraConfig(r=4, **places))
+    lora_fx.add_adapter(model, LoraConfig(r=2, use_dora=True, **places), "dora")
+    biased = LoraConfig(r=3, lora_bias=True, **{**places, "target_modules": ["first", "third"]})
+    lora_fx.add_adapter(model, biased, "biased")
+    trained(model)
+    export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3, 12, 12), adapters="bank")
+    session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    x, names = torch.randn(4, 3, 10, 14), ["dora", None, "biased", "default"]
+    got = session.run(x, adapter=names)["output"]
+    torch.testing.assert_close(got, row_by_row(model, x, names), **EXACT)
+    for name in names:
+        got = session.run(x, adapter=name)["output"]
+        torch.testing.assert_close(got, row_by_row(model, x, [name] * 4), **EXACT)
+
+
 @pytest.mark.parametrize("dtype", ["fp16"])
 def test_half_precision(tmp_path: Path, model: nn.Module, dtype: Any) -> None:
     report = export_onnx(model, tmp_path / "m.onnx", ids(2, 7), adapters="bank", dtype=dtype)
@@ -359,6 +392,17 @@ def test_models_whose_rows_are_not_seen_are_refused(
 ) -> None:
     with pytest.raises(ExportError, match=words):
         export_onnx(rewritten(make()), tmp_path / "m.onnx", x, adapters="bank")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_take_one_adapter_at_a_time_are_refused(tmp_path: Path) -> None:
+    places = ["grouped", "transposed", "fc"]
+    model = lora_fx.rewrite(Net().eval(), LoraConfig(r=2, target_modules=places))
+    with pytest.raises(
+        ExportError, match=r"at grouped, transposed: a convolution with groups"
+    ) as e:
+        export_onnx(model, tmp_path / "m.onnx", ids(2, 7), adapters="bank")
+    assert "adapters='inputs'" in str(e.value)
     assert not list(tmp_path.iterdir())
 
 
