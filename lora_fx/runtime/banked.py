@@ -91,7 +91,8 @@ def banked_conv(x: Tensor, bank: Tensor, slots: Tensor, *geometry: Any, weight: 
     every: Tensor = _CONVOLUTIONS[x.dim()](x, bank.flatten(0, 1), None, *geometry)
     rows = torch.arange(x.shape[0], device=x.device)
     # A single slot for all rows is spread over them.
-    return every.unflatten(1, bank.shape[:2])[rows, _repeated(slots, x) + rows * 0]
+    each = every.reshape(x.shape[0], *bank.shape[:2], *every.shape[2:])
+    return each[rows, _repeated(slots, x) + rows * 0]
 
 
 def banked_pointwise(
