@@ -220,9 +220,10 @@ class Manifest:
                 SiteInputs(**{**site, "a": tuple(site["a"]), "b": tuple(site["b"])})
                 for site in data["sites"]
             )
-            bank = data.get("bank")
-            if bank is not None:
-                bank = BankSize(tuple(bank["adapters"]), int(bank["capacity"]), int(bank["rank"]))
+            bank = None
+            if data["format"] == _BANK_FORMAT:
+                size = data["bank"]
+                bank = BankSize(tuple(size["adapters"]), int(size["capacity"]), int(size["rank"]))
             return cls(data["base"], sites, bool(data.get("runs_alone", False)), bank)
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import lora_fx
 from lora_fx import LoraConfig, OnnxSession, save_onnx_adapter
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export.adapter_file import manifest_of_file
-from lora_fx.export.adapter_manifest import SLOTS_INPUT
+from lora_fx.export.adapter_manifest import MANIFEST_KEY, SLOTS_INPUT, Manifest
 from lora_fx.export.health import State, examine_file
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.report import ExportReport
@@ -188,6 +189,16 @@ def test_the_report_says_how_much_there_is_room_for(
     assert found["bank"].detail == "3 of at most 8 adapters, filled up to rank 4"
     assert found["in the file"].detail == "plain, dora, biased"
     assert found["inputs"].state is State.OK
+
+
+def test_versions_without_banks_do_not_take_the_file_for_another(
+    exported: tuple[Path, ExportReport],
+) -> None:
+    manifest = json.loads(OnnxSession(exported[0], "cpu").metadata[MANIFEST_KEY])
+    assert manifest["format"] == 2
+    del manifest["bank"]
+    with pytest.raises(ExportError, match="damaged.*export it again"):
+        Manifest.from_metadata({MANIFEST_KEY: json.dumps(manifest)})
 
 
 def test_checkers_accept_the_file(exported: tuple[Path, ExportReport]) -> None:
