@@ -197,7 +197,7 @@ def test_versions_without_banks_do_not_take_the_file_for_another(
     manifest = json.loads(OnnxSession(exported[0], "cpu").metadata[MANIFEST_KEY])
     assert manifest["format"] == 2
     del manifest["bank"]
-    with pytest.raises(ExportError, match="damaged.*export it again"):
+    with pytest.raises(ExportError, match=r"damaged.*export it again"):
         Manifest.from_metadata({MANIFEST_KEY: json.dumps(manifest)})
 
 
