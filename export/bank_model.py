@@ -418,10 +418,10 @@ def prove_rows(model: BankModel) -> None:
             f"other values may be laid out otherwise. {instead}"
         )
     for output, value in outputs:
-        if not value.dim() or value.shape[0] != rows:
+        if not value.dim() or value.shape[0] != rows or not follower.has_rows(value):
             raise ExportError(
                 f"{name} takes no bank of adapters: its output {output!r} of shape {list(value.shape)} has "
-                f"no row for each of the {rows} of the batch. {instead}"
+                f"no row for each of the {rows} of the batch, of that one alone. {instead}"
             )
 
 

@@ -57,6 +57,18 @@ class Convolves(nn.Module):
         return self.head(self.third(x.flatten(2)).mean(2))
 
 
+class Compares(nn.Module):
+    """Similarities of each row with each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return x @ x.T
+
+
 class Swaps(nn.Module):
     """The sequence comes first where the layer is."""
 
@@ -390,6 +402,7 @@ def test_a_file_without_a_bank_takes_no_list(tmp_path: Path) -> None:
     ("make", "x", "words"),
     [
         (Swaps, torch.randn(2, 3, 4), r"Swaps takes no bank.*fc\.weight.*adapters='inputs'"),
+        (Compares, torch.randn(2, 4), r"output 'output' of shape \[2, 2\] has no row for each"),
         (Mixes, torch.randn(2, 4), r"Mixes takes no bank.*several samples.*adapters='inputs'"),
         (
             lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)),

@@ -453,7 +453,9 @@ def test_export_of_a_bank(here: Path, adapter: Path) -> None:
     assert "2 of at most 3 adapters, filled up to rank 4" in text
     assert lora_fx.OnnxSession("bank.onnx", "cpu").adapters == ("adapter", "other-v2")
     assert "2 of at most 3 adapters" in " ".join(worked("doctor", "bank.onnx").split())
-    worked("run", "bank.onnx", "--adapter", str(adapter), "--repeat", "1")
+    for chosen in (str(adapter), "other-v2"):
+        worked("run", "bank.onnx", "--adapter", chosen, "--repeat", "1")
+    assert "no adapter at" in refused("run", "bank.onnx", "--adapter", "other-v3")
 
 
 def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:

@@ -156,7 +156,8 @@ def run(
         provider: cpu or cuda: that one, or an error.
         inputs: name=FILE.npy; random values without it. Repeat it.
         sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
-        adapter: An .onnx_adapter file, or an adapter folder, to run with.
+        adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
+            file's bank.
         output: Write the outputs to this .npz file.
         repeat: Runs that are timed.
         force: Write over what is there.
@@ -321,7 +322,8 @@ def generate(
         tokenizer: A local folder with a tokenizer of transformers.
         inputs: name=FILE.npy: what else an encoder takes. Repeat it.
         provider: cpu or cuda: that one, or an error.
-        adapter: An .onnx_adapter file, or an adapter folder, to run with.
+        adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
+            file's bank.
         max_new_tokens: 20 if the file says nothing.
         sample: Draw tokens or take the likeliest.
         temperature: Of the draws.
