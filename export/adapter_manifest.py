@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import CheckpointError, ExportError, hint, some
+from lora_fx.export.report import BankSize
 
 __all__ = [
     "MANIFEST_KEY",
+    "ROWS_AXIS",
+    "SLOTS_AXIS",
+    "SLOTS_INPUT",
     "SUFFIXES",
     "AdapterInput",
     "Manifest",
@@ -29,6 +33,12 @@ __all__ = [
 MANIFEST_KEY = "lora_fx.adapters"
 
 _FORMAT = 1
+_BANK_FORMAT = 2  # what versions before banks do not read
+
+SLOTS_INPUT = "adapter_ids"
+"""Input of a file with a bank: which adapter each row of the batch has, negative for none."""
+ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
+"""Its axis: that of the batch, or 1, where all rows have the same adapter. And the first axis of a bank."""
 
 Role = Literal["A", "B", "bias", "gain"]
 SUFFIXES: dict[Role, str] = {
@@ -149,16 +159,22 @@ class SiteInputs:
 class Manifest:
     """The adapter inputs of a file.
 
+    In a file with a bank each of them has one axis more, in front: that of the adapters. Slot 0 changes
+    nothing, the adapter of id n has slot n + 1.
+
     Attributes:
         base: What the file was made from: the class of the model, and its name if it has one.
         sites: In the order of the model.
         runs_alone: Whether the defaults in the file are zeros of :attr:`SiteInputs.least_rank`. Earlier
             versions of lora_fx wrote defaults of rank 0, which nobody should run.
+        bank: For a file in which each row of the batch has its own adapter; None for one that takes one
+            adapter at a time.
     """
 
     base: str
     sites: tuple[SiteInputs, ...]
     runs_alone: bool = True
+    bank: BankSize | None = None
 
     @property
     def inputs(self) -> dict[str, AdapterInput]:
@@ -179,6 +195,8 @@ class Manifest:
         """What the metadata of the file hold."""
         sites = [dataclasses.asdict(site) for site in self.sites]
         data = {"format": _FORMAT, "base": self.base, "runs_alone": self.runs_alone, "sites": sites}
+        if self.bank is not None:
+            data |= {"format": _BANK_FORMAT, "bank": dataclasses.asdict(self.bank)}
         return json.dumps(data)
 
     @classmethod
@@ -193,16 +211,20 @@ class Manifest:
             return None
         try:
             data = json.loads(text)
-            if data["format"] != _FORMAT:
+            if data["format"] not in (_FORMAT, _BANK_FORMAT):
                 raise ExportError(
                     f"the file has adapter inputs of format {data['format']}, this lora_fx reads "
-                    f"{_FORMAT}: update lora_fx, or export the model again"
+                    f"{_FORMAT} and {_BANK_FORMAT}: update lora_fx, or export the model again"
                 )
             sites = tuple(
                 SiteInputs(**{**site, "a": tuple(site["a"]), "b": tuple(site["b"])})
                 for site in data["sites"]
             )
-            return cls(data["base"], sites, bool(data.get("runs_alone", False)))
+            bank = None
+            if data["format"] == _BANK_FORMAT:
+                size = data["bank"]
+                bank = BankSize(tuple(size["adapters"]), int(size["capacity"]), int(size["rank"]))
+            return cls(data["base"], sites, bool(data.get("runs_alone", False)), bank)
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(
                 f"the metadata {MANIFEST_KEY} of the file are damaged ({error}): export it again"

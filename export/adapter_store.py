@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,8 +18,9 @@ from lora_fx.export.ort import placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 
-AdapterChoice: TypeAlias = str | Mapping[str, Any] | None
-"""One adapter by name, several with weights, or None for the base model."""
+AdapterChoice: TypeAlias = str | Mapping[str, Any] | Sequence[str | None] | None
+"""One adapter by name, several with weights, a name or None for each row of the batch where the file has a
+bank, or None for the base model."""
 
 _CACHED_SUMS = 8
 
@@ -33,11 +34,25 @@ class HeldAdapter:
         bound: The same where the session runs, as ONNX Runtime has them, and of a file whose defaults have
             rank 0 those of its other inputs.
         ranks: Site to rank.
+        rows: How many rows the batch has to have, None for any number.
     """
 
     values: Mapping[str, Tensor]
     bound: Mapping[str, Any]
     ranks: Mapping[str, int]
+    rows: int | None = None
+
+    def check_rows(self, batch: int, file: str) -> None:
+        """Refuse a batch of another size than that for which adapters were chosen.
+
+        Raises:
+            ConfigError: It has another size.
+        """
+        if self.rows is not None and self.rows != batch:
+            raise ConfigError(
+                f"adapter has {self.rows} names, and the batch for {file} has {batch} rows: give a name, or "
+                "None, for each row, or a single name for all"
+            )
 
 
 @dataclass(eq=False)
@@ -129,6 +144,11 @@ class AdapterStore:
         if isinstance(choice, str):
             with self._lock:
                 return self._known(choice)
+        if isinstance(choice, Sequence):
+            raise ConfigError(
+                f"{self.file} runs one adapter for the whole batch, and adapter is a list: export the model "
+                "with adapters='bank' to choose one for each row"
+            )
         weights = _checked_weights(choice)
         with self._lock:
             parts = tuple((self._known(name), weight) for name, weight in weights.items())

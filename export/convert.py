@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_fx.errors import ExportError
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.arguments import FlatModel
+from lora_fx.export.bank_model import make_bank_overridable
 from lora_fx.export.copy import stored_formats
 from lora_fx.export.failures import SourceLocation, headline, inner_module, place_of, user_line
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
@@ -359,7 +360,22 @@ def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
             value.const_value = ir.tensor(neutral, dtype=dtype, name=one.name)
             model.graph.register_initializer(value)
             _feed_as_stored(value)
-    model.metadata_props[MANIFEST_KEY] = manifest.to_json()
+
+
+def _input_with_rows(trace: Trace) -> str:
+    """The name of the first input with a batch, which a bank needs to be of any size.
+
+    Raises:
+        ExportError: It is fixed, with the reason why.
+    """
+    pairs = zip(trace.arguments.names, trace.axes, strict=True)
+    name, first = next((name, axes[0]) for name, axes in pairs if axes)
+    if first.name is None:
+        raise ExportError(
+            f"a bank of adapters needs a batch of any size, and it is fixed: {first.reason}. Export with "
+            "adapters='inputs', which runs one adapter for the whole batch"
+        )
+    return name
 
 
 def _feed_as_stored(value: ir.Value) -> None:
@@ -409,8 +425,14 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     _name_axes(program, trace.labels(), {**trace.symbols, **trace.extra_symbols})
     _strip_build_traces(program, prefix)
     _stamp(program, trace, prepared, opset)
-    if prepared.manifest is not None:
-        _make_overridable(program, prepared.manifest)
+    manifest = prepared.manifest
+    if manifest is not None:
+        if manifest.bank is None:
+            _make_overridable(program, manifest)
+        else:
+            batched = _input_with_rows(trace)
+            make_bank_overridable(program, manifest, prepared.banked(), batched)
+        program.metadata_props[MANIFEST_KEY] = manifest.to_json()
     return program
 
 

@@ -66,8 +66,8 @@ class Decodes:
         """Run the file once. Everything comes out where the file runs."""
         raise NotImplementedError
 
-    def _binding(self, held: Any) -> Any:
-        """Make a binding that has an adapter."""
+    def _binding(self, held: Any, rows: int) -> Any:
+        """Make a binding for a batch of so many rows that has an adapter."""
         raise NotImplementedError
 
     def _run_bound(self, binding: Any, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -296,7 +296,7 @@ class Decoder:
         self._cache = self._made(batch, length)
         # One for the whole text, also if another is loaded by its name meanwhile.
         self._held = session._hold(adapter)
-        self._binding = session._binding(self._held)
+        self._binding = session._binding(self._held, batch)
         self._fixed: dict[str, Any] = {}
         if session.encoder is not None:
             self._fixed = self._encoded(session.encoder, source, copies)

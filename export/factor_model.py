@@ -145,11 +145,16 @@ class Swappable:
     record: Record
 
 
-def swappable(model: nn.Module) -> Swappable:
+def swappable(
+    model: nn.Module,
+    editor: Callable[[nn.Module, Sequence[PlannedSite]], Callable[[Region], fx.Graph | None]]
+    | None = None,
+) -> Swappable:
     """Makes the copy.
 
     Args:
         model: A plain or a rewritten model. It is not changed.
+        editor: Takes the copy and its sites, and gives what edits each graph at the end.
 
     Raises:
         ExportError: An adapter trains something that has no factors.
@@ -175,7 +180,10 @@ def swappable(model: nn.Module) -> Swappable:
     capture = dataclasses.replace(capture, plan=plan)
     bare = add_adapter_parameters(capture, bare, _ADAPTER)
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
-    install(regions_to_install(edit_graphs(capture, _with_given_gains).capture, rows))
+    capture = edit_graphs(capture, _with_given_gains).capture
+    if editor is not None:
+        capture = edit_graphs(capture, editor(twin, rows)).capture
+    install(regions_to_install(capture, rows))
     del twin.__dict__[
         "_lora_fx"
     ]  # it is no longer a rewritten model, whose adapters could be switched
@@ -188,7 +196,7 @@ def _rewritten(model: nn.Module) -> nn.Module:
     except NoMatchError as error:
         reason = str(error).split("\n", 1)[-1].strip()
         raise NoMatchError(
-            "the model has no adapters, and adapters='inputs' then takes one at every linear operation but "
+            "the model has no adapters, and the file then takes some at every linear operation but "
             f"the head, of which there is none ({reason}): rewrite the model first, with what to adapt in "
             "target_modules, or export it with adapters='merge'"
         ) from error
@@ -335,6 +343,11 @@ class FactorModel(FlatModel):
         """``call(model, *args, **kwargs)`` with values for the adapter inputs."""
         given = zip(self._places, self.adapter_inputs, factors, strict=True)
         values = {f"model.{name}": flip(one, tensor) for name, one, tensor in given}
+        return self._called(values, call, *args, **kwargs)
+
+    def _called(
+        self, values: dict[str, Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
+    ) -> Any:
         return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
 
     @torch.no_grad()
@@ -439,22 +452,25 @@ def flip(one: AdapterInput, tensor: Tensor) -> Tensor:
     return tensor.mT if matrix else tensor
 
 
-def random_factors(manifest: Manifest, rank: int) -> dict[str, Tensor]:
+def random_factors(manifest: Manifest, rank: int, seed: int = 0) -> dict[str, Tensor]:
     """A random adapter: it shows whether a file computes what the model does.
 
     Args:
         manifest: What the file takes.
         rank: Its lowest rank; sites differ by up to 2, and grouped convolutions need a multiple of their
-            groups.
+            groups. None is above the rank of a bank.
+        seed: Of the draws.
 
     Returns:
         Values by the names of the inputs. A keeps the size of what it is applied to, B is a tenth of that.
     """
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
+    most = None if manifest.bank is None else manifest.bank.rank
     found = {}
     for index, site in enumerate(manifest.sites):
         # Not the same everywhere: that shows a rank which was taken for another one.
         ranked = site.groups * max(1, (rank + index % 3) // site.groups)
+        ranked = ranked if most is None else min(ranked, most)
         for one in site.inputs():
             shape = one.sized(ranked)
             value = torch.randn(shape, generator=draw)

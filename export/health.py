@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fx.errors import ExportError, some
-from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
+from lora_fx.export.adapter_manifest import SLOTS_INPUT, SUFFIXES, Manifest
 
 if TYPE_CHECKING:
     import onnx
@@ -161,7 +161,11 @@ def _adapter_inputs(model: onnx.ModelProto) -> Iterator[Finding]:
         else:
             yield Finding(topic, "inputs", State.OK, "none: the file takes no adapters")
         return
-    wanted = list(manifest.inputs)
+    if manifest.bank is not None:
+        yield Finding(topic, "bank", State.OK, str(manifest.bank))
+        own = ", ".join(manifest.bank.adapters) or "none yet"
+        yield Finding(topic, "in the file", State.OK, own)
+    wanted = [*manifest.inputs, *([] if manifest.bank is None else [SLOTS_INPUT])]
     gone = [name for name in wanted if name not in inputs]
     idle = [name for name in wanted if name in inputs and name not in read]
     detail = f"{len(wanted)} at {len(manifest.sites)} sites"

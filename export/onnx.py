@@ -28,7 +28,13 @@ from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
 from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
 from lora_fx.export.fuse import check_target as check_fusions
-from lora_fx.export.prepare import Prepared, over_quantized, prepare, prepare_swappable
+from lora_fx.export.prepare import (
+    Prepared,
+    over_quantized,
+    prepare,
+    prepare_bank,
+    prepare_swappable,
+)
 from lora_fx.export.report import ExportReport
 from lora_fx.export.staging import (
     EXTERNAL_DATA_BYTES,
@@ -238,6 +244,7 @@ def _build(
         quantized=stored_formats(prepared.model.model, converted.graph.initializers),
         seconds={},
         swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
+        bank=prepared.manifest.bank if prepared.manifest else None,
         optimize=made.target.level,
         fused=dict(made.fused.done),
         not_fused={**made.fused.refused, **made.fallbacks},
@@ -368,7 +375,9 @@ def export_onnx(
     task: Literal["text-generation", "text2text-generation"] | None = None,
     target: Literal["genai", "transformers.js"] | None = None,
     tokenizer: Any = None,
-    adapters: Literal["merge", "inline", "inputs"] | None = None,
+    adapters: Literal["merge", "inline", "inputs", "bank"] | None = None,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
@@ -412,8 +421,14 @@ def export_onnx(
             "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
             every place where one of the model's is (for a model without adapters: at every linear
             operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
-            for it, and ``OnnxSession`` runs them. None for "inline" where an active adapter is at a
-            quantized weight, else for "merge".
+            for it, and ``OnnxSession`` runs them.
+            "bank" for the same with many of them at once: the file has the model's adapters, takes more, and
+            is told by ``adapter_ids``, [batch], which one each row of the batch has, -1 for none. None for
+            "inline" where an active adapter is at a quantized weight, else for "merge".
+        max_adapters: With "bank", how many adapters there may be; None for those of the model, and 8 at
+            least.
+        max_rank: With "bank", the highest rank of one, to which all are filled up; None for the highest of
+            the model's, and 16 for a model without adapters.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep what it has. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision; the tolerance is that of the dtype.
@@ -445,13 +460,14 @@ def export_onnx(
         ParityError: The file computes something else.
         OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ``verify=True`` without ONNX Runtime.
-        NoMatchError: ``adapters="inputs"`` of a model that has neither adapters nor an operation to
-            adapt.
+        NoMatchError: ``adapters="inputs"`` or ``"bank"`` of a model that has neither adapters nor an
+            operation to adapt.
         ExportError: Anything else: arguments that mean nothing, an existing file, a model that
             cannot be captured or is random, a folder that cannot be written to, a full disk (with
             the bytes that the file takes).
     """
     _check_arguments(model, adapters, dtype, opset)
+    _check_bank_arguments(adapters, max_adapters, max_rank)
     check_fusions(optimize, provider)
     sizes: tuple[tuple[str, object, int], ...] = (
         ("external_data_bytes", external_data_bytes, 0),
@@ -500,12 +516,13 @@ def export_onnx(
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        preparing = (
-            prepare_swappable
-            if adapters == "inputs"
-            else partial(prepare, merged=adapters == "merge")
-        )
-        *beside, main = preparing(model, example_inputs, dtype, keep, task)
+        how: dict[str, Callable[..., tuple[Prepared, ...]]] = {
+            "merge": prepare,
+            "inline": partial(prepare, merged=False),
+            "inputs": prepare_swappable,
+            "bank": partial(prepare_bank, capacity=max_adapters, rank=max_rank),
+        }
+        *beside, main = how[adapters](model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None
         for prepared in beside:
             companion = stage.companion(prepared.name)
@@ -561,10 +578,11 @@ def _check_arguments(
     record = record_of(unwrapped(model))
     if record is not None:
         check_intact(unwrapped(model), record)
-    if adapters not in ("merge", "inline", "inputs", None):
+    if adapters not in ("merge", "inline", "inputs", "bank", None):
         raise ExportError(
             f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, 'inline', "
-            f"which keeps them beside, or 'inputs', which keeps them swappable"
+            f"which keeps them beside, 'inputs', which keeps them swappable, or 'bank', which runs one for "
+            f"each row of a batch"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown: give one of {', '.join(DTYPES)} or None")
@@ -575,6 +593,11 @@ def _check_arguments(
         )
     if opset is not None and opset not in _OPSETS:
         raise ExportError(f"opset {opset!r} is not supported: use one of {_OPSETS}")
+
+
+def _check_bank_arguments(adapters: str | None, *sizes: object) -> None:
+    if adapters != "bank" and any(size is not None for size in sizes):
+        raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
 
 
 def _without_trainers(model: nn.Module) -> nn.Module:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.errors import ExportError
-from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
+from lora_fx.errors import ExportError, some
+from lora_fx.export.adapter_file import values_of_model
+from lora_fx.export.adapter_manifest import SUFFIXES, Manifest, cast_to
 from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
+from lora_fx.export.bank_model import BankModel, check_bank_sites, prove_rows, row_editor
 from lora_fx.export.copy import (
     DTYPES,
     Casts,
@@ -35,6 +37,7 @@ from lora_fx.export.factor_model import (
     swappable,
     with_adapter,
 )
+from lora_fx.export.report import BankSize
 from lora_fx.export.tasks import Part, find_task
 from lora_fx.export.trace import widen_batch
 from lora_fx.ir import Region, module_of, record_of
@@ -44,7 +47,7 @@ from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
 from lora_fx.passes.plan import foreign_factors
 from lora_fx.runtime import AdapterFactors
 
-__all__ = ["Prepared", "over_quantized", "prepare", "prepare_swappable"]
+__all__ = ["Prepared", "over_quantized", "prepare", "prepare_bank", "prepare_swappable"]
 
 
 # Adapters that stay separate from their operations in a file, as constants.
@@ -169,6 +172,20 @@ class Prepared:
         """The same with the file ``file``, which holds ``name``, in its metadata."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
 
+    def banked(self) -> list[dict[str, Tensor]]:
+        """The values of the adapters that lie in the file's bank, in its order.
+
+        Raises:
+            CheckpointError, ExportError: As ``values_of_model``.
+        """
+        if self.manifest is None or self.manifest.bank is None:
+            return []
+        return [
+            cast_to(self.manifest, values_of_model(self.source, name))
+            for name in self.manifest.bank.adapters
+            if self.source is not None
+        ]
+
     def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
         """The same with a model that torch.export and torch.onnx see through.
 
@@ -209,6 +226,86 @@ def prepare_swappable(
     bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
     twin = exportable_twin(made.model, dtype, casts)
     return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
+
+
+def prepare_bank(
+    model: nn.Module,
+    example_inputs: object,
+    dtype: str | None,
+    keep: Callable[[Tensor], Tensor],
+    task: str | None = None,
+    *,
+    capacity: int | None = None,
+    rank: int | None = None,
+) -> tuple[Prepared, ...]:
+    """:func:`prepare` for files in which each row of a batch has its own adapter.
+
+    Args:
+        model: A plain or a rewritten model. It is not changed.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor.
+        dtype: "fp32", "fp16", "bf16", or None to keep what it has.
+        keep: Takes each weight that is created, see ``Scratch.keep``.
+        task: What it is exported for, None to export it as it is called.
+        capacity: How many adapters there may be; None for those of the model, and 8 at least.
+        rank: Their highest rank; None for that of the model's, and 16 for a model without adapters.
+
+    Raises:
+        ExportError: As :func:`prepare_swappable`; if a site is of a kind that takes one adapter at a time, if
+            it cannot be seen that rows stay by themselves, or if the model's own adapters do not fit.
+        NoMatchError: A plain model has no linear operation.
+    """
+    model = unwrapped(model)
+    record = record_of(model)
+    names = tuple(record.adapters) if record else ()
+    ranks = {
+        (name, row.name): row.rank
+        for name in names
+        for row in (record.adapters[name].sites if record else ())
+    }
+    size = BankSize(
+        names,
+        max(_CAPACITY, len(names)) if capacity is None else capacity,
+        max(ranks.values(), default=_RANK) if rank is None else rank,
+    )
+    _check_size(size, ranks)
+    casts = Casts(keep)
+    fit = model if record else exportable_twin(model, None, casts, to_rewrite=True)
+    single = swappable(fit)
+    check_bank_sites(single.rows)
+    made = swappable(fit, row_editor)
+    bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
+    twins = [exportable_twin(one.model, dtype, casts) for one in (single, made)]
+    found = []
+    for base in bases:
+        alone = _with_inputs(base, model, single, twins[0], dtype, casts)
+        assert isinstance(alone.model, FactorModel)
+        flat = BankModel(made, twins[1], base.arguments, base.model.call, size, alone.model)
+        flat.eval()
+        prove_rows(flat)
+        found.append(dataclasses.replace(alone, model=flat, manifest=flat.manifest))
+    return tuple(found)
+
+
+_CAPACITY, _RANK = 8, 16
+
+
+def _check_size(size: BankSize, ranks: Mapping[tuple[str, str], int]) -> None:
+    for name, value in (("max_adapters", size.capacity), ("max_rank", size.rank)):
+        if type(value) is not int or value < 1:
+            raise ExportError(f"{name}={value!r}: give a whole number of at least 1")
+    if len(size.adapters) > size.capacity:
+        raise ExportError(
+            f"the model has {len(size.adapters)} adapters ({some([repr(one) for one in size.adapters])}), "
+            f"and max_adapters={size.capacity}: give {len(size.adapters)} or more, or delete some"
+        )
+    high = [
+        f"{name!r} has rank {r} at {site}" for (name, site), r in ranks.items() if r > size.rank
+    ]
+    if high:
+        raise ExportError(
+            f"adapter {some(high)}, above max_rank={size.rank} of the bank: give "
+            f"max_rank={max(ranks.values())}, or leave it out"
+        )
 
 
 def _with_inputs(

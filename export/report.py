@@ -13,6 +13,7 @@ from typing import TypeVar
 from lora_fx.ir import html_block, html_table
 
 __all__ = [
+    "BankSize",
     "ExportReport",
     "OutputParity",
     "StoredFormat",
@@ -61,6 +62,24 @@ class StoredFormat:
             f"{self.weights} weight{several} in {self.scheme}, {blocks}, for {self.operator}: "
             f"{size_text(self.bytes)}, {self.bits:.2f} bits a value, {self.of_fp16:.0%} of fp16"
         )
+
+
+@dataclass(frozen=True)
+class BankSize:
+    """How many adapters a file runs in one batch.
+
+    Attributes:
+        adapters: Those in the file, by name: the first has id 0.
+        capacity: How many there may be.
+        rank: What all are filled up to.
+    """
+
+    adapters: tuple[str, ...]
+    capacity: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{len(self.adapters)} of at most {self.capacity} adapters, filled up to rank {self.rank}"
 
 
 def size_text(size: int) -> str:
@@ -131,7 +150,8 @@ class ExportReport:
         finite: Places where the model asks whether values are finite and does something else if they
             are not: a file has no such branch, and does what is done with finite values.
         quantized: Weights that are stored in few bits, one entry a form; none if no weight is.
-        adapters: Where the adapters are: "merge", "inline" or "inputs", as ``export_onnx`` takes it.
+        adapters: Where the adapters are: "merge", "inline", "inputs" or "bank", as ``export_onnx`` takes it.
+        bank: Of a file with a bank, how many adapters it has and takes, and of which rank; else None.
         target: The runtime whose folder it lies in; None for a file by itself.
         companions: Name to bytes of what else is in that folder.
         optimize: How much was fused, as ``export_onnx`` takes it: less than was asked for where a file with
@@ -171,6 +191,7 @@ class ExportReport:
     finite: tuple[str, ...] = ()
     quantized: tuple[StoredFormat, ...] = ()
     adapters: str = "merge"
+    bank: BankSize | None = None
     target: str | None = None
     companions: Mapping[str, int] = field(default_factory=dict)
     optimize: str = "standard"
@@ -278,7 +299,12 @@ class ExportReport:
             lines.append("  adapters stay beside the operations, as products of their own")
         if self.swappable:
             sites = len(self.swappable)
-            lines.append(f"  adapters of any rank are inputs, at {sites} place{'s'[: sites > 1]}")
+            places = f"at {sites} place{'s'[: sites > 1]}"
+            lines.append(
+                f"  adapters of any rank are inputs, {places}"
+                if self.bank is None
+                else f"  each row of a batch has its own adapter, {places}: {self.bank}"
+            )
         lines += self._parity_lines()
         if self.encoder is not None:
             lines.append(f"with the encoder beside it, {self.encoder}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.export import ort, providers
+from lora_fx.export.adapter_bank import AdapterBank
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
@@ -262,7 +263,9 @@ class OnnxSession(Generates):
         self._limits: dict[str, int] = json.loads(self.metadata.get(ort.AXIS_LIMITS_KEY, "{}"))
         self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))
         self._swapping = threading.Lock()  # two files never have adapters of two loads
-        self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
+        held = self._runtime, manifest, self._device, self.path.name, max_rank
+        banked = manifest is not None and manifest.bank is not None
+        self._store = AdapterBank(*held, self.path) if banked else AdapterStore(*held)
         self.inputs = tuple(ort.port_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(ort.port_of(value) for value in self._session.get_outputs())
         self.encoder: OnnxSession | None = None
@@ -359,7 +362,8 @@ class OnnxSession(Generates):
             inputs: Arrays or tensors by name, or in the order of ``self.inputs``. What lies on the
                 session's device is not copied.
             adapter: The name of a loaded adapter, a dict of names to weights, or None for the base
-                model. Weighted changes are added up exactly; the last few sums are kept.
+                model. Weighted changes are added up exactly; the last few sums are kept. For a file with a
+                bank also a list with a name, or None, for each row of the batch.
 
         Returns:
             Outputs by name: tensors, on the device of the first one given, if any of the inputs is
@@ -406,9 +410,11 @@ class OnnxSession(Generates):
     def _run_rows(self, given: Mapping[str, Any], adapter: AdapterChoice) -> dict[str, Any]:
         """Run each row alone. Every input and output of such a file has the batch first."""
         count = len(given[self.inputs[0].name])
+        each = adapter if isinstance(adapter, (list, tuple)) else [adapter] * count
+        self._store.chosen(adapter).check_rows(count, self.path.name)
         rows = [
-            self.run({name: value[row : row + 1] for name, value in given.items()}, adapter=adapter)
-            for row in range(count)
+            self.run({name: value[row : row + 1] for name, value in given.items()}, adapter=one)
+            for row, one in enumerate(each)
         ]
         joined: dict[str, Any] = {}
         for port in self.outputs:
@@ -423,7 +429,8 @@ class OnnxSession(Generates):
     def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
         return self._execute(feeds, held[self], self._device)
 
-    def _binding(self, held: Any) -> Any:
+    def _binding(self, held: Any, rows: int) -> Any:
+        held[self].check_rows(rows, self.path.name)
         binding = self._session.io_binding()
         for name, value in held[self].bound.items():
             binding.bind_ortvalue_input(name, value)
@@ -448,6 +455,8 @@ class OnnxSession(Generates):
         """From values of ONNX Runtime, by name, to values on ``device``, in the order of the outputs."""
         held = self._store.chosen(adapter)
         shapes = {name: value.shape() for name, value in feeds.items()}
+        if held.rows is not None:
+            held.check_rows(next(shape[0] for shape in shapes.values() if shape), self.path.name)
         nothing = ort.empty_outputs(
             self.inputs,
             self.outputs,
@@ -467,6 +476,11 @@ class OnnxSession(Generates):
         return ort.bound_run(self._session, feeds, held.bound, self.outputs, device)
 
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
+        if manifest is not None and manifest.bank is not None:
+            raise ConfigError(
+                f"{self.path.name} has a bank of adapters, whose size changes with what is loaded, and a "
+                "CUDA graph has fixed sizes: open it without cuda_graph, or export with adapters='inputs'"
+            )
         if manifest is not None and max_rank is None:
             raise ConfigError(
                 f"{self.path.name} takes adapters: with cuda_graph=True give max_rank, the highest rank that "

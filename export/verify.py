@@ -17,6 +17,7 @@ from lora_fx.errors import ExportError, MergeError, ParityError, ProviderError
 from lora_fx.export.adapter_file import values_of_model
 from lora_fx.export.adapter_manifest import Manifest, cast_to
 from lora_fx.export.arguments import Case, Cases, FlatModel, Outputs, Sizes, cast_floating
+from lora_fx.export.bank_model import BankModel
 from lora_fx.export.convert import ConversionError
 from lora_fx.export.copy import Casts, StandIn, cast_model
 from lora_fx.export.draws import drawn_cases
@@ -385,6 +386,8 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
     parity = _check_parity(base, traced, session.run, prepared.cases)
     if manifest is None:
         return parity
+    if isinstance(prepared.model, BankModel):
+        return _check_bank(prepared, prepared.model, traced, session, casts, parity)
     assert isinstance(prepared.model, FactorModel)
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
@@ -400,6 +403,131 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         compare_adapter(what, model, values)
         again = compared(base, f"alone, after a run with {what}")
         parity.rows |= {name: worse(parity.rows[name], row) for name, row in again.items()}
+    return parity
+
+
+class _RowsReference(Reference):
+    """A model whose rows have different adapters: what each adapter's model makes of the whole batch.
+
+    Nothing of a bank is in it.
+
+    Args:
+        rows: The reference of each row; a batch of more begins again.
+    """
+
+    def __init__(self, rows: Sequence[Reference]) -> None:
+        self._rows = rows
+        self.precision = rows[0].precision
+        self.description = rows[0].description
+
+    @property
+    def model(self) -> nn.Module:
+        return self._rows[0].model
+
+    def named(self, tensors: Sequence[Tensor]) -> Outputs:
+        made = self._each(tensors, lambda one: one.named(tensors))
+        return [
+            (name, _mixed([values[place][1] for values in made]))
+            for place, (name, _) in enumerate(made[0])
+        ]
+
+    def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        return _mixed(self._each(given, lambda one: one.run(call, *args, **kwargs)))
+
+    def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
+        made = self._each(tensors, lambda one: one.narrow(tensors))
+        if made[0] is None:
+            return None
+        return [
+            (name, _mixed([values[place][1] for values in made]))
+            for place, (name, _) in enumerate(made[0])
+        ]
+
+    def _each(self, given: Sequence[Any], make: Callable[[Reference], Any]) -> list[Any]:
+        """What is made for each row of a batch, once for each reference."""
+        count = next(len(one) for one in given if isinstance(one, Tensor) and one.dim())
+        known: dict[int, Any] = {}
+        rows = [self._rows[row % len(self._rows)] for row in range(count)]
+        for one in rows:
+            if id(one) not in known:
+                known[id(one)] = make(one)
+        return [known[id(one)] for one in rows]
+
+
+def _mixed(values: Sequence[Any]) -> Any:
+    """Row n of value n, of tensors and of mappings and sequences of them; what else there is has no rows."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat([value[row : row + 1] for row, value in enumerate(values)])
+    if isinstance(first, Mapping):
+        made = {key: _mixed([value[key] for value in values]) for key in first}
+        return made if type(first) is dict else type(first)(**made)
+    if isinstance(first, list | tuple):
+        return type(first)(_mixed(parts) for parts in zip(*values, strict=True))
+    return None
+
+
+def _check_bank(
+    prepared: Prepared,
+    model: BankModel,
+    traced: Trace,
+    session: OnnxSession,
+    casts: Casts,
+    parity: Parity,
+) -> Parity:
+    """Compare a file with a bank: with each adapter for all rows, and with another one for each row.
+
+    Args:
+        prepared: The model.
+        model: What was traced.
+        traced: What the file was made from.
+        session: The file.
+        casts: Makes the weights of the references of a half-precision file.
+        parity: What came of the file alone.
+
+    Raises:
+        PrecisionError, ParityError: As :func:`_check`.
+    """
+    assert prepared.manifest is not None
+    manifest, base = prepared.manifest, Reference(prepared.base, casts)
+    place = model.batched
+
+    def compare(what: str, rows: Sequence[tuple[str | None, Reference]]) -> None:
+        def run(tensors: list[Tensor]) -> dict[str, Any]:
+            names = [rows[row % len(rows)][0] for row in range(len(tensors[place]))]
+            return session.run(tensors, adapter=names if len(rows) > 1 else names[0])
+
+        reference = rows[0][1] if len(rows) == 1 else _RowsReference([one for _, one in rows])
+        try:
+            found = _check_parity(reference, traced, run, prepared.cases).rows
+        except ParityError as error:
+            raise type(error)(f"with {what}: {error}") from error
+        for name, row in found.items():
+            label = f"{name} with {what}"
+            parity.rows[label] = dataclasses.replace(row, name=label)
+
+    own: list[tuple[str | None, Reference]] = []
+    for name, active in prepared.adapters.items():
+        assert prepared.source is not None
+        _in_range(name, manifest, values_of_model(prepared.source, name))
+        own.append((name, Reference(active(), casts)))
+        compare(f"adapter {name!r}", own[-1:])
+    if own:
+        compare("an adapter for each row", [*own, (None, base)])
+    for name in session.adapters:
+        session.unload_adapter(name)
+    loose = model.loose_biases()
+    drawn: list[tuple[str | None, Reference]] = [(None, base)]
+    ranks = (max(1, model.bank.rank - 1), 1)[: model.bank.capacity]
+    for seed, rank in enumerate(ranks):
+        values = random_factors(manifest, rank, seed)
+        values |= {name: torch.zeros_like(values[name]) for name in loose}
+        name = f"random {seed}"
+        session.load_adapter(name, values)
+        drawn.append((name, Reference(_Adapted(model.single, values, casts.keep), casts)))
+        compare(f"a random adapter of rank {rank}", drawn[-1:])
+    compare("a random adapter for each row", drawn[::-1])
     return parity
 
 

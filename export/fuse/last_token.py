@@ -96,7 +96,7 @@ def _can_pass(cut: ir.Node) -> bool:
         if names_of(first)[:2] != names_of(value)[:2] or rank(first) != 3:
             return False
         if node.op_type == "MatMul":
-            return rank(node.inputs[1]) == 2
+            return rank(node.inputs[1]) in (2, 3)  # one matrix, or one for each row of the batch
         if node.op_type == "ReduceMean":
             return len(node.inputs) > 1 and scalar(node.inputs[1]) in (-1, 2) and rank(value) == 3
         return node.op_type != "LayerNormalization" or node.attributes.get_int("axis", -1) in (

@@ -81,8 +81,11 @@ def _source(value: ir.Value | None) -> Product | None:
             return read_product(node)
         if node.op_type in ("RotaryEmbedding", "Reshape", "SimplifiedLayerNormalization"):
             value = node.inputs[0]
-        elif node.op_type in ("Mul", "Add") and any(rank(one) == 1 for one in node.inputs):
-            value = next((one for one in node.inputs if rank(one) == 3), None)  # a bias, or a gain
+        elif node.op_type in ("Mul", "Add") and any(_is_vector(one) for one in node.inputs):
+            # A bias, or a gain.
+            value = next(
+                (one for one in node.inputs if rank(one) == 3 and not _is_vector(one)), None
+            )
         elif node.op_type == "Add":
             # The wider product is the base's, the other one that of an adapter.
             sides = [_source(one) for one in node.inputs]
@@ -91,6 +94,11 @@ def _source(value: ir.Value | None) -> Product | None:
         else:
             return None
     return None
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    """Whether a value is one vector for all tokens, of the file or of a row of the batch."""
+    return rank(value) == 1 or (rank(value) == 3 and axis_size(value, 1) == 1)
 
 
 def _is_branch(product: Product) -> bool:

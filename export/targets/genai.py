@@ -38,6 +38,11 @@ class GenaiTarget:
                 f"target='genai' runs decoders with a cache, and task is {task!r}: give "
                 "task='text-generation'"
             )
+        if adapters == "bank":
+            raise ExportError(
+                "onnxruntime-genai feeds no ids of adapters to a file: give adapters='inputs', and load the "
+                "folder's .onnx_adapter files"
+            )
 
     def file(self, folder: Path, dtype: str | None) -> Path:
         """``model.onnx``."""

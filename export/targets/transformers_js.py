@@ -44,7 +44,7 @@ class TransformersJsTarget:
                 "target='transformers.js' writes single models: an encoder-decoder has two files of other "
                 "names there. Export it without target="
             )
-        if adapters == "inputs":
+        if adapters in ("inputs", "bank"):
             raise ExportError(
                 "transformers.js feeds no adapters to a file: give adapters='merge', and one folder each"
             )

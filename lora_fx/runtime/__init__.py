@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_fx.runtime import (
     attention,
+    banked,
     experts,
     fused_lora,
     masks,
@@ -32,11 +33,14 @@ from lora_fx.runtime.ops import (
     in_place,
     output_padding,
 )
+from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
     SampleRows,
     add_rows,
+    follow,
     put_rows,
     select_rows,
+    unfollow,
     unwatch_calls,
     watch_calls,
 )
@@ -49,6 +53,7 @@ __all__ = [
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
+    "Follower",
     "Holder",
     "Hooked",
     "KeptTensors",
@@ -56,10 +61,12 @@ __all__ = [
     "add_rows",
     "around",
     "attention",
+    "banked",
     "check_adapter_name",
     "disarm",
     "entry",
     "experts",
+    "follow",
     "fused_lora",
     "give_class",
     "in_place",
@@ -75,6 +82,7 @@ __all__ = [
     "register_member",
     "select_rows",
     "subclass",
+    "unfollow",
     "unwatch_calls",
     "watch",
     "watch_calls",

@@ -320,6 +320,11 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 )
         self.folded = self.folded or not self._exact(x)
 
+    def has_rows(self, result: Tensor) -> bool:
+        """Whether the rows of a result are those of sample after sample, each of that sample alone."""
+        with _disable_current_modes():
+            return self._has_rows(result, self.read(result))
+
     def _exact(self, x: Tensor) -> bool:
         return x.shape[0] in (self.samples, self.samples * self.repeats)
 

@@ -28,6 +28,7 @@ __all__ = [
     "TRUSTED",
     "SampleRows",
     "add_rows",
+    "check_rows_followed",
     "follow",
     "in_backward",
     "put_rows",
@@ -104,6 +105,20 @@ def follow(follower: Follower) -> None:
 def unfollow() -> None:
     """Ends what :func:`follow` began."""
     _followers.pop()
+
+
+def check_rows_followed(x: Tensor, weight: str) -> None:
+    """Lets the follower of the running call, if there is one, look at what a branch reads.
+
+    Args:
+        x: What it reads.
+        weight: Name of the adapted weight in its module.
+
+    Raises:
+        ConfigError: If its first axis does not have the samples in their order.
+    """
+    if _followers:
+        _followers[-1].check_site(x, weight)
 
 
 def select_rows(

@@ -62,6 +62,8 @@ LAYERS = (
     "lora_fx.export.factor_model",
     "lora_fx.export.adapter_file",
     "lora_fx.export.adapter_store",
+    "lora_fx.export.bank_model",
+    "lora_fx.export.adapter_bank",
     "lora_fx.export.prepare",
     "lora_fx.export.translations",
     "lora_fx.export.fuse",

@@ -17,6 +17,8 @@ pytest.importorskip("onnxruntime")
 import lora_fx
 from lora_fx.errors import ConfigError, ExportError
 from lora_fx.tools.bench import export_peers, goals
+from lora_fx.tools.bench.bank_latency import AGAIN as SEPARATE_AGAIN
+from lora_fx.tools.bench.bank_latency import BANK, SEPARATE
 from lora_fx.tools.bench.export_peers import (
     HERE,
     File,
@@ -216,6 +218,19 @@ def test_generated_tokens_are_judged_beside_the_peer() -> None:
     assert found["the same with an adapter of rank 16"][1] == "no, by 0.14"
     alone = Generated({GENERATED: Sample((1.0,) * 5)}, 64, (), "not installed: make bench-envs")
     assert verdicts("generation", alone)["the same with an adapter of rank 16"][1] == "–"
+
+
+def test_a_bank_is_judged_by_its_decoding_step() -> None:
+    def step(bank: float) -> dict[str, Sample]:
+        times = {SEPARATE: 1.0, SEPARATE_AGAIN: 1.0, BANK: bank}
+        return {name: Sample((value,) * 5) for name, value in times.items()}
+
+    goal = "bank: a batch of 8 rows with 8 adapters / 8 runs of one row, decode"
+    found = verdicts("onnx_bank", {("m", "decode, past 128"): step(0.4), ("m", "prefill"): step(1)})
+    assert found[goal] == ("0.40 (decode, past 128); A/A 1.00 (1.00 to 1.00)", "yes")
+    found = verdicts("onnx_bank", {("m", "decode, past 128"): step(0.6)})
+    assert found[goal][1] == "no, by 0.1"
+    assert verdicts("onnx_bank", {("m", "prefill"): step(1)})[goal][0] == "not measured"
 
 
 def test_reasons_fit_into_a_cell() -> None:

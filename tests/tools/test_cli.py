@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -439,6 +440,22 @@ def test_random_inputs_have_the_sizes_of_given_ones(here: Path) -> None:
     assert "7×5" in worked("run", "two.onnx", "--input", "b=b.npy", "--repeat", "1")
     words = "--size batch=3: b.npy has 7 there"
     assert words in refused("run", "two.onnx", "--input", "b=b.npy", "--size", "batch=3")
+
+
+def test_export_of_a_bank(here: Path, adapter: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    shutil.copytree(adapter, here / "other.v2")
+    adapters = ("--adapter", str(adapter), "--adapter", "other.v2")
+    assert "--adapters bank" in refused("export", MODEL, "bank.onnx", *adapters)
+    how = ("--adapters", "bank", "--max-adapters", "3", "--max-rank", "4")
+    text = " ".join(worked("export", MODEL, "bank.onnx", *adapters, *how).split())
+    assert "one for each row of a batch" in text
+    assert "2 of at most 3 adapters, filled up to rank 4" in text
+    assert lora_fx.OnnxSession("bank.onnx", "cpu").adapters == ("adapter", "other-v2")
+    assert "2 of at most 3 adapters" in " ".join(worked("doctor", "bank.onnx").split())
+    for chosen in (str(adapter), "other-v2"):
+        worked("run", "bank.onnx", "--adapter", chosen, "--repeat", "1")
+    assert "no adapter at" in refused("run", "bank.onnx", "--adapter", "other-v3")
 
 
 def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:

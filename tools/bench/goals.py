@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.tools.bench import (
+    bank_latency,
     export_peers,
     generation,
     guards,
@@ -26,7 +27,7 @@ from lora_fx.tools.bench.contenders import (
     PEFT,
     name_of,
 )
-from lora_fx.tools.bench.measure import ratio
+from lora_fx.tools.bench.measure import Sample, ratio
 from lora_fx.tools.bench.one_linear import Cell
 from lora_fx.tools.bench.steps import Measured
 
@@ -288,6 +289,23 @@ def exported(found: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdict:
     errors = [row.parity for row in ours.values() if row.parity is not None]
     text = f"{len(errors)} of {len(ours)} files, largest error {max(errors, default=0):.1e}"
     return Verdict(text, sum(row.outcome != "yes" for row in ours.values()), " files")
+
+
+def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict | None:
+    """What a decoding step with an adapter for each row takes, relative to a run for each row."""
+    steps = {step: samples for (_, step), samples in found.items() if step.startswith("decode")}
+    if not steps:
+        return None
+    excesses = {}
+    for step, samples in steps.items():
+        whole, again = (
+            ratio(samples[name], samples[bank_latency.SEPARATE])
+            for name in (bank_latency.BANK, bank_latency.AGAIN)
+        )
+        spread = (again.high - again.low) / 2
+        excesses[whole.median - 0.5 - spread] = f"{whole.median:.2f} ({step}); A/A {again}"
+    worst = max(excesses)
+    return Verdict(excesses[worst], worst)
 
 
 def merged_run(found: _LATENCIES) -> Verdict:

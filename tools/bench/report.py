@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
+    bank_latency,
     export_peers,
     generation,
     goals,
@@ -39,6 +40,7 @@ _LISTED = {
         export_peers.SECTION,
         onnx_latency.SECTION,
         generation.SECTION,
+        bank_latency.SECTION,
     )
 }
 SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name in _LISTED}

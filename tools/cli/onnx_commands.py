@@ -30,11 +30,13 @@ _OTHERWISE = 8
 def export(
     model: o.ModelName,
     out: str,
-    adapter: Path | None = None,
+    adapter: list[Path] | None = None,
     task: str | None = None,
     target: str | None = None,
     tokenizer: Path | None = None,
     adapters: str | None = None,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
     dtype: str | None = None,
     opset: int | None = None,
     optimize: str = "standard",
@@ -48,13 +50,17 @@ def export(
     Args:
         model: The model.
         out: The .onnx file; with --target the folder.
-        adapter: An adapter folder: to merge, or to have the places of.
+        adapter: An adapter folder: to merge, or to have the places of. For inputs and a bank repeat it: each
+            is called like its folder.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
             encoder-decoder): a file for `lora-fx generate`.
         target: genai (onnxruntime-genai) or transformers.js: the folder that it loads.
         tokenizer: The folder of the tokenizer that goes into that; the model's without it.
         adapters: merge; inline: beside the operations, as it is over quantized weights without this
-            option; or inputs: the base model, which takes adapters as it is run.
+            option; inputs: the base model, which takes adapters as it is run; or bank: it takes one for
+            each row of a batch.
+        max_adapters: With a bank, how many adapters there may be.
+        max_rank: With a bank, their highest rank.
         dtype: fp32, fp16 or bf16; as it is without it.
         opset: ONNX opset; by default 20, or 22 for bf16.
         optimize: standard: operators of ONNX, fast on every provider; runtime: those of ONNX Runtime as
@@ -77,11 +83,17 @@ def export(
     base: Any = loaded.model
     if loaded.folder is not None and hasattr(base.config, "use_cache"):
         base.config.use_cache = False  # a cache is no output of one pass
-    if adapter is not None:
+    folders = adapter or []
+    if len(folders) > 1 and adapters not in ("inputs", "bank"):
+        raise o.TypedError("several --adapter: give one, or --adapters bank (or inputs)")
+    for folder in folders:
+        named = len(folders) > 1 or adapters == "bank"
         with console.progress("reading the adapter"):
-            base = load_adapter(base, adapter)
+            called = folder.name.replace(".", "-") if named else "default"
+            base = load_adapter(base, folder, adapter_name=called)
     chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
     chosen |= {"target": target, "tokenizer": tokenizer}
+    chosen |= {"max_adapters": max_adapters, "max_rank": max_rank}
     chosen |= {"optimize": optimize, "provider": provider}
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
@@ -147,7 +159,8 @@ def run(
         provider: cpu, cuda or webgpu: that one, or an error.
         inputs: name=FILE.npy; random values without it. Repeat it.
         sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
-        adapter: An .onnx_adapter file, or an adapter folder, to run with.
+        adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
+            file's bank.
         output: Write the outputs to this .npz file.
         repeat: Runs that are timed.
         force: Write over what is there.
@@ -347,7 +360,8 @@ def generate(
         tokenizer: A local folder with a tokenizer of transformers.
         inputs: name=FILE.npy: what else an encoder takes. Repeat it.
         provider: cpu, cuda or webgpu: that one, or an error.
-        adapter: An .onnx_adapter file, or an adapter folder, to run with.
+        adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
+            file's bank.
         max_new_tokens: 20 if the file says nothing.
         sample: Draw tokens or take the likeliest.
         temperature: Of the draws.

@@ -432,9 +432,14 @@ def _parse_yaml(text: str) -> Any:
 
 
 def loaded_adapter(session: Any, adapter: Path | None) -> str | None:
-    """Loads an adapter file or folder into a session of ONNX Runtime; the name that it has there."""
+    """Loads an adapter file or folder into a session of ONNX Runtime; the name that it has there.
+
+    A name may also be that of an adapter which is in the bank of the file.
+    """
     if adapter is None:
         return None
+    if str(adapter) in session.adapters and not adapter.exists():
+        return str(adapter)
     session.load_adapter(adapter.stem, adapter)
     return adapter.stem
 

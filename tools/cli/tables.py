@@ -227,7 +227,12 @@ def _facts(report: ExportReport) -> Iterator[tuple[str, str | Text]]:
     if report.adapters == "inline":
         yield "adapters", "are products of their own beside the operations"
     if sites := len(report.swappable):
-        yield "adapters", f"of any rank are inputs, at {sites} place{'s'[: sites > 1]}"
+        places = f"at {sites} place{'s'[: sites > 1]}"
+        if report.bank is None:
+            yield "adapters", f"of any rank are inputs, {places}"
+        else:
+            yield "adapters", f"one for each row of a batch, {places}"
+            yield "bank", str(report.bank)
     if report.fused:
         yield "fused", f"{report.optimize}: {fusions_text(report.fused)}"
     named = [f"{count} {op}" for op, count in list(report.operators.items())[:_OPERATORS]]

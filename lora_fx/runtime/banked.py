@@ -1,0 +1,161 @@
+"""Branches in which each row of a batch has its own factors, out of a stack of those of many adapters.
+
+A *bank* is the factor A (or B, or a vector) of every adapter, [slots, in, out]; slot 0 changes nothing.
+``slots``, [rows], says for each row of the batch which of them it has. A batch whose samples have several
+rows each has them one after the other, [rows * t, in].
+
+While a call is followed (:mod:`lora_fx.runtime.row_tracking`), each of these functions has it looked at
+whether its input has the samples as its rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx.runtime.samples import check_rows_followed
+
+__all__ = [
+    "banked_conv",
+    "banked_embedding",
+    "banked_linear",
+    "banked_pointwise",
+    "banked_vector",
+    "spread_channels",
+]
+
+
+def banked_linear(
+    x: Tensor, bank: Tensor, slots: Tensor, bias: Tensor | None = None, weight: str = ""
+) -> Tensor:
+    """``x @ bank[slots]``, row by row of the batch.
+
+    Args:
+        x: [rows, ..., in], or [rows * t, ..., in].
+        bank: [slots, in, out].
+        slots: [rows].
+        bias: What is added, in a shape that meets the result; None for nothing.
+        weight: Name of the adapted weight in its module.
+    """
+    check_rows_followed(x, weight)
+    factor = bank.index_select(0, slots)
+    if x.dim() == 3 and _is_equal(x.shape[0], slots.shape[0]):
+        result = torch.bmm(x, factor)
+    elif x.dim() == 2 and _is_equal(x.shape[0], slots.shape[0]):
+        result = torch.bmm(x.unsqueeze(1), factor).squeeze(1)
+    else:
+        rows = x.reshape(slots.shape[0], -1, x.shape[-1])
+        result = torch.bmm(rows, factor).reshape(*x.shape[:-1], bank.shape[-1])
+    return result if bias is None else result + bias
+
+
+def banked_embedding(x: Tensor, bank: Tensor, slots: Tensor, weight: str = "") -> Tensor:
+    """``bank[slots, x]``: each row looks up in the table of its own adapter.
+
+    Args:
+        x: [rows, ...], or [rows * t, ...].
+        bank: [slots, vocabulary, width].
+        slots: [rows].
+        weight: Name of the adapted weight in its module.
+
+    Returns:
+        [rows, ..., width].
+    """
+    check_rows_followed(x, weight)
+    return bank[_beside(slots, x), x]
+
+
+_CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def banked_conv(x: Tensor, bank: Tensor, slots: Tensor, *geometry: Any, weight: str = "") -> Tensor:
+    """A convolution of each row with its own kernel.
+
+    No operator takes a kernel for each row, so that those of all adapters are applied and each row's is
+    taken out. They are thin: ``slots * r`` channels.
+
+    Args:
+        x: [rows, in, ...], or [rows * t, in, ...].
+        bank: [slots, r, in, ...].
+        slots: [rows].
+        geometry: Stride, padding and dilation.
+        weight: Name of the adapted weight in its module.
+
+    Returns:
+        [rows, r, ...].
+    """
+    check_rows_followed(x, weight)
+    every: Tensor = _CONVOLUTIONS[x.dim()](x, bank.flatten(0, 1), None, *geometry)
+    rows = torch.arange(x.shape[0], device=x.device)
+    # A single slot for all rows is spread over them.
+    each = every.reshape(x.shape[0], *bank.shape[:2], *every.shape[2:])
+    return each[rows, _repeated(slots, x) + rows * 0]
+
+
+def banked_pointwise(
+    x: Tensor, bank: Tensor, slots: Tensor, bias: Tensor | None = None, weight: str = ""
+) -> Tensor:
+    """A convolution of size 1 of each row with its own kernel.
+
+    Args:
+        x: [rows, r, ...], or [rows * t, r, ...].
+        bank: [slots, out, r, 1, ...].
+        slots: [rows].
+        bias: What is added, [out] or [rows, out]; None for nothing.
+        weight: Name of the adapted weight in its module.
+    """
+    check_rows_followed(x, weight)
+    factor = bank.flatten(2).index_select(0, _repeated(slots, x))
+    result = torch.bmm(factor, x.flatten(2)).reshape(x.shape[0], bank.shape[1], *x.shape[2:])
+    return result if bias is None else result + spread_channels(bias, result)
+
+
+def spread_channels(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector of channels, [out] or [rows, out], as it meets an output, [rows, out, ...]."""
+    for _ in range(like.dim() - 2):
+        vector = vector.unsqueeze(-1)
+    return vector
+
+
+def banked_vector(bank: Tensor, slots: Tensor, like: Tensor, channels: bool = False) -> Tensor:
+    """The vector of each row, as it meets an output.
+
+    Args:
+        bank: [slots, out].
+        slots: [rows].
+        like: The output, [rows, ..., out], or [rows * t, ..., out].
+        channels: Whether the output is [rows, out, ...], so that :func:`spread_channels` is still to come.
+
+    Returns:
+        [rows, 1, ..., out], or [rows * t, 1, ..., out]; [rows, out] for channels.
+    """
+    own = bank.index_select(0, _repeated(slots, like))
+    for _ in range(0 if channels else like.dim() - 2):
+        own = own.unsqueeze(1)
+    return own
+
+
+def _beside(slots: Tensor, x: Tensor) -> Tensor:
+    """The slots in a shape that meets the whole of an activation."""
+    own = _repeated(slots, x)
+    for _ in range(x.dim() - 1):
+        own = own.unsqueeze(-1)
+    return own
+
+
+def _repeated(slots: Tensor, x: Tensor) -> Tensor:
+    """The slots once for each row of an activation along its first axis."""
+    if _is_equal(x.shape[0], slots.shape[0]):
+        return slots
+    times = x.shape[0] // slots.shape[0]
+    return slots.unsqueeze(1).expand(slots.shape[0], times).flatten()
+
+
+def _is_equal(one: int, other: int) -> bool:
+    """Whether two sizes are the same, in a trace at every size."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(one == other))
