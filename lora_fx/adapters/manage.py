@@ -25,7 +25,7 @@ from lora_fx.adapters.switching import (
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import ActiveAdapters, AdapterRecord, require_record
-from lora_fx.passes.graph import copy_without_trainers
+from lora_fx.passes.graph import copy_without_trainers, is_partitioned, own_partition
 from lora_fx.passes.parameters import (
     adapter_parameters,
     check_alike,
@@ -395,7 +395,10 @@ def reference(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in result.named_parameters():
             if name in trained or in_adapter(result, name):
-                parameter.data = parameter.detach().clone()
+                if is_partitioned(parameter):
+                    own_partition(parameter)
+                else:
+                    parameter.data = parameter.detach().clone()
             parameter.requires_grad_(False)
     protect(result)
     watch.arm(result)

@@ -32,7 +32,14 @@ from lora_fx.ir import (
 )
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.insert.insert_branches import Writer
-from lora_fx.passes.parameters import adapter_dtype, add_tokens, indices_name, rows_name, tokens_of
+from lora_fx.passes.parameters import (
+    adapter_dtype,
+    add_tokens,
+    gathered,
+    indices_name,
+    rows_name,
+    tokens_of,
+)
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
 
 __all__ = ["AddTokens", "TrainTokens"]
@@ -72,7 +79,7 @@ class AddTokens(Pass):
                 continue
             except AttributeError:
                 changed = True
-            weight = model.get_parameter(row.site.weight).detach()
+            weight = gathered(model.get_parameter(row.site.weight), row.site.weight)
             if weight.is_meta:
                 raise ConfigError(
                     f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "

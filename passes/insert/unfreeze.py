@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan
+from lora_fx.passes.graph import is_partitioned, partitioned_twin
 from lora_fx.passes.parameters import base_modules
 
 __all__ = ["Unfreeze"]
@@ -58,7 +59,7 @@ def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) 
             if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
                 continue
             if parameter not in copies:
-                copies[parameter] = nn.Parameter(parameter.detach().clone())
+                copies[parameter] = _trained_copy(parameter)
             module._parameters[name] = copies[parameter]
             changed = True
     return changed
@@ -69,9 +70,16 @@ def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
     old = model.get_parameter(fqn)
     if old.requires_grad:
         return False
-    new = nn.Parameter(old.detach().clone())
+    new = _trained_copy(old)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
     return True
+
+
+def _trained_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter that wants a gradient, with the same values in memory of its own."""
+    if is_partitioned(parameter):
+        return partitioned_twin(parameter, own=True).requires_grad_(True)
+    return nn.Parameter(parameter.detach().clone())

@@ -35,7 +35,7 @@ from lora_fx.passes.graph import (
     memory_of,
     uninstall,
 )
-from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
+from lora_fx.passes.parameters import detached, mark_adapted, place_base, trained_by_hand, unprotect
 from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
@@ -179,7 +179,7 @@ def values_of(
     weight = model.get_parameter(name)
     stored = quantization_of(weight)
     if stored is None:
-        return weight.detach()
+        return detached(weight)
     values = dense(weight, torch.float32 if dtype in _WIDE else stored.dtype)
     return values if layouts.get(name, "out_in") == "out_in" else values.T
 

@@ -60,7 +60,6 @@ from lora_fx.passes.merge.place import (
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
     check_intact,
-    check_whole,
     distributed_as,
     factors_of,
     gathered,
@@ -69,6 +68,7 @@ from lora_fx.passes.parameters import (
     parameter_of,
     reshard,
     weight_at,
+    whole_shape,
 )
 
 __all__ = ["MergeReport", "merge"]
@@ -107,9 +107,10 @@ def _fold_all(
     Raises:
         MergeError: If a merged weight overflows; nothing has been written then.
     """
-    for weight in over:
-        if weight in changes:
-            changes[weight].check(old_of(weight))
+    # In the order of all processes: they gather parts together, and a set has another one in each.
+    for weight, change in changes.items():
+        if weight in over:
+            change.check(old_of(weight))
     merged: dict[str, torch.Tensor] = {}
     sites: dict[str, MergedSite] = {}
 
@@ -145,7 +146,6 @@ def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
 
     Also quantized ones of which each process has a part: no format puts parts together.
     """
-    check_whole(model.named_parameters(), MergeError)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and quantization_of(own_part(parameter)) is not None:
             raise MergeError(
@@ -408,7 +408,9 @@ def _check_storage(
 
 def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
     """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
-    return trained[name].detach().to(base.device, base.dtype) if name in trained else base
+    if name not in trained:
+        return base
+    return gathered(trained[name], name).to(base.device, base.dtype)
 
 
 def _stay_tied(
@@ -437,7 +439,7 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
     wanted = {
         row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].places
     }
-    wanted |= {n: tuple(p.shape) for n, p in trained(model, record, names)}
+    wanted |= {n: tuple(whole_shape(p)) for n, p in trained(model, record, names)}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             raise MergeError(f"into has no {name} of shape {shape}; found {shapes.get(name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.passes.graph import is_partitioned, whole_shape
 from lora_fx.passes.parameters.factors import (
     DROPOUT,
     SiteFactors,
@@ -62,14 +63,13 @@ from lora_fx.passes.parameters.sharded import (
     agreed,
     check_not_sharded,
     check_whole,
+    detached,
     distributed,
     distributed_as,
     gathered,
-    is_partitioned,
     is_sharded,
     own_part,
     reshard,
-    whole_shape,
     write,
 )
 
@@ -98,6 +98,7 @@ __all__ = [
     "claim",
     "claim_unfrozen",
     "computed_as_parameters",
+    "detached",
     "distributed",
     "distributed_as",
     "drop_factors",

@@ -17,13 +17,12 @@ from torch import nn
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of
-from lora_fx.passes.graph import is_unit, param_groups
+from lora_fx.passes.graph import is_owned, is_unit, param_groups
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
 from lora_fx.passes.parameters.sharded import (
     answering,
     check_not_sharded,
-    is_partitioned,
     is_sharded,
     own_part,
 )
@@ -142,8 +141,9 @@ def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> No
     Raises:
         ConfigError: If FSDP2 or ZeRO shards the model, and it is another one.
     """
-    owned = any(is_partitioned(parameter) for parameter in model.parameters())
-    if owned or (not beside_weights and any(is_unit(module) for module in model.modules())):
+    if is_owned(model) or (
+        not beside_weights and any(is_unit(module) for module in model.modules())
+    ):
         check_not_sharded(
             model,
             f"the adapter {adapter!r}",

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3: what it partitions trains and is saved as in one process; the rest is refused."""
+"""DeepSpeed's ZeRO-3: what it partitions trains, is saved and merged as in one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import lora_fx
 from tests.numerics import assert_close, assert_same_bits
 from tests.stacks.features import shown
 from tests.stacks.models import llama
-from tests.stacks.zero import CASES, IDS, RANKS, build, run_rank, samples
+from tests.stacks.zero import IDS, RANKS, WAYS, build, run_rank, samples
 
 pytestmark = pytest.mark.stack
 STACK = "DeepSpeed ZeRO-3"
@@ -50,63 +50,81 @@ def alone(case: str) -> tuple[Any, list[torch.Tensor], dict[str, torch.Tensor]]:
     return model.eval(), losses, gradients
 
 
-def features(case: str) -> list[str]:
-    return ["train", "save", "switch", *(["DoRA"] if case == "DoRA" else [])]
+def features(name: str) -> list[str]:
+    found = ["train", "save", "switch", "merge"]
+    found += ["DoRA"] if name.endswith("DoRA") else []
+    return found if name.startswith("before") else [*found, "partitioned base"]
 
 
-@pytest.mark.parametrize("case", shown(CASES, lambda _: STACK, features))
-def test_a_step_is_that_of_one_process(case: str, found: list[dict[str, Any]]) -> None:
+NAMES = [f"{way} {case}" for way, cases in WAYS.items() for case in cases]
+
+
+@pytest.mark.parametrize("name", shown(NAMES, lambda _: STACK, features))
+def test_a_step_is_that_of_one_process(name: str, found: list[dict[str, Any]]) -> None:
+    case = name.partition(" ")[2]
     model, losses, gradients = alone(case)
     wanted = lora_fx.adapter_state_dict(model)
     on = model(IDS).logits
     with lora_fx.disable_adapter(model):
         off = model(IDS).logits
+    merged = lora_fx.merge(model).state_dict()
     for rank, loss in zip(found, losses, strict=True):
-        got = rank[case]
+        got = rank[name]
         assert got["empty"]
-        assert_same_bits(got["start"], lora_fx.adapter_state_dict(build(case)))
+        assert_close(got["start"], lora_fx.adapter_state_dict(build(case)))
         assert_close(got["loss"], loss)
         assert got["gradients"].keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            assert_close(got["gradients"][name], gradient)
-        for name, value in wanted.items():
-            assert_close(got["state"][name], value)
-        for name in ("on", "on again"):
-            assert_close(got[name], on)
+        for key, gradient in gradients.items():
+            assert_close(got["gradients"][key], gradient)
+        assert_close(got["state"], wanted)
+        for key in ("on", "on again", "merged, run"):
+            assert_close(got[key], on)
         assert_close(got["off"], off)
         assert_same_bits(got["loaded"], got["start"])
+        assert got["merged, empty"]
+        for values in (got["merged"], got["merged into"]):
+            for key, value in values.items():
+                assert_close(value, merged[key])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_folder_has_whole_tensors(case: str, folder: Path, found: list[dict[str, Any]]) -> None:
-    stored = load_file(folder / case / "adapter_model.safetensors")
-    assert all(value.numel() for value in stored.values())
-    again = lora_fx.load_adapter(llama(), folder / case)
-    assert_close(again(IDS).logits, found[0][case]["on"])
-
-
-@pytest.mark.feature(STACK, "merge", "add later", refused=True)
-@pytest.mark.parametrize("case", CASES)
-def test_what_needs_whole_weights_is_refused(case: str, found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("before")])
+def test_the_base_is_as_it_was(name: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
-        said = rank[case]["said"]
-        assert said["merge"].startswith("MergeError")
-        assert said["merge of all, gathered"].startswith("MergeError")
-        assert said["export"].startswith(("CaptureError", "ExportError", "MergeError"))
+        assert_same_bits(rank[name]["base"], dict(llama().named_parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_has_whole_tensors(name: str, folder: Path, found: list[dict[str, Any]]) -> None:
+    stored = load_file(folder / name / "adapter_model.safetensors")
+    assert all(value.numel() for value in stored.values())
+    again = lora_fx.load_adapter(llama(), folder / name)
+    assert_close(again(IDS).logits, found[0][name]["on"])
+
+
+@pytest.mark.feature(STACK, "export", "add later", refused=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_needs_whole_weights_is_refused(name: str, found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        said = rank[name]["said"]
+        assert said["export"].startswith("ExportError")
+        assert "save the adapter on every rank" in said["export"]
         assert said["add"].startswith("ConfigError")
-        for verb in ("merge", "merge of all, gathered", "export"):
-            assert "save the adapter on every rank" in said[verb], verb
         assert "before the model is sharded" in said["add"]
         assert "would write it empty" in said["save_pretrained"]
+        assert said["check"].startswith("CaptureError")
+        assert "check the adapter on a model that is whole" in said["check"]
 
 
-def test_a_base_that_is_partitioned_before_the_rewrite_is_refused(
-    found: list[dict[str, Any]],
-) -> None:
+def test_a_partitioned_base_that_no_engine_runs(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        for words in rank["within"].values():
-            assert words.startswith("CaptureError")
-            assert "rewrite it before deepspeed.initialize" in words
+        said = rank["unused"]
+        assert said["adapters"] == "default more"
+        assert "16x16" in said["plan"]  # the true shape of a weight
+        assert said["example inputs"].startswith("CaptureError")
+        assert "leave them out" in said["example inputs"]
+        for verb, error in (("export", "ExportError"), ("quantize", "QuantizationError")):
+            assert said[verb].startswith(error)
+            assert "is partitioned by ZeRO-3" in said[verb]
 
 
 def test_a_dense_model_of_that_process_is_rewritten_as_ever(found: list[dict[str, Any]]) -> None:
