@@ -75,8 +75,7 @@ def partitioned_twin(parameter: nn.Parameter, *, own: bool = False) -> nn.Parame
             "before it is partitioned"
         )
     made = _converted(given)
-    made.ds_tensor = part.detach().clone() if own else part.detach()
-    made.ds_tensor.__dict__.update(vars(part))
+    _set_part(made, part.detach().clone() if own else part.detach(), like=part)
     return made
 
 
@@ -87,37 +86,41 @@ def partition_of(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
         value: The whole.
         like: A partitioned parameter of that shape, whose processes get the parts.
     """
-    made: Any = partitioned_twin(like if isinstance(like, nn.Parameter) else nn.Parameter(like))
-    size = made.ds_tensor.ds_numel
-    start = size * made.ds_zero_partition_rank
+    given: Any = like
+    before = given.ds_tensor
+    start = before.ds_numel * given.ds_zero_partition_rank
     flat = value.detach().reshape(-1)
-    part = flat.new_zeros(size, device=made.ds_tensor.device)
-    mine = flat[start : start + size]
+    mine = flat[start : start + before.ds_numel]
+    part = flat.new_zeros(before.ds_numel, device=before.device)
     part[: len(mine)].copy_(mine)
-    part.__dict__.update(vars(made.ds_tensor))
-    made.ds_tensor = part
+    made = _converted(given)
     made.data = made.data.to(value.dtype)
-    return made  # type: ignore[no-any-return]
+    _set_part(made, part, like=before)
+    return made
 
 
 def own_partition(parameter: nn.Parameter) -> None:
     """Gives a partitioned parameter parts of its own, before they are written into."""
     given: Any = parameter
-    part = given.ds_tensor.detach().clone()
-    part.__dict__.update(vars(given.ds_tensor))
-    given.ds_tensor = part
+    _set_part(given, given.ds_tensor.detach().clone(), like=given.ds_tensor)
 
 
-def _converted(given: Any) -> Any:
+def _set_part(parameter: Any, part: torch.Tensor, like: torch.Tensor) -> None:
+    """What this process has of a parameter; how it is stored is said by attributes."""
+    part.__dict__.update(vars(like))
+    parameter.ds_tensor = part
+
+
+def _converted(given: Any) -> nn.Parameter:
     """An empty parameter, made known to ZeRO-3 by what has made another one known."""
-    made: Any = nn.Parameter(given.detach().new_empty(0), requires_grad=False)
-    group = getattr(given, "ds_zero_partition_process_group", None)
+    made = nn.Parameter(given.detach().new_empty(0), requires_grad=False)
+    group = getattr(given, _GROUP, None)
     if group is not None:
-        made.ds_zero_partition_process_group = group
+        setattr(made, _GROUP, group)
     # The context that partitions it is known to the parameter's own methods only.
     context = inspect.getclosurevars(given.convert_to_zero_parameters).nonlocals["self"]
     context._convert_to_deepspeed_param(made)
-    made.ds_status = type(given.ds_status).NOT_AVAILABLE
+    vars(made)["ds_status"] = type(given.ds_status).NOT_AVAILABLE
     for key, value in vars(given).items():
         # What an engine has put on it belongs to the engine.
         if key in ("ds_shape", "ds_numel", "ds_numel_aligned", "ds_persist") or (
@@ -127,6 +130,7 @@ def _converted(given: Any) -> Any:
     return made
 
 
+_GROUP = "ds_zero_partition_process_group"  # where it is not that of all processes
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
 
 

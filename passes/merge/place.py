@@ -225,7 +225,9 @@ def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Modul
 
 def _own_copy(parameter: nn.Parameter) -> nn.Parameter:
     if is_partitioned(parameter):
-        return partitioned_twin(parameter, own=True).requires_grad_(parameter.requires_grad)
+        twin = partitioned_twin(parameter, own=True)
+        twin.requires_grad_(parameter.requires_grad)
+        return twin
     made = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     made.__dict__.update(parameter.__dict__)
     return made

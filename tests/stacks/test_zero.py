@@ -10,25 +10,40 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
+from transformers import LlamaForCausalLM
 
 import lora_fx
 from tests.numerics import assert_close, assert_same_bits
 from tests.stacks.features import shown
 from tests.stacks.models import llama
-from tests.stacks.zero import IDS, RANKS, WAYS, build, run_rank, samples
+from tests.stacks.zero import (
+    IDS,
+    RANKS,
+    ROWS,
+    WAYS,
+    build,
+    run_rank,
+    samples,
+    train,
+    train_rank,
+)
 
 pytestmark = pytest.mark.stack
 STACK = "DeepSpeed ZeRO-3"
+
+
+def spawn(run: Any, folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run, (str(folder), port), nprocs=RANKS)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, (str(folder), port), nprocs=RANKS)
+    spawn(run_rank, folder)
     return folder
 
 
@@ -134,3 +149,38 @@ def test_a_dense_model_of_that_process_is_rewritten_as_ever(found: list[dict[str
         assert rank["replaced"]
         assert_close(rank["dense"], model(IDS).logits)
         assert_close(rank["dense, merged"], lora_fx.merge(model)(IDS).logits)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("trainer")
+    llama().save_pretrained(folder / "origin")
+    spawn(train_rank, folder)
+    return folder
+
+
+@pytest.mark.feature(STACK, "train", "save", "resume, bit-equal", "partitioned base")
+@pytest.mark.parametrize("name", ["whole", "bare"])
+def test_the_trainer_trains_what_one_process_trains(name: str, trained: Path) -> None:
+    losses, model = train(llama, trained / f"{name} alone", [], len(ROWS))
+    wanted = lora_fx.adapter_state_dict(model)
+    assert losses[-1] < losses[0] - 0.01
+    for rank in range(RANKS):
+        found = torch.load(trained / f"{rank}.pt")
+        assert found["partitioned"]
+        again = found["resumed" if name == "whole" else f"{name}, resumed"]
+        assert_close(torch.tensor(found[name]["losses"]), torch.tensor(losses))
+        assert_close(found[name]["state"], wanted)
+        assert_same_bits(again["state"], found[name]["state"])
+        assert again["losses"] == found[name]["losses"]
+    model.eval()
+    folders = [trained / f"{name} callback" / "last"]
+    checkpoint = trained / name / "checkpoint-4"
+    if name == "whole":
+        folders.append(checkpoint)
+    else:
+        assert not (checkpoint / "adapter_model.safetensors").exists()
+    for folder in folders:
+        base = LlamaForCausalLM.from_pretrained(trained / "origin")
+        assert_close(lora_fx.load_adapter(base, folder).eval()(IDS).logits, model(IDS).logits)

@@ -30,6 +30,7 @@ __all__ = [
 
 RANKS = 2
 IDS = torch.arange(48).view(4, 12)
+ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "down_proj", "lm_head", "embed_tokens"]},
     "DoRA": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
@@ -219,3 +220,65 @@ def said(verb: Callable[[], object]) -> str:
     except lora_fx.LoraFxError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def train(base: Any, folder: Path, callbacks: list[Any], batch: int, **options: Any) -> Any:
+    """Runs transformers' Trainer over all rows in each step; gives the losses and the model.
+
+    Args:
+        base: Gives a base, once the arguments of the Trainer are there: from then on transformers partitions
+            what it loads.
+        folder: Of the checkpoints.
+        callbacks: Of the Trainer.
+        batch: Rows of one process.
+        options: ``deepspeed``, and ``resume_from_checkpoint``.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=batch,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=5.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        deepspeed=options.get("deepspeed"),
+    )
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = tuned(lora_fx.rewrite(base(), config), "plain")
+    trainer = Trainer(model, arguments, train_dataset=ROWS, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    return [one["loss"] for one in trainer.state.log_history if "loss" in one], model
+
+
+def train_rank(rank: int, folder: str, port: int) -> None:
+    """The Trainer with a configuration of ZeRO-3, from ``from_pretrained`` to a run that is resumed."""
+    begin(rank, port)
+    from transformers import AutoModelForCausalLM
+
+    there = Path(folder)
+    found: dict[str, Any] = {}
+
+    def base() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(there / "origin")
+        found["partitioned"] = all(not p.numel() for p in model.parameters())
+        return model
+
+    def run(name: str, *, gather: bool, resume: str | None = None) -> None:
+        callback = lora_fx.trainer_callback(there / f"{name} callback")
+        zero = {**_CONFIG["zero_optimization"], "stage3_gather_16bit_weights_on_model_save": gather}
+        config = {**_CONFIG, "gradient_clipping": "auto", "zero_optimization": zero}
+        losses, model = train(base, there / name, [callback], 2, deepspeed=config, resume=resume)
+        found[name] = {"losses": losses, "state": lora_fx.adapter_state_dict(model)}
+
+    run("whole", gather=True)
+    run("resumed", gather=True, resume=str(there / "whole" / "checkpoint-2"))
+    run("bare", gather=False)
+    run("bare, resumed", gather=False, resume=str(there / "bare" / "checkpoint-2"))
+    torch.save(found, there / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
