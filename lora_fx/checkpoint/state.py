@@ -30,6 +30,7 @@ from lora_fx.ir import AdapterRecord, PlannedSite, join, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
+    called_by_all,
     changed_buffers,
     claim,
     factor_names,
@@ -190,6 +191,7 @@ def stored(
     ends = saved_embeddings(model, record, adapter, origin, embeddings)
     by_hand = saved_by_hand(model, record, adapter)
     slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
+    called_by_all((slot.tensor for slot in slots.values()), f"to save the adapter {adapter!r}")
     whole = converted(model, record, adapter, slots)
     before, record, slots = record, whole.record, whole.slots
     for slot in slots.values():
@@ -279,6 +281,8 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 
     All of it or nothing: where a write fails, what was written before has its values back.
     """
+    values = list(values)
+    called_by_all((slot.tensor for slot, _ in values), f"to load the adapter {adapter!r}")
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for slot, value in values:

@@ -59,6 +59,7 @@ from lora_fx.passes.merge.place import (
 )
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
+    called_by_all,
     check_intact,
     distributed_as,
     factors_of,
@@ -212,6 +213,7 @@ def merge(
     record = require_record(model, MergeError)
     check_intact(model, record)
     reshard(model)
+    called_by_all(model.parameters(), "a merge")
     units = units_of(model)
     names = _chosen(record, adapter_names)
     _check_storage(into, dtype, requantize, own)

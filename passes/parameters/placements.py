@@ -22,6 +22,7 @@ from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
 from lora_fx.passes.parameters.sharded import (
     answering,
+    called_by_all,
     check_not_sharded,
     is_sharded,
     own_part,
@@ -85,6 +86,7 @@ def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -
     meshes = list(dict.fromkeys(p.device_mesh for p in parts))
     if not meshes:
         return
+    called_by_all(parts, f"the adapter {adapter!r}")
     mine = {row.name: _digest(model, row, adapter) for row in rows}
     for mesh in meshes:
         for place in range(mesh.ndim):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import time
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 import lora_fx
 from tests.stacks.meshes import config, shard
-from tests.stacks.models import llama
+from tests.stacks.models import IDS, llama
 from tests.stacks.tensor_parallel import parallelized, said
 
 __all__ = ["RANKS", "TIMEOUT", "left_alone", "misuse"]
@@ -53,7 +54,10 @@ def misuse(rank: int, folder: str) -> dict[str, str]:
 
 
 def left_alone(rank: int, folder: str, how: str) -> None:
-    """One process ends, or comes too late; the other one writes what it is told, and after how long."""
+    """One process ends, comes too late or does something else; the other one writes what it is told.
+
+    Also after how long.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -70,7 +74,11 @@ def left_alone(rank: int, folder: str, how: str) -> None:
     model, base = sharded(), cut()
     dist.barrier()
     if rank == 1:
-        time.sleep(3 * TIMEOUT if how == "late" else 0)
+        if how == "elsewhere":
+            # What it sends is for a forward, and would be taken for something else.
+            with contextlib.suppress(RuntimeError):
+                model(IDS)
+        time.sleep(0 if how == "ended" else 4 * TIMEOUT)
         os._exit(0)
     found = {}
     for name, verb in verbs.items():

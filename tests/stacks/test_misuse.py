@@ -53,10 +53,10 @@ def test_what_is_the_same_passes_and_what_was_refused_is_gone(found: list[dict[s
         assert rank["adapters"] == "default"
 
 
-@pytest.mark.parametrize("how", ["ended", "late"])
+@pytest.mark.parametrize("how", ["ended", "late", "elsewhere"])
 def test_who_is_left_alone_is_told_so(how: str, tmp_path: Path) -> None:
     multiprocessing.spawn(left_alone, (str(tmp_path), how), nprocs=RANKS)
     for said, seconds in torch.load(tmp_path / f"{how}.pt").values():
         assert said.startswith("ProcessError: ")
-        assert "has ended, or has not called this" in said
+        assert "rank 1 has ended, or has not called this" in said
         assert seconds < 4 * TIMEOUT
