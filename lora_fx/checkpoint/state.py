@@ -30,18 +30,19 @@ from lora_fx.ir import AdapterRecord, PlannedSite, join, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
-    called_by_all,
     changed_buffers,
     claim,
     factor_names,
     gathered,
     inside,
+    is_sharded,
     own_value,
     parameter_of,
     persistent_buffers,
     write,
 )
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
     "Stored",
@@ -191,6 +192,8 @@ def stored(
     ends = saved_embeddings(model, record, adapter, origin, embeddings)
     by_hand = saved_by_hand(model, record, adapter)
     slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
+    if any(map(is_sharded, (slot.tensor for slot in slots.values()))):
+        check_equal(model)
     called_by_all((slot.tensor for slot in slots.values()), f"to save the adapter {adapter!r}")
     whole = converted(model, record, adapter, slots)
     before, record, slots = record, whole.record, whole.slots

@@ -27,6 +27,7 @@ from lora_fx.runtime.ops import (
     in_place,
     output_padding,
 )
+from lora_fx.runtime.processes import called_by_all, check_equal
 from lora_fx.runtime.samples import (
     SampleRows,
     add_rows,
@@ -51,7 +52,9 @@ __all__ = [
     "add_rows",
     "around",
     "attention",
+    "called_by_all",
     "check_adapter_name",
+    "check_equal",
     "disarm",
     "entry",
     "experts",

@@ -59,7 +59,6 @@ from lora_fx.passes.merge.place import (
 )
 from lora_fx.passes.merge.report import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
-    called_by_all,
     check_intact,
     distributed_as,
     factors_of,
@@ -71,6 +70,7 @@ from lora_fx.passes.parameters import (
     weight_at,
     whole_shape,
 )
+from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = ["MergeReport", "merge"]
 
@@ -213,6 +213,7 @@ def merge(
     record = require_record(model, MergeError)
     check_intact(model, record)
     reshard(model)
+    check_equal(model)
     called_by_all(model.parameters(), "a merge")
     units = units_of(model)
     names = _chosen(record, adapter_names)

@@ -61,7 +61,6 @@ from lora_fx.passes.parameters.rewritten import (
 )
 from lora_fx.passes.parameters.sharded import (
     agreed,
-    called_by_all,
     check_not_sharded,
     check_whole,
     detached,
@@ -88,7 +87,6 @@ __all__ = [
     "base_parameters",
     "base_weight",
     "buffer_digests",
-    "called_by_all",
     "changed_buffers",
     "check_alike",
     "check_can_add",

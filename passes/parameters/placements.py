@@ -22,11 +22,11 @@ from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
 from lora_fx.passes.parameters.sharded import (
     answering,
-    called_by_all,
     check_not_sharded,
     is_sharded,
     own_part,
 )
+from lora_fx.runtime import called_by_all
 
 __all__ = [
     "FactorLayout",

@@ -6,8 +6,6 @@ such a parameter is not exchanged: values are copied into it.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +19,6 @@ from lora_fx.passes.graph import is_partitioned, is_unit, partition_of, put_toge
 __all__ = [
     "agreed",
     "answering",
-    "called_by_all",
     "check_not_sharded",
     "check_whole",
     "detached",
@@ -75,72 +72,6 @@ def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """A copy of what the processes of ZeRO-3 hold of a parameter: the parameter itself is empty again."""
     with answering(name), put_together(tensor):
         return tensor.detach().clone()
-
-
-def called_by_all(tensors: Iterable[torch.Tensor], what: str) -> None:
-    """Waits until every process that holds parts of some tensors has come here, too.
-
-    What one process sends alone the others would take for something else. Nothing is asked where all tensors
-    are whole.
-
-    Args:
-        tensors: What is gathered afterwards.
-        what: What that is for, for an error.
-
-    Raises:
-        ProcessError: With the ranks that have not come within the timeout of the process group.
-    """
-    ranks = _holders(tensors)
-    if len(ranks) < 2:
-        return
-    import torch.distributed as dist
-
-    store: Any = dist.distributed_c10d._get_default_store()
-    place = f"lora_fx {what} {ranks}"
-    number = _calls[place]
-    keys = {rank: f"{place} {number} {rank}" for rank in ranks}
-    mine = dist.get_rank()
-    store.set(keys[mine], "here")
-    end, pause = time.monotonic() + store.timeout.total_seconds(), _SHORTEST
-    while missing := [rank for rank, key in keys.items() if not store.check([key])]:
-        if time.monotonic() > end:
-            # A later call begins where the others are.
-            store.delete_key(keys[mine])
-            raise ProcessError(
-                f"{what}: every process that holds a part has to call this, and rank "
-                f"{', '.join(map(str, missing))} has ended, or has not called this within the timeout of the "
-                "process group (init_process_group(timeout=...)). Call it on every rank, not on the first "
-                "alone: that one writes. Else look for the first error of the others, and start all again"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST)
-    _calls[place] = number + 1
-    if number:
-        # All have passed the call before the last one.
-        store.delete_key(f"{place} {number - 1} {mine}")
-
-
-_calls: Counter[str] = Counter()
-_SHORTEST, _LONGEST = 0.001, 0.1  # seconds between two looks
-
-
-def _holders(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
-    """The ranks of the processes that hold parts of some tensors; none where nothing can be sent."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
-        return ()
-    meshes: dict[int, Any] = {}
-    groups: dict[int, Any] = {}
-    for tensor in tensors:
-        one: Any = tensor
-        if is_sharded(one):
-            meshes[id(one.device_mesh)] = one.device_mesh
-        elif is_partitioned(one):
-            groups[id(one.ds_process_group)] = one.ds_process_group
-    found = {rank for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist()}
-    found |= {rank for one in groups.values() for rank in dist.get_process_group_ranks(one)}
-    return tuple(sorted(found))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import lora_fx
+from tests.algebra import randomize
 from tests.stacks.meshes import config, shard
 from tests.stacks.models import IDS, llama
 from tests.stacks.tensor_parallel import parallelized, said
@@ -36,6 +37,16 @@ def sharded() -> Any:
     return shard(lora_fx.rewrite(llama(), config({})), init_device_mesh("cpu", (RANKS,)))
 
 
+def mixed(place: int, **options: Any) -> Any:
+    """Is given something else in each process, and cut then."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = lora_fx.rewrite(llama(), config(options))
+    if place:
+        randomize(model)
+    return shard(model, init_device_mesh("cpu", (RANKS,)))
+
+
 def misuse(rank: int, folder: str) -> dict[str, str]:
     """Verbs that are given something else in each process."""
     late, loading = sharded(), lora_fx.rewrite(cut(), config({}))
@@ -46,6 +57,12 @@ def misuse(rank: int, folder: str) -> dict[str, str]:
         "another folder": said(lambda: lora_fx.load_adapter(cut(), Path(folder) / f"{rank}")),
         "loaded again": said(lambda: lora_fx.load_adapter(loading, Path(folder) / f"{rank}")),
         "added later": said(lambda: lora_fx.add_adapter(late, config({"r": 2 + rank}), "late")),
+        "cut, other values": said(lambda: mixed(rank)(IDS)),
+        "cut, other ranks": said(lambda: mixed(0, r=2 + rank)(IDS)),
+        "saved, other values": said(
+            lambda: lora_fx.save_adapter(mixed(rank), Path(folder) / "mixed")
+        ),
+        "merged, other layers": said(lambda: lora_fx.merge(mixed(0, target_modules=targets))),
         "the same": said(lambda: lora_fx.rewrite(cut(), config({}))),
     }
     # What was refused is not there.

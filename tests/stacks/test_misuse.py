@@ -47,6 +47,22 @@ def test_another_adapter_is_refused_in_every_process(
         assert "load the same folder" in rank[what]
 
 
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("cut, other values", "model.layers.0.self_attn.q_proj.lora_A.default"),
+        ("cut, other ranks", "model.layers.0.self_attn.q_proj.lora_A.default"),
+        ("saved, other values", "model.layers.0.self_attn.q_proj.lora_A.default"),
+        ("merged, other layers", "model.layers.0.self_attn.v_proj.lora_A.default"),
+    ],
+)
+def test_what_was_another_adapter_before_it_was_cut_is_refused_at_its_first_use(
+    what: str, name: str, found: list[dict[str, str]]
+) -> None:
+    for rank in found:
+        assert rank[what].startswith(f"ConfigError: {name}: on rank 1 it was another one than on")
+
+
 def test_what_is_the_same_passes_and_what_was_refused_is_gone(found: list[dict[str, str]]) -> None:
     for rank in found:
         assert rank["the same"] == ""
