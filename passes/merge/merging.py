@@ -142,17 +142,17 @@ def _fold_all(
 _log = logging.getLogger("lora_fx")
 
 
-def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
+def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
     """Refuse weights that are not stored: a hook computes them before each call, or loads them.
 
-    Also quantized ones of which each process has a part: no format puts parts together.
+    Also to quantize again what each process has a part of: no format puts parts together.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if requantize else ():
         if is_sharded(parameter) and quantization_of(own_part(parameter)) is not None:
             raise MergeError(
-                f"{name} is quantized, and cut into parts that several processes hold: so it is not merged. "
-                "Save the adapter on every rank (lora_fx.save_adapter), load it onto a model that is not "
-                "sharded, and merge that"
+                f"{name} is quantized, and cut into parts that several processes hold: so it is not "
+                "quantized again. Leave out requantize=True, or save the adapter on every rank "
+                "(lora_fx.save_adapter), load it onto a model that is not sharded, and merge that"
             )
     for name in weights:
         owner, _, leaf = name.rpartition(".")
@@ -223,7 +223,7 @@ def merge(
         _check_not_units(into)
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
-    _check_stored(model, (*rows, *tokens))
+    _check_stored(model, (*rows, *tokens), requantize=requantize)
     result = stripped(model, record) if into is None else into
     before = list(result.named_parameters(remove_duplicate=False))
     if requantize and not quantized_weights(result):

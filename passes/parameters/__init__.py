@@ -70,6 +70,7 @@ from lora_fx.passes.parameters.sharded import (
     is_sharded,
     own_part,
     reshard,
+    with_part,
     write,
 )
 
@@ -133,6 +134,7 @@ __all__ = [
     "weight_at",
     "whole_shape",
     "wide",
+    "with_part",
     "without_wrappers",
     "write",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "is_sharded",
     "own_part",
     "reshard",
+    "with_part",
     "write",
 ]
 
@@ -110,6 +111,22 @@ def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> 
     own = part.detach().clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
         own, mesh, placements, run_check=False, shape=made.shape, stride=made.stride()
+    )
+
+
+def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A tensor that is cut as another one is, of this process's part; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    there: Any = like
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(
+        part,
+        there.device_mesh,
+        there.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=stride,
     )
 
 
