@@ -68,7 +68,7 @@ def alone(case: str) -> tuple[Any, list[torch.Tensor], dict[str, torch.Tensor]]:
 def features(name: str) -> list[str]:
     found = ["train", "save", "switch", "merge"]
     found += ["DoRA"] if name.endswith("DoRA") else []
-    return found if name.startswith("before") else [*found, "partitioned base"]
+    return found if name.startswith("before") else [*found, "start in parts"]
 
 
 NAMES = [f"{way} {case}" for way, cases in WAYS.items() for case in cases]
@@ -116,7 +116,7 @@ def test_a_folder_has_whole_tensors(name: str, folder: Path, found: list[dict[st
     assert_close(again(IDS).logits, found[0][name]["on"])
 
 
-@pytest.mark.feature(STACK, "export", "add later", refused=True)
+@pytest.mark.feature(STACK, "add later", refused=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_needs_whole_weights_is_refused(name: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
@@ -160,7 +160,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.feature(STACK, "train", "save", "resume, bit-equal", "partitioned base")
+@pytest.mark.feature(STACK, "train", "save", "resume, bit-equal", "start in parts")
 @pytest.mark.parametrize("name", ["whole", "bare"])
 def test_the_trainer_trains_what_one_process_trains(name: str, trained: Path) -> None:
     losses, model = train(llama, trained / f"{name} alone", [], len(ROWS))
