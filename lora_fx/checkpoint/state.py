@@ -265,7 +265,8 @@ def fitted(
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
         problems += _other_scales(dataclasses.replace(record, sites=rows), config, names)
         problems += [] if with_start else other_start(record, config)
-    for key in rest.keys() - slots.keys():
+    # In the order of all processes: they may gather parts together, and a set has another one in each.
+    for key in [key for key in rest if key not in slots]:
         problems += _leftover(key, rest[key], model, record)
     return values, problems
 

@@ -37,6 +37,9 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.parameters import (
     detached,
+    distributed_as,
+    gathered,
+    is_partitioned,
     is_sharded,
     mark_adapted,
     own_part,
@@ -108,12 +111,26 @@ def cast_model(
                 continue
             key = memory_of(old)
             if key not in made:
-                value = keep(_cast(old.detach(), dtype, f"{fqn}.{leaf}"))
-                made[key] = nn.Parameter(value, requires_grad=old.requires_grad)
+                made[key] = _cast_parameter(old, dtype, f"{fqn}.{leaf}", keep)
             module._parameters[leaf] = made[key]
         for leaf, buffer in module._buffers.items() if buffers else ():
             if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
                 module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
+
+
+def _cast_parameter(
+    old: nn.Parameter,
+    dtype: torch.dtype,
+    name: str,
+    keep: Callable[[torch.Tensor], torch.Tensor],
+) -> nn.Parameter:
+    if is_partitioned(old):
+        value = distributed_as(_cast(gathered(old, name), dtype, name), old)
+        made = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    else:
+        made = nn.Parameter(keep(_cast(old.detach(), dtype, name)))
+    made.requires_grad_(old.requires_grad)
+    return made
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

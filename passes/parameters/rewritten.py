@@ -24,6 +24,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
 from lora_fx.passes.graph import (
     is_lazy,
+    is_owned,
     is_partitioned,
     is_region,
     original_class,
@@ -174,7 +175,11 @@ class _Guard:
         record = None if root is None else record_of(root)
         there = {} if root is None else base_parameters(root)
         group = _together(parameter, there.values())
-        _give_storage(group)
+        if not is_partitioned(parameter):
+            _give_storage(group)
+        elif root is None or not is_owned(root):
+            # In an engine, what is trained has parts of its own already.
+            own_partition(parameter)
         if root is not None and record is not None:
             members = {id(one) for one in group}
             names = frozenset(name for name, one in there.items() if id(one) in members)
@@ -247,9 +252,6 @@ def _together(parameter: nn.Parameter, others: Iterable[nn.Parameter]) -> list[n
 
 def _give_storage(group: list[nn.Parameter]) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        if is_partitioned(group[0]):
-            own_partition(group[0])
-            return
         if not _is_plain(group[0]):
             group[0].data = group[0].detach().clone()
             return

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "DoRA": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "PiSSA": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "by hand": {"target_modules": ["q_proj"]},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5]}},
 }
 WAYS = {
@@ -54,7 +55,8 @@ _CONFIG: dict[str, Any] = {
 
 def tuned(model: Any, case: str) -> Any:
     """Factors that change the outputs; a start of PiSSA has a meaning of its own."""
-    torch.manual_seed(0)
+    if case == "by hand":
+        model.model.norm.requires_grad_(True)
     return (model if case == "PiSSA" else randomize(model)).train()
 
 
@@ -91,6 +93,7 @@ def run_rank(rank: int, folder: str, port: int) -> None:
             found[name] = trained(model, case, rank, Path(folder) / name)
             if base is not None:
                 found[name]["base"] = values(base)
+    found["loaded"] = loaded(Path(folder) / "before plain")
     found["replaced"] = nn.functional.linear is not torch._C._nn.linear
     # The next model of the process, which nothing partitions.
     dense = build("plain")
@@ -170,6 +173,7 @@ def trained(model: Any, case: str, rank: int, folder: Path) -> dict[str, Any]:
     engine.eval()
     merged = lora_fx.merge(model)
     into = lora_fx.merge(model, into=llama())
+    found["merged in fp64"] = values(lora_fx.merge(model, dtype=torch.float64))
     found["merged"] = values(merged)
     found["merged into"] = dict(into.state_dict())
     found["merged, empty"] = all(not p.numel() for p in merged.parameters())
@@ -188,12 +192,28 @@ def trained(model: Any, case: str, rank: int, folder: Path) -> dict[str, Any]:
         "check": said(lambda: lora_fx.check(model, inputs)),
     }
     engine.destroy()
-    # What was merged is a model of its own, which DeepSpeed runs.
-    runs = engine_of(merged)
-    with torch.no_grad():
-        found["merged, run"] = runs(IDS).logits
-    runs.destroy()
+    if case == "plain":
+        # What was merged is a model of its own, which DeepSpeed runs.
+        runs = engine_of(merged)
+        with torch.no_grad():
+            found["merged, run"] = runs(IDS).logits
+        runs.destroy()
     return found
+
+
+def loaded(folder: Path) -> torch.Tensor:
+    """What a folder gives, which has base weights too, over a partitioned base and its copy."""
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=_CONFIG):
+        base = llama()
+    fill(base, llama().state_dict())
+    model = lora_fx.load_adapter(base, folder)
+    engine = engine_of(lora_fx.reference(model))
+    with torch.no_grad():
+        logits: torch.Tensor = engine(IDS).logits
+    engine.destroy()
+    return logits
 
 
 def unused() -> dict[str, str]:
