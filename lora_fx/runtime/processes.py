@@ -126,7 +126,8 @@ _UNKNOWN = "?"
 
 
 def _version(value: Any) -> int:
-    return int(value._local_tensor._version)
+    """How often a tensor was written into: what is done to the whole is not counted for the part."""
+    return int(value._version) + int(value._local_tensor._version)
 
 
 def check_equal(model: nn.Module) -> None:

@@ -47,6 +47,15 @@ def mixed(place: int, **options: Any) -> Any:
     return shard(model, init_device_mesh("cpu", (RANKS,)))
 
 
+@torch.no_grad()
+def zeroed(model: Any) -> Any:
+    """Has the same values everywhere again."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.zero_()
+    return model
+
+
 def misuse(rank: int, folder: str) -> dict[str, str]:
     """Verbs that are given something else in each process."""
     late, loading = sharded(), lora_fx.rewrite(cut(), config({}))
@@ -58,6 +67,7 @@ def misuse(rank: int, folder: str) -> dict[str, str]:
         "loaded again": said(lambda: lora_fx.load_adapter(loading, Path(folder) / f"{rank}")),
         "added later": said(lambda: lora_fx.add_adapter(late, config({"r": 2 + rank}), "late")),
         "cut, other values": said(lambda: mixed(rank)(IDS)),
+        "cut, written since": said(lambda: zeroed(mixed(rank))(IDS)),
         "cut, other ranks": said(lambda: mixed(0, r=2 + rank)(IDS)),
         "saved, other values": said(
             lambda: lora_fx.save_adapter(mixed(rank), Path(folder) / "mixed")

@@ -65,7 +65,7 @@ def test_what_was_another_adapter_before_it_was_cut_is_refused_at_its_first_use(
 
 def test_what_is_the_same_passes_and_what_was_refused_is_gone(found: list[dict[str, str]]) -> None:
     for rank in found:
-        assert rank["the same"] == ""
+        assert rank["the same"] == rank["cut, written since"] == ""
         assert rank["adapters"] == "default"
 
 
