@@ -55,8 +55,10 @@ PARALLEL_FEATURES = (
     "switch",
     "merge",
     "add later",
+    "resume, bit-equal",
     "resume in other parts",
     "start on meta",
+    "start in parts",
     "several machines",
 )
 LIBRARIES = (

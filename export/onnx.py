@@ -54,7 +54,7 @@ from lora_fx.files import output_file
 from lora_fx.ir import record_of
 from lora_fx.passes.capture import ONE_AT_A_TIME
 from lora_fx.passes.graph import copy_without_trainers, instance_forwards
-from lora_fx.passes.parameters import check_intact
+from lora_fx.passes.parameters import check_intact, check_whole
 from lora_fx.runtime import without_autocast
 
 if TYPE_CHECKING:
@@ -578,6 +578,7 @@ def _check_arguments(
     record = record_of(unwrapped(model))
     if record is not None:
         check_intact(unwrapped(model), record)
+    check_whole(model.named_parameters(), ExportError)
     if adapters not in ("merge", "inline", "inputs", "bank", None):
         raise ExportError(
             f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, 'inline', "

@@ -17,7 +17,14 @@ from lora_fx.ir import Capture, Comparison, ModelT, Plan, require_record
 from lora_fx.passes import pipeline
 from lora_fx.passes.capture import Frontend, run_reference
 from lora_fx.passes.capture import capture as capture_model
-from lora_fx.passes.graph import elements, graphs_of, install, share_copy
+from lora_fx.passes.graph import (
+    elements,
+    graphs_of,
+    install,
+    put_partitions_back,
+    share_copy,
+    without_zero_init,
+)
 from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
 
@@ -74,6 +81,7 @@ def _floats(output: Any) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
+@without_zero_init()
 def capture(
     model: nn.Module,
     example_inputs: Any = None,
@@ -100,6 +108,7 @@ def capture(
         CaptureError: If the model cannot be captured so, or computes something else afterwards.
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
+    put_partitions_back(result.model)
     install(result.regions.values())
     protect(result.model)
     return result

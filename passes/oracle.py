@@ -23,7 +23,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, require_record
 from lora_fx.kinds import Slot, kind_of
 from lora_fx.passes.capture import relative_difference, run_once
-from lora_fx.passes.graph import is_lazy, share_copy
+from lora_fx.passes.graph import is_lazy, is_partitioned, share_copy
 from lora_fx.passes.merge import delta_weight, merge
 from lora_fx.passes.parameters import (
     factor_names,
@@ -167,7 +167,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise _CannotTell(f"{name} is on the meta device: load its values first")
-        if is_sharded(parameter):
+        if is_sharded(parameter) or is_partitioned(parameter):
             raise _CannotTell(
                 f"{name} is cut over several processes: check the adapter on a model that is whole "
                 "(lora_fx.load_adapter)"

@@ -34,7 +34,13 @@ from lora_fx.ir import (
 )
 from lora_fx.passes.capture import Frontend, holds_quantized
 from lora_fx.passes.capture import capture as capture_model
-from lora_fx.passes.graph import install, instance_forwards, kept_graph
+from lora_fx.passes.graph import (
+    install,
+    instance_forwards,
+    kept_graph,
+    put_partitions_back,
+    without_zero_init,
+)
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
 from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
@@ -43,6 +49,7 @@ from lora_fx.passes.parameters import (
     base_parameters,
     buffer_digests,
     check_alike,
+    detached,
     mark_adapted,
     protect,
 )
@@ -199,6 +206,7 @@ class _Install(Pass):
         return PassResult(capture, True)
 
 
+@without_zero_init()
 def plan_model(
     model: nn.Module,
     config: Any,
@@ -287,6 +295,7 @@ def check_config(config: object) -> None:
         )
 
 
+@without_zero_init()
 def rewrite_model(
     model: nn.Module,
     config: Any,
@@ -306,6 +315,7 @@ def rewrite_model(
     passes = rewrite_passes(config, adapter_name, optimize=optimize, strict=strict)
     looking, adding, branching = _stages(passes)
     capture = run_passes(capture, looking, callback)
+    put_partitions_back(capture.model)
     plan, matches = capture.plan, capture.matches
     assert plan is not None
     assert matches is not None
@@ -415,7 +425,7 @@ def add_adapter_parameters(
         tokens=plan.tokens,
         initialized=not needs_data(plan.config.init_lora_weights),
     )
-    originals = {name: before[name].detach() for name in own}
+    originals = {name: detached(before[name]) for name in own}
     return dataclasses.replace(
         record,
         adapters={**record.adapters, adapter_name: adapter},

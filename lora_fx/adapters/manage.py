@@ -27,7 +27,7 @@ from lora_fx.adapters.switching import (
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_table, require_record
-from lora_fx.passes.graph import copy_without_trainers
+from lora_fx.passes.graph import copy_without_trainers, is_partitioned, own_partition
 from lora_fx.passes.parameters import (
     adapter_parameters,
     check_alike,
@@ -397,7 +397,10 @@ def reference(model: ModelT) -> ModelT:
     with torch.no_grad():
         for name, parameter in result.named_parameters():
             if name in trained or in_adapter(result, name):
-                parameter.data = parameter.detach().clone()
+                if is_partitioned(parameter):
+                    own_partition(parameter)
+                else:
+                    parameter.data = parameter.detach().clone()
             parameter.requires_grad_(False)
     protect(result)
     watch.arm(result)

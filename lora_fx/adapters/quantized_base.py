@@ -27,6 +27,7 @@ from lora_fx.passes.parameters import (
     as_factors,
     as_matrices,
     base_weight,
+    check_whole,
     factor_names,
     factors_of,
     inside,
@@ -264,6 +265,7 @@ def _captured(model: nn.Module) -> Capture:
             "the model has adapters: quantize the model that was rewritten, which was not changed, and "
             "rewrite the result"
         )
+    check_whole(model.named_parameters(), QuantizationError)
     return capture_model(model)
 
 

@@ -154,6 +154,15 @@ def _save_pretrained(method: Callable[..., Any]) -> Callable[..., Any]:
         part = _part(self)
         if part is None:
             return method(self, save_directory, *args, **kwargs)
+        if kwargs.get("state_dict") == {} and any(map(is_partitioned, self.parameters())):
+            # So the Trainer asks where it gathers nothing: what it resumes from is DeepSpeed's.
+            _log.warning(
+                "%s gets no adapter: ZeRO-3 has its parts, and the state_dict is empty. Set "
+                "stage3_gather_16bit_weights_on_model_save in DeepSpeed's configuration, or give the Trainer "
+                "lora_fx.trainer_callback(folder), which gathers the adapters alone",
+                save_directory,
+            )
+            return method(self, save_directory, *args, **kwargs)
         return _save(method, part, Path(save_directory), args, kwargs)
 
     return save_pretrained

@@ -35,12 +35,14 @@ from lora_fx.passes.parameters import (
     factor_names,
     gathered,
     inside,
+    is_sharded,
     own_value,
     parameter_of,
     persistent_buffers,
     write,
 )
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
     "Stored",
@@ -190,6 +192,9 @@ def stored(
     ends = saved_embeddings(model, record, adapter, origin, embeddings)
     by_hand = saved_by_hand(model, record, adapter)
     slots = slots_of(model, record, adapter, layout, changed(model), ends | by_hand)
+    if any(map(is_sharded, (slot.tensor for slot in slots.values()))):
+        check_equal(model)
+    called_by_all((slot.tensor for slot in slots.values()), f"to save the adapter {adapter!r}")
     whole = converted(model, record, adapter, slots)
     before, record, slots = record, whole.record, whole.slots
     for slot in slots.values():
@@ -260,7 +265,8 @@ def fitted(
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
         problems += _other_scales(dataclasses.replace(record, sites=rows), config, names)
         problems += [] if with_start else other_start(record, config)
-    for key in rest.keys() - slots.keys():
+    # In the order of all processes: they may gather parts together, and a set has another one in each.
+    for key in [key for key in rest if key not in slots]:
         problems += _leftover(key, rest[key], model, record)
     return values, problems
 
@@ -279,6 +285,8 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 
     All of it or nothing: where a write fails, what was written before has its values back.
     """
+    values = list(values)
+    called_by_all((slot.tensor for slot, _ in values), f"to load the adapter {adapter!r}")
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for slot, value in values:

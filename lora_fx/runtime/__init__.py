@@ -33,6 +33,7 @@ from lora_fx.runtime.ops import (
     in_place,
     output_padding,
 )
+from lora_fx.runtime.processes import called_by_all, check_equal
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
     SampleRows,
@@ -62,7 +63,9 @@ __all__ = [
     "around",
     "attention",
     "banked",
+    "called_by_all",
     "check_adapter_name",
+    "check_equal",
     "disarm",
     "entry",
     "experts",

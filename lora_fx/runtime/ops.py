@@ -31,6 +31,7 @@ from torch import nn
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.classes import BASE, OVER
 from lora_fx.runtime.parts import factor_beside, is_in_parts
+from lora_fx.runtime.processes import note_whole
 
 __all__ = [
     "OMITTED",
@@ -97,7 +98,12 @@ class AdapterFactors(AdapterModule):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; with accelerate's hook it becomes one whose factors are somewhere else."""
+        """Sets an attribute; with accelerate's hook it becomes one whose factors are somewhere else.
+
+        FSDP2 puts its parts in so.
+        """
+        if isinstance(value, nn.Parameter):
+            note_whole(self, name, value)
         super().__setattr__(name, value)
         if name == _HOOK and type(self) is AdapterFactors:
             object.__setattr__(self, "__class__", OffloadedFactors)

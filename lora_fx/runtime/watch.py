@@ -53,6 +53,7 @@ from lora_fx.runtime.classes import (
     subclass,
 )
 from lora_fx.runtime.ops import AdapterModule
+from lora_fx.runtime.processes import check_equal
 
 __all__ = [
     "BASE",
@@ -349,6 +350,7 @@ def _first(
     root = entries.model.root()
     if root is not None:
         refuse_flat(root)
+        check_equal(root)
         if module.training and torch.is_grad_enabled():
             _warn_of_waiting(root)
     weights = _weights(entries.model)

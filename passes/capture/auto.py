@@ -21,9 +21,11 @@ from lora_fx.passes.graph import (
     check_model,
     is_built_in,
     is_matrix,
+    is_partitioned,
     is_region,
     kept_graph,
     share_copy,
+    show_shapes,
 )
 
 __all__ = ["Frontend", "capture"]
@@ -40,7 +42,16 @@ def capture(
     frontend: Frontend = "auto",
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Captures a model as graphs and checks them; see :func:`lora_fx.capture`."""
+    """Captures a model as graphs and checks them; see :func:`lora_fx.capture`.
+
+    In the place of parameters that ZeRO-3 has partitioned are others of the true shapes, without values,
+    until :func:`lora_fx.passes.graph.put_partitions_back`.
+    """
+    if example_inputs is not None and any(map(is_partitioned, model.parameters())):
+        raise CaptureError(
+            "the model is partitioned by ZeRO-3, so that nothing can be run on the example inputs before "
+            "deepspeed.initialize: leave them out"
+        )
     if frontend == "export" and example_inputs is None:
         return _from_made_up_inputs(model, dynamic_shapes)
     result = _captured(model, example_inputs, frontend, dynamic_shapes)
@@ -145,7 +156,7 @@ def _captured(
         raise CaptureError(
             "the model is captured or rewritten already: capture the original, which was not changed"
         )
-    copy = share_copy(model)
+    copy = show_shapes(share_copy(model))
     stored = next((q for q in map(quantization_of, copy.parameters()) if q is not None), None)
     if stored is not None and frontend == "export":
         raise CaptureError(
@@ -175,7 +186,7 @@ def _captured(
         if frontend == "export":
             raise
         # The export has run it: iterators and generators of random numbers have gone on.
-        traced = find_regions(share_copy(model))
+        traced = find_regions(show_shapes(share_copy(model)))
         return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
+from lora_fx.passes.graph.partitions import copy_partitioned, is_partitioned, partitioned_twin
 from lora_fx.passes.graph.source import LIBRARIES
 from lora_fx.passes.graph.units import copy_units, is_unit
 
@@ -48,8 +49,8 @@ ATOMS = (
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
 _CACHED = type(functools.lru_cache(lambda: None))
-APART = LIBRARIES - {"types", "collections", "argparse"}
-"""Packages of Python whose objects are no part of a model, and lead everywhere."""
+APART = (LIBRARIES | {"deepspeed"}) - {"types", "collections", "argparse"}
+"""Packages, most of them Python's own, whose objects are no part of a model, and lead everywhere."""
 
 
 def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
@@ -392,7 +393,7 @@ def share_copy(
 
     Returns:
         A module of the same class, with every parameter frozen and ties kept. Buffers have storage
-        of their own.
+        of their own. What ZeRO-3 partitions is partitioned in the copy, over the same parts, without hooks.
 
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
@@ -425,8 +426,10 @@ def share_copy(
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
         fill = copy_units(model, memo, _copied)
+        clean = copy_partitioned(model, memo, _copied)
         result: nn.Module = _copied(model, memo)
         fill()
+        clean(result)
     _leave_out(result, absent)
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
@@ -441,23 +444,13 @@ def _leave_out(model: nn.Module, absent: object) -> None:
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Refuses a model that is sharded: a copy would have parts, which nothing puts together."""
+    """Refuses a model that FSDP2 shards: a copy would have parts, which nothing puts together."""
     for name, module in model.named_modules():
         if is_unit(module):
             raise CaptureError(
                 f"{name or 'the model'} is sharded by FSDP (fully_shard), and a sharded model can be merged, "
                 "but neither rewritten nor exported: rewrite it before it is sharded. To export, save the "
                 "adapter on every rank (lora_fx.save_adapter), and load it onto a model that is not sharded"
-            )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise CaptureError(
-                f"{name} is partitioned by ZeRO-3 (deepspeed.zero.Init, or deepspeed.initialize), and such a "
-                "model can be neither rewritten nor exported: rewrite it before deepspeed.initialize, which "
-                "partitions what rewrite() returns, and build it outside of zero.Init. transformers builds "
-                "within it from the time at which TrainingArguments(deepspeed=...) are made: make them after "
-                "from_pretrained and rewrite(). To export, save the adapter on every rank "
-                "(lora_fx.save_adapter), and load it onto a model that is not partitioned"
             )
 
 
@@ -511,6 +504,8 @@ def check_model(model: object) -> None:
 
 def _twin(parameter: nn.Parameter, memo: dict[int, Any], *, own: bool) -> nn.Parameter:
     """A frozen parameter over the same memory, or over memory of its own."""
+    if is_partitioned(parameter):
+        return partitioned_twin(parameter, own=own)
     known = format_of(parameter)
     twin = None if known is None else known.twin(parameter, memo)
     return _frozen(parameter, own=own) if twin is None else twin
@@ -562,6 +557,8 @@ def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def _own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The part that this process holds of a ``DTensor``, which has no memory of its own; or the tensor."""
+    """The part that this process holds of a tensor that has no memory of its own; or the tensor."""
+    if is_partitioned(tensor):
+        tensor = getattr(tensor, "ds_tensor", tensor)
     found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     return found

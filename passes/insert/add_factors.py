@@ -19,16 +19,19 @@ from torch import nn
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
 from lora_fx.kinds import Slot, Starting, kind_of, kinds
+from lora_fx.passes.graph import partition_of
 from lora_fx.passes.insert.starts import Start, initial_start, site_generator
 from lora_fx.passes.parameters import (
     DROPOUT,
     adapter_dtype,
     base_weight,
+    detached,
     distributed,
     distributed_as,
     factor_layout,
     factor_names,
     gathered,
+    is_partitioned,
     is_sharded,
     module_at,
     weight_at,
@@ -174,8 +177,13 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
             _factors_module(model, row.site, name).add(adapter, kept)
     if start.weight is not None:
         owner = model.get_submodule(row.site.owner)
-        frozen = nn.Parameter(start.weight, requires_grad=False)
-        frozen.__dict__.update(owner._parameters[row.site.parameter].__dict__)
+        before = owner._parameters[row.site.parameter]
+        assert before is not None
+        if is_partitioned(before):
+            frozen = partition_of(start.weight, before)
+        else:
+            frozen = nn.Parameter(start.weight, requires_grad=False)
+            frozen.__dict__.update(before.__dict__)
         owner._parameters[row.site.parameter] = frozen
 
 
@@ -254,7 +262,7 @@ def start_factors(
     if kept is None or adapter not in kept._parameters:
         return None
     a, b = (holder.get_submodule(name).get_parameter(adapter) for name in (_START_A, _START_B))
-    return a.detach(), b.detach()
+    return detached(a), detached(b)
 
 
 def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
@@ -298,9 +306,12 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _base_like(model: nn.Module, site: Site) -> torch.Tensor:
-    """What :func:`base_weight` gives, for whoever asks nothing of its values: few bits stay few."""
+    """What :func:`base_weight` gives, for whoever asks nothing of its values.
+
+    Few bits stay few, and parts are not put together.
+    """
     weight = weight_at(model, site.weight)
-    if site.quantized is None:
+    if site.quantized is None and not is_partitioned(weight):
         return weight.detach()
-    one = torch.empty((), dtype=site.quantized.dtype, device=weight.device)
-    return one.expand(site.weight_shape)
+    dtype = weight.dtype if site.quantized is None else site.quantized.dtype
+    return torch.empty((), dtype=dtype, device=weight.device).expand(site.weight_shape)

@@ -34,12 +34,13 @@ from lora_fx.ir import (
     Tag,
     relative,
 )
-from lora_fx.passes.graph import arguments, copy_graph
+from lora_fx.passes.graph import arguments, copy_graph, is_partitioned, partitioned_twin
 from lora_fx.passes.insert.insert_branches import Writer
 from lora_fx.passes.parameters import (
     adapter_dtype,
     add_tokens,
     base_modules,
+    gathered,
     indices_name,
     rows_name,
     tokens_of,
@@ -87,7 +88,7 @@ class AddTokens(Pass):
                 continue
             except AttributeError:
                 changed = True
-            weight = model.get_parameter(row.site.weight).detach()
+            weight = gathered(model.get_parameter(row.site.weight), row.site.weight)
             if weight.is_meta:
                 raise ConfigError(
                     f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
@@ -250,7 +251,7 @@ def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) 
             if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
                 continue
             if parameter not in copies:
-                copies[parameter] = nn.Parameter(parameter.detach().clone())
+                copies[parameter] = _trained_copy(parameter)
             module._parameters[name] = copies[parameter]
             changed = True
     return changed
@@ -261,9 +262,18 @@ def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
     old = model.get_parameter(fqn)
     if old.requires_grad:
         return False
-    new = nn.Parameter(old.detach().clone())
+    new = _trained_copy(old)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
     return True
+
+
+def _trained_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter that wants a gradient, with the same values in memory of its own."""
+    if is_partitioned(parameter):
+        made = partitioned_twin(parameter, own=True)
+        made.requires_grad_(True)
+        return made
+    return nn.Parameter(parameter.detach().clone())

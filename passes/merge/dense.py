@@ -35,7 +35,19 @@ from lora_fx.passes.graph import (
     memory_of,
     uninstall,
 )
-from lora_fx.passes.parameters import mark_adapted, place_base, trained_by_hand, unprotect
+from lora_fx.passes.parameters import (
+    detached,
+    distributed_as,
+    gathered,
+    is_partitioned,
+    is_sharded,
+    mark_adapted,
+    own_part,
+    place_base,
+    trained_by_hand,
+    unprotect,
+    with_part,
+)
 from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
@@ -95,16 +107,30 @@ def cast_model(
         for leaf, old in module._parameters.items():
             if old is None or old.dtype == dtype or not old.is_floating_point():
                 continue
-            if quantization_of(old) is not None or is_lazy(old):
+            if _stored(old) is not None or is_lazy(old):
                 continue
             key = memory_of(old)
             if key not in made:
-                value = keep(_cast(old.detach(), dtype, f"{fqn}.{leaf}"))
-                made[key] = nn.Parameter(value, requires_grad=old.requires_grad)
+                made[key] = _cast_parameter(old, dtype, f"{fqn}.{leaf}", keep)
             module._parameters[leaf] = made[key]
         for leaf, buffer in module._buffers.items() if buffers else ():
             if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
                 module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
+
+
+def _cast_parameter(
+    old: nn.Parameter,
+    dtype: torch.dtype,
+    name: str,
+    keep: Callable[[torch.Tensor], torch.Tensor],
+) -> nn.Parameter:
+    if is_partitioned(old):
+        value = distributed_as(_cast(gathered(old, name), dtype, name), old)
+        made = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    else:
+        made = nn.Parameter(keep(_cast(old.detach(), dtype, name)))
+    made.requires_grad_(old.requires_grad)
+    return made
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -145,7 +171,7 @@ def dtype_of_all(model: nn.Module) -> torch.dtype | None:
     plain = {
         parameter.dtype
         for parameter in model.parameters()
-        if quantization_of(parameter) is None and parameter.dtype in _DTYPES
+        if _stored(parameter) is None and parameter.dtype in _DTYPES
     }
     return functools.reduce(torch.promote_types, plain or {one.dtype for one in stored.values()})
 
@@ -153,10 +179,15 @@ def dtype_of_all(model: nn.Module) -> torch.dtype | None:
 def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
     """Every weight that is stored in few bits, by each of its names."""
     stored = (
-        (name, quantization_of(parameter))
+        (name, _stored(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     return {name: found for name, found in stored if found is not None}
+
+
+def _stored(weight: torch.Tensor) -> Quantization | None:
+    """How a weight is quantized, or the part of it that this process has."""
+    return quantization_of(own_part(weight))
 
 
 def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
@@ -169,6 +200,8 @@ def values_of(
 ) -> torch.Tensor:
     """A weight as the model's own code reads it: its memory, or values that are made of few bits.
 
+    Where FSDP2 has cut a quantized weight, each process makes the values of its own part.
+
     Args:
         model: A model that has it.
         name: Its FQN.
@@ -177,10 +210,14 @@ def values_of(
             kernels have them for such inputs; else in the weight's own, so that they are rounded once.
     """
     weight = model.get_parameter(name)
-    stored = quantization_of(weight)
+    stored = _stored(weight)
     if stored is None:
-        return weight.detach()
-    values = dense(weight, torch.float32 if dtype in _WIDE else stored.dtype)
+        return detached(weight)
+    dtype = torch.float32 if dtype in _WIDE else stored.dtype
+    if is_sharded(weight):
+        values = with_part(weight, dense(own_part(weight), dtype))
+    else:
+        values = dense(weight, dtype)
     return values if layouts.get(name, "out_in") == "out_in" else values.T
 
 
@@ -202,7 +239,7 @@ def make_dense(
     left: list[str] = []
     for fqn, module in list(model.named_modules()):
         for leaf, weight in list(module._parameters.items()):
-            if weight is None or quantization_of(weight) is None:
+            if weight is None or _stored(weight) is None:
                 continue
             name = f"{fqn}.{leaf}" if fqn else leaf
             if not _is_known(module, weight, name, layouts):
@@ -261,7 +298,7 @@ def _is_known(
     module: nn.Module, weight: nn.Parameter, name: str, layouts: Mapping[str, Layout]
 ) -> bool:
     """Whether the code that reads a weight can read a dense one in its place."""
-    known = format_of(weight)
+    known = format_of(own_part(weight))
     return bool(known and known.shows_values) or name in layouts or _plain(module) is not None
 
 

@@ -60,7 +60,6 @@ from lora_fx.passes.merge.place import (
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
     check_intact,
-    check_whole,
     distributed_as,
     factors_of,
     gathered,
@@ -69,7 +68,9 @@ from lora_fx.passes.parameters import (
     parameter_of,
     reshard,
     weight_at,
+    whole_shape,
 )
+from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = ["MergeReport", "merge"]
 
@@ -107,9 +108,10 @@ def _fold_all(
     Raises:
         MergeError: If a merged weight overflows; nothing has been written then.
     """
-    for weight in over:
-        if weight in changes:
-            changes[weight].check(old_of(weight))
+    # In the order of all processes: they gather parts together, and a set has another one in each.
+    for weight, change in changes.items():
+        if weight in over:
+            change.check(old_of(weight))
     merged: dict[str, torch.Tensor] = {}
     sites: dict[str, MergedSite] = {}
 
@@ -140,18 +142,17 @@ def _fold_all(
 _log = logging.getLogger("lora_fx")
 
 
-def _check_stored(model: nn.Module, weights: Collection[str]) -> None:
+def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
     """Refuse weights that are not stored: a hook computes them before each call, or loads them.
 
-    Also quantized ones of which each process has a part: no format puts parts together.
+    Also to quantize again what each process has a part of: no format puts parts together.
     """
-    check_whole(model.named_parameters(), MergeError)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if requantize else ():
         if is_sharded(parameter) and quantization_of(own_part(parameter)) is not None:
             raise MergeError(
-                f"{name} is quantized, and cut into parts that several processes hold: so it is not merged. "
-                "Save the adapter on every rank (lora_fx.save_adapter), load it onto a model that is not "
-                "sharded, and merge that"
+                f"{name} is quantized, and cut into parts that several processes hold: so it is not "
+                "quantized again. Leave out requantize=True, or save the adapter on every rank "
+                "(lora_fx.save_adapter), load it onto a model that is not sharded, and merge that"
             )
     for name in weights:
         owner, _, leaf = name.rpartition(".")
@@ -212,6 +213,8 @@ def merge(
     record = require_record(model, MergeError)
     check_intact(model, record)
     reshard(model)
+    check_equal(model)
+    called_by_all(model.parameters(), "a merge")
     units = units_of(model)
     names = _chosen(record, adapter_names)
     _check_storage(into, dtype, requantize, own)
@@ -220,7 +223,7 @@ def merge(
         _check_not_units(into)
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
-    _check_stored(model, (*rows, *tokens))
+    _check_stored(model, (*rows, *tokens), requantize=requantize)
     result = stripped(model, record) if into is None else into
     before = list(result.named_parameters(remove_duplicate=False))
     if requantize and not quantized_weights(result):
@@ -408,7 +411,9 @@ def _check_storage(
 
 def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
     """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
-    return trained[name].detach().to(base.device, base.dtype) if name in trained else base
+    if name not in trained:
+        return base
+    return gathered(trained[name], name).to(base.device, base.dtype)
 
 
 def _stay_tied(
@@ -437,7 +442,7 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
     wanted = {
         row.site.weight: row.site.weight_shape for n in names for row in record.adapters[n].places
     }
-    wanted |= {n: tuple(p.shape) for n, p in trained(model, record, names)}
+    wanted |= {n: tuple(whole_shape(p)) for n, p in trained(model, record, names)}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             raise MergeError(f"into has no {name} of shape {shape}; found {shapes.get(name)}")

@@ -16,12 +16,19 @@ from torch import nn
 from lora_fx.errors import MergeError, QuantizationError
 from lora_fx.formats import dense, format_of, quantization_of, requantized
 from lora_fx.ir import Record
-from lora_fx.passes.graph import is_lazy, memory_of, storage_of
+from lora_fx.passes.graph import (
+    is_lazy,
+    is_partitioned,
+    memory_of,
+    partitioned_twin,
+    storage_of,
+)
 from lora_fx.passes.merge.fold import Fold
 from lora_fx.passes.merge.rounding import MergedSite
 from lora_fx.passes.parameters import (
     changed_buffers,
     distributed_as,
+    gathered,
     own_value,
     parameter_of,
     trained_by_hand,
@@ -124,8 +131,10 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
     if name in over or isinstance(module, torch.jit.ScriptModule):
         old.detach().copy_(value)
         return
-    # One that was quantized again is a parameter of its library.
-    if not isinstance(value, nn.Parameter) or quantization_of(value) is None:
+    # One that was quantized again is a parameter of its library, and so is one in parts.
+    if isinstance(value, nn.Parameter) and is_partitioned(value):
+        value.requires_grad_(old.requires_grad)
+    elif not isinstance(value, nn.Parameter) or quantization_of(value) is None:
         value = nn.Parameter(value, old.requires_grad)
     module._parameters[key] = value
     _renew_layer(module)
@@ -155,9 +164,10 @@ def place_trained(
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in trained(model, record, names):
         if id(parameter) not in copies:
-            value = parameter.detach()
-            old = _parameter(result, name)
-            if name not in over:
+            value, old = parameter.detach(), _parameter(result, name)
+            if is_partitioned(parameter):
+                value = distributed_as(gathered(parameter, name).to(old.device, old.dtype), old)
+            elif name not in over:
                 value = value.to(old.device, old.dtype, copy=True)
             _set_parameter(result, name, value, over)
             copies[id(parameter)] = _parameter(result, name)
@@ -208,10 +218,19 @@ def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Modul
                 continue
             memory = memory_of(old)
             if memory not in made:
-                made[memory] = nn.Parameter(old.detach().clone(), old.requires_grad)
-                made[memory].__dict__.update(old.__dict__)
+                made[memory] = _own_copy(old)
             module._parameters[key] = made[memory]
     return result
+
+
+def _own_copy(parameter: nn.Parameter) -> nn.Parameter:
+    if is_partitioned(parameter):
+        twin = partitioned_twin(parameter, own=True)
+        twin.requires_grad_(parameter.requires_grad)
+        return twin
+    made = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    return made
 
 
 def _shared(result: nn.Module, model: nn.Module, record: Record) -> Iterator[str]:

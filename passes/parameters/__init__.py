@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.passes.graph import is_partitioned, whole_shape
 from lora_fx.passes.parameters.factors import (
     DROPOUT,
     SiteFactors,
@@ -62,14 +63,14 @@ from lora_fx.passes.parameters.sharded import (
     agreed,
     check_not_sharded,
     check_whole,
+    detached,
     distributed,
     distributed_as,
     gathered,
-    is_partitioned,
     is_sharded,
     own_part,
     reshard,
-    whole_shape,
+    with_part,
     write,
 )
 
@@ -98,6 +99,7 @@ __all__ = [
     "claim",
     "claim_unfrozen",
     "computed_as_parameters",
+    "detached",
     "distributed",
     "distributed_as",
     "drop_factors",
@@ -132,6 +134,7 @@ __all__ = [
     "weight_at",
     "whole_shape",
     "wide",
+    "with_part",
     "without_wrappers",
     "write",
 ]

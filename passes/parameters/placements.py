@@ -17,16 +17,16 @@ from torch import nn
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of
-from lora_fx.passes.graph import is_unit, param_groups
+from lora_fx.passes.graph import is_owned, is_unit, param_groups
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
 from lora_fx.passes.parameters.sharded import (
     answering,
     check_not_sharded,
-    is_partitioned,
     is_sharded,
     own_part,
 )
+from lora_fx.runtime import called_by_all
 
 __all__ = [
     "FactorLayout",
@@ -86,6 +86,7 @@ def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -
     meshes = list(dict.fromkeys(p.device_mesh for p in parts))
     if not meshes:
         return
+    called_by_all(parts, f"the adapter {adapter!r}")
     mine = {row.name: _digest(model, row, adapter) for row in rows}
     for mesh in meshes:
         for place in range(mesh.ndim):
@@ -142,8 +143,9 @@ def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> No
     Raises:
         ConfigError: If FSDP2 or ZeRO shards the model, and it is another one.
     """
-    owned = any(is_partitioned(parameter) for parameter in model.parameters())
-    if owned or (not beside_weights and any(is_unit(module) for module in model.modules())):
+    if is_owned(model) or (
+        not beside_weights and any(is_unit(module) for module in model.modules())
+    ):
         check_not_sharded(
             model,
             f"the adapter {adapter!r}",

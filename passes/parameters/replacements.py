@@ -10,11 +10,11 @@ from torch import nn
 
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
-from lora_fx.passes.graph import memory_of
+from lora_fx.passes.graph import is_partitioned, memory_of, partitioned_twin
 from lora_fx.passes.parameters.sharded import (
+    detached,
     distributed_as,
     gathered,
-    is_partitioned,
     is_sharded,
     write,
 )
@@ -175,10 +175,17 @@ def place_base(
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
         old, original = owner.get_parameter(leaf), originals[name]
-        if is_sharded(old) and not keep:
+        if not keep and isinstance(original, nn.Parameter) and is_partitioned(original):
+            memory = memory_of(original)
+            if memory not in live:
+                live[memory] = partitioned_twin(original)
+            owner._parameters[leaf] = live[memory]
+            continue
+        if not keep and (is_sharded(old) or is_partitioned(old)):
             # Of a copy, whose parts another model has, too.
             value = distributed_as(original.detach().to(old.dtype), old)
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            here = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+            owner._parameters[leaf] = here
             continue
         if is_sharded(old) or is_partitioned(old):
             # Its values are exchanged: the parameter is the library's, and the optimizer's.
@@ -234,8 +241,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight in the layout of the site: the parameter's own memory, or values made of few bits."""
     weight = weight_at(model, site.weight)
     if site.quantized is None:
-        # What ZeRO-3 keeps of a parameter is found by its attributes.
-        return weight if is_partitioned(weight) else weight.detach()
+        return detached(weight)
     # Not detached: the scales are attributes of the parameter.
     values = dense(weight)
     return values if site.layout == "out_in" else values.T

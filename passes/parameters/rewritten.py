@@ -22,7 +22,16 @@ from torch.utils.weak import TensorWeakRef
 from lora_fx.errors import CaptureError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
-from lora_fx.passes.graph import is_lazy, is_region, original_class, storage_of
+from lora_fx.passes.graph import (
+    is_lazy,
+    is_owned,
+    is_partitioned,
+    is_region,
+    original_class,
+    own_partition,
+    storage_of,
+    without_zero_init,
+)
 from lora_fx.passes.parameters.factors import DROPOUT, factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_parameters
 from lora_fx.runtime import watch
@@ -166,7 +175,11 @@ class _Guard:
         record = None if root is None else record_of(root)
         there = {} if root is None else base_parameters(root)
         group = _together(parameter, there.values())
-        _give_storage(group)
+        if not is_partitioned(parameter):
+            _give_storage(group)
+        elif root is None or not is_owned(root):
+            # In an engine, what is trained has parts of its own already.
+            own_partition(parameter)
         if root is not None and record is not None:
             members = {id(one) for one in group}
             names = frozenset(name for name, one in there.items() if id(one) in members)
@@ -221,7 +234,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 def _together(parameter: nn.Parameter, others: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """A parameter and those that have bytes in common with it: what is tied by its storage stays tied."""
     group = {id(parameter): parameter}
-    if not _is_plain(parameter):
+    if not _is_plain(parameter) or is_partitioned(parameter):
         return [parameter]
     storage = storage_of(parameter)
     same = {id(one): one for one in others if _is_plain(one) and storage_of(one) == storage}
@@ -404,7 +417,7 @@ def inside(verb: _Verb) -> _Verb:
 
     @functools.wraps(verb)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with without_wrappers(model) as inner:
+        with without_zero_init(), without_wrappers(model) as inner:
             result = verb(inner, *args, **kwargs)
         return model if result is inner else result
 

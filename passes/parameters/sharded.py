@@ -6,7 +6,6 @@ such a parameter is not exchanged: values are copied into it.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,21 +14,21 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError, LoraFxError, ProcessError
-from lora_fx.passes.graph import is_unit
+from lora_fx.passes.graph import is_partitioned, is_unit, partition_of, put_together, whole_shape
 
 __all__ = [
     "agreed",
     "answering",
     "check_not_sharded",
     "check_whole",
+    "detached",
     "distributed",
     "distributed_as",
     "gathered",
-    "is_partitioned",
     "is_sharded",
     "own_part",
     "reshard",
-    "whole_shape",
+    "with_part",
     "write",
 ]
 
@@ -39,21 +38,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
-def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 owns a tensor: it is empty between calls, and the parts lie elsewhere."""
-    return hasattr(tensor, "ds_id")
-
-
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of all of a tensor, also where ZeRO-3 has left an empty one."""
-    found: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
-    return found
-
-
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor; the tensor itself where it is whole."""
     found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     return found
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its gradient; the parameter itself where ZeRO-3 finds the values by its attributes."""
+    return tensor if is_partitioned(tensor) else tensor.detach()
 
 
 def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
@@ -78,14 +71,8 @@ def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
 
 def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """A copy of what the processes of ZeRO-3 hold of a parameter: the parameter itself is empty again."""
-    with answering(name), _put_together(tensor):
+    with answering(name), put_together(tensor):
         return tensor.detach().clone()
-
-
-def _put_together(tensor: torch.Tensor, **options: Any) -> Any:
-    """DeepSpeed's context in which a parameter of its own has all of its values."""
-    deepspeed: Any = importlib.import_module("deepspeed")  # it has made the parameter
-    return deepspeed.zero.GatheredParameters([tensor], **options)
 
 
 @contextmanager
@@ -127,8 +114,29 @@ def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> 
     )
 
 
+def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A tensor that is cut as another one is, of this process's part; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    there: Any = like
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(
+        part,
+        there.device_mesh,
+        there.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=stride,
+    )
+
+
 def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole value as another tensor lies; the value itself where that one is whole."""
+    """A whole value as another tensor lies; the value itself where that one is whole.
+
+    Of a tensor that ZeRO-3 partitions it is a parameter, which ZeRO-3 knows.
+    """
+    if is_partitioned(like):
+        return value if is_partitioned(value) else partition_of(value, like)
     if not is_sharded(like) or is_sharded(value):
         return value
     there: Any = like
@@ -158,7 +166,8 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     Every rank has to call this where it is: what the first one has is taken.
     """
     if is_partitioned(tensor):
-        with _put_together(tensor, modifier_rank=0), torch.no_grad():
+        value = gathered(value)
+        with put_together(tensor, modifier_rank=0), torch.no_grad():
             tensor.copy_(value)
         return
     value = distributed_as(value, tensor)
@@ -175,7 +184,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxError]) -> None:
-    """Refuses parameters that DeepSpeed's ZeRO-3 owns: nothing that shares their memory keeps its values.
+    """Refuses parameters that DeepSpeed's ZeRO-3 owns, for what runs the model outside of its engine.
 
     Args:
         named: Parameters by name.
@@ -186,7 +195,7 @@ def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxErr
             raise error(
                 f"{name} is partitioned by ZeRO-3, which takes its values away between calls: save the "
                 "adapter on every rank (lora_fx.save_adapter, which gathers it), load it onto a model that "
-                "is not partitioned, and merge or export that"
+                "is not partitioned, and use that"
             )
 
 

@@ -89,14 +89,8 @@ def outputs(model: Any) -> dict[str, torch.Tensor]:
         found = {"on": gathered(model(IDS).logits)}
         with lora_fx.disable_adapter(model):
             found["off"] = gathered(model(IDS).logits)
-        if not quantized_in_parts(model):
-            found["merged"] = gathered(lora_fx.merge(model).eval()(IDS).logits)
+        found["merged"] = gathered(lora_fx.merge(model).eval()(IDS).logits)
     return {**found, **lora_fx.adapter_state_dict(model)}
-
-
-def quantized_in_parts(model: Any) -> bool:
-    """Whether FSDP2 shards it over a quantized base: that cannot be merged."""
-    return any("NF4" in str(getattr(p, "_local_tensor", None)) for p in model.parameters())
 
 
 def alone(stack: str, case: str) -> dict[str, Any]:
@@ -114,7 +108,7 @@ def one(stack: str, case: str) -> dict[str, Any]:
     loss = step(model, dist.get_rank())
     gradients = stepped(model)
     inner = model.module if stack == "DDP" else model
-    refused = said(lambda: lora_fx.merge(model)) if quantized_in_parts(model) else ""
+    refused = said(lambda: lora_fx.merge(model, requantize=True)) if case == "NF4" else ""
     return {"loss": loss, "gradients": gradients, "outputs": outputs(inner), "said": refused}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import time
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 import lora_fx
+from tests.algebra import randomize
 from tests.stacks.meshes import config, shard
-from tests.stacks.models import llama
+from tests.stacks.models import IDS, llama
 from tests.stacks.tensor_parallel import parallelized, said
 
 __all__ = ["RANKS", "TIMEOUT", "left_alone", "misuse"]
@@ -35,6 +37,25 @@ def sharded() -> Any:
     return shard(lora_fx.rewrite(llama(), config({})), init_device_mesh("cpu", (RANKS,)))
 
 
+def mixed(place: int, **options: Any) -> Any:
+    """Is given something else in each process, and cut then."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = lora_fx.rewrite(llama(), config(options))
+    if place:
+        randomize(model)
+    return shard(model, init_device_mesh("cpu", (RANKS,)))
+
+
+@torch.no_grad()
+def zeroed(model: Any) -> Any:
+    """Has the same values everywhere again."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.zero_()
+    return model
+
+
 def misuse(rank: int, folder: str) -> dict[str, str]:
     """Verbs that are given something else in each process."""
     late, loading = sharded(), lora_fx.rewrite(cut(), config({}))
@@ -45,6 +66,13 @@ def misuse(rank: int, folder: str) -> dict[str, str]:
         "another folder": said(lambda: lora_fx.load_adapter(cut(), Path(folder) / f"{rank}")),
         "loaded again": said(lambda: lora_fx.load_adapter(loading, Path(folder) / f"{rank}")),
         "added later": said(lambda: lora_fx.add_adapter(late, config({"r": 2 + rank}), "late")),
+        "cut, other values": said(lambda: mixed(rank)(IDS)),
+        "cut, written since": said(lambda: zeroed(mixed(rank))(IDS)),
+        "cut, other ranks": said(lambda: mixed(0, r=2 + rank)(IDS)),
+        "saved, other values": said(
+            lambda: lora_fx.save_adapter(mixed(rank), Path(folder) / "mixed")
+        ),
+        "merged, other layers": said(lambda: lora_fx.merge(mixed(0, target_modules=targets))),
         "the same": said(lambda: lora_fx.rewrite(cut(), config({}))),
     }
     # What was refused is not there.
@@ -53,7 +81,10 @@ def misuse(rank: int, folder: str) -> dict[str, str]:
 
 
 def left_alone(rank: int, folder: str, how: str) -> None:
-    """One process ends, or comes too late; the other one writes what it is told, and after how long."""
+    """One process ends, comes too late or does something else; the other one writes what it is told.
+
+    Also after how long.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -70,7 +101,11 @@ def left_alone(rank: int, folder: str, how: str) -> None:
     model, base = sharded(), cut()
     dist.barrier()
     if rank == 1:
-        time.sleep(3 * TIMEOUT if how == "late" else 0)
+        if how == "elsewhere":
+            # What it sends is for a forward, and would be taken for something else.
+            with contextlib.suppress(RuntimeError):
+                model(IDS)
+        time.sleep(0 if how == "ended" else 4 * TIMEOUT)
         os._exit(0)
     found = {}
     for name, verb in verbs.items():

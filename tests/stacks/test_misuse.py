@@ -47,16 +47,32 @@ def test_another_adapter_is_refused_in_every_process(
         assert "load the same folder" in rank[what]
 
 
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("cut, other values", "model.layers.0.self_attn.q_proj.lora_A.default"),
+        ("cut, other ranks", "model.layers.0.self_attn.q_proj.lora_A.default"),
+        ("saved, other values", "model.layers.0.self_attn.q_proj.lora_A.default"),
+        ("merged, other layers", "model.layers.0.self_attn.v_proj.lora_A.default"),
+    ],
+)
+def test_what_was_another_adapter_before_it_was_cut_is_refused_at_its_first_use(
+    what: str, name: str, found: list[dict[str, str]]
+) -> None:
+    for rank in found:
+        assert rank[what].startswith(f"ConfigError: {name}: on rank 1 it was another one than on")
+
+
 def test_what_is_the_same_passes_and_what_was_refused_is_gone(found: list[dict[str, str]]) -> None:
     for rank in found:
-        assert rank["the same"] == ""
+        assert rank["the same"] == rank["cut, written since"] == ""
         assert rank["adapters"] == "default"
 
 
-@pytest.mark.parametrize("how", ["ended", "late"])
+@pytest.mark.parametrize("how", ["ended", "late", "elsewhere"])
 def test_who_is_left_alone_is_told_so(how: str, tmp_path: Path) -> None:
     multiprocessing.spawn(left_alone, (str(tmp_path), how), nprocs=RANKS)
     for said, seconds in torch.load(tmp_path / f"{how}.pt").values():
         assert said.startswith("ProcessError: ")
-        assert "has ended, or has not called this" in said
+        assert "rank 1 has ended, or has not called this" in said
         assert seconds < 4 * TIMEOUT

@@ -122,5 +122,13 @@ def test_gradients_of_torch_func_in_a_private_step(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_hooks_are_refused(mode: str, case: str) -> None:
     opacus = pytest.importorskip("opacus.grad_sample")
+    model = build(case)
+    wanted = one_by_one(model)
     with pytest.raises(ConfigError, match=r"optimize=False.*no_op"):
-        opacus.wrap_model(build(case), grad_sample_mode=mode)
+        opacus.wrap_model(model, grad_sample_mode=mode)
+    # The way out is open for the same model.
+    private = opacus.wrap_model(model, grad_sample_mode="no_op")
+    found = by_samples(private._module)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value)
