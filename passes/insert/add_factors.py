@@ -306,7 +306,7 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _base_like(model: nn.Module, site: Site) -> torch.Tensor:
-    """What :func:`base_weight` gives, for whoever asks nothing of its values.
+    """What :func:`base_weight` gives, where its values are not asked for.
 
     Few bits stay few, and parts are not put together.
     """
