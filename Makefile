@@ -132,6 +132,18 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 	.peers/$*/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
+# What a runtime needs of the system, where that can be installed; its tests are skipped without it.
+.peers/.runtime-js: | .peers/.debian-chromium
+.peers/.runtime-webgpu: | .peers/.debian-mesa-vulkan-drivers
+
+.peers/.debian-%:
+	@mkdir -p .peers
+	@if dpkg -s $* > /dev/null 2>&1; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $* > /dev/null && touch $@ || true; \
+	else echo "Debian's package $* is not installed, and only root can install it"; fi
+
 .peers/.runtime-js: tests/runtimes/requirements/package.json
 	mkdir -p .peers/js
 	cp $< .peers/js/package.json

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, ParityError, some
 from lora_fx.export.arguments import Sizes
-from lora_fx.export.convert import ConversionError, convert, torch_export_context
+from lora_fx.export.convert import (
+    ConversionError,
+    convert,
+    shield_half_inputs,
+    torch_export_context,
+)
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
 from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
@@ -292,6 +297,7 @@ def _write_fused(
     while True:
         model = converted if target.level == "none" else converted.clone()
         fused = fuse(model, target)
+        shield_half_inputs(model)
         files = store(model)
         try:
             return _Written(model, files, prove(), target, fused, fallbacks)
