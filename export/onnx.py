@@ -173,6 +173,7 @@ def _build(
     shard_bytes: int,
     optimize: Level,
     provider: Provider,
+    adapt: Callable[[ir.Model], None] | None,
     keep: Callable[[Tensor], Tensor],
     clock: _Stages,
 ) -> ExportReport:
@@ -188,6 +189,7 @@ def _build(
         shard_bytes: Bytes of one such file.
         optimize: How much to fuse.
         provider: What the operators of ONNX Runtime are chosen for.
+        adapt: Makes of the finished graph what a runtime takes; None where any takes it.
         keep: Takes each weight that is created, see ``Scratch.keep``.
         clock: What says and times the stages.
 
@@ -206,6 +208,8 @@ def _build(
     traced = _traced(prepared, dynamic_shapes, failures, 0)
 
     def store(model: ir.Model) -> dict[str, int]:
+        if adapt is not None:
+            adapt(model)
         clock.start("writing the file")
         return write(model, stage, external_data_bytes, shard_bytes)
 
@@ -499,6 +503,7 @@ def export_onnx(
             shard_bytes=shard_bytes,
             optimize=optimize,
             provider=provider or "cpu",
+            adapt=None if runtime is None else runtime.adapt,
             keep=keep,
             clock=clock,
         )

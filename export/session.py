@@ -268,8 +268,9 @@ class OnnxSession(Generates):
         self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))
         self._swapping = threading.Lock()  # two files never have adapters of two loads
         self._store = AdapterStore(self._runtime, manifest, self._device, self.path.name, max_rank)
-        self.inputs = tuple(ort.port_of(value) for value in self._session.get_inputs())
-        self.outputs = tuple(ort.port_of(value) for value in self._session.get_outputs())
+        axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
+        self.inputs = tuple(ort.port_of(one, axes) for one in self._session.get_inputs())
+        self.outputs = tuple(ort.port_of(one, axes) for one in self._session.get_outputs())
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])
