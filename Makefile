@@ -150,9 +150,21 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 	npm install --silent --ignore-scripts --prefix .peers/js
 	@touch $@
 
+# llama.cpp's converter is a script in the source package; it runs in .venv.
+.peers/.runtime-llama_cpp: tests/runtimes/requirements/llama_cpp.txt | $(BIN)/python
+	rm -rf .peers/llama_cpp
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .peers/llama_cpp --requirement $<
+	cd .peers/llama_cpp && tar -xzf *.tar.gz --strip-components=3 --wildcards \
+	  '*/llama.cpp/convert_*_to_gguf.py' '*/llama.cpp/conversion' '*/llama.cpp/gguf-py'
+	@touch $@
+
+# What vLLM asks for and can do without: wheels for CUDA, which do not load where torch is for the CPU.
+UNWANTED_vllm := torchaudio torchcodec
+
 .peers/.runtime-%: tests/runtimes/requirements/%.txt | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
 	.peers/$*/bin/python -m pip install --quiet --requirement $<
+	$(if $(UNWANTED_$*),.peers/$*/bin/python -m pip uninstall --quiet --yes $(UNWANTED_$*))
 	@touch $@
 
 $(BIN)/python:
