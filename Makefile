@@ -134,7 +134,7 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 
 # What a runtime needs of the system, where that can be installed; its tests are skipped without it.
 .peers/.runtime-js: | .peers/.debian-chromium
-.peers/.runtime-webgpu: | .peers/.debian-mesa-vulkan-drivers
+.peers/.runtime-webgpu .peers/.runtime-webgpu-1.25: | .peers/.debian-mesa-vulkan-drivers
 
 .peers/.debian-%:
 	@mkdir -p .peers

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.runtimes.conftest import require
-from tests.runtimes.files import case, check
+from tests.runtimes.conftest import ROOT, require
+from tests.runtimes.files import Case, case, check
 
 pytestmark = [pytest.mark.runtime, pytest.mark.filterwarnings("ignore")]
 
@@ -20,18 +20,25 @@ DRIVERS = [Path("/usr/share/vulkan/icd.d"), Path("/etc/vulkan/icd.d")]
 PRODUCTS = {"MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "GroupQueryAttention", "Softmax"}
 
 
-@pytest.fixture(autouse=True)
-def device() -> None:
-    require("webgpu")
+RUNTIMES = sorted(one.stem for one in (ROOT / "tests/runtimes/requirements").glob("webgpu*.txt"))
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> str:
+    """The newest build with WebGPU, and the oldest."""
+    require(request.param)
     if not any(folder.glob("*.json") for folder in DRIVERS if folder.is_dir()):
         pytest.skip("there is no Vulkan driver; Debian's package mesa-vulkan-drivers has one")
+    return str(request.param)
 
 
-def on_device(consume: Callable[..., Any], one: Any, folder: Path, tolerance: float) -> None:
+def on_device(
+    consume: Callable[..., Any], runtime: str, one: Case, folder: Path, tolerance: float
+) -> None:
     placed = check(
         one,
         consume,
-        "webgpu",
+        runtime,
         folder,
         provider=WEBGPU,
         cache="webgpu",
@@ -47,17 +54,23 @@ def on_device(consume: Callable[..., Any], one: Any, folder: Path, tolerance: fl
 @pytest.mark.parametrize("optimize", ["standard", "runtime"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_file_gives_what_pytorch_does(
-    dtype: str, optimize: str, kind: str, adapters: str, tmp_path: Path, consume: Callable[..., Any]
+    runtime: str,
+    dtype: str,
+    optimize: str,
+    kind: str,
+    adapters: str,
+    tmp_path: Path,
+    consume: Callable[..., Any],
 ) -> None:
     options = {"dtype": dtype, "optimize": optimize}
     if optimize == "runtime":
         options["provider"] = "webgpu"
     one = case(kind, adapters, tmp_path, **options)
-    on_device(consume, one, tmp_path, 2e-2 if dtype == "fp16" else 1e-4)
+    on_device(consume, runtime, one, tmp_path, 2e-2 if dtype == "fp16" else 1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4 torchao", "int8 torchao"])
 def test_quantized_weights_give_what_pytorch_does(
-    scheme: str, tmp_path: Path, consume: Callable[..., Any]
+    runtime: str, scheme: str, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    on_device(consume, case(scheme, "inline", tmp_path), tmp_path, 1e-3)
+    on_device(consume, runtime, case(scheme, "inline", tmp_path), tmp_path, 1e-3)
