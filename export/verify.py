@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -365,17 +364,21 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         ParityError: An output differs, with the adapter that it was with.
     """
 
-    def run(tensors: list[Tensor], adapter: str | None = None) -> dict[str, Any]:
+    def taken(tensors: Sequence[Tensor]) -> list[Tensor]:
         # A runtime's file may take fp32 for what the model takes in half precision: no value changes.
         pairs = zip(tensors, session.inputs, strict=True)
-        given = [one.to(getattr(torch, port.dtype)) for one, port in pairs]
-        return session.run(given, adapter=adapter)
+        return [one.to(getattr(torch, port.dtype)) for one, port in pairs]
 
     def compared(
         model: Reference, what: str, adapter: str | None = None
     ) -> dict[str, OutputParity]:
         try:
-            return _check_parity(model, traced, partial(run, adapter=adapter), prepared.cases).rows
+            return _check_parity(
+                model,
+                traced,
+                lambda tensors: session.run(taken(tensors), adapter=adapter),
+                prepared.cases,
+            ).rows
         except ParityError as error:
             raise type(error)(f"{what}: {error}") from error
 
@@ -387,7 +390,9 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         parity.rows |= {labels[n]: dataclasses.replace(r, name=labels[n]) for n, r in rows.items()}
 
     base, manifest = Reference(prepared.base, casts), prepared.manifest
-    parity = _check_parity(base, traced, run, prepared.cases)
+    parity = _check_parity(
+        base, traced, lambda tensors: session.run(taken(tensors)), prepared.cases
+    )
     if manifest is None:
         return parity
     assert isinstance(prepared.model, FactorModel)
