@@ -141,15 +141,39 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 	.peers/$*/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
+# What a runtime needs of the system, where that can be installed; its tests are skipped without it.
+.peers/.runtime-js: | .peers/.debian-chromium
+.peers/.runtime-webgpu .peers/.runtime-webgpu-1.25: | .peers/.debian-mesa-vulkan-drivers
+
+.peers/.debian-%:
+	@mkdir -p .peers
+	@if dpkg -s $* > /dev/null 2>&1; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $* > /dev/null && touch $@ || true; \
+	else echo "Debian's package $* is not installed, and only root can install it"; fi
+
 .peers/.runtime-js: tests/runtimes/requirements/package.json
 	mkdir -p .peers/js
 	cp $< .peers/js/package.json
 	npm install --silent --ignore-scripts --prefix .peers/js
 	@touch $@
 
+# llama.cpp's converter is a script in the source package; it runs in .venv.
+.peers/.runtime-llama_cpp: tests/runtimes/requirements/llama_cpp.txt | $(BIN)/python
+	rm -rf .peers/llama_cpp
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .peers/llama_cpp --requirement $<
+	cd .peers/llama_cpp && tar -xzf *.tar.gz --strip-components=3 --wildcards \
+	  '*/llama.cpp/convert_*_to_gguf.py' '*/llama.cpp/conversion' '*/llama.cpp/gguf-py'
+	@touch $@
+
+# What vLLM asks for and can do without: wheels for CUDA, which do not load where torch is for the CPU.
+UNWANTED_vllm := torchaudio torchcodec
+
 .peers/.runtime-%: tests/runtimes/requirements/%.txt | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
 	.peers/$*/bin/python -m pip install --quiet --requirement $<
+	$(if $(UNWANTED_$*),.peers/$*/bin/python -m pip uninstall --quiet --yes $(UNWANTED_$*))
 	@touch $@
 
 $(BIN)/python:

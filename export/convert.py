@@ -34,7 +34,7 @@ from lora_fx.export.translations import expand_grouped, expand_quantized, transl
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ConversionError", "convert", "torch_export_context"]
+__all__ = ["ConversionError", "convert", "shield_half_inputs", "torch_export_context"]
 
 
 # The names in an exported file: those that the user knows, and nothing of the build machine.
@@ -393,6 +393,39 @@ def _feed_as_stored(value: ir.Value) -> None:
                 gemm.replace_input_with(place, value)
         if not list(node.outputs[0].uses()) and not node.outputs[0].is_graph_output():
             node.graph.remove(node, safe=True)
+
+
+def shield_half_inputs(model: ir.Model) -> None:
+    """Let every adapter input in fp16 be read through a Reshape to its own shape.
+
+    Where a CPU has no kernel in fp16, ONNX Runtime casts the operator's inputs to fp32. Its versions 1.23 to
+    1.28 take a cast initializer for a constant, and end the process at one that is an input as well
+    (``FuseFp16InitializerToFp32NodeTransformer``; microsoft/onnxruntime#32143). A Reshape has a kernel in
+    fp16 and copies nothing.
+
+    Args:
+        model: Changed in place, after all fusions.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    shapes: dict[int, ir.Value] = {}
+    for value in graph.inputs:
+        if value.dtype != ir.DataType.FLOAT16 or value.const_value is None or value.shape is None:
+            continue
+        rank = len(value.shape)
+        if rank not in shapes:
+            same = ir.tensor(np.zeros(rank, np.int64), name=f"lora_fx.same_shape_{rank}")
+            shapes[rank] = ir.Value(name=same.name, const_value=same)
+            shapes[rank].shape, shapes[rank].dtype = ir.Shape([rank]), ir.DataType.INT64
+            graph.register_initializer(shapes[rank])
+        held = ir.node("Reshape", [value, shapes[rank]])
+        out = held.outputs[0]
+        out.name, out.dtype, out.shape = f"{value.name}.held", value.dtype, value.shape
+        for user, place in list(value.uses()):
+            if user is not held:
+                user.replace_input_with(place, out)
+        graph.insert_before(graph[0], held)
 
 
 _FAILED_NODE = re.compile(r"Error when translating node %(?P<name>\w+)")

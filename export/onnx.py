@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, ParityError, some
 from lora_fx.export.arguments import Sizes
-from lora_fx.export.convert import ConversionError, convert, torch_export_context
+from lora_fx.export.convert import (
+    ConversionError,
+    convert,
+    shield_half_inputs,
+    torch_export_context,
+)
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
 from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
@@ -174,6 +179,7 @@ def _build(
     shard_bytes: int,
     optimize: Level,
     provider: Provider,
+    adapt: Callable[[ir.Model], None] | None,
     keep: Callable[[Tensor], Tensor],
     clock: _Stages,
 ) -> ExportReport:
@@ -189,6 +195,7 @@ def _build(
         shard_bytes: Bytes of one such file.
         optimize: How much to fuse.
         provider: What the operators of ONNX Runtime are chosen for.
+        adapt: Makes of the finished graph what a runtime takes; None where any takes it.
         keep: Takes each weight that is created, see ``Scratch.keep``.
         clock: What says and times the stages.
 
@@ -207,6 +214,8 @@ def _build(
     traced = _traced(prepared, dynamic_shapes, failures, 0)
 
     def store(model: ir.Model) -> dict[str, int]:
+        if adapt is not None:
+            adapt(model)
         clock.start("writing the file")
         return write(model, stage, external_data_bytes, shard_bytes)
 
@@ -299,6 +308,7 @@ def _write_fused(
     while True:
         model = converted if target.level == "none" else converted.clone()
         fused = fuse(model, target)
+        shield_half_inputs(model)
         files = store(model)
         try:
             return _Written(model, files, prove(), target, fused, fallbacks)
@@ -509,6 +519,7 @@ def export_onnx(
             shard_bytes=shard_bytes,
             optimize=optimize,
             provider=provider or "cpu",
+            adapt=None if runtime is None else runtime.adapt,
             keep=keep,
             clock=clock,
         )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "AXES_KEY",
     "AXIS_LIMITS_KEY",
     "BF16",
     "CPU",
@@ -98,9 +99,15 @@ class Port:
         return f"{self.name} {self.dtype}[{', '.join(str(axis) for axis in self.shape)}]"
 
 
-def port_of(value: Any) -> Port:
-    """From what ONNX Runtime says of an input or output."""
-    return Port(value.name, _DTYPES.get(value.type, value.type), tuple(value.shape))
+AXES_KEY = "lora_fx.axes"
+"""In the metadata: JSON of the names of axes in a file for a runtime, and what lora_fx calls them."""
+
+
+def port_of(value: Any, axes: Mapping[str, str] | None = None) -> Port:
+    """From what ONNX Runtime says of an input or output, the axes called as :data:`AXES_KEY` says."""
+    own = axes or {}
+    shape = tuple(own.get(axis, axis) if isinstance(axis, str) else axis for axis in value.shape)
+    return Port(value.name, _DTYPES.get(value.type, value.type), shape)
 
 
 def feed(runtime: Any, port: Port, value: Any, device: torch.device = CPU) -> Any:

@@ -266,8 +266,9 @@ class OnnxSession(Generates):
         held = self._runtime, manifest, self._device, self.path.name, max_rank
         banked = manifest is not None and manifest.bank is not None
         self._store = AdapterBank(*held, self.path) if banked else AdapterStore(*held)
-        self.inputs = tuple(ort.port_of(value) for value in self._session.get_inputs())
-        self.outputs = tuple(ort.port_of(value) for value in self._session.get_outputs())
+        axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
+        self.inputs = tuple(ort.port_of(one, axes) for one in self._session.get_inputs())
+        self.outputs = tuple(ort.port_of(one, axes) for one in self._session.get_outputs())
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])

@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.report import ExportReport
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["RuntimeTarget", "Written", "add_tokenizer", "write_json"]
 
@@ -76,8 +79,12 @@ class RuntimeTarget(Protocol):
         """
         ...
 
+    def adapt(self, model: ir.Model) -> None:
+        """Change a finished graph into what the runtime takes, before it is written and compared."""
+        ...
+
     def finish(self, written: Written) -> Mapping[Path, str]:
-        """Make the files that go beside the model file, and change what the runtime needs changed in it.
+        """Make the files that go beside the model file.
 
         Returns:
             Each file, and its place in the runtime's folder.

@@ -11,12 +11,15 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_fx.errors import ExportError
 from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.targets.base import Written, add_tokenizer, write_json
 from lora_fx.ir import record_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["GenaiTarget"]
 
@@ -62,6 +65,9 @@ class GenaiTarget:
                 "row's last token, so target='genai' needs those of all positions: leave it out"
             )
         return {**given, "logits_to_keep": 0}
+
+    def adapt(self, model: ir.Model) -> None:
+        """As it is."""
 
     def finish(self, written: Written) -> Mapping[Path, str]:
         """``genai_config.json``, the tokenizer, and one ``.onnx_adapter`` for each adapter."""

@@ -8,12 +8,14 @@ Source: transformers.js 4, ``src/models/session.js``, ``src/configs.js`` and ``s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_fx.errors import ExportError
 from lora_fx.export.copy import unwrapped
+from lora_fx.export.ort import AXES_KEY
 from lora_fx.export.targets.base import Written, add_tokenizer, write_json
 from lora_fx.passes.graph import original_class
 
@@ -63,8 +65,13 @@ class TransformersJsTarget:
         """As it is."""
         return example
 
+    def adapt(self, model: ir.Model) -> None:
+        """Name the axes, and cast to fp32 at the ends."""
+        _rename_axes(model)
+        _as_fp32(model)
+
     def finish(self, written: Written) -> Mapping[Path, str]:
-        """Name the axes, cast to fp32 at the ends; ``config.json`` and the tokenizer."""
+        """``config.json`` and the tokenizer."""
         config: Any = getattr(written.model, "config", None)
         if not hasattr(config, "to_json_string"):
             raise ExportError(
@@ -72,7 +79,7 @@ class TransformersJsTarget:
                 "transformers. Export it without target="
             )
         self.check(task=None, adapters=None, dtype=written.report.dtype)
-        external = _adjust(written.file)
+        external = _has_external(written.file)
         values = json.loads(config.to_json_string(use_diff=False))
         if not values.get("architectures"):
             values["architectures"] = [original_class(unwrapped(written.model)).__name__]
@@ -99,35 +106,30 @@ def _external_files(path: Path) -> dict[str, bool]:
     return {str(k): bool(v) for k, v in named.items()} if isinstance(named, dict) else {}
 
 
-def _adjust(path: Path) -> bool:
-    """Rename the axes of a file, and cast at its ends; whether its weights are elsewhere."""
+def _has_external(path: Path) -> bool:
+    """Whether the weights of a file are in another one."""
     import onnx_ir as ir
 
-    model = ir.load(path)
+    initializers = ir.load(path).graph.initializers.values()
+    return any(isinstance(one.const_value, ir.ExternalTensor) for one in initializers)
+
+
+def _rename_axes(model: ir.Model) -> None:
+    """Call the axes as transformers.js does, and note in the metadata what lora_fx calls them."""
+    import onnx_ir as ir
+
+    known = re.compile(rf"\b({'|'.join(_AXES)})\b")
     inside = [value for node in model.graph.all_nodes() for value in node.outputs]
     for value in (*model.graph.inputs, *inside):
-        _rename(value)
-    _as_fp32(model)
-    external = any(
-        isinstance(one.const_value, ir.ExternalTensor) for one in model.graph.initializers.values()
-    )
-    # The weights stay where they are: only what refers to them is written again.
-    ir.save(model, path)
-    return external
-
-
-def _rename(value: ir.Value) -> None:
-    import onnx_ir as ir
-
-    if value.shape is None:
-        return
-    sizes = [
-        ir.SymbolicDim(_AXES.get(str(dim.value), dim.value))
-        if isinstance(dim, ir.SymbolicDim)
-        else dim
-        for dim in value.shape
-    ]
-    value.shape = ir.Shape(sizes)
+        if value.shape is not None:
+            sizes = [
+                known.sub(lambda found: _AXES[found[0]], dim.value)
+                if isinstance(dim, ir.SymbolicDim) and dim.value
+                else dim
+                for dim in value.shape
+            ]
+            value.shape = ir.Shape(sizes)
+    model.metadata_props[AXES_KEY] = json.dumps({theirs: own for own, theirs in _AXES.items()})
 
 
 def _as_fp32(model: ir.Model) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "component_of",
     "for_diffusers",
     "for_one_rank",
+    "joined_metadata",
     "read_dialect",
 ]
 
@@ -153,6 +154,14 @@ def for_diffusers(
         for key, value in found.tensors.items()
     }
     return tensors, {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
+
+
+def joined_metadata(every: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of a file that has several parts of a pipeline, from those of each part."""
+    values: dict[str, Any] = {}
+    for one in every:
+        values |= json.loads(one[DIFFUSERS_METADATA])
+    return {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
 
 
 def _refuse(problems: Iterable[str], reader: Reader) -> None:

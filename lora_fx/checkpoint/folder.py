@@ -37,6 +37,7 @@ from lora_fx.checkpoint.dialects import (
     component_of,
     for_diffusers,
     for_one_rank,
+    joined_metadata,
     read_dialect,
 )
 from lora_fx.checkpoint.files import (
@@ -68,7 +69,7 @@ _log = logging.getLogger("lora_fx")
 
 @inside
 def save_adapter(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Module],
     directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
@@ -91,7 +92,8 @@ def save_adapter(
     ``modules_to_save`` is the way to have them trained as part of an adapter.
 
     Args:
-        model: A rewritten model.
+        model: A rewritten model. With "diffusers" also several, by the parts of the pipeline that they are
+            (``{"unet": unet, "text_encoder": encoder}``), whose adapters go into one file.
         directory: Where to; made if it is not there. An adapter that is not called "default" goes
             into a subfolder of its name.
         adapter_name: Which adapter; by default the only one, or the only active one.
@@ -115,30 +117,36 @@ def save_adapter(
 
     Raises:
         ConfigError: If the model has no such adapter, several could be meant, its start still waits for data,
-            or there is no such format or component.
+            there is no such format or component, or several models are given for another format or with
+            ``receipt``.
         CheckpointError: If an adapter is there already and ``force`` is False, one of another format is
             there, the model is on the
             meta device, the reader would refuse the adapter or a part of it, or the files cannot be written
             (a full disk). The folder is then as it was.
     """
     reader = _reader(format, component, vllm=vllm)
-    adapter_name = the_adapter(model, adapter_name)
-    record = adapter_record(model, adapter_name)
-    if not record.initialized:
-        start = record.config.init_lora_weights
-        raise ConfigError(
-            f"adapter {adapter_name!r}: init_lora_weights={start!r} waits for data: "
-            "call lora_fx.initialize(model, batches) before training"
+    if isinstance(model, Mapping):
+        if reader != "diffusers" or component is not None or receipt is not None or not model:
+            raise ConfigError(
+                "several models, by the part of a pipeline, are for format='diffusers', without component= "
+                "and receipt=: save each model by itself"
+            )
+        adapter_name = the_adapter(next(iter(model.values())), adapter_name)
+        folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
+        saved = [_of_component(one, adapter_name, part) for part, one in model.items()]
+        joined = {key: value for tensors, _ in saved for key, value in tensors.items()}
+        write_folder(
+            folder, joined, None, notes=joined_metadata(notes for _, notes in saved), force=force
         )
+        return folder
+    adapter_name = the_adapter(model, adapter_name)
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     if reader == "diffusers":
-        part = component_of(model, component)
-        found = stored(model, record, adapter_name, False)
-        config = written_config(model, record, found.targets)
-        tensors, notes = for_diffusers(found, record, config, part)
+        tensors, notes = _of_component(model, adapter_name, component)
         made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
         write_folder(folder, tensors, None, notes=notes, receipt=made, force=force)
         return folder
+    record = _initialized(model, adapter_name)
     if reader != "peft" and save_embedding_layers == "auto":
         save_embedding_layers = False
     values, config, notes = folder_of(
@@ -148,6 +156,29 @@ def save_adapter(
     made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
     write_folder(folder, tensors, config, notes=notes, receipt=made, force=force)
     return folder
+
+
+@inside
+def _of_component(
+    model: nn.Module, adapter_name: str, component: str | None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What a file of diffusers has of one model: tensors by key, and metadata."""
+    record = _initialized(model, adapter_name)
+    part = component_of(model, component)
+    found = stored(model, record, adapter_name, False)
+    config = written_config(model, record, found.targets)
+    return for_diffusers(found, record, config, part)
+
+
+def _initialized(model: nn.Module, adapter_name: str) -> AdapterRecord:
+    record = adapter_record(model, adapter_name)
+    if not record.initialized:
+        start = record.config.init_lora_weights
+        raise ConfigError(
+            f"adapter {adapter_name!r}: init_lora_weights={start!r} waits for data: "
+            "call lora_fx.initialize(model, batches) before training"
+        )
+    return record
 
 
 def _reader(named: Reader, component: str | None, *, vllm: bool) -> Reader:

@@ -235,3 +235,16 @@ def test_every_place_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(made) == 2
     assert all(isinstance(one, nn.Module) for one in made)
     assert not [name for one in made for name, _ in one.named_parameters() if "lora_" in name]
+
+
+@pytest.mark.parametrize("optimize", ["standard", "none"])
+def test_no_operator_reads_a_factor_in_fp16_directly(tmp_path: Path, optimize: Any) -> None:
+    # ONNX Runtime 1.23 to 1.28 would take it for a constant, cast, and end the process.
+    target = tmp_path / "m.onnx"
+    options = {"adapters": "inputs", "dtype": "fp16", "optimize": optimize}
+    export_onnx(model(), target, torch.randn(2, 3, 6), **options)
+    graph = onnx.load(target).graph
+    factors = {value.name for value in graph.input if "lora_" in value.name}
+    readers = [node.op_type for node in graph.node if factors & set(node.input)]
+    assert readers == ["Reshape"] * len(factors)
+    assert len(factors) == 6

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
 import lora_fx
 from lora_fx import ExportError, LoraConfig
+from lora_fx.export.onnx import node_count
 from tests.algebra import randomize
+from tests.export.tiny import example, generator
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,6 +70,33 @@ def test_a_model_in_bf16_is_refused_also_without_dtype(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"transformers\.js has no bf16"):
         written(classifier().to(torch.bfloat16), tmp_path / "js")
     assert not (tmp_path / "js").exists()
+
+
+@pytest.mark.slow
+def test_what_is_written_for_transformers_js_is_what_was_compared(tmp_path: Path) -> None:
+    """Casts and names of axes too: a session reads the file as it reads others."""
+    model = generator("llama")
+    report = lora_fx.export_onnx(
+        model,
+        tmp_path / "js",
+        example("llama"),
+        task="text-generation",
+        target="transformers.js",
+        dtype="fp16",
+    )
+    file = tmp_path / "js" / "onnx" / "model_fp16.onnx"
+    assert report.verified
+    assert report.nodes == node_count(file)
+    assert report.outputs["logits"][0] == "batch_size"
+    graph = onnx.load(file).graph
+    kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert kinds == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    session = lora_fx.OnnxSession(file, "cpu")
+    assert session.inputs[0].shape == ("batch", "sequence")
+    prompt = torch.tensor([[5, 9, 3, 7]])
+    found = session.generate(prompt, max_new_tokens=8)
+    want = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert found.tolist() == want.tolist()
 
 
 def test_wrong_words_are_refused(tmp_path: Path) -> None:

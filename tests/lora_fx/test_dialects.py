@@ -429,3 +429,63 @@ def test_diffusers_loads_what_is_saved_for_a_text_encoder(
         wanted = model(ids)[0]
         assert_close(theirs(ids)[0], wanted)
         assert_close(lora_fx.load_adapter(text_encoder(), tmp_path).eval()(ids)[0], wanted)
+
+
+def pipeline(unet: nn.Module, encoder: nn.Module) -> Any:
+    """A whole pipeline of diffusers over two models; its file of a LoRA is read by it as a user reads one."""
+    return diffusers.StableDiffusionPipeline(
+        vae=None,
+        text_encoder=encoder,
+        tokenizer=None,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def test_one_file_has_the_adapters_of_a_pipeline(tmp_path: Path) -> None:
+    """Written by ours and read by diffusers' pipeline, and the other way round."""
+    model = adapted(use_rslora=True)
+    values = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    encoder = lora_fx.rewrite(text_encoder(), LoraConfig(**values)).eval()
+    randomize(encoder)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        wanted = run(model), encoder(ids)[0]
+    lora_fx.save_adapter(
+        {"unet": model, "text_encoder": encoder}, tmp_path / "ours", format="diffusers"
+    )
+    assert [one.name for one in (tmp_path / "ours").iterdir()] == [DIFFUSERS_NAME]
+    whole = pipeline(unet(), text_encoder())
+    whole.load_lora_weights(str(tmp_path / "ours"))
+    from peft import get_peft_model_state_dict
+
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "theirs",
+        unet_lora_layers=get_peft_model_state_dict(whole.unet, adapter_name="default_0"),
+        text_encoder_lora_layers=get_peft_model_state_dict(
+            whole.text_encoder, adapter_name="default_0"
+        ),
+        unet_lora_adapter_metadata=whole.unet.peft_config["default_0"].to_dict(),
+        text_encoder_lora_adapter_metadata=whole.text_encoder.peft_config["default_0"].to_dict(),
+    )
+    with torch.no_grad():
+        assert_close(run(whole.unet.eval()), wanted[0])
+        assert_close(whole.text_encoder.eval()(ids)[0], wanted[1])
+        for folder in ("ours", "theirs"):
+            assert_close(run(lora_fx.load_adapter(unet(), tmp_path / folder).eval()), wanted[0])
+            again = lora_fx.load_adapter(text_encoder(), tmp_path / folder).eval()
+            assert_close(again(ids)[0], wanted[1])
+
+
+def test_several_models_are_for_diffusers_alone(tmp_path: Path) -> None:
+    several = {"unet": adapted(), "vae": adapted()}
+    with pytest.raises(ConfigError, match="several models"):
+        lora_fx.save_adapter(several, tmp_path / "out")
+    with pytest.raises(ConfigError, match="component='vae'"):
+        lora_fx.save_adapter(several, tmp_path / "out", format="diffusers")
+    with pytest.raises(ConfigError, match="several models"):
+        lora_fx.save_adapter(several, tmp_path / "out", format="diffusers", receipt=SAMPLE)
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,22 +15,26 @@ ROOT = Path(__file__).resolve().parents[2]
 CONSUMERS = Path(__file__).parent / "consumers"
 
 
+def require(runtime: str) -> Path:
+    """The folder of a runtime; the test is skipped where it is not installed."""
+    peer = ROOT / ".peers" / runtime
+    if not (ROOT / ".peers" / f".runtime-{runtime}").exists():
+        pytest.skip(f"{runtime} is not installed: make test-runtimes does that")
+    return peer
+
+
 @pytest.fixture
 def consume() -> Callable[..., Any]:
     """Runs a script of ``consumers`` with a runtime, and reads the JSON that it prints last."""
 
     def run(runtime: str, script: str, *arguments: object) -> Any:
-        peer = ROOT / ".peers" / runtime
-        program = peer / "node_modules" if script.endswith(".mjs") else peer / "bin" / "python"
-        if not program.exists():
-            pytest.skip(f"{runtime} is not installed: make test-runtimes does that")
+        peer = require(runtime)
         # Node looks for packages from the folder of the script upwards.
         if script.endswith(".mjs"):
-            copied = peer / script
-            copied.write_text((CONSUMERS / script).read_text(encoding="utf-8"), encoding="utf-8")
+            copied = shutil.copyfile(CONSUMERS / script, peer / script)
             command = ["node", str(copied)]
         else:
-            command = [str(program), str(CONSUMERS / script)]
+            command = [str(peer / "bin" / "python"), str(CONSUMERS / script)]
         done = subprocess.run(
             [*command, *map(str, arguments)],
             capture_output=True,
@@ -37,7 +42,7 @@ def consume() -> Callable[..., Any]:
             timeout=300,
             check=False,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     return run

@@ -14,8 +14,15 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from tests.algebra import randomize
+from tests.runtimes.conftest import require
 
 pytestmark = [pytest.mark.runtime, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    require("genai")
+
 
 IDS = torch.tensor([[5, 9, 3, 7]])
 

@@ -15,9 +15,15 @@ from torch import nn
 import lora_fx
 from lora_fx import ExportError, LoraConfig
 from tests.algebra import randomize
+from tests.runtimes.conftest import require
 from tests.runtimes.test_genai import IDS, adapted, generated
 
 pytestmark = [pytest.mark.runtime, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    require("js")
 
 
 def bert() -> nn.Module:
