@@ -7,6 +7,7 @@ stays fixed carries its reason.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
@@ -78,6 +80,49 @@ class _FiniteValues(TorchFunctionMode):
             if _REDUCTIONS[func] == found:
                 self._answers[id(result)] = result, found
         return result
+
+
+_LONGEST = 24
+"""Operations of the longest formula for a size that an offered axis may lead to.
+
+Those of convolutions, of windows that fit and of patches have fewer than 10. Padding to whole windows and
+back, stage after stage, doubles the formula each time, and with it the time of every question that
+torch.export asks: one with 40 operations takes seconds, one with 180 minutes (DaViT, Twins, MaxViT).
+"""
+
+
+class _ShortFormulas(TorchFunctionMode):
+    """Ends a trace in which the size of a result is too long a formula of the axes that were offered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[Any] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Looks at the sizes of what comes out."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            sizes: Any = tensor.shape if isinstance(tensor, Tensor) else ()
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    self._check(size.node.expr)
+        return result
+
+    def _check(self, formula: Any) -> None:
+        if formula in self._known:
+            return
+        self._known.add(formula)
+        if (length := int(formula.count_ops())) > _LONGEST:
+            raise ExportError(
+                f"a size becomes a formula of {length} operations, which takes torch.export minutes to "
+                "reason about (name the axis in dynamic_shapes to wait for it)"
+            )
 
 
 _log = logging.getLogger("lora_fx")
@@ -182,6 +227,8 @@ def trace(
                 torch.no_grad(),
                 watched(model.model) as witness,
                 _FiniteValues(model.model) as values,
+                # Who names an axis wants it, whatever it takes.
+                _ShortFormulas() if dynamic_shapes is None else contextlib.nullcontext(),
             ):
                 program = torch.export.export(
                     model,

@@ -654,3 +654,28 @@ def test_encoder_decoder_has_two_sequence_axes(tmp_path: Path) -> None:
     )
     assert report.inputs["input_ids"][1] != report.inputs["decoder_input_ids"][1]
     assert report.max_rel_error < 1e-4
+
+
+class Windows(nn.Module):
+    """Pads to whole windows and back, stage after stage, as DaViT and Twins do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            high, wide = x.shape[2], x.shape[3]
+            x = nn.functional.pad(x, (0, (7 - wide % 7) % 7, 0, (7 - high % 7) % 7))
+            cut = x.unflatten(2, (x.shape[2] // 7, 7)).unflatten(4, (x.shape[3] // 7, 7))
+            x = (cut - cut.mean((3, 5), keepdim=True)).flatten(4, 5).flatten(2, 3)
+            x = nn.functional.pad(conv(x[:, :, :high, :wide]), (0, x.shape[3] % 4, 0, 0))
+        return x
+
+
+def test_reasoning_about_sizes_has_a_budget(tmp_path: Path) -> None:
+    """Fewer axes are dynamic then, and the report says which and why."""
+    report = lora_fx.export_onnx(Windows(), tmp_path / "m.onnx", torch.randn(2, 3, 16, 18))
+    assert report.dynamic_axes == {"x": {0: "batch"}}
+    assert "becomes a formula of" in report.fixed_axes["x[3]"]
+    assert "Windows" in report.fixed_axes["x[3]"] or "test_onnx.py" in report.fixed_axes["x[3]"]
