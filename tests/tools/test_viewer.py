@@ -1,61 +1,149 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
-from importlib import resources
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from lora_fx.tools.draw.drawing import document_of, initially_open, picture_of, visualize
+import lora_fx
+from lora_fx.config import LoraConfig, judge
+from lora_fx.tools.draw.drawing import picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
-from tests.tools.pictures import Net, Untraceable, adapted
+from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
+from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, State
+from tests.tools.browser import CHROMIUM, Page, browser
+from tests.tools.pictures import Block, Net, Untraceable, adapted
 
 NODE = shutil.which("node")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NASTY = "a<b>&\"c'</script><img src=x onerror=alert`1`>"
 
-COMPARE = """
-const fs = require("fs"), Layout = require(process.argv.at(-1));
-const doc = JSON.parse(fs.readFileSync(0, "utf-8"));
-const boxes = new Map([...doc.boxes, ...doc.nodes].map((box) => [box.id, box]));
-const scene = Layout.place(boxes, doc.root, doc.metrics, (box) => box.open);
-console.log(JSON.stringify({
-  boxes: scene.placed.map((p) => [p.box.id, p.x, p.y, p.width, p.height, p.open]),
-  wires: scene.wires.map((w) => [w.link, w.points.flat()]),
-}));
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+def ask_node(code: str, given: Any) -> Any:
+    """What the page's own files say about something, outside of a browser."""
+    scripts = "".join(asset(name) for name in ("place.js", "find.js", "graph.js"))
+    read = "const given = JSON.parse(require('fs').readFileSync(0, 'utf-8'));"
+    done = subprocess.run(
+        [str(NODE), "-e", f"{scripts}\n{read}\n{code}"],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+STACK = """
+const graph = new Graph(given, {}, null);
+const found = [];
+for (const box of graph.shown()) {
+  const spot = graph.spotOf(box);
+  const wires = box.open && box.inside ? box.inside.wires.map((wire) => wire.points) : [];
+  found.push([box.id, spot.x, spot.y, spot.width, spot.height, wires]);
+}
+console.log(JSON.stringify(found));
 """
 
 
-@pytest.mark.skipif(NODE is None, reason="node is not installed")
+@needs_node
 @pytest.mark.parametrize("model", [Net(), Untraceable()], ids=["graph", "registration-order"])
 @pytest.mark.parametrize("everything", [True, False], ids=["open", "first-view"])
-def test_browser_and_python_place_alike(model: Net, everything: bool) -> None:
+def test_the_page_stacks_as_python_does(model: nn.Module, everything: bool) -> None:
     picture = picture_of(adapted(model))
     document = document_of(picture)
+    boxes = list(picture.root.walk())
     for entry in document["boxes"]:
-        entry["open"] = entry["open"] or everything
-    opened = {entry["id"] for entry in document["boxes"] if entry["open"]}
+        entry["open"] = bool(entry.get("open")) or everything
+    opened = {box.id for box, entry in zip(boxes, document["boxes"], strict=True) if entry["open"]}
     scene = place(picture, plan_layers(picture), lambda box: box.id in opened)
-    with resources.as_file(
-        resources.files("lora_fx.tools.draw") / "viewer" / "layout.js"
-    ) as script:
-        done = subprocess.run(
-            [str(NODE), "-e", COMPARE, "--", str(script)],
-            input=json.dumps(document),
-            capture_output=True,
-            text=True,
-            check=True,
+    found = ask_node(STACK, document)
+    assert [boxes[index].id for index, *_ in found] == [placed.box.id for placed in scene.boxes]
+    places = {placed.box.id: placed for placed in scene.boxes}
+    for index, x, y, width, height, _ in found:
+        placed = places[boxes[index].id]
+        assert [x, y, width, height] == pytest.approx(
+            [placed.x, placed.y, placed.width, placed.height]
         )
-    found = json.loads(done.stdout)
-    assert len(found["boxes"]) == len(scene.boxes)
-    for (name, *numbers, is_open), placed in zip(found["boxes"], scene.boxes, strict=True):
-        assert (name, is_open) == (placed.box.id, placed.open)
-        assert numbers == pytest.approx([placed.x, placed.y, placed.width, placed.height])
-    for (link, points), wire in zip(found["wires"], scene.wires, strict=True):
-        assert link == list(wire.link)
-        assert points == pytest.approx([value for point in wire.points for value in point])
+    wires = [wire for *_, inside in found for wire in inside]
+    expected = [[value for point in wire.points for value in point] for wire in scene.wires]
+    lengths = sorted(abs(wire[5] - wire[1]) for wire in wires)
+    assert len(wires) == len(expected)
+    assert lengths == pytest.approx(sorted(abs(wire[5] - wire[1]) for wire in expected))
+
+
+NAMES = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(12)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "xq_proj")
+] + ["lm_head", "model.embed"]
+
+SELECT = """
+const rows = given.names.map((name) => ({ name, state: "unselected", default: false }));
+const answers = given.cases.map(([target, exclude]) => {
+  const chosen = Find.targets(target), apart = Find.targets(exclude);
+  if (chosen.kind === "unsure" || chosen.kind === "wrong") return chosen.kind;
+  return Find.select(rows, chosen, apart).selected.map((row) => row.name);
+});
+console.log(JSON.stringify(answers));
+"""
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("typed", "targets", "exclude"),
+    [
+        ("q_proj", ["q_proj"], None),
+        ("q_proj, v_proj", ["q_proj", "v_proj"], None),
+        ("['q_proj', 'mlp.up_proj']", ["q_proj", "mlp.up_proj"], None),
+        ("lm_head", ["lm_head"], None),
+        (r".*\.q_proj", r".*\.q_proj", None),
+        (r".*q_proj", r".*q_proj", None),
+        ("q_proj|v_proj|(lm_head)", "q_proj|v_proj|(lm_head)", None),
+        (
+            r"model\.layers\.(?:[0-3]|1\d)\.mlp\.\w+",
+            r"model\.layers\.(?:[0-3]|1\d)\.mlp\.\w+",
+            None,
+        ),
+        (r".*\.(?!q)\w_proj", r".*\.(?!q)\w_proj", None),
+        ("q_proj", ["q_proj"], "layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_if_selects_as_python_does(
+    typed: str, targets: list[str] | str, exclude: str | None
+) -> None:
+    config = LoraConfig(target_modules=targets, exclude_modules=exclude and [exclude])
+    expected = [name for name in NAMES if judge(name, config).selected]
+    (found,) = ask_node(SELECT, {"names": NAMES, "cases": [[typed, exclude or ""]]})
+    assert found == expected
+
+
+@needs_node
+def test_what_if_says_where_python_and_the_browser_may_differ() -> None:
+    cases = [
+        "(?i).*Q",
+        "(?P<n>a)b",
+        r"\Aq",
+        "a++",
+        "q{,3}",
+        "[]a]",
+        r"é+",
+        r"(?<=a)b",
+        "(a",
+        r"a\Z",
+    ]
+    found = ask_node(SELECT, {"names": NAMES, "cases": [[case, ""] for case in cases]})
+    assert found == ["unsure"] * 8 + ["wrong", "unsure"]
 
 
 def test_first_view_shows_an_adapter_and_not_everything() -> None:
@@ -70,31 +158,300 @@ def test_first_view_shows_an_adapter_and_not_everything() -> None:
     assert 40 <= visible < 200 < sum(1 for _ in deep.walk())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_page_draws_in_a_browser(tmp_path: Path) -> None:
-    path = visualize(adapted(Net()), tmp_path / "graph.html")
-    address = f"{path.as_uri()}#blocks.2.down"
-    done = subprocess.run(
-        [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            address,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+# --- in Chromium ---
+
+
+class Nested(nn.Module):
+    """Two blocks with a name that a page must not take for code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 8)
+        self.parts = nn.ModuleDict({NASTY.replace(".", ""): Block(8)})
+        self.blocks = nn.Sequential(*(Block(8) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for part in self.parts.values():
+            x = part(x)
+        return self.blocks(x)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Page]:
+    with browser() as page:
+        page.size(1200, 800)
+        yield page
+
+
+@pytest.fixture
+def opened(chromium: Page, tmp_path: Path) -> Iterator[Page]:
+    model = lora_fx.rewrite(Nested(), LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1))
+    lora_fx.add_adapter(model, LoraConfig(r=3, target_modules=["up"]), "other")
+    chromium.open(visualize(model, tmp_path / "graph.html").as_uri())
+    chromium.complaints.clear()
+    yield chromium
+    assert not chromium.complaints
+    assert not chromium.requests
+
+
+def selected(page: Page) -> str:
+    return str(page.run("loraFx.graphs[0].selected?.fqn ?? ''"))
+
+
+def panel(page: Page) -> str:
+    return str(page.run("document.querySelector('#details').innerText"))
+
+
+def spot(page: Page, fqn: str) -> tuple[float, float]:
+    """Where a box is on the screen, right of its triangle."""
+    x, y = page.run(
+        f"(() => {{ const g = loraFx.graphs[0], s = g.spotOf(g.boxOf({json.dumps(fqn)})), a = g.area, v = g.view;"
+        "return [a.x + v.x + (s.x + s.width / 2) * v.scale, a.y + v.y + (s.y + 18) * v.scale]; })()"
     )
-    drawn = re.findall(r'<g class="([^"]*)" data-id="(\w+)"', done.stdout)
-    assert {name for classes, name in drawn if "A" in classes.split()}
-    assert len({name for _, name in drawn}) == len(drawn) > 20
-    # The searched block is folded into the first: that one is found, shown and marked.
-    assert len([name for classes, name in drawn if "hit" in classes.split()]) == 1
-    assert ">1 / 1<" in done.stdout
+    return x, y
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_click_pins_what_there_is_to_know(opened: Page) -> None:
+    opened.click(*spot(opened, "stem"))
+    assert selected(opened) == "stem"
+    told = panel(opened)
+    for words in ("r 2 · × 2 · p 0.1", "torch.nn.modules.linear.Linear", "FLOPs", "saved", "8×3"):
+        assert words in told
+    assert opened.run("location.hash") == "#stem"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_keys_walk_open_and_close(opened: Page) -> None:
+    opened.key("Tab")
+    assert opened.run("loraFx.graphs[0].selected === loraFx.graphs[0].root")
+    opened.key("Tab")
+    opened.key("Tab")
+    first = selected(opened)
+    opened.key("Tab", shift=True)
+    assert selected(opened) != first or first == ""
+    opened.run("loraFx.select('blocks.0')")
+    before = opened.run("loraFx.graphs[0].selected.open")
+    opened.key(" ")
+    assert opened.run("loraFx.graphs[0].selected.open") is not before
+    opened.key("Backspace")
+    assert selected(opened) == "blocks"
+    scale = opened.run("loraFx.graphs[0].view.scale")
+    opened.key("+")
+    assert opened.run("loraFx.graphs[0].view.scale") > scale
+    opened.key("?")
+    assert opened.run("document.querySelector('#keys').open")
+    opened.key("Escape")
+    assert not opened.run("document.querySelector('#keys').open")
+    opened.run("loraFx.select('stem')")
+    opened.key("Escape")
+    opened.key("Escape")
+    assert opened.run("loraFx.graphs[0].selected === null")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_arrows_follow_the_flow(opened: Page) -> None:
+    opened.run("loraFx.select('stem')")
+    opened.key("ArrowDown")
+    below = selected(opened)
+    assert below != "stem"
+    opened.key("ArrowUp")
+    assert selected(opened) == "stem"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_search_finds_names_ranks_types_and_folded_layers(opened: Page) -> None:
+    def search(text: str) -> str:
+        opened.run("document.querySelector('#search').value = ''")
+        opened.key("/")
+        opened.type(text)
+        told = str(opened.run("document.querySelector('#found').textContent"))
+        opened.run("document.activeElement.blur()")
+        return told
+
+    assert search("stem").startswith("1 / 1")
+    told = search("blocks.2.down")
+    assert told.startswith("1 / 1")
+    assert "blocks.2.down, drawn once for blocks.0" in told
+    assert search("r:3").startswith("1 / 2")
+    assert search("type:Linear r:2").startswith("1 / 5")
+    assert search("nothing-like-it").startswith("0 / 0")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_names_are_text(opened: Page) -> None:
+    opened.run(
+        "loraFx.select('parts.' + [...loraFx.graphs[0].byFqn.keys()].find((n) => n.startsWith('parts.a<')).slice(6))"
+    )
+    opened.settle()
+    assert NASTY.replace(".", "") in panel(opened)
+    assert not opened.run("document.querySelector('img')")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_table_and_the_graph_select_each_other(opened: Page) -> None:
+    opened.key("t")
+    rows = opened.run(
+        "[...document.querySelectorAll('#sites tbody tr')].map((r) => r.dataset.name)"
+    )
+    assert len(rows) == 16
+    opened.press('#sites tbody tr[data-name="blocks.3.up"]')
+    assert selected(opened) == "blocks.0.up"
+    opened.key("Escape")
+    opened.run("loraFx.select('stem')")
+    opened.key("t")
+    chosen = opened.run(
+        "[...document.querySelectorAll('#sites tr.chosen')].map((r) => r.dataset.name)"
+    )
+    assert chosen == ["stem"]
+    opened.press('#sites th button[data-key="rank"]')
+    opened.press('#sites th button[data-key="rank"]')
+    ranks = opened.run(
+        "(() => { const at = [...document.querySelectorAll('#sites th')].findIndex((h) => h.innerText.startsWith('r '));"
+        "return [...document.querySelectorAll('#sites tbody tr')].map((r) => Number(r.cells[at].innerText)); })()"
+    )
+    assert ranks == sorted(ranks, reverse=True)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_colors_by_rank(opened: Page) -> None:
+    opened.run(
+        "(() => { const c = document.querySelector('#color'); c.value = 'rank'; c.dispatchEvent(new Event('change')); })()"
+    )
+    opened.settle()
+    low, high = opened.run(
+        "['stem', 'blocks.0.up'].map((n) => loraFx.graphs[0].color(loraFx.graphs[0].boxOf(n)))"
+    )
+    assert low != high
+    assert "2" in opened.run("document.querySelector('#ramp').innerText")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_is_live_and_can_be_taken_away(opened: Page) -> None:
+    opened.key("w")
+    opened.type("up, stem, nowhere")
+    told = opened.run("document.querySelector('#verdict').innerText")
+    assert told.startswith("6 of 11")
+    assert "matches nothing: nowhere" in told
+    config = opened.run("document.querySelector('#config').textContent")
+    given = eval(config, {"lora_fx": lora_fx})  # noqa: S307  it is to be pasted into a program
+    assert set(given.target_modules) == {"up", "stem", "nowhere"}
+    cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
+    plan = lora_fx.plan(Nested(), LoraConfig(r=8, target_modules=["up", "stem"]))
+    assert cost == plan.trainable_parameters
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_dragging_wheel_and_depth(opened: Page) -> None:
+    x, y = 300.0, 500.0
+    before = opened.run("loraFx.graphs[0].view")
+    opened.mouse("mousePressed", x, y, button="left", clickCount=1)
+    opened.mouse("mouseMoved", x + 60, y + 40, button="left", buttons=1)
+    opened.mouse("mouseReleased", x + 60, y + 40, button="left", clickCount=1)
+    opened.settle()
+    after = opened.run("loraFx.graphs[0].view")
+    assert (after["x"] - before["x"], after["y"] - before["y"]) == (60, 40)
+    opened.mouse("mouseWheel", x, y, deltaX=0, deltaY=-240)
+    opened.settle()
+    assert opened.run("loraFx.graphs[0].view.scale") > after["scale"]
+    opened.run(
+        "(() => { const d = document.querySelector('#depth'); d.value = 1; d.dispatchEvent(new Event('input')); })()"
+    )
+    assert opened.run("[...loraFx.graphs[0].shown()].length") < 12
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_paper_and_svg_have_everything_that_is_open(opened: Page) -> None:
+    words = opened.run("loraFx.graphs[0].toSvg().textContent")
+    assert "stem" in words
+    assert "r 2 · × 2" in words
+    assert len(opened.pdf()) > 5000
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_large_model_opens_and_answers_at_once(chromium: Page, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=8192,
+                intermediate_size=28672,
+                num_hidden_layers=80,
+                num_attention_heads=64,
+                num_key_value_heads=8,
+            )
+        )
+    ranks = {f"layers.{i}.self_attn.q_proj": 8 + i for i in range(80)}
+    model = lora_fx.rewrite(model, LoraConfig(r=8, rank_pattern=ranks))
+    path = visualize(model, tmp_path / "large.html")
+    assert path.stat().st_size < 2_500_000
+    start = time.perf_counter()
+    chromium.open(path.as_uri())
+    assert time.perf_counter() - start < 2
+    chromium.run("loraFx.graphs[0].toDepth(99)")
+    chromium.key("Tab")
+    took = chromium.run(
+        "(() => { const start = performance.now();"
+        "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Tab', bubbles: true }));"
+        "loraFx.graphs[0].paint(); return performance.now() - start; })()"
+    )
+    assert took < 50
+    assert not chromium.complaints
+
+
+PAN = """
+new Promise((done) => {
+  const graph = loraFx.graphs[0], start = performance.now();
+  let frames = 0;
+  const step = () => {
+    if (++frames > 30) { done(30000 / (performance.now() - start)); return; }
+    graph.move(graph.view.x + 3, graph.view.y + 1, graph.view.scale);
+    requestAnimationFrame(step);
+  };
+  requestAnimationFrame(step);
+})
+"""
+
+
+def many_boxes(count: int) -> Picture:
+    """A picture with a given number of boxes, all of them open."""
+    ids = itertools.count()
+    blocks = []
+    for block in range(count // 20):
+        children = tuple(
+            Box(f"n{next(ids)}", Kind.SITE, f"proj{i}", "Linear 64×64", f"blocks.{block}.proj{i}")
+            for i in range(19)
+        )
+        edges = tuple((a.id, b.id) for a, b in itertools.pairwise(children))
+        fqn = f"blocks.{block}"
+        blocks.append(
+            Box(f"n{next(ids)}", Kind.MODULE, fqn, "Block", fqn, (), children, edges, flow=True)
+        )
+    root = Box(f"n{next(ids)}", Kind.OPAQUE, "model", "Model", "", (), tuple(blocks))
+    return Picture("Many", (), root, sites=(SiteRow("blocks.0.proj0", State.ADAPTED, rank=1),))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_pans_over_twenty_thousand_boxes(chromium: Page, tmp_path: Path) -> None:
+    path = tmp_path / "many.html"
+    path.write_text(to_html(many_boxes(20_000)), encoding="utf-8")
+    chromium.open(path.as_uri())
+    chromium.run("loraFx.graphs[0].toDepth(9)")
+    for more in (1, 9):
+        chromium.run(
+            f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
+        )
+        assert chromium.run(PAN) > 30

@@ -8,9 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import networkx as nx
@@ -22,18 +20,23 @@ from lora_fx.files import output_file, replacing
 from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
 from lora_fx.tools.draw.layout import (
+    CAPTION_CHAR,
     CHIPS,
     METRICS,
     Placed,
     Point,
     Scene,
+    count_of,
+    lines_of,
+    mark_width,
     place,
     plan_layers,
-    sizes_of,
     words_of,
 )
-from lora_fx.tools.draw.painting import picture_of_model, picture_of_plan
-from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
+from lora_fx.tools.draw.page import asset, classes_of, to_html
+from lora_fx.tools.draw.painting import picture_of_model
+from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide
+from lora_fx.tools.draw.plans import picture_of_plan
 
 __all__ = ["FORMATS", "visualize"]
 
@@ -51,7 +54,7 @@ def to_svg(picture: Picture) -> str:
     width = max(scene.width, legend_width, 520) + 2 * _MARGIN
     height = scene.height + _TOP + _MARGIN
     shift = (width - scene.width) / 2
-    style = _asset("picture.css")
+    style = asset("picture.css")
     title = clean(picture.title)
     summary = " · ".join(f"{label} {value}" for label, value in picture.facts)
     size = f'width="{_n(width)}" height="{_n(height)}" viewBox="0 0 {_n(width)} {_n(height)}"'
@@ -70,35 +73,35 @@ def to_svg(picture: Picture) -> str:
     return "\n".join(lines) + "\n"
 
 
-def classes_of(box: Box, is_open: bool, depth: int) -> str:
-    """The style classes of a box."""
-    classes = ["box", str(box.kind)]
-    if is_open:
-        classes += ["open", "odd"] if depth % 2 else ["open"]
-    if box.children and box.sites:
-        classes.append("adapted")
-    return " ".join(classes)
-
-
 def _drawing(picture: Picture, scene: Scene) -> Iterator[str]:
     for placed in scene.boxes:
-        yield from _box(placed)
+        yield from _box(placed, picture.adapters)
     by_id = {box.id: box for box in picture.root.walk()}
     for wire in scene.wires:
         source, target = by_id[wire.link.source], by_id[wire.link.target]
-        lora = " lora" if target.adapter and source.kind is not Kind.BASE else ""
-        yield f'<path class="wire{lora}" d="{_path(wire.points)}"/>'
+        kind = " lora" if is_lora(source, target) else ""
+        yield f'<path class="wire{kind}" d="{_path(wire.points)}"/>'
         if wire.link.lower == target.id:
             x, y = wire.points[-1]
-            yield f'<path class="arrow{lora}" d="M{_n(x)} {_n(y)}l-3.5 -6h7z"/>'
+            yield f'<path class="arrow{kind}" d="M{_n(x)} {_n(y)}l-3.5 -6h7z"/>'
 
 
-def _box(placed: Placed) -> Iterator[str]:
+def is_lora(source: Box, target: Box) -> bool:
+    """Whether an edge is one of an adapter's branch."""
+    return (
+        bool(target.adapter)
+        and Kind.SITE not in (source.kind, target.kind)
+        and (source.kind is not Kind.BASE)
+    )
+
+
+def _box(placed: Placed, adapters: tuple[str, ...]) -> Iterator[str]:
     box = placed.box
     name, caption = words_of(box)
     width, height = placed.width, placed.height
+    classes = classes_of(box, is_open=placed.open, depth=placed.depth, adapters=adapters)
     yield (
-        f'<g class="{classes_of(box, placed.open, placed.depth)}" id="{box.id}" '
+        f'<g class="{classes}" id="{box.id}" '
         f"data-fqn={quoteattr(clean(box.fqn))} data-adapter={quoteattr(clean(box.adapter))} "
         f'data-count="{max(len(box.repeats), 1)}" '
         f'transform="translate({_n(placed.x)} {_n(placed.y)})">'
@@ -109,24 +112,57 @@ def _box(placed: Placed) -> Iterator[str]:
         yield f'<rect class="shade" x="7" y="-7" {size}/>'
         yield f'<rect class="shade" x="3.5" y="-3.5" {size}/>'
     yield f'<rect class="frame" {size}/>'
+    if box.state is State.REFUSED:
+        yield f'<path class="hatch" d="{hatch(width, height)}"/>'
+    if box.state in (State.FULL, State.ROWS):
+        yield (
+            f'<rect class="inner" x="3" y="3" width="{_n(width - 6)}" '
+            f'height="{_n(height - 6)}" rx="5"/>'
+        )
+    lines = () if placed.open else lines_of(box)
+    head = height - METRICS["branch"] * len(lines)
     left = 11
     if box.kind in CHIPS:
-        middle = height / 2
-        yield f'<rect class="chip" x="7" y="{_n(middle - 9)}" width="18" height="18" rx="4"/>'
+        yield f'<rect class="chip" x="7" y="{_n(head / 2 - 9)}" width="18" height="18" rx="4"/>'
         letter = CHIPS[box.kind]
-        yield f'<text class="chip-letter" x="16" y="{_n(middle + 4)}">{letter}</text>'
+        yield f'<text class="chip-letter" x="16" y="{_n(head / 2 + 4)}">{letter}</text>'
         left = 32
-    if not placed.open and not caption:
-        yield f'<text class="name" x="{left}" y="{_n(height / 2 + 4)}">{escape(name)}</text>'
+    if not placed.open and not caption and not box.marks:
+        yield f'<text class="name" x="{left}" y="{_n(head / 2 + 4)}">{escape(name)}</text>'
     else:
         yield f'<text class="name" x="{left}" y="16">{escape(name)}</text>'
         yield f'<text class="caption" x="{left}" y="30">{escape(caption)}</text>'
-    if box.children and box.sites:
-        wide = 10 + 7 * len(str(box.sites))
+    x = left + len(caption) * CAPTION_CHAR + (5 if caption else 0)
+    for mark in map(clean, box.marks):
+        wide = mark_width(mark)
+        yield f'<rect class="mark" x="{_n(x)}" y="20" width="{wide}" height="13" rx="3"/>'
+        yield f'<text class="mark-text" x="{_n(x + wide / 2)}" y="29.5">{escape(mark)}</text>'
+        x += wide + 5
+    for index, line in enumerate(lines):
+        color = f"a{adapters.index(line.adapter) % 6}" if line.adapter in adapters else "a0"
+        off = "" if line.active else " off"
+        y = head + METRICS["branch"] * index
+        yield f'<g class="{color}{off}" transform="translate(9 {_n(y)})">'
+        yield '<text class="plus" x="1" y="11">+</text>'
+        yield '<rect class="factor" x="11" y="1" width="5" height="13"/>'
+        yield '<rect class="factor" x="19" y="5" width="13" height="5"/>'
+        yield f'<text class="caption" x="37" y="11">{escape(clean(line.words))}</text></g>'
+    if count := count_of(box):
+        wide = 10 + 7 * len(count)
         x = width - wide - 7
         yield f'<rect class="badge" x="{_n(x)}" y="6" width="{wide}" height="14" rx="7"/>'
-        yield f'<text class="badge-text" x="{_n(x + wide / 2)}" y="16.5">{box.sites}</text>'
+        yield f'<text class="badge-text" x="{_n(x + wide / 2)}" y="16.5">{count}</text>'
     yield "</g>"
+
+
+def hatch(width: float, height: float) -> str:
+    """Slanted lines over a box: what cannot be adapted is seen without color."""
+    found = []
+    for start in range(0, int(width + height), 9):
+        x0, y0 = (start, 0.0) if start <= width else (width, start - width)
+        x1, y1 = (start - height, height) if start >= height else (0.0, float(start))
+        found.append(f"M{_n(x0)} {_n(y0)}L{_n(x1)} {_n(y1)}")
+    return "".join(found)
 
 
 def _legend(picture: Picture) -> tuple[list[str], float]:
@@ -140,6 +176,13 @@ def _legend(picture: Picture) -> tuple[list[str], float]:
             lines.append(f'<text class="chip-letter" x="7" y="11">{CHIPS[kind]}</text>')
         lines.append(f'<text class="legend" x="20" y="11">{escape(text)}</text></g>')
         x += 20 + 6.6 * len(text) + 18
+    for index, name in enumerate(picture.adapters if len(picture.adapters) > 1 else ()):
+        words = clean(name)
+        lines.append(f'<g class="a{index % 6}" transform="translate({_n(x)} {_LEGEND_Y})">')
+        lines.append('<rect class="factor" width="5" height="13"/>')
+        lines.append('<rect class="factor" x="7" y="4" width="13" height="5"/>')
+        lines.append(f'<text class="legend" x="26" y="11">{escape(words)}</text></g>')
+        x += 26 + 6.6 * len(words) + 18
     return lines, x - _MARGIN
 
 
@@ -168,7 +211,7 @@ _RULE = re.compile(
 @functools.cache
 def _colors() -> dict[str, tuple[str, str]]:
     """Fill and line of each kind, as the light part of the style sheet has them."""
-    light = _asset("picture.css").partition("@media")[0]
+    light = asset("picture.css").partition("@media")[0]
     return {
         kind: (rule["fill"], rule["line"])
         for rule in _RULE.finditer(light)
@@ -262,105 +305,6 @@ def to_graphml(picture: Picture) -> str:
     buffer = io.BytesIO()
     nx.write_graphml_xml(to_networkx(picture), buffer)
     return buffer.getvalue().decode("utf-8")
-
-
-_VISIBLE = 130
-"""About as many boxes as a screen shows with names that can be read."""
-
-_MODULES = frozenset({Kind.LEAF, Kind.CALL, Kind.SITE, Kind.SKIPPED, Kind.REJECTED})
-
-
-def to_html(picture: Picture) -> str:
-    """The text of an HTML file."""
-    # Escaped so that nothing in it can end the script element: </script>, <!--, ]]>.
-    data = json.dumps(document_of(picture), ensure_ascii=True, separators=(",", ":"))
-    for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    parts = {
-        "title": _text(picture.title),
-        "style": _asset("picture.css") + _asset("page.css"),
-        "summary": "".join(
-            f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>"
-            for label, value in picture.facts
-        ),
-        "legend": _html_legend(picture),
-        "data": data,
-        "script": _asset("layout.js") + _asset("viewer.js"),
-    }
-    # In one go: what is filled in is not looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-
-
-def document_of(picture: Picture) -> dict[str, Any]:
-    """:meth:`Picture.to_dict` and what the page needs to draw it."""
-    document = picture.to_dict()
-    layers = plan_layers(picture)
-    opened = initially_open(picture.root)
-    boxes = {box.id: box for box in picture.root.walk()}
-    for entry in (*document["boxes"], *document["nodes"]):
-        box = boxes[entry["id"]]
-        entry["words"] = words_of(box)
-        entry["size"] = sizes_of(box)
-    for entry in document["boxes"]:
-        known = layers.get(entry["id"])
-        entry["open"] = entry["id"] in opened
-        entry["layers"] = known and {"rows": known.rows, "links": known.links}
-    # The links of the layers say it already.
-    del document["edges"]
-    return document | {
-        "metrics": METRICS,
-        "chips": {str(kind): letter for kind, letter in CHIPS.items()},
-    }
-
-
-def initially_open(root: Box) -> set[str]:
-    """Which boxes are open at first: as many levels as a screen holds, and one adapter at least."""
-    opened: set[str] = set()
-    visible = 1
-    level = [root] if root.children else []
-    while level:
-        # A level opens as a whole, so that equal things look equal; what is inside a norm or an
-        # activation is not the first thing to look at.
-        adapted = [box for box in level if box.sites]
-        others = [box for box in level if not box.sites and any(map(_is_module, box.children))]
-        for group in (adapted, others):
-            added = sum(len(box.children) for box in group)
-            if visible + added <= _VISIBLE or root in group:
-                visible += added
-                opened.update(box.id for box in group)
-        level = [c for box in level if box.id in opened for c in box.children if c.children]
-    box = root
-    while inner := next((c for c in box.children if c.sites and c.children), None):
-        opened.update((box.id, inner.id))
-        box = inner
-    return opened
-
-
-def _html_legend(picture: Picture) -> str:
-    items = []
-    for kind, text in picture.legend:
-        letter = CHIPS.get(kind)
-        inner = '<rect class="frame" x=".5" y=".5" width="14" height="14" rx="4"/>'
-        if letter:
-            inner = (
-                '<rect class="chip" width="15" height="15" rx="4"/>'
-                f'<text class="chip-letter" x="7.5" y="11.5">{letter}</text>'
-            )
-        items.append(f'<span><svg><g class="{kind}">{inner}</g></svg>{_text(text)}</span>')
-    notes = [f'<span class="note">{_text(note)}</span>' for note in picture.notes]
-    return "".join(items + notes)
-
-
-def _is_module(box: Box) -> bool:
-    return bool(box.children) or box.kind in _MODULES
-
-
-def _asset(name: str) -> str:
-    return (resources.files("lora_fx.tools.draw") / "viewer" / name).read_text("utf-8")
-
-
-def _text(text: str) -> str:
-    return escape(clean(text), {'"': "&quot;"})
 
 
 def _to_json(picture: Picture) -> str:

@@ -1,0 +1,591 @@
+"""The graph of one module as boxes: nodes, the weights that they read, and adapters on operations."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from lora_fx.formats import quantization_of
+from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
+from lora_fx.passes.graph import elements, original_class
+from lora_fx.tools.draw.picture import Box, Branch, Kind, State, elide, follows, times
+
+__all__ = [
+    "Digests",
+    "Host",
+    "RegionPainter",
+    "adapters_of",
+    "children_of",
+    "dtype_name",
+    "measured",
+    "parameter_counts",
+    "size_name",
+    "source_of",
+    "target_name",
+]
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def target_name(target: Any) -> str:
+    """A readable name for what a node calls, the same in every process."""
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None) or ""
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
+    if module.startswith("torch._ops") or name is None:
+        return _ADDRESS.sub("", str(target))
+    module = "torch.nn.functional" if module == "torch._C._nn" else module.strip("_")
+    return f"{module}.{name}" if module else name
+
+
+def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Child modules by name, a module that stands under two names twice."""
+    return ((name, child) for name, child in module._modules.items() if child is not None)
+
+
+class Digests:
+    """Hashes that are equal where two modules look the same in a picture.
+
+    A hash covers the class, ``extra_repr``, the shapes of the module's own tensors, the graph with
+    its tags, and the same of all children. Ranks count (they are shapes) and so do scales and
+    probabilities of dropout (constants of the graph and of modules); values of weights do not.
+
+    Args:
+        graphs: The graphs of the regions, by ``id`` of the module.
+    """
+
+    def __init__(self, graphs: Mapping[int, fx.Graph]) -> None:
+        self._graphs = graphs
+        self._known: dict[int, str] = {}
+
+    def __call__(self, module: nn.Module) -> str:
+        """The hash of ``module``."""
+        known = self._known.get(id(module))
+        if known is None:
+            text = "\n".join(self._lines(module))
+            known = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+            self._known[id(module)] = known
+        return known
+
+    def _lines(self, module: nn.Module) -> Iterator[str]:
+        cls = original_class(module)
+        yield f"{cls.__module__}.{cls.__qualname__}({_ADDRESS.sub('', module.extra_repr())})"
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{name!r} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+        graph = self._graphs.get(id(module))
+        for node in graph.nodes if graph is not None else ():
+            call = f"{node.op} {node.name} {target_name(node.target)} {node.args} {node.kwargs}"
+            yield f"{_ADDRESS.sub('', call)} {node.meta.get(META_KEY)}"
+        for name, child in children_of(module):
+            yield f"{name!r} {self(child)}"
+
+
+_OPS = {
+    "placeholder": Kind.INPUT,
+    "output": Kind.OUTPUT,
+    "get_attr": Kind.WEIGHT,
+    "call_module": Kind.LEAF,
+}
+
+
+def tag_of(node: fx.Node) -> Tag | None:
+    """The node's tag, if it has one."""
+    tag = node.meta.get(META_KEY)
+    return tag if isinstance(tag, Tag) else None
+
+
+def adapters_of(graph: fx.Graph) -> list[tuple[str, str]]:
+    """The adapters of a graph as pairs of weight and adapter name, each once."""
+    tags = (tag_of(node) for node in graph.nodes)
+    return list(dict.fromkeys((t.weight, t.adapter) for t in tags if t is not None and t.adapter))
+
+
+def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, float | None]:
+    """Rank and scale of an adapter as the graph has them."""
+    factors: dict[str, torch.Tensor] = {}
+    scale: float | None = None
+    for node in region.graph.nodes:
+        tag = tag_of(node)
+        if tag is None or (tag.weight, tag.adapter) != (weight, adapter):
+            continue
+        tensor = region.tensor(node) if tag.role is Role.FACTOR else None
+        if tensor is not None:
+            factors.setdefault(str(node.target), tensor)
+        if scale is None and tag.role in (Role.SCALE, Role.FUSED):
+            scale = _scale_in(node)
+    return _common_rank([*factors.values()]), scale
+
+
+def _common_rank(factors: Sequence[torch.Tensor]) -> int | None:
+    """The size that A, ``[r, ...]``, and B, ``[out, r, ...]``, share; both have experts first, or neither."""
+    if len(factors) < 2 or any(factor.dim() < 2 for factor in factors[:2]):
+        return None
+    a, b = factors[:2]
+    stacked = a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and b.shape[2] != 1
+    return int(a.shape[1 if stacked else 0])
+
+
+def _scale_in(node: fx.Node) -> float | None:
+    """The number that scales a branch; of a product of several operations, a node takes its own."""
+    if _is_item(node):
+        product, index = node.args
+        scales = next((a for a in _arguments(product) if _are_numbers(a)), ())
+        return float(scales[index]) if isinstance(index, int) and index < len(scales) else None
+    if any(_are_numbers(a) for a in node.args):
+        return float(next(a[0] for a in node.args if _are_numbers(a)))
+    return next((float(a) for a in node.args if isinstance(a, int | float)), None)
+
+
+def _arguments(node: Any) -> tuple[Any, ...]:
+    return node.args if isinstance(node, fx.Node) else ()
+
+
+def _are_numbers(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_list and all(isinstance(one, int | float) for one in value)
+
+
+def _is_item(node: fx.Node) -> bool:
+    """Whether a node takes one of the outputs of a product of several operations."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """``float32``, or the format of a quantized weight: ``nf4``."""
+    stored = quantization_of(tensor)
+    return str(tensor.dtype).removeprefix("torch.") if stored is None else stored.scheme
+
+
+def size_name(tensor: torch.Tensor) -> str:
+    """``128×64``: of the values, for a quantized weight."""
+    stored = quantization_of(tensor)
+    return times(tuple(tensor.shape) if stored is None else stored.shape)
+
+
+def node_kind(node: fx.Node) -> Kind:
+    """What the node is drawn as."""
+    tag = tag_of(node)
+    if tag is not None:
+        # Roles that are drawn in a way of their own have the names of kinds.
+        return next((kind for kind in Kind if kind.value == tag.role.value), Kind.ADAPTER)
+    return _OPS.get(node.op, Kind.OP)
+
+
+def node_name(node: fx.Node) -> str:
+    """The first line: what it does, in a word or two."""
+    if node.op in ("placeholder", "output"):
+        return str(node.target)
+    name = target_name(node.target)
+    if node.op == "get_attr":
+        return name
+    # aten.linear.default, but linear and not torch.nn.functional.linear
+    atoms = name.split(".")
+    return ".".join(atoms[:2]) if isinstance(node.target, torch._ops.OpOverload) else atoms[-1]
+
+
+def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor], p: float | None = None) -> str:
+    """The second line: the weight and its shape, or the number that matters.
+
+    Args:
+        node: The node.
+        tensors: What it reads, by name.
+        p: The probability of the dropout that it computes, as it is now; None for none.
+    """
+    tag = tag_of(node)
+    caption = ""
+    if tag is not None and tag.role in (Role.SCALE, Role.FUSED):
+        scale = _scale_in(node)
+        caption = "" if scale is None else f"× {scale:g}"
+        if p is not None:
+            caption += f" · p {p:g}"
+    elif tag is not None and tag.role is Role.DROPOUT:
+        caption = "" if p is None else f"p {p:g}"
+    elif tensors:
+        name, tensor = next(iter(tensors.items()))
+        short = "" if tag is not None else f"{elide(name, 18)} "
+        caption = short + size_name(tensor)
+    if tag is not None and tag.adapter not in ("", "default"):
+        caption = f"{caption} · {tag.adapter}" if caption else tag.adapter
+    return caption
+
+
+def node_facts(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, str]]:
+    """The node's part of what hovering shows: the call and the weights that it reads."""
+    yield "op", node.op
+    if node.op not in ("placeholder", "output"):
+        yield "target", target_name(node.target)
+    if node.op in ("call_function", "call_method"):
+        constants = [f"{key}={value}" for key, value in node.kwargs.items()]
+        arguments = ", ".join([*map(str, node.args), *constants])
+        yield "call", elide(f"{node_name(node)}({arguments})", 160)
+    for name, tensor in tensors.items():
+        trains = "trainable" if tensor.requires_grad else "frozen"
+        size = f"{size_name(tensor)} {dtype_name(tensor)}"
+        yield name, f"{size}, {elements(tensor):,} {trains}"
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        yield "gives", f"{times(tuple(value.shape))} {dtype_name(value)}"
+    trace = node.meta.get("stack_trace")
+    if isinstance(trace, str) and (found := _LINE.findall(trace)):
+        yield "source", f"{short_path(found[-1][0])}:{found[-1][1]}"
+
+
+_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def short_path(path: str) -> str:
+    """A path below the folder of packages, or the last parts of any other."""
+    for folder in ("site-packages/", "dist-packages/"):
+        if folder in path:
+            return path.rpartition(folder)[2]
+    return "/".join(path.split("/")[-3:])
+
+
+def source_of(cls: type[nn.Module]) -> str:
+    """File and line of a class's forward; empty where there is no Python code."""
+    code = getattr(getattr(cls, "forward", None), "__code__", None)
+    return "" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
+
+
+def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Trainable and frozen elements, those of a parameter that is met twice counted once."""
+    unique = {id(p): p for p in parameters}.values()
+    trainable = sum(elements(p) for p in unique if p.requires_grad)
+    return trainable, sum(elements(p) for p in unique) - trainable
+
+
+class Host(Protocol):
+    """What a region asks of the painter of the whole model.
+
+    Attributes:
+        digest: Which modules look the same.
+        condense: Whether an operation is one box with its adapters on it.
+        planned: What adapters were planned to be, by place and adapter.
+        inactive: Adapters that are in no graph now, by place.
+        refused: Why an operation cannot have one, by region and node.
+    """
+
+    digest: Digests
+    condense: bool
+    planned: Mapping[tuple[str, str], PlannedSite]
+    inactive: Mapping[str, Sequence[str]]
+    refused: Mapping[tuple[str, str], str]
+
+    def new_id(self) -> str:
+        """The next free id."""
+
+    def paint(self, modules: Sequence[nn.Module], fqns: Sequence[str]) -> Box:
+        """The box of equal modules."""
+
+
+_ON_OPERATION = frozenset(Role) - {Role.FACTOR, Role.CAST}
+
+
+def _adapter_of(node: fx.Node) -> str:
+    tag = tag_of(node)
+    return "" if tag is None else tag.adapter
+
+
+def _same_operation(source: fx.Node, node: fx.Node) -> bool:
+    """Whether two tagged nodes that follow one another belong to one operation."""
+    before, after = tag_of(source), tag_of(node)
+    if before is None or after is None:
+        return False
+    fused = before.role is Role.FUSED and after.role is Role.FUSED and _is_item(node)
+    return before.weight == after.weight or fused
+
+
+def _stored(tensor: torch.Tensor) -> str:
+    """How a weight is stored; empty for as it is."""
+    stored = quantization_of(tensor)
+    return "" if stored is None else stored.scheme
+
+
+class RegionPainter:
+    """Paints the graph of one module."""
+
+    def __init__(self, painter: Host, module: nn.Module, fqn: str, graph: fx.Graph) -> None:
+        self._painter = painter
+        self._fqn = fqn
+        self._region = Region(fqn, module, graph)
+        self._weights: dict[fx.Node, str] = {}
+        for node in graph.nodes:
+            self._absorb(node)
+        self._inputs = {
+            node: [n for n in node.all_input_nodes if n not in self._weights]
+            for node in graph.nodes
+            if node not in self._weights and not (node.op == "placeholder" and not node.users)
+        }
+        self._sites = self._grouped() if painter.condense else {}
+
+    def children(self) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
+        """The boxes inside the region and the edges between them."""
+        runs = self._runs()
+        groups = [*runs, *self._sites.values()]
+        first = {node: group[0] for group in groups for node in group}
+        folded = {run[0]: run for run in runs}
+        boxes: dict[fx.Node, Box] = {}
+        for node in self._inputs:
+            if first.get(node, node) is not node:
+                continue
+            if node in self._sites:
+                boxes[node] = self._site(self._sites[node])
+            else:
+                boxes[node] = self._box(node, folded.get(node, [node]))
+        edges: dict[tuple[str, str], None] = {}
+        for node, inputs in self._inputs.items():
+            for source in inputs:
+                a, b = (boxes[first.get(each, each)].id for each in (source, node))
+                if a != b:
+                    edges[a, b] = None
+        return (*boxes.values(), *self._uncalled()), tuple(edges)
+
+    def hyperparameters(self) -> tuple[tuple[str, str], ...]:
+        """Rank, scale and costs of each adapter in the region, as facts."""
+        facts: list[tuple[str, str]] = []
+        for weight, adapter in adapters_of(self._region.graph):
+            values = self._hyper(weight, adapter)
+            text = ", ".join(f"{label} {value}" for label, value in values)
+            facts.append((f"adapter {adapter}", f"on {weight}" + (text and f": {text}")))
+        return tuple(facts)
+
+    def _grouped(self) -> dict[fx.Node, list[fx.Node]]:
+        """Adapted operations, each with the nodes of its branches, by the first of them.
+
+        Nodes belong together that follow one another and say the same weight; a product of several
+        operations is one.
+        """
+        tagged = [node for node in self._inputs if self._on_operation(node)]
+        together = nx.Graph()
+        together.add_nodes_from(tagged)
+        for node in tagged:
+            for source in self._inputs[node]:
+                if self._on_operation(source) and _same_operation(source, node):
+                    together.add_edge(source, node)
+        order = {node: place for place, node in enumerate(self._inputs)}
+        found = (sorted(each, key=order.__getitem__) for each in nx.connected_components(together))
+        groups = {each[0]: each for each in found if any(_adapter_of(node) for node in each)}
+        leader = {node: each[0] for each in groups.values() for node in each}
+        contracted = nx.DiGraph(
+            (leader.get(source, source), leader.get(node, node))
+            for node, sources in self._inputs.items()
+            for source in sources
+            if leader.get(source, source) is not leader.get(node, node)
+        )
+        return groups if nx.is_directed_acyclic_graph(contracted) else {}
+
+    def _on_operation(self, node: fx.Node) -> bool:
+        tag = tag_of(node)
+        return tag is not None and tag.role in _ON_OPERATION
+
+    def _site(self, nodes: list[fx.Node]) -> Box:
+        """The box of an operation with the adapters on it."""
+        main = next((n for n in nodes if not _adapter_of(n)), nodes[0])
+        weights = list(dict.fromkeys(tag.weight for n in nodes if (tag := tag_of(n)) is not None))
+        branches = tuple(self.branches(weights))
+        base = [self._value(weight) for weight in weights if self._has(weight)]
+        tensors = [value for value in base if isinstance(value, torch.Tensor)]
+        trainable, frozen = parameter_counts(
+            parameter
+            for node in nodes
+            for parameter in self._read(node).values()
+            if isinstance(parameter, nn.Parameter)
+        )
+        facts = dict.fromkeys(
+            (
+                ("node", ", ".join(node.name for node in nodes)),
+                ("module", self._fqn or "(root)"),
+                ("class", original_class(self._region.module).__name__),
+                *(("adapts", join(self._fqn, weight)) for weight in weights),
+                *(fact for node in nodes for fact in node_facts(node, self._read(node))),
+            )
+        )
+        stored = {name for tensor in tensors if (name := _stored(tensor))}
+        return Box(
+            id=self._painter.new_id(),
+            kind=Kind.SITE,
+            name=node_name(main),
+            caption=", ".join(dict.fromkeys(map(size_name, tensors))),
+            fqn=self._fqn,
+            facts=tuple(facts),
+            trainable=trainable,
+            frozen=frozen,
+            adapter=branches[0].adapter if branches else "",
+            branches=branches,
+            marks=tuple(sorted(stored)),
+            state=State.ADAPTED,
+        )
+
+    def branches(self, weights: Iterable[str] | None = None) -> Iterator[Branch]:
+        """The adapters on some weights, those that are not active after the others.
+
+        Args:
+            weights: Names in the region; None for all that have an adapter.
+        """
+        found = adapters_of(self._region.graph)
+        if weights is None:
+            weights = dict.fromkeys(weight for weight, _ in found)
+        weights = list(weights)
+        for weight in weights:
+            label = weight if len(weights) > 1 else ""
+            label = label.removesuffix(".weight")
+            for adapter in (adapter for one, adapter in found if one == weight):
+                yield self._branch(weight, adapter, label)
+            for adapter in self._painter.inactive.get(join(self._fqn, weight), ()):
+                yield self._branch(weight, adapter, label, active=False)
+
+    def _branch(self, weight: str, adapter: str, label: str, *, active: bool = True) -> Branch:
+        planned = self._painter.planned.get((join(self._fqn, weight), adapter))
+        if planned is None:
+            rank, scale = measured(self._region, weight, adapter)
+            return Branch(adapter, rank, scale, weight=label, active=active)
+        rank, kind = planned.rank or None, planned.kind
+        return Branch(adapter, rank, planned.scale, planned.dropout, kind, label, active)
+
+    def _has(self, name: str) -> bool:
+        try:
+            self._value(name)
+        except AttributeError:
+            return False
+        return True
+
+    def _read(self, node: fx.Node) -> dict[str, torch.Tensor]:
+        """The tensors that a node reads, by name."""
+        names = [self._weights[n] for n in node.all_input_nodes if n in self._weights]
+        values = {name: self._value(name) for name in names}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def _absorb(self, node: fx.Node) -> None:
+        """Makes a weight part of the operations that read it, and with it the cast of a factor."""
+        tag = tag_of(node)
+        readers = {user.op for user in node.users}
+        if node.op == "get_attr":
+            # Anything else that a tagged node reads is a switch, as self.training is of dropout.
+            part = self._region.tensor(node) is not None or tag is not None
+            if part and readers <= {"call_function", "call_method"}:
+                self._weights[node] = str(node.target)
+        elif tag is not None and tag.role is Role.CAST and "output" not in readers:
+            # What else a cast reads, it reads for its dtype.
+            source = next(iter(node.all_input_nodes), None)
+            if source in self._weights:
+                self._weights[node] = self._weights[source]
+
+    def _runs(self) -> list[list[fx.Node]]:
+        """Chains of calls of equal modules that are numbered in sequence."""
+        chains: dict[fx.Node, list[fx.Node]] = {}
+        for node in self._inputs:
+            if node.op != "call_module" or node in chains:
+                continue
+            chain = chains[node] = [node]
+            while (after := self._next(chain)) is not None:
+                chain.append(after)
+                chains[after] = chain
+        return list({id(chain): chain for chain in chains.values() if len(chain) > 1}.values())
+
+    def _next(self, chain: list[fx.Node]) -> fx.Node | None:
+        last = chain[-1]
+        after = next(iter(last.users)) if len(last.users) == 1 else None
+        if after is None or after.op != "call_module":
+            return None
+        a, b = self._region.submodule(last), self._region.submodule(after)
+        if a is None or b is None or a is b or not follows(str(last.target), str(after.target)):
+            return None
+        outside = set(self._inputs[after]) - {last}
+        if not outside <= set(self._inputs[chain[0]]):
+            return None
+        return after if self._painter.digest(a) == self._painter.digest(b) else None
+
+    def _box(self, node: fx.Node, run: list[fx.Node]) -> Box:
+        module = self._region.submodule(node)
+        if module is None or (not any(children_of(module)) and tag_of(node) is not None):
+            return self._node(node)
+        modules = [self._region.module.get_submodule(str(each.target)) for each in run]
+        return self._painter.paint(modules, [join(self._fqn, str(each.target)) for each in run])
+
+    def _uncalled(self) -> tuple[Box, ...]:
+        """Child modules with parameters that the graph neither calls nor reads."""
+        graph = self._region.graph
+        called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        boxes: list[Box] = []
+        for name, child in children_of(self._region.module):
+            if any(target == name or target.startswith(f"{name}.") for target in called):
+                continue
+            own = {f"{name}.{parameter}" for parameter, _ in child.named_parameters()}
+            if own - read:
+                boxes.append(self._painter.paint([child], [join(self._fqn, name)]))
+        return tuple(boxes)
+
+    def _node(self, node: fx.Node) -> Box:
+        tensors = self._read(node)
+        tag = tag_of(node)
+        facts = (
+            ("node", node.name),
+            ("module", self._fqn or "(root)"),
+            ("class", original_class(self._region.module).__name__),
+            *node_facts(node, tensors),
+        )
+        casts = [n for n in node.all_input_nodes if n in self._weights and n.op != "get_attr"]
+        facts += tuple(("cast", f"{self._weights[n]} by {node_name(n)}") for n in casts)
+        if tag is not None:
+            facts += (("adapts", join(self._fqn, tag.weight)), ("role", str(tag.role)))
+        if tag is not None and tag.adapter:
+            facts += (("adapter", tag.adapter), *self._hyper(tag.weight, tag.adapter))
+        trainable, frozen = parameter_counts(
+            t for t in tensors.values() if isinstance(t, nn.Parameter)
+        )
+        reason = self._painter.refused.get((self._fqn, node.name))
+        if reason is not None:
+            facts += (("cannot be adapted", reason),)
+        return Box(
+            id=self._painter.new_id(),
+            kind=node_kind(node),
+            name=node_name(node),
+            caption=node_caption(node, tensors, self._probability(node)),
+            fqn=self._fqn,
+            facts=facts,
+            trainable=trainable,
+            frozen=frozen,
+            adapter=tag.adapter if tag is not None else "",
+            state=State.NONE if reason is None else State.REFUSED,
+        )
+
+    def _probability(self, node: fx.Node) -> float | None:
+        """That of the dropout in a branch, which a module says."""
+        for read in node.all_input_nodes:
+            tag = tag_of(read)
+            if read.op == "get_attr" and tag is not None and tag.role is Role.DROPOUT:
+                value = self._value(str(read.target))
+                if not isinstance(value, bool) and isinstance(value, int | float):
+                    return float(value)
+        return None
+
+    def _value(self, name: str) -> object:
+        value: object = self._region.module
+        for atom in name.split("."):
+            value = getattr(value, atom)
+        return value
+
+    def _hyper(self, weight: str, adapter: str) -> tuple[tuple[str, str], ...]:
+        planned = self._painter.planned.get((join(self._fqn, weight), adapter))
+        if planned is not None:
+            return (
+                ("rank", str(planned.rank)),
+                ("scale", f"{planned.scale:g}"),
+                *((("dropout", f"{planned.dropout:g}"),) if planned.dropout else ()),
+                ("trainable", f"{planned.parameters:,}"),
+                ("extra FLOPs a token", f"{planned.flops:,}"),
+                ("saved for backward", f"{planned.saved:,} bytes a token"),
+            )
+        rank, scale = measured(self._region, weight, adapter)
+        found = (("rank", rank), ("scale", scale))
+        return tuple((label, f"{value:g}") for label, value in found if value is not None)
