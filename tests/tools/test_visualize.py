@@ -19,8 +19,11 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.ir import Region
 from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
-from lora_fx.tools.draw.picture import SCHEMA
+from lora_fx.tools.draw.layout import count_of
+from lora_fx.tools.draw.picture import SCHEMA, Box
+from lora_fx.tools.draw.regions import measured
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
@@ -310,6 +313,163 @@ def test_plan_rows_of_other_ranks_do_not_fold() -> None:
     config = lora_fx.LoraConfig(r=2, target_modules=["up"], rank_pattern={"blocks.1.up": 4})
     root = picture_of(lora_fx.plan(Net(depth=3), config)).root
     assert not [box for box in root.walk() if box.repeats]
+
+
+def by_fqn(root: Box) -> dict[str, Box]:
+    """The boxes of modules by name."""
+    found: dict[str, Box] = {}
+    for box in root.walk():
+        if box.kind not in ("input", "output", "op"):
+            found.setdefault(box.fqn, box)
+    return found
+
+
+def transformer(name: str, **options: Any) -> nn.Module:
+    """A small model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = getattr(transformers, f"{name}Config")(num_attention_heads=4, **sizes, **options)
+    suffix = "ForSequenceClassification" if name == "Bert" else "ForCausalLM"
+    return getattr(transformers, f"{name}{suffix}")(config)  # type: ignore[no-any-return]
+
+
+def test_experts_say_their_rank() -> None:
+    model = transformer("Mixtral", num_local_experts=4, num_key_value_heads=2)
+    for optimize in (True, False):
+        rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=8), optimize=optimize)
+        root = picture_of(rewritten).root
+        experts = by_fqn(root)["model.layers.0.mlp.experts"]
+        assert [branch.rank for branch in experts.branches] == [8, 8]
+        assert [branch.weight for branch in experts.branches] == ["gate_up_proj", "down_proj"]
+
+
+def test_ranks_of_experts_are_measured_where_no_plan_tells() -> None:
+    model = transformer("Mixtral", num_local_experts=4, num_key_value_heads=2)
+    rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=8))
+    fqn = "model.layers.0.mlp.experts"
+    experts, graph = rewritten.get_submodule(fqn), lora_fx.graphs(rewritten)[fqn]
+    region = Region(fqn, experts, graph)
+    assert measured(region, "gate_up_proj", "default") == (8, 1.0)
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+def test_a_product_of_several_operations_says_the_scale_of_each() -> None:
+    config = lora_fx.LoraConfig(r=2, lora_alpha=6, alpha_pattern={"k": 8})
+    example = (torch.randn(2, 8),)
+    model = lora_fx.rewrite(Three(), config, frontend="export", example_inputs=example)
+    root = picture_of(model).root
+    (site,) = (box for box in root.children if box.kind == "site")
+    assert [(one.weight, one.rank, one.scale) for one in site.branches] == [
+        ("q", 2, 3.0),
+        ("k", 2, 4.0),
+        ("v", 2, 3.0),
+    ]
+    region = Region("", model, lora_fx.graphs(model)[""])
+    found = [measured(region, f"{name}.weight", "default") for name in "qkv"]
+    assert found == [(2, 3.0), (2, 4.0), (2, 3.0)]
+
+
+def test_a_fused_operation_has_its_adapters_on_it() -> None:
+    config = lora_fx.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["up"])
+    model = lora_fx.rewrite(Net(depth=1), config)
+    lora_fx.add_adapter(model, lora_fx.LoraConfig(r=3, target_modules=["up", "stem"]), "other")
+    for active in (["default"], ["default", "other"]):
+        lora_fx.set_adapter(model, active)
+        boxes = by_fqn(picture_of(model).root)
+        up = boxes["blocks.0.up"]
+        assert not up.children
+        assert [(one.adapter, one.rank, one.dropout) for one in up.branches] == [
+            ("default", 2, 0.1),
+            ("other", 3, 0.0),
+        ]
+        assert [one.active for one in up.branches] == [True, "other" in active]
+        assert [one.adapter for one in boxes["stem"].branches] == ["other"]
+
+
+def test_what_is_trained_otherwise_is_marked() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.fc, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.fc(self.emb(ids)))
+
+    config = lora_fx.LoraConfig(
+        r=2,
+        target_modules=["fc"],
+        modules_to_save=["head"],
+        trainable_token_indices={"emb": [1, 2]},
+    )
+    for drawn_from in (lora_fx.rewrite(Tokens(), config), lora_fx.plan(Tokens(), config)):
+        boxes = by_fqn(picture_of(drawn_from).root)
+        assert [str(boxes[name].state) for name in ("emb", "fc", "head")] == [
+            "rows",
+            "adapted",
+            "full",
+        ]
+        assert any("2 rows" in mark for mark in boxes["emb"].marks)
+
+
+def test_a_fold_counts_alike_outside_and_inside() -> None:
+    root = picture_of(adapted(Net(depth=4))).root
+    (fold,) = (box for box in root.walk() if box.repeats)
+    assert count_of(fold) == "4 × 2"
+    assert sum(child.sites for child in fold.children) == 2
+
+
+def test_modules_without_a_graph_show_how_data_flows() -> None:
+    model = transformer("Llama")
+    rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2), frontend="regions")
+    before = lora_fx.status(rewritten)
+    picture = picture_of(rewritten)
+    assert lora_fx.status(rewritten) == before
+    boxes = {box.id: box for box in picture.root.walk()}
+    layer = by_fqn(picture.root)["model.layers.0"]
+    edges = {(boxes[a].name, boxes[b].name) for a, b in layer.edges}
+    assert {
+        ("hidden_states", "input_layernorm"),
+        ("input_layernorm", "self_attn"),
+        ("self_attn", "post_attention_layernorm"),
+        ("hidden_states", "post_attention_layernorm"),
+        ("post_attention_layernorm", "mlp"),
+        ("mlp", "output"),
+    } <= edges
+    attention = by_fqn(picture.root)["model.layers.0.self_attn"]
+    edges = {(boxes[a].name, boxes[b].name) for a, b in attention.edges}
+    assert {("q_proj", "o_proj"), ("v_proj", "o_proj")} <= edges
+    assert not picture.notes
+
+
+def test_other_inputs_are_asked_for_where_a_model_says_nothing() -> None:
+    picture = picture_of(Untraceable())
+    assert any("registration" in note for note in picture.notes)
+    picture = picture_of(Untraceable(), example_inputs=torch.randn(2, 8))
+    assert not picture.notes
+    assert picture.root.flow
+
+
+def test_sites_of_a_model_say_what_the_adapter_does() -> None:
+    model = lora_fx.rewrite(Net(depth=1), lora_fx.LoraConfig(r=2, lora_alpha=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    rows = {row.name: row for row in picture_of(model).sites}
+    stem = model.get_submodule("stem")
+    a, b = (stem.get_parameter(f"lora_{letter}.default") for letter in "AB")
+    expected = 2 * (b @ a).norm() / stem.get_parameter("weight").norm()
+    assert rows["stem"].share == pytest.approx(expected.item(), rel=1e-4)
+    assert 1 <= (rows["stem"].effective or 0) <= 2
+    assert rows["head"].state == "unselected"
 
 
 @pytest.mark.parametrize("name", ["graph", "graph.png", "graph.html.gz", ".svg"])

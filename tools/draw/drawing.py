@@ -19,6 +19,7 @@ from lora_fx.errors import CaptureError, ConfigError, LoraFxError
 from lora_fx.files import output_file, replacing
 from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
+from lora_fx.passes.pipeline import find_operations
 from lora_fx.tools.draw.layout import (
     CAPTION_CHAR,
     CHIPS,
@@ -362,32 +363,38 @@ def visualize(
     return target
 
 
-def picture_of(model_or_plan: object) -> Picture:
+def picture_of(model_or_plan: object, example_inputs: Any = None) -> Picture:
     """What :func:`visualize` draws, before it is a file."""
     if isinstance(model_or_plan, Plan):
         return picture_of_plan(model_or_plan)
     if isinstance(model_or_plan, Capture):
         graphs = {name: region.graph for name, region in model_or_plan.regions.items()}
-        return picture_of_model(model_or_plan.model, graphs)
+        model = model_or_plan.model
+        matches = find_operations(model_or_plan)
+        return picture_of_model(model, graphs, matches=matches, example_inputs=example_inputs)
     if isinstance(model_or_plan, nn.Module):
         graphs = graphs_of(model_or_plan)
-        return picture_of_model(model_or_plan, graphs) if graphs else _plain(model_or_plan)
+        if not graphs:
+            return _plain(model_or_plan, example_inputs)
+        return picture_of_model(model_or_plan, graphs, example_inputs=example_inputs)
     found = type(model_or_plan).__name__
     raise ConfigError(f"cannot draw a {found}: give an nn.Module, or what lora_fx.plan() returns")
 
 
-def _plain(model: nn.Module) -> Picture:
+def _plain(model: nn.Module, example_inputs: Any) -> Picture:
     """Captures a model for the picture alone."""
     try:
         captured = capture(model)
     except CaptureError as error:
-        return picture_of_model(model, {}, (f"no graphs: {error}",))
+        return picture_of_model(
+            model, {}, (f"no graphs: {error}",), example_inputs=example_inputs
+        )
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     # The copy is frozen; its parameters are its own, only their storage is shared.
     for name, parameter in captured.model.named_parameters():
         if trains.get(name, False):
             parameter.requires_grad_(True)
-    return picture_of(captured)
+    return picture_of(captured, example_inputs)
 
 
 def _replace(target: Path, text: str) -> None:

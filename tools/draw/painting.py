@@ -30,7 +30,7 @@ from lora_fx.tools.draw.regions import (
     Digests,
     RegionPainter,
     adapters_of,
-    children_of,
+    drawn_children,
     dtype_name,
     parameter_counts,
     size_name,
@@ -134,9 +134,14 @@ class _Painter:
             for name, adapter in adapters.items()
             for row in adapter.sites
         }
+        self.rows = {
+            (row.site.place, name): len(row.indices)
+            for name, adapter in adapters.items()
+            for row in adapter.tokens
+        }
         active = () if self.record is None else self.record.active
         self.inactive: dict[str, list[str]] = defaultdict(list)
-        for place, name in self.planned:
+        for place, name in (*self.planned, *self.rows):
             if name not in active:
                 self.inactive[place].append(name)
         found = (name for graph in graphs.values() for _, name in adapters_of(graph))
@@ -174,7 +179,7 @@ class _Painter:
 
     def needs_calls(self, module: nn.Module) -> bool:
         """Whether only a call can tell how data flows between what is inside."""
-        return id(module) not in self.graphs and sum(1 for _ in children_of(module)) > 1
+        return id(module) not in self.graphs and sum(1 for _ in drawn_children(module)) > 1
 
     def paint(self, modules: Sequence[nn.Module], fqns: Sequence[str]) -> Box:
         """The box of ``modules[0]``, which stands for all ``modules`` (they are equal).
@@ -186,7 +191,7 @@ class _Painter:
         module, fqn = modules[0], fqns[0]
         cls = original_class(module).__name__
         graph = self._graph_to_draw(module)
-        kids = list(children_of(module))
+        kids = list(drawn_children(module))
         trainable, frozen = parameter_counts(p for m in modules for p in m.parameters())
         total = trainable + frozen
         sites = sum(self._sites(child) for m in modules for child in m.modules())
@@ -222,6 +227,8 @@ class _Painter:
                 return children[0]
             known = "as a call without data showed them" if flow else "in order of registration"
             facts += (("graph", f"none: modules {known}"),)
+        if not branches:
+            branches = tuple(self._switched_off(fqn))
         state, marks, reasons = self._standing(module, fqn, branches)
         size = human(total // len(fqns))
         if len(fqns) > 1:
@@ -245,6 +252,16 @@ class _Painter:
             state=state,
         )
 
+    def _switched_off(self, fqn: str) -> Iterator[Branch]:
+        """Adapters on the weight of a module, none of which is active."""
+        place = join(fqn, "weight")
+        for name in self.inactive.get(place, ()):
+            row = self.planned.get((place, name))
+            if row is None:
+                yield Branch(name, kind=f"{self.rows[place, name]} rows", active=False)
+            else:
+                yield Branch(name, row.rank or None, row.scale, row.dropout, row.kind, active=False)
+
     def _standing(
         self, module: nn.Module, fqn: str, branches: Sequence[Branch]
     ) -> tuple[State, tuple[str, ...], tuple[tuple[str, str], ...]]:
@@ -265,7 +282,7 @@ class _Painter:
             facts.append(("cannot be adapted", reason))
         facts += [("trained", words) for words in other]
         state = next((one for one in other.values() if one), State.NONE)
-        if branches:
+        if branches and (state is not State.ROWS or any(one.rank for one in branches)):
             state = State.ADAPTED
         elif state is State.NONE and reason is not None:
             state = State.REFUSED
@@ -318,7 +335,7 @@ class _Painter:
         if len(calls) <= 1 and not any(node.op == "call_module" for node in calls):
             return None
         known = original_class(module).__module__.startswith("torch.nn.")
-        return None if known and not any(children_of(module)) else graph
+        return None if known and not any(drawn_children(module)) else graph
 
 
 def _only_site(children: Iterable[Box]) -> Box | None:

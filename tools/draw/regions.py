@@ -14,6 +14,7 @@ from torch import fx, nn
 from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph import elements, original_class
+from lora_fx.runtime import AdapterModule
 from lora_fx.tools.draw.picture import Box, Branch, Kind, State, elide, follows, times
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RegionPainter",
     "adapters_of",
     "children_of",
+    "drawn_children",
     "dtype_name",
     "measured",
     "parameter_counts",
@@ -49,6 +51,11 @@ def target_name(target: Any) -> str:
 def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Child modules by name, a module that stands under two names twice."""
     return ((name, child) for name, child in module._modules.items() if child is not None)
+
+
+def drawn_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those child modules that are not there for an adapter's parameters."""
+    return (pair for pair in children_of(module) if not isinstance(pair[1], AdapterModule))
 
 
 class Digests:
@@ -270,6 +277,7 @@ class Host(Protocol):
         digest: Which modules look the same.
         condense: Whether an operation is one box with its adapters on it.
         planned: What adapters were planned to be, by place and adapter.
+        rows: How many rows of a weight an adapter trains, by place and adapter.
         inactive: Adapters that are in no graph now, by place.
         refused: Why an operation cannot have one, by region and node.
     """
@@ -277,6 +285,7 @@ class Host(Protocol):
     digest: Digests
     condense: bool
     planned: Mapping[tuple[str, str], PlannedSite]
+    rows: Mapping[tuple[str, str], int]
     inactive: Mapping[str, Sequence[str]]
     refused: Mapping[tuple[str, str], str]
 
@@ -295,13 +304,12 @@ def _adapter_of(node: fx.Node) -> str:
     return "" if tag is None else tag.adapter
 
 
-def _same_operation(source: fx.Node, node: fx.Node) -> bool:
-    """Whether two tagged nodes that follow one another belong to one operation."""
+def _is_fused_item(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a node takes its output from a product of several adapted operations."""
     before, after = tag_of(source), tag_of(node)
     if before is None or after is None:
         return False
-    fused = before.role is Role.FUSED and after.role is Role.FUSED and _is_item(node)
-    return before.weight == after.weight or fused
+    return before.role is Role.FUSED and after.role is Role.FUSED and _is_item(node)
 
 
 def _stored(tensor: torch.Tensor) -> str:
@@ -364,12 +372,14 @@ class RegionPainter:
         Nodes belong together that follow one another and say the same weight; a product of several
         operations is one.
         """
-        tagged = [node for node in self._inputs if self._on_operation(node)]
+        tagged = {node: weight for node in self._inputs if (weight := self._weight_of(node))}
         together = nx.Graph()
         together.add_nodes_from(tagged)
         for node in tagged:
             for source in self._inputs[node]:
-                if self._on_operation(source) and _same_operation(source, node):
+                if source in tagged and (
+                    tagged[source] == tagged[node] or _is_fused_item(source, node)
+                ):
                     together.add_edge(source, node)
         order = {node: place for place, node in enumerate(self._inputs)}
         found = (sorted(each, key=order.__getitem__) for each in nx.connected_components(together))
@@ -383,9 +393,15 @@ class RegionPainter:
         )
         return groups if nx.is_directed_acyclic_graph(contracted) else {}
 
-    def _on_operation(self, node: fx.Node) -> bool:
+    def _weight_of(self, node: fx.Node) -> str:
+        """The adapted weight whose operation a node is part of; empty for none."""
         tag = tag_of(node)
-        return tag is not None and tag.role in _ON_OPERATION
+        if tag is not None:
+            return tag.weight if tag.role in _ON_OPERATION else ""
+        # An operation whose result goes to nothing but its branches is not always tagged.
+        users = {other.weight if (other := tag_of(user)) else "" for user in node.users}
+        read = {self._weights[n] for n in node.all_input_nodes if n in self._weights}
+        return next(iter(users)) if len(users) == 1 and users <= read else ""
 
     def _site(self, nodes: list[fx.Node]) -> Box:
         """The box of an operation with the adapters on it."""
@@ -445,6 +461,9 @@ class RegionPainter:
 
     def _branch(self, weight: str, adapter: str, label: str, *, active: bool = True) -> Branch:
         planned = self._painter.planned.get((join(self._fqn, weight), adapter))
+        rows = self._painter.rows.get((join(self._fqn, weight), adapter))
+        if rows is not None:
+            return Branch(adapter, kind=f"{rows} rows", weight=label, active=active)
         if planned is None:
             rank, scale = measured(self._region, weight, adapter)
             return Branch(adapter, rank, scale, weight=label, active=active)
@@ -517,7 +536,7 @@ class RegionPainter:
         called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         boxes: list[Box] = []
-        for name, child in children_of(self._region.module):
+        for name, child in drawn_children(self._region.module):
             if any(target == name or target.startswith(f"{name}.") for target in called):
                 continue
             own = {f"{name}.{parameter}" for parameter, _ in child.named_parameters()}
