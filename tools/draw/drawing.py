@@ -7,8 +7,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import networkx as nx
@@ -16,10 +17,13 @@ from torch import nn
 
 from lora_fx.api import capture
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.export.report import ExportReport
 from lora_fx.files import output_file, replacing
 from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
+from lora_fx.passes.merge import MergeReport
 from lora_fx.passes.pipeline import find_operations
+from lora_fx.tools.draw.exported import picture_of_file
 from lora_fx.tools.draw.layout import (
     CAPTION_CHAR,
     CHIPS,
@@ -34,10 +38,10 @@ from lora_fx.tools.draw.layout import (
     plan_layers,
     words_of,
 )
+from lora_fx.tools.draw.names import picture_of_folder, picture_of_merge, picture_of_plan
 from lora_fx.tools.draw.page import asset, classes_of, to_html
 from lora_fx.tools.draw.painting import picture_of_model
 from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide
-from lora_fx.tools.draw.plans import picture_of_plan
 
 __all__ = ["FORMATS", "visualize"]
 
@@ -322,23 +326,36 @@ FORMATS: Mapping[str, Callable[[Picture], str]] = {
 """Writers by suffix."""
 
 
+Drawable = nn.Module | Capture | Plan | MergeReport | ExportReport | str | os.PathLike[str]
+"""What can be drawn; of text, a path to an ONNX file or to an adapter folder."""
+
+
 def visualize(
-    model_or_plan: nn.Module | Capture | Plan, path: str | os.PathLike[str], *, force: bool = False
+    model_or_plan: Drawable | Sequence[Drawable],
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    example_inputs: Any = None,
 ) -> Path:
-    """Draws a model or a plan into a file, in the format that the suffix names.
+    """Draws a model, or what lora_fx says of one, into a file, in the format that the suffix names.
 
     Modules are nested boxes, those with a graph show its nodes; equal blocks in sequence are drawn
-    once, with their number. ``.svg`` and ``.html`` are for looking at: the page opens and closes
-    boxes, searches and zooms, and needs no network. ``.dot`` is for Graphviz, ``.graphml`` for
-    networkx, Gephi and yEd, ``.json`` for programs of your own: ``boxes`` (with children),
+    once, with their number. Modules without a graph show how data flows between them, as one call of a copy
+    without data shows it. ``.svg`` and ``.html`` are for looking at: the page opens and closes
+    boxes, searches, colors and tries patterns, and needs no network. ``.dot`` is for Graphviz, ``.graphml``
+    for networkx, Gephi and yEd, ``.json`` for programs of your own: ``boxes`` (with children),
     ``nodes`` (without) and ``edges``, each box and node with its ``parent``; see
     :meth:`lora_fx.tools.draw.picture.Picture.to_dict`. The same model gives the same bytes.
 
     Args:
-        model_or_plan: Any module (plain, captured, rewritten or merged), a capture, or a plan: then
-            the sites by name, and beside them what is not adapted and why.
+        model_or_plan: Any module (plain, captured, rewritten or merged); a capture; a plan: then the sites
+            by name, and next to them what is not adapted and why; the report of a merge or of an export; a
+            path to an ``.onnx`` file or to an adapter folder. Several in a list are shown next to each
+            other, in ``.html`` only.
         path: The file to write.
         force: Whether to write over a file that exists.
+        example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
+            modules without a graph; models of transformers and timm say themselves what they take.
 
     Returns:
         The path of the file.
@@ -352,33 +369,56 @@ def visualize(
             f"path is a {type(path).__name__}: give the model first, then a file name"
         )
     target = output_file(path, tuple(FORMATS), ConfigError)
-    write = FORMATS[target.suffix.lower()]
     if not target.parent.is_dir():
         raise ConfigError(f"cannot write {target}: there is no folder {target.parent}; create it")
     if target.exists() and not force:
         raise ConfigError(
             f"{target} exists: pass force=True to write over it, or choose another name"
         )
-    _replace(target, write(picture_of(model_or_plan)))
+    suffix = target.suffix.lower()
+    if isinstance(model_or_plan, list | tuple):
+        if suffix != ".html" or not model_or_plan:
+            raise ConfigError(
+                "several are compared in a page: give one or more, and a name in .html"
+            )
+        text = to_html(*(picture_of(one, example_inputs) for one in model_or_plan))
+    else:
+        text = FORMATS[suffix](picture_of(model_or_plan, example_inputs))
+    _replace(target, text)
     return target
 
 
-def picture_of(model_or_plan: object, example_inputs: Any = None) -> Picture:
+def picture_of(drawn: object, example_inputs: Any = None) -> Picture:
     """What :func:`visualize` draws, before it is a file."""
-    if isinstance(model_or_plan, Plan):
-        return picture_of_plan(model_or_plan)
-    if isinstance(model_or_plan, Capture):
-        graphs = {name: region.graph for name, region in model_or_plan.regions.items()}
-        model = model_or_plan.model
-        matches = find_operations(model_or_plan)
-        return picture_of_model(model, graphs, matches=matches, example_inputs=example_inputs)
-    if isinstance(model_or_plan, nn.Module):
-        graphs = graphs_of(model_or_plan)
+    if isinstance(drawn, Plan):
+        return picture_of_plan(drawn)
+    if isinstance(drawn, MergeReport):
+        return picture_of_merge(drawn)
+    if isinstance(drawn, ExportReport):
+        return picture_of_file(Path(drawn.path))
+    if isinstance(drawn, str | os.PathLike):
+        return _of_path(Path(drawn))
+    if isinstance(drawn, Capture):
+        graphs = {name: region.graph for name, region in drawn.regions.items()}
+        matches = find_operations(drawn)
+        return picture_of_model(drawn.model, graphs, matches=matches, example_inputs=example_inputs)
+    if isinstance(drawn, nn.Module):
+        graphs = graphs_of(drawn)
         if not graphs:
-            return _plain(model_or_plan, example_inputs)
-        return picture_of_model(model_or_plan, graphs, example_inputs=example_inputs)
-    found = type(model_or_plan).__name__
-    raise ConfigError(f"cannot draw a {found}: give an nn.Module, or what lora_fx.plan() returns")
+            return _plain(drawn, example_inputs)
+        return picture_of_model(drawn, graphs, example_inputs=example_inputs)
+    raise ConfigError(
+        f"cannot draw a {type(drawn).__name__}: give an nn.Module, what lora_fx.plan() returns, the "
+        "report of a merge or an export, an .onnx file or an adapter folder"
+    )
+
+
+def _of_path(path: Path) -> Picture:
+    if path.suffix.lower() == ".onnx":
+        return picture_of_file(path)
+    if path.is_dir():
+        return picture_of_folder(path)
+    raise ConfigError(f"cannot draw {path}: give an .onnx file or the folder of an adapter")
 
 
 def _plain(model: nn.Module, example_inputs: Any) -> Picture:
@@ -386,9 +426,7 @@ def _plain(model: nn.Module, example_inputs: Any) -> Picture:
     try:
         captured = capture(model)
     except CaptureError as error:
-        return picture_of_model(
-            model, {}, (f"no graphs: {error}",), example_inputs=example_inputs
-        )
+        return picture_of_model(model, {}, (f"no graphs: {error}",), example_inputs=example_inputs)
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     # The copy is frozen; its parameters are its own, only their storage is shared.
     for name, parameter in captured.model.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -144,7 +145,7 @@ def _row(row: SiteRow, strings: _Strings) -> list[Any]:
         if isinstance(value, str):
             value = strings(str(value))
         elif isinstance(value, float):
-            value = float(f"{value:.4g}")
+            value = float(f"{value:.4g}") if math.isfinite(value) else None
         values.append(value)
     return values
 

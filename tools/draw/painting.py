@@ -200,8 +200,7 @@ class _Painter:
         again = self._drawn.setdefault(id(module), fqn)
         if again != fqn and (graph is not None or kids or total):
             facts = (*facts, ("drawn at", again or "(root)"))
-            marks = ("shared",)
-            return Box(self.new_id(), Kind.CALL, name, cls, fqn, facts, marks=marks)
+            return Box(self.new_id(), Kind.CALL, name, cls, fqn, facts, marks=("shared",))
         box_id = self.new_id()
         kind, flow = Kind.LEAF, False
         children: tuple[Box, ...] = ()

@@ -147,8 +147,9 @@ def _scale_in(node: fx.Node) -> float | None:
         product, index = node.args
         scales = next((a for a in _arguments(product) if _are_numbers(a)), ())
         return float(scales[index]) if isinstance(index, int) and index < len(scales) else None
-    if any(_are_numbers(a) for a in node.args):
-        return float(next(a[0] for a in node.args if _are_numbers(a)))
+    several = next((a for a in node.args if _are_numbers(a)), None)
+    if isinstance(several, list | tuple):
+        return float(several[0])
     return next((float(a) for a in node.args if isinstance(a, int | float)), None)
 
 
@@ -271,23 +272,31 @@ def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 class Host(Protocol):
-    """What a region asks of the painter of the whole model.
+    """What a region asks of the painter of the whole model."""
 
-    Attributes:
-        digest: Which modules look the same.
-        condense: Whether an operation is one box with its adapters on it.
-        planned: What adapters were planned to be, by place and adapter.
-        rows: How many rows of a weight an adapter trains, by place and adapter.
-        inactive: Adapters that are in no graph now, by place.
-        refused: Why an operation cannot have one, by region and node.
-    """
+    @property
+    def digest(self) -> Digests:
+        """Which modules look the same."""
 
-    digest: Digests
-    condense: bool
-    planned: Mapping[tuple[str, str], PlannedSite]
-    rows: Mapping[tuple[str, str], int]
-    inactive: Mapping[str, Sequence[str]]
-    refused: Mapping[tuple[str, str], str]
+    @property
+    def condense(self) -> bool:
+        """Whether an operation is one box with its adapters on it."""
+
+    @property
+    def planned(self) -> Mapping[tuple[str, str], PlannedSite]:
+        """What adapters were planned to be, by place and adapter."""
+
+    @property
+    def rows(self) -> Mapping[tuple[str, str], int]:
+        """How many rows of a weight an adapter trains, by place and adapter."""
+
+    @property
+    def inactive(self) -> Mapping[str, Sequence[str]]:
+        """Adapters that are in no graph now, by place."""
+
+    @property
+    def refused(self) -> Mapping[tuple[str, str], str]:
+        """Why an operation cannot have an adapter, by region and node."""
 
     def new_id(self) -> str:
         """The next free id."""

@@ -15,7 +15,7 @@ from lora_fx.passes.parameters import factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.draw.picture import SiteRow, State
 
-__all__ = ["rows_of_matches", "rows_of_model", "rows_of_plan"]
+__all__ = ["effective_rank", "rows_of_matches", "rows_of_model", "rows_of_plan"]
 
 _MOST_ELEMENTS = 2**30
 """Up to this many elements of weights are read for ‖s·BA‖ / ‖W‖: about a second."""
@@ -106,17 +106,31 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
         a, b = (one.detach() for one in factors_of(model, row, adapter).pair)
         if any(type(one) not in (torch.Tensor, nn.Parameter) or one.is_meta for one in (a, b)):
             return None, None
-        singular = torch.stack([*_singular_values(a, b, row.rank, site.experts)])
-        norm = float(singular.square().sum().sqrt())
-        if not math.isfinite(norm) or not norm:
-            return None, 0.0 if norm == 0 else None
-        spread = singular / singular.sum(-1, keepdim=True).clamp_min(1e-30)
-        entropy = -(spread * spread.clamp_min(1e-30).log()).sum(-1)
-        effective = float(entropy.exp().mean())
+        effective, norm = effective_rank(a, b, row.rank, site.experts)
         if weight.is_meta or site.quantized is not None:
             return effective, None
         base = float(part_of(site, weight.detach()).float().norm())
     return effective, abs(row.scale) * norm / base if base else None
+
+
+def effective_rank(
+    a: torch.Tensor, b: torch.Tensor, rank: int, experts: int | None = None
+) -> tuple[float | None, float]:
+    """Effective rank of BA and its norm; no effective rank where BA is zero.
+
+    Args:
+        a: A, with one more axis in front if there are experts.
+        b: B, likewise.
+        rank: The size that they share.
+        experts: How many experts there are, over which the effective rank is averaged.
+    """
+    singular = torch.stack([*_singular_values(a, b, rank, experts)])
+    norm = float(singular.square().sum().sqrt())
+    if not math.isfinite(norm) or not norm:
+        return None, norm
+    spread = singular / singular.sum(-1, keepdim=True).clamp_min(1e-30)
+    entropy = -(spread * spread.clamp_min(1e-30).log()).sum(-1)
+    return float(entropy.exp().mean()), norm
 
 
 def _singular_values(
