@@ -14,9 +14,10 @@ from lora_fx.passes.capture.check import (
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
 from lora_fx.passes.capture.exported import ONE_AT_A_TIME
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.capture.synthesis import named_inputs, normalize, synthesise
+from lora_fx.passes.capture.synthesis import CACHE, named_inputs, normalize, synthesise
 
 __all__ = [
+    "CACHE",
     "ONE_AT_A_TIME",
     "Count",
     "Frontend",

@@ -375,7 +375,8 @@ def test_dragging_wheel_and_depth(opened: Page) -> None:
     opened.mouse("mouseReleased", x + 60, y + 40, button="left", clickCount=1)
     opened.settle()
     after = opened.run("loraFx.graphs[0].view")
-    assert (after["x"] - before["x"], after["y"] - before["y"]) == (60, 40)
+    moved = [after[axis] - before[axis] for axis in "xy"]
+    assert moved == pytest.approx([60, 40])
     opened.mouse("mouseWheel", x, y, deltaX=0, deltaY=-240)
     opened.settle()
     assert opened.run("loraFx.graphs[0].view.scale") > after["scale"]
@@ -390,6 +391,55 @@ def test_paper_and_svg_have_everything_that_is_open(opened: Page) -> None:
     assert "stem" in words
     assert "r 2 · × 2" in words
     assert len(opened.pdf()) > 5000
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_two_are_compared_and_move_together(chromium: Page, tmp_path: Path) -> None:
+    config = LoraConfig(r=2)
+    model = Nested()
+    both = [lora_fx.plan(model, config), lora_fx.rewrite(model, config)]
+    chromium.open(visualize(both, tmp_path / "two.html").as_uri())
+    chromium.click(*spot(chromium, "stem"))
+    chosen = chromium.run("loraFx.graphs.map((graph) => graph.selected?.fqn)")
+    assert chosen == ["stem", "stem"]
+    tops = chromium.run(
+        "loraFx.graphs.map((g) => g.view.y + g.spotOf(g.selected).y * g.view.scale)"
+    )
+    assert tops[0] == pytest.approx(tops[1])
+    before = chromium.run("loraFx.graphs.map((graph) => graph.view)")
+    chromium.mouse("mouseWheel", 300, 500, deltaX=0, deltaY=-240)
+    chromium.settle()
+    after = chromium.run("loraFx.graphs.map((graph) => graph.view)")
+    factors = [new["scale"] / old["scale"] for new, old in zip(after, before, strict=True)]
+    assert factors[0] > 1
+    assert factors[0] == pytest.approx(factors[1])
+    tops = chromium.run(
+        "loraFx.graphs.map((g) => g.view.y + g.spotOf(g.selected).y * g.view.scale)"
+    )
+    assert tops[0] == pytest.approx(tops[1])
+    assert not chromium.complaints
+    assert not chromium.requests
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_phone_and_the_dark_have_all_of_it(opened: Page) -> None:
+    try:
+        light = opened.run("loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill")
+        opened.size(380, 720, dark=True)
+        opened.run("loraFx.select('stem')")
+        opened.settle()
+        dark = opened.run("loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill")
+        assert dark != light
+        assert opened.run("document.documentElement.scrollWidth") <= 380
+        assert "r 2" in panel(opened)
+        area = opened.run(
+            "(() => { const a = loraFx.graphs[0].area; return [a.width, a.height]; })()"
+        )
+        assert min(area) > 120
+    finally:
+        opened.size(1200, 800)
 
 
 @pytest.mark.slow

@@ -542,3 +542,75 @@ def test_resnet_and_vit() -> None:
         assert [len(box.repeats) for box in picture.root.walk() if box.repeats] == folds
         leaves = [box for box in drawn(to_svg(picture)) if box.leaf]
         assert not [pair for pair in itertools.combinations(leaves, 2) if pair[0].overlaps(pair[1])]
+
+
+# --- other things than models ---
+
+
+def test_an_onnx_file_keeps_its_modules(tmp_path: Path) -> None:
+    model = lora_fx.rewrite(Net(depth=2), lora_fx.LoraConfig(r=2))
+    report = lora_fx.export_onnx(model, tmp_path / "net.onnx", (torch.randn(2, 3),))
+    for drawn_from in (report, tmp_path / "net.onnx"):
+        boxes = by_fqn(picture_of(drawn_from).root)
+        assert {"stem", "blocks", "blocks.0", "blocks.0.up", "head"} <= set(boxes)
+        assert boxes["blocks.0.up"].caption == "Gemm 16×8"
+        names = {child.id: child.name for child in boxes["blocks.0"].children}
+        edges = {(names[a], names[b]) for a, b in boxes["blocks.0"].edges}
+        assert edges == {("up", "act"), ("act", "down"), ("down", "Add")}
+
+
+def test_an_adapter_folder_says_what_it_holds(tmp_path: Path) -> None:
+    config = lora_fx.LoraConfig(r=2, lora_alpha=6, modules_to_save=["head"])
+    model = lora_fx.rewrite(Net(depth=2), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    lora_fx.save_adapter(model, tmp_path / "adapter")
+    picture = picture_of(tmp_path / "adapter")
+    boxes = by_fqn(picture.root)
+    assert [(one.rank, one.scale) for one in boxes["stem"].branches] == [(2, 3.0)]
+    assert boxes["head.weight"].state == "full"
+    here = {row.name: row.effective for row in picture.sites}
+    inside = {row.name: row.effective for row in picture_of(model).sites if row.adapter}
+    assert here == {name: pytest.approx(value, rel=1e-3) for name, value in inside.items()}
+
+
+def test_a_merge_says_what_it_changed() -> None:
+    model = lora_fx.rewrite(Net(depth=2), lora_fx.LoraConfig(r=2))
+    _, report = lora_fx.merge(model, return_report=True)
+    picture = picture_of(report)
+    assert picture.root.sites == 6 - 1
+    assert dict(picture.facts)["weights merged"] == "5"
+
+
+@pytest.mark.parametrize("name", ["nowhere.onnx", "nowhere", "adapter.txt"])
+def test_paths_to_nothing_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match="nowhere|adapter"):
+        visualize(tmp_path / name, tmp_path / "graph.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_are_compared_in_a_page_only(tmp_path: Path) -> None:
+    plan = lora_fx.plan(Net(), lora_fx.LoraConfig(r=2))
+    path = visualize([plan, adapted(Net())], tmp_path / "two.html")
+    _, documents = read_page(path.read_text("utf-8"))
+    assert [document["title"] for document in documents] == ["Plan", "Net"]
+    with pytest.raises(ConfigError, match=r"\.html"):
+        visualize([plan, plan], tmp_path / "two.svg")
+
+
+def test_model_explorer_gets_a_graph_and_ranks(tmp_path: Path) -> None:
+    model = lora_fx.rewrite(Net(depth=2), lora_fx.LoraConfig(r=2))
+    path = visualize(model, tmp_path / "net.json", file_format="model-explorer")
+    (graph,) = json.loads(path.read_text("utf-8"))["graphs"]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"])
+    for node in nodes.values():
+        assert {edge["sourceNodeId"] for edge in node["incomingEdges"]} <= set(nodes)
+        assert node["namespace"] in graph["groupNodeAttributes"]
+    (data,) = json.loads((tmp_path / "net.nodes.json").read_text("utf-8")).values()
+    ranks = {nodes[name]["label"]: one["value"] for name, one in data["results"].items()}
+    assert ranks == {"stem": 2, "up": 2, "down": 2}
+    with pytest.raises(ConfigError, match=r"net\.json"):
+        visualize(model, tmp_path / "net.html", file_format="model-explorer")

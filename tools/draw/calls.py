@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lora_fx.passes.capture.synthesis import CACHE, normalize, synthesise
+from lora_fx.passes.capture import CACHE, normalize, synthesise
 from lora_fx.passes.graph import original_class, uninstall
 from lora_fx.tools.draw.picture import times
 

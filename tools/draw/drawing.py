@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.sax.saxutils import escape, quoteattr
 
 import networkx as nx
@@ -38,10 +38,11 @@ from lora_fx.tools.draw.layout import (
     plan_layers,
     words_of,
 )
+from lora_fx.tools.draw.model_explorer import graph_of, node_data_of
 from lora_fx.tools.draw.names import picture_of_folder, picture_of_merge, picture_of_plan
 from lora_fx.tools.draw.page import asset, classes_of, to_html
 from lora_fx.tools.draw.painting import picture_of_model
-from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide
+from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide, end_of
 
 __all__ = ["FORMATS", "visualize"]
 
@@ -266,15 +267,7 @@ def _dot_edge(source: Box, target: Box) -> str:
     if target.children:
         options.append(f"lhead=cluster_{target.id}")
     tail = f" [{', '.join(options)}]" if options else ""
-    return f"{_end(source, last=True).id} -> {_end(target, last=False).id}{tail};"
-
-
-def _end(box: Box, *, last: bool) -> Box:
-    while box.children:
-        wanted = Kind.OUTPUT if last else Kind.INPUT
-        other = box.children[-1 if last else 0]
-        box = next((child for child in box.children if child.kind is wanted), other)
-    return box
+    return f"{end_of(source, last=True).id} -> {end_of(target, last=False).id}{tail};"
 
 
 def _quote(text: str) -> str:
@@ -326,6 +319,9 @@ FORMATS: Mapping[str, Callable[[Picture], str]] = {
 """Writers by suffix."""
 
 
+Format = Literal["model-explorer"]
+"""Formats that no suffix names."""
+
 Drawable = nn.Module | Capture | Plan | MergeReport | ExportReport | str | os.PathLike[str]
 """What can be drawn; of text, a path to an ONNX file or to an adapter folder."""
 
@@ -336,6 +332,7 @@ def visualize(
     *,
     force: bool = False,
     example_inputs: Any = None,
+    file_format: Format | None = None,
 ) -> Path:
     """Draws a model, or what lora_fx says of one, into a file, in the format that the suffix names.
 
@@ -356,6 +353,8 @@ def visualize(
         force: Whether to write over a file that exists.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
             modules without a graph; models of transformers and timm say themselves what they take.
+        file_format: ``"model-explorer"`` writes a ``.json`` that Google's Model Explorer loads, and next to
+            it ``.nodes.json``, the ranks as its node data. None for the format of the suffix.
 
     Returns:
         The path of the file.
@@ -376,6 +375,9 @@ def visualize(
             f"{target} exists: pass force=True to write over it, or choose another name"
         )
     suffix = target.suffix.lower()
+    if file_format is not None:
+        _write_for_explorer(model_or_plan, target, example_inputs, file_format)
+        return target
     if isinstance(model_or_plan, list | tuple):
         if suffix != ".html" or not model_or_plan:
             raise ConfigError(
@@ -386,6 +388,18 @@ def visualize(
         text = FORMATS[suffix](picture_of(model_or_plan, example_inputs))
     _replace(target, text)
     return target
+
+
+def _write_for_explorer(drawn: object, target: Path, example_inputs: Any, name: str) -> None:
+    if name != "model-explorer":
+        raise ConfigError(
+            f"file_format is {name!r}: give 'model-explorer', or none for that of the suffix"
+        )
+    if target.suffix.lower() != ".json":
+        raise ConfigError(f"Model Explorer loads .json: write {target.with_suffix('.json').name}")
+    picture = picture_of(drawn, example_inputs)
+    _replace(target.with_suffix(".nodes.json"), node_data_of(picture))
+    _replace(target, graph_of(picture))
 
 
 def picture_of(drawn: object, example_inputs: Any = None) -> Picture:

@@ -120,6 +120,7 @@ class _Painter:
                 ids[f"in {name}"] = box.id
         for key, one in scope.inside.items():
             inner = self._scope(one, (*path, key)) if isinstance(one, _Scope) else self._node(one)
+            inner = _alone(inner)
             children.append(inner)
             ids[key] = inner.id
         if not path:
@@ -174,6 +175,15 @@ class _Painter:
             marks=_marks(read),
             state=State.NONE,
         )
+
+
+def _alone(box: Box) -> Box:
+    """A module that is one node is that node, under its own name."""
+    if len(box.children) != 1 or box.children[0].children:
+        return box
+    (node,) = box.children
+    caption = f"{node.name} {node.caption}".strip()
+    return dataclasses.replace(node, name=box.name, caption=caption, kind=Kind.LEAF)
 
 
 def _marks(read: dict[str, tuple[tuple[int, ...], str]]) -> tuple[str, ...]:

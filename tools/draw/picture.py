@@ -21,6 +21,7 @@ __all__ = [
     "State",
     "clean",
     "elide",
+    "end_of",
     "follows",
     "human",
     "label_of",
@@ -275,6 +276,15 @@ def elide(text: str, limit: int) -> str:
         return text
     head = (limit - 1) // 2
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def end_of(box: Box, *, last: bool) -> Box:
+    """Where an edge of an open box ends: at its first input, or at its last output."""
+    while box.children:
+        wanted = Kind.OUTPUT if last else Kind.INPUT
+        other = box.children[-1 if last else 0]
+        box = next((child for child in box.children if child.kind is wanted), other)
+    return box
 
 
 def human(count: int) -> str:

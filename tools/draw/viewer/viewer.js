@@ -32,30 +32,52 @@
 
   const others = (graph) => graphs.filter((one) => one !== graph);
 
+  /* What moves one graph on the screen moves the others alike, wherever they are. */
   function follow(graph) {
-    const { x, y, scale } = graph.view;
-    for (const other of others(graph)) other.move(x, y, scale);
+    const before = graph.followed ?? graph.view, { x, y, scale } = graph.view, by = scale / before.scale;
+    graph.followed = graph.view;
+    for (const other of others(graph)) {
+      const { view } = other;
+      other.move(x + (view.x - before.x) * by, y + (view.y - before.y) * by, view.scale * by);
+      other.followed = other.view;
+    }
+  }
+
+  function fitAll() {
+    for (const graph of graphs) {
+      graph.fit();
+      graph.followed = graph.view;
+    }
+  }
+
+  /* The box of the same name in another graph comes to where the selected one is. */
+  function align(graph, other, twin) {
+    const here = graph.spotOf(graph.selected), there = other.spotOf(twin), { view } = graph;
+    const y = view.y + here.y * view.scale - there.y * view.scale;
+    const x = view.x + (here.x + here.width / 2) * view.scale - (there.x + there.width / 2) * view.scale;
+    other.move(x, y, view.scale);
+    other.followed = other.view;
   }
 
   function toggle(graph, box) {
     graph.toggle(box);
+    follow(graph);
     for (const other of others(graph)) {
       const twin = other.byFqn.get(box.fqn);
-      if (!twin) continue;
-      other.setOpen(twin, box.open);
-      other.stack();
+      if (twin?.children.length && twin.open !== box.open) other.toggle(twin);
+      other.followed = other.view;
     }
-    follow(graph);
   }
 
   function select(graph, box, options) {
     active = graph;
     graph.select(box, options);
-    for (const other of others(graph)) {
-      const twin = box && other.byFqn.get(other.drawnAs(box.fqn));
-      other.select(twin ?? null, { show: false });
-    }
     follow(graph);
+    for (const other of others(graph)) {
+      const twin = box?.fqn ? other.byFqn.get(other.drawnAs(box.fqn)) : null;
+      other.select(twin ?? null, { show: false });
+      if (twin) align(graph, other, twin);
+    }
     if (box) {
       showDetails(box);
       history.replaceState(null, "", `#${encodeURIComponent(box.fqn)}`);
@@ -415,7 +437,7 @@
 
   const COMMANDS = {
     "/": () => search.focus(), "+": () => { active.zoom(1.25); follow(active); }, "=": () => { active.zoom(1.25); follow(active); },
-    "-": () => { active.zoom(0.8); follow(active); }, f: () => { active.fit(); follow(active); },
+    "-": () => { active.zoom(0.8); follow(active); }, f: fitAll,
     F: () => { active.fit(active.selected ?? active.root, false); follow(active); }, "?": () => at("keys").showModal(),
     t: () => openTab(tabOpen() === "sites" ? "" : "sites"), w: () => { openTab("try"); at("targets").focus(); tryOut(); }, Escape: leave,
   };
@@ -464,7 +486,7 @@
 
   search.addEventListener("input", () => { find(); if (tabOpen() === "sites") showSites(); });
   search.addEventListener("keydown", (event) => { if (event.key === "Enter") step(event.shiftKey ? -1 : 1); });
-  at("fit").addEventListener("click", () => { active.fit(); follow(active); });
+  at("fit").addEventListener("click", fitAll);
   at("help").addEventListener("click", () => at("keys").showModal());
   at("hide").addEventListener("click", () => openTab(""));
   for (const tab of TABS) at(`tab-${tab}`).addEventListener("click", () => { openTab(tab); if (tab === "try") tryOut(); });
@@ -473,8 +495,7 @@
   depth.value = depth.max;
   depth.addEventListener("input", () => {
     for (const graph of graphs) graph.toDepth(Number(depth.value));
-    active.fit();
-    follow(active);
+    fitAll();
   });
   at("color").append(...METRICS.map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
@@ -496,8 +517,7 @@
   addEventListener("hashchange", jumpToHash);
 
   showKey();
-  active.fit();
-  follow(active);
+  fitAll();
   jumpToHash();
   // For programs that drive the page, such as its tests.
   window.loraFx = { graphs, select: (fqn) => select(active, active.boxOf(fqn)) };
