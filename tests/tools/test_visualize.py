@@ -470,6 +470,10 @@ def test_sites_of_a_model_say_what_the_adapter_does() -> None:
     assert rows["stem"].share == pytest.approx(expected.item(), rel=1e-4)
     assert 1 <= (rows["stem"].effective or 0) <= 2
     assert rows["head"].state == "unselected"
+    assert rows["stem"].gradient is None
+    model(torch.randn(2, 3)).sum().backward()
+    rows = {row.name: row for row in picture_of(model).sites}
+    assert (rows["stem"].gradient or 0) > 0
 
 
 @pytest.mark.parametrize("name", ["graph", "graph.png", "graph.html.gz", ".svg"])
@@ -582,11 +586,12 @@ def test_a_merge_says_what_it_changed() -> None:
     picture = picture_of(report)
     assert picture.root.sites == 6 - 1
     assert dict(picture.facts)["weights merged"] == "5"
+    assert all(0 <= (row.error or 0) <= 0.5 for row in picture.sites)
 
 
 @pytest.mark.parametrize("name", ["nowhere.onnx", "nowhere", "adapter.txt"])
 def test_paths_to_nothing_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(LoraFxError, match="nowhere|adapter"):
+    with pytest.raises(LoraFxError, match=r"nowhere|adapter"):
         visualize(tmp_path / name, tmp_path / "graph.svg")
     assert not list(tmp_path.iterdir())
 

@@ -228,18 +228,21 @@ def picture_of_merge(report: MergeReport) -> Picture:
     rows = []
     for site in report.sites:
         lost = site.requantization_error
-        error = f"{site.max_ulp:.4f} units in the last place"
+        kind = "lost by quantizing again" if site.requantized else "error"
+        words = f"{lost:.3g}" if site.requantized else f"{site.max_ulp:.4f} units in the last place"
         facts = (
             ("merged", ", ".join(site.adapters)),
             ("‖ΔW‖ / ‖W‖", f"{site.relative_change:.3g}"),
-            ("lost by quantizing again", f"{lost:.3g}") if site.requantized else ("error", error),
+            (kind, words),
         )
         caption = "" if math.isnan(site.relative_change) else f"Δ {site.relative_change:.2g}"
         marks = ("quantized again",) if site.requantized else ()
         named.append((site.name, _Leaf(Kind.SITE, caption, facts, marks=marks, adapted=True)))
         share = None if math.isnan(site.relative_change) else site.relative_change
         adapter = ", ".join(site.adapters)
-        rows.append(SiteRow(site.name, State.ADAPTED, adapter=adapter, share=share))
+        off = lost if site.requantized else site.max_ulp
+        error = None if math.isnan(off) else off
+        rows.append(SiteRow(site.name, State.ADAPTED, adapter=adapter, share=share, error=error))
     named += [(name.removesuffix(".weight"), _Leaf(marks=("untied",))) for name in report.untied]
     changes = (
         ("weights merged", str(len(report.sites))),

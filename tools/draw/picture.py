@@ -126,6 +126,8 @@ class SiteRow:
         reason: Why it is not selected, or refused.
         share: ‖s·BA‖ / ‖W‖; None where there are no values.
         effective: Effective rank of BA: the exponential of the entropy of its singular values.
+        gradient: Norm of the gradient of A and B, if there is one.
+        error: Of a merge: units in the last place, or what quantizing again has lost.
     """
 
     name: str
@@ -145,6 +147,8 @@ class SiteRow:
     reason: str = ""
     share: float | None = None
     effective: float | None = None
+    gradient: float | None = None
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -313,12 +313,23 @@ def _adapter_of(node: fx.Node) -> str:
     return "" if tag is None else tag.adapter
 
 
+def _is(node: fx.Node, role: Role) -> bool:
+    tag = tag_of(node)
+    return tag is not None and tag.role is role
+
+
 def _is_fused_item(source: fx.Node, node: fx.Node) -> bool:
     """Whether a node takes its output from a product of several adapted operations."""
     before, after = tag_of(source), tag_of(node)
     if before is None or after is None:
         return False
     return before.role is Role.FUSED and after.role is Role.FUSED and _is_item(node)
+
+
+def _weights_in_words(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> str:
+    """Sizes of weights, with the name where it is one that says something."""
+    sizes = ", ".join(dict.fromkeys(map(size_name, tensors)))
+    return sizes if len(names) > 1 or names[0] == "weight" else f"{elide(names[0], 26)} {sizes}"
 
 
 def _stored(tensor: torch.Tensor) -> str:
@@ -414,7 +425,8 @@ class RegionPainter:
 
     def _site(self, nodes: list[fx.Node]) -> Box:
         """The box of an operation with the adapters on it."""
-        main = next((n for n in nodes if not _adapter_of(n)), nodes[0])
+        main = next((n for role in (Role.BASE, Role.FUSED) for n in nodes if _is(n, role)), None)
+        main = main or next((n for n in nodes if not _adapter_of(n)), nodes[0])
         weights = list(dict.fromkeys(tag.weight for n in nodes if (tag := tag_of(n)) is not None))
         branches = tuple(self.branches(weights))
         base = [self._value(weight) for weight in weights if self._has(weight)]
@@ -439,7 +451,7 @@ class RegionPainter:
             id=self._painter.new_id(),
             kind=Kind.SITE,
             name=node_name(main),
-            caption=", ".join(dict.fromkeys(map(size_name, tensors))),
+            caption=_weights_in_words(weights, tensors),
             fqn=self._fqn,
             facts=tuple(facts),
             trainable=trainable,

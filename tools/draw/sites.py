@@ -50,8 +50,9 @@ def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
             adapted |= {row.site.name, row.site.part_of}
             left -= math.prod(row.site.shape)
             effective, share = _measure(model, row, name) if left > 0 else (None, None)
-            made = dataclasses.replace(_planned(row), adapter=name)
-            rows.append(dataclasses.replace(made, effective=effective, share=share))
+            gradient = _gradient(model, row, name)
+            made = dataclasses.replace(_planned(row), adapter=name, effective=effective)
+            rows.append(dataclasses.replace(made, share=share, gradient=gradient))
     others = (site for site in record.base.matches.sites if site.name not in adapted)
     return (*rows, *map(_site, others), *map(_refused, record.base.matches.rejections))
 
@@ -111,6 +112,14 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
             return effective, None
         base = float(part_of(site, weight.detach()).float().norm())
     return effective, abs(row.scale) * norm / base if base else None
+
+
+def _gradient(model: nn.Module, row: PlannedSite, adapter: str) -> float | None:
+    """Norm of the gradient that the last backward pass has left."""
+    found = [one.grad for one in factors_of(model, row, adapter).present if one.grad is not None]
+    if not found or any(type(one) is not torch.Tensor or one.is_meta for one in found):
+        return None
+    return float(torch.stack([one.float().norm() for one in found]).norm())
 
 
 def effective_rank(

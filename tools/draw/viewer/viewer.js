@@ -71,6 +71,8 @@
 
   function select(graph, box, options) {
     active = graph;
+    // The panel takes its room before the box is brought into what is left.
+    if (box) showDetails(box);
     graph.select(box, options);
     follow(graph);
     for (const other of others(graph)) {
@@ -78,10 +80,7 @@
       other.select(twin ?? null, { show: false });
       if (twin) align(graph, other, twin);
     }
-    if (box) {
-      showDetails(box);
-      history.replaceState(null, "", `#${encodeURIComponent(box.fqn)}`);
-    }
+    if (box) history.replaceState(null, "", `#${encodeURIComponent(box.fqn)}`);
     markRow();
   }
 
@@ -134,7 +133,8 @@
     const title = made("div", { class: "fqn" }, made("code", {}, box.fqn || "(root)"), copyButton(box.fqn));
     const marks = made("p", { class: "marks" }, ...[box.state && { adapted: "adapted", unselected: "base", refused: "cannot be adapted", full: "trained in full", rows: "rows trained" }[box.state], ...box.marks.map(([mark]) => mark)].filter(Boolean).map((mark) => made("span", {}, mark)));
     const lines = made("ul", { class: "lines" }, ...box.lines.map((line) => made("li", { class: `ink${line.adapter % 6}` }, `+ B·A  ${line.words}`)));
-    at("details").replaceChildren(made("h2", {}, box.name), title, marks, lines, list);
+    const once = made("p", { class: "once" }, layerOf(box, "").replace(" · in ", "drawn once for "));
+    at("details").replaceChildren(made("h2", {}, box.name), title, once, marks, lines, list);
     if (tabOpen() !== "sites" || narrow()) openTab("details");
   }
 
@@ -175,7 +175,7 @@
 
   const METRICS = [
     ["", "adapter"], ["rank", "rank"], ["scale", "scale"], ["parameters", "trained parameters"], ["flops", "FLOPs a token"],
-    ["saved", "bytes saved a token"], ["share", "‖s·BA‖ / ‖W‖"], ["effective", "effective rank"], ["quantized", "quantized"],
+    ["saved", "bytes saved a token"], ["gradient", "norm of the gradient"], ["error", "error of the merge"], ["share", "‖s·BA‖ / ‖W‖"], ["effective", "effective rank"], ["quantized", "quantized"],
   ];
   const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
@@ -234,7 +234,7 @@
 
   /* --- the table of sites --- */
 
-  const SHOWN = [["name", "site"], ["state", "state"], ["adapter", "adapter"], ["shape", "weight"], ["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"], ["share", "‖sBA‖/‖W‖"], ["effective", "eff. r"], ["quantized", "stored"], ["reason", "why not"]];
+  const SHOWN = [["name", "site"], ["state", "state"], ["adapter", "adapter"], ["shape", "weight"], ["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"], ["share", "‖sBA‖/‖W‖"], ["effective", "eff. r"], ["gradient", "‖grad‖"], ["error", "error"], ["quantized", "stored"], ["reason", "why not"]];
   const MOST = 1500;
   let order = null, down = false, rowsShown = new Map();
 
@@ -255,7 +255,7 @@
     const body = made("tbody");
     rowsShown = new Map();
     for (const row of rows.slice(0, MOST)) {
-      const line = made("tr", { tabindex: 0, "data-name": row.name }, ...columns.map(([key]) => made("td", {}, written(row[key]))));
+      const line = made("tr", { tabindex: 0, "data-name": row.name }, ...columns.map(([key]) => made("td", {}, written(row[key], row))));
       line.addEventListener("click", () => select(active, row.box));
       line.addEventListener("keydown", (event) => { if (event.key === "Enter") select(active, row.box); });
       if (!rowsShown.has(row.box)) rowsShown.set(row.box, []);
@@ -267,7 +267,7 @@
     markRow();
   }
 
-  const written = (value) => (value === null ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : value === "unselected" ? "base" : value);
+  const written = (value, row) => (value === null || (value === 0 && row.state !== "adapted") ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : value === "unselected" ? "base" : value);
 
   function markRow() {
     for (const line of at("sites").querySelectorAll("tr.chosen")) line.classList.remove("chosen");
@@ -497,7 +497,8 @@
     for (const graph of graphs) graph.toDepth(Number(depth.value));
     fitAll();
   });
-  at("color").append(...METRICS.map(([key, label]) => made("option", { value: key }, label)));
+  const known = ([key]) => !key || graphs.some((graph) => graph.sites.some((row) => row[key]));
+  at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
   at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
   for (const id of ["targets", "exclude", "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
