@@ -202,8 +202,8 @@ class Box:
 
     @property
     def hover(self) -> str:
-        """The facts as lines of text."""
-        return "\n".join(f"{label}: {value}" for label, value in self.facts)
+        """The facts as lines of text, without those that differ from one version of a library to the next."""
+        return "\n".join(f"{label}: {value}" for label, value in self.facts if label != "source")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

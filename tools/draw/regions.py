@@ -251,11 +251,12 @@ _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def short_path(path: str) -> str:
-    """A path below the folder of packages, or the last parts of any other."""
+    """A path below the folder of packages, or the name of any other file: the same on every machine."""
+    path = path.replace("\\", "/")
     for folder in ("site-packages/", "dist-packages/"):
         if folder in path:
             return path.rpartition(folder)[2]
-    return "/".join(path.split("/")[-3:])
+    return path.rpartition("/")[2]
 
 
 def source_of(cls: type[nn.Module]) -> str:
@@ -311,6 +312,11 @@ _ON_OPERATION = frozenset(Role) - {Role.FACTOR, Role.CAST}
 def _adapter_of(node: fx.Node) -> str:
     tag = tag_of(node)
     return "" if tag is None else tag.adapter
+
+
+def _whole(weight: str) -> str:
+    """The weight of a place: a part is named by its rows, ``weight[0:32]``."""
+    return weight.partition("[")[0]
 
 
 def _is(node: fx.Node, role: Role) -> bool:
@@ -398,7 +404,7 @@ class RegionPainter:
         for node in tagged:
             for source in self._inputs[node]:
                 if source in tagged and (
-                    tagged[source] == tagged[node] or _is_fused_item(source, node)
+                    _whole(tagged[source]) == _whole(tagged[node]) or _is_fused_item(source, node)
                 ):
                     together.add_edge(source, node)
         order = {node: place for place, node in enumerate(self._inputs)}
@@ -425,11 +431,13 @@ class RegionPainter:
 
     def _site(self, nodes: list[fx.Node]) -> Box:
         """The box of an operation with the adapters on it."""
-        main = next((n for role in (Role.BASE, Role.FUSED) for n in nodes if _is(n, role)), None)
-        main = main or next((n for n in nodes if not _adapter_of(n)), nodes[0])
+        fused = [n for n in nodes if _is(n, Role.FUSED)] or [n for n in nodes if _is(n, Role.BASE)]
+        # A view of the weight is tagged as well: what reads the most computes.
+        main = max(fused or nodes, key=lambda node: len(node.all_input_nodes))
         weights = list(dict.fromkeys(tag.weight for n in nodes if (tag := tag_of(n)) is not None))
         branches = tuple(self.branches(weights))
-        base = [self._value(weight) for weight in weights if self._has(weight)]
+        whole = list(dict.fromkeys(map(_whole, weights)))
+        base = [self._value(weight) for weight in whole if self._has(weight)]
         tensors = [value for value in base if isinstance(value, torch.Tensor)]
         trainable, frozen = parameter_counts(
             parameter
@@ -451,7 +459,7 @@ class RegionPainter:
             id=self._painter.new_id(),
             kind=Kind.SITE,
             name=node_name(main),
-            caption=_weights_in_words(weights, tensors),
+            caption=_weights_in_words(whole, tensors),
             fqn=self._fqn,
             facts=tuple(facts),
             trainable=trainable,
@@ -488,6 +496,8 @@ class RegionPainter:
         if planned is None:
             rank, scale = measured(self._region, weight, adapter)
             return Branch(adapter, rank, scale, weight=label, active=active)
+        if label:
+            label = planned.site.name.removeprefix(f"{self._fqn}.") if self._fqn else planned.name
         rank, kind = planned.rank or None, planned.kind
         return Branch(adapter, rank, planned.scale, planned.dropout, kind, label, active)
 
