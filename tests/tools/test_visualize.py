@@ -377,6 +377,24 @@ def test_a_product_of_several_operations_says_the_scale_of_each() -> None:
     assert found == [(2, 3.0), (2, 4.0), (2, 3.0)]
 
 
+def test_a_graph_of_the_whole_model_keeps_its_modules() -> None:
+    model = transformer("Llama", num_key_value_heads=2)
+    inputs = {"input_ids": torch.randint(0, 64, (2, 8))}
+    config = lora_fx.LoraConfig(r=2)
+    model = lora_fx.rewrite(model, config, frontend="export", example_inputs=inputs)
+    root = picture_of(model).root
+    assert root.sites == 14
+    boxes = by_fqn(root)
+    layer, attention = (boxes[f"model.layers.0{name}"] for name in ("", ".self_attn"))
+    assert layer.sites == 7
+    names = {child.id: child.name for child in layer.children}
+    edges = {(names[a], names[b]) for a, b in layer.edges}
+    assert {("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")} <= edges
+    (fused,) = (box for box in attention.children if len(box.branches) == 3)
+    assert [one.weight for one in fused.branches] == ["q_proj", "k_proj", "v_proj"]
+    assert boxes["model.layers.1.mlp.down_proj"].kind == "site"
+
+
 def test_a_fused_operation_has_its_adapters_on_it() -> None:
     config = lora_fx.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["up"])
     model = lora_fx.rewrite(Net(depth=1), config)

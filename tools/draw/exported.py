@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_fx.export.structure import FileGraph, FileNode, read_graph
+from lora_fx.tools.draw.nesting import nested
 from lora_fx.tools.draw.picture import Box, Kind, Picture, State, human, label_of, times
 
 __all__ = ["picture_of_file"]
@@ -46,111 +46,47 @@ def _product(shape: tuple[int, ...]) -> int:
     return result
 
 
-@dataclasses.dataclass
-class _Scope:
-    """A module of the file: nodes and modules in the order of their first node."""
-
-    fqn: str
-    inside: dict[str, _Scope | FileNode] = dataclasses.field(default_factory=dict)
-    modules: dict[str, _Scope] = dataclasses.field(default_factory=dict)
-
-
 class _Painter:
     """Paints a file, parents first."""
 
     def __init__(self, graph: FileGraph) -> None:
         self.graph = graph
         self._ids = itertools.count()
-        self._edges: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
-        self.root = _Scope("")
-        # Where each thing is: keys from the root, the last its own.
-        self._paths: dict[str, tuple[str, ...]] = {}
-        for name in graph.inputs:
-            self._paths[f"in {name}"] = (f"in {name}",)
-        for place, node in enumerate(graph.nodes):
-            outer = scope = self.root
-            path: list[str] = []
-            for fqn in node.scope:
-                path.append(f"module {fqn}")
-                scope = scope.modules.setdefault(path[-1], _Scope(fqn))
-                outer.inside.setdefault(path[-1], scope)
-                outer = scope
-            key = f"node {place}"
-            scope.inside[key] = node
-            self._paths[key] = (*path, key)
-        self._connect()
-
-    def _connect(self) -> None:
-        """Puts every edge into the innermost module that holds both of its ends."""
-        made = {name: f"in {name}" for name in self.graph.inputs}
-        for place, node in enumerate(self.graph.nodes):
-            made |= dict.fromkeys(node.outputs, f"node {place}")
-        for place, node in enumerate(self.graph.nodes):
-            for name in node.inputs:
-                if name in made:
-                    self._edge(self._paths[made[name]], self._paths[f"node {place}"])
-        for name in self.graph.outputs:
-            if name in made:
-                self._edge(self._paths[made[name]], (f"out {name}",))
-
-    def _edge(self, source: tuple[str, ...], target: tuple[str, ...]) -> None:
-        shared = 0
-        while source[shared] == target[shared]:
-            shared += 1
-        owner = "/".join(source[:shared])
-        self._edges[owner][source[shared], target[shared]] = None
 
     def paint(self) -> Box:
         """The outermost box."""
-        return self._scope(self.root, ())
+        inputs = {name: self._end(Kind.INPUT, name, is_) for name, is_ in self.graph.inputs.items()}
+        nodes = [self._node(node) for node in self.graph.nodes]
+        outputs = {
+            name: self._end(Kind.OUTPUT, name, is_) for name, is_ in self.graph.outputs.items()
+        }
+        made = {name: box.id for name, box in inputs.items()}
+        edges: list[tuple[str, str]] = []
+        for node, box in zip(self.graph.nodes, nodes, strict=True):
+            edges += [(made[name], box.id) for name in node.inputs if name in made]
+            made |= dict.fromkeys(node.outputs, box.id)
+        edges += [(made[name], box.id) for name, box in outputs.items() if name in made]
+        scopes = [node.scope for node in self.graph.nodes]
+        placed = [
+            *(((), box) for box in inputs.values()),
+            *zip(scopes, nodes, strict=True),
+            *(((), box) for box in outputs.values()),
+        ]
+        children, inner = nested(placed, edges, self._module)
+        return dataclasses.replace(self._module("", children, inner), name="graph")
 
     def _new_id(self) -> str:
         return f"n{next(self._ids)}"
 
-    def _scope(self, scope: _Scope, path: tuple[str, ...]) -> Box:
-        box_id = self._new_id()
-        ids: dict[str, str] = {}
-        children: list[Box] = []
-        if not path:
-            for name, words in self.graph.inputs.items():
-                box = Box(
-                    self._new_id(), Kind.INPUT, name, words, facts=(("input", name), ("is", words))
-                )
-                children.append(box)
-                ids[f"in {name}"] = box.id
-        for key, one in scope.inside.items():
-            inner = self._scope(one, (*path, key)) if isinstance(one, _Scope) else self._node(one)
-            inner = _alone(inner)
-            children.append(inner)
-            ids[key] = inner.id
-        if not path:
-            for name, words in self.graph.outputs.items():
-                box = Box(
-                    self._new_id(),
-                    Kind.OUTPUT,
-                    name,
-                    words,
-                    facts=(("output", name), ("is", words)),
-                )
-                children.append(box)
-                ids[f"out {name}"] = box.id
-        # A module whose nodes are run in between those of another one is left and entered again: of edges
-        # both ways, those that go on in the order of the file are drawn.
-        order = {key: place for place, key in enumerate(ids)}
-        edges = tuple(
-            (ids[a], ids[b]) for a, b in self._edges.get("/".join(path), {}) if order[a] < order[b]
-        )
-        name = label_of(scope.fqn) if scope.fqn else "graph"
-        return Box(
-            box_id,
-            Kind.MODULE,
-            name,
-            fqn=scope.fqn,
-            facts=(("module", scope.fqn or "(root)"),),
-            children=tuple(children),
-            edges=edges,
-            flow=True,
-        )
+    def _end(self, kind: Kind, name: str, words: str) -> Box:
+        return Box(self._new_id(), kind, name, words, facts=((str(kind), name), ("is", words)))
+
+    def _module(
+        self, fqn: str, children: tuple[Box, ...], edges: tuple[tuple[str, str], ...]
+    ) -> Box:
+        facts = (("module", fqn or "(root)"),)
+        name = label_of(fqn)
+        return Box(self._new_id(), Kind.MODULE, name, "", fqn, facts, children, edges, flow=True)
 
     def _node(self, node: FileNode) -> Box:
         read = {
@@ -175,15 +111,6 @@ class _Painter:
             marks=_marks(read),
             state=State.NONE,
         )
-
-
-def _alone(box: Box) -> Box:
-    """A module that is one node is that node, under its own name."""
-    if len(box.children) != 1 or box.children[0].children:
-        return box
-    (node,) = box.children
-    caption = f"{node.name} {node.caption}".strip()
-    return dataclasses.replace(node, name=box.name, caption=caption, kind=Kind.LEAF)
 
 
 def _marks(read: dict[str, tuple[tuple[int, ...], str]]) -> tuple[str, ...]:

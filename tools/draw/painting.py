@@ -194,7 +194,7 @@ class _Painter:
         kids = list(drawn_children(module))
         trainable, frozen = parameter_counts(p for m in modules for p in m.parameters())
         total = trainable + frozen
-        sites = sum(self._sites(child) for m in modules for child in m.modules())
+        sites = sum(map(self._sites, modules))
         name = name_of(fqns)
         facts = (*_facts(module, fqns, trainable, frozen, sites), *self._shapes(module))
         again = self._drawn.setdefault(id(module), fqn)
@@ -321,8 +321,14 @@ class _Painter:
         return (*first, *boxes, *last), edges, bool(edges)
 
     def _sites(self, module: nn.Module) -> int:
-        graph = self.graphs.get(id(module))
-        return len({weight for weight, _ in adapters_of(graph)}) if graph is not None else 0
+        """Adapted weights inside; one that a graph of the whole model has as well counts once."""
+        found = {
+            join(name, weight)
+            for name, child in module.named_modules()
+            if (graph := self.graphs.get(id(child))) is not None
+            for weight, _ in adapters_of(graph)
+        }
+        return len(found)
 
     def _graph_to_draw(self, module: nn.Module) -> fx.Graph | None:
         # What nn.ReLU or nn.LayerNorm does inside is no news, unless there is an adapter in it; and

@@ -13,9 +13,21 @@ from torch import fx, nn
 
 from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
+from lora_fx.passes.capture import MODULE_STACK
 from lora_fx.passes.graph import elements, original_class
 from lora_fx.runtime import AdapterModule
-from lora_fx.tools.draw.picture import Box, Branch, Kind, State, elide, follows, times
+from lora_fx.tools.draw.nesting import nested
+from lora_fx.tools.draw.picture import (
+    Box,
+    Branch,
+    Kind,
+    State,
+    elide,
+    follows,
+    human,
+    label_of,
+    times,
+)
 
 __all__ = [
     "Digests",
@@ -335,7 +347,8 @@ def _is_fused_item(source: fx.Node, node: fx.Node) -> bool:
 def _weights_in_words(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> str:
     """Sizes of weights, with the name where it is one that says something."""
     sizes = ", ".join(dict.fromkeys(map(size_name, tensors)))
-    return sizes if len(names) > 1 or names[0] == "weight" else f"{elide(names[0], 26)} {sizes}"
+    name = names[0].removesuffix("weight").strip(".").rpartition(".")[2]
+    return sizes if len(names) > 1 or not name else f"{elide(name, 26)} {sizes}"
 
 
 def _stored(tensor: torch.Tensor) -> str:
@@ -360,6 +373,8 @@ class RegionPainter:
             if node not in self._weights and not (node.op == "placeholder" and not node.users)
         }
         self._sites = self._grouped() if painter.condense else {}
+        stacks = (node.meta.get(MODULE_STACK) for node in graph.nodes)
+        self._staged = {fqn for stack in stacks if isinstance(stack, tuple) for fqn in stack}
 
     def children(self) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
         """The boxes inside the region and the edges between them."""
@@ -381,7 +396,55 @@ class RegionPainter:
                 a, b = (boxes[first.get(each, each)].id for each in (source, node))
                 if a != b:
                     edges[a, b] = None
-        return (*boxes.values(), *self._uncalled()), tuple(edges)
+        paths = {node: self._path([*self._sites.get(node, ()), node]) for node in boxes}
+        if not any(paths.values()):
+            return (*boxes.values(), *self._uncalled()), tuple(edges)
+        # A graph of the whole model: nodes in the modules that they come from.
+        placed = [(paths[node], box) for node, box in boxes.items()]
+        return nested(placed, edges, self._module)
+
+    def _path(self, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+        """FQNs of the modules that a node comes from, where the graph was made of all of them."""
+        for node in nodes:
+            if isinstance(stack := node.meta.get(MODULE_STACK), tuple):
+                return stack
+        # What an adapter has added has its weight's module, and all around that.
+        for node in nodes:
+            tag = tag_of(node)
+            if tag is not None and self._staged:
+                atoms = tag.weight.split(".")[:-1]
+                names = (".".join(atoms[:end]) for end in range(1, len(atoms) + 1))
+                owner = ".".join(atoms)
+                return tuple(name for name in names if name in self._staged or name == owner)
+        return ()
+
+    def _module(
+        self, name: str, children: tuple[Box, ...], edges: tuple[tuple[str, str], ...]
+    ) -> Box:
+        """The box of a module of a graph of the whole model."""
+        fqn = join(self._fqn, name)
+        module = self._region.module.get_submodule(name)
+        cls = original_class(module)
+        trainable, frozen = parameter_counts(module.parameters())
+        facts = [("module", fqn), ("class", f"{cls.__module__}.{cls.__qualname__}")]
+        facts += [("source", source)] if (source := source_of(cls)) else []
+        if trainable + frozen:
+            facts.append(("parameters", f"{trainable:,} trainable, {frozen:,} frozen"))
+        size = f" · {human(trainable + frozen)}" if trainable + frozen else ""
+        return Box(
+            id=self._painter.new_id(),
+            kind=Kind.MODULE,
+            name=label_of(name),
+            caption=cls.__name__ + size,
+            fqn=fqn,
+            facts=tuple(facts),
+            children=children,
+            edges=edges,
+            flow=True,
+            sites=sum(box.sites or len({one.weight for one in box.branches}) for box in children),
+            trainable=trainable,
+            frozen=frozen,
+        )
 
     def hyperparameters(self) -> tuple[tuple[str, str], ...]:
         """Rank, scale and costs of each adapter in the region, as facts."""
@@ -480,13 +543,23 @@ class RegionPainter:
         if weights is None:
             weights = dict.fromkeys(weight for weight, _ in found)
         weights = list(weights)
+        names = {weight: self._name_of(weight) for weight in weights}
+        short = {weight: name.rpartition(".")[2] for weight, name in names.items()}
+        if len({*short.values()}) == len(short):
+            names = short
         for weight in weights:
-            label = weight if len(weights) > 1 else ""
-            label = label.removesuffix(".weight")
+            label = names[weight] if len(weights) > 1 else ""
             for adapter in (adapter for one, adapter in found if one == weight):
                 yield self._branch(weight, adapter, label)
             for adapter in self._painter.inactive.get(join(self._fqn, weight), ()):
                 yield self._branch(weight, adapter, label, active=False)
+
+    def _name_of(self, weight: str) -> str:
+        """What the operation of a weight is called: as a site, if it is one."""
+        place = join(self._fqn, weight)
+        planned = (row for (at, _), row in self._painter.planned.items() if at == place)
+        row = next(planned, None)
+        return weight.removesuffix(".weight") if row is None else row.name
 
     def _branch(self, weight: str, adapter: str, label: str, *, active: bool = True) -> Branch:
         planned = self._painter.planned.get((join(self._fqn, weight), adapter))
@@ -496,8 +569,6 @@ class RegionPainter:
         if planned is None:
             rank, scale = measured(self._region, weight, adapter)
             return Branch(adapter, rank, scale, weight=label, active=active)
-        if label:
-            label = planned.site.name.removeprefix(f"{self._fqn}.") if self._fqn else planned.name
         rank, kind = planned.rank or None, planned.kind
         return Branch(adapter, rank, planned.scale, planned.dropout, kind, label, active)
 

@@ -108,7 +108,8 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
         if any(type(one) not in (torch.Tensor, nn.Parameter) or one.is_meta for one in (a, b)):
             return None, None
         effective, norm = effective_rank(a, b, row.rank, site.experts)
-        if weight.is_meta or site.quantized is not None:
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
+        if not plain or site.quantized is not None:
             return effective, None
         base = float(part_of(site, weight.detach()).float().norm())
     return effective, abs(row.scale) * norm / base if base else None
