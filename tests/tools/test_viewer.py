@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.config import LoraConfig, judge
+from lora_fx.config import LoraConfig, judge, uses_default_targets
 from lora_fx.tools.draw.drawing import picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
 from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
 from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, State
+from tests.passes.test_selection import CASES, LINEARS
 from tests.tools.browser import CHROMIUM, Page, browser
 from tests.tools.pictures import Block, Net, Untraceable, adapted
 
@@ -363,6 +364,38 @@ def test_what_if_is_live_and_can_be_taken_away(opened: Page) -> None:
     cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
     plan = lora_fx.plan(Nested(), LoraConfig(r=8, target_modules=["up", "stem"]))
     assert cost == plan.trainable_parameters
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_selects_in_the_browser_what_peft_does(opened: Page) -> None:
+    """The table by which the selection is compared with PEFT's, as far as the page has fields for it."""
+    tried = 0
+    for case in CASES:
+        values: Any = case.values[0]
+        if not {*values} <= {"target_modules", "exclude_modules"}:
+            continue
+        config = LoraConfig(**values)
+        typed = [written(values.get(key)) for key in ("target_modules", "exclude_modules")]
+        if uses_default_targets(config) or None in typed:
+            continue
+        expected = [name for name in LINEARS if judge(name, config).selected]
+        given = json.dumps({"names": LINEARS, "cases": [typed]})
+        code = SELECT.replace("console.log(JSON.stringify(answers));", "return answers;")
+        (found,) = opened.run(f"(() => {{ const given = {given}; {code} }})()")
+        if found != "unsure":
+            assert found == expected, values
+            tried += 1
+    assert tried >= 30
+
+
+def written(value: Any) -> str | None:
+    """How a value of the table is typed into the page; None where it means something else there."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value if re.search(r"[\\^$*+?()\[\]{}|]", value) else None
+    return json.dumps([*value])
 
 
 @pytest.mark.slow

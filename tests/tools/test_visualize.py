@@ -435,6 +435,7 @@ def test_what_is_trained_otherwise_is_marked() -> None:
             "full",
         ]
         assert any("2 rows" in mark for mark in boxes["emb"].marks)
+        assert picture_of(drawn_from).root.sites == 1
 
 
 def test_a_fold_counts_alike_outside_and_inside() -> None:

@@ -321,14 +321,22 @@ class _Painter:
         return (*first, *boxes, *last), edges, bool(edges)
 
     def _sites(self, module: nn.Module) -> int:
-        """Adapted weights inside; one that a graph of the whole model has as well counts once."""
+        """Adapted weights inside; one that a graph of the whole model has as well counts once.
+
+        Rows of an embedding that are trained are no site.
+        """
         found = {
             join(name, weight)
             for name, child in module.named_modules()
             if (graph := self.graphs.get(id(child))) is not None
-            for weight, _ in adapters_of(graph)
+            for weight, adapter in adapters_of(graph)
+            if not self._only_rows(id(child), weight, adapter)
         }
         return len(found)
+
+    def _only_rows(self, module: int, weight: str, adapter: str) -> bool:
+        key = (join(self._names.get(module, ""), weight), adapter)
+        return key in self.rows and key not in self.planned
 
     def _graph_to_draw(self, module: nn.Module) -> fx.Graph | None:
         # What nn.ReLU or nn.LayerNorm does inside is no news, unless there is an adapter in it; and
