@@ -91,10 +91,10 @@ NAMES = [
 
 SELECT = """
 const rows = given.names.map((name) => ({ name, state: "unselected", default: false }));
-const answers = given.cases.map(([target, exclude]) => {
+const answers = given.cases.map(([target, exclude, layers]) => {
   const chosen = Find.targets(target), apart = Find.targets(exclude);
   if (chosen.kind === "unsure" || chosen.kind === "wrong") return chosen.kind;
-  return Find.select(rows, chosen, apart).selected.map((row) => row.name);
+  return Find.select(rows, chosen, apart, Find.layers(layers ?? "")).selected.map((row) => row.name);
 });
 console.log(JSON.stringify(answers));
 """
@@ -373,12 +373,13 @@ def test_what_if_selects_in_the_browser_what_peft_does(opened: Page) -> None:
     tried = 0
     for case in CASES:
         values: Any = case.values[0]
-        if not {*values} <= {"target_modules", "exclude_modules"}:
+        if not {*values} <= {"target_modules", "exclude_modules", "layers_to_transform"}:
             continue
         config = LoraConfig(**values)
         typed = [written(values.get(key)) for key in ("target_modules", "exclude_modules")]
         if uses_default_targets(config) or None in typed:
             continue
+        typed.append(str(values.get("layers_to_transform", "")))
         expected = [name for name in LINEARS if judge(name, config).selected]
         given = json.dumps({"names": LINEARS, "cases": [typed]})
         code = SELECT.replace("console.log(JSON.stringify(answers));", "return answers;")

@@ -476,6 +476,16 @@ def test_other_inputs_are_asked_for_where_a_model_says_nothing() -> None:
     assert picture.root.flow
 
 
+def test_what_is_not_selected_says_why() -> None:
+    model = lora_fx.rewrite(Net(depth=1), lora_fx.LoraConfig(r=2, target_modules=["stem"]))
+    picture = picture_of(model)
+    facts = dict(by_fqn(picture.root)["blocks.0.up"].facts)
+    assert facts["not selected"] == "matches no target in target_modules"
+    reasons = {row.name: row.reason for row in picture.sites}
+    assert reasons["head"] == "matches no target in target_modules"
+    assert not reasons["stem"]
+
+
 def test_sites_of_a_model_say_what_the_adapter_does() -> None:
     model = lora_fx.rewrite(Net(depth=1), lora_fx.LoraConfig(r=2, lora_alpha=4))
     with torch.no_grad():

@@ -36,7 +36,7 @@ from lora_fx.tools.draw.regions import (
     size_name,
     source_of,
 )
-from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model
+from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not
 
 __all__ = ["picture_of_model"]
 
@@ -168,7 +168,9 @@ class _Painter:
     def _read_matches(self, matches: Matches | None) -> None:
         sites = () if matches is None else matches.sites
         rejections = () if matches is None else matches.rejections
-        self._unselected = {site.name for site in sites}
+        self._unselected = {
+            site.name: "" if self.record is None else why_not(site, self.record) for site in sites
+        }
         self._tied = {site.name: site.tied_to for site in sites if site.tied_to}
         self._rejected = {one.name: one.reason for one in rejections}
         self.refused = {(one.region, one.node): one.reason for one in rejections if one.node}
@@ -287,6 +289,8 @@ class _Painter:
             state = State.REFUSED
         elif state is State.NONE and fqn in self._unselected:
             state = State.BASE
+            if why := self._unselected[fqn]:
+                facts.append(("not selected", why))
         return state, tuple(marks), tuple(facts)
 
     def _shapes(self, module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from lora_fx.config import judge
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site
 from lora_fx.passes.parameters import factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.draw.picture import SiteRow, State
 
-__all__ = ["effective_rank", "rows_of_matches", "rows_of_model", "rows_of_plan"]
+__all__ = ["effective_rank", "rows_of_matches", "rows_of_model", "rows_of_plan", "why_not"]
 
 _MOST_ELEMENTS = 2**30
 """Up to this many elements of weights are read for ‖s·BA‖ / ‖W‖: about a second."""
@@ -54,7 +55,26 @@ def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
             made = dataclasses.replace(_planned(row), adapter=name, effective=effective)
             rows.append(dataclasses.replace(made, share=share, gradient=gradient))
     others = (site for site in record.base.matches.sites if site.name not in adapted)
-    return (*rows, *map(_site, others), *map(_refused, record.base.matches.rejections))
+    kept = (_site(site, why_not(site, record)) for site in others)
+    return (*rows, *kept, *map(_refused, record.base.matches.rejections))
+
+
+def why_not(site: Site, record: Record) -> str:
+    """Why the configurations of the adapters do not select a site; empty where they say nothing."""
+    several = len(record.adapters) > 1
+    verdicts = {
+        name: judge(site.name, adapter.config, in_default=_in_default(site))
+        for name, adapter in record.adapters.items()
+    }
+    return "; ".join(
+        f"{name}: {verdict.reason}" if several else verdict.reason
+        for name, verdict in verdicts.items()
+        if not verdict.selected
+    )
+
+
+def _in_default(site: Site) -> bool:
+    return not (site.head or site.router or site.family == "embedding")
 
 
 def _planned(row: PlannedSite) -> SiteRow:
@@ -79,7 +99,7 @@ def _site(site: Site, reason: str = "") -> SiteRow:
         pattern=site.pattern,
         shape=site.shape,
         each_rank=_each_rank(site),
-        default=not (site.head or site.router or site.family == "embedding"),
+        default=_in_default(site),
         quantized="" if site.quantized is None else str(site.quantized),
         reason=reason,
     )

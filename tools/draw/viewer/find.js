@@ -100,8 +100,25 @@ const Find = (() => {
     return false;
   }
 
+  /* Numbers of layers: `0, 2-4`; null where none are given. */
+  function layers(text) {
+    const found = [];
+    for (const [, from, to] of text.matchAll(/(\d+)(?:\s*-\s*(\d+))?/g)) {
+      for (let i = Number(from); i <= Number(to ?? from) && found.length < 10000; i++) found.push(i);
+    }
+    return found.length ? found : null;
+  }
+
+  /* Whether layers_to_transform lets a name pass: it decides about defaults, and about entries of a list that
+     are not the whole name. */
+  function inLayers(name, target, wanted) {
+    if (!wanted || target.kind === "regex" || (target.kind === "list" && target.names.includes(name))) return true;
+    const index = name.match(/^.*?\.[^.]*\.(\d+)\./);
+    return Boolean(index) && wanted.includes(Number(index[1]));
+  }
+
   /* Which rows are selected, which of them cannot be, and which entries select nothing. */
-  function select(rows, target, exclude) {
+  function select(rows, target, exclude, wanted = null) {
     const out = { selected: [], refused: [], idle: [] };
     const seen = new Set();
     for (const row of rows) {
@@ -109,7 +126,7 @@ const Find = (() => {
       seen.add(row.name);
       if (exclude.kind !== "default" && names(row.name, exclude)) continue;
       const chosen = target.kind === "default" ? row.default : names(row.name, target);
-      if (chosen) (row.state === "refused" ? out.refused : out.selected).push(row);
+      if (chosen && inLayers(row.name, target, wanted)) (row.state === "refused" ? out.refused : out.selected).push(row);
     }
     if (target.kind === "list") {
       out.idle = target.names.filter((one) => !rows.some((row) => names(row.name, { kind: "list", names: [one] })));
@@ -117,11 +134,12 @@ const Find = (() => {
     return out;
   }
 
-  function fields(target, exclude, rank, alpha) {
+  function fields(target, exclude, rank, alpha, wanted = null) {
     const value = (chosen) => (chosen.kind === "list" ? chosen.names : chosen.all ? "all-linear" : chosen.kind === "default" ? null : chosen.pattern);
     const found = { r: rank, lora_alpha: alpha };
     if (value(target) !== null) found.target_modules = value(target);
     if (value(exclude) !== null) found.exclude_modules = value(exclude);
+    if (wanted && target.kind !== "regex") found.layers_to_transform = wanted;
     return found;
   }
 
@@ -132,7 +150,7 @@ const Find = (() => {
     YAML: (found) => Object.entries(found).map(([key, value]) => (Array.isArray(value) ? `${key}:\n${value.map((one) => `  - ${JSON.stringify(one)}`).join("\n")}` : `${key}: ${JSON.stringify(value)}`)).join("\n"),
   };
 
-  return { search, targets, select, fields, WRITERS, isModule };
+  return { search, targets, layers, select, fields, WRITERS, isModule };
 })();
 
 if (typeof module !== "undefined") module.exports = Find;

@@ -281,12 +281,13 @@
   function tryOut() {
     const target = Find.targets(at("targets").value), exclude = Find.targets(at("exclude").value);
     const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Math.max(1, Number(at("alpha").value) || 1);
+    const wanted = Find.layers(at("layers").value);
     const lines = [], bad = [target, exclude].find((one) => one.kind === "unsure" || one.kind === "wrong");
     let chosen = [];
     if (bad) {
       lines.push(bad.kind === "wrong" ? `not an expression: ${bad.reason}` : `Python may read this in another way (${bad.reason}): ask lora-fx plan --why`);
     } else {
-      const { selected, refused, idle } = Find.select(active.sites, target, exclude);
+      const { selected, refused, idle } = Find.select(active.sites, target, exclude, wanted);
       chosen = [...selected, ...refused];
       const cost = selected.reduce((sum, row) => sum + row.each_rank * rank, 0);
       lines.push(`${selected.length} of ${new Set(active.sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
@@ -300,7 +301,7 @@
     active.hits = new Set(chosen.map((row) => row.box));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
-    at("config").textContent = bad ? "" : Find.WRITERS[at("form").value](Find.fields(target, exclude, rank, alpha));
+    at("config").textContent = bad ? "" : Find.WRITERS[at("form").value](Find.fields(target, exclude, rank, alpha, wanted));
   }
 
   /* --- minimap --- */
@@ -501,7 +502,7 @@
   at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
   at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
-  for (const id of ["targets", "exclude", "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
+  for (const id of ["targets", "exclude", "layers", "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
   at("copy-config").addEventListener("click", () => copy(at("config").textContent));
   at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
   new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
