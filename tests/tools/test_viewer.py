@@ -4,11 +4,13 @@ import itertools
 import json
 import re
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -425,6 +427,25 @@ def test_paper_and_svg_have_everything_that_is_open(opened: Page) -> None:
     assert "stem" in words
     assert "r 2 · × 2" in words
     assert len(opened.pdf()) > 5000
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_files_are_saved_whole(opened: Page, tmp_path: Path) -> None:
+    opened.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for button in ("#save-svg", "#save-png"):
+        opened.press(button)
+    svg, png = tmp_path / "Nested.svg", tmp_path / "Nested.png"
+    for _ in range(100):
+        opened.settle()
+        if svg.is_file() and png.is_file():
+            break
+        time.sleep(0.05)
+    drawn = ET.parse(svg)
+    assert "stem" in "".join(drawn.getroot().itertext())
+    assert png.read_bytes().startswith(b"\x89PNG")
+    wide, high = struct.unpack(">II", png.read_bytes()[16:24])
+    assert min(wide, high) > 300
 
 
 @pytest.mark.slow
