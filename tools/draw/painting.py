@@ -13,6 +13,15 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, Matches, Record, Region, join, module_of
 from lora_fx.passes.graph import original_class
 from lora_fx.tools.draw.calls import INPUT, OUTPUT, Calls, calls_of
+from lora_fx.tools.draw.nodes import (
+    Digests,
+    adapters_of,
+    drawn_children,
+    dtype_name,
+    parameter_counts,
+    size_name,
+    source_of,
+)
 from lora_fx.tools.draw.picture import (
     Box,
     Branch,
@@ -26,16 +35,7 @@ from lora_fx.tools.draw.picture import (
     runs,
     share_of,
 )
-from lora_fx.tools.draw.regions import (
-    Digests,
-    RegionPainter,
-    adapters_of,
-    drawn_children,
-    dtype_name,
-    parameter_counts,
-    size_name,
-    source_of,
-)
+from lora_fx.tools.draw.regions import RegionPainter
 from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not
 
 __all__ = ["picture_of_model"]
