@@ -543,6 +543,31 @@ new Promise((done) => {
 """
 
 
+SHIFT = """
+(() => {
+  const graph = loraFx.graphs[0], pixels = () => {
+    const { width, height } = graph.canvas;
+    return graph.canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  };
+  graph.view = { ...graph.view, x: 40, y: -100 };
+  graph.painted = null;
+  graph.paint();
+  for (const [x, y] of [[7, 5], [-30, 12], [18, -40]]) {
+    graph.view = { ...graph.view, x: graph.view.x + x, y: graph.view.y + y };
+    graph.paint();
+  }
+  const shifted = pixels();
+  const few = graph.drawn;
+  graph.painted = null;
+  graph.paint();
+  const whole = pixels();
+  let other = 0;
+  for (let i = 0; i < whole.length; i++) if (Math.abs(whole[i] - shifted[i]) > 8) other++;
+  return [other / whole.length, few, graph.drawn];
+})()
+"""
+
+
 def many_boxes(count: int) -> Picture:
     """A picture with a given number of boxes, all of them open."""
     ids = itertools.count()
@@ -573,3 +598,8 @@ def test_pans_over_twenty_thousand_boxes(chromium: Page, tmp_path: Path) -> None
             f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
         )
         assert chromium.run(PAN) > 30
+    chromium.run("loraFx.graphs[0].fit(loraFx.graphs[0].root, false)")
+    chromium.settle()
+    other, few, every = chromium.run(SHIFT)
+    assert other < 0.002
+    assert few < every / 5

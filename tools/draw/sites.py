@@ -129,7 +129,8 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
             return None, None
         effective, norm = effective_rank(a, b, row.rank, site.experts)
         plain = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
-        if not plain or site.quantized is not None:
+        # What is sharded or offloaded has another shape here.
+        if not plain or tuple(weight.shape) != site.weight_shape or site.quantized is not None:
             return effective, None
         base = float(part_of(site, weight.detach()).float().norm())
     return effective, abs(row.scale) * norm / base if base else None

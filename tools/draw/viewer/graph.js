@@ -182,8 +182,9 @@ class Graph {
   get area() { return this.canvas.getBoundingClientRect(); }
 
   move(x, y, scale) {
+    const before = this.view.scale;
     this.view = { x, y, scale: Math.min(4, Math.max(0.01, scale)) };
-    this.draw();
+    this.draw(this.view.scale === before);
   }
 
   zoom(factor, x = this.area.width / 2, y = this.area.height / 2) {
@@ -211,6 +212,7 @@ class Graph {
 
   select(box, { show = true } = {}) {
     this.selected = box;
+    this.painted = null;
     if (!box) return this.draw();
     if (!this.isShown(box)) this.openTo(box);
     return show ? this.show(box) : this.draw();
@@ -221,6 +223,7 @@ class Graph {
     this.setOpen(box, !box.open);
     this.stack();
     if (this.selected && !this.isShown(this.selected)) this.selected = box;
+    this.painted = null;
     // What was clicked stays under the pointer.
     const after = this.spotOf(box);
     this.move(view.x + (before.x - after.x) * view.scale, view.y + (before.y - after.y) * view.scale, view.scale);
@@ -228,7 +231,9 @@ class Graph {
 
   /* --- drawing --- */
 
-  draw() {
+  /* Asks for a picture with the next frame. `moved`: what was drawn has only moved. */
+  draw(moved = false) {
+    if (!moved) this.painted = null;
     if (this.waiting) return;
     this.waiting = requestAnimationFrame(() => {
       this.waiting = 0;
@@ -238,16 +243,44 @@ class Graph {
   }
 
   paint() {
-    const { canvas, view } = this, { width, height } = this.area, ratio = window.devicePixelRatio || 1;
+    const { canvas, view, painted } = this, { width, height } = this.area, ratio = window.devicePixelRatio || 1;
     const wide = Math.round(width * ratio), high = Math.round(height * ratio);
-    if (canvas.width !== wide || canvas.height !== high) { canvas.width = wide; canvas.height = high; }
+    const resized = canvas.width !== wide || canvas.height !== high;
+    if (resized) { canvas.width = wide; canvas.height = high; }
     const context = canvas.getContext("2d");
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.clearRect(0, 0, wide, high);
-    context.setTransform(ratio * view.scale, 0, 0, ratio * view.scale, ratio * view.x, ratio * view.y);
-    const seen = [-view.x / view.scale, -view.y / view.scale, (width - view.x) / view.scale, (height - view.y) / view.scale];
     this.drawn = 0;
-    this.drawBox(new Paint.CanvasPen(context, this.looks, view.scale), this.root, 0, 0, 0, seen);
+    const right = painted ? Math.round((view.x - painted.x) * ratio) : 0, down = painted ? Math.round((view.y - painted.y) * ratio) : 0;
+    if (painted?.boxes > 1000 && !resized && Math.abs(right) < wide && Math.abs(down) < high) {
+      // What is there already is shifted by whole pixels; only the edges that come into view are drawn.
+      this.painted = { ...painted, x: painted.x + right / ratio, y: painted.y + down / ratio };
+      context.setTransform(1, 0, 0, 1, 0, 0);
+      context.globalAlpha = 1;
+      context.globalCompositeOperation = "copy";
+      context.drawImage(canvas, right, down);
+      context.globalCompositeOperation = "source-over";
+      if (right) this.paintPart(context, ratio, right > 0 ? 0 : wide + right, 0, Math.abs(right), high);
+      if (down) this.paintPart(context, ratio, 0, down > 0 ? 0 : high + down, wide, Math.abs(down));
+    } else {
+      this.painted = { x: view.x, y: view.y };
+      this.paintPart(context, ratio, 0, 0, wide, high);
+      this.painted.boxes = this.drawn;
+    }
+  }
+
+  /* Draws a part of the canvas, in pixels of the screen. */
+  paintPart(context, ratio, left, top, wide, high) {
+    const { scale } = this.view, { x, y } = this.painted;
+    context.save();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.beginPath();
+    context.rect(left, top, wide, high);
+    context.clip();
+    context.clearRect(left, top, wide, high);
+    context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
+    const world = (pixel, origin) => (pixel / ratio - origin) / scale;
+    const seen = [world(left, x), world(top, y), world(left + wide, x), world(top + high, y)];
+    this.drawBox(new Paint.CanvasPen(context, this.looks, scale), this.root, 0, 0, 0, seen);
+    context.restore();
   }
 
   /* Draws a box and what is in it, as far as it is seen; `seen` null draws everything. */
