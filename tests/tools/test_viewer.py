@@ -488,6 +488,8 @@ def test_a_phone_and_the_dark_have_all_of_it(opened: Page) -> None:
         dark = opened.run("loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill")
         assert dark != light
         assert opened.run("document.documentElement.scrollWidth") <= 380
+        assert opened.run("document.documentElement.scrollHeight") <= 720
+        assert opened.run("document.querySelector('#side').getBoundingClientRect().height") > 200
         assert "r 2" in panel(opened)
         area = opened.run(
             "(() => { const a = loraFx.graphs[0].area; return [a.width, a.height]; })()"

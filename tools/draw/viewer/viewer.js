@@ -318,7 +318,11 @@
       [graph.map.width, graph.map.height] = [minimap.width, minimap.height];
       const drawing = graph.map.getContext("2d");
       drawing.scale(scale, scale);
+      // Without what is selected and found now: that changes more often than the picture.
+      const { selected, hits } = graph;
+      Object.assign(graph, { selected: null, hits: new Set() });
       graph.drawBox(new Paint.CanvasPen(drawing, looks, scale), root, 0, 0, 0, [0, 0, root.width, root.height]);
+      Object.assign(graph, { selected, hits });
     }
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, minimap.width, minimap.height);
