@@ -94,6 +94,10 @@ bench: $(VENV)/.dev ## Measure and write docs/benchmarks.md
 .PHONY: bench-envs
 bench-envs: .peers/.olive .peers/.optimum .peers/.runtime-genai ## Install other exporters, each into .peers/, for make bench to compare with
 
+.PHONY: pictures
+pictures: $(VENV)/.dev ## Draw the pictures of docs/guides/visualizing.md (needs Chromium)
+	PYTHONPATH=. $(BIN)/python docs/pictures.py
+
 .PHONY: zoo
 zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARGS='--only swin')
 	$(BIN)/lora-fx zoo $(ARGS)

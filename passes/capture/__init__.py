@@ -12,11 +12,13 @@ from lora_fx.passes.capture.check import (
     run_reference,
 )
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
-from lora_fx.passes.capture.exported import ONE_AT_A_TIME
+from lora_fx.passes.capture.exported import MODULE_STACK, ONE_AT_A_TIME
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.capture.synthesis import named_inputs, normalize, synthesise
+from lora_fx.passes.capture.synthesis import CACHE, named_inputs, normalize, synthesise
 
 __all__ = [
+    "CACHE",
+    "MODULE_STACK",
     "ONE_AT_A_TIME",
     "Count",
     "Frontend",

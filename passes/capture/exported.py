@@ -44,7 +44,10 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import ops
 
-__all__ = ["ONE_AT_A_TIME", "export_root"]
+__all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "export_root"]
+
+MODULE_STACK = "nn_module_stack"
+"""The key of ``node.meta`` with the FQNs of the modules that a node comes from, the outermost first."""
 
 
 # Settings of a transformers model that change what it returns; its forward reads them at each call.
@@ -230,8 +233,15 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.extend(dict.fromkeys(c for one in questions for c in one.conditions))
     cached = [one.forget(getattr(model, "config", None), CACHE) for one in notes]
     conditions.extend(_cache_condition(cached[0]))
+    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
     for node in graph.nodes:
+        # Of what torch.export says of a node, pictures show from which modules it comes.
+        stack = node.meta.get(MODULE_STACK)
         node.meta.clear()
+        if stack:
+            node.meta[MODULE_STACK] = tuple(
+                dict.fromkeys(fqn for fqn, _ in stack.values() if fqn in known)
+            )
     answers = dict.fromkeys(read for one in questions for read in one.reads)
     reads = (*noted_globals(model), *answers, *(one.read for one in notes))
     parameters = _call_parameters(model, inputs)

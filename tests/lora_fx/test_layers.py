@@ -59,6 +59,7 @@ LAYERS = (
     "lora_fx.export.copy",
     "lora_fx.export.adapter_manifest",
     "lora_fx.export.health",
+    "lora_fx.export.structure",
     "lora_fx.export.factor_model",
     "lora_fx.export.adapter_file",
     "lora_fx.export.adapter_store",

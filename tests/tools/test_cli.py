@@ -284,6 +284,18 @@ def test_visualize(here: Path) -> None:
     assert "suffix" in refused("visualize", MODEL, "net.bmp")
 
 
+def test_visualize_an_adapter_and_more(here: Path, adapter: Path) -> None:
+    worked("visualize", MODEL, "net.json", "--adapter", str(adapter))
+    drawn = json.loads((here / "net.json").read_text("utf-8"))
+    assert drawn["adapters"] == ["default"]
+    worked("visualize", MODEL, "two.html", "--compare")
+    worked("visualize", str(adapter), "folder.svg")
+    worked("visualize", MODEL, "explorer.json", "--format", "model-explorer")
+    assert (here / "explorer.nodes.json").is_file()
+    assert "model-explorer" in refused("visualize", MODEL, "other.json", "--format", "netron")
+    assert "--plan" in refused("visualize", MODEL, "x.svg", "--adapter", str(adapter), "--plan")
+
+
 @pytest.mark.parametrize(
     ("command", "suffix"),
     [

@@ -1,61 +1,152 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
+import struct
 import subprocess
-from importlib import resources
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
+import torch
+from torch import nn
 
-from lora_fx.tools.draw.drawing import document_of, initially_open, picture_of, visualize
+import lora_fx
+from lora_fx.config import LoraConfig, judge, uses_default_targets
+from lora_fx.tools.draw.drawing import picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
-from tests.tools.pictures import Net, Untraceable, adapted
+from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
+from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, State
+from tests.passes.test_selection import CASES, LINEARS
+from tests.tools.browser import CHROMIUM, Page, browser
+from tests.tools.pictures import Block, Net, Untraceable, adapted
 
 NODE = shutil.which("node")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NASTY = "a<b>&\"c'</script><img src=x onerror=alert`1`>"
 
-COMPARE = """
-const fs = require("fs"), Layout = require(process.argv.at(-1));
-const doc = JSON.parse(fs.readFileSync(0, "utf-8"));
-const boxes = new Map([...doc.boxes, ...doc.nodes].map((box) => [box.id, box]));
-const scene = Layout.place(boxes, doc.root, doc.metrics, (box) => box.open);
-console.log(JSON.stringify({
-  boxes: scene.placed.map((p) => [p.box.id, p.x, p.y, p.width, p.height, p.open]),
-  wires: scene.wires.map((w) => [w.link, w.points.flat()]),
-}));
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+def ask_node(code: str, given: Any) -> Any:
+    """What the page's own files say about something, outside of a browser."""
+    scripts = "".join(asset(name) for name in ("place.js", "find.js", "graph.js"))
+    read = "const given = JSON.parse(require('fs').readFileSync(0, 'utf-8'));"
+    done = subprocess.run(
+        [str(NODE), "-e", f"{scripts}\n{read}\n{code}"],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+STACK = """
+const graph = new Graph(given, {}, null);
+const found = [];
+for (const box of graph.shown()) {
+  const spot = graph.spotOf(box);
+  const wires = box.open && box.inside ? box.inside.wires.map((wire) => wire.points) : [];
+  found.push([box.id, spot.x, spot.y, spot.width, spot.height, wires]);
+}
+console.log(JSON.stringify(found));
 """
 
 
-@pytest.mark.skipif(NODE is None, reason="node is not installed")
+@needs_node
 @pytest.mark.parametrize("model", [Net(), Untraceable()], ids=["graph", "registration-order"])
 @pytest.mark.parametrize("everything", [True, False], ids=["open", "first-view"])
-def test_browser_and_python_place_alike(model: Net, everything: bool) -> None:
+def test_the_page_stacks_as_python_does(model: nn.Module, everything: bool) -> None:
     picture = picture_of(adapted(model))
     document = document_of(picture)
+    boxes = list(picture.root.walk())
     for entry in document["boxes"]:
-        entry["open"] = entry["open"] or everything
-    opened = {entry["id"] for entry in document["boxes"] if entry["open"]}
+        entry["open"] = bool(entry.get("open")) or everything
+    opened = {box.id for box, entry in zip(boxes, document["boxes"], strict=True) if entry["open"]}
     scene = place(picture, plan_layers(picture), lambda box: box.id in opened)
-    with resources.as_file(
-        resources.files("lora_fx.tools.draw") / "viewer" / "layout.js"
-    ) as script:
-        done = subprocess.run(
-            [str(NODE), "-e", COMPARE, "--", str(script)],
-            input=json.dumps(document),
-            capture_output=True,
-            text=True,
-            check=True,
+    found = ask_node(STACK, document)
+    assert [boxes[index].id for index, *_ in found] == [placed.box.id for placed in scene.boxes]
+    places = {placed.box.id: placed for placed in scene.boxes}
+    for index, x, y, width, height, _ in found:
+        placed = places[boxes[index].id]
+        assert [x, y, width, height] == pytest.approx(
+            [placed.x, placed.y, placed.width, placed.height]
         )
-    found = json.loads(done.stdout)
-    assert len(found["boxes"]) == len(scene.boxes)
-    for (name, *numbers, is_open), placed in zip(found["boxes"], scene.boxes, strict=True):
-        assert (name, is_open) == (placed.box.id, placed.open)
-        assert numbers == pytest.approx([placed.x, placed.y, placed.width, placed.height])
-    for (link, points), wire in zip(found["wires"], scene.wires, strict=True):
-        assert link == list(wire.link)
-        assert points == pytest.approx([value for point in wire.points for value in point])
+    wires = [wire for *_, inside in found for wire in inside]
+    expected = [[value for point in wire.points for value in point] for wire in scene.wires]
+    lengths = sorted(abs(wire[5] - wire[1]) for wire in wires)
+    assert len(wires) == len(expected)
+    assert lengths == pytest.approx(sorted(abs(wire[5] - wire[1]) for wire in expected))
+
+
+NAMES = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(12)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "xq_proj")
+] + ["lm_head", "model.embed"]
+
+SELECT = """
+const rows = given.names.map((name) => ({ name, state: "unselected", default: false }));
+const answers = given.cases.map(([target, exclude, layers]) => {
+  const chosen = Find.targets(target), apart = Find.targets(exclude);
+  if (chosen.kind === "unsure" || chosen.kind === "wrong") return chosen.kind;
+  return Find.select(rows, chosen, apart, Find.layers(layers ?? "")).selected.map((row) => row.name);
+});
+console.log(JSON.stringify(answers));
+"""
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("typed", "targets", "exclude"),
+    [
+        ("q_proj", ["q_proj"], None),
+        ("q_proj, v_proj", ["q_proj", "v_proj"], None),
+        ("['q_proj', 'mlp.up_proj']", ["q_proj", "mlp.up_proj"], None),
+        ("lm_head", ["lm_head"], None),
+        (r".*\.q_proj", r".*\.q_proj", None),
+        (r".*q_proj", r".*q_proj", None),
+        ("q_proj|v_proj|(lm_head)", "q_proj|v_proj|(lm_head)", None),
+        (
+            r"model\.layers\.(?:[0-3]|1\d)\.mlp\.\w+",
+            r"model\.layers\.(?:[0-3]|1\d)\.mlp\.\w+",
+            None,
+        ),
+        (r".*\.(?!q)\w_proj", r".*\.(?!q)\w_proj", None),
+        ("q_proj", ["q_proj"], "layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_if_selects_as_python_does(
+    typed: str, targets: list[str] | str, exclude: str | None
+) -> None:
+    config = LoraConfig(target_modules=targets, exclude_modules=exclude and [exclude])
+    expected = [name for name in NAMES if judge(name, config).selected]
+    (found,) = ask_node(SELECT, {"names": NAMES, "cases": [[typed, exclude or ""]]})
+    assert found == expected
+
+
+@needs_node
+def test_what_if_says_where_python_and_the_browser_may_differ() -> None:
+    cases = [
+        "(?i).*Q",
+        "(?P<n>a)b",
+        r"\Aq",
+        "a++",
+        "q{,3}",
+        "[]a]",
+        r"é+",
+        r"(?<=a)b",
+        "(a",
+        r"a\Z",
+    ]
+    found = ask_node(SELECT, {"names": NAMES, "cases": [[case, ""] for case in cases]})
+    assert found == ["unsure"] * 8 + ["wrong", "unsure"]
 
 
 def test_first_view_shows_an_adapter_and_not_everything() -> None:
@@ -70,31 +161,447 @@ def test_first_view_shows_an_adapter_and_not_everything() -> None:
     assert 40 <= visible < 200 < sum(1 for _ in deep.walk())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_page_draws_in_a_browser(tmp_path: Path) -> None:
-    path = visualize(adapted(Net()), tmp_path / "graph.html")
-    address = f"{path.as_uri()}#blocks.2.down"
-    done = subprocess.run(
-        [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            address,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+# --- in Chromium ---
+
+
+class Nested(nn.Module):
+    """Two blocks with a name that a page must not take for code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 8)
+        self.parts = nn.ModuleDict({NASTY: Block(8)})
+        self.blocks = nn.Sequential(*(Block(8) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for part in self.parts.values():
+            x = part(x)
+        return self.blocks(x)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Page]:
+    with browser() as page:
+        page.size(1200, 800)
+        yield page
+
+
+@pytest.fixture
+def opened(chromium: Page, tmp_path: Path) -> Iterator[Page]:
+    model = lora_fx.rewrite(Nested(), LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1))
+    lora_fx.add_adapter(model, LoraConfig(r=3, target_modules=["up"]), "other")
+    chromium.open(visualize(model, tmp_path / "graph.html").as_uri())
+    chromium.complaints.clear()
+    yield chromium
+    assert not chromium.complaints
+    assert not chromium.requests
+
+
+def selected(page: Page) -> str:
+    return str(page.run("loraFx.graphs[0].selected?.fqn ?? ''"))
+
+
+def panel(page: Page) -> str:
+    return str(page.run("document.querySelector('#details').innerText"))
+
+
+SPOT = """
+(() => {
+  const graph = loraFx.graphs[0], { area, view } = graph, spot = graph.spotOf(graph.boxOf(%s));
+  const x = spot.x + spot.width / 2, y = spot.y + 18;
+  return [area.x + view.x + x * view.scale, area.y + view.y + y * view.scale];
+})()
+"""
+
+
+def choose(page: Page, selector: str, value: str) -> None:
+    """Sets a control, as a user would."""
+    page.run(
+        f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(value)};"
+        "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind)); })()"
     )
-    drawn = re.findall(r'<g class="([^"]*)" data-id="(\w+)"', done.stdout)
-    assert {name for classes, name in drawn if "A" in classes.split()}
-    assert len({name for _, name in drawn}) == len(drawn) > 20
-    # The searched block is folded into the first: that one is found, shown and marked.
-    assert len([name for classes, name in drawn if "hit" in classes.split()]) == 1
-    assert ">1 / 1<" in done.stdout
+    page.settle()
+
+
+def spot(page: Page, fqn: str) -> tuple[float, float]:
+    """Where a box is on the screen, right of its triangle."""
+    x, y = page.run(SPOT % json.dumps(fqn))
+    return x, y
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_click_pins_what_there_is_to_know(opened: Page) -> None:
+    opened.click(*spot(opened, "stem"))
+    assert selected(opened) == "stem"
+    told = panel(opened)
+    for words in ("r 2 · × 2 · p 0.1", "torch.nn.modules.linear.Linear", "FLOPs", "saved", "8×3"):
+        assert words in told
+    assert opened.run("location.hash") == "#stem"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_keys_walk_open_and_close(opened: Page) -> None:
+    opened.key("Tab")
+    assert opened.run("loraFx.graphs[0].selected === loraFx.graphs[0].root")
+    opened.key("Tab")
+    opened.key("Tab")
+    first = selected(opened)
+    opened.key("Tab", shift=True)
+    assert selected(opened) != first or first == ""
+    opened.run("loraFx.select('blocks.0')")
+    before = opened.run("loraFx.graphs[0].selected.open")
+    opened.key(" ")
+    assert opened.run("loraFx.graphs[0].selected.open") is not before
+    opened.key("Backspace")
+    assert selected(opened) == "blocks"
+    scale = opened.run("loraFx.graphs[0].view.scale")
+    opened.key("+")
+    assert opened.run("loraFx.graphs[0].view.scale") > scale
+    opened.key("?")
+    assert opened.run("document.querySelector('#keys').open")
+    opened.key("Escape")
+    assert not opened.run("document.querySelector('#keys').open")
+    opened.run("loraFx.select('stem')")
+    opened.key("Escape")
+    opened.key("Escape")
+    assert opened.run("loraFx.graphs[0].selected === null")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_arrows_follow_the_flow(opened: Page) -> None:
+    opened.run("loraFx.select('stem')")
+    opened.key("ArrowDown")
+    below = selected(opened)
+    assert below != "stem"
+    opened.key("ArrowUp")
+    assert selected(opened) == "stem"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_search_finds_names_ranks_types_and_folded_layers(opened: Page) -> None:
+    def search(text: str) -> str:
+        opened.run("document.querySelector('#search').value = ''")
+        opened.key("/")
+        opened.type(text)
+        told = str(opened.run("document.querySelector('#found').textContent"))
+        opened.run("document.activeElement.blur()")
+        return told
+
+    assert search("stem").startswith("1 / 1")
+    told = search("blocks.2.down")
+    assert told.startswith("1 / 1")
+    assert "blocks.2.down, drawn once for blocks.0" in told
+    assert search("r:3").startswith("1 / 2")
+    assert search("type:Linear r:2").startswith("1 / 5")
+    assert search("nothing-like-it").startswith("0 / 0")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_names_are_text(opened: Page) -> None:
+    opened.run("loraFx.select(" + json.dumps(f"parts.{NASTY}") + ")")
+    opened.settle()
+    assert NASTY in panel(opened)
+    assert not opened.run("document.querySelector('img')")
+
+
+RANKS = """
+(() => {
+  const at = [...document.querySelectorAll("#sites th")].findIndex((head) => head.innerText.startsWith("r "));
+  return [...document.querySelectorAll("#sites tbody tr")].map((row) => Number(row.cells[at].innerText));
+})()
+"""
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_table_and_the_graph_select_each_other(opened: Page) -> None:
+    opened.key("t")
+    rows = opened.run(
+        "[...document.querySelectorAll('#sites tbody tr')].map((r) => r.dataset.name)"
+    )
+    assert len(rows) == 16
+    opened.press('#sites tbody tr[data-name="blocks.3.up"]')
+    assert selected(opened) == "blocks.0.up"
+    opened.key("Escape")
+    opened.run("loraFx.select('stem')")
+    opened.key("t")
+    chosen = opened.run(
+        "[...document.querySelectorAll('#sites tr.chosen')].map((r) => r.dataset.name)"
+    )
+    assert chosen == ["stem"]
+    opened.press('#sites th button[data-key="rank"]')
+    opened.press('#sites th button[data-key="rank"]')
+    ranks = opened.run(RANKS)
+    assert ranks == sorted(ranks, reverse=True)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_colors_by_rank(opened: Page) -> None:
+    choose(opened, "#color", "rank")
+    low, high = opened.run(
+        "['stem', 'blocks.0.up'].map((n) => loraFx.graphs[0].color(loraFx.graphs[0].boxOf(n)))"
+    )
+    assert low != high
+    assert "2" in opened.run("document.querySelector('#ramp').innerText")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_is_live_and_can_be_taken_away(opened: Page) -> None:
+    opened.key("w")
+    opened.type("up, stem, nowhere")
+    told = opened.run("document.querySelector('#verdict').innerText")
+    assert told.startswith("6 of 11")
+    assert "matches nothing: nowhere" in told
+    config = opened.run("document.querySelector('#config').textContent")
+    given = eval(config, {"lora_fx": lora_fx})
+    assert set(given.target_modules) == {"up", "stem", "nowhere"}
+    cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
+    plan = lora_fx.plan(Nested(), LoraConfig(r=8, target_modules=["up", "stem"]))
+    assert cost == plan.trainable_parameters
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_selects_in_the_browser_what_peft_does(opened: Page) -> None:
+    """The table by which the selection is compared with PEFT's, as far as the page has fields for it."""
+    tried = 0
+    for case in CASES:
+        values: Any = case.values[0]
+        if not {*values} <= {"target_modules", "exclude_modules", "layers_to_transform"}:
+            continue
+        config = LoraConfig(**values)
+        typed = [written(values.get(key)) for key in ("target_modules", "exclude_modules")]
+        if uses_default_targets(config) or None in typed:
+            continue
+        typed.append(str(values.get("layers_to_transform", "")))
+        expected = [name for name in LINEARS if judge(name, config).selected]
+        given = json.dumps({"names": LINEARS, "cases": [typed]})
+        code = SELECT.replace("console.log(JSON.stringify(answers));", "return answers;")
+        (found,) = opened.run(f"(() => {{ const given = {given}; {code} }})()")
+        if found != "unsure":
+            assert found == expected, values
+            tried += 1
+    assert tried >= 30
+
+
+def written(value: Any) -> str | None:
+    """How a value of the table is typed into the page; None where it means something else there."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value if re.search(r"[\\^$*+?()\[\]{}|]", value) else None
+    return json.dumps([*value])
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_dragging_wheel_and_depth(opened: Page) -> None:
+    x, y = 300.0, 500.0
+    before = opened.run("loraFx.graphs[0].view")
+    opened.mouse("mousePressed", x, y, button="left", clickCount=1)
+    opened.mouse("mouseMoved", x + 60, y + 40, button="left", buttons=1)
+    opened.mouse("mouseReleased", x + 60, y + 40, button="left", clickCount=1)
+    opened.settle()
+    after = opened.run("loraFx.graphs[0].view")
+    moved = [after[axis] - before[axis] for axis in "xy"]
+    assert moved == pytest.approx([60, 40])
+    opened.mouse("mouseWheel", x, y, deltaX=0, deltaY=-240)
+    opened.settle()
+    assert opened.run("loraFx.graphs[0].view.scale") > after["scale"]
+    choose(opened, "#depth", "1")
+    assert opened.run("[...loraFx.graphs[0].shown()].length") < 12
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_paper_and_svg_have_everything_that_is_open(opened: Page) -> None:
+    words = opened.run("loraFx.graphs[0].toSvg().textContent")
+    assert "stem" in words
+    assert "r 2 · × 2" in words
+    assert len(opened.pdf()) > 5000
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_files_are_saved_whole(opened: Page, tmp_path: Path) -> None:
+    opened.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for button in ("#save-svg", "#save-png"):
+        opened.press(button)
+    svg, png = tmp_path / "Nested.svg", tmp_path / "Nested.png"
+    for _ in range(100):
+        opened.settle()
+        if svg.is_file() and png.is_file():
+            break
+        time.sleep(0.05)
+    drawn = ET.parse(svg)
+    assert "stem" in "".join(drawn.getroot().itertext())
+    assert png.read_bytes().startswith(b"\x89PNG")
+    wide, high = struct.unpack(">II", png.read_bytes()[16:24])
+    assert min(wide, high) > 300
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_two_are_compared_and_move_together(chromium: Page, tmp_path: Path) -> None:
+    config = LoraConfig(r=2)
+    model = Nested()
+    both = [lora_fx.plan(model, config), lora_fx.rewrite(model, config)]
+    chromium.open(visualize(both, tmp_path / "two.html").as_uri())
+    chromium.click(*spot(chromium, "stem"))
+    chosen = chromium.run("loraFx.graphs.map((graph) => graph.selected?.fqn)")
+    assert chosen == ["stem", "stem"]
+    tops = chromium.run(
+        "loraFx.graphs.map((g) => g.view.y + g.spotOf(g.selected).y * g.view.scale)"
+    )
+    assert tops[0] == pytest.approx(tops[1])
+    before = chromium.run("loraFx.graphs.map((graph) => graph.view)")
+    chromium.mouse("mouseWheel", 300, 500, deltaX=0, deltaY=-240)
+    chromium.settle()
+    after = chromium.run("loraFx.graphs.map((graph) => graph.view)")
+    factors = [new["scale"] / old["scale"] for new, old in zip(after, before, strict=True)]
+    assert factors[0] > 1
+    assert factors[0] == pytest.approx(factors[1])
+    tops = chromium.run(
+        "loraFx.graphs.map((g) => g.view.y + g.spotOf(g.selected).y * g.view.scale)"
+    )
+    assert tops[0] == pytest.approx(tops[1])
+    assert not chromium.complaints
+    assert not chromium.requests
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_phone_and_the_dark_have_all_of_it(opened: Page) -> None:
+    try:
+        light = opened.run("loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill")
+        opened.size(380, 720, dark=True)
+        opened.run("loraFx.select('stem')")
+        opened.settle()
+        dark = opened.run("loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill")
+        assert dark != light
+        assert opened.run("document.documentElement.scrollWidth") <= 380
+        assert opened.run("document.documentElement.scrollHeight") <= 720
+        assert opened.run("document.querySelector('#side').getBoundingClientRect().height") > 200
+        assert "r 2" in panel(opened)
+        area = opened.run(
+            "(() => { const a = loraFx.graphs[0].area; return [a.width, a.height]; })()"
+        )
+        assert min(area) > 120
+    finally:
+        opened.size(1200, 800)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_large_model_opens_and_answers_at_once(chromium: Page, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=8192,
+                intermediate_size=28672,
+                num_hidden_layers=80,
+                num_attention_heads=64,
+                num_key_value_heads=8,
+            )
+        )
+    ranks = {f"layers.{i}.self_attn.q_proj": 8 + i for i in range(80)}
+    model = lora_fx.rewrite(model, LoraConfig(r=8, rank_pattern=ranks))
+    path = visualize(model, tmp_path / "large.html")
+    assert path.stat().st_size < 2_500_000
+    start = time.perf_counter()
+    chromium.open(path.as_uri())
+    assert time.perf_counter() - start < 2
+    chromium.run("loraFx.graphs[0].toDepth(99)")
+    chromium.key("Tab")
+    took = chromium.run(
+        "(() => { const start = performance.now();"
+        "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Tab', bubbles: true }));"
+        "loraFx.graphs[0].paint(); return performance.now() - start; })()"
+    )
+    assert took < 50
+    assert not chromium.complaints
+
+
+PAN = """
+new Promise((done) => {
+  const graph = loraFx.graphs[0], start = performance.now();
+  let frames = 0;
+  const step = () => {
+    if (++frames > 30) { done(30000 / (performance.now() - start)); return; }
+    graph.move(graph.view.x + 3, graph.view.y + 1, graph.view.scale);
+    requestAnimationFrame(step);
+  };
+  requestAnimationFrame(step);
+})
+"""
+
+
+SHIFT = """
+(() => {
+  const graph = loraFx.graphs[0], pixels = () => {
+    const { width, height } = graph.canvas;
+    return graph.canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  };
+  graph.view = { ...graph.view, x: 40, y: -100 };
+  graph.painted = null;
+  graph.paint();
+  for (const [x, y] of [[7, 5], [-30, 12], [18, -40]]) {
+    graph.view = { ...graph.view, x: graph.view.x + x, y: graph.view.y + y };
+    graph.paint();
+  }
+  const shifted = pixels();
+  const few = graph.drawn;
+  graph.painted = null;
+  graph.paint();
+  const whole = pixels();
+  let other = 0;
+  for (let i = 0; i < whole.length; i++) if (Math.abs(whole[i] - shifted[i]) > 8) other++;
+  return [other / whole.length, few, graph.drawn];
+})()
+"""
+
+
+def many_boxes(count: int) -> Picture:
+    """A picture with a given number of boxes, all of them open."""
+    ids = itertools.count()
+    blocks = []
+    for block in range(count // 20):
+        children = tuple(
+            Box(f"n{next(ids)}", Kind.SITE, f"proj{i}", "Linear 64×64", f"blocks.{block}.proj{i}")
+            for i in range(19)
+        )
+        edges = tuple((a.id, b.id) for a, b in itertools.pairwise(children))
+        fqn = f"blocks.{block}"
+        blocks.append(
+            Box(f"n{next(ids)}", Kind.MODULE, fqn, "Block", fqn, (), children, edges, flow=True)
+        )
+    root = Box(f"n{next(ids)}", Kind.OPAQUE, "model", "Model", "", (), tuple(blocks))
+    return Picture("Many", (), root, sites=(SiteRow("blocks.0.proj0", State.ADAPTED, rank=1),))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_pans_over_twenty_thousand_boxes(chromium: Page, tmp_path: Path) -> None:
+    path = tmp_path / "many.html"
+    path.write_text(to_html(many_boxes(20_000)), encoding="utf-8")
+    chromium.open(path.as_uri())
+    chromium.run("loraFx.graphs[0].toDepth(9)")
+    for more in (1, 9):
+        chromium.run(
+            f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
+        )
+        assert chromium.run(PAN) > 30
+    chromium.run("loraFx.graphs[0].fit(loraFx.graphs[0].root, false)")
+    chromium.settle()
+    other, few, every = chromium.run(SHIFT)
+    assert other < 0.002
+    assert few < every / 5

@@ -9,6 +9,7 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import networkx as nx
@@ -18,8 +19,11 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.ir import Region
 from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
-from lora_fx.tools.draw.picture import SCHEMA
+from lora_fx.tools.draw.layout import count_of
+from lora_fx.tools.draw.nodes import measured
+from lora_fx.tools.draw.picture import SCHEMA, Box
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
@@ -48,7 +52,7 @@ class Scripts(HTMLParser):
             self.scripts[-1] += data
 
 
-def read_page(text: str) -> tuple[Scripts, dict[str, object]]:
+def read_page(text: str) -> tuple[Scripts, list[dict[str, Any]]]:
     page = Scripts()
     page.feed(text)
     return page, json.loads(page.scripts[0])
@@ -231,9 +235,11 @@ def test_names_are_escaped_in_xml(suffix: str, tmp_path: Path) -> None:
 
 def test_names_are_escaped_in_html(tmp_path: Path) -> None:
     path = visualize(nn.ModuleDict({NASTY: nn.Linear(2, 2)}), tmp_path / "graph.html")
-    page, document = read_page(path.read_text("utf-8"))
+    page, (document,) = read_page(path.read_text("utf-8"))
     assert len(page.scripts) == 2
-    assert [node["fqn"] for node in document["nodes"]] == [NASTY]  # type: ignore[attr-defined]
+    clean = NASTY.replace("\x07", "\ufffd")
+    boxes, strings = document["boxes"], document["strings"]
+    assert [strings[box["fqn"]] for box in boxes if "children" not in box] == [clean]
 
 
 def test_html_is_self_contained(tmp_path: Path) -> None:
@@ -294,7 +300,7 @@ def test_a_plan_shows_what_is_adapted_and_why_the_rest_is_not() -> None:
     picture = picture_of(plan)
     leaves = {box.fqn: box for box in picture.root.walk() if not box.children}
     assert leaves["blocks.0.up"].kind == "site"
-    assert "r 2" in leaves["blocks.0.up"].caption
+    assert [branch.rank for branch in leaves["blocks.0.up"].branches] == [2]
     assert leaves["head"].kind == "skipped"
     assert any(label == "not selected" and value for label, value in leaves["head"].facts)
     (fold,) = (box for box in picture.root.walk() if box.repeats)
@@ -307,6 +313,196 @@ def test_plan_rows_of_other_ranks_do_not_fold() -> None:
     config = lora_fx.LoraConfig(r=2, target_modules=["up"], rank_pattern={"blocks.1.up": 4})
     root = picture_of(lora_fx.plan(Net(depth=3), config)).root
     assert not [box for box in root.walk() if box.repeats]
+
+
+def by_fqn(root: Box) -> dict[str, Box]:
+    """The boxes of modules by name."""
+    found: dict[str, Box] = {}
+    for box in root.walk():
+        if box.kind not in ("input", "output", "op"):
+            found.setdefault(box.fqn, box)
+    return found
+
+
+def transformer(name: str, **options: Any) -> nn.Module:
+    """A small model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = getattr(transformers, f"{name}Config")(num_attention_heads=4, **sizes, **options)
+    suffix = "ForSequenceClassification" if name == "Bert" else "ForCausalLM"
+    return getattr(transformers, f"{name}{suffix}")(config)  # type: ignore[no-any-return]
+
+
+def test_experts_say_their_rank() -> None:
+    model = transformer("Mixtral", num_local_experts=4, num_key_value_heads=2)
+    for optimize in (True, False):
+        rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=8), optimize=optimize)
+        root = picture_of(rewritten).root
+        experts = by_fqn(root)["model.layers.0.mlp.experts"]
+        assert [branch.rank for branch in experts.branches] == [8, 8]
+        assert [branch.weight for branch in experts.branches] == ["gate_up_proj", "down_proj"]
+
+
+def test_ranks_of_experts_are_measured_where_no_plan_tells() -> None:
+    model = transformer("Mixtral", num_local_experts=4, num_key_value_heads=2)
+    rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=8))
+    fqn = "model.layers.0.mlp.experts"
+    experts, graph = rewritten.get_submodule(fqn), lora_fx.graphs(rewritten)[fqn]
+    region = Region(fqn, experts, graph)
+    assert measured(region, "gate_up_proj", "default") == (8, 1.0)
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+def test_a_product_of_several_operations_says_the_scale_of_each() -> None:
+    config = lora_fx.LoraConfig(r=2, lora_alpha=6, alpha_pattern={"k": 8})
+    example = (torch.randn(2, 8),)
+    model = lora_fx.rewrite(Three(), config, frontend="export", example_inputs=example)
+    root = picture_of(model).root
+    (site,) = (box for box in root.children if box.kind == "site")
+    assert [(one.weight, one.rank, one.scale) for one in site.branches] == [
+        ("q", 2, 3.0),
+        ("k", 2, 4.0),
+        ("v", 2, 3.0),
+    ]
+    region = Region("", model, lora_fx.graphs(model)[""])
+    found = [measured(region, f"{name}.weight", "default") for name in "qkv"]
+    assert found == [(2, 3.0), (2, 4.0), (2, 3.0)]
+
+
+def test_a_graph_of_the_whole_model_keeps_its_modules() -> None:
+    model = transformer("Llama", num_key_value_heads=2)
+    inputs = {"input_ids": torch.randint(0, 64, (2, 8))}
+    config = lora_fx.LoraConfig(r=2)
+    model = lora_fx.rewrite(model, config, frontend="export", example_inputs=inputs)
+    root = picture_of(model).root
+    assert root.sites == 14
+    boxes = by_fqn(root)
+    layer, attention = (boxes[f"model.layers.0{name}"] for name in ("", ".self_attn"))
+    assert layer.sites == 7
+    names = {child.id: child.name for child in layer.children}
+    edges = {(names[a], names[b]) for a, b in layer.edges}
+    assert {("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")} <= edges
+    (fused,) = (box for box in attention.children if len(box.branches) == 3)
+    assert [one.weight for one in fused.branches] == ["q_proj", "k_proj", "v_proj"]
+    assert boxes["model.layers.1.mlp.down_proj"].kind == "site"
+
+
+def test_a_fused_operation_has_its_adapters_on_it() -> None:
+    config = lora_fx.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["up"])
+    model = lora_fx.rewrite(Net(depth=1), config)
+    lora_fx.add_adapter(model, lora_fx.LoraConfig(r=3, target_modules=["up", "stem"]), "other")
+    for active in (["default"], ["default", "other"]):
+        lora_fx.set_adapter(model, active)
+        boxes = by_fqn(picture_of(model).root)
+        up = boxes["blocks.0.up"]
+        assert not up.children
+        assert [(one.adapter, one.rank, one.dropout) for one in up.branches] == [
+            ("default", 2, 0.1),
+            ("other", 3, 0.0),
+        ]
+        assert [one.active for one in up.branches] == [True, "other" in active]
+        assert [one.adapter for one in boxes["stem"].branches] == ["other"]
+
+
+def test_what_is_trained_otherwise_is_marked() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.fc, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.fc(self.emb(ids)))
+
+    config = lora_fx.LoraConfig(
+        r=2,
+        target_modules=["fc"],
+        modules_to_save=["head"],
+        trainable_token_indices={"emb": [1, 2]},
+    )
+    for drawn_from in (lora_fx.rewrite(Tokens(), config), lora_fx.plan(Tokens(), config)):
+        boxes = by_fqn(picture_of(drawn_from).root)
+        assert [str(boxes[name].state) for name in ("emb", "fc", "head")] == [
+            "rows",
+            "adapted",
+            "full",
+        ]
+        assert any("2 rows" in mark for mark in boxes["emb"].marks)
+        assert picture_of(drawn_from).root.sites == 1
+
+
+def test_a_fold_counts_alike_outside_and_inside() -> None:
+    root = picture_of(adapted(Net(depth=4))).root
+    (fold,) = (box for box in root.walk() if box.repeats)
+    assert count_of(fold) == "4 × 2"
+    assert sum(child.sites for child in fold.children) == 2
+
+
+def test_modules_without_a_graph_show_how_data_flows() -> None:
+    model = transformer("Llama")
+    rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2), frontend="regions")
+    before = lora_fx.status(rewritten)
+    picture = picture_of(rewritten)
+    assert lora_fx.status(rewritten) == before
+    boxes = {box.id: box for box in picture.root.walk()}
+    layer = by_fqn(picture.root)["model.layers.0"]
+    edges = {(boxes[a].name, boxes[b].name) for a, b in layer.edges}
+    assert {
+        ("hidden_states", "input_layernorm"),
+        ("input_layernorm", "self_attn"),
+        ("self_attn", "post_attention_layernorm"),
+        ("hidden_states", "post_attention_layernorm"),
+        ("post_attention_layernorm", "mlp"),
+        ("mlp", "output"),
+    } <= edges
+    attention = by_fqn(picture.root)["model.layers.0.self_attn"]
+    edges = {(boxes[a].name, boxes[b].name) for a, b in attention.edges}
+    assert {("q_proj", "o_proj"), ("v_proj", "o_proj")} <= edges
+    assert not picture.notes
+
+
+def test_other_inputs_are_asked_for_where_a_model_says_nothing() -> None:
+    picture = picture_of(Untraceable())
+    assert any("registration" in note for note in picture.notes)
+    picture = picture_of(Untraceable(), example_inputs=torch.randn(2, 8))
+    assert not picture.notes
+    assert picture.root.flow
+
+
+def test_what_is_not_selected_says_why() -> None:
+    model = lora_fx.rewrite(Net(depth=1), lora_fx.LoraConfig(r=2, target_modules=["stem"]))
+    picture = picture_of(model)
+    facts = dict(by_fqn(picture.root)["blocks.0.up"].facts)
+    assert facts["not selected"] == "matches no target in target_modules"
+    reasons = {row.name: row.reason for row in picture.sites}
+    assert reasons["head"] == "matches no target in target_modules"
+    assert not reasons["stem"]
+
+
+def test_sites_of_a_model_say_what_the_adapter_does() -> None:
+    model = lora_fx.rewrite(Net(depth=1), lora_fx.LoraConfig(r=2, lora_alpha=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    rows = {row.name: row for row in picture_of(model).sites}
+    stem = model.get_submodule("stem")
+    a, b = (stem.get_parameter(f"lora_{letter}.default") for letter in "AB")
+    expected = 2 * (b @ a).norm() / stem.get_parameter("weight").norm()
+    assert rows["stem"].share == pytest.approx(expected.item(), rel=1e-4)
+    assert 1 <= (rows["stem"].effective or 0) <= 2
+    assert rows["head"].state == "unselected"
+    assert rows["stem"].gradient is None
+    model(torch.randn(2, 3)).sum().backward()
+    rows = {row.name: row for row in picture_of(model).sites}
+    assert (rows["stem"].gradient or 0) > 0
 
 
 @pytest.mark.parametrize("name", ["graph", "graph.png", "graph.html.gz", ".svg"])
@@ -364,7 +560,7 @@ def test_llama_7b_is_quick_and_small(tmp_path: Path) -> None:
     start = time.perf_counter()
     path = visualize(model, tmp_path / "llama.html")
     assert time.perf_counter() - start < 5
-    assert path.stat().st_size < 2_000_000
+    assert path.stat().st_size < 1_000_000
     root = picture_of(model).root
     assert (root.sites, root.trainable) == (128, 16_777_216)
     assert [len(box.repeats) for box in root.walk() if box.repeats] == [32]
@@ -379,3 +575,76 @@ def test_resnet_and_vit() -> None:
         assert [len(box.repeats) for box in picture.root.walk() if box.repeats] == folds
         leaves = [box for box in drawn(to_svg(picture)) if box.leaf]
         assert not [pair for pair in itertools.combinations(leaves, 2) if pair[0].overlaps(pair[1])]
+
+
+# --- other things than models ---
+
+
+def test_an_onnx_file_keeps_its_modules(tmp_path: Path) -> None:
+    model = lora_fx.rewrite(Net(depth=2), lora_fx.LoraConfig(r=2))
+    report = lora_fx.export_onnx(model, tmp_path / "net.onnx", (torch.randn(2, 3),))
+    for drawn_from in (report, tmp_path / "net.onnx"):
+        boxes = by_fqn(picture_of(drawn_from).root)
+        assert {"stem", "blocks", "blocks.0", "blocks.0.up", "head"} <= set(boxes)
+        assert boxes["blocks.0.up"].caption == "Gemm 16×8"
+        names = {child.id: child.name for child in boxes["blocks.0"].children}
+        edges = {(names[a], names[b]) for a, b in boxes["blocks.0"].edges}
+        assert edges == {("up", "act"), ("act", "down"), ("down", "Add")}
+
+
+def test_an_adapter_folder_says_what_it_holds(tmp_path: Path) -> None:
+    config = lora_fx.LoraConfig(r=2, lora_alpha=6, modules_to_save=["head"])
+    model = lora_fx.rewrite(Net(depth=2), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    lora_fx.save_adapter(model, tmp_path / "adapter")
+    picture = picture_of(tmp_path / "adapter")
+    boxes = by_fqn(picture.root)
+    assert [(one.rank, one.scale) for one in boxes["stem"].branches] == [(2, 3.0)]
+    assert boxes["head.weight"].state == "full"
+    here = {row.name: row.effective for row in picture.sites}
+    inside = {row.name: row.effective for row in picture_of(model).sites if row.adapter}
+    assert here == {name: pytest.approx(value, rel=1e-3) for name, value in inside.items()}
+
+
+def test_a_merge_says_what_it_changed() -> None:
+    model = lora_fx.rewrite(Net(depth=2), lora_fx.LoraConfig(r=2))
+    _, report = lora_fx.merge(model, return_report=True)
+    picture = picture_of(report)
+    assert picture.root.sites == 6 - 1
+    assert dict(picture.facts)["weights merged"] == "5"
+    assert all(0 <= (row.error or 0) <= 0.5 for row in picture.sites)
+
+
+@pytest.mark.parametrize("name", ["nowhere.onnx", "nowhere", "adapter.txt"])
+def test_paths_to_nothing_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match=r"nowhere|adapter"):
+        visualize(tmp_path / name, tmp_path / "graph.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_are_compared_in_a_page_only(tmp_path: Path) -> None:
+    plan = lora_fx.plan(Net(), lora_fx.LoraConfig(r=2))
+    path = visualize([plan, adapted(Net())], tmp_path / "two.html")
+    _, documents = read_page(path.read_text("utf-8"))
+    assert [document["title"] for document in documents] == ["Plan", "Net"]
+    with pytest.raises(ConfigError, match=r"\.html"):
+        visualize([plan, plan], tmp_path / "two.svg")
+
+
+def test_model_explorer_gets_a_graph_and_ranks(tmp_path: Path) -> None:
+    model = lora_fx.rewrite(Net(depth=2), lora_fx.LoraConfig(r=2))
+    path = visualize(model, tmp_path / "net.json", file_format="model-explorer")
+    (graph,) = json.loads(path.read_text("utf-8"))["graphs"]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"])
+    for node in nodes.values():
+        assert {edge["sourceNodeId"] for edge in node["incomingEdges"]} <= set(nodes)
+        assert node["namespace"] in graph["groupNodeAttributes"]
+    (data,) = json.loads((tmp_path / "net.nodes.json").read_text("utf-8")).values()
+    ranks = {nodes[name]["label"]: one["value"] for name, one in data["results"].items()}
+    assert ranks == {"stem": 2, "up": 2, "down": 2}
+    with pytest.raises(ConfigError, match=r"net\.json"):
+        visualize(model, tmp_path / "net.html", file_format="model-explorer")

@@ -343,39 +343,41 @@ def visualize(
     *,
     adapters: o.Adapters,
     look: o.Capturing,
+    adapter: list[Path] | None = None,
     base: bool = False,
     as_plan: bool = False,
+    compare: bool = False,
+    as_format: str | None = None,
     force: bool = False,
 ) -> None:
     """Draw the rewritten model: nested modules, equal blocks folded, adapters in color.
+
+    MODEL may be an .onnx file or an adapter folder as well.
 
     Args:
         model: The model.
         path: The file: .html to explore, .svg, .dot, .graphml, .json.
         adapters: What to adapt.
         look: How to capture.
+        adapter: An adapter folder, in place of what the options say to adapt. Repeat it.
         base: The model as it is, without adapters.
         as_plan: The sites by name, and what is not adapted and why.
+        compare: The plan and the rewritten model in one page; with --adapter, each of them by itself.
+        as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
         force: Write over what is there.
     """
-    from lora_fx.api import capture
-    from lora_fx.api import plan as make_plan
-    from lora_fx.api import rewrite as rewrite_model
     from lora_fx.tools.draw import FORMATS
     from lora_fx.tools.draw import visualize as draw
 
-    chosen = adapters.made()
     file = o.file_to_write(path, tuple(FORMATS), force=force)
-    loaded = look.load(model)
-    how = look.of(loaded)
-    drawn: Any = loaded.model
-    with console.progress("drawing"):
-        if base:
-            drawn = drawn if look.by_default else capture(drawn, **how)
-        else:
-            verb = make_plan if as_plan else rewrite_model
-            drawn = verb(drawn, chosen, strict=adapters.strict, **how)
-        written = draw(drawn, file, force=force)
+    if Path(model).suffix == ".onnx" or (Path(model) / "adapter_config.json").is_file():
+        written = draw(model, file, force=force, file_format=_format(as_format))
+    else:
+        with console.progress("drawing"):
+            drawn, given = _drawn(model, adapters, look, adapter or [], base, as_plan, compare)
+            written = draw(
+                drawn, file, force=force, example_inputs=given, file_format=_format(as_format)
+            )
     size = written.stat().st_size / 1e3
     console.say(f"wrote {written} ({size:,.0f} kB)")
 
@@ -407,6 +409,51 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
         out.print(console.table(*report.columns, rows=report.rows(), right=report.columns[1:]))
     for row in folded((key, "x".join(map(str, shape))) for key, shape in report.others.items()):
         console.say(f"also: {row.name} {row.cells[0]} {row.times}".rstrip())
+
+
+def _format(name: str | None) -> Any:
+    """A format that no suffix names; :func:`lora_fx.visualize` refuses any other."""
+    return name
+
+
+def _drawn(
+    model: str,
+    adapters: o.Adapters,
+    look: o.Capturing,
+    folders: list[Path],
+    base: bool,
+    as_plan: bool,
+    compare: bool,
+) -> tuple[Any, Any]:
+    """What ``visualize`` draws, one thing or a list of them, and example inputs if they are known."""
+    from lora_fx.adapters import set_adapter
+    from lora_fx.api import capture
+    from lora_fx.api import plan as make_plan
+    from lora_fx.api import rewrite as rewrite_model
+    from lora_fx.checkpoint import load_adapter
+
+    if folders and (base or as_plan):
+        raise ConfigError("--adapter draws what is in a folder: leave out --base and --plan")
+    chosen = adapters.made()
+    loaded = o.load(model) if folders else look.load(model)
+    how = look.of(loaded)
+    drawn: Any = loaded.model
+    if folders:
+        names = [folder.name if len(folders) > 1 else "default" for folder in folders]
+        if compare:
+            return [load_adapter(drawn, folder) for folder in folders], loaded.example_inputs
+        for name, folder in zip(names, folders, strict=True):
+            drawn = load_adapter(drawn, folder, adapter_name=name)
+        set_adapter(drawn, names)
+    elif base:
+        drawn = drawn if look.by_default else capture(drawn, **how)
+    elif compare:
+        planned = make_plan(drawn, chosen, strict=adapters.strict, **how)
+        drawn = [planned, rewrite_model(drawn, chosen, strict=adapters.strict, **how)]
+    else:
+        verb = make_plan if as_plan else rewrite_model
+        drawn = verb(drawn, chosen, strict=adapters.strict, **how)
+    return drawn, loaded.example_inputs
 
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")

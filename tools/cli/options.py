@@ -42,7 +42,7 @@ _log = logging.getLogger("lora_fx")
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", show_default=False)]
 
 # Where the name that Python allows is not the one to type.
-_NAMES = {"as_json": "--json", "as_plan": "--plan", "every": "--all"}
+_NAMES = {"as_json": "--json", "as_plan": "--plan", "as_format": "--format", "every": "--all"}
 _ENTRY = re.compile(r"    (?P<name>\w+): (?P<help>.*)")
 
 

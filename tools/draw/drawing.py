@@ -7,10 +7,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from importlib import resources
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.sax.saxutils import escape, quoteattr
 
 import networkx as nx
@@ -18,22 +17,32 @@ from torch import nn
 
 from lora_fx.api import capture
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.export.report import ExportReport
 from lora_fx.files import output_file, replacing
 from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
+from lora_fx.passes.merge import MergeReport
+from lora_fx.passes.pipeline import find_operations
+from lora_fx.tools.draw.exported import picture_of_file
 from lora_fx.tools.draw.layout import (
+    CAPTION_CHAR,
     CHIPS,
     METRICS,
     Placed,
     Point,
     Scene,
+    count_of,
+    lines_of,
+    mark_width,
     place,
     plan_layers,
-    sizes_of,
     words_of,
 )
-from lora_fx.tools.draw.painting import picture_of_model, picture_of_plan
-from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
+from lora_fx.tools.draw.model_explorer import graph_of, node_data_of
+from lora_fx.tools.draw.names import picture_of_folder, picture_of_merge, picture_of_plan
+from lora_fx.tools.draw.page import asset, classes_of, to_html
+from lora_fx.tools.draw.painting import picture_of_model
+from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide, end_of
 
 __all__ = ["FORMATS", "visualize"]
 
@@ -51,7 +60,7 @@ def to_svg(picture: Picture) -> str:
     width = max(scene.width, legend_width, 520) + 2 * _MARGIN
     height = scene.height + _TOP + _MARGIN
     shift = (width - scene.width) / 2
-    style = _asset("picture.css")
+    style = asset("picture.css")
     title = clean(picture.title)
     summary = " · ".join(f"{label} {value}" for label, value in picture.facts)
     size = f'width="{_n(width)}" height="{_n(height)}" viewBox="0 0 {_n(width)} {_n(height)}"'
@@ -70,35 +79,35 @@ def to_svg(picture: Picture) -> str:
     return "\n".join(lines) + "\n"
 
 
-def classes_of(box: Box, is_open: bool, depth: int) -> str:
-    """The style classes of a box."""
-    classes = ["box", str(box.kind)]
-    if is_open:
-        classes += ["open", "odd"] if depth % 2 else ["open"]
-    if box.children and box.sites:
-        classes.append("adapted")
-    return " ".join(classes)
-
-
 def _drawing(picture: Picture, scene: Scene) -> Iterator[str]:
     for placed in scene.boxes:
-        yield from _box(placed)
+        yield from _box(placed, picture.adapters)
     by_id = {box.id: box for box in picture.root.walk()}
     for wire in scene.wires:
         source, target = by_id[wire.link.source], by_id[wire.link.target]
-        lora = " lora" if target.adapter and source.kind is not Kind.BASE else ""
-        yield f'<path class="wire{lora}" d="{_path(wire.points)}"/>'
+        kind = " lora" if is_lora(source, target) else ""
+        yield f'<path class="wire{kind}" d="{_path(wire.points)}"/>'
         if wire.link.lower == target.id:
             x, y = wire.points[-1]
-            yield f'<path class="arrow{lora}" d="M{_n(x)} {_n(y)}l-3.5 -6h7z"/>'
+            yield f'<path class="arrow{kind}" d="M{_n(x)} {_n(y)}l-3.5 -6h7z"/>'
 
 
-def _box(placed: Placed) -> Iterator[str]:
+def is_lora(source: Box, target: Box) -> bool:
+    """Whether an edge is one of an adapter's branch."""
+    return (
+        bool(target.adapter)
+        and Kind.SITE not in (source.kind, target.kind)
+        and (source.kind is not Kind.BASE)
+    )
+
+
+def _box(placed: Placed, adapters: tuple[str, ...]) -> Iterator[str]:
     box = placed.box
     name, caption = words_of(box)
     width, height = placed.width, placed.height
+    classes = classes_of(box, is_open=placed.open, depth=placed.depth, adapters=adapters)
     yield (
-        f'<g class="{classes_of(box, placed.open, placed.depth)}" id="{box.id}" '
+        f'<g class="{classes}" id="{box.id}" '
         f"data-fqn={quoteattr(clean(box.fqn))} data-adapter={quoteattr(clean(box.adapter))} "
         f'data-count="{max(len(box.repeats), 1)}" '
         f'transform="translate({_n(placed.x)} {_n(placed.y)})">'
@@ -109,24 +118,57 @@ def _box(placed: Placed) -> Iterator[str]:
         yield f'<rect class="shade" x="7" y="-7" {size}/>'
         yield f'<rect class="shade" x="3.5" y="-3.5" {size}/>'
     yield f'<rect class="frame" {size}/>'
+    if box.state is State.REFUSED:
+        yield f'<path class="hatch" d="{hatch(width, height)}"/>'
+    if box.state in (State.FULL, State.ROWS):
+        yield (
+            f'<rect class="inner" x="3" y="3" width="{_n(width - 6)}" '
+            f'height="{_n(height - 6)}" rx="5"/>'
+        )
+    lines = () if placed.open else lines_of(box)
+    head = height - METRICS["branch"] * len(lines)
     left = 11
     if box.kind in CHIPS:
-        middle = height / 2
-        yield f'<rect class="chip" x="7" y="{_n(middle - 9)}" width="18" height="18" rx="4"/>'
+        yield f'<rect class="chip" x="7" y="{_n(head / 2 - 9)}" width="18" height="18" rx="4"/>'
         letter = CHIPS[box.kind]
-        yield f'<text class="chip-letter" x="16" y="{_n(middle + 4)}">{letter}</text>'
+        yield f'<text class="chip-letter" x="16" y="{_n(head / 2 + 4)}">{letter}</text>'
         left = 32
-    if not placed.open and not caption:
-        yield f'<text class="name" x="{left}" y="{_n(height / 2 + 4)}">{escape(name)}</text>'
+    if not placed.open and not caption and not box.marks:
+        yield f'<text class="name" x="{left}" y="{_n(head / 2 + 4)}">{escape(name)}</text>'
     else:
         yield f'<text class="name" x="{left}" y="16">{escape(name)}</text>'
         yield f'<text class="caption" x="{left}" y="30">{escape(caption)}</text>'
-    if box.children and box.sites:
-        wide = 10 + 7 * len(str(box.sites))
+    x = left + len(caption) * CAPTION_CHAR + (5 if caption else 0)
+    for mark in map(clean, box.marks):
+        wide = mark_width(mark)
+        yield f'<rect class="mark" x="{_n(x)}" y="20" width="{wide}" height="13" rx="3"/>'
+        yield f'<text class="mark-text" x="{_n(x + wide / 2)}" y="29.5">{escape(mark)}</text>'
+        x += wide + 5
+    for index, line in enumerate(lines):
+        color = f"a{adapters.index(line.adapter) % 6}" if line.adapter in adapters else "a0"
+        off = "" if line.active else " off"
+        y = head + METRICS["branch"] * index
+        yield f'<g class="{color}{off}" transform="translate(9 {_n(y)})">'
+        yield '<text class="plus" x="1" y="11">+</text>'
+        yield '<rect class="factor" x="11" y="1" width="5" height="13"/>'
+        yield '<rect class="factor" x="19" y="5" width="13" height="5"/>'
+        yield f'<text class="caption" x="37" y="11">{escape(clean(line.words))}</text></g>'
+    if count := count_of(box):
+        wide = 10 + 7 * len(count)
         x = width - wide - 7
         yield f'<rect class="badge" x="{_n(x)}" y="6" width="{wide}" height="14" rx="7"/>'
-        yield f'<text class="badge-text" x="{_n(x + wide / 2)}" y="16.5">{box.sites}</text>'
+        yield f'<text class="badge-text" x="{_n(x + wide / 2)}" y="16.5">{count}</text>'
     yield "</g>"
+
+
+def hatch(width: float, height: float) -> str:
+    """Slanted lines over a box: what cannot be adapted is seen without color."""
+    found = []
+    for start in range(0, int(width + height), 9):
+        x0, y0 = (start, 0.0) if start <= width else (width, start - width)
+        x1, y1 = (start - height, height) if start >= height else (0.0, float(start))
+        found.append(f"M{_n(x0)} {_n(y0)}L{_n(x1)} {_n(y1)}")
+    return "".join(found)
 
 
 def _legend(picture: Picture) -> tuple[list[str], float]:
@@ -140,6 +182,13 @@ def _legend(picture: Picture) -> tuple[list[str], float]:
             lines.append(f'<text class="chip-letter" x="7" y="11">{CHIPS[kind]}</text>')
         lines.append(f'<text class="legend" x="20" y="11">{escape(text)}</text></g>')
         x += 20 + 6.6 * len(text) + 18
+    for index, name in enumerate(picture.adapters if len(picture.adapters) > 1 else ()):
+        words = clean(name)
+        lines.append(f'<g class="a{index % 6}" transform="translate({_n(x)} {_LEGEND_Y})">')
+        lines.append('<rect class="factor" width="5" height="13"/>')
+        lines.append('<rect class="factor" x="7" y="4" width="13" height="5"/>')
+        lines.append(f'<text class="legend" x="26" y="11">{escape(words)}</text></g>')
+        x += 26 + 6.6 * len(words) + 18
     return lines, x - _MARGIN
 
 
@@ -168,7 +217,7 @@ _RULE = re.compile(
 @functools.cache
 def _colors() -> dict[str, tuple[str, str]]:
     """Fill and line of each kind, as the light part of the style sheet has them."""
-    light = _asset("picture.css").partition("@media")[0]
+    light = asset("picture.css").partition("@media")[0]
     return {
         kind: (rule["fill"], rule["line"])
         for rule in _RULE.finditer(light)
@@ -218,15 +267,7 @@ def _dot_edge(source: Box, target: Box) -> str:
     if target.children:
         options.append(f"lhead=cluster_{target.id}")
     tail = f" [{', '.join(options)}]" if options else ""
-    return f"{_end(source, last=True).id} -> {_end(target, last=False).id}{tail};"
-
-
-def _end(box: Box, *, last: bool) -> Box:
-    while box.children:
-        wanted = Kind.OUTPUT if last else Kind.INPUT
-        other = box.children[-1 if last else 0]
-        box = next((child for child in box.children if child.kind is wanted), other)
-    return box
+    return f"{end_of(source, last=True).id} -> {end_of(target, last=False).id}{tail};"
 
 
 def _quote(text: str) -> str:
@@ -264,105 +305,6 @@ def to_graphml(picture: Picture) -> str:
     return buffer.getvalue().decode("utf-8")
 
 
-_VISIBLE = 130
-"""About as many boxes as a screen shows with names that can be read."""
-
-_MODULES = frozenset({Kind.LEAF, Kind.CALL, Kind.SITE, Kind.SKIPPED, Kind.REJECTED})
-
-
-def to_html(picture: Picture) -> str:
-    """The text of an HTML file."""
-    # Escaped so that nothing in it can end the script element: </script>, <!--, ]]>.
-    data = json.dumps(document_of(picture), ensure_ascii=True, separators=(",", ":"))
-    for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    parts = {
-        "title": _text(picture.title),
-        "style": _asset("picture.css") + _asset("page.css"),
-        "summary": "".join(
-            f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>"
-            for label, value in picture.facts
-        ),
-        "legend": _html_legend(picture),
-        "data": data,
-        "script": _asset("layout.js") + _asset("viewer.js"),
-    }
-    # In one go: what is filled in is not looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-
-
-def document_of(picture: Picture) -> dict[str, Any]:
-    """:meth:`Picture.to_dict` and what the page needs to draw it."""
-    document = picture.to_dict()
-    layers = plan_layers(picture)
-    opened = initially_open(picture.root)
-    boxes = {box.id: box for box in picture.root.walk()}
-    for entry in (*document["boxes"], *document["nodes"]):
-        box = boxes[entry["id"]]
-        entry["words"] = words_of(box)
-        entry["size"] = sizes_of(box)
-    for entry in document["boxes"]:
-        known = layers.get(entry["id"])
-        entry["open"] = entry["id"] in opened
-        entry["layers"] = known and {"rows": known.rows, "links": known.links}
-    # The links of the layers say it already.
-    del document["edges"]
-    return document | {
-        "metrics": METRICS,
-        "chips": {str(kind): letter for kind, letter in CHIPS.items()},
-    }
-
-
-def initially_open(root: Box) -> set[str]:
-    """Which boxes are open at first: as many levels as a screen holds, and one adapter at least."""
-    opened: set[str] = set()
-    visible = 1
-    level = [root] if root.children else []
-    while level:
-        # A level opens as a whole, so that equal things look equal; what is inside a norm or an
-        # activation is not the first thing to look at.
-        adapted = [box for box in level if box.sites]
-        others = [box for box in level if not box.sites and any(map(_is_module, box.children))]
-        for group in (adapted, others):
-            added = sum(len(box.children) for box in group)
-            if visible + added <= _VISIBLE or root in group:
-                visible += added
-                opened.update(box.id for box in group)
-        level = [c for box in level if box.id in opened for c in box.children if c.children]
-    box = root
-    while inner := next((c for c in box.children if c.sites and c.children), None):
-        opened.update((box.id, inner.id))
-        box = inner
-    return opened
-
-
-def _html_legend(picture: Picture) -> str:
-    items = []
-    for kind, text in picture.legend:
-        letter = CHIPS.get(kind)
-        inner = '<rect class="frame" x=".5" y=".5" width="14" height="14" rx="4"/>'
-        if letter:
-            inner = (
-                '<rect class="chip" width="15" height="15" rx="4"/>'
-                f'<text class="chip-letter" x="7.5" y="11.5">{letter}</text>'
-            )
-        items.append(f'<span><svg><g class="{kind}">{inner}</g></svg>{_text(text)}</span>')
-    notes = [f'<span class="note">{_text(note)}</span>' for note in picture.notes]
-    return "".join(items + notes)
-
-
-def _is_module(box: Box) -> bool:
-    return bool(box.children) or box.kind in _MODULES
-
-
-def _asset(name: str) -> str:
-    return (resources.files("lora_fx.tools.draw") / "viewer" / name).read_text("utf-8")
-
-
-def _text(text: str) -> str:
-    return escape(clean(text), {'"': "&quot;"})
-
-
 def _to_json(picture: Picture) -> str:
     return json.dumps(picture.to_dict(), indent=1) + "\n"
 
@@ -377,23 +319,42 @@ FORMATS: Mapping[str, Callable[[Picture], str]] = {
 """Writers by suffix."""
 
 
+Format = Literal["model-explorer"]
+"""Formats that no suffix names."""
+
+Drawable = nn.Module | Capture | Plan | MergeReport | ExportReport | str | os.PathLike[str]
+"""What can be drawn; of text, a path to an ONNX file or to an adapter folder."""
+
+
 def visualize(
-    model_or_plan: nn.Module | Capture | Plan, path: str | os.PathLike[str], *, force: bool = False
+    model_or_plan: Drawable | Sequence[Drawable],
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    example_inputs: Any = None,
+    file_format: Format | None = None,
 ) -> Path:
-    """Draws a model or a plan into a file, in the format that the suffix names.
+    """Draws a model, or what lora_fx says of one, into a file, in the format that the suffix names.
 
     Modules are nested boxes, those with a graph show its nodes; equal blocks in sequence are drawn
-    once, with their number. ``.svg`` and ``.html`` are for looking at: the page opens and closes
-    boxes, searches and zooms, and needs no network. ``.dot`` is for Graphviz, ``.graphml`` for
-    networkx, Gephi and yEd, ``.json`` for programs of your own: ``boxes`` (with children),
+    once, with their number. Modules without a graph show how data flows between them, as one call of a copy
+    without data shows it. ``.svg`` and ``.html`` are for looking at: the page opens and closes
+    boxes, searches, colors and tries patterns, and needs no network. ``.dot`` is for Graphviz, ``.graphml``
+    for networkx, Gephi and yEd, ``.json`` for programs of your own: ``boxes`` (with children),
     ``nodes`` (without) and ``edges``, each box and node with its ``parent``; see
     :meth:`lora_fx.tools.draw.picture.Picture.to_dict`. The same model gives the same bytes.
 
     Args:
-        model_or_plan: Any module (plain, captured, rewritten or merged), a capture, or a plan: then
-            the sites by name, and beside them what is not adapted and why.
+        model_or_plan: Any module (plain, captured, rewritten or merged); a capture; a plan: then the sites
+            by name, and next to them what is not adapted and why; the report of a merge or of an export; a
+            path to an ``.onnx`` file or to an adapter folder. Several in a list are shown next to each
+            other, in ``.html`` only.
         path: The file to write.
         force: Whether to write over a file that exists.
+        example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
+            modules without a graph; models of transformers and timm say themselves what they take.
+        file_format: ``"model-explorer"`` writes a ``.json`` that Google's Model Explorer loads, and next to
+            it ``.nodes.json``, the ranks as its node data. None for the format of the suffix.
 
     Returns:
         The path of the file.
@@ -407,43 +368,85 @@ def visualize(
             f"path is a {type(path).__name__}: give the model first, then a file name"
         )
     target = output_file(path, tuple(FORMATS), ConfigError)
-    write = FORMATS[target.suffix.lower()]
     if not target.parent.is_dir():
         raise ConfigError(f"cannot write {target}: there is no folder {target.parent}; create it")
     if target.exists() and not force:
         raise ConfigError(
             f"{target} exists: pass force=True to write over it, or choose another name"
         )
-    _replace(target, write(picture_of(model_or_plan)))
+    suffix = target.suffix.lower()
+    if file_format is not None:
+        _write_for_explorer(model_or_plan, target, example_inputs, file_format)
+        return target
+    if isinstance(model_or_plan, list | tuple):
+        if suffix != ".html" or not model_or_plan:
+            raise ConfigError(
+                "several are compared in a page: give one or more, and a name in .html"
+            )
+        text = to_html(*(picture_of(one, example_inputs) for one in model_or_plan))
+    else:
+        text = FORMATS[suffix](picture_of(model_or_plan, example_inputs))
+    _replace(target, text)
     return target
 
 
-def picture_of(model_or_plan: object) -> Picture:
+def _write_for_explorer(drawn: object, target: Path, example_inputs: Any, name: str) -> None:
+    if name != "model-explorer":
+        raise ConfigError(
+            f"file_format is {name!r}: give 'model-explorer', or none for that of the suffix"
+        )
+    if target.suffix.lower() != ".json":
+        raise ConfigError(f"Model Explorer loads .json: write {target.with_suffix('.json').name}")
+    picture = picture_of(drawn, example_inputs)
+    _replace(target.with_suffix(".nodes.json"), node_data_of(picture))
+    _replace(target, graph_of(picture))
+
+
+def picture_of(drawn: object, example_inputs: Any = None) -> Picture:
     """What :func:`visualize` draws, before it is a file."""
-    if isinstance(model_or_plan, Plan):
-        return picture_of_plan(model_or_plan)
-    if isinstance(model_or_plan, Capture):
-        graphs = {name: region.graph for name, region in model_or_plan.regions.items()}
-        return picture_of_model(model_or_plan.model, graphs)
-    if isinstance(model_or_plan, nn.Module):
-        graphs = graphs_of(model_or_plan)
-        return picture_of_model(model_or_plan, graphs) if graphs else _plain(model_or_plan)
-    found = type(model_or_plan).__name__
-    raise ConfigError(f"cannot draw a {found}: give an nn.Module, or what lora_fx.plan() returns")
+    if isinstance(drawn, Plan):
+        return picture_of_plan(drawn)
+    if isinstance(drawn, MergeReport):
+        return picture_of_merge(drawn)
+    if isinstance(drawn, ExportReport):
+        return picture_of_file(Path(drawn.path))
+    if isinstance(drawn, str | os.PathLike):
+        return _of_path(Path(drawn))
+    if isinstance(drawn, Capture):
+        graphs = {name: region.graph for name, region in drawn.regions.items()}
+        matches = find_operations(drawn)
+        return picture_of_model(drawn.model, graphs, matches=matches, example_inputs=example_inputs)
+    if isinstance(drawn, nn.Module):
+        graphs = graphs_of(drawn)
+        if not graphs:
+            return _plain(drawn, example_inputs)
+        return picture_of_model(drawn, graphs, example_inputs=example_inputs)
+    raise ConfigError(
+        f"cannot draw a {type(drawn).__name__}: give an nn.Module, what lora_fx.plan() returns, the "
+        "report of a merge or an export, an .onnx file or an adapter folder"
+    )
 
 
-def _plain(model: nn.Module) -> Picture:
+def _of_path(path: Path) -> Picture:
+    if path.suffix.lower() == ".onnx":
+        return picture_of_file(path)
+    if path.is_dir():
+        return picture_of_folder(path)
+    raise ConfigError(f"cannot draw {path}: give an .onnx file or the folder of an adapter")
+
+
+def _plain(model: nn.Module, example_inputs: Any) -> Picture:
     """Captures a model for the picture alone."""
     try:
         captured = capture(model)
     except CaptureError as error:
-        return picture_of_model(model, {}, (f"no graphs: {error}",))
+        return picture_of_model(model, {}, (f"no graphs: {error}",), example_inputs=example_inputs)
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     # The copy is frozen; its parameters are its own, only their storage is shared.
     for name, parameter in captured.model.named_parameters():
         if trains.get(name, False):
             parameter.requires_grad_(True)
-    return picture_of(captured)
+    return picture_of(captured, example_inputs)
 
 
 def _replace(target: Path, text: str) -> None:

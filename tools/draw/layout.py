@@ -1,7 +1,8 @@
 """Places the boxes of a picture: sizes, coordinates and the ways of edges, in pixels.
 
-The HTML page does the same in the browser, where boxes open and close, with the sizes of closed
-boxes and the rows of :mod:`lora_fx.tools.draw.layout` from here; a test compares the two.
+Rows, their orders, where each thing in a row would like to stand, and where edges end are found here, once,
+for boxes that are closed. :func:`place` then stacks the rows. The HTML page, in which boxes open and close,
+has these rows in it and only stacks them again (``viewer/place.js``); a test compares the two.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from typing import NamedTuple
 
 import networkx as nx
 
-from lora_fx.tools.draw.picture import Box, Kind, Picture, clean, elide
+from lora_fx.tools.draw.picture import Box, Branch, Kind, Picture, clean, elide
 
 __all__ = [
+    "CAPTION_CHAR",
     "CHIPS",
     "METRICS",
     "Placed",
     "Point",
     "Scene",
+    "count_of",
+    "lines_of",
+    "mark_width",
     "place",
     "plan_layers",
     "sizes_of",
@@ -60,10 +65,14 @@ class Layers:
         rows: Ids and dummies from left to right.
         links: Every step once: edges of one source share dummies, so that an input that is read
             everywhere is one line with branches.
+        centers: Where each id and dummy would stand if every box were closed.
+        ports: Which of the arrows that end in the same thing each link is, from the left, and of how many.
     """
 
     rows: tuple[tuple[str, ...], ...]
     links: tuple[Link, ...]
+    centers: Mapping[str, float]
+    ports: tuple[tuple[int, int], ...]
 
 
 def layers_of(
@@ -71,6 +80,7 @@ def layers_of(
     edges: Sequence[tuple[str, str]],
     first: Sequence[str] = (),
     last: Sequence[str] = (),
+    widths: Mapping[str, float] | None = None,
 ) -> Layers:
     """Arranges an acyclic graph in rows.
 
@@ -79,6 +89,7 @@ def layers_of(
         edges: Pairs of nodes.
         first: Nodes that belong in the top row (inputs).
         last: Nodes that belong in the bottom row (outputs).
+        widths: How wide each is while it is closed; 100 for those that are not named.
     """
     rank = _ranks(ids, edges, first, last)
     rows: list[list[str]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
@@ -95,7 +106,13 @@ def layers_of(
         crossings = _crossings(rows, below)
         if crossings < fewest:
             best, fewest = [list(row) for row in rows], crossings
-    return Layers(tuple(map(tuple, best)), tuple(links))
+    wide = {
+        name: METRICS["dummy"] if name.startswith(DUMMY) else (widths or {}).get(name, 100.0)
+        for row in best
+        for name in row
+    }
+    centers = _centers(best, links, wide)
+    return Layers(tuple(map(tuple, best)), tuple(links), centers, _ports(links, centers))
 
 
 def _ranks(
@@ -175,14 +192,16 @@ METRICS: dict[str, float] = {
     "header": 40,
     "bareHeader": 28,  # without a caption
     "gapX": 16,
-    "gapY": 14,  # between the rows of a grid
+    "gapY": 14,  # between the rows of what no edges connect
     "flowY": 26,  # between rows that edges connect
     "dummy": 6,  # width of the channel of an edge that passes a row
     "slack": 0.02,  # how little a passing edge resists where it and a box want the same place
-    "sweeps": 13,
-    "aspect": 1.8,  # width to height that a grid aims at
+    "aspect": 1.8,  # width to height that rows without edges aim at
     "port": 14,  # at most between two arrows that end in one box
+    "branch": 19,  # height of the line of an adapter on its operation
 }
+
+_CENTERING = 13
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,17 +222,13 @@ class Local:
 
 
 def grid(sizes: Mapping[str, Size]) -> Local:
-    """Rows from left to right, as in a text, wrapped so that the whole is neither long nor wide."""
-    widths = [w for w, _ in sizes.values()]
-    limits = [sum(widths[: i + 1]) + i * METRICS["gapX"] for i in range(len(widths))]
-    packed = (_pack(sizes, max(limit, *widths)) for limit in limits)
-    aspect = METRICS["aspect"]
-    return min(packed, key=lambda local: max(local.width, local.height * aspect))
+    """Rows from left to right, wrapped as text is, so that the whole is neither long nor wide.
 
-
-def _pack(sizes: Mapping[str, Size], limit: float) -> Local:
-    """Rows of columns: what fits below its predecessor, in a row of taller ones, goes there."""
+    What fits below its predecessor, in a row of taller ones, goes there.
+    """
     gap_x, gap_y = METRICS["gapX"], METRICS["gapY"]
+    area = sum((w + gap_x) * (h + gap_y) for w, h in sizes.values())
+    limit = max(math.sqrt(area * METRICS["aspect"]), *(w for w, _ in sizes.values()))
     spots: dict[str, Point] = {}
     left = top = width = 0.0  # of the row's last column, of the row, of everything
     column: Size = (0.0, 0.0)
@@ -235,10 +250,13 @@ def _pack(sizes: Mapping[str, Size], limit: float) -> Local:
 
 
 def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
-    """Rows from the top, each box near the middle of what it is connected to."""
+    """Rows from the top, each box as near as it can be to where it would stand if all were closed."""
     dummy = (METRICS["dummy"], 0.0)
     wide = {name: sizes.get(name, dummy)[0] for row in layers.rows for name in row}
-    center = _centers(layers, wide)
+    weight = {n: METRICS["slack"] if n.startswith(DUMMY) else 1.0 for n in wide}
+    center: dict[str, float] = {}
+    for row in layers.rows:
+        _settle(row, layers.centers, weight, wide, center)
     left = min(center[name] - wide[name] / 2 for name in wide)
     width = max(center[name] + wide[name] / 2 for name in wide) - left
     spots: dict[str, Point] = {}
@@ -252,28 +270,30 @@ def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
                 w, h = sizes[name]
                 spots[name] = (center[name] - left - w / 2, y + (height - h) / 2)
         y += height + METRICS["flowY"]
-    middle = {name: center[name] - left for name in wide}
-    ports = _ports(layers, middle, wide)
     wires = []
-    for link, port in zip(layers.links, ports, strict=True):
+    for link, (place, count) in zip(layers.links, layers.ports, strict=True):
         upper, lower = link.upper, link.lower
+        gap = min(METRICS["port"], wide[lower] / (count + 1))
+        port = center[lower] - left + (place - (count - 1) / 2) * gap
         # Through a dummy leads the step that ends in it.
         start = spots[upper][1] + sizes[upper][1] if upper in sizes else bands[upper][1]
         end = spots[lower][1] if lower in sizes else bands[lower][1]
-        x = middle[upper]
+        x = center[upper] - left
         points = ((x, start), (x, bands[upper][1]), (port, bands[lower][0]), (port, end))
         wires.append((link, points))
     return Local(width, y - METRICS["flowY"], spots, tuple(wires))
 
 
-def _centers(layers: Layers, wide: Mapping[str, float]) -> dict[str, float]:
-    above, below = _neighbors(layers.links)
+def _centers(
+    rows: Sequence[Sequence[str]], links: Sequence[Link], wide: Mapping[str, float]
+) -> dict[str, float]:
+    above, below = _neighbors(links)
     center: dict[str, float] = {}
-    for row in layers.rows:
+    for row in rows:
         _settle(row, dict.fromkeys(row, 0.0), dict.fromkeys(row, 1.0), wide, center)
-    for sweep in range(int(METRICS["sweeps"])):
-        near, rows = (below, layers.rows[::-1]) if sweep % 2 else (above, layers.rows)
-        for row in rows:
+    for sweep in range(_CENTERING):
+        near, ordered = (below, rows[::-1]) if sweep % 2 else (above, rows)
+        for row in ordered:
             wanted = {
                 name: _mean(center, near[name]) if near[name] else center[name] for name in row
             }
@@ -283,7 +303,7 @@ def _centers(layers: Layers, wide: Mapping[str, float]) -> dict[str, float]:
             weight = {n: METRICS["slack"] if n.startswith(DUMMY) else 1.0 for n in row}
             weight |= dict.fromkeys(alone, 0.001)
             _settle(row, wanted, weight, wide, center)
-    return center
+    return {name: round(value, 1) for name, value in center.items()}
 
 
 def _mean(center: Mapping[str, float], names: Sequence[str]) -> float:
@@ -320,18 +340,17 @@ def _settle(
             index += 1
 
 
-def _ports(layers: Layers, middle: Mapping[str, float], wide: Mapping[str, float]) -> list[float]:
-    """Where on the upper side of a box each step ends: side by side, in order of origin."""
+def _ports(links: Sequence[Link], center: Mapping[str, float]) -> tuple[tuple[int, int], ...]:
+    """Which arrow into its end each step is, side by side in order of origin, and of how many."""
     ending: dict[str, list[int]] = {}
-    for index, link in enumerate(layers.links):
+    for index, link in enumerate(links):
         ending.setdefault(link.lower, []).append(index)
-    ports = [0.0] * len(layers.links)
-    for lower, steps in ending.items():
-        steps.sort(key=lambda index: middle[layers.links[index].upper])
-        gap = min(METRICS["port"], wide[lower] / (len(steps) + 1))
-        for i, index in enumerate(steps):
-            ports[index] = middle[lower] + (i - (len(steps) - 1) / 2) * gap
-    return ports
+    ports = [(0, 1)] * len(links)
+    for steps in ending.values():
+        steps.sort(key=lambda index: center[links[index].upper])
+        for place, index in enumerate(steps):
+            ports[index] = (place, len(steps))
+    return tuple(ports)
 
 
 CHIPS: dict[Kind, str] = {
@@ -342,11 +361,13 @@ CHIPS: dict[Kind, str] = {
     Kind.SCALE: "×",
     Kind.ADD: "+",
     Kind.ADAPTER: "L",
+    Kind.SITE: "W",
 }
-"""The letter on a colored square that marks what belongs to an adapter."""
+"""The letter on a square that says what a box does for an adapter."""
 
-_NAME_CHAR, _CAPTION_CHAR = 7.3, 6.1  # widths of a monospaced character of 12 and 10 pixels
+_NAME_CHAR, CAPTION_CHAR = 7.3, 6.1  # widths of a monospaced character of 12 and 10 pixels
 _NAME_LIMIT, _CAPTION_LIMIT = 34, 40
+_MOST_LINES = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -387,14 +408,37 @@ def words_of(box: Box) -> tuple[str, str]:
     return elide(clean(box.name), limit), elide(clean(box.caption), _CAPTION_LIMIT)
 
 
+def count_of(box: Box) -> str:
+    """How many sites are inside, as it is written on a box: ``7``, or ``32 × 7`` for 32 equal ones."""
+    if not box.children or not box.sites:
+        return ""
+    count = len(box.repeats)
+    return f"{count} × {box.sites // count}" if count else str(box.sites)
+
+
+def lines_of(box: Box) -> tuple[Branch, ...]:
+    """The adapters that are written on a closed box; none where there are too many."""
+    return box.branches if len(box.branches) <= _MOST_LINES else ()
+
+
+def mark_width(mark: str) -> int:
+    """Width of a mark, a word in a frame."""
+    return math.ceil(5.6 * len(mark)) + 10
+
+
 def sizes_of(box: Box) -> tuple[float, float]:
     """Width and height of a box that is closed, or has nothing inside."""
     name, caption = words_of(box)
-    chip = 24 if box.kind in CHIPS else 0
-    text = max(len(name) * _NAME_CHAR, len(caption) * _CAPTION_CHAR)
+    marks = sum(mark_width(clean(mark)) + 5 for mark in box.marks)
+    text = max(len(name) * _NAME_CHAR, len(caption) * CAPTION_CHAR + marks)
     # A box that opens has a triangle before its name and a count of sites after it.
-    extra = (16 + (16 + 7 * len(str(box.sites)) if box.sites else 0)) if box.children else 0
-    return math.ceil(text) + chip + extra + 22, 38 if caption else 26
+    count = count_of(box)
+    extra = (16 + (16 + 7 * len(count) if count else 0)) if box.children else 0
+    before = 24 if box.kind in CHIPS else 0
+    lines = lines_of(box)
+    words = max((len(clean(line.words)) * CAPTION_CHAR + 40 for line in lines), default=0)
+    height = (38 if caption or marks else 26) + METRICS["branch"] * len(lines)
+    return max(math.ceil(text) + before + extra + 22, math.ceil(words) + 20), height
 
 
 def plan_layers(picture: Picture) -> dict[str, Layers]:
@@ -405,7 +449,8 @@ def plan_layers(picture: Picture) -> dict[str, Layers]:
             ids = [child.id for child in box.children]
             tops = [child.id for child in box.children if child.kind is Kind.INPUT]
             ends = [child.id for child in box.children if child.kind is Kind.OUTPUT]
-            found[box.id] = layers_of(ids, box.edges, tops, ends)
+            widths = {child.id: sizes_of(child)[0] for child in box.children}
+            found[box.id] = layers_of(ids, box.edges, tops, ends, widths)
     return found
 
 

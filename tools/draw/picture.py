@@ -14,19 +14,25 @@ from typing import Any
 
 __all__ = [
     "Box",
+    "Branch",
     "Kind",
     "Picture",
+    "SiteRow",
+    "State",
     "clean",
     "elide",
+    "end_of",
     "follows",
     "human",
     "label_of",
     "name_of",
+    "occurring",
     "runs",
+    "share_of",
     "times",
 ]
 
-SCHEMA = "lora_fx.picture/1"
+SCHEMA = "lora_fx.picture/2"
 
 # What XML 1.0 cannot carry, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -58,6 +64,93 @@ class Kind(StrEnum):
     REJECTED = "rejected"
 
 
+class State(StrEnum):
+    """What becomes of a linear operation, and of a module; also a class in the style sheet."""
+
+    NONE = ""
+    ADAPTED = "adapted"
+    BASE = "unselected"
+    REFUSED = "refused"
+    FULL = "full"
+    ROWS = "rows"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Branch:
+    """An adapter's part of a linear operation: what stands beside W in a drawing.
+
+    Attributes:
+        adapter: Name of the adapter.
+        rank, scale: None where neither the plan nor the graph tells.
+        dropout: Probability of its dropout.
+        kind: Name of the adapter kind.
+        weight: Name of the weight, where an operation has several.
+        active: Whether it is in the graph that runs.
+    """
+
+    adapter: str
+    rank: int | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    kind: str = "lora"
+    weight: str = ""
+    active: bool = True
+
+    @property
+    def words(self) -> str:
+        """Rank, scale, dropout and names in one line: ``r 8 · × 2 · p 0.05 · default``."""
+        parts = [self.weight] if self.weight else []
+        parts += [] if self.kind == "lora" else [self.kind]
+        parts += [f"r {self.rank}"] if self.rank else []
+        parts += [] if self.scale is None else [f"× {self.scale:.4g}"]
+        parts += [f"p {self.dropout:g}"] if self.dropout else []
+        name = self.adapter if self.active else f"{self.adapter} (off)".strip()
+        parts += [name] if name else []
+        return " · ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SiteRow:
+    """A linear operation of the model, for the table, the colors and the try of a pattern.
+
+    Attributes:
+        name: FQN of the operation.
+        state: Adapted, not selected or refused.
+        pattern: Name of the pattern that found it; empty for a refusal.
+        shape: Shape of the weight.
+        adapter: Name of the adapter; empty for none.
+        rank, scale, dropout, parameters, flops, saved: What the adapter is and costs; zeros for none.
+        each_rank: Trainable elements that one more rank costs.
+        default: Whether ``target_modules=None`` selects it.
+        quantized: How the weight is stored; empty for as it is.
+        reason: Why it is not selected, or refused.
+        share: ‖s·BA‖ / ‖W‖; None where there are no values.
+        effective: Effective rank of BA: the exponential of the entropy of its singular values.
+        gradient: Norm of the gradient of A and B, if there is one.
+        error: Of a merge: units in the last place, or what quantizing again has lost.
+    """
+
+    name: str
+    state: State
+    pattern: str = ""
+    shape: tuple[int, ...] = ()
+    adapter: str = ""
+    rank: int = 0
+    scale: float = 0.0
+    dropout: float = 0.0
+    parameters: int = 0
+    flops: int = 0
+    saved: int = 0
+    each_rank: float = 0.0
+    default: bool = False
+    quantized: str = ""
+    reason: str = ""
+    share: float | None = None
+    effective: float | None = None
+    gradient: float | None = None
+    error: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Box:
     """A module, or one node of its graph.
@@ -71,12 +164,16 @@ class Box:
         facts: What hovering shows, as label and value.
         children: What is inside.
         edges: Data flow between children, as pairs of ids.
-        flow: Whether the children are the nodes of a graph, else they are in registration order.
+        flow: Whether the edges say how data flows, else the children are in registration order.
         repeats: FQNs of the equal modules that this one stands for, itself first; empty if it
             stands for itself alone.
         sites: Adapted operations inside, those of all repeats counted.
         trainable, frozen: Elements of parameters inside, those of all repeats counted.
         adapter: Name of the adapter that a node belongs to.
+        branches: The adapters on the operation that this box stands for.
+        marks: Short words on it that are no color: how the weight is stored, what is shared, what else
+            is trained.
+        state: What becomes of it.
     """
 
     id: str
@@ -93,6 +190,9 @@ class Box:
     trainable: int = 0
     frozen: int = 0
     adapter: str = ""
+    branches: tuple[Branch, ...] = ()
+    marks: tuple[str, ...] = ()
+    state: State = State.NONE
 
     def walk(self) -> Iterator[Box]:
         """The box and everything in it, parents first."""
@@ -102,8 +202,8 @@ class Box:
 
     @property
     def hover(self) -> str:
-        """The facts as lines of text."""
-        return "\n".join(f"{label}: {value}" for label, value in self.facts)
+        """The facts as lines of text, without those that differ from one version of a library to the next."""
+        return "\n".join(f"{label}: {value}" for label, value in self.facts if label != "source")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +216,8 @@ class Picture:
         root: The outermost box.
         legend: The kinds that occur and want explaining, with the explanation.
         notes: Remarks on how the picture came about.
+        adapters: Names of the adapters that occur, in the order of their colors.
+        sites: Every linear operation of the model.
     """
 
     title: str
@@ -123,6 +225,8 @@ class Picture:
     root: Box
     legend: tuple[tuple[Kind, str], ...] = ()
     notes: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    sites: tuple[SiteRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for JSON.
@@ -139,6 +243,8 @@ class Picture:
             entry |= {name: getattr(box, name) for name in ("name", "caption", "fqn")}
             entry |= {"facts": [*map(list, box.facts)], "repeats": [*box.repeats]}
             entry |= {name: getattr(box, name) for name in ("sites", "trainable", "frozen")}
+            entry |= {"state": str(box.state), "marks": [*box.marks]}
+            entry |= {"branches": [dataclasses.asdict(branch) for branch in box.branches]}
             if box.children:
                 boxes.append(entry | {"flow": box.flow, "children": [c.id for c in box.children]})
             else:
@@ -154,6 +260,8 @@ class Picture:
             "summary": [list(fact) for fact in self.facts],
             "legend": [[str(kind), text] for kind, text in self.legend],
             "notes": list(self.notes),
+            "adapters": list(self.adapters),
+            "sites": [dataclasses.asdict(row) | {"state": str(row.state)} for row in self.sites],
             "root": self.root.id,
             "boxes": boxes,
             "nodes": nodes,
@@ -174,6 +282,15 @@ def elide(text: str, limit: int) -> str:
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
 
 
+def end_of(box: Box, *, last: bool) -> Box:
+    """Where an edge of an open box ends: at its first input, or at its last output."""
+    while box.children:
+        wanted = Kind.OUTPUT if last else Kind.INPUT
+        other = box.children[-1 if last else 0]
+        box = next((child for child in box.children if child.kind is wanted), other)
+    return box
+
+
 def human(count: int) -> str:
     """A count in three or four digits: ``6.74 B``."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
@@ -181,6 +298,17 @@ def human(count: int) -> str:
             digits = ".3g" if count < 1000 * size else ".0f"
             return f"{count / size:{digits}} {unit}"
     return str(count)
+
+
+def share_of(trainable: int, total: int) -> str:
+    """How many elements are trained, and what share that is."""
+    return human(trainable) + (f" ({100 * trainable / total:.3g} %)" if total else "")
+
+
+def occurring(legend: tuple[tuple[Kind, str], ...], root: Box) -> tuple[tuple[Kind, str], ...]:
+    """Those entries of a legend whose kinds are in a picture."""
+    kinds = {box.kind for box in root.walk()}
+    return tuple((kind, text) for kind, text in legend if kind in kinds)
 
 
 def times(shape: tuple[int, ...]) -> str:

@@ -1,245 +1,530 @@
 "use strict";
-/* Draws the picture that is in the page, opens and closes boxes, searches, pans and zooms. */
+/* The page around the graphs: search, panel, table, what-if, keys, mouse and fingers, files and paper. */
 
 (() => {
-  const SVG = "http://www.w3.org/2000/svg";
-  const doc = JSON.parse(document.getElementById("picture-data").textContent);
-  const boxes = new Map([...doc.boxes, ...doc.nodes].map((box) => [box.id, box]));
-  const open = new Set(doc.boxes.filter((box) => box.open).map((box) => box.id));
-  const svg = document.getElementById("canvas");
-  const tooltip = document.getElementById("tooltip");
-  const search = document.getElementById("search");
-  const found = document.getElementById("found");
-  const view = { x: 0, y: 0, scale: 1 };
-  let scene = null, world = null, hits = [], current = -1;
+  const at = (id) => document.getElementById(id);
+  const documents = JSON.parse(at("picture-data").textContent);
+  const looks = new Paint.Looks();
+  const tooltip = at("tooltip"), search = at("search"), found = at("found"), side = at("side");
+  let found_boxes = [], current = -1;
 
-  function element(name, attributes, parent, text) {
-    const made = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    if (text !== undefined) made.textContent = text;
-    if (parent) parent.append(made);
-    return made;
+  function made(tag, attributes = {}, ...inside) {
+    const element = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    element.append(...inside);
+    return element;
   }
 
-  function drawBox({ box, x, y, width, height, depth, open: isOpen }) {
-    const classes = ["box", box.kind];
-    if (isOpen) classes.push("open");
-    if (isOpen && depth % 2) classes.push("odd");
-    if (box.children && box.sites) classes.push("adapted");
-    if (box.children) classes.push("foldable");
-    if (hits.includes(box.id)) classes.push("hit");
-    const group = element("g", { class: classes.join(" "), "data-id": box.id, transform: `translate(${x} ${y})` }, world);
-    const rx = box.kind === "input" || box.kind === "output" ? 13 : 7;
-    if (box.repeats.length) {
-      element("rect", { class: "shade", x: 7, y: -7, width, height, rx }, group);
-      element("rect", { class: "shade", x: 3.5, y: -3.5, width, height, rx }, group);
-    }
-    element("rect", { class: "frame", width, height, rx }, group);
-    const [name, caption] = box.words;
-    let left = 11;
-    if (doc.chips[box.kind]) {
-      element("rect", { class: "chip", x: 7, y: height / 2 - 9, width: 18, height: 18, rx: 4 }, group);
-      element("text", { class: "chip-letter", x: 16, y: height / 2 + 4 }, group, doc.chips[box.kind]);
-      left = 32;
-    }
-    if (box.children) {
-      element("path", { class: "toggle", d: isOpen ? "M10 9h9l-4.5 6.5z" : "M11.5 7.5v9l6.5-4.5z" }, group);
-      left = 25;
-    }
-    const twoLines = Boolean(caption) || isOpen;
-    element("text", { class: "name", x: left, y: twoLines ? 16 : height / 2 + 4 }, group, name);
-    if (caption) element("text", { class: "caption", x: left, y: 30 }, group, caption);
-    if (box.children && box.sites) {
-      const wide = 10 + 7 * String(box.sites).length;
-      element("rect", { class: "badge", x: width - wide - 7, y: 6, width: wide, height: 14, rx: 7 }, group);
-      element("text", { class: "badge-text", x: width - wide / 2 - 7, y: 16.5 }, group, box.sites);
-    }
-    if (box.children) {
-      element("rect", {
-        class: "handle", width, height: isOpen ? Layout.headerOf(box, doc.metrics) : height, tabindex: 0,
-        role: "button", "aria-expanded": isOpen, "aria-label": `${box.name} ${box.caption}`,
-      }, group);
+  /* --- panes: one graph, or several that scroll together --- */
+
+  const graphs = documents.map((doc) => {
+    const canvas = made("canvas", { tabindex: 0, role: "application", "aria-label": `Graph of ${doc.title}` });
+    const map = made("canvas", { class: "minimap", "aria-hidden": "true", width: 180, height: 130 });
+    const pane = made("div", { class: "pane" }, canvas, map);
+    if (documents.length > 1) pane.prepend(made("h2", {}, `${doc.title}: ${doc.summary.map((fact) => fact.join(" ")).join(", ")}`));
+    at("panes").append(pane);
+    const graph = new Graph(doc, canvas, looks);
+    Object.assign(graph, { minimap: map, onDraw: drawMap });
+    listen(graph);
+    return graph;
+  });
+  let active = graphs[0];
+
+  const others = (graph) => graphs.filter((one) => one !== graph);
+
+  /* What moves one graph on the screen moves the others alike, wherever they are. */
+  function follow(graph) {
+    const before = graph.followed ?? graph.view, { x, y, scale } = graph.view, by = scale / before.scale;
+    graph.followed = graph.view;
+    for (const other of others(graph)) {
+      const { view } = other;
+      other.move(x + (view.x - before.x) * by, y + (view.y - before.y) * by, view.scale * by);
+      other.followed = other.view;
     }
   }
 
-  function draw() {
-    scene = Layout.place(boxes, doc.root, doc.metrics, (box) => open.has(box.id));
-    const fresh = element("g", { class: "world" });
-    if (world) world.replaceWith(fresh); else svg.append(fresh);
-    world = fresh;
-    scene.placed.forEach(drawBox);
-    for (const { link: [, lower, source, target], points } of scene.wires) {
-      const branch = boxes.get(target).adapter && boxes.get(source).kind !== "base";
-      const lora = branch ? " lora" : "";
-      element("path", { class: "wire" + lora, d: Layout.pathOf(points) }, world);
-      if (lower !== target) continue;
-      const [x, y] = points.at(-1);
-      element("path", { class: "arrow" + lora, d: `M${x} ${y}l-3.5 -6h7z` }, world);
+  function fitAll() {
+    for (const graph of graphs) {
+      graph.fit();
+      graph.followed = graph.view;
     }
-    move();
   }
 
-  const move = () => world.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
-  const spotOf = (id) => scene.placed.find((placed) => placed.box.id === id);
-
-  function fit() {
-    const area = svg.getBoundingClientRect(), margin = 28;
-    const byWidth = (area.width - 2 * margin) / scene.width;
-    const byHeight = (area.height - 2 * margin) / scene.height;
-    // Readable first: what does not fit then is reached by dragging.
-    view.scale = Math.min(1.25, byWidth, Math.max(byHeight, 0.7));
-    view.x = (area.width - scene.width * view.scale) / 2;
-    view.y = margin;
-    move();
+  /* The box of the same name in another graph comes to where the selected one is. */
+  function align(graph, other, twin) {
+    const here = graph.spotOf(graph.selected), there = other.spotOf(twin), { view } = graph;
+    const y = view.y + here.y * view.scale - there.y * view.scale;
+    const x = view.x + (here.x + here.width / 2) * view.scale - (there.x + there.width / 2) * view.scale;
+    other.move(x, y, view.scale);
+    other.followed = other.view;
   }
 
-  function toggle(id) {
-    const before = spotOf(id);
-    if (!open.delete(id)) open.add(id);
-    draw();
-    // What was clicked stays under the pointer.
-    const after = spotOf(id);
-    view.x += (before.x - after.x) * view.scale;
-    view.y += (before.y - after.y) * view.scale;
-    if (document.activeElement === document.body) {
-      world.querySelector(`[data-id="${id}"] > .handle`)?.focus({ preventScroll: true });
+  function toggle(graph, box) {
+    graph.toggle(box);
+    follow(graph);
+    for (const other of others(graph)) {
+      const twin = other.byFqn.get(box.fqn);
+      if (twin?.children.length && twin.open !== box.open) other.toggle(twin);
+      other.followed = other.view;
     }
-    move();
   }
 
-  function showAll(all) {
-    open.clear();
-    for (const box of doc.boxes) if (all || box.id === doc.root) open.add(box.id);
-    draw();
-    fit();
+  function select(graph, box, options) {
+    active = graph;
+    // The panel takes its room before the box is brought into what is left.
+    if (box) showDetails(box);
+    graph.select(box, options);
+    follow(graph);
+    for (const other of others(graph)) {
+      const twin = box?.fqn ? other.byFqn.get(other.drawnAs(box.fqn)) : null;
+      other.select(twin ?? null, { show: false });
+      if (twin) align(graph, other, twin);
+    }
+    if (box) history.replaceState(null, "", `#${encodeURIComponent(box.fqn)}`);
+    markRow();
   }
 
-  /* A block that stands for others answers to their names too: layers.17.mlp is found in layers.0. */
-  function unfolded(query) {
-    for (const box of doc.boxes) {
-      for (const name of box.repeats.slice(1)) {
-        const atoms = name.split(".");
-        for (let i = 0; i < Math.max(atoms.length - 1, 1); i++) {
-          const tail = atoms.slice(i).join(".").toLowerCase();
-          const at = query.indexOf(tail), end = query[at + tail.length];
-          const whole = at === 0 || query[at - 1] === ".";
-          if (at < 0 || !whole || (end !== undefined && end !== ".")) continue;
-          const first = box.fqn.split(".").slice(i).join(".").toLowerCase();
-          return query.slice(0, at) + first + query.slice(at + tail.length);
-        }
+  /* --- the panel --- */
+
+  const TABS = ["details", "sites", "try"];
+
+  function openTab(name) {
+    document.body.classList.toggle("with-side", Boolean(name));
+    document.body.classList.toggle("with-table", name === "sites");
+    for (const tab of TABS) {
+      at(tab).hidden = tab !== name;
+      at(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
+    }
+    if (name === "sites") showSites();
+    for (const graph of graphs) graph.draw();
+  }
+
+  const tabOpen = () => (document.body.classList.contains("with-side") ? TABS.find((tab) => !at(tab).hidden) : "");
+
+  function copyButton(text) {
+    const button = made("button", { type: "button", class: "copy", title: "Copy" }, "Copy");
+    button.addEventListener("click", async () => {
+      await copy(text);
+      button.textContent = "Copied";
+    });
+    return button;
+  }
+
+  async function copy(text) {
+    // A page from a file may have no clipboard; a selected field always has.
+    if (navigator.clipboard) {
+      try { await navigator.clipboard.writeText(text); return; } catch { /* asked in the old way below */ }
+    }
+    const field = made("textarea", {}, text);
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+
+  function showDetails(box) {
+    const list = made("dl", { class: "facts" });
+    for (const [label, value] of box.facts) list.append(made("dt", {}, label), made("dd", {}, value));
+    for (const row of box.rows.length <= 4 ? box.rows : []) {
+      for (const [key, label] of [["share", "‖s·BA‖ / ‖W‖"], ["effective", "effective rank"]]) {
+        if (row[key] !== null) list.append(made("dt", {}, label), made("dd", {}, `${row[key].toPrecision(3)} (${row.name}${row.adapter ? `, ${row.adapter}` : ""})`));
       }
     }
-    return query;
+    const title = made("div", { class: "fqn" }, made("code", {}, box.fqn || "(root)"), copyButton(box.fqn));
+    const marks = made("p", { class: "marks" }, ...[box.state && { adapted: "adapted", unselected: "base", refused: "cannot be adapted", full: "trained in full", rows: "rows trained" }[box.state], ...box.marks.map(([mark]) => mark)].filter(Boolean).map((mark) => made("span", {}, mark)));
+    const lines = made("ul", { class: "lines" }, ...box.lines.map((line) => made("li", { class: `ink${line.adapter % 6}` }, `+ B·A  ${line.words}`)));
+    const once = made("p", { class: "once" }, layerOf(box, "").replace(" · in ", "drawn once for "));
+    at("details").replaceChildren(made("h2", {}, box.name), title, once, marks, lines, list);
+    if (tabOpen() !== "sites" || narrow()) openTab("details");
   }
+
+  const narrow = () => matchMedia("(max-width: 760px)").matches;
+
+  /* --- search --- */
 
   function find() {
-    const typed = search.value.trim().toLowerCase();
-    const query = unfolded(typed);
-    const modules = ["module", "opaque", "leaf", "call", "site", "skipped", "rejected"];
-    const matches = query
-      ? [...boxes.values()].filter((box) => modules.includes(box.kind) && box.fqn.toLowerCase().includes(query))
-      : [];
-    // The names that end with the query are meant before those that go on.
-    const exact = matches.filter((box) => box.fqn.toLowerCase().endsWith(query));
-    hits = (exact.length ? exact : matches).map((box) => box.id);
+    const query = search.value;
+    const { hits, meant } = Find.search(query, active.boxes, (part) => active.partDrawnAs(part));
+    found_boxes = hits;
+    found.dataset.meant = meant;
     current = hits.length ? 0 : -1;
-    show();
+    active.hits = new Set(hits);
+    step(0);
   }
 
-  function show() {
-    found.textContent = search.value.trim() ? `${current + 1} / ${hits.length}` : "";
-    for (let box = boxes.get(hits[current]); box && box.parent; box = boxes.get(box.parent)) open.add(box.parent);
-    draw();
-    const spot = spotOf(hits[current]);
-    if (!spot) return;
-    const area = svg.getBoundingClientRect();
-    view.scale = Math.max(view.scale, 0.8);
-    view.x = area.width / 2 - (spot.x + spot.width / 2) * view.scale;
-    view.y = area.height / 2 - (spot.y + Math.min(spot.height, area.height / view.scale - 40) / 2) * view.scale;
-    move();
+  function step(by) {
+    const count = found_boxes.length, box = count ? found_boxes[current = (current + by + count) % count] : null;
+    const around = box ? layerOf(box, found.dataset.meant) : "";
+    found.textContent = search.value.trim() ? `${current + 1} / ${count}${around}` : "";
+    if (box) {
+      active.select(box);
+      follow(active);
+      if (tabOpen() === "details") showDetails(box);
+    } else active.draw();
   }
 
-  function hover(event) {
-    const group = event.target.closest("[data-id]");
-    const box = group && boxes.get(group.dataset.id);
-    tooltip.hidden = !box;
-    if (!box) return;
-    tooltip.replaceChildren(...box.facts.flatMap(([label, value]) => {
-      const term = document.createElement("dt"), text = document.createElement("dd");
-      term.textContent = label;
-      text.textContent = value;
-      return [term, text];
+  /* Of a hit in a block that stands for others: which layers it is in. */
+  function layerOf(box, meant) {
+    for (let one = box; one; one = one.parent) {
+      if (one.repeats.length) return meant ? ` · ${meant}, drawn once for ${one.name}` : ` · in ${one.name}`;
+    }
+    return "";
+  }
+
+  /* --- colors --- */
+
+  const METRICS = [
+    ["", "adapter"], ["rank", "rank"], ["scale", "scale"], ["parameters", "trained parameters"], ["flops", "FLOPs a token"],
+    ["saved", "bytes saved a token"], ["gradient", "norm of the gradient"], ["error", "error of the merge"], ["share", "‖s·BA‖ / ‖W‖"], ["effective", "effective rank"], ["quantized", "quantized"],
+  ];
+  const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+
+  function ramp(part) {
+    const place = Math.min(0.9999, Math.max(0, part)) * (RAMP.length - 1), low = Math.floor(place), share = place - low;
+    const mixed = RAMP[low].map((one, i) => Math.round(one + (RAMP[low + 1][i] - one) * share));
+    return `rgba(${mixed.join(",")},0.55)`;
+  }
+
+  const valueOf = (row, key) => (key === "quantized" ? (row.quantized ? 1 : 0) : row[key]);
+  const counts = (row, key) => (key === "quantized" ? row.state !== "refused" : row.state === "adapted" && row[key] !== null);
+
+  function average(rows, key) {
+    const values = rows.filter((row) => counts(row, key)).map((row) => valueOf(row, key));
+    return values.length ? values.reduce((a, b) => a + b, 0) / values.length : null;
+  }
+
+  function colorBy(key) {
+    for (const graph of graphs) {
+      const values = graph.sites.filter((row) => counts(row, key)).map((row) => valueOf(row, key));
+      const low = Math.min(...values), high = Math.max(...values), span = high - low || 1;
+      const known = new Map();
+      graph.color = !key || !values.length ? null : (box) => {
+        if (!known.has(box)) {
+          const mean = average(box.rows, key);
+          known.set(box, mean === null ? null : ramp((mean - low) / span));
+        }
+        return known.get(box);
+      };
+      graph.scale = graph.color ? [low, high] : null;
+      graph.map = null;
+      graph.draw();
+    }
+    showKey();
+  }
+
+  function showKey() {
+    const { doc, scale } = active, parts = [];
+    for (const [kind, text] of doc.legend) parts.push(sample(kind, doc.chips[kind], text));
+    if (doc.adapters.length > 1) doc.adapters.forEach((name, i) => parts.push(made("span", { class: `ink${i % 6}` }, made("b", {}, "B·A "), name)));
+    if (scale) {
+      const bar = made("i", { class: "ramp" });
+      bar.style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(ramp).join(",")})`;
+      parts.push(made("span", { id: "ramp" }, Number(scale[0].toPrecision(3)).toLocaleString("en"), bar, Number(scale[1].toPrecision(3)).toLocaleString("en")));
+    } else if (at("color").value) parts.push(made("span", { id: "ramp" }, "no values to color by"));
+    for (const note of new Set(documents.flatMap((one) => one.notes))) parts.push(made("span", { class: "note" }, note));
+    at("key").replaceChildren(...parts);
+  }
+
+  function sample(kind, letter, text) {
+    const svg = document.createElementNS(Paint.SVG, "svg"), pen = new Paint.SvgPen(svg);
+    pen.begin(kind, 0, 0);
+    if (letter) { pen.rect("chip", 0, 0, 15, 15, 4); pen.text("chip-letter", 7.5, 11.5, letter); } else pen.rect("frame", 0.5, 0.5, 14, 14, 4);
+    return made("span", {}, svg, text);
+  }
+
+  /* --- the table of sites --- */
+
+  const SHOWN = [["name", "site"], ["state", "state"], ["adapter", "adapter"], ["shape", "weight"], ["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"], ["share", "‖sBA‖/‖W‖"], ["effective", "eff. r"], ["gradient", "‖grad‖"], ["error", "error"], ["quantized", "stored"], ["reason", "why not"]];
+  const MOST = 1500;
+  let order = null, down = false, rowsShown = new Map();
+
+  function showSites() {
+    const query = search.value.trim(), within = query ? new Set(found_boxes) : null;
+    const inside = (row) => { for (let box = row.box; box; box = box.parent) if (within.has(box)) return true; return false; };
+    const rows = active.sites.filter((row) => !within || inside(row));
+    const columns = SHOWN.filter(([key]) => rows.some((row) => row[key] !== null && row[key] !== "" && row[key] !== 0));
+    if (order) {
+      const value = (row) => row[order] ?? (down ? -Infinity : Infinity);
+      rows.sort((a, b) => (typeof value(a) === "string" ? value(a).localeCompare(value(b), "en", { numeric: true }) : value(a) - value(b)) * (down ? -1 : 1));
+    }
+    const head = made("tr", {}, ...columns.map(([key, label]) => {
+      const button = made("button", { type: "button", "data-key": key }, label + (order === key ? (down ? " ↓" : " ↑") : ""));
+      button.addEventListener("click", () => { down = order === key ? !down : false; order = key; showSites(); });
+      return made("th", { "aria-sort": order === key ? (down ? "descending" : "ascending") : "none" }, button);
     }));
+    const body = made("tbody");
+    rowsShown = new Map();
+    for (const row of rows.slice(0, MOST)) {
+      const line = made("tr", { tabindex: 0, "data-name": row.name }, ...columns.map(([key]) => made("td", {}, written(row[key], row))));
+      line.addEventListener("click", () => select(active, row.box));
+      line.addEventListener("keydown", (event) => { if (event.key === "Enter") select(active, row.box); });
+      if (!rowsShown.has(row.box)) rowsShown.set(row.box, []);
+      rowsShown.get(row.box).push(line);
+      body.append(line);
+    }
+    const more = rows.length > MOST ? `, of which ${MOST} are shown: search to narrow them` : "";
+    at("sites").replaceChildren(made("p", {}, `${rows.length} of ${active.sites.length} linear operations${more}`), made("table", {}, made("thead", {}, head), body));
+    markRow();
+  }
+
+  const written = (value, row) => (value === null || (value === 0 && row.state !== "adapted") ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : value === "unselected" ? "base" : value);
+
+  function markRow() {
+    for (const line of at("sites").querySelectorAll("tr.chosen")) line.classList.remove("chosen");
+    const lines = rowsShown.get(active.selected) ?? [];
+    for (const line of lines) line.classList.add("chosen");
+    lines[0]?.scrollIntoView({ block: "nearest" });
+  }
+
+  /* --- what if --- */
+
+  function tryOut() {
+    const target = Find.targets(at("targets").value), exclude = Find.targets(at("exclude").value);
+    const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Math.max(1, Number(at("alpha").value) || 1);
+    const wanted = Find.layers(at("layers").value);
+    const lines = [], bad = [target, exclude].find((one) => one.kind === "unsure" || one.kind === "wrong");
+    let chosen = [];
+    if (bad) {
+      lines.push(bad.kind === "wrong" ? `not an expression: ${bad.reason}` : `Python may read this in another way (${bad.reason}): ask lora-fx plan --why`);
+    } else {
+      const { selected, refused, idle } = Find.select(active.sites, target, exclude, wanted);
+      chosen = [...selected, ...refused];
+      const cost = selected.reduce((sum, row) => sum + row.each_rank * rank, 0);
+      lines.push(`${selected.length} of ${new Set(active.sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      for (const name of idle) lines.push(`matches nothing: ${name}`);
+      for (const row of refused.slice(0, 5)) lines.push(`cannot be adapted: ${row.name}: ${row.reason}`);
+      if (refused.length > 5) lines.push(`and ${refused.length - 5} more that cannot be adapted`);
+      for (const row of selected.slice(0, 8)) lines.push(`· ${row.name}`);
+      if (selected.length > 8) lines.push(`and ${selected.length - 8} more`);
+    }
+    if (!active.sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
+    active.hits = new Set(chosen.map((row) => row.box));
+    active.draw();
+    at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
+    at("config").textContent = bad ? "" : Find.WRITERS[at("form").value](Find.fields(target, exclude, rank, alpha, wanted));
+  }
+
+  /* --- minimap --- */
+
+  function drawMap(graph) {
+    const { minimap, root, view, area } = graph, context = minimap.getContext("2d");
+    const scale = Math.min(200 / root.width, 260 / root.height);
+    const small = area.width < 500 || (view.x >= 0 && view.y >= 0 && root.width * view.scale + view.x <= area.width && root.height * view.scale + view.y <= area.height);
+    minimap.hidden = small;
+    if (small) return;
+    if (!graph.map) {
+      [minimap.width, minimap.height] = [Math.max(30, root.width * scale), Math.max(30, root.height * scale)].map(Math.round);
+      graph.map = document.createElement("canvas");
+      [graph.map.width, graph.map.height] = [minimap.width, minimap.height];
+      const drawing = graph.map.getContext("2d");
+      drawing.scale(scale, scale);
+      // Without what is selected and found now: that changes more often than the picture.
+      const { selected, hits } = graph;
+      Object.assign(graph, { selected: null, hits: new Set() });
+      graph.drawBox(new Paint.CanvasPen(drawing, looks, scale), root, 0, 0, 0, [0, 0, root.width, root.height]);
+      Object.assign(graph, { selected, hits });
+    }
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, minimap.width, minimap.height);
+    context.globalAlpha = 1;
+    context.drawImage(graph.map, 0, 0);
+    const look = looks.of("box hit", "frame", "rect"), by = scale / view.scale;
+    context.strokeStyle = look.stroke;
+    context.lineWidth = 1.5;
+    context.strokeRect(-view.x * by, -view.y * by, area.width * by, area.height * by);
+  }
+
+  function jump(graph, event) {
+    const { minimap, root, view, area } = graph, spot = minimap.getBoundingClientRect();
+    const scale = Math.min(200 / root.width, 260 / root.height);
+    const x = (event.clientX - spot.left) / scale, y = (event.clientY - spot.top) / scale;
+    graph.move(area.width / 2 - x * view.scale, area.height / 2 - y * view.scale, view.scale);
+    follow(graph);
+  }
+
+  /* --- mouse and fingers --- */
+
+  function listen(graph) {
+    const { canvas } = graph, fingers = new Map();
+    let moved = false;
+    const place = (event) => { const { left, top } = graph.area; return [event.clientX - left, event.clientY - top]; };
+    canvas.addEventListener("pointerdown", (event) => {
+      canvas.setPointerCapture(event.pointerId);
+      if (!fingers.size) moved = false;
+      fingers.set(event.pointerId, place(event));
+      active = graph;
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      const before = fingers.get(event.pointerId), now = place(event);
+      if (!before) return hover(graph, event, now);
+      if (!moved && Math.hypot(now[0] - before[0], now[1] - before[1]) < 4) return undefined;
+      moved = true;
+      tooltip.hidden = true;
+      const other = [...fingers.entries()].find(([id]) => id !== event.pointerId)?.[1];
+      fingers.set(event.pointerId, now);
+      if (other) {
+        const apart = (one) => Math.hypot(one[0] - other[0], one[1] - other[1]) || 1;
+        graph.zoom(apart(now) / apart(before), other[0], other[1]);
+      } else graph.move(graph.view.x + now[0] - before[0], graph.view.y + now[1] - before[1], graph.view.scale);
+      return follow(graph);
+    });
+    const lift = (event) => {
+      const was = fingers.delete(event.pointerId);
+      if (!was || moved || event.type !== "pointerup") return;
+      const [x, y] = place(event), box = graph.boxAt(x, y);
+      if (!box) { select(graph, null); return; }
+      const spot = graph.spotOf(box), { view } = graph;
+      const onHandle = box.children.length && x - view.x - spot.x * view.scale < 24 * view.scale && y - view.y - spot.y * view.scale < 24 * view.scale;
+      select(graph, box, { show: false });
+      if (onHandle) toggle(graph, box);
+    };
+    canvas.addEventListener("pointerup", lift);
+    canvas.addEventListener("pointercancel", lift);
+    canvas.addEventListener("dblclick", (event) => {
+      const box = graph.boxAt(...place(event));
+      if (box?.children.length) toggle(graph, box);
+    });
+    canvas.addEventListener("pointerleave", () => { tooltip.hidden = true; });
+    canvas.addEventListener("focus", () => { active = graph; });
+    canvas.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      graph.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), ...place(event));
+      follow(graph);
+    }, { passive: false });
+    graph.minimap.addEventListener("pointerdown", (event) => { graph.minimap.setPointerCapture(event.pointerId); jump(graph, event); });
+    graph.minimap.addEventListener("pointermove", (event) => { if (event.buttons) jump(graph, event); });
+  }
+
+  function hover(graph, event, [x, y]) {
+    const box = event.pointerType === "mouse" ? graph.boxAt(x, y) : null;
+    tooltip.hidden = !box || !box.facts.length;
+    if (tooltip.hidden) return;
+    tooltip.replaceChildren(...box.facts.slice(0, 8).flatMap(([label, value]) => [made("dt", {}, label), made("dd", {}, value)]));
     const { width, height } = tooltip.getBoundingClientRect();
     tooltip.style.left = `${Math.max(8, Math.min(event.clientX + 16, innerWidth - width - 12))}px`;
     tooltip.style.top = `${Math.max(8, event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18)}px`;
   }
 
-  function zoom(factor, x, y) {
-    const scale = Math.min(4, Math.max(0.05, view.scale * factor));
-    view.x = x - (x - view.x) * (scale / view.scale);
-    view.y = y - (y - view.y) * (scale / view.scale);
-    view.scale = scale;
-    move();
+  /* --- keys --- */
+
+  const HELP = [
+    ["Tab, Shift+Tab", "next and previous box"], ["arrows", "to the box in that direction"], ["Enter", "open, or go inside"], ["Space", "open or close"],
+    ["Backspace", "to the box around"], ["/", "find; Enter for the next hit"], ["+ −", "zoom"], ["f", "show everything"], ["Shift+F", "show the selected box"],
+    ["t", "table of sites"], ["w", "what if"], ["?", "this list"], ["Esc", "close, then forget the selection"],
+  ];
+  at("keys").append(made("h2", {}, "Keys"), made("dl", {}, ...HELP.flatMap(([key, text]) => [made("dt", {}, key), made("dd", {}, text)])));
+
+  const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
+
+  /* What a key does to the selection; false where it is none of these. */
+  function walk(event) {
+    const graph = active, box = graph.selected;
+    if (event.key === "Tab") {
+      const shown = [...graph.shown()], place = shown.indexOf(box) + (event.shiftKey ? -1 : 1);
+      // Before the first and after the last, Tab leaves the graph as it leaves any field.
+      if (!shown[place]) return false;
+      select(graph, shown[place]);
+    } else if (ARROWS[event.key]) {
+      const next = box ? graph.neighbor(box, ...ARROWS[event.key]) : graph.root;
+      if (next) select(graph, next);
+    } else if (event.key === "Enter" && box?.children.length) {
+      if (box.open) select(graph, box.children[0]); else toggle(graph, box);
+    } else if (event.key === " " && box?.children.length) toggle(graph, box);
+    else if (event.key === "Backspace" && box?.parent) select(graph, box.parent);
+    else return false;
+    return true;
   }
 
-  let grip = null;
-  svg.addEventListener("pointerdown", (event) => {
-    grip = { x: event.clientX, y: event.clientY, moved: false };
-  });
-  window.addEventListener("pointermove", (event) => {
-    if (!grip) return;
-    const dx = event.clientX - grip.x, dy = event.clientY - grip.y;
-    if (!grip.moved && Math.hypot(dx, dy) < 4) return;
-    svg.classList.add("dragged");
-    tooltip.hidden = true;
-    view.x += dx;
-    view.y += dy;
-    grip = { x: event.clientX, y: event.clientY, moved: true };
-    move();
-  });
-  window.addEventListener("pointerup", (event) => {
-    const handle = grip && !grip.moved && event.target.closest?.(".handle");
-    grip = null;
-    svg.classList.remove("dragged");
-    if (handle) toggle(handle.parentNode.dataset.id);
-  });
-  svg.addEventListener("keydown", (event) => {
-    const handle = event.target.closest(".handle");
-    if (!handle || (event.key !== "Enter" && event.key !== " ")) return;
-    event.preventDefault();
-    const id = handle.parentNode.dataset.id;
-    toggle(id);
-    world.querySelector(`[data-id="${id}"] > .handle`)?.focus({ preventScroll: true });
-  });
-  svg.addEventListener("pointermove", (event) => { if (!grip?.moved) hover(event); });
-  svg.addEventListener("pointerleave", () => { tooltip.hidden = true; });
-  svg.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    const area = svg.getBoundingClientRect();
-    zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), event.clientX - area.left, event.clientY - area.top);
-  }, { passive: false });
-  search.addEventListener("input", find);
-  search.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") { search.value = ""; find(); search.blur(); }
-    if (event.key !== "Enter" || !hits.length) return;
-    current = (current + (event.shiftKey ? hits.length - 1 : 1)) % hits.length;
-    show();
-  });
+  function leave() {
+    if (document.body.classList.contains("with-side")) openTab("");
+    else { active.hits = new Set(); select(active, null); }
+  }
+
+  const COMMANDS = {
+    "/": () => search.focus(), "+": () => { active.zoom(1.25); follow(active); }, "=": () => { active.zoom(1.25); follow(active); },
+    "-": () => { active.zoom(0.8); follow(active); }, f: fitAll,
+    F: () => { active.fit(active.selected ?? active.root, false); follow(active); }, "?": () => at("keys").showModal(),
+    t: () => openTab(tabOpen() === "sites" ? "" : "sites"), w: () => { openTab("try"); at("targets").focus(); tryOut(); }, Escape: leave,
+  };
+
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.target === search) return;
+    const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && event.target.type !== "range";
+    if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
+    if (typing) {
+      if (event.key === "Escape") { if (event.target === search) { search.value = ""; find(); } active.canvas.focus(); }
+      return;
+    }
+    const onGraph = event.target === document.body || event.target.tagName === "CANVAS";
+    if (onGraph && walk(event)) { active.canvas.focus(); event.preventDefault(); return; }
+    const command = COMMANDS[event.key];
+    if (!command) return;
     event.preventDefault();
-    search.focus();
+    command();
   });
-  document.getElementById("expand").addEventListener("click", () => showAll(true));
-  document.getElementById("collapse").addEventListener("click", () => showAll(false));
-  document.getElementById("fit").addEventListener("click", fit);
+  at("keys").addEventListener("click", () => at("keys").close());
 
-  draw();
-  fit();
-  // A link to a part: graph.html#model.layers.3
-  if (location.hash.length > 1) {
-    search.value = decodeURIComponent(location.hash.slice(1));
-    find();
+  /* --- files and paper --- */
+
+  function save(blob, suffix) {
+    const link = made("a", { href: URL.createObjectURL(blob), download: `${active.doc.title}.${suffix}` });
+    link.click();
+    URL.revokeObjectURL(link.href);
   }
+
+  function savePng() {
+    const { root } = active, most = 12000, scale = Math.min(2, most / root.width, most / root.height), margin = 20;
+    const canvas = made("canvas", { width: Math.ceil((root.width + 2 * margin) * scale), height: Math.ceil((root.height + 2 * margin) * scale) });
+    const context = canvas.getContext("2d");
+    context.fillStyle = getComputedStyle(document.body).backgroundColor;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.setTransform(scale, 0, 0, scale, margin * scale, margin * scale);
+    active.drawBox(new Paint.CanvasPen(context, looks, scale), root, 0, 0, 0, null);
+    canvas.toBlob((blob) => save(blob, "png"), "image/png");
+  }
+
+  at("save-svg").addEventListener("click", () => save(new Blob([new XMLSerializer().serializeToString(active.toSvg())], { type: "image/svg+xml" }), "svg"));
+  at("save-png").addEventListener("click", savePng);
+  addEventListener("beforeprint", () => at("paper").replaceChildren(...graphs.map((graph) => graph.toSvg())));
+  addEventListener("afterprint", () => at("paper").replaceChildren());
+
+  /* --- controls --- */
+
+  search.addEventListener("input", () => { find(); if (tabOpen() === "sites") showSites(); });
+  search.addEventListener("keydown", (event) => { if (event.key === "Enter") step(event.shiftKey ? -1 : 1); });
+  at("fit").addEventListener("click", fitAll);
+  at("help").addEventListener("click", () => at("keys").showModal());
+  at("hide").addEventListener("click", () => openTab(""));
+  for (const tab of TABS) at(`tab-${tab}`).addEventListener("click", () => { openTab(tab); if (tab === "try") tryOut(); });
+  const depth = at("depth");
+  depth.max = Math.max(...graphs.map((graph) => graph.depth), 1);
+  depth.value = depth.max;
+  depth.addEventListener("input", () => {
+    for (const graph of graphs) graph.toDepth(Number(depth.value));
+    fitAll();
+  });
+  const known = ([key]) => !key || graphs.some((graph) => graph.sites.some((row) => row[key]));
+  at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
+  at("color").addEventListener("change", () => colorBy(at("color").value));
+  at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
+  for (const id of ["targets", "exclude", "layers", "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
+  at("copy-config").addEventListener("click", () => copy(at("config").textContent));
+  at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
+  new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    looks.forget();
+    for (const graph of graphs) { graph.map = null; graph.draw(); }
+  });
+
+  // A link to a part: graph.html#model.layers.3
+  function jumpToHash() {
+    const fqn = decodeURIComponent(location.hash.slice(1));
+    if (fqn) select(active, active.boxOf(fqn));
+  }
+  addEventListener("hashchange", jumpToHash);
+
+  showKey();
+  fitAll();
+  jumpToHash();
+  // For programs that drive the page, such as its tests.
+  window.loraFx = { graphs, select: (fqn) => select(active, active.boxOf(fqn)) };
 })();

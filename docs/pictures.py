@@ -1,0 +1,137 @@
+"""Draws the pictures of ``guides/visualizing.md`` with a headless Chromium: ``make pictures``.
+
+The models have random weights, or none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+import transformers
+from PIL import Image
+
+import lora_fx
+from tests.tools.browser import Page, browser
+
+FOLDER = Path(__file__).with_name("img")
+
+
+class Shot(NamedTuple):
+    """A picture.
+
+    Attributes:
+        name: Of the file.
+        drawn: Makes what is visualized.
+        width, height: Of the window.
+        dark: Whether the reader prefers the dark.
+        steps: JavaScript that is run before the picture is taken.
+    """
+
+    name: str
+    drawn: Callable[[], Any]
+    width: int = 1200
+    height: int = 760
+    dark: bool = False
+    steps: str = ""
+
+
+def llama() -> torch.nn.Module:
+    """A Llama of 7B without memory, its attention adapted."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
+    config = lora_fx.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
+    return lora_fx.rewrite(model, config)
+
+
+def bert() -> torch.nn.Module:
+    """A small BERT with two adapters that have been trained, as far as numbers go."""
+    torch.manual_seed(0)
+    settings = transformers.BertConfig(num_hidden_layers=4)
+    model = transformers.BertForSequenceClassification(settings)
+    first = lora_fx.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
+    )
+    model = lora_fx.rewrite(model, first)
+    second = lora_fx.LoraConfig(r=4, target_modules=["query", "dense"])
+    lora_fx.add_adapter(model, second, "tone")
+    lora_fx.set_adapter(model, ["default", "tone"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02 * (1 + len(name) % 3))
+    return model
+
+
+def mixtral() -> torch.nn.Module:
+    """A Mixtral of four layers without memory."""
+    with torch.device("meta"):
+        settings = transformers.MixtralConfig(num_hidden_layers=4)
+        model = transformers.MixtralForCausalLM(settings)
+    return lora_fx.rewrite(model, lora_fx.LoraConfig(r=8))
+
+
+def resnet() -> torch.nn.Module:
+    """A ResNet-18."""
+    return lora_fx.rewrite(torchvision.models.resnet18(), lora_fx.LoraConfig(r=8))
+
+
+def plan_and_model() -> list[Any]:
+    """The plan of a small Llama, and the rewritten model."""
+    settings = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=99,
+    )
+    model = transformers.LlamaForCausalLM(settings)
+    config = lora_fx.LoraConfig(r=8, target_modules=r".*\.(q_proj|v_proj|up_proj)")
+    return [lora_fx.plan(model, config), lora_fx.rewrite(model, config)]
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+LAYER = "loraFx.graphs[0].fit(loraFx.graphs[0].boxOf('bert.encoder.layer.0.attention'), false);"
+COLOR = """
+const color = document.querySelector("#color");
+color.value = "share";
+color.dispatchEvent(new Event("change"));
+"""
+SHOTS = (
+    Shot("page-llama-7b", llama),
+    Shot("page-bert-two-adapters", bert, steps=f"loraFx.select('{QUERY}');"),
+    Shot("page-bert-color", bert, dark=True, steps=COLOR + LAYER),
+    Shot(
+        "page-mixtral",
+        mixtral,
+        dark=True,
+        steps="loraFx.graphs[0].fit(loraFx.graphs[0].boxOf('model.layers.0.mlp'), false);",
+    ),
+    Shot("page-resnet18-phone", resnet, width=390, height=780),
+    Shot("page-compare", plan_and_model, steps="loraFx.select('model.layers.0.self_attn.q_proj');"),
+)
+
+
+def take(page: Page, shot: Shot, folder: Path) -> None:
+    """Draws one picture; 256 colors keep the file small."""
+    path = lora_fx.visualize(shot.drawn(), folder / f"{shot.name}.html")
+    page.size(shot.width, shot.height, dark=shot.dark)
+    page.open(path.as_uri())
+    page.run(f"(() => {{ {shot.steps} }})()")
+    page.run("new Promise((done) => setTimeout(done, 400))")
+    if page.complaints:
+        raise RuntimeError(f"{shot.name}: {page.complaints}")
+    with Image.open(page.screenshot(folder / f"{shot.name}.png")) as image:
+        few = image.convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
+        few.save(FOLDER / f"{shot.name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        for each in SHOTS:
+            with browser() as opened:
+                take(opened, each, Path(made))

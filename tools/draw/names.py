@@ -1,0 +1,342 @@
+"""Pictures of what is listed by name: plans, merges and adapter folders, as the tree of the names."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lora_fx.checkpoint import read_tensors, without_prefix
+from lora_fx.config import LoraConfig, scale_for
+from lora_fx.ir import Plan, PlannedSite, PlannedTokens, Rejection, Skipped, join
+from lora_fx.passes.merge import MergeReport
+from lora_fx.tools.draw.picture import (
+    Box,
+    Branch,
+    Kind,
+    Picture,
+    SiteRow,
+    State,
+    human,
+    name_of,
+    occurring,
+    runs,
+    share_of,
+    times,
+)
+from lora_fx.tools.draw.sites import effective_rank, rows_of_plan
+
+__all__ = ["picture_of_folder", "picture_of_merge", "picture_of_plan"]
+
+_LEGEND: tuple[tuple[Kind, str], ...] = (
+    (Kind.SITE, "adapted"),
+    (Kind.SKIPPED, "not selected"),
+    (Kind.REJECTED, "cannot be adapted"),
+)
+
+_Facts = tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """What there is to say of one name.
+
+    Attributes:
+        kind, caption, facts, branches, marks, state: As of a :class:`~lora_fx.tools.draw.picture.Box`.
+        parameters: Trainable elements.
+        adapted: Whether it counts as an adapted site.
+        alike: What has to be equal, too, for two names to be drawn as one.
+    """
+
+    kind: Kind = Kind.LEAF
+    caption: str = ""
+    facts: _Facts = ()
+    branches: tuple[Branch, ...] = ()
+    marks: tuple[str, ...] = ()
+    state: State = State.NONE
+    parameters: int = 0
+    adapted: bool = False
+    alike: tuple[object, ...] = ()
+
+    def look(self) -> object:
+        """Equal where two names look the same in the picture."""
+        return (self.kind, self.caption, self.branches, self.marks, self.alike)
+
+
+@dataclasses.dataclass
+class _Name:
+    """A node of the tree of names: what is at it, and what is below it."""
+
+    leaf: _Leaf | None = None
+    below: dict[str, _Name] = dataclasses.field(default_factory=dict)
+
+    def look(self) -> object:
+        """Equal where two names and all below them look the same."""
+        below = tuple((name, child.look()) for name, child in self.below.items())
+        return (None if self.leaf is None else self.leaf.look(), below)
+
+    def leaves(self) -> Iterator[_Leaf]:
+        """What is at the name and below it."""
+        if self.leaf is not None:
+            yield self.leaf
+        for child in self.below.values():
+            yield from child.leaves()
+
+
+def _tree(named: Iterable[tuple[str, _Leaf]]) -> Box:
+    """The picture of some names; of what is said of one name twice, the first counts."""
+    root = _Name()
+    for name, leaf in named:
+        place = root
+        for atom in name.split(".") if name else ():
+            place = place.below.setdefault(atom, _Name())
+        if place.leaf is None:
+            place.leaf = leaf
+    return _painted([root], [""], itertools.count())
+
+
+def _painted(nodes: Sequence[_Name], fqns: Sequence[str], ids: Iterator[int]) -> Box:
+    """The box of the first of some names, which stands for all: they look the same."""
+    node, fqn, box_id = nodes[0], fqns[0], f"n{next(ids)}"
+    names, below = list(node.below), list(node.below.values())
+    children = tuple(
+        _painted([below[i] for i in run], [join(fqn, names[i]) for i in run], ids)
+        for run in runs(names, [repr(child.look()) for child in below])
+    )
+    leaf = node.leaf or _Leaf(Kind.OPAQUE)
+    facts = leaf.facts
+    if len(fqns) > 1:
+        facts = (("stands for", f"{len(fqns)} equal, the last is {fqns[-1]}"), *facts)
+    inside = [each for name in nodes for each in name.leaves()]
+    return Box(
+        id=box_id,
+        kind=Kind.OPAQUE if children else leaf.kind,
+        name=name_of(fqns),
+        caption=leaf.caption,
+        fqn=fqn,
+        facts=(("name", fqn or "(root)"), *facts),
+        children=children,
+        repeats=tuple(fqns) if len(fqns) > 1 else (),
+        sites=sum(each.adapted for each in inside),
+        trainable=sum(each.parameters for each in inside),
+        branches=leaf.branches,
+        marks=leaf.marks,
+        state=leaf.state,
+    )
+
+
+def picture_of_plan(plan: Plan) -> Picture:
+    """Draws a plan: what is adapted, what is trained otherwise, and why the rest is not."""
+    in_full = _Leaf(facts=(("trained", "in full"),), marks=("trained in full",), state=State.FULL)
+    named = [
+        *((row.name, _of_site(row)) for row in plan.sites),
+        *((name, in_full) for name in plan.saved_modules),
+        *((row.name, _of_tokens(row)) for row in plan.tokens),
+        *((row.site.name, _of_skipped(row)) for row in plan.skipped),
+        *((row.name, _of_rejection(row)) for row in plan.rejections),
+    ]
+    box = _tree(named)
+    return Picture(
+        title="Plan",
+        facts=(
+            ("sites", str(len(plan.sites))),
+            ("not selected", str(len(plan.skipped))),
+            ("cannot be adapted", str(len(plan.rejections))),
+            ("parameters", human(plan.total_parameters)),
+            ("trainable", share_of(plan.trainable_parameters, plan.total_parameters)),
+            ("captured by", plan.frontend),
+        ),
+        root=box,
+        legend=occurring(_LEGEND, box),
+        notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
+        adapters=("",),
+        sites=rows_of_plan(plan),
+    )
+
+
+def _of_site(row: PlannedSite) -> _Leaf:
+    site = row.site
+    shape = times(site.shape)
+    return _Leaf(
+        kind=Kind.SITE,
+        caption=shape,
+        facts=(
+            ("pattern", site.pattern),
+            ("weight", f"{site.place} {shape}"),
+            *((("stored", str(site.quantized)),) if site.quantized is not None else ()),
+            ("rank", str(row.rank)),
+            ("scale", f"{row.scale:g}"),
+            ("dropout", f"{row.dropout:g}"),
+            ("trainable", f"{row.parameters:,}"),
+            ("extra FLOPs a token", f"{row.flops:,}"),
+            ("saved for backward", f"{row.saved:,} bytes a token"),
+            ("calls", str(len(site.calls))),
+        ),
+        branches=(Branch("", row.rank or None, row.scale, row.dropout, row.kind),),
+        marks=_marks(row),
+        state=State.ADAPTED,
+        parameters=row.parameters,
+        adapted=True,
+        alike=(site.pattern, row.alpha),
+    )
+
+
+def _of_tokens(row: PlannedTokens) -> _Leaf:
+    words = f"{len(row.indices)} rows"
+    return _Leaf(
+        caption=times(row.site.shape),
+        facts=(("trained", words),),
+        marks=(words,),
+        state=State.ROWS,
+        parameters=row.parameters,
+    )
+
+
+def _of_skipped(row: Skipped) -> _Leaf:
+    site = row.site
+    facts = (("pattern", site.pattern), ("weight", f"{site.place} {times(site.shape)}"))
+    return _Leaf(
+        kind=Kind.SKIPPED,
+        caption=_short(row.reason),
+        facts=(*facts, ("not selected", row.reason)),
+        marks=_marks(row),
+        state=State.BASE,
+    )
+
+
+def _of_rejection(row: Rejection) -> _Leaf:
+    facts = (("cannot be adapted", row.reason),)
+    return _Leaf(Kind.REJECTED, _short(row.reason), facts, state=State.REFUSED)
+
+
+def _marks(row: PlannedSite | Skipped) -> tuple[str, ...]:
+    stored = (row.site.quantized.scheme,) if row.site.quantized is not None else ()
+    return (*stored, "tied") if row.site.tied_to else stored
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= 40 else reason[:39].rstrip() + "…"
+
+
+def picture_of_merge(report: MergeReport) -> Picture:
+    """Draws a merge: which weights it changed, by how much, and how exactly."""
+    named = []
+    rows = []
+    for site in report.sites:
+        lost = site.requantization_error
+        kind = "lost by quantizing again" if site.requantized else "error"
+        words = f"{lost:.3g}" if site.requantized else f"{site.max_ulp:.4f} units in the last place"
+        facts = (
+            ("merged", ", ".join(site.adapters)),
+            ("‖ΔW‖ / ‖W‖", f"{site.relative_change:.3g}"),
+            (kind, words),
+        )
+        caption = "" if math.isnan(site.relative_change) else f"Δ {site.relative_change:.2g}"
+        marks = ("quantized again",) if site.requantized else ()
+        named.append((site.name, _Leaf(Kind.SITE, caption, facts, marks=marks, adapted=True)))
+        share = None if math.isnan(site.relative_change) else site.relative_change
+        adapter = ", ".join(site.adapters)
+        off = lost if site.requantized else site.max_ulp
+        error = None if math.isnan(off) else off
+        rows.append(SiteRow(site.name, State.ADAPTED, adapter=adapter, share=share, error=error))
+    named += [(name.removesuffix(".weight"), _Leaf(marks=("untied",))) for name in report.untied]
+    changes = (
+        ("weights merged", str(len(report.sites))),
+        ("largest error", f"{report.max_ulp:.4f} ulp"),
+    )
+    return Picture("Merge", changes, _tree(named), sites=tuple(rows), adapters=("",))
+
+
+_FACTORS = {
+    ("lora_A", "weight"): "a",
+    ("lora_B", "weight"): "b",
+    ("lora_embedding_A", ""): "a",
+    ("lora_embedding_B", ""): "b",
+}
+
+
+def picture_of_folder(folder: Path) -> Picture:
+    """Draws what an adapter folder holds: ranks, scales and effective ranks, without the base.
+
+    Raises:
+        CheckpointError: There is no adapter in the folder, or one that cannot be read.
+    """
+    config = LoraConfig.from_pretrained(folder)
+    tensors = without_prefix(read_tensors(folder)[0])
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    named: list[tuple[str, _Leaf]] = []
+    for key, tensor in tensors.items():
+        name, _, rest = _split(key)
+        if rest:
+            factors.setdefault(name, {})[rest] = tensor
+    rows = []
+    for name, pair in factors.items():
+        leaf, row = _of_factors(name, pair, config)
+        named.append((name, leaf))
+        rows.append(row)
+    others = [key for key in tensors if not _split(key)[2]]
+    for key in others:
+        shape = times(tuple(tensors[key].shape))
+        leaf = _Leaf(
+            caption=shape, marks=("in full",), state=State.FULL, parameters=tensors[key].numel()
+        )
+        named.append((key, leaf))
+    total = sum(tensor.numel() for tensor in tensors.values())
+    facts = (
+        ("sites", str(len(factors))),
+        ("parameters", human(total)),
+        ("r", str(config.r)),
+        ("lora_alpha", f"{config.lora_alpha:g}"),
+    )
+    root = _tree(named)
+    return Picture(
+        folder.name, facts, root, occurring(_LEGEND, root), adapters=("",), sites=tuple(rows)
+    )
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """The module of a key, what it is of it, and ``a`` or ``b`` for a factor."""
+    for (part, leaf), letter in _FACTORS.items():
+        ending = f".{part}.{leaf}" if leaf else f".{part}"
+        if key.endswith(ending):
+            return key.removesuffix(ending), part, letter
+    return key, "", ""
+
+
+def _of_factors(
+    name: str, pair: Mapping[str, torch.Tensor], config: LoraConfig
+) -> tuple[_Leaf, SiteRow]:
+    scale = scale_for(name, config)
+    parameters = sum(tensor.numel() for tensor in pair.values())
+    shapes = {letter.upper(): times(tuple(tensor.shape)) for letter, tensor in pair.items()}
+    facts = [(letter, f"{shape}, {pair[letter.lower()].dtype}") for letter, shape in shapes.items()]
+    rank = min((min(tensor.shape[:2]) for tensor in pair.values()), default=0)
+    effective = norm = None
+    if len(pair) == 2 and pair["b"].shape[1] == pair["a"].shape[0]:
+        rank = int(pair["a"].shape[0])
+        effective, norm = effective_rank(pair["a"], pair["b"], rank)
+        facts.append(("‖s·BA‖", f"{scale * norm:.4g}"))
+        facts += [("effective rank", f"{effective:.3g}")] if effective is not None else []
+    leaf = _Leaf(
+        kind=Kind.SITE,
+        caption=f"B {shapes.get('B', '')} · A {shapes.get('A', '')}",
+        facts=tuple(facts),
+        branches=(Branch("", rank, scale, float(config.lora_dropout)),),
+        state=State.ADAPTED,
+        parameters=parameters,
+        adapted=True,
+    )
+    row = SiteRow(
+        name,
+        State.ADAPTED,
+        rank=rank,
+        scale=scale,
+        dropout=float(config.lora_dropout),
+        parameters=parameters,
+        effective=effective,
+    )
+    return leaf, row

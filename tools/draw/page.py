@@ -1,0 +1,216 @@
+"""Pictures as one HTML page: the data, and the few files of ``viewer/`` that place and draw it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+from xml.sax.saxutils import escape
+
+from lora_fx.tools.draw.layout import (
+    CHIPS,
+    METRICS,
+    Layers,
+    count_of,
+    lines_of,
+    mark_width,
+    plan_layers,
+    sizes_of,
+    words_of,
+)
+from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, clean
+
+__all__ = ["asset", "classes_of", "document_of", "initially_open", "to_html"]
+
+SCRIPTS = ("place.js", "paint.js", "find.js", "graph.js", "viewer.js")
+
+_VISIBLE = 130
+"""About as many boxes as a screen shows with names that can be read."""
+
+_MODULES = frozenset({Kind.LEAF, Kind.CALL, Kind.SITE, Kind.SKIPPED, Kind.REJECTED})
+
+
+def to_html(*pictures: Picture) -> str:
+    """The text of an HTML file that shows a picture, or several next to each other."""
+    # Escaped so that nothing in it can end the script element: </script>, <!--, ]]>.
+    documents = [document_of(picture) for picture in pictures]
+    data = json.dumps(documents, ensure_ascii=True, separators=(",", ":"))
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    parts = {
+        "title": _text(" · ".join(dict.fromkeys(picture.title for picture in pictures))),
+        "picture": asset("picture.css"),
+        "style": asset("page.css"),
+        "data": data,
+        "script": "".join(map(asset, SCRIPTS)),
+    }
+    # In one go: what is filled in is not looked at again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
+
+
+class _Strings:
+    """A table of texts: each is in the page once."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        return self.places.setdefault(clean(text), len(self.places))
+
+
+def document_of(picture: Picture) -> dict[str, Any]:
+    """What the page needs to draw a picture.
+
+    ``boxes`` are in the order parents first. An entry names its ``parent`` and ``children`` by place in that
+    list and texts by place in ``strings``; what is empty is left out. ``layouts`` are the rows that several
+    boxes may have: places of children, or negative numbers for edges that pass.
+    """
+    strings = _Strings()
+    opened = initially_open(picture.root)
+    layers = plan_layers(picture)
+    boxes = list(picture.root.walk())
+    places = {box.id: place for place, box in enumerate(boxes)}
+    parents = {child.id: places[box.id] for box in boxes for child in box.children}
+    layouts: dict[str, int] = {}
+    adapters = {name: place for place, name in enumerate(picture.adapters)}
+    entries = []
+    for box in boxes:
+        name, caption = words_of(box)
+        width, height = sizes_of(box)
+        count = count_of(box)
+        found = layers.get(box.id)
+        entry: dict[str, Any] = {
+            "kind": strings(str(box.kind)),
+            "name": strings(name),
+            "caption": caption and strings(caption),
+            "fqn": strings(box.fqn),
+            "size": [width, int(height)],
+            "parent": parents.get(box.id),
+            "children": [places[child.id] for child in box.children],
+            "open": box.id in opened,
+            "layout": None
+            if found is None
+            else layouts.setdefault(_layout(box, found), len(layouts)),
+            "facts": [strings(text) for fact in box.facts for text in fact],
+            "repeats": [strings(fqn) for fqn in box.repeats],
+            "sites": box.sites,
+            "count": count and strings(count),
+            "state": str(box.state) and strings(str(box.state)),
+            "marks": [[strings(mark), mark_width(clean(mark))] for mark in box.marks],
+            "lines": [
+                [strings(line.words), adapters.get(line.adapter, 0), int(line.active)]
+                for line in lines_of(box)
+            ],
+            "ranks": sorted({line.rank for line in box.branches if line.rank}),
+            "adapter": adapters.get(box.adapter) if box.adapter else None,
+        }
+        entries.append({key: value for key, value in entry.items() if _told(value)})
+    return {
+        "title": clean(picture.title),
+        "summary": [[clean(label), clean(value)] for label, value in picture.facts],
+        "legend": [[str(kind), clean(text)] for kind, text in picture.legend],
+        "notes": [clean(note) for note in picture.notes],
+        "adapters": [clean(name) for name in picture.adapters],
+        "boxes": entries,
+        "layouts": [json.loads(text) for text in layouts],
+        "columns": [field.name for field in dataclasses.fields(SiteRow)],
+        "sites": [_row(row, strings) for row in picture.sites],
+        "texts": [
+            place for place, field in enumerate(dataclasses.fields(SiteRow)) if _is_text(field)
+        ],
+        "strings": list(strings.places),
+        "metrics": METRICS,
+        "chips": {str(kind): letter for kind, letter in CHIPS.items()},
+    }
+
+
+def _told(value: Any) -> bool:
+    return value is not None and value != [] and value != "" and value is not False
+
+
+def _is_text(field: dataclasses.Field[Any]) -> bool:
+    return field.type in ("str", "State", "tuple[int, ...]")
+
+
+def _row(row: SiteRow, strings: _Strings) -> list[Any]:
+    values = []
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if field.name == "shape":
+            value = "×".join(map(str, value))
+        if isinstance(value, str):
+            value = strings(str(value))
+        elif isinstance(value, float):
+            value = float(f"{value:.4g}") if math.isfinite(value) else None
+        values.append(value)
+    return values
+
+
+def _layout(box: Box, layers: Layers) -> str:
+    """Rows and links of a box in terms of the places of its children: equal for equal blocks."""
+    places = {child.id: place for place, child in enumerate(box.children)}
+
+    def ref(name: str) -> int:
+        return places[name] if name in places else -1 - int(name[1:])
+
+    rows = [
+        [[ref(name) for name in row], [layers.centers[name] for name in row]] for row in layers.rows
+    ]
+    links = [
+        [*map(ref, link), *port] for link, port in zip(layers.links, layers.ports, strict=True)
+    ]
+    return json.dumps({"rows": rows, "links": links}, separators=(",", ":"))
+
+
+def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] = ()) -> str:
+    """The style classes of a box; the page makes the same (``classesOf`` in ``graph.js``)."""
+    classes = ["box", str(box.kind)]
+    if is_open:
+        classes += ["open", "odd"] if depth % 2 else ["open"]
+    if box.children and box.sites:
+        classes.append("holds")
+    if box.state:
+        classes.append(f"is-{box.state}")
+    if box.adapter and box.kind is not Kind.SITE and box.adapter in adapters:
+        classes.append(f"a{adapters.index(box.adapter) % 6}")
+    return " ".join(classes)
+
+
+def initially_open(root: Box) -> set[str]:
+    """Which boxes are open at first: as many levels as a screen holds, and one adapter at least."""
+    opened: set[str] = set()
+    visible = 1
+    level = [root] if root.children else []
+    while level:
+        # A level opens as a whole, so that equal things look equal; what is inside a norm or an
+        # activation is not the first thing to look at.
+        adapted = [box for box in level if box.sites]
+        others = [box for box in level if not box.sites and any(map(_is_module, box.children))]
+        for group in (adapted, others):
+            added = sum(len(box.children) for box in group)
+            if visible + added <= _VISIBLE or root in group:
+                visible += added
+                opened.update(box.id for box in group)
+        level = [c for box in level if box.id in opened for c in box.children if c.children]
+    box = root
+    while inner := next((c for c in box.children if c.sites and c.children), None):
+        opened.update((box.id, inner.id))
+        box = inner
+    return opened
+
+
+def _is_module(box: Box) -> bool:
+    return bool(box.children) or box.kind in _MODULES
+
+
+def asset(name: str) -> str:
+    """The text of a file of the page."""
+    return (resources.files("lora_fx.tools.draw") / "viewer" / name).read_text("utf-8")
+
+
+def _text(text: str) -> str:
+    return escape(clean(text), {'"': "&quot;"})

@@ -1,0 +1,472 @@
+"""The graph of one module as boxes: nodes, the weights that they read, and adapters on operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from lora_fx.formats import quantization_of
+from lora_fx.ir import PlannedSite, Region, Role, join
+from lora_fx.passes.capture import MODULE_STACK
+from lora_fx.passes.graph import original_class
+from lora_fx.tools.draw.nesting import nested
+from lora_fx.tools.draw.nodes import (
+    Digests,
+    adapters_of,
+    children_of,
+    drawn_children,
+    is_item,
+    measured,
+    node_caption,
+    node_facts,
+    node_kind,
+    node_name,
+    parameter_counts,
+    size_name,
+    source_of,
+    tag_of,
+)
+from lora_fx.tools.draw.picture import (
+    Box,
+    Branch,
+    Kind,
+    State,
+    elide,
+    follows,
+    human,
+    label_of,
+)
+
+__all__ = ["Host", "RegionPainter"]
+
+
+class Host(Protocol):
+    """What a region asks of the painter of the whole model."""
+
+    @property
+    def digest(self) -> Digests:
+        """Which modules look the same."""
+
+    @property
+    def condense(self) -> bool:
+        """Whether an operation is one box with its adapters on it."""
+
+    @property
+    def planned(self) -> Mapping[tuple[str, str], PlannedSite]:
+        """What adapters were planned to be, by place and adapter."""
+
+    @property
+    def rows(self) -> Mapping[tuple[str, str], int]:
+        """How many rows of a weight an adapter trains, by place and adapter."""
+
+    @property
+    def inactive(self) -> Mapping[str, Sequence[str]]:
+        """Adapters that are in no graph now, by place."""
+
+    @property
+    def refused(self) -> Mapping[tuple[str, str], str]:
+        """Why an operation cannot have an adapter, by region and node."""
+
+    def new_id(self) -> str:
+        """The next free id."""
+
+    def paint(self, modules: Sequence[nn.Module], fqns: Sequence[str]) -> Box:
+        """The box of equal modules."""
+
+
+_ON_OPERATION = frozenset(Role) - {Role.FACTOR, Role.CAST}
+
+
+def _adapter_of(node: fx.Node) -> str:
+    tag = tag_of(node)
+    return "" if tag is None else tag.adapter
+
+
+def _whole(weight: str) -> str:
+    """The weight of a place: a part is named by its rows, ``weight[0:32]``."""
+    return weight.partition("[")[0]
+
+
+def _is(node: fx.Node, role: Role) -> bool:
+    tag = tag_of(node)
+    return tag is not None and tag.role is role
+
+
+def _is_fused_item(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a node takes its output from a product of several adapted operations."""
+    before, after = tag_of(source), tag_of(node)
+    if before is None or after is None:
+        return False
+    return before.role is Role.FUSED and after.role is Role.FUSED and is_item(node)
+
+
+def _weights_in_words(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> str:
+    """Sizes of weights, with the name where it is one that says something."""
+    sizes = ", ".join(dict.fromkeys(map(size_name, tensors)))
+    name = names[0].removesuffix("weight").strip(".").rpartition(".")[2]
+    return sizes if len(names) > 1 or not name else f"{elide(name, 26)} {sizes}"
+
+
+def _stored(tensor: torch.Tensor) -> str:
+    """How a weight is stored; empty for as it is."""
+    stored = quantization_of(tensor)
+    return "" if stored is None else stored.scheme
+
+
+class RegionPainter:
+    """Paints the graph of one module."""
+
+    def __init__(self, painter: Host, module: nn.Module, fqn: str, graph: fx.Graph) -> None:
+        self._painter = painter
+        self._fqn = fqn
+        self._region = Region(fqn, module, graph)
+        self._weights: dict[fx.Node, str] = {}
+        for node in graph.nodes:
+            self._absorb(node)
+        self._inputs = {
+            node: [n for n in node.all_input_nodes if n not in self._weights]
+            for node in graph.nodes
+            if node not in self._weights and not (node.op == "placeholder" and not node.users)
+        }
+        self._sites = self._grouped() if painter.condense else {}
+        stacks = (node.meta.get(MODULE_STACK) for node in graph.nodes)
+        self._staged = {fqn for stack in stacks if isinstance(stack, tuple) for fqn in stack}
+
+    def children(self) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
+        """The boxes inside the region and the edges between them."""
+        runs = self._runs()
+        groups = [*runs, *self._sites.values()]
+        first = {node: group[0] for group in groups for node in group}
+        folded = {run[0]: run for run in runs}
+        boxes: dict[fx.Node, Box] = {}
+        for node in self._inputs:
+            if first.get(node, node) is not node:
+                continue
+            if node in self._sites:
+                boxes[node] = self._site(self._sites[node])
+            else:
+                boxes[node] = self._box(node, folded.get(node, [node]))
+        edges: dict[tuple[str, str], None] = {}
+        for node, inputs in self._inputs.items():
+            for source in inputs:
+                a, b = (boxes[first.get(each, each)].id for each in (source, node))
+                if a != b:
+                    edges[a, b] = None
+        paths = {node: self._path([*self._sites.get(node, ()), node]) for node in boxes}
+        if not any(paths.values()):
+            return (*boxes.values(), *self._uncalled()), tuple(edges)
+        # A graph of the whole model: nodes in the modules that they come from.
+        placed = [(paths[node], box) for node, box in boxes.items()]
+        return nested(placed, edges, self._module)
+
+    def _path(self, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+        """FQNs of the modules that a node comes from, where the graph was made of all of them."""
+        for node in nodes:
+            if isinstance(stack := node.meta.get(MODULE_STACK), tuple):
+                return stack
+        # What an adapter has added has its weight's module, and all around that.
+        for node in nodes:
+            tag = tag_of(node)
+            if tag is not None and self._staged:
+                atoms = tag.weight.split(".")[:-1]
+                names = (".".join(atoms[:end]) for end in range(1, len(atoms) + 1))
+                owner = ".".join(atoms)
+                return tuple(name for name in names if name in self._staged or name == owner)
+        return ()
+
+    def _module(
+        self, name: str, children: tuple[Box, ...], edges: tuple[tuple[str, str], ...]
+    ) -> Box:
+        """The box of a module of a graph of the whole model."""
+        fqn = join(self._fqn, name)
+        module = self._region.module.get_submodule(name)
+        cls = original_class(module)
+        trainable, frozen = parameter_counts(module.parameters())
+        facts = [("module", fqn), ("class", f"{cls.__module__}.{cls.__qualname__}")]
+        facts += [("source", source)] if (source := source_of(cls)) else []
+        if trainable + frozen:
+            facts.append(("parameters", f"{trainable:,} trainable, {frozen:,} frozen"))
+        size = f" · {human(trainable + frozen)}" if trainable + frozen else ""
+        return Box(
+            id=self._painter.new_id(),
+            kind=Kind.MODULE,
+            name=label_of(name),
+            caption=cls.__name__ + size,
+            fqn=fqn,
+            facts=tuple(facts),
+            children=children,
+            edges=edges,
+            flow=True,
+            sites=sum(box.sites or len({one.weight for one in box.branches}) for box in children),
+            trainable=trainable,
+            frozen=frozen,
+        )
+
+    def hyperparameters(self) -> tuple[tuple[str, str], ...]:
+        """Rank, scale and costs of each adapter in the region, as facts."""
+        facts: list[tuple[str, str]] = []
+        for weight, adapter in adapters_of(self._region.graph):
+            values = self._hyper(weight, adapter)
+            text = ", ".join(f"{label} {value}" for label, value in values)
+            facts.append((f"adapter {adapter}", f"on {weight}" + (text and f": {text}")))
+        return tuple(facts)
+
+    def _grouped(self) -> dict[fx.Node, list[fx.Node]]:
+        """Adapted operations, each with the nodes of its branches, by the first of them.
+
+        Nodes belong together that follow one another and say the same weight; a product of several
+        operations is one.
+        """
+        tagged = {node: weight for node in self._inputs if (weight := self._weight_of(node))}
+        together = nx.Graph()
+        together.add_nodes_from(tagged)
+        for node in tagged:
+            for source in self._inputs[node]:
+                if source in tagged and (
+                    _whole(tagged[source]) == _whole(tagged[node]) or _is_fused_item(source, node)
+                ):
+                    together.add_edge(source, node)
+        order = {node: place for place, node in enumerate(self._inputs)}
+        found = (sorted(each, key=order.__getitem__) for each in nx.connected_components(together))
+        groups = {each[0]: each for each in found if any(_adapter_of(node) for node in each)}
+        leader = {node: each[0] for each in groups.values() for node in each}
+        contracted = nx.DiGraph(
+            (leader.get(source, source), leader.get(node, node))
+            for node, sources in self._inputs.items()
+            for source in sources
+            if leader.get(source, source) is not leader.get(node, node)
+        )
+        return groups if nx.is_directed_acyclic_graph(contracted) else {}
+
+    def _weight_of(self, node: fx.Node) -> str:
+        """The adapted weight whose operation a node is part of; empty for none."""
+        tag = tag_of(node)
+        if tag is not None:
+            return tag.weight if tag.role in _ON_OPERATION else ""
+        # An operation whose result goes to nothing but its branches is not always tagged.
+        users = {other.weight if (other := tag_of(user)) else "" for user in node.users}
+        read = {self._weights[n] for n in node.all_input_nodes if n in self._weights}
+        return next(iter(users)) if len(users) == 1 and users <= read else ""
+
+    def _site(self, nodes: list[fx.Node]) -> Box:
+        """The box of an operation with the adapters on it."""
+        fused = [n for n in nodes if _is(n, Role.FUSED)] or [n for n in nodes if _is(n, Role.BASE)]
+        # A view of the weight is tagged as well: what reads the most computes.
+        main = max(fused or nodes, key=lambda node: len(node.all_input_nodes))
+        weights = list(dict.fromkeys(tag.weight for n in nodes if (tag := tag_of(n)) is not None))
+        branches = tuple(self.branches(weights))
+        whole = list(dict.fromkeys(map(_whole, weights)))
+        base = [self._value(weight) for weight in whole if self._has(weight)]
+        tensors = [value for value in base if isinstance(value, torch.Tensor)]
+        trainable, frozen = parameter_counts(
+            parameter
+            for node in nodes
+            for parameter in self._read(node).values()
+            if isinstance(parameter, nn.Parameter)
+        )
+        facts = dict.fromkeys(
+            (
+                ("node", ", ".join(node.name for node in nodes)),
+                ("module", self._fqn or "(root)"),
+                ("class", original_class(self._region.module).__name__),
+                *(("adapts", join(self._fqn, weight)) for weight in weights),
+                *(fact for node in nodes for fact in node_facts(node, self._read(node))),
+            )
+        )
+        stored = {name for tensor in tensors if (name := _stored(tensor))}
+        return Box(
+            id=self._painter.new_id(),
+            kind=Kind.SITE,
+            name=node_name(main),
+            caption=_weights_in_words(whole, tensors),
+            fqn=self._fqn,
+            facts=tuple(facts),
+            trainable=trainable,
+            frozen=frozen,
+            adapter=branches[0].adapter if branches else "",
+            branches=branches,
+            marks=tuple(sorted(stored)),
+            state=State.ADAPTED,
+        )
+
+    def branches(self, weights: Iterable[str] | None = None) -> Iterator[Branch]:
+        """The adapters on some weights, those that are not active after the others.
+
+        Args:
+            weights: Names in the region; None for all that have an adapter.
+        """
+        found = adapters_of(self._region.graph)
+        if weights is None:
+            weights = dict.fromkeys(weight for weight, _ in found)
+        weights = list(weights)
+        names = {weight: self._name_of(weight) for weight in weights}
+        short = {weight: name.rpartition(".")[2] for weight, name in names.items()}
+        if len({*short.values()}) == len(short):
+            names = short
+        for weight in weights:
+            label = names[weight] if len(weights) > 1 else ""
+            for adapter in (adapter for one, adapter in found if one == weight):
+                yield self._branch(weight, adapter, label)
+            for adapter in self._painter.inactive.get(join(self._fqn, weight), ()):
+                yield self._branch(weight, adapter, label, active=False)
+
+    def _name_of(self, weight: str) -> str:
+        """What the operation of a weight is called: as a site, if it is one."""
+        place = join(self._fqn, weight)
+        planned = (row for (at, _), row in self._painter.planned.items() if at == place)
+        row = next(planned, None)
+        return weight.removesuffix(".weight") if row is None else row.name
+
+    def _branch(self, weight: str, adapter: str, label: str, *, active: bool = True) -> Branch:
+        planned = self._painter.planned.get((join(self._fqn, weight), adapter))
+        rows = self._painter.rows.get((join(self._fqn, weight), adapter))
+        if rows is not None:
+            return Branch(adapter, kind=f"{rows} rows", weight=label, active=active)
+        if planned is None:
+            rank, scale = measured(self._region, weight, adapter)
+            return Branch(adapter, rank, scale, weight=label, active=active)
+        rank, kind = planned.rank or None, planned.kind
+        return Branch(adapter, rank, planned.scale, planned.dropout, kind, label, active)
+
+    def _has(self, name: str) -> bool:
+        try:
+            self._value(name)
+        except AttributeError:
+            return False
+        return True
+
+    def _read(self, node: fx.Node) -> dict[str, torch.Tensor]:
+        """The tensors that a node reads, by name."""
+        names = [self._weights[n] for n in node.all_input_nodes if n in self._weights]
+        values = {name: self._value(name) for name in names}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def _absorb(self, node: fx.Node) -> None:
+        """Makes a weight part of the operations that read it, and with it the cast of a factor."""
+        tag = tag_of(node)
+        readers = {user.op for user in node.users}
+        if node.op == "get_attr":
+            # Anything else that a tagged node reads is a switch, as self.training is of dropout.
+            part = self._region.tensor(node) is not None or tag is not None
+            if part and readers <= {"call_function", "call_method"}:
+                self._weights[node] = str(node.target)
+        elif tag is not None and tag.role is Role.CAST and "output" not in readers:
+            # What else a cast reads, it reads for its dtype.
+            source = next(iter(node.all_input_nodes), None)
+            if source in self._weights:
+                self._weights[node] = self._weights[source]
+
+    def _runs(self) -> list[list[fx.Node]]:
+        """Chains of calls of equal modules that are numbered in sequence."""
+        chains: dict[fx.Node, list[fx.Node]] = {}
+        for node in self._inputs:
+            if node.op != "call_module" or node in chains:
+                continue
+            chain = chains[node] = [node]
+            while (after := self._next(chain)) is not None:
+                chain.append(after)
+                chains[after] = chain
+        return list({id(chain): chain for chain in chains.values() if len(chain) > 1}.values())
+
+    def _next(self, chain: list[fx.Node]) -> fx.Node | None:
+        last = chain[-1]
+        after = next(iter(last.users)) if len(last.users) == 1 else None
+        if after is None or after.op != "call_module":
+            return None
+        a, b = self._region.submodule(last), self._region.submodule(after)
+        if a is None or b is None or a is b or not follows(str(last.target), str(after.target)):
+            return None
+        outside = set(self._inputs[after]) - {last}
+        if not outside <= set(self._inputs[chain[0]]):
+            return None
+        return after if self._painter.digest(a) == self._painter.digest(b) else None
+
+    def _box(self, node: fx.Node, run: list[fx.Node]) -> Box:
+        module = self._region.submodule(node)
+        if module is None or (not any(children_of(module)) and tag_of(node) is not None):
+            return self._node(node)
+        modules = [self._region.module.get_submodule(str(each.target)) for each in run]
+        return self._painter.paint(modules, [join(self._fqn, str(each.target)) for each in run])
+
+    def _uncalled(self) -> tuple[Box, ...]:
+        """Child modules with parameters that the graph neither calls nor reads."""
+        graph = self._region.graph
+        called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        boxes: list[Box] = []
+        for name, child in drawn_children(self._region.module):
+            if any(target == name or target.startswith(f"{name}.") for target in called):
+                continue
+            own = {f"{name}.{parameter}" for parameter, _ in child.named_parameters()}
+            if own - read:
+                boxes.append(self._painter.paint([child], [join(self._fqn, name)]))
+        return tuple(boxes)
+
+    def _node(self, node: fx.Node) -> Box:
+        tensors = self._read(node)
+        tag = tag_of(node)
+        facts = (
+            ("node", node.name),
+            ("module", self._fqn or "(root)"),
+            ("class", original_class(self._region.module).__name__),
+            *node_facts(node, tensors),
+        )
+        casts = [n for n in node.all_input_nodes if n in self._weights and n.op != "get_attr"]
+        facts += tuple(("cast", f"{self._weights[n]} by {node_name(n)}") for n in casts)
+        if tag is not None:
+            facts += (("adapts", join(self._fqn, tag.weight)), ("role", str(tag.role)))
+        if tag is not None and tag.adapter:
+            facts += (("adapter", tag.adapter), *self._hyper(tag.weight, tag.adapter))
+        trainable, frozen = parameter_counts(
+            t for t in tensors.values() if isinstance(t, nn.Parameter)
+        )
+        reason = self._painter.refused.get((self._fqn, node.name))
+        if reason is not None:
+            facts += (("cannot be adapted", reason),)
+        return Box(
+            id=self._painter.new_id(),
+            kind=node_kind(node),
+            name=node_name(node),
+            caption=node_caption(node, tensors, self._probability(node)),
+            fqn=self._fqn,
+            facts=facts,
+            trainable=trainable,
+            frozen=frozen,
+            adapter=tag.adapter if tag is not None else "",
+            state=State.NONE if reason is None else State.REFUSED,
+        )
+
+    def _probability(self, node: fx.Node) -> float | None:
+        """That of the dropout in a branch, which a module says."""
+        for read in node.all_input_nodes:
+            tag = tag_of(read)
+            if read.op == "get_attr" and tag is not None and tag.role is Role.DROPOUT:
+                value = self._value(str(read.target))
+                if not isinstance(value, bool) and isinstance(value, int | float):
+                    return float(value)
+        return None
+
+    def _value(self, name: str) -> object:
+        value: object = self._region.module
+        for atom in name.split("."):
+            value = getattr(value, atom)
+        return value
+
+    def _hyper(self, weight: str, adapter: str) -> tuple[tuple[str, str], ...]:
+        planned = self._painter.planned.get((join(self._fqn, weight), adapter))
+        if planned is not None:
+            return (
+                ("rank", str(planned.rank)),
+                ("scale", f"{planned.scale:g}"),
+                *((("dropout", f"{planned.dropout:g}"),) if planned.dropout else ()),
+                ("trainable", f"{planned.parameters:,}"),
+                ("extra FLOPs a token", f"{planned.flops:,}"),
+                ("saved for backward", f"{planned.saved:,} bytes a token"),
+            )
+        rank, scale = measured(self._region, weight, adapter)
+        found = (("rank", rank), ("scale", scale))
+        return tuple((label, f"{value:g}") for label, value in found if value is not None)

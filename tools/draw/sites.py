@@ -1,0 +1,180 @@
+"""Every linear operation of a model in a row: what its adapter is, costs and does, or why it has none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from lora_fx.config import judge
+from lora_fx.errors import LoraFxError
+from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site
+from lora_fx.passes.parameters import factors_of, part_of, weight_at
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.tools.draw.picture import SiteRow, State
+
+__all__ = ["effective_rank", "rows_of_matches", "rows_of_model", "rows_of_plan", "why_not"]
+
+_MOST_ELEMENTS = 2**30
+"""Up to this many elements of weights are read for ‖s·BA‖ / ‖W‖: about a second."""
+
+
+def rows_of_plan(plan: Plan) -> tuple[SiteRow, ...]:
+    """The sites of a plan, those that are not selected, and the refusals."""
+    return (
+        *(_planned(row) for row in plan.sites),
+        *(_site(one.site, one.reason) for one in plan.skipped),
+        *map(_refused, plan.rejections),
+    )
+
+
+def rows_of_matches(matches: Matches) -> tuple[SiteRow, ...]:
+    """The linear operations of a model without adapters."""
+    return (*map(_site, matches.sites), *map(_refused, matches.rejections))
+
+
+def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
+    """The sites of a rewritten model, one row an adapter, and what else there is.
+
+    Args:
+        model: The model, from whose values the measures are taken if it has any.
+        record: What it knows of itself.
+    """
+    rows: list[SiteRow] = []
+    adapted: set[str] = set()
+    left = _MOST_ELEMENTS
+    for name, adapter in record.adapters.items():
+        for row in adapter.sites:
+            adapted |= {row.site.name, row.site.part_of}
+            left -= math.prod(row.site.shape)
+            effective, share = _measure(model, row, name) if left > 0 else (None, None)
+            gradient = _gradient(model, row, name)
+            made = dataclasses.replace(_planned(row), adapter=name, effective=effective)
+            rows.append(dataclasses.replace(made, share=share, gradient=gradient))
+    others = (site for site in record.base.matches.sites if site.name not in adapted)
+    kept = (_site(site, why_not(site, record)) for site in others)
+    return (*rows, *kept, *map(_refused, record.base.matches.rejections))
+
+
+def why_not(site: Site, record: Record) -> str:
+    """Why the configurations of the adapters do not select a site; empty where they say nothing."""
+    several = len(record.adapters) > 1
+    verdicts = {
+        name: judge(site.name, adapter.config, in_default=_in_default(site))
+        for name, adapter in record.adapters.items()
+    }
+    return "; ".join(
+        f"{name}: {verdict.reason}" if several else verdict.reason
+        for name, verdict in verdicts.items()
+        if not verdict.selected
+    )
+
+
+def _in_default(site: Site) -> bool:
+    return not (site.head or site.router or site.family == "embedding")
+
+
+def _planned(row: PlannedSite) -> SiteRow:
+    return dataclasses.replace(
+        _site(row.site),
+        state=State.ADAPTED,
+        reason="",
+        adapter="default",
+        rank=row.rank,
+        scale=row.scale,
+        dropout=row.dropout,
+        parameters=row.parameters,
+        flops=row.flops,
+        saved=row.saved,
+    )
+
+
+def _site(site: Site, reason: str = "") -> SiteRow:
+    return SiteRow(
+        name=site.name,
+        state=State.BASE,
+        pattern=site.pattern,
+        shape=site.shape,
+        each_rank=_each_rank(site),
+        default=_in_default(site),
+        quantized="" if site.quantized is None else str(site.quantized),
+        reason=reason,
+    )
+
+
+def _refused(rejection: Rejection) -> SiteRow:
+    return SiteRow(name=rejection.name, state=State.REFUSED, reason=rejection.reason)
+
+
+def _each_rank(site: Site) -> float:
+    """Trainable elements for each rank; a rank of a convolution has to be one that its groups divide."""
+    try:
+        return pattern_of(site).factors(site, site.groups).numel / site.groups
+    except LoraFxError:
+        return 0.0
+
+
+def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | None, float | None]:
+    """Effective rank of BA and ‖s·BA‖ / ‖W‖; None where there are no values, or no such product."""
+    site = row.site
+    weight = weight_at(model, site.weight)
+    if row.kind != "lora" or not row.rank or site.groups > 1:
+        return None, None
+    with torch.no_grad():
+        a, b = (one.detach() for one in factors_of(model, row, adapter).pair)
+        if any(type(one) not in (torch.Tensor, nn.Parameter) or one.is_meta for one in (a, b)):
+            return None, None
+        effective, norm = effective_rank(a, b, row.rank, site.experts)
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
+        # What is sharded or offloaded has another shape here.
+        if not plain or tuple(weight.shape) != site.weight_shape or site.quantized is not None:
+            return effective, None
+        base = float(part_of(site, weight.detach()).float().norm())
+    return effective, abs(row.scale) * norm / base if base else None
+
+
+def _gradient(model: nn.Module, row: PlannedSite, adapter: str) -> float | None:
+    """Norm of the gradient that the last backward pass has left."""
+    found = [one.grad for one in factors_of(model, row, adapter).present if one.grad is not None]
+    if not found or any(type(one) is not torch.Tensor or one.is_meta for one in found):
+        return None
+    return float(torch.stack([one.float().norm() for one in found]).norm())
+
+
+def effective_rank(
+    a: torch.Tensor, b: torch.Tensor, rank: int, experts: int | None = None
+) -> tuple[float | None, float]:
+    """Effective rank of BA and its norm; no effective rank where BA is zero.
+
+    Args:
+        a: A, with one more axis in front if there are experts.
+        b: B, likewise.
+        rank: The size that they share.
+        experts: How many experts there are, over which the effective rank is averaged.
+    """
+    singular = torch.stack([*_singular_values(a, b, rank, experts)])
+    norm = float(singular.square().sum().sqrt())
+    if not math.isfinite(norm) or not norm:
+        return None, norm
+    spread = singular / singular.sum(-1, keepdim=True).clamp_min(1e-30)
+    entropy = -(spread * spread.clamp_min(1e-30).log()).sum(-1)
+    return float(entropy.exp().mean()), norm
+
+
+def _singular_values(
+    a: torch.Tensor, b: torch.Tensor, rank: int, experts: int | None
+) -> Iterator[torch.Tensor]:
+    """Those of BA, for each expert: from the triangles of two thin decompositions."""
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]] = (
+        zip(a.unbind(), b.unbind(), strict=True) if experts else [(a, b)]
+    )
+    for one, other in pairs:
+        down = one.reshape(rank, -1).float() if one.shape[0] == rank else one.float().T
+        up = other.float().reshape(-1, rank) if other.shape[1] == rank else other.float().T
+        triangles = (torch.linalg.qr(each, mode="r")[1] for each in (up, down.T))
+        left, right = triangles
+        values = torch.linalg.svdvals(left @ right.T)
+        yield nn.functional.pad(values, (0, rank - len(values)))

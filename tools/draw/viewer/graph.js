@@ -1,0 +1,403 @@
+"use strict";
+/* One picture on one canvas: what is open, selected and found, where the view is, and how it is drawn. */
+
+class Graph {
+  constructor(doc, canvas, looks) {
+    Object.assign(this, { doc, canvas, looks, metrics: doc.metrics, layouts: doc.layouts });
+    this.view = { x: 0, y: 0, scale: 1 };
+    this.selected = null;
+    this.hits = new Set();
+    this.color = null;
+    this.onDraw = () => {};
+    this.boxes = Graph.decode(doc);
+    this.root = this.boxes[0];
+    this.byFqn = new Map();
+    this.folds = new Map();
+    for (const box of this.boxes) {
+      const known = this.byFqn.get(box.fqn);
+      if (!known || (!Find.isModule(known) && Find.isModule(box))) this.byFqn.set(box.fqn, box);
+      for (const name of box.repeats.slice(1)) this.folds.set(name, box.fqn);
+    }
+    this.sites = doc.sites.map((values) => this.site(values));
+    this.stack();
+  }
+
+  static decode({ boxes: entries, strings }) {
+    const word = (place) => (typeof place === "number" ? strings[place] : "");
+    const boxes = entries.map((entry, id) => ({
+      id, place: 0, inside: null, width: 0, height: 0, rows: [],
+      kind: word(entry.kind), name: word(entry.name), caption: word(entry.caption), fqn: word(entry.fqn),
+      state: word(entry.state), count: word(entry.count), size: entry.size, layout: entry.layout,
+      open: Boolean(entry.open), sites: entry.sites ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
+      repeats: (entry.repeats ?? []).map(word), marks: (entry.marks ?? []).map(([mark, width]) => [word(mark), width]),
+      lines: (entry.lines ?? []).map(([words, adapter, active]) => ({ words: word(words), adapter, active: Boolean(active) })),
+      get facts() {
+        const told = entry.facts ?? [], facts = [];
+        for (let i = 0; i < told.length; i += 2) facts.push([word(told[i]), word(told[i + 1])]);
+        return facts;
+      },
+    }));
+    entries.forEach((entry, id) => {
+      boxes[id].parent = entry.parent === undefined ? null : boxes[entry.parent];
+      boxes[id].children = (entry.children ?? []).map((place) => boxes[place]);
+      boxes[id].children.forEach((child, place) => { child.place = place; });
+    });
+    return boxes;
+  }
+
+  /* A row of the table, tied to the box that shows it and to the boxes around that. */
+  site(values) {
+    const { columns, strings, texts } = this.doc;
+    const row = Object.fromEntries(columns.map((name, i) => [name, texts.includes(i) ? strings[values[i]] : values[i]]));
+    row.box = this.boxOf(row.name);
+    for (let box = row.box; box; box = box.parent) box.rows.push(row);
+    return row;
+  }
+
+  /* --- names --- */
+
+  /* The name under which a module is drawn: layers.17.mlp is drawn as layers.0.mlp. */
+  drawnAs(fqn) {
+    for (let end = fqn.length; end > 0; end = fqn.lastIndexOf(".", end - 1)) {
+      const first = this.folds.get(fqn.slice(0, end));
+      if (first !== undefined) return this.drawnAs(first + fqn.slice(end));
+    }
+    return fqn;
+  }
+
+  /* The box of a name, or of the nearest module around it. */
+  boxOf(fqn) {
+    const drawn = this.drawnAs(fqn);
+    for (let end = drawn.length; end > 0; end = drawn.lastIndexOf(".", end - 1)) {
+      const box = this.byFqn.get(drawn.slice(0, end));
+      if (box) return box;
+    }
+    return this.root;
+  }
+
+  /* The same for a part of a name, in small letters, as it is typed into the search. */
+  partDrawnAs(part) {
+    for (const [name, first] of this.folds) {
+      const atoms = name.toLowerCase().split(".");
+      for (let i = 0; i < Math.max(atoms.length - 1, 1); i++) {
+        const tail = atoms.slice(i).join("."), at = part.indexOf(tail), after = part[at + tail.length];
+        if (at < 0 || (at > 0 && part[at - 1] !== ".") || (after !== undefined && after !== ".")) continue;
+        return part.slice(0, at) + first.toLowerCase().split(".").slice(i).join(".") + part.slice(at + tail.length);
+      }
+    }
+    return part;
+  }
+
+  /* --- open and closed --- */
+
+  stack() {
+    Place.measure(this.root, this.layouts, this.metrics);
+    this.map = null;
+  }
+
+  setOpen(box, open) {
+    if (box.open === open || !box.children.length) return;
+    box.open = open;
+    Place.stale(box);
+  }
+
+  openTo(box) {
+    for (let one = box.parent; one; one = one.parent) this.setOpen(one, true);
+    this.stack();
+  }
+
+  toDepth(depth) {
+    const walk = (box, left) => {
+      this.setOpen(box, left > 0);
+      for (const child of box.children) walk(child, left - 1);
+    };
+    walk(this.root, depth);
+    this.stack();
+  }
+
+  get depth() {
+    const deep = (box) => (box.children.length ? 1 + Math.max(...box.children.map(deep)) : 0);
+    return deep(this.root);
+  }
+
+  isShown(box) {
+    for (let one = box.parent; one; one = one.parent) if (!one.open) return false;
+    return true;
+  }
+
+  * shown(box = this.root) {
+    yield box;
+    if (box.open) for (const child of box.children) yield* this.shown(child);
+  }
+
+  /* --- where things are --- */
+
+  spotOf(box) {
+    let x = 0, y = 0;
+    for (let one = box; one.parent; one = one.parent) {
+      const { dx, dy, spots } = one.parent.inside;
+      x += dx + spots[one.place][0];
+      y += dy + spots[one.place][1];
+    }
+    return { x, y, width: box.width, height: box.height };
+  }
+
+  boxAt(left, top) {
+    const { view } = this;
+    let x = (left - view.x) / view.scale, y = (top - view.y) / view.scale, box = this.root;
+    if (x < 0 || y < 0 || x > box.width || y > box.height) return null;
+    for (;;) {
+      const { inside } = box;
+      if (!box.open || !inside) return box;
+      x -= inside.dx;
+      y -= inside.dy;
+      const child = box.children.find((one, i) => {
+        const [cx, cy] = inside.spots[i];
+        return x >= cx && y >= cy && x <= cx + one.width && y <= cy + one.height;
+      });
+      if (!child) return box;
+      x -= inside.spots[child.place][0];
+      y -= inside.spots[child.place][1];
+      box = child;
+    }
+  }
+
+  /* The nearest box next to the selected one, in a direction. */
+  neighbor(box, right, down) {
+    const from = this.spotOf(box), center = (spot) => [spot.x + spot.width / 2, spot.y + spot.height / 2];
+    const [x, y] = center(from);
+    let best = null, least = Infinity;
+    for (const other of box.parent ? box.parent.children : []) {
+      if (other === box) continue;
+      const [ox, oy] = center(this.spotOf(other));
+      const along = (ox - x) * right + (oy - y) * down, across = Math.abs((ox - x) * down) + Math.abs((oy - y) * right);
+      const cost = along + 2 * across;
+      if (along > 1 && cost < least) { best = other; least = cost; }
+    }
+    return best;
+  }
+
+  /* --- the view --- */
+
+  get area() { return this.canvas.getBoundingClientRect(); }
+
+  move(x, y, scale) {
+    const before = this.view.scale;
+    this.view = { x, y, scale: Math.min(4, Math.max(0.01, scale)) };
+    this.draw(this.view.scale === before);
+  }
+
+  zoom(factor, x = this.area.width / 2, y = this.area.height / 2) {
+    const { view } = this, scale = Math.min(4, Math.max(0.01, view.scale * factor)), by = scale / view.scale;
+    this.move(x - (x - view.x) * by, y - (y - view.y) * by, scale);
+  }
+
+  fit(box = this.root, readable = true) {
+    const { width, height } = this.area, margin = 24, spot = this.spotOf(box);
+    const byWidth = (width - 2 * margin) / spot.width, byHeight = (height - 2 * margin) / spot.height;
+    // Readable first: what does not fit then is reached by dragging.
+    const scale = Math.min(1.25, byWidth, readable ? Math.max(byHeight, 0.7) : byHeight);
+    this.move((width - spot.width * scale) / 2 - spot.x * scale, margin - spot.y * scale, scale);
+  }
+
+  /* Brings a box into the view, and no closer than it is where it can be read. */
+  show(box) {
+    const { width, height } = this.area, spot = this.spotOf(box), scale = Math.max(this.view.scale, 0.75);
+    const x = this.view.x + spot.x * scale, y = this.view.y + spot.y * scale;
+    const inView = scale === this.view.scale && x >= 0 && y >= 0 && x + spot.width * scale <= width && y + Math.min(spot.height * scale, 60) <= height;
+    if (inView) return this.draw();
+    const tall = Math.min(spot.height, height / scale - 40);
+    return this.move(width / 2 - (spot.x + spot.width / 2) * scale, height / 2 - (spot.y + tall / 2) * scale, scale);
+  }
+
+  select(box, { show = true } = {}) {
+    this.selected = box;
+    this.painted = null;
+    if (!box) return this.draw();
+    if (!this.isShown(box)) this.openTo(box);
+    return show ? this.show(box) : this.draw();
+  }
+
+  toggle(box) {
+    const before = this.spotOf(box), { view } = this;
+    this.setOpen(box, !box.open);
+    this.stack();
+    if (this.selected && !this.isShown(this.selected)) this.selected = box;
+    this.painted = null;
+    // What was clicked stays under the pointer.
+    const after = this.spotOf(box);
+    this.move(view.x + (before.x - after.x) * view.scale, view.y + (before.y - after.y) * view.scale, view.scale);
+  }
+
+  /* --- drawing --- */
+
+  /* Asks for a picture with the next frame. `moved`: what was drawn has only moved. */
+  draw(moved = false) {
+    if (!moved) this.painted = null;
+    if (this.waiting) return;
+    this.waiting = requestAnimationFrame(() => {
+      this.waiting = 0;
+      this.paint();
+      this.onDraw(this);
+    });
+  }
+
+  paint() {
+    const { canvas, view, painted } = this, { width, height } = this.area, ratio = window.devicePixelRatio || 1;
+    const wide = Math.round(width * ratio), high = Math.round(height * ratio);
+    const resized = canvas.width !== wide || canvas.height !== high;
+    if (resized) { canvas.width = wide; canvas.height = high; }
+    const context = canvas.getContext("2d");
+    this.drawn = 0;
+    const right = painted ? Math.round((view.x - painted.x) * ratio) : 0, down = painted ? Math.round((view.y - painted.y) * ratio) : 0;
+    if (painted?.boxes > 1000 && !resized && Math.abs(right) < wide && Math.abs(down) < high) {
+      // What is there already is shifted by whole pixels; only the edges that come into view are drawn.
+      this.painted = { ...painted, x: painted.x + right / ratio, y: painted.y + down / ratio };
+      context.setTransform(1, 0, 0, 1, 0, 0);
+      context.globalAlpha = 1;
+      context.globalCompositeOperation = "copy";
+      context.drawImage(canvas, right, down);
+      context.globalCompositeOperation = "source-over";
+      if (right) this.paintPart(context, ratio, right > 0 ? 0 : wide + right, 0, Math.abs(right), high);
+      if (down) this.paintPart(context, ratio, 0, down > 0 ? 0 : high + down, wide, Math.abs(down));
+    } else {
+      this.painted = { x: view.x, y: view.y };
+      this.paintPart(context, ratio, 0, 0, wide, high);
+      this.painted.boxes = this.drawn;
+    }
+  }
+
+  /* Draws a part of the canvas, in pixels of the screen. */
+  paintPart(context, ratio, left, top, wide, high) {
+    const { scale } = this.view, { x, y } = this.painted;
+    context.save();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.beginPath();
+    context.rect(left, top, wide, high);
+    context.clip();
+    context.clearRect(left, top, wide, high);
+    context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
+    const world = (pixel, origin) => (pixel / ratio - origin) / scale;
+    const seen = [world(left, x), world(top, y), world(left + wide, x), world(top + high, y)];
+    this.drawBox(new Paint.CanvasPen(context, this.looks, scale), this.root, 0, 0, 0, seen);
+    context.restore();
+  }
+
+  /* Draws a box and what is in it, as far as it is seen; `seen` null draws everything. */
+  drawBox(pen, box, x, y, depth, seen) {
+    const { width, height } = box;
+    if (seen && (x > seen[2] || y > seen[3] || x + width + 8 < seen[0] || y + height < seen[1] - 8)) return;
+    if (seen && Math.max(width, height) * pen.scale < 1.5) return;
+    this.drawn += 1;
+    const classes = this.classesOf(box, depth);
+    // Too small for words: a spot of the color of its border.
+    if (seen && height * pen.scale < 7) { pen.spot(classes, x, y, width, height, this.color?.(box)); return; }
+    this.drawFrame(pen, box, classes, x, y);
+    if (!box.open || !box.inside || (seen && height * pen.scale < 12)) return;
+    const { dx, dy, spots, wires } = box.inside;
+    if (pen.scale > 0.12) for (const wire of wires) this.drawWire(pen, box, wire, x + dx, y + dy, seen);
+    box.children.forEach((child, i) => this.drawBox(pen, child, x + dx + spots[i][0], y + dy + spots[i][1], depth + 1, seen));
+  }
+
+  classesOf(box, depth) {
+    const isOpen = box.open && box.children.length > 0, key = isOpen ? 1 + (depth % 2) : 0;
+    box.classes ??= [];
+    const known = box.classes[key] ??= Graph.classes(box, isOpen, depth);
+    if (!this.hits.has(box) && this.selected !== box) return known;
+    return known + (this.hits.has(box) ? " hit" : "") + (this.selected === box ? " selected" : "");
+  }
+
+  static classes(box, isOpen, depth) {
+    const classes = ["box", box.kind];
+    if (isOpen) classes.push("open");
+    if (isOpen && depth % 2) classes.push("odd");
+    if (box.children.length && box.sites) classes.push("holds");
+    if (box.state) classes.push(`is-${box.state}`);
+    if (box.adapter !== undefined && box.kind !== "site") classes.push(`a${box.adapter % 6}`);
+    return classes.join(" ");
+  }
+
+  drawFrame(pen, box, classes, x, y) {
+    const { width, height, name, caption } = box, isOpen = box.open && box.children.length;
+    const radius = box.kind === "input" || box.kind === "output" ? 13 : 7;
+    pen.begin(classes, x, y);
+    if (box.repeats.length) {
+      pen.rect("shade", 7, -7, width, height, radius);
+      pen.rect("shade", 3.5, -3.5, width, height, radius);
+    }
+    pen.rect("frame", 0, 0, width, height, radius, this.color && !isOpen ? this.color(box) : null);
+    if (box.state === "refused" && !isOpen) pen.path("hatch", hatch(width, height));
+    if (box.state === "full" || box.state === "rows") pen.rect("inner", 3, 3, width - 6, height - 6, 5);
+    const lines = isOpen ? [] : box.lines, head = isOpen ? height : height - this.metrics.branch * lines.length;
+    const letter = this.doc.chips[box.kind];
+    let left = 11;
+    if (letter && !isOpen) {
+      pen.rect("chip", 7, head / 2 - 9, 18, 18, 4);
+      pen.text("chip-letter", 16, head / 2 + 4, letter);
+      left = 32;
+    }
+    if (box.children.length) {
+      pen.path("toggle", isOpen ? [["M", 10, 9], ["L", 19, 9], ["L", 14.5, 15.5]] : [["M", 11.5, 7.5], ["L", 11.5, 16.5], ["L", 18, 12]]);
+      left = 25;
+    }
+    const two = caption || box.marks.length || isOpen;
+    pen.text("name", left, two ? 16 : head / 2 + 4, name);
+    if (caption) pen.text("caption", left, 30, caption);
+    let at = left + caption.length * 6.1 + (caption ? 5 : 0);
+    for (const [mark, wide] of box.marks) {
+      pen.rect("mark", at, 20, wide, 13, 3);
+      pen.text("mark-text", at + wide / 2, 29.5, mark);
+      at += wide + 5;
+    }
+    lines.forEach((line, i) => this.drawLine(pen, line, head + this.metrics.branch * i));
+    if (box.count) {
+      const wide = 10 + 7 * box.count.length;
+      pen.rect("badge", width - wide - 7, 6, wide, 14, 7);
+      pen.text("badge-text", width - wide / 2 - 7, 16.5, box.count);
+    }
+    return pen.end();
+  }
+
+  /* An adapter next to W: tall B times wide A. */
+  drawLine(pen, { words, adapter, active }, y) {
+    pen.begin(`a${adapter % 6}${active ? "" : " off"}`, 9, y);
+    pen.text("plus", 1, 11, "+");
+    pen.rect("factor", 11, 1, 5, 13);
+    pen.rect("factor", 19, 5, 13, 5);
+    pen.text("caption", 37, 11, words);
+    pen.end();
+  }
+
+  drawWire(pen, box, { source, target, arrives, points: [x, y0, , y1, u, y2, , y3] }, dx, dy, seen) {
+    const left = Math.min(x, u) + dx, right = Math.max(x, u) + dx;
+    if (seen && (left > seen[2] || right < seen[0] || y0 + dy > seen[3] || y3 + dy < seen[1])) return;
+    const from = box.children[source], to = box.children[target];
+    const lora = to.adapter !== undefined && to.kind !== "site" && from.kind !== "site" && from.kind !== "base" ? " lora" : "";
+    const middle = (y1 + y2) / 2;
+    pen.begin("", dx, dy);
+    pen.path(`wire${lora}`, [["M", x, y0], ["L", x, y1], ["C", x, middle, u, middle, u, y2], ["L", u, y3]]);
+    if (arrives && pen.scale > 0.2) pen.path(`arrow${lora}`, [["M", u, y3], ["L", u - 3.5, y3 - 6], ["L", u + 3.5, y3 - 6]]);
+    pen.end();
+  }
+
+  /* The whole picture, with everything that is open now, as an SVG element. */
+  toSvg() {
+    const margin = 20, width = this.root.width + 2 * margin, height = this.root.height + 2 * margin + 12;
+    const svg = document.createElementNS(Paint.SVG, "svg"), style = document.createElementNS(Paint.SVG, "style");
+    for (const [key, value] of Object.entries({ class: "picture", width, height, viewBox: `0 0 ${width} ${height}` })) svg.setAttribute(key, value);
+    style.textContent = document.getElementById("picture-style").textContent;
+    svg.append(style);
+    this.drawBox(new Paint.SvgPen(svg), this.root, margin, margin + 12, 0, null);
+    return svg;
+  }
+}
+
+function hatch(width, height) {
+  const steps = [];
+  for (let start = 0; start < width + height; start += 9) {
+    const from = start <= width ? [start, 0] : [width, start - width];
+    const to = start >= height ? [start - height, height] : [0, start];
+    steps.push(["M", ...from], ["L", ...to]);
+  }
+  return steps;
+}
