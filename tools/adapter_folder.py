@@ -23,13 +23,13 @@ from lora_fx.checkpoint import StackedDown, StackedUp, read_tensors, without_pre
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError
 from lora_fx.ir import folded, html_block, html_table, text_table
+from lora_fx.kinds import chosen_kind
 
 __all__ = ["AdapterReport", "SiteFigures", "heat_map", "inspect_adapter"]
 
 _FACTOR = re.compile(
     r"(?:(?P<site>.+)\.)?lora_(?:embedding_)?(?P<which>[AB])(?:\.weight)?(?P<bias>\.bias)?"
 )
-_OF_SITE = re.compile(r"(?:(?P<site>.+)\.)?lora_magnitude_vector(?:\.weight)?")
 _LAYER = re.compile(r"^(?P<before>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 
 
@@ -47,7 +47,7 @@ class SiteFigures:
         values: Singular values, the largest first; of all experts together for experts.
         effective_rank: ``exp(-Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σ σ`` (Roy and Vetterli 2007, EUSIPCO), the mean
             over experts; 0 where nothing was learned.
-        kind: ``lora``, or ``dora`` where a magnitude lies next to it.
+        kind: Name of the adapter kind.
     """
 
     name: str
@@ -214,20 +214,17 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
     config = LoraConfig.from_pretrained(path)
     tensors = without_prefix(read_tensors(path)[0])
     pairs: dict[str, dict[str, Tensor]] = {}
-    scaled: set[str] = set()
     others: dict[str, tuple[int, ...]] = {}
     for key, value in tensors.items():
         found = _FACTOR.fullmatch(key)
         if found is not None and not found["bias"]:
             pairs.setdefault(found["site"] or "", {})[found["which"]] = value
             continue
-        if (magnitude := _OF_SITE.fullmatch(key)) is not None:
-            scaled.add(magnitude["site"] or "")
         others[key] = tuple(value.shape)
     return AdapterReport(
         path,
         config,
-        tuple(_figures(pairs, scaled, config, path)),
+        tuple(_figures(pairs, config, path)),
         others,
         sum(value.numel() for value in tensors.values()),
         sum(one.stat().st_size for one in path.iterdir() if one.is_file()),
@@ -236,8 +233,9 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
 
 @torch.no_grad()
 def _figures(
-    pairs: Mapping[str, Mapping[str, Tensor]], scaled: set[str], config: LoraConfig, path: Path
+    pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig, path: Path
 ) -> Iterator[SiteFigures]:
+    kind = chosen_kind(config).name
     for name, factors in pairs.items():
         if len(factors) < 2:
             (which,) = factors
@@ -270,7 +268,7 @@ def _figures(
             float(values.norm()),
             tuple(values.tolist()),
             sum(map(_effective_rank, each)) / experts,
-            "dora" if name in scaled else "lora",
+            kind,
         )
 
 

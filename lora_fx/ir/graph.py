@@ -38,7 +38,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 """The class of a user's model: verbs return what they were given."""
 
 META_KEY = "lora_fx"
-"""The one key of ``node.meta`` that lora_fx writes; its value is always a :class:`Tag`."""
+"""The key of ``node.meta`` by which passes mark nodes; its value is always a :class:`Tag`."""
 
 
 def join(*parts: str) -> str:
