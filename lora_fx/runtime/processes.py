@@ -116,9 +116,11 @@ def note_whole(module: nn.Module, name: str, value: Any) -> None:
 
 def _digest(whole: torch.Tensor) -> str:
     found = hashlib.blake2b(f"{list(whole.shape)} {whole.dtype}".encode(), digest_size=8)
-    if whole.is_meta:
+    try:
+        values = whole.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+    except (NotImplementedError, RuntimeError):  # on the meta device, or fake: there are none
         return _UNKNOWN
-    found.update(whole.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    found.update(values.tobytes())
     return found.hexdigest()
 
 

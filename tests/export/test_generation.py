@@ -198,8 +198,8 @@ def watched(session: OnnxSession, monkeypatch: pytest.MonkeyPatch, **options: An
     made: list[Watched] = []
     bound = session._binding
 
-    def watch(held: Any) -> Watched:
-        made.append(Watched(bound(held)))
+    def watch(held: Any, rows: int) -> Watched:
+        made.append(Watched(bound(held, rows)))
         return made[-1]
 
     monkeypatch.setattr(session, "_binding", watch)

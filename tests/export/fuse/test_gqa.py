@@ -243,8 +243,8 @@ def bound(
 
             return bind
 
-    def watch(held: Any) -> Any:
-        made.append(Watched(make(held)))
+    def watch(held: Any, rows: int) -> Any:
+        made.append(Watched(make(held, rows)))
         return made[-1]
 
     monkeypatch.setattr(session, "_binding", watch)
