@@ -520,7 +520,9 @@ class Noisy(Frames):
 
 
 @pytest.mark.parametrize("make", [Frames, OneByOne])
-def test_samples_that_are_not_the_batch_of_a_convolution_have_no_cost(make: type[nn.Module]) -> None:
+def test_samples_that_are_not_the_batch_of_a_convolution_have_no_cost(
+    make: type[nn.Module],
+) -> None:
     x = torch.randn(2, 5, 3, 8, 8) if make is Frames else torch.randn(5, 3, 8, 8)
     plan = lora_fx.plan(make(), LoraConfig(r=2, target_modules=["conv"]), x)
     assert plan.unit == "position"
