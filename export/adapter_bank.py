@@ -113,13 +113,13 @@ class AdapterBank(AdapterStore):
     def _slot(self, name: object) -> int:
         if name is None:
             return 0
-        if name not in self._names:
+        if not isinstance(name, str) or name not in self._names:
             has = ", ".join(map(repr, self._names)) or "none"
             raise ConfigError(
                 f"there is no adapter {name!r}: the bank of {self.file} has {has}; load_adapter(name, file) "
                 "adds one"
             )
-        return self._names[str(name)]
+        return self._names[name]
 
     def _write(self, slot: int, values: Mapping[str, Tensor], names: dict[str, int]) -> None:
         """Make new stacks with something else in a slot."""

@@ -381,6 +381,8 @@ def test_what_does_not_fit_is_refused(
         (["plain"], "has 1 names, and the batch for net.onnx has 2 rows"),
         (["plain", "gone"], "no adapter 'gone'"),
         ([], "empty list"),
+        ([["plain"], "dora"], r"no adapter \['plain'\]"),
+        (np.array(["plain", "dora"]), "no adapter array"),
         ({"plain": 1.0, "dora": 0.5}, "'plain' and 'dora'|'plain', 'dora'"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -475,6 +475,85 @@ def test_convolutions_cost_by_the_sample() -> None:
     assert larger.flops == 4 * (first + second) + mix
 
 
+class Frames(nn.Module):
+    """Frames of videos are one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class OneByOne(Frames):
+    """Each sample alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.conv(one) for one in x])
+
+
+class Padded(nn.Conv2d):
+    """A layer that does more than its convolution."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.max_pool2d(super().forward(nn.functional.pad(x, (1, 1, 1, 1))), 2)
+
+
+class Words(nn.Module):
+    """Convolutions over embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, 4)
+        self.conv = nn.Conv1d(4, 6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.embed(ids).transpose(1, 2)).amax(2)
+
+
+class Noisy(Frames):
+    """It draws numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * torch.rand(1).to(x.device)
+
+
+@pytest.mark.parametrize("make", [Frames, OneByOne])
+def test_samples_that_are_not_the_batch_of_a_convolution_have_no_cost(
+    make: type[nn.Module],
+) -> None:
+    x = torch.randn(2, 5, 3, 8, 8) if make is Frames else torch.randn(5, 3, 8, 8)
+    plan = lora_fx.plan(make(), LoraConfig(r=2, target_modules=["conv"]), x)
+    assert plan.unit == "position"
+    assert plan.sample_cost is None
+
+
+def test_the_cost_of_a_sample_is_that_of_its_products() -> None:
+    def cost(model: nn.Module, x: torch.Tensor, *places: str) -> tuple[int, int] | None:
+        return lora_fx.plan(model, LoraConfig(r=2, target_modules=[*places]), x).sample_cost
+
+    # 10 x 10 positions in, 8 x 8 out, whatever the layer does before and after.
+    padded = cost(nn.Sequential(Padded(3, 4, 3)), torch.randn(2, 3, 8, 8), "0")
+    assert padded == (64 * 2 * 2 * (27 + 4), 4 * (100 * 3 + 64 * 2))
+    # An embedding keeps an index for each token, not a row of its table.
+    words = cost(Words(), torch.randint(0, 1000, (2, 9)), "embed", "conv")
+    assert words is not None
+    assert words[1] == 9 * (8 + 4 * 2) + 4 * (9 * 4 + 7 * 2)
+    # A transposed convolution multiplies with A where its input is, and with B where its output is.
+    up = cost(nn.Sequential(nn.ConvTranspose2d(4, 8, 3, stride=2)), torch.randn(2, 4, 8, 8), "0")
+    assert up is not None
+    assert up[0] == 64 * 2 * 2 * 4 * 9 + 17 * 17 * 2 * 2 * 8
+
+
+def test_the_cost_of_a_sample_draws_no_random_numbers() -> None:
+    model, x = Noisy(), torch.zeros(2, 3, 8, 8)
+    before = torch.get_rng_state()
+    plan = lora_fx.plan(model, LoraConfig(r=2, target_modules=["conv"]), x)
+    assert plan.unit == "sample"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_new_head_comes_first(tmp_path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     sizes = transformers.BertConfig(**small, num_attention_heads=2, vocab_size=32)
