@@ -106,6 +106,7 @@ zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARG
 docs: $(VENV)/.docs layout ## Build the site of the documentation into out/site/; any warning is an error
 	$(BIN)/python docs/site/api.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "The site is in out/site/: open out/site/index.html"
 
 # setuptools takes up whatever an earlier build left in build/, deleted modules too.
 .PHONY: wheel

@@ -1,4 +1,4 @@
-"""The build backend: setuptools, whose editable installs type checkers and editors can read, too.
+"""The build backend: setuptools, whose editable installs type checkers read, and whose wheels are clean.
 
 ``passes/``, ``export/`` and ``tools/`` are imported as ``lora_fx.passes`` and so on. setuptools maps them by
 an import hook, which only a running Python sees. So an editable install also has a folder of links that looks
@@ -17,7 +17,6 @@ from typing import Any
 from setuptools import build_meta
 from setuptools.build_meta import (
     build_sdist,
-    build_wheel,
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
     get_requires_for_build_wheel,
@@ -39,6 +38,16 @@ __all__ = [
 _ROOT = Path(__file__).resolve().parent
 _LINKS = _ROOT / ".editable"
 _PTH = "lora_fx_for_type_checkers.pth"
+
+
+def build_wheel(
+    wheel_directory: str,
+    config_settings: dict[str, Any] | None = None,
+    metadata_directory: str | None = None,
+) -> str:
+    """Builds setuptools' wheel, without modules that an earlier build has left and that are gone by now."""
+    shutil.rmtree(_ROOT / "build" / "lib", ignore_errors=True)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(

@@ -70,9 +70,10 @@ def _tensor(name: str, value: object) -> Tensor:
         return torch.from_numpy(value)
     if isinstance(value, Tensor):
         return value.detach().cpu()
+    near = hint(name, _CHANGES, "; did you mean {}", cutoff=0.6)
     raise ExportError(
-        f"'{name}' is a {type(value).__name__}, and inputs are numpy arrays or tensors. If it is a setting: "
-        "those that generate has no argument for go into generation_config={...}"
+        f"{name!r} is of the type {type(value).__name__}, and inputs are numpy arrays or tensors{near}. A "
+        "setting that generate has no argument for goes into generation_config={...}"
     )
 
 

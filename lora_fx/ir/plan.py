@@ -271,7 +271,7 @@ class Plan:
         }
         if not meant:
             ends = {one.rpartition(".")[2] for one in told}
-            near = hint(name, [*told, *ends], "; did you mean {}?", cutoff=0.4)
+            near = hint(name, [*told, *ends], "; did you mean {}?", cutoff=0.6)
             raise ConfigError(f"no linear operation is called {name!r}{near}")
         return meant
 

@@ -113,7 +113,7 @@ def trace(
 
 def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
     if not any(p.traced for p in parameters):
-        raise Untraceable("its forward has no required argument: pass example_inputs")
+        raise Untraceable("its forward has no required argument, so that no call stands for all")
     for p in parameters:
         if not p.traced and isinstance(p.default, list | dict | set):
             raise Untraceable(f"the default of its argument {p.name} can change between calls")

@@ -355,7 +355,7 @@ def _line(site: MergedSite) -> str:
     error = f"{site.max_ulp:.4f} ulp"
     if site.requantized:
         error = f"{site.requantization_error:.2e} lost by quantizing again"
-    return f"  {site.name}: {error}, changed by {site.relative_change:.2e}"
+    return f"  {site.name}: {error}, changed by {100 * site.relative_change:.3g} % of its norm"
 
 
 def compared(

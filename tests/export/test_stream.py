@@ -142,7 +142,7 @@ def test_threads_have_texts_of_their_own(exported: Callable[[str], Pair]) -> Non
         ({"tokenizer": 3}, "tokenizer is a int: give one of transformers"),
         ({"stop_strings": "x"}, "needs tokenizer="),
         ({"stop_strings": "x", "tokenizer": 3, "text": False}, "tokenizer is a int"),
-        ({"max_length": 3}, "'max_length' is a int"),
+        ({"max_length": 3}, "'max_length' is of the type int"),
     ],
 )
 def test_streams_that_mean_nothing_are_refused_before_the_first_token(

@@ -633,3 +633,14 @@ def test_python_runs_the_package() -> None:
     )
     assert done.stdout.startswith("lora-fx ")
     assert "--install-completion" in worked("--help")
+
+
+def test_one_adapter_is_compared_with_its_base(here: Path) -> None:
+    import cli_net_for_tests
+
+    model, _ = cli_net_for_tests.net()
+    lora_fx.save_adapter(lora_fx.rewrite(model, lora_fx.LoraConfig(r=2)), here / "adapter")
+    worked("visualize", MODEL, "two.html", "--adapter", "adapter", "--compare")
+    text = (here / "two.html").read_text(encoding="utf-8")
+    assert "base: Net" in text
+    assert "adapter: Net" in text

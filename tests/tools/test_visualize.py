@@ -532,8 +532,10 @@ def test_refuses_a_folder_as_file(tmp_path: Path) -> None:
 
 
 def test_refuses_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dict"):
-        visualize({}, tmp_path / "graph.svg")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="draw a set"):
+        visualize({1}, tmp_path / "graph.svg")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="one or more"):
+        visualize({}, tmp_path / "graph.html")
     assert not list(tmp_path.iterdir())
 
 
@@ -632,6 +634,16 @@ def test_several_are_compared_in_a_page_only(tmp_path: Path) -> None:
     assert [document["title"] for document in documents] == ["Plan", "Net"]
     with pytest.raises(ConfigError, match=r"\.html"):
         visualize([plan, plan], tmp_path / "two.svg")
+
+
+def test_panes_that_are_compared_have_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["0"]))
+    page = tmp_path / "two.html"
+    lora_fx.visualize({"before": model, "after": adapted}, page)
+    text = page.read_text(encoding="utf-8")
+    assert "before: Sequential" in text
+    assert "after: Sequential" in text
 
 
 def test_model_explorer_gets_a_graph_and_ranks(tmp_path: Path) -> None:

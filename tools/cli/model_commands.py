@@ -425,7 +425,7 @@ def _drawn(
     as_plan: bool,
     compare: bool,
 ) -> tuple[Any, Any]:
-    """What ``visualize`` draws, one thing or a list of them, and example inputs if they are known."""
+    """What ``visualize`` draws, one thing or several, and example inputs if they are known."""
     from lora_fx.adapters import set_adapter
     from lora_fx.api import capture
     from lora_fx.api import plan as make_plan
@@ -441,7 +441,10 @@ def _drawn(
     if folders:
         names = [folder.name if len(folders) > 1 else "default" for folder in folders]
         if compare:
-            return [load_adapter(drawn, folder) for folder in folders], loaded.example_inputs
+            panes = {folder.name: load_adapter(drawn, folder) for folder in folders}
+            if len(panes) < 2:  # one folder, or folders of one name
+                panes = {"base": drawn, **{str(one): load_adapter(drawn, one) for one in folders}}
+            return panes, loaded.example_inputs
         for name, folder in zip(names, folders, strict=True):
             drawn = load_adapter(drawn, folder, adapter_name=name)
         set_adapter(drawn, names)

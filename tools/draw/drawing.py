@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -327,7 +328,7 @@ Drawable = nn.Module | Capture | Plan | MergeReport | ExportReport | str | os.Pa
 
 
 def visualize(
-    model_or_plan: Drawable | Sequence[Drawable],
+    model_or_plan: Drawable | Sequence[Drawable] | Mapping[str, Drawable],
     path: str | os.PathLike[str],
     *,
     force: bool = False,
@@ -347,8 +348,8 @@ def visualize(
     Args:
         model_or_plan: Any module (plain, captured, rewritten or merged); a capture; a plan: then the sites
             by name, and next to them what is not adapted and why; the report of a merge or of an export; a
-            path to an ``.onnx`` file or to an adapter folder. Several in a list are shown next to each
-            other, in ``.html`` only.
+            path to an ``.onnx`` file or to an adapter folder. Several in a list, or in a dict by the title of
+            each, are shown next to each other, in ``.html`` only.
         path: The file to write.
         force: Whether to write over a file that exists.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
@@ -378,12 +379,20 @@ def visualize(
     if file_format is not None:
         _write_for_explorer(model_or_plan, target, example_inputs, file_format)
         return target
-    if isinstance(model_or_plan, list | tuple):
+    titled = isinstance(model_or_plan, Mapping)
+    several: Any = model_or_plan.values() if isinstance(model_or_plan, Mapping) else model_or_plan
+    if titled or isinstance(model_or_plan, list | tuple):
         if suffix != ".html" or not model_or_plan:
             raise ConfigError(
                 "several are compared in a page: give one or more, and a name in .html"
             )
-        text = to_html(*(picture_of(one, example_inputs) for one in model_or_plan))
+        pictures = [picture_of(one, example_inputs) for one in several]
+        if isinstance(model_or_plan, Mapping):
+            pictures = [
+                dataclasses.replace(one, title=f"{name}: {one.title}")
+                for name, one in zip(model_or_plan, pictures, strict=True)
+            ]
+        text = to_html(*pictures)
     else:
         text = FORMATS[suffix](picture_of(model_or_plan, example_inputs))
     _replace(target, text)
