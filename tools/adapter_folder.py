@@ -268,7 +268,7 @@ def _figures(
             downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
         else:
             # PEFT's A reads all inputs, and each group of B its own ranks.
-            downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]
+            downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]  # type: ignore[no-untyped-call]
         each = [_singular_values(scale, down, up) for down, up in zip(downs, ups, strict=True)]
         values = torch.cat(each).sort(descending=True).values
         yield SiteFigures(
