@@ -123,6 +123,10 @@ class AdapterReport:
         idle = [one.name for one in self.sites if one.norm == 0]
         broken = [one.name for one in self.sites if not math.isfinite(one.norm)]
         lines = []
+        if any(one.kind == "dora" for one in self.sites):
+            lines.append(
+                "figures of s · B A: DoRA's update depends on the base as well, which is not read"
+            )
         if idle:
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
             lines.append(f"no update at {len(idle)} site(s): {', '.join(idle[:3])}{more}")
@@ -244,11 +248,18 @@ def _figures(
                 f"{path}: {name or 'the root'} has lora_{which} and no lora_{other}: the file was cut, or "
                 "its keys were renamed"
             )
+        if any(one.dim() < 2 for one in factors.values()):
+            shapes = {which: list(one.shape) for which, one in factors.items()}
+            raise CheckpointError(
+                f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
+                "they are no matrices"
+            )
         a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
+        groups = _groups(factors["A"], b)
         rank, scale = len(a), scale_for(name, config)
         planned = rank_for(name, config)
         experts = rank // planned if rank > planned and rank % planned == 0 else 1
-        if a.shape[0] != b.shape[1]:
+        if a.shape[0] != b.shape[1] * groups:
             raise CheckpointError(
                 f"{path}: {name or 'the root'}: lora_A has {a.shape[0]} rows and lora_B {b.shape[1]} "
                 "columns: they are no pair"
@@ -256,7 +267,8 @@ def _figures(
         if experts > 1:
             downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
         else:
-            downs, ups = a[None], b[None]
+            # PEFT's A reads all inputs, and each group of B its own ranks.
+            downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]  # type: ignore[no-untyped-call]
         each = [_singular_values(scale, down, up) for down, up in zip(downs, ups, strict=True)]
         values = torch.cat(each).sort(descending=True).values
         yield SiteFigures(
@@ -270,6 +282,13 @@ def _figures(
             sum(map(_effective_rank, each)) / experts,
             kind,
         )
+
+
+def _groups(a: Tensor, b: Tensor) -> int:
+    """Groups of a convolution: A has the ranks of all of them, B [out, rank of one]."""
+    of_one = b.shape[1]
+    several = a.dim() > 2 and of_one > 0 and len(a) > of_one and len(a) % of_one == 0
+    return len(a) // of_one if several and len(b) % (len(a) // of_one) == 0 else 1
 
 
 def _singular_values(scale: float, a: Tensor, b: Tensor) -> Tensor:

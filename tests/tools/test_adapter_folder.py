@@ -115,6 +115,47 @@ def test_a_folder_of_peft(tmp_path: Path) -> None:
     report = lora_fx.inspect_adapter(tmp_path)
     assert [(one.name, one.kind) for one in report.sites] == [("layers.1", "dora")]
     assert len(report.others) == 1
+    # The update depends on norms of the base.
+    assert any("DoRA's update depends on the base" in line for line in report.warnings())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_groups_of_a_convolution_are_blocks_of_one_matrix(tmp_path: Path, alone: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(6, 4, 3, groups=2), nn.Conv1d(4, 3, 1)).double()
+    places = ["0"] if alone else ["0", "1"]
+    adapted = trained(model, LoraConfig(r=4, lora_alpha=6, target_modules=places))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    found = lora_fx.inspect_adapter(tmp_path / "adapter").sites[0]
+    change = (lora_fx.merge(adapted)[0].weight - model[0].weight).detach()
+    whole = torch.block_diag(*change.flatten(1).chunk(2))
+    assert found.norm == pytest.approx(float(change.norm()))
+    assert found.shape == (4, 18)
+    values = torch.linalg.svdvals(whole)
+    torch.testing.assert_close(torch.tensor(found.values).double()[:4], values[:4])
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.full((2, 4), math.nan)])
+def test_factors_that_are_none_are_drawn(tmp_path: Path, value: torch.Tensor) -> None:
+    LoraConfig(r=2, target_modules=["a"]).save_pretrained(tmp_path)
+    key = "base_model.model.a.lora_{}.weight"
+    tensors = {key.format("A"): value, key.format("B"): value.clone().t()}
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    assert lora_fx.visualize(tmp_path, tmp_path / "page.html").is_file()
+    if not value.dim():
+        with pytest.raises(lora_fx.CheckpointError, match=r"a: lora_A has shape .* no matrices"):
+            lora_fx.inspect_adapter(tmp_path)
+
+
+def test_a_model_whose_training_diverged_is_drawn(tmp_path: Path) -> None:
+    adapted = lora_fx.rewrite(Net(), LoraConfig(r=2, target_modules=["layers.0"]))
+    with torch.no_grad():
+        next(p for n, p in adapted.named_parameters() if "lora_B" in n).fill_(math.nan)
+    for name in ("page.html", "graph.json"):
+        text = lora_fx.visualize(adapted, tmp_path / name).read_text(encoding="utf-8")
+    json.loads(text, parse_constant=pytest.fail)
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:

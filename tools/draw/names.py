@@ -314,9 +314,10 @@ def _of_factors(
     parameters = sum(tensor.numel() for tensor in pair.values())
     shapes = {letter.upper(): times(tuple(tensor.shape)) for letter, tensor in pair.items()}
     facts = [(letter, f"{shape}, {pair[letter.lower()].dtype}") for letter, shape in shapes.items()]
-    rank = min((min(tensor.shape[:2]) for tensor in pair.values()), default=0)
+    rank = min((min(tensor.shape[:2], default=0) for tensor in pair.values()), default=0)
     effective = norm = None
-    if len(pair) == 2 and pair["b"].shape[1] == pair["a"].shape[0]:
+    matrices = len(pair) == 2 and all(one.dim() > 1 and one.numel() for one in pair.values())
+    if matrices and pair["b"].shape[1] == pair["a"].shape[0]:
         rank = int(pair["a"].shape[0])
         effective, norm = effective_rank(pair["a"], pair["b"], rank)
         facts.append(("‖s·BA‖", f"{scale * norm:.4g}"))

@@ -132,6 +132,8 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
         # What is sharded or offloaded has another shape here.
         if not plain or tuple(weight.shape) != site.weight_shape or site.quantized is not None:
             return effective, None
+        if not math.isfinite(norm):
+            return effective, None
         base = float(part_of(site, weight.detach()).float().norm())
     return effective, abs(row.scale) * norm / base if base else None
 
@@ -172,6 +174,9 @@ def _singular_values(
         zip(a.unbind(), b.unbind(), strict=True) if experts else [(a, b)]
     )
     for one, other in pairs:
+        if not (one.isfinite().all() and other.isfinite().all()):  # training that diverged
+            yield torch.full((rank,), math.nan)
+            continue
         down = one.reshape(rank, -1).float() if one.shape[0] == rank else one.float().T
         up = other.float().reshape(-1, rank) if other.shape[1] == rank else other.float().T
         triangles = (torch.linalg.qr(each, mode="r")[1] for each in (up, down.T))
