@@ -37,7 +37,7 @@ from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.graph import install, instance_forwards, kept_graph
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
-from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
+from lora_fx.passes.optimize import CheapDropout, Fuse, Recompute, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -103,7 +103,7 @@ def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
 
 
 def _optimize_passes() -> tuple[Pass, ...]:
-    return Fuse(), ShareInputs(), CheapDropout()
+    return Fuse(), ShareInputs(), CheapDropout(), Recompute()
 
 
 def branch_passes(

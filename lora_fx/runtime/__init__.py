@@ -9,6 +9,7 @@ from lora_fx.runtime import (
     masks,
     ops,
     parts,
+    recompute,
     watch,
 )
 from lora_fx.runtime.classes import (
@@ -72,6 +73,7 @@ __all__ = [
     "output_padding",
     "parts",
     "put_rows",
+    "recompute",
     "register_member",
     "select_rows",
     "subclass",
