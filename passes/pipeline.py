@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 from torch import nn
 
@@ -17,11 +17,13 @@ from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import (
+    DEFAULT_MEMORY,
     AdapterRecord,
     Base,
     Capture,
     Kind,
     Matches,
+    Memory,
     Pass,
     PassResult,
     Plan,
@@ -73,7 +75,12 @@ Callback: TypeAlias = Callable[[str, Capture], None]
 
 
 def rewrite_passes(
-    config: LoraConfig, adapter: str = "default", *, optimize: bool = True, strict: bool = False
+    config: LoraConfig,
+    adapter: str = "default",
+    *,
+    optimize: bool = True,
+    memory: Memory = DEFAULT_MEMORY,
+    strict: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes of a rewrite: this is the order in which they run.
 
@@ -81,6 +88,7 @@ def rewrite_passes(
         config: What to adapt.
         adapter: The adapter's name.
         optimize: Whether branches are fused with their operations.
+        memory: What the backward keeps; see :func:`lora_fx.rewrite`.
         strict: Whether an entry of the configuration that selects nothing is an error.
     """
     return (
@@ -89,7 +97,7 @@ def rewrite_passes(
         *_parameter_passes(adapter),
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
-        *(_optimize_passes() if optimize else ()),
+        *(_optimize_passes(memory) if optimize else ()),
         _Install(),
     )
 
@@ -102,25 +110,31 @@ def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
     return AddFactors(adapter=adapter), AddTokens(adapter=adapter), Unfreeze()
 
 
-def _optimize_passes() -> tuple[Pass, ...]:
-    return Fuse(), ShareInputs(), CheapDropout(), Recompute()
+def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
+    recompute = (Recompute(),) if memory == "balanced" else ()
+    return Fuse(), ShareInputs(), CheapDropout(), *recompute
 
 
 def branch_passes(
-    adapters: Mapping[str, AdapterRecord], *, optimize: bool, per_sample: bool = False
+    adapters: Mapping[str, AdapterRecord],
+    *,
+    optimize: bool,
+    memory: Memory = DEFAULT_MEMORY,
+    per_sample: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes that make graphs with the branches of these adapters of graphs without.
 
     Args:
         adapters: Whose branches, by name, in the order in which they are added.
         optimize: Whether branches are fused with their operations.
+        memory: What the backward keeps; see :func:`lora_fx.rewrite`.
         per_sample: Whether each sample of a batch has one of the adapters, or none.
     """
     inserted = [Insert(one.sites, name) for name, one in adapters.items()]
     trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
         return (*inserted, *trained, SelectRows())
-    return (*inserted, *trained, *(_optimize_passes() if optimize else ()))
+    return (*inserted, *trained, *(_optimize_passes(memory) if optimize else ()))
 
 
 def run_passes(
@@ -294,16 +308,18 @@ def rewrite_model(
     *,
     adapter_name: str = "default",
     optimize: bool = True,
+    memory: Memory = DEFAULT_MEMORY,
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callback | None = None,
 ) -> nn.Module:
     """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
+    _check_memory(memory, optimize=optimize)
     capture = _captured(model, config, example_inputs, frontend)
     if callback is not None:
         callback("capture", capture)
-    passes = rewrite_passes(config, adapter_name, optimize=optimize, strict=strict)
+    passes = rewrite_passes(config, adapter_name, optimize=optimize, memory=memory, strict=strict)
     looking, adding, branching = _stages(passes)
     capture = run_passes(capture, looking, callback)
     plan, matches = capture.plan, capture.matches
@@ -329,6 +345,7 @@ def rewrite_model(
         base,
         optimize=optimize,
         forwards=instance_forwards(model),
+        memory=memory,
     )
     record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model
@@ -341,6 +358,18 @@ def rewrite_model(
         # What would be refused or wrong when it is called: better now than later.
         check_rewritten(result, example_inputs)
     return result
+
+
+def _check_memory(memory: object, *, optimize: bool) -> None:
+    if memory not in get_args(Memory):
+        raise ConfigError(
+            f"memory={memory!r} is unknown: give 'balanced' to make cheap inputs of products again in the "
+            "backward, or 'fast' to keep them"
+        )
+    if memory == "balanced" and not optimize and memory != DEFAULT_MEMORY:
+        raise ConfigError(
+            "memory='balanced' is for fused products, and optimize=False fuses none: leave one of them out"
+        )
 
 
 def _stages(

@@ -1,7 +1,7 @@
 """A linear operation and its DoRA branch as one function: ``y = g ∘ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + bias``.
 
-The gain and the branch go into the output in place. For the backward pass it keeps x (or what that is made of), the product with A
-([tokens, r]), the gain ([out]) and, under dropout, one bit for each element of x: what
+The gain and the branch go into the output in place. For the backward pass it keeps x (or what it is made
+of), the product with A ([tokens, r]), the gain ([out]) and, under dropout, a bit for each element of x: what
 :mod:`lora_fx.runtime.fused_lora` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``,
 which comes from elsewhere, as in :mod:`lora_fx.runtime.dora`: the product is made again, or the output,
 which the next layer often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller
@@ -248,8 +248,7 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
     options, wants = ctx.options, _Wants(*ctx.needs_input_grad)
     # Differentiated twice, what is kept is no constant, and nothing may be written in place.
     again = torch.is_grad_enabled()
-    if ctx.source is not None:
-        x = ctx.source.value(made_of, again).to(ctx.dtype)
+    x = _input(ctx, x, made_of)
     grad = flat(given)
     mine = options.part(grad)
     down_weight = a.to(grad.dtype)
@@ -289,6 +288,14 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
             grad_x = add_product(scaled @ weight, inner, down_weight, again, factor).view(ctx.shape)
     grad_bias = grad.sum(0) if wants.bias else None
     return grad_x, None, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
+
+
+def _input(ctx: Any, x: Tensor | None, made_of: list[Tensor]) -> Tensor | None:
+    """The input, as it was kept or made again."""
+    if ctx.source is None:
+        return x
+    made: Tensor = ctx.source.value(made_of, torch.is_grad_enabled()).to(ctx.dtype)
+    return made
 
 
 def _known(x: Tensor | None) -> Tensor:

@@ -2,8 +2,9 @@
 
 The branch is added in place (``addmm_``): nothing of the size tokens × features is made for it, forward or
 backward, but where dropout needs a masked input. For the backward pass it keeps x, or what x is made of
-(:mod:`lora_fx.runtime.recompute`), the product with A ([tokens, r]) and, under dropout, one bit for each element of x. Autograd over the plain operations keeps the
-masked input and its mask instead, and makes four more passes over the output.
+(:mod:`lora_fx.runtime.recompute`), the product with A ([tokens, r]) and, under dropout, one bit for each
+element of x. Autograd over the plain operations keeps the masked input and its mask instead, and makes four
+more passes over the output.
 
 Operations that share x have one product with all their A's, forward and backward, and one gradient of x.
 Over a quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``, and the
@@ -325,7 +326,7 @@ class _LoraLinears(torch.autograd.Function):
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of every argument of forward, from those of its outputs, some of which may be None."""
-    x, mask, down, *tensors = ctx.saved_tensors
+    kept, mask, down, *tensors = ctx.saved_tensors
     operations, dtype = _operations(ctx.options, tensors), ctx.dtype
     wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
     wants_a = any(wants[2::4])
@@ -333,8 +334,8 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # Differentiated twice, what is kept is no constant, and nothing may be written in place.
     again = torch.is_grad_enabled()
     if ctx.source is not None:
-        x = ctx.source.value(tensors[4 * len(operations) :], again)
-    x = None if x is None else x.to(dtype)
+        kept = ctx.source.value(tensors[4 * len(operations) :], again)
+    x: Any = None if kept is None else kept.to(dtype)
     like = known.new_empty((), dtype=dtype).expand(ctx.shape)
     factor = None if mask is None else flat(unpacked(mask, like))
     joined = _joined(operations, dtype)

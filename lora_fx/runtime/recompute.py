@@ -1,8 +1,8 @@
 """Cheap operations whose result is made again in the backward pass instead of being kept.
 
-A :class:`Chain` is a few operations that cost little beside a product: a norm, an activation, ``silu(g) * u``.
-The graph calls it in their place (:mod:`lora_fx.passes.optimize.recompute`). It computes the same to the last
-bit, and for the backward it keeps its inputs alone.
+A :class:`Chain` is a few operations that cost little beside a product: a norm, an activation, or
+``silu(g) * u``. The graph calls it in their place (:mod:`lora_fx.passes.optimize.recompute`). It computes the
+same to the last bit, and for the backward it keeps its inputs alone.
 
 A product that wants its input for the gradient of A asks :func:`source_of` whether that is the output of a
 chain. If so, it keeps the inputs of the chain, which the chain keeps anyway, and makes its own input again.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -190,7 +190,7 @@ def _is_bare(module: Any, cls: type[nn.Module]) -> bool:
         and "forward" not in attributes
         and not attributes.get("inplace")
         and not any(attributes.get(name) for name in _HOOKS)
-        and not _has_any_global_hook()
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]  # of torch
     )
 
 
@@ -209,7 +209,16 @@ class _Recipe:
     It holds no activation, but in a backward, from the first reader of the output to the last.
     """
 
-    __slots__ = ("_autocast", "_leaves", "_made", "_places", "_readers", "_settings", "_waiting", "chain")
+    __slots__ = (
+        "_autocast",
+        "_leaves",
+        "_made",
+        "_places",
+        "_readers",
+        "_settings",
+        "_waiting",
+        "chain",
+    )
 
     def __init__(self, chain: Chain, leaves: Sequence[Any]) -> None:
         self.chain = chain
@@ -346,7 +355,7 @@ def _address(tensor: Tensor) -> int:
     return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_known: MutableMapping[Tensor, _Entry] = WeakTensorKeyDictionary()
 
 
 class Source(NamedTuple):
@@ -403,7 +412,7 @@ def source_of(x: Tensor) -> Source | None:
     if type(x) is not Tensor or not x.requires_grad:
         return None
     whole: Any = x._base if x._is_view() else x
-    entry: _Entry | None = _known.get(whole) if type(whole) is Tensor else None
+    entry = _known.get(whole) if type(whole) is Tensor else None
     if entry is None or not (whole is x or _is_reshaped(x, whole)):
         return None
     given = entry.inputs(whole)

@@ -30,22 +30,22 @@ __all__ = ["Recompute"]
 
 # What autograd keeps of an operation with one input: the input, the result or nothing. Of a product of two
 # tensors it keeps both.
-_KEEPS_INPUT = (
-    "silu gelu pow square erf mish softplus hardswish logsigmoid leaky_relu layer_norm rms_norm"
-)
-_KEEPS_RESULT = "tanh sigmoid rsqrt sqrt exp reciprocal relu"
-_KEEPS_BOTH = "mul truediv div"
-_KEEPS_NONE = "add sub neg mean"
-_CASTS = "to float type_as"
+_KEEPS_INPUT = {"silu", "gelu", "mish", "softplus", "hardswish", "logsigmoid", "leaky_relu"}
+_KEEPS_INPUT |= {"pow", "square", "erf", "layer_norm", "rms_norm"}
+_KEEPS_RESULT = {"tanh", "sigmoid", "rsqrt", "sqrt", "exp", "reciprocal", "relu"}
+_KEEPS_BOTH = {"mul", "truediv", "div"}
+_KEEPS_NONE = {"add", "sub", "neg", "mean"}
+_CASTS = {"to", "float", "type_as"}
+_UNCOUNTED = {"getattr", *_CASTS}
 # A chain without any of them is not worth a call: sums, products of two tensors.
-_WORTH = {*_KEEPS_INPUT.split(), "tanh", "sigmoid", "rsqrt"} - {"leaky_relu"}
+_WORTH = {*_KEEPS_INPUT, "tanh", "sigmoid", "rsqrt"} - {"leaky_relu"}
 
 
 def _functions() -> Mapping[Any, str]:
-    names = " ".join((_KEEPS_INPUT, _KEEPS_RESULT, _KEEPS_BOTH, _KEEPS_NONE, _CASTS)).split()
+    names = _KEEPS_INPUT | _KEEPS_RESULT | _KEEPS_BOTH | _KEEPS_NONE | _CASTS
     places: Any = (operator, torch, F, torch._C._nn, torch.Tensor)
     found = {getattr(one, name): name for one in places for name in names if hasattr(one, name)}
-    return {**found, getattr: "getattr", recompute.called: "called"}
+    return {**found, getattr: "getattr"}
 
 
 _NAMES = _functions()
@@ -59,21 +59,25 @@ def _name_of(node: fx.Node) -> str | None:
         known = name in _NAMES.values() and not target._schema.is_mutable
         return name if known else None
     try:
-        name = _NAMES.get(target)
+        found = _NAMES.get(target)
     except TypeError:  # it has no hash
         return None
-    if name is None or node.kwargs.get("inplace") or "out" in node.kwargs:
-        return None
+    return found if found is not None and _is_cheap(node, found) else None
+
+
+def _is_cheap(node: fx.Node, name: str) -> bool:
+    """Whether an operation computes its result and does nothing else."""
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return False
     if name == "getattr":
-        return name if node.args[1] in ("dtype", "device") else None
+        return node.args[1] in ("dtype", "device")
     if name == "to":
         # To another device is not cheap.
         wanted = node.args[1:]
         known = len(wanted) == 1 and not node.kwargs
-        return name if known and (isinstance(wanted[0], torch.dtype) or _is_dtype(wanted[0])) else None
-    if any(value is True for value in node.args[1:]) and name != "mean":
-        return None  # by its place it may be inplace
-    return name
+        return known and (isinstance(wanted[0], torch.dtype) or _is_dtype(wanted[0]))
+    # By its place it may be ``inplace``.
+    return name == "mean" or not any(value is True for value in node.args[1:])
 
 
 def _is_dtype(value: Any) -> bool:
@@ -169,7 +173,7 @@ class _Finder:
 
     def grow(self, region: Region, root: fx.Node) -> _Found | None:
         """The largest chain with a result."""
-        if not self._belongs(region, root) or _name_of(root) in {*_KEEPS_RESULT.split(), "getattr"}:
+        if not self._belongs(region, root) or _name_of(root) in {*_KEEPS_RESULT, "getattr"}:
             return None
         outside: set[fx.Node] = set()
         while True:
@@ -194,7 +198,7 @@ class _Finder:
             return None
         if not self._undisturbed(region, nodes):
             return None
-        counted = [one for one in nodes if _name_of(one) not in ("getattr", *_CASTS.split())]
+        counted = [one for one in nodes if _name_of(one) not in _UNCOUNTED]
         inner = [found.saves for one in modules if (found := self.activation(region, one))]
         saves = len(counted) > 1 or any(inner) or _name_of(counted[0]) == "rms_norm"
         return _Found(root, nodes, leaves, saves)
@@ -231,13 +235,13 @@ class _Finder:
             name = _name_of(user)
             if user.op == "call_module":
                 return True
-            if name in _KEEPS_INPUT.split() and user.args and user.args[0] is leaf:
+            if name in _KEEPS_INPUT and user.args and user.args[0] is leaf:
                 return True
-            if name in _KEEPS_BOTH.split() and all(
+            if name in _KEEPS_BOTH and all(
                 isinstance(one, fx.Node) and _is_computed(one, leaves) for one in user.args[:2]
             ):
                 return True
-            cast = name in _CASTS.split() and user.args[0] is leaf
+            cast = name in _CASTS and user.args[0] is leaf
             if cast and self._keeps(region, user, chain, leaves):
                 return True
         return False
@@ -324,15 +328,25 @@ def _has_product(graph: fx.Graph) -> bool:
 
 def _edited(finder: _Finder, region: Region) -> tuple[fx.Graph | None, tuple[str, ...]]:
     """A graph with a call for each chain, or None if it has none, and the modules that chains call."""
+    known = tuple(_called_by(region.graph))
     if not any(True for _ in finder.find(region)):
-        return None, ()
+        return None, known
     graph = copy_graph(region.graph)
-    inside: list[str] = []
+    inside = list(known)
     for found in list(finder.find(dataclasses.replace(region, graph=graph))):
         inside += [str(one.target) for one in found.nodes if one.op == "call_module"]
         _replace(graph, found, finder, region)
     graph.lint()
     return graph, tuple(inside)
+
+
+def _called_by(graph: fx.Graph) -> Iterator[str]:
+    """The modules that the chains of a graph call."""
+    for node in graph.nodes:
+        if isinstance(node.target, recompute.Chain):
+            for kind, given in zip(node.target.kinds, node.args, strict=True):
+                if kind == recompute.MODULE and isinstance(given, fx.Node):
+                    yield str(given.target)
 
 
 def _replace(graph: fx.Graph, found: _Found, finder: _Finder, region: Region) -> None:
@@ -374,4 +388,4 @@ def _word(node: fx.Node) -> str:
     if node.op == "call_module":
         return str(node.target).rpartition(".")[2]
     name = _name_of(node) or ""
-    return "" if name in ("getattr", *_CASTS.split()) else name
+    return "" if name in _UNCOUNTED else name
