@@ -186,6 +186,7 @@ def rewrite(
         memory: What a training step keeps for its backward: "fast" keeps the input of each product; with
             "balanced", what norms, activations and gated products give is made again from what they read,
             which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Outputs are the same bits.
+            Without ``optimize`` it means nothing.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
         callback: Is shown the capture after each pass, with the name of the pass: ``capture``, and then those

@@ -315,7 +315,7 @@ def rewrite_model(
 ) -> nn.Module:
     """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
-    _check_memory(memory, optimize=optimize)
+    _check_memory(memory)
     capture = _captured(model, config, example_inputs, frontend)
     if callback is not None:
         callback("capture", capture)
@@ -360,15 +360,11 @@ def rewrite_model(
     return result
 
 
-def _check_memory(memory: object, *, optimize: bool) -> None:
+def _check_memory(memory: object) -> None:
     if memory not in get_args(Memory):
         raise ConfigError(
             f"memory={memory!r} is unknown: give 'balanced' to make cheap inputs of products again in the "
             "backward, or 'fast' to keep them"
-        )
-    if memory == "balanced" and not optimize and memory != DEFAULT_MEMORY:
-        raise ConfigError(
-            "memory='balanced' is for fused products, and optimize=False fuses none: leave one of them out"
         )
 
 

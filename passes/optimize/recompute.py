@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Role, Tag, join, module_of
 from lora_fx.passes.capture import Graphs, Untraceable, written_out
-from lora_fx.passes.graph import copy_graph, original_class, target_of
+from lora_fx.passes.graph import copy_graph, is_lazy, is_matrix, original_class, target_of
 from lora_fx.passes.optimize.fuse import may_write
 from lora_fx.runtime import AdapterModule, recompute
 
@@ -52,7 +52,9 @@ _NAMES = _functions()
 
 
 def _name_of(node: fx.Node) -> str | None:
-    """What a node computes, if a chain may have it."""
+    """What a node computes, if a chain may have it: nothing of a branch."""
+    if META_KEY in node.meta:
+        return None
     target = target_of(node)
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.removeprefix("aten::")
@@ -130,7 +132,7 @@ class _Finder:
         cls = original_class(module)
         if module._modules or isinstance(module, AdapterModule | torch.jit.ScriptModule):
             return None
-        if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+        if any(is_lazy(p) or is_matrix(p) for p in module._parameters.values()):
             return None
         if "forward" in vars(module) or module._buffers or written_out(module) is not None:
             return None

@@ -20,9 +20,13 @@ from lora_fx.passes.graph import is_region
 from lora_fx.runtime.recompute import Chain, source_of
 from lora_fx.tools.bench.counted import saved_bytes
 from tests.golden import check_golden, printed
-from tests.numerics import assert_close
+from tests.numerics import TOLERANCE, assert_close
 
 WIDTH, INNER, TOKENS = 16, 24, 12
+
+
+def same(h: Tensor) -> Tensor:
+    return h
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +76,7 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.norm, self.mlp = norm, mlp
-        self.after: Callable[[Tensor], Tensor] = lambda h: h
+        self.after: Callable[[Tensor], Tensor] = same
 
     def forward(self, x):
         x = self.first(x)
@@ -128,11 +132,17 @@ def run(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) 
     return [out.detach(), x.grad, *grads]
 
 
-def check(balanced: nn.Module, fast: nn.Module, x: Tensor, call: Any = None) -> None:
+def check(
+    balanced: nn.Module,
+    fast: nn.Module,
+    x: Tensor,
+    call: Any = None,
+    tolerance: float | None = None,
+) -> None:
     found, expected = run(balanced, x, call), run(fast, x, call)
     assert torch.equal(found[0], expected[0])
     assert len(found) == len(expected)
-    assert_close(found, expected)
+    assert_close(found, expected, tolerance)
 
 
 def chains(model: nn.Module) -> list[str]:
@@ -144,16 +154,6 @@ def chains(model: nn.Module) -> list[str]:
 def saved(model: nn.Module, x: Tensor | None = None) -> int:
     x = data(torch.float32) if x is None else x
     return saved_bytes(model, lambda: model(x.detach().requires_grad_()).sum())
-
-
-def product_saves_less(model: nn.Module) -> bool:
-    """Whether the fused products of a model keep no input that a chain makes."""
-    x = data()
-    return saved(model, x) < saved(rewritten(model_of(model), "fast"), x)
-
-
-def model_of(model: nn.Module) -> nn.Module:
-    return lora_fx.merge(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -343,10 +343,10 @@ def test_autocast(norm: str, inside: bool) -> None:
     models = pair(block(norm, dtype=torch.float32))
     x = data(torch.float32)
     if not inside:
-        check(*models, x, call)
+        check(*models, x, call, tolerance=TOLERANCE[torch.bfloat16])
         return
     with torch.autocast("cpu", torch.bfloat16):
-        check(*models, x)
+        check(*models, x, tolerance=TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -369,7 +369,9 @@ def test_second_derivatives_of_what_is_between() -> None:
         held: list[Tensor] = []
         model.after = lambda h, held=held: held.append(h) or h
         x = data().requires_grad_()
-        (first,) = torch.autograd.grad(model(x).pow(2).sum(), [held[0] if held else x], create_graph=True)
+        (first,) = torch.autograd.grad(
+            model(x).pow(2).sum(), [held[0] if held else x], create_graph=True
+        )
         (second,) = torch.autograd.grad(first.pow(2).sum(), held)
         results.append(second)
     assert_close(results[0], results[1])
@@ -452,11 +454,11 @@ def test_nothing_is_held() -> None:
     out.sum().backward()
     del out
     gc.collect()
-    before = sum(isinstance(one, Tensor) for one in gc.get_objects())
+    before = sum(issubclass(type(one), Tensor) for one in gc.get_objects())
     for _ in range(3):
         model(x).sum().backward()
     gc.collect()
-    assert sum(isinstance(one, Tensor) for one in gc.get_objects()) <= before
+    assert sum(issubclass(type(one), Tensor) for one in gc.get_objects()) <= before
 
 
 def test_an_attribute_that_changes_before_the_backward() -> None:
@@ -538,7 +540,7 @@ def test_outputs_hold_no_recipe() -> None:
 def test_later_adapters() -> None:
     model = rewritten(block(), "balanced")
     before = chains(model)
-    lora_fx.add_adapter(model, "other", CONFIG)
+    lora_fx.add_adapter(model, CONFIG, "other")
     lora_fx.set_adapter(model, "other")
     assert chains(model) == before
     with lora_fx.disable_adapter(model):
@@ -546,7 +548,7 @@ def test_later_adapters() -> None:
         assert not is_region(model.norm)
     assert chains(model) == before
     fast = rewritten(block(), "fast")
-    lora_fx.add_adapter(fast, "other", CONFIG)
+    lora_fx.add_adapter(fast, CONFIG, "other")
     lora_fx.set_adapter(fast, "other")
     assert chains(fast) == []
 
