@@ -32,7 +32,16 @@ from lora_fx.ir import freeze, thaw
 from lora_fx.runtime.classes import BASE, inner_class
 from lora_fx.runtime.masks import transformed
 
-__all__ = ["ACTIVATION", "MODULE", "PARAMETER", "Chain", "Source", "chain_of", "source_of"]
+__all__ = [
+    "ACTIVATION",
+    "MODULE",
+    "PARAMETER",
+    "Chain",
+    "Source",
+    "called",
+    "chain_of",
+    "source_of",
+]
 
 ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 """What an input of a chain is. A parameter is small beside the output; a module has none, and is called."""

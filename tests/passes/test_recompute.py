@@ -163,6 +163,76 @@ def test_outputs_and_gradients_stay(norm: str, mlp: str, dtype: torch.dtype) -> 
     check(*pair(block(norm, mlp, dtype)), data(dtype))
 
 
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh gelu": lambda g: F.gelu(g, approximate="tanh"),
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "logsigmoid": F.logsigmoid,
+    "leaky": F.leaky_relu,
+    "squared": lambda g: F.relu(g).square(),
+    "power": lambda g: torch.pow(g, 3),
+    "erf": lambda g: g * (1 + torch.erf(g / 1.5)),
+    "swish": lambda g: g * torch.sigmoid(1.7 * g),
+    "glu": lambda g, u: F.silu(g) * u,
+    "turned glu": lambda g, u: u * F.gelu(g),
+    "twice": lambda g, u: F.silu(g) * u + F.silu(u) * g,
+    "divided": lambda g, u: F.silu(g) / (1 + u * u),
+    "clamped": lambda g, u: F.silu(g.clamp(max=1.0)) * u.clamp(-1.0, 1.0),
+    "norm": lambda g: F.layer_norm(g, (INNER,)),
+    "rms": lambda g: F.rms_norm(g, (INNER,)),
+    "both": lambda g: F.layer_norm(F.gelu(g), (INNER,)),
+    "cast": lambda g: F.silu(g.float()).to(g.dtype),
+    "softmax": lambda g: torch.softmax(g, -1),
+    "sum": lambda g, u: g + u,
+    "tanh": torch.tanh,
+    "written": lambda g: F.silu(g).mul_(2.0),
+    "into": lambda g: F.silu(g * 1.0, inplace=True),
+    "one number": lambda g, u: F.silu(g) * u.mean(),
+    "broadcast": lambda g, u: F.silu(g) * u[..., :1],
+    "square root": lambda g: g * torch.rsqrt(g.pow(2).mean(-1, keepdim=True) + 0.1),
+    "unused": lambda g, u: F.silu(g) + 0.0 * F.silu(u),
+}
+
+
+BOTH = (
+    "glu",
+    "turned glu",
+    "twice",
+    "divided",
+    "clamped",
+    "sum",
+    "one number",
+    "broadcast",
+    "unused",
+)
+
+
+class Functional(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(INNER, WIDTH)
+        self.operation, self.both = OPERATIONS[name], name in BOTH
+
+    def forward(self, x):
+        if self.both:
+            return self.down(self.operation(self.gate(x), self.up(x)))
+        return self.down(self.operation(self.gate(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=["gate", "up", "down"])
+    balanced, fast = pair(Functional(name).to(dtype), config)
+    check(balanced, fast, data(dtype))
+    assert saved(balanced, data(dtype)) <= saved(fast, data(dtype))
+
+
 @pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (40, WIDTH), (2, 3, 5, WIDTH)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     check(*pair(block()), torch.randn(shape, dtype=torch.float64))
