@@ -433,15 +433,31 @@ def test_second_derivatives(norm: str, mlp: str) -> None:
     assert_close([one.detach() for one in results[0]], [one.detach() for one in results[1]])
 
 
-def test_second_derivatives_of_what_is_between() -> None:
+class Between(torch.autograd.Function):
+    """Its gradient has nothing to do with what it computes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * grad
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_second_derivatives_of_what_is_between(between: bool) -> None:
     results = []
     for model in pair(block()):
         held: list[Tensor] = []
-        model.after = lambda h, held=held: held.append(h) or h
-        x = data().requires_grad_()
-        (first,) = torch.autograd.grad(
-            model(x).pow(2).sum(), [held[0] if held else x], create_graph=True
-        )
+
+        def keep(h: Tensor, held: list[Tensor] = held) -> Tensor:
+            held.append(h)
+            return Between.apply(h).view(h.shape) if between else h  # type: ignore[no-any-return, no-untyped-call]
+
+        model.after = keep
+        factor = model.mlp.gate.lora_A.default
+        (first,) = torch.autograd.grad(model(data()).pow(2).sum(), [factor], create_graph=True)
         (second,) = torch.autograd.grad(first.pow(2).sum(), held)
         results.append(second)
     assert_close(results[0], results[1])
@@ -546,27 +562,33 @@ def test_an_activation_that_becomes_inplace() -> None:
     check(*models, data())
 
 
-def test_an_activation_that_is_replaced() -> None:
+@pytest.mark.parametrize("other", [nn.Tanh, nn.Dropout])
+def test_an_activation_that_is_replaced(other: type[nn.Module]) -> None:
     models = pair(block())
     for model in models:
-        model.mlp.act = nn.Tanh()
+        model.mlp.act = other()
     check(*models, data())
 
 
+class Writing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        g = self.fc(x)
+        a = F.silu(g)
+        g.mul_(3)
+        return self.down(a * g)
+
+
 def test_writes_between_the_operations_of_a_chain() -> None:
-    class Writing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x):
-            g = self.fc(x)
-            a = F.silu(g)
-            b = g * 2
-            b.mul_(3)
-            return self.down(a * b)
-
-    check(*pair(Writing().double(), LoraConfig(r=2, target_modules=["fc", "down"])), data())
+    balanced, fast = pair(Writing().double(), LoraConfig(r=2, target_modules=["fc", "down"]))
+    with torch.no_grad():
+        assert torch.equal(balanced(data()), fast(data()))
+    for model in (balanced, fast):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            model(data()).sum().backward()
 
 
 def test_whole_graph() -> None:
@@ -646,3 +668,41 @@ def test_compiles() -> None:
     balanced, fast = pair(nn.Sequential(block("rms", "silu", torch.float32).mlp, nn.Linear(16, 16)))
     found = torch.compile(balanced, fullgraph=True)
     assert_close(run(found, data(torch.float32)), run(fast, data(torch.float32)))
+
+
+class PostNorm(nn.Module):
+    """Its norm is the last thing that it does, and the next one reads what that gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.norm = Gated(nn.SiLU()), nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        return self.norm(x + self.mlp(x)) if x.sum() < 1e30 else x
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_sharded_norms(alone: bool, trained: bool) -> None:
+    """FSDP2 frees the weight of a norm before a product of the next block makes its input again."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(PostNorm() for _ in range(3)))
+    saved = {"modules_to_save": ["norm"]} if trained else {}
+    config = LoraConfig(r=3, target_modules=["gate", "up", "down"], **saved)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        models = pair(model, config)
+        for one in models:
+            for layer in one:
+                for part in (layer.norm, layer.mlp) if alone else ():
+                    fully_shard(part)
+                fully_shard(layer)
+            fully_shard(one)
+        results = [run(one, data(torch.float32)) for one in models]
+    finally:
+        dist.destroy_process_group()
+    whole = [[getattr(t, "full_tensor", lambda t=t: t)() for t in found] for found in results]
+    assert_close(*whole)
