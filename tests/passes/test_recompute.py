@@ -353,6 +353,22 @@ def test_an_input_that_is_written_into_is_an_error() -> None:
             out.sum().backward()
 
 
+def test_an_input_that_is_written_into_before_a_product_reads_the_output() -> None:
+    results = []
+    for model in pair(block()):
+        first = model.norm(x := data().requires_grad_() * 1)
+        model.mlp.gate(first)
+        h = model.norm(x)
+        with torch.no_grad():
+            x.mul_(2)
+        out = model.mlp.gate(h)
+        results.append(torch.autograd.grad(out.sum(), [model.mlp.gate.lora_B.default]))
+        out = model.mlp.gate(h)
+        factor = model.mlp.gate.lora_A.default
+        results[-1] += torch.autograd.grad(out.sum(), [factor])
+    assert_close(*results)
+
+
 def test_a_view_is_made_again() -> None:
     models = pair(block())
     for model in models:
