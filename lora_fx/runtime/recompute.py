@@ -9,9 +9,9 @@ chain. If so, it keeps the inputs of the chain, which the chain keeps anyway, an
 All products over one output, and the chain itself, make it once in a backward.
 
 The way from a chain to the products that read its output is a table of weak references, since they are in
-graphs of different modules. An entry says which version the output has: what was written into, or replaced by
-a hook, has none. The inputs are kept by ``save_for_backward``, so that writing into them is PyTorch's own
-error. A write past the version counter (``tensor.data``, a NumPy view) is not seen, as nowhere in autograd.
+graphs of different modules. An entry says which version the output has, and where it is: what was written
+into, or replaced by a hook, has none. The inputs are kept by ``save_for_backward``, so that writing into them
+is PyTorch's own error.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import freeze, thaw
 from lora_fx.runtime.classes import BASE, inner_class
+from lora_fx.runtime.dora import lazy_copy
 from lora_fx.runtime.masks import transformed
 
 __all__ = [
@@ -47,6 +48,8 @@ ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 """What an input of a chain is. A parameter is small beside the output; a module has none, and is called."""
 
 _SMALL = 8  # how often a parameter has to go into an output to be small beside it
+
+_SHARING = ("cpu", "cuda")  # devices on which memory is shared until somebody writes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -104,8 +107,11 @@ class Chain:
             out: Tensor = _Made.apply(recipe, leaves, *given)  # type: ignore[no-untyped-call]
         else:
             out = self._run(None, *leaves)
-        if type(out) is Tensor and out.layout is torch.strided:
-            _known[out] = _Entry(recipe, _held(given), out)
+        if type(out) is Tensor and out.device.type in _SHARING:
+            entry = _Entry(recipe, _held(given), out)
+            # What cannot be shared lazily was copied, and is of no use.
+            if entry.address == _address(entry.copy):
+                _known[out] = entry
         return out
 
     def _applies(self, leaves: Sequence[Any]) -> bool:
@@ -336,12 +342,17 @@ def _held(given: Sequence[Tensor]) -> _Held:
 
 
 class _Entry:
-    """What is known of an output while it is there."""
+    """What is known of an output while it is there.
 
-    __slots__ = ("address", "held", "recipe", "version", "versions")
+    The lazy copy shares its memory until somebody writes there, also past the version counter (``.data``, a
+    NumPy array): then the output is at another address.
+    """
+
+    __slots__ = ("address", "copy", "held", "recipe", "version", "versions")
 
     def __init__(self, recipe: _Recipe, held: _Held, out: Tensor) -> None:
         self.recipe, self.held = recipe, held
+        self.copy = lazy_copy(out)
         self.version, self.address = out._version, _address(out)
         self.versions = [one._version for one in self._inputs() or ()]
 

@@ -330,9 +330,19 @@ def test_an_output_that_is_written_into_is_kept(grad: bool) -> None:
     check(*models, data())
 
 
-def test_replaced_data_is_kept() -> None:
+WRITERS: dict[str, Callable[[Tensor], Any]] = {
+    "replaced": lambda h: setattr(h, "data", h.detach() * 3),
+    "data": lambda h: h.data.mul_(3),
+    "view of data": lambda h: h.data.view(-1)[:7].fill_(1),
+    "numpy": lambda h: h.detach().numpy().__imul__(3),
+    "storage": lambda h: h.untyped_storage().fill_(0),
+}
+
+
+@pytest.mark.parametrize("written", WRITERS.values(), ids=WRITERS)
+def test_a_write_past_the_version_counter(written: Callable[[Tensor], Any]) -> None:
     def write(h: Tensor) -> Tensor:
-        h.data = h.detach() * 3
+        written(h)
         return h
 
     models = pair(block())
