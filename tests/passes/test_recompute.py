@@ -379,6 +379,19 @@ def test_an_input_that_is_written_into_before_a_product_reads_the_output() -> No
     assert_close(*results)
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_a_norm_weight_that_changes_before_the_backward(norm: str) -> None:
+    """What shards parameters frees them when the module that has them is done."""
+    results = []
+    for model in pair(block(norm)):
+        out = model(data())
+        model.norm.weight.data.mul_(2)
+        factors = [model.mlp.gate.lora_A.default, model.mlp.up.lora_A.default]
+        results.append(torch.autograd.grad(out.sum(), factors))
+        model.norm.weight.data.div_(2)
+    assert_close(*results)
+
+
 def test_a_view_is_made_again() -> None:
     models = pair(block())
     for model in models:
